@@ -1,0 +1,23 @@
+"""The errors that a user can cause, and mend. The command line ends with exit code 2 on them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Bad input, found before a device is touched.
+
+    The message says what is wrong, where (config key or file) and what to do.
+    """
+
+
+class DataError(RuntimeError):
+    """Damaged data that the run's policy (``data.on_error``, ``data.max_bad``) does not tolerate."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the choice closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

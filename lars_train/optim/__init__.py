@@ -1,0 +1,4 @@
+"""What changes the weights: LARS, the learning-rate schedule, the parameter groups.
+
+Nothing is imported here, so that the schedule can be had without torch.
+"""

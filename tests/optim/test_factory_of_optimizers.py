@@ -1,0 +1,83 @@
+"""The optimizer of a config: what it is, and the clear words for what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lars_train.config import OptimizerConfig
+from lars_train.errors import ConfigError
+from lars_train.optim.factory import build_optimizer, check_optimizer
+from lars_train.optim.lars import LARS
+
+
+def config(**values: Any) -> OptimizerConfig:
+    common: dict[str, Any] = {
+        "name": "lars",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "decay_norm_bias": True,
+        "eps": 1e-8,
+        "trust_coef": 0.01,
+    }
+    return OptimizerConfig(**{**common, **values})
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "ASGD",
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+    ],
+)
+def test_every_class_that_can_train_a_network_trains_one_under_lars(base: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
+    optimizer = build_optimizer(config(base=base), model)
+    assert isinstance(optimizer, LARS)
+    assert type(optimizer.base_optimizer) is getattr(torch.optim, base)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(8, 3, 5, 5)).square().mean().backward()
+    optimizer.step()
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("base", ["LBFGS", "Muon", "SparseAdam"])
+def test_a_class_that_cannot_train_these_networks_is_refused_with_its_reason(base: str) -> None:
+    with pytest.raises(ConfigError, match=rf"optimizer\.base={base}: it "):
+        check_optimizer(config(base=base))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"base": "Adan"}, "Did you mean 'Adam'"),
+        ({"base": "Optimizer"}, "no such class"),
+        ({"kwargs": {"nesterv": True}}, "Did you mean 'nesterov'"),
+        ({"kwargs": {"lr": 1.0}}, "use optimizer.lr"),
+        ({"base": "AdamW", "momentum": 0.9}, "has no momentum"),
+        ({"base": "Adam", "kwargs": {"betas": [2.0, 0.9]}}, "refuses its keywords"),
+    ],
+)
+def test_what_the_class_does_not_take_is_said(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_optimizer(config(**values))
+
+
+def test_sgd_stands_without_lars_and_keeps_its_momentum() -> None:
+    optimizer = build_optimizer(config(name="sgd", momentum=0.9, kwargs={"nesterov": True}), nn.Linear(2, 2))
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)

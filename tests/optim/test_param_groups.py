@@ -1,0 +1,82 @@
+"""Every parameter is in one group, and the right one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lars_train.optim.param_groups import parameter_groups
+
+
+class Net(nn.Module):
+    """One of each kind, with a tied weight and a norm layer whose parameters are not 1-D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        linear = nn.Linear(4, 4, bias=False)
+        self.body = nn.Sequential(linear, nn.GroupNorm(2, 4), nn.LayerNorm([4, 2, 2]))
+        self.fc = nn.Linear(4, 2)
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = linear.weight
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def named(model: nn.Module, groups: list[dict[str, object]]) -> dict[str, list[str]]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {str(g["name"]): [names[id(p)] for p in tensors(g)] for g in groups}
+
+
+def tensors(group: dict[str, object]) -> list[Tensor]:
+    params = group["params"]
+    assert isinstance(params, list)
+    return params
+
+
+def test_biases_and_norm_layers_are_not_decayed_when_asked() -> None:
+    model = Net()
+    groups = parameter_groups(model, 5e-4, decay_norm_bias=False)
+    assert named(model, groups) == {
+        "decay": ["scale", "conv.weight", "body.0.weight", "fc.weight"],
+        "no_decay": [
+            "conv.bias",
+            "bn.weight",
+            "bn.bias",
+            "body.1.weight",
+            "body.1.bias",
+            "body.2.weight",
+            "body.2.bias",
+            "fc.bias",
+            "tied.bias",
+        ],
+    }
+    assert [g["weight_decay"] for g in groups] == [5e-4, 0.0]
+
+
+def test_everything_is_decayed_otherwise() -> None:
+    model = Net()
+    groups = parameter_groups(model, 5e-4, decay_norm_bias=True)
+    assert named(model, groups) == {"decay": [n for n, _ in model.named_parameters()]}
+    assert groups[0]["weight_decay"] == 5e-4
+
+
+@pytest.mark.parametrize("decay_norm_bias", [True, False])
+def test_every_parameter_is_in_exactly_one_group(decay_norm_bias: bool) -> None:
+    model = Net()
+    ids = [id(p) for g in parameter_groups(model, 1e-4, decay_norm_bias) for p in tensors(g)]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_no_group_is_empty() -> None:
+    assert [g["name"] for g in parameter_groups(nn.Linear(2, 2, bias=False), 0.1, False)] == ["decay"]
+    assert [g["name"] for g in parameter_groups(nn.BatchNorm2d(2), 0.1, False)] == ["no_decay"]
+
+
+def test_torch_optimizers_take_the_groups() -> None:
+    optimizer = torch.optim.SGD(parameter_groups(Net(), 0.1, False), lr=1.0)
+    assert [(g["name"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        ("decay", 0.1),
+        ("no_decay", 0.0),
+    ]
