@@ -1,0 +1,160 @@
+"""Where an augmented view lies in a picture: sizes and positions only.
+
+No pixel is touched here (decode.py does that) and no random number is drawn: the caller brings uniform
+numbers in [0, 1). Each number has a fixed position, so that a sample's flip does not depend on how many
+tries its crop needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lars_train.config import DataConfig
+
+_TRIES = 10
+_X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # before them: (area, ratio) of each try
+UNIFORMS = 2 * _TRIES + 3
+"""How many uniform numbers `train_geometry` takes for one sample."""
+
+_AREA = (0.08, 1.0)  # of the picture's area
+_RATIO = (3 / 4, 4 / 3)  # width / height
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The way from a picture to a view, in this order: cut `box`, resize, pad, cut the window, mirror.
+
+    All lengths are whole pixels. The box is cut out before resizing, so what lies outside it has no
+    influence on the view.
+    """
+
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom in the source picture."""
+    size: tuple[int, int]
+    """Width and height to which the box is resized."""
+    pad: int
+    """Zeros added on each side after resizing."""
+    crop: tuple[int, int]
+    """Left and top corner, in the padded picture, of the square window that is kept."""
+    flip: bool
+    """Whether the window is mirrored left to right."""
+
+
+def train_geometry(
+    augment: str,
+    width: int,
+    height: int,
+    uniforms: Sequence[float],
+    *,
+    size: int,
+    flip: bool,
+    pad: int,
+    eval_crop: float,
+) -> Geometry:
+    """The view of a width x height picture for training, drawn with `UNIFORMS` uniform numbers.
+
+    - `inception`: a random box of 0.08 to 1 of the area with a width / height ratio of 3/4 to 4/3, resized
+      to size x size (Szegedy et al. 2015, arXiv:1409.4842, section 6). Draws, rounding, the ten tries and
+      the fallback to the centre are those of torchvision's RandomResizedCrop,
+      https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.RandomResizedCrop.html
+    - `scale_crop`: the short side resized to round(size / eval_crop), then a random size x size window.
+    - `pad_crop`: the central square resized to size x size, `pad` zeros on each side, then a random
+      size x size window (He et al. 2016, arXiv:1512.03385, section 4.2).
+    - `none`: the view of `eval_geometry`.
+
+    With `flip`, half of the views are mirrored. Raises ValueError for an unknown `augment`.
+    """
+    mirrored = flip and uniforms[_FLIP] < 0.5
+    if augment == "inception":
+        box = _random_box(width, height, uniforms)
+        return Geometry(box, (size, size), 0, (0, 0), mirrored)
+    if augment == "pad_crop":
+        short = min(width, height)
+        left, top = (width - short) // 2, (height - short) // 2
+        crop = (_pick(uniforms[_X], 2 * pad + 1), _pick(uniforms[_Y], 2 * pad + 1))
+        return Geometry((left, top, left + short, top + short), (size, size), pad, crop, mirrored)
+    if augment == "scale_crop":
+        wide, high = _short_side_to(width, height, round(size / eval_crop))
+        crop = (_pick(uniforms[_X], wide - size + 1), _pick(uniforms[_Y], high - size + 1))
+        return Geometry((0, 0, width, height), (wide, high), 0, crop, mirrored)
+    if augment == "none":
+        view = eval_geometry(width, height, size=size, eval_crop=eval_crop)
+        return Geometry(view.box, view.size, view.pad, view.crop, mirrored)
+    raise ValueError(f"unknown augmentation {augment!r}")
+
+
+def eval_geometry(width: int, height: int, *, size: int, eval_crop: float) -> Geometry:
+    """The view of a width x height picture for evaluation: the centre, at a fixed scale.
+
+    The short side is resized to round(size / eval_crop) and the central size x size window kept, with the
+    arithmetic of torchvision's Resize and CenterCrop. `eval_crop` lies in (0, 1]; at 1 a size x size
+    picture is kept as it is.
+    """
+    wide, high = _short_side_to(width, height, round(size / eval_crop))
+    crop = (round((wide - size) / 2), round((high - size) / 2))
+    return Geometry((0, 0, width, height), (wide, high), 0, crop, False)
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of the data config that decides what a model sees of a picture."""
+
+    augment: str
+    size: int
+    flip: bool
+    pad: int
+    eval_crop: float
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> View:
+        """The view that the config group `data` describes."""
+        return cls(data.augment, data.image_size, data.flip, data.pad, data.eval_crop)
+
+    def train(self, width: int, height: int, uniforms: Sequence[float]) -> Geometry:
+        """`train_geometry` with this view's settings."""
+        return train_geometry(
+            self.augment,
+            width,
+            height,
+            uniforms,
+            size=self.size,
+            flip=self.flip,
+            pad=self.pad,
+            eval_crop=self.eval_crop,
+        )
+
+    def evaluate(self, width: int, height: int) -> Geometry:
+        """`eval_geometry` with this view's settings."""
+        return eval_geometry(width, height, size=self.size, eval_crop=self.eval_crop)
+
+
+def _pick(uniform: float, choices: int) -> int:
+    return int(uniform * choices)
+
+
+def _short_side_to(width: int, height: int, target: int) -> tuple[int, int]:
+    if width <= height:
+        return target, int(target * height / width)
+    return int(target * width / height), target
+
+
+def _random_box(width: int, height: int, uniforms: Sequence[float]) -> tuple[int, int, int, int]:
+    area = width * height
+    log_low, log_high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    for attempt in range(_TRIES):
+        target = area * (_AREA[0] + (_AREA[1] - _AREA[0]) * uniforms[2 * attempt])
+        ratio = math.exp(log_low + (log_high - log_low) * uniforms[2 * attempt + 1])
+        wide, high = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < wide <= width and 0 < high <= height:
+            left = _pick(uniforms[_X], width - wide + 1)
+            top = _pick(uniforms[_Y], height - high + 1)
+            return left, top, left + wide, top + high
+    # The largest central box whose ratio is allowed; torchvision's has no lower bound of one pixel.
+    wide = max(1, min(width, round(height * _RATIO[1])))
+    high = max(1, min(height, round(width / _RATIO[0])))
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high

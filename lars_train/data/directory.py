@@ -1,0 +1,98 @@
+"""A directory on disk as a `Tree`, and its samples as a `Source`: one file per sample."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lars_train.data.source import Labels, Names, Source, printable
+from lars_train.data.tree import is_hidden, is_image, join
+from lars_train.errors import ConfigError
+
+
+class FileSource:
+    """Samples that are files below `root`."""
+
+    def __init__(self, root: Path, names: Names, labels: Labels) -> None:
+        self.labels = labels
+        self._root = root
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, sample: int) -> str:
+        return os.fsdecode(self._names[sample])
+
+    def where(self, sample: int) -> str:
+        return printable(os.fsencode(self._root / self.name(sample)))
+
+    def read(self, sample: int) -> bytes:
+        # The error of open() names the file already.
+        return (self._root / self.name(sample)).read_bytes()
+
+
+class DirectoryTree:
+    """The folders and files below the directory `root`. Symbolic links are followed, but not in circles."""
+
+    def __init__(self, root: Path) -> None:
+        self.place = str(root)
+        self._root = root
+
+    def folders(self, inside: bytes) -> list[bytes]:
+        return sorted(entry.name for entry in self._entries(inside) if entry.is_dir())
+
+    def files(self, inside: bytes) -> list[bytes]:
+        return sorted(entry.name for entry in self._entries(inside) if not entry.is_dir())
+
+    def images(self, inside: bytes) -> list[bytes]:
+        return sorted(self._walk(inside, b"", ()))
+
+    def read(self, path: bytes) -> bytes:
+        return self._path(path).read_bytes()
+
+    def source(self, inside: bytes, names: Names, labels: Labels) -> Source:
+        return FileSource(self._path(inside), names, labels)
+
+    def _path(self, inside: bytes) -> Path:
+        return self._root / os.fsdecode(inside)
+
+    def _entries(self, inside: bytes) -> Iterator[os.DirEntry[bytes]]:
+        folder = os.fsencode(self._path(inside))
+        try:
+            with os.scandir(folder) as entries:
+                yield from (entry for entry in entries if not is_hidden(entry.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise ConfigError(
+                f"data.root: cannot list {printable(folder)} ({error.strerror}); "
+                "make it readable, or point data.root elsewhere."
+            ) from error
+
+    def _walk(self, inside: bytes, below: bytes, above: tuple[Path, ...]) -> Iterator[bytes]:
+        here = self._path(join(inside, below)).resolve()
+        if here in above:
+            return
+        for entry in self._entries(join(inside, below)):
+            if entry.is_dir():
+                yield from self._walk(inside, join(below, entry.name), (*above, here))
+            elif is_image(entry.name):
+                yield join(below, entry.name)
+
+
+def user_path(text: str) -> Path:
+    """A path from the config, in which ``~`` is the home directory."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(text)
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file that can be seen; no error where permissions forbid to look."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

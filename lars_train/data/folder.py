@@ -1,0 +1,205 @@
+"""A tree of images with one folder per class, in a directory or a zip, as a `Dataset`.
+
+Finds the splits, gives classes their labels and cuts off a validation set where there is none. How
+ImageNet's flat validation folder gets its labels is in imagenet.py; what a file is, in tree.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lars_train.data.directory import DirectoryTree, user_path
+from lars_train.data.source import Dataset, Labels, Names, NamesBuilder, fingerprint, printable
+from lars_train.data.tree import Tree, is_image, join
+from lars_train.data.zips import ZipTree
+from lars_train.errors import ConfigError
+
+TRAIN = b"train"
+TEST = b"test"
+VALIDATION = (b"val", b"validation", TEST)
+# The one key of the generator that says which images are held out: the split must never change.
+_HOLDOUT_KEY = 20170813
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split: names relative to the folder `inside`, labels, and the class names."""
+
+    inside: bytes
+    names: Names
+    labels: Labels
+    classes: tuple[bytes, ...]
+
+
+def open_folder(root: str | None, holdout: float | None) -> Dataset:
+    """The data set below `root`, a directory or a zip.
+
+    `root` holds ``train/`` and one of ``val/``, ``validation/``, ``test/`` (the first that is there). Without
+    one of these, the share `holdout` of each class is cut from the training images; then the class folders
+    may also lie directly in `root`. Raises `ConfigError` for every other layout.
+    """
+    tree = open_tree(root)
+    train, val = find_splits(tree, holdout, VALIDATION)
+    if holdout is not None:
+        return dataset(tree, *hold_out(tree, train, holdout))
+    return dataset(tree, *matched(tree, collect(tree, train), collect(tree, val)))
+
+
+def open_tree(root: str | None) -> Tree:
+    """The directory or zip that `data.root` names."""
+    if not root:
+        raise ConfigError("data.root is not set: give the folder or .zip with the images, data.root=PATH.")
+    path = user_path(root)
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        raise ConfigError(
+            f"data.root={root} cannot be opened ({error.strerror}); give the folder or .zip with the images."
+        ) from error
+    if is_folder:
+        return DirectoryTree(path)
+    if path.suffix.lower() != ".zip":
+        raise ConfigError(f"data.root={root} is neither a folder nor a .zip; unpack it and give the folder.")
+    return ZipTree(path)
+
+
+def find_splits(tree: Tree, holdout: float | None, validation: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """The folders of training and validation: the first of `validation`; with `holdout`, twice the same."""
+    if holdout is not None and not 0 < holdout < 1:
+        raise ConfigError(f"data.holdout={holdout}: it must be between 0 and 1; try data.holdout=0.1.")
+    found = tree.folders(b"")
+    # Without class folders, test/ holds the unlabelled images of a competition: nothing to validate on.
+    val = next((name for name in validation if name in found and (name != TEST or tree.folders(name))), None)
+    if holdout is not None and val is not None:
+        raise ConfigError(
+            f"data.holdout={holdout}, but {tree.place} has a validation set of its own, {printable(val)}/: "
+            "drop one of the two (data.holdout=null, or move the folder away)."
+        )
+    if TRAIN not in found:
+        if holdout is not None and found:
+            return b"", b""
+        raise ConfigError(f"data.root={tree.place} has no train/ folder; {_instead(tree, found)}")
+    if holdout is not None:
+        return TRAIN, TRAIN
+    if val is None:
+        wanted = " or ".join(f"{printable(name)}/" for name in validation)
+        raise ConfigError(
+            f"data.root={tree.place} has no validation set ({wanted}); "
+            "set data.holdout=0.1 to hold a tenth of the training images out."
+        )
+    return TRAIN, val
+
+
+def collect(tree: Tree, inside: bytes) -> Split:
+    """All images of the class folders in `inside`, ranked by path."""
+    return _scan(tree, inside, None)[0]
+
+
+def hold_out(tree: Tree, inside: bytes, share: float) -> tuple[Split, Split]:
+    """Training and validation samples from one tree of class folders.
+
+    Of each class, the nearest whole number to `share` of its images goes to validation, but at least one and
+    not all. Which ones depends on nothing but their rank within the class and the size of the class.
+    """
+    return _scan(tree, inside, share)
+
+
+def held_out(count: int, share: float) -> np.ndarray:
+    """Which of `count` images are held out: bool (count,). `count` must be at least 2."""
+    wanted = min(max(math.floor(count * share + 0.5), 1), count - 1)
+    draws = np.random.Philox(key=_HOLDOUT_KEY).random_raw(count)
+    mask = np.zeros(count, bool)
+    mask[np.argsort(draws, kind="stable")[:wanted]] = True
+    return mask
+
+
+def matched(tree: Tree, train: Split, val: Split) -> tuple[Split, Split]:
+    """Both splits, once their classes are the same."""
+    sides = []
+    for one, other in ((train, val), (val, train)):
+        lacking = sorted(set(one.classes) - set(other.classes))
+        if lacking:
+            sides.append(f"{_listed(lacking)} only in {printable(one.inside)}/")
+    if sides:
+        raise ConfigError(
+            f"data.root={tree.place}: {printable(train.inside)}/ and {printable(val.inside)}/ have different "
+            f"classes: {'; '.join(sides)}. Give both a folder of the same name for each class."
+        )
+    return train, val
+
+
+def dataset(tree: Tree, train: Split, val: Split) -> Dataset:
+    """The `Dataset` of two splits that share `train.classes`."""
+    classes = tuple(os.fsdecode(name) for name in train.classes)
+    return Dataset(
+        train=tree.source(train.inside, train.names, train.labels),
+        val=tree.source(val.inside, val.names, val.labels),
+        classes=classes,
+        fingerprint=fingerprint(classes, (train.names.runs(), train.labels), (val.names.runs(), val.labels)),
+    )
+
+
+def _scan(tree: Tree, inside: bytes, share: float | None) -> tuple[Split, Split]:
+    """The samples to keep and those to hold out; none of the latter where `share` is None."""
+    classes = tree.folders(inside)
+    where = f"{tree.place}/{printable(inside)}" if inside else tree.place
+    if not classes:
+        loose = sum(map(is_image, tree.files(inside)))
+        found = f"{loose} images lie directly in it" if loose else "it holds no images"
+        raise ConfigError(
+            f"data.root: {where} has no class folders ({found}); put the images of each class in a folder of its own."
+        )
+    least = 1 if share is None else 2
+    too_few = []
+    builders = NamesBuilder(), NamesBuilder()
+    counts = np.zeros((2, len(classes)), np.int64)
+    # Samples are ranked by their whole path, in which a slash follows the class: `a-b/` comes before `a/`.
+    ranked = sorted(range(len(classes)), key=lambda label: classes[label] + b"/")
+    for label in ranked:
+        images = tree.images(join(inside, classes[label]))
+        if len(images) < least:
+            too_few.append(classes[label])
+            continue
+        out = np.zeros(len(images), bool) if share is None else held_out(len(images), share)
+        for side, mask in enumerate((~out, out)):
+            builders[side].extend(join(classes[label], images[index]) for index in np.flatnonzero(mask))
+            counts[side, label] = mask.sum()
+    if too_few and share is None:
+        raise ConfigError(
+            f"data.root: {where} has class folders without images: {_listed(sorted(too_few))}; "
+            "remove them, or put their images in."
+        )
+    if too_few:
+        raise ConfigError(
+            f"data.holdout={share}: {where} has classes with one image or none: {_listed(sorted(too_few))}; "
+            "each class needs one for training and one for validation: add images, or remove the folder."
+        )
+    names = [builder.build() for builder in builders]
+    labels = [np.repeat(np.array(ranked, np.int32), count[ranked]) for count in counts]
+    train, val = (Split(inside, names[side], labels[side], tuple(classes)) for side in (0, 1))
+    return train, val
+
+
+def _instead(tree: Tree, found: Sequence[bytes]) -> str:
+    """What lies in the root in place of ``train/``, and what to do about it."""
+    for name in found:
+        if TRAIN in tree.folders(name):
+            return f"{printable(name)}/ in it has one: make that data.root (or zip that folder)."
+    if not found:
+        return "it holds no folders at all. Give the folder above train/."
+    return (
+        f"found {_listed(found)}. Give the folder above train/; if these are the classes, "
+        "set data.holdout=0.1 to train on nine tenths of them and validate on the rest."
+    )
+
+
+def _listed(names: Sequence[bytes]) -> str:
+    shown = ", ".join(f"{printable(name)}/" for name in names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown

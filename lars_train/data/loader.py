@@ -1,0 +1,263 @@
+"""Streams of batches, for a whole training run and for one evaluation.
+
+A stream knows which samples come when (order.py) and turns each request for a micro-batch into tensors, in
+worker processes or in the calling one. It does not normalise, move anything to a device, or decide how
+many bad pictures a run may meet.
+
+The content and the order of the batches do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lars_train.data.augment import UNIFORMS, Geometry, View
+from lars_train.data.decode import BadImage, decode
+from lars_train.data.order import batch_uniforms, epoch_order, eval_run, micro_batches
+from lars_train.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lars_train.data.source import Source
+
+__all__ = ["BadSample", "Batch", "Stream", "View", "eval_loader", "train_loader"]
+
+_PREFETCH = 2  # micro-batches in flight per worker
+_MAX_TRIES = 1000  # neighbours tried in place of a bad picture: more in a row is a broken data set
+
+
+class BadSample(NamedTuple):
+    """A picture that was asked for and cannot be read or decoded."""
+
+    sample: int
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch."""
+
+    images: Tensor
+    """uint8 (n, 3, S, S), RGB, in channels-last memory."""
+    labels: Tensor
+    """int64 (n,); in evaluation -1 marks a picture that cannot be decoded, whose pixels are zeros."""
+    bad: tuple[BadSample, ...]
+    """The bad pictures met on the way, in order."""
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; DataLoader calls this."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+class Stream(Iterator[Batch]):
+    """An iterator of batches whose workers start with it and end with it, or with `close`."""
+
+    def __init__(self, requests: Iterable[_Request], reader: _Reader, workers: int, pin_memory: bool) -> None:
+        with warnings.catch_warnings():
+            # The number of workers is the user's choice, and a worker touches none of the parent's threads.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            self._items: Iterator[Batch | _Failure] | None = iter(
+                DataLoader(
+                    reader,
+                    batch_size=None,  # one request in, one batch out, handed on as it is
+                    sampler=requests,
+                    num_workers=workers,
+                    prefetch_factor=_PREFETCH if workers else None,
+                    pin_memory=pin_memory,
+                    worker_init_fn=_leave_interrupts_to_the_parent,
+                    # Forked workers share the source's memory; elsewhere fork is unsafe or absent.
+                    multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+                    # DataLoader draws a seed; from the global generator it would change the caller's.
+                    generator=torch.Generator(),
+                )
+            )
+
+    def __next__(self) -> Batch:
+        if self._items is None:
+            raise StopIteration
+        try:
+            item = next(self._items)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(item, _Failure):
+            self.close()
+            raise DataError(item.message)
+        return item
+
+    def close(self) -> None:
+        """End the workers. The stream is at its end afterwards; closing it twice does no harm."""
+        self._items = None
+
+
+def train_loader(
+    source: Source,
+    view: View,
+    *,
+    seed: int,
+    batch: int,
+    ghost_batch: int,
+    ghosts_per_micro: int,
+    updates_per_epoch: int,
+    start_update: int,
+    stop_update: int,
+    rank: int,
+    world: int,
+    workers: int,
+    pin_memory: bool,
+    on_error: str,
+) -> Stream:
+    """The micro-batches of one rank for the updates [start_update, stop_update), across epochs.
+
+    `batch` is the global batch. An update has as many micro-batches as order.micro_bounds says, the same
+    number each time and none for a rank without ghost batches. A stream that starts at update k equals
+    the rest of one that started at 0.
+
+    A picture that cannot be read or decoded stops the stream with DataError under `on_error="fail"`.
+    Under "skip" the next sample id that can be decoded takes its place, with that sample's label and the
+    augmentation of the id it stands in for. Ids follow the paths, so the neighbour nearly always has the
+    same class and the balance of the classes stays. The bad picture is recorded each time it is met;
+    after 1,000 of them in a row the stream ends with DataError. Raises ValueError where an epoch's
+    updates need more samples than there are, and for another `on_error`.
+    """
+    if on_error not in ("skip", "fail"):
+        raise ValueError(f"on_error is {on_error!r}; it can be 'skip' or 'fail'")
+    if updates_per_epoch * batch > len(source):
+        raise ValueError(f"{updates_per_epoch} updates of {batch} need more than {len(source)} samples")
+
+    def requests() -> Iterator[_Request]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for update in range(start_update, stop_update):
+            if update // updates_per_epoch != epoch:
+                epoch = update // updates_per_epoch
+                order = epoch_order(seed, epoch, len(source))
+            for samples in micro_batches(
+                order,
+                update,
+                batch=batch,
+                updates_per_epoch=updates_per_epoch,
+                ghost_batch=ghost_batch,
+                ghosts_per_micro=ghosts_per_micro,
+                rank=rank,
+                world=world,
+            ):
+                yield _Request(epoch, samples)
+
+    return Stream(requests(), _TrainReader(source, view, seed, on_error), workers, pin_memory)
+
+
+def eval_loader(
+    source: Source, view: View, *, micro_batch: int, rank: int, world: int, workers: int, pin_memory: bool
+) -> Stream:
+    """The samples of one rank in order, `micro_batch` at a time, each once; the last batch may be smaller.
+
+    A picture that cannot be read or decoded keeps its place, with zeros for pixels and -1 for a label.
+    """
+    start, stop = eval_run(len(source), rank, world)
+    requests = (
+        _Request(0, np.arange(first, min(first + micro_batch, stop))) for first in range(start, stop, micro_batch)
+    )
+    return Stream(requests, _EvalReader(source, view), workers, pin_memory)
+
+
+class _Request(NamedTuple):
+    epoch: int
+    samples: npt.NDArray[np.int64]
+
+
+class _Failure(NamedTuple):
+    """What a reader returns to end the stream: an exception would arrive wrapped in a worker's traceback."""
+
+    message: str
+
+
+class _Reader(Dataset["Batch | _Failure"]):
+    def __init__(self, source: Source, view: View) -> None:
+        self._source = source
+        self._view = view
+
+    def _load(self, sample: int, geometry: Callable[[int, int], Geometry]) -> npt.NDArray[np.uint8] | BadSample:
+        try:
+            return decode(self._source.read(sample), geometry, self._view.size)
+        except BadImage as error:
+            reason = str(error)
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        return BadSample(sample, self._source.where(sample), reason)
+
+    def _buffers(self, count: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        size = self._view.size
+        return np.zeros((count, size, size, 3), dtype=np.uint8), np.full(count, -1, dtype=np.int64)
+
+
+class _TrainReader(_Reader):
+    def __init__(self, source: Source, view: View, seed: int, on_error: str) -> None:
+        super().__init__(source, view)
+        self._seed = seed
+        self._on_error = on_error
+
+    def __getitem__(self, request: _Request) -> Batch | _Failure:
+        samples = request.samples.tolist()
+        images, labels = self._buffers(len(samples))
+        uniforms = batch_uniforms(self._seed, request.epoch, samples, UNIFORMS).tolist()
+        bad: list[BadSample] = []
+        for slot, wanted in enumerate(samples):
+            geometry = partial(self._view.train, uniforms=uniforms[slot])
+            for step in range(min(_MAX_TRIES, len(self._source))):
+                sample = (wanted + step) % len(self._source)
+                found = self._load(sample, geometry)
+                if not isinstance(found, BadSample):
+                    images[slot] = found
+                    labels[slot] = self._source.labels[sample]
+                    break
+                bad.append(found)
+                if self._on_error == "fail":
+                    return _Failure(
+                        f"{found.where}: {found.reason}. Mend or remove the file, or set data.on_error=skip "
+                        "to put the next sample in its place."
+                    )
+            else:
+                return _Failure(
+                    f"{bad[-1].where}: {bad[-1].reason}. It is the last of {step + 1} samples in a row that "
+                    "cannot be read; see whether the data set is whole and data.root reachable."
+                )
+        return _batch(images, labels, bad)
+
+
+class _EvalReader(_Reader):
+    def __getitem__(self, request: _Request) -> Batch | _Failure:
+        samples = request.samples.tolist()
+        images, labels = self._buffers(len(samples))
+        bad: list[BadSample] = []
+        for slot, sample in enumerate(samples):
+            found = self._load(sample, self._view.evaluate)
+            if isinstance(found, BadSample):
+                bad.append(found)
+            else:
+                images[slot] = found
+                labels[slot] = self._source.labels[sample]
+        return _batch(images, labels, bad)
+
+
+def _batch(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], bad: Iterable[BadSample]) -> Batch:
+    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), tuple(bad))
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the parent decides how to end, and then ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

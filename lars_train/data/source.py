@@ -1,0 +1,135 @@
+"""What a data set is to the rest of the package: two `Source`s, class names and a fingerprint.
+
+Also the compact containers that sources keep their names in. Nothing here opens files or decodes images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.int32]
+# Numbered names are made in runs of this many, so that their memory does not grow with the split.
+_RUN = 65536
+
+
+class Source(Protocol):
+    """Samples of one split, addressed by sample id.
+
+    Sources can be pickled, and used after a fork: file handles are opened on first use in each process.
+    """
+
+    labels: Labels
+    """Shape (N,): the label of every sample."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, sample: int) -> str:
+        """Path within the split's root, such as ``n01440764/x.JPEG``."""
+        ...
+
+    def where(self, sample: int) -> str:
+        """The whole place, for a human: ``/data/train/cat/1.jpg`` or ``pets.zip!train/cat/1.jpg``."""
+        ...
+
+    def read(self, sample: int) -> bytes | npt.NDArray[np.uint8]:
+        """Encoded image, or decoded uint8 (H, W) or (H, W, 3). Raises OSError when it cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a validation split over the same classes (label = index into `classes`)."""
+
+    train: Source
+    val: Source
+    classes: tuple[str, ...]
+    fingerprint: str
+    """16 hex digits of the SHA-256 over the classes, and the names and labels of both splits."""
+
+
+class Names:
+    """A read-only sequence of byte strings in two numpy arrays: about 8 bytes a name more than its text.
+
+    Reading a name touches no Python object that a forked worker shares, so it copies no memory page.
+    """
+
+    def __init__(self, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> None:
+        self._blob = blob
+        self._starts = starts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._blob.nbytes + self._starts.nbytes
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample id {index} is not in [0, {len(self)})")
+        return self._blob[self._starts[index] : self._starts[index + 1] - 1].tobytes()
+
+    def runs(self) -> Iterator[bytes | memoryview]:
+        """All names in order, each followed by a NUL byte, in pieces: what `fingerprint` hashes."""
+        yield self._blob.data
+
+
+class NamesBuilder:
+    """Collects names one after the other; `build` gives the `Names`."""
+
+    def __init__(self) -> None:
+        self._blob = bytearray()
+        self._starts = array("q", [0])
+
+    def extend(self, names: Iterable[bytes]) -> None:
+        for name in names:
+            self._blob += name
+            self._blob.append(0)
+            self._starts.append(len(self._blob))
+
+    def build(self) -> Names:
+        return Names(np.array(self._blob, np.uint8), np.array(self._starts, np.int64))
+
+
+def numbered(prefix: str, sample: int) -> str:
+    """The name of a sample that has no file: zero-padded, so that bytewise order is the order of ids."""
+    return f"{prefix}/{sample:08d}"
+
+
+def numbered_runs(prefix: str, count: int) -> Iterator[bytes]:
+    """`Names.runs` for the names ``numbered(prefix, 0..count-1)``."""
+    for start in range(0, count, _RUN):
+        stop = min(start + _RUN, count)
+        yield "".join(f"{numbered(prefix, i)}\0" for i in range(start, stop)).encode()
+
+
+def fingerprint(classes: Iterable[str], *splits: tuple[Iterable[bytes | memoryview], npt.NDArray[np.integer]]) -> str:
+    """16 hex digits of the SHA-256 over class names and, for each split, its names and labels.
+
+    `splits`: the runs of NUL-terminated names (see `Names.runs`) and the labels, shape (N,). It does not
+    depend on the kind of store: a folder and a zip of it have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name in classes:
+        digest.update(os.fsencode(name) + b"\0")
+    for runs, labels in splits:
+        # An empty name and the count: no other division into splits gives the same stream.
+        digest.update(b"\0" + len(labels).to_bytes(8, "little"))
+        for run in runs:
+            digest.update(run)
+        digest.update(labels.astype("<i4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def printable(path: bytes) -> str:
+    """A path for messages: bytes that are not UTF-8 become U+FFFD instead of breaking the terminal."""
+    return path.decode("utf-8", "replace")

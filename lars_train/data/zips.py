@@ -1,0 +1,225 @@
+"""A zip file as a `Tree`, and its samples as a `Source`, read in place.
+
+Nothing is extracted, and a name in the zip never becomes a path on disk: it is only looked up. Entries may
+be stored or deflated. The directory of the zip is read once; a source keeps 29 bytes and the name of each
+of its samples, so a worker process need not read the directory again.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import weakref
+import zipfile
+import zlib
+from bisect import bisect_left
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.data.source import Labels, Names, Source, printable
+from lars_train.data.tree import is_hidden, is_image, join
+from lars_train.errors import ConfigError
+
+_ENTRY = np.dtype([("header", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("deflated", "?")])
+# Local file header (APPNOTE.TXT 4.3.7): signature, 22 bytes that the directory repeats, two lengths.
+_HEADER = struct.Struct("<4s22xHH")
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+# Deflate cannot shrink data more than this (https://zlib.net/zlib_tech.html, "Maximum Compression Factor").
+_RATIO = 1032
+# The byte that follows the slash: every path in the folder x sorts before x0.
+_AFTER_SLASH = b"0"
+
+
+class ZipSource:
+    """Samples that are entries of the zip at `path`, below the folder `inside`.
+
+    `entries`: one `_ENTRY` record per sample. Safe to use from several threads.
+    """
+
+    def __init__(self, path: Path, inside: bytes, names: Names, labels: Labels, entries: npt.NDArray[np.void]) -> None:
+        self.labels = labels
+        self._file = _File(path)
+        self._inside = inside
+        self._names = names
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, sample: int) -> str:
+        return os.fsdecode(self._names[sample])
+
+    def where(self, sample: int) -> str:
+        return f"{self._file.path}!{printable(join(self._inside, self._names[sample]))}"
+
+    def read(self, sample: int) -> bytes:
+        header, packed, size, crc, deflated = self._entries[sample].item()
+        try:
+            data = self._file.entry(header, packed)
+            if deflated:
+                # One byte more than promised is enough to see that the promise is broken.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise OSError(f"{self.where(sample)}: cannot be read: {error}") from error
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise OSError(f"{self.where(sample)}: damaged: size or CRC-32 differs from the zip's directory")
+        return data
+
+
+class ZipTree:
+    """The folders and files in the zip at `path`; one folder around everything is looked through.
+
+    Raises `ConfigError` when the file is no zip, or its images are encrypted, duplicate, or packed by a
+    method other than store or deflate.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
+        self._path = path
+        self._base = b""
+        members = _members(path)
+        _check(path, members)
+        self._members = dict(members)
+        self._sorted = [name for name, _ in members]
+        top = self.folders(b"")
+        if len(top) == 1 and top != [b"train"] and self.folders(top[0]):
+            self._base = top[0]
+            self.place = f"{path}!{printable(top[0])}"
+
+    def folders(self, inside: bytes) -> list[bytes]:
+        return self._list(inside)[0]
+
+    def files(self, inside: bytes) -> list[bytes]:
+        return self._list(inside)[1]
+
+    def images(self, inside: bytes) -> list[bytes]:
+        prefix = self._prefix(inside)
+        first = bisect_left(self._sorted, prefix)
+        end = bisect_left(self._sorted, True, lo=first, key=lambda path: not path.startswith(prefix))
+        return [path[len(prefix) :] for path in self._sorted[first:end] if is_image(path)]
+
+    def read(self, path: bytes) -> bytes:
+        with zipfile.ZipFile(self._path) as opened:
+            try:
+                return opened.read(self._members[join(self._base, path)])
+            except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+                raise OSError(f"{self.place}!{printable(path)}: {error}") from error
+
+    def source(self, inside: bytes, names: Names, labels: Labels) -> Source:
+        inside = join(self._base, inside)
+        entries = np.empty(len(names), _ENTRY)
+        for sample in range(len(names)):
+            info = self._members[join(inside, names[sample])]
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            entries[sample] = (info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
+        return ZipSource(self._path, inside, names, labels, entries)
+
+    def _list(self, inside: bytes) -> tuple[list[bytes], list[bytes]]:
+        """The folders and the files directly in `inside`; what lies in those folders is leapt over."""
+        prefix = self._prefix(inside)
+        folders, files = [], []
+        index = bisect_left(self._sorted, prefix)
+        while index < len(self._sorted) and self._sorted[index].startswith(prefix):
+            name, slash, _ = self._sorted[index][len(prefix) :].partition(b"/")
+            if slash:
+                folders.append(name)
+                index = bisect_left(self._sorted, prefix + name + _AFTER_SLASH)
+            else:
+                files.append(name)
+                index += 1
+        return sorted(folders), [name for name in files if name]
+
+    def _prefix(self, inside: bytes) -> bytes:
+        folder = join(self._base, inside)
+        return folder + b"/" if folder else b""
+
+
+class _File:
+    """The zip file, read with ``pread``: there is no file position for threads and forked processes to share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+        self._opening = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_File], tuple[Path]]:
+        return _File, (self.path,)
+
+    def entry(self, header: int, packed: int) -> bytes:
+        """The `packed` bytes of the entry whose local header lies at `header`."""
+        signature, name_length, extra_length = _HEADER.unpack(self._exactly(_HEADER.size, header))
+        if signature != b"PK\x03\x04":
+            raise OSError("no entry where the zip's directory says; was the file replaced during the run?")
+        return self._exactly(packed, header + _HEADER.size + name_length + extra_length)
+
+    def _exactly(self, count: int, offset: int) -> bytes:
+        handle = self._open()
+        pieces = []
+        while count:
+            piece = os.pread(handle, count, offset)
+            if not piece:
+                raise EOFError("the zip ends early")
+            pieces.append(piece)
+            count -= len(piece)
+            offset += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._handle is None:
+                self._handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                weakref.finalize(self, os.close, self._handle)
+            return self._handle
+
+
+def _members(path: Path) -> list[tuple[bytes, zipfile.ZipInfo]]:
+    """Every entry that is not hidden with its name as bytes, in bytewise order; folders end in ``/``."""
+    try:
+        with zipfile.ZipFile(path) as opened:
+            named = ((_raw_name(info), info) for info in opened.infolist())
+            shown = [(name, info) for name, info in named if _is_shown(name)]
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, UnicodeError, struct.error) as error:
+        raise ConfigError(
+            f"data.root={path} is not a valid zip ({error}); make or download it again, or give the folder "
+            "that it was made from."
+        ) from error
+    shown.sort(key=lambda member: member[0])
+    return shown
+
+
+def _raw_name(info: zipfile.ZipInfo) -> bytes:
+    """The name's bytes as they stand in the zip (zipfile decodes unmarked ones as code page 437)."""
+    return info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+
+
+def _is_shown(name: bytes) -> bool:
+    # `..` and an empty part (an absolute path) are hidden as well, so a hostile name is passed over.
+    return b"\0" not in name and not any(is_hidden(part) for part in name.rstrip(b"/").split(b"/"))
+
+
+def _check(path: Path, members: list[tuple[bytes, zipfile.ZipInfo]]) -> None:
+    """Raises `ConfigError` for the first image that `ZipSource` could not read."""
+    length = path.stat().st_size
+    before = b""
+    for name, info in members:
+        if not is_image(name):
+            continue
+        problem = ""
+        if name == before:
+            problem = "is in it twice"
+        elif info.flag_bits & _ENCRYPTED:
+            problem = "is encrypted"
+        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            problem = "is neither stored nor deflated"
+        elif info.header_offset + info.compress_size > length:
+            problem = "lies beyond the end of the file"
+        elif info.file_size > _RATIO * info.compress_size:
+            problem = "claims to be larger than it can be"
+        if problem:
+            raise ConfigError(
+                f"data.root={path}: {printable(name)} {problem}; pack the zip again (`zip -r -0` will do)."
+            )
+        before = name

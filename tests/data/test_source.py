@@ -1,0 +1,86 @@
+"""Names take little memory, and the fingerprint changes with what it covers and with nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_train.data.source import Names, NamesBuilder, fingerprint, numbered, numbered_runs, printable
+
+PATHS = st.lists(st.binary(max_size=20).map(lambda raw: raw.replace(b"\0", b"")), max_size=30)
+
+
+def build(names: list[bytes]) -> Names:
+    builder = NamesBuilder()
+    builder.extend(names)
+    return builder.build()
+
+
+@given(PATHS)
+def test_names_come_back_as_they_went_in(names: list[bytes]) -> None:
+    held = build(names)
+    assert [held[i] for i in range(len(held))] == names
+    assert b"".join(held.runs()) == b"".join(name + b"\0" for name in names)
+    again = pickle.loads(pickle.dumps(held))
+    assert [again[i] for i in range(len(again))] == names
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_sample_id_outside_the_split_is_an_error(index: int) -> None:
+    with pytest.raises(IndexError, match=r"\[0, 2\)"):
+        build([b"a", b"b"])[index]
+
+
+def test_the_names_of_imagenet_fit_in_150_mb() -> None:
+    count = 1_281_167
+    held = build([b"n01440764/n01440764_%08d.JPEG" % i for i in range(count)])
+    assert len(held) == count
+    assert held[count - 1] == b"n01440764/n01440764_01281166.JPEG"
+    assert held.nbytes < 60e6
+    # What a worker gets is arrays; there is no Python object per name whose reference count could be touched.
+    assert all(isinstance(value, np.ndarray) for value in vars(held).values())
+
+
+def test_numbered_names_are_in_bytewise_order_and_in_runs_alike() -> None:
+    names = [numbered("train", i).encode() for i in range(70_000)]
+    assert names == sorted(names)
+    assert b"".join(numbered_runs("train", 70_000)) == b"".join(name + b"\0" for name in names)
+
+
+def test_fingerprint_is_the_sha256_of_classes_names_and_labels() -> None:
+    labels = np.array([0, 1], np.int32)
+    stream = b"cat\0dog\0"
+    stream += b"\0" + (2).to_bytes(8, "little") + b"cat/1\0dog/1\0" + b"\0\0\0\0\1\0\0\0"
+    stream += b"\0" + (0).to_bytes(8, "little")
+    value = fingerprint(
+        ["cat", "dog"],
+        (build([b"cat/1", b"dog/1"]).runs(), labels),
+        (build([]).runs(), np.zeros(0, np.int32)),
+    )
+    assert value == hashlib.sha256(stream).hexdigest()[:16]
+
+
+def test_fingerprint_tells_apart_whatever_it_covers() -> None:
+    def of(classes: list[str], train: list[bytes], val: list[bytes], labels: list[int]) -> str:
+        both = np.array(labels, np.int64)
+        return fingerprint(classes, (build(train).runs(), both[: len(train)]), (build(val).runs(), both[len(train) :]))
+
+    values = [
+        of(["a", "b"], [b"x", b"y"], [b"z"], [0, 1, 0]),
+        of(["a", "c"], [b"x", b"y"], [b"z"], [0, 1, 0]),
+        of(["a", "b"], [b"x", b"w"], [b"z"], [0, 1, 0]),
+        of(["a", "b"], [b"x", b"y"], [b"z"], [0, 1, 1]),
+        of(["a", "b"], [b"x"], [b"y", b"z"], [0, 1, 0]),
+        of(["a"], [b"b", b"x"], [b"y"], [0, 1, 0]),
+    ]
+    assert len(set(values)) == len(values)
+    assert all(len(value) == 16 and int(value, 16) >= 0 for value in values)
+
+
+def test_a_path_that_is_not_utf8_can_be_printed() -> None:
+    assert printable(b"caf\xe9/1.jpg").encode() == "caf\ufffd/1.jpg".encode()

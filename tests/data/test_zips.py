@@ -1,0 +1,242 @@
+"""A zip is read in place, by any thread and process, and can do no harm whatever is in it."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import pickle
+import struct
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+
+from lars_train.data.folder import open_folder
+from lars_train.data.source import Source
+from lars_train.errors import ConfigError
+
+MakeTree = Callable[[Mapping[Any, bytes]], str]
+
+RANDOM = np.random.default_rng(0)
+CONTENT = {
+    f"{split}/{c}/{i}.jpg": RANDOM.bytes(int(RANDOM.integers(0, 5000)))
+    for split in ("train", "val")
+    for c in "ab"
+    for i in range(10)
+}
+
+
+def pack(path: Path, method: int, files: Mapping[str, bytes] = CONTENT) -> str:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return str(path)
+
+
+class Barrier(Protocol):
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def agrees(source: Source) -> bool:
+    return all(source.read(i) == CONTENT[f"train/{source.name(i)}"] for i in range(len(source)))
+
+
+def read_together(source: Source, start: Barrier, rounds: int) -> bool:
+    start.wait(30)
+    return all(agrees(source) for _ in range(rounds))
+
+
+def child(source: Source, start: Barrier, verdict: multiprocessing.SimpleQueue[bool]) -> None:
+    try:
+        verdict.put(read_together(source, start, 100))
+    except OSError:
+        verdict.put(False)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> str:
+    return pack(tmp_path / "x.zip", zipfile.ZIP_STORED)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_stored_and_deflated_entries_are_read(tmp_path: Path, method: int) -> None:
+    source = open_folder(pack(tmp_path / "x.zip", method), None).train
+    assert len(source) == 20
+    assert agrees(source)
+    assert sorted(os.listdir(tmp_path)) == ["x.zip"]
+
+
+def test_entries_of_a_streamed_zip_are_read(tmp_path: Path) -> None:
+    # Written to a pipe, sizes stand behind the data and not in the local header.
+    class Pipe(io.BytesIO):
+        def tell(self) -> int:
+            raise io.UnsupportedOperation("a pipe has no position")
+
+    pipe = Pipe()
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in CONTENT.items():
+            archive.writestr(name, content)
+    # Bytes before the zip are allowed, too (self-extracting ones have a program there).
+    (tmp_path / "x.zip").write_bytes(b"#!program" + pipe.getvalue())
+    assert agrees(open_folder(str(tmp_path / "x.zip"), None).train)
+
+
+def test_one_folder_around_everything_is_looked_through(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.zip", 0, {f"pets/{n}": c for n, c in CONTENT.items()} | {"README": b""})
+    source = open_folder(path, None).train
+    assert agrees(source)
+    assert source.where(0) == f"{path}!pets/train/a/0.jpg"
+    classes = pack(tmp_path / "y.zip", 0, {n.replace("train/", "pets/"): b"" for n in CONTENT if "val" not in n})
+    assert open_folder(classes, 0.1).classes == ("a", "b")
+
+
+def test_hostile_names_are_passed_over(tmp_path: Path) -> None:
+    hostile = [
+        "../../x.jpg",
+        "/etc/x.jpg",
+        "train/../../x.jpg",
+        "train/a/../../../x.jpg",
+        "train//x.jpg",
+        "/train/a/x.jpg",
+        "train/a/./x.jpg",
+        "C:/train/a/x.jpg",
+        "..\\..\\x.jpg",
+    ]
+    path = pack(tmp_path / "x.zip", 0, {**dict.fromkeys(hostile, b"bad"), **CONTENT})
+    data = open_folder(path, None)
+    assert data.classes == ("a", "b")
+    assert len(data.train) == 20
+    assert agrees(data.train)
+    assert sorted(os.listdir(tmp_path)) == ["x.zip"]
+
+
+def test_a_name_in_another_code_page_keeps_its_bytes(tmp_path: Path) -> None:
+    path = Path(pack(tmp_path / "x.zip", 0, {**CONTENT, "train/a/e_.jpg": b"accent"}))
+    path.write_bytes(path.read_bytes().replace(b"train/a/e_.jpg", b"train/a/\xc3\xa9.jpg"))
+    source = open_folder(str(path), None).train
+    assert [source.read(i) for i in range(len(source)) if source.name(i) == "a/é.jpg"] == [b"accent"]
+
+
+def test_a_damaged_entry_is_an_oserror_that_names_it(tmp_path: Path) -> None:
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        name = "train/a/3.jpg"
+        path = Path(pack(tmp_path / "x.zip", method))
+        raw = bytearray(path.read_bytes())
+        with zipfile.ZipFile(path) as archive:
+            raw[archive.getinfo(name).header_offset + 30 + len(name) + 40] ^= 0x55
+        path.write_bytes(raw)
+        source = open_folder(str(path), None).train
+        with pytest.raises(OSError, match=r"damaged|cannot be read") as caught:
+            source.read(3)
+        assert source.where(3) in str(caught.value)
+        assert source.read(4) == CONTENT["train/a/4.jpg"]
+
+
+def test_a_zip_that_vanishes_or_changes_during_the_run_is_an_oserror(archive: str) -> None:
+    source = open_folder(archive, None).train
+    kept = pickle.dumps(source)
+    Path(archive).write_bytes(b"\0" * 200_000)
+    with pytest.raises(OSError, match=r"a/1\.jpg.*replaced"):
+        source.read(1)
+    Path(archive).write_bytes(b"")
+    with pytest.raises(OSError, match=r"a/1\.jpg.*ends early"):
+        source.read(1)
+    Path(archive).unlink()
+    with pytest.raises(OSError, match=r"a/1\.jpg"):
+        pickle.loads(kept).read(1)
+
+
+def test_threads_do_not_disturb_one_another(archive: str) -> None:
+    source = open_folder(archive, None).train
+    assert agrees(source)
+    start = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: read_together(source, start, 100), range(4)))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_processes_do_not_disturb_the_parent_or_one_another(archive: str) -> None:
+    source = open_folder(archive, None).train
+    assert agrees(source)  # the parent has the file open now, and goes on reading
+    context = multiprocessing.get_context("fork")
+    verdict: multiprocessing.SimpleQueue[bool] = context.SimpleQueue()
+    start = context.Barrier(4)
+    children = [context.Process(target=child, args=(source, start, verdict)) for _ in range(3)]
+    for process in children:
+        process.start()
+    assert read_together(source, start, 100)
+    assert [verdict.get() for _ in children] == [True] * 3
+    for process in children:
+        process.join(30)
+
+
+def test_a_source_with_an_open_file_can_be_pickled(archive: str) -> None:
+    source = open_folder(archive, None).train
+    source.read(0)
+    copy = pickle.loads(pickle.dumps(source))
+    thread = threading.Thread(target=lambda: copy.read(0))
+    thread.start()
+    thread.join()
+    assert agrees(copy)
+
+
+def test_a_sample_costs_its_name_and_few_bytes_more(tmp_path: Path) -> None:
+    files = {f"{s}/class/{i:06d}.jpg": b"" for s in ("train", "val") for i in range(5000)}
+    source = open_folder(pack(tmp_path / "x.zip", 0, files), None).train
+    # Of imagenet's 1,281,167 samples, 150 MB are 117 bytes each; their names take about 30.
+    assert len(pickle.dumps(source)) / len(source) < len("class/000000.jpg") + 50
+
+
+def rewrite(path: str, edit: Callable[[bytearray], None]) -> None:
+    raw = bytearray(Path(path).read_bytes())
+    edit(raw)
+    Path(path).write_bytes(raw)
+
+
+def in_directory(name: str, offset: int, value: bytes) -> Callable[[bytearray], None]:
+    """Overwrites a field of the entry in the central directory (APPNOTE.TXT, 4.3.12)."""
+
+    def edit(raw: bytearray) -> None:
+        start = raw.rindex(name.encode()) - 46
+        assert raw[start : start + 4] == b"PK\x01\x02"
+        raw[start + offset : start + offset + len(value)] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (8, struct.pack("<H", 1), "train/a/3.jpg is encrypted"),
+        (10, struct.pack("<H", 14), "train/a/3.jpg is neither stored nor deflated"),
+        (20, struct.pack("<I", 1 << 30), "train/a/3.jpg lies beyond the end of the file"),
+        (24, struct.pack("<I", 1 << 30), "train/a/3.jpg claims to be larger than it can be"),
+    ],
+)
+def test_an_entry_that_cannot_be_read_is_named_when_opened(
+    archive: str, offset: int, value: bytes, message: str
+) -> None:
+    rewrite(archive, in_directory("train/a/3.jpg", offset, value))
+    with pytest.raises(ConfigError, match=rf"data\.root=.*x\.zip: {message}; pack"):
+        open_folder(archive, None)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_an_image_that_is_there_twice_is_named(archive: str) -> None:
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr("train/b/0.jpg", b"another")
+    with pytest.raises(ConfigError, match=r"data\.root=.*train/b/0\.jpg is in it twice; pack"):
+        open_folder(archive, None)
+
+
+@pytest.mark.parametrize("keep", [0, 10, -10])
+def test_a_file_that_is_no_whole_zip_is_told_apart(archive: str, keep: int) -> None:
+    Path(archive).write_bytes(Path(archive).read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=r"data\.root=.*x\.zip is not a valid zip .*download it again"):
+        open_folder(archive, None)
