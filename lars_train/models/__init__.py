@@ -1,0 +1,1 @@
+"""The networks, their batch normalisation, and how they are built by name."""

@@ -1,0 +1,136 @@
+"""Batch normalisation over ghost batches, with running statistics entered once per update.
+
+The statistics that normalise an activation are those of its own ghost batch, on any hardware and with any
+micro-batch. What the ranks exchange is left to the caller of `RunningStatistics.update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class GhostBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose training statistics are taken over ghost batches (Hoffer et al. 2017,
+    https://arxiv.org/abs/1705.08741, section 4). Its state dict is that of `nn.BatchNorm2d`.
+
+    In training mode the (n, C, H, W) input is a row of whole ghost batches of `ghost_batch` samples, or a
+    single smaller one. Their means and unbiased variances are gathered, weighted by samples;
+    `running_mean` and `running_var` stay as they are until `RunningStatistics.update`. Evaluation is that of
+    `nn.BatchNorm2d`.
+
+    Every forward pass in training mode is gathered, so one that is made twice (activation checkpointing)
+    would count twice.
+
+    Args:
+        num_features: channels C.
+        ghost_batch: samples per ghost batch, at least 1.
+        eps, momentum, affine, device, dtype: as for `nn.BatchNorm2d`.
+
+    Raises:
+        ValueError: `ghost_batch` is below 1; in `forward`, n is 0 or larger than `ghost_batch` and no
+            multiple of it, or a ghost batch has a single value per channel.
+    """
+
+    ghost_sums: Tensor
+    """(2, C): means and unbiased variances since the last update, each times its ghost batch's samples."""
+    ghost_samples: Tensor
+    """(1,): the samples in `ghost_sums`."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        ghost_batch: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if ghost_batch < 1:
+            raise ValueError(f"ghost_batch={ghost_batch}: it must be at least 1")
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype)
+        self.ghost_batch = ghost_batch
+        sums = torch.zeros(2, num_features, device=device, dtype=dtype)
+        self.register_buffer("ghost_sums", sums, persistent=False)
+        self.register_buffer("ghost_samples", sums.new_zeros(1), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, C, H, W) to the same shape, dtype and memory format."""
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        samples = len(input)
+        ghost = min(self.ghost_batch, samples)
+        if samples == 0 or samples % ghost:
+            raise ValueError(
+                f"a micro-batch of {samples} samples is not made of whole ghost batches of {self.ghost_batch}"
+            )
+        parts = torch.split(input, ghost)
+        # With momentum 1 a row of zeros becomes exactly the ghost batch's mean or unbiased variance.
+        rows = self.ghost_sums.new_zeros(len(parts), 2, self.num_features)
+        outputs = [
+            functional.batch_norm(
+                part, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
+            )
+            for part, (mean, variance) in zip(parts, rows.unbind(), strict=True)
+        ]
+        self.ghost_sums.add_(rows.sum(0), alpha=ghost)
+        self.ghost_samples.add_(samples)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, ghost_batch={self.ghost_batch}, eps={self.eps}, momentum={self.momentum}"
+
+
+class RunningStatistics:
+    """Enters into the running statistics of a model, once per update, what its ghost batches gathered.
+
+    Each `GhostBatchNorm2d` gets ``running = (1 - momentum) * running + momentum * mean``, where the mean of
+    the ghost batches' means (and of their unbiased variances) is taken over all samples since the last
+    update, on all ranks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for layer in model.modules() if isinstance(layer, GhostBatchNorm2d)]
+
+    def update(self, all_reduce: Callable[[Tensor], None] | None = None) -> None:
+        """Enter the statistics and forget them; a layer without samples on any rank keeps its own.
+
+        Args:
+            all_reduce: replaces a 1-D tensor by its sum over the ranks, in place; called once, on every rank
+                alike, also by one that had no samples. None: there is one rank.
+        """
+        layers = self._layers
+        if not layers:
+            return
+        sums = [layer.ghost_sums for layer in layers]
+        samples = [layer.ghost_samples for layer in layers]
+        flat = torch.cat([t.flatten() for t in (*sums, *samples)])
+        if all_reduce is not None:
+            all_reduce(flat)
+        # One count per value: the layers of a model need not all have seen the same samples.
+        counts = torch.cat(
+            [
+                count.expand(total.numel())
+                for count, total in zip(torch.split(flat[-len(layers) :], 1), sums, strict=True)
+            ]
+        )
+        running = [t for layer in layers for t in _running(layer)]
+        means = torch.where(counts > 0, flat[: -len(layers)] / counts, torch.cat(running))
+        entries = torch.split(means, [t.numel() for t in running])
+        momenta = [m for layer in layers for m in [layer.momentum or 0.0] * 2]
+        torch._foreach_mul_(running, [1.0 - m for m in momenta])
+        torch._foreach_add_(running, torch._foreach_mul(entries, momenta))
+        torch._foreach_add_([t for layer in layers if (t := layer.num_batches_tracked) is not None], 1)
+        torch._foreach_zero_([*sums, *samples])
+
+
+def _running(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var

@@ -1,0 +1,153 @@
+"""Models by name are torchvision's, or the paper's; weights load whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lars_train.errors import ConfigError
+from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.factory import build_model, load_weights, model_names
+
+CIFAR = {"small": 8, "resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
+
+
+def build(name: str, num_classes: int = 10, zero_gamma: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, num_classes=num_classes, ghost_batch=4, zero_gamma=zero_gamma)
+
+
+def test_every_resnet_of_torchvision_can_be_named() -> None:
+    theirs = {n for n in torchvision.models.list_models(module=torchvision.models) if "resne" in n}
+    assert set(model_names()) == theirs | set(CIFAR)
+    assert len(model_names()) == len(set(model_names()))
+
+
+@pytest.mark.parametrize("name", sorted(CIFAR))
+def test_a_cifar_network_has_the_layers_of_its_name(name: str) -> None:
+    layers = [m for m in build(name).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == CIFAR[name]
+
+
+def test_a_torchvision_name_gives_torchvisions_network() -> None:
+    theirs = torchvision.models.resnet50(num_classes=10)
+    theirs.load_state_dict(build("resnet50").state_dict(), strict=True)
+
+    ours = build("resnet18").eval()
+    theirs = torchvision.models.resnet18(num_classes=10).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_the_same_seed_gives_torchvisions_initial_weights() -> None:
+    ours = build("resnet18")
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=10)
+    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18"])
+def test_every_norm_layer_is_ghost_batch_norm(name: str) -> None:
+    norms = [m for m in build(name).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(isinstance(m, GhostBatchNorm2d) and m.ghost_batch == 4 for m in norms)
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "blocks"), [("small", "bn2", 3), ("resnet18", "bn2", 8), ("resnet50", "bn3", 16)]
+)
+def test_zero_gamma_starts_every_block_as_its_shortcut(name: str, last: str, blocks: int) -> None:
+    gammas = {k: v for k, v in build(name, zero_gamma=True).state_dict().items() if "bn" in k and "weight" in k}
+    zero = {k for k, v in gammas.items() if not v.any()}
+    assert zero == {k for k in gammas if f".{last}." in k}
+    assert len(zero) == blocks
+    others = build(name).state_dict()
+    assert all((others[k] == 1).all() for k in gammas)
+
+
+def test_a_mistyped_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"model\.name=resnet_50.*Did you mean 'resnet50'"):
+        build("resnet_50")
+
+
+def test_names_are_listed_without_importing_torchvision() -> None:
+    code = (
+        "import sys; from lars_train.models.factory import model_names, build_model; model_names(); "
+        "build_model('small', num_classes=2, ghost_batch=4, zero_gamma=True); "
+        "sys.exit('torchvision' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_saved_weights_come_back(tmp_path: Path) -> None:
+    source, model = build("small"), build("small", zero_gamma=True)
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_old_files_without_batch_counters_load(tmp_path: Path) -> None:
+    state = {k: v for k, v in build("small").state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "w.pt")
+    load_weights(build("small"), str(tmp_path / "w.pt"))
+
+
+def test_weights_that_do_not_fit_are_refused_by_name_and_nothing_is_loaded(tmp_path: Path) -> None:
+    state = build("small").state_dict()
+    state["fc.weight"] = torch.zeros(3, 64)
+    state["extra"] = state.pop("conv1.weight")
+    torch.save(state, tmp_path / "w.pt")
+    model = build("small", zero_gamma=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ConfigError) as caught:
+        load_weights(model, tmp_path / "w.pt")
+    message = str(caught.value)
+    for part in (
+        "model.weights=",
+        "w.pt",
+        "1 missing: conv1.weight",
+        "1 not in the model: extra",
+        "fc.weight (3, 64) instead of (10, 64)",
+    ):
+        assert part in message
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_long_lists_of_faults_are_cut(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match=r"\d+ missing: conv1\.weight, bn1\.weight, bn1\.bias, \.\.\."):
+        load_weights(build("small"), tmp_path / "w.pt")
+
+
+def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    with pytest.raises(ConfigError, match="No such file"):
+        load_weights(build("small"), path)
+    for content in (b"", b"hello", bytes(range(256)), b"PK\x03\x04" + b"\0" * 40, b"}h\x80\xff."):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="not a file of plain tensors"):
+            load_weights(build("small"), path)
+    for thing in ({"model": build("small").state_dict()}, [torch.ones(2)], {"lr": math.pi}):
+        torch.save(thing, path)
+        with pytest.raises(ConfigError, match="no plain state dict"):
+            load_weights(build("small"), path)
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"conv1.weight": Evil()}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError):
+        load_weights(build("small"), tmp_path / "w.pt")
+    assert not (tmp_path / "ran").exists()
