@@ -1,0 +1,70 @@
+"""A run's config: schema, recipe, checks. ``resolve`` turns what Hydra composed into a checked `Config`.
+
+No torch is imported here: ``lars-train --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+from lars_train.config.checks import check_choices, check_values, refuse_unknown_keys
+from lars_train.config.recipe import fill_from_recipe, published_top1
+from lars_train.config.schema import (
+    AUTO,
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    LaunchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RecipeConfig,
+    RunConfig,
+    ScheduleConfig,
+    choices_of,
+    config_dir,
+    register,
+)
+from lars_train.config.values import EXECUTION_KEYS, absolute_paths, filled, flatten, run_hash
+
+__all__ = [
+    "AUTO",
+    "EXECUTION_KEYS",
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "LaunchConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "RecipeConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "absolute_paths",
+    "choices_of",
+    "config_dir",
+    "filled",
+    "flatten",
+    "published_top1",
+    "register",
+    "resolve",
+    "run_hash",
+]
+
+
+def resolve(raw: DictConfig) -> Config:
+    """The composed config as a checked `Config` in which nothing is left for the recipe to say.
+
+    Raises `ConfigError` for every value that can be judged without the data and without a device.
+    """
+    refuse_unknown_keys(raw, OmegaConf.structured(Config))
+    config = OmegaConf.to_object(raw)
+    assert isinstance(config, Config)
+    check_choices(config)
+    fill_from_recipe(config)
+    check_values(config)
+    return config

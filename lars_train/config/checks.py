@@ -1,0 +1,113 @@
+"""Every check of a config that needs neither the data nor a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from omegaconf import DictConfig, OmegaConf
+
+from lars_train.config.schema import AUTO, MODES, Config
+from lars_train.config.values import filled, flatten
+from lars_train.errors import ConfigError, nearest
+
+
+def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> None:
+    """Raise `ConfigError` for a key that the schema does not have."""
+    # Hydra's +key=value gets past the schema; a key that nothing reads would be ignored in silence.
+    for key in map(str, node):
+        if key not in schema:
+            raise ConfigError(f"{prefix}{key}: there is no such key.{nearest(key, map(str, schema))}")
+        if dataclasses.is_dataclass(OmegaConf.get_type(schema, key)):
+            refuse_unknown_keys(node[key], schema[key], f"{prefix}{key}.")
+
+
+def check_choices(config: Config) -> None:
+    """Raise `ConfigError` for a word that is none of those a key allows."""
+    choices: dict[str, tuple[str, ...]] = {
+        "mode": MODES,
+        "resume": (AUTO, "never"),
+        "device": (AUTO, "cpu", "cuda"),
+        "precision.name": (AUTO, "fp32", "fp64", "bf16", "fp16"),
+        "optimizer.name": ("recipe", "lars", "sgd"),
+        "data.name": ("imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"),
+        "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
+        "data.on_error": ("skip", "fail"),
+        "schedule.form": ("whole", "restart"),
+    }
+    leaves = flatten(config)
+    for key, allowed in choices.items():
+        value = leaves[key]
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+
+
+def check_values(config: Config) -> None:
+    """Raise `ConfigError` for a number out of its range, and for settings that do not go together."""
+    leaves = flatten(config)
+    positive = (
+        "epochs",
+        "max_updates",
+        "log_every",
+        "batch.size",
+        "batch.nominal",
+        "model.ghost_batch",
+        "optimizer.lr",
+        "optimizer.trust_coef",
+        "schedule.power",
+        "data.image_size",
+        "data.train_count",
+        "data.val_count",
+        "data.num_classes",
+        "distributed.timeout",
+        "evaluate.every_epochs",
+        "checkpoint.every_updates",
+        "checkpoint.keep",
+    )
+    not_negative = (
+        "seed",
+        "optimizer.momentum",
+        "optimizer.weight_decay",
+        "optimizer.eps",
+        "schedule.warmup_epochs",
+        "data.pad",
+        "data.max_bad",
+        "label_smoothing",
+    )
+    for key in (*positive, *not_negative):
+        value = leaves[key]
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (key in positive and value == 0):
+            wanted = "above 0" if key in positive else "0 or more"
+            raise ConfigError(f"{key}={value}: it must be {wanted}.")
+    if not 0 <= leaves["label_smoothing"] < 1:
+        raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
+    if not 0 < config.data.eval_crop <= 1:
+        raise ConfigError(f"data.eval_crop={config.data.eval_crop}: it must be above 0 and at most 1.")
+    if config.data.holdout is not None and not 0 < config.data.holdout < 1:
+        raise ConfigError(f"data.holdout={config.data.holdout}: it must be between 0 and 1.")
+    for key, least_value in (("mean", -math.inf), ("std", 0.0)):
+        values = getattr(config.data, key)
+        if len(values) != 3 or not all(math.isfinite(v) and v > least_value for v in values):
+            raise ConfigError(f"data.{key}={values}: three numbers are wanted, one per channel (std above 0).")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed={config.seed}: it must be below 2**63, for the generators take 64 bits.")
+    if filled(config.schedule.warmup_epochs) >= filled(config.epochs):
+        raise ConfigError(
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is not shorter than the run "
+            f"(epochs={config.epochs}): lower it, or train for longer."
+        )
+    for key, least in (("micro_batch", 1), ("launch.nproc", 1), ("launch.threads", 1), ("data.workers", 0)):
+        value = leaves[key]
+        if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ConfigError(f"{key}={value}: give {AUTO} or a whole number of at least {least}.")
+    name = config.run.name
+    if name is not None and (not name or "/" in name or name in (".", "..")):
+        raise ConfigError(f"run.name={name!r}: a plain folder name is wanted; use run.dir for a path.")
+    if config.run.dir is not None and config.run.name is not None:
+        raise ConfigError("run.dir and run.name are both set: run.dir is the whole path already; drop one.")
+    if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights):
+        raise ConfigError("mode=evaluate wants checkpoint.path=PATH, a checkpoint file or a run directory.")
+    if config.mode == "export" and not config.checkpoint.path:
+        raise ConfigError("mode=export wants checkpoint.path=PATH, a checkpoint file or a run directory.")

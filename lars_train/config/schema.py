@@ -1,0 +1,235 @@
+"""The schema: one dataclass per group of ``configs/``, registered with Hydra. No checks, no arithmetic.
+
+`None` in a field that a recipe knows means "as the recipe's row says"; recipe.py fills those in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+AUTO = "auto"
+MODES = ("train", "evaluate", "export")
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives. `dir` is the whole path; `name` a folder below ``runs/``; neither: named by hash."""
+
+    dir: Optional[str] = None
+    name: Optional[str] = None
+
+
+@dataclass
+class BatchConfig:
+    """`nominal`: the samples of one update on ImageNet. `size`: taken literally instead of a recipe's row.
+
+    `scaled`: shrink the nominal batch in proportion to the data set (None: for all but ImageNet).
+    """
+
+    name: str = "32k"
+    nominal: int = 32768
+    size: Optional[int] = None
+    scaled: Optional[bool] = None
+
+
+@dataclass
+class RowConfig:
+    """One row of a recipe. Every field stands, by the same name, in the group that it belongs to."""
+
+    optimizer: str = "lars"
+    lr: Optional[float] = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    decay_norm_bias: bool = True
+    eps: float = 1e-8
+    trust_coef: float = 0.001
+    warmup_epochs: float = 0.0
+    power: float = 2.0
+    form: str = "whole"
+    epochs: int = 90
+    label_smoothing: float = 0.0
+    zero_gamma: bool = False
+    ghost_batch: int = 32
+    published_top1: Optional[float] = None
+
+
+@dataclass
+class RecipeConfig:
+    """A published set of hyper-parameters: what all rows share, and one row per batch."""
+
+    name: str = "torchlars"
+    source: str = ""
+    common: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """What to train on. Sizes in pixels; `mean` and `std` on the scale 0 to 1, one value per channel."""
+
+    name: str = "mini"
+    root: Optional[str] = None
+    holdout: Optional[float] = None
+    val_labels: Optional[str] = None
+    image_size: int = 224
+    augment: str = "inception"
+    flip: bool = True
+    pad: int = 4
+    eval_crop: float = 0.875
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    workers: Union[int, str] = AUTO
+    on_error: str = "skip"
+    max_bad: int = 100
+    train_count: int = 1_281_167
+    val_count: int = 50_000
+    num_classes: int = 1000
+
+
+@dataclass
+class ModelConfig:
+    """`weights`: a plain state_dict file to start from. `ghost_batch`: samples per batch-norm statistics."""
+
+    name: str = "resnet50"
+    weights: Optional[str] = None
+    ghost_batch: Optional[int] = None
+    zero_gamma: Optional[bool] = None
+
+
+@dataclass
+class OptimizerConfig:
+    """`name`: ``recipe`` (the row decides), ``lars`` (over `base`) or ``sgd``. `kwargs` go to the base class."""
+
+    name: str = "recipe"
+    base: str = "SGD"
+    lr: Optional[float] = None
+    momentum: Optional[float] = None
+    weight_decay: Optional[float] = None
+    decay_norm_bias: Optional[bool] = None
+    eps: Optional[float] = None
+    trust_coef: Optional[float] = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleConfig:
+    """Linear warm-up, then polynomial decay. `form`: ``whole`` or ``restart`` (see optim/schedule.py).
+
+    `scale_warmup`: a warm-up that the recipe's row gives shrinks with the run's epochs.
+    """
+
+    warmup_epochs: Optional[float] = None
+    power: Optional[float] = None
+    form: Optional[str] = None
+    scale_warmup: bool = False
+
+
+@dataclass
+class PrecisionConfig:
+    """`name`: auto, fp32, fp64, bf16 or fp16 (autocast; fp16 with loss scaling)."""
+
+    name: str = AUTO
+
+
+@dataclass
+class LaunchConfig:
+    """`nproc`: processes on this machine, when torchrun or Slurm started none. `threads`: CPU threads of each."""
+
+    nproc: Union[int, str] = AUTO
+    threads: Union[int, str] = AUTO
+
+
+@dataclass
+class DistributedConfig:
+    """`timeout`: seconds after which a rank that does not answer ends the run."""
+
+    timeout: float = 600.0
+
+
+@dataclass
+class EvaluateConfig:
+    """`every_epochs`: epochs between evaluations; the last update is always evaluated."""
+
+    every_epochs: int = 1
+
+
+@dataclass
+class CheckpointConfig:
+    """`path`: the checkpoint to evaluate, export or go on from. `every_updates`: None is once an epoch."""
+
+    path: Optional[str] = None
+    every_updates: Optional[int] = None
+    keep: int = 3
+
+
+@dataclass
+class ExportConfig:
+    """`path`: the state_dict file to write; None is beside the checkpoint."""
+
+    path: Optional[str] = None
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    mode: str = "train"
+    seed: int = 0
+    epochs: Optional[int] = None
+    max_updates: Optional[int] = None
+    micro_batch: Union[int, str] = AUTO
+    label_smoothing: Optional[float] = None
+    device: str = AUTO
+    deterministic: bool = False
+    compile: bool = False
+    resume: str = AUTO
+    log_every: int = 10
+    run: RunConfig = field(default_factory=RunConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, as the node that ``configs/config.yaml`` starts from."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    # For the help text: Hydra's own list of groups takes it half a second.
+    OmegaConf.register_new_resolver("groups", _groups, replace=True)
+
+
+def _groups() -> str:
+    groups = sorted({path.parent.name for path in config_dir().glob("*/*.yaml")})
+    return "\n".join(f"{group}: {', '.join(choices_of(group))}" for group in groups)
+
+
+def choices_of(group: str) -> list[str]:
+    """The names of a group's files, batches by their size."""
+    names = (path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return sorted(names, key=lambda name: (nominal_batch(name), name))
+
+
+def nominal_batch(name: str) -> int:
+    """Samples per update on ImageNet of the batch called `name`: ``256`` or ``8k`` (8,192); 0 for another word."""
+    digits, thousands = name.removesuffix("k"), name.endswith("k")
+    return int(digits) * (1024 if thousands else 1) if digits.isdigit() else 0
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parent / "configs"

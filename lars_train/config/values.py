@@ -1,0 +1,80 @@
+"""A config seen as values: its leaves, its hash, its filled fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+from lars_train.config.schema import Config
+
+_T = TypeVar("_T")
+
+# What says where and how a run is executed, and not what it computes: left out of the run's hash, so that
+# the same experiment finds its own directory on other hardware and with other logging.
+EXECUTION_KEYS = (
+    "mode",
+    "max_updates",
+    "micro_batch",
+    "device",
+    "resume",
+    "log_every",
+    "run",
+    "launch",
+    "distributed",
+    "checkpoint.every_updates",
+    "checkpoint.keep",
+    "export",
+    "data.workers",
+    "recipe.rows",
+    "recipe.common",
+    "recipe.source",
+)
+
+
+def run_hash(config: Config) -> str:
+    """Eight hex digits of the SHA-256 of what the run computes (not of how it is executed)."""
+    plain = dataclasses.asdict(config)
+    for key in EXECUTION_KEYS:
+        *path, leaf = key.split(".")
+        node = plain
+        for part in path:
+            node = node[part]
+        node.pop(leaf)
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def filled(value: Optional[_T]) -> _T:
+    """A value that `resolve` has filled in from the recipe; AssertionError for a config that it never saw."""
+    assert value is not None, "the config was not resolved"
+    return value
+
+
+def absolute_paths(config: Config) -> Config:
+    """The config with its input paths made absolute: as a checkpoint keeps it, which may be read from any folder."""
+
+    def absolute(path: Optional[str]) -> Optional[str]:
+        return None if path is None else str(Path(path).expanduser().resolve())
+
+    data = dataclasses.replace(
+        config.data, root=absolute(config.data.root), val_labels=absolute(config.data.val_labels)
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every leaf of the config by its dotted key."""
+    leaves: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            leaves[prefix] = node
+
+    walk("", dataclasses.asdict(config))
+    return leaves

@@ -1,0 +1,150 @@
+"""Pure arithmetic of a run: global batch, updates, warm-up, accumulation. No torch, no device, no files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lars_train.config import Config, filled
+from lars_train.errors import ConfigError
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+SMALLEST_SCALED_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, in updates and samples; the same on any hardware.
+
+    `raised`: the scaled batch came out below 8 and was raised to 8. `stop`: the update that the run
+    ends after (`updates`, or less with ``max_updates``).
+    """
+
+    samples: int
+    nominal_batch: int
+    global_batch: int
+    ghost_batch: int
+    scaled: bool
+    raised: bool
+    epochs: int
+    updates_per_epoch: int
+    updates: int
+    stop: int
+    warmup_updates: int
+
+    @property
+    def ghosts(self) -> int:
+        """Ghost batches in one update."""
+        return self.global_batch // self.ghost_batch
+
+    def arithmetic(self) -> str:
+        """How the global batch came about, in one line."""
+        if not self.scaled:
+            return f"{self.global_batch:,}, taken as it is"
+        exact = self.nominal_batch * self.samples / IMAGENET_TRAIN_IMAGES
+        text = f"{self.nominal_batch:,} x {self.samples:,} / {IMAGENET_TRAIN_IMAGES:,} = {exact:.1f}"
+        if self.raised:
+            return f"{text}, raised to {self.global_batch}"
+        unit = f"a multiple of {self.ghost_batch}" if self.global_batch > self.ghost_batch else "a whole number"
+        return f"{text}, rounded to {unit}: {self.global_batch:,}"
+
+
+def scaled_batch(nominal: int, samples: int, ghost_batch: int) -> tuple[int, bool]:
+    """The global batch that has on `samples` images the updates per epoch that `nominal` has on ImageNet.
+
+    Returns it and whether it had to be raised to the smallest that batch norm works with.
+    """
+    exact = nominal * samples / IMAGENET_TRAIN_IMAGES
+    size = round(exact) if exact <= ghost_batch else ghost_batch * max(1, round(exact / ghost_batch))
+    if size >= SMALLEST_SCALED_BATCH:
+        return size, False
+    # Ghost batches smaller than that fill it up whole.
+    unit = ghost_batch if ghost_batch < SMALLEST_SCALED_BATCH else SMALLEST_SCALED_BATCH
+    return math.ceil(SMALLEST_SCALED_BATCH / unit) * unit, True
+
+
+def make_plan(config: Config, samples: int) -> Plan:
+    """The plan of a resolved config on a training set of `samples` images.
+
+    Raises `ConfigError` for a global batch that is not made of whole ghost batches or exceeds the set,
+    and for a warm-up that is not shorter than the run.
+    """
+    ghost, epochs, warmup_epochs = (
+        filled(config.model.ghost_batch),
+        filled(config.epochs),
+        filled(config.schedule.warmup_epochs),
+    )
+    batch = config.batch
+    nominal = batch.size or batch.nominal
+    scaled, raised = bool(batch.scaled), False
+    size = nominal
+    if scaled:
+        size, raised = scaled_batch(nominal, samples, ghost)
+    if size > ghost and size % ghost:
+        below = size // ghost * ghost
+        raise ConfigError(
+            f"{_batch_key(config)}: a global batch of {size} is no multiple of the ghost batch "
+            f"(model.ghost_batch={ghost}); the nearest that work are {below} and {below + ghost}."
+        )
+    if size > samples:
+        remedy = "use more images" if raised else "use batch.scaled=true or a smaller batch"
+        raise ConfigError(
+            f"{_batch_key(config)}: a global batch of {size:,} is larger than the training set "
+            f"({samples:,} images); {remedy}."
+        )
+    per_epoch = samples // size
+    updates = per_epoch * epochs
+    warmup = round(warmup_epochs * per_epoch)
+    if warmup >= updates:
+        raise ConfigError(
+            f"schedule.warmup_epochs={warmup_epochs}: the warm-up ({warmup} updates) is not "
+            f"shorter than the run ({updates} updates)."
+        )
+    return Plan(
+        samples=samples,
+        nominal_batch=nominal,
+        global_batch=size,
+        ghost_batch=min(ghost, size),
+        scaled=scaled,
+        raised=raised,
+        epochs=epochs,
+        updates_per_epoch=per_epoch,
+        updates=updates,
+        stop=min(updates, config.max_updates or updates),
+        warmup_updates=warmup,
+    )
+
+
+def check_world(plan: Plan, world: int) -> None:
+    """Raise `ConfigError` when there are more ranks than ghost batches."""
+    if plan.ghosts < world:
+        # A single ghost batch may be cut short by a small global batch: it does not tell the configured size.
+        least = f"{world * plan.ghost_batch}" if plan.ghosts > 1 else f"{world} times model.ghost_batch"
+        raise ConfigError(
+            f"a global batch of {plan.global_batch} holds {plan.ghosts} ghost batch(es) of {plan.ghost_batch}, "
+            f"too few for {world} ranks: start at most {plan.ghosts} (launch.nproc={plan.ghosts}), or use a "
+            f"global batch of at least {least}."
+        )
+
+
+def check_micro_batch(plan: Plan, micro_batch: int) -> int:
+    """Ghost batches in a micro-batch of `micro_batch` samples; `ConfigError` if they are not whole."""
+    if micro_batch % plan.ghost_batch:
+        below = micro_batch // plan.ghost_batch * plan.ghost_batch
+        near = [str(n) for n in (below, below + plan.ghost_batch) if n]
+        raise ConfigError(
+            f"micro_batch={micro_batch} is no multiple of the ghost batch of {plan.ghost_batch} samples; "
+            f"the nearest that work: {' and '.join(near)}."
+        )
+    return micro_batch // plan.ghost_batch
+
+
+def accumulation(plan: Plan, world: int, ghosts_per_micro: int) -> int:
+    """The most micro-batches that a rank works through in one update."""
+    return math.ceil(math.ceil(plan.ghosts / world) / ghosts_per_micro)
+
+
+def _batch_key(config: Config) -> str:
+    if config.batch.size is not None:
+        return f"batch.size={config.batch.size}"
+    return f"batch={config.batch.name}"

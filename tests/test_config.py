@@ -1,0 +1,428 @@
+"""What a composed config comes to: the recipe's rows, what overrides them, what is refused, and the run's hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from lars_train.config import Config, config_dir, filled, flatten, published_top1, register, resolve, run_hash
+from lars_train.errors import ConfigError
+
+# The published table (github.com/kakaobrain/torchlars, README) and what configs/recipe/torchlars.yaml adds to it:
+# optimizer, lr, warm-up epochs, weight decay, epochs, published top-1.
+TORCHLARS = {
+    "256": ("sgd", 0.2, 0.0, 1e-4, 90, 73.79),
+    "8k": ("lars", 12.8, 5.0, 5e-4, 90, 73.78),
+    "16k": ("lars", 25.0, 5.0, 5e-4, 90, 73.36),
+    "32k": ("lars", 29.0, 5.0, 5e-4, 90, 72.26),
+}
+
+
+@lru_cache
+def composed(*overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def resolved(*choices: str, **values: Any) -> Config:
+    """Choices of groups go through Hydra; values by their dotted key (``__`` for the dot) straight into the config."""
+    raw = deepcopy(composed(*choices))
+    for key, value in values.items():
+        # A recipe's rows are free of the schema, as its YAML is.
+        OmegaConf.update(raw, key.replace("__", "."), value, force_add=key.startswith("recipe."))
+    return resolve(raw)
+
+
+def refusal(*choices: str, **values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolved(*choices, **values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("row", TORCHLARS)
+def test_the_rows_of_torchlars_are_the_published_ones(row: str) -> None:
+    config = resolved("data=imagenet", f"batch='{row}'")
+    opt = config.optimizer
+    warmup, epochs = config.schedule.warmup_epochs, config.epochs
+    assert (opt.name, opt.lr, warmup, opt.weight_decay, epochs, published_top1(config)) == TORCHLARS[row]
+    assert (opt.base, opt.momentum, opt.eps, opt.trust_coef, opt.decay_norm_bias) == ("SGD", 0.9, 1e-8, 1e-3, True)
+    assert (config.schedule.power, config.schedule.form) == (2.0, "whole")
+    assert (config.model.ghost_batch, config.model.zero_gamma, config.label_smoothing) == (32, False, 0.0)
+
+
+OVERRIDES = {
+    "optimizer.lr": 7.5,
+    "optimizer.momentum": 0.5,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.decay_norm_bias": False,
+    "optimizer.eps": 0.0,
+    "optimizer.trust_coef": 0.02,
+    "schedule.warmup_epochs": 0.0,
+    "schedule.power": 1.0,
+    "schedule.form": "restart",
+    "model.ghost_batch": 64,
+    "model.zero_gamma": True,
+    "epochs": 3,
+    "label_smoothing": 0.1,
+}
+
+
+@pytest.mark.parametrize("key", OVERRIDES)
+def test_an_explicit_value_wins_over_the_row_and_changes_nothing_else(key: str) -> None:
+    # Zero and false are values too: they must not be taken for "as the row says".
+    row = flatten(resolved("data=imagenet"))
+    extra = {"schedule.warmup_epochs": 1.0} if key == "epochs" else {}
+    overridden = flatten(resolved("data=imagenet", **{key: OVERRIDES[key], **extra}))
+    assert overridden == row | {key: OVERRIDES[key]} | extra
+
+
+def test_every_other_field_of_a_row_reaches_the_config_too() -> None:
+    row = {key.rpartition(".")[2]: value for key, value in OVERRIDES.items()}
+    row |= {"optimizer": "sgd", "published_top1": 1.5}
+    config = resolved("data=imagenet", **{f"recipe.rows.32k.{key}": value for key, value in row.items()})
+    leaves = flatten(config)
+    assert {key: leaves[key] for key in OVERRIDES} == OVERRIDES
+    assert config.optimizer.name == "sgd"
+    assert published_top1(config) == 1.5
+
+
+def test_a_row_wins_over_what_all_rows_share() -> None:
+    shared = {"recipe.common.power": 3.0}
+    assert resolved("data=imagenet", **shared).schedule.power == 3.0
+    assert resolved("data=imagenet", **shared, **{"recipe.rows.32k.power": 1.0}).schedule.power == 1.0
+
+
+def test_the_row_decides_between_sgd_and_lars_and_the_choice_of_an_optimizer_wins() -> None:
+    assert resolved("batch='256'", "optimizer=sgd").optimizer.lr == 0.2
+    assert resolved("optimizer=lars").optimizer.lr == 29.0
+    forced = resolved("batch='256'", "optimizer=lars", optimizer__lr=3.0)
+    assert (forced.optimizer.name, forced.optimizer.lr, forced.optimizer.weight_decay) == ("lars", 3.0, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("choices", "values"),
+    [
+        (("optimizer=sgd",), {}),
+        (("optimizer=lars", "batch='256'"), {}),
+        (("optimizer=lars",), {"optimizer__base": "AdamW"}),
+        ((), {"optimizer__base": "AdamW"}),
+    ],
+)
+def test_an_optimizer_that_the_row_is_not_for_wants_its_own_rate(choices: tuple[str, ...], values: Any) -> None:
+    assert "optimizer.lr" in refusal(*choices, **values)
+    assert resolved(*choices, **values, optimizer__lr=0.1).optimizer.lr == 0.1
+
+
+def test_a_base_other_than_sgd_gets_momentum_only_when_asked() -> None:
+    values = {"optimizer__base": "AdamW", "optimizer__lr": 0.1}
+    assert resolved(**values).optimizer.momentum is None
+    assert resolved(**values, optimizer__momentum=0.3).optimizer.momentum == 0.3
+
+
+def test_a_batch_of_ones_own_wants_its_own_rate_is_taken_literally_and_has_no_published_result() -> None:
+    told = refusal(batch__size=640)
+    assert "batch.size=640" in told
+    assert "optimizer.lr" in told
+    config = resolved(batch__size=640, optimizer__lr=2.0)
+    assert (config.batch.size, config.batch.scaled, config.optimizer.lr) == (640, False, 2.0)
+    assert published_top1(config) is None
+    assert resolved(batch__size=640, optimizer__lr=2.0, batch__scaled=True).batch.scaled is True
+
+
+@pytest.mark.parametrize("data", ["imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"])
+def test_rows_scale_on_all_data_but_imagenet_unless_told_otherwise(data: str) -> None:
+    assert resolved(f"data={data}").batch.scaled is (data != "imagenet")
+    assert resolved(f"data={data}", batch__scaled=True).batch.scaled is True
+    assert resolved(f"data={data}", batch__scaled=False).batch.scaled is False
+
+
+def test_the_warm_up_of_the_embedded_set_shrinks_with_its_epochs() -> None:
+    def warmup(*choices: str, **values: Any) -> float:
+        return filled(resolved(*choices, **values).schedule.warmup_epochs)
+
+    assert warmup("data=mini") == pytest.approx(5 * 10 / 90)
+    assert warmup("data=mini", epochs=18) == pytest.approx(1.0)
+    assert warmup("data=mini", schedule__warmup_epochs=2.0) == 2.0
+    assert warmup("data=mini", schedule__scale_warmup=False) == 5.0
+    assert warmup("data=mini", "batch='256'") == 0.0
+    assert warmup("data=cifar10", epochs=18) == 5.0
+    assert warmup("data=cifar10", epochs=18, schedule__scale_warmup=True) == pytest.approx(1.0)
+    assert warmup("data=cifar10", schedule__scale_warmup=True) == 5.0
+
+
+@pytest.mark.parametrize("batch", ["512", "1k", "2k", "4k", "64k"])
+def test_a_batch_without_a_row_is_refused_with_the_rows_there_are(batch: str) -> None:
+    told = refusal(f"batch='{batch}'")
+    assert told.startswith(f"batch={batch}")
+    assert "256, 8k, 16k, 32k" in told
+
+
+POSITIVE = (
+    "epochs",
+    "max_updates",
+    "log_every",
+    "batch.size",
+    "model.ghost_batch",
+    "optimizer.lr",
+    "optimizer.trust_coef",
+    "schedule.power",
+    "data.image_size",
+    "data.train_count",
+    "data.val_count",
+    "data.num_classes",
+    "distributed.timeout",
+    "evaluate.every_epochs",
+    "checkpoint.every_updates",
+    "checkpoint.keep",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "optimizer.eps",
+    "schedule.warmup_epochs",
+    "data.pad",
+    "data.max_bad",
+    "label_smoothing",
+)
+
+
+FLOATS = {
+    "optimizer.lr",
+    "optimizer.trust_coef",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "optimizer.eps",
+    "schedule.power",
+    "schedule.warmup_epochs",
+    "distributed.timeout",
+    "label_smoothing",
+}
+
+
+@pytest.mark.parametrize("key", [*POSITIVE, *NOT_NEGATIVE])
+def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
+    extra = {"optimizer.lr": 1.0} if key == "batch.size" else {}
+    values: list[float] = [-1, 0] if key in POSITIVE else [-1]
+    if key in FLOATS:
+        values += [float("nan"), float("inf")]
+    for value in values:
+        assert refusal(**{**extra, key: value}).startswith(f"{key}=")
+    if key in NOT_NEGATIVE:
+        assert flatten(resolved(**{key: 0}))[key] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"mode": "trian"}, "mode=trian"),
+        ({"resume": "always"}, "resume=always"),
+        ({"device": "gpu"}, "device=gpu"),
+        ({"precision.name": "fp8"}, "precision.name=fp8"),
+        ({"optimizer.name": "adam"}, "optimizer.name=adam"),
+        ({"data.name": "imagnet"}, "data.name=imagnet"),
+        ({"data.augment": "crop"}, "data.augment=crop"),
+        ({"data.on_error": "stop"}, "data.on_error=stop"),
+        ({"schedule.form": "hole"}, "schedule.form=hole"),
+        ({"optimizer.name": "sgd", "optimizer.base": "Adam", "optimizer.lr": 1.0}, "optimizer.base=Adam"),
+        ({"seed": 2**63}, "seed="),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"data.eval_crop": 0.0}, "data.eval_crop=0.0"),
+        ({"data.eval_crop": 1.1}, "data.eval_crop=1.1"),
+        ({"data.eval_crop": float("nan")}, "data.eval_crop=nan"),
+        ({"data.holdout": 0.0}, "data.holdout=0.0"),
+        ({"data.holdout": 1.0}, "data.holdout=1.0"),
+        ({"data.mean": [0.1, 0.2]}, "data.mean="),
+        ({"data.mean": [0.1, 0.2, float("nan")]}, "data.mean="),
+        ({"data.std": [0.1, 0.2, 0.0]}, "data.std="),
+        ({"data.std": [0.1, float("nan"), 0.1]}, "data.std="),
+        ({"data.std": [0.1, float("inf"), 0.1]}, "data.std="),
+        ({"schedule.warmup_epochs": 10.0}, "schedule.warmup_epochs=10.0"),
+        ({"schedule.warmup_epochs": 11.5}, "schedule.warmup_epochs=11.5"),
+        ({"micro_batch": 0}, "micro_batch=0"),
+        ({"micro_batch": "all"}, "micro_batch=all"),
+        ({"launch.nproc": 0}, "launch.nproc=0"),
+        ({"launch.nproc": "gpu"}, "launch.nproc=gpu"),
+        ({"launch.threads": 0}, "launch.threads=0"),
+        ({"data.workers": -1}, "data.workers=-1"),
+        ({"data.workers": "many"}, "data.workers=many"),
+        ({"run.name": ""}, "run.name=''"),
+        ({"run.name": "a/b"}, "run.name='a/b'"),
+        ({"run.name": ".."}, "run.name='..'"),
+        ({"run.name": "a", "run.dir": "b"}, "run.dir and run.name"),
+        ({"mode": "evaluate"}, "checkpoint.path"),
+        ({"mode": "export"}, "checkpoint.path"),
+        ({"mode": "export", "model.weights": "w.pt"}, "checkpoint.path"),
+        ({"recipe.rows.32k.momentun": 0.9}, "row 32k: 'momentun' is not a field of a row. Did you mean 'momentum'?"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_and_named(values: dict[str, Any], named: str) -> None:
+    assert named in refusal(**values)
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    for values in (
+        {"data__eval_crop": 1.0},
+        {"seed": 2**63 - 1},
+        {"data__workers": 0},
+        {"micro_batch": 1},
+        {"launch__nproc": "auto"},
+        {"schedule__warmup_epochs": 7.99},
+        {"data__mean": [-1.0, 0.0, 2.0]},
+        {"mode": "evaluate", "model__weights": "w.pt"},
+        {"mode": "export", "checkpoint__path": "x"},
+    ):
+        resolved(**values)
+
+
+def test_a_choice_that_is_nearly_right_is_answered_with_the_nearest() -> None:
+    assert "Did you mean 'train'?" in refusal(mode="trian")
+    assert "Did you mean 'imagenet'?" in refusal(data__name="imagnet")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("+sede=1", "sede: there is no such key. Did you mean 'seed'?"),
+        ("+optimizer.betas=[0.9,0.99]", "optimizer.betas"),
+        ("++data.rot=/x", "data.rot: there is no such key. Did you mean 'root'?"),
+        ("+run.place.name=x", "run.place"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused_though_hydra_was_told_to_add_it(override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        resolve(composed(override))
+
+
+def test_keywords_of_the_base_optimizer_are_free() -> None:
+    config = resolve(composed("optimizer.base=AdamW", "optimizer.lr=0.1", "++optimizer.kwargs.betas=[0.9,0.99]"))
+    assert config.optimizer.kwargs == {"betas": [0.9, 0.99]}
+
+
+def test_flatten_has_every_field_of_the_schema_once() -> None:
+    def count(node: Any) -> int:
+        if not dataclasses.is_dataclass(node):
+            return 1
+        return sum(count(getattr(node, f.name)) for f in dataclasses.fields(node))
+
+    leaves = flatten(Config())
+    assert len(leaves) == count(Config())
+    assert leaves["optimizer.trust_coef"] is None
+    assert leaves["data.mean"] == [0.485, 0.456, 0.406]
+    assert leaves["optimizer.kwargs"] == {}
+
+
+# How a run is executed and where it is told, and not what it computes.
+EXECUTION = {
+    "mode",
+    "max_updates",
+    "micro_batch",
+    "device",
+    "resume",
+    "log_every",
+    "run.dir",
+    "run.name",
+    "launch.nproc",
+    "launch.threads",
+    "distributed.timeout",
+    "checkpoint.every_updates",
+    "checkpoint.keep",
+    "export.path",
+    "data.workers",
+}
+# A recipe counts through the values that it fills in, and by its name.
+RECIPE_TEXT = ("recipe.source", "recipe.common", "recipe.rows")
+
+
+def with_leaf(config: Config, key: str, value: Any) -> Config:
+    changed = deepcopy(config)
+    node: Any = changed
+    *path, leaf = key.split(".")
+    for part in path:
+        node = getattr(node, part)
+    assert getattr(node, leaf) != value
+    setattr(node, leaf, value)
+    return changed
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, list):
+        return [0.5, 0.5, 0.5]
+    return "another" if value != "another" else "yet another"
+
+
+def test_the_hash_changes_with_each_key_of_the_experiment_and_with_no_key_of_its_execution() -> None:
+    config = resolved("data=imagenet")
+    keys = [
+        f"{group.name}.{leaf.name}" if dataclasses.is_dataclass(getattr(config, group.name)) else group.name
+        for group in dataclasses.fields(config)
+        for leaf in (
+            dataclasses.fields(getattr(config, group.name))
+            if dataclasses.is_dataclass(getattr(config, group.name))
+            else [group]
+        )
+    ]
+    assert set(keys) > EXECUTION
+    for key in keys:
+        if key in RECIPE_TEXT:
+            continue
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        value = {"betas": [0.9, 0.99]} if key == "optimizer.kwargs" else another(value)
+        same = run_hash(with_leaf(config, key, value)) == run_hash(config)
+        assert same == (key in EXECUTION), key
+
+
+def test_the_hash_of_a_run_does_not_depend_on_how_its_values_were_given() -> None:
+    told = run_hash(resolved("data=imagenet"))
+    assert re.fullmatch("[0-9a-f]{8}", told)
+    assert run_hash(resolved("data=imagenet", "batch=32k")) == told
+    assert run_hash(resolved("data=imagenet", optimizer__lr=29.0, epochs=90)) == told
+    assert run_hash(resolved("data=imagenet", "optimizer=lars")) == told
+    assert run_hash(resolved("data=imagenet", **{"recipe.rows.8k.lr": 1.0})) == told
+
+
+@given(first=st.integers(0, 2**63 - 1), second=st.integers(0, 2**63 - 1))
+def test_two_seeds_are_two_runs(first: int, second: int) -> None:
+    one, two = Config(seed=first), Config(seed=second)
+    assert (run_hash(one) == run_hash(two)) == (first == second)
+
+
+def test_hashing_leaves_the_config_as_it_was() -> None:
+    config = resolved()
+    before = deepcopy(config)
+    run_hash(config)
+    assert config == before
+
+
+def test_a_batch_s_name_and_size_on_imagenet_belong_together() -> None:
+    with pytest.raises(ConfigError, match=r"batch\.name=8k"):
+        resolved(batch__name="8k")
+    with pytest.raises(ConfigError, match=r"batch\.nominal=0"):
+        resolved(batch__nominal=0)
+
+
+def test_a_literal_batch_takes_the_rest_from_a_row_and_so_needs_one() -> None:
+    with pytest.raises(ConfigError, match="no row"):
+        resolved("batch=64k", batch__size=64, optimizer__lr=1.0)
+
+
+def test_settings_of_lars_are_refused_where_there_is_no_lars() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.trust_coef"):
+        resolved("optimizer=sgd", optimizer__lr=1.0, optimizer__trust_coef=0.1)

@@ -1,0 +1,135 @@
+"""Every shipped YAML composes into the schema and resolves; names and numbers are what they say."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torchvision
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from lars_train.config import Config, config_dir, register, resolve
+from lars_train.errors import ConfigError
+
+GROUPS = ("batch", "data", "model", "optimizer", "precision", "recipe", "schedule")
+ROWS = {"torchlars": ("256", "8k", "16k", "32k")}
+DATA = ("cifar10", "fashion_mnist", "folder", "imagenet", "mini", "synthetic")
+FILES = sorted(config_dir().glob("*/*.yaml"))
+# A learning rate of its own, for the optimizers that the row gives none for.
+LITERAL = ("batch.size=64", "optimizer.lr=0.1")
+
+
+@lru_cache
+def composed(*overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def resolved(*overrides: str) -> Config:
+    return resolve(composed(*overrides))
+
+
+def test_the_groups_are_those_promised() -> None:
+    assert {path.parent.name for path in FILES} == set(GROUPS)
+    assert {path.stem for path in FILES if path.parent.name == "data"} == set(DATA)
+    assert {path.stem for path in FILES if path.parent.name == "recipe"} == set(ROWS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_shipped_choice_composes_and_resolves(path: Path) -> None:
+    group, name = path.parent.name, path.stem
+    chosen = f"{group}='{name}'"
+    if group == "batch" and not any(name in rows for rows in ROWS.values()):
+        with pytest.raises(ConfigError, match=f"batch={name}: .*256, 8k, 16k, 32k"):
+            resolved(chosen)
+        return
+    config = resolved(chosen, *(LITERAL if group == "optimizer" else ()))
+    if group in ("batch", "data", "model", "precision", "recipe") or (group == "optimizer" and name != "recipe"):
+        assert getattr(config, group).name == name
+    for value in (
+        config.epochs,
+        config.label_smoothing,
+        config.batch.scaled,
+        config.model.ghost_batch,
+        config.model.zero_gamma,
+        config.optimizer.lr,
+        config.optimizer.weight_decay,
+        config.schedule.form,
+    ):
+        assert value is not None
+
+
+@pytest.mark.parametrize(("data", "row"), list(product(DATA, ROWS["torchlars"])))
+def test_every_data_set_resolves_with_every_row(data: str, row: str) -> None:
+    config = resolved(f"data={data}", f"batch='{row}'")
+    assert (config.data.name, config.batch.name) == (data, row)
+    assert config.batch.scaled is (data != "imagenet")
+    assert config.optimizer.name == ("sgd" if row == "256" else "lars")
+    assert config.epochs == (10 if data == "mini" else 90)
+
+
+def test_the_default_is_row_32k_on_the_embedded_set_with_the_small_network() -> None:
+    config = resolved()
+    assert (config.data.name, config.model.name, config.batch.name) == ("mini", "small", "32k")
+    assert (config.recipe.name, config.optimizer.name, config.precision.name) == ("torchlars", "lars", "auto")
+
+
+def test_a_data_set_chooses_its_network_and_the_command_line_overrides_it() -> None:
+    networks = {
+        "mini": "small",
+        "fashion_mnist": "small",
+        "cifar10": "resnet20",
+        "imagenet": "resnet50",
+        "folder": "resnet50",
+        "synthetic": "resnet50",
+    }
+    assert {data: composed(f"data={data}").model.name for data in DATA} == networks
+    for overrides in (("data=mini", "model=resnet50"), ("model=resnet50", "data=mini")):
+        assert composed(*overrides).model.name == "resnet50"
+
+
+def test_the_batches_are_powers_of_two_as_named() -> None:
+    nominal = {
+        "256": 256,
+        "512": 512,
+        "1k": 1024,
+        "2k": 2048,
+        "4k": 4096,
+        "8k": 8192,
+        "16k": 16384,
+        "32k": 32768,
+        "64k": 65536,
+    }
+    for name, size in nominal.items():
+        assert composed(f"batch='{name}'").batch.nominal == size
+    assert {path.stem for path in FILES if path.parent.name == "batch"} == set(nominal)
+
+
+def test_every_resnet_of_torchvision_and_of_the_cifar_family_has_a_config() -> None:
+    module = torchvision.models.resnet
+    theirs = {name for name in module.__all__ if name.islower()}
+    assert len(theirs) >= 10
+    cifar = {"small", "resnet20", "resnet32", "resnet44", "resnet56"}
+    assert {path.stem for path in FILES if path.parent.name == "model"} == theirs | cifar
+
+
+def test_every_row_of_a_recipe_states_its_optimizer_rate_decay_and_warm_up() -> None:
+    for name, rows in ROWS.items():
+        recipe = OmegaConf.to_container(OmegaConf.load(config_dir() / "recipe" / f"{name}.yaml"))
+        assert isinstance(recipe, dict)
+        assert tuple(recipe["rows"]) == rows
+        assert recipe["source"].startswith("https://")
+        for row in recipe["rows"].values():
+            assert {"optimizer", "lr", "weight_decay", "warmup_epochs", "published_top1"} <= row.keys()
+
+
+def test_imagenet_is_looked_for_where_imagenet_dir_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGENET_DIR", "/data/imagenet")
+    assert resolved("data=imagenet").data.root == "/data/imagenet"
+    assert resolved("data=imagenet", "data.root=/elsewhere").data.root == "/elsewhere"
+    monkeypatch.delenv("IMAGENET_DIR")
+    assert resolved("data=imagenet").data.root is None
