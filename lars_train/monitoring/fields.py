@@ -1,0 +1,24 @@
+"""Every number that a run logs: its name, unit and meaning. The names are stable; scripts rely on them."""
+
+from __future__ import annotations
+
+FIELDS: dict[str, tuple[str, str]] = {
+    "update": ("updates", "optimizer steps done when the line was written"),
+    "epoch": ("epochs", "update / updates per epoch"),
+    "train/loss": ("nats", "mean loss of the samples since the last line, label smoothing included"),
+    "train/top1": ("percent", "share of the same (augmented) samples whose class ranked first"),
+    "train/lr": ("1", "learning rate of the last update"),
+    "train/images_per_s": ("images/s", "samples of all ranks over wall time since the last line"),
+    "train/wait_share": ("1", "share of that time that rank 0 waited for input"),
+    "train/grad_norm": ("1", "norm of the whole gradient of the last update, before LARS"),
+    "train/weight_norm": ("1", "norm of all weights before the last update"),
+    "train/bad_images": ("images", "training images found undecodable so far"),
+    "train/loss_scale": ("1", "float16 only: factor on the loss"),
+    "val/top1": ("percent", "validation samples whose class ranked first"),
+    "val/top5": ("percent", "validation samples whose class ranked among the first five"),
+    "val/loss": ("nats", "mean loss of the decoded validation samples, without label smoothing"),
+    "val/count": ("images", "validation samples counted, each exactly once"),
+    "val/bad_images": ("images", "validation images that cannot be decoded; they count as wrong"),
+    "val/best_top1": ("percent", "best val/top1 so far"),
+    "val/seconds": ("s", "wall time of the evaluation"),
+}

@@ -1,0 +1,88 @@
+"""Writes what a run measures: one line of ``metrics.jsonl`` per logged update and per evaluation, and the
+same numbers to TensorBoard. Only rank 0 makes one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from lars_train.monitoring.fields import FIELDS
+
+
+class RunLog:
+    """The log of one run, opened so that it goes on at `update`.
+
+    Lines and events of later updates, which a killed run may have left, are taken back: each update
+    stands in the log once, also if the last evaluation is made again. A value that is not finite stands as
+    null. Raises `KeyError` for a field that `FIELDS` does not describe.
+    """
+
+    def __init__(self, directory: Path, update: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        path = directory / "metrics.jsonl"
+        self._start, self._there = update, keep_up_to(path, update)
+        self._lines: IO[str] = path.open("a")
+        units = {name: {"unit": unit, "meaning": meaning} for name, (unit, meaning) in FIELDS.items()}
+        (directory / "metrics.fields.json").write_text(json.dumps(units, indent=1) + "\n")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=update + 1)
+
+    def write(self, update: int, epoch: float, values: dict[str, float | int]) -> None:
+        """One line, and one TensorBoard point per value."""
+        for name in values:
+            FIELDS[name]
+        if update == self._start and values.keys() <= self._there:
+            return
+        self._lines.write(json.dumps({"update": update, "epoch": round(epoch, 6), **_finite(values)}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, update)
+
+    def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
+        """Show the run's settings with its results in TensorBoard's hparams tab."""
+        simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        self._board.add_hparams(simple, results, run_name=".")
+
+    def sync(self) -> None:
+        """Put what was written so far on disk: a checkpoint that follows relies on it."""
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Write out and close the files."""
+        self._lines.close()
+        self._board.close()
+
+
+def _finite(values: dict[str, float | int]) -> dict[str, float | int | None]:
+    # JSON has no word for NaN and infinity; strict readers refuse what Python would write.
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def keep_up_to(path: Path, update: int) -> set[str]:
+    """Drop the lines of later updates and a line that a kill cut short; atomically.
+
+    Returns the names of what stands there for `update` itself.
+    """
+    kept: list[str] = []
+    names: set[str] = set()
+    if not path.exists():
+        return names
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            if values["update"] <= update:
+                kept.append(line)
+            if values["update"] == update:
+                names.update(values)
+        except (ValueError, KeyError, TypeError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
+    return names

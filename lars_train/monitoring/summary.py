@@ -1,0 +1,120 @@
+"""What a run says in words: the effective values before it, a line per epoch, and ``final.json`` after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from lars_train.config import Config, published_top1
+from lars_train.plan import Plan, accumulation
+
+FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
+
+
+class Decided(Protocol):
+    """What `announcement` needs of the decisions for this machine."""
+
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+
+
+class Evaluated(Protocol):
+    """What is told of an evaluation: percent, and samples."""
+
+    @property
+    def top1(self) -> float: ...
+    @property
+    def top5(self) -> float: ...
+    @property
+    def count(self) -> int: ...
+
+
+def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, resumed_at: int) -> Iterator[str]:
+    """The effective values of a run, a line each."""
+    opt, schedule = config.optimizer, config.schedule
+    what = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
+    most = accumulation(plan, decided.world, decided.micro_batch // plan.ghost_batch)
+    yield f"data           {config.data.name}: {plan.samples:,} training images"
+    yield f"model          {config.model.name}, {config.data.image_size} pixels, precision {decided.precision}"
+    yield f"global batch   {plan.global_batch:,} images per update ({plan.arithmetic()})"
+    if plan.raised:
+        yield f"               NOTE: raised to {plan.global_batch}, the least that batch norm works with; lr stays"
+    yield f"world size     {decided.world} ({decided.device}, {decided.threads} CPU threads each)"
+    yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
+    yield f"updates        {plan.updates_per_epoch:,} per epoch, {plan.updates:,} in {plan.epochs} epochs"
+    if plan.stop < plan.updates:
+        yield f"               stops after update {plan.stop:,} (max_updates)"
+    yield f"optimizer      {what}, peak lr {opt.lr:g}, weight decay {opt.weight_decay:g}"
+    yield (
+        f"schedule       warm-up {plan.warmup_updates:,} updates ({schedule.warmup_epochs:g} epochs), "
+        f"then poly({schedule.power:g}), {schedule.form} form"
+    )
+    yield f"run directory  {directory}"
+    if resumed_at:
+        yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
+
+
+def epoch_line(
+    update: int, plan: Plan, logged: dict[str, float], result: Evaluated | None = None, best_top1: float = math.nan
+) -> str:
+    """One line at the end of an epoch, from the last logged values and, where there was one, the evaluation."""
+    text = f"epoch {math.ceil(update / plan.updates_per_epoch)}/{plan.epochs}  update {update:,}"
+    if logged:
+        text += f"  loss {logged['train/loss']:.3f}  lr {logged['train/lr']:.3g}"
+        text += f"  {logged['train/images_per_s']:,.0f} images/s"
+    if result is not None:
+        text += f"  top-1 {result.top1:.2f} % of {result.count:,} (best {best_top1:.2f} %)"
+    return text
+
+
+def final_record(
+    config: Config,
+    plan: Plan,
+    *,
+    directory: Path,
+    update: int,
+    best_top1: float,
+    result: Evaluated,
+    seconds: float,
+    bad_images: int,
+    weights_sha256: str,
+) -> dict[str, Any]:
+    """The content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts."""
+    return {
+        "best_top1": best_top1,
+        "final_top1": result.top1,
+        "final_top5": result.top5,
+        "val_count": result.count,
+        "published_top1": published_top1(config),
+        "updates": update,
+        "planned_updates": plan.updates,
+        "seconds": seconds,
+        "weights_sha256": weights_sha256,
+        "bad_images": bad_images,
+        "batch": config.batch.name if config.batch.size is None else str(config.batch.size),
+        "nominal_batch": plan.nominal_batch,
+        "global_batch": plan.global_batch,
+        "raised": plan.raised,
+        "recipe": config.recipe.name,
+        "data": config.data.name,
+        "model": config.model.name,
+        "optimizer": config.optimizer.name,
+        "base": config.optimizer.base,
+        "lr": config.optimizer.lr,
+        "power": config.schedule.power,
+        "warmup_epochs": config.schedule.warmup_epochs,
+        "epochs": plan.epochs,
+        "epochs_done": update / plan.updates_per_epoch,
+        "seed": config.seed,
+        "directory": str(directory),
+    }

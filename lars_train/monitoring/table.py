@@ -1,0 +1,39 @@
+"""The row of the published table that a run makes, as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADER = ("batch", "LR policy", "lr", "warm-up epochs", "epochs", "best top-1 %", "final top-1 %", "published")
+
+
+def row(final: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a run's row, from the content of its ``final.json``."""
+    batch = str(final["batch"])
+    if final["global_batch"] != final["nominal_batch"]:
+        batch += f" (scaled: {final['global_batch']:,}{', raised' if final['raised'] else ''})"
+    policy = "LARS + " if final["optimizer"] == "lars" else ""
+    base = "" if final["base"] == "SGD" else f"{final['base']} + "
+    published = "-" if final["published_top1"] is None else f"{final['published_top1']:.2f} (ImageNet)"
+    epochs = str(final["epochs"])
+    if final["updates"] < final["planned_updates"]:
+        epochs = f"{final['epochs_done']:.2f} of {epochs}"
+    return (
+        batch,
+        f"{policy}{base}poly({final['power']:g})",
+        f"{final['lr']:g}",
+        f"{final['warmup_epochs']:g}",
+        epochs,
+        f"{final['best_top1']:.2f}",
+        f"{final['final_top1']:.2f}",
+        published,
+    )
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, its columns aligned, that reads well in a terminal."""
+    lines = [HEADER, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(text)

@@ -1,0 +1,1 @@
+"""Training, evaluation and checkpoints: everything that drives a device."""

@@ -1,0 +1,135 @@
+"""Checkpoints: one file per saved update, whole or not there, verified before it is trusted.
+
+A file is a ``torch.save`` archive of plain values and tensors, so that it loads with
+``weights_only=True``; the archive's own CRC-32 of every record is its checksum.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lars_train.errors import ConfigError
+
+FORMAT = 1
+_NAME = re.compile(r"update-(\d{9})\.pt")
+
+
+class DamagedCheckpoint(Exception):
+    """The file is not a whole checkpoint of this program; the message says why."""
+
+
+def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of `update` and remove all but the last `keep`. Returns its path.
+
+    The file appears under its name only when it is whole on disk and its checksums hold.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / f"update-{update:09d}.pt"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    verify(partial)
+    partial.replace(path)
+    _sync_folder(folder)
+    for old in listing(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def listing(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("update-*.pt") if _NAME.fullmatch(path.name))
+
+
+def remove_later(folder: Path, update: int) -> None:
+    """Remove the checkpoints after `update`: a run that goes on from an earlier one replaces them."""
+    for path in listing(folder):
+        match = _NAME.fullmatch(path.name)
+        if match and int(match.group(1)) > update:
+            path.unlink()
+
+
+def verify(path: Path) -> None:
+    """Raise `DamagedCheckpoint` unless every record of the archive has the checksum it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # a damaged archive can raise anything: zlib.error, struct.error, RuntimeError
+        raise DamagedCheckpoint(f"it is not a whole archive ({_told(error)})") from None
+    if broken is not None:
+        raise DamagedCheckpoint(f"the checksum of its record {broken} does not hold")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, on the CPU. Raises `DamagedCheckpoint`."""
+    verify(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DamagedCheckpoint(f"torch cannot read it ({_told(error)})") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise DamagedCheckpoint("it is no checkpoint of lars-train; a file of weights alone goes in model.weights")
+    if content["format"] > FORMAT:
+        raise DamagedCheckpoint(f"a newer lars-train wrote it (format {content['format']}, this one knows {FORMAT})")
+    return content
+
+
+def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run, or None if the run has none at all.
+
+    A damaged one is named on stderr and passed over. Raises `ConfigError` if all are damaged: a run that
+    has lost its state is not silently started anew.
+    """
+    damaged: list[str] = []
+    for path in reversed(listing(folder)):
+        try:
+            return path, load(path)
+        except DamagedCheckpoint as error:
+            damaged.append(path.name)
+            print(f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it.", file=sys.stderr)
+    if damaged:
+        raise ConfigError(
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); start anew with resume=never."
+        )
+    return None
+
+
+def find(text: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that ``checkpoint.path`` means: a file, or a run directory (its newest).
+
+    Raises `ConfigError` if there is none, or if it is damaged.
+    """
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise ConfigError(f"checkpoint.path={text}: there is no such file or run directory.")
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found = latest(folder)
+        if found is None:
+            raise ConfigError(f"checkpoint.path={text}: the folder holds no checkpoint (update-*.pt).")
+        return found
+    try:
+        return path, load(path)
+    except DamagedCheckpoint as error:
+        raise ConfigError(f"checkpoint.path={text}: the file is damaged: {error}.") from None
+
+
+def _told(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,136 @@
+"""The ranks' common ground: one process group per job, and the few collectives that the trainer needs.
+
+With a world size of 1 no process group is made and every collective is the identity.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from lars_train.errors import ConfigError, DataError
+from lars_train.launch import Ranks, adopt, export_slurm
+
+_base_store: Store | None = None
+_jobs = _groups = 0
+_FAILURE = "failure"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of a job. All methods but `first` are collective: every rank calls them in the same order."""
+
+    ranks: Ranks
+
+    @property
+    def first(self) -> bool:
+        """True on the one process that writes and prints."""
+        return self.ranks.first
+
+    def sum(self, values: Tensor) -> None:
+        """Replace `values` (any shape, on the job's device) by their sum over the ranks."""
+        if self.ranks.world > 1:
+            dist.all_reduce(values)
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        """The smallest of the ranks' values."""
+        if self.ranks.world == 1:
+            return value
+        tensor = torch.tensor(value, device=device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value` (anything that pickles), on every rank."""
+        if self.ranks.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.ranks.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, error: Exception | None) -> None:
+        """Raise on every rank the first rank's error, if any rank has one: nobody is left waiting."""
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+
+
+def current_ranks() -> Ranks:
+    """The ranks that a launcher gave this process, or those of a lone process."""
+    return adopt() or Ranks()
+
+
+def begin_job() -> None:
+    """Count a job of this process; the ranks count alike, also where one of them fails before it joins the others."""
+    global _jobs, _groups
+    _jobs, _groups = _jobs + 1, 0
+
+
+@contextmanager
+def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterator[Group]:
+    """The process group of one job: NCCL on CUDA, gloo on the CPU. `timeout` in seconds.
+
+    A process may make several in turn (a sweep), in the same order on every rank: each has its own
+    names in the launcher's store, so that none reads what an earlier one left there.
+    """
+    global _base_store, _groups
+    if ranks.world == 1:
+        yield Group(ranks)
+        return
+    limit = timedelta(seconds=timeout)
+    if _base_store is None:
+        if "RANK" not in os.environ:
+            os.environ.update(export_slurm(), LOCAL_WORLD_SIZE=str(ranks.local_world))
+        _base_store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))
+    _groups += 1
+    store = PrefixStore(f"job{_jobs}.{_groups}", _base_store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("group", store),
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield Group(ranks)
+    except Exception as error:
+        raise _first_failure(store, ranks, error) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
+    """The failure that came first: a rank that fails takes the others with it, and their errors say little."""
+    mine = json.dumps([ranks.rank, type(error).__name__, str(error)])
+    try:
+        rank, kind, text = json.loads(store.compare_set(_FAILURE, "", mine))
+    except (RuntimeError, ValueError):  # the store went with the process that held it
+        return error
+    if rank == ranks.rank:
+        if not ranks.first:
+            print(f"lars-train: rank {rank} on {platform.node()}: {text}", file=sys.stderr, flush=True)
+        return error
+    known: dict[str, type[Exception]] = {"ConfigError": ConfigError, "DataError": DataError}
+    return known[kind](text) if kind in known else RuntimeError(f"rank {rank} failed: {kind}: {text}")

@@ -1,0 +1,127 @@
+"""Exact evaluation: every validation sample counts once, at any world size and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lars_train.data.loader import BadSample, Batch, View, eval_loader
+from lars_train.data.order import eval_run
+from lars_train.data.source import Source
+from lars_train.monitoring.progress import Progress
+from lars_train.training.device import Precision
+from lars_train.training.distributed import Group
+
+# Evaluation keeps no activations, so a micro-batch smaller than this would only waste time.
+SMALLEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """`top1`, `top5` in percent of all `count` samples; `loss` the mean over the `decoded` ones.
+
+    A sample that cannot be decoded counts as wrong and stands in `bad`.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    decoded: int
+    bad: tuple[BadSample, ...]
+
+    def values(self) -> dict[str, float]:
+        """The numbers by the names that the log has for them."""
+        return {
+            "val/top1": self.top1,
+            "val/top5": self.top5,
+            "val/loss": self.loss,
+            "val/count": self.count,
+            "val/bad_images": self.count - self.decoded,
+        }
+
+
+def evaluate_split(
+    model: nn.Module,
+    split: Source,
+    view: View,
+    *,
+    normalise: Callable[[Tensor], Tensor],
+    precision: Precision,
+    device: torch.device,
+    group: Group,
+    batch: int,
+    workers: int,
+    progress: Progress,
+) -> Result:
+    """Evaluate `model` on the whole split, this rank on its part of it. Collective."""
+    ranks = group.ranks
+    start, stop = eval_run(len(split), ranks.rank, ranks.world)
+    batches = eval_loader(
+        split,
+        view,
+        micro_batch=max(batch, SMALLEST_BATCH),
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
+        return evaluate(model, batches, normalise, lambda: precision.autocast(device), device, group, on_batch)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    normalise: Callable[[Tensor], Tensor],
+    autocast: Callable[[], AbstractContextManager[object]],
+    device: torch.device,
+    group: Group,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Result:
+    """Evaluate `model` on this rank's `batches` and sum over the ranks. Collective.
+
+    `normalise`: uint8 images (n, 3, S, S) to the model's input on `device`; `on_batch` gets each batch's size.
+    Top-5 of a data set with fewer than 5 classes is taken over all of its classes.
+    """
+    was_training = model.training
+    model.eval()
+    # float64: counts up to 2^53 and losses are summed without rounding that would depend on the sharding.
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
+    bad: list[BadSample] = []
+    for batch in batches:
+        labels = batch.labels.to(device, non_blocking=True)
+        with autocast():
+            logits = model(normalise(batch.images))
+        totals += _count(logits, labels)
+        bad.extend(batch.bad)
+        on_batch(len(labels))
+    model.train(was_training)
+    group.sum(totals)
+    everyone = [sample for part in group.gather(bad) for sample in part]
+    top1, top5, loss, count, decoded = totals.tolist()
+    return Result(
+        100 * top1 / count,
+        100 * top5 / count,
+        loss / max(decoded, 1),
+        int(count),
+        int(decoded),
+        tuple(everyone),
+    )
+
+
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    decoded = labels >= 0
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    count = torch.full_like(decoded.sum(), len(labels))
+    columns = [hits[:, 0].sum(), hits.any(dim=1).sum(), loss.double().sum(), count, decoded.sum()]
+    return torch.stack([column.double() for column in columns])

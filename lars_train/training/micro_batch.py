@@ -1,0 +1,86 @@
+"""How many ghost batches a device works on at once, from the memory that it has free.
+
+The curve does not depend on the answer; the speed and the peak memory do.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# More samples than this at once gain no speed on any device measured so far, and cost memory.
+MOST_SAMPLES = 256
+# The share of the free memory that activations may take: gradients, the optimizer's state, the loader's
+# buffers and the allocator's slack need the rest.
+SHARE_OF_FREE_MEMORY = 0.4
+
+
+def ghosts_that_fit(
+    model: nn.Module, *, ghost_batch: int, image_size: int, ghosts: int, free: int, local_world: int
+) -> int:
+    """Ghost batches per micro-batch: as many as fit in this rank's share of `free` bytes, at least one.
+
+    `ghosts`: the most that a rank has to do in an update; `local_world`: ranks that share `free`.
+    """
+    per_ghost = activation_bytes(model, ghost_batch, image_size)
+    budget = SHARE_OF_FREE_MEMORY * free / local_world
+    fitting = int(budget // max(per_ghost, 1))
+    return max(1, min(fitting, MOST_SAMPLES // ghost_batch, ghosts))
+
+
+def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
+    """Bytes that the backward pass of `samples` float32 images keeps, counted on the meta device.
+
+    Autocast keeps about half; the count is the safe side for every precision.
+    """
+    shadow = copy.deepcopy(model).to("meta").float().train()
+    parameters = {id(p) for p in shadow.parameters()}
+    seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if id(tensor) not in parameters and storage not in seen:
+            seen.add(storage)
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = shadow(torch.empty(samples, 3, image_size, image_size, device="meta"))
+    del output
+    return total
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device; on the CPU within what the system and the control group leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_system_available(), _control_group_available())
+
+
+def _system_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30
+
+
+def _control_group_available() -> int:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        details = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62
+    # Pages of files that were read count as used, and are given back when memory is wanted.
+    used -= int(details.get("inactive_file", 0))
+    return (1 << 62) if limit == "max" else max(0, int(limit) - used)

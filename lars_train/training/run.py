@@ -1,0 +1,270 @@
+"""A training run on one rank, from where it stands to its end: updates, log lines, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from lars_train.config import absolute_paths, filled, flatten
+from lars_train.data.loader import Stream, View, train_loader
+from lars_train.data.order import micro_bounds
+from lars_train.errors import ConfigError, DataError
+from lars_train.models.weights import weights_sha256
+from lars_train.monitoring.log import RunLog
+from lars_train.monitoring.progress import Progress
+from lars_train.monitoring.summary import announcement, epoch_line, final_record
+from lars_train.optim.factory import build_optimizer
+from lars_train.plan import check_micro_batch
+from lars_train.training import checkpoint
+from lars_train.training.bad_images import BadImages
+from lars_train.training.device import choose_precision, choose_workers, set_up
+from lars_train.training.distributed import Group
+from lars_train.training.evaluation import Result, evaluate_split
+from lars_train.training.network import make_network
+from lars_train.training.prepare import Prepared, check_compatible, check_same_images
+from lars_train.training.resolve import resolve
+from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, make_schedule, normaliser
+
+
+class Run:
+    """What a training run holds on one rank. Making one and `train` are collective."""
+
+    def __init__(self, prepared: Prepared, group: Group, device: torch.device) -> None:
+        config, plan, dataset = prepared.config, prepared.plan, prepared.dataset
+        self.config, self.plan, self.dataset = config, plan, dataset
+        self.directory, self.group, self.device = prepared.directory, group, device
+        self.checkpoints = self.directory / "checkpoints"
+        start = self._latest_checkpoint() or prepared.start_from
+        torch.manual_seed(config.seed)
+        network = make_network(config, len(dataset.classes))
+        self.resolved = resolve(config, plan, network, device, group, start and start["resolved"])
+        set_up(config, device, self.resolved.threads)
+        self.precision = choose_precision(self.resolved.precision, device)
+        self.ghosts_per_micro = check_micro_batch(plan, self.resolved.micro_batch)
+        self.workers = choose_workers(config, device, group.ranks)
+        network = network.to(device=device, dtype=self.precision.weights).to(memory_format=torch.channels_last)
+        self.trainer = Trainer(
+            network,
+            build_optimizer(config.optimizer, network),
+            plan,
+            Hyper(make_schedule(plan, config), filled(config.label_smoothing)),
+            normalise=normaliser(config.data.mean, config.data.std, device, self.precision),
+            precision=self.precision,
+            device=device,
+            group=group,
+            compiled=config.compile,
+        )
+        self.best_top1, self.seconds_before, self.bad = -math.inf, 0.0, BadImages(config.data.max_bad, group)
+        if start is not None:
+            self.trainer.restore(start)
+            self.best_top1, self.seconds_before = start["best_top1"], start["seconds"]
+            self.bad.known.update(start["bad"])
+        self.resumed_at = self.trainer.update
+        self.progress = Progress(shown=group.first, epochs=plan.epochs)
+        self.log: RunLog | None = None
+        if group.first:
+            checkpoint.remove_later(self.checkpoints, self.trainer.update)
+            self.log = RunLog(self.directory, self.trainer.update)
+        self.logged: dict[str, float] = {}
+        self.result: Result | None = None
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end; the content of ``final.json``."""
+        for line in announcement(self.config, self.plan, self.resolved, self.directory, self.resumed_at):
+            self.progress.say(line)
+        self.started = self.log_started = time.perf_counter()
+        self.waited, self.logged_update = 0.0, self.trainer.update
+        self.trainer.network.train()
+        try:
+            with closing(self._batches()) as batches:
+                while self.trainer.update < self.plan.stop:
+                    self._one_update(batches)
+            if self.result is None:  # the run was resumed from its last checkpoint
+                self._evaluate()
+            return self._finish()
+        finally:
+            self.progress.close()
+            if self.log is not None:
+                self.log.close()
+
+    def _one_update(self, batches: Stream) -> None:
+        config, per_epoch = self.config, self.plan.updates_per_epoch
+        epoch, done = divmod(self.trainer.update, per_epoch)
+        if done == 0 or self.trainer.update == self.resumed_at:
+            self.progress.start_epoch(epoch, per_epoch, done)
+        update = self.trainer.update + 1
+        at_end = update == self.plan.stop
+        log_now = at_end or update % config.log_every == 0
+        info = self.trainer.run_update(batches, self._micro_batches(), measure=log_now)
+        self.waited += info.waited
+        self.bad.note(info.bad)
+        if log_now:
+            self._log(info)
+        self.progress.advance(self.logged)
+        if at_end or update % (per_epoch * config.evaluate.every_epochs) == 0:
+            self._evaluate()
+            self.progress.end_epoch(epoch_line(update, self.plan, self.logged, self.result, self.best_top1))
+        elif update % per_epoch == 0:
+            self.progress.end_epoch(epoch_line(update, self.plan, self.logged))
+        if at_end or update % (config.checkpoint.every_updates or per_epoch) == 0:
+            self._save()
+
+    def _latest_checkpoint(self) -> dict[str, Any] | None:
+        found, error = None, None
+        if self.group.first:
+            try:
+                found = checkpoint.latest(self.checkpoints)
+                if found is not None:
+                    check_compatible(found[1], self.config.model.name, self.dataset)
+                    check_same_images(found[1], self.dataset)
+            except ConfigError as failure:
+                error = failure
+        self.group.together(error)
+        path = self.group.from_first(found and found[0])
+        if path is None:
+            return None
+        return found[1] if found is not None else checkpoint.load(path)
+
+    def _micro_batches(self) -> int:
+        plan, ranks = self.plan, self.group.ranks
+        return len(micro_bounds(plan.global_batch, plan.ghost_batch, self.ghosts_per_micro, ranks.rank, ranks.world))
+
+    def _batches(self) -> Stream:
+        config, plan, ranks = self.config, self.plan, self.group.ranks
+        return train_loader(
+            self.dataset.train,
+            View.from_config(config.data),
+            seed=config.seed,
+            batch=plan.global_batch,
+            ghost_batch=plan.ghost_batch,
+            ghosts_per_micro=self.ghosts_per_micro,
+            updates_per_epoch=plan.updates_per_epoch,
+            start_update=self.trainer.update,
+            stop_update=plan.stop,
+            rank=ranks.rank,
+            world=ranks.world,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            on_error=config.data.on_error,
+        )
+
+    def _log(self, info: UpdateInfo) -> None:
+        trainer = self.trainer
+        # Here, once per log line, the host waits for the device.
+        loss, hits, count, bad = trainer.meter.total(self.group).tolist()
+        trainer.meter.sums.zero_()
+        if bad:
+            self._report_bad()
+        now = time.perf_counter()
+        elapsed = now - self.log_started
+        values = {
+            "train/loss": loss / max(count, 1),
+            "train/top1": 100 * hits / max(count, 1),
+            "train/lr": info.lr,
+            "train/images_per_s": (trainer.update - self.logged_update) * self.plan.global_batch / elapsed,
+            "train/wait_share": self.waited / elapsed,
+            "train/bad_images": len(self.bad.known),
+            **{f"train/{name}": float(norm) for name, norm in info.norms.items()},
+        }
+        if self.precision.scales_loss:
+            values["train/loss_scale"] = trainer.scaler.get_scale()
+        self.log_started, self.waited, self.logged_update = now, 0.0, trainer.update
+        self.logged = values
+        self._write(values)
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        result = evaluate_split(
+            self.trainer.network,
+            self.dataset.val,
+            View.from_config(self.config.data),
+            normalise=self.trainer.normalise,
+            precision=self.precision,
+            device=self.device,
+            group=self.group,
+            batch=self.resolved.micro_batch,
+            workers=self.workers,
+            progress=self.progress,
+        )
+        if result.bad:
+            if self.config.data.on_error == "fail":
+                first = result.bad[0]
+                raise DataError(f"{first.where} cannot be decoded: {first.reason} (data.on_error=fail).")
+            self.bad.note(result.bad)
+            self._report_bad()
+        self.result, self.best_top1 = result, max(self.best_top1, result.top1)
+        seconds = time.perf_counter() - started
+        self.log_started += seconds  # the rate of training images leaves evaluations and checkpoints out
+        self._write({**result.values(), "val/best_top1": self.best_top1, "val/seconds": seconds})
+
+    def _report_bad(self) -> None:
+        known = len(self.bad.known)
+        try:
+            self.bad.collect()
+        finally:
+            if self.group.first:
+                with (self.directory / "bad_images.jsonl").open("a") as file:
+                    for where, reason in list(self.bad.known.items())[known:]:
+                        self.progress.say(f"WARNING: image {where} cannot be decoded: {reason}")
+                        line = {"image": where, "reason": reason, "update": self.trainer.update}
+                        file.write(json.dumps(line) + "\n")
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        state = self.trainer.state()
+        if self.trainer.meter.take_bad(self.group):
+            self._report_bad()
+        if self.log is not None:
+            self.log.sync()
+            content = {
+                **state,
+                "best_top1": self.best_top1,
+                "seconds": self._seconds(),
+                "bad": dict(self.bad.known),
+                "config": asdict(absolute_paths(self.config)),
+                "plan": asdict(self.plan),
+                "resolved": asdict(self.resolved),
+                "classes": list(self.dataset.classes),
+                "fingerprint": self.dataset.fingerprint,
+            }
+            checkpoint.save(self.checkpoints, self.trainer.update, content, self.config.checkpoint.keep)
+        self.log_started += time.perf_counter() - started
+
+    def _finish(self) -> dict[str, Any]:
+        assert self.result is not None
+        final = final_record(
+            self.config,
+            self.plan,
+            directory=self.directory,
+            update=self.trainer.update,
+            best_top1=self.best_top1,
+            result=self.result,
+            seconds=self._seconds(),
+            bad_images=len(self.bad.known),
+            weights_sha256=weights_sha256(self.trainer.network),
+        )
+        if self.log is not None:
+            results = {"hparam/best_top1": self.best_top1, "hparam/final_top1": self.result.top1}
+            # The recipe's other rows say nothing of this run.
+            settings = {
+                k: v for k, v in flatten(self.config).items() if not k.startswith(("recipe.rows", "recipe.common"))
+            }
+            self.log.finish(settings, results)
+            partial = self.directory / "final.partial"
+            partial.write_text(json.dumps(final, indent=1) + "\n")
+            partial.replace(self.directory / "final.json")
+        return final
+
+    def _write(self, values: dict[str, float]) -> None:
+        if self.log is not None:
+            update = self.trainer.update
+            self.log.write(update, update / self.plan.updates_per_epoch, values)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started

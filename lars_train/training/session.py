@@ -1,0 +1,162 @@
+"""The three modes, each on one rank: train, evaluate a checkpoint, export one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lars_train.config import AUTO, Config
+from lars_train.data.augment import View
+from lars_train.data.open import open_dataset
+from lars_train.errors import ConfigError
+from lars_train.launch import Ranks
+from lars_train.models.factory import build_model
+from lars_train.monitoring.progress import Progress
+from lars_train.monitoring.say import say
+from lars_train.monitoring.summary import FINISHED
+from lars_train.plan import check_world
+from lars_train.training import checkpoint
+from lars_train.training.device import (
+    choose_device,
+    choose_precision,
+    choose_threads,
+    choose_workers,
+    set_up,
+)
+from lars_train.training.distributed import process_group
+from lars_train.training.evaluation import SMALLEST_BATCH, evaluate_split
+from lars_train.training.network import make_network
+from lars_train.training.prepare import Prepared, check_compatible
+from lars_train.training.run import Run
+from lars_train.training.run_directory import (
+    Invocation,
+    check_same_experiment,
+    check_usable,
+    finished,
+    open_directory,
+)
+from lars_train.training.trainer import normaliser
+
+
+def find_finished(prepared: Prepared) -> dict[str, Any] | None:
+    """What the run directory holds of this run, if it is finished; reads only.
+
+    Raises `ConfigError` when the directory cannot be used, or holds a run of another config.
+    """
+    config, directory = prepared.config, prepared.directory
+    check_usable(directory)
+    check_same_experiment(directory, config)
+    final = finished(directory) if config.resume == AUTO else None
+    return final if final is not None and final["updates"] >= prepared.plan.stop else None
+
+
+def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str, Any]:
+    """Train, go on with the run that is there, or find it finished; the content of ``final.json``. Collective.
+
+    Raises `ConfigError`, `DataError`.
+    """
+    config, directory = prepared.config, prepared.directory
+    check_world(prepared.plan, ranks.world)
+    device = choose_device(config, ranks)
+    choose_precision(config.precision.name, device)
+    with process_group(ranks, device, config.distributed.timeout) as group:
+        # Rank 0 alone looks, so that all do the same however late a shared file system shows a file.
+        final: dict[str, Any] | None = group.from_first(find_finished(prepared) if group.first else None)
+        if final is not None:
+            say(FINISHED)
+            return final
+        lock = open_directory(directory, config, invocation, group)
+        try:
+            return Run(prepared, group, device).train()
+        finally:
+            if lock is not None:
+                lock.close()
+
+
+def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Config, dict[str, Any] | None]:
+    """The config to evaluate with, and the checkpoint's content if one is named.
+
+    Model, data and precision are the checkpoint's, except for what stands on the command line
+    (`overrides`). Raises `ConfigError`.
+    """
+    if config.checkpoint.path is None:
+        return config, None
+    _, content = checkpoint.find(config.checkpoint.path)
+    try:
+        stored = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content["config"]))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"checkpoint.path={config.checkpoint.path}: its config does not fit: {error}") from None
+    assert isinstance(stored, Config)
+    keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    for group in ("model", "data", "precision"):
+        if group in keys:
+            setattr(stored, group, getattr(config, group))
+            continue
+        for key in keys:
+            if key.startswith(f"{group}."):
+                leaf = key.split(".")[1]
+                setattr(getattr(stored, group), leaf, getattr(getattr(config, group), leaf))
+    execution = ("mode", "device", "launch", "distributed", "checkpoint", "export", "micro_batch")
+    merged = dataclasses.replace(stored, **{key: getattr(config, key) for key in execution})
+    return merged, content
+
+
+def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
+    """Evaluate a checkpoint, or ``model.weights``, on the whole validation set; its values by name. Collective."""
+    dataset = open_dataset(config.data)
+    if content is not None:
+        check_compatible(content, config.model.name, dataset)
+    device = choose_device(config, ranks)
+    precision = choose_precision(config.precision.name, device)
+    with process_group(ranks, device, config.distributed.timeout) as group:
+        set_up(config, device, choose_threads(config, ranks))
+        network = make_network(config, len(dataset.classes))
+        if content is not None and config.model.weights is None:
+            network.load_state_dict(content["model"])
+        network = network.to(device=device, dtype=precision.weights).to(memory_format=torch.channels_last)
+        result = evaluate_split(
+            network,
+            dataset.val,
+            View.from_config(config.data),
+            normalise=normaliser(config.data.mean, config.data.std, device, precision),
+            precision=precision,
+            device=device,
+            group=group,
+            batch=SMALLEST_BATCH if config.micro_batch == AUTO else int(config.micro_batch),
+            workers=choose_workers(config, device, ranks),
+            progress=Progress(shown=group.first, epochs=1),
+        )
+    where = [f"{sample.where}: {sample.reason}" for sample in result.bad]
+    return {**result.values(), "data": config.data.name, "model": config.model.name, "undecodable": where}
+
+
+def export(config: Config) -> Path:
+    """Write the checkpoint's weights as a plain state_dict in float32, contiguous; the file's path.
+
+    For a model with a torchvision name it loads into torchvision's model of that name. Raises `ConfigError`.
+    """
+    assert config.checkpoint.path is not None
+    source, content = checkpoint.find(config.checkpoint.path)
+    name, classes = content["config"]["model"]["name"], len(content["classes"])
+    target = Path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
+    if target.is_dir():
+        raise ConfigError(f"export.path={config.export.path}: it is a folder; give the file to write.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"export.path={target}: the folder {target.parent} does not exist.")
+    state = {
+        key: (value.float() if value.is_floating_point() else value).contiguous()
+        for key, value in content["model"].items()
+    }
+    build_model(name, num_classes=classes, ghost_batch=1, zero_gamma=False).load_state_dict(state)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        torch.save(state, partial)
+        partial.replace(target)
+    except (OSError, RuntimeError) as error:  # torch reports a file that it cannot write as RuntimeError
+        raise ConfigError(f"export.path={target}: it cannot be written ({str(error).splitlines()[0]}).") from None
+    return target

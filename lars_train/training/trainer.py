@@ -1,0 +1,215 @@
+"""The training loop. It reads like the algorithm; what it calls says in its name what it does."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lars_train.config import Config, filled
+from lars_train.data.loader import BadSample, Batch
+from lars_train.models.batchnorm import RunningStatistics
+from lars_train.optim.schedule import RESTART, WHOLE, learning_rate
+from lars_train.plan import Plan
+from lars_train.training.device import Precision
+from lars_train.training.distributed import Group
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What the loop needs to know of the config. `schedule`: update number to learning rate."""
+
+    schedule: Callable[[int], float]
+    label_smoothing: float
+
+
+@dataclass
+class Meter:
+    """Sums over the samples since the last log line: loss, hits, samples, newly found bad images.
+
+    They stay on the device, in float64, until a log point reads them.
+    """
+
+    device: torch.device
+    sums: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, bad: int) -> None:
+        """Count a micro-batch: `logits` (n, classes), `labels` int64 (n,), `loss_sum` a scalar."""
+        self.sums[0] += loss_sum.detach()
+        self.sums[1] += (logits.detach().argmax(dim=1) == labels).sum()
+        self.sums[2] += len(labels)
+        if bad:
+            self.sums[3] += bad
+
+    def total(self, group: Group) -> Tensor:
+        """The sums over all ranks; rank 0 keeps them and the others start from zero. Collective."""
+        group.sum(self.sums)
+        total = self.sums.clone()
+        if not group.first:
+            self.sums.zero_()
+        return total
+
+    def take_bad(self, group: Group) -> bool:
+        """After `total`: whether any rank found bad images since they were last counted; forgets them. Collective."""
+        found: bool = group.from_first(bool(self.sums[3]))
+        self.sums[3] = 0
+        return found
+
+
+def normaliser(
+    mean: list[float], std: list[float], device: torch.device, precision: Precision
+) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 images (n, 3, S, S) on the host to normalised ones on `device`, channels_last."""
+    shape = (1, 3, 1, 1)
+    shift = (torch.tensor(mean, dtype=precision.weights) * 255).view(shape).to(device)
+    scale = (1 / (torch.tensor(std, dtype=precision.weights) * 255)).view(shape).to(device)
+
+    def normalise(images: Tensor) -> Tensor:
+        on_device = images.to(device, non_blocking=True)
+        return on_device.to(precision.weights).sub_(shift).mul_(scale)
+
+    return normalise
+
+
+class Trainer:
+    """Model, optimizer and position of a run; `run_update` moves it one update on.
+
+    `network` is what is saved and evaluated; `forward` is the same, perhaps compiled, inside DDP when
+    there are several ranks.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Optimizer,
+        plan: Plan,
+        hyper: Hyper,
+        *,
+        normalise: Callable[[Tensor], Tensor],
+        precision: Precision,
+        device: torch.device,
+        group: Group,
+        compiled: bool = False,
+    ) -> None:
+        self.network, self.optimizer, self.plan, self.hyper = network, optimizer, plan, hyper
+        self.normalise, self.precision, self.device, self.group = normalise, precision, device, group
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scales_loss)
+        self.running_statistics = RunningStatistics(network)
+        self.meter = Meter(device)
+        self.update = 0
+        self.forward: Any = torch.compile(network) if compiled else network
+        if group.ranks.world > 1:
+            # RunningStatistics makes the buffers the same on every rank, from all ranks' data.
+            self.forward = DistributedDataParallel(
+                self.forward,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def run_update(self, batches: Iterator[Batch], micro_batches: int, *, measure: bool) -> UpdateInfo:
+        """One update from this rank's next `micro_batches` of `batches`. Collective.
+
+        The gradient is the sum of the samples' gradients over all ranks, divided by the global batch,
+        however unevenly the samples lie on the ranks. With `measure` the norms are computed too.
+        """
+        info = UpdateInfo(self.hyper.schedule(self.update))
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = info.lr
+        for k in range(micro_batches):
+            started = time.perf_counter()
+            batch = next(batches)
+            info.waited += time.perf_counter() - started
+            info.bad.extend(batch.bad)
+            with self._reduce_gradients_after(last=k == micro_batches - 1):
+                self._forward_backward(batch)
+        self.running_statistics.update(self.group.sum if self.group.ranks.world > 1 else None)
+        self.scaler.unscale_(self.optimizer)
+        if measure:
+            info.norms = self._norms()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.update += 1
+        return info
+
+    def _forward_backward(self, batch: Batch) -> None:
+        images, labels = self.normalise(batch.images), batch.labels.to(self.device, non_blocking=True)
+        with self.precision.autocast(self.device):
+            logits = self.forward(images)
+        logits = logits.to(self.precision.weights)
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.hyper.label_smoothing)
+        # DDP takes the mean over ranks; the factor turns it into the sum over the global batch, divided by its size.
+        mean = loss * (self.group.ranks.world / self.plan.global_batch)
+        torch.autograd.backward(self.scaler.scale(mean))
+        self.meter.add(loss, logits, labels, len(batch.bad))
+
+    def _reduce_gradients_after(self, *, last: bool) -> AbstractContextManager[None]:
+        if last or self.group.ranks.world == 1:
+            return nullcontext()
+        no_sync: AbstractContextManager[None] = self.forward.no_sync()
+        return no_sync
+
+    def _norms(self) -> dict[str, Tensor]:
+        parameters = [p.detach() for p in self.network.parameters()]
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm
+        return {"grad_norm": norm(gradients), "weight_norm": norm(parameters)}
+
+    def state(self) -> dict[str, Any]:
+        """What the continuation needs, as plain values and tensors. Collective."""
+        self.meter.total(self.group)
+        return {
+            "update": self.update,
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.sums.clone(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.network.load_state_dict(state["model"])
+        # The state is the checkpoint's, the settings are this run's.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict({k: v for k, v in state["optimizer"].items() if k != "lars"})
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        self.scaler.load_state_dict(state["scaler"])
+        self.update = state["update"]
+        if self.group.first:
+            self.meter.sums.copy_(state["meter"])
+
+
+@dataclass
+class UpdateInfo:
+    """What one update left behind: `waited` in seconds; `norms` as device scalars where they were measured."""
+
+    lr: float
+    waited: float = 0.0
+    bad: list[BadSample] = field(default_factory=list)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_schedule(plan: Plan, config: Config) -> Callable[[int], float]:
+    """The learning rate as a function of the update number (from 0) alone."""
+    return functools.partial(
+        learning_rate,
+        total=plan.updates,
+        warmup=plan.warmup_updates,
+        base=filled(config.optimizer.lr),
+        power=filled(config.schedule.power),
+        form=RESTART if config.schedule.form == RESTART else WHOLE,
+    )

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lars_train.monitoring.fields import FIELDS
+from lars_train.monitoring.log import RunLog, keep_up_to
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(directory: Path) -> EventAccumulator:
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def points(directory: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in board(directory).Scalars(tag)]
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Moves the clock: TensorBoard orders the event files of a run by the second in which they were made."""
+    now, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + ahead[0])
+
+    def move() -> None:
+        ahead[0] += 10
+
+    return move
+
+
+def test_a_line_holds_its_update_its_epoch_and_its_values(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.write(10, 10 / 3, {"train/loss": 2.5, "train/bad_images": 0})
+    # It can be read while the run goes on.
+    assert lines(tmp_path) == [{"update": 10, "epoch": 3.333333, "train/loss": 2.5, "train/bad_images": 0}]
+    log.write(12, 4.0, {"val/top1": 50.0, "val/count": 7})
+    log.close()
+    assert lines(tmp_path)[1:] == [{"update": 12, "epoch": 4.0, "val/top1": 50.0, "val/count": 7}]
+
+
+def test_every_number_has_a_name_a_unit_and_a_meaning(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    with pytest.raises(KeyError, match="train/mystery"):
+        log.write(1, 0.1, {"train/loss": 1.0, "train/mystery": 2.0})
+    log.write(1, 0.1, {name: 1.0 for name in FIELDS if "/" in name})
+    log.close()
+    (line,) = lines(tmp_path)  # the refused one is not half written
+    described = json.loads((tmp_path / "metrics.fields.json").read_text())
+    assert described.keys() == FIELDS.keys()
+    for name in line:
+        assert described[name]["unit"]
+        assert described[name]["meaning"]
+    assert set(board(tmp_path).Tags()["scalars"]) == line.keys() - {"update", "epoch"}
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    for update in range(1, 6):
+        log.write(update, update / 4, {"train/loss": 1 / update, "train/lr": 0.1 * update})
+    log.close()
+    for tag in ("train/loss", "train/lr"):
+        expected = [(line["update"], line[tag]) for line in lines(tmp_path)]
+        got = points(tmp_path, tag)
+        assert [step for step, _ in got] == [step for step, _ in expected]
+        assert [value for _, value in got] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [0, 1, 4, 6])
+def test_a_resumed_log_holds_each_update_once(checkpointed: int, tmp_path: Path, later: Any) -> None:
+    """A run is killed after update 6 and goes on from an earlier checkpoint, or from the start."""
+    killed = RunLog(tmp_path, 0)
+    for update in range(1, 7):
+        killed.write(update, update / 4, {"train/loss": 100.0 + update})
+    killed.sync()
+    later()
+    log = RunLog(tmp_path, checkpointed)
+    for update in range(checkpointed + 1, 9):
+        log.write(update, update / 4, {"train/loss": 200.0 + update})
+    log.close()
+    expected = [(u, (100.0 if u <= checkpointed else 200.0) + u) for u in range(1, 9)]
+    assert [(line["update"], line["train/loss"]) for line in lines(tmp_path)] == expected
+    assert points(tmp_path, "train/loss") == expected
+    killed.close()
+
+
+def test_a_second_and_a_third_resume_too(tmp_path: Path, later: Any) -> None:
+    for start, stop in ((0, 4), (2, 6), (2, 3), (3, 8)):
+        log = RunLog(tmp_path, start)
+        for update in range(start + 1, stop + 1):
+            log.write(update, update / 4, {"train/loss": float(10 * start + update)})
+        log.close()
+        later()
+    assert [line["update"] for line in lines(tmp_path)] == list(range(1, 9))
+    assert points(tmp_path, "train/loss") == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 23.0),
+        *((u, 30.0 + u) for u in range(4, 9)),
+    ]
+
+
+def test_settings_and_results_stand_in_the_hparams_tab(tmp_path: Path, later: Any) -> None:
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    log = RunLog(tmp_path, 0)
+    log.write(3, 1.0, {"val/top1": 61.5})
+    later()
+    settings = {"optimizer.lr": 0.5, "epochs": 2, "data.root": None, "data.mean": [0.1, 0.2]}
+    log.finish(settings, {"hparam/final_top1": 61.5})
+    log.close()
+    events = board(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("hparam/final_top1")] == [(0, 61.5)]
+    assert points(tmp_path, "val/top1") == [(3, 61.5)]
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {k: v.WhichOneof("kind") for k, v in shown.items()} == {
+        "optimizer.lr": "number_value",
+        "epochs": "number_value",
+        "data.root": "string_value",
+        "data.mean": "string_value",
+    }
+    assert shown["optimizer.lr"].number_value == 0.5
+
+
+def test_later_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kept = ['{"update": 1, "train/loss": 3.0}', '{"update": 2, "val/top1": NaN}', '{"update": 2, "train/loss": 2.0}']
+    dropped = ['{"update": 3, "train/loss": 1.0}', '{"update": 1, "tra', "", "17", "null", '{"loss": 1}', "\0\0\0\0"]
+    path.write_text("\n".join([kept[0], dropped[0], *kept[1:], *dropped[1:]]))
+    keep_up_to(path, 2)
+    assert path.read_text().splitlines() == kept
+    assert path.read_text().endswith("\n")
+    keep_up_to(path, 2)
+    assert path.read_text().splitlines() == kept
+    keep_up_to(path, 0)
+    assert path.read_text() == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_complete_last_line_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"update": 1}\n{"update": 2}')
+    log = RunLog(tmp_path, 2)
+    log.write(3, 1.0, {"train/loss": 1.0})
+    log.close()
+    assert [line["update"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_no_log_yet_is_no_error(tmp_path: Path) -> None:
+    keep_up_to(tmp_path / "metrics.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_that_is_not_finite_leaves_the_line_readable_by_any_json_reader(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.write(1, 0.1, {"train/loss": float("nan"), "train/lr": float("inf"), "train/top1": 10.0})
+    log.close()
+
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is no JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    values = json.loads(line, parse_constant=refuse)
+    assert (values["train/loss"], values["train/lr"], values["train/top1"]) == (None, None, 10.0)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lars_train.config import BatchConfig, Config, ModelConfig, OptimizerConfig, RecipeConfig, ScheduleConfig
+from lars_train.monitoring.summary import announcement, epoch_line, final_record
+from lars_train.monitoring.table import row
+from lars_train.plan import Plan
+
+PLAN = Plan(
+    samples=50_000,
+    nominal_batch=32768,
+    global_batch=1280,
+    ghost_batch=32,
+    scaled=True,
+    raised=False,
+    epochs=20,
+    updates_per_epoch=39,
+    updates=780,
+    stop=780,
+    warmup_updates=78,
+)
+CONFIG = Config(
+    seed=3,
+    batch=BatchConfig(name="32k", nominal=32768),
+    recipe=RecipeConfig(rows={"32k": {"published_top1": 72.26}}),
+    model=ModelConfig(name="resnet20"),
+    optimizer=OptimizerConfig(name="lars", lr=29.0, weight_decay=5e-4),
+    schedule=ScheduleConfig(warmup_epochs=2.0, power=2.0, form="whole"),
+)
+
+
+@dataclass
+class Decided:
+    micro_batch: int = 256
+    precision: str = "bf16"
+    threads: int = 4
+    world: int = 3
+    device: str = "cuda"
+
+
+@dataclass
+class Evaluated:
+    top1: float = 61.234
+    top5: float = 95.5
+    count: int = 10_000
+
+
+def told(plan: Plan = PLAN, config: Config = CONFIG, decided: Any = None, resumed_at: int = 0) -> str:
+    return "\n".join(announcement(config, plan, decided or Decided(), Path("runs/x"), resumed_at))
+
+
+def test_the_effective_values_are_told_before_training() -> None:
+    text = told()
+    for part in (
+        "mini: 50,000 training images",
+        "resnet20, 224 pixels, precision bf16",
+        "32,768 x 50,000 / 1,281,167 = 1278.8",
+        "1,280 images per update",
+        "world size     3 (cuda, 4 CPU threads each)",
+        # 40 ghost batches over 3 ranks: at most 14, at 8 a time.
+        "256 images, accumulation 2, ghost batch 32",
+        "39 per epoch, 780 in 20 epochs",
+        "LARS over SGD, peak lr 29, weight decay 0.0005",
+        "warm-up 78 updates (2 epochs), then poly(2), whole form",
+        "runs/x",
+    ):
+        assert part in text
+    for part in ("NOTE", "max_updates", "resumed"):
+        assert part not in text
+
+
+def test_what_is_unusual_is_told_too() -> None:
+    assert "NOTE: raised to 8" in told(replace(PLAN, global_batch=8, ghost_batch=8, raised=True), decided=Decided(8))
+    assert "stops after update 100 (max_updates)" in told(replace(PLAN, stop=100))
+    assert "at update 1,234 (resume=never starts anew)" in told(resumed_at=1234)
+    plain = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", lr=0.2, weight_decay=1e-4))
+    assert "optimizer      SGD, peak lr 0.2" in told(config=plain)
+
+
+def test_an_epochs_line_tells_what_there_is() -> None:
+    logged = {"train/loss": 1.23456, "train/lr": 12.3456, "train/images_per_s": 4321.9}
+    assert epoch_line(78, PLAN, {}) == "epoch 2/20  update 78"
+    assert epoch_line(79, PLAN, logged) == "epoch 3/20  update 79  loss 1.235  lr 12.3  4,322 images/s"
+    line = epoch_line(78, PLAN, logged, Evaluated(), 62.5)
+    assert line.endswith("top-1 61.23 % of 10,000 (best 62.50 %)")
+
+
+def test_the_final_record_makes_the_row_of_the_table() -> None:
+    record = final_record(
+        CONFIG,
+        PLAN,
+        directory=Path("runs/x"),
+        update=100,
+        best_top1=62.5,
+        result=Evaluated(),
+        seconds=12.5,
+        bad_images=1,
+        weights_sha256="ab" * 32,
+    )
+    assert json.loads(json.dumps(record)) == record
+    expected = {
+        "best_top1": 62.5,
+        "final_top1": 61.234,
+        "final_top5": 95.5,
+        "val_count": 10_000,
+        "updates": 100,
+        "planned_updates": 780,
+        "seconds": 12.5,
+        "weights_sha256": "ab" * 32,
+        "seed": 3,
+        "directory": "runs/x",
+        "epochs_done": pytest.approx(100 / 39),
+    }
+    assert expected.items() <= {k: v for k, v in record.items() if k in expected}.items()
+    assert row(record) == (
+        "32k (scaled: 1,280)",
+        "LARS + poly(2)",
+        "29",
+        "2",
+        "2.56 of 20",
+        "62.50",
+        "61.23",
+        "72.26 (ImageNet)",
+    )

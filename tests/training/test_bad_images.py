@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lars_train.data.loader import BadSample
+from lars_train.errors import DataError
+from lars_train.launch import Ranks
+from lars_train.training.bad_images import BadImages
+from lars_train.training.distributed import Group
+
+
+@dataclass(frozen=True)
+class Three(Group):
+    """Rank 0 of three; the others bring what `others` holds."""
+
+    others: tuple[dict[str, str], ...] = ({}, {})
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self.others]
+
+
+def bad(*places: str) -> Iterable[BadSample]:
+    return [BadSample(number, place, f"{place} is broken") for number, place in enumerate(places)]
+
+
+def test_an_image_counts_once_however_often_it_is_met() -> None:
+    images = BadImages(2, Group(Ranks()))
+    images.note(bad("a", "b", "a"))
+    images.note(bad("b"))
+    assert images.collect() == {"a": "a is broken", "b": "b is broken"}
+    images.note(bad("a"))
+    assert images.collect() == {}
+    assert list(images.known) == ["a", "b"]
+
+
+def test_what_the_ranks_have_met_is_joined() -> None:
+    images = BadImages(4, Three(Ranks(0, 3), ({"c": "no JPEG", "a": "a is broken"}, {"c": "no JPEG", "b": "empty"})))
+    images.note(bad("a"))
+    assert images.collect() == {"a": "a is broken", "c": "no JPEG", "b": "empty"}
+    assert images.collect() == {}
+
+
+def test_more_than_the_limit_fail_the_run_and_are_named() -> None:
+    images = BadImages(2, Three(Ranks(0, 3), ({"c": "no JPEG"}, {})))
+    images.note(bad("a"))
+    images.collect()
+    images.note(bad("d"))
+    with pytest.raises(DataError) as error:
+        images.collect()
+    for part in ("3 images", "data.max_bad=2", "a (a is broken)", "c (no JPEG)", "d (d is broken)"):
+        assert part in str(error.value)
+
+
+def test_a_limit_of_zero_allows_none() -> None:
+    images = BadImages(0, Group(Ranks()))
+    assert images.collect() == {}
+    images.note(bad("a"))
+    with pytest.raises(DataError):
+        images.collect()
+
+
+def test_what_an_earlier_start_knew_counts_and_is_not_told_again() -> None:
+    images = BadImages(1, Group(Ranks()), known=[("a", "a is broken")])
+    images.note(bad("a"))
+    assert images.collect() == {}
+    images.note(bad("b"))
+    with pytest.raises(DataError, match="2 images"):
+        images.collect()
+
+
+def test_the_message_stays_short() -> None:
+    images = BadImages(10, Group(Ranks()))
+    images.note(bad(*(f"image-{i:03d}" for i in range(500))))
+    with pytest.raises(DataError, match="500 images") as error:
+        images.collect()
+    assert str(error.value).count("image-") == 2 * 5

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lars_train.data.augment import View
+from lars_train.data.loader import BadSample, Batch
+from lars_train.launch import Ranks
+from lars_train.monitoring.progress import Progress
+from lars_train.training.device import Precision
+from lars_train.training.distributed import Group
+from lars_train.training.evaluation import Result, evaluate, evaluate_split
+
+CPU = torch.device("cpu")
+FP64 = Precision("fp64", torch.float64, torch.float64)
+SIZE = 6
+
+
+@dataclass
+class Pictures:
+    """A source in memory: noise with random labels; the samples in `bad` cannot be read."""
+
+    count: int
+    classes: int
+    bad: tuple[int, ...] = ()
+    labels: npt.NDArray[np.int32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        draw = np.random.default_rng(self.count)
+        self.labels = draw.integers(0, self.classes, self.count).astype(np.int32)
+        self.pixels = draw.integers(0, 256, (self.count, SIZE, SIZE, 3)).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, sample: int) -> str:
+        return f"{sample}.png"
+
+    def where(self, sample: int) -> str:
+        return f"/val/{sample}.png"
+
+    def read(self, sample: int) -> npt.NDArray[np.uint8]:
+        if sample in self.bad:
+            raise OSError("no such luck")
+        picture: npt.NDArray[np.uint8] = self.pixels[sample]
+        return picture
+
+
+@dataclass(frozen=True)
+class Rehearsal(Group):
+    """One rank of several, played one after the other: first each notes what it would bring to the collectives,
+    then, with `everyone` filled, each gets their result.
+    """
+
+    brought: list[Any] = field(default_factory=list)
+    everyone: list[list[Any]] = field(default_factory=list)
+
+    def sum(self, values: Tensor) -> None:
+        together = self.gather(values.clone())
+        values.copy_(torch.stack(together).sum(0))
+
+    def gather(self, value: Any) -> list[Any]:
+        self.brought.append(value)
+        return [part[len(self.brought) - 1] for part in self.everyone] or [value]
+
+
+def on_ranks(world: int, work: Callable[[Group], Result]) -> list[Result]:
+    """What `work` gives on each of `world` ranks."""
+    first = [Rehearsal(Ranks(rank, world)) for rank in range(world)]
+    for group in first:
+        with suppress(ZeroDivisionError):  # of a rank that has no samples and knows no others yet
+            work(group)
+    everyone = [group.brought for group in first]
+    return [work(Rehearsal(Ranks(rank, world), everyone=everyone)) for rank in range(world)]
+
+
+def network(classes: int) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, classes)).double()
+
+
+def normalise(images: Tensor) -> Tensor:
+    return images.double() / 255
+
+
+def split_result(pictures: Pictures, model: nn.Module, world: int = 1, batch: int = 64) -> list[Result]:
+    return on_ranks(
+        world,
+        lambda group: evaluate_split(
+            model,
+            pictures,
+            View("none", SIZE, False, 0, 1.0),
+            normalise=normalise,
+            precision=FP64,
+            device=CPU,
+            group=group,
+            batch=batch,
+            workers=0,
+            progress=Progress(shown=False, epochs=1),
+        ),
+    )
+
+
+def plain_loop(pictures: Pictures, model: nn.Sequential) -> tuple[float, float, float]:
+    """Top-1, top-5 in percent and mean loss, picture by picture in numpy."""
+    layer = model[1]
+    assert isinstance(layer, nn.Linear)
+    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    top1 = top5 = 0
+    losses = []
+    for sample in range(len(pictures)):
+        if sample in pictures.bad:
+            continue
+        x = pictures.pixels[sample].astype(np.float64).transpose(2, 0, 1).ravel() / 255
+        logits = weight @ x + bias
+        label = pictures.labels[sample]
+        rank = int((logits > logits[label]).sum())
+        top1 += rank < 1
+        top5 += rank < 5
+        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[label])
+    return 100 * top1 / len(pictures), 100 * top5 / len(pictures), float(np.mean(losses))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 131])
+def test_every_sample_counts_once_at_any_world_size(world: int, count: int) -> None:
+    pictures, model = Pictures(count, 7), network(7)
+    top1, top5, loss = plain_loop(pictures, model)
+    for result in split_result(pictures, model, world):
+        assert (result.count, result.decoded, result.bad) == (count, count, ())
+        assert result.top1 == pytest.approx(top1)
+        assert result.top5 == pytest.approx(top5)
+        assert result.loss == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 65, 1000])
+def test_the_batch_changes_nothing(batch: int) -> None:
+    pictures, model = Pictures(130, 7), network(7)
+    top1, top5, loss = plain_loop(pictures, model)
+    (result,) = split_result(pictures, model, batch=batch)
+    assert (result.top1, result.top5) == pytest.approx((top1, top5))
+    assert result.loss == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_bad_image_counts_as_wrong_and_leaves_the_loss_alone(world: int) -> None:
+    pictures, model = Pictures(70, 7, bad=(0, 33, 34, 69)), network(7)
+    top1, top5, loss = plain_loop(pictures, model)
+    for result in split_result(pictures, model, world):
+        assert (result.count, result.decoded) == (70, 66)
+        assert (result.top1, result.top5) == pytest.approx((top1, top5))
+        assert result.loss == pytest.approx(loss, rel=1e-12)
+        assert [(b.sample, b.where, b.reason) for b in result.bad] == [
+            (s, f"/val/{s}.png", "no such luck") for s in pictures.bad
+        ]
+        assert result.values()["val/bad_images"] == 4
+
+
+def test_images_that_are_all_bad_give_zero_and_no_error() -> None:
+    (result,) = split_result(Pictures(3, 7, bad=(0, 1, 2)), network(7))
+    assert (result.top1, result.top5, result.loss, result.count, result.decoded) == (0, 0, 0, 3, 0)
+
+
+def test_with_fewer_than_five_classes_top5_takes_them_all() -> None:
+    pictures, model = Pictures(40, 3, bad=(7,)), network(3)
+    (result,) = split_result(pictures, model)
+    assert result.top1 == pytest.approx(plain_loop(pictures, model)[0])
+    assert result.top5 == pytest.approx(100 * 39 / 40)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(64, 7)).double()
+    frozen = {k: v.clone() for k, v in model.state_dict().items()}
+    pictures = Pictures(9, 7)
+    for training in (True, False):
+        model.train(training)
+        first, second = (split_result(pictures, model)[0] for _ in range(2))
+        assert first == second  # dropout was off
+        assert model.training is training
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in frozen.items())
+    # What comes after is not within inference mode: the parameters still learn.
+    model.train()
+    model(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.float64)).sum().backward()
+
+
+def test_low_precision_logits_are_scored_in_float32() -> None:
+    # In bfloat16 the loss of a confident answer would be rounded to 0.
+    logits = torch.zeros(1, 2, dtype=torch.bfloat16)
+    logits[0, 1] = -9.0
+
+    class Says(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return logits.expand(len(x), 2)
+
+    seen: list[int] = []
+    batches = [Batch(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ()) for n in (3, 2)]
+    result = evaluate(Says(), batches, normalise, nullcontext, CPU, Group(Ranks()), seen.append)
+    assert result.loss == pytest.approx(float(np.log1p(np.exp(-9.0))), rel=1e-3)
+    assert result.loss > 0
+    assert seen == [3, 2]
+
+
+def test_the_names_are_those_of_the_log() -> None:
+    result = Result(50.0, 75.0, 1.25, 8, 7, (BadSample(1, "x", "y"),))
+    assert result.values() == {
+        "val/top1": 50.0,
+        "val/top5": 75.0,
+        "val/loss": 1.25,
+        "val/count": 8,
+        "val/bad_images": 1,
+    }

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lars_train.models.factory import build_model
+from lars_train.training import micro_batch
+from lars_train.training.micro_batch import MOST_SAMPLES, activation_bytes, free_memory, ghosts_that_fit
+
+
+def kept_for_backward(model: nn.Module, samples: int, image_size: int) -> int:
+    """Bytes of the distinct memory blocks, parameters aside, that a real forward pass on the CPU keeps."""
+    blocks = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive: list[Tensor] = []
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in blocks:
+            blocks.add(storage.data_ptr())
+            alive.append(tensor.detach())  # so that no later block gets the same address
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.train()(torch.rand(samples, 3, image_size, image_size))
+    assert output.requires_grad
+    return total
+
+
+@pytest.mark.parametrize(("name", "size", "samples"), [("resnet18", 64, 4), ("small", 28, 32), ("small", 16, 4)])
+def test_the_count_is_what_a_real_forward_pass_keeps(name: str, size: int, samples: int) -> None:
+    model = build_model(name, num_classes=10, ghost_batch=samples, zero_gamma=False)
+    real = kept_for_backward(model, samples, size)
+    assert activation_bytes(model, samples, size) == pytest.approx(real, rel=0.1)
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    model = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False).double().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    in_float64 = activation_bytes(model, 4, 16)
+    assert not model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert in_float64 == activation_bytes(model.float(), 4, 16)
+
+
+def fitting(**changes: Any) -> int:
+    settings: dict[str, Any] = {"ghost_batch": 4, "image_size": 16, "ghosts": 1000, "free": 1 << 40, "local_world": 1}
+    settings |= changes
+    model = build_model("small", num_classes=10, ghost_batch=settings["ghost_batch"], zero_gamma=False)
+    return ghosts_that_fit(model, **settings)
+
+
+def test_the_micro_batch_is_bounded_on_every_side() -> None:
+    assert fitting() == MOST_SAMPLES // 4
+    assert fitting(ghosts=5) == 5
+    assert fitting(free=0) == 1
+    assert fitting(ghost_batch=2 * MOST_SAMPLES) == 1
+
+
+def test_the_micro_batch_follows_the_free_memory_that_ranks_share() -> None:
+    model = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False)
+    ghost = activation_bytes(model, 4, 16)
+    share = micro_batch.SHARE_OF_FREE_MEMORY
+    assert fitting(free=int(10.5 * ghost / share)) == 10
+    assert fitting(free=int(10.5 * ghost / share), local_world=2) == 5
+    assert fitting(free=int(10.5 * ghost / share), local_world=100) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc, which only Linux has")
+def test_free_memory_is_positive_and_at_most_what_the_machine_has() -> None:
+    free = free_memory(torch.device("cpu"))
+    total = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal:")
+    )
+    assert 0 < free <= total
+
+
+def test_a_control_group_and_the_system_both_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 100 kB\nMemAvailable:   60 kB\n",
+        "/sys/fs/cgroup/memory.max": "50000\n",
+        "/sys/fs/cgroup/memory.current": "20000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 12000\ninactive_file 5000\n",
+    }
+
+    def read(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) == 35000  # pages of files that were read can be had back
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert free_memory(cpu) == 60 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "100\n"
+    assert free_memory(cpu) == 0
+    del files["/sys/fs/cgroup/memory.max"]
+    assert free_memory(cpu) == 60 * 1024
+    files.clear()
+    assert free_memory(cpu) > 1 << 30

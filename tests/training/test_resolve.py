@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lars_train.config import Config, DataConfig, LaunchConfig, PrecisionConfig
+from lars_train.errors import ConfigError
+from lars_train.launch import Ranks
+from lars_train.models.factory import build_model
+from lars_train.plan import Plan
+from lars_train.training import device as device_module
+from lars_train.training import resolve as module
+from lars_train.training.distributed import Group
+from lars_train.training.resolve import Resolved, resolve
+
+CPU = torch.device("cpu")
+GHOST = 4
+
+
+def plan(batch: int = 40, ghost: int = GHOST) -> Plan:
+    return Plan(
+        samples=400,
+        nominal_batch=batch,
+        global_batch=batch,
+        ghost_batch=ghost,
+        scaled=False,
+        raised=False,
+        epochs=1,
+        updates_per_epoch=10,
+        updates=10,
+        stop=10,
+        warmup_updates=0,
+    )
+
+
+def config(**settings: Any) -> Config:
+    return Config(data=DataConfig(image_size=16), **settings)
+
+
+@pytest.fixture(autouse=True)
+def a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(device_module, "available_cores", lambda: 8)
+    monkeypatch.setattr(device_module, "_cpu_has", lambda *flags: "bf16" in flags)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return build_model("small", num_classes=4, ghost_batch=GHOST, zero_gamma=False)
+
+
+@dataclass(frozen=True)
+class Among(Group):
+    """A rank whose slowest companion can do `least`."""
+
+    least: int = 1 << 62
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        return min(value, self.least)
+
+
+def decide(network: nn.Module, c: Config, stored: Resolved | None = None, **how: Any) -> Resolved:
+    ranks, least = how.get("ranks", Ranks()), how.get("least", 1 << 62)
+    kept = None if stored is None else asdict(stored)
+    return resolve(c, how.get("plan", plan()), network, CPU, Among(ranks, least), kept)
+
+
+def test_left_open_everything_is_decided_for_this_machine(network: nn.Module) -> None:
+    assert decide(network, config()) == Resolved(40, "bf16", 8, 1, "cpu")
+    two = Ranks(1, 2, 1, 2)
+    assert decide(network, config(), ranks=two) == Resolved(20, "bf16", 4, 2, "cpu")
+
+
+def test_the_micro_batch_is_never_more_than_a_rank_has_to_do(network: nn.Module) -> None:
+    # Ten ghost batches over three ranks: the busiest one has four.
+    assert decide(network, config(), ranks=Ranks(2, 3, 2, 3)).micro_batch == 4 * GHOST
+    assert decide(network, config(micro_batch=40), ranks=Ranks(2, 3, 2, 3)).micro_batch == 4 * GHOST
+    assert decide(network, config(), plan=plan(4000)).micro_batch == 256
+
+
+def test_a_given_micro_batch_is_taken_and_checked(network: nn.Module) -> None:
+    assert decide(network, config(micro_batch=12)).micro_batch == 12
+    with pytest.raises(ConfigError, match=r"micro_batch=10 .* ghost batch of 4 .* 8 and 12"):
+        decide(network, config(micro_batch=10))
+
+
+def test_the_rank_with_the_least_memory_decides_for_all(network: nn.Module) -> None:
+    assert decide(network, config(), ranks=Ranks(0, 2, 0, 2), least=1).micro_batch == GHOST
+
+
+def test_no_memory_at_all_still_gives_one_ghost_batch(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: 0)
+    assert decide(network, config()).micro_batch == GHOST
+
+
+def test_a_continuation_keeps_what_was_decided_at_first(network: nn.Module) -> None:
+    first = Resolved(8, "fp32", 3, 1, "cpu")
+    assert decide(network, config(), first) == first
+
+
+def test_what_the_config_says_wins_over_what_was_decided_at_first(network: nn.Module) -> None:
+    first = Resolved(8, "bf16", 3, 1, "cpu")
+    c = config(micro_batch=16, precision=PrecisionConfig("fp64"), launch=LaunchConfig(threads=2))
+    assert decide(network, c, first) == Resolved(16, "fp64", 2, 1, "cpu")
+
+
+def test_threads_are_decided_anew_where_the_ranks_are_others(network: nn.Module) -> None:
+    first = Resolved(8, "fp32", 3, 1, "cpu")
+    assert decide(network, config(), first, ranks=Ranks(0, 2, 0, 2)) == Resolved(8, "fp32", 4, 2, "cpu")
+    assert decide(network, config(), replace(first, device="cuda")).threads == 8
+
+
+def test_a_kept_micro_batch_that_no_longer_fits_is_decided_anew(network: nn.Module) -> None:
+    # More ranks: less to do for each. Another ghost batch (a checkpoint of another run): no whole number of them.
+    assert decide(network, config(), Resolved(40, "fp32", 1, 1, "cpu"), ranks=Ranks(0, 5, 0, 5)).micro_batch == 8
+    assert decide(network, config(), Resolved(6, "fp32", 1, 1, "cpu")).micro_batch == 40
+
+
+def test_a_precision_that_the_device_cannot_do_is_refused(network: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="precision=fp16"):
+        decide(network, config(precision=PrecisionConfig("fp16")))

@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from lars_train.config import Config, resolve
+from lars_train.errors import ConfigError, DataError
+from lars_train.launch import Ranks
+from lars_train.monitoring.fields import FIELDS
+from lars_train.monitoring.log import RunLog
+from lars_train.optim.lars import LARS
+from lars_train.training import checkpoint, session
+from lars_train.training.prepare import prepare
+from lars_train.training.run import Run
+from lars_train.training.run_directory import Invocation
+from lars_train.training.trainer import Trainer
+
+# 4 updates an epoch, 3 ghost batches an update, micro-batches of 2 and 1 ghost batches.
+TINY: dict[str, Any] = {
+    "epochs": 3,
+    "log_every": 2,
+    "micro_batch": 16,
+    "device": "cpu",
+    "batch": {"size": 24},
+    "recipe": {"rows": {"32k": {}}},
+    "data": {
+        "name": "synthetic",
+        "image_size": 16,
+        "augment": "pad_crop",
+        "pad": 2,
+        "eval_crop": 1.0,
+        "train_count": 100,
+        "val_count": 22,
+        "num_classes": 4,
+    },
+    "model": {"name": "small", "ghost_batch": 8},
+    "optimizer": {"lr": 1.0, "trust_coef": 0.01, "weight_decay": 0.001},
+    "schedule": {"warmup_epochs": 1},
+    "precision": {"name": "fp32"},
+    "launch": {"threads": 1},
+    "checkpoint": {"every_updates": 3},
+}
+TIMES = {"train/images_per_s", "train/wait_share", "val/seconds"}
+
+
+@pytest.fixture(autouse=True)
+def process_state() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def config(directory: Path, **changes: Any) -> Config:
+    """The tiny run in `directory`; `changes` are keys with ``__`` for the dot."""
+    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, {"run": {"dir": str(directory)}})
+    for key, value in changes.items():
+        OmegaConf.update(raw, key.replace("__", "."), value)
+    assert isinstance(raw, DictConfig)
+    return resolve(raw)
+
+
+def train(directory: Path, **changes: Any) -> dict[str, Any]:
+    return session.train(prepare(config(directory, **changes)), Ranks(), Invocation(("lars-train",)))
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, without what a clock has measured."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
+
+
+def state(directory: Path) -> dict[str, Any]:
+    found = checkpoint.latest(directory / "checkpoints")
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("unbroken") / "run"
+    train(directory)
+    return directory
+
+
+def assert_same_outcome(directory: Path, expected: Path) -> None:
+    ours, theirs = (json.loads((d / "final.json").read_text()) for d in (directory, expected))
+    for timed in ("seconds", "directory"):
+        del ours[timed], theirs[timed]
+    assert ours == theirs
+    for key in ("model", "optimizer"):
+        assert_equal(state(directory)[key], state(expected)[key])
+    assert lines(directory) == lines(expected)
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for key in expected:
+            assert_equal(got[key], expected[key])
+    elif isinstance(expected, Tensor):
+        assert torch.equal(got, expected)
+    else:
+        assert got == expected
+
+
+def test_a_run_leaves_what_scripts_rely_on(unbroken: Path) -> None:
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "final.json", "run.json", ".hydra", "tensorboard"} <= {
+        p.name for p in unbroken.iterdir()
+    }
+    found = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["update"], "val/top1" in line) for line in found] == [
+        (u, kind) for u in range(2, 13, 2) for kind in ((False, True) if u % 4 == 0 else (False,))
+    ]
+    for line in found:
+        wanted = {"train/loss", "train/lr", "train/images_per_s", "train/wait_share", "train/grad_norm"}
+        if "val/top1" in line:
+            wanted = {"val/top1", "val/top5", "val/loss", "val/count", "val/best_top1"}
+        assert wanted <= line.keys() <= FIELDS.keys()
+        assert line["epoch"] == line["update"] / 4
+    assert [p.name for p in checkpoint.listing(unbroken / "checkpoints")] == [f"update-{u:09d}.pt" for u in (6, 9, 12)]
+    # Updates 9 and 10 of 12, warm-up aside: the rate of the last one.
+    assert next(v["train/lr"] for v in found if v["update"] == 10) == pytest.approx((1 - 9 / 12) ** 2)
+
+
+def test_the_final_record_is_that_of_the_log_and_of_the_weights(unbroken: Path) -> None:
+    final = json.loads((unbroken / "final.json").read_text())
+    evaluations = [line for line in lines(unbroken) if "val/top1" in line]
+    assert final["final_top1"] == evaluations[-1]["val/top1"]
+    assert final["best_top1"] == max(line["val/top1"] for line in evaluations) == evaluations[-1]["val/best_top1"]
+    assert {line["val/count"] for line in evaluations} == {22} == {final["val_count"]}
+    assert (final["updates"], final["planned_updates"], final["global_batch"]) == (12, 12, 24)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state(unbroken)["model"].items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    assert final["weights_sha256"] == digest.hexdigest()
+
+
+def test_training_learns(unbroken: Path) -> None:
+    losses = [line["train/loss"] for line in lines(unbroken) if "train/loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert json.loads((unbroken / "final.json").read_text())["final_top1"] > 60
+
+
+def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but that its call of that number ends the program instead."""
+    calls = 0
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **keywords)
+
+    return counted
+
+
+KILLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
+    "before the first checkpoint": (Trainer, "run_update", (3,)),
+    "between checkpoints": (Trainer, "run_update", (8,)),
+    "three times": (Trainer, "run_update", (5, 4, 5)),
+    "after a log line": (RunLog, "write", (5,)),
+    "within a checkpoint": (checkpoint, "verify", (2,)),
+    "after a checkpoint": (checkpoint, "listing", (5,)),
+    "in an evaluation": (Run, "_evaluate", (2,)),
+    "before the final record": (Run, "_finish", (1,)),
+}
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_killed_run_ends_as_if_nothing_had_happened(
+    kill: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, calls = KILLS[kill]
+    for call in calls:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, at_call(call, getattr(owner, name)))
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "run")
+        assert not (tmp_path / "run" / "final.json").exists()
+    train(tmp_path / "run")
+    assert_same_outcome(tmp_path / "run", unbroken)
+
+
+def test_a_run_that_stops_early_goes_on_to_the_same_weights(unbroken: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    for stop in (2, 5, 8):
+        final = train(directory, max_updates=stop)
+        assert (final["updates"], final["planned_updates"]) == (stop, 12)
+        # Stopping early leaves the schedule as it is.
+        assert [v for v in lines(directory) if "val/top1" in v][-1]["update"] == stop
+    assert train(directory)["updates"] == 12
+    assert_equal(state(directory)["model"], state(unbroken)["model"])
+    assert json.loads((directory / "final.json").read_text())["weights_sha256"] == state_hash(unbroken)
+
+
+def state_hash(directory: Path) -> str:
+    text: str = json.loads((directory / "final.json").read_text())["weights_sha256"]
+    return text
+
+
+def test_a_finished_run_is_told_and_not_trained_again(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (unbroken / "run.json").read_text()
+    monkeypatch.setattr(Run, "train", None)
+    assert train(unbroken) == json.loads((unbroken / "final.json").read_text())
+    assert train(unbroken, max_updates=3)["updates"] == 12
+    assert (unbroken / "run.json").read_text() == before
+
+
+def test_resume_never_starts_anew(unbroken: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    train(directory, max_updates=5)
+    train(directory, max_updates=2, resume="never")
+    assert state(directory)["update"] == 2
+    assert state(tmp_path / "run.old1")["update"] == 5
+    assert [line["update"] for line in lines(directory)] == [2, 2]
+
+
+def test_what_was_decided_at_first_is_kept(tmp_path: Path) -> None:
+    train(tmp_path / "run", max_updates=3, micro_batch="auto")
+    first = state(tmp_path / "run")["resolved"]
+    assert first["micro_batch"] == 24
+    saved = checkpoint.listing(tmp_path / "run" / "checkpoints")[-1]
+    content = {**torch.load(saved, weights_only=True), "resolved": {**first, "micro_batch": 8}}
+    torch.save(content, saved)
+    train(tmp_path / "run", max_updates=4, micro_batch="auto")
+    assert state(tmp_path / "run")["resolved"]["micro_batch"] == 8
+
+
+def test_a_damaged_last_checkpoint_costs_time_and_nothing_else(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run_update", at_call(8, Trainer.run_update))
+        with pytest.raises(KeyboardInterrupt):
+            train(directory)
+    last = checkpoint.listing(directory / "checkpoints")[-1]
+    last.write_bytes(last.read_bytes()[:1000])
+    train(directory, max_updates=5)
+    assert f"{last} is damaged" in capsys.readouterr().err
+    assert last not in checkpoint.listing(directory / "checkpoints")
+    train(directory)
+    assert "damaged" not in capsys.readouterr().err
+    assert_equal(state(directory)["model"], state(unbroken)["model"])
+
+
+def test_the_best_so_far_and_the_time_so_far_are_remembered(tmp_path: Path) -> None:
+    train(tmp_path / "run", max_updates=3)
+    saved = checkpoint.listing(tmp_path / "run" / "checkpoints")[-1]
+    torch.save({**torch.load(saved, weights_only=True), "best_top1": 101.0, "seconds": 5000.0}, saved)
+    final = train(tmp_path / "run", max_updates=4)
+    assert final["best_top1"] == lines(tmp_path / "run")[-1]["val/best_top1"] == 101.0
+    assert final["final_top1"] <= 100
+    assert 5000 < final["seconds"] < 5100
+
+
+def test_a_new_run_may_go_on_from_another_runs_checkpoint_with_its_own_settings(tmp_path: Path) -> None:
+    train(tmp_path / "first", max_updates=3)
+    changes = {"optimizer__weight_decay": 0.25, "optimizer__momentum": 0.5, "optimizer__eps": 1e-3}
+    prepared = prepare(config(tmp_path / "second", checkpoint__path=str(tmp_path / "first"), max_updates=5, **changes))
+    seen: list[tuple[float, float, float]] = []
+    run_update = Trainer.run_update
+
+    def watch(trainer: Trainer, *arguments: Any, **keywords: Any) -> Any:
+        (group,) = trainer.optimizer.param_groups
+        assert isinstance(trainer.optimizer, LARS)
+        seen.append((group["weight_decay"], group["momentum"], trainer.optimizer.eps))
+        return run_update(trainer, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run_update", watch)
+        final = session.train(prepared, Ranks(), Invocation())
+    assert final["updates"] == 5
+    assert seen == [(0.25, 0.5, 1e-3)] * 2
+
+
+def test_evaluating_the_checkpoint_gives_the_runs_own_result(unbroken: Path, tmp_path: Path) -> None:
+    asked = config(tmp_path, mode="evaluate", checkpoint__path=str(unbroken), data__val_count=9999, data__pad=9)
+    c, content = session.evaluation_config(asked, ())
+    result = session.evaluate_only(c, content, Ranks())
+    last = [line for line in lines(unbroken) if "val/top1" in line][-1]
+    assert {k: result[k] for k in ("val/top1", "val/top5", "val/count")} == {
+        k: last[k] for k in ("val/top1", "val/top5", "val/count")
+    }
+    assert result["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert (result["model"], result["data"], result["undecodable"]) == ("small", "synthetic", [])
+    # What stands on the command line holds.
+    c, content = session.evaluation_config(asked, ("data.val_count=9999", "device=cpu"))
+    assert (c.data.val_count, c.data.pad) == (9999, 2)
+
+
+def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> None:
+    from torchvision.models import resnet18
+
+    train(tmp_path / "run", max_updates=1, model__name="resnet18", data__val_count=2, precision__name="fp64")
+    asked = config(tmp_path, mode="export", checkpoint__path=str(tmp_path / "run"))
+    path = session.export(asked)
+    assert path.parent == tmp_path / "run" / "checkpoints"
+    model = resnet18(num_classes=4)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    for key, value in state(tmp_path / "run")["model"].items():
+        assert torch.equal(model.state_dict()[key], value.to(model.state_dict()[key].dtype)), key
+    assert all(v.is_contiguous() for v in torch.load(path, weights_only=True).values())
+    # A run directory keeps working with the export beside its checkpoints.
+    assert state(tmp_path / "run")["update"] == 1
+    with pytest.raises(ConfigError, match=r"export\.path=.* does not exist"):
+        session.export(config(tmp_path, mode="export", checkpoint__path=str(path.parent), export__path="/no/x.pth"))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 + 8 pictures of 4 classes; two of the first and one of the second cannot be decoded."""
+    root = tmp_path_factory.mktemp("photographs")
+    for split, count in (("train", 12), ("val", 2)):
+        for label in range(4):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (16, 16), (60 * label, 5 * number, 0)).save(folder / f"{number:02d}.png")
+    for name in ("train/class1/03.png", "train/class2/07.png", "val/class3/01.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:20])
+    return root
+
+
+FOLDER = {"data__name": "folder", "batch__size": 16, "epochs": 2}
+
+
+def test_bad_images_are_named_once_and_counted(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = train(tmp_path / "run", data__root=str(photographs), data__max_bad=3, **FOLDER)
+    assert final["bad_images"] == 3
+    told = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(line["image"] for line in told) == sorted(
+        str(photographs / name) for name in ("train/class1/03.png", "train/class2/07.png", "val/class3/01.png")
+    )
+    said = capsys.readouterr().out
+    for line in told:
+        assert line["reason"]
+        assert 0 < line["update"] <= 6
+        assert said.count(line["image"]) == 1
+    assert [v for v in lines(tmp_path / "run") if "train/loss" in v][-1]["train/bad_images"] >= 2
+    evaluations = [v for v in lines(tmp_path / "run") if "val/top1" in v]
+    assert {(v["val/bad_images"], v["val/count"]) for v in evaluations} == {(1, 8)}
+    assert max(v["val/top1"] for v in evaluations) <= 100 * 7 / 8
+
+
+def test_more_bad_images_than_allowed_fail_the_run(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.max_bad=1"):
+        train(tmp_path / "run", data__root=str(photographs), data__max_bad=1, **FOLDER)
+    named = (tmp_path / "run" / "bad_images.jsonl").read_text()
+    assert named.count("cannot") + named.count(".png") >= 2
+    assert not (tmp_path / "run" / "final.json").exists()
+
+
+def test_bad_images_are_not_tolerated_with_on_error_fail(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"class[12]/0[37]\.png"):
+        train(tmp_path / "run", data__root=str(photographs), data__on_error="fail", **FOLDER)
+
+
+def test_a_resumed_run_does_not_tell_known_bad_images_again(photographs: Path, tmp_path: Path) -> None:
+    for stop in (3, 6):
+        train(tmp_path / "run", data__root=str(photographs), max_updates=stop, **FOLDER)
+    told = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
+    assert len(told) == 3

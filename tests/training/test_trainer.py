@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lars_train.config import Config, OptimizerConfig, ScheduleConfig
+from lars_train.data.loader import BadSample, Batch
+from lars_train.launch import Ranks
+from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.factory import build_model
+from lars_train.models.resnet_cifar import CifarResNet
+from lars_train.optim.factory import build_optimizer
+from lars_train.plan import Plan
+from lars_train.training.device import Precision, choose_precision
+from lars_train.training.distributed import Group
+from lars_train.training.trainer import Hyper, Meter, Trainer, make_schedule, normaliser
+
+CPU = torch.device("cpu")
+FP64 = Precision("fp64", torch.float64, torch.float64)
+FP32 = Precision("fp32", torch.float32, torch.float32)
+FP16 = Precision("fp16", torch.float32, torch.float16)
+ALONE = Group(Ranks())
+CLASSES, SIZE = 4, 16
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+UPDATES, WARMUP, LR, POWER = 8, 2, 3.0, 2.0
+MOMENTUM, DECAY, EPS, TRUST, SMOOTHING = 0.9, 0.01, 1e-8, 0.01, 0.1
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def plan(batch: int, ghost: int) -> Plan:
+    return Plan(
+        samples=4 * batch,
+        nominal_batch=batch,
+        global_batch=batch,
+        ghost_batch=min(ghost, batch),
+        scaled=False,
+        raised=False,
+        epochs=2,
+        updates_per_epoch=4,
+        updates=UPDATES,
+        stop=UPDATES,
+        warmup_updates=WARMUP,
+    )
+
+
+def global_batch(count: int, update: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(update)
+    images = torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=draw)
+    return images, torch.randint(0, CLASSES, (count,), generator=draw)
+
+
+def micro_batches(images: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
+    for part, answers in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+        yield Batch(part, answers, ())
+
+
+def network(ghost: int) -> nn.Module:
+    torch.manual_seed(1)
+    return build_model("small", num_classes=CLASSES, ghost_batch=ghost, zero_gamma=False).double()
+
+
+def tiny_network(ghost: int) -> nn.Module:
+    """float32, for the precisions that are slow on a CPU without the instructions."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4, bias=False),
+        GhostBatchNorm2d(4, ghost_batch=ghost),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 4 * 4, CLASSES),
+    )
+
+
+def trainer(
+    model: nn.Module, which: Plan, precision: Precision = FP64, name: str = "lars", lr: float = LR, **kwargs: Any
+) -> Trainer:
+    optimizer = OptimizerConfig(
+        name=name,
+        lr=lr,
+        momentum=MOMENTUM,
+        weight_decay=DECAY,
+        decay_norm_bias=False,
+        eps=EPS,
+        trust_coef=TRUST,
+    )
+    config = Config(optimizer=optimizer, schedule=ScheduleConfig(power=POWER, form="whole"))
+    return Trainer(
+        model,
+        build_optimizer(optimizer, model),
+        which,
+        Hyper(make_schedule(which, config), SMOOTHING),
+        normalise=normaliser(MEAN, STD, CPU, precision),
+        precision=precision,
+        device=CPU,
+        group=ALONE,
+        **kwargs,
+    )
+
+
+class PlainLoop:
+    """The same training by the book: one pass over the whole global batch, torch's own batch norm on each
+    ghost batch, running statistics, LARS and schedule written out.
+    """
+
+    def __init__(self, initial: nn.Module, ghost: int) -> None:
+        self.ghost = ghost
+        self.model = CifarResNet(1, num_classes=CLASSES, norm_layer=nn.BatchNorm2d).double()
+        self.model.load_state_dict(initial.state_dict())
+        self.norms = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        self.running = {
+            n: [m.state_dict()[key].clone() for key in ("running_mean", "running_var")] for n, m in self.norms.items()
+        }
+        self.base = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=MOMENTUM)
+        self.loss_sum = 0.0
+        self.hits = 0
+        self.grad_norm = self.weight_norm = 0.0
+
+    def update(self, number: int, images: Tensor, labels: Tensor) -> None:
+        mean_pixel, std_pixel = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+        x = (images.double() / 255 - mean_pixel) / std_pixel
+        seen: dict[str, list[Tensor]] = {n: [] for n in self.norms}
+        hooks = [
+            m.register_forward_pre_hook(lambda _, given, n=n: seen[n].append(given[0].detach().clone()))
+            for n, m in self.norms.items()
+        ]
+        logits = torch.cat([self.model(part) for part in torch.split(x, self.ghost)])
+        for hook in hooks:
+            hook.remove()
+        scores = logits - torch.logsumexp(logits, dim=1, keepdim=True)
+        target = torch.full_like(scores, SMOOTHING / CLASSES)
+        target[torch.arange(len(labels)), labels] += 1 - SMOOTHING
+        losses = -(target * scores).sum(dim=1)
+        self.loss_sum += float(losses.sum().detach())
+        self.hits += int((logits.argmax(dim=1) == labels).sum())
+        self.model.zero_grad()
+        torch.autograd.backward(losses.sum() / len(labels))
+
+        parameters = dict(self.model.named_parameters())
+        grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        assert grads.keys() == parameters.keys()
+        self.grad_norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+        self.weight_norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters.values()))
+        for name, p in parameters.items():
+            decay = 0.0 if "bn" in name or name.endswith("bias") else DECAY
+            w, g = float(p.detach().norm()), float(grads[name].norm())
+            ratio = TRUST * w / (g + decay * w + EPS) if w > 0 and g > 0 else 1.0
+            p.grad = ratio * (grads[name] + decay * p.detach())
+        rate = LR * (number + 1) / WARMUP if number < WARMUP else LR * (1 - number / UPDATES) ** POWER
+        self.base.param_groups[0]["lr"] = rate
+        self.base.step()
+
+        for name, parts in seen.items():
+            flat = [part.transpose(0, 1).flatten(1) for part in parts]
+            share = [len(part) / len(images) for part in parts]
+            mean = sum(s * f.mean(1) for s, f in zip(share, flat, strict=True))
+            variance = sum(s * f.var(1, correction=1) for s, f in zip(share, flat, strict=True))
+            for old, new in zip(self.running[name], (mean, variance), strict=True):
+                old.mul_(0.9).add_(0.1 * new)
+
+    def state(self, updates: int) -> dict[str, Tensor]:
+        expected = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        for name, (mean, variance) in self.running.items():
+            expected[f"{name}.running_mean"], expected[f"{name}.running_var"] = mean, variance
+            expected[f"{name}.num_batches_tracked"] = torch.tensor(updates)
+        return expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "ghost", "micro"),
+    [(10, 2, 2), (10, 2, 4), (10, 2, 6), (10, 2, 10), (3, 4, 3)],
+    ids=["ghost by ghost", "last one half", "uneven", "all at once", "one small ghost"],
+)
+def test_updates_equal_a_plain_loop_over_the_whole_global_batch(batch: int, ghost: int, micro: int) -> None:
+    model = network(ghost)
+    reference = PlainLoop(model, min(ghost, batch))
+    t = trainer(model, plan(batch, ghost))
+    for update in range(4):
+        images, labels = global_batch(batch, update)
+        info = t.run_update(micro_batches(images, labels, micro), math.ceil(batch / micro), measure=True)
+        reference.update(update, images, labels)
+        assert float(info.norms["grad_norm"]) == pytest.approx(reference.grad_norm, rel=1e-11)
+        assert float(info.norms["weight_norm"]) == pytest.approx(reference.weight_norm, rel=1e-12)
+    got, expected = model.state_dict(), reference.state(4)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-12, msg=key)
+    loss, hits, count, bad = t.meter.sums.tolist()
+    assert loss == pytest.approx(reference.loss_sum, rel=1e-12)
+    assert (hits, count, bad) == (reference.hits, 4 * batch, 0)
+    assert t.update == 4
+
+
+def test_the_learning_rate_of_an_update_is_that_of_its_number() -> None:
+    t = trainer(network(2), plan(4, 2))
+    rates = []
+    for update in range(UPDATES):
+        info = t.run_update(micro_batches(*global_batch(4, update), 4), 1, measure=False)
+        rates.append(info.lr)
+        assert {group["lr"] for group in t.optimizer.param_groups} == {info.lr}
+        assert info.norms == {}
+    warm = [LR * (u + 1) / WARMUP for u in range(WARMUP)]
+    assert rates == pytest.approx(warm + [LR * (1 - u / UPDATES) ** POWER for u in range(WARMUP, UPDATES)])
+
+
+def test_restored_training_goes_on_bit_for_bit() -> None:
+    unbroken, first = (trainer(network(2), plan(8, 2)) for _ in range(2))
+    for update in range(3):
+        for t in (unbroken, first):
+            t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+    torch.manual_seed(99)
+    second = trainer(build_model("small", num_classes=CLASSES, ghost_batch=2, zero_gamma=True).double(), plan(8, 2))
+    second.restore(first.state())
+    for update in range(3, 6):
+        for t in (unbroken, second):
+            t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+    assert second.update == 6
+    assert torch.equal(unbroken.meter.sums, second.meter.sums)
+    for (key, got), expected in zip(
+        second.network.state_dict().items(), unbroken.network.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, expected), key
+
+
+def test_waiting_and_bad_images_of_all_micro_batches_are_told() -> None:
+    t = trainer(network(2), plan(4, 2))
+    found = BadSample(7, "/data/7.jpg", "truncated")
+    images, labels = global_batch(4, 0)
+
+    def slow() -> Iterator[Batch]:
+        yield Batch(images[:2], labels[:2], (found, found))
+        # Longer than any clock's grain, and short.
+        torch.randn(200, 200) @ torch.randn(200, 200)
+        yield Batch(images[2:], labels[2:], (found,))
+
+    info = t.run_update(slow(), 2, measure=False)
+    assert info.bad == [found] * 3
+    assert info.waited > 0
+    assert t.meter.sums[3] == 3
+
+
+def test_the_meter_counts_until_it_is_read() -> None:
+    meter = Meter(CPU)
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
+    meter.add(torch.tensor(1.5), logits, torch.tensor([0, 0, 0]), bad=2)
+    meter.add(torch.tensor(0.5), logits[:1], torch.tensor([1]), bad=0)
+    assert meter.total(ALONE).tolist() == [2.0, 2.0, 4.0, 2.0]
+    assert meter.take_bad(ALONE)
+    assert not meter.take_bad(ALONE)
+    # Reading it at a checkpoint leaves the rest of the sums for the log line to come.
+    assert meter.total(ALONE).tolist() == [2.0, 2.0, 4.0, 0.0]
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operators that hand a tensor's value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.name().partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def syncs(self) -> int:
+        return sum(self.calls[f"aten::{n}"] for n in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"))
+
+
+def test_an_update_between_log_points_reads_nothing_back_to_the_host() -> None:
+    t = trainer(network(2), plan(8, 2))
+    for update, measure in enumerate((False, True)):
+        batches = micro_batches(*global_batch(8, update), 4)
+        with Reads() as reads:
+            info = t.run_update(batches, 2, measure=measure)
+        assert reads.calls["aten::convolution_backward"] > 0
+        assert reads.syncs == 0
+    with Reads() as reads:
+        float(info.norms["grad_norm"])
+    assert reads.syncs == 1  # the counter counts
+
+
+class NoAutocast(Precision):
+    """There is none for the meta device."""
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_an_update_needs_no_value_of_any_tensor(name: str) -> None:
+    # On the meta device tensors have no values, so any branch on one would raise.
+    meta = torch.device("meta")
+    which = plan(8, 2)
+    t = trainer(network(2).to(meta), which, name=name)
+    t.device, t.meter, t.normalise = meta, Meter(meta), normaliser(MEAN, STD, meta, FP64)
+    t.precision = NoAutocast("fp64", torch.float64, torch.float64)
+    for update in range(2):
+        t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        t.meter.sums.tolist()
+
+
+def test_float16_follows_float32_and_scales_the_loss() -> None:
+    exact = trainer(tiny_network(4), plan(16, 4), FP32, lr=1.0)
+    half = trainer(tiny_network(4), plan(16, 4), FP16, lr=1.0)
+    start = {k: v.clone() for k, v in exact.network.state_dict().items()}
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    for update in range(4):
+        norms = [
+            float(t.run_update(micro_batches(*global_batch(16, update), 8), 2, measure=True).norms["grad_norm"])
+            for t in (exact, half)
+        ]
+        assert norms[1] == pytest.approx(norms[0], rel=0.02)  # told without the scale
+    assert not exact.scaler.is_enabled()
+    assert half.scaler.get_scale() == 2048.0
+    for key, p in half.network.named_parameters():
+        assert p.dtype == torch.float32
+        moved = exact.network.state_dict()[key] - start[key]
+        assert (p.detach() - start[key] - moved).norm() < 0.1 * moved.norm() + 1e-6, key
+    assert torch.isfinite(half.meter.sums).all()
+
+
+def test_float16_overflow_skips_the_step_and_halves_the_scale() -> None:
+    t = trainer(tiny_network(4), plan(8, 4), FP16)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = {k: p.detach().clone() for k, p in t.network.named_parameters()}
+    t.run_update(micro_batches(*global_batch(8, 0), 8), 1, measure=False)
+    assert t.scaler.get_scale() == 2.0**59
+    # The schedule is a function of the update's number: a skipped step is an update too.
+    assert t.update == 1
+    assert all(torch.equal(before[k], p.detach()) for k, p in t.network.named_parameters())
+    state = t.state()
+    other = trainer(tiny_network(4), plan(8, 4), FP16)
+    other.restore(state)
+    assert other.scaler.get_scale() == 2.0**59
+
+
+def test_bfloat16_keeps_float32_weights_and_trains() -> None:
+    t = trainer(tiny_network(4), plan(16, 4), choose_precision("bf16", CPU), lr=2.0)
+    images, labels = global_batch(16, 0)
+    losses = []
+    for _ in range(UPDATES):
+        t.run_update(micro_batches(images, labels, 8), 2, measure=False)
+        losses.append(float(t.meter.sums[0]))
+        t.meter.sums.zero_()
+    assert losses[-1] < 0.8 * losses[0]
+    assert {p.dtype for p in t.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("base", ["AdamW", "Adagrad"])
+def test_any_base_under_lars_moves_the_weights(base: str) -> None:
+    model = network(2)
+    config = OptimizerConfig(
+        name="lars", base=base, lr=0.1, weight_decay=DECAY, decay_norm_bias=True, eps=EPS, trust_coef=TRUST
+    )
+    optimizer: Optimizer = build_optimizer(config, model)
+    t = trainer(model, plan(4, 2))
+    t.optimizer = optimizer
+    before = [p.detach().clone() for p in model.parameters()]
+    t.run_update(micro_batches(*global_batch(4, 0), 4), 1, measure=False)
+    assert not any(torch.equal(b, p.detach()) for b, p in zip(before, model.parameters(), strict=True))
+
+
+def test_the_schedule_is_the_configs() -> None:
+    config = Config(optimizer=OptimizerConfig(lr=LR), schedule=ScheduleConfig(power=POWER, form="restart"))
+    rate = make_schedule(plan(4, 2), config)
+    assert [rate(u) for u in (0, 1, 2, 5)] == pytest.approx([LR / 2, LR, LR, LR * (1 - 3 / 6) ** 2])
