@@ -1,0 +1,208 @@
+"""The command line: compose with Hydra, check, launch, and say how it went.
+
+No torch is imported until a command needs it. Exit codes: 0, 1 for a run that failed, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from lars_train import __version__
+from lars_train.config import Config, choices_of, config_dir, flatten, register, resolve
+from lars_train.errors import ConfigError, DataError, nearest
+from lars_train.monitoring.say import complain, say
+
+BAD_INPUT, FAILED = 2, 1
+_GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
+_ASKS_ONLY = ("--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
+
+
+class _Jobs:
+    """The jobs of this command line: one, or several in a sweep. Filled by Hydra's callback."""
+
+    def __init__(self) -> None:
+        self.finals: list[tuple[str, dict[str, Any]]] = []
+        self.failures: list[tuple[str, int, str]] = []
+        self.crash: Exception | None = None
+
+    def fail(self, label: str, code: int, reason: str) -> None:
+        """Note a failed job and say why at once."""
+        self.failures.append((label, code, reason))
+        complain(reason)
+
+    def exit_code(self) -> int:
+        """2 if all that failed was bad input, 1 for any other failure."""
+        codes = {code for _, code, _ in self.failures}
+        return 0 if not codes else BAD_INPUT if codes == {BAD_INPUT} else FAILED
+
+
+def main() -> None:
+    """Entry point of ``lars-train`` and of ``python -m lars_train``; ends the process with its exit code."""
+    command = (Path(sys.argv[0]).name if "__main__" not in sys.argv[0] else "python -m lars_train", *sys.argv[1:])
+    try:
+        sys.argv[1:] = prepare_arguments(sys.argv[1:], os.environ.get("IMAGENET_DIR"))
+    except ConfigError as error:
+        complain(str(error))
+        sys.exit(BAD_INPUT)
+    if "--version" in sys.argv[1:]:
+        print(f"lars-train {__version__}")
+        sys.exit(0)
+    sweeping = any(flag in ("-m", "--multirun") for flag in sys.argv[1:])
+    if sweeping and not any(argument.startswith("hydra.sweep.dir=") for argument in sys.argv[1:]):
+        # Hydra writes multirun.yaml there; each job's run directory holds all that is worth keeping.
+        scratch = tempfile.mkdtemp(prefix="lars-train-")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        sys.argv.insert(1, f"hydra.sweep.dir={scratch}")
+    # Otherwise Hydra prints its errors itself and ends with code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    jobs = _Jobs()
+    register()
+
+    def job(raw: DictConfig) -> None:
+        _run_job(raw, command, jobs, sweeping)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on from the last checkpoint.")
+        sys.exit(130)
+    except Exception as error:
+        if error is jobs.crash:
+            raise
+        # What a job meets it handles itself: this is Hydra's word on the command line, in several classes.
+        complain(explain(error))
+        sys.exit(BAD_INPUT)
+    if sweeping:
+        _report_sweep(jobs)
+    sys.exit(jobs.exit_code())
+
+
+def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[str]:
+    """The command line as Hydra can read it.
+
+    Choices of a group that Hydra would take for a number (``batch=256``), null or a truth value are quoted,
+    for it stops at those; keywords of the optimizer's base may be new keys; and with IMAGENET_DIR set
+    ImageNet is the default data set. Raises `ConfigError` for a group that is taken away (``~data``).
+    """
+    for argument in arguments:
+        if argument.startswith("~") and argument[1:].partition("=")[0] in _GROUPS:
+            raise ConfigError(f"{argument}: a run needs a choice of every group; give {argument[1:]}=... instead.")
+    prepared = [_prepare_argument(argument) for argument in arguments]
+    asks_only = any(argument in _ASKS_ONLY for argument in arguments)
+    keys = {argument.partition("=")[0] for argument in arguments}
+    # A checkpoint knows its own data set.
+    from_checkpoint = "checkpoint.path" in keys and bool({"mode=evaluate", "mode=export"} & set(arguments))
+    if imagenet_dir and "data" not in keys and not from_checkpoint and not asks_only:
+        prepared.append("data=imagenet")
+    # argparse takes settings only in one run; flags and their values go behind it, wherever they stood.
+    settings = [argument for argument in prepared if not argument.startswith("-") and "=" in argument]
+    return settings + [argument for argument in prepared if argument not in settings]
+
+
+def _prepare_argument(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return argument
+    if key in _GROUPS:
+        if key == "batch":
+            value = value.lower()
+        # Hydra's functions (choice, shuffle, sort) take one pair of quotes off.
+        quoted = r'''"'\g<0>'"''' if "(" in value else r"'\g<0>'"
+        return f"{key}={re.sub(_NO_STRING, quoted, value)}"
+    if key.startswith("optimizer.kwargs."):
+        return f"++{argument}"
+    return argument
+
+
+# What Hydra would read as a number, null or a truth value.
+_NO_STRING = r"(?<![\w'\".+-])(?:[+-]?\d+(?:\.\d*)?|(?i:null|true|false))(?![\w'\".-])"
+
+
+def explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's errors in one or two lines, with the nearest name."""
+    text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: Hydra cannot read this; a setting is key=value, and a value with = , or brackets in "
+            """it wants quotes within the shell's: 'data.root="/a=b"'."""
+        )
+    keys = [*flatten(Config()), *_GROUPS]
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:not in|is not in)", text)
+    if unknown:
+        key = unknown.group(1).split("@")[0]
+        return f"there is no key or group {key!r}.{nearest(key, keys)} lars-train --help lists them."
+    choice = re.search(rf"Could not find '({'|'.join(_GROUPS)})/([^']*)'", text)
+    if choice:
+        group, name = choice.groups()
+        choices = choices_of(group)
+        return f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{nearest(name, choices)}"
+    if "Ambiguous value for argument" in text:
+        return f"{text.splitlines()[0]}: several values are a sweep; add -m."
+    if error.__cause__ is not None:
+        text += f"\n{error.__cause__}"
+    lines = [
+        line.strip() for line in text.splitlines() if not re.search("(full_key|reference_type|object_type)[:=]", line)
+    ]
+    return " ".join(line for line in lines if line)
+
+
+def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: bool) -> None:
+    overrides = tuple(HydraConfig.get().overrides.task)
+    label = " ".join(overrides) or "(no overrides)"
+    if sweeping:
+        say(f"\n=== job {len(jobs.finals) + len(jobs.failures) + 1}: {label}")
+    try:
+        config = resolve(raw)
+        # Here torch comes in.
+        from lars_train import commands
+        from lars_train.launch import WorkerError
+        from lars_train.training.run_directory import Invocation
+    except ConfigError as error:
+        jobs.fail(label, BAD_INPUT, str(error))
+        return
+    hydra_yaml = OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()}))
+    try:
+        invocation = Invocation(command, overrides, OmegaConf.to_yaml(raw), hydra_yaml)
+        jobs.finals.append((label, commands.run(config, invocation)))
+    except ConfigError as error:
+        jobs.fail(label, BAD_INPUT, str(error))
+    except DataError as error:
+        jobs.fail(label, FAILED, str(error))
+    except WorkerError as error:
+        jobs.fail(label, BAD_INPUT if error.kind == "ConfigError" else FAILED, str(error))
+    except Exception as error:
+        if not sweeping:
+            jobs.crash = error
+            raise
+        traceback.print_exc()
+        jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
+
+
+def _report_sweep(jobs: _Jobs) -> None:
+    rows = [(label, final) for label, final in jobs.finals if "best_top1" in final]
+    say(f"\n=== sweep: {len(jobs.finals)} of {len(jobs.finals) + len(jobs.failures)} jobs done")
+    if rows:
+        from lars_train.monitoring.table import row, table
+
+        say(table([row(final) for _, final in rows]))
+        for label, final in rows:
+            say(f"{final['directory']}  {label}")
+    for label, _, reason in jobs.failures:
+        complain(f"job failed: {label}: {reason}")

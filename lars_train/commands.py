@@ -1,0 +1,106 @@
+"""What the command line does with one checked config: train, evaluate or export, in as many processes as needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from lars_train.config import AUTO, Config
+from lars_train.launch import Ranks, adopt, processes, record_failure, restarted, start_processes
+from lars_train.monitoring.say import first_process, say
+from lars_train.monitoring.summary import FINISHED
+from lars_train.monitoring.table import row, table
+from lars_train.plan import check_world
+from lars_train.training import checkpoint
+from lars_train.training.device import choose_precision, cuda_devices
+from lars_train.training.distributed import begin_job, current_ranks
+from lars_train.training.prepare import prepare
+from lars_train.training.run_directory import Invocation
+from lars_train.training.session import evaluate_only, evaluation_config, export, find_finished, train
+
+
+def run(config: Config, invocation: Invocation) -> dict[str, Any]:
+    """Do what ``mode`` says; what came of it, by name. Raises `ConfigError`, `DataError`, `WorkerError`."""
+    begin_job()
+    commands = {"train": _train, "evaluate": _evaluate, "export": _export}
+    return commands[config.mode](config, invocation)
+
+
+def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
+    if restarted():
+        # "never" was said to the first start; what that one has done is not to be moved aside.
+        config = dataclasses.replace(config, resume=AUTO)
+    prepared = prepare(config)
+    ranks = adopt()
+    count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
+    check_world(prepared.plan, ranks.world if ranks else count)
+    if cuda_devices(config) == 0:
+        choose_precision(config.precision.name, torch.device("cpu"))
+    if config.data.name == "mini":
+        say(
+            "This trains on the embedded pictures: 12,000 of Fashion-MNIST, the table at reduced scale.\n"
+            "On ImageNet: lars-train batch=32k data=imagenet data.root=/path/to/imagenet\n"
+        )
+    # Under a launcher the ranks decide together, in `train`.
+    done = find_finished(prepared) if ranks is None else None
+    final: dict[str, Any]
+    if done is not None:
+        say(FINISHED)
+        final = done
+    elif count > 1:
+        final = start_processes(_train_worker, (config, invocation), count)
+    else:
+        final = train(prepared, ranks or Ranks(), invocation)
+    say(f"\n{_told(final)}")
+    return final
+
+
+def _told(final: dict[str, Any]) -> str:
+    lines = [table([row(final)])]
+    if final["data"] != "imagenet":
+        lines.append(f"Measured on {final['data']} with {final['model']}; published: ResNet-50 on ImageNet.")
+    if final["raised"]:
+        lines.append(f"This row's batch is raised to {final['global_batch']}, the least that batch norm works with.")
+    lines.append(f"{final['updates']:,} updates in {final['seconds']:.0f} s")
+    lines.append(f"run directory  {final['directory']}")
+    lines.append(f"TensorBoard    tensorboard --logdir {final['directory']}")
+    return "\n".join(lines)
+
+
+def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
+    config, content = evaluation_config(config, invocation.overrides)
+    ranks = adopt()
+    count = 1 if ranks else processes(config, cuda_devices(config), ghosts=cuda_devices(config))
+    result: dict[str, Any]
+    if count > 1:
+        result = start_processes(_evaluate_worker, (config,), count)
+    else:
+        result = evaluate_only(config, content, ranks or Ranks())
+    say(
+        f"{result['model']} on {result['data']}: top-1 {result['val/top1']:.2f} %, top-5 {result['val/top5']:.2f} %, "
+        f"loss {result['val/loss']:.4f}, {result['val/count']:,} images"
+    )
+    for place in result["undecodable"]:
+        say(f"WARNING: counted as wrong, cannot be decoded: {place}")
+    return result
+
+
+def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
+    if not first_process():
+        return {}
+    path = export(config)
+    say(f"weights: {path}\nload them with torch.load({path.name!r}, weights_only=True)")
+    return {"path": str(path)}
+
+
+@record_failure
+def _train_worker(config: Config, invocation: Invocation) -> dict[str, Any]:
+    return train(prepare(config), current_ranks(), invocation)
+
+
+@record_failure
+def _evaluate_worker(config: Config) -> dict[str, Any]:
+    content = checkpoint.find(config.checkpoint.path)[1] if config.checkpoint.path else None
+    return evaluate_only(config, content, current_ranks())

@@ -1,0 +1,45 @@
+"""What ``import lars_train`` gives, and what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import lars_train
+
+
+def test_importing_the_package_imports_neither_torch_nor_hydra() -> None:
+    code = "import sys, lars_train; print(sorted({'torch', 'torchvision', 'numpy', 'hydra'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_lars_and_the_schedule_are_had_from_the_package() -> None:
+    import torch
+
+    from lars_train import LARS, learning_rate
+
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = LARS(torch.optim.SGD([weight], lr=1.0), eps=0.0, trust_coef=0.1)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    weight.grad = torch.tensor([0.0, 2.0])
+    optimizer.step()
+    # ratio = 0.1 * 5 / 2, so the step is as long as a tenth of the weight's norm.
+    assert weight.tolist() == pytest.approx([3.0, 3.5])
+    assert learning_rate(0, total=10, warmup=2, base=4.0, power=2.0, form="whole") == 2.0
+
+
+def test_all_public_names_exist_and_no_other_is_made_up() -> None:
+    assert set(lars_train.__all__) == {"LARS", "learning_rate", "__version__"}
+    for name in lars_train.__all__:
+        assert getattr(lars_train, name) is not None
+    missing = "SARL"
+    with pytest.raises(AttributeError, match="no attribute 'SARL'"):
+        getattr(lars_train, missing)
+
+
+def test_the_version_is_the_distributions() -> None:
+    assert lars_train.__version__ == version("lars-train")
