@@ -18,6 +18,8 @@ from typing import Any
 from lars_train.config import AUTO, Config
 from lars_train.errors import ConfigError
 
+_QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -114,6 +116,10 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
 
     # The launcher's own account of a failure is long; WorkerError has what matters of it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Semaphores that ended processes leave behind are removed by Python's tracker; it need not warn after the reason.
+    filters = os.environ.get("PYTHONWARNINGS", "")
+    if _QUIET_TRACKER not in filters:
+        os.environ["PYTHONWARNINGS"] = f"{filters},{_QUIET_TRACKER}".lstrip(",")
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
