@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import hydra
@@ -27,7 +28,8 @@ from lars_train.monitoring.say import complain, say
 
 BAD_INPUT, FAILED = 2, 1
 _GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
-_ASKS_ONLY = ("--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
+_HELP = {"--help", "-h"}
+_ASKS_ONLY = {*_HELP, "--hydra-help", "--version", "--shell-completion", "-sc"}
 
 
 class _Jobs:
@@ -75,7 +77,10 @@ def main() -> None:
         _run_job(raw, command, jobs, sweeping)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
+        if _HELP.intersection(sys.argv[1:]):
+            show_help([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+        else:
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
     except BrokenPipeError:
         # The reader of our output (`| head`) has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,6 +99,14 @@ def main() -> None:
     sys.exit(jobs.exit_code())
 
 
+def show_help(settings: list[str]) -> None:
+    """Print ``hydra.help.template``: what Hydra's own ``--help`` does, which takes half a second more."""
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = hydra.compose("config", settings, return_hydra_config=True)
+    keys = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    print(Template(config.hydra.help.template).substitute(CONFIG=OmegaConf.to_yaml(keys)))
+
+
 def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[str]:
     """The command line as Hydra can read it.
 
@@ -105,7 +118,7 @@ def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[st
         if argument.startswith("~") and argument[1:].partition("=")[0] in _GROUPS:
             raise ConfigError(f"{argument}: a run needs a choice of every group; give {argument[1:]}=... instead.")
     prepared = [_prepare_argument(argument) for argument in arguments]
-    asks_only = any(argument in _ASKS_ONLY for argument in arguments)
+    asks_only = not _ASKS_ONLY.isdisjoint(arguments)
     keys = {argument.partition("=")[0] for argument in arguments}
     # A checkpoint knows its own data set.
     from_checkpoint = "checkpoint.path" in keys and bool({"mode=evaluate", "mode=export"} & set(arguments))
@@ -160,6 +173,9 @@ def explain(error: Exception) -> str:
     lines = [
         line.strip() for line in text.splitlines() if not re.search("(full_key|reference_type|object_type)[:=]", line)
     ]
+    merged = re.fullmatch(r"Error merging override (.+)", lines[0]) if lines else None
+    if merged:
+        lines[0] = f"{merged.group(1)}: this value does not fit the key."
     return " ".join(line for line in lines if line)
 
 

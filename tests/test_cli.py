@@ -180,7 +180,7 @@ def explained(*arguments: str) -> str:
         ("optimizer=adam", ["optimizer=adam", "there are lars, recipe, sgd"]),
         ("precision=true", ["precision=true", "bf16"]),
         ("batch=8k,32k", ["batch=8k,32k", "add -m"]),
-        ("epochs=many", ["epochs=many", "Integer"]),
+        ("epochs=many", ["epochs=many: this value does not fit the key", "Integer"]),
         ("seed=1.5", ["seed=1.5", "Integer"]),
         ("optimizer.lr=high", ["optimizer.lr=high", "Float"]),
         ("deterministic=perhaps", ["deterministic=perhaps", "bool"]),

@@ -70,7 +70,10 @@ class RecipeConfig:
 
 @dataclass
 class DataConfig:
-    """What to train on. Sizes in pixels; `mean` and `std` on the scale 0 to 1, one value per channel."""
+    """What to train on. Sizes in pixels; `mean` and `std` on the scale 0 to 1, one value per channel.
+
+    `train_count`, `val_count`, `num_classes`: of made-up images, and of those alone.
+    """
 
     name: str = "mini"
     root: Optional[str] = None
@@ -86,9 +89,9 @@ class DataConfig:
     workers: Union[int, str] = AUTO
     on_error: str = "skip"
     max_bad: int = 100
-    train_count: int = 1_281_167
-    val_count: int = 50_000
-    num_classes: int = 1000
+    train_count: Optional[int] = None
+    val_count: Optional[int] = None
+    num_classes: Optional[int] = None
 
 
 @dataclass

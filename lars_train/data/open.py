@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from lars_train.config import DataConfig
 
 _TREES = ("folder", "imagenet")
+_COUNTS = ("train_count", "val_count", "num_classes")
 # Setting: the data sets that know it, and what to do with one that does not.
 _KNOWN_BY = {
     "root": ((*_TREES, "cifar10", "fashion_mnist"), "for images of your own, set data=folder"),
     "holdout": (_TREES, "it has a validation set of its own: drop data.holdout"),
     "val_labels": (("imagenet",), "only data=imagenet has validation images without class folders"),
+    **dict.fromkeys(_COUNTS, (("synthetic",), "only data=synthetic is made to measure")),
 }
 
 
@@ -44,6 +46,8 @@ def open_dataset(data: DataConfig) -> Dataset:
     if data.name == "synthetic":
         from lars_train.data.synthetic import open_synthetic
 
+        if data.train_count is None or data.val_count is None or data.num_classes is None:
+            raise ConfigError(f"data.name=synthetic wants data.{', data.'.join(_COUNTS)}: data=synthetic has them.")
         return open_synthetic(data.train_count, data.val_count, data.num_classes, data.image_size)
     if data.name in ("cifar10", "fashion_mnist"):
         from lars_train.data.arrays import open_arrays

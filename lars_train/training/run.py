@@ -100,7 +100,8 @@ class Run:
             self.progress.start_epoch(epoch, per_epoch, done)
         update = self.trainer.update + 1
         at_end = update == self.plan.stop
-        log_now = at_end or update % config.log_every == 0
+        epoch_ends = update % per_epoch == 0
+        log_now = at_end or epoch_ends or update % config.log_every == 0
         info = self.trainer.run_update(batches, self._micro_batches(), measure=log_now)
         self.waited += info.waited
         self.bad.note(info.bad)
@@ -110,7 +111,7 @@ class Run:
         if at_end or update % (per_epoch * config.evaluate.every_epochs) == 0:
             self._evaluate()
             self.progress.end_epoch(epoch_line(update, self.plan, self.logged, self.result, self.best_top1))
-        elif update % per_epoch == 0:
+        elif epoch_ends:
             self.progress.end_epoch(epoch_line(update, self.plan, self.logged))
         if at_end or update % (config.checkpoint.every_updates or per_epoch) == 0:
             self._save()

@@ -52,6 +52,9 @@ def test_arrays_are_looked_for_in_the_root(pets: str, name: str) -> None:
             {"name": "folder", "val_labels": "x.csv"},
             r"data\.val_labels=x\.csv has no meaning with data=folder",
         ),
+        ({"name": "mini", "train_count": 100}, r"data\.train_count=100 has no meaning with data=mini"),
+        ({"name": "folder", "num_classes": 5}, r"data\.num_classes=5 has no meaning with data=folder"),
+        ({"name": "synthetic", "train_count": 100}, r"data\.name=synthetic wants .*data\.val_count"),
         ({"name": "folder"}, r"data\.root is not set"),
         ({"name": "imagenet"}, r"data\.root is not set"),
         ({"name": "minni"}, r"data\.name=minni"),
@@ -64,8 +67,8 @@ def test_a_setting_that_would_be_ignored_is_an_error(settings: dict[str, Any], m
 
 def test_torchvision_is_imported_only_for_its_own_data_sets() -> None:
     code = (
-        "import sys; from types import SimpleNamespace as N; from lars_train.data.open import open_dataset; "
-        "open_dataset(N(name='mini', root=None, holdout=None, val_labels=None)); "
+        "import sys; from lars_train.config import DataConfig; from lars_train.data.open import open_dataset; "
+        "open_dataset(DataConfig(name='mini')); "
         "sys.exit('torchvision' in sys.modules or 'scipy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
