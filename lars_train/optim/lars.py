@@ -1,26 +1,31 @@
 """LARS, layer-wise adaptive rate scaling, around any torch optimizer.
 
-Every parameter tensor is a layer of its own. Its gradient is rescaled in place by the trust ratio; the base
-optimizer, which knows nothing of it, then makes the update. Schedules and the choice of what is decayed
-live elsewhere (`schedule`, `param_groups`).
+Every parameter tensor is a layer of its own. Its gradient is rescaled by the trust ratio; the base optimizer,
+which knows nothing of it, then makes the update. The ratio's arithmetic is in `rule`, its way to the
+gradients in `rescale`, the short cut for SGD on the CPU in `fused_sgd`, the rules of others in `presets`.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from dataclasses import asdict, replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lars_train.optim import fused_sgd
+from lars_train.optim.presets import PRESETS
+from lars_train.optim.rescale import Layers, Record, apply_outside, copies, parts_of, refuse_sparse, rescale
+from lars_train.optim.rule import Rule
+
 
 class LARS(Optimizer):
-    """Gives the gradients of `base_optimizer` their trust ratios before each of its steps.
+    """Gives the gradients of `base_optimizer` their trust ratios in each of its steps.
 
     For each parameter w with a gradient g, in a group with weight decay wd::
 
@@ -29,37 +34,111 @@ class LARS(Optimizer):
 
     Then the base steps with its weight decay set to 0: decay is within the ratio, also for bases that
     decouple it (AdamW). The ratio is thus inside the momentum, the learning rate where the base has it.
-    Where a group has ``maximize``, wd enters with the opposite sign, so that it still decays.
+    Where a group has ``maximize``, wd enters with the opposite sign, so that it still decays. A group with
+    ``exclude=True`` gets no ratio and is left to the base, weight decay included.
 
     Source: You, Gitman, Ginsburg 2017, https://arxiv.org/abs/1708.03888, section 4; eps and the case of a
     zero norm as in torchlars (https://github.com/kakaobrain/torchlars).
 
     `param_groups`, `state` and `defaults` are the base's own objects: a learning-rate scheduler that is
     built on one of the two optimizers acts on both. Step hooks are each optimizer's own; the base's run
-    within LARS's step.
+    within LARS's step. After a step the gradients are the rescaled ones, or as they were where the update
+    went without; nothing else of their size is kept.
 
-    Norms and ratios are computed in float32, or float64 for float64 gradients, on the gradients' device; the
-    host waits for none of them.
+    Norms and ratios are computed in float32, or float64 for float64 gradients; a gradient that is not finite
+    gets what the formula says and touches no other tensor. On an accelerator the host waits for nothing. A
+    DTensor's norms are those of the whole parameter, with one collective for all that share a mesh.
 
     Args:
-        base_optimizer: an instance of any torch optimizer that can step without a closure.
+        base_optimizer: an instance of any torch optimizer. One that calls the closure itself (LBFGS) gets
+            rescaled gradients from each call.
         eps: added to the ratio's denominator; at least 0.
         trust_coef: the trust coefficient; above 0.
+        denominator: ``"split"``: |g| + wd * |w| + eps; ``"combined"``: |g + wd * w| + eps, whose zero counts as
+            that of |g| (optax).
+        clip: of the ratio r. ``"lr"``: min(r / lr, 1), so that the step is at most the base's (apex LARC, timm's
+            trust_clip); ``(low, high)``: min(max(r, low), high) (NUS-HPC has 0 and 50).
+        zero_norm: where |w| or |g| is 0. ``"decay"``: g + wd * w with the ratio 1, clipped; ``"skip"``: g as it
+            is, neither decayed nor clipped (apex LARC).
+        zero_decay: of groups whose weight decay is 0. ``"adapt"``: as all; ``"skip"``: as with ``exclude`` (timm).
+        weight_decay: ``"coupled"``: as above; ``"base"``: the base decays in its own way after the ratio, and wd is 0
+            in the formula.
+        ratio_placement: ``"inside"`` the momentum, as above; ``"outside"``: the base steps on g + wd * w, and
+            what it adds to w is multiplied by the ratio (NUS-HPC).
+        lr_placement: ``"outside"`` the momentum, as in torch's SGD; ``"inside"``: g is multiplied by the lr too, and
+            the base steps with 1 for it (MLPerf, optax). They differ when the lr changes.
+        clamp: limit of the elements of g + wd * w, or None (NUS-HPC has 10).
+        record: keep what `layers` tells. Off, it costs nothing.
 
     Raises:
-        TypeError: `base_optimizer` is no optimizer, is LARS itself, or must call the closure itself (LBFGS).
-        ValueError: `eps` or `trust_coef` is out of range, or the base is ``differentiable``.
+        TypeError: `base_optimizer` is no optimizer, or is LARS itself.
+        ValueError: an option is out of range or does not go with another, or the base is ``differentiable``.
     """
 
     base_optimizer: Optimizer
-    eps: float
-    trust_coef: float
+    rule: Rule
+    record: bool
 
-    def __init__(self, base_optimizer: Optimizer, eps: float = 1e-8, trust_coef: float = 0.001) -> None:
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        eps: float = 1e-8,
+        trust_coef: float = 0.001,
+        *,
+        denominator: Literal["split", "combined"] = "split",
+        clip: Literal["lr"] | tuple[float, float] | None = None,
+        zero_norm: Literal["decay", "skip"] = "decay",
+        zero_decay: Literal["adapt", "skip"] = "adapt",
+        weight_decay: Literal["coupled", "base"] = "coupled",
+        ratio_placement: Literal["inside", "outside"] = "inside",
+        lr_placement: Literal["outside", "inside"] = "outside",
+        clamp: float | None = None,
+        record: bool = False,
+    ) -> None:
         _check_base(base_optimizer)
-        _check_settings(eps, trust_coef)
+        rule = Rule(
+            eps=eps,
+            trust_coef=trust_coef,
+            denominator=denominator,
+            clip=clip,
+            zero_norm=zero_norm,
+            zero_decay=zero_decay,
+            weight_decay=weight_decay,
+            ratio_placement=ratio_placement,
+            lr_placement=lr_placement,
+            clamp=clamp,
+        )
         # Optimizer.__init__ would make parameter groups of its own; this sets up the rest (hooks, profiling).
-        self.__setstate__({"base_optimizer": base_optimizer, "eps": eps, "trust_coef": trust_coef})
+        self.__setstate__({"base_optimizer": base_optimizer, "rule": rule, "record": record})
+
+    @classmethod
+    def preset(cls, name: str, base_optimizer: Optimizer, **options: Any) -> LARS:
+        """LARS as the implementation called `name` computes it; `options` change or complete it.
+
+        The names, their options and sources: ``lars_train.optim.presets.PRESETS``. Raises `ValueError` for
+        another name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(base_optimizer, **(PRESETS[name] | options))
+
+    @property
+    def eps(self) -> float:
+        """Added to the ratio's denominator."""
+        return self.rule.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.rule = replace(self.rule, eps=value)
+
+    @property
+    def trust_coef(self) -> float:
+        """The trust coefficient."""
+        return self.rule.trust_coef
+
+    @trust_coef.setter
+    def trust_coef(self, value: float) -> None:
+        self.rule = replace(self.rule, trust_coef=value)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -89,29 +168,44 @@ class LARS(Optimizer):
         self.base_optimizer.defaults = value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base_optimizer": self.base_optimizer, **self._settings()}
+        return {"base_optimizer": self.base_optimizer, "rule": self.rule, "record": self.record}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last: Record | None = None
+        self._base_calls_closure = _calls_closure(self.base_optimizer)
 
     def __repr__(self) -> str:
-        return f"LARS({self.base_optimizer!r}, eps={self.eps}, trust_coef={self.trust_coef})"
+        changed = {k: v for k, v in asdict(self.rule).items() if k in ("eps", "trust_coef") or v != getattr(Rule(), k)}
+        return f"LARS({self.base_optimizer!r}, {', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""
         self.base_optimizer.add_param_group(param_group)
 
+    def layers(self) -> Layers | None:
+        """The adapted parameters of the last step, with their |w|, |g| and ratio as one tensor (3, n), float32.
+
+        It lies on the parameters' device and is had without waiting for it. |g| is that of g + wd * w with the
+        combined denominator. None before the first step with ``record``.
+        """
+        return None if self._last is None else self._last.layers()
+
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict with one more entry, ``"lars": {"eps": ..., "trust_coef": ...}``."""
+        """The base's state dict with one more entry, ``"lars"``: the options by name."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state_dict = {**self.base_optimizer.state_dict(), "lars": self._settings()}
+        state_dict = {**self.base_optimizer.state_dict(), "lars": asdict(self.rule)}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, eps and trust_coef included.
+        """Load what `state_dict` gave, the options included.
 
-        A state dict of the base alone will do as well; eps and trust_coef then stay as they are.
+        A state dict of the base alone, which is torchlars's too, will do as well; options that it does not
+        have, and the groups' ``exclude``, then stay as they are.
 
         Raises:
             ValueError: the ``"lars"`` entry is not as `state_dict` writes it, or the base refuses the rest.
@@ -120,12 +214,17 @@ class LARS(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        settings = self._settings() | state_dict.pop("lars", {})
-        if settings.keys() != self._settings().keys():
-            raise ValueError(f"the state dict's 'lars' entry has {sorted(settings)}, not eps and trust_coef")
-        _check_settings(**settings)
+        options = asdict(self.rule) | state_dict.pop("lars", {})
+        unknown = options.keys() - asdict(self.rule).keys()
+        if unknown:
+            raise ValueError(f"the state dict's 'lars' entry has {sorted(unknown)}, which are no options of LARS")
+        rule = Rule(**options)
+        excluded = [group.get("exclude") for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
-        self.eps, self.trust_coef = settings["eps"], settings["trust_coef"]
+        for group, exclude in zip(self.param_groups, excluded, strict=True):
+            if exclude is not None:
+                group.setdefault("exclude", exclude)
+        self.rule = rule
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -137,94 +236,98 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Rescale the gradients in place and make one update; returns the closure's loss, if there is one.
+        """Rescale the gradients and make one update; returns the closure's loss, if there is one.
 
-        `closure` is called once, with gradients enabled, before anything else.
+        `closure` is called once, with gradients enabled, before anything else; by a base that calls it
+        itself, as often as that likes.
 
         Raises:
             RuntimeError: a gradient is sparse; no gradient or parameter has been changed then.
+            TypeError: the base needs a closure, and there is none.
         """
+        record = self._last = Record() if self.record else None
+        base: Any = self.base_optimizer
+        if self._base_calls_closure:
+            if closure is None:
+                raise TypeError(f"LARS over {type(base).__name__}: step wants a closure, which that calls itself")
+            return self._step_with(closure, record)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for (*_, decay, maximize), weights in _alike(self.param_groups).items():
-            self._rescale(weights, -decay if maximize else decay)
-        with _hidden_weight_decay(self.param_groups):
-            self.base_optimizer.step()
+        refuse_sparse(self.param_groups)
+        done = fused_sgd.update(base, self.rule, record) if fused_sgd.applies_to(base, self.rule) else []
+        # The base steps with what is left, which may be nothing: schedulers count its steps.
+        taken = [parameter.grad for parameter in done]
+        try:
+            for parameter in done:
+                parameter.grad = None
+            self._step_base(record)
+        finally:
+            for parameter, grad in zip(done, taken, strict=True):
+                parameter.grad = grad
         return loss
 
-    def _rescale(self, weights: list[Tensor], decay: float) -> None:
-        """Apply the rule to the gradients of `weights`; `decay` is negative where the base maximizes."""
-        grads = [w.grad for w in weights if w.grad is not None]
-        precision = torch.promote_types(grads[0].dtype, torch.float32)
-        # In float32 and float64 these are the tensors themselves; float16 would overflow in the norms.
-        wide = [g.to(precision) for g in grads]
-        weights = [w.to(precision) for w in weights]
-        weight_norms = torch.stack(torch._foreach_norm(weights))
-        grad_norms = torch.stack(torch._foreach_norm(wide))
-        ratios = torch.where(
-            (weight_norms > 0) & (grad_norms > 0),
-            self.trust_coef * weight_norms / (grad_norms + abs(decay) * weight_norms + self.eps),
-            1.0,
-        )
-        if decay != 0:
-            torch._foreach_add_(wide, weights, alpha=decay)
-        torch._foreach_mul_(wide, ratios.unbind())
-        if wide[0] is not grads[0]:
-            torch._foreach_copy_(grads, wide)
+    def _step_base(self, record: Record | None) -> None:
+        parts = parts_of(self.param_groups, self.rule)
+        for part in parts:
+            rescale(part, self.rule, record)
+        outside = self.rule.ratio_placement == "outside"
+        before = [copies(part) for part in parts] if outside else []
+        with self._what_the_gradients_have_already():
+            self.base_optimizer.step()
+        if outside:
+            for part, weights in zip(parts, before, strict=True):
+                apply_outside(part, weights)
 
-    def _settings(self) -> dict[str, float]:
-        return {"eps": self.eps, "trust_coef": self.trust_coef}
+    def _step_with(self, closure: Callable[[], float], record: Record | None) -> float:
+        def rescaled() -> float:
+            with torch.enable_grad():
+                loss = closure()
+            with torch.no_grad():
+                if record is not None:
+                    record.clear()
+                refuse_sparse(self.param_groups)
+                for part in parts_of(self.param_groups, self.rule):
+                    rescale(part, self.rule, record)
+            return loss
+
+        base: Any = self.base_optimizer
+        with self._what_the_gradients_have_already():
+            loss: float = base.step(rescaled)
+        return loss
+
+    @contextmanager
+    def _what_the_gradients_have_already(self) -> Iterator[None]:
+        """Within it the base has no weight decay, and 1 for its lr where that is inside; afterwards as it was."""
+        hidden: list[tuple[dict[str, Any], str, Any]] = []
+        for group in self.param_groups:
+            if self.rule.weight_decay == "coupled" and group.get("weight_decay", 0) != 0:
+                left_to_the_base = group.get("exclude", False) and self.rule.lr_placement == "outside"
+                if not left_to_the_base:
+                    hidden.append((group, "weight_decay", 0.0))
+            if self.rule.lr_placement == "inside":
+                lr = group["lr"]
+                hidden.append((group, "lr", torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0))
+        values = [group[key] for group, key, _ in hidden]
+        try:
+            for group, key, value in hidden:
+                group[key] = value
+            yield
+        finally:
+            for (group, key, _), value in zip(hidden, values, strict=True):
+                group[key] = value
 
 
-def _alike(groups: list[dict[str, Any]]) -> dict[tuple[torch.device, torch.dtype, float, bool], list[Tensor]]:
-    """The parameters that have gradients, by (device, gradient's dtype, weight decay, maximize)."""
-    alike: dict[tuple[torch.device, torch.dtype, float, bool], list[Tensor]] = {}
-    for group in groups:
-        rule = (group.get("weight_decay", 0.0), group.get("maximize", False))
-        for parameter in group["params"]:
-            grad = parameter.grad
-            if grad is None:
-                continue
-            if grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only "
-                    "dense gradients have a trust ratio (use sparse=False, or keep the layer out of LARS)"
-                )
-            alike.setdefault((grad.device, grad.dtype, *rule), []).append(parameter)
-    return alike
-
-
-@contextmanager
-def _hidden_weight_decay(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Within it the groups' weight decay is 0; afterwards it is what it was, whatever happened."""
-    hidden = [(group, group["weight_decay"]) for group in groups if "weight_decay" in group]
-    try:
-        for group, _ in hidden:
-            group["weight_decay"] = 0.0
-        yield
-    finally:
-        for group, decay in hidden:
-            group["weight_decay"] = decay
+def _calls_closure(base: Optimizer) -> bool:
+    """Whether the base's step wants a closure, to call it by itself."""
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _check_base(base: Optimizer) -> None:
     if not isinstance(base, Optimizer) or isinstance(base, LARS):
         what = base.__name__ if isinstance(base, type) else type(base).__name__
         raise TypeError(f"LARS wraps an instance of a torch optimizer, such as SGD(parameters), not {what}")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"LARS cannot wrap {type(base).__name__}: it evaluates the closure within its step, where the "
-            "gradients cannot be rescaled; choose an optimizer that steps without one"
-        )
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("LARS cannot be differentiated through: set the base's differentiable=False")
-
-
-def _check_settings(eps: float, trust_coef: float) -> None:
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps={eps}: it must be finite and at least 0")
-    if not (math.isfinite(trust_coef) and trust_coef > 0):
-        raise ValueError(f"trust_coef={trust_coef}: it must be finite and above 0")

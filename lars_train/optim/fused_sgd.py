@@ -1,0 +1,119 @@
+"""LARS over SGD on the CPU at the speed of memory: each tensor's norms, then at once its whole update.
+
+torch's fused SGD kernel reads weight, gradient and momentum once and writes back what changes. Its scalars
+have room for the ratio r, so that no pass over the gradient is needed for it::
+
+    buffer = momentum * buffer + (1 - dampening) * (g + wd * w)      with 1 - dampening = r
+    w      = w - lr * buffer                                         without momentum: lr * r for lr
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from lars_train.optim.rescale import Record, is_adapted
+from lars_train.optim.rule import Rule
+
+# 1 - (1 - r) has an error of 1e-16: for smaller ratios it would show in float64.
+_SMALLEST_IN_DAMPENING = 1e-4
+_DTYPES = (torch.float32, torch.float64)
+
+
+def applies_to(base: Optimizer, rule: Rule) -> bool:
+    """Whether the updates of `base` may be made here: it is torch's own SGD, and nobody hooks into its steps."""
+    hooks: Any = base
+    return (
+        type(base) is SGD
+        and rule.denominator == "split"
+        and rule.weight_decay == "coupled"
+        and rule.clamp is None
+        and not torch.compiler.is_compiling()
+        and not hooks._optimizer_step_pre_hooks
+        and not hooks._optimizer_step_post_hooks
+        and not torch_optimizer._global_optimizer_pre_hooks
+        and not torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def update(base: Optimizer, rule: Rule, record: Record | None) -> list[Tensor]:
+    """Make the updates of all parameters that the kernel can take; those parameters.
+
+    The gradients stay as they are, or are rescaled (Nesterov momentum, very small ratios).
+    """
+    done: list[Tensor] = []
+    for group in base.param_groups:
+        _update_group(group, base.state, rule, record, done)
+    return done
+
+
+def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> None:
+    # What the loop needs is looked up before it: for small tensors its own time is what counts.
+    norm, kernel = torch.linalg.vector_norm, torch._fused_sgd_
+    adapted, decay, group_lr = is_adapted(group, rule), group["weight_decay"], float(group["lr"])
+    momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
+    lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
+    for weight in group["params"]:
+        grad = weight.grad
+        if grad is None or type(grad) is not Tensor or not _walk_alike(weight, grad):
+            continue
+        buffers, dampening = [], group["dampening"]
+        if momentum != 0:
+            own = state[weight]
+            buffer = own.get("momentum_buffer")
+            if buffer is None:
+                # As SGD does it, the first buffer is the whole gradient.
+                own["momentum_buffer"] = buffer = torch.zeros_like(weight)
+                dampening = 0.0
+            elif not _walk_alike(weight, buffer):
+                continue
+            buffers.append(buffer)
+        ratio, wd, lr = 1.0, decay, group_lr
+        if adapted:
+            weight_norm, grad_norm = norm(weight).item(), norm(grad).item()
+            ratio, wd = rule.ratio(weight_norm, grad_norm, decay, lr)
+            if record is not None:
+                record.parameters.append(weight)
+                record.values.append((weight_norm, grad_norm, ratio))
+        factor = ratio
+        if ratio_outside:
+            lr, factor = lr * ratio, 1.0
+        elif lr_inside:
+            lr, factor = 1.0, lr * ratio
+        share = (1 - dampening) * factor
+        if not buffers:
+            lr *= factor
+        elif nesterov or share < _SMALLEST_IN_DAMPENING:
+            grad.mul_(factor)
+            wd *= factor
+        else:
+            dampening = 1 - share
+        kernel(
+            [weight],
+            [grad],
+            buffers,
+            weight_decay=wd,
+            momentum=momentum,
+            lr=lr,
+            dampening=dampening,
+            nesterov=nesterov,
+            maximize=maximize,
+            is_first_step=False,
+        )
+        done.append(weight)
+
+
+def _walk_alike(weight: Tensor, other: Tensor) -> bool:
+    """Whether the kernel, which walks through memory, takes these and meets the same elements at the same time."""
+    if not weight.is_cpu or not other.is_cpu or weight.dtype != other.dtype or weight.dtype not in _DTYPES:
+        return False
+    if weight.is_contiguous():
+        return other.is_contiguous()
+    if weight.dim() not in (4, 5):
+        return False
+    layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+    return weight.is_contiguous(memory_format=layout) and other.is_contiguous(memory_format=layout)

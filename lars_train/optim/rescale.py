@@ -1,0 +1,249 @@
+"""Gradients get their trust ratios: tensor by tensor where the host has the values, in bulk elsewhere.
+
+On the CPU a norm is a number at once, and a tensor that was just read is still in the cache: each tensor is
+done before the next. On an accelerator the host must not wait: everything is a call over lists of tensors,
+the ratios are 0-D tensors, and the number of calls does not depend on that of the tensors. torch runs a call
+over lists as one kernel launch if, at each position, the tensors agree in device, dtype, sizes and strides
+(``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``); 0-D factors qualify in
+``_foreach_addcmul_`` if they have the others' device and dtype (``foreach_pointwise_op_0d_tensor1_`` in
+``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``, https://github.com/pytorch/pytorch/pull/172731), and in
+no other call, ``_foreach_mul_`` included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lars_train.optim.rule import Rule
+
+_norm = torch.linalg.vector_norm
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Layers(NamedTuple):
+    """What the last step saw: `parameters`, n of them, and in `values` their |w|, |g| and ratio, (3, n) float32."""
+
+    parameters: list[Tensor]
+    values: Tensor
+
+
+@dataclass
+class Record:
+    """The norms and ratios of a step as they come about: numbers, or tensors of shape (3, n)."""
+
+    parameters: list[Tensor] = field(default_factory=list)
+    values: list[Tensor | tuple[float, float, float]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget it."""
+        self.parameters.clear()
+        self.values.clear()
+
+    def layers(self) -> Layers:
+        """All of it, on the device of the first tensor."""
+        parts = [v if isinstance(v, Tensor) else torch.tensor(v).view(3, 1) for v in self.values]
+        device = next((v.device for v in self.values if isinstance(v, Tensor)), torch.device("cpu"))
+        moved = [part.to(device=device, dtype=torch.float32, non_blocking=True) for part in parts]
+        return Layers(self.parameters, torch.cat(moved, dim=1) if moved else torch.zeros(3, 0))
+
+
+@dataclass
+class Part:
+    """Parameters with gradients that one set of calls can serve.
+
+    `decay` is negative where the base maximizes; `adapted` is False for those that get no ratio.
+    """
+
+    decay: float
+    lr: Any
+    adapted: bool
+    parameters: list[Tensor] = field(default_factory=list)
+    ratios: list[float] | list[Tensor] = field(default_factory=list)
+
+
+def parts_of(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
+    """The parameters that have gradients to rescale, by what they have in common."""
+    parts: dict[Any, Part] = {}
+    for group in groups:
+        decay = float(group.get("weight_decay", 0.0)) if rule.weight_decay == "coupled" else 0.0
+        adapted = is_adapted(group, rule)
+        if not adapted and rule.lr_placement == "outside":
+            continue
+        decay = -decay if group.get("maximize", False) else decay
+        lr = group.get("lr") if rule.needs_lr else None
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if _is_dtensor(grad) and grad.placements != parameter.placements:
+                # It may be a partial sum still; the base's step would do the same.
+                parameter.grad = grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+            key = (decay, id(lr) if isinstance(lr, Tensor) else lr, adapted, grad.device, grad.dtype, _shards(grad))
+            parts.setdefault(key, Part(decay, lr, adapted)).parameters.append(parameter)
+    return list(parts.values())
+
+
+def is_adapted(group: dict[str, Any], rule: Rule) -> bool:
+    """Whether the parameters of `group` get a ratio."""
+    return not group.get("exclude", False) and (rule.zero_decay == "adapt" or group.get("weight_decay", 0.0) != 0)
+
+
+def refuse_sparse(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise `RuntimeError` if a gradient is sparse."""
+    for group in groups:
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is not None and grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only "
+                    "dense gradients have a trust ratio (use sparse=False, or keep the layer out of LARS)"
+                )
+
+
+def in_reach_of_the_host(tensor: Tensor) -> bool:
+    """Whether a value of `tensor` costs no wait: a plain tensor on the CPU, outside torch.compile."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rescale(part: Part, rule: Rule, record: Record | None) -> None:
+    """Give the gradients of `part` their decay and their ratio, in place; the ratios stay in ``part.ratios``."""
+    grads = [p.grad for p in part.parameters if p.grad is not None]
+    if in_reach_of_the_host(grads[0]):
+        part.ratios = [_on_the_host(w, g, part, rule, record) for w, g in zip(part.parameters, grads, strict=True)]
+    else:
+        part.ratios = _in_bulk(grads, part, rule, record)
+
+
+def apply_outside(part: Part, before: list[Tensor]) -> None:
+    """The ratio outside the momentum: w = w_before + ratio * (w - w_before), in place."""
+    weights = [_local(w) for w in part.parameters]
+    if isinstance(part.ratios[0], Tensor):
+        torch._foreach_sub_(weights, before)
+        torch._foreach_addcmul_(before, weights, part.ratios)
+        torch._foreach_copy_(weights, before)
+    else:
+        for weight, start, ratio in zip(weights, before, part.ratios, strict=True):
+            weight.copy_(start.lerp_(weight, ratio))
+
+
+def copies(part: Part) -> list[Tensor]:
+    """The weights of `part` as they are, this rank's share of each."""
+    return list(torch._foreach_clone([_local(w) for w in part.parameters]))
+
+
+def norm_of(tensor: Tensor) -> float:
+    """|x|, accumulated in float32 at least."""
+    return float(_norm(tensor, dtype=torch.float32 if tensor.dtype in _HALF else None))
+
+
+def _on_the_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, record: Record | None) -> float:
+    if grad.dtype in _HALF:
+        wide = grad.float()
+        ratio = _on_the_host(weight, wide, part, rule, record)
+        grad.copy_(wide)
+        return ratio
+    ratio, decay = 1.0, part.decay
+    if part.adapted:
+        weight_norm = norm_of(weight)
+        if rule.denominator == "combined":
+            grad.add_(weight, alpha=decay)
+            grad_norm = norm_of(grad)
+            ratio, _ = rule.ratio(weight_norm, grad_norm, decay, part.lr)
+            decay = 0.0
+        else:
+            grad_norm = norm_of(grad)
+            ratio, decay = rule.ratio(weight_norm, grad_norm, decay, part.lr)
+        if record is not None:
+            record.parameters.append(weight)
+            record.values.append((weight_norm, grad_norm, ratio))
+    if decay != 0:
+        grad.add_(weight, alpha=decay)
+    if rule.clamp is not None:
+        grad.clamp_(-rule.clamp, rule.clamp)
+    factor = ratio if rule.ratio_placement == "inside" else 1.0
+    if rule.lr_placement == "inside":
+        factor *= float(part.lr)
+    if factor != 1.0:
+        grad.mul_(factor)
+    return ratio
+
+
+def _in_bulk(grads: list[Tensor], part: Part, rule: Rule, record: Record | None) -> list[Tensor]:
+    shards = _shards(grads[0])
+    weights, grads = [_local(w) for w in part.parameters], [_local(g) for g in grads]
+    narrow = grads
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    if dtype != grads[0].dtype:
+        weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in grads]
+    decays: Tensor | None = None
+    if part.adapted:
+        decayed = list(torch._foreach_add(grads, weights, alpha=part.decay)) if rule.denominator == "combined" else None
+        weight_norms, grad_norms = _norms(weights, decayed or grads, shards)
+        ratios, decays = rule.ratios(weight_norms, grad_norms, part.decay, part.lr)
+        if record is not None:
+            record.parameters.extend(part.parameters)
+            record.values.append(torch.stack((weight_norms, grad_norms, ratios)))
+    else:
+        decayed, ratios = None, torch.ones(len(grads), dtype=dtype.to_real(), device=grads[0].device)
+    ratios = ratios.to(dtype)
+    if decayed is None:
+        decayed = _decayed(grads, weights, part.decay, decays)
+    if rule.clamp is not None:
+        torch._foreach_clamp_min_(decayed, -rule.clamp)
+        torch._foreach_clamp_max_(decayed, rule.clamp)
+    factors = ratios if rule.ratio_placement == "inside" else torch.ones_like(ratios)
+    if rule.lr_placement == "inside":
+        factors = factors * part.lr
+    torch._foreach_zero_(grads)
+    torch._foreach_addcmul_(grads, decayed, factors.unbind())
+    if narrow is not grads:
+        torch._foreach_copy_(narrow, grads)
+    return list(ratios.unbind())
+
+
+def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: Tensor | None) -> list[Tensor]:
+    if decay == 0:
+        return list(torch._foreach_clone(grads))
+    if decays is None:
+        return list(torch._foreach_add(grads, weights, alpha=decay))
+    decayed = list(torch._foreach_clone(grads))
+    torch._foreach_addcmul_(decayed, weights, decays.to(grads[0].dtype).unbind())
+    return decayed
+
+
+def _norms(weights: list[Tensor], grads: list[Tensor], shards: _Shards) -> tuple[Tensor, Tensor]:
+    both = torch.stack((torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(grads))))
+    if shards is not None:
+        mesh, dimensions = shards
+        squares = both.double().square()
+        for dimension in dimensions:
+            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
+        both = squares.sqrt().to(both.dtype)
+    weight_norms, grad_norms = both.unbind()
+    return weight_norms, grad_norms
+
+
+_Shards = tuple[Any, tuple[int, ...]] | None
+
+
+def _shards(tensor: Tensor) -> _Shards:
+    """The device mesh of a DTensor and the mesh dimensions that it is sharded over; None for a plain tensor."""
+    if not _is_dtensor(tensor):
+        return None
+    shared: Any = tensor
+    return shared.device_mesh, tuple(i for i, place in enumerate(shared.placements) if place.is_shard())
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # By what it has: importing the class takes longer than importing all of this package.
+    return hasattr(tensor, "to_local")
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor
+    return local
