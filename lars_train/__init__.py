@@ -1,7 +1,7 @@
 """lars-train: ResNet-50 on ImageNet with batches of 256 to 64K, at the accuracy of batch 256.
 
-The public face: the optimizer `LARS` and the `learning_rate` schedule, both usable on their own.
-They are imported on first use, so that the command line can answer ``--help`` without torch.
+The public face: the optimizer `LARS`, `split_parameters` for its groups, and the `learning_rate` schedule,
+usable on their own. They are imported on first use, so that the command line can answer ``--help`` without torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lars_train.optim.lars import LARS as LARS
+    from lars_train.optim.param_groups import split_parameters as split_parameters
     from lars_train.optim.schedule import learning_rate as learning_rate
 
 try:
@@ -19,8 +20,12 @@ try:
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
-_LAZY = {"LARS": "lars_train.optim.lars", "learning_rate": "lars_train.optim.schedule"}
-__all__ = ["LARS", "__version__", "learning_rate"]
+_LAZY = {
+    "LARS": "lars_train.optim.lars",
+    "learning_rate": "lars_train.optim.schedule",
+    "split_parameters": "lars_train.optim.param_groups",
+}
+__all__ = ["LARS", "__version__", "learning_rate", "split_parameters"]
 
 
 def __getattr__(name: str) -> Any:

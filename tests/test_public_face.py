@@ -33,7 +33,7 @@ def test_lars_and_the_schedule_are_had_from_the_package() -> None:
 
 
 def test_all_public_names_exist_and_no_other_is_made_up() -> None:
-    assert set(lars_train.__all__) == {"LARS", "learning_rate", "__version__"}
+    assert set(lars_train.__all__) == {"LARS", "learning_rate", "split_parameters", "__version__"}
     for name in lars_train.__all__:
         assert getattr(lars_train, name) is not None
     missing = "SARL"

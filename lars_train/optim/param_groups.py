@@ -23,6 +23,22 @@ _NORMALISATION = (
 )
 
 
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of `model`, and the biases of all layers with the parameters of torch's normalisation layers.
+
+    Each in the order of ``model.named_parameters()``, every parameter in exactly one of the two. Many recipes
+    neither decay nor adapt the second: a group with ``weight_decay=0`` and ``exclude=True``.
+    """
+    exempt = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, _NORMALISATION) or name.endswith("bias")
+    }
+    parameters = list(model.parameters())
+    return [p for p in parameters if id(p) not in exempt], [p for p in parameters if id(p) in exempt]
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_bias: bool) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, with every parameter of `model` in exactly one.
 
@@ -31,22 +47,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_bias: boo
 
     Args:
         weight_decay: of the ``"decay"`` group.
-        decay_norm_bias: True puts all parameters into that group. False puts the biases of all layers and
-            the parameters of torch's normalisation layers into ``"no_decay"``, whose weight decay is 0.
+        decay_norm_bias: True puts all parameters into that group. False puts what `split_parameters` gives
+            second into ``"no_decay"``, whose weight decay is 0.
     """
-    exempt: set[int] = set()
-    if not decay_norm_bias:
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, _NORMALISATION) or name.endswith("bias"):
-                    exempt.add(id(parameter))
-    parameters = list(model.parameters())
+    weights, rest = (list(model.parameters()), []) if decay_norm_bias else split_parameters(model)
     groups: list[dict[str, Any]] = [
-        {
-            "params": [p for p in parameters if id(p) not in exempt],
-            "weight_decay": weight_decay,
-            "name": "decay",
-        },
-        {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0, "name": "no_decay"},
+        {"params": weights, "weight_decay": weight_decay, "name": "decay"},
+        {"params": rest, "weight_decay": 0.0, "name": "no_decay"},
     ]
     return [group for group in groups if group["params"]]

@@ -111,7 +111,7 @@ def in_reach_of_the_host(tensor: Tensor) -> bool:
 
 
 def rescale(part: Part, rule: Rule, record: Record | None) -> None:
-    """Give the gradients of `part` their decay and their ratio, in place; the ratios stay in ``part.ratios``."""
+    """Give the gradients of `part` their decay and their ratio, in place; a ratio outside stays in ``part.ratios``."""
     grads = [p.grad for p in part.parameters if p.grad is not None]
     if in_reach_of_the_host(grads[0]):
         part.ratios = [_on_the_host(w, g, part, rule, record) for w, g in zip(part.parameters, grads, strict=True)]
@@ -175,35 +175,38 @@ def _on_the_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, record: R
 
 def _in_bulk(grads: list[Tensor], part: Part, rule: Rule, record: Record | None) -> list[Tensor]:
     shards = _shards(grads[0])
-    weights, grads = [_local(w) for w in part.parameters], [_local(g) for g in grads]
-    narrow = grads
-    dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    if dtype != grads[0].dtype:
-        weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in grads]
-    decays: Tensor | None = None
+    weights, narrow = [_local(w) for w in part.parameters], [_local(g) for g in grads]
+    dtype = torch.promote_types(narrow[0].dtype, torch.float32)
+    grads = narrow
+    if dtype != narrow[0].dtype:
+        weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in narrow]
+    decayed: list[Tensor] | None = None
+    ratios = decays = None
     if part.adapted:
-        decayed = list(torch._foreach_add(grads, weights, alpha=part.decay)) if rule.denominator == "combined" else None
+        if rule.denominator == "combined":
+            decayed = _decayed(grads, weights, part.decay, None)
         weight_norms, grad_norms = _norms(weights, decayed or grads, shards)
         ratios, decays = rule.ratios(weight_norms, grad_norms, part.decay, part.lr)
         if record is not None:
             record.parameters.extend(part.parameters)
             record.values.append(torch.stack((weight_norms, grad_norms, ratios)))
-    else:
-        decayed, ratios = None, torch.ones(len(grads), dtype=dtype.to_real(), device=grads[0].device)
-    ratios = ratios.to(dtype)
+        ratios = ratios.to(dtype)
     if decayed is None:
         decayed = _decayed(grads, weights, part.decay, decays)
     if rule.clamp is not None:
         torch._foreach_clamp_min_(decayed, -rule.clamp)
         torch._foreach_clamp_max_(decayed, rule.clamp)
-    factors = ratios if rule.ratio_placement == "inside" else torch.ones_like(ratios)
+    if rule.ratio_placement == "outside":
+        torch._foreach_copy_(narrow, decayed)
+        return list(ratios.unbind()) if ratios is not None else []
+    factors = torch.ones(len(grads), dtype=dtype, device=grads[0].device) if ratios is None else ratios
     if rule.lr_placement == "inside":
         factors = factors * part.lr
     torch._foreach_zero_(grads)
     torch._foreach_addcmul_(grads, decayed, factors.unbind())
     if narrow is not grads:
         torch._foreach_copy_(narrow, grads)
-    return list(ratios.unbind())
+    return []
 
 
 def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: Tensor | None) -> list[Tensor]:
@@ -217,14 +220,14 @@ def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: T
 
 
 def _norms(weights: list[Tensor], grads: list[Tensor], shards: _Shards) -> tuple[Tensor, Tensor]:
-    both = torch.stack((torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(grads))))
-    if shards is not None:
-        mesh, dimensions = shards
-        squares = both.double().square()
-        for dimension in dimensions:
-            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
-        both = squares.sqrt().to(both.dtype)
-    weight_norms, grad_norms = both.unbind()
+    weight_norms, grad_norms = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(grads))
+    if shards is None or not shards[1]:
+        return weight_norms, grad_norms
+    mesh, dimensions = shards
+    squares = torch.stack((weight_norms, grad_norms)).double().square()
+    for dimension in dimensions:
+        torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
+    weight_norms, grad_norms = squares.sqrt().to(weight_norms.dtype).unbind()
     return weight_norms, grad_norms
 
 

@@ -1,0 +1,225 @@
+"""`LARS.preset` against the packages themselves, or against their published arithmetic where there is no package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lars_train.optim.lars import LARS
+from lars_train.optim.presets import PRESETS
+
+Array = NDArray[np.float64]
+RATES = (0.5, 2.0, 29.0, 1.5, 0.25)
+DECAY, MOMENTUM = 0.05, 0.9
+SHAPES = [(4, 3), (5,), (2, 3, 3, 3), (6,)]
+VECTORS = [len(shape) == 1 for shape in SHAPES]
+
+
+def tensors(zeros: bool) -> tuple[list[Array], list[list[Array]]]:
+    """Weights, and the gradients of five updates; with `zeros` a zero weight and a gradient that is zero once."""
+    draw = np.random.default_rng(11)
+    weights = [draw.normal(size=s) for s in SHAPES]
+    gradients = [[draw.normal(size=s) for s in SHAPES] for _ in RATES]
+    if zeros:
+        weights[3][:] = 0
+        gradients[2][0][:] = 0
+    return weights, gradients
+
+
+def parameters(weights: Iterable[Array]) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.tensor(w)) for w in weights]
+
+
+def run(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], gradients: Sequence[Sequence[Array]]
+) -> list[Array]:
+    for grads, rate in zip(gradients, RATES, strict=True):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.tensor(g)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    return [p.detach().numpy() for p in params]
+
+
+def groups_of(params: Sequence[nn.Parameter], excluded_decay: float | None) -> Any:
+    """One group, or the vectors in an excluded group of their own with that weight decay."""
+    if excluded_decay is None:
+        return params
+    chosen = list(zip(params, VECTORS, strict=True))
+    return [
+        {"params": [p for p, vector in chosen if not vector]},
+        {"params": [p for p, vector in chosen if vector], "weight_decay": excluded_decay, "exclude": True},
+    ]
+
+
+def ours(
+    name: str,
+    zeros: bool,
+    *,
+    excluded_decay: float | None = None,
+    decay: float = DECAY,
+    nesterov: bool = False,
+    **options: Any,
+) -> list[Array]:
+    weights, gradients = tensors(zeros)
+    params = parameters(weights)
+    base = torch.optim.SGD(
+        groups_of(params, excluded_decay), lr=1.0, momentum=MOMENTUM, weight_decay=decay, nesterov=nesterov
+    )
+    return run(LARS.preset(name, base, **options), params, gradients)
+
+
+def theirs(make: Callable[..., torch.optim.Optimizer], zeros: bool, **keywords: Any) -> list[Array]:
+    weights, gradients = tensors(zeros)
+    params = parameters(weights)
+    return run(make(params, lr=1.0, momentum=MOMENTUM, **keywords), params, gradients)
+
+
+def assert_equal(got: Sequence[Array], wanted: Sequence[Array], tolerance: float = 1e-12) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    ("theirs_has", "ours_has"),
+    [
+        ({"weight_decay": DECAY}, {}),
+        ({"weight_decay": DECAY, "trust_clip": True}, {"clip": "lr"}),
+        ({"weight_decay": 0.0}, {"decay": 0.0}),
+        ({"weight_decay": 0.0, "always_adapt": True}, {"decay": 0.0, "zero_decay": "adapt"}),
+    ],
+    ids=str,
+)
+def test_timm(zeros: bool, nesterov: bool, theirs_has: dict[str, Any], ours_has: dict[str, Any]) -> None:
+    lars = pytest.importorskip("timm.optim.lars").Lars
+    expected = theirs(lars, zeros, nesterov=nesterov, trust_coeff=0.001, eps=1e-8, **theirs_has)
+    assert_equal(ours("timm", zeros, nesterov=nesterov, **ours_has), expected)
+
+
+@pytest.mark.parametrize("decay", [DECAY, 0.0])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_torch_optimizer(zeros: bool, decay: float) -> None:
+    lars = pytest.importorskip("torch_optimizer").LARS
+    assert_equal(ours("torch-optimizer", zeros, decay=decay), theirs(lars, zeros, weight_decay=decay))
+
+
+def test_pytorch_optimizer() -> None:
+    lars = pytest.importorskip("pytorch_optimizer").LARS
+    expected = theirs(lars, False, weight_decay=DECAY, trust_coefficient=0.001, dampening=0.0, nesterov=False)
+    assert_equal(ours("pytorch-optimizer", False, excluded_decay=0.0), expected)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_open_lars(zeros: bool) -> None:
+    lars = pytest.importorskip("open_lars").LARS
+    assert_equal(ours("open-lars", zeros, excluded_decay=DECAY), theirs(lars, zeros, weight_decay=DECAY))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_optax(zeros: bool, nesterov: bool) -> None:
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    # In float64 for this test alone.
+    with jax.enable_x64(True):
+        weights, gradients = tensors(zeros)
+        values = [jax.numpy.asarray(w) for w in weights]
+        rates = jax.numpy.asarray(RATES)
+        rule = optax.lars(lambda count: rates[count], weight_decay=DECAY, momentum=MOMENTUM, nesterov=nesterov)
+        state = rule.init(values)
+        for grads in gradients:
+            steps, state = rule.update([jax.numpy.asarray(g) for g in grads], state, values)
+            values = optax.apply_updates(values, steps)
+        assert values[0].dtype == np.float64
+        expected = [np.asarray(v) for v in values]
+    assert_equal(ours("optax", zeros, nesterov=nesterov), expected)
+
+
+def norm(x: Array) -> float:
+    return float(np.linalg.norm(x))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_mlperf(zeros: bool, nesterov: bool) -> None:
+    # lars_optimizer.py: mom = momentum * mom - grad * scaled_lr; var += mom. What is skipped is not decayed.
+    values, gradients = tensors(zeros)
+    buffers = [np.zeros_like(w) for w in values]
+    for grads, rate in zip(gradients, RATES, strict=True):
+        for i, g in enumerate(grads):
+            w, scaled = values[i], rate
+            if not VECTORS[i]:
+                if norm(w) > 0 and norm(g) > 0:
+                    scaled = rate * 0.001 * norm(w) / (norm(g) + DECAY * norm(w) + 1e-7)
+                g = g + DECAY * w
+            buffers[i] = MOMENTUM * buffers[i] - scaled * g
+            values[i] = w + (MOMENTUM * buffers[i] - scaled * g if nesterov else buffers[i])
+    assert_equal(ours("mlperf", zeros, excluded_decay=0.0, nesterov=nesterov), values)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_larc(zeros: bool, clip: bool) -> None:
+    # LARC.py: the gradient is decayed and scaled only where both norms are above 0; SGD steps without decay.
+    weights, gradients = tensors(zeros)
+    params = parameters(weights)
+    sgd = torch.optim.SGD(params, lr=1.0, momentum=MOMENTUM)
+    for grads, rate in zip(gradients, RATES, strict=True):
+        for p, g in zip(params, grads, strict=True):
+            w = p.detach().numpy()
+            if norm(w) > 0 and norm(g) > 0:
+                adaptive = 0.02 * norm(w) / (norm(g) + DECAY * norm(w) + 1e-8)
+                if clip:
+                    adaptive = min(adaptive / rate, 1)
+                g = (g + DECAY * w) * adaptive
+            p.grad = torch.tensor(g)
+        sgd.param_groups[0]["lr"] = rate
+        sgd.step()
+    expected = [p.detach().numpy() for p in params]
+    assert_equal(ours("larc", zeros, **({} if clip else {"clip": None})), expected)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-4])
+def test_nus_hpc(zeros: bool, scale: float) -> None:
+    # lars.py: the ratio, clamped to [0, 50], multiplies the lr; elements are clamped to [-10, 10].
+    weights, gradients = tensors(zeros)
+    gradients = [[g * scale for g in grads] for grads in gradients]
+    values = [w.copy() for w in weights]
+    buffers: list[Array | None] = [None] * len(values)
+    for grads, rate in zip(gradients, RATES, strict=True):
+        for i, g in enumerate(grads):
+            w, ratio = values[i], 1.0
+            if norm(w) > 0 and norm(g) > 0:
+                ratio = 0.001 * norm(w) / (norm(g) + DECAY * norm(w) + 1e-5)
+            ratio = min(max(ratio, 0.0), 50.0)
+            d = np.clip(g + DECAY * w, -10, 10)
+            before = buffers[i]
+            buffers[i] = buffer = d if before is None else MOMENTUM * before + d
+            values[i] = w - rate * ratio * buffer
+    params = parameters(weights)
+    base = torch.optim.SGD(params, lr=1.0, momentum=MOMENTUM, weight_decay=DECAY)
+    assert_equal(run(LARS.preset("nus-hpc", base), params, gradients), values)
+
+
+def test_torchlars_is_the_default() -> None:
+    assert PRESETS["torchlars"] == {}
+    params = parameters(tensors(False)[0])
+    base = torch.optim.SGD(params, lr=0.1)
+    assert LARS.preset("torchlars", base).rule == LARS(base, eps=1e-8, trust_coef=0.001).rule
+
+
+def test_a_preset_can_be_changed_and_an_unknown_one_is_refused_with_the_list() -> None:
+    base = torch.optim.SGD(parameters(tensors(False)[0]), lr=0.1)
+    assert LARS.preset("larc", base, trust_coef=0.5).rule.trust_coef == 0.5
+    assert LARS.preset("larc", base, trust_coef=0.5).rule.clip == "lr"
+    with pytest.raises(ValueError, match="there are torchlars, mlperf, timm, larc, optax, nus-hpc"):
+        LARS.preset("lamb", base)
