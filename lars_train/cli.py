@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, flatten, register, resolve
 from lars_train.errors import ConfigError, DataError, nearest
-from lars_train.monitoring.say import complain, say
+from lars_train.monitoring.say import complain, first_process, say
 
 BAD_INPUT, FAILED = 2, 1
 _GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
@@ -96,7 +96,8 @@ def main() -> None:
         sys.exit(BAD_INPUT)
     if sweeping:
         _report_sweep(jobs)
-    sys.exit(jobs.exit_code())
+    # In a sweep the first rank speaks for all: a launcher that sees another rank fail ends it before it is done.
+    sys.exit(jobs.exit_code() if not sweeping or first_process() else 0)
 
 
 def show_help(settings: list[str]) -> None:
@@ -141,6 +142,9 @@ def _prepare_argument(argument: str) -> str:
         return f"{key}={re.sub(_NO_STRING, quoted, value)}"
     if key.startswith("optimizer.kwargs."):
         return f"++{argument}"
+    if value.startswith("~"):
+        # Shells leave a tilde behind "=" alone, and Hydra cannot read it.
+        return f"{key}={os.path.expanduser(value)}"  # noqa: PTH111 (a name that is nobody's home stays as it is)
     return argument
 
 

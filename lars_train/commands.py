@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 import torch
 
 from lars_train.config import AUTO, Config
-from lars_train.launch import Ranks, adopt, processes, record_failure, restarted, start_processes
+from lars_train.launch import Ranks, adopt, processes, record_failure, restarts, start_processes
 from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.monitoring.table import row, table
@@ -29,7 +30,7 @@ def run(config: Config, invocation: Invocation) -> dict[str, Any]:
 
 
 def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
-    if restarted():
+    if restarts():
         # "never" was said to the first start; what that one has done is not to be moved aside.
         config = dataclasses.replace(config, resume=AUTO)
     prepared = prepare(config)
@@ -65,7 +66,7 @@ def _told(final: dict[str, Any]) -> str:
         lines.append(f"This row's batch is raised to {final['global_batch']}, the least that batch norm works with.")
     lines.append(f"{final['updates']:,} updates in {final['seconds']:.0f} s")
     lines.append(f"run directory  {final['directory']}")
-    lines.append(f"TensorBoard    tensorboard --logdir {final['directory']}")
+    lines.append(f"TensorBoard    tensorboard --logdir {shlex.quote(final['directory'])}")
     return "\n".join(lines)
 
 
@@ -91,7 +92,7 @@ def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
     if not first_process():
         return {}
     path = export(config)
-    say(f"weights: {path}\nload them with torch.load({path.name!r}, weights_only=True)")
+    say(f"weights: {path}\nload them with torch.load({str(path)!r}, weights_only=True)")
     return {"path": str(path)}
 
 

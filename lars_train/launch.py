@@ -49,9 +49,9 @@ def adopt(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     return None
 
 
-def restarted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun has started this process again after a failure (``--max-restarts``)."""
-    return environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def restarts(environment: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun has started this process again after a failure (``--max-restarts``)."""
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def export_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

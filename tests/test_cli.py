@@ -147,6 +147,24 @@ def test_imagenet_dir_does_not_speak_where_the_data_is_named_or_comes_with_the_c
     assert prepare_arguments(arguments, "/data/imagenet") == arguments
 
 
+def test_a_tilde_is_the_home_directory_which_shells_leave_behind_an_equals_sign(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert prepared("data=folder", "data.root=~/pictures") == ["data=folder", "data.root=/home/ada/pictures"]
+
+
+def test_the_first_rank_speaks_for_a_sweep(
+    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Its launcher would end the first one, perhaps in the middle of a good job, if another failed before it.
+    for rank, code in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert run_main(monkeypatch, "-m", "epochs=0,-1") == code
+        assert ("job failed" in capsys.readouterr().err) == (rank == "0")
+
+
 def test_flags_may_stand_anywhere() -> None:
     assert prepared("-m", "batch=256,8k") == ["batch='256',8k", "-m"]
     assert prepared("seed=1", "-m", "batch=8k,32k", "epochs=3") == ["seed=1", "batch=8k,32k", "epochs=3", "-m"]
@@ -230,6 +248,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
         ("bathc=32k", "Did you mean 'batch'?"),
         ("+sead=3", "Did you mean 'seed'?"),
         ("mode=export", "checkpoint.path"),
+        ("run.dir=", "a run wants a folder of its own"),
+        ("run.dir=.", "a run wants a folder of its own"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_one_message_and_writes_nothing(

@@ -340,6 +340,8 @@ EXECUTION = {
     "checkpoint.keep",
     "export.path",
     "data.workers",
+    "data.on_error",
+    "data.max_bad",
 }
 # A recipe counts through the values that it fills in, and by its name.
 RECIPE_TEXT = ("recipe.source", "recipe.common", "recipe.rows")

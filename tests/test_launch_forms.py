@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,7 +208,7 @@ def test_an_undecodable_image_is_named_counted_and_limited(tmp_path: Path) -> No
     assert "Traceback" not in failed.stderr
 
 
-def wait_for_checkpoint(folder: Path, update: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_checkpoint(folder: Path, update: int, process: subprocess.Popen[Any]) -> None:
     end = time.monotonic() + 120
     while not (folder / "checkpoints" / f"update-{update:09d}.pt").exists():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -377,6 +378,23 @@ def test_torchrun_s_restart_goes_on_even_where_the_command_says_never(tmp_path: 
     told = ran([*ALONE, *settings, "resume=never"], tmp_path, TORCHELASTIC_RESTART_COUNT="1")
     assert "resumed        at update 4" in told
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]
+
+
+def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    settings = [*TINY, "epochs=12", "checkpoint.every_updates=5"]
+    ran([*TORCHRUN, *settings, "run.name=unbroken"], tmp_path)
+    # The static rendezvous, whose store outlives the processes.
+    command = [*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:], *settings, "run.name=killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    wait_for_checkpoint(tmp_path / "runs/killed", 10, process)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    told, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+    assert "resumed" in told
+    digests = {final(tmp_path / "runs" / name)["weights_sha256"] for name in ("unbroken", "killed")}
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])

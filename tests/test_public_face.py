@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import lars_train
 
@@ -18,8 +21,6 @@ def test_importing_the_package_imports_neither_torch_nor_hydra() -> None:
 
 
 def test_lars_and_the_schedule_are_had_from_the_package() -> None:
-    import torch
-
     from lars_train import LARS, learning_rate
 
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -43,3 +44,17 @@ def test_all_public_names_exist_and_no_other_is_made_up() -> None:
 
 def test_the_version_is_the_distributions() -> None:
     assert lars_train.__version__ == version("lars-train")
+
+
+def test_the_readmes_lars_runs_as_it_stands_there() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = readme.split("```python\n")[1].split("```")[0]
+    assert len(block.splitlines()) == 6
+    names: dict[str, Any] = {}
+    exec(block, names)
+    names["model"](torch.zeros(2, 3, 32, 32)).sum().backward()
+    before = names["model"].fc.weight.detach().clone()
+    names["optimizer"].step()
+    names["scheduler"].step()
+    assert not torch.equal(before, names["model"].fc.weight)
+    assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(29.0 * (1 - 1 / 3510) ** 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -105,6 +106,8 @@ def check_values(config: Config) -> None:
     name = config.run.name
     if name is not None and (not name or "/" in name or name in (".", "..")):
         raise ConfigError(f"run.name={name!r}: a plain folder name is wanted; use run.dir for a path.")
+    if config.run.dir is not None and Path(config.run.dir).name in ("", ".."):
+        raise ConfigError(f"run.dir={config.run.dir!r}: a run wants a folder of its own, by its name.")
     if config.run.dir is not None and config.run.name is not None:
         raise ConfigError("run.dir and run.name are both set: run.dir is the whole path already; drop one.")
     if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights):

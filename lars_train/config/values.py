@@ -28,6 +28,9 @@ EXECUTION_KEYS = (
     "checkpoint.keep",
     "export",
     "data.workers",
+    # They say when a run with damaged images ends, and nothing of what it computes until then.
+    "data.on_error",
+    "data.max_bad",
     "recipe.rows",
     "recipe.common",
     "recipe.source",

@@ -18,6 +18,8 @@ import torch
 from lars_train.errors import ConfigError
 
 FORMAT = 1
+# What every reader of a checkpoint relies on.
+_ENTRIES = {"update", "model", "optimizer", "config", "plan", "classes", "fingerprint"}
 _NAME = re.compile(r"update-(\d{9})\.pt")
 
 
@@ -76,17 +78,20 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DamagedCheckpoint(f"torch cannot read it ({_told(error)})") from None
-    if not isinstance(content, dict) or "format" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise DamagedCheckpoint("it is no checkpoint of lars-train; a file of weights alone goes in model.weights")
     if content["format"] > FORMAT:
         raise DamagedCheckpoint(f"a newer lars-train wrote it (format {content['format']}, this one knows {FORMAT})")
+    missing = _ENTRIES - content.keys()
+    if missing:
+        raise DamagedCheckpoint(f"it lacks {', '.join(sorted(missing))}")
     return content
 
 
-def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def latest(folder: Path, *, warn: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run, or None if the run has none at all.
 
-    A damaged one is named on stderr and passed over. Raises `ConfigError` if all are damaged: a run that
+    A damaged one is named on stderr (with `warn`) and passed over. Raises `ConfigError` if all are damaged: a run that
     has lost its state is not silently started anew.
     """
     damaged: list[str] = []
@@ -95,7 +100,8 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             return path, load(path)
         except DamagedCheckpoint as error:
             damaged.append(path.name)
-            print(f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it.", file=sys.stderr)
+            if warn:
+                print(f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it.", file=sys.stderr)
     if damaged:
         raise ConfigError(
             f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); start anew with resume=never."

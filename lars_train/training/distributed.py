@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lars_train.errors import ConfigError, DataError
-from lars_train.launch import Ranks, adopt, export_slurm
+from lars_train.launch import Ranks, adopt, export_slurm, restarts
 
 _base_store: Store | None = None
 _jobs = _groups = 0
@@ -104,7 +104,8 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
             os.environ.update(export_slurm(), LOCAL_WORLD_SIZE=str(ranks.local_world))
         _base_store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))
     _groups += 1
-    store = PrefixStore(f"job{_jobs}.{_groups}", _base_store)
+    # torchrun's static rendezvous keeps its store over restarts, with the addresses of ended processes in it.
+    store = PrefixStore(f"attempt{restarts()}.job{_jobs}.{_groups}", _base_store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("group", store),

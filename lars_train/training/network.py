@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lars_train.config import Config, filled
+from lars_train.errors import ConfigError
 from lars_train.models.factory import build_model, load_weights
 
 
@@ -19,3 +21,15 @@ def make_network(config: Config, classes: int) -> nn.Module:
     if config.model.weights is not None:
         load_weights(network, config.model.weights)
     return network
+
+
+def check_single_samples(config: Config, classes: int) -> None:
+    """Raise `ConfigError` when the model cannot take batch-norm statistics of one image: some layer sees one pixel."""
+    network = make_network(config, classes).to("meta").train()
+    try:
+        network(torch.empty(1, 3, config.data.image_size, config.data.image_size, device="meta"))
+    except ValueError:
+        raise ConfigError(
+            f"model.ghost_batch={config.model.ghost_batch}: a ghost batch of one image has no variance where "
+            f"{config.model.name} is down to one pixel (data.image_size={config.data.image_size}); use at least 2."
+        ) from None

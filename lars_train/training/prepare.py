@@ -14,7 +14,7 @@ from lars_train.models.factory import model_names
 from lars_train.optim.factory import check_optimizer
 from lars_train.plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
-from lars_train.training.network import make_network
+from lars_train.training.network import check_single_samples, make_network
 from lars_train.training.run_directory import run_directory
 
 
@@ -42,6 +42,8 @@ def prepare(config: Config) -> Prepared:
         check_micro_batch(plan, int(config.micro_batch))
     if config.model.weights is not None or config.model.name not in model_names():
         make_network(config, len(dataset.classes))
+    if plan.ghost_batch == 1:
+        check_single_samples(config, len(dataset.classes))
     start_from = None
     if config.checkpoint.path is not None:
         _, start_from = checkpoint.find(config.checkpoint.path)
@@ -50,6 +52,18 @@ def prepare(config: Config) -> Prepared:
         _check_position(start_from, config, plan)
         _check_optimizer_state(start_from, config)
     return Prepared(config, dataset, plan, directory, start_from)
+
+
+def continuation(prepared: Prepared, *, warn: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of this run, which fits its model and data; None for a new run. Reads only.
+
+    Raises `ConfigError` when it does not fit, or when all are damaged; `warn`: name a damaged one on stderr.
+    """
+    found = checkpoint.latest(prepared.directory / "checkpoints", warn=warn)
+    if found is not None:
+        check_compatible(found[1], prepared.config.model.name, prepared.dataset)
+        check_same_images(found[1], prepared.dataset)
+    return found
 
 
 def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> None:

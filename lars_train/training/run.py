@@ -27,7 +27,7 @@ from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
 from lars_train.training.network import make_network
-from lars_train.training.prepare import Prepared, check_compatible, check_same_images
+from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import resolve
 from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, make_schedule, normaliser
 
@@ -40,7 +40,7 @@ class Run:
         self.config, self.plan, self.dataset = config, plan, dataset
         self.directory, self.group, self.device = prepared.directory, group, device
         self.checkpoints = self.directory / "checkpoints"
-        start = self._latest_checkpoint() or prepared.start_from
+        start = self._latest_checkpoint(prepared) or prepared.start_from
         torch.manual_seed(config.seed)
         network = make_network(config, len(dataset.classes))
         self.resolved = resolve(config, plan, network, device, group, start and start["resolved"])
@@ -116,14 +116,11 @@ class Run:
         if at_end or update % (config.checkpoint.every_updates or per_epoch) == 0:
             self._save()
 
-    def _latest_checkpoint(self) -> dict[str, Any] | None:
+    def _latest_checkpoint(self, prepared: Prepared) -> dict[str, Any] | None:
         found, error = None, None
         if self.group.first:
             try:
-                found = checkpoint.latest(self.checkpoints)
-                if found is not None:
-                    check_compatible(found[1], self.config.model.name, self.dataset)
-                    check_same_images(found[1], self.dataset)
+                found = continuation(prepared)
             except ConfigError as failure:
                 error = failure
         self.group.together(error)

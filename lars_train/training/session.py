@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lars_train.config import AUTO, Config
 from lars_train.data.augment import View
+from lars_train.data.directory import user_path
 from lars_train.data.open import open_dataset
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
@@ -31,7 +32,7 @@ from lars_train.training.device import (
 from lars_train.training.distributed import process_group
 from lars_train.training.evaluation import SMALLEST_BATCH, evaluate_split
 from lars_train.training.network import make_network
-from lars_train.training.prepare import Prepared, check_compatible
+from lars_train.training.prepare import Prepared, check_compatible, continuation
 from lars_train.training.run import Run
 from lars_train.training.run_directory import (
     Invocation,
@@ -46,13 +47,19 @@ from lars_train.training.trainer import normaliser
 def find_finished(prepared: Prepared) -> dict[str, Any] | None:
     """What the run directory holds of this run, if it is finished; reads only.
 
-    Raises `ConfigError` when the directory cannot be used, or holds a run of another config.
+    Raises `ConfigError` when the directory cannot be used, holds a run of another config, or a checkpoint that
+    the run cannot go on from.
     """
     config, directory = prepared.config, prepared.directory
     check_usable(directory)
     check_same_experiment(directory, config)
-    final = finished(directory) if config.resume == AUTO else None
-    return final if final is not None and final["updates"] >= prepared.plan.stop else None
+    if config.resume != AUTO:
+        return None
+    final = finished(directory)
+    if final is not None and final["updates"] >= prepared.plan.stop:
+        return final
+    continuation(prepared, warn=False)
+    return None
 
 
 def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str, Any]:
@@ -143,7 +150,13 @@ def export(config: Config) -> Path:
     assert config.checkpoint.path is not None
     source, content = checkpoint.find(config.checkpoint.path)
     name, classes = content["config"]["model"]["name"], len(content["classes"])
-    target = Path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
+    target = (
+        user_path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
+    )
+    if target.resolve() in {path.resolve() for path in (source, *checkpoint.listing(source.parent))}:
+        raise ConfigError(
+            f"export.path={config.export.path}: it is a checkpoint of the run; give another file to write."
+        )
     if target.is_dir():
         raise ConfigError(f"export.path={config.export.path}: it is a folder; give the file to write.")
     if not target.parent.is_dir():

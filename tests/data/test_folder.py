@@ -128,6 +128,16 @@ def test_a_file_that_cannot_be_read_is_an_oserror_that_names_it(make_directory: 
     assert source.read(0) == b"c1"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_the_images_is_an_oserror_and_not_a_wait(make_directory: MakeTree) -> None:
+    source = open_folder(make_directory(PETS), None).train
+    path = Path(source.where(1))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        source.read(1)
+
+
 def test_a_source_can_be_sent_to_another_process(make_tree: MakeTree) -> None:
     source = open_folder(make_tree(PETS), None).train
     source.read(0)

@@ -23,6 +23,9 @@ def content(update: int) -> dict[str, Any]:
         "bad": {"a.jpg": "truncated"},
         "classes": ["cat", "dog"],
         "none": None,
+        "config": {"model": {"name": "small"}},
+        "plan": {"updates_per_epoch": 4},
+        "fingerprint": "0123456789abcdef",
     }
 
 
@@ -134,7 +137,7 @@ def test_a_flipped_bit_in_any_record_is_found(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path: Path) -> None:
-    path = save(tmp_path, 3, {"w": torch.arange(4)}, keep=1)
+    path = save(tmp_path, 3, content(3), keep=1)
     whole = path.read_bytes()
     expected = load(path)
     with zipfile.ZipFile(path) as archive:
@@ -185,10 +188,13 @@ def test_files_that_are_no_checkpoints_are_damaged(tmp_path: Path) -> None:
     zipped(path)
     with pytest.raises(DamagedCheckpoint):
         load(path)
-    for value in (torch.ones(3), [1, 2], {"state_dict": torch.ones(3)}):
+    for value in (torch.ones(3), [1, 2], {"state_dict": torch.ones(3)}, {"format": "x"}):
         torch.save(value, path)
         with pytest.raises(DamagedCheckpoint, match="no checkpoint of lars-train"):
             load(path)
+    torch.save({"format": checkpoint.FORMAT, "update": 3, "model": {}}, path)
+    with pytest.raises(DamagedCheckpoint, match="it lacks classes, config, fingerprint, optimizer, plan"):
+        load(path)
 
 
 def test_a_newer_format_is_named(tmp_path: Path) -> None:

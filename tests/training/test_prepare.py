@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,25 @@ def test_a_run_whose_data_have_changed_does_not_go_on(trained: Path, monkeypatch
     # The config is the same and so is the directory; the files are not.
     monkeypatch.setattr("lars_train.data.synthetic.fingerprint", lambda *given: fingerprint(*given)[::-1])
     prepared = prepare(config(trained, max_updates=2))
+    before = contents(trained)
     with pytest.raises(ConfigError, match=r"file names or labels differ.*resume=never"):
         session.train(prepared, Ranks(), Invocation())
+    assert contents(trained) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(trained: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    for path in (directory / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    before = contents(directory)
+    with pytest.raises(ConfigError, match=r"every checkpoint .* is damaged"):
+        session.train(prepare(config(directory, max_updates=2)), Ranks(), Invocation())
+    assert contents(directory) == before
 
 
 @pytest.mark.parametrize(
@@ -104,6 +122,7 @@ def test_a_run_whose_data_have_changed_does_not_go_on(trained: Path, monkeypatch
         ({"data__root": "/x"}, r"data\.root=/x has no meaning with data=synthetic"),
         ({"batch__size": 10}, r"no multiple of the ghost batch"),
         ({"micro_batch": 6}, r"micro_batch=6 is no multiple"),
+        ({"model__ghost_batch": 1, "data__image_size": 4}, r"model\.ghost_batch=1: .* one pixel .* at least 2"),
         ({"model__name": "resnet51"}, r"resnet51"),
         ({"model__weights": "/missing.pth"}, r"model\.weights=/missing\.pth"),
         ({"checkpoint__path": "/missing"}, r"checkpoint\.path=/missing: there is no such file"),

@@ -318,6 +318,9 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
     assert all(v.is_contiguous() for v in torch.load(path, weights_only=True).values())
     # A run directory keeps working with the export beside its checkpoints.
     assert state(tmp_path / "run")["update"] == 1
+    own = path.parent / "update-000000001.pt"
+    with pytest.raises(ConfigError, match=r"export\.path=.*: it is a checkpoint of the run"):
+        session.export(config(tmp_path, mode="export", checkpoint__path=str(own), export__path=str(own)))
     with pytest.raises(ConfigError, match=r"export\.path=.* does not exist"):
         session.export(config(tmp_path, mode="export", checkpoint__path=str(path.parent), export__path="/no/x.pth"))
 
