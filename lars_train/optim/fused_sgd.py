@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from lars_train.optim.rescale import Record, is_adapted
+from lars_train.optim.rescale import Record, is_adapted, walk_alike
 from lars_train.optim.rule import Rule
 
 # 1 - (1 - r) has an error of 1e-16: for smaller ratios it would show in float64.
@@ -59,7 +59,7 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
     for weight in group["params"]:
         grad = weight.grad
-        if grad is None or type(grad) is not Tensor or not _walk_alike(weight, grad):
+        if grad is None or type(grad) is not Tensor or not _takes(weight, grad):
             continue
         buffers, dampening = [], group["dampening"]
         if momentum != 0:
@@ -69,7 +69,7 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
                 # As SGD does it, the first buffer is the whole gradient.
                 own["momentum_buffer"] = buffer = torch.zeros_like(weight)
                 dampening = 0.0
-            elif not _walk_alike(weight, buffer):
+            elif not _takes(weight, buffer):
                 continue
             buffers.append(buffer)
         ratio, wd, lr = 1.0, decay, group_lr
@@ -107,13 +107,8 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
         done.append(weight)
 
 
-def _walk_alike(weight: Tensor, other: Tensor) -> bool:
+def _takes(weight: Tensor, other: Tensor) -> bool:
     """Whether the kernel, which walks through memory, takes these and meets the same elements at the same time."""
     if not weight.is_cpu or not other.is_cpu or weight.dtype != other.dtype or weight.dtype not in _DTYPES:
         return False
-    if weight.is_contiguous():
-        return other.is_contiguous()
-    if weight.dim() not in (4, 5):
-        return False
-    layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
-    return weight.is_contiguous(memory_format=layout) and other.is_contiguous(memory_format=layout)
+    return walk_alike(weight, other)

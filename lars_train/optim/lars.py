@@ -72,7 +72,8 @@ class LARS(Optimizer):
 
     Raises:
         TypeError: `base_optimizer` is no optimizer, or is LARS itself.
-        ValueError: an option is out of range or does not go with another, or the base is ``differentiable``.
+        ValueError: an option is out of range or does not go with another or with the base, or the base is
+            ``differentiable``.
     """
 
     base_optimizer: Optimizer
@@ -96,6 +97,9 @@ class LARS(Optimizer):
         record: bool = False,
     ) -> None:
         _check_base(base_optimizer)
+        if ratio_placement == "outside" and _calls_closure(base_optimizer):
+            kind = type(base_optimizer).__name__
+            raise ValueError(f"ratio_placement='outside' wants one step per closure, and {kind} makes several")
         rule = Rule(
             eps=eps,
             trust_coef=trust_coef,

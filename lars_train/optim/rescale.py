@@ -5,7 +5,7 @@ done before the next. On an accelerator the host must not wait: everything is a 
 the ratios are 0-D tensors, and the number of calls does not depend on that of the tensors. torch runs a call
 over lists as one kernel launch if, at each position, the tensors agree in device, dtype, sizes and strides
 (``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``); 0-D factors qualify in
-``_foreach_addcmul_`` if they have the others' device and dtype (``foreach_pointwise_op_0d_tensor1_`` in
+``_foreach_addcmul_`` as ``tensor1`` if they have the others' device and dtype (``foreach_pointwise_op_0d_tensor1_`` in
 ``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``, https://github.com/pytorch/pytorch/pull/172731), and in
 no other call, ``_foreach_mul_`` included.
 """
@@ -23,6 +23,7 @@ from lars_train.optim.rule import Rule
 
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
+_BLOCK = 65536  # elements: two blocks of float32 are half of a common second-level cache
 
 
 class Layers(NamedTuple):
@@ -124,7 +125,7 @@ def apply_outside(part: Part, before: list[Tensor]) -> None:
     weights = [_local(w) for w in part.parameters]
     if isinstance(part.ratios[0], Tensor):
         torch._foreach_sub_(weights, before)
-        torch._foreach_addcmul_(before, weights, part.ratios)
+        torch._foreach_addcmul_(before, part.ratios, weights)
         torch._foreach_copy_(weights, before)
     else:
         for weight, start, ratio in zip(weights, before, part.ratios, strict=True):
@@ -161,16 +162,35 @@ def _on_the_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, record: R
         if record is not None:
             record.parameters.append(weight)
             record.values.append((weight_norm, grad_norm, ratio))
-    if decay != 0:
-        grad.add_(weight, alpha=decay)
-    if rule.clamp is not None:
-        grad.clamp_(-rule.clamp, rule.clamp)
     factor = ratio if rule.ratio_placement == "inside" else 1.0
     if rule.lr_placement == "inside":
         factor *= float(part.lr)
-    if factor != 1.0:
-        grad.mul_(factor)
+    for w, g in _blocks(weight, grad):
+        if decay != 0:
+            g.add_(w, alpha=decay)
+        if rule.clamp is not None:
+            g.clamp_(-rule.clamp, rule.clamp)
+        if factor != 1.0:
+            g.mul_(factor)
     return ratio
+
+
+def _blocks(weight: Tensor, grad: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both tensors, in pieces that stay in the cache from one operation to the next."""
+    if grad.numel() <= _BLOCK or not walk_alike(weight, grad):
+        return ((weight, grad),)
+    weights, grads = (torch.split(t.as_strided((t.numel(),), (1,)), _BLOCK) for t in (weight, grad))
+    return zip(weights, grads, strict=True)
+
+
+def walk_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape lie dense in memory, with their elements in the same order."""
+    if one.is_contiguous():
+        return other.is_contiguous()
+    if one.dim() not in (4, 5):
+        return False
+    layout = torch.channels_last if one.dim() == 4 else torch.channels_last_3d
+    return one.is_contiguous(memory_format=layout) and other.is_contiguous(memory_format=layout)
 
 
 def _in_bulk(grads: list[Tensor], part: Part, rule: Rule, record: Record | None) -> list[Tensor]:
@@ -198,12 +218,12 @@ def _in_bulk(grads: list[Tensor], part: Part, rule: Rule, record: Record | None)
         torch._foreach_clamp_max_(decayed, rule.clamp)
     if rule.ratio_placement == "outside":
         torch._foreach_copy_(narrow, decayed)
-        return list(ratios.unbind()) if ratios is not None else []
+        return _apart(ratios) if ratios is not None else []
     factors = torch.ones(len(grads), dtype=dtype, device=grads[0].device) if ratios is None else ratios
     if rule.lr_placement == "inside":
         factors = factors * part.lr
     torch._foreach_zero_(grads)
-    torch._foreach_addcmul_(grads, decayed, factors.unbind())
+    torch._foreach_addcmul_(grads, _apart(factors), decayed)
     if narrow is not grads:
         torch._foreach_copy_(narrow, grads)
     return []
@@ -215,8 +235,17 @@ def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: T
     if decays is None:
         return list(torch._foreach_add(grads, weights, alpha=decay))
     decayed = list(torch._foreach_clone(grads))
-    torch._foreach_addcmul_(decayed, weights, decays.to(grads[0].dtype).unbind())
+    torch._foreach_addcmul_(decayed, _apart(decays.to(grads[0].dtype)), weights)
     return decayed
+
+
+def _apart(factors: Tensor) -> list[Tensor]:
+    """The elements of `factors` (n,), each as far from the next as four of them.
+
+    The kernel loads four elements at once where all its tensors are aligned for that, 0-D factors included
+    (``init_args`` and ``is_aligned`` in ``aten/src/ATen/native/cuda/ForeachFunctors.cuh``, k_ILP).
+    """
+    return list(torch.stack((factors,) * 4, dim=1).select(1, 0).unbind())
 
 
 def _norms(weights: list[Tensor], grads: list[Tensor], shards: _Shards) -> tuple[Tensor, Tensor]:

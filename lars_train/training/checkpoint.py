@@ -1,17 +1,19 @@
 """Checkpoints: one file per saved update, whole or not there, verified before it is trusted.
 
-A file is a ``torch.save`` archive of plain values and tensors, so that it loads with
-``weights_only=True``; the archive's own CRC-32 of every record is its checksum.
+A file is a ``torch.save`` archive of plain values and tensors, so that it loads with ``weights_only=True``,
+and behind it a line with the SHA-256 of all its bytes, which readers of archives pass over. (The archive's own
+checksums cover its records, but not the headers that say where they lie.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -20,6 +22,8 @@ from lars_train.errors import ConfigError
 FORMAT = 1
 # What every reader of a checkpoint relies on.
 _ENTRIES = {"update", "model", "optimizer", "config", "plan", "classes", "fingerprint"}
+_MARK = b"\nsha256 of the bytes before this line: "
+_TRAILER = len(_MARK) + 64 + 1
 _NAME = re.compile(r"update-(\d{9})\.pt")
 
 
@@ -36,10 +40,13 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
     path = folder / f"update-{update:09d}.pt"
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
+        hashing = _Hashing(file)
+        torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
+        file.write(_MARK + hashing.digest.hexdigest().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    verify(partial)
+    if not verify(partial):
+        raise DamagedCheckpoint("what was written is not there")
     partial.replace(path)
     _sync_folder(folder)
     for old in listing(folder)[:-keep]:
@@ -60,8 +67,36 @@ def remove_later(folder: Path, update: int) -> None:
             path.unlink()
 
 
-def verify(path: Path) -> None:
-    """Raise `DamagedCheckpoint` unless every record of the archive has the checksum it was written with."""
+class _Hashing:
+    """A file that is written from front to back, and the digest of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def verify(path: Path) -> bool:
+    """Raise `DamagedCheckpoint` unless the file has the checksum it was written with.
+
+    False for a whole archive without one, which another program wrote.
+    """
+    with path.open("rb") as file:
+        length = path.stat().st_size - _TRAILER
+        if length > 0:
+            file.seek(length)
+            trailer = file.read()
+            if trailer.startswith(_MARK):
+                file.seek(0)
+                if trailer != _MARK + _digest(file, length) + b"\n":
+                    raise DamagedCheckpoint("its checksum does not hold")
+                return True
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -69,11 +104,26 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"it is not a whole archive ({_told(error)})") from None
     if broken is not None:
         raise DamagedCheckpoint(f"the checksum of its record {broken} does not hold")
+    return False
+
+
+def _digest(file: IO[bytes], length: int) -> bytes:
+    digest = hashlib.sha256()
+    while length > 0:
+        data = file.read(min(length, 1 << 20))
+        if not data:
+            break
+        digest.update(data)
+        length -= len(data)
+    return digest.hexdigest().encode()
 
 
 def load(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`, on the CPU. Raises `DamagedCheckpoint`."""
-    verify(path)
+    try:
+        own = verify(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"it cannot be read ({error.strerror})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -85,6 +135,8 @@ def load(path: Path) -> dict[str, Any]:
     missing = _ENTRIES - content.keys()
     if missing:
         raise DamagedCheckpoint(f"it lacks {', '.join(sorted(missing))}")
+    if not own:
+        raise DamagedCheckpoint("it has no checksum at its end: cut short, or written by another program")
     return content
 
 

@@ -190,6 +190,25 @@ def test_the_lr_may_be_a_tensor(way: str, options: dict[str, Any]) -> None:
     assert_close(params, expected(weights, gradients, decays=[0.0] * 4, momentum=0.9, **options), 1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grad_layout", [torch.contiguous_format, torch.channels_last])
+def test_large_tensors_in_any_layout_equal_the_formula(
+    way: str, layout: torch.memory_format, grad_layout: torch.memory_format
+) -> None:
+    draw = np.random.default_rng(8)
+    shape = (20, 40, 16, 17)  # more than one block of the cache, and no multiple of it
+    weights, gradients = [draw.normal(size=shape)], [[draw.normal(size=shape)] for _ in RATES]
+    p = nn.Parameter(torch.tensor(weights[0]).to(memory_format=layout))
+    lars = LARS(torch.optim.SGD([p], lr=1.0, momentum=0.9, weight_decay=0.1), clamp=None if way == "one pass" else 1.0)
+    for grads, rate in zip(gradients, RATES, strict=True):
+        p.grad = torch.tensor(grads[0]).to(memory_format=grad_layout)
+        lars.param_groups[0]["lr"] = rate
+        lars.step()
+    options = {} if way == "one pass" else {"clamp": 1.0}
+    wanted = expected(weights, gradients, decays=[0.1], excluded=[False], momentum=0.9, **options)
+    assert_close([p], wanted, 1e-12)
+
+
 def test_an_lr_of_zero_moves_nothing(way: str) -> None:
     weights, gradients = tensors(5)
     for options in OPTIONS:
@@ -287,6 +306,11 @@ def test_layers_tells_norms_and_ratios_of_the_last_step(way: str, options: dict[
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         LARS(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), **options)
+
+
+def test_the_ratio_outside_is_refused_for_a_base_that_steps_within_its_closure() -> None:
+    with pytest.raises(ValueError, match="LBFGS makes several"):
+        LARS(torch.optim.LBFGS([nn.Parameter(torch.ones(2))]), ratio_placement="outside")
 
 
 def test_a_model_splits_into_weights_and_the_biases_and_norms_that_recipes_exclude() -> None:

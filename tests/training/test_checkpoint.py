@@ -106,10 +106,11 @@ def test_a_crash_before_the_end_leaves_the_one_before(
 def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = written(tmp_path, 1, keep=1)
 
-    def short(value: Any, file: Any) -> None:
-        file.write(b"PK\x03\x04 the disk is full")
+    def short(file: Any) -> None:
+        # The disk takes no more than the first bytes.
+        os.truncate(tmp_path / "update-000000002.partial", 100)
 
-    monkeypatch.setattr(torch, "save", short)
+    monkeypatch.setattr(os, "fsync", short)
     with pytest.raises(DamagedCheckpoint):
         written(tmp_path, 2, keep=1)
     assert listing(tmp_path) == before
@@ -164,7 +165,7 @@ def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path: Path) -> None
 def test_a_truncated_file_is_damaged(share: float, tmp_path: Path) -> None:
     (path,) = written(tmp_path, 3)
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(DamagedCheckpoint, match="not a whole archive"):
+    with pytest.raises(DamagedCheckpoint, match=r"not a whole archive|no checksum at its end"):
         load(path)
 
 
