@@ -243,7 +243,7 @@ def _apart(factors: Tensor) -> list[Tensor]:
     """The elements of `factors` (n,), each as far from the next as four of them.
 
     The kernel loads four elements at once where all its tensors are aligned for that, 0-D factors included
-    (``init_args`` and ``is_aligned`` in ``aten/src/ATen/native/cuda/ForeachFunctors.cuh``, k_ILP).
+    (``init_args`` and ``is_aligned`` in ``aten/src/ATen/native/cuda/ForeachFunctors.cuh``, kILP).
     """
     return list(torch.stack((factors,) * 4, dim=1).select(1, 0).unbind())
 

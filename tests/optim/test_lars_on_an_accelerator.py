@@ -116,7 +116,7 @@ def test_every_call_over_lists_is_on_the_multi_tensor_fast_path() -> None:
             factors = lists.pop(1)
             assert {t.dim() for t in factors} == {0}
             assert {(t.dtype, t.device) for t in factors} == {(t.dtype, t.device) for t in lists[0]}
-            # Four elements of any list are loaded at once if it is aligned for that (k_ILP, ForeachFunctors.cuh).
+            # Four elements of any list are loaded at once if it is aligned for that (kILP, ForeachFunctors.cuh).
             assert {t.storage_offset() % 4 for t in factors} == {0}
         first = lists[0]
         assert len({(t.dtype, t.device) for t in first}) == 1
