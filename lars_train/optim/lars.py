@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, Literal, overload
 
@@ -274,12 +273,14 @@ class LARS(Optimizer):
 
     def _step_base(self, record: Record | None) -> None:
         parts = parts_of(self.param_groups, self.rule)
-        for part in parts:
-            rescale(part, self.rule, record)
+        rescale(parts, self.rule, record)
         outside = self.rule.ratio_placement == "outside"
         before = [copies(part) for part in parts] if outside else []
-        with self._what_the_gradients_have_already():
+        were = self._hide_what_the_gradients_have()
+        try:
             self.base_optimizer.step()
+        finally:
+            _restore(were)
         if outside:
             for part, weights in zip(parts, before, strict=True):
                 apply_outside(part, weights)
@@ -292,35 +293,39 @@ class LARS(Optimizer):
                 if record is not None:
                     record.clear()
                 refuse_sparse(self.param_groups)
-                for part in parts_of(self.param_groups, self.rule):
-                    rescale(part, self.rule, record)
+                rescale(parts_of(self.param_groups, self.rule), self.rule, record)
             return loss
 
         base: Any = self.base_optimizer
-        with self._what_the_gradients_have_already():
+        were = self._hide_what_the_gradients_have()
+        try:
             loss: float = base.step(rescaled)
+        finally:
+            _restore(were)
         return loss
 
-    @contextmanager
-    def _what_the_gradients_have_already(self) -> Iterator[None]:
-        """Within it the base has no weight decay, and 1 for its lr where that is inside; afterwards as it was."""
-        hidden: list[tuple[dict[str, Any], str, Any]] = []
+    def _hide_what_the_gradients_have(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Take the weight decay from the base, and its lr where that is inside; what they were, for `_restore`.
+
+        No context manager: torch.compile cannot break a graph within one of them.
+        """
+        were: list[tuple[dict[str, Any], str, Any]] = []
         for group in self.param_groups:
             if self.rule.weight_decay == "coupled" and group.get("weight_decay", 0) != 0:
                 left_to_the_base = group.get("exclude", False) and self.rule.lr_placement == "outside"
                 if not left_to_the_base:
-                    hidden.append((group, "weight_decay", 0.0))
+                    were.append((group, "weight_decay", group["weight_decay"]))
+                    group["weight_decay"] = 0.0
             if self.rule.lr_placement == "inside":
                 lr = group["lr"]
-                hidden.append((group, "lr", torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0))
-        values = [group[key] for group, key, _ in hidden]
-        try:
-            for group, key, value in hidden:
-                group[key] = value
-            yield
-        finally:
-            for (group, key, _), value in zip(hidden, values, strict=True):
-                group[key] = value
+                were.append((group, "lr", lr))
+                group["lr"] = torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0
+        return were
+
+
+def _restore(were: list[tuple[dict[str, Any], str, Any]]) -> None:
+    for group, key, value in were:
+        group[key] = value
 
 
 def _calls_closure(base: Optimizer) -> bool:

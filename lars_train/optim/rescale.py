@@ -111,13 +111,18 @@ def in_reach_of_the_host(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def rescale(part: Part, rule: Rule, record: Record | None) -> None:
-    """Give the gradients of `part` their decay and their ratio, in place; a ratio outside stays in ``part.ratios``."""
-    grads = [p.grad for p in part.parameters if p.grad is not None]
-    if in_reach_of_the_host(grads[0]):
-        part.ratios = [_on_the_host(w, g, part, rule, record) for w, g in zip(part.parameters, grads, strict=True)]
-    else:
-        part.ratios = _in_bulk(grads, part, rule, record)
+def rescale(parts: Iterable[Part], rule: Rule, record: Record | None) -> None:
+    """Give the gradients of `parts` their decay and their ratio, in place; ratios outside stay in ``part.ratios``."""
+    in_bulk: list[_Bulk] = []
+    for part in parts:
+        grads = [p.grad for p in part.parameters if p.grad is not None]
+        if in_reach_of_the_host(grads[0]):
+            part.ratios = [_on_the_host(w, g, part, rule, record) for w, g in zip(part.parameters, grads, strict=True)]
+        else:
+            in_bulk.append(_opened(grads, part, rule))
+    _sum_over_shards([bulk for bulk in in_bulk if bulk.norms is not None and bulk.shards and bulk.shards[1]])
+    for bulk in in_bulk:
+        bulk.part.ratios = _closed(bulk, rule, record)
 
 
 def apply_outside(part: Part, before: list[Tensor]) -> None:
@@ -193,19 +198,57 @@ def walk_alike(one: Tensor, other: Tensor) -> bool:
     return one.is_contiguous(memory_format=layout) and other.is_contiguous(memory_format=layout)
 
 
-def _in_bulk(grads: list[Tensor], part: Part, rule: Rule, record: Record | None) -> list[Tensor]:
+@dataclass
+class _Bulk:
+    """A part on its way: this rank's shares, float32 at least, and the norms of weights and gradients, (n,) each."""
+
+    part: Part
+    shards: _Shards
+    narrow: list[Tensor]
+    grads: list[Tensor]
+    weights: list[Tensor]
+    decayed: list[Tensor] | None = None
+    norms: tuple[Tensor, Tensor] | None = None
+
+
+def _opened(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
     shards = _shards(grads[0])
     weights, narrow = [_local(w) for w in part.parameters], [_local(g) for g in grads]
     dtype = torch.promote_types(narrow[0].dtype, torch.float32)
     grads = narrow
     if dtype != narrow[0].dtype:
         weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in narrow]
-    decayed: list[Tensor] | None = None
-    ratios = decays = None
+    bulk = _Bulk(part, shards, narrow, grads, weights)
     if part.adapted:
         if rule.denominator == "combined":
-            decayed = _decayed(grads, weights, part.decay, None)
-        weight_norms, grad_norms = _norms(weights, decayed or grads, shards)
+            bulk.decayed = _decayed(grads, weights, part.decay, None)
+        bulk.norms = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(bulk.decayed or grads))
+    return bulk
+
+
+def _sum_over_shards(bulks: list[_Bulk]) -> None:
+    """Make the norms those of whole parameters, with one collective for all that are sharded alike."""
+    alike: dict[Any, list[_Bulk]] = {}
+    for bulk in bulks:
+        alike.setdefault((bulk.shards, bulk.grads[0].device), []).append(bulk)
+    for (shards, _), together in alike.items():
+        mesh, dimensions = shards
+        norms = [norm for bulk in together for norm in bulk.norms or ()]
+        squares = torch.cat([norm.double().square() for norm in norms])
+        for dimension in dimensions:
+            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
+        whole = iter(torch.split(squares.sqrt(), [len(norm) for norm in norms]))
+        for bulk in together:
+            dtype = bulk.grads[0].dtype.to_real()
+            bulk.norms = next(whole).to(dtype), next(whole).to(dtype)
+
+
+def _closed(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
+    part, narrow, grads, weights, decayed = bulk.part, bulk.narrow, bulk.grads, bulk.weights, bulk.decayed
+    dtype = grads[0].dtype
+    ratios = decays = None
+    if bulk.norms is not None:
+        weight_norms, grad_norms = bulk.norms
         ratios, decays = rule.ratios(weight_norms, grad_norms, part.decay, part.lr)
         if record is not None:
             record.parameters.extend(part.parameters)
@@ -246,18 +289,6 @@ def _apart(factors: Tensor) -> list[Tensor]:
     (``init_args`` and ``is_aligned`` in ``aten/src/ATen/native/cuda/ForeachFunctors.cuh``, kILP).
     """
     return list(torch.stack((factors,) * 4, dim=1).select(1, 0).unbind())
-
-
-def _norms(weights: list[Tensor], grads: list[Tensor], shards: _Shards) -> tuple[Tensor, Tensor]:
-    weight_norms, grad_norms = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(grads))
-    if shards is None or not shards[1]:
-        return weight_norms, grad_norms
-    mesh, dimensions = shards
-    squares = torch.stack((weight_norms, grad_norms)).double().square()
-    for dimension in dimensions:
-        torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
-    weight_norms, grad_norms = squares.sqrt().to(weight_norms.dtype).unbind()
-    return weight_norms, grad_norms
 
 
 _Shards = tuple[Any, tuple[int, ...]] | None
