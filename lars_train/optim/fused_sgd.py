@@ -26,17 +26,23 @@ _DTYPES = (torch.float32, torch.float64)
 
 def applies_to(base: Optimizer, rule: Rule) -> bool:
     """Whether the updates of `base` may be made here: it is torch's own SGD, and nobody hooks into its steps."""
-    hooks: Any = base
     return (
         type(base) is SGD
         and rule.denominator == "split"
         and rule.weight_decay == "coupled"
         and rule.clamp is None
         and not torch.compiler.is_compiling()
-        and not hooks._optimizer_step_pre_hooks
-        and not hooks._optimizer_step_post_hooks
-        and not torch_optimizer._global_optimizer_pre_hooks
-        and not torch_optimizer._global_optimizer_post_hooks
+        and not has_step_hooks(base)
+    )
+
+
+def has_step_hooks(optimizer: Any) -> bool:
+    """Whether a step of `optimizer` calls hooks, its own or torch's global ones."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
     )
 
 

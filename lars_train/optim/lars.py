@@ -278,7 +278,11 @@ class LARS(Optimizer):
         before = [copies(part) for part in parts] if outside else []
         were = self._hide_what_the_gradients_have()
         try:
-            self.base_optimizer.step()
+            if torch.compiler.is_compiling() and _is_plain(self.base_optimizer):
+                # Without the wrapper in which torch breaks the graph, to have no_grad around it: LARS's step has that.
+                inspect.unwrap(type(self.base_optimizer).step)(self.base_optimizer)
+            else:
+                self.base_optimizer.step()
         finally:
             _restore(were)
         if outside:
@@ -332,6 +336,12 @@ def _calls_closure(base: Optimizer) -> bool:
     """Whether the base's step wants a closure, to call it by itself."""
     closure = inspect.signature(type(base).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _is_plain(base: Optimizer) -> bool:
+    """Whether a step of `base` is what torch.optim wrote: without hooks, and no scheduler counts it."""
+    of_torch = type(base).__module__.startswith("torch.optim.")
+    return of_torch and "step" not in vars(base) and not fused_sgd.has_step_hooks(base)
 
 
 def _check_base(base: Optimizer) -> None:

@@ -1352,8 +1352,8 @@ def test_torch_compiles_the_step_without_more_graph_breaks_than_the_bases_own(
     own, own_told = compiled(alone, plain, grads, decays)
     assert told <= own_told
     assert breaks.keys() <= own.keys()
-    # Where torch breaks the base's step off, it does so once more: for LARS's step, which that is a part of.
-    assert sum(breaks.values()) <= sum(own.values()) + bool(own)
+    # Adafactor reads a value of each tensor; torch counts the last of these breaks for LARS's step, too.
+    assert sum(breaks.values()) <= sum(own.values()) + (base.name == "Adafactor")
     assert_close(params, plain, base.tolerance)
     assert [g.get("weight_decay", 0.0) for g in lars.param_groups] == list(decays)
 
