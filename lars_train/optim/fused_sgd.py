@@ -46,26 +46,29 @@ def has_step_hooks(optimizer: Any) -> bool:
     )
 
 
-def update(base: Optimizer, rule: Rule, record: Record | None) -> list[Tensor]:
-    """Make the updates of all parameters that the kernel can take; those parameters.
+def update(base: Optimizer, rule: Rule, record: Record | None) -> tuple[list[Tensor], bool]:
+    """Make the updates of all parameters that the kernel can take; those, and whether others have gradients.
 
     The gradients stay as they are, or are rescaled (Nesterov momentum, very small ratios).
     """
     done: list[Tensor] = []
-    for group in base.param_groups:
-        _update_group(group, base.state, rule, record, done)
-    return done
+    left = [_update_group(group, base.state, rule, record, done) for group in base.param_groups]
+    return done, any(left)
 
 
-def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> None:
+def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
     # What the loop needs is looked up before it: for small tensors its own time is what counts.
     norm, kernel = torch.linalg.vector_norm, torch._fused_sgd_
     adapted, decay, group_lr = is_adapted(group, rule), group["weight_decay"], float(group["lr"])
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
+    left = False
     for weight in group["params"]:
         grad = weight.grad
-        if grad is None or type(grad) is not Tensor or not _takes(weight, grad):
+        if grad is None:
+            continue
+        if type(grad) is not Tensor or not _takes(weight, grad):
+            left = True
             continue
         buffers, dampening = [], group["dampening"]
         if momentum != 0:
@@ -76,6 +79,7 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
                 own["momentum_buffer"] = buffer = torch.zeros_like(weight)
                 dampening = 0.0
             elif not _takes(weight, buffer):
+                left = True
                 continue
             buffers.append(buffer)
         ratio, wd, lr = 1.0, decay, group_lr
@@ -111,10 +115,12 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
             is_first_step=False,
         )
         done.append(weight)
+    return left
 
 
 def _takes(weight: Tensor, other: Tensor) -> bool:
     """Whether the kernel, which walks through memory, takes these and meets the same elements at the same time."""
-    if not weight.is_cpu or not other.is_cpu or weight.dtype != other.dtype or weight.dtype not in _DTYPES:
+    dtype = weight.dtype
+    if other.dtype is not dtype or dtype not in _DTYPES or not weight.is_cpu or not other.is_cpu:
         return False
-    return walk_alike(weight, other)
+    return (weight.is_contiguous() and other.is_contiguous()) or walk_alike(weight, other)

@@ -259,8 +259,12 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         refuse_sparse(self.param_groups)
-        done = fused_sgd.update(base, self.rule, record) if fused_sgd.applies_to(base, self.rule) else []
-        # The base steps with what is left, which may be nothing: schedulers count its steps.
+        done: list[Tensor] = []
+        if fused_sgd.applies_to(base, self.rule):
+            done, left = fused_sgd.update(base, self.rule, record)
+            if not left and "step" not in vars(base):
+                return loss
+        # The base steps with what is left, which may be nothing: a scheduler that is built on it counts its steps.
         taken = [parameter.grad for parameter in done]
         try:
             for parameter in done:

@@ -23,7 +23,7 @@ from lars_train.optim.rule import Rule
 
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
-_BLOCK = 65536  # elements: two blocks of float32 are half of a common second-level cache
+_SMALL = 8192  # elements: below it a pass over memory costs less than a call
 
 
 class Layers(NamedTuple):
@@ -170,22 +170,26 @@ def _on_the_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, record: R
     factor = ratio if rule.ratio_placement == "inside" else 1.0
     if rule.lr_placement == "inside":
         factor *= float(part.lr)
-    for w, g in _blocks(weight, grad):
-        if decay != 0:
-            g.add_(w, alpha=decay)
-        if rule.clamp is not None:
-            g.clamp_(-rule.clamp, rule.clamp)
-        if factor != 1.0:
-            g.mul_(factor)
+    if decay != 0 and rule.clamp is None and grad.numel() > _SMALL and factor != 0 and walk_alike(weight, grad):
+        _scaled_sum(grad, weight, factor, decay)
+        return ratio
+    if decay != 0:
+        grad.add_(weight, alpha=decay)
+    if rule.clamp is not None:
+        grad.clamp_(-rule.clamp, rule.clamp)
+    if factor != 1.0:
+        grad.mul_(factor)
     return ratio
 
 
-def _blocks(weight: Tensor, grad: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Both tensors, in pieces that stay in the cache from one operation to the next."""
-    if grad.numel() <= _BLOCK or not walk_alike(weight, grad):
-        return ((weight, grad),)
-    weights, grads = (torch.split(t.as_strided((t.numel(),), (1,)), _BLOCK) for t in (weight, grad))
-    return zip(weights, grads, strict=True)
+def _scaled_sum(grad: Tensor, weight: Tensor, factor: float, decay: float) -> None:
+    """g = factor * g + factor * decay * w in one pass over memory, where two operations would make two.
+
+    An outer product with a single 1 is the one operation of torch that has both factors. (A factor of 0
+    would make it pass over g, and with it over what is not finite in it.)
+    """
+    row, one = torch.as_strided(grad, (1, grad.numel()), (grad.numel(), 1)), torch.ones(1, dtype=grad.dtype)
+    row.addr_(one, torch.as_strided(weight, (weight.numel(),), (1,)), beta=factor, alpha=factor * decay)
 
 
 def walk_alike(one: Tensor, other: Tensor) -> bool:
