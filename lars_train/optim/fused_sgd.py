@@ -9,6 +9,7 @@ have room for the ratio r, so that no pass over the gradient is needed for it::
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from lars_train.optim.rule import Rule
 
 # 1 - (1 - r) has an error of 1e-16: for smaller ratios it would show in float64.
 _SMALLEST_IN_DAMPENING = 1e-4
-_DTYPES = (torch.float32, torch.float64)
 
 
 def applies_to(base: Optimizer, rule: Rule) -> bool:
@@ -58,7 +58,7 @@ def update(base: Optimizer, rule: Rule, record: Record | None) -> tuple[list[Ten
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
     # What the loop needs is looked up before it: for small tensors its own time is what counts.
-    norm, kernel = torch.linalg.vector_norm, torch._fused_sgd_
+    kernel = torch._fused_sgd_
     adapted, decay, group_lr = is_adapted(group, rule), group["weight_decay"], float(group["lr"])
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
@@ -84,7 +84,7 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
             buffers.append(buffer)
         ratio, wd, lr = 1.0, decay, group_lr
         if adapted:
-            weight_norm, grad_norm = norm(weight).item(), norm(grad).item()
+            weight_norm, grad_norm = _norm(weight), _norm(grad)
             ratio, wd = rule.ratio(weight_norm, grad_norm, decay, lr)
             if record is not None:
                 record.parameters.append(weight)
@@ -118,9 +118,18 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
     return left
 
 
+def _norm(tensor: Tensor) -> float:
+    # For a short vector the call is what takes time, and that of a product is shorter.
+    if tensor.dim() == 1:
+        squares: float = torch.dot(tensor, tensor).item()
+        return math.sqrt(squares)
+    norm: float = torch.linalg.vector_norm(tensor).item()
+    return norm
+
+
 def _takes(weight: Tensor, other: Tensor) -> bool:
     """Whether the kernel, which walks through memory, takes these and meets the same elements at the same time."""
     dtype = weight.dtype
-    if other.dtype is not dtype or dtype not in _DTYPES or not weight.is_cpu or not other.is_cpu:
+    if other.dtype is not dtype or not (dtype is torch.float32 or dtype is torch.float64) or not other.is_cpu:
         return False
     return (weight.is_contiguous() and other.is_contiguous()) or walk_alike(weight, other)
