@@ -526,11 +526,9 @@ def test_the_profiler_has_a_range_for_the_step_and_for_zero_grad_that_names_lars
         run(lars, params, problem, range(1))
         lars.zero_grad()
     names = {event.name for event in seen.function_events}
-    assert {
-        "Optimizer.step#LARS.step",
-        "Optimizer.zero_grad#LARS.zero_grad",
-        f"Optimizer.step#{base.name}.step",
-    } <= names
+    assert {"Optimizer.step#LARS.step", "Optimizer.zero_grad#LARS.zero_grad"} <= names
+    # SGD's update on the CPU is made in LARS's own step.
+    assert (f"Optimizer.step#{base.name}.step" in names) == (base.name != "SGD")
 
 
 # 5. zero_grad.
