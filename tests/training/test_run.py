@@ -235,8 +235,8 @@ def test_what_was_decided_at_first_is_kept(tmp_path: Path) -> None:
     first = state(tmp_path / "run")["resolved"]
     assert first["micro_batch"] == 24
     saved = checkpoint.listing(tmp_path / "run" / "checkpoints")[-1]
-    content = {**torch.load(saved, weights_only=True), "resolved": {**first, "micro_batch": 8}}
-    torch.save(content, saved)
+    content = {**checkpoint.load(saved), "resolved": {**first, "micro_batch": 8}}
+    checkpoint.save(saved.parent, 3, content, keep=1)
     train(tmp_path / "run", max_updates=4, micro_batch="auto")
     assert state(tmp_path / "run")["resolved"]["micro_batch"] == 8
 
@@ -262,7 +262,7 @@ def test_a_damaged_last_checkpoint_costs_time_and_nothing_else(
 def test_the_best_so_far_and_the_time_so_far_are_remembered(tmp_path: Path) -> None:
     train(tmp_path / "run", max_updates=3)
     saved = checkpoint.listing(tmp_path / "run" / "checkpoints")[-1]
-    torch.save({**torch.load(saved, weights_only=True), "best_top1": 101.0, "seconds": 5000.0}, saved)
+    checkpoint.save(saved.parent, 3, {**checkpoint.load(saved), "best_top1": 101.0, "seconds": 5000.0}, keep=1)
     final = train(tmp_path / "run", max_updates=4)
     assert final["best_top1"] == lines(tmp_path / "run")[-1]["val/best_top1"] == 101.0
     assert final["final_top1"] <= 100
