@@ -613,7 +613,10 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(f"--write {args.write}: {error}")
     if args.device == "cpu":
-        one_thread(args.core)
+        try:
+            one_thread(args.core)
+        except OSError as error:
+            parser.error(f"--core {args.core}: {error}")
     lines, wrong = report(args)
     print("\n".join(lines))
     for line in wrong:

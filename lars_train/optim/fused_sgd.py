@@ -31,9 +31,15 @@ def applies_to(base: Optimizer, rule: Rule) -> bool:
         and rule.denominator == "split"
         and rule.weight_decay == "coupled"
         and rule.clamp is None
+        and ("step" not in vars(base) or is_counted(base))
         and not torch.compiler.is_compiling()
         and not has_step_hooks(base)
     )
+
+
+def is_counted(base: Any) -> bool:
+    """Whether a learning-rate scheduler was built on `base`, which replaces its step by one that counts the steps."""
+    return getattr(base.step, "_wrapped_by_lr_sched", False)
 
 
 def has_step_hooks(optimizer: Any) -> bool:
@@ -53,13 +59,15 @@ def update(base: Optimizer, rule: Rule, record: Record | None) -> tuple[list[Ten
     """
     done: list[Tensor] = []
     left = [_update_group(group, base.state, rule, record, done) for group in base.param_groups]
+    # The kernel leaves the versions as they are, by which autograd knows that a saved tensor has changed.
+    torch.autograd.graph.increment_version(done)
     return done, any(left)
 
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
     # What the loop needs is looked up before it: for small tensors its own time is what counts.
     kernel = torch._fused_sgd_
-    adapted, decay, group_lr = is_adapted(group, rule), group["weight_decay"], float(group["lr"])
+    adapted, decay, group_lr = is_adapted(group, rule), float(group["weight_decay"]), float(group["lr"])
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
     left = False

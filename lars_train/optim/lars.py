@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 
 from lars_train.optim import fused_sgd
 from lars_train.optim.presets import PRESETS
-from lars_train.optim.rescale import Layers, Record, apply_outside, copies, parts_of, refuse_sparse, rescale
+from lars_train.optim.rescale import Layers, Record, apply_outside, check_gradients, copies, parts_of, rescale
 from lars_train.optim.rule import Rule
+
+_NO_DECAY = 0.0
 
 
 class LARS(Optimizer):
@@ -41,16 +43,17 @@ class LARS(Optimizer):
 
     `param_groups`, `state` and `defaults` are the base's own objects: a learning-rate scheduler that is
     built on one of the two optimizers acts on both. Step hooks are each optimizer's own; the base's run
-    within LARS's step. After a step the gradients are the rescaled ones, or as they were where the update
-    went without; nothing else of their size is kept.
+    within LARS's step. After a step the gradients are the rescaled ones, or in part or wholly as they were where the
+    update went without; nothing else of their size is kept. Parameters that share memory are rescaled one
+    after another, in an order that is not stated.
 
     Norms and ratios are computed in float32, or float64 for float64 gradients; a gradient that is not finite
     gets what the formula says and touches no other tensor. On an accelerator the host waits for nothing. A
     DTensor's norms are those of the whole parameter, with one collective for all that share a mesh.
 
     Args:
-        base_optimizer: an instance of any torch optimizer. One that calls the closure itself (LBFGS) gets
-            rescaled gradients from each call.
+        base_optimizer: an instance of any torch optimizer. One that calls the closure itself, and says so by a step
+            that cannot do without (LBFGS), gets rescaled gradients from each call.
         eps: added to the ratio's denominator; at least 0.
         trust_coef: the trust coefficient; above 0.
         denominator: ``"split"``: |g| + wd * |w| + eps; ``"combined"``: |g + wd * w| + eps, whose zero counts as
@@ -63,7 +66,7 @@ class LARS(Optimizer):
         weight_decay: ``"coupled"``: as above; ``"base"``: the base decays in its own way after the ratio, and wd is 0
             in the formula.
         ratio_placement: ``"inside"`` the momentum, as above; ``"outside"``: the base steps on g + wd * w, and
-            what it adds to w is multiplied by the ratio (NUS-HPC).
+            what it adds to w is multiplied by the ratio (NUS-HPC). Its whole step has to fit the dtype.
         lr_placement: ``"outside"`` the momentum, as in torch's SGD; ``"inside"``: g is multiplied by the lr too, and
             the base steps with 1 for it (MLPerf, optax). They differ when the lr changes.
         clamp: limit of the elements of g + wd * w, or None (NUS-HPC has 10).
@@ -111,6 +114,7 @@ class LARS(Optimizer):
             lr_placement=lr_placement,
             clamp=clamp,
         )
+        _check_groups(base_optimizer.param_groups, rule)
         # Optimizer.__init__ would make parameter groups of its own; this sets up the rest (hooks, profiling).
         self.__setstate__({"base_optimizer": base_optimizer, "rule": rule, "record": record})
 
@@ -175,7 +179,8 @@ class LARS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._last: Record | None = None
+        # A thing of its own: torch.compile keeps what a step changes in it, and not what it changes in an optimizer.
+        self._last = Record()
         self._base_calls_closure = _calls_closure(self.base_optimizer)
 
     def __repr__(self) -> str:
@@ -183,7 +188,8 @@ class LARS(Optimizer):
         return f"LARS({self.base_optimizer!r}, {', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base optimizer."""
+        """Add a parameter group to the base optimizer. Raises `ValueError` for a ``differentiable`` one."""
+        _check_groups([{**self.defaults, **param_group}], self.rule)
         self.base_optimizer.add_param_group(param_group)
 
     def layers(self) -> Layers | None:
@@ -192,7 +198,7 @@ class LARS(Optimizer):
         It lies on the parameters' device and is had without waiting for it. |g| is that of g + wd * w with the
         combined denominator. None before the first step with ``record``.
         """
-        return None if self._last is None else self._last.layers()
+        return self._last.layers() if self._last.taken else None
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with one more entry, ``"lars"``: the options by name."""
@@ -248,7 +254,8 @@ class LARS(Optimizer):
             RuntimeError: a gradient is sparse; no gradient or parameter has been changed then.
             TypeError: the base needs a closure, and there is none.
         """
-        record = self._last = Record() if self.record else None
+        self._last.begin(self.record)
+        record = self._last if self.record else None
         base: Any = self.base_optimizer
         if self._base_calls_closure:
             if closure is None:
@@ -258,7 +265,7 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refuse_sparse(self.param_groups)
+        check_gradients(self.param_groups, self.rule)
         done: list[Tensor] = []
         if fused_sgd.applies_to(base, self.rule):
             done, left = fused_sgd.update(base, self.rule, record)
@@ -299,8 +306,8 @@ class LARS(Optimizer):
                 loss = closure()
             with torch.no_grad():
                 if record is not None:
-                    record.clear()
-                refuse_sparse(self.param_groups)
+                    record.begin(True)
+                check_gradients(self.param_groups, self.rule)
                 rescale(parts_of(self.param_groups, self.rule), self.rule, record)
             return loss
 
@@ -312,28 +319,29 @@ class LARS(Optimizer):
             _restore(were)
         return loss
 
-    def _hide_what_the_gradients_have(self) -> list[tuple[dict[str, Any], str, Any]]:
+    def _hide_what_the_gradients_have(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
         """Take the weight decay from the base, and its lr where that is inside; what they were, for `_restore`.
 
         No context manager: torch.compile cannot break a graph within one of them.
         """
-        were: list[tuple[dict[str, Any], str, Any]] = []
+        were: list[tuple[dict[str, Any], str, Any, Any]] = []
         for group in self.param_groups:
             if self.rule.weight_decay == "coupled" and group.get("weight_decay", 0) != 0:
                 left_to_the_base = group.get("exclude", False) and self.rule.lr_placement == "outside"
                 if not left_to_the_base:
-                    were.append((group, "weight_decay", group["weight_decay"]))
-                    group["weight_decay"] = 0.0
+                    were.append((group, "weight_decay", group["weight_decay"], _NO_DECAY))
+                    group["weight_decay"] = _NO_DECAY
             if self.rule.lr_placement == "inside":
                 lr = group["lr"]
-                were.append((group, "lr", lr))
                 group["lr"] = torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0
+                were.append((group, "lr", lr, group["lr"]))
         return were
 
 
-def _restore(were: list[tuple[dict[str, Any], str, Any]]) -> None:
-    for group, key, value in were:
-        group[key] = value
+def _restore(were: list[tuple[dict[str, Any], str, Any, Any]]) -> None:
+    for group, key, value, hidden in were:
+        if group[key] is hidden:  # else a hook of the base has set it anew
+            group[key] = value
 
 
 def _calls_closure(base: Optimizer) -> bool:
@@ -352,5 +360,10 @@ def _check_base(base: Optimizer) -> None:
     if not isinstance(base, Optimizer) or isinstance(base, LARS):
         what = base.__name__ if isinstance(base, type) else type(base).__name__
         raise TypeError(f"LARS wraps an instance of a torch optimizer, such as SGD(parameters), not {what}")
-    if any(group.get("differentiable") for group in base.param_groups):
+
+
+def _check_groups(groups: list[dict[str, Any]], rule: Rule) -> None:
+    if any(group.get("differentiable") for group in groups):
         raise ValueError("LARS cannot be differentiated through: set the base's differentiable=False")
+    if rule.needs_lr and any("lr" not in group for group in groups):
+        raise ValueError("clip='lr' and lr_placement='inside' want a base with an lr in its groups")

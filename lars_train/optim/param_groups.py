@@ -29,14 +29,20 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     Each in the order of ``model.named_parameters()``, every parameter in exactly one of the two. Many recipes
     neither decay nor adapt the second: a group with ``weight_decay=0`` and ``exclude=True``.
     """
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, _NORMALISATION) or name.endswith("bias")
-    }
+    exempt = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _names_a_bias(name)}
+    for module in model.modules():
+        if isinstance(module, _NORMALISATION):
+            exempt.update(id(p) for p in module.parameters())
     parameters = list(model.parameters())
     return [p for p in parameters if id(p) not in exempt], [p for p in parameters if id(p) in exempt]
+
+
+def _names_a_bias(name: str) -> bool:
+    """Also ``bias_ih_l0`` of an LSTM, ``in_proj_bias`` of attention, ``parametrizations.bias.original``."""
+    *path, leaf = name.split(".")
+    if "parametrizations" in path:
+        leaf = [*path, leaf][path.index("parametrizations") + 1]
+    return leaf.startswith("bias") or leaf.endswith("bias")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_bias: bool) -> list[dict[str, Any]]:

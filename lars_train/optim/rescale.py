@@ -40,17 +40,21 @@ class Record:
     parameters: list[Tensor] = field(default_factory=list)
     values: list[Tensor | tuple[float, float, float]] = field(default_factory=list)
 
-    def clear(self) -> None:
-        """Forget it."""
+    taken: bool = False
+
+    def begin(self, taken: bool) -> None:
+        """Forget the last step; `taken`: whether this one is recorded."""
+        self.taken = taken
         self.parameters.clear()
         self.values.clear()
 
     def layers(self) -> Layers:
         """All of it, on the device of the first tensor."""
-        parts = [v if isinstance(v, Tensor) else torch.tensor(v).view(3, 1) for v in self.values]
+        host: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+        parts = [v if isinstance(v, Tensor) else torch.tensor(v, **host).view(3, 1) for v in self.values]
         device = next((v.device for v in self.values if isinstance(v, Tensor)), torch.device("cpu"))
         moved = [part.to(device=device, dtype=torch.float32, non_blocking=True) for part in parts]
-        return Layers(self.parameters, torch.cat(moved, dim=1) if moved else torch.zeros(3, 0))
+        return Layers(list(self.parameters), torch.cat(moved, dim=1) if moved else torch.zeros(3, 0, **host))
 
 
 @dataclass
@@ -94,16 +98,33 @@ def is_adapted(group: dict[str, Any], rule: Rule) -> bool:
     return not group.get("exclude", False) and (rule.zero_decay == "adapt" or group.get("weight_decay", 0.0) != 0)
 
 
-def refuse_sparse(groups: Iterable[dict[str, Any]]) -> None:
-    """Raise `RuntimeError` if a gradient is sparse."""
+def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
+    """See to it that every gradient can be rescaled in place, before anything changes.
+
+    One whose elements share memory (an expanded tensor), or that is a lazy negation or conjugate, is replaced by a
+    copy. Raises `RuntimeError` for a sparse one, and for a complex one where the rule clamps elements.
+    """
     for group in groups:
         for parameter in group["params"]:
             grad = parameter.grad
-            if grad is not None and grad.layout is not torch.strided:
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
                 raise RuntimeError(
-                    f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only "
-                    "dense gradients have a trust ratio (use sparse=False, or keep the layer out of LARS)"
+                    f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only dense "
+                    "gradients have a trust ratio (use sparse=False, or give the layer an optimizer of its own)"
                 )
+            if rule.clamp is not None and grad.is_complex():
+                raise RuntimeError("LARS: complex gradients cannot be clamped; leave out clamp, or exclude them")
+            if not torch.compiler.is_compiling() and _is_lazy(grad):
+                parameter.grad = grad.resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format)
+
+
+def _is_lazy(grad: Tensor) -> bool:
+    if type(grad) is not Tensor:
+        return False
+    overlaps = not grad.is_contiguous() and torch._debug_has_internal_overlap(grad) == 1
+    return overlaps or grad.is_neg() or grad.is_conj()
 
 
 def in_reach_of_the_host(tensor: Tensor) -> bool:
@@ -188,7 +209,8 @@ def _scaled_sum(grad: Tensor, weight: Tensor, factor: float, decay: float) -> No
     An outer product with a single 1 is the one operation of torch that has both factors. (A factor of 0
     would make it pass over g, and with it over what is not finite in it.)
     """
-    row, one = torch.as_strided(grad, (1, grad.numel()), (grad.numel(), 1)), torch.ones(1, dtype=grad.dtype)
+    one = torch.ones(1, dtype=grad.dtype, device=grad.device)
+    row = torch.as_strided(grad, (1, grad.numel()), (grad.numel(), 1))
     row.addr_(one, torch.as_strided(weight, (weight.numel(),), (1,)), beta=factor, alpha=factor * decay)
 
 

@@ -77,10 +77,12 @@ class Rule:
             if self.denominator == "split":
                 below = grad_norm + abs(decay) * weight_norm + self.eps
             ratio = self.trust_coef * weight_norm / below
+        if math.isnan(ratio):
+            return ratio, decay
         if self.clip == "lr":
             # min(ratio / lr, 1), also for lr = 0.
             ratio = 1.0 if ratio >= float(lr) else ratio / float(lr)
-        elif self.clip is not None and not math.isnan(ratio):
+        elif self.clip is not None:
             ratio = min(max(ratio, self.clip[0]), self.clip[1])
         return ratio, decay
 
