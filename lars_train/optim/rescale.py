@@ -104,6 +104,7 @@ def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
     One whose elements share memory (an expanded tensor), or that is a lazy negation or conjugate, is replaced by a
     copy. Raises `RuntimeError` for a sparse one, and for a complex one where the rule clamps elements.
     """
+    clamps, eager = rule.clamp is not None, not torch.compiler.is_compiling()
     for group in groups:
         for parameter in group["params"]:
             grad = parameter.grad
@@ -114,9 +115,9 @@ def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
                     f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only dense "
                     "gradients have a trust ratio (use sparse=False, or give the layer an optimizer of its own)"
                 )
-            if rule.clamp is not None and grad.is_complex():
+            if clamps and grad.is_complex():
                 raise RuntimeError("LARS: complex gradients cannot be clamped; leave out clamp, or exclude them")
-            if not torch.compiler.is_compiling() and _is_lazy(grad):
+            if eager and (not grad.is_contiguous() or grad.is_neg() or grad.is_conj()) and _is_lazy(grad):
                 parameter.grad = grad.resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format)
 
 
