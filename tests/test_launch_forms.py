@@ -147,13 +147,19 @@ def test_a_failed_job_of_a_sweep_is_reported_and_the_others_finish(launcher: lis
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_a_rank_that_fails_within_a_sweep_under_torchrun_ends_only_its_job(tmp_path: Path) -> None:
-    tree = tmp_path / "pictures"
+def broken_pictures(folder: Path) -> tuple[Path, list[str]]:
+    """A tree of pictures, one of them broken, and the settings of a short run on it."""
+    tree = folder / "pictures"
     make_pictures(tree, broken_train_class="b")
     settings = (
         f"data=folder data.root={tree} data.image_size=8 data.augment=none data.eval_crop=1.0 model=small "
         "precision=fp32 model.ghost_batch=4 batch.size=8 optimizer.lr=1 epochs=1 schedule.warmup_epochs=0"
     ).split()
+    return tree, settings
+
+
+def test_a_rank_that_fails_within_a_sweep_under_torchrun_ends_only_its_job(tmp_path: Path) -> None:
+    tree, settings = broken_pictures(tmp_path)
     done = start([*TORCHRUN, "-m", *settings, "data.on_error=fail,skip"], tmp_path)
     assert "1 of 2 jobs done" in done.stdout, done.stdout + done.stderr
     reason = done.stderr[done.stderr.index("job failed: ") :]
@@ -161,12 +167,7 @@ def test_a_rank_that_fails_within_a_sweep_under_torchrun_ends_only_its_job(tmp_p
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
-    tree = tmp_path / "pictures"
-    make_pictures(tree, broken_train_class="b")
-    settings = (
-        f"data=folder data.root={tree} data.image_size=8 data.augment=none data.eval_crop=1.0 model=small "
-        "precision=fp32 model.ghost_batch=4 batch.size=8 optimizer.lr=1 epochs=1 schedule.warmup_epochs=0"
-    ).split()
+    tree, settings = broken_pictures(tmp_path)
     done = start([*ALONE, *settings, "data.on_error=fail", "launch.nproc=2"], tmp_path)
     assert done.returncode == 1
     assert f"{tree / 'train/b/05.png'}" in done.stderr
