@@ -1,7 +1,8 @@
 """LARS over SGD on the CPU at the speed of memory: each tensor's norms, then at once its whole update.
 
-torch's fused SGD kernel reads weight, gradient and momentum once and writes back what changes. Its scalars
-have room for the ratio r, so that no pass over the gradient is needed for it::
+On one thread, and for short tensors, that is `kernels.c`, where a compiler built it. Elsewhere it is torch's fused
+SGD kernel, which uses all threads and, too, reads weight, gradient and momentum once and writes back what changes.
+Its scalars have room for the ratio r, so that no pass over the gradient is needed for it::
 
     buffer = momentum * buffer + (1 - dampening) * (g + wd * w)      with 1 - dampening = r
     w      = w - lr * buffer                                         without momentum: lr * r for lr
@@ -14,14 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from lars_train.optim.rescale import Record, is_adapted, walk_alike
 from lars_train.optim.rule import Rule
 
+try:
+    from lars_train.optim import kernels
+except ImportError:
+    # No compiler was there at the install.
+    kernels = None  # type: ignore[assignment]
+
+# Up to as many elements torch's kernels, too, keep to one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
+_ONE_THREAD = 32768
 # 1 - (1 - r) has an error of 1e-16: for smaller ratios it would show in float64.
 _SMALLEST_IN_DAMPENING = 1e-4
+_PLAIN = (Parameter, Tensor)
 
 
 def applies_to(base: Optimizer, rule: Rule) -> bool:
@@ -52,7 +63,7 @@ def has_step_hooks(optimizer: Any) -> bool:
     )
 
 
-def update(base: Optimizer, rule: Rule, record: Record | None) -> tuple[list[Tensor], bool]:
+def step(base: Optimizer, rule: Rule, record: Record | None) -> tuple[list[Tensor], bool]:
     """Make the updates of all parameters that the kernel can take; those, and whether others have gradients.
 
     The gradients stay as they are, or are rescaled (Nesterov momentum, very small ratios).
@@ -66,19 +77,32 @@ def update(base: Optimizer, rule: Rule, record: Record | None) -> tuple[list[Ten
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
     # What the loop needs is looked up before it: for small tensors its own time is what counts.
-    kernel = torch._fused_sgd_
+    fused, f32, f64 = torch._fused_sgd_, torch.float32, torch.float64
+    ours_up_to = -1.0
+    if kernels is not None:
+        norms, update = kernels.norms, kernels.update
+        ours_up_to = math.inf if torch.get_num_threads() == 1 else _ONE_THREAD
+    ratio_of, keep = rule.ratio, done.append
     adapted, decay, group_lr = is_adapted(group, rule), float(group["weight_decay"]), float(group["lr"])
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
+    dampens = group["dampening"]
     left = False
     for weight in group["params"]:
         grad = weight.grad
         if grad is None:
             continue
-        if type(grad) is not Tensor or not _takes(weight, grad):
+        dtype, dense = weight.dtype, weight.is_contiguous()
+        if (
+            (dtype is not f32 and dtype is not f64)
+            or type(grad) is not Tensor
+            or grad.dtype is not dtype
+            or not grad.is_cpu
+            or not (grad.is_contiguous() if dense else walk_alike(weight, grad))
+        ):
             left = True
             continue
-        buffers, dampening = [], group["dampening"]
+        buffer, dampening = None, dampens
         if momentum != 0:
             own = state[weight]
             buffer = own.get("momentum_buffer")
@@ -86,14 +110,23 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
                 # As SGD does it, the first buffer is the whole gradient.
                 own["momentum_buffer"] = buffer = torch.zeros_like(weight)
                 dampening = 0.0
-            elif not _takes(weight, buffer):
+            elif (
+                buffer.dtype is not dtype
+                or not buffer.is_cpu
+                or not (buffer.is_contiguous() if dense else walk_alike(weight, buffer))
+            ):
                 left = True
                 continue
-            buffers.append(buffer)
+        size = weight.numel()
+        if ours := size <= ours_up_to and type(weight) in _PLAIN:
+            weight_at, grad_at, wide = weight.data_ptr(), grad.data_ptr(), dtype is f64
         ratio, wd, lr = 1.0, decay, group_lr
         if adapted:
-            weight_norm, grad_norm = _norm(weight), _norm(grad)
-            ratio, wd = rule.ratio(weight_norm, grad_norm, decay, lr)
+            if ours:
+                weight_norm, grad_norm = norms(weight_at, grad_at, size, wide)
+            else:
+                weight_norm, grad_norm = _norm(weight), _norm(grad)
+            ratio, wd = ratio_of(weight_norm, grad_norm, decay, lr)
             if record is not None:
                 record.parameters.append(weight)
                 record.values.append((weight_norm, grad_norm, ratio))
@@ -102,18 +135,23 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
             lr, factor = lr * ratio, 1.0
         elif lr_inside:
             lr, factor = 1.0, lr * ratio
-        share = (1 - dampening) * factor
-        if not buffers:
-            lr *= factor
+        share = (1 - dampening) * factor if buffer is not None else factor
+        if ours:
+            buffer_at = 0 if buffer is None else buffer.data_ptr()
+            update(weight_at, grad_at, buffer_at, size, wide, nesterov, maximize, wd, share, momentum, lr)
+            keep(weight)
+            continue
+        if buffer is None:
+            lr *= share
         elif nesterov or share < _SMALLEST_IN_DAMPENING:
             grad.mul_(factor)
             wd *= factor
         else:
             dampening = 1 - share
-        kernel(
+        fused(
             [weight],
             [grad],
-            buffers,
+            [] if buffer is None else [buffer],
             weight_decay=wd,
             momentum=momentum,
             lr=lr,
@@ -122,7 +160,7 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
             maximize=maximize,
             is_first_step=False,
         )
-        done.append(weight)
+        keep(weight)
     return left
 
 
@@ -133,11 +171,3 @@ def _norm(tensor: Tensor) -> float:
         return math.sqrt(squares)
     norm: float = torch.linalg.vector_norm(tensor).item()
     return norm
-
-
-def _takes(weight: Tensor, other: Tensor) -> bool:
-    """Whether the kernel, which walks through memory, takes these and meets the same elements at the same time."""
-    dtype = weight.dtype
-    if other.dtype is not dtype or not (dtype is torch.float32 or dtype is torch.float64) or not other.is_cpu:
-        return False
-    return (weight.is_contiguous() and other.is_contiguous()) or walk_alike(weight, other)

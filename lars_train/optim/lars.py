@@ -268,7 +268,7 @@ class LARS(Optimizer):
         check_gradients(self.param_groups, self.rule)
         done: list[Tensor] = []
         if fused_sgd.applies_to(base, self.rule):
-            done, left = fused_sgd.update(base, self.rule, record)
+            done, left = fused_sgd.step(base, self.rule, record)
             if not left and "step" not in vars(base):
                 return loss
         # The base steps with what is left, which may be nothing: a scheduler that is built on it counts its steps.

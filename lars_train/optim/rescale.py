@@ -104,13 +104,13 @@ def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
     One whose elements share memory (an expanded tensor), or that is a lazy negation or conjugate, is replaced by a
     copy. Raises `RuntimeError` for a sparse one, and for a complex one where the rule clamps elements.
     """
-    clamps, eager = rule.clamp is not None, not torch.compiler.is_compiling()
+    clamps, eager, strided = rule.clamp is not None, not torch.compiler.is_compiling(), torch.strided
     for group in groups:
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is None:
                 continue
-            if grad.layout is not torch.strided:
+            if grad.layout is not strided:
                 raise RuntimeError(
                     f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only dense "
                     "gradients have a trust ratio (use sparse=False, or give the layer an optimizer of its own)"

@@ -36,9 +36,11 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=["one pass", "on the host", "in bulk"])
+@pytest.fixture(params=["one pass", "torch's kernels", "on the host", "in bulk"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "one pass":
+    if request.param == "torch's kernels":
+        monkeypatch.setattr(fused_sgd, "kernels", None)
+    elif request.param != "one pass":
         monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
     if request.param == "in bulk":
         monkeypatch.setattr(rescale, "in_reach_of_the_host", lambda tensor: False)

@@ -1,0 +1,131 @@
+/* LARS over SGD for one tensor on the CPU, float or double: its two norms, then its update, each in one pass.
+
+   Addresses come as integers from Tensor.data_ptr(). Built at install where there is a C compiler; without it
+   fused_sgd.py uses torch's own kernels. No multiplication is fused with an addition (-ffp-contract=off) and sums
+   have a fixed order: the digits are the same on every processor. */
+
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <math.h>
+#include <stddef.h>
+
+/* One build runs on every x86-64 and uses what each has. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+/* Partial sums, so that additions need not wait for one another. */
+#define LANES 16
+/* Elements from which on it pays to let other Python threads run. */
+#define LONG 16384
+
+#define KERNELS(T)                                                                                           \
+    FOR_EACH_PROCESSOR                                                                                       \
+    static double norm_##T(const T *restrict x, size_t count) {                                              \
+        double sums[LANES] = {0}, sum = 0;                                                                   \
+        size_t i = 0;                                                                                        \
+        for (; i + LANES <= count; i += LANES)                                                               \
+            for (int lane = 0; lane < LANES; lane++) sums[lane] += (double)x[i + lane] * (double)x[i + lane]; \
+        for (; i < count; i++) sums[i % LANES] += (double)x[i] * (double)x[i];                               \
+        for (int lane = 0; lane < LANES; lane++) sum += sums[lane];                                          \
+        return sqrt(sum);                                                                                    \
+    }                                                                                                        \
+    FOR_EACH_PROCESSOR                                                                                       \
+    static void plain_##T(T *restrict w, const T *restrict g, size_t count, const Numbers *to) {             \
+        const T sign = (T)to->sign, decay = (T)to->decay, rate = (T)(to->lr * to->scale);                    \
+        for (size_t i = 0; i < count; i++) w[i] -= rate * (sign * g[i] + decay * w[i]);                      \
+    }                                                                                                        \
+    FOR_EACH_PROCESSOR                                                                                       \
+    static void heavy_ball_##T(T *restrict w, const T *restrict g, T *restrict b, size_t count,              \
+                               const Numbers *to) {                                                          \
+        const T sign = (T)to->sign, decay = (T)to->decay, lr = (T)to->lr;                                    \
+        const T momentum = (T)to->momentum, scale = (T)to->scale;                                            \
+        for (size_t i = 0; i < count; i++) {                                                                 \
+            b[i] = momentum * b[i] + scale * (sign * g[i] + decay * w[i]);                                   \
+            w[i] -= lr * b[i];                                                                               \
+        }                                                                                                    \
+    }                                                                                                        \
+    FOR_EACH_PROCESSOR                                                                                       \
+    static void nesterov_##T(T *restrict w, const T *restrict g, T *restrict b, size_t count,                \
+                             const Numbers *to) {                                                            \
+        const T sign = (T)to->sign, decay = (T)to->decay, lr = (T)to->lr;                                    \
+        const T momentum = (T)to->momentum, scale = (T)to->scale;                                            \
+        for (size_t i = 0; i < count; i++) {                                                                 \
+            const T step = scale * (sign * g[i] + decay * w[i]);                                             \
+            b[i] = momentum * b[i] + step;                                                                   \
+            w[i] -= lr * (step + momentum * b[i]);                                                           \
+        }                                                                                                    \
+    }                                                                                                        \
+    static void update_##T(T *w, const T *g, T *b, size_t count, int nesterov, const Numbers *to) {          \
+        if (!b) plain_##T(w, g, count, to);                                                                  \
+        else if (nesterov) nesterov_##T(w, g, b, count, to);                                                 \
+        else heavy_ball_##T(w, g, b, count, to);                                                             \
+    }
+
+typedef struct {
+    double sign, decay, scale, momentum, lr;
+} Numbers;
+
+KERNELS(float)
+KERNELS(double)
+
+static int wanted(const char *name, Py_ssize_t given, Py_ssize_t takes) {
+    if (given != takes) PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, takes, given);
+    return given == takes;
+}
+
+static PyObject *norms(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    if (!wanted("norms", given, 4)) return NULL;
+    const void *weight = PyLong_AsVoidPtr(args[0]), *grad = PyLong_AsVoidPtr(args[1]);
+    const size_t count = PyLong_AsSize_t(args[2]);
+    const int wide = PyObject_IsTrue(args[3]);
+    if (PyErr_Occurred()) return NULL;
+    double of_weight, of_grad;
+    PyThreadState *others = count < LONG ? NULL : PyEval_SaveThread();
+    of_weight = wide ? norm_double(weight, count) : norm_float(weight, count);
+    of_grad = wide ? norm_double(grad, count) : norm_float(grad, count);
+    if (others) PyEval_RestoreThread(others);
+    return Py_BuildValue("dd", of_weight, of_grad);
+}
+
+static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    if (!wanted("update", given, 11)) return NULL;
+    void *weight = PyLong_AsVoidPtr(args[0]), *buffer = PyLong_AsVoidPtr(args[2]);
+    const void *grad = PyLong_AsVoidPtr(args[1]);
+    const size_t count = PyLong_AsSize_t(args[3]);
+    const int wide = PyObject_IsTrue(args[4]), nesterov = PyObject_IsTrue(args[5]);
+    const Numbers to = {
+        .sign = PyObject_IsTrue(args[6]) ? -1 : 1,
+        .decay = PyFloat_AsDouble(args[7]),
+        .scale = PyFloat_AsDouble(args[8]),
+        .momentum = PyFloat_AsDouble(args[9]),
+        .lr = PyFloat_AsDouble(args[10]),
+    };
+    if (PyErr_Occurred()) return NULL;
+    PyThreadState *others = count < LONG ? NULL : PyEval_SaveThread();
+    if (wide) update_double(weight, grad, buffer, count, nesterov, &to);
+    else update_float(weight, grad, buffer, count, nesterov, &to);
+    if (others) PyEval_RestoreThread(others);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"norms", (PyCFunction)(void (*)(void))norms, METH_FASTCALL,
+     "norms(weight, grad, count, wide): (|w|, |g|), summed in double; wide: of doubles, not floats."},
+    {"update", (PyCFunction)(void (*)(void))update, METH_FASTCALL,
+     "update(weight, grad, buffer, count, wide, nesterov, maximize, decay, scale, momentum, lr): one step of SGD\n"
+     "with d = scale * (g + decay * w), -g where it maximizes; buffer 0: no momentum."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "kernels", "LARS over SGD on the CPU, for one tensor.", 0, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_kernels(void) {
+    return PyModuleDef_Init(&module);
+}

@@ -1,0 +1,15 @@
+def norms(weight: int, grad: int, count: int, wide: bool, /) -> tuple[float, float]: ...
+def update(
+    weight: int,
+    grad: int,
+    buffer: int,
+    count: int,
+    wide: bool,
+    nesterov: bool,
+    maximize: bool,
+    decay: float,
+    scale: float,
+    momentum: float,
+    lr: float,
+    /,
+) -> None: ...
