@@ -1,6 +1,7 @@
 """The command line: compose with Hydra, check, launch, and say how it went.
 
-No torch is imported until a command needs it. Exit codes: 0, 1 for a run that failed, 2 for bad input.
+No torch is imported until a command needs it. Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for a run
+that a signal has ended with a checkpoint, 130 for an interrupt before or after training.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, flatten, register, resolve
-from lars_train.errors import ConfigError, DataError, nearest
+from lars_train.errors import ConfigError, DataError, Stopped, nearest
 from lars_train.monitoring.say import complain, first_process, say
 
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, STOPPED = 2, 1, 75  # EX_TEMPFAIL of sysexits.h: try again
 _GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
 _HELP = {"--help", "-h"}
 _ASKS_ONLY = {*_HELP, "--hydra-help", "--version", "--shell-completion", "-sc"}
@@ -207,6 +208,10 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         jobs.fail(label, FAILED, str(error))
     except WorkerError as error:
         jobs.fail(label, BAD_INPUT if error.kind == "ConfigError" else FAILED, str(error))
+    except Stopped as stopped:
+        # Hydra would go on with the next job of a sweep, but for what is no Exception.
+        complain(str(stopped))
+        sys.exit(STOPPED)
     except Exception as error:
         if not sweeping:
             jobs.crash = error

@@ -17,6 +17,10 @@ class DataError(RuntimeError):
     """Damaged data that the run's policy (``data.on_error``, ``data.max_bad``) does not tolerate."""
 
 
+class Stopped(Exception):
+    """A signal has asked the run to end, and it has ended with a checkpoint; the message says how to go on."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the choice closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.errors import ConfigError
+from lars_train.errors import ConfigError, Stopped
 
 _QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
 
@@ -107,8 +107,8 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
     """Run `work(*arguments)` in `count` processes of this machine; what rank 0 returned.
 
     Torch's elastic launcher watches them: when one fails the others are ended, and this raises
-    `WorkerError` with the first failure. SIGINT ends them all and raises KeyboardInterrupt; SIGTERM
-    raises SystemExit(143).
+    `WorkerError` with the first failure. A signal is passed on to them, and raises `Stopped` when they
+    have ended.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -129,20 +129,20 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
         max_restarts=0,
         monitor_interval=0.1,
         start_method="spawn",
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         run_id=uuid.uuid4().hex,
     )
     try:
         return elastic_launch(launch, work)(*arguments)[0]
     except SignalException as error:
-        # As without the launcher: no failure of the run, but somebody's wish to end it.
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise SystemExit(128 + error.sigval) from None
+        name = signal.Signals(error.sigval).name
+        raise Stopped(f"{name}: stopped; the same command goes on from the last checkpoint.") from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message
         if isinstance(message, dict):  # what `record_failure` left; else a sentence about the signal
-            raise WorkerError(rank, message["message"], message["extraInfo"]["py_callstack"]) from None
+            failed = WorkerError(rank, message["message"], message["extraInfo"]["py_callstack"])
+            raise (Stopped(str(failed)) if failed.kind == "Stopped" else failed) from None
         raise WorkerError(rank, message) from None
 
 
@@ -153,7 +153,8 @@ def record_failure(work: Callable[..., Any]) -> Callable[..., Any]:
     def recorded(*arguments: Any) -> Any:
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        # An interrupt at the terminal reaches every process; the launcher tells of it, and this one just ends.
+        # An interrupt at the terminal reaches every process; before and after training, which takes note of it, the
+        # launcher tells of it and this one just ends.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         return record(work)(*arguments)
 
@@ -168,7 +169,7 @@ class WorkerError(RuntimeError):
 
     def __init__(self, rank: int, message: str, traceback: str = "") -> None:
         self.kind, _, text = message.partition(": ")
-        on_purpose = self.kind in ("ConfigError", "DataError")
+        on_purpose = self.kind in ("ConfigError", "DataError", "Stopped")
         super().__init__(text if on_purpose else f"rank {rank}: {message}\n{traceback}".rstrip())
 
 

@@ -337,6 +337,7 @@ EXECUTION = {
     "launch.threads",
     "distributed.timeout",
     "checkpoint.every_updates",
+    "checkpoint.every_minutes",
     "checkpoint.keep",
     "export.path",
     "data.workers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_one_two_and_three_processes_make_the_same_curve(tmp_path: Path) -> None
         other = losses(tmp_path / "runs" / name)
         assert [u for u, _ in other] == [u for u, _ in one]
         assert [loss for _, loss in other] == pytest.approx([loss for _, loss in one], rel=1e-10)
-        assert len(list((tmp_path / "runs" / name / "checkpoints").iterdir())) == 2
+        assert len(list((tmp_path / "runs" / name / "checkpoints").glob("update-*.pt"))) == 2
     assert {line["val/count"] for line in metrics(tmp_path / "runs/three") if "val/count" in line} == {101}
 
 
@@ -217,12 +218,32 @@ def wait_for_checkpoint(folder: Path, update: int, process: subprocess.Popen[Any
         time.sleep(0.005)
 
 
+CURVE = [*TINY, "data.augment=pad_crop", "data.workers=1", "epochs=12", "log_every=4"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run directory of CURVE by so many processes, which nobody disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+
+    @functools.cache
+    def run(processes: int) -> Path:
+        ran([*ALONE, *CURVE, f"launch.nproc={processes}", f"run.name={processes}"], folder)
+        return folder / "runs" / str(processes)
+
+    return run
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert final(one)["weights_sha256"] == final(other)["weights_sha256"]
+    curves = [[(m["update"], m.get("train/loss"), m.get("val/top1")) for m in metrics(run)] for run in (one, other)]
+    assert curves[0] == curves[1]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_run_ends_with_the_same_weights(processes: int, tmp_path: Path) -> None:
+def test_killed_run_ends_with_the_same_weights(processes: int, unbroken: Callable[[int], Path], tmp_path: Path) -> None:
     # Augmentation, a checkpoint in mid-epoch and one between two log lines; killed twice.
-    settings = [*TINY, "data.augment=pad_crop", "epochs=12", "checkpoint.every_updates=15", "checkpoint.keep=100"]
-    settings += [f"launch.nproc={processes}", "log_every=4", "data.workers=1"]
-    ran([*ALONE, *settings, "run.name=unbroken"], tmp_path)
+    settings = [*CURVE, "checkpoint.every_updates=15", "checkpoint.keep=100", f"launch.nproc={processes}"]
     folder = tmp_path / "runs/killed"
     for update in (15, 75):
         process = subprocess.Popen(
@@ -240,14 +261,7 @@ def test_killed_run_ends_with_the_same_weights(processes: int, tmp_path: Path) -
         while any(alive_in_group(process.pid)) and time.monotonic() < end:
             time.sleep(0.05)
     assert "resumed" in ran([*ALONE, *settings, "run.name=killed"], tmp_path)
-    unbroken = tmp_path / "runs/unbroken"
-    assert final(folder)["weights_sha256"] == final(unbroken)["weights_sha256"]
-    assert losses(folder) == losses(unbroken)
-    values = [
-        [(line["update"], line["val/top1"]) for line in metrics(run) if "val/top1" in line]
-        for run in (folder, unbroken)
-    ]
-    assert values[0] == values[1]
+    assert_same_run(folder, unbroken(processes))
 
 
 def alive_in_group(group: int) -> list[int]:
@@ -381,21 +395,68 @@ def test_torchrun_s_restart_goes_on_even_where_the_command_says_never(tmp_path: 
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]
 
 
-def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(tmp_path: Path) -> None:
-    settings = [*TINY, "epochs=12", "checkpoint.every_updates=5"]
-    ran([*TORCHRUN, *settings, "run.name=unbroken"], tmp_path)
+def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(
+    unbroken: Callable[[int], Path], tmp_path: Path
+) -> None:
     # The static rendezvous, whose store outlives the processes.
-    command = [*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:], *settings, "run.name=killed"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    command = [*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:], *CURVE, "checkpoint.every_updates=5"]
+    process = subprocess.Popen(
+        [*command, "run.name=killed"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     wait_for_checkpoint(tmp_path / "runs/killed", 10, process)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = children(process.pid)
     assert len(ranks) == 2
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGKILL)
     told, _ = process.communicate(timeout=200)
     assert process.returncode == 0, told
     assert "resumed" in told
-    digests = {final(tmp_path / "runs" / name)["weights_sha256"] for name in ("unbroken", "killed")}
-    assert len(digests) == 1
+    assert_same_run(tmp_path / "runs/killed", unbroken(2))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ([*ALONE, "launch.nproc=1"], signal.SIGTERM),
+        ([*ALONE, "launch.nproc=2"], signal.SIGUSR1),
+        # One rank alone is told, as when one node is to be given back; the others end with it.
+        (TORCHRUN, signal.SIGTERM),
+    ],
+    ids=["alone", "nproc", "torchrun"],
+)
+def test_a_notice_ends_the_run_with_a_checkpoint_and_it_goes_on_to_the_same_weights(
+    launcher: list[str], number: signal.Signals, unbroken: Callable[[int], Path], tmp_path: Path
+) -> None:
+    # No checkpoint is due before the end, of updates or of minutes, and none for a best result: the one that is
+    # found is that of the notice.
+    command = [*launcher, *CURVE, "checkpoint.every_updates=1000", "evaluate.every_epochs=12", "run.name=stopped"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    logged, end = tmp_path / "runs/stopped/metrics.jsonl", time.monotonic() + 120
+    while not (logged.exists() and logged.read_text().count("\n") >= 4):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(children(process.pid)[1] if launcher is TORCHRUN else process.pid, number)
+    _, told = process.communicate(timeout=60)
+    assert f"{number.name}: stopped" in told
+    assert process.returncode == (1 if launcher is TORCHRUN else 75), told
+    stopped = tmp_path / "runs/stopped"
+    assert len(list((stopped / "checkpoints").glob("update-*.pt"))) == 1
+    assert "resumed" in ran(command, tmp_path)
+    reference = unbroken(1 if "launch.nproc=1" in launcher else 2)
+    assert final(stopped)["weights_sha256"] == final(reference)["weights_sha256"]
+    assert losses(stopped) == losses(reference)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -414,7 +475,8 @@ def test_an_interrupt_ends_a_sweep_at_once_and_the_run_can_go_on(processes: int,
     wait_for_checkpoint(tmp_path / "runs/first", 5, process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert b"interrupted; the same command goes on" in told
+    assert process.returncode == 75, told
+    assert b"SIGINT: stopped" in told
+    assert b"the same command goes on" in told
     assert b"Traceback" not in told
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]

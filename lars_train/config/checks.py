@@ -63,6 +63,7 @@ def check_values(config: Config) -> None:
         "distributed.timeout",
         "evaluate.every_epochs",
         "checkpoint.every_updates",
+        "checkpoint.every_minutes",
         "checkpoint.keep",
     )
     not_negative = (

@@ -163,10 +163,14 @@ class EvaluateConfig:
 
 @dataclass
 class CheckpointConfig:
-    """`path`: the checkpoint to evaluate, export or go on from. `every_updates`: None is once an epoch."""
+    """`path`: the checkpoint to evaluate, export or go on from. `keep`: the last so many stay, and the best one.
+
+    `every_updates`: None is once an epoch; `every_minutes`: of wall time since the last one, too (None: never).
+    """
 
     path: Optional[str] = None
     every_updates: Optional[int] = None
+    every_minutes: Optional[float] = 15.0
     keep: int = 3
 
 

@@ -25,6 +25,7 @@ EXECUTION_KEYS = (
     "launch",
     "distributed",
     "checkpoint.every_updates",
+    "checkpoint.every_minutes",
     "checkpoint.keep",
     "export",
     "data.workers",

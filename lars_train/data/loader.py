@@ -79,7 +79,7 @@ class Stream(Iterator[Batch]):
                     num_workers=workers,
                     prefetch_factor=_PREFETCH if workers else None,
                     pin_memory=pin_memory,
-                    worker_init_fn=_leave_interrupts_to_the_parent,
+                    worker_init_fn=_leave_signals_to_the_parent,
                     # Forked workers share the source's memory; elsewhere fork is unsafe or absent.
                     multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
                     # DataLoader draws a seed; from the global generator it would change the caller's.
@@ -258,6 +258,8 @@ def _batch(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], bad: It
     return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), tuple(bad))
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides how to end, and then ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches the whole process group, and Slurm's notice all processes of a step; the parent decides how to
+    # end, and then ends the workers, who also end when it is gone.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

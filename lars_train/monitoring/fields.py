@@ -13,6 +13,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/grad_norm": ("1", "norm of the whole gradient of the last update, before LARS"),
     "train/weight_norm": ("1", "norm of all weights before the last update"),
     "train/bad_images": ("images", "training images found undecodable so far"),
+    "train/checkpoint_failures": ("checkpoints", "checkpoints that could not be written so far"),
     "train/loss_scale": ("1", "float16 only: factor on the loss"),
     "val/top1": ("percent", "validation samples whose class ranked first"),
     "val/top5": ("percent", "validation samples whose class ranked among the first five"),

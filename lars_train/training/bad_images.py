@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from lars_train.data.loader import BadSample
 from lars_train.errors import DataError
 from lars_train.training.distributed import Group
+
+
+def told_in(path: Path) -> set[str]:
+    """The images that ``bad_images.jsonl`` names already; a line that a kill cut short names none."""
+    told = set()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            told.add(json.loads(line)["image"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return told
 
 
 class BadImages:

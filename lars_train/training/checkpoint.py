@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -37,7 +38,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
     The file appears under its name only when it is whole on disk and its checksums hold.
     """
     folder.mkdir(exist_ok=True)
-    path = folder / f"update-{update:09d}.pt"
+    path = path_of(folder, update)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         hashing = _Hashing(file)
@@ -52,6 +53,23 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
     for old in listing(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def keep_best(folder: Path, update: int) -> None:
+    """Make ``best.pt`` the checkpoint of `update`; it stays when that is removed."""
+    partial, best = folder / "best.partial", folder / "best.pt"
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path_of(folder, update), partial)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path_of(folder, update), partial)
+    partial.replace(best)
+    _sync_folder(folder)
+
+
+def path_of(folder: Path, update: int) -> Path:
+    """Where the checkpoint of `update` is."""
+    return folder / f"update-{update:09d}.pt"
 
 
 def listing(folder: Path) -> list[Path]:

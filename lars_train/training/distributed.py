@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lars_train.errors import ConfigError, DataError
+from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.launch import Ranks, adopt, export_slurm, restarts
 
 _base_store: Store | None = None
@@ -34,6 +34,8 @@ class Group:
     """The ranks of a job. All methods but `first` are collective: every rank calls them in the same order."""
 
     ranks: Ranks
+    host: Any = field(default=None, kw_only=True)
+    """The process group for values in host memory; None: the job's own."""
 
     @property
     def first(self) -> bool:
@@ -52,6 +54,15 @@ class Group:
         tensor = torch.tensor(value, device=device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor)
+
+    def highest(self, values: list[int]) -> list[int]:
+        """The largest of the ranks' values at each place. They are the host's: no device is waited for."""
+        if self.ranks.world == 1:
+            return values
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host)
+        largest: list[int] = tensor.tolist()
+        return largest
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's `value` (anything that pickles), on every rank."""
@@ -115,7 +126,9 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield Group(ranks)
+        yield Group(ranks, host=dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None)
+    except Stopped:
+        raise  # all ranks have agreed on it
     except Exception as error:
         raise _first_failure(store, ranks, error) from error
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import torch
 from lars_train.config import absolute_paths, filled, flatten
 from lars_train.data.loader import Stream, View, train_loader
 from lars_train.data.order import micro_bounds
-from lars_train.errors import ConfigError, DataError
+from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.models.weights import weights_sha256
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.progress import Progress
@@ -22,14 +23,16 @@ from lars_train.monitoring.summary import announcement, epoch_line, final_record
 from lars_train.optim.factory import build_optimizer
 from lars_train.plan import check_micro_batch
 from lars_train.training import checkpoint
-from lars_train.training.bad_images import BadImages
+from lars_train.training.bad_images import BadImages, told_in
 from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
 from lars_train.training.network import make_network
+from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import resolve
 from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, make_schedule, normaliser
+from lars_train.training.writer import CheckpointWriter
 
 
 class Run:
@@ -68,10 +71,14 @@ class Run:
         self.resumed_at = self.trainer.update
         self.progress = Progress(shown=group.first, epochs=plan.epochs)
         self.log: RunLog | None = None
+        self.writer: CheckpointWriter | None = None
+        self.notice = Notice()
         if group.first:
             checkpoint.remove_later(self.checkpoints, self.trainer.update)
+            self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
             self.log = RunLog(self.directory, self.trainer.update)
         self.logged: dict[str, float] = {}
+        self.failures_told = 0
         self.result: Result | None = None
 
     def train(self) -> dict[str, Any]:
@@ -79,17 +86,21 @@ class Run:
         for line in announcement(self.config, self.plan, self.resolved, self.directory, self.resumed_at):
             self.progress.say(line)
         self.started = self.log_started = time.perf_counter()
+        self.saved_at, self.saved_update = self.started, self.trainer.update
         self.waited, self.logged_update = 0.0, self.trainer.update
         self.trainer.network.train()
         try:
-            with closing(self._batches()) as batches:
-                while self.trainer.update < self.plan.stop:
-                    self._one_update(batches)
-            if self.result is None:  # the run was resumed from its last checkpoint
-                self._evaluate()
-            return self._finish()
+            with self.notice:
+                if self.resumed_at and self._evaluation_is_due():  # it may have been ended before its evaluation
+                    self._evaluate()
+                with closing(self._batches()) as batches:
+                    while self.trainer.update < self.plan.stop:
+                        self._one_update(batches)
+                return self._finish()
         finally:
             self.progress.close()
+            if self.writer is not None:
+                self.writer.close()
             if self.log is not None:
                 self.log.close()
 
@@ -108,13 +119,37 @@ class Run:
         if log_now:
             self._log(info)
         self.progress.advance(self.logged)
-        if at_end or update % (per_epoch * config.evaluate.every_epochs) == 0:
+        signal_number, overdue = self.group.highest([self.notice.given, self._checkpoint_is_overdue()])
+        if signal_number or overdue or at_end or update % (config.checkpoint.every_updates or per_epoch) == 0:
+            self._save()
+        if signal_number:
+            self._stop(signal_number)
+        if self._evaluation_is_due():
             self._evaluate()
             self.progress.end_epoch(epoch_line(update, self.plan, self.logged, self.result, self.best_top1))
         elif epoch_ends:
             self.progress.end_epoch(epoch_line(update, self.plan, self.logged))
-        if at_end or update % (config.checkpoint.every_updates or per_epoch) == 0:
-            self._save()
+
+    def _evaluation_is_due(self) -> bool:
+        update, every = self.trainer.update, self.plan.updates_per_epoch * self.config.evaluate.every_epochs
+        return update == self.plan.stop or update % every == 0
+
+    def _checkpoint_is_overdue(self) -> bool:
+        """By the first rank's clock, which is the one that counts."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.group.first and minutes is not None and time.perf_counter() - self.saved_at > 60 * minutes
+
+    def _stop(self, number: int) -> None:
+        name, update = signal.Signals(number).name, self.trainer.update
+        if self.writer is not None:
+            self.writer.wait()
+            if self.writer.reason:
+                raise DataError(
+                    f"{name}: {self.writer.reason}; the one before it is what the same command goes on from."
+                )
+        raise Stopped(
+            f"{name}: stopped after update {update:,}, with a checkpoint; the same command goes on from there."
+        )
 
     def _latest_checkpoint(self, prepared: Prepared) -> dict[str, Any] | None:
         found, error = None, None
@@ -168,6 +203,7 @@ class Run:
             "train/images_per_s": (trainer.update - self.logged_update) * self.plan.global_batch / elapsed,
             "train/wait_share": self.waited / elapsed,
             "train/bad_images": len(self.bad.known),
+            "train/checkpoint_failures": self._told_failures(),
             **{f"train/{name}": float(norm) for name, norm in info.norms.items()},
         }
         if self.precision.scales_loss:
@@ -175,6 +211,14 @@ class Run:
         self.log_started, self.waited, self.logged_update = now, 0.0, trainer.update
         self.logged = values
         self._write(values)
+
+    def _told_failures(self) -> int:
+        if self.writer is None:
+            return 0
+        if self.writer.failures > self.failures_told:
+            self.failures_told = self.writer.failures
+            self.progress.say(f"WARNING: {self.writer.reason}; the training goes on. {self.failures_told} so far.")
+        return self.writer.failures
 
     def _evaluate(self) -> None:
         started = time.perf_counter()
@@ -196,10 +240,16 @@ class Run:
                 raise DataError(f"{first.where} cannot be decoded: {first.reason} (data.on_error=fail).")
             self.bad.note(result.bad)
             self._report_bad()
+        new_best = result.top1 > self.best_top1
         self.result, self.best_top1 = result, max(self.best_top1, result.top1)
         seconds = time.perf_counter() - started
         self.log_started += seconds  # the rate of training images leaves evaluations and checkpoints out
         self._write({**result.values(), "val/best_top1": self.best_top1, "val/seconds": seconds})
+        if new_best:
+            if self.saved_update != self.trainer.update:
+                self._save()
+            if self.writer is not None:
+                self.writer.keep_best(self.trainer.update)
 
     def _report_bad(self) -> None:
         known = len(self.bad.known)
@@ -207,8 +257,12 @@ class Run:
             self.bad.collect()
         finally:
             if self.group.first:
-                with (self.directory / "bad_images.jsonl").open("a") as file:
+                path = self.directory / "bad_images.jsonl"
+                told = told_in(path)
+                with path.open("a") as file:
                     for where, reason in list(self.bad.known.items())[known:]:
+                        if where in told:
+                            continue
                         self.progress.say(f"WARNING: image {where} cannot be decoded: {reason}")
                         line = {"image": where, "reason": reason, "update": self.trainer.update}
                         file.write(json.dumps(line) + "\n")
@@ -218,7 +272,8 @@ class Run:
         state = self.trainer.state()
         if self.trainer.meter.take_bad(self.group):
             self._report_bad()
-        if self.log is not None:
+        self.saved_at, self.saved_update = started, self.trainer.update
+        if self.log is not None and self.writer is not None:
             self.log.sync()
             content = {
                 **state,
@@ -231,11 +286,17 @@ class Run:
                 "classes": list(self.dataset.classes),
                 "fingerprint": self.dataset.fingerprint,
             }
-            checkpoint.save(self.checkpoints, self.trainer.update, content, self.config.checkpoint.keep)
+            self.writer.save(self.trainer.update, content)
         self.log_started += time.perf_counter() - started
 
     def _finish(self) -> dict[str, Any]:
         assert self.result is not None
+        error = None
+        if self.writer is not None:
+            self.writer.wait()
+            if self.writer.reason:
+                error = DataError(f"{self.writer.reason}. Free the disk, and give the same command again.")
+        self.group.together(error)
         final = final_record(
             self.config,
             self.plan,

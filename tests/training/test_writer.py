@@ -1,0 +1,104 @@
+"""Checkpoints from the background: whole, in order, and no failure of the disk ends the run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lars_train.training import checkpoint
+from lars_train.training.checkpoint import listing, load
+from lars_train.training.writer import CheckpointWriter, host_copy
+
+
+def content(update: int) -> dict[str, Any]:
+    return {
+        "update": update,
+        "model": {"w": torch.full((3,), float(update))},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"params": [0], "lr": 0.1}]},
+        **dict.fromkeys(("config", "plan", "classes", "fingerprint")),
+    }
+
+
+def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, save = threading.Event(), checkpoint.save
+
+    def held(*arguments: Any) -> Path:
+        assert gate.wait(30)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", held)
+    writer = CheckpointWriter(tmp_path, keep=3)
+    values = content(1)
+    writer.save(1, values)
+    # The training goes on meanwhile.
+    values["model"]["w"].fill_(99.0)
+    values["optimizer"]["state"][0]["momentum_buffer"].fill_(99.0)
+    values["optimizer"]["param_groups"][0]["lr"] = 99.0
+    assert listing(tmp_path) == []
+    gate.set()
+    writer.close()
+    loaded = load(listing(tmp_path)[0])
+    assert loaded["model"]["w"].tolist() == [1.0] * 3
+    assert loaded["optimizer"]["state"][0]["momentum_buffer"].tolist() == [1.0, 1.0]
+    assert loaded["optimizer"]["param_groups"] == [{"params": [0], "lr": 0.1}]
+
+
+def test_the_best_outlives_the_last_ones(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep=2)
+    for update in (1, 2, 3, 4, 5):
+        writer.save(update, content(update))
+        if update in (1, 2):
+            writer.keep_best(update)
+    writer.close()
+    assert [load(path)["update"] for path in listing(tmp_path)] == [4, 5]
+    assert load(tmp_path / "best.pt")["update"] == 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_best_is_copied_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*arguments: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    test_the_best_outlives_the_last_ones(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("failed writing")])
+def test_a_full_disk_is_counted_and_the_last_whole_one_stays(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(tmp_path, keep=2)
+    writer.save(1, content(1))
+    writer.wait()
+
+    def full(*arguments: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        for update in (2, 3):
+            writer.save(update, content(update))
+            writer.keep_best(update)
+        writer.wait()
+    assert writer.failures == 2
+    assert "the checkpoint of update 3 cannot be written" in writer.reason
+    assert [load(path)["update"] for path in listing(tmp_path)] == [1]
+    writer.save(4, content(4))
+    writer.close()
+    assert (writer.failures, writer.reason) == (2, "")
+    assert [load(path)["update"] for path in listing(tmp_path)] == [1, 4]
+
+
+def test_a_host_copy_shares_no_memory() -> None:
+    tensor = torch.ones(2)
+    value = {"a": [tensor, 1], "b": (tensor, "x"), "c": None}
+    copied = host_copy(value)
+    tensor.zero_()
+    assert copied["a"][0].tolist() == copied["b"][0].tolist() == [1.0, 1.0]
+    assert (copied["a"][1], copied["b"][1], copied["c"]) == (1, "x", None)
