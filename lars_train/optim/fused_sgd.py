@@ -63,16 +63,24 @@ def has_step_hooks(optimizer: Any) -> bool:
     )
 
 
-def step(base: Optimizer, rule: Rule, record: Record | None) -> tuple[list[Tensor], bool]:
+def step(base: Optimizer, rule: Rule, record: Record | None, new_state: bool) -> tuple[list[Tensor], bool]:
     """Make the updates of all parameters that the kernel can take; those, and whether others have gradients.
 
+    `new_state`: the state was brought from elsewhere, so that its shapes may not be those of the parameters.
     The gradients stay as they are, or are rescaled (Nesterov momentum, very small ratios).
     """
     done: list[Tensor] = []
+    if new_state and not all(_fits(weight, base.state) for group in base.param_groups for weight in group["params"]):
+        return done, True
     left = [_update_group(group, base.state, rule, record, done) for group in base.param_groups]
     # The kernel leaves the versions as they are, by which autograd knows that a saved tensor has changed.
     torch.autograd.graph.increment_version(done)
     return done, any(left)
+
+
+def _fits(weight: Tensor, state: Any) -> bool:
+    buffer = state[weight].get("momentum_buffer") if weight in state else None
+    return buffer is None or buffer.shape == weight.shape
 
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
@@ -82,21 +90,22 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
     if kernels is not None:
         norms, update = kernels.norms, kernels.update
         ours_up_to = math.inf if torch.get_num_threads() == 1 else _ONE_THREAD
-    ratio_of, keep = rule.ratio, done.append
+    keep = done.append
     adapted, decay, group_lr = is_adapted(group, rule), float(group["weight_decay"]), float(group["lr"])
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
-    dampens = group["dampening"]
+    ratio_of, dampens = rule.ratios_on_the_host(decay, group_lr), group["dampening"]
     left = False
     for weight in group["params"]:
         grad = weight.grad
         if grad is None:
             continue
-        dtype, dense = weight.dtype, weight.is_contiguous()
+        dtype, dense, size = weight.dtype, weight.is_contiguous(), weight.numel()
         if (
             (dtype is not f32 and dtype is not f64)
             or type(grad) is not Tensor
             or grad.dtype is not dtype
+            or grad.numel() != size
             or not grad.is_cpu
             or not (grad.is_contiguous() if dense else walk_alike(weight, grad))
         ):
@@ -112,21 +121,24 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
                 dampening = 0.0
             elif (
                 buffer.dtype is not dtype
+                or buffer.numel() != size
                 or not buffer.is_cpu
                 or not (buffer.is_contiguous() if dense else walk_alike(weight, buffer))
             ):
                 left = True
                 continue
-        size = weight.numel()
         if ours := size <= ours_up_to and type(weight) in _PLAIN:
             weight_at, grad_at, wide = weight.data_ptr(), grad.data_ptr(), dtype is f64
+            if grad_at == 0 and size:  # zeros that take no memory
+                weight.grad = grad = grad.clone()
+                grad_at = grad.data_ptr()
         ratio, wd, lr = 1.0, decay, group_lr
         if adapted:
             if ours:
                 weight_norm, grad_norm = norms(weight_at, grad_at, size, wide)
             else:
                 weight_norm, grad_norm = _norm(weight), _norm(grad)
-            ratio, wd = ratio_of(weight_norm, grad_norm, decay, lr)
+            ratio, wd = ratio_of(weight_norm, grad_norm)
             if record is not None:
                 record.parameters.append(weight)
                 record.values.append((weight_norm, grad_norm, ratio))

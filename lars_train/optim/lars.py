@@ -164,6 +164,7 @@ class LARS(Optimizer):
     @state.setter
     def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.base_optimizer.state = value
+        self._state_is_new = True
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -181,6 +182,7 @@ class LARS(Optimizer):
         super().__setstate__(state)
         # A thing of its own: torch.compile keeps what a step changes in it, and not what it changes in an optimizer.
         self._last = Record()
+        self._state_is_new = True
         self._base_calls_closure = _calls_closure(self.base_optimizer)
 
     def __repr__(self) -> str:
@@ -223,13 +225,17 @@ class LARS(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        options = asdict(self.rule) | state_dict.pop("lars", {})
+        stored = state_dict.pop("lars", {})
+        if not isinstance(stored, dict):
+            raise ValueError(f"the state dict's 'lars' entry is {stored!r}, and not the options by name")
+        options = asdict(self.rule) | stored
         unknown = options.keys() - asdict(self.rule).keys()
         if unknown:
             raise ValueError(f"the state dict's 'lars' entry has {sorted(unknown)}, which are no options of LARS")
         rule = Rule(**options)
         excluded = [group.get("exclude") for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
+        self._state_is_new = True
         for group, exclude in zip(self.param_groups, excluded, strict=True):
             if exclude is not None:
                 group.setdefault("exclude", exclude)
@@ -268,7 +274,8 @@ class LARS(Optimizer):
         check_gradients(self.param_groups, self.rule)
         done: list[Tensor] = []
         if fused_sgd.applies_to(base, self.rule):
-            done, left = fused_sgd.step(base, self.rule, record)
+            done, left = fused_sgd.step(base, self.rule, record, self._state_is_new)
+            self._state_is_new = False
             if not left and "step" not in vars(base):
                 return loss
         # The base steps with what is left, which may be nothing: a scheduler that is built on it counts its steps.

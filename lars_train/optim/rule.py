@@ -7,6 +7,7 @@ lr the weight decay and the learning rate of its group.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,10 @@ class Rule:
     clamp: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("eps", "trust_coef", "clamp"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and not (name == "clamp" and value is None):
+                raise ValueError(f"{name}={value!r}: it must be a number")
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps={self.eps}: it must be finite and at least 0")
         if not (math.isfinite(self.trust_coef) and self.trust_coef > 0):
@@ -53,7 +58,12 @@ class Rule:
         if self.clip is None or self.clip == "lr":
             return
         bounds = self.clip
-        if not isinstance(bounds, tuple | list) or len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
+        if (
+            not isinstance(bounds, tuple | list)
+            or len(bounds) != 2
+            or not _are_numbers(bounds)
+            or not 0 <= bounds[0] <= bounds[1]
+        ):
             raise ValueError(f"clip={bounds!r}: give None, 'lr', or a pair of bounds such as (0, 50)")
         # State dicts and configs bring lists.
         object.__setattr__(self, "clip", tuple(bounds))
@@ -63,28 +73,36 @@ class Rule:
         """Whether the rescaled gradient depends on the learning rate."""
         return self.clip == "lr" or self.lr_placement == "inside"
 
-    def ratio(self, weight_norm: float, grad_norm: float, decay: float, lr: Any) -> tuple[float, float]:
-        """The ratio of one tensor, and the weight decay that goes into its gradient, which is `decay` or 0.
+    def ratios_on_the_host(self, decay: float, lr: Any) -> Callable[[float, float], tuple[float, float]]:
+        """A function from |w| and |g| of a tensor to its ratio and to the weight decay in its gradient, `decay` or 0.
 
-        `grad_norm` is |g|, or |g + wd * w| for the combined denominator; `decay` may be negative (maximize).
+        |g| is |g + wd * w| for the combined denominator; `decay` may be negative (maximize).
         """
-        if not (weight_norm > 0 and grad_norm > 0):
-            if self.zero_norm == "skip":
+        # Names of the function's own: it is called for every tensor in every step.
+        trust_coef, eps, clip, skip = self.trust_coef, self.eps, self.clip, self.zero_norm == "skip"
+        in_denominator = abs(decay) if self.denominator == "split" else 0.0
+
+        def ratio_of(weight_norm: float, grad_norm: float) -> tuple[float, float]:
+            if weight_norm > 0 and grad_norm > 0:
+                # A factor of 0 would make a norm that is infinite NaN.
+                decayed = in_denominator * weight_norm if in_denominator else 0.0
+                ratio = trust_coef * weight_norm / (grad_norm + decayed + eps)
+            elif skip:
                 return 1.0, 0.0
-            ratio = 1.0
-        else:
-            below = grad_norm + self.eps
-            if self.denominator == "split":
-                below = grad_norm + abs(decay) * weight_norm + self.eps
-            ratio = self.trust_coef * weight_norm / below
-        if math.isnan(ratio):
-            return ratio, decay
-        if self.clip == "lr":
-            # min(ratio / lr, 1), also for lr = 0.
-            ratio = 1.0 if ratio >= float(lr) else ratio / float(lr)
-        elif self.clip is not None:
-            ratio = min(max(ratio, self.clip[0]), self.clip[1])
-        return ratio, decay
+            else:
+                ratio = 1.0
+            if clip is None or math.isnan(ratio):
+                return ratio, decay
+            if clip == "lr":
+                # min(ratio / lr, 1), also for lr = 0.
+                return (1.0 if ratio >= float(lr) else ratio / float(lr)), decay
+            return min(max(ratio, clip[0]), clip[1]), decay
+
+        return ratio_of
+
+    def ratio(self, weight_norm: float, grad_norm: float, decay: float, lr: Any) -> tuple[float, float]:
+        """`ratios_on_the_host` for one tensor."""
+        return self.ratios_on_the_host(decay, lr)(weight_norm, grad_norm)
 
     def ratios(self, weight_norms: Tensor, grad_norms: Tensor, decay: float, lr: Any) -> tuple[Tensor, Tensor | None]:
         """`ratio` for many tensors at once, without a wait for the device.
@@ -104,6 +122,10 @@ class Rule:
         if self.zero_norm == "decay":
             return ratios, None
         return torch.where(normal, ratios, 1.0), normal.to(ratios.dtype) * decay
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 _CHOICES = {

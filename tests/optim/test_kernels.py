@@ -115,3 +115,43 @@ def test_a_package_without_them_can_be_imported() -> None:
         "from lars_train.optim import fused_sgd; assert fused_sgd.kernels is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("size", [10, 60000])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_momentum_of_another_shape_is_the_base_s_error_and_touches_no_memory(size: int, threads: int) -> None:
+    def optimizer(*shape: int) -> tuple[nn.Parameter, LARS]:
+        weight = nn.Parameter(torch.ones(shape))
+        weight.grad = torch.ones(shape)
+        return weight, LARS(optim.SGD([weight], lr=0.1, momentum=0.9))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _, small = optimizer(size, 2)
+        small.step()
+        # As many elements, or more of them.
+        for shape in ((2, size), (100 * size,)):
+            weight, other = optimizer(*shape)
+            other.load_state_dict(small.state_dict())
+            with pytest.raises(RuntimeError, match=r"size of tensor|shape"):
+                other.step()
+            assert (weight == 1).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_gradient_of_another_size_is_the_base_s_error() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    weight.data = torch.ones(8)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        LARS(optim.SGD([weight], lr=0.1, momentum=0.9)).step()
+
+
+def test_a_gradient_of_zeros_without_memory_is_one_of_zeros() -> None:
+    weights = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    weights[0].grad, weights[1].grad = torch._efficientzerotensor(4), torch.zeros(4)
+    for weight in weights:
+        LARS(optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1)).step()
+    torch.testing.assert_close(weights[0], weights[1])

@@ -158,3 +158,17 @@ def test_every_layers_bias_is_among_the_biases() -> None:
     assert all("bias" in name for name in rest)
     assert not any("bias" in name for name in weights)
     assert len(weights) + len(rest) == len(names)
+
+
+@pytest.mark.parametrize(
+    "options", [{"eps": "1"}, {"trust_coef": torch.tensor(0.1)}, {"clip": ("a", "b")}, {"clamp": []}]
+)
+def test_options_that_are_no_numbers_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LARS(torch.optim.SGD([torch.ones(2)], lr=0.1), **options)
+
+
+def test_a_state_dict_whose_options_are_none_is_refused() -> None:
+    lars = LARS(torch.optim.SGD([torch.ones(2)], lr=0.1))
+    with pytest.raises(ValueError, match="'lars' entry"):
+        lars.load_state_dict({**lars.state_dict(), "lars": None})
