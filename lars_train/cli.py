@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, flatten, register, resolve
-from lars_train.errors import ConfigError, DataError, Stopped, nearest
+from lars_train.errors import ConfigError, DataError, Diverged, Stopped, nearest
 from lars_train.monitoring.say import complain, first_process, say
 
 BAD_INPUT, FAILED, STOPPED = 2, 1, 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -204,7 +204,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         jobs.finals.append((label, commands.run(config, invocation)))
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
-    except DataError as error:
+    except (DataError, Diverged) as error:
         jobs.fail(label, FAILED, str(error))
     except WorkerError as error:
         jobs.fail(label, BAD_INPUT if error.kind == "ConfigError" else FAILED, str(error))

@@ -17,6 +17,10 @@ class DataError(RuntimeError):
     """Damaged data that the run's policy (``data.on_error``, ``data.max_bad``) does not tolerate."""
 
 
+class Diverged(RuntimeError):
+    """The training loss has left what ``guard`` allows; the message is the report."""
+
+
 class Stopped(Exception):
     """A signal has asked the run to end, and it has ended with a checkpoint; the message says how to go on."""
 

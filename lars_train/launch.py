@@ -169,7 +169,7 @@ class WorkerError(RuntimeError):
 
     def __init__(self, rank: int, message: str, traceback: str = "") -> None:
         self.kind, _, text = message.partition(": ")
-        on_purpose = self.kind in ("ConfigError", "DataError", "Stopped")
+        on_purpose = self.kind in ("ConfigError", "DataError", "Diverged", "Stopped")
         super().__init__(text if on_purpose else f"rank {rank}: {message}\n{traceback}".rstrip())
 
 

@@ -35,6 +35,7 @@ def check_choices(config: Config) -> None:
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
         "data.on_error": ("skip", "fail"),
         "schedule.form": ("whole", "restart"),
+        "guard.on_divergence": ("stop", "rollback"),
     }
     leaves = flatten(config)
     for key, allowed in choices.items():
@@ -65,6 +66,7 @@ def check_values(config: Config) -> None:
         "checkpoint.every_updates",
         "checkpoint.every_minutes",
         "checkpoint.keep",
+        "guard.max_loss",
     )
     not_negative = (
         "seed",
@@ -74,6 +76,7 @@ def check_values(config: Config) -> None:
         "schedule.warmup_epochs",
         "data.pad",
         "data.max_bad",
+        "guard.max_rollbacks",
         "label_smoothing",
     )
     for key in (*positive, *not_negative):

@@ -175,6 +175,19 @@ class CheckpointConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What happens when the loss of an update is not finite, or its mean over the global batch above `max_loss`.
+
+    `on_divergence`: ``stop``, or ``rollback`` to the last checkpoint at most `max_rollbacks` times, passing over the
+    samples from there to the update that diverged.
+    """
+
+    max_loss: Optional[float] = None
+    on_divergence: str = "stop"
+    max_rollbacks: int = 3
+
+
+@dataclass
 class ExportConfig:
     """`path`: the state_dict file to write; None is beside the checkpoint."""
 
@@ -208,6 +221,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
 

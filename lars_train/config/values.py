@@ -27,6 +27,8 @@ EXECUTION_KEYS = (
     "checkpoint.every_updates",
     "checkpoint.every_minutes",
     "checkpoint.keep",
+    # It acts where a run would otherwise be lost; what it did stands in the run's record.
+    "guard",
     "export",
     "data.workers",
     # They say when a run with damaged images ends, and nothing of what it computes until then.

@@ -98,21 +98,29 @@ class RunningStatistics:
     def __init__(self, model: nn.Module) -> None:
         self._layers = [layer for layer in model.modules() if isinstance(layer, GhostBatchNorm2d)]
 
-    def update(self, all_reduce: Callable[[Tensor], None] | None = None) -> None:
+    def update(self, all_reduce: Callable[[Tensor], None] | None = None, also: Tensor | None = None) -> Tensor | None:
         """Enter the statistics and forget them; a layer without samples on any rank keeps its own.
 
+        Returns `also` summed over the ranks.
+
         Args:
+            also: a 1-D tensor that is to go with the same collective.
             all_reduce: replaces a 1-D tensor by its sum over the ranks, in place; called once, on every rank
                 alike, also by one that had no samples. None: there is one rank.
         """
         layers = self._layers
         if not layers:
-            return
+            if all_reduce is not None and also is not None:
+                all_reduce(also)
+            return also
         sums = [layer.ghost_sums for layer in layers]
         samples = [layer.ghost_samples for layer in layers]
-        flat = torch.cat([t.flatten() for t in (*sums, *samples)])
+        others = [] if also is None else [also.to(sums[0].dtype)]
+        flat = torch.cat([*others, *(t.flatten() for t in (*sums, *samples))])
         if all_reduce is not None:
             all_reduce(flat)
+        if also is not None:
+            also, flat = flat[: len(also)], flat[len(also) :]
         # One count per value: the layers of a model need not all have seen the same samples.
         counts = torch.cat(
             [
@@ -128,6 +136,7 @@ class RunningStatistics:
         torch._foreach_add_(running, torch._foreach_mul(entries, momenta))
         torch._foreach_add_([t for layer in layers if (t := layer.num_batches_tracked) is not None], 1)
         torch._foreach_zero_([*sums, *samples])
+        return also
 
 
 def _running(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,14 @@ def final_record(
     result: Evaluated,
     seconds: float,
     bad_images: int,
+    passed_over: int,
+    rollbacks: list[dict[str, int]],
     weights_sha256: str,
 ) -> dict[str, Any]:
-    """The content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts."""
+    """The content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
+
+    `passed_over`: global batches that made no update, by rollbacks or by float16's loss scale.
+    """
     return {
         "best_top1": best_top1,
         "final_top1": result.top1,
@@ -101,6 +106,8 @@ def final_record(
         "seconds": seconds,
         "weights_sha256": weights_sha256,
         "bad_images": bad_images,
+        "passed_over": passed_over,
+        "rollbacks": rollbacks,
         "batch": config.batch.name if config.batch.size is None else str(config.batch.size),
         "nominal_batch": plan.nominal_batch,
         "global_batch": plan.global_batch,

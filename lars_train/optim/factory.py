@@ -38,7 +38,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     if config.name == "sgd":
         return base
     try:
-        return LARS(base, eps=filled(config.eps), trust_coef=filled(config.trust_coef))
+        return LARS(base, eps=filled(config.eps), trust_coef=filled(config.trust_coef), record=True)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.base={config.base}: {error}") from None
 

@@ -51,10 +51,19 @@ class Record:
     def layers(self) -> Layers:
         """All of it, on the device of the first tensor."""
         host: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
-        parts = [v if isinstance(v, Tensor) else torch.tensor(v, **host).view(3, 1) for v in self.values]
+        parts: list[Tensor] = []
+        numbers: list[tuple[float, float, float]] = []
+        for value in [*self.values, torch.zeros(3, 0, **host)]:
+            if not isinstance(value, Tensor):
+                numbers.append(value)
+                continue
+            if numbers:
+                parts.append(torch.tensor(numbers, **host).T)
+                numbers = []
+            parts.append(value)
         device = next((v.device for v in self.values if isinstance(v, Tensor)), torch.device("cpu"))
         moved = [part.to(device=device, dtype=torch.float32, non_blocking=True) for part in parts]
-        return Layers(list(self.parameters), torch.cat(moved, dim=1) if moved else torch.zeros(3, 0, **host))
+        return Layers(list(self.parameters), torch.cat(moved, dim=1))
 
 
 @dataclass

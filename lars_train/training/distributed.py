@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lars_train.errors import ConfigError, DataError, Stopped
+from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.launch import Ranks, adopt, export_slurm, restarts
 
 _base_store: Store | None = None
@@ -146,5 +146,5 @@ def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
         if not ranks.first:
             print(f"lars-train: rank {rank} on {platform.node()}: {text}", file=sys.stderr, flush=True)
         return error
-    known: dict[str, type[Exception]] = {"ConfigError": ConfigError, "DataError": DataError}
+    known: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, DataError, Diverged)}
     return known[kind](text) if kind in known else RuntimeError(f"rank {rank} failed: {kind}: {text}")

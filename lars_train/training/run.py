@@ -15,7 +15,7 @@ import torch
 from lars_train.config import absolute_paths, filled, flatten
 from lars_train.data.loader import Stream, View, train_loader
 from lars_train.data.order import micro_bounds
-from lars_train.errors import ConfigError, DataError, Stopped
+from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.models.weights import weights_sha256
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.progress import Progress
@@ -27,6 +27,7 @@ from lars_train.training.bad_images import BadImages, told_in
 from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
+from lars_train.training.guard import Divergence
 from lars_train.training.network import make_network
 from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
@@ -34,13 +35,16 @@ from lars_train.training.resolve import resolve
 from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, make_schedule, normaliser
 from lars_train.training.writer import CheckpointWriter
 
+# float16: so many batches in a row without an update that the loss scale (from 2**16 on) cannot be what is wrong.
+_MOST_SKIPPED = 60
+
 
 class Run:
     """What a training run holds on one rank. Making one and `train` are collective."""
 
     def __init__(self, prepared: Prepared, group: Group, device: torch.device) -> None:
         config, plan, dataset = prepared.config, prepared.plan, prepared.dataset
-        self.config, self.plan, self.dataset = config, plan, dataset
+        self.prepared, self.config, self.plan, self.dataset = prepared, config, plan, dataset
         self.directory, self.group, self.device = prepared.directory, group, device
         self.checkpoints = self.directory / "checkpoints"
         start = self._latest_checkpoint(prepared) or prepared.start_from
@@ -62,12 +66,14 @@ class Run:
             device=device,
             group=group,
             compiled=config.compile,
+            max_loss=config.guard.max_loss,
         )
         self.best_top1, self.seconds_before, self.bad = -math.inf, 0.0, BadImages(config.data.max_bad, group)
         if start is not None:
             self.trainer.restore(start)
             self.best_top1, self.seconds_before = start["best_top1"], start["seconds"]
             self.bad.known.update(start["bad"])
+        self.rollbacks: list[dict[str, int]] = [] if start is None else list(start.get("rollbacks", []))
         self.resumed_at = self.trainer.update
         self.progress = Progress(shown=group.first, epochs=plan.epochs)
         self.log: RunLog | None = None
@@ -78,7 +84,7 @@ class Run:
             self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
             self.log = RunLog(self.directory, self.trainer.update)
         self.logged: dict[str, float] = {}
-        self.failures_told = 0
+        self.failures_told = self.skipped_in_a_row = 0
         self.result: Result | None = None
 
     def train(self) -> dict[str, Any]:
@@ -93,9 +99,10 @@ class Run:
             with self.notice:
                 if self.resumed_at and self._evaluation_is_due():  # it may have been ended before its evaluation
                     self._evaluate()
-                with closing(self._batches()) as batches:
-                    while self.trainer.update < self.plan.stop:
-                        self._one_update(batches)
+                if self.trainer.update == 0 and self.config.guard.on_divergence == "rollback":
+                    self._save()
+                while self.trainer.update < self.plan.stop:
+                    self._updates_in_order()
                 return self._finish()
         finally:
             self.progress.close()
@@ -104,7 +111,19 @@ class Run:
             if self.log is not None:
                 self.log.close()
 
-    def _one_update(self, batches: Stream) -> None:
+    def _updates_in_order(self) -> None:
+        """Updates to the end, or until batches have been passed over and the order of what follows is another."""
+        last = self.plan.stop + self.trainer.skipped
+        with closing(self._batches()) as batches:
+            while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:
+                divergence = self._one_update(batches)
+                if divergence is not None:
+                    break
+            else:
+                return
+        self._roll_back(divergence)
+
+    def _one_update(self, batches: Stream) -> Divergence | None:
         config, per_epoch = self.config, self.plan.updates_per_epoch
         epoch, done = divmod(self.trainer.update, per_epoch)
         if done == 0 or self.trainer.update == self.resumed_at:
@@ -116,11 +135,21 @@ class Run:
         info = self.trainer.run_update(batches, self._micro_batches(), measure=log_now)
         self.waited += info.waited
         self.bad.note(info.bad)
+        if not info.made:
+            self._check_skipped()
+            return None
+        self.skipped_in_a_row = 0
         if log_now:
             self._log(info)
         self.progress.advance(self.logged)
         signal_number, overdue = self.group.highest([self.notice.given, self._checkpoint_is_overdue()])
-        if signal_number or overdue or at_end or update % (config.checkpoint.every_updates or per_epoch) == 0:
+        save_now = signal_number or overdue or at_end or update % (config.checkpoint.every_updates or per_epoch) == 0
+        # Before a checkpoint, so that none is made of a run that has diverged.
+        if log_now or save_now:
+            divergence = self.trainer.divergence()
+            if divergence is not None:
+                return divergence
+        if save_now:
             self._save()
         if signal_number:
             self._stop(signal_number)
@@ -129,6 +158,63 @@ class Run:
             self.progress.end_epoch(epoch_line(update, self.plan, self.logged, self.result, self.best_top1))
         elif epoch_ends:
             self.progress.end_epoch(epoch_line(update, self.plan, self.logged))
+        return None
+
+    def _check_skipped(self) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > _MOST_SKIPPED:
+            raise Diverged(
+                f"after update {self.trainer.update:,} the gradients of {self.skipped_in_a_row} batches in a row were "
+                "not finite in float16, at any loss scale: choose precision=bf16, or lower optimizer.lr."
+            )
+
+    def _roll_back(self, divergence: Divergence) -> None:
+        """Go on from the last checkpoint, after the samples that led from there to `divergence`. Collective.
+
+        Raises `Diverged` with the report, where that is not wanted, was done too often, or has nothing to go on from.
+        """
+        guard, lines = self.config.guard, divergence.lines()
+        start = None
+        if guard.on_divergence == "rollback" and len(self.rollbacks) < guard.max_rollbacks:
+            if self.writer is not None:
+                self.writer.wait()
+            start = self._latest_checkpoint(self.prepared)
+        if start is None:
+            self._record(divergence, {"action": "stop"})
+            lines.append(
+                f"Stopped, after {len(self.rollbacks)} rollbacks; divergence.jsonl in {self.directory} has the report. "
+                "Lower optimizer.lr, raise schedule.warmup_epochs, or go on from the last checkpoint without the "
+                "samples that came before the divergence (guard.on_divergence=rollback, guard.max_rollbacks)."
+            )
+            raise Diverged("\n".join(lines))
+        first = start["update"] + start.get("skipped", 0)
+        behind = divergence.update + self.trainer.skipped
+        step = {"from_update": divergence.update, "to_update": start["update"], "passed_over_from": first}
+        step["passed_over"] = behind - first
+        self._record(divergence, {"action": "rollback", **step})
+        self.rollbacks.append(step)
+        self.trainer.restore(start)
+        self.trainer.skipped = behind - start["update"]
+        self.best_top1 = start["best_top1"]
+        self.resumed_at = self.logged_update = self.trainer.update
+        self.log_started, self.waited = time.perf_counter(), 0.0
+        lines.append(
+            f"Going on from update {start['update']:,} without the {behind - first:,} batches from there on: rollback "
+            f"{len(self.rollbacks)} of at most {guard.max_rollbacks}."
+        )
+        for line in lines:
+            self.progress.say(f"WARNING: {line}")
+        if self.log is not None:
+            self.log.close()
+            checkpoint.remove_later(self.checkpoints, self.trainer.update)
+            self.log = RunLog(self.directory, self.trainer.update)
+        # A kill before the next checkpoint must not bring back what was passed over.
+        self._save()
+
+    def _record(self, divergence: Divergence, action: dict[str, Any]) -> None:
+        if self.group.first:
+            with (self.directory / "divergence.jsonl").open("a") as file:
+                file.write(json.dumps({**divergence.record(), **action}) + "\n")
 
     def _evaluation_is_due(self) -> bool:
         update, every = self.trainer.update, self.plan.updates_per_epoch * self.config.evaluate.every_epochs
@@ -178,8 +264,8 @@ class Run:
             ghost_batch=plan.ghost_batch,
             ghosts_per_micro=self.ghosts_per_micro,
             updates_per_epoch=plan.updates_per_epoch,
-            start_update=self.trainer.update,
-            stop_update=plan.stop,
+            start_update=self.trainer.update + self.trainer.skipped,
+            stop_update=plan.stop + self.trainer.skipped,
             rank=ranks.rank,
             world=ranks.world,
             workers=self.workers,
@@ -280,6 +366,7 @@ class Run:
                 "best_top1": self.best_top1,
                 "seconds": self._seconds(),
                 "bad": dict(self.bad.known),
+                "rollbacks": list(self.rollbacks),
                 "config": asdict(absolute_paths(self.config)),
                 "plan": asdict(self.plan),
                 "resolved": asdict(self.resolved),
@@ -306,6 +393,8 @@ class Run:
             result=self.result,
             seconds=self._seconds(),
             bad_images=len(self.bad.known),
+            passed_over=self.trainer.skipped,
+            rollbacks=self.rollbacks,
             weights_sha256=weights_sha256(self.trainer.network),
         )
         if self.log is not None:

@@ -22,6 +22,7 @@ from lars_train.optim.schedule import RESTART, WHOLE, learning_rate
 from lars_train.plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
+from lars_train.training.guard import Divergence, Guard
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,17 @@ class Trainer:
         device: torch.device,
         group: Group,
         compiled: bool = False,
+        max_loss: float | None = None,
     ) -> None:
         self.network, self.optimizer, self.plan, self.hyper = network, optimizer, plan, hyper
         self.normalise, self.precision, self.device, self.group = normalise, precision, device, group
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scales_loss)
         self.running_statistics = RunningStatistics(network)
         self.meter = Meter(device)
+        self.guard = Guard(max_loss, device)
         self.update = 0
+        self.skipped = 0
+        """Global batches that were passed over: the next one is number `update` + `skipped`."""
         self.forward: Any = torch.compile(network) if compiled else network
         if group.ranks.world > 1:
             # RunningStatistics makes the buffers the same on every rank, from all ranks' data.
@@ -124,8 +129,10 @@ class Trainer:
 
         The gradient is the sum of the samples' gradients over all ranks, divided by the global batch,
         however unevenly the samples lie on the ranks. With `measure` the norms are computed too.
+        Where float16's loss scale was too high no update is made: `info.made` is False, and this batch is passed over.
         """
         info = UpdateInfo(self.hyper.schedule(self.update))
+        loss = torch.zeros(1, dtype=self.precision.weights, device=self.device)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = info.lr
         for k in range(micro_batches):
@@ -134,18 +141,34 @@ class Trainer:
             info.waited += time.perf_counter() - started
             info.bad.extend(batch.bad)
             with self._reduce_gradients_after(last=k == micro_batches - 1):
-                self._forward_backward(batch)
-        self.running_statistics.update(self.group.sum if self.group.ranks.world > 1 else None)
+                loss += self._forward_backward(batch)
+        total = self.running_statistics.update(self.group.sum if self.group.ranks.world > 1 else None, also=loss)
         self.scaler.unscale_(self.optimizer)
         if measure:
             info.norms = self._norms()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        info.made = self._step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.update += 1
+        if info.made:
+            self.update += 1
+            assert total is not None
+            self.guard.watch(self.update, total[0] / self.plan.global_batch, self.optimizer)
+        else:
+            self.skipped += 1
         return info
 
-    def _forward_backward(self, batch: Batch) -> None:
+    def _step(self) -> bool:
+        scales = self.precision.scales_loss
+        # The scaler has waited for the device already, to know whether to step.
+        scale = self.scaler.get_scale() if scales else 0.0
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return not scales or self.scaler.get_scale() >= scale
+
+    def divergence(self) -> Divergence | None:
+        """The first update whose loss was not finite or above the limit; the host waits for the device."""
+        return self.guard.found(self.network, lambda update: self.hyper.schedule(update - 1))
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
         images, labels = self.normalise(batch.images), batch.labels.to(self.device, non_blocking=True)
         with self.precision.autocast(self.device):
             logits = self.forward(images)
@@ -155,6 +178,7 @@ class Trainer:
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))
         self.meter.add(loss, logits, labels, len(batch.bad))
+        return loss.detach()
 
     def _reduce_gradients_after(self, *, last: bool) -> AbstractContextManager[None]:
         if last or self.group.ranks.world == 1:
@@ -173,6 +197,7 @@ class Trainer:
         self.meter.total(self.group)
         return {
             "update": self.update,
+            "skipped": self.skipped,
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -188,7 +213,9 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self.scaler.load_state_dict(state["scaler"])
-        self.update = state["update"]
+        self.update, self.skipped = state["update"], state.get("skipped", 0)
+        self.guard.forget()
+        self.meter.sums.zero_()
         if self.group.first:
             self.meter.sums.copy_(state["meter"])
 
@@ -198,6 +225,7 @@ class UpdateInfo:
     """What one update left behind: `waited` in seconds; `norms` as device scalars where they were measured."""
 
     lr: float
+    made: bool = True
     waited: float = 0.0
     bad: list[BadSample] = field(default_factory=list)
     norms: dict[str, Tensor] = field(default_factory=dict)

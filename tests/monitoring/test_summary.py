@@ -101,6 +101,8 @@ def test_the_final_record_makes_the_row_of_the_table() -> None:
         result=Evaluated(),
         seconds=12.5,
         bad_images=1,
+        passed_over=2,
+        rollbacks=[{"from_update": 9}],
         weights_sha256="ab" * 32,
     )
     assert json.loads(json.dumps(record)) == record

@@ -1,0 +1,241 @@
+"""Divergence: found at its update, told with what led to it, and gone back from without the samples before it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn, optim
+
+from lars_train import LARS
+from lars_train.config import Config, resolve
+from lars_train.errors import ConfigError, Diverged
+from lars_train.launch import Ranks
+from lars_train.training import checkpoint, device, session
+from lars_train.training import run as run_module
+from lars_train.training.guard import Divergence, Guard
+from lars_train.training.prepare import prepare
+from lars_train.training.run_directory import Invocation
+from lars_train.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+# 4 updates an epoch, 12 in all; a checkpoint every second update.
+TINY: dict[str, Any] = {
+    "epochs": 3,
+    "log_every": 2,
+    "device": "cpu",
+    "batch": {"size": 24},
+    "recipe": {"rows": {"32k": {}}},
+    "data": {
+        "name": "synthetic",
+        "image_size": 16,
+        "augment": "pad_crop",
+        "train_count": 100,
+        "val_count": 22,
+        "num_classes": 4,
+        "workers": 0,
+    },
+    "model": {"name": "small", "ghost_batch": 8},
+    "optimizer": {"lr": 1.0, "trust_coef": 0.01, "weight_decay": 0.001},
+    "schedule": {"warmup_epochs": 1},
+    "precision": {"name": "fp32"},
+    "launch": {"threads": 1},
+    "checkpoint": {"every_updates": 2},
+    "evaluate": {"every_epochs": 3},
+}
+
+
+@pytest.fixture
+def float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is refused on processors without the arithmetic only because it is slow there.
+    monkeypatch.setattr(device, "_cpu_has", lambda *flags: True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(directory: Path, precision: str = "fp32", **guard: Any) -> dict[str, Any]:
+    changes = {"run": {"dir": str(directory)}, "guard": guard, "precision": {"name": precision}}
+    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, changes)
+    assert isinstance(raw, DictConfig)
+    return session.train(prepare(resolve(raw)), Ranks(), Invocation(("lars-train",)))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Spoiled:
+    """Spoils the gradient of the batch at each of `positions`, and keeps the positions that the run has come by."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *positions: int, die_at: int | None = None) -> None:
+        self.seen: list[int] = []
+        original = Trainer._forward_backward
+
+        def forward_backward(trainer: Trainer, batch: Any) -> Any:
+            position = trainer.update + trainer.skipped
+            if position == die_at:
+                raise KeyboardInterrupt
+            loss = original(trainer, batch)
+            self.seen.append(position)
+            if position in positions:
+                parameter = next(trainer.network.parameters())
+                assert parameter.grad is not None
+                parameter.grad.fill_(math.nan)
+            return loss
+
+        monkeypatch.setattr(Trainer, "_forward_backward", forward_backward)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Spoiled(monkeypatch, 4)
+    # The fifth update spoils the weights; the sixth has the loss, and there it is found.
+    with pytest.raises(Diverged, match=r"diverged at update 6: loss nan, lr 0\.[0-9]+") as caught:
+        train(tmp_path / "run")
+    assert "largest gradient norms, one update earlier: conv1.weight nan" in str(caught.value)
+    (record,) = lines(tmp_path / "run/divergence.jsonl")
+    assert record["update"] == 6
+    assert record["loss"] is None
+    assert record["action"] == "stop"
+    assert len(record["largest_gradients"]) == 5
+    update, content = checkpoint.latest(tmp_path / "run/checkpoints") or (None, {})
+    assert content["update"] == 4, update
+    assert all(torch.isfinite(t).all() for t in content["model"].values())
+
+
+def test_a_rollback_passes_over_the_samples_before_the_divergence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spoiled = Spoiled(monkeypatch, 4)
+    final = train(tmp_path / "run", on_divergence="rollback")
+    # Positions 4 and 5 led from the checkpoint to the divergence: not made again.
+    assert spoiled.seen == [0, 1, 2, 3, 4, 5, *range(6, 14)]
+    step = {"from_update": 6, "to_update": 4, "passed_over_from": 4, "passed_over": 2}
+    assert final["updates"] == 12
+    assert final["passed_over"] == 2
+    assert final["rollbacks"] == [step]
+    (record,) = lines(tmp_path / "run/divergence.jsonl")
+    assert step.items() <= record.items()
+    logged = lines(tmp_path / "run/metrics.jsonl")
+    assert [line["update"] for line in logged if "train/loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert all(math.isfinite(line["train/loss"]) for line in logged if "train/loss" in line)
+
+
+def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        Spoiled(patch, 4)
+        unbroken = train(tmp_path / "unbroken", on_divergence="rollback")
+    with monkeypatch.context() as patch:
+        Spoiled(patch, 4, die_at=7)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "killed", on_divergence="rollback")
+    with monkeypatch.context() as patch:
+        resumed = Spoiled(patch, 4)
+        killed = train(tmp_path / "killed", on_divergence="rollback")
+    assert resumed.seen[0] == 6
+    for key in ("weights_sha256", "rollbacks", "passed_over", "best_top1"):
+        assert killed[key] == unbroken[key]
+
+
+def test_rollbacks_end_after_as_many_as_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Spoiled(monkeypatch, *range(4, 100))
+    with pytest.raises(Diverged, match="after 2 rollbacks"):
+        train(tmp_path / "run", on_divergence="rollback", max_rollbacks=2)
+    assert [line["action"] for line in lines(tmp_path / "run/divergence.jsonl")] == ["rollback", "rollback", "stop"]
+
+
+def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Spoiled(monkeypatch, 0)
+    final = train(tmp_path / "run", on_divergence="rollback")
+    assert final["rollbacks"] == [{"from_update": 2, "to_update": 0, "passed_over_from": 0, "passed_over": 2}]
+    assert final["updates"] == 12
+
+
+def test_a_loss_above_the_limit_is_a_divergence(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="diverged at update 1: loss"):
+        train(tmp_path / "low", max_loss=0.01)
+    assert train(tmp_path / "high", max_loss=100.0)["updates"] == 12
+
+
+def test_bad_settings_of_the_guard_are_refused(tmp_path: Path) -> None:
+    for guard in ({"max_loss": 0.0}, {"max_rollbacks": -1}, {"on_divergence": "hope"}):
+        with pytest.raises(ConfigError, match=f"guard.{next(iter(guard))}"):
+            train(tmp_path / "run", **guard)
+
+
+@pytest.mark.usefixtures("float16")
+def test_steps_that_float16_skips_do_not_advance_the_schedule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rates: list[tuple[int, float]] = []
+    original = Trainer.run_update
+
+    def run_update(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        info = original(trainer, *args, **kwargs)
+        rates.append((trainer.update, info.lr))
+        return info
+
+    monkeypatch.setattr(Trainer, "run_update", run_update)
+    spoiled = Spoiled(monkeypatch, 1, 2, 11)
+    final = train(tmp_path / "run", precision="fp16")
+    assert spoiled.seen == list(range(15))
+    assert final["passed_over"] == 3
+    assert [update for update, _ in rates] == [1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10, 11, 12]
+    assert rates[1][1] == rates[2][1] == rates[3][1]
+    assert [line["update"] for line in lines(tmp_path / "run/metrics.jsonl") if "train/loss" in line] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]
+
+
+@pytest.mark.usefixtures("float16")
+def test_float16_that_never_makes_a_step_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run_module, "_MOST_SKIPPED", 5)
+    original = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda trainer: original(trainer) and False)
+    with pytest.raises(Diverged, match="6 batches in a row"):
+        train(tmp_path / "run", precision="fp16")
+
+
+def test_the_report_has_the_layers_of_the_update_before() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    lars = LARS(optim.SGD(model.parameters(), lr=0.1), trust_coef=0.1, record=True)
+    guard = Guard(5.0, CPU)
+    expected: list[tuple[str, float, float, float]] = []
+    for update, loss in enumerate((1.0, 2.0, 6.0, math.nan), start=1):
+        before = [(n, p.norm().item()) for n, p in model.named_parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float(update))
+        if update == 2:
+            expected = [(n, w, p.grad.norm().item()) for (n, w), p in zip(before, model.parameters(), strict=True)]  # type: ignore
+        lars.step()
+        guard.watch(update, torch.tensor(loss), lars)
+    found = guard.found(model, lambda update: update / 10)
+    assert found is not None
+    assert (found.update, found.loss, found.lr) == (3, 6.0, 0.3)
+    for layer, (name, weight, grad) in zip(found.layers, expected, strict=True):
+        assert layer[0] == name
+        assert layer[1:] == pytest.approx((weight, grad, 0.1 * weight / (grad + 1e-8)), rel=1e-5)
+    guard.forget()
+    assert guard.found(model, float) is None
+
+
+def test_a_report_can_be_had_without_layers() -> None:
+    assert Divergence(3, math.inf, 0.1, ()).lines() == ["diverged at update 3: loss inf, lr 0.1."]
+    assert Divergence(3, math.inf, 0.1, ()).record()["loss"] is None
