@@ -249,6 +249,18 @@ def test_a_stored_config_is_judged_as_a_command_line_is(
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_whose_config_is_as_a_run_writes_it_is_evaluated_by_its_own_weights(tmp_path: Path) -> None:
+    own = content({})
+    other = tmp_path / "start.pth"
+    torch.save({key: torch.zeros_like(value) for key, value in own["model"].items()}, other)
+    path = checkpoint.save(tmp_path / "c", 1, {**own, "config": changed("model.weights", str(other))}, keep=3)
+    asked = config(tmp_path / "new", mode="evaluate", checkpoint__path=str(path))
+    result = session.evaluate_only(*session.evaluation_config(asked, ()), Ranks())
+    torch.save(own["model"], other)
+    alone = config(tmp_path / "new", mode="evaluate", model__weights=str(other))
+    assert result["val/loss"] == session.evaluate_only(alone, None, Ranks())["val/loss"]
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -96,6 +96,8 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
         stored = restore(content["config"])
     except ConfigError as error:
         raise ConfigError(f"checkpoint.path={config.checkpoint.path}: its config does not fit: {error}") from None
+    # What it started from; its own weights are in it.
+    stored.model.weights = None
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for group in ("model", "data", "precision"):
         if group in keys:
