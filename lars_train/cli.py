@@ -26,6 +26,7 @@ from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, flatten, register, resolve
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped, nearest
 from lars_train.monitoring.say import complain, first_process, say
+from lars_train.text import printable_lines
 
 BAD_INPUT, FAILED, STOPPED = 2, 1, 75  # EX_TEMPFAIL of sysexits.h: try again
 _GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
@@ -91,7 +92,8 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if error is jobs.crash:
-            raise
+            print(printable_lines(traceback.format_exc()), file=sys.stderr)
+            sys.exit(FAILED)
         # What a job meets it handles itself: this is Hydra's word on the command line, in several classes.
         complain(explain(error))
         sys.exit(BAD_INPUT)
@@ -216,7 +218,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         if not sweeping:
             jobs.crash = error
             raise
-        traceback.print_exc()
+        print(printable_lines(traceback.format_exc()), file=sys.stderr)
         jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
 
 

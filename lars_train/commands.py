@@ -14,6 +14,7 @@ from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.monitoring.table import row, table
 from lars_train.plan import check_world
+from lars_train.text import printable
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
 from lars_train.training.distributed import begin_job, current_ranks
@@ -67,7 +68,7 @@ def _told(final: dict[str, Any]) -> str:
     lines.append(f"{final['updates']:,} updates in {final['seconds']:.0f} s")
     lines.append(f"run directory  {final['directory']}")
     lines.append(f"TensorBoard    tensorboard --logdir {shlex.quote(final['directory'])}")
-    return "\n".join(lines)
+    return "\n".join([lines[0], *map(printable, lines[1:])])
 
 
 def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:

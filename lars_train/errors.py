@@ -5,16 +5,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lars_train.text import printable
 
-class ConfigError(ValueError):
+
+class _OneLine(Exception):
+    # What is wrong is often named as a file or a config names it.
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class ConfigError(_OneLine, ValueError):
     """Bad input, found before a device is touched.
 
-    The message says what is wrong, where (config key or file) and what to do.
+    The message says what is wrong, where (config key or file) and what to do, in one line of printable text.
     """
 
 
-class DataError(RuntimeError):
-    """Damaged data that the run's policy (``data.on_error``, ``data.max_bad``) does not tolerate."""
+class DataError(_OneLine, RuntimeError):
+    """Damaged data that the run's policy (``data.on_error``, ``data.max_bad``) does not tolerate; told in one line."""
 
 
 class Diverged(RuntimeError):

@@ -27,6 +27,7 @@ from lars_train.config.schema import (
     config_dir,
     register,
 )
+from lars_train.config.stored import restore
 from lars_train.config.values import EXECUTION_KEYS, absolute_paths, filled, flatten, run_hash
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "published_top1",
     "register",
     "resolve",
+    "restore",
     "run_hash",
 ]
 

@@ -7,9 +7,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from lars_train.data.source import Labels, Names, Source, printable
+from lars_train.data.source import Labels, Names, Source
 from lars_train.data.tree import is_hidden, is_image, join
 from lars_train.errors import ConfigError
+from lars_train.text import printable
 
 
 class FileSource:
@@ -43,7 +44,7 @@ class DirectoryTree:
 
     def __init__(self, root: Path) -> None:
         self.place = str(root)
-        self._root = root
+        self.path = root
 
     def folders(self, inside: bytes) -> list[bytes]:
         return sorted(entry.name for entry in self._entries(inside) if entry.is_dir())
@@ -61,7 +62,7 @@ class DirectoryTree:
         return FileSource(self._path(inside), names, labels)
 
     def _path(self, inside: bytes) -> Path:
-        return self._root / os.fsdecode(inside)
+        return self.path / os.fsdecode(inside)
 
     def _entries(self, inside: bytes) -> Iterator[os.DirEntry[bytes]]:
         folder = os.fsencode(self._path(inside))

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lars_train.data.directory import DirectoryTree, user_path
-from lars_train.data.source import Dataset, Labels, Names, NamesBuilder, fingerprint, printable
+from lars_train.data.source import Dataset, Labels, Names, NamesBuilder, fingerprint
 from lars_train.data.tree import Tree, is_image, join
 from lars_train.data.zips import ZipTree
 from lars_train.errors import ConfigError
+from lars_train.text import printable
 
 TRAIN = b"train"
 TEST = b"test"

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from lars_train.data.directory import DirectoryTree, is_file, user_path
 from lars_train.data.folder import Split, collect, dataset, find_splits, hold_out, matched, open_tree
 from lars_train.data.imagenet_labels import from_csv, from_devkit
-from lars_train.data.source import Dataset, NamesBuilder, printable
+from lars_train.data.source import Dataset, NamesBuilder
 from lars_train.data.tree import Tree, is_image, join
 from lars_train.errors import ConfigError
+from lars_train.text import printable
 
 _KAGGLE = b"LOC_val_solution.csv"
 _DEVKIT = b"ILSVRC2012_devkit_t12/data"
@@ -86,7 +86,7 @@ def _found(tree: Tree, val: bytes) -> _Table:
     for folder in (b"", val):
         if _KAGGLE in tree.files(folder):
             return _table(tree, join(folder, _KAGGLE))
-    for above in list(Path(tree.place).resolve().parents)[:_PARENTS]:
+    for above in list(tree.path.resolve().parents)[:_PARENTS]:
         if is_file(above / os.fsdecode(_KAGGLE)):
             return _table(DirectoryTree(above), _KAGGLE)
     if _GROUND_TRUTH in tree.files(_DEVKIT):

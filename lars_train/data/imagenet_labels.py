@@ -9,9 +9,9 @@ import csv
 import io
 import os
 
-from lars_train.data.source import printable
 from lars_train.data.tree import is_image
 from lars_train.errors import ConfigError
+from lars_train.text import printable
 
 _SHOWN = 5
 
@@ -25,7 +25,11 @@ def from_csv(place: str, content: bytes, images: list[bytes]) -> list[bytes]:
     """
     wnids: dict[bytes, bytes] = {}
     text = content.decode("utf-8-sig", "surrogateescape")
-    for row in csv.reader(io.StringIO(text, newline="")):
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ConfigError(f"data.val_labels: {place} is no table of image and wnid ({error}); give another.") from None
+    for row in rows:
         words = row[1].split() if len(row) > 1 else []
         if not words:
             continue

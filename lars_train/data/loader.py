@@ -27,6 +27,7 @@ from lars_train.data.augment import UNIFORMS, Geometry, View
 from lars_train.data.decode import BadImage, decode
 from lars_train.data.order import batch_uniforms, epoch_order, eval_run, micro_batches
 from lars_train.errors import DataError
+from lars_train.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,7 +199,7 @@ class _Reader(Dataset["Batch | _Failure"]):
             reason = str(error)
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        return BadSample(sample, self._source.where(sample), reason)
+        return BadSample(sample, self._source.where(sample), printable(reason))
 
     def _buffers(self, count: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         size = self._view.size

@@ -128,8 +128,3 @@ def fingerprint(classes: Iterable[str], *splits: tuple[Iterable[bytes | memoryvi
             digest.update(run)
         digest.update(labels.astype("<i4").tobytes())
     return digest.hexdigest()[:16]
-
-
-def printable(path: bytes) -> str:
-    """A path for messages: bytes that are not UTF-8 become U+FFFD instead of breaking the terminal."""
-    return path.decode("utf-8", "replace")

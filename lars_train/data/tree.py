@@ -5,6 +5,7 @@ It says which files count as images and which are passed over. It opens nothing 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from lars_train.data.source import Labels, Names, Source
@@ -31,6 +32,9 @@ class Tree(Protocol):
 
     place: str
     """The root, for messages."""
+
+    path: Path
+    """The directory or the zip itself."""
 
     def folders(self, inside: bytes) -> list[bytes]:
         """Names of the folders directly in `inside`, in bytewise order."""

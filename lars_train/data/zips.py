@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.source import Labels, Names, Source, printable
+from lars_train.data.source import Labels, Names, NamesBuilder, Source
 from lars_train.data.tree import is_hidden, is_image, join
 from lars_train.errors import ConfigError
+from lars_train.text import printable
 
 _ENTRY = np.dtype([("header", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("deflated", "?")])
 # Local file header (APPNOTE.TXT 4.3.7): signature, 22 bytes that the directory repeats, two lengths.
@@ -29,6 +30,11 @@ _HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 # Deflate cannot shrink data more than this (https://zlib.net/zlib_tech.html, "Maximum Compression Factor").
 _RATIO = 1032
+# Bytes that a deflated picture may come to. Nothing but a bomb does: pictures are packed already, and one that is
+# stored takes no more memory than it takes in the zip.
+_DEFLATED = 128 << 20
+# Bytes of what `read` reads: tables of labels (ImageNet's longest has 2 MB).
+_SMALL = 64 << 20
 # The byte that follows the slash: every path in the folder x sorts before x0.
 _AFTER_SLASH = b"0"
 
@@ -53,7 +59,7 @@ class ZipSource:
         return os.fsdecode(self._names[sample])
 
     def where(self, sample: int) -> str:
-        return f"{self._file.path}!{printable(join(self._inside, self._names[sample]))}"
+        return printable(f"{self._file.path}!") + printable(join(self._inside, self._names[sample]))
 
     def read(self, sample: int) -> bytes:
         header, packed, size, crc, deflated = self._entries[sample].item()
@@ -78,7 +84,7 @@ class ZipTree:
 
     def __init__(self, path: Path) -> None:
         self.place = str(path)
-        self._path = path
+        self.path = path
         self._base = b""
         members = _members(path)
         _check(path, members)
@@ -102,11 +108,17 @@ class ZipTree:
         return [path[len(prefix) :] for path in self._sorted[first:end] if is_image(path)]
 
     def read(self, path: bytes) -> bytes:
-        with zipfile.ZipFile(self._path) as opened:
-            try:
-                return opened.read(self._members[join(self._base, path)])
-            except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-                raise OSError(f"{self.place}!{printable(path)}: {error}") from error
+        info = self._members.get(join(self._base, path))
+        problem = "is not there" if info is None else _problem(info, self.path.stat().st_size)
+        if info is not None and info.file_size > _SMALL:
+            problem = f"is larger than {_SMALL >> 20} MiB"
+        if problem:
+            raise OSError(f"{printable(path)} {problem}")
+        name = NamesBuilder()
+        name.extend([path])
+        data = self.source(b"", name.build(), np.zeros(1, np.int32)).read(0)
+        assert isinstance(data, bytes)
+        return data
 
     def source(self, inside: bytes, names: Names, labels: Labels) -> Source:
         inside = join(self._base, inside)
@@ -115,7 +127,7 @@ class ZipTree:
             info = self._members[join(inside, names[sample])]
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             entries[sample] = (info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
-        return ZipSource(self._path, inside, names, labels, entries)
+        return ZipSource(self.path, inside, names, labels, entries)
 
     def _list(self, inside: bytes) -> tuple[list[bytes], list[bytes]]:
         """The folders and the files directly in `inside`; what lies in those folders is leapt over."""
@@ -207,19 +219,24 @@ def _check(path: Path, members: list[tuple[bytes, zipfile.ZipInfo]]) -> None:
     for name, info in members:
         if not is_image(name):
             continue
-        problem = ""
-        if name == before:
-            problem = "is in it twice"
-        elif info.flag_bits & _ENCRYPTED:
-            problem = "is encrypted"
-        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            problem = "is neither stored nor deflated"
-        elif info.header_offset + info.compress_size > length:
-            problem = "lies beyond the end of the file"
-        elif info.file_size > _RATIO * info.compress_size:
-            problem = "claims to be larger than it can be"
+        problem = "is in it twice" if name == before else _problem(info, length)
         if problem:
             raise ConfigError(
                 f"data.root={path}: {printable(name)} {problem}; pack the zip again (`zip -r -0` will do)."
             )
         before = name
+
+
+def _problem(info: zipfile.ZipInfo, length: int) -> str:
+    """Why `ZipSource` could not read this entry of a zip of `length` bytes, or an empty string."""
+    if info.flag_bits & _ENCRYPTED:
+        return "is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is neither stored nor deflated"
+    if info.header_offset + info.compress_size > length:
+        return "lies beyond the end of the file"
+    if info.file_size > _RATIO * info.compress_size:
+        return "claims to be larger than it can be"
+    if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > _DEFLATED:
+        return f"is deflated, and {info.file_size:,} bytes when it is not"
+    return ""

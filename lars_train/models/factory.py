@@ -87,9 +87,19 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"model.weights={path}: not a file of plain tensors that torch.save wrote, or damaged "
             f"({type(error).__name__}); save it with torch.save(model.state_dict(), path)."
         ) from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    load_state(model, loaded, f"model.weights={path}")
+
+
+def load_state(model: nn.Module, loaded: object, origin: str) -> None:
+    """Load the state dict `loaded` into `model`, in place; what must be in it, `load_weights` says.
+
+    Raises `ConfigError`, in which `origin` says where it comes from, when it is none or does not fit.
+    """
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
         raise ConfigError(
-            f"model.weights={path}: holds no plain state dict (names to tensors); save it with "
+            f"{origin}: holds no plain state dict (names to tensors); save it with "
             "torch.save(model.state_dict(), path)."
         )
     wanted = model.state_dict()
@@ -105,8 +115,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     found = [f"{len(names)} {fault}: {_few(names)}" for fault, names in faults.items() if names]
     if found:
         raise ConfigError(
-            f"model.weights={path}: does not fit the model; {'; '.join(found)}. Check model.name and the "
-            "number of classes."
+            f"{origin}: does not fit the model; {'; '.join(found)}. Check model.name and the number of classes."
         )
     model.load_state_dict(loaded, strict=False)
 

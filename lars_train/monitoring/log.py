@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lars_train.monitoring.fields import FIELDS
+from lars_train.text import printable
 
 
 class RunLog:
@@ -44,7 +45,9 @@ class RunLog:
 
     def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
         """Show the run's settings with its results in TensorBoard's hparams tab."""
-        simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        simple = {
+            printable(k): v if isinstance(v, bool | int | float) else printable(str(v)) for k, v in settings.items()
+        }
         self._board.add_hparams(simple, results, run_name=".")
 
     def sync(self) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lars_train.text import printable
+
 
 class Progress:
     """The display of rank 0; on other ranks (`shown` False) it says nothing."""
@@ -22,7 +24,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line of text, above the bar if there is one."""
         if self._shown:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
     def start_epoch(self, epoch: int, updates: int, done: int) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lars_train.text import printable
+
 HEADER = ("batch", "LR policy", "lr", "warm-up epochs", "epochs", "best top-1 %", "final top-1 %", "published")
+# A backslash would not do for all of them: behind one that the text has itself, it is taken literally.
+_ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[`"})
 
 
 def row(final: dict[str, Any]) -> tuple[str, ...]:
@@ -32,8 +36,13 @@ def row(final: dict[str, Any]) -> tuple[str, ...]:
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """A Markdown table, its columns aligned, that reads well in a terminal."""
-    lines = [HEADER, *rows]
+    lines = [HEADER, *(tuple(map(_cell, line)) for line in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(text)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end its cell, and is neither HTML nor a link, where the table is shown as Markdown."""
+    return printable(text).translate(_ENTITIES)

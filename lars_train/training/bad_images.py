@@ -14,7 +14,7 @@ from lars_train.training.distributed import Group
 def told_in(path: Path) -> set[str]:
     """The images that ``bad_images.jsonl`` names already; a line that a kill cut short names none."""
     told = set()
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             told.add(json.loads(line)["image"])
         except (ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -19,10 +20,19 @@ from typing import IO, Any, cast
 import torch
 
 from lars_train.errors import ConfigError
+from lars_train.text import printable
 
 FORMAT = 1
 # What every reader of a checkpoint relies on.
-_ENTRIES = {"update", "model", "optimizer", "config", "plan", "classes", "fingerprint"}
+_ENTRIES = {
+    "update": int,
+    "model": dict,
+    "optimizer": dict,
+    "config": dict,
+    "plan": dict,
+    "classes": list,
+    "fingerprint": str,
+}
 _MARK = b"\nsha256 of the bytes before this line: "
 _TRAILER = len(_MARK) + 64 + 1
 _NAME = re.compile(r"update-(\d{9})\.pt")
@@ -144,18 +154,37 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"it cannot be read ({error.strerror})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its text is advice to load the file without that protection
+        raise DamagedCheckpoint(
+            "torch cannot read it as plain values and tensors, and nothing else is loaded"
+        ) from None
     except Exception as error:
         raise DamagedCheckpoint(f"torch cannot read it ({_told(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise DamagedCheckpoint("it is no checkpoint of lars-train; a file of weights alone goes in model.weights")
     if content["format"] > FORMAT:
         raise DamagedCheckpoint(f"a newer lars-train wrote it (format {content['format']}, this one knows {FORMAT})")
-    missing = _ENTRIES - content.keys()
+    missing = _ENTRIES.keys() - content.keys()
     if missing:
         raise DamagedCheckpoint(f"it lacks {', '.join(sorted(missing))}")
+    wrong = [key for key, kind in _ENTRIES.items() if not isinstance(content[key], kind)]
+    if not wrong and not all(isinstance(name, str) for name in content["classes"]):
+        wrong = ["classes"]
+    if wrong:
+        raise DamagedCheckpoint(f"what it holds as {', '.join(wrong)} is of another kind than a run writes")
     if not own:
         raise DamagedCheckpoint("it has no checksum at its end: cut short, or written by another program")
     return content
+
+
+def value(content: dict[str, Any], *keys: str) -> Any:
+    """The value in `content` that `keys` lead to, one below the other. Raises `ConfigError` if there is none."""
+    found: Any = content
+    for key in keys:
+        if not isinstance(found, dict) or key not in found:
+            raise ConfigError(f"the checkpoint has no {'.'.join(keys)}: no run writes such a one; choose another.")
+        found = found[key]
+    return found
 
 
 def latest(folder: Path, *, warn: bool = True) -> tuple[Path, dict[str, Any]] | None:
@@ -171,7 +200,8 @@ def latest(folder: Path, *, warn: bool = True) -> tuple[Path, dict[str, Any]] | 
         except DamagedCheckpoint as error:
             damaged.append(path.name)
             if warn:
-                print(f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it.", file=sys.stderr)
+                text = f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it."
+                print(printable(text), file=sys.stderr)
     if damaged:
         raise ConfigError(
             f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); start anew with resume=never."

@@ -68,14 +68,15 @@ def continuation(prepared: Prepared, *, warn: bool = True) -> tuple[Path, dict[s
 
 def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> None:
     """Raise `ConfigError` when a checkpoint is of another model, or was trained on other classes."""
-    theirs, classes = content["config"]["model"]["name"], tuple(content["classes"])
+    theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
     if theirs != model:
         raise ConfigError(f"the checkpoint is of model {theirs}, not {model}: choose model={theirs}.")
     if classes != dataset.classes:
         raise ConfigError(
             f"the checkpoint was trained on another data set: it has {len(classes)} classes "
             f"({', '.join(classes[:3])}, ...), the chosen one {len(dataset.classes)} "
-            f"({', '.join(dataset.classes[:3])}, ...); the checkpoint's was data={content['config']['data']['name']}."
+            f"({', '.join(dataset.classes[:3])}, ...); the checkpoint's was "
+            f"data={checkpoint.value(content, 'config', 'data', 'name')}."
         )
 
 
@@ -89,7 +90,7 @@ def check_same_images(content: dict[str, Any], dataset: Dataset) -> None:
 
 
 def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None:
-    update, per_epoch = content["update"], content["plan"]["updates_per_epoch"]
+    update, per_epoch = content["update"], checkpoint.value(content, "plan", "updates_per_epoch")
     if per_epoch != plan.updates_per_epoch or update > plan.updates:
         raise ConfigError(
             f"checkpoint.path={config.checkpoint.path}: it stands at update {update} of a run with {per_epoch} "
@@ -101,7 +102,7 @@ def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None
 def _check_optimizer_state(content: dict[str, Any], config: Config) -> None:
     # Of the settings, these decide what the optimizer's state looks like.
     for key in ("base", "decay_norm_bias"):
-        theirs, mine = content["config"]["optimizer"][key], getattr(config.optimizer, key)
+        theirs, mine = checkpoint.value(content, "config", "optimizer", key), getattr(config.optimizer, key)
         if theirs != mine:
             raise ConfigError(
                 f"checkpoint.path={config.checkpoint.path}: it has the optimizer state of optimizer.{key}={theirs}, "

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from lars_train.config import AUTO, EXECUTION_KEYS, Config, flatten, run_hash
 from lars_train.errors import ConfigError
+from lars_train.monitoring.say import say
 from lars_train.training.distributed import Group
 
 # What a start that was killed before its record was whole can have left.
@@ -73,7 +74,7 @@ def check_same_experiment(directory: Path, config: Config) -> None:
         return
     try:
         stored = json.loads(record.read_text())
-        theirs, settings = stored["hash"], stored["settings"]
+        theirs, settings = stored["hash"], dict(stored["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{record} cannot be read ({error}); start anew with resume=never.") from None
     if theirs == run_hash(config):
@@ -150,7 +151,7 @@ def _move_aside(directory: Path) -> None:
         while (aside := directory.with_name(f"{directory.name}.old{number}")).exists():
             number += 1
         directory.rename(aside)
-    print(f"resume=never: the run that was there is now {aside}")
+    say(f"resume=never: the run that was there is now {aside}")
 
 
 def _lock(directory: Path) -> IO[str]:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lars_train.config import AUTO, Config
+from lars_train.config import AUTO, Config, restore
 from lars_train.data.augment import View
 from lars_train.data.directory import user_path
 from lars_train.data.open import open_dataset
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
-from lars_train.models.factory import build_model
+from lars_train.models.factory import build_model, load_state
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.say import say
 from lars_train.monitoring.summary import FINISHED
@@ -95,10 +93,11 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
         return config, None
     _, content = checkpoint.find(config.checkpoint.path)
     try:
-        stored = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content["config"]))
-    except OmegaConfBaseException as error:
+        stored = restore(content["config"])
+    except ConfigError as error:
         raise ConfigError(f"checkpoint.path={config.checkpoint.path}: its config does not fit: {error}") from None
-    assert isinstance(stored, Config)
+    # What it started from; its own weights are in it.
+    stored.model.weights = None
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for group in ("model", "data", "precision"):
         if group in keys:
@@ -124,7 +123,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
         set_up(config, device, choose_threads(config, ranks))
         network = make_network(config, len(dataset.classes))
         if content is not None and config.model.weights is None:
-            network.load_state_dict(content["model"])
+            load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
         network = network.to(device=device, dtype=precision.weights).to(memory_format=torch.channels_last)
         result = evaluate_split(
             network,
@@ -149,7 +148,10 @@ def export(config: Config) -> Path:
     """
     assert config.checkpoint.path is not None
     source, content = checkpoint.find(config.checkpoint.path)
-    name, classes = content["config"]["model"]["name"], len(content["classes"])
+    name = str(checkpoint.value(content, "config", "model", "name"))
+    # First of all, for the name becomes part of a file's.
+    model = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False)
+    load_state(model, content["model"], f"checkpoint.path={config.checkpoint.path}")
     target = (
         user_path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
     )
@@ -165,7 +167,6 @@ def export(config: Config) -> Path:
         key: (value.float() if value.is_floating_point() else value).contiguous()
         for key, value in content["model"].items()
     }
-    build_model(name, num_classes=classes, ghost_batch=1, zero_gamma=False).load_state_dict(state)
     partial = target.with_name(target.name + ".partial")
     try:
         torch.save(state, partial)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_train.data.source import Names, NamesBuilder, fingerprint, numbered, numbered_runs, printable
+from lars_train.data.source import Names, NamesBuilder, fingerprint, numbered, numbered_runs
+from lars_train.text import printable
 
 PATHS = st.lists(st.binary(max_size=20).map(lambda raw: raw.replace(b"\0", b"")), max_size=30)
 
