@@ -101,6 +101,14 @@ def test_float16_products_beyond_its_range_are_summed() -> None:
     assert worst(results(at_once, given)[2], expected[2]) < 1e-5
 
 
+def test_the_mean_is_not_rounded_to_bfloat16_in_the_gradient_of_the_weight() -> None:
+    given = operands(torch.bfloat16, torch.channels_last, offset=20.3)
+    given[3] = (given[3] + 8).contiguous(memory_format=torch.channels_last)
+    expected = results(in_a_loop, given, torch.float64)[2]
+    # Rounding a mean of 20 moves it by up to a sixteenth; the sum of 504 gradients of 8 makes that 250 at most.
+    assert float((results(at_once, given)[2] - expected).abs().max()) < 10
+
+
 def test_gradients_agree_with_finite_differences() -> None:
     x, weight, bias, _ = operands(torch.float64, torch.channels_last)
     x = x[:, :2, :2, :2].contiguous(memory_format=torch.channels_last)
