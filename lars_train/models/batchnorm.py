@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lars_train.models.ghost_norm import ghost_norm
+
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are taken over ghost batches (Hoffer et al. 2017,
@@ -70,7 +72,18 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(
                 f"a micro-batch of {samples} samples is not made of whole ghost batches of {self.ghost_batch}"
             )
-        parts = torch.split(input, ghost)
+        ghosts = samples // ghost
+        # A loop costs launches on an accelerator; on the CPU torch's kernel is faster than any row of operations.
+        at_once = ghosts > 1 and input.device.type != "cpu"
+        output, sums = self._at_once(input, ghosts) if at_once else self._one_by_one(input, ghost)
+        self.ghost_sums.add_(sums, alpha=ghost)
+        self.ghost_samples.add_(samples)
+        return output
+
+    def _one_by_one(self, input: Tensor, ghost: int) -> tuple[Tensor, Tensor]:
+        """The output, and the (2, C) sums of the ghost batches' means and unbiased variances."""
+        # The backward pass of a split copies, also that of a split into one.
+        parts = (input,) if len(input) == ghost else torch.split(input, ghost)
         # With momentum 1 a row of zeros becomes exactly the ghost batch's mean or unbiased variance.
         rows = self.ghost_sums.new_zeros(len(parts), 2, self.num_features)
         outputs = [
@@ -79,9 +92,13 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             )
             for part, (mean, variance) in zip(parts, rows.unbind(), strict=True)
         ]
-        self.ghost_sums.add_(rows.sum(0), alpha=ghost)
-        self.ghost_samples.add_(samples)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs), rows.sum(0)
+
+    def _at_once(self, input: Tensor, ghosts: int) -> tuple[Tensor, Tensor]:
+        """As `_one_by_one`, in a number of operations that does not depend on `ghosts`."""
+        output, means, variances = ghost_norm(input, self.weight, self.bias, ghosts=ghosts, eps=self.eps)
+        values = input.numel() // means.numel()
+        return output, torch.stack([means.sum(0), variances.sum(0) * (values / (values - 1))])
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, ghost_batch={self.ghost_batch}, eps={self.eps}, momentum={self.momentum}"

@@ -1,0 +1,167 @@
+"""Batch norm of many ghost batches at once, for devices on which a loop over them would cost a launch each.
+
+The number of operations does not depend on that of the ghost batches, and none waits for the device.
+
+Passes over the activations, forward and backward, each operation reading from memory and writing to it (an estimate;
+plain batch norm makes 8: its statistics 1, its output 2, its two sums 2, its gradient 3):
+
+- compiled (`torch.compile` fuses all operations between the reductions): 8, those of plain batch norm;
+- eager, float32: 13. Forward 3; backward 1 for the sum of the gradients, 4 for that of the products, which no
+  operation of torch sums unwritten for a channels_last tensor, and 5 for the gradient in two steps;
+- eager, bfloat16: 14, for the mean and the variance are two reads; float16: 16, its products being float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Of a (ghost batches, samples, C, H, W) view.
+_REDUCED = (1, 3, 4)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def ghost_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *, ghosts: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each ghost batch by its own statistics (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167,
+    algorithm 1; Hoffer et al. 2017, https://arxiv.org/abs/1705.08741, section 4).
+
+    Statistics and arithmetic are float32 for half-precision input and of the input's dtype otherwise, also under
+    autocast. The backward pass keeps the input as it is, and two (ghosts, C) statistics. There is no second
+    derivative.
+
+    Args:
+        input: (n, C, H, W), any memory format; n is a multiple of `ghosts`.
+        weight, bias: (C,), or both None.
+        ghosts: ghost batches in `input`, in its order.
+        eps: added to the variance.
+
+    Returns:
+        The output, of the shape, dtype and memory format of `input`; the means and the biased variances,
+        (ghosts, C) each, through which no gradient flows.
+
+    Raises:
+        ValueError: a ghost batch has a single value per channel.
+    """
+    if input.numel() // max(ghosts * input.shape[1], 1) < 2:
+        raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each wants more than 1 value per channel")
+    output: tuple[Tensor, Tensor, Tensor] = _GhostNorm.apply(input, weight, bias, ghosts, eps)
+    return output
+
+
+class _GhostNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with _no_autocast(input):
+            x = _split(input, ghosts)
+            mean, variance = _moments(x)
+            inverse = torch.rsqrt(variance + eps)
+            scale = inverse if weight is None else inverse * _per_channel(weight)
+            shift = -mean * scale if bias is None else torch.addcmul(_per_channel(bias), mean, scale, value=-1)
+            output = _multiply_add(shift, x, scale, _empty_like(x))
+            statistics = mean.reshape(ghosts, -1), variance.reshape(ghosts, -1)
+        ctx.save_for_backward(input, weight, mean, inverse)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return output.flatten(0, 1), *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        input, weight, mean, inverse = ctx.saved_tensors
+        with _no_autocast(input):
+            ghosts = len(mean)
+            x, dy = _split(input, ghosts), _split(grad, ghosts)
+            dy_sum = dy.sum(_REDUCED, keepdim=True, dtype=mean.dtype)
+            # Of the gradients times the normalised input.
+            normed_sum, spare = _product_sum(dy, x, mean, dy_sum)
+            normed_sum = normed_sum * inverse
+            grad_input = _input_gradient(dy, x, mean, inverse, weight, dy_sum, normed_sum, spare)
+            grad_weight = None if weight is None else normed_sum.sum(0).flatten().to(weight.dtype)
+            grad_bias = None if weight is None else dy_sum.sum(0).flatten().to(weight.dtype)
+        return grad_input.flatten(0, 1), grad_weight, grad_bias, None, None
+
+
+def _input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    dy_sum: Tensor,
+    normed_sum: Tensor,
+    spare: Tensor | None,
+) -> Tensor:
+    """scale * (dy - mean(dy) - normed * mean(dy * normed)), the mean being taken over a ghost batch's values."""
+    scale = inverse if weight is None else inverse * _per_channel(weight)
+    share = scale * (-mean.numel() / x.numel())
+    slope = normed_sum * inverse * share
+    shift = torch.addcmul(dy_sum * share, mean, slope, value=-1)
+    # The part without dy comes first: it is centred, so that rounding it to half precision loses little.
+    out = _empty_like(x) if spare is None else spare
+    return _multiply_add(_multiply_add(shift, x, slope, out), dy, scale, out)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each ghost batch and channel, (ghosts, 1, C, 1, 1), of at least float32."""
+    if x.dtype in _HALF:
+        if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            # `var_mean` would round its results to half precision, and a float32 copy would cost memory.
+            mean = x.mean(_REDUCED, keepdim=True, dtype=torch.float32)
+            return mean, torch.var(x, _REDUCED, correction=0, keepdim=True, out=torch.empty_like(mean))
+        x = x.float()
+    variance, mean = torch.var_mean(x, _REDUCED, correction=0, keepdim=True)
+    return mean, variance
+
+
+def _multiply_add(shift: Tensor, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """shift + x * scale in the widest dtype, rounded once, into `out`, which may be `shift`."""
+    if torch.compiler.is_compiling():
+        return torch.addcmul(shift, x.to(scale.dtype), scale).to(out.dtype)
+    return torch.addcmul(shift, x, scale, out=out)
+
+
+def _product_sum(dy: Tensor, x: Tensor, mean: Tensor, dy_sum: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The sum of dy * (x - mean) over each ghost batch and channel, and memory like `x` that may be overwritten."""
+    if torch.compiler.is_compiling():
+        return (dy.to(mean.dtype) * (x.to(mean.dtype) - mean)).sum(_REDUCED, keepdim=True), None
+    if x.dtype == torch.float16:
+        # float16 ends at 65504, which products of scaled gradients may pass; in float32 each product is exact, so that
+        # subtracting the mean afterwards loses less than the input's own rounding did.
+        products = torch.addcmul(mean.new_zeros(1), dy, x)
+        return torch.addcmul(products.sum(_REDUCED, keepdim=True), mean, dy_sum, value=-1), None
+    # The one operation of torch that multiplies a difference without writing it down is the gradient of the squared
+    # error, 2 * (x - near) * dy. It wants one dtype: what the mean loses by that is made good below.
+    near = mean.to(x.dtype)
+    products = torch.ops.aten.mse_loss_backward.grad_input(dy, x, near, 0, grad_input=_empty_like(x))
+    centred = products.sum(_REDUCED, keepdim=True, dtype=mean.dtype) / 2
+    if near.dtype == mean.dtype:
+        return centred, products
+    return torch.addcmul(centred, mean - near, dy_sum, value=-1), products
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, 1, -1, 1, 1)
+
+
+def _split(x: Tensor, ghosts: int) -> Tensor:
+    return x.view(ghosts, len(x) // ghosts, *x.shape[1:])
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return _split(torch.empty_like(x.flatten(0, 1)), len(x))
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    # It would turn the activations into float32 copies.
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
