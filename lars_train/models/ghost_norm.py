@@ -65,12 +65,16 @@ class _GhostNorm(torch.autograd.Function):
             inverse = torch.rsqrt(variance + eps)
             scale = inverse if weight is None else inverse * _per_channel(weight)
             shift = -mean * scale if bias is None else torch.addcmul(_per_channel(bias), mean, scale, value=-1)
-            output = _multiply_add(shift, x, scale, _empty_like(x))
+            # Not a view, for the network goes on in place (ReLU), which autograd forbids of views made here.
+            output = torch.empty_like(input)
+            written = _multiply_add(shift, x, scale, _split(output, ghosts))
+            if torch.compiler.is_compiling():
+                output = written.flatten(0, 1).clone()
             statistics = mean.reshape(ghosts, -1), variance.reshape(ghosts, -1)
         ctx.save_for_backward(input, weight, mean, inverse)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return output.flatten(0, 1), *statistics
+        return output, *statistics
 
     @staticmethod
     @once_differentiable

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -299,3 +300,17 @@ def test_cuda_agrees_with_the_float64_loop_and_waits_for_nothing(
     bounds = (8, 8, 8, 8) if dtype in (torch.float32, torch.float64) else (0.6, 0.9, 2, 0.1)
     for ours, exact, bound in zip(got, expected, bounds, strict=True):
         assert worst(ours.cpu(), exact) < bound * unit
+
+
+def test_the_network_may_go_on_in_place() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    gradients = []
+    for in_place in (True, False):
+        leaf = x.clone().requires_grad_()
+        output, _, _ = ghost_norm(leaf, None, None, ghosts=4, eps=1e-5)
+        (F.relu(output, inplace=in_place) * x).sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
