@@ -77,20 +77,6 @@ def test_the_same_command_finds_its_own_finished_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / f"{folder.name}.old1" / "final.json").read_bytes() == before
 
 
-def test_one_two_and_three_processes_make_the_same_curve(tmp_path: Path) -> None:
-    settings = [*TINY, "precision=fp64", "model.ghost_batch=16", "max_updates=12"]
-    ran([*ALONE, *settings, "run.name=one"], tmp_path)
-    ran([*ALONE, *settings, "run.name=three", "launch.nproc=3", "micro_batch=16"], tmp_path)
-    ran([*TORCHRUN, *settings, "run.name=two"], tmp_path)
-    one = losses(tmp_path / "runs/one")
-    for name in ("two", "three"):
-        other = losses(tmp_path / "runs" / name)
-        assert [u for u, _ in other] == [u for u, _ in one]
-        assert [loss for _, loss in other] == pytest.approx([loss for _, loss in one], rel=1e-10)
-        assert len(list((tmp_path / "runs" / name / "checkpoints").glob("update-*.pt"))) == 2
-    assert {line["val/count"] for line in metrics(tmp_path / "runs/three") if "val/count" in line} == {101}
-
-
 def test_a_run_goes_on_with_another_world_size(tmp_path: Path) -> None:
     settings = [*TINY, "precision=fp64"]
     ran([*ALONE, *settings, "run.name=unbroken"], tmp_path)

@@ -1,4 +1,7 @@
-"""Three processes with gloo train and evaluate together; started by the tests below, this file is their program."""
+"""Two, three or four processes with gloo work together; started by the tests below, this file is their program.
+
+That runs make the same curve on any number of ranks is tested in test_same_curve.py.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,22 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional as F
 
 from lars_train.config import Config, resolve
+from lars_train.data.open import open_dataset
+from lars_train.data.order import epoch_order
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
+from lars_train.models.resnet_cifar import CifarResNet
 from lars_train.training import checkpoint, session
-from lars_train.training.distributed import Group, process_group
+from lars_train.training.distributed import Group, begin_job, process_group
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-# Five ghost batches an update: two and three ranks share them unevenly. 23 validation samples: so do those.
+# Five ghost batches an update: two, three and four ranks share them unevenly. 23 validation samples: so do those.
 TINY: dict[str, Any] = {
     "epochs": 2,
     "log_every": 2,
@@ -56,18 +63,37 @@ TINY: dict[str, Any] = {
     "checkpoint": {"every_updates": 3},  # also between two log lines
 }
 UPDATES = 8
+# One update that is the gradient, on pictures as they are.
+GRADIENT: dict[str, Any] = {
+    "max_updates": 1,
+    "data": {"augment": "none", "flip": False},
+    "optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "trust_coef": None},
+    "schedule": {"warmup_epochs": 0.0},
+}
+
+
+def configured(*changes: dict[str, Any]) -> Config:
+    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, *changes)
+    assert isinstance(raw, DictConfig)
+    return resolve(raw)
 
 
 def train(directory: Path, ranks: Ranks, **changes: Any) -> dict[str, Any]:
-    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, {"run": {"dir": str(directory)}}, changes)
-    assert isinstance(raw, DictConfig)
-    return session.train(prepare(resolve(raw)), ranks, Invocation())
+    return session.train(prepare(configured(changes, {"run": {"dir": str(directory)}})), ranks, Invocation())
 
 
 def program(rank: int, folder: Path) -> None:
-    """What each of the three processes does; rank 2 sits out where there are two."""
+    """What each of the four processes does; the higher ranks sit out where there are fewer."""
     told: dict[str, Any] = {}
+    for world in (4, 3, 2):
+        begin_job()
+        if rank < world:
+            start = {"model": {"weights": str(folder / "start.pt")}}
+            train(folder / f"gradient-{world}", Ranks(rank, world, rank, world), **OmegaConf.merge(GRADIENT, start))
+    begin_job()
     three, two = Ranks(rank, 3, rank, 3), Ranks(rank, 2, rank, 2)
+    if rank == 3:
+        return
     with process_group(three, CPU, 60.0) as group:
         told["collectives"] = collectives(group)
     with counted_reductions() as told["counts"]:
@@ -75,7 +101,6 @@ def program(rank: int, folder: Path) -> None:
     # Killed with three ranks and continued with two.
     train(folder / "mixed", three, max_updates=3)
     if rank < 2:
-        train(folder / "two", two, micro_batch=8)
         train(folder / "mixed", two)
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
 
@@ -133,16 +158,23 @@ if __name__ == "__main__":
     sys.exit()
 
 
+def plain_network() -> CifarResNet:
+    """With torch's own batch norm."""
+    torch.manual_seed(3)
+    return CifarResNet(1, num_classes=4)
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which three processes have run `program`."""
+    """The folder in which four processes have run `program`."""
     folder = tmp_path_factory.mktemp("together")
+    torch.save(plain_network().state_dict(), folder / "start.pt")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launched = []
-    for rank in range(3):
-        ranks = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 3, "OMP_NUM_THREADS": 1}
+    for rank in range(4):
+        ranks = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4, "OMP_NUM_THREADS": 1}
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment |= {key: str(value) for key, value in ranks.items()}
         launched.append(
@@ -156,7 +188,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     try:
         for process in launched:
-            _, error = process.communicate(timeout=100)
+            _, error = process.communicate(timeout=300)
             assert process.returncode == 0, error
     finally:
         for process in launched:
@@ -186,11 +218,33 @@ def close(got: Tensor, expected: Tensor, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["three", "two", "mixed"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_gradient_is_the_mean_over_the_global_batch_however_unevenly_ranks_share_it(
+    world: int, together: Path
+) -> None:
+    config, network = configured(GRADIENT), plain_network().double()
+    source = open_dataset(config.data).train
+    samples = epoch_order(config.seed, 0, 90)[:20].tolist()
+    pixels = torch.tensor([source.read(sample).tolist() for sample in samples], dtype=torch.float64) / 255
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (config.data.mean, config.data.std))
+    images = ((pixels - mean) / std).permute(0, 3, 1, 2)
+    labels = torch.tensor([int(source.labels[sample]) for sample in samples])
+    start = {name: p.detach().clone() for name, p in network.named_parameters()}
+    logits = torch.cat([network(part) for part in torch.split(images, 4)])
+    torch.autograd.backward(F.cross_entropy(logits, labels, label_smoothing=0.1))
+    after = saved(together / f"gradient-{world}")
+    assert (after["update"], after["resolved"]["world"]) == (1, world)
+    for name, p in network.named_parameters():
+        assert p.grad is not None
+        close(start[name] - after["model"][name], p.grad, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["three", "mixed"])
 def test_ranks_together_end_with_the_weights_of_one(run: str, together: Path, alone: Path) -> None:
     got, expected = saved(together / run), saved(alone)
     assert got["update"] == expected["update"] == UPDATES
-    assert got["resolved"]["world"] == {"three": 3, "two": 2, "mixed": 2}[run]
+    assert got["resolved"]["world"] == {"three": 3, "mixed": 2}[run]
     assert got["model"].keys() == expected["model"].keys()
     for name, value in expected["model"].items():
         close(got["model"][name], value, name)
@@ -201,11 +255,10 @@ def test_ranks_together_end_with_the_weights_of_one(run: str, together: Path, al
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["three", "two"])
-def test_ranks_together_log_the_curve_of_one(run: str, together: Path, alone: Path) -> None:
+def test_ranks_together_log_the_curve_of_one(together: Path, alone: Path) -> None:
     got, expected = (
         [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        for directory in (together / run, alone)
+        for directory in (together / "three", alone)
     )
     assert len(got) == len(expected) > UPDATES // 2
     timed = {"train/images_per_s", "train/wait_share", "val/seconds"}
@@ -242,7 +295,7 @@ def test_collectives_give_every_rank_the_same(together: Path) -> None:
 
 @pytest.mark.slow
 def test_only_the_first_rank_writes_into_the_shared_directory(together: Path) -> None:
-    for run in ("three", "two", "mixed"):
+    for run in ("three", "mixed"):
         assert len(list((together / run / "tensorboard").iterdir())) >= 1
         record = json.loads((together / run / "run.json").read_text())
         assert len(record["started"]) == (2 if run == "mixed" else 1)
