@@ -23,6 +23,7 @@ from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.distributed import Group
+from lars_train.training.guard import Guard
 from lars_train.training.trainer import Hyper, Meter, Trainer, make_schedule, normaliser
 
 CPU = torch.device("cpu")
@@ -313,6 +314,7 @@ def test_an_update_needs_no_value_of_any_tensor(name: str) -> None:
     which = plan(8, 2)
     t = trainer(network(2).to(meta), which, name=name)
     t.device, t.meter, t.normalise = meta, Meter(meta), normaliser(MEAN, STD, meta, FP64)
+    t.guard = Guard(None, meta)
     t.precision = NoAutocast("fp64", torch.float64, torch.float64)
     for update in range(2):
         t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
