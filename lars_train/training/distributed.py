@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +24,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.launch import Ranks, adopt, export_slurm, restarts
+from lars_train.text import printable_lines
 
 _base_store: Store | None = None
 _jobs = _groups = 0
 _FAILURE = "failure"
+# Seconds that ranks which notice a hanging one may lie apart, and NCCL's own timeout behind the host's, which names it.
+_APART_S = 5.0
+_LATER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -122,17 +127,43 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
         store=PrefixStore("group", store),
         rank=ranks.rank,
         world_size=ranks.world,
-        timeout=limit,
+        timeout=limit + timedelta(seconds=_LATER_S) if device.type == "cuda" else limit,
         device_id=device if device.type == "cuda" else None,
     )
+    store.set(f"host{ranks.rank}", platform.node())
     try:
         yield Group(ranks, host=dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None)
     except Stopped:
         raise  # all ranks have agreed on it
     except Exception as error:
-        raise _first_failure(store, ranks, error) from error
+        raise _first_failure(store, ranks, _named(store, ranks, error, timeout)) from error
     finally:
         dist.destroy_process_group()
+
+
+def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exception:
+    """`error`, or where it is that of a wait in vain, one that names the ranks that were waited for.
+
+    Those that answer come here themselves at about the same time, and leave a mark.
+    """
+    if not any(words in str(error).lower() for words in ("timed out", "timeout")):
+        return error
+    try:
+        store.set(f"waited{ranks.rank}", "1")
+        others, end = set(range(ranks.world)) - {ranks.rank}, time.monotonic() + _APART_S
+        while others and time.monotonic() < end:
+            others = {rank for rank in others if not store.check([f"waited{rank}"])}
+            time.sleep(0.2)
+        if not others:
+            return error
+        silent = ", ".join(f"{rank} on {store.get(f'host{rank}').decode()}" for rank in sorted(others)[:8])
+        more = f" and {len(others) - 8} others" if len(others) > 8 else ""
+    except RuntimeError:  # the store went with the process that held it
+        return error
+    return RuntimeError(
+        f"rank {silent}{more} did not answer for {timeout:g} s (distributed.timeout) and hangs: look at what it waits "
+        "for there (storage, a device, the network); the same command goes on from the last checkpoint."
+    )
 
 
 def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
@@ -144,7 +175,7 @@ def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
         return error
     if rank == ranks.rank:
         if not ranks.first:
-            print(f"lars-train: rank {rank} on {platform.node()}: {text}", file=sys.stderr, flush=True)
+            print(f"lars-train: rank {rank} on {platform.node()}: {printable_lines(text)}", file=sys.stderr, flush=True)
         return error
     known: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, DataError, Diverged)}
     return known[kind](text) if kind in known else RuntimeError(f"rank {rank} failed: {kind}: {text}")

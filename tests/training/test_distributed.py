@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ from lars_train.data.order import epoch_order
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
 from lars_train.models.resnet_cifar import CifarResNet
-from lars_train.training import checkpoint, session
+from lars_train.training import checkpoint, distributed, session
 from lars_train.training.distributed import Group, begin_job, process_group
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
@@ -102,7 +104,25 @@ def program(rank: int, folder: Path) -> None:
     train(folder / "mixed", three, max_updates=3)
     if rank < 2:
         train(folder / "mixed", two)
+    begin_job()
+    told["waited"] = waited_in_vain(three, folder)
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
+
+
+def waited_in_vain(ranks: Ranks, folder: Path) -> str:
+    """What a rank says of rank 1, which does not come until the others have given up."""
+    distributed._APART_S = 1.0
+    try:
+        with process_group(ranks, CPU, 1.0) as group:
+            if ranks.rank == 1:
+                while len(list(folder.glob("gave-up-*"))) < 2:
+                    time.sleep(0.05)
+            else:
+                group.highest([0])
+    except RuntimeError as error:
+        (folder / f"gave-up-{ranks.rank}").touch()
+        return str(error)
+    return ""
 
 
 def collectives(group: Group) -> dict[str, Any]:
@@ -314,3 +334,11 @@ def test_one_rank_alone_needs_no_process_group() -> None:
         group.together(None)
         with pytest.raises(DataError, match="mine"):
             group.together(DataError("mine"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(together: Path) -> None:
+    said = [json.loads((together / f"told-{rank}.json").read_text())["waited"] for rank in range(3)]
+    expected = f"rank 1 on {platform.node()} did not answer for 1 s (distributed.timeout) and hangs"
+    assert expected in said[0]
+    assert expected in said[2]
