@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lars_train.data.augment import UNIFORMS, Geometry, View
 from lars_train.data.decode import BadImage, decode
-from lars_train.data.order import batch_uniforms, epoch_order, eval_run, micro_batches
+from lars_train.data.order import batch_uniforms, checksum, epoch_order, eval_run, micro_batches
 from lars_train.errors import DataError
 from lars_train.text import printable
 
@@ -58,6 +58,8 @@ class Batch:
     """int64 (n,); in evaluation -1 marks a picture that cannot be decoded, whose pixels are zeros."""
     bad: tuple[BadSample, ...]
     """The bad pictures met on the way, in order."""
+    checksum: int = 0
+    """In evaluation: `order.checksum` of the samples."""
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; DataLoader calls this."""
@@ -252,7 +254,7 @@ class _EvalReader(_Reader):
             else:
                 images[slot] = found
                 labels[slot] = self._source.labels[sample]
-        return _batch(images, labels, bad)
+        return replace(_batch(images, labels, bad), checksum=checksum(request.samples))
 
 
 def _batch(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], bad: Iterable[BadSample]) -> Batch:

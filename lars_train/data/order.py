@@ -117,6 +117,18 @@ def micro_batches(
     return [order[first + start : first + stop] for start, stop in bounds]
 
 
+def checksum(samples: npt.NDArray[np.int64]) -> int:
+    """A number in [0, 2**32) for a set of sample ids, in any order: the sum modulo 2**32 of a hash of each.
+
+    The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195),
+    upper half. Checksums of parts add up, modulo 2**32, to that of the whole; a sample too many or too few shows.
+    """
+    x = samples.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int(((x ^ (x >> np.uint64(31))) >> np.uint64(32)).sum() % np.uint64(2**32))
+
+
 def eval_run(count: int, rank: int, world: int) -> tuple[int, int]:
     """The sample ids [start, stop) that a rank evaluates, out of `count`.
 

@@ -19,6 +19,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "val/top5": ("percent", "validation samples whose class ranked among the first five"),
     "val/loss": ("nats", "mean loss of the decoded validation samples, without label smoothing"),
     "val/count": ("images", "validation samples counted, each exactly once"),
+    "val/checksum": ("1", "of the numbers of the validation samples counted: the same for the same samples"),
     "val/bad_images": ("images", "validation images that cannot be decoded; they count as wrong"),
     "val/best_top1": ("percent", "best val/top1 so far"),
     "val/seconds": ("s", "wall time of the evaluation"),

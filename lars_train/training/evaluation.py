@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lars_train.data.loader import BadSample, Batch, View, eval_loader
-from lars_train.data.order import eval_run
+from lars_train.data.order import checksum, eval_run
 from lars_train.data.source import Source
 from lars_train.monitoring.progress import Progress
 from lars_train.training.device import Precision
@@ -34,6 +35,8 @@ class Result:
     count: int
     decoded: int
     bad: tuple[BadSample, ...]
+    checksum: int = 0
+    """`order.checksum` of the samples that were counted."""
 
     def values(self) -> dict[str, float]:
         """The numbers by the names that the log has for them."""
@@ -42,6 +45,7 @@ class Result:
             "val/top5": self.top5,
             "val/loss": self.loss,
             "val/count": self.count,
+            "val/checksum": self.checksum,
             "val/bad_images": self.count - self.decoded,
         }
 
@@ -59,7 +63,10 @@ def evaluate_split(
     workers: int,
     progress: Progress,
 ) -> Result:
-    """Evaluate `model` on the whole split, this rank on its part of it. Collective."""
+    """Evaluate `model` on the whole split, this rank on its part of it. Collective.
+
+    Raises `RuntimeError` if the samples that were counted are not those of the split, each once.
+    """
     ranks = group.ranks
     start, stop = eval_run(len(split), ranks.rank, ranks.world)
     batches = eval_loader(
@@ -72,7 +79,13 @@ def evaluate_split(
         pin_memory=device.type == "cuda",
     )
     with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
-        return evaluate(model, batches, normalise, lambda: precision.autocast(device), device, group, on_batch)
+        result = evaluate(model, batches, normalise, lambda: precision.autocast(device), device, group, on_batch)
+    if (result.count, result.checksum) != (len(split), checksum(np.arange(len(split)))):
+        raise RuntimeError(
+            f"the evaluation counted {result.count:,} samples with the checksum {result.checksum}; the split has "
+            f"{len(split):,} with the checksum {checksum(np.arange(len(split)))}"
+        )
+    return result
 
 
 @torch.inference_mode()
@@ -94,6 +107,7 @@ def evaluate(
     model.eval()
     # float64: counts up to 2^53 and losses are summed without rounding that would depend on the sharding.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
+    samples = 0
     bad: list[BadSample] = []
     for batch in batches:
         labels = batch.labels.to(device, non_blocking=True)
@@ -101,10 +115,12 @@ def evaluate(
             logits = model(normalise(batch.images))
         totals += _count(logits, labels)
         bad.extend(batch.bad)
+        samples += batch.checksum
         on_batch(len(labels))
     model.train(was_training)
     group.sum(totals)
-    everyone = [sample for part in group.gather(bad) for sample in part]
+    found = group.gather((bad, samples))
+    everyone = [sample for part, _ in found for sample in part]
     top1, top5, loss, count, decoded = totals.tolist()
     return Result(
         100 * top1 / count,
@@ -113,6 +129,7 @@ def evaluate(
         int(count),
         int(decoded),
         tuple(everyone),
+        sum(part for _, part in found) % 2**32,
     )
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from lars_train.data.augment import View
 from lars_train.data.loader import BadSample, Batch
+from lars_train.data.order import checksum
 from lars_train.launch import Ranks
 from lars_train.monitoring.progress import Progress
+from lars_train.training import evaluation
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate, evaluate_split
@@ -76,7 +78,7 @@ def on_ranks(world: int, work: Callable[[Group], Result]) -> list[Result]:
     """What `work` gives on each of `world` ranks."""
     first = [Rehearsal(Ranks(rank, world)) for rank in range(world)]
     for group in first:
-        with suppress(ZeroDivisionError):  # of a rank that has no samples and knows no others yet
+        with suppress(ZeroDivisionError, RuntimeError):  # a rank that knows no others yet, and lacks samples
             work(group)
     everyone = [group.brought for group in first]
     return [work(Rehearsal(Ranks(rank, world), everyone=everyone)) for rank in range(world)]
@@ -215,5 +217,35 @@ def test_the_names_are_those_of_the_log() -> None:
         "val/top5": 75.0,
         "val/loss": 1.25,
         "val/count": 8,
+        "val/checksum": 0,
         "val/bad_images": 1,
     }
+
+
+@pytest.mark.parametrize("world", [1, 3, 40])
+def test_the_checksum_is_that_of_every_sample_once(world: int) -> None:
+    pictures = Pictures(23, 7)
+    expected = checksum(np.arange(23))
+    results = split_result(pictures, network(7), world=world, batch=5)
+    assert [result.checksum for result in results] == [expected] * world
+
+
+def test_samples_that_are_counted_twice_or_left_out_end_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both: the count alone would be right.
+    whole = evaluation.eval_loader
+
+    def twice(*arguments: Any, **keywords: Any) -> Iterator[Batch]:
+        batches = list(whole(*arguments, **keywords))
+        yield from [*batches[:-1], batches[0]]
+
+    monkeypatch.setattr(evaluation, "eval_loader", lambda *a, **k: twice(*a, **k))
+    monkeypatch.setattr(evaluation, "SMALLEST_BATCH", 4)
+    with pytest.raises(RuntimeError, match="the evaluation counted 24 samples with the checksum"):
+        split_result(Pictures(24, 7), network(7), batch=4)
+
+
+def test_checksums_differ_for_samples_that_differ_and_add_up() -> None:
+    seen = {checksum(np.array(part)) for part in ([], [0], [1], [0, 1], [0, 0], [2], [1, 2], [0, 3], [1_281_166])}
+    assert len(seen) == 9
+    parts = checksum(np.arange(0, 500)) + checksum(np.arange(500, 1000))
+    assert parts % 2**32 == checksum(np.random.default_rng(0).permutation(1000))
