@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
-from lars_train.launch import Ranks, adopt, export_slurm, restarts
+from lars_train.launch import Ranks, adopt, export_slurm
 from lars_train.text import printable_lines
 
 _base_store: Store | None = None
@@ -119,9 +120,10 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
         if "RANK" not in os.environ:
             os.environ.update(export_slurm(), LOCAL_WORLD_SIZE=str(ranks.local_world))
         _base_store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _base_store = PrefixStore(_agree_on_start(_base_store, ranks, limit), _base_store)
     _groups += 1
-    # torchrun's static rendezvous keeps its store over restarts, with the addresses of ended processes in it.
-    store = PrefixStore(f"attempt{restarts()}.job{_jobs}.{_groups}", _base_store)
+    store = PrefixStore(f"job{_jobs}.{_groups}", _base_store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("group", store),
@@ -164,6 +166,37 @@ def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exce
         f"rank {silent}{more} did not answer for {timeout:g} s (distributed.timeout) and hangs: look at what it waits "
         "for there (storage, a device, the network); the same command goes on from the last checkpoint."
     )
+
+
+def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
+    """A name for this start of all ranks, the same on each, that no earlier start has had.
+
+    torchrun keeps its store over restarts, with the addresses of ended processes in it, and counts restarts on
+    each node for itself (https://github.com/pytorch/pytorch/issues/108158): no number that it gives will do. So
+    rank 0 answers every greeting, be it an ended process's, and goes on when each rank has used its answer.
+
+    Raises `RuntimeError` when a rank has not come within `limit`.
+    """
+    mine = uuid.uuid4().hex
+    if not ranks.first:
+        store.set(f"greeting{ranks.rank}", mine)
+        store.wait([f"answer.{mine}"], limit)
+        start = store.get(f"answer.{mine}").decode()
+        store.set(f"{start}.{ranks.rank}", "")
+        return start
+    missing, end = set(range(1, ranks.world)), time.monotonic() + limit.total_seconds()
+    while True:
+        for rank in [rank for rank in missing if store.check([f"greeting{rank}"])]:
+            store.set(f"answer.{store.get(f'greeting{rank}').decode()}", mine)
+        missing -= {rank for rank in missing if store.check([f"{mine}.{rank}"])}
+        if not missing:
+            return mine
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"rank(s) {', '.join(map(str, sorted(missing)))} of {ranks.world} did not come within "
+                f"distributed.timeout={limit.total_seconds():g} s."
+            )
+        time.sleep(0.01)
 
 
 def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:

@@ -1,0 +1,217 @@
+"""Nodes come and go: two torchrun agents on this machine, one of which is killed or comes later."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from lars_train.launch import Ranks
+from lars_train.training.distributed import _agree_on_start
+
+SETTINGS = (
+    "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 model=small "
+    "model.ghost_batch=16 precision=fp64 schedule.warmup_epochs=0.5 log_every=2 batch.size=64 optimizer.lr=2 "
+    "epochs=6 checkpoint.every_updates=5 evaluate.every_epochs=6 run.dir=run"
+).split()
+KEEP_ALIVE = "keep_alive_interval=2,keep_alive_max_attempt=4"
+
+
+def environment() -> dict[str, str]:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "IMAGENET_DIR")
+    kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(("SLURM_", "TORCHELASTIC"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(folder: Path) -> dict[float, float]:
+    return {line["update"]: line["train/loss"] for line in lines(folder) if "train/loss" in line}
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+class Cluster:
+    """Agents of one run, which share a working directory. `told`: what each has printed."""
+
+    def __init__(self, folder: Path, last_call: int) -> None:
+        self.folder, self.last_call = folder, last_call
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+
+    def start(self, name: str) -> None:
+        launcher = [
+            *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", f"localhost:{self.port}", "--rdzv-id", "test", "--nnodes", "1:2"),
+            *("--nproc-per-node", "1", "--max-restarts", "9"),
+            *("--rdzv-conf", f"last_call_timeout={self.last_call},{KEEP_ALIVE}"),
+        ]
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.agents[name] = subprocess.Popen(
+                [*launcher, "-m", "lars_train", *SETTINGS],
+                cwd=self.folder,
+                env=environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def told(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def all_told(self) -> str:
+        return "".join(self.told(name) for name in self.agents)
+
+    def listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def worker(self, name: str) -> int:
+        (pid,) = children(self.agents[name].pid)
+        return pid
+
+    def lose(self, name: str) -> None:
+        """Kill agent and worker together, as when a node is lost."""
+        worker = self.worker(name)
+        self.agents[name].kill()
+        os.kill(worker, signal.SIGKILL)
+        self.agents[name].wait()
+
+    def end(self) -> None:
+        for agent in self.agents.values():
+            if agent.poll() is None:
+                for pid in children(agent.pid):
+                    os.kill(pid, signal.SIGKILL)
+                agent.kill()
+                agent.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[[int], Cluster]]:
+    made: list[Cluster] = []
+
+    def make(last_call: int) -> Cluster:
+        made.append(Cluster(tmp_path, last_call))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
+    """The losses of one process that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, "-m", "lars_train", *SETTINGS]
+    subprocess.run(command, cwd=folder, env=environment(), capture_output=True, check=True, timeout=240)
+    return losses(folder / "run")
+
+
+def assert_same_curve(folder: Path, reference: dict[float, float]) -> None:
+    assert json.loads((folder / "final.json").read_text())["updates"] == 60
+    found = [line["update"] for line in lines(folder) if "train/loss" in line]
+    assert found == list(reference)
+    assert list(losses(folder).values()) == pytest.approx(list(reference.values()), rel=1e-10)
+
+
+@pytest.mark.slow
+def test_a_lost_node_leaves_the_rest_to_go_on_with_the_same_curve(
+    cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
+) -> None:
+    nodes = cluster(5)
+    nodes.start("host")
+    until(nodes.listens, "the rendezvous")
+    nodes.start("other")
+    until(lambda: "world size     2" in nodes.all_told(), "both nodes train")
+    begun = len(lines(tmp_path / "run"))
+    until(lambda: len(lines(tmp_path / "run")) >= begun + 3, "updates")
+    nodes.lose("other")
+    assert nodes.agents["host"].wait(120) == 0, nodes.told("host")
+    resumed = nodes.told("host").rpartition("world size")[2]
+    assert resumed.split()[0] == "1"
+    assert "resumed        at update" in resumed
+    assert_same_curve(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_restarts_the_group_and_is_used(
+    cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
+) -> None:
+    nodes = cluster(1)
+    nodes.start("host")
+    until(lambda: len(lines(tmp_path / "run")) >= 3, "the lone node trains")
+    # It waits here, however long the other takes to come.
+    worker = nodes.worker("host")
+    os.kill(worker, signal.SIGSTOP)
+    assert "world size     1" in nodes.told("host")
+    nodes.start("other")
+    until(lambda: "closing signal SIGTERM" in nodes.told("host"), "the restart")
+    os.kill(worker, signal.SIGCONT)
+    for agent in nodes.agents.values():
+        assert agent.wait(120) == 0, nodes.all_told()
+    assert "SIGTERM: stopped after update" in nodes.told("host")
+    joined = nodes.all_told().rpartition("world size")[2]
+    assert joined.split()[0] == "2"
+    assert "resumed        at update" in joined
+    assert_same_curve(tmp_path / "run", undisturbed)
+
+
+def test_ranks_of_one_start_agree_whatever_an_earlier_start_left_in_the_store() -> None:
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    limit = timedelta(seconds=30)
+    # Of an ended start: greetings, one of them answered.
+    server.set("greeting1", "old")
+    server.set("answer.old", "ended")
+    server.set("ended.1", "")
+    server.set("greeting2", "older")
+    found = []
+    for _ in range(2):
+        names: dict[int, str] = {}
+
+        def meet(rank: int, names: dict[int, str] = names) -> None:
+            store = dist.TCPStore("localhost", server.port, is_master=False)
+            names[rank] = _agree_on_start(store, Ranks(rank, 3), limit)
+
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        assert len(names) == 3
+        assert len(set(names.values())) == 1
+        found.append(names[0])
+    assert found[0] != found[1]
+    assert "ended" not in found
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError, match=r"rank\(s\) 1, 2 of 3 did not come within distributed.timeout=0.1 s"):
+        _agree_on_start(server, Ranks(0, 3), timedelta(seconds=0.1))
