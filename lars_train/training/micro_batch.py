@@ -7,16 +7,70 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from lars_train.errors import ConfigError
+from lars_train.training.device import Precision
 
 # More samples than this at once gain no speed on any device measured so far, and cost memory.
 MOST_SAMPLES = 256
 # The share of the free memory that activations may take: gradients, the optimizer's state, the loader's
 # buffers and the allocator's slack need the rest.
 SHARE_OF_FREE_MEMORY = 0.4
+# The share of a GPU's memory that stays free when a micro-batch is tried: for NCCL, cuDNN's workspaces and fragments.
+SHARE_LEFT_FREE = 0.08
+
+
+def ghosts_by_trying(attempt: Callable[[int], None], *, ghost_batch: int, ghosts: int) -> int:
+    """Ghost batches per micro-batch: the most for which `attempt`, of so many, does not run out of memory.
+
+    `ghosts`: the most that a rank has to do in an update. Raises `ConfigError` if not even one fits.
+    """
+    fits, too_many = 0, max(1, min(MOST_SAMPLES // ghost_batch, ghosts)) + 1
+    candidate = too_many - 1
+    while fits < candidate < too_many:
+        try:
+            attempt(candidate)
+        except torch.OutOfMemoryError:
+            too_many = candidate
+        else:
+            fits = candidate
+        candidate = (fits + too_many) // 2
+    if fits == 0:
+        raise ConfigError(
+            f"one ghost batch of {ghost_batch} images does not fit into the device's memory: choose a smaller "
+            "model.ghost_batch or data.image_size."
+        )
+    return fits
+
+
+def try_micro_batch(
+    model: nn.Module, samples: int, image_size: int, precision: Precision, device: torch.device
+) -> None:
+    """A forward and backward pass of `samples` images on `device`, with all else there that training keeps there.
+
+    The model itself stays as it is. Raises `torch.OutOfMemoryError`.
+    """
+    try:
+        shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=torch.channels_last)
+        kept = [torch.empty_like(p) for p in shadow.parameters() for _ in range(2)]  # momentum, DDP's buckets
+        if device.type == "cuda":
+            spare = int(SHARE_LEFT_FREE * torch.cuda.get_device_properties(device).total_memory)
+            kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
+        images = torch.zeros(samples, 3, image_size, image_size, dtype=precision.weights, device=device)
+        with precision.autocast(device):
+            logits = shadow.train()(images.contiguous(memory_format=torch.channels_last))
+        torch.autograd.backward(logits.to(precision.weights).sum())
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    finally:
+        shadow = kept = images = logits = None  # type: ignore[assignment]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def ghosts_that_fit(
@@ -56,10 +110,8 @@ def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
     return total
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes free on the device; on the CPU within what the system and the control group leave."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+def free_memory() -> int:
+    """Bytes free in host memory, within what the system and the control group leave."""
     return min(_system_available(), _control_group_available())
 
 

@@ -12,7 +12,7 @@ from lars_train.config import AUTO, Config
 from lars_train.plan import Plan, accumulation, check_micro_batch
 from lars_train.training.device import choose_precision, choose_threads
 from lars_train.training.distributed import Group
-from lars_train.training.micro_batch import free_memory, ghosts_that_fit
+from lars_train.training.micro_batch import free_memory, ghosts_by_trying, ghosts_that_fit, try_micro_batch
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,37 @@ def resolve(
 ) -> Resolved:
     """Decide, or keep what `stored` (a checkpoint's) says where the config leaves it open. Collective.
 
-    Raises `ConfigError` for a precision that the device cannot do.
+    Raises `ConfigError` for a precision that the device cannot do, or where not even one ghost batch fits into it.
     """
     ranks = group.ranks
     kept = None if stored is None else Resolved(**stored)
     most = accumulation(plan, ranks.world, 1)
+    name = config.precision.name
+    precision = choose_precision(kept.precision if kept is not None and name == AUTO else name, device)
+    size = config.data.image_size
+    known = kept.micro_batch // plan.ghost_batch if kept and kept.micro_batch % plan.ghost_batch == 0 else None
     if config.micro_batch != AUTO:
         ghosts = check_micro_batch(plan, int(config.micro_batch))
-    elif kept is not None and kept.micro_batch % plan.ghost_batch == 0:
-        ghosts = kept.micro_batch // plan.ghost_batch
+    elif device.type == "cuda":
+        # What was decided on another device is tried too: this one may have less memory.
+        ghosts = ghosts_by_trying(
+            lambda count: try_micro_batch(network, count * plan.ghost_batch, size, precision, device),
+            ghost_batch=plan.ghost_batch,
+            ghosts=min(known or most, most),
+        )
+    elif known is not None:
+        ghosts = known
     else:
         ghosts = ghosts_that_fit(
             network,
             ghost_batch=plan.ghost_batch,
-            image_size=config.data.image_size,
+            image_size=size,
             ghosts=most,
-            free=free_memory(device),
-            local_world=ranks.local_world if device.type == "cpu" else 1,
+            free=free_memory(),
+            local_world=ranks.local_world,
         )
     # Every rank the same: the slowest one sets the pace, and a record with one number can be kept.
     ghosts = group.minimum(min(ghosts, most), device)
-    name = config.precision.name
-    precision = choose_precision(kept.precision if kept is not None and name == AUTO else name, device)
     threads = choose_threads(config, ranks)
     if kept and config.launch.threads == AUTO and (kept.world, kept.device) == (ranks.world, device.type):
         threads = kept.threads

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from lars_train.models.factory import build_model
 from lars_train.training import micro_batch
-from lars_train.training.micro_batch import MOST_SAMPLES, activation_bytes, free_memory, ghosts_that_fit
+from lars_train.training.device import choose_precision
+from lars_train.training.micro_batch import (
+    MOST_SAMPLES,
+    activation_bytes,
+    free_memory,
+    ghosts_that_fit,
+    try_micro_batch,
+)
 
 
 def kept_for_backward(model: nn.Module, samples: int, image_size: int) -> int:
@@ -75,7 +82,7 @@ def test_the_micro_batch_follows_the_free_memory_that_ranks_share() -> None:
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc, which only Linux has")
 def test_free_memory_is_positive_and_at_most_what_the_machine_has() -> None:
-    free = free_memory(torch.device("cpu"))
+    free = free_memory()
     total = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -98,13 +105,33 @@ def test_a_control_group_and_the_system_both_limit(monkeypatch: pytest.MonkeyPat
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read)
-    cpu = torch.device("cpu")
-    assert free_memory(cpu) == 35000  # pages of files that were read can be had back
+    assert free_memory() == 35000  # pages of files that were read can be had back
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert free_memory(cpu) == 60 * 1024
+    assert free_memory() == 60 * 1024
     files["/sys/fs/cgroup/memory.max"] = "100\n"
-    assert free_memory(cpu) == 0
+    assert free_memory() == 0
     del files["/sys/fs/cgroup/memory.max"]
-    assert free_memory(cpu) == 60 * 1024
+    assert free_memory() == 60 * 1024
     files.clear()
-    assert free_memory(cpu) > 1 << 30
+    assert free_memory() > 1 << 30
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_an_attempt_runs_and_leaves_the_model_alone(name: str) -> None:
+    model = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    try_micro_batch(model, 8, 16, choose_precision(name, torch.device("cpu")), torch.device("cpu"))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_attempt_that_is_too_large_says_so_and_leaves_no_memory_behind() -> None:
+    device = torch.device("cuda")
+    model = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=False)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(torch.OutOfMemoryError):
+        try_micro_batch(model, 1 << 20, 224, choose_precision("fp32", device), device)
+    try_micro_batch(model, 32, 224, choose_precision("fp32", device), device)
+    assert torch.cuda.memory_allocated() == before

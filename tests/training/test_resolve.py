@@ -43,7 +43,7 @@ def config(**settings: Any) -> Config:
 
 @pytest.fixture(autouse=True)
 def a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
     monkeypatch.setattr(device_module, "available_cores", lambda: 8)
     monkeypatch.setattr(device_module, "_cpu_has", lambda *flags: "bf16" in flags)
 
@@ -93,7 +93,7 @@ def test_the_rank_with_the_least_memory_decides_for_all(network: nn.Module) -> N
 
 
 def test_no_memory_at_all_still_gives_one_ghost_batch(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "free_memory", lambda device: 0)
+    monkeypatch.setattr(module, "free_memory", lambda: 0)
     assert decide(network, config()).micro_batch == GHOST
 
 
@@ -123,3 +123,34 @@ def test_a_kept_micro_batch_that_no_longer_fits_is_decided_anew(network: nn.Modu
 def test_a_precision_that_the_device_cannot_do_is_refused(network: nn.Module) -> None:
     with pytest.raises(ConfigError, match="precision=fp16"):
         decide(network, config(precision=PrecisionConfig("fp16")))
+
+
+@pytest.mark.parametrize(
+    ("room", "kept", "expected"), [(1, None, 1), (7, None, 7), (99, None, 10), (7, 3, 3), (2, 3, 2)]
+)
+def test_on_a_gpu_the_micro_batch_is_the_largest_that_was_tried_with_success(
+    room: int, kept: int | None, expected: int, network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def attempt(model: nn.Module, samples: int, *others: Any) -> None:
+        tried.append(samples // GHOST)
+        if samples > room * GHOST:
+            raise torch.OutOfMemoryError("there is no more")
+
+    monkeypatch.setattr(module, "try_micro_batch", attempt)
+    stored = None if kept is None else asdict(Resolved(kept * GHOST, "fp32", 8, 1, "cuda"))
+    settings = config(precision=PrecisionConfig(name="fp32"))
+    found = resolve(settings, plan(), network, torch.device("cuda"), Group(Ranks()), stored)
+    assert found.micro_batch == expected * GHOST
+    assert len(tried) == len(set(tried)) <= 5
+
+
+def test_a_gpu_without_room_for_one_ghost_batch_is_told_of(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attempt(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("there is none")
+
+    monkeypatch.setattr(module, "try_micro_batch", attempt)
+    settings = config(precision=PrecisionConfig(name="fp32"))
+    with pytest.raises(ConfigError, match=r"one ghost batch of 4 images .* model\.ghost_batch"):
+        resolve(settings, plan(), network, torch.device("cuda"), Group(Ranks()), None)
