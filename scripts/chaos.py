@@ -1,7 +1,8 @@
 """Kills a run at random instants, lets it go on each time, and compares its end with that of a run left alone.
 
     python scripts/chaos.py                 # 50 kills, about 10 minutes on two cores
-    python scripts/chaos.py --kills 6       # the short form
+    python scripts/chaos.py --kills 5       # the short form
+    python scripts/chaos.py --write docs/chaos.md
 
 A run is two processes on the CPU, with made-up images, random augmentation, and more checkpoints than it needs. A
 kill is, by lot: SIGKILL of one rank, of all ranks, of the process that has started them, of everything at once, or
@@ -23,20 +24,22 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
     "data.augment=pad_crop "
-    "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 batch.size=64 optimizer.lr=2 epochs=60 "
+    "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 batch.size=64 optimizer.lr=2 epochs=20 "
     "log_every=3 checkpoint.every_updates=7 launch.nproc=2 launch.threads=1 data.workers=1"
 ).split()
 KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
 # What differs from run to run: times and rates.
 TIMES = {"train/images_per_s", "train/wait_share", "val/seconds"}
-# Seconds after its start within which a process is killed: imports take the first few.
-LATEST_KILL_S = 12.0
+# Seconds within which a process is killed, most often counted from its entry in the run's record, else from its start.
+LATEST_KILL_S = 8.0
+BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 
 
 def main() -> None:
@@ -44,7 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="kills over all runs (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the kinds and instants (0)")
+    parser.add_argument("--write", type=Path, metavar="PATH", help="put the report between the markers of this file")
     arguments = parser.parse_args()
+    if arguments.write is not None and not between_markers(arguments.write.read_text(), []):
+        parser.error(f"--write {arguments.write}: it lacks {BEGIN} and {END}")
+    started, lines = (
+        time.monotonic(),
+        [f"`python scripts/chaos.py --kills {arguments.kills} --seed {arguments.seed}`:", ""],
+    )
     draw, kills, differing, runs = random.Random(arguments.seed), Counter[str](), 0, 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         while kills.total() < arguments.kills:
@@ -58,13 +68,26 @@ def main() -> None:
             difference = compare(alone, killed)
             differing += bool(difference)
             starts = len(json.loads((killed / "run.json").read_text())["started"])
-            print(
-                f"run {runs}: {kills.total() - before} kills, {starts} starts: {difference or 'no difference'}",
-                flush=True,
+            lines.append(
+                f"- run {runs}: {kills.total() - before} kills, {starts} starts: {difference or 'no difference'}"
             )
+            print(lines[-1], flush=True)
     told = ", ".join(f"{count} x {kind}" for kind, count in sorted(kills.items()))
-    print(f"{kills.total()} kills ({told}) in {runs} runs: {differing} differ from the run left alone")
+    lines += ["", f"{kills.total()} kills ({told}) in {runs} runs: {differing} differ from the run left alone."]
+    print(lines[-1])
+    if arguments.write is not None:
+        lines[-1] += (
+            f" {(time.monotonic() - started) / 60:.0f} minutes on {os.cpu_count()} cores, torch {version('torch')}."
+        )
+        arguments.write.write_text(between_markers(arguments.write.read_text(), lines))
     sys.exit(min(differing, 100))
+
+
+def between_markers(page: str, lines: list[str]) -> str:
+    """`page` with `lines` between its markers; empty if it has none."""
+    before, found, rest = page.partition(BEGIN)
+    _, found_too, after = rest.partition(END)
+    return "\n".join([before + BEGIN, "", *lines, "", END + after]) if found and found_too else ""
 
 
 def start(folder: str, seed: str, name: str) -> subprocess.Popen[bytes]:
@@ -79,8 +102,10 @@ def disturb(folder: str, seed: str, directory: Path, draw: random.Random, kills:
     while not (directory / "final.json").exists():
         process = start(folder, seed, directory.name)
         if kills.total() < most:
-            kind, instant = draw.choice(KINDS), draw.uniform(0, LATEST_KILL_S)
+            kind, instant, from_record = draw.choice(KINDS), draw.uniform(0, LATEST_KILL_S), draw.random() < 0.8
             try:
+                if from_record:
+                    wait_for_record(process, directory)
                 process.wait(instant)
             except subprocess.TimeoutExpired:
                 kill(process.pid, kind, draw)
@@ -88,6 +113,14 @@ def disturb(folder: str, seed: str, directory: Path, draw: random.Random, kills:
         wait(process, may_fail=True)
         if process.returncode == 2:
             sys.exit(f"a start was refused:\n{(Path(folder) / f'{directory.name}.log').read_text()}")
+
+
+def wait_for_record(process: subprocess.Popen[bytes], directory: Path) -> None:
+    """Until `process` has ended, or has entered its start in the run's record: the imports are behind it."""
+    record = directory / "run.json"
+    before = record.stat().st_mtime_ns if record.exists() else 0
+    while process.poll() is None and not (record.exists() and record.stat().st_mtime_ns != before):
+        time.sleep(0.02)
 
 
 def kill(launcher: int, kind: str, draw: random.Random) -> None:

@@ -90,6 +90,7 @@ def final_record(
     passed_over: int,
     rollbacks: list[dict[str, int]],
     weights_sha256: str,
+    weights_sha256_float32: str,
 ) -> dict[str, Any]:
     """The content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
 
@@ -105,6 +106,7 @@ def final_record(
         "planned_updates": plan.updates,
         "seconds": seconds,
         "weights_sha256": weights_sha256,
+        "weights_sha256_float32": weights_sha256_float32,
         "bad_images": bad_images,
         "passed_over": passed_over,
         "rollbacks": rollbacks,

@@ -396,6 +396,7 @@ class Run:
             passed_over=self.trainer.skipped,
             rollbacks=self.rollbacks,
             weights_sha256=weights_sha256(self.trainer.network),
+            weights_sha256_float32=weights_sha256(self.trainer.network, torch.float32),
         )
         if self.log is not None:
             results = {"hparam/best_top1": self.best_top1, "hparam/final_top1": self.result.top1}

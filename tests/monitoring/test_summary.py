@@ -104,6 +104,7 @@ def test_the_final_record_makes_the_row_of_the_table() -> None:
         passed_over=2,
         rollbacks=[{"from_update": 9}],
         weights_sha256="ab" * 32,
+        weights_sha256_float32="cd" * 32,
     )
     assert json.loads(json.dumps(record)) == record
     expected = {

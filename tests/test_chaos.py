@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "chaos.py"
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_instants_ends_bit_for_bit_as_one_left_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--kills", "4"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 kills" in done.stdout
+    assert "0 differ from the run left alone" in done.stdout
