@@ -50,7 +50,7 @@ class Run:
         start = self._latest_checkpoint(prepared) or prepared.start_from
         torch.manual_seed(config.seed)
         network = make_network(config, len(dataset.classes))
-        self.resolved = resolve(config, plan, network, device, group, start and start["resolved"])
+        self.resolved = resolve(config, plan, network, device, group, start and checkpoint.value(start, "resolved"))
         set_up(config, device, self.resolved.threads)
         self.precision = choose_precision(self.resolved.precision, device)
         self.ghosts_per_micro = check_micro_batch(plan, self.resolved.micro_batch)
@@ -70,9 +70,9 @@ class Run:
         )
         self.best_top1, self.seconds_before, self.bad = -math.inf, 0.0, BadImages(config.data.max_bad, group)
         if start is not None:
-            self.trainer.restore(start)
-            self.best_top1, self.seconds_before = start["best_top1"], start["seconds"]
-            self.bad.known.update(start["bad"])
+            self._restore(start)
+            self.best_top1, self.seconds_before = (checkpoint.value(start, key) for key in ("best_top1", "seconds"))
+            self.bad.known.update(checkpoint.value(start, "bad"))
         self.rollbacks: list[dict[str, int]] = [] if start is None else list(start.get("rollbacks", []))
         self.resumed_at = self.trainer.update
         self.progress = Progress(shown=group.first, epochs=plan.epochs)
@@ -236,6 +236,15 @@ class Run:
         raise Stopped(
             f"{name}: stopped after update {update:,}, with a checkpoint; the same command goes on from there."
         )
+
+    def _restore(self, start: dict[str, Any]) -> None:
+        try:
+            self.trainer.restore(start)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"the checkpoint's state does not fit this run: {next(iter(str(error).splitlines()), '')}; start anew "
+                "with resume=never."
+            ) from error
 
     def _latest_checkpoint(self, prepared: Prepared) -> dict[str, Any] | None:
         found, error = None, None
