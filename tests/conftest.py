@@ -1,8 +1,10 @@
-"""Files with slow tests begin first, so that no process is left with one at the end."""
+"""The files with the most slow tests begin first, so that no process is left alone with one at the end."""
+
+from collections import Counter
 
 import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

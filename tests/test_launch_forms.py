@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 DATA = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
-    "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 log_every=2"
+    "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 log_every=2 launch.threads=1"
 ).split()
 TINY = [*DATA, "batch.size=64", "optimizer.lr=2", "epochs=2"]
 ALONE = [sys.executable, "-m", "lars_train"]

@@ -21,7 +21,10 @@ def content(update: int) -> dict[str, Any]:
         "update": update,
         "model": {"w": torch.full((3,), float(update))},
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"params": [0], "lr": 0.1}]},
-        **dict.fromkeys(("config", "plan", "classes", "fingerprint")),
+        "config": {},
+        "plan": {},
+        "classes": ["a"],
+        "fingerprint": "f",
     }
 
 
