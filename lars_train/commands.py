@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from typing import Any
 
 import torch
 
 from lars_train.config import AUTO, Config
-from lars_train.launch import Ranks, adopt, processes, record_failure, restarts, start_processes
+from lars_train.launch import Ranks, adopt, end_with, processes, record_failure, restarts, start_processes
 from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.monitoring.table import row, table
@@ -36,6 +37,8 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
         config = dataclasses.replace(config, resume=AUTO)
     prepared = prepare(config)
     ranks = adopt()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())
     count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
     check_world(prepared.plan, ranks.world if ranks else count)
     if cuda_devices(config) == 0:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import os
 import re
 import signal
+import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -153,12 +156,31 @@ def record_failure(work: Callable[..., Any]) -> Callable[..., Any]:
     def recorded(*arguments: Any) -> Any:
         from torch.distributed.elastic.multiprocessing.errors import record
 
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid is not None:
+            end_with(parent.pid)
         # An interrupt at the terminal reaches every process; before and after training, which takes note of it, the
         # launcher tells of it and this one just ends.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         return record(work)(*arguments)
 
     return recorded
+
+
+@functools.cache
+def end_with(launcher: int) -> None:
+    """Give this process SIGTERM when `launcher`, the id of its parent process, is gone.
+
+    A rank whose launcher was killed would train on unseen, hold the run directory, and wait for ever to be asked for
+    its result.
+    """
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 class WorkerError(RuntimeError):

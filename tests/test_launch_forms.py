@@ -403,6 +403,27 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(unbroken: Callable[[int], Path], tmp_path: Path) -> None:
+    command = [*ALONE, *CURVE, "launch.nproc=2", "checkpoint.every_updates=10", "run.name=killed"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for_checkpoint(tmp_path / "runs/killed", 10, process)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while alive_in_group(process.pid):
+        assert time.monotonic() < end, "ranks go on without their launcher"
+        time.sleep(0.1)
+    assert "resumed" in ran(command, tmp_path)
+    assert_same_run(tmp_path / "runs/killed", unbroken(2))
+
+
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
