@@ -10,11 +10,13 @@ import atexit
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 from string import Template
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -53,8 +55,18 @@ class _Jobs:
         return 0 if not codes else BAD_INPUT if codes == {BAD_INPUT} else FAILED
 
 
+def _stopped(number: int, frame: FrameType | None) -> None:
+    """Before and after training, which has a checkpoint to write first."""
+    text = f"lars-train: {signal.Signals(number).name}: stopped; the same command goes on from the last checkpoint.\n"
+    os.write(2, text.encode())
+    # At once: an exception would take its way through whatever is being imported.
+    os._exit(STOPPED)
+
+
 def main() -> None:
     """Entry point of ``lars-train`` and of ``python -m lars_train``; ends the process with its exit code."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stopped)
     command = (Path(sys.argv[0]).name if "__main__" not in sys.argv[0] else "python -m lars_train", *sys.argv[1:])
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:], os.environ.get("IMAGENET_DIR"))

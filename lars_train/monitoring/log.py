@@ -4,11 +4,12 @@ same numbers to TensorBoard. Only rank 0 makes one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lars_train.monitoring.fields import FIELDS
 from lars_train.text import printable
@@ -27,10 +28,13 @@ class RunLog:
 
         path = directory / "metrics.jsonl"
         self._start, self._there = update, keep_up_to(path, update)
-        self._lines: IO[str] = path.open("a")
+        self._lines = path.open("ab", buffering=0)
+        self._whole, self._pending = path.stat().st_size, list[bytes]()
+        self.reason = ""
+        """Why lines wait in memory for the disk, or why TensorBoard's events have ended; empty if all is well."""
         units = {name: {"unit": unit, "meaning": meaning} for name, (unit, meaning) in FIELDS.items()}
         (directory / "metrics.fields.json").write_text(json.dumps(units, indent=1) + "\n")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=update + 1)
+        self._board: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=update + 1)
 
     def write(self, update: int, epoch: float, values: dict[str, float | int]) -> None:
         """One line, and one TensorBoard point per value."""
@@ -38,28 +42,57 @@ class RunLog:
             FIELDS[name]
         if update == self._start and values.keys() <= self._there:
             return
-        self._lines.write(json.dumps({"update": update, "epoch": round(epoch, 6), **_finite(values)}) + "\n")
-        self._lines.flush()
+        line = json.dumps({"update": update, "epoch": round(epoch, 6), **_finite(values)}) + "\n"
+        self._pending.append(line.encode())
+        self._put()
         for name, value in values.items():
-            self._board.add_scalar(name, value, update)
+            self._show("add_scalar", name, value, update)
 
     def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
         """Show the run's settings with its results in TensorBoard's hparams tab."""
         simple = {
             printable(k): v if isinstance(v, bool | int | float) else printable(str(v)) for k, v in settings.items()
         }
-        self._board.add_hparams(simple, results, run_name=".")
+        self._show("add_hparams", simple, results, run_name=".")
 
     def sync(self) -> None:
-        """Put what was written so far on disk: a checkpoint that follows relies on it."""
-        self._lines.flush()
+        """Put what was written so far on disk: a checkpoint that follows relies on it. Raises `OSError`."""
+        self._put()
+        if self._pending:
+            raise OSError(f"metrics.jsonl: {self.reason}")
         os.fsync(self._lines.fileno())
-        self._board.flush()
+        self._show("flush")
 
     def close(self) -> None:
-        """Write out and close the files."""
+        """Write out what can be, and close the files."""
+        self._put()
         self._lines.close()
-        self._board.close()
+        self._show("close")
+
+    def _put(self) -> None:
+        """Write the lines that wait; those that do not fit on the disk go on waiting."""
+        try:
+            if self.reason:  # a line may have been cut short
+                os.ftruncate(self._lines.fileno(), self._whole)
+            while self._pending:
+                written = self._lines.write(self._pending[0])
+                if written != len(self._pending[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._whole += written
+                self._pending.pop(0)
+        except OSError as error:
+            self.reason = error.strerror or str(error)
+        else:
+            self.reason = "" if self._board is not None else self.reason
+
+    def _show(self, method: str, *arguments: Any, **keywords: Any) -> None:
+        """Do it on TensorBoard's writer, which is given up when it fails: it has no way to go on."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments, **keywords)
+        except Exception as error:  # of its thread, whatever it was
+            self._board, self.reason = None, f"TensorBoard: {error}"
 
 
 def _finite(values: dict[str, float | int]) -> dict[str, float | int | None]:

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -187,21 +188,31 @@ def value(content: dict[str, Any], *keys: str) -> Any:
     return found
 
 
-def latest(folder: Path, *, warn: bool = True) -> tuple[Path, dict[str, Any]] | None:
+def latest(
+    folder: Path, *, warn: bool = True, check: Callable[[dict[str, Any]], None] = lambda content: None
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run, or None if the run has none at all.
 
-    A damaged one is named on stderr (with `warn`) and passed over. Raises `ConfigError` if all are damaged: a run that
-    has lost its state is not silently started anew.
+    A damaged one, and one for which `check` raises `ConfigError`, is named on stderr (with `warn`) and passed over.
+    Raises `ConfigError` if that leaves none: a run that has lost its state is not silently started anew.
     """
     damaged: list[str] = []
+    unfit: ConfigError | None = None
     for path in reversed(listing(folder)):
         try:
-            return path, load(path)
+            content = load(path)
+            check(content)
+            return path, content
         except DamagedCheckpoint as error:
             damaged.append(path.name)
-            if warn:
-                text = f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it."
-                print(printable(text), file=sys.stderr)
+            text = f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it."
+        except ConfigError as error:
+            unfit = unfit or ConfigError(f"{path}: {error}")
+            text = f"WARNING: checkpoint {path} does not fit: {error} Trying the one before it."
+        if warn:
+            print(printable(text), file=sys.stderr)
+    if unfit is not None:
+        raise unfit
     if damaged:
         raise ConfigError(
             f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); start anew with resume=never."

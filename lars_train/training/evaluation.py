@@ -62,8 +62,11 @@ def evaluate_split(
     batch: int,
     workers: int,
     progress: Progress,
-) -> Result:
+    ended: Callable[[], bool] = lambda: False,
+) -> Result | None:
     """Evaluate `model` on the whole split, this rank on its part of it. Collective.
+
+    None if `ended`, asked before each batch, said so on any rank.
 
     Raises `RuntimeError` if the samples that were counted are not those of the split, each once.
     """
@@ -79,7 +82,9 @@ def evaluate_split(
         pin_memory=device.type == "cuda",
     )
     with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
-        result = evaluate(model, batches, normalise, lambda: precision.autocast(device), device, group, on_batch)
+        result = evaluate(model, batches, normalise, lambda: precision.autocast(device), device, group, on_batch, ended)
+    if result is None:
+        return None
     if (result.count, result.checksum) != (len(split), checksum(np.arange(len(split)))):
         raise RuntimeError(
             f"the evaluation counted {result.count:,} samples with the checksum {result.checksum}; the split has "
@@ -97,7 +102,8 @@ def evaluate(
     device: torch.device,
     group: Group,
     on_batch: Callable[[int], None] = lambda count: None,
-) -> Result:
+    ended: Callable[[], bool] = lambda: False,
+) -> Result | None:
     """Evaluate `model` on this rank's `batches` and sum over the ranks. Collective.
 
     `normalise`: uint8 images (n, 3, S, S) to the model's input on `device`; `on_batch` gets each batch's size.
@@ -109,7 +115,11 @@ def evaluate(
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     samples = 0
     bad: list[BadSample] = []
+    stopped = False
     for batch in batches:
+        stopped = ended()
+        if stopped:
+            break
         labels = batch.labels.to(device, non_blocking=True)
         with autocast():
             logits = model(normalise(batch.images))
@@ -119,8 +129,10 @@ def evaluate(
         on_batch(len(labels))
     model.train(was_training)
     group.sum(totals)
-    found = group.gather((bad, samples))
-    everyone = [sample for part, _ in found for sample in part]
+    found = group.gather((bad, samples, stopped))
+    if any(part for _, _, part in found):
+        return None
+    everyone = [sample for part, _, _ in found for sample in part]
     top1, top5, loss, count, decoded = totals.tolist()
     return Result(
         100 * top1 / count,
@@ -129,7 +141,7 @@ def evaluate(
         int(count),
         int(decoded),
         tuple(everyone),
-        sum(part for _, part in found) % 2**32,
+        sum(part for _, part, _ in found) % 2**32,
     )
 
 

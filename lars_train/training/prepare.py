@@ -17,6 +17,9 @@ from lars_train.training import checkpoint
 from lars_train.training.network import check_single_samples, make_network
 from lars_train.training.run_directory import run_directory
 
+SAVED = ".saved"
+"""The file of a run directory which says that there were checkpoints."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -57,12 +60,20 @@ def prepare(config: Config) -> Prepared:
 def continuation(prepared: Prepared, *, warn: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of this run, which fits its model and data; None for a new run. Reads only.
 
-    Raises `ConfigError` when it does not fit, or when all are damaged; `warn`: name a damaged one on stderr.
+    Raises `ConfigError` when none fits, when all are damaged, or when they are gone; `warn`: name on stderr those that
+    are passed over.
     """
-    found = checkpoint.latest(prepared.directory / "checkpoints", warn=warn)
-    if found is not None:
-        check_compatible(found[1], prepared.config.model.name, prepared.dataset)
-        check_same_images(found[1], prepared.dataset)
+
+    def check(content: dict[str, Any]) -> None:
+        check_compatible(content, prepared.config.model.name, prepared.dataset)
+        check_same_images(content, prepared.dataset)
+
+    found = checkpoint.latest(prepared.directory / "checkpoints", warn=warn, check=check)
+    if found is None and (prepared.directory / SAVED).exists():
+        raise ConfigError(
+            f"{prepared.directory / 'checkpoints'}: the run's checkpoints are gone; put them back, or start anew with "
+            "resume=never."
+        )
     return found
 
 

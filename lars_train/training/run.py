@@ -154,6 +154,9 @@ class Run:
         if signal_number:
             self._stop(signal_number)
         if self._evaluation_is_due():
+            if self.saved_update != update:
+                # A notice in the course of the evaluation finds its checkpoint.
+                self._save()
             self._evaluate()
             self.progress.end_epoch(epoch_line(update, self.plan, self.logged, self.result, self.best_top1))
         elif epoch_ends:
@@ -210,6 +213,9 @@ class Run:
             self.log = RunLog(self.directory, self.trainer.update)
         # A kill before the next checkpoint must not bring back what was passed over.
         self._save()
+        if self.trainer.update and self._evaluation_is_due():
+            # Its result came after that checkpoint, as for a run that is started from it.
+            self._evaluate()
 
     def _record(self, divergence: Divergence, action: dict[str, Any]) -> None:
         if self.group.first:
@@ -328,7 +334,11 @@ class Run:
             batch=self.resolved.micro_batch,
             workers=self.workers,
             progress=self.progress,
+            ended=lambda: bool(self.notice.given),
         )
+        if result is None:
+            self._stop(self.group.highest([self.notice.given])[0])
+            return
         if result.bad:
             if self.config.data.on_error == "fail":
                 first = result.bad[0]
@@ -369,7 +379,11 @@ class Run:
             self._report_bad()
         self.saved_at, self.saved_update = started, self.trainer.update
         if self.log is not None and self.writer is not None:
-            self.log.sync()
+            try:
+                self.log.sync()
+            except OSError as error:
+                self.writer.refuse(self.trainer.update, str(error))
+                return
             content = {
                 **state,
                 "best_top1": self.best_top1,

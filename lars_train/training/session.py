@@ -137,6 +137,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             workers=choose_workers(config, device, ranks),
             progress=Progress(shown=group.first, epochs=1),
         )
+    assert result is not None
     where = [f"{sample.where}: {sample.reason}" for sample in result.bad]
     return {**result.values(), "data": config.data.name, "model": config.model.name, "undecodable": where}
 

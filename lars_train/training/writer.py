@@ -10,6 +10,7 @@ import torch
 
 from lars_train.training import checkpoint
 from lars_train.training.checkpoint import DamagedCheckpoint
+from lars_train.training.prepare import SAVED
 
 
 class CheckpointWriter:
@@ -30,6 +31,12 @@ class CheckpointWriter:
         self.wait()
         self._pending.append(self._thread.submit(self._write, update, host_copy(content)))
 
+    def refuse(self, update: int, reason: str) -> None:
+        """Count the checkpoint of `update` as one that could not be written."""
+        self.wait()
+        self.failures += 1
+        self.reason = f"the checkpoint of update {update} cannot be written: {reason}"
+
     def keep_best(self, update: int) -> None:
         """Keep the checkpoint of `update`, which was given to `save`, as ``best.pt`` too."""
         self._pending.append(self._thread.submit(self._keep_best, update))
@@ -48,6 +55,7 @@ class CheckpointWriter:
     def _write(self, update: int, content: dict[str, Any]) -> None:
         try:
             checkpoint.save(self._folder, update, content, self._keep)
+            (self._folder.parent / SAVED).touch()
         except (OSError, RuntimeError, DamagedCheckpoint) as error:  # torch tells of a full disk as RuntimeError
             self.failures += 1
             self.reason = (

@@ -172,3 +172,63 @@ def test_a_value_that_is_not_finite_leaves_the_line_readable_by_any_json_reader(
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     values = json.loads(line, parse_constant=refuse)
     assert (values["train/loss"], values["train/lr"], values["train/top1"]) == (None, None, 10.0)
+
+
+def test_lines_that_a_full_disk_refuses_wait_until_it_takes_them(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.write(1, 0.1, {"train/loss": 1.0})
+    disk, room = log._lines, [10]
+
+    class Full:
+        """Takes `room` bytes, as a disk does that is nearly full: a line is cut short, then there is an error."""
+
+        def write(self, data: bytes) -> int:
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            taken = min(room[0], len(data))
+            room[0] -= taken
+            disk.write(data[:taken])
+            return taken
+
+        def fileno(self) -> int:
+            return disk.fileno()
+
+        def close(self) -> None:
+            disk.close()
+
+    log._lines = Full()  # type: ignore[assignment]
+    log.write(2, 0.2, {"train/loss": 2.0})
+    log.write(3, 0.3, {"train/loss": 3.0})
+    assert log.reason == "No space left on device"
+    with pytest.raises(OSError, match="No space left"):
+        log.sync()
+    room[0] = 10_000
+    log.write(4, 0.4, {"train/loss": 4.0})
+    assert log.reason == ""
+    log.sync()
+    log.close()
+    assert [line["update"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_stays_full_does_not_end_the_run_with_an_error(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log._lines.close()
+    log._lines = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, PTH123
+    log.write(1, 0.1, {"train/loss": 1.0})
+    assert log.reason
+    log.close()
+
+
+def test_a_board_that_fails_is_given_up_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path, 0)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log._board, "add_scalar", fail)
+    log.write(1, 0.1, {"train/loss": 1.0})
+    log.write(2, 0.2, {"train/loss": 1.0})
+    assert "TensorBoard" in log.reason
+    log.sync()
+    log.close()
+    assert [line["update"] for line in lines(tmp_path)] == [1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,24 @@ def test_the_report_has_the_layers_of_the_update_before() -> None:
 def test_a_report_can_be_had_without_layers() -> None:
     assert Divergence(3, math.inf, 0.1, ()).lines() == ["diverged at update 3: loss inf, lr 0.1."]
     assert Divergence(3, math.inf, 0.1, ()).record()["loss"] is None
+
+
+def test_a_rollback_keeps_the_best_result_of_an_evaluation_after_its_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Position 4 spoils the weights after the evaluation at update 4, whose checkpoint comes before it.
+    Spoiled(monkeypatch, 4)
+    scores = iter([90.0, 90.0, 10.0, 10.0])
+    whole = run_module.evaluate_split
+
+    def scored(*arguments: Any, **keywords: Any) -> Any:
+        result = whole(*arguments, **keywords)
+        assert result is not None
+        return replace(result, top1=next(scores))
+
+    monkeypatch.setattr(run_module, "evaluate_split", scored)
+    monkeypatch.setitem(TINY, "evaluate", {"every_epochs": 1})
+    final = train(tmp_path / "run", on_divergence="rollback")
+    assert final["best_top1"] == 90.0
+    best = checkpoint.load(tmp_path / "run/checkpoints/best.pt")
+    assert best["update"] == 4

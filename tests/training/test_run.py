@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from lars_train.config import Config, resolve
-from lars_train.errors import ConfigError, DataError
+from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.launch import Ranks
 from lars_train.monitoring.fields import FIELDS
 from lars_train.monitoring.log import RunLog
 from lars_train.optim.lars import LARS
 from lars_train.training import checkpoint, session
+from lars_train.training import run as run_module
+from lars_train.training.notice import Notice
 from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
 from lars_train.training.run_directory import Invocation
@@ -129,7 +132,7 @@ def test_a_run_leaves_what_scripts_rely_on(unbroken: Path) -> None:
             wanted = {"val/top1", "val/top5", "val/loss", "val/count", "val/best_top1"}
         assert wanted <= line.keys() <= FIELDS.keys()
         assert line["epoch"] == line["update"] / 4
-    assert [p.name for p in checkpoint.listing(unbroken / "checkpoints")] == [f"update-{u:09d}.pt" for u in (6, 9, 12)]
+    assert [p.name for p in checkpoint.listing(unbroken / "checkpoints")] == [f"update-{u:09d}.pt" for u in (8, 9, 12)]
     # Updates 7 to 9 of 12, warm-up aside: the rate of the last one.
     assert next(v["train/lr"] for v in found if v["update"] == 9) == pytest.approx((1 - 8 / 12) ** 2)
 
@@ -386,3 +389,55 @@ def test_a_resumed_run_does_not_tell_known_bad_images_again(photographs: Path, t
         train(tmp_path / "run", data__root=str(photographs), max_updates=stop, **FOLDER)
     told = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert len(told) == 3
+
+
+def test_a_notice_within_an_evaluation_ends_the_run_with_the_checkpoint_before_it(
+    unbroken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    noted: list[Notice] = []
+    enter, whole = Notice.__enter__, run_module.evaluate_split
+
+    def entered(notice: Notice) -> Notice:
+        noted.append(notice)
+        return enter(notice)
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        noted[-1].given = signal.SIGTERM
+        return whole(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Notice, "__enter__", entered)
+        patch.setattr(run_module, "evaluate_split", interrupted)
+        with pytest.raises(Stopped, match="SIGTERM: stopped after update 4, with a checkpoint"):
+            train(tmp_path / "run")
+    assert [p.name for p in checkpoint.listing(tmp_path / "run/checkpoints")] == [
+        "update-000000003.pt",
+        "update-000000004.pt",
+    ]
+    final = train(tmp_path / "run")
+    expected = json.loads((unbroken / "final.json").read_text())
+    assert final["weights_sha256"] == expected["weights_sha256"]
+    assert final["best_top1"] == expected["best_top1"]
+
+
+def test_a_checkpoint_of_another_model_is_named_and_the_one_before_it_used(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "other", max_updates=4, model__name="resnet20")
+    train(tmp_path / "run", max_updates=3)
+    stranger = "checkpoints/update-000000004.pt"
+    (tmp_path / "run" / stranger).write_bytes((tmp_path / "other" / stranger).read_bytes())
+    capfd.readouterr()
+    assert train(tmp_path / "run", max_updates=5)["updates"] == 5
+    told = capfd.readouterr()
+    assert "update-000000004.pt does not fit: the checkpoint is of model resnet20" in told.err
+    assert "resumed        at update 3" in told.out
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
+    train(tmp_path / "run", max_updates=3)
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match="checkpoints are gone"):
+        train(tmp_path / "run", max_updates=5)
+    assert train(tmp_path / "run", max_updates=5, resume="never")["updates"] == 5
