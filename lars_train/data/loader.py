@@ -9,13 +9,16 @@ The content and the order of the batches do not depend on the number of workers.
 
 from __future__ import annotations
 
+import mmap
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["BadSample", "Batch", "Stream", "View", "eval_loader", "train_loader"]
 
 _PREFETCH = 2  # micro-batches in flight per worker
+_BEGIN_S = 20.0  # for all workers of a stream to begin
+_STARTS = 4  # of a stream whose workers do not begin
 _MAX_TRIES = 1000  # neighbours tried in place of a bad picture: more in a row is a broken data set
 
 
@@ -69,26 +74,17 @@ class Batch:
 class Stream(Iterator[Batch]):
     """An iterator of batches whose workers start with it and end with it, or with `close`."""
 
-    def __init__(self, requests: Iterable[_Request], reader: _Reader, workers: int, pin_memory: bool) -> None:
-        with warnings.catch_warnings():
-            # The number of workers is the user's choice, and a worker touches none of the parent's threads.
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            self._items: Iterator[Batch | _Failure] | None = iter(
-                DataLoader(
-                    reader,
-                    batch_size=None,  # one request in, one batch out, handed on as it is
-                    sampler=requests,
-                    num_workers=workers,
-                    prefetch_factor=_PREFETCH if workers else None,
-                    pin_memory=pin_memory,
-                    worker_init_fn=_leave_signals_to_the_parent,
-                    # Forked workers share the source's memory; elsewhere fork is unsafe or absent.
-                    multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-                    # DataLoader draws a seed; from the global generator it would change the caller's.
-                    generator=torch.Generator(),
-                )
-            )
+    def __init__(
+        self, requests: Callable[[], Iterable[_Request]], reader: _Reader, workers: int, pin_memory: bool
+    ) -> None:
+        # Forked workers share the source's memory; elsewhere fork is unsafe or absent.
+        forks = workers > 0 and sys.platform == "linux"
+        self._items: Iterator[Batch | _Failure] | None = None
+        for _ in range(_STARTS if forks else 1):
+            begun = mmap.mmap(-1, workers) if forks else None
+            self._items = _iterate(requests(), reader, workers, pin_memory, begun)
+            if begun is None or _all_begin(self._items, begun):
+                break
 
     def __next__(self) -> Batch:
         if self._items is None:
@@ -106,6 +102,50 @@ class Stream(Iterator[Batch]):
     def close(self) -> None:
         """End the workers. The stream is at its end afterwards; closing it twice does no harm."""
         self._items = None
+
+
+def _iterate(
+    requests: Iterable[_Request], reader: _Reader, workers: int, pin_memory: bool, begun: mmap.mmap | None
+) -> Iterator[Batch | _Failure]:
+    with warnings.catch_warnings():
+        # The number of workers is the user's choice, and a worker touches none of the parent's threads.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        return iter(
+            DataLoader(
+                reader,
+                batch_size=None,  # one request in, one batch out, handed on as it is
+                sampler=requests,
+                num_workers=workers,
+                prefetch_factor=_PREFETCH if workers else None,
+                pin_memory=pin_memory,
+                worker_init_fn=_leave_signals_to_the_parent if begun is None else partial(_begin, begun),
+                multiprocessing_context=None if begun is None else "fork",
+                # DataLoader draws a seed; from the global generator it would change the caller's.
+                generator=torch.Generator(),
+            )
+        )
+
+
+def _all_begin(items: Any, begun: mmap.mmap) -> bool:
+    """Whether all workers have begun; those that do not in time are ended.
+
+    Before Python 3.12 a forked process waits for ever on the interpreter's list of threads if another thread (gloo's,
+    NCCL's: each of their calls into Python makes an entry) held its lock at the fork.
+    """
+    end = time.monotonic() + _BEGIN_S
+    while begun.find(b"\0") >= 0:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.001)
+    stuck = [worker for worker, mark in zip(items._workers, begun[:], strict=True) if not mark]
+    for worker in stuck:
+        # DataLoader's handler of SIGCHLD raises at some instruction after the death, once.
+        with suppress(RuntimeError):
+            worker.kill()
+            worker.join()
+            time.sleep(0.05)
+    return not stuck
 
 
 def train_loader(
@@ -161,7 +201,7 @@ def train_loader(
             ):
                 yield _Request(epoch, samples)
 
-    return Stream(requests(), _TrainReader(source, view, seed, on_error), workers, pin_memory)
+    return Stream(requests, _TrainReader(source, view, seed, on_error), workers, pin_memory)
 
 
 def eval_loader(
@@ -172,10 +212,10 @@ def eval_loader(
     A picture that cannot be read or decoded keeps its place, with zeros for pixels and -1 for a label.
     """
     start, stop = eval_run(len(source), rank, world)
-    requests = (
+    requests = [
         _Request(0, np.arange(first, min(first + micro_batch, stop))) for first in range(start, stop, micro_batch)
-    )
-    return Stream(requests, _EvalReader(source, view), workers, pin_memory)
+    ]
+    return Stream(lambda: requests, _EvalReader(source, view), workers, pin_memory)
 
 
 class _Request(NamedTuple):
@@ -259,6 +299,11 @@ class _EvalReader(_Reader):
 
 def _batch(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], bad: Iterable[BadSample]) -> Batch:
     return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), tuple(bad))
+
+
+def _begin(begun: mmap.mmap, worker: int) -> None:
+    _leave_signals_to_the_parent(worker)
+    begun[worker] = 1
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lars_train.data import loader
 from lars_train.data.augment import UNIFORMS, eval_geometry
 from lars_train.data.decode import decode
 from lars_train.data.loader import BadSample, Batch, Stream, View, eval_loader, train_loader
@@ -335,3 +337,24 @@ def test_workers_are_forked_so_that_they_share_the_sources_memory() -> None:
     parent = os.getpid()
     source = Pictures(23, on_read=lambda sample: None if os.getpid() != parent else os.abort())
     assert len(list(train(source, workers=1, stop_update=1))) == 2  # a lambda cannot be pickled
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+@pytest.mark.parametrize("stuck", [(0,), (1,), (0, 1)])
+def test_workers_that_never_begin_are_replaced(stuck: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list(evaluate(Pictures(23)))
+    begin, tries = loader._begin, mmap.mmap(-1, 2)
+
+    def late(begun: mmap.mmap, worker: int) -> None:
+        tries[worker] += 1
+        if worker in stuck and tries[worker] == 1:
+            # As a process that waits on a lock does, it takes no signal but SIGKILL.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        begin(begun, worker)
+
+    monkeypatch.setattr(loader, "_begin", late)
+    monkeypatch.setattr(loader, "_BEGIN_S", 1.0)
+    assert same(list(evaluate(Pictures(23), workers=2)), expected)
+    assert tries[stuck[0]] == 2
+    assert not multiprocessing.active_children()
