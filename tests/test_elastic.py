@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from program import children, environment
 
 from lars_train.launch import Ranks
 from lars_train.training.distributed import _agree_on_start
@@ -23,15 +24,11 @@ from lars_train.training.distributed import _agree_on_start
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 model=small "
     "model.ghost_batch=16 precision=fp64 schedule.warmup_epochs=0.5 log_every=2 batch.size=64 optimizer.lr=2 "
-    "epochs=6 checkpoint.every_updates=5 evaluate.every_epochs=6 run.dir=run"
+    "epochs=6 checkpoint.every_updates=5 evaluate.every_epochs=6 launch.threads=1 run.dir=run"
 ).split()
+# See docs/elastic.md.
+NODE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 KEEP_ALIVE = "keep_alive_interval=2,keep_alive_max_attempt=4"
-
-
-def environment() -> dict[str, str]:
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "IMAGENET_DIR")
-    kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(("SLURM_", "TORCHELASTIC"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
@@ -49,10 +46,6 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 def losses(folder: Path) -> dict[float, float]:
     return {line["update"]: line["train/loss"] for line in lines(folder) if "train/loss" in line}
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class Cluster:
@@ -76,7 +69,7 @@ class Cluster:
             self.agents[name] = subprocess.Popen(
                 [*launcher, "-m", "lars_train", *SETTINGS],
                 cwd=self.folder,
-                env=environment(),
+                env=environment(**NODE),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -129,7 +122,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
     """The losses of one process that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, "-m", "lars_train", *SETTINGS]
-    subprocess.run(command, cwd=folder, env=environment(), capture_output=True, check=True, timeout=240)
+    subprocess.run(command, cwd=folder, env=environment(**NODE), capture_output=True, check=True, timeout=240)
     return losses(folder / "run")
 
 
@@ -141,7 +134,7 @@ def assert_same_curve(folder: Path, reference: dict[float, float]) -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_node_leaves_the_rest_to_go_on_with_the_same_curve(
+def test_a_lost_worker_and_then_a_lost_node_leave_the_rest_to_go_on_with_the_same_curve(
     cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
 ) -> None:
     nodes = cluster(5)
@@ -149,6 +142,10 @@ def test_a_lost_node_leaves_the_rest_to_go_on_with_the_same_curve(
     until(nodes.listens, "the rendezvous")
     nodes.start("other")
     until(lambda: "world size     2" in nodes.all_told(), "both nodes train")
+    begun = len(lines(tmp_path / "run"))
+    until(lambda: len(lines(tmp_path / "run")) >= begun + 3, "updates")
+    os.kill(nodes.worker("other"), signal.SIGKILL)
+    until(lambda: "resumed        at update" in nodes.all_told(), "both nodes go on after the loss of a worker")
     begun = len(lines(tmp_path / "run"))
     until(lambda: len(lines(tmp_path / "run")) >= begun + 3, "updates")
     nodes.lose("other")

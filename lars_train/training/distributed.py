@@ -162,10 +162,14 @@ def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exce
         more = f" and {len(others) - 8} others" if len(others) > 8 else ""
     except RuntimeError:  # the store went with the process that held it
         return error
-    return RuntimeError(
+    found = RuntimeError(
         f"rank {silent}{more} did not answer for {timeout:g} s (distributed.timeout) and hangs: look at what it waits "
         "for there (storage, a device, the network); the same command goes on from the last checkpoint."
     )
+    if ranks.first:
+        # At once, for the launcher waits for the rank that hangs before it tells of anything.
+        print(f"lars-train: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
