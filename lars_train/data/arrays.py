@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lars_train.data.directory import user_path
-from lars_train.data.source import Dataset, fingerprint, numbered, numbered_runs
+from lars_train.data.folder import held_out
+from lars_train.data.source import Dataset, fingerprint, numbered
 from lars_train.errors import ConfigError
 
 # Seconds without an answer after which a download has failed.
@@ -37,19 +38,30 @@ _KINDS = {
 
 
 class ArraySource:
-    """Decoded samples: `images` uint8 (N, H, W) or (N, H, W, 3), `labels` int32 (N,)."""
+    """Decoded samples: `images` uint8 (N, H, W) or (N, H, W, 3), `labels` int32 (N,).
 
-    def __init__(self, dataset: str, split: str, images: npt.NDArray[np.uint8], labels: Any) -> None:
+    `numbers`: the samples' places in the data set's own order, which they are named by; all of them by default.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        images: npt.NDArray[np.uint8],
+        labels: Any,
+        numbers: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         self.labels = np.asarray(labels, np.int32)
         self._dataset = dataset
         self._split = split
         self._images = np.ascontiguousarray(images)
+        self._numbers = np.arange(len(self.labels)) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, sample: int) -> str:
-        return numbered(self._split, sample)
+        return numbered(self._split, int(self._numbers[sample]))
 
     def where(self, sample: int) -> str:
         return f"{self._dataset} {self.name(sample)}"
@@ -58,12 +70,17 @@ class ArraySource:
         image: npt.NDArray[np.uint8] = self._images[sample]
         return image
 
+    def names(self) -> Iterator[bytes]:
+        """As `Names.runs`."""
+        yield from (f"{self.name(sample)}\0".encode() for sample in range(len(self)))
 
-def open_arrays(name: str, root: str | None) -> Dataset:
+
+def open_arrays(name: str, root: str | None, holdout: float | None = None) -> Dataset:
     """The data set `name`, ``cifar10`` or ``fashion_mnist``, downloaded into `root` where it is missing.
 
-    `root` is by default ``$XDG_CACHE_HOME/lars_train/<name>`` (``~/.cache`` where that is not set). Raises
-    `ConfigError` when the files are neither there nor to be had.
+    `root` is by default ``$XDG_CACHE_HOME/lars_train/<name>`` (``~/.cache`` where that is not set). With
+    `holdout`, that share of each class of the training images is the validation set, and the test images are left
+    alone. Raises `ConfigError` when the files are neither there nor to be had.
     """
     from torchvision import datasets
 
@@ -85,18 +102,21 @@ def open_arrays(name: str, root: str | None) -> Dataset:
                 f"{by_hand.format(folder=folder)}, or set data.root to a folder that has the files."
             ) from error
     classes = tuple(train.classes)
-    training = ArraySource(name, "train", np.asarray(train.data), train.targets)
-    validation = ArraySource(name, "val", np.asarray(test.data), test.targets)
-    return Dataset(
-        training,
-        validation,
-        classes,
-        fingerprint(
-            classes,
-            (numbered_runs("train", len(training)), training.labels),
-            (numbered_runs("val", len(validation)), validation.labels),
-        ),
-    )
+    images, labels = np.asarray(train.data), np.asarray(train.targets)
+    if holdout is None:
+        training = ArraySource(name, "train", images, labels)
+        validation = ArraySource(name, "val", np.asarray(test.data), test.targets)
+    else:
+        out = np.zeros(len(labels), bool)
+        for label in range(len(classes)):
+            of_class = np.flatnonzero(labels == label)
+            out[of_class] = held_out(len(of_class), holdout)
+        training, validation = (
+            ArraySource(name, "train", images[chosen], labels[chosen], chosen)
+            for chosen in (np.flatnonzero(~out), np.flatnonzero(out))
+        )
+    splits = ((source.names(), source.labels) for source in (training, validation))
+    return Dataset(training, validation, classes, fingerprint(classes, *splits))
 
 
 def default_root(name: str) -> Path:

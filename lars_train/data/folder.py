@@ -42,9 +42,10 @@ class Split:
 def open_folder(root: str | None, holdout: float | None) -> Dataset:
     """The data set below `root`, a directory or a zip.
 
-    `root` holds ``train/`` and one of ``val/``, ``validation/``, ``test/`` (the first that is there). Without
-    one of these, the share `holdout` of each class is cut from the training images; then the class folders
-    may also lie directly in `root`. Raises `ConfigError` for every other layout.
+    `root` holds ``train/`` and one of ``val/``, ``validation/``, ``test/`` (the first that is there). With
+    `holdout`, that share of each class of the training images is the validation set instead, whatever lies
+    beside ``train/``; then the class folders may also lie directly in `root`. Raises `ConfigError` for every
+    other layout.
     """
     tree = open_tree(root)
     train, val = find_splits(tree, holdout, VALIDATION)
@@ -78,13 +79,8 @@ def find_splits(tree: Tree, holdout: float | None, validation: Sequence[bytes]) 
     found = tree.folders(b"")
     # Without class folders, test/ holds the unlabelled images of a competition: nothing to validate on.
     val = next((name for name in validation if name in found and (name != TEST or tree.folders(name))), None)
-    if holdout is not None and val is not None:
-        raise ConfigError(
-            f"data.holdout={holdout}, but {tree.place} has a validation set of its own, {printable(val)}/: "
-            "drop one of the two (data.holdout=null, or move the folder away)."
-        )
     if TRAIN not in found:
-        if holdout is not None and found:
+        if holdout is not None and found and val is None:
             return b"", b""
         raise ConfigError(f"data.root={tree.place} has no train/ folder; {_instead(tree, found)}")
     if holdout is not None:

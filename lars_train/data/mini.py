@@ -38,7 +38,10 @@ class MemorySource:
         return self._bytes[self._starts[sample] : self._starts[sample + 1]].tobytes()
 
 
-def open_mini() -> Dataset:
-    """10,000 training and 2,000 validation images of 10 classes: grayscale PNG, 28 x 28."""
-    data = open_folder(str(ARCHIVE), None)
+def open_mini(holdout: float | None = None) -> Dataset:
+    """10,000 training and 2,000 validation images of 10 classes: grayscale PNG, 28 x 28.
+
+    `holdout`: see `open_folder`.
+    """
+    data = open_folder(str(ARCHIVE), holdout)
     return Dataset(MemorySource(data.train), MemorySource(data.val), data.classes, data.fingerprint)

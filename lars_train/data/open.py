@@ -15,7 +15,7 @@ _COUNTS = ("train_count", "val_count", "num_classes")
 # Setting: the data sets that know it, and what to do with one that does not.
 _KNOWN_BY = {
     "root": ((*_TREES, "cifar10", "fashion_mnist"), "for images of your own, set data=folder"),
-    "holdout": (_TREES, "it has a validation set of its own: drop data.holdout"),
+    "holdout": ((*_TREES, "mini", "cifar10", "fashion_mnist"), "choose data.train_count and data.val_count instead"),
     "val_labels": (("imagenet",), "only data=imagenet has validation images without class folders"),
     **dict.fromkeys(_COUNTS, (("synthetic",), "only data=synthetic is made to measure")),
 }
@@ -34,7 +34,7 @@ def open_dataset(data: DataConfig) -> Dataset:
     if data.name == "mini":
         from lars_train.data.mini import open_mini
 
-        return open_mini()
+        return open_mini(data.holdout)
     if data.name == "folder":
         from lars_train.data.folder import open_folder
 
@@ -52,5 +52,5 @@ def open_dataset(data: DataConfig) -> Dataset:
     if data.name in ("cifar10", "fashion_mnist"):
         from lars_train.data.arrays import open_arrays
 
-        return open_arrays(data.name, data.root)
+        return open_arrays(data.name, data.root, data.holdout)
     raise ConfigError(f"data.name={data.name} is no data set; see the files in configs/data.")

@@ -45,6 +45,8 @@ def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, 
     what = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
     most = accumulation(plan, decided.world, decided.micro_batch // plan.ghost_batch)
     yield f"data           {config.data.name}: {plan.samples:,} training images"
+    if config.data.holdout is not None:
+        yield f"               validation: held out of the training images (data.holdout={config.data.holdout:g})"
     yield f"model          {config.model.name}, {config.data.image_size} pixels, precision {decided.precision}"
     yield f"global batch   {plan.global_batch:,} images per update ({plan.arithmetic()})"
     if plan.raised:

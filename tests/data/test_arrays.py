@@ -41,6 +41,22 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path)
 
 
+def test_held_out_images_are_training_images_that_keep_their_numbers(cifar: str) -> None:
+    whole, held = open_arrays("cifar10", cifar), open_arrays("cifar10", cifar, 0.2)
+    found = {}
+    for source in (held.train, held.val):
+        for sample in range(len(source)):
+            number = int(source.name(sample).removeprefix("train/"))
+            found[number] = source
+            assert np.array_equal(source.read(sample), whole.train.read(number))
+            assert source.labels[sample] == whole.train.labels[number]
+    assert sorted(found) == list(range(100))
+    # Ten of each class, of which a fifth goes to validation.
+    assert np.bincount(held.val.labels).tolist() == [2] * 10
+    assert held.fingerprint != whole.fingerprint
+    assert open_arrays("cifar10", cifar, 0.2).fingerprint == held.fingerprint
+
+
 def test_cifar10_is_what_its_files_say(cifar: str) -> None:
     data = open_arrays("cifar10", cifar)
     assert data.classes == tuple(CIFAR_CLASSES)
