@@ -207,7 +207,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         config = resolve(raw)
         # Here torch comes in.
         from lars_train import commands
-        from lars_train.launch import WorkerError
+        from lars_train.spawn import WorkerError
         from lars_train.training.run_directory import Invocation
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))

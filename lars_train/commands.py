@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from lars_train.config import AUTO, Config
-from lars_train.launch import Ranks, adopt, end_with, processes, record_failure, restarts, start_processes
+from lars_train.launch import Ranks, adopt, processes, restarts
 from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.monitoring.table import row, table
 from lars_train.plan import check_world
+from lars_train.spawn import end_with, start_processes
 from lars_train.text import printable
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
@@ -100,12 +101,10 @@ def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
     return {"path": str(path)}
 
 
-@record_failure
 def _train_worker(config: Config, invocation: Invocation) -> dict[str, Any]:
     return train(prepare(config), current_ranks(), invocation)
 
 
-@record_failure
 def _evaluate_worker(config: Config) -> dict[str, Any]:
     content = checkpoint.find(config.checkpoint.path)[1] if config.checkpoint.path else None
     return evaluate_only(config, content, current_ranks())

@@ -1,27 +1,17 @@
-"""How processes come to be: adopt what torchrun or Slurm started, or start one process per device.
+"""Which processes there are: those that torchrun or Slurm started, or how many to start (spawn.py does).
 
 No process group is made here (training/distributed.py does), and no training code is imported.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import multiprocessing
 import os
 import re
-import signal
-import threading
-import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.errors import ConfigError, Stopped
-
-_QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
+from lars_train.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -104,95 +94,6 @@ def processes(config: Config, devices: int, ghosts: int) -> int:
             f"launch.nproc={count}: this machine has {devices} CUDA device(s); use at most that many, or device=cpu."
         )
     return count
-
-
-def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count: int) -> Any:
-    """Run `work(*arguments)` in `count` processes of this machine; what rank 0 returned.
-
-    Torch's elastic launcher watches them: when one fails the others are ended, and this raises
-    `WorkerError` with the first failure. A signal is passed on to them, and raises `Stopped` when they
-    have ended.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # The launcher's own account of a failure is long; WorkerError has what matters of it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Semaphores that ended processes leave behind are removed by Python's tracker; it need not warn after the reason.
-    filters = os.environ.get("PYTHONWARNINGS", "")
-    if _QUIET_TRACKER not in filters:
-        os.environ["PYTHONWARNINGS"] = f"{filters},{_QUIET_TRACKER}".lstrip(",")
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        run_id=uuid.uuid4().hex,
-    )
-    try:
-        return elastic_launch(launch, work)(*arguments)[0]
-    except SignalException as error:
-        name = signal.Signals(error.sigval).name
-        raise Stopped(f"{name}: stopped; the same command goes on from the last checkpoint.") from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message: Any = failure.message
-        if isinstance(message, dict):  # what `record_failure` left; else a sentence about the signal
-            failed = WorkerError(rank, message["message"], message["extraInfo"]["py_callstack"])
-            raise (Stopped(str(failed)) if failed.kind == "Stopped" else failed) from None
-        raise WorkerError(rank, message) from None
-
-
-def record_failure(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `work` leave its exception for `start_processes`; torch is imported when it is called."""
-
-    @functools.wraps(work)
-    def recorded(*arguments: Any) -> Any:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid is not None:
-            end_with(parent.pid)
-        # An interrupt at the terminal reaches every process; before and after training, which takes note of it, the
-        # launcher tells of it and this one just ends.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        return record(work)(*arguments)
-
-    return recorded
-
-
-@functools.cache
-def end_with(launcher: int) -> None:
-    """Give this process SIGTERM when `launcher`, the id of its parent process, is gone.
-
-    A rank whose launcher was killed would train on unseen, hold the run directory, and wait for ever to be asked for
-    its result.
-    """
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
-class WorkerError(RuntimeError):
-    """A process that `start_processes` started has failed. `kind` is the name of its exception.
-
-    The text is the exception's own where the program raised it on purpose, else its whole traceback.
-    """
-
-    def __init__(self, rank: int, message: str, traceback: str = "") -> None:
-        self.kind, _, text = message.partition(": ")
-        on_purpose = self.kind in ("ConfigError", "DataError", "Diverged", "Stopped")
-        super().__init__(text if on_purpose else f"rank {rank}: {message}\n{traceback}".rstrip())
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> Ranks:

@@ -32,7 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from lars_train.config import Config, resolve
-from lars_train.launch import Ranks, record_failure, start_processes
+from lars_train.launch import Ranks
+from lars_train.spawn import start_processes
 from lars_train.training import checkpoint, session
 from lars_train.training.distributed import begin_job
 from lars_train.training.prepare import prepare
@@ -108,7 +109,6 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return sorted(unique, key=lambda case: -case.world)
 
 
-@record_failure
 def train_all(folder: str, wanted: list[Case], epochs: int) -> None:
     """The part of one process in all runs; runs that need fewer go on side by side."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

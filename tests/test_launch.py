@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lars_train.config import Config
 from lars_train.errors import ConfigError
-from lars_train.launch import Ranks, WorkerError, adopt, export_slurm, first_host, processes
+from lars_train.launch import Ranks, adopt, export_slurm, first_host, processes
+from lars_train.spawn import WorkerError
 
 # As torchrun sets it on the second of two machines with two processes each.
 TORCHRUN = {

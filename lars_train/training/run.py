@@ -233,12 +233,15 @@ class Run:
 
     def _stop(self, number: int) -> None:
         name, update = signal.Signals(number).name, self.trainer.update
+        error = None
         if self.writer is not None:
             self.writer.wait()
             if self.writer.reason:
-                raise DataError(
+                error = DataError(
                     f"{name}: {self.writer.reason}; the one before it is what the same command goes on from."
                 )
+        # No rank ends before the checkpoint is whole: a launcher that sees one end gives the others a second notice.
+        self.group.together(error)
         raise Stopped(
             f"{name}: stopped after update {update:,}, with a checkpoint; the same command goes on from there."
         )

@@ -1,0 +1,66 @@
+"""The processes of one machine: what they are given, and how their ends are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import at_work
+import pytest
+
+from lars_train.errors import Stopped
+from lars_train.spawn import WorkerError, start_processes
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _at_most_a_minute() -> Iterator[None]:
+    def end(number: int, frame: object) -> None:
+        raise AssertionError("the launcher waits for ever")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_each_rank_knows_its_place_and_the_first_one_s_result_is_returned() -> None:
+    assert start_processes(at_work.sees, (), 2) == ("0", "2", "0", "2")
+
+
+def test_a_killed_rank_is_the_reason_not_the_peer_that_fails_for_want_of_it() -> None:
+    with pytest.raises(WorkerError, match=r"rank 1: process \d+ was ended by SIGKILL"):
+        start_processes(at_work.is_killed_and_its_peer_fails, (), 2)
+
+
+def test_a_rank_that_is_killed_between_its_work_and_its_end_does_not_hang_the_launcher() -> None:
+    with pytest.raises(WorkerError, match=r"rank 1: .*SIGKILL"):
+        start_processes(at_work.is_killed_after_its_work, (), 2)
+
+
+def test_what_is_meant_for_the_user_keeps_its_words_and_a_bug_its_traceback() -> None:
+    with pytest.raises(WorkerError, match=r"^the word$"):
+        start_processes(at_work.fails, ("DataError",), 1)
+    with pytest.raises(Stopped, match=r"^the word$"):
+        start_processes(at_work.fails, ("Stopped",), 1)
+    with pytest.raises(WorkerError, match=r"(?s)^rank 0: KeyError: 'the word'\nTraceback .* in fails"):
+        start_processes(at_work.fails, ("KeyError",), 1)
+
+
+def test_a_signal_is_passed_on_and_ends_the_ranks_their_own_way(tmp_path: Path) -> None:
+    def tell() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    threading.Thread(target=tell, daemon=True).start()
+    with pytest.raises(Stopped, match="stopped after update 7"):
+        start_processes(at_work.takes_note, (str(tmp_path),), 2)
+    assert signal.getsignal(signal.SIGUSR1) is before
