@@ -1,0 +1,268 @@
+"""Trains the table (256, 8K, 16K, 32K) at reduced scale, with and without LARS, and writes it down.
+
+    python scripts/reproduce_scaled_table.py --data cifar10_jpeg.zip                 # one night on two cores
+    python scripts/reproduce_scaled_table.py --data fashion_mnist --quick            # about ten minutes
+    python scripts/reproduce_scaled_table.py --data cifar10_jpeg.zip --write docs/results/scaled
+
+The same command goes on after a cut (each run finds its own directory). `--data`: a folder or .zip with train/ and test/
+(or val/) of small images, or one of torchvision's sets, cifar10 or fashion_mnist, which it downloads.
+
+1. Choices, on a tenth of the training images that is held out; the test images are not read. One run for each learning
+   rate of three sweeps: SGD at the 256 row, SGD and LARS at the 32K row.
+2. The table: all training images, evaluated on the test images. Each cell with several seeds:
+   - the rows of the recipe as they are;
+   - the 256 row with the best learning rate of its sweep;
+   - beside each LARS row plain SGD, its learning rate scaled linearly from 0.1 at 256 (at 32K also from 0.2);
+   - at 32K both optimizers with the best learning rates of their sweeps.
+
+All runs have the same network, data, epochs, ghost batch, schedule (warm-up scaled with the epochs) and arithmetic.
+Plain SGD keeps the weight decay of the recipe's SGD row; at large batches it has the warm-up of the row that it stands
+beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROWS = ("256", "8k", "16k", "32k")
+SGD_SWEEP_256 = (0.025, 0.05, 0.1, 0.2, 0.4)
+# As many for one as for the other, a factor of 2 apart, with the recipe's or the linearly scaled value among them.
+SGD_SWEEP_32K = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6)
+LARS_SWEEP_32K = (1.8125, 3.625, 7.25, 14.5, 29.0, 58.0, 116.0, 232.0)
+LINEAR = {"8k": (3.2,), "16k": (6.4,), "32k": (12.8, 25.6)}
+# Of the recipe's 256 row, which has no LARS.
+SGD = ("optimizer=sgd", "optimizer.weight_decay=1e-4")
+HELD_OUT = "data.holdout=0.1"
+COMMON = (
+    "model=small precision=auto schedule.scale_warmup=true checkpoint.keep=1 launch.nproc=1 launch.threads=1 "
+    "data.workers=0"
+).split()
+FOLDER = (
+    "data=folder data.image_size=32 data.augment=pad_crop data.eval_crop=1.0 "
+    "data.mean=[0.4914,0.4822,0.4465] data.std=[0.2470,0.2435,0.2616]"
+).split()
+SETS = ("cifar10", "fashion_mnist")
+UPDATES_BETWEEN_LINES = {"256": 2000, "8k": 100, "16k": 40, "32k": 20}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row with an optimizer and a learning rate (None: the recipe's)."""
+
+    row: str
+    optimizer: str
+    lr: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As part of a folder's name."""
+        return f"{self.row}-{self.optimizer}-{'recipe' if self.lr is None else f'{self.lr:g}'}"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What makes it another run than the row's own."""
+        own = () if self.lr is None else (f"optimizer.lr={self.lr:g}",)
+        # At the 256 row plain SGD is the recipe's own.
+        return (f"batch={self.row}", *own, *(SGD if self.optimizer == "sgd" and self.row != "256" else ()))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a cell with a seed, for a choice (on held-out images) or for the table."""
+
+    cell: Cell
+    seed: int
+    choice: bool
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{'choice' if self.choice else 'table'}-{self.cell.name}-seed{self.seed}"
+
+
+class Study:
+    """The runs of one data set, below one folder; a few at a time."""
+
+    def __init__(self, data: Sequence[str], folder: Path, epochs: int, jobs: int) -> None:
+        self.data, self.folder, self.epochs, self.jobs = tuple(data), folder, epochs, jobs
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.ending = threading.Event()
+
+    def command(self, run: Run) -> list[str]:
+        """The command line of a run, without the interpreter."""
+        extra = (HELD_OUT,) if run.choice else ()
+        length = (f"epochs={self.epochs}", f"log_every={UPDATES_BETWEEN_LINES[run.cell.row]}")
+        where = f"run.dir={self.folder / run.name}"
+        return [*self.data, *COMMON, *extra, *run.cell.settings, *length, f"seed={run.seed}", where]
+
+    def make(self, runs: Sequence[Run]) -> None:
+        """Train all that is not finished; exits with the first failure's code when the others have ended."""
+        wanted = [run for run in runs if self.final(run) is None]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            codes = [code for code in pool.map(self._train, wanted) if code]
+        if codes:
+            sys.exit(codes[0])
+
+    def final(self, run: Run) -> dict[str, Any] | None:
+        """The content of ``final.json``; None of a run that is not finished."""
+        path = self.folder / run.name / "final.json"
+        content: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return content
+
+    def stop(self, number: int) -> None:
+        """Pass a signal on to what runs, which ends with a checkpoint, and start nothing more."""
+        self.ending.set()
+        for process in tuple(self.processes):
+            process.send_signal(number)
+
+    def _train(self, run: Run) -> int:
+        if self.ending.is_set():
+            return 75
+        with (self.folder / f"{run.name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lars_train", *self.command(run)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        self.processes.add(process)
+        code = process.wait()
+        self.processes.discard(process)
+        final = self.final(run)
+        told = f"exit code {code}, see {run.name}.log" if final is None else f"top-1 {final['final_top1']:.2f} %"
+        print(f"{run.name}: {told}", flush=True)
+        return code
+
+
+def main() -> None:
+    """Make the choices, then the table; print both, and write them where asked."""
+    args = arguments()
+    root = (f"data.root={args.root}",) if args.root else ()
+    data = (f"data={args.data}", *root) if args.data in SETS else (*FOLDER, f"data.root={args.data}")
+    study = Study(data, args.runs, args.epochs, args.jobs)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: study.stop(number))
+    choices = sweeps(args.quick)
+    study.make([Run(cell, 0, choice=True) for sweep in choices for cell in sweep])
+    best = [chosen(study, sweep) for sweep in choices]
+    print("chosen: " + (", ".join(cell.name for cell in best) or "nothing"), flush=True)
+    cells = table_cells(best, args.quick)
+    study.make([Run(cell, seed, choice=False) for seed in range(args.seeds) for cell in cells])
+    lines = [*sweep_lines(study, choices), "", *table_lines(study, cells, args.seeds)]
+    print("\n".join(lines))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder or .zip of images, or cifar10, fashion_mnist")
+    parser.add_argument("--root", help="where torchvision's copy of the data set lies or goes")
+    parser.add_argument("--quick", action="store_true", help="recipe rows and plain SGD at 32K alone, 4 epochs, a seed")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (runs/scaled-DATA, with -quick)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each (cores)")
+    parser.add_argument("--epochs", type=int, help="of each run (15; quick: 4)")
+    parser.add_argument("--seeds", type=int, help="of each cell of the table (3; quick: 1)")
+    args = parser.parse_args()
+    if args.data not in SETS:
+        if not Path(args.data).exists():
+            parser.error(f"--data {args.data}: no such file or folder, and none of {', '.join(SETS)}")
+        if args.root:
+            parser.error("--root goes with --data cifar10 or fashion_mnist; a folder or .zip is --data itself")
+    args.epochs = args.epochs or (4 if args.quick else 15)
+    args.seeds = args.seeds or (1 if args.quick else 3)
+    if min(args.epochs, args.seeds, args.jobs) < 1:
+        parser.error("--epochs, --seeds and --jobs: at least 1")
+    name = Path(args.data).stem
+    args.runs = args.runs or Path("runs") / f"scaled-{name}{'-quick' if args.quick else ''}"
+    return args
+
+
+def sweeps(quick: bool) -> list[list[Cell]]:
+    """The cells of each sweep; a quick study makes none."""
+    if quick:
+        return []
+    return [
+        [Cell("256", "sgd", lr) for lr in SGD_SWEEP_256],
+        [Cell("32k", "lars", lr) for lr in LARS_SWEEP_32K],
+        [Cell("32k", "sgd", lr) for lr in SGD_SWEEP_32K],
+    ]
+
+
+def chosen(study: Study, sweep: Sequence[Cell]) -> Cell:
+    """The cell with the best top-1 on the held-out images at the end of its run."""
+
+    def top1(cell: Cell) -> float:
+        final = study.final(Run(cell, 0, choice=True))
+        assert final is not None
+        return float(final["final_top1"])
+
+    return max(sweep, key=top1)
+
+
+def table_cells(best: Sequence[Cell], quick: bool) -> list[Cell]:
+    """The cells of the table, each once, in its order."""
+    recipe = [Cell("256", "sgd"), *(Cell(row, "lars") for row in ROWS[1:])]
+    if quick:
+        return [*recipe, Cell("32k", "sgd", 12.8)]
+    linear = [Cell(row, "sgd", lr) for row in ROWS[1:] for lr in LINEAR[row]]
+    cells = [*recipe, *linear, *(as_in_recipe(cell) for cell in best)]
+    return sorted(dict.fromkeys(cells), key=lambda cell: (ROWS.index(cell.row), cells.index(cell)))
+
+
+def as_in_recipe(cell: Cell) -> Cell:
+    """A cell of a sweep whose learning rate is the recipe's own is the recipe's."""
+    own = {("256", "sgd"): 0.2, ("32k", "lars"): 29.0}.get((cell.row, cell.optimizer))
+    return replace(cell, lr=None) if cell.lr == own else cell
+
+
+def sweep_lines(study: Study, choices: Sequence[Sequence[Cell]]) -> list[str]:
+    """A Markdown table for each sweep: top-1 on the held-out images over the learning rate."""
+    lines = []
+    for sweep in choices:
+        finals = [study.final(Run(cell, 0, choice=True)) for cell in sweep]
+        first = sweep[0]
+        lines += [
+            "",
+            f"| {first.optimizer.upper()}, row {first.row}: lr | " + " | ".join(f"{c.lr:g}" for c in sweep) + " |",
+        ]
+        lines += ["|---" * (len(sweep) + 1) + "|"]
+        lines += [
+            "| top-1 %, held out | " + " | ".join(f"{final['final_top1']:.2f}" for final in finals if final) + " |"
+        ]
+    return lines
+
+
+def table_lines(study: Study, cells: Sequence[Cell], seeds: int) -> list[str]:
+    """The table in Markdown: top-1 on the test images at the end of the run, mean and standard deviation."""
+    from statistics import fmean, stdev
+
+    lines = ["| row | batch | optimizer | lr | top-1 %, last epoch | best epoch |", "|---|---|---|---|---|---|"]
+    for cell in cells:
+        found = [study.final(Run(cell, seed, choice=False)) for seed in range(seeds)]
+        finals = [final for final in found if final is not None]
+        cell_texts = []
+        for key in ("final_top1", "best_top1"):
+            values = [final[key] for final in finals]
+            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            cell_texts.append(f"{fmean(values):.2f}{spread}")
+        lr = f"{finals[0]['lr']:g}{' (recipe)' if cell.lr is None else ''}"
+        batch = finals[0]["global_batch"]
+        lines.append(f"| {cell.row} | {batch} | {cell.optimizer} | {lr} | {cell_texts[0]} | {cell_texts[1]} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
