@@ -96,9 +96,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def _at_once(self, input: Tensor, ghosts: int) -> tuple[Tensor, Tensor]:
         """As `_one_by_one`, in a number of operations that does not depend on `ghosts`."""
-        output, means, variances = ghost_norm(input, self.weight, self.bias, ghosts=ghosts, eps=self.eps)
-        values = input.numel() // means.numel()
-        return output, torch.stack([means.sum(0), variances.sum(0) * (values / (values - 1))])
+        output, statistics = ghost_norm(input, self.weight, self.bias, ghosts=ghosts, eps=self.eps)
+        return output, statistics.sum(1)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, ghost_batch={self.ghost_batch}, eps={self.eps}, momentum={self.momentum}"

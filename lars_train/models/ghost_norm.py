@@ -1,33 +1,43 @@
 """Batch norm of many ghost batches at once, for devices on which a loop over them would cost a launch each.
 
-The number of operations does not depend on that of the ghost batches, and none waits for the device.
+The number of operations does not depend on that of the ghost batches, and none waits for the device. Passes over the
+activations, forward and backward; plain batch norm makes 8 (its statistics 1, its output 2, its two sums 2, its
+gradient 3):
 
-Passes over the activations, forward and backward, each operation reading from memory and writing to it (an estimate;
-plain batch norm makes 8: its statistics 1, its output 2, its two sums 2, its gradient 3):
+- on CUDA, channels_last, float32 and half precision: 8, by the Triton kernels of `ghost_kernels`;
+- compiled (`torch.compile` fuses all operations between the reductions): 8;
+- elsewhere, each operation of torch reading from memory and writing to it (an estimate): 13 in float32. Forward 3;
+  backward 1 for the sum of the gradients, 4 for that of the products, which no operation of torch sums unwritten for a
+  channels_last tensor, and 5 for the gradient in two steps. In bfloat16 14, mean and variance being two reads; in
+  float16 16, its products being float32.
 
-- compiled (`torch.compile` fuses all operations between the reductions): 8, those of plain batch norm;
-- eager, float32: 13. Forward 3; backward 1 for the sum of the gradients, 4 for that of the products, which no
-  operation of torch sums unwritten for a channels_last tensor, and 5 for the gradient in two steps;
-- eager, bfloat16: 14, for the mean and the variance are two reads; float16: 16, its products being float32.
+Where triton is not installed, or its kernels fail, the operations of torch do the work, and one line on stderr says so.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lars_train.monitoring.say import complain
+
 # Of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)
 _HALF = (torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, *_HALF)
+# Why they are not to be used.
+_off: list[str] = []
 
 
 def ghost_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, *, ghosts: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Normalise each ghost batch by its own statistics (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167,
     algorithm 1; Hoffer et al. 2017, https://arxiv.org/abs/1705.08741, section 4).
 
@@ -42,57 +52,123 @@ def ghost_norm(
         eps: added to the variance.
 
     Returns:
-        The output, of the shape, dtype and memory format of `input`; the means and the biased variances,
-        (ghosts, C) each, through which no gradient flows.
+        The output, of the shape, dtype and memory format of `input`; (2, ghosts, C) means and unbiased variances,
+        through which no gradient flows.
 
     Raises:
         ValueError: a ghost batch has a single value per channel.
     """
     if input.numel() // max(ghosts * input.shape[1], 1) < 2:
         raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each wants more than 1 value per channel")
-    output: tuple[Tensor, Tensor, Tensor] = _GhostNorm.apply(input, weight, bias, ghosts, eps)
+    output: tuple[Tensor, Tensor] = _GhostNorm.apply(input, weight, bias, ghosts, eps)
     return output
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """The operations of torch do the work, also where the kernels could, so that the two may be compared."""
+    _off.append("asked for")
+    try:
+        yield
+    finally:
+        _off.remove("asked for")
 
 
 class _GhostNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with _no_autocast(input):
-            x = _split(input, ghosts)
-            mean, variance = _moments(x)
-            inverse = torch.rsqrt(variance + eps)
-            scale = inverse if weight is None else inverse * _per_channel(weight)
-            shift = -mean * scale if bias is None else torch.addcmul(_per_channel(bias), mean, scale, value=-1)
-            # Not a view, for the network goes on in place (ReLU), which autograd forbids of views made here.
-            output = torch.empty_like(input)
-            written = _multiply_add(shift, x, scale, _split(output, ghosts))
-            if torch.compiler.is_compiling():
-                output = written.flatten(0, 1).clone()
-            statistics = mean.reshape(ghosts, -1), variance.reshape(ghosts, -1)
-        ctx.save_for_backward(input, weight, mean, inverse)
-        ctx.mark_non_differentiable(*statistics)
+    ) -> tuple[Tensor, Tensor]:
+        given = (input, weight, bias, ghosts, eps)
+        output, statistics, inverse = _by_kernels("normalise", input, *given) or _normalise(*given)
+        ctx.save_for_backward(input, weight, statistics[0], inverse)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return output, *statistics
+        return output, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None
         input, weight, mean, inverse = ctx.saved_tensors
-        with _no_autocast(input):
-            ghosts = len(mean)
-            x, dy = _split(input, ghosts), _split(grad, ghosts)
-            dy_sum = dy.sum(_REDUCED, keepdim=True, dtype=mean.dtype)
-            # Of the gradients times the normalised input.
-            normed_sum, spare = _product_sum(dy, x, mean, dy_sum)
-            normed_sum = normed_sum * inverse
-            grad_input = _input_gradient(dy, x, mean, inverse, weight, dy_sum, normed_sum, spare)
-            grad_weight = None if weight is None else normed_sum.sum(0).flatten().to(weight.dtype)
-            grad_bias = None if weight is None else dy_sum.sum(0).flatten().to(weight.dtype)
-        return grad_input.flatten(0, 1), grad_weight, grad_bias, None, None
+        given = (grad, input, weight, mean, inverse)
+        grad_input, sums = _by_kernels("gradients", input, *given) or _gradients(*given)
+        if weight is None:
+            return grad_input, None, None, None, None
+        grad_bias, grad_weight = sums.sum(1).to(weight.dtype).unbind()
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+def _by_kernels(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor, ...] | None:
+    """What `function` of `ghost_kernels` returns; None if its kernels are not for `input` or do not run here."""
+    if torch.compiler.is_compiling() or _off or not (_suits(input) and _in_memory(input)):
+        return None
+    try:
+        made: tuple[Tensor, ...] = getattr(_kernels(), function)(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    # No triton, or whatever its compilers run into. What ails the device itself comes again with the next operation.
+    except Exception as error:
+        # The error itself would keep the activations alive.
+        _off.append(f"{type(error).__name__}: {error}")
+        complain(f"ghost batch norm goes without its Triton kernels, more slowly: {_off[-1]}")
+        return None
+    return made
+
+
+def _suits(input: Tensor) -> bool:
+    return (
+        input.device.type == "cuda"
+        and input.dtype in _KERNEL_DTYPES
+        and input.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _in_memory(input: Tensor) -> bool:
+    # Fake tensors, which trace and measure, are no plain ones.
+    return type(input) is Tensor
+
+
+def _kernels() -> ModuleType:
+    from lars_train.models import ghost_kernels
+
+    return ghost_kernels
+
+
+def _normalise(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ghost_kernels.normalise`."""
+    with _no_autocast(input):
+        x = _split(input, ghosts)
+        mean, variance = _moments(x)
+        inverse = torch.rsqrt(variance + eps)
+        scale = inverse if weight is None else inverse * _per_channel(weight)
+        shift = -mean * scale if bias is None else torch.addcmul(_per_channel(bias), mean, scale, value=-1)
+        # Not a view, for the network goes on in place (ReLU), which autograd forbids of views made here.
+        output = torch.empty_like(input)
+        written = _multiply_add(shift, x, scale, _split(output, ghosts))
+        if torch.compiler.is_compiling():
+            output = written.flatten(0, 1).clone()
+        values = x.numel() // mean.numel()
+        statistics = torch.stack([mean, variance * (values / (values - 1))])
+    return output, statistics.reshape(2, ghosts, -1), inverse.reshape(ghosts, -1)
+
+
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `ghost_kernels.gradients`."""
+    with _no_autocast(input):
+        mean, inverse = (t[:, None, :, None, None] for t in (mean, inverse))
+        x, dy = _split(input, len(mean)), _split(grad, len(mean))
+        dy_sum = dy.sum(_REDUCED, keepdim=True, dtype=mean.dtype)
+        # Of the gradients times the normalised input.
+        normed_sum, spare = _product_sum(dy, x, mean, dy_sum)
+        normed_sum = normed_sum * inverse
+        grad_input = _input_gradient(dy, x, mean, inverse, weight, dy_sum, normed_sum, spare)
+        return grad_input.flatten(0, 1), torch.stack([dy_sum, normed_sum]).reshape(2, len(mean), -1)
 
 
 def _input_gradient(

@@ -132,12 +132,14 @@ def test_channels_last_stays_channels_last(dtype: torch.dtype) -> None:
     for tensor in (out, grad_input):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
         assert not tensor.is_contiguous()
-    # A gradient may come in another format, or expanded.
-    for grad in (given[3].contiguous(), torch.ones((), dtype=dtype).expand(given[3].shape)):
+    # A gradient may come in another format, or expanded, as from a mean over the pixels.
+    bound = 1e-6 if dtype == torch.float32 else 0.8 * torch.finfo(dtype).eps
+    for grad in (given[3].contiguous(), given[3][:, :, :1, :1].expand(given[3].shape)):
         given[3] = grad
         got = results(at_once, given)
         assert got[1].is_contiguous(memory_format=torch.channels_last)
-        assert worst(got[1], results(in_a_loop, given, torch.float64)[1]) < 1 or not grad.stride()[0]
+        assert not got[1].is_contiguous()
+        assert worst(got[1], results(in_a_loop, given, torch.float64)[1]) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -232,7 +234,7 @@ def calls_on_cuda(ghosts: int, dtype: torch.dtype) -> Calls:
             node = layer(x).grad_fn
             # The engine that walks a graph of CUDA tensors wants a driver, one node does not.
             with torch.no_grad():
-                given = (grad, None, None) if ghosts > 1 else (grad,)
+                given = (grad, None) if ghosts > 1 else (grad,)
                 gradients = getattr(node, "apply", node)(*given)
             assert gradients[0].shape == x.shape
             assert gradients[0].is_contiguous(memory_format=torch.channels_last)
@@ -308,7 +310,7 @@ def test_the_network_may_go_on_in_place() -> None:
     gradients = []
     for in_place in (True, False):
         leaf = x.clone().requires_grad_()
-        output, _, _ = ghost_norm(leaf, None, None, ghosts=4, eps=1e-5)
+        output, _ = ghost_norm(leaf, None, None, ghosts=4, eps=1e-5)
         (F.relu(output, inplace=in_place) * x).sum().backward()
         gradients.append(leaf.grad)
     assert gradients[0] is not None

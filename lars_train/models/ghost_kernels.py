@@ -1,0 +1,369 @@
+"""Ghost batch norm of channels_last activations in Triton: as many passes over them as plain batch norm makes.
+
+The activations are a matrix, a row per pixel (C values that lie side by side), a ghost batch being R rows. A program
+takes a block of channels over a chunk of one ghost batch's rows and walks down it tile by tile. Passes over the
+activations, each kernel of them reading or writing every value once:
+
+- `_chunk_moments` reads x (1), `_normalise` reads x and writes the output (2);
+- `_chunk_sums` reads dy and x (2), `_input_gradient` reads dy and x and writes the gradient (3): 8 in all.
+
+Between the two of a pair a small kernel combines the chunks, of which a ghost batch and block of channels has at most
+`PROGRAMS`. So there are three launches a direction, whatever the number of ghost batches. A value is held in float32
+from its load to its store. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches: a
+ghost batch gets the same digits in any micro-batch of two or more.
+
+Importing this module imports triton, which comes with torch for CUDA on Linux; `ghost_norm` does without.
+"""
+
+# Within kernels triton knows no type hints but constexpr, whose names are in capitals by custom.
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+from torch import Tensor
+
+# About as many for each ghost batch, of layers that have as many tiles: of 8 ghost batches, on a GPU of 132
+# multiprocessors that run 4 or more programs each, up to 8 rounds, the last of which need not be full.
+PROGRAMS = 512
+# A program's load of 8 KiB is four of 16 bytes, the widest there are, by each of its 128 threads. 64 channels of a
+# half precision are a cache line of 128 bytes.
+TILE_BYTES = 8192
+TILE_CHANNELS = 64
+# Values that a program combines, chunks times channels.
+COMBINED = 4096
+WARPS = 4
+
+
+def normalise(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each ghost batch by its own mean and biased variance.
+
+    Args:
+        input: (n, C, H, W) of float32, bfloat16 or float16, contiguous in channels_last, n a multiple of
+            `ghosts`, each ghost batch with more than one value per channel.
+        weight, bias: (C,) of any floating dtype, or both None.
+
+    Returns:
+        The output, like `input`, not a view; in float32 (2, ghosts, C) means and unbiased variances, and (ghosts, C)
+        1 / sqrt(biased variance + eps).
+    """
+    plan = _plan(input, ghosts)
+    chunks = input.new_empty((2, ghosts, plan.chunks, plan.channels), dtype=torch.float32)
+    statistics = input.new_empty((2, ghosts, plan.channels), dtype=torch.float32)
+    inverse = torch.empty_like(statistics[0])
+    output = torch.empty_like(input)
+    _launch(_chunk_moments, plan, input, chunks)
+    _launch(_combine_moments, plan, chunks, statistics, inverse, eps)
+    _launch(_normalise, plan, input, statistics, inverse, weight, bias, output)
+    return output, statistics, inverse
+
+
+def gradients(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The backward pass of `normalise`.
+
+    Args:
+        grad: of the output, (n, C, H, W) of the input's dtype; another memory format is copied.
+        input, weight: as given to `normalise`.
+        mean, inverse: (ghosts, C), of what it returned.
+
+    Returns:
+        The input's gradient, like `input`, and (2, ghosts, C) in float32: the sums over each ghost batch of the
+        gradient, and of the gradient times the normalised input.
+    """
+    ghosts = len(mean)
+    plan = _plan(input, ghosts)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    chunks = input.new_empty((2, ghosts, plan.chunks, plan.channels), dtype=torch.float32)
+    sums = input.new_empty((2, ghosts, plan.channels), dtype=torch.float32)
+    grad_input = torch.empty_like(input)
+    _launch(_chunk_sums, plan, grad, input, mean, chunks)
+    _launch(_combine_sums, plan, chunks, inverse, sums)
+    _launch(_input_gradient, plan, grad, input, mean, inverse, sums, weight, grad_input)
+    return grad_input, sums
+
+
+class Plan(NamedTuple):
+    """How the work on (ghosts * rows, channels) is divided; it does not depend on the number of ghost batches."""
+
+    ghosts: int
+    rows: int
+    channels: int
+    chunk_rows: int
+    tile_rows: int
+    tile_channels: int
+
+    @property
+    def chunks(self) -> int:
+        """Of a ghost batch's rows."""
+        return _ceil(self.rows, self.chunk_rows)
+
+
+def _plan(input: Tensor, ghosts: int) -> Plan:
+    channels = input.shape[1]
+    rows = input.numel() // (ghosts * channels)
+    tile_channels = min(TILE_CHANNELS, _power_of_2(channels))
+    tile_rows = TILE_BYTES // (tile_channels * input.element_size())
+    tiles = _ceil(rows * _ceil(channels, tile_channels), PROGRAMS * tile_rows)
+    return Plan(ghosts, rows, channels, tiles * tile_rows, tile_rows, tile_channels)
+
+
+def _launch(kernel: Any, plan: Plan, first: Tensor, *others: Tensor | float | None) -> None:
+    """Run `kernel`, which takes tensors and numbers and then those of the plan, on the current stream."""
+    # Eight channels of any of the dtypes make whole loads of 16 bytes, if the compiler knows of the eight.
+    vector = 8 if plan.channels % 8 == 0 else 1
+    if kernel in (_combine_moments, _combine_sums):
+        chunks = _power_of_2(plan.chunks)
+        tile = (chunks, min(COMBINED // chunks, plan.tile_channels))
+        programs = plan.ghosts
+    else:
+        tile = (plan.tile_rows, plan.tile_channels)
+        programs = plan.ghosts * plan.chunks
+    programs *= _ceil(plan.channels, tile[1])
+    sizes = (plan.ghosts, plan.rows, plan.chunk_rows, plan.channels // vector)
+    with torch.cuda.device_of(first):
+        kernel[(programs,)](first, *others, *sizes, vector, *tile, num_warps=WARPS, num_stages=1)
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+# Specialised on a size, a kernel would be compiled for each layer.
+_jit: Any = triton.jit(do_not_specialize=["ghosts", "rows", "chunk_rows", "groups"])
+
+
+@triton.jit
+def _place(rows, chunk_rows, channels, TILE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of this program: the number of its chunk, counted over all ghost batches, its ghost batch, its channels, the
+    offset of its first row, how many rows it has, and the offsets within a tile."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    chunks = tl.cdiv(rows, chunk_rows)
+    chunk = tl.program_id(0) // blocks
+    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    ghost = chunk // chunks
+    start = chunk % chunks * chunk_rows
+    # A micro-batch may have more than 2**31 values, a tile has not.
+    first = (ghost.to(tl.int64) * rows + start) * channels
+    offsets = tl.arange(0, TILE)[:, None] * channels + channel
+    return chunk, ghost, channel, first, tl.minimum(rows - start, chunk_rows), offsets
+
+
+@_jit
+def _chunk_moments(
+    x, out, ghosts, rows, chunk_rows, groups, VECTOR: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Each chunk's mean and sum of squared differences from it: Welford's update (1962, Technometrics 4, 419) in each
+    place of the tile, then the formula of Chan, Golub and LeVeque (1979, Stanford report STAN-CS-79-773) for all."""
+    channels = groups * VECTOR
+    chunk, _ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    row = tl.arange(0, TILE)[:, None]
+    # Differences from any of its values are small where the mean is large, and lose no digits.
+    near = tl.load(x + first + channel, mask=channel < channels, other=0).to(tl.float32)
+    mean = tl.zeros((TILE, CHANNELS), tl.float32)
+    squares = tl.zeros((TILE, CHANNELS), tl.float32)
+    for done in range(0, count, TILE):
+        there = (row < count - done) & (channel < channels)
+        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32) - near
+        difference = tl.where(there, value - mean, 0.0)
+        mean += difference * (1.0 / (done // TILE + 1))
+        squares += difference * (value - mean)
+        first += TILE * channels
+    seen = tl.cdiv(tl.maximum(count - row, 0), TILE).to(tl.float32)
+    merged = tl.sum(mean * seen, 0, keep_dims=True) / count
+    apart = mean - merged
+    squares = tl.sum(squares + seen * apart * apart, 0, keep_dims=True)
+    place = out + chunk * channels + channel
+    tl.store(place, near + merged, mask=channel < channels)
+    tl.store(place + ghosts * tl.cdiv(rows, chunk_rows) * channels, squares, mask=channel < channels)
+
+
+@triton.jit
+def _chunks_of_a_ghost(rows, chunk_rows, channels, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of this program: its ghost batch, its channels, which chunks there are, and the offsets of their values."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    ghost = tl.program_id(0) // blocks
+    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    chunks = tl.cdiv(rows, chunk_rows)
+    there = (chunk < chunks) & (channel < channels)
+    return ghost, channel, there, (ghost * chunks + chunk) * channels + channel
+
+
+@_jit
+def _combine_moments(
+    parts,
+    statistics,
+    out,
+    eps,
+    ghosts,
+    rows,
+    chunk_rows,
+    groups,
+    VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Each ghost batch's mean, unbiased variance and 1 / sqrt(biased variance + eps), by the same formula of Chan."""
+    channels = groups * VECTOR
+    ghost, channel, there, offsets = _chunks_of_a_ghost(rows, chunk_rows, channels, CHUNKS, CHANNELS)
+    stride, place = ghosts * channels, ghost * channels + channel
+    valid = channel < channels
+    # Of its first chunk, for the same reason as in `_chunk_moments`.
+    near = tl.load(parts + ghost * tl.cdiv(rows, chunk_rows) * channels + channel, mask=valid, other=0)
+    mean = tl.load(parts + offsets, mask=there, other=0) - near
+    squares = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=there, other=0)
+    start = tl.arange(0, CHUNKS)[:, None] * chunk_rows
+    count = tl.minimum(tl.maximum(rows - start, 0), chunk_rows).to(tl.float32)
+    merged = tl.sum(mean * count, 0, keep_dims=True) / rows
+    apart = mean - merged
+    total = tl.sum(squares + count * apart * apart, 0, keep_dims=True)
+    tl.store(statistics + place, near + merged, mask=valid)
+    tl.store(statistics + stride + place, total / (rows - 1), mask=valid)
+    tl.store(out + place, tl.rsqrt(total / rows + eps), mask=valid)
+
+
+@_jit
+def _normalise(
+    x,
+    means,
+    inverses,
+    weight,
+    bias,
+    out,
+    ghosts,
+    rows,
+    chunk_rows,
+    groups,
+    VECTOR: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """(x - mean) * inverse * weight + bias. Subtracted first, a large mean costs no digits."""
+    channels = groups * VECTOR
+    _chunk, ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    valid = channel < channels
+    place = ghost * channels + channel
+    mean = tl.load(means + place, mask=valid, other=0)
+    scale = tl.load(inverses + place, mask=valid, other=0)
+    shift = tl.zeros((1, CHANNELS), tl.float32)
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=valid, other=0).to(tl.float32)
+        shift += tl.load(bias + channel, mask=valid, other=0).to(tl.float32)
+    row = tl.arange(0, TILE)[:, None]
+    for done in range(0, count, TILE):
+        there = (row < count - done) & valid
+        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32)
+        tl.store(out + first + offsets, (value - mean) * scale + shift, mask=there)
+        first += TILE * channels
+
+
+@_jit
+def _chunk_sums(
+    dy,
+    x,
+    means,
+    out,
+    ghosts,
+    rows,
+    chunk_rows,
+    groups,
+    VECTOR: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Each chunk's sums of dy and of dy * (x - mean)."""
+    channels = groups * VECTOR
+    chunk, ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    valid = channel < channels
+    mean = tl.load(means + ghost * channels + channel, mask=valid, other=0)
+    row = tl.arange(0, TILE)[:, None]
+    total = tl.zeros((TILE, CHANNELS), tl.float32)
+    products = tl.zeros((TILE, CHANNELS), tl.float32)
+    for done in range(0, count, TILE):
+        there = (row < count - done) & valid
+        slope = tl.load(dy + first + offsets, mask=there, other=0).to(tl.float32)
+        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32)
+        total += slope
+        products += slope * (value - mean)
+        first += TILE * channels
+    place = out + chunk * channels + channel
+    tl.store(place, tl.sum(total, 0, keep_dims=True), mask=valid)
+    products = tl.sum(products, 0, keep_dims=True)
+    tl.store(place + ghosts * tl.cdiv(rows, chunk_rows) * channels, products, mask=valid)
+
+
+@_jit
+def _combine_sums(
+    parts,
+    inverses,
+    sums,
+    ghosts,
+    rows,
+    chunk_rows,
+    groups,
+    VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Each ghost batch's sums of dy and of dy * (x - mean) * inverse."""
+    channels = groups * VECTOR
+    ghost, channel, there, offsets = _chunks_of_a_ghost(rows, chunk_rows, channels, CHUNKS, CHANNELS)
+    stride, place = ghosts * channels, ghost * channels + channel
+    valid = channel < channels
+    total = tl.load(parts + offsets, mask=there, other=0)
+    products = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=there, other=0)
+    inverse = tl.load(inverses + place, mask=valid, other=0)
+    tl.store(sums + place, tl.sum(total, 0, keep_dims=True), mask=valid)
+    tl.store(sums + stride + place, tl.sum(products, 0, keep_dims=True) * inverse, mask=valid)
+
+
+@_jit
+def _input_gradient(
+    dy,
+    x,
+    means,
+    inverses,
+    sums,
+    weight,
+    out,
+    ghosts,
+    rows,
+    chunk_rows,
+    groups,
+    VECTOR: tl.constexpr,
+    TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), the mean being taken over a ghost batch."""
+    channels = groups * VECTOR
+    _chunk, ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    stride = ghosts * channels
+    valid = channel < channels
+    place = ghost * channels + channel
+    mean = tl.load(means + place, mask=valid, other=0)
+    inverse = tl.load(inverses + place, mask=valid, other=0)
+    shift = tl.load(sums + place, mask=valid, other=0) / rows
+    factor = tl.load(sums + stride + place, mask=valid, other=0) * inverse / rows
+    scale = inverse
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=valid, other=0).to(tl.float32)
+    row = tl.arange(0, TILE)[:, None]
+    for done in range(0, count, TILE):
+        there = (row < count - done) & valid
+        slope = tl.load(dy + first + offsets, mask=there, other=0).to(tl.float32)
+        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32)
+        tl.store(out + first + offsets, scale * (slope - shift - (value - mean) * factor), mask=there)
+        first += TILE * channels
