@@ -4,8 +4,8 @@
     python scripts/reproduce_scaled_table.py --data fashion_mnist --quick            # about ten minutes
     python scripts/reproduce_scaled_table.py --data cifar10_jpeg.zip --write docs/results/scaled
 
-The same command goes on after a cut (each run finds its own directory). `--data`: a folder or .zip with train/ and test/
-(or val/) of small images, or one of torchvision's sets, cifar10 or fashion_mnist, which it downloads.
+The same command goes on after a cut (each run finds its own directory). `--data`: a folder or .zip of small images with
+train/ and test/ (or val/), or one of torchvision's sets, cifar10 or fashion_mnist, which it downloads.
 
 1. Choices, on a tenth of the training images that is held out; the test images are not read. One run for each learning
    rate of three sweeps: SGD at the 256 row, SGD and LARS at the 32K row.
@@ -116,8 +116,11 @@ class Study:
             sys.exit(codes[0])
 
     def final(self, run: Run) -> dict[str, Any] | None:
-        """The content of ``final.json``; None of a run that is not finished."""
-        path = self.folder / run.name / "final.json"
+        """The content of ``final.json``, with ``diverged`` instead of one that diverged; None of an unfinished run."""
+        folder = self.folder / run.name
+        if (folder / "divergence.jsonl").exists():
+            return {"diverged": True}
+        path = folder / "final.json"
         content: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return content
 
@@ -142,9 +145,8 @@ class Study:
         code = process.wait()
         self.processes.discard(process)
         final = self.final(run)
-        told = f"exit code {code}, see {run.name}.log" if final is None else f"top-1 {final['final_top1']:.2f} %"
-        print(f"{run.name}: {told}", flush=True)
-        return code
+        print(f"{run.name}: {f'exit code {code}, see its log' if final is None else told(final)}", flush=True)
+        return code if final is None else 0
 
 
 def main() -> None:
@@ -207,7 +209,7 @@ def chosen(study: Study, sweep: Sequence[Cell]) -> Cell:
     def top1(cell: Cell) -> float:
         final = study.final(Run(cell, 0, choice=True))
         assert final is not None
-        return float(final["final_top1"])
+        return -1.0 if "diverged" in final else float(final["final_top1"])
 
     return max(sweep, key=top1)
 
@@ -228,6 +230,11 @@ def as_in_recipe(cell: Cell) -> Cell:
     return replace(cell, lr=None) if cell.lr == own else cell
 
 
+def told(final: dict[str, Any]) -> str:
+    """The end of a run in a word: top-1 in percent, after the last epoch."""
+    return "diverged" if "diverged" in final else f"{final['final_top1']:.2f}"
+
+
 def sweep_lines(study: Study, choices: Sequence[Sequence[Cell]]) -> list[str]:
     """A Markdown table for each sweep: top-1 on the held-out images over the learning rate."""
     lines = []
@@ -239,9 +246,7 @@ def sweep_lines(study: Study, choices: Sequence[Sequence[Cell]]) -> list[str]:
             f"| {first.optimizer.upper()}, row {first.row}: lr | " + " | ".join(f"{c.lr:g}" for c in sweep) + " |",
         ]
         lines += ["|---" * (len(sweep) + 1) + "|"]
-        lines += [
-            "| top-1 %, held out | " + " | ".join(f"{final['final_top1']:.2f}" for final in finals if final) + " |"
-        ]
+        lines += ["| top-1 %, held out | " + " | ".join(told(final) for final in finals if final) + " |"]
     return lines
 
 
@@ -252,12 +257,16 @@ def table_lines(study: Study, cells: Sequence[Cell], seeds: int) -> list[str]:
     lines = ["| row | batch | optimizer | lr | top-1 %, last epoch | best epoch |", "|---|---|---|---|---|---|"]
     for cell in cells:
         found = [study.final(Run(cell, seed, choice=False)) for seed in range(seeds)]
-        finals = [final for final in found if final is not None]
+        finals = [final for final in found if final is not None and "diverged" not in final]
+        if not finals:
+            lines.append(f"| {cell.row} | | {cell.optimizer} | {cell.lr or 'recipe'} | diverged | |")
+            continue
         cell_texts = []
         for key in ("final_top1", "best_top1"):
             values = [final[key] for final in finals]
             spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-            cell_texts.append(f"{fmean(values):.2f}{spread}")
+            lost = f" ({seeds - len(finals)} of {seeds} diverged)" if len(finals) < seeds else ""
+            cell_texts.append(f"{fmean(values):.2f}{spread}{lost}")
         lr = f"{finals[0]['lr']:g}{' (recipe)' if cell.lr is None else ''}"
         batch = finals[0]["global_batch"]
         lines.append(f"| {cell.row} | {batch} | {cell.optimizer} | {lr} | {cell_texts[0]} | {cell_texts[1]} |")
