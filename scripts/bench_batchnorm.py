@@ -15,13 +15,13 @@ Ratios are taken within a round. The median and the 10th to 90th percentile over
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
+from page import cpu_name
 from torch import Tensor, nn
 
 from lars_train.models.batchnorm import GhostBatchNorm2d
@@ -173,7 +173,7 @@ def described(device: torch.device) -> str:
     """What the figures were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+    return f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from page import between_markers, cpu_name
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -562,35 +563,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def cpu_name() -> str:
-    """The processor's name, as well as the system tells it."""
-    described = Path("/proc/cpuinfo")
-    if described.is_file():
-        for line in described.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def one_thread(core: int | None) -> None:
     """Keep this process to one thread on one core, where the system lets it: `core`, or the last that it may use."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if core is None else core})
-
-
-def between_markers(text: str, device: str, lines: list[str]) -> str:
-    """`text` with `lines` between the two marker comments of `device`, in place of what was there.
-
-    Raises:
-        ValueError: it does not have both, in order.
-    """
-    begin, end = f"<!-- bench_lars {device}: begin -->", f"<!-- bench_lars {device}: end -->"
-    before, found, rest = text.partition(begin)
-    _, found_too, after = rest.partition(end)
-    if not (found and found_too):
-        raise ValueError(f"{begin} and {end} are not there")
-    return "\n".join([before + begin, "", *lines, "", end + after])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -609,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.write is not None:
         # Before the measurements: they take minutes.
         try:
-            between_markers(args.write.read_text(encoding="utf-8"), args.device, [])
+            between_markers(args.write.read_text(encoding="utf-8"), f"bench_lars {args.device}", [])
         except (OSError, ValueError) as error:
             parser.error(f"--write {args.write}: {error}")
     if args.device == "cpu":
@@ -623,7 +600,7 @@ def main(argv: list[str] | None = None) -> int:
         print(line, file=sys.stderr)
     if args.write is not None and not wrong:
         page = args.write.read_text(encoding="utf-8")
-        args.write.write_text(between_markers(page, args.device, lines), encoding="utf-8")
+        args.write.write_text(between_markers(page, f"bench_lars {args.device}", lines), encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -28,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from page import between_markers
+
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
     "data.augment=pad_crop "
@@ -39,7 +41,6 @@ KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
 TIMES = {"train/images_per_s", "train/wait_share", "val/seconds"}
 # Seconds within which a process is killed, most often counted from its entry in the run's record, else from its start.
 LATEST_KILL_S = 8.0
-BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 
 
 def main() -> None:
@@ -49,8 +50,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the kinds and instants (0)")
     parser.add_argument("--write", type=Path, metavar="PATH", help="put the report between the markers of this file")
     arguments = parser.parse_args()
-    if arguments.write is not None and not between_markers(arguments.write.read_text(), []):
-        parser.error(f"--write {arguments.write}: it lacks {BEGIN} and {END}")
+    if arguments.write is not None:
+        try:
+            between_markers(arguments.write.read_text(), "chaos", [])
+        except (OSError, ValueError) as error:
+            parser.error(f"--write {arguments.write}: {error}")
     started, lines = (
         time.monotonic(),
         [f"`python scripts/chaos.py --kills {arguments.kills} --seed {arguments.seed}`:", ""],
@@ -79,15 +83,8 @@ def main() -> None:
         lines[-1] += (
             f" {(time.monotonic() - started) / 60:.0f} minutes on {os.cpu_count()} cores, torch {version('torch')}."
         )
-        arguments.write.write_text(between_markers(arguments.write.read_text(), lines))
+        arguments.write.write_text(between_markers(arguments.write.read_text(), "chaos", lines))
     sys.exit(min(differing, 100))
-
-
-def between_markers(page: str, lines: list[str]) -> str:
-    """`page` with `lines` between its markers; empty if it has none."""
-    before, found, rest = page.partition(BEGIN)
-    _, found_too, after = rest.partition(END)
-    return "\n".join([before + BEGIN, "", *lines, "", END + after]) if found and found_too else ""
 
 
 def start(folder: str, seed: str, name: str) -> subprocess.Popen[bytes]:

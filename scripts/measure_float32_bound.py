@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from page import between_markers, cpu_name
 from torch import Tensor
 
 from lars_train.config import Config, resolve
@@ -207,30 +208,6 @@ def shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def cpu_name() -> str:
-    """The processor's name, as well as the system tells it."""
-    described = Path("/proc/cpuinfo")
-    if described.is_file():
-        for line in described.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def between_markers(text: str, lines: list[str]) -> str:
-    """`text` with `lines` between the two marker comments, in place of what was there.
-
-    Raises:
-        ValueError: it does not have both, in order.
-    """
-    begin, end = (f"<!-- measure_float32_bound: {word} -->" for word in ("begin", "end"))
-    before, found, rest = text.partition(begin)
-    _, found_too, after = rest.partition(end)
-    if not (found and found_too):
-        raise ValueError(f"{begin} and {end} are not there")
-    return "\n".join([before + begin, "", *lines, "", end + after])
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     page = None if args.write is None else args.write.read_text(encoding="utf-8")
     if page is not None:
-        between_markers(page, [])  # a page without markers is refused before the work
+        between_markers(page, "measure_float32_bound", [])  # a page without markers is refused before the work
     wanted = cases(args)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
@@ -269,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = report(args, compared)
     print("\n".join(lines))
     if page is not None:
-        args.write.write_text(between_markers(page, lines), encoding="utf-8")
+        args.write.write_text(between_markers(page, "measure_float32_bound", lines), encoding="utf-8")
     return 0
 
 
