@@ -25,7 +25,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from lars_train import __version__
-from lars_train.config import Config, choices_of, config_dir, flatten, register, resolve
+from lars_train.config import Config, choices_of, config_dir, flatten, nominal_batch, register, resolve
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped, nearest
 from lars_train.monitoring.say import complain, first_process, say
 from lars_train.text import printable_lines
@@ -151,7 +151,7 @@ def _prepare_argument(argument: str) -> str:
         return argument
     if key in _GROUPS:
         if key == "batch":
-            value = value.lower()
+            value = _named_batches(value.lower())
         # Hydra's functions (choice, shuffle, sort) take one pair of quotes off.
         quoted = r'''"'\g<0>'"''' if "(" in value else r"'\g<0>'"
         return f"{key}={re.sub(_NO_STRING, quoted, value)}"
@@ -161,6 +161,12 @@ def _prepare_argument(argument: str) -> str:
         # Shells leave a tilde behind "=" alone, and Hydra cannot read it.
         return f"{key}={os.path.expanduser(value)}"  # noqa: PTH111 (a name that is nobody's home stays as it is)
     return argument
+
+
+def _named_batches(value: str) -> str:
+    """The batches of `value` by the names of their files: ``4096`` is ``4k``."""
+    names = {str(nominal_batch(name)): name for name in choices_of("batch")}
+    return re.sub(r"(?<![\w.+-])\d+(?![\w.-])", lambda found: names.get(found.group(), found.group()), value)
 
 
 # What Hydra would read as a number, null or a truth value.
@@ -184,7 +190,10 @@ def explain(error: Exception) -> str:
     if choice:
         group, name = choice.groups()
         choices = choices_of(group)
-        return f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{nearest(name, choices)}"
+        told = f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{nearest(name, choices)}"
+        if group == "batch" and (size := nominal_batch(name)):
+            told += f" For {size:,} images per update, add batch.size={size} and optimizer.lr=X to one of them."
+        return told
     if "Ambiguous value for argument" in text:
         return f"{text.splitlines()[0]}: several values are a sweep; add -m."
     if error.__cause__ is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from lars_train.config import Config, filled
 from lars_train.errors import ConfigError
+from lars_train.optim.schedule import STEPS, Form, learning_rate
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 SMALLEST_SCALED_BATCH = 8
@@ -113,6 +117,49 @@ def make_plan(config: Config, samples: int) -> Plan:
         stop=min(updates, config.max_updates or updates),
         warmup_updates=warmup,
     )
+
+
+def make_schedule(plan: Plan, config: Config) -> Callable[[int], float]:
+    """The learning rate of a resolved config as a function of the update number (from 0) alone."""
+    schedule, base = config.schedule, filled(config.optimizer.lr)
+    form = cast(Form, filled(schedule.form))  # checks.py has seen to it
+    start = schedule.warmup_start
+    rate = functools.partial(
+        learning_rate,
+        total=plan.updates,
+        warmup=plan.warmup_updates,
+        base=base,
+        form=form,
+        start=float(start) if isinstance(start, int | float) else None,
+    )
+    if form == STEPS:
+        steps = tuple(round(epoch * plan.updates_per_epoch) for epoch in filled(schedule.steps))
+        return functools.partial(rate, power=0.0, steps=steps, factor=filled(schedule.step_factor))
+    return functools.partial(rate, power=filled(schedule.power), end=schedule.end_lr or 0.0)
+
+
+def policy(config: Config) -> str:
+    """The decay of the learning rate in the words of the published table: ``poly(2)``, ``0.1 at 30, 60, 80``."""
+    schedule = config.schedule
+    if schedule.form == STEPS:
+        epochs = ", ".join(f"{epoch:.3g}" for epoch in filled(schedule.steps))
+        return f"x{filled(schedule.step_factor):g} at epochs {epochs}"
+    return f"poly({filled(schedule.power):g})"
+
+
+def log_is_due(config: Config, plan: Plan, update: int) -> bool:
+    """Whether a log line follows update number `update`, counted from 1."""
+    return update == plan.stop or update % plan.updates_per_epoch == 0 or update % config.log_every == 0
+
+
+def evaluation_is_due(config: Config, plan: Plan, update: int) -> bool:
+    """Whether the validation set is evaluated after `update`, counted from 1."""
+    return update == plan.stop or update % (plan.updates_per_epoch * config.evaluate.every_epochs) == 0
+
+
+def checkpoint_is_due(config: Config, plan: Plan, update: int) -> bool:
+    """Whether a checkpoint follows `update`, counted from 1, also where no evaluation asks for one, nor the clock."""
+    return update == plan.stop or update % (config.checkpoint.every_updates or plan.updates_per_epoch) == 0
 
 
 def check_world(plan: Plan, world: int) -> None:

@@ -67,6 +67,17 @@ OVERRIDES = {
     "optimizer.decay_norm_bias": False,
     "optimizer.eps": 0.0,
     "optimizer.trust_coef": 0.02,
+    "optimizer.nesterov": True,
+    "optimizer.adapt_norm_bias": False,
+    "optimizer.denominator": "combined",
+    "optimizer.clip": [0.0, 50.0],
+    "optimizer.zero_norm": "skip",
+    "optimizer.zero_decay": "skip",
+    "optimizer.lr_placement": "inside",
+    "optimizer.clamp": 10.0,
+    "schedule.warmup_start": 0.1,
+    "schedule.end_lr": 0.1,
+    "data.min_crop": 0.2,
     "schedule.warmup_epochs": 0.0,
     "schedule.power": 1.0,
     "schedule.form": "restart",
@@ -84,6 +95,57 @@ def test_an_explicit_value_wins_over_the_row_and_changes_nothing_else(key: str) 
     extra = {"schedule.warmup_epochs": 1.0} if key == "epochs" else {}
     overridden = flatten(resolved("data=imagenet", **{key: OVERRIDES[key], **extra}))
     assert overridden == row | {key: OVERRIDES[key]} | extra
+
+
+# Those that do not go with the others.
+ALONE = {"optimizer.ratio_placement": "outside", "optimizer.decay_placement": "base"}
+STEPS = {"schedule.form": "steps", "schedule.steps": [10.0, 20.0], "schedule.step_factor": 0.5}
+
+
+@pytest.mark.parametrize("key", ALONE)
+def test_the_other_options_of_lars_reach_the_config_from_the_command_line_and_from_a_row(key: str) -> None:
+    row = flatten(resolved("data=imagenet"))
+    assert flatten(resolved("data=imagenet", **{key: ALONE[key]})) == row | {key: ALONE[key]}
+    given = {f"recipe.rows.32k.{key.rpartition('.')[2]}": ALONE[key]}
+    assert flatten(resolved("data=imagenet", **given))[key] == ALONE[key]
+
+
+def test_step_decay_reaches_the_config_from_the_command_line_and_from_a_row() -> None:
+    row = flatten(resolved("data=imagenet"))
+    without = {"schedule.power": None, "schedule.end_lr": None}
+    assert flatten(resolved("data=imagenet", **STEPS)) == row | STEPS | without
+    given = {f"recipe.rows.32k.{key.rpartition('.')[2]}": value for key, value in STEPS.items()}
+    leaves = flatten(resolved("data=imagenet", **given))
+    assert {key: leaves[key] for key in (*STEPS, *without)} == STEPS | without
+
+
+def test_the_steps_of_a_row_shrink_with_the_warm_up() -> None:
+    schedule = resolved("recipe=goyal", "batch=8k", "data=mini").schedule
+    assert schedule.steps == pytest.approx([30 / 9, 60 / 9, 80 / 9])
+    assert schedule.warmup_epochs == pytest.approx(5 / 9)
+    given = resolved("recipe=goyal", "batch=8k", "data=mini", schedule__steps=[5.0]).schedule
+    assert given.steps == [5.0]
+
+
+def test_a_preset_of_the_command_line_brings_all_its_options_and_single_ones_win() -> None:
+    opt = resolved("recipe=mlperf", "data=imagenet", "batch=4k", optimizer__preset="nus-hpc").optimizer
+    assert (opt.eps, opt.clip, opt.ratio_placement, opt.clamp) == (1e-5, [0.0, 50.0], "outside", 10.0)
+    assert (opt.lr_placement, opt.lr, opt.adapt_norm_bias) == ("outside", 10.0, False)
+    own = resolved(optimizer__preset="larc", optimizer__clip="none", optimizer__eps=1e-3).optimizer
+    assert (own.clip, own.eps, own.trust_coef, own.zero_norm) == ("none", 1e-3, 0.02, "skip")
+    told = refusal(optimizer__preset="nus")
+    assert told.startswith("optimizer.preset=nus")
+    assert "nus-hpc" in told
+
+
+def test_the_name_of_a_preset_does_not_make_another_run_but_its_options_do() -> None:
+    told = run_hash(resolved("data=imagenet"))
+    assert run_hash(resolved("data=imagenet", optimizer__preset="torchlars")) == told
+    assert run_hash(resolved("data=imagenet", optimizer__preset="timm")) != told
+    by_hand = {"optimizer__eps": 1e-7, "optimizer__lr_placement": "inside"}
+    assert run_hash(resolved("data=imagenet", **by_hand)) == run_hash(
+        resolved("data=imagenet", optimizer__preset="mlperf")
+    )
 
 
 def test_every_other_field_of_a_row_reaches_the_config_too() -> None:
@@ -234,6 +296,30 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"data.augment": "crop"}, "data.augment=crop"),
         ({"data.on_error": "stop"}, "data.on_error=stop"),
         ({"schedule.form": "hole"}, "schedule.form=hole"),
+        ({"optimizer.clip": "LR"}, "optimizer.clip=LR"),
+        ({"optimizer.clip": [50, 0]}, "optimizer.clip=[50, 0]"),
+        ({"optimizer.clip": [0, float("inf")]}, "optimizer.clip="),
+        ({"optimizer.clamp": 0}, "optimizer.clamp=0"),
+        ({"optimizer.clamp": True}, "optimizer.clamp=True"),
+        ({"optimizer.denominator": "both"}, "optimizer.denominator=both"),
+        ({"optimizer.lr_placement": "inside", "optimizer.ratio_placement": "outside"}, "optimizer.ratio_placement"),
+        ({"optimizer.lr_placement": "inside", "optimizer.decay_placement": "base"}, "optimizer.decay_placement"),
+        ({"schedule.warmup_start": 29.5}, "schedule.warmup_start=29.5"),
+        ({"schedule.warmup_start": -0.1}, "schedule.warmup_start=-0.1"),
+        ({"schedule.warmup_start": "slow"}, "schedule.warmup_start=slow"),
+        ({"schedule.warmup_start": 0, "schedule.warmup_epochs": 0.0}, "schedule.warmup_start=0"),
+        ({"schedule.end_lr": 30.0}, "schedule.end_lr=30"),
+        ({"schedule.steps": [1.0]}, "schedule.steps=[1.0] has no meaning with schedule.form=whole"),
+        ({"schedule.step_factor": 0.2}, "schedule.step_factor=0.2 has no meaning"),
+        ({"schedule.form": "steps", "schedule.power": 2.0}, "schedule.power=2.0 has no meaning"),
+        ({"schedule.form": "steps", "schedule.end_lr": 0.1}, "schedule.end_lr=0.1 has no meaning"),
+        ({"schedule.form": "steps"}, "schedule.steps: "),
+        ({"schedule.form": "steps", "schedule.steps": [4.0, 2.0]}, "schedule.steps=[4.0, 2.0]"),
+        ({"schedule.form": "steps", "schedule.steps": [0.5]}, "within the warm-up"),
+        ({"schedule.form": "steps", "schedule.steps": [4.0, 10.0]}, "schedule.scale_warmup=true"),
+        ({"data.min_crop": 0.1}, "data.min_crop=0.1 has no meaning with data.augment=none"),
+        ({"data.augment": "inception", "data.min_crop": 0.0}, "data.min_crop=0.0"),
+        ({"plan.world": 0}, "plan.world=0"),
         ({"optimizer.name": "sgd", "optimizer.base": "Adam", "optimizer.lr": 1.0}, "optimizer.base=Adam"),
         ({"seed": 2**63}, "seed="),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
@@ -343,6 +429,9 @@ EXECUTION = {
     "guard.on_divergence",
     "guard.max_rollbacks",
     "export.path",
+    "plan.path",
+    "plan.world",
+    "optimizer.preset",
     "data.workers",
     "data.on_error",
     "data.max_bad",
@@ -430,5 +519,6 @@ def test_a_literal_batch_takes_the_rest_from_a_row_and_so_needs_one() -> None:
 
 
 def test_settings_of_lars_are_refused_where_there_is_no_lars() -> None:
-    with pytest.raises(ConfigError, match=r"optimizer\.trust_coef"):
-        resolved("optimizer=sgd", optimizer__lr=1.0, optimizer__trust_coef=0.1)
+    for key, value in {"trust_coef": 0.1, "preset": "mlperf", "clip": "none", "adapt_norm_bias": True}.items():
+        with pytest.raises(ConfigError, match=rf"optimizer\.{key}"):
+            resolved("optimizer=sgd", optimizer__lr=1.0, **{f"optimizer__{key}": value})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from lars_train.config.lars_options import CHOICES, check_lars_options
 from lars_train.config.schema import AUTO, MODES, Config
 from lars_train.config.values import filled, flatten
 from lars_train.errors import ConfigError, nearest
@@ -34,7 +36,8 @@ def check_choices(config: Config) -> None:
         "data.name": ("imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
         "data.on_error": ("skip", "fail"),
-        "schedule.form": ("whole", "restart"),
+        "schedule.form": ("whole", "restart", "mlperf", "steps"),
+        **CHOICES,
         "guard.on_divergence": ("stop", "rollback"),
     }
     leaves = flatten(config)
@@ -57,6 +60,8 @@ def check_values(config: Config) -> None:
         "optimizer.lr",
         "optimizer.trust_coef",
         "schedule.power",
+        "schedule.step_factor",
+        "plan.world",
         "data.image_size",
         "data.train_count",
         "data.val_count",
@@ -74,6 +79,7 @@ def check_values(config: Config) -> None:
         "optimizer.weight_decay",
         "optimizer.eps",
         "schedule.warmup_epochs",
+        "schedule.end_lr",
         "data.pad",
         "data.max_bad",
         "guard.max_rollbacks",
@@ -90,6 +96,8 @@ def check_values(config: Config) -> None:
         raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
     if not 0 < config.data.eval_crop <= 1:
         raise ConfigError(f"data.eval_crop={config.data.eval_crop}: it must be above 0 and at most 1.")
+    if config.data.min_crop is not None and not 0 < config.data.min_crop <= 1:
+        raise ConfigError(f"data.min_crop={config.data.min_crop}: it must be above 0 and at most 1.")
     if config.data.holdout is not None and not 0 < config.data.holdout < 1:
         raise ConfigError(f"data.holdout={config.data.holdout}: it must be between 0 and 1.")
     for key, least_value in (("mean", -math.inf), ("std", 0.0)):
@@ -103,6 +111,8 @@ def check_values(config: Config) -> None:
             f"schedule.warmup_epochs={config.schedule.warmup_epochs} is not shorter than the run "
             f"(epochs={config.epochs}): lower it, or train for longer."
         )
+    _check_schedule(config)
+    check_lars_options(config.optimizer)
     for key, least in (("micro_batch", 1), ("launch.nproc", 1), ("launch.threads", 1), ("data.workers", 0)):
         value = leaves[key]
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -118,3 +128,32 @@ def check_values(config: Config) -> None:
         raise ConfigError("mode=evaluate wants checkpoint.path=PATH, a checkpoint file or a run directory.")
     if config.mode == "export" and not config.checkpoint.path:
         raise ConfigError("mode=export wants checkpoint.path=PATH, a checkpoint file or a run directory.")
+
+
+def _check_schedule(config: Config) -> None:
+    """The rates and epochs of the schedule against each other; of a resolved config."""
+    schedule, lr, epochs = config.schedule, filled(config.optimizer.lr), filled(config.epochs)
+    start = "step" if schedule.warmup_start is None else schedule.warmup_start  # a checkpoint may be older than it
+    if isinstance(start, bool) or not (start == "step" or (isinstance(start, int | float) and 0 <= start <= lr)):
+        raise ConfigError(
+            f"schedule.warmup_start={start}: give step, or a number from 0 to optimizer.lr={lr:g}, where it ends."
+        )
+    if schedule.end_lr is not None and schedule.end_lr > lr:
+        raise ConfigError(
+            f"schedule.end_lr={schedule.end_lr:g}: it is above optimizer.lr={lr:g}, where the decay begins."
+        )
+    steps = schedule.steps
+    if schedule.form == "steps" and not steps:
+        raise ConfigError("schedule.steps: schedule.form=steps wants the epochs of the steps, such as [30,60,80].")
+    if steps:
+        rising = all(a < b for a, b in itertools.pairwise(steps))
+        if not rising or not all(map(math.isfinite, steps)) or steps[0] < filled(schedule.warmup_epochs):
+            raise ConfigError(
+                f"schedule.steps={steps}: rising epochs are wanted, none of them within the warm-up "
+                f"(schedule.warmup_epochs={schedule.warmup_epochs:g})."
+            )
+        if steps[-1] >= epochs:
+            raise ConfigError(
+                f"schedule.steps={steps}: the run has no more than {epochs} epochs; set other steps, or "
+                "schedule.scale_warmup=true, with which those of a recipe's row shrink with the run."
+            )

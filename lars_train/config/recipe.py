@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from lars_train.config.lars_options import LARS_OPTIONS, options_of
+from lars_train.config.rows import no_row, row_name
 from lars_train.config.schema import Config, RowConfig, nominal_batch
 from lars_train.errors import ConfigError, nearest
+
+# Settings that only some forms of the schedule have a use for.
+_POLYNOMIAL, _STEPS = ("power", "end_lr"), ("steps", "step_factor")
 
 
 def fill_from_recipe(config: Config) -> None:
@@ -18,56 +24,115 @@ def fill_from_recipe(config: Config) -> None:
         raise ConfigError(
             f"batch.name={batch.name} and batch.nominal={batch.nominal} differ: choose batch={batch.name}."
         )
-    chosen = opt.name
-    if chosen == "recipe":
+    if opt.name == "recipe":
         opt.name = row.optimizer
-    if opt.name == "sgd" and opt.base != "SGD":
-        raise ConfigError(
-            f"optimizer.base={opt.base} needs optimizer=lars; optimizer=sgd is torch.optim.SGD without LARS."
-        )
-    if opt.name == "sgd":
-        for key in ("eps", "trust_coef"):
-            if getattr(opt, key) is not None:
-                raise ConfigError(
-                    f"optimizer.{key}={getattr(opt, key)} is LARS's, and this run has none (sgd); drop it."
-                )
-    if opt.lr is None:
-        if batch.size is not None:
-            raise ConfigError(
-                f"batch.size={batch.size} is no row of a recipe, so it wants its own learning rate: "
-                f"set optimizer.lr (row {batch.name} of recipe {config.recipe.name} has {row.lr})."
-            )
-        if opt.name != row.optimizer or opt.base != "SGD":
-            what = f"{opt.name} over {opt.base}" if opt.name == "lars" else opt.name
-            raise ConfigError(
-                f"optimizer.lr is not set, and row {batch.name} of recipe {config.recipe.name} gives it for "
-                f"{row.optimizer} over SGD only, not for {what}: set optimizer.lr."
-            )
-    if config.schedule.scale_warmup and config.schedule.warmup_epochs is None and config.epochs is not None:
-        config.schedule.warmup_epochs = row.warmup_epochs * config.epochs / row.epochs
+    _check_use(config)
+    _check_rate(config, row)
+    _fill_lars(config, row)
+    _fill_schedule(config, row)
     for node, keys in (
-        (opt, ("lr", "weight_decay", "decay_norm_bias", "eps", "trust_coef")),
-        (config.schedule, ("warmup_epochs", "power", "form")),
+        (opt, ("lr", "weight_decay", "decay_norm_bias", "adapt_norm_bias")),
         (config.model, ("ghost_batch", "zero_gamma")),
         (config, ("epochs", "label_smoothing")),
     ):
         for key in keys:
             if getattr(node, key) is None:
                 setattr(node, key, getattr(row, key))
+    if config.data.min_crop is None and config.data.augment == "inception":
+        config.data.min_crop = row.min_crop
     # Momentum is SGD's word: a base of another kind gets it only when it is asked for.
-    if opt.momentum is None and opt.base == "SGD":
-        opt.momentum = row.momentum
+    if opt.base == "SGD":
+        opt.momentum = row.momentum if opt.momentum is None else opt.momentum
+        opt.nesterov = row.nesterov if opt.nesterov is None else opt.nesterov
     if batch.scaled is None:
         batch.scaled = config.data.name != "imagenet" and batch.size is None
 
 
-def _recipe_row(config: Config) -> RowConfig:
-    recipe, name = config.recipe, config.batch.name
-    if name not in recipe.rows:
+def _check_use(config: Config) -> None:
+    """Raise `ConfigError` for what stands on the command line and would be ignored."""
+    opt, schedule, data = config.optimizer, config.schedule, config.data
+    if data.min_crop is not None and data.augment != "inception":
         raise ConfigError(
-            f"batch={name}: recipe {recipe.name} has no row for it; its rows are {', '.join(recipe.rows)}. "
-            "Choose one of them; for another size add batch.size=N and optimizer.lr=X to the nearest of them."
+            f"data.min_crop={data.min_crop} has no meaning with data.augment={data.augment}; drop it, or set "
+            "data.augment=inception."
         )
+    if opt.name == "sgd" and opt.base != "SGD":
+        raise ConfigError(
+            f"optimizer.base={opt.base} needs optimizer=lars; optimizer=sgd is torch.optim.SGD without LARS."
+        )
+    if opt.name == "sgd":
+        for key in ("preset", "adapt_norm_bias", *LARS_OPTIONS):
+            if getattr(opt, key) is not None:
+                raise ConfigError(
+                    f"optimizer.{key}={getattr(opt, key)} is LARS's, and this run has none (sgd); drop it."
+                )
+    if schedule.warmup_start is not None and schedule.warmup_epochs == 0:
+        raise ConfigError(
+            f"schedule.warmup_start={schedule.warmup_start}: schedule.warmup_epochs=0 is no warm-up; drop one of them."
+        )
+
+
+def _check_rate(config: Config, row: RowConfig) -> None:
+    """Raise `ConfigError` where the row's learning rate is not for this run, and there is no other."""
+    opt, batch = config.optimizer, config.batch
+    if opt.lr is not None:
+        return
+    if batch.size is not None:
+        raise ConfigError(
+            f"batch.size={batch.size} is no row of a recipe, so it wants its own learning rate: "
+            f"set optimizer.lr (row {batch.name} of recipe {config.recipe.name} has {row.lr})."
+        )
+    if opt.name != row.optimizer or opt.base != "SGD":
+        what = f"{opt.name} over {opt.base}" if opt.name == "lars" else opt.name
+        raise ConfigError(
+            f"optimizer.lr is not set, and row {batch.name} of recipe {config.recipe.name} gives it for "
+            f"{row.optimizer} over SGD only, not for {what}: set optimizer.lr."
+        )
+
+
+def _fill_lars(config: Config, row: RowConfig) -> None:
+    """The options of LARS: the command line's, then those of a preset named there, then the row's and its preset's."""
+    opt = config.optimizer
+    given: dict[str, Any]
+    if opt.preset is not None:
+        given = options_of(opt.preset, f"optimizer.preset={opt.preset}")
+    else:
+        given = options_of(row.preset, f"recipe {config.recipe.name}, row {config.batch.name}: preset {row.preset}")
+        given |= {key: value for key in LARS_OPTIONS if (value := getattr(row, key)) is not None}
+        opt.preset = row.preset
+    for key in LARS_OPTIONS:
+        if getattr(opt, key) is None:
+            setattr(opt, key, given[key])
+
+
+def _fill_schedule(config: Config, row: RowConfig) -> None:
+    schedule = config.schedule
+    shrink = 1.0
+    if schedule.scale_warmup and config.epochs is not None:
+        shrink = config.epochs / row.epochs
+    if schedule.form is None:
+        schedule.form = row.form
+    used, other = (_STEPS, _POLYNOMIAL) if schedule.form == "steps" else (_POLYNOMIAL, _STEPS)
+    for key in other:
+        if getattr(schedule, key) is not None:
+            raise ConfigError(
+                f"schedule.{key}={getattr(schedule, key)} has no meaning with schedule.form={schedule.form}; drop it."
+            )
+    if schedule.warmup_epochs is None:
+        schedule.warmup_epochs = row.warmup_epochs * shrink
+    if schedule.warmup_start is None:
+        schedule.warmup_start = row.warmup_start
+    for key in used:
+        if getattr(schedule, key) is None:
+            value = getattr(row, key)
+            setattr(schedule, key, [step * shrink for step in value] if key == "steps" else value)
+
+
+def _recipe_row(config: Config) -> RowConfig:
+    recipe, batch = config.recipe, config.batch
+    name = row_name(recipe.rows, batch.name)
+    if name is None:
+        raise ConfigError(no_row(recipe, batch.name, batch.size))
     known = {f.name for f in dataclasses.fields(RowConfig)}
     values = {**recipe.common, **recipe.rows[name]}
     for key in values:
@@ -82,7 +147,8 @@ def _recipe_row(config: Config) -> RowConfig:
 
 def published_top1(config: Config) -> float | None:
     """The published best top-1 (percent) of the config's recipe row, or None where there is none."""
-    if config.batch.size is not None:
+    name = row_name(config.recipe.rows, config.batch.name)
+    if config.batch.size is not None or name is None:
         return None
-    value = config.recipe.rows.get(config.batch.name, {}).get("published_top1")
+    value = config.recipe.rows[name].get("published_top1")
     return None if value is None else float(value)

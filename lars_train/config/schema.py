@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 AUTO = "auto"
-MODES = ("train", "evaluate", "export")
+MODES = ("train", "evaluate", "export", "plan")
 
 
 @dataclass
@@ -39,21 +39,40 @@ class BatchConfig:
 
 @dataclass
 class RowConfig:
-    """One row of a recipe. Every field stands, by the same name, in the group that it belongs to."""
+    """One row of a recipe. Every field stands, by the same name, in the group that it belongs to.
+
+    `None` for an option of LARS means "as `preset` has it".
+    """
 
     optimizer: str = "lars"
     lr: Optional[float] = None
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 0.0
     decay_norm_bias: bool = True
-    eps: float = 1e-8
-    trust_coef: float = 0.001
+    adapt_norm_bias: bool = True
+    preset: str = "torchlars"
+    eps: Optional[float] = None
+    trust_coef: Optional[float] = None
+    denominator: Optional[str] = None
+    clip: Any = None
+    zero_norm: Optional[str] = None
+    zero_decay: Optional[str] = None
+    decay_placement: Optional[str] = None
+    ratio_placement: Optional[str] = None
+    lr_placement: Optional[str] = None
+    clamp: Any = None
     warmup_epochs: float = 0.0
-    power: float = 2.0
+    warmup_start: Any = "step"
     form: str = "whole"
+    power: float = 2.0
+    end_lr: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    step_factor: float = 0.1
     epochs: int = 90
     label_smoothing: float = 0.0
     zero_gamma: bool = False
+    min_crop: float = 0.08
     ghost_batch: int = 32
     published_top1: Optional[float] = None
 
@@ -72,7 +91,8 @@ class RecipeConfig:
 class DataConfig:
     """What to train on. Sizes in pixels; `mean` and `std` on the scale 0 to 1, one value per channel.
 
-    `train_count`, `val_count`, `num_classes`: of made-up images, and of those alone.
+    `train_count`, `val_count`, `num_classes`: of made-up images, and of those alone. `min_crop`: the least share of
+    a picture's area that ``augment=inception`` cuts out.
     """
 
     name: str = "mini"
@@ -81,6 +101,7 @@ class DataConfig:
     val_labels: Optional[str] = None
     image_size: int = 224
     augment: str = "inception"
+    min_crop: Optional[float] = None
     flip: bool = True
     pad: int = 4
     eval_crop: float = 0.875
@@ -106,29 +127,52 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """`name`: ``recipe`` (the row decides), ``lars`` (over `base`) or ``sgd``. `kwargs` go to the base class."""
+    """`name`: ``recipe`` (the row decides), ``lars`` (over `base`) or ``sgd``. `kwargs` go to the base class.
+
+    `preset` gives all options of LARS from `eps` to `clamp` at once (lars_train/optim/presets.py); those that are set
+    beside it win. They have the names of `LARS`'s own, but for `decay_placement`, which is its ``weight_decay``.
+    `clip`: ``none``, ``lr`` or two bounds; `clamp`: ``none`` or a number. `decay_norm_bias` and `adapt_norm_bias`:
+    whether batch norm's parameters and biases are decayed, and get trust ratios.
+    """
 
     name: str = "recipe"
     base: str = "SGD"
     lr: Optional[float] = None
     momentum: Optional[float] = None
+    nesterov: Optional[bool] = None
     weight_decay: Optional[float] = None
     decay_norm_bias: Optional[bool] = None
+    adapt_norm_bias: Optional[bool] = None
+    preset: Optional[str] = None
     eps: Optional[float] = None
     trust_coef: Optional[float] = None
+    denominator: Optional[str] = None
+    clip: Any = None
+    zero_norm: Optional[str] = None
+    zero_decay: Optional[str] = None
+    decay_placement: Optional[str] = None
+    ratio_placement: Optional[str] = None
+    lr_placement: Optional[str] = None
+    clamp: Any = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class ScheduleConfig:
-    """Linear warm-up, then polynomial decay. `form`: ``whole`` or ``restart`` (see optim/schedule.py).
+    """Linear warm-up, then decay: `form` is ``whole``, ``restart``, ``mlperf`` or ``steps`` (optim/schedule.py).
 
-    `scale_warmup`: a warm-up that the recipe's row gives shrinks with the run's epochs.
+    `warmup_start`: the lr of update 0 (a number), or ``step``: the first of equal steps up to the peak. `power` and
+    `end_lr` are of the polynomial forms; `steps` (epochs) and `step_factor` of ``steps``. `scale_warmup`: a warm-up
+    and steps that the recipe's row gives shrink with the run's epochs.
     """
 
     warmup_epochs: Optional[float] = None
-    power: Optional[float] = None
+    warmup_start: Any = None
     form: Optional[str] = None
+    power: Optional[float] = None
+    end_lr: Optional[float] = None
+    steps: Optional[list[float]] = None
+    step_factor: Optional[float] = None
     scale_warmup: bool = False
 
 
@@ -195,6 +239,14 @@ class ExportConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Of ``mode=plan``. `path`: the JSON file to write (None: none); `world`: ranks (None: as this machine starts)."""
+
+    path: Optional[str] = None
+    world: Optional[int] = None
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -223,6 +275,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def register() -> None:

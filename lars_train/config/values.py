@@ -30,10 +30,13 @@ EXECUTION_KEYS = (
     # It acts where a run would otherwise be lost; what it did stands in the run's record.
     "guard",
     "export",
+    "plan",
     "data.workers",
     # They say when a run with damaged images ends, and nothing of what it computes until then.
     "data.on_error",
     "data.max_bad",
+    # It counts through the options that it fills in.
+    "optimizer.preset",
     "recipe.rows",
     "recipe.common",
     "recipe.source",

@@ -20,7 +20,7 @@ _X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # before them: (area
 UNIFORMS = 2 * _TRIES + 3
 """How many uniform numbers `train_geometry` takes for one sample."""
 
-_AREA = (0.08, 1.0)  # of the picture's area
+MIN_CROP = 0.08  # of the picture's area
 _RATIO = (3 / 4, 4 / 3)  # width / height
 
 
@@ -54,10 +54,11 @@ def train_geometry(
     flip: bool,
     pad: int,
     eval_crop: float,
+    min_crop: float = MIN_CROP,
 ) -> Geometry:
     """The view of a width x height picture for training, drawn with `UNIFORMS` uniform numbers.
 
-    - `inception`: a random box of 0.08 to 1 of the area with a width / height ratio of 3/4 to 4/3, resized
+    - `inception`: a random box of `min_crop` to 1 of the area with a width / height ratio of 3/4 to 4/3, resized
       to size x size (Szegedy et al. 2015, arXiv:1409.4842, section 6). Draws, rounding, the ten tries and
       the fallback to the centre are those of torchvision's RandomResizedCrop,
       https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.RandomResizedCrop.html
@@ -70,7 +71,7 @@ def train_geometry(
     """
     mirrored = flip and uniforms[_FLIP] < 0.5
     if augment == "inception":
-        box = _random_box(width, height, uniforms)
+        box = _random_box(width, height, uniforms, min_crop)
         return Geometry(box, (size, size), 0, (0, 0), mirrored)
     if augment == "pad_crop":
         short = min(width, height)
@@ -108,11 +109,13 @@ class View:
     flip: bool
     pad: int
     eval_crop: float
+    min_crop: float = MIN_CROP
 
     @classmethod
     def from_config(cls, data: DataConfig) -> View:
         """The view that the config group `data` describes."""
-        return cls(data.augment, data.image_size, data.flip, data.pad, data.eval_crop)
+        min_crop = MIN_CROP if data.min_crop is None else data.min_crop
+        return cls(data.augment, data.image_size, data.flip, data.pad, data.eval_crop, min_crop)
 
     def train(self, width: int, height: int, uniforms: Sequence[float]) -> Geometry:
         """`train_geometry` with this view's settings."""
@@ -125,6 +128,7 @@ class View:
             flip=self.flip,
             pad=self.pad,
             eval_crop=self.eval_crop,
+            min_crop=self.min_crop,
         )
 
     def evaluate(self, width: int, height: int) -> Geometry:
@@ -142,11 +146,11 @@ def _short_side_to(width: int, height: int, target: int) -> tuple[int, int]:
     return int(target * width / height), target
 
 
-def _random_box(width: int, height: int, uniforms: Sequence[float]) -> tuple[int, int, int, int]:
+def _random_box(width: int, height: int, uniforms: Sequence[float], min_crop: float) -> tuple[int, int, int, int]:
     area = width * height
     log_low, log_high = math.log(_RATIO[0]), math.log(_RATIO[1])
     for attempt in range(_TRIES):
-        target = area * (_AREA[0] + (_AREA[1] - _AREA[0]) * uniforms[2 * attempt])
+        target = area * (min_crop + (1 - min_crop) * uniforms[2 * attempt])
         ratio = math.exp(log_low + (log_high - log_low) * uniforms[2 * attempt + 1])
         wide, high = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < wide <= width and 0 < high <= height:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lars_train.config import Config, published_top1
-from lars_train.plan import Plan, accumulation
+from lars_train.config.lars_options import changed_options
+from lars_train.plan import Plan, accumulation, policy
 
 FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
 
@@ -57,9 +58,14 @@ def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, 
     if plan.stop < plan.updates:
         yield f"               stops after update {plan.stop:,} (max_updates)"
     yield f"optimizer      {what}, peak lr {opt.lr:g}, weight decay {opt.weight_decay:g}"
+    if opt.name == "lars":
+        changed = changed_options(opt)
+        but = f", but for {', '.join(changed)}" if changed else ""
+        without = "" if opt.adapt_norm_bias in (None, True) else "; none for batch norm and biases"
+        yield f"               trust ratios as {opt.preset or 'torchlars'} has them{but}{without}"
     yield (
         f"schedule       warm-up {plan.warmup_updates:,} updates ({schedule.warmup_epochs:g} epochs), "
-        f"then poly({schedule.power:g}), {schedule.form} form"
+        f"then {policy(config)}, {schedule.form} form"
     )
     yield f"run directory  {directory}"
     if resumed_at:
@@ -122,6 +128,7 @@ def final_record(
         "optimizer": config.optimizer.name,
         "base": config.optimizer.base,
         "lr": config.optimizer.lr,
+        "policy": policy(config),
         "power": config.schedule.power,
         "warmup_epochs": config.schedule.warmup_epochs,
         "epochs": plan.epochs,

@@ -17,6 +17,8 @@ def row(final: dict[str, Any]) -> tuple[str, ...]:
     if final["global_batch"] != final["nominal_batch"]:
         batch += f" (scaled: {final['global_batch']:,}{', raised' if final['raised'] else ''})"
     policy = "LARS + " if final["optimizer"] == "lars" else ""
+    # Runs of an older version have no policy.
+    decay = final["policy"] if "policy" in final else f"poly({final['power']:g})"
     base = "" if final["base"] == "SGD" else f"{final['base']} + "
     published = "-" if final["published_top1"] is None else f"{final['published_top1']:.2f} (ImageNet)"
     epochs = str(final["epochs"])
@@ -24,7 +26,7 @@ def row(final: dict[str, Any]) -> tuple[str, ...]:
         epochs = f"{final['epochs_done']:.2f} of {epochs}"
     return (
         batch,
-        f"{policy}{base}poly({final['power']:g})",
+        f"{policy}{base}{decay}",
         f"{final['lr']:g}",
         f"{final['warmup_epochs']:g}",
         epochs,

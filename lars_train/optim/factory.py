@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lars_train.config import OptimizerConfig, filled
+from lars_train.config.lars_options import lars_keywords
 from lars_train.errors import ConfigError, nearest
 from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups
@@ -20,7 +21,7 @@ _UNFIT = {
     "Muon": "it takes matrices only, and these networks are made of convolutions",
     "SparseAdam": "it takes sparse gradients only, and these networks have dense ones",
 }
-_OURS = ("params", "lr", "momentum", "weight_decay")
+_OURS = ("params", "lr", "momentum", "nesterov", "weight_decay")
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
@@ -30,7 +31,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """
     base_class = optimizer_class(config.base)
     keywords = _keywords(config, base_class)
-    groups = parameter_groups(model, filled(config.weight_decay), filled(config.decay_norm_bias))
+    adapt = config.name == "sgd" or config.adapt_norm_bias is not False
+    groups = parameter_groups(model, filled(config.weight_decay), filled(config.decay_norm_bias), adapt)
     try:
         base: Optimizer = base_class(groups, lr=filled(config.lr), **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -38,7 +40,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     if config.name == "sgd":
         return base
     try:
-        return LARS(base, eps=filled(config.eps), trust_coef=filled(config.trust_coef), record=True)
+        return LARS(base, **lars_keywords(config), record=True)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.base={config.base}: {error}") from None
 
@@ -81,4 +83,8 @@ def _keywords(config: OptimizerConfig, base_class: Any) -> dict[str, Any]:
         if "momentum" not in known:
             raise ConfigError(f"optimizer.momentum={config.momentum}: torch.optim.{config.base} has no momentum.")
         keywords["momentum"] = config.momentum
+    if config.nesterov is not None:
+        if "nesterov" not in known:
+            raise ConfigError(f"optimizer.nesterov={config.nesterov}: torch.optim.{config.base} has no such momentum.")
+        keywords["nesterov"] = config.nesterov
     return keywords

@@ -1,7 +1,4 @@
-"""Which parameters are decayed: the parameter groups that an optimizer is built with.
-
-Only weight decay is decided here. LARS adapts every parameter of every group.
-"""
+"""Which parameters are decayed, and which LARS adapts: the parameter groups that an optimizer is built with."""
 
 from __future__ import annotations
 
@@ -45,20 +42,27 @@ def _names_a_bias(name: str) -> bool:
     return leaf.startswith("bias") or leaf.endswith("bias")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_bias: bool) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_norm_bias: bool, adapt_norm_bias: bool = True
+) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, with every parameter of `model` in exactly one.
 
     A group has the keys ``params`` (in the order of ``model.named_parameters()``), ``weight_decay`` and
-    ``name``: ``"decay"`` or ``"no_decay"``. A group that would be empty is left out.
+    ``name``: ``"decay"`` for the weights, and for what `split_parameters` gives second ``"no_decay"`` without
+    decay, or ``"norm_bias"`` with it. A group that would be empty is left out.
 
     Args:
-        weight_decay: of the ``"decay"`` group.
-        decay_norm_bias: True puts all parameters into that group. False puts what `split_parameters` gives
-            second into ``"no_decay"``, whose weight decay is 0.
+        weight_decay: of the groups that are decayed.
+        decay_norm_bias: whether what `split_parameters` gives second is decayed.
+        adapt_norm_bias: False gives its group ``exclude=True``, with which `LARS` leaves it to the base. True
+            with `decay_norm_bias` puts all parameters into one group, ``"decay"``.
     """
-    weights, rest = (list(model.parameters()), []) if decay_norm_bias else split_parameters(model)
+    alike = decay_norm_bias and adapt_norm_bias
+    weights, rest = (list(model.parameters()), []) if alike else split_parameters(model)
+    others = {"weight_decay": weight_decay, "name": "norm_bias"} if decay_norm_bias else {}
+    exclude = {} if adapt_norm_bias else {"exclude": True}
     groups: list[dict[str, Any]] = [
         {"params": weights, "weight_decay": weight_decay, "name": "decay"},
-        {"params": rest, "weight_decay": 0.0, "name": "no_decay"},
+        {"params": rest, "weight_decay": 0.0, "name": "no_decay", **others, **exclude},
     ]
     return [group for group in groups if group["params"]]

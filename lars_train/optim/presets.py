@@ -8,6 +8,20 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+# What an option is where a preset does not name it; the same as the defaults of `LARS`.
+DEFAULTS: Final[dict[str, Any]] = {
+    "eps": 1e-8,
+    "trust_coef": 0.001,
+    "denominator": "split",
+    "clip": None,
+    "zero_norm": "decay",
+    "zero_decay": "adapt",
+    "weight_decay": "coupled",
+    "ratio_placement": "inside",
+    "lr_placement": "outside",
+    "clamp": None,
+}
+
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://github.com/kakaobrain/torchlars: the defaults of `LARS`.
     "torchlars": {},

@@ -1,4 +1,4 @@
-"""The learning rate of every update: linear warm-up, then polynomial decay to zero.
+"""The learning rate of every update: linear warm-up, then polynomial or step decay.
 
 A pure function of the update's number. It knows no optimizer, no epochs and no state; no torch is imported.
 """
@@ -6,12 +6,13 @@ A pure function of the update's number. It knows no optimizer, no epochs and no 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias, get_args
 
-Form: TypeAlias = Literal["whole", "restart"]
+Form: TypeAlias = Literal["whole", "restart", "mlperf", "steps"]
 
 WHOLE: Final = "whole"
-"""Decay measured over the whole run, warm-up included: b(1 - u/I)^p.
+"""Decay measured over the whole run, warm-up included: e + (b - e)(1 - u/I)^p.
 
 Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power, of which Intel-Caffe only replaces the first
 updates by a warm-up. The LARS paper trains with it, power 2 (You, Gitman, Ginsburg 2017,
@@ -19,43 +20,77 @@ https://arxiv.org/abs/1708.03888, sections 5 and 6). The rate steps down where t
 """
 
 RESTART: Final = "restart"
-"""Decay measured from the end of the warm-up: b(1 - (u - W)/(I - W))^p.
+"""Decay measured from the end of the warm-up: e + (b - e)(1 - (u - W)/(I - W))^p.
 
-The MLPerf reference (https://github.com/mlcommons/training, ``image_classification/tensorflow2``,
-``PolynomialDecayWithWarmup``), but for its end: the reference decays to 1e-4 over I - W + 1 updates,
-this to zero over I - W.
+NUS-HPC's ``PolynomialWarmup`` (https://github.com/NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch, utils.py).
+"""
+
+MLPERF: Final = "mlperf"
+"""As `RESTART`, over one update more: e + (b - e)(1 - (u - W)/(I - W + 1))^p.
+
+The MLPerf reference, whose ``decay_steps`` is train_steps - warmup_steps + 1
+(https://github.com/mlcommons/training, ``image_classification/tensorflow2/lars_util.py``,
+``PolynomialDecayWithWarmup``).
+"""
+
+STEPS: Final = "steps"
+"""b times `factor` for each of the updates `steps` that has been reached.
+
+Goyal et al. 2017 (https://arxiv.org/abs/1706.02677, section 5.1): a tenth at epochs 30, 60 and 80.
 """
 
 
-def learning_rate(update: int, *, total: int, warmup: int, base: float, power: float, form: Form) -> float:
+def learning_rate(
+    update: int,
+    *,
+    total: int,
+    warmup: int,
+    base: float,
+    power: float,
+    form: Form,
+    end: float = 0.0,
+    start: float | None = None,
+    steps: Sequence[int] = (),
+    factor: float = 0.1,
+) -> float:
     """The learning rate of one update.
 
-    ``update < warmup``: ``base * (update + 1) / warmup``, so that the last update of the warm-up has the
-    base rate. After it: `form`, `WHOLE` or `RESTART`.
+    ``update < warmup``: without `start` it is ``base * (update + 1) / warmup``, so that the last update of the
+    warm-up has the base rate; with it ``start + (base - start) * update / warmup``, so that update 0 has `start`
+    and the first one after the warm-up would have the base rate. After the warm-up: `form`.
 
     Args:
         update: the update's number, from 0.
         total: updates of the run, I.
         warmup: updates of the warm-up, W; 0 for none.
         base: the learning rate at the end of the warm-up, b.
-        power: the exponent of the decay, p.
-        form: ``"whole"`` or ``"restart"``.
+        power: the exponent of the decay, p; `STEPS` does not use it.
+        form: ``"whole"``, ``"restart"``, ``"mlperf"`` or ``"steps"``.
+        end: where a polynomial decay leads to, e.
+        start: the learning rate of update 0, if there is a warm-up.
+        steps: for `STEPS`: the updates, from 0, at which the rate is multiplied.
+        factor: for `STEPS`: by what.
 
     Raises:
-        ValueError: `update` is not in [0, total), `warmup` not in [0, total), `base` or `power` is negative
-            or not finite, or `form` is neither of the two.
+        ValueError: `update` is not in [0, total), `warmup` not in [0, total), `base`, `power`, `end`, `start` or
+            `factor` is negative or not finite, or `form` is none of the four.
     """
     if form not in get_args(Form):
-        raise ValueError(f"form={form!r}: choose {WHOLE!r} or {RESTART!r}")
+        raise ValueError(f"form={form!r}: choose one of {', '.join(map(repr, get_args(Form)))}")
     if not 0 <= warmup < total:
         raise ValueError(f"warmup={warmup}: it must be at least 0 and less than the run's {total} updates")
     if not 0 <= update < total:
         raise ValueError(f"update={update} is not in a run of {total} updates, numbered from 0")
-    for name, value in (("base", base), ("power", power)):
+    for name, value in (("base", base), ("power", power), ("end", end), ("start", start or 0.0), ("factor", factor)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value}: it must be finite and at least 0")
     if update < warmup:
-        return base * (update + 1) / warmup
-    # 1 - (u - s)/(I - s) = (I - u)/(I - s), rounded once less.
-    start = 0 if form == WHOLE else warmup
-    return float(base * ((total - update) / (total - start)) ** power)
+        if start is None:
+            return base * (update + 1) / warmup
+        return start + (base - start) * update / warmup
+    if form == STEPS:
+        return float(base * factor ** sum(update >= step for step in steps))
+    # 1 - (u - s)/n = (s + n - u)/n, rounded once less.
+    first = 0 if form == WHOLE else warmup
+    length = total - first + (form == MLPERF)
+    return float(end + (base - end) * ((first + length - update) / length) ** power)

@@ -112,8 +112,16 @@ def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None
 
 def _check_optimizer_state(content: dict[str, Any], config: Config) -> None:
     # Of the settings, these decide what the optimizer's state looks like.
-    for key in ("base", "decay_norm_bias"):
-        theirs, mine = checkpoint.value(content, "config", "optimizer", key), getattr(config.optimizer, key)
+    theirs_all = checkpoint.value(content, "config", "optimizer")
+    # What a checkpoint that is older than a key was made with.
+    older = {"adapt_norm_bias": True, "lr_placement": "outside"}
+    keys: tuple[str, ...] = ("base", "decay_norm_bias")
+    if config.optimizer.name == "lars":
+        # With the lr inside the momentum, that holds steps and not gradients.
+        keys = (*keys, "adapt_norm_bias", "lr_placement")
+    for key in keys:
+        mine = getattr(config.optimizer, key)
+        theirs = theirs_all[key] if key in theirs_all else older.get(key)
         if theirs != mine:
             raise ConfigError(
                 f"checkpoint.path={config.checkpoint.path}: it has the optimizer state of optimizer.{key}={theirs}, "

@@ -21,7 +21,7 @@ from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import announcement, epoch_line, final_record
 from lars_train.optim.factory import build_optimizer
-from lars_train.plan import check_micro_batch
+from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.training import checkpoint
 from lars_train.training.bad_images import BadImages, told_in
 from lars_train.training.device import choose_precision, choose_workers, set_up
@@ -32,7 +32,7 @@ from lars_train.training.network import make_network
 from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import resolve
-from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, make_schedule, normaliser
+from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, normaliser
 from lars_train.training.writer import CheckpointWriter
 
 # float16: so many batches in a row without an update that the loss scale (from 2**16 on) cannot be what is wrong.
@@ -129,9 +129,8 @@ class Run:
         if done == 0 or self.trainer.update == self.resumed_at:
             self.progress.start_epoch(epoch, per_epoch, done)
         update = self.trainer.update + 1
-        at_end = update == self.plan.stop
         epoch_ends = update % per_epoch == 0
-        log_now = at_end or epoch_ends or update % config.log_every == 0
+        log_now = log_is_due(config, self.plan, update)
         info = self.trainer.run_update(batches, self._micro_batches(), measure=log_now)
         self.waited += info.waited
         self.bad.note(info.bad)
@@ -143,7 +142,7 @@ class Run:
             self._log(info)
         self.progress.advance(self.logged)
         signal_number, overdue = self.group.highest([self.notice.given, self._checkpoint_is_overdue()])
-        save_now = signal_number or overdue or at_end or update % (config.checkpoint.every_updates or per_epoch) == 0
+        save_now = signal_number or overdue or checkpoint_is_due(config, self.plan, update)
         # Before a checkpoint, so that none is made of a run that has diverged.
         if log_now or save_now:
             divergence = self.trainer.divergence()
@@ -223,8 +222,7 @@ class Run:
                 file.write(json.dumps({**divergence.record(), **action}) + "\n")
 
     def _evaluation_is_due(self) -> bool:
-        update, every = self.trainer.update, self.plan.updates_per_epoch * self.config.evaluate.every_epochs
-        return update == self.plan.stop or update % every == 0
+        return evaluation_is_due(self.config, self.plan, self.trainer.update)
 
     def _checkpoint_is_overdue(self) -> bool:
         """By the first rank's clock, which is the one that counts."""

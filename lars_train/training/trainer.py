@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +14,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lars_train.config import Config, filled
 from lars_train.data.loader import BadSample, Batch
 from lars_train.models.batchnorm import RunningStatistics
-from lars_train.optim.schedule import RESTART, WHOLE, learning_rate
 from lars_train.plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
@@ -229,15 +226,3 @@ class UpdateInfo:
     waited: float = 0.0
     bad: list[BadSample] = field(default_factory=list)
     norms: dict[str, Tensor] = field(default_factory=dict)
-
-
-def make_schedule(plan: Plan, config: Config) -> Callable[[int], float]:
-    """The learning rate as a function of the update number (from 0) alone."""
-    return functools.partial(
-        learning_rate,
-        total=plan.updates,
-        warmup=plan.warmup_updates,
-        base=filled(config.optimizer.lr),
-        power=filled(config.schedule.power),
-        form=RESTART if config.schedule.form == RESTART else WHOLE,
-    )

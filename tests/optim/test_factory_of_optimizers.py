@@ -20,6 +20,7 @@ def config(**values: Any) -> OptimizerConfig:
         "lr": 0.1,
         "weight_decay": 1e-4,
         "decay_norm_bias": True,
+        "adapt_norm_bias": True,
         "eps": 1e-8,
         "trust_coef": 0.01,
     }
@@ -66,7 +67,9 @@ def test_a_class_that_cannot_train_these_networks_is_refused_with_its_reason(bas
     [
         ({"base": "Adan"}, "Did you mean 'Adam'"),
         ({"base": "Optimizer"}, "no such class"),
-        ({"kwargs": {"nesterv": True}}, "Did you mean 'nesterov'"),
+        ({"kwargs": {"dampenin": 0.1}}, "Did you mean 'dampening'"),
+        ({"kwargs": {"nesterov": True}}, "use optimizer.nesterov"),
+        ({"base": "AdamW", "nesterov": True}, "has no such momentum"),
         ({"kwargs": {"lr": 1.0}}, "use optimizer.lr"),
         ({"base": "AdamW", "momentum": 0.9}, "has no momentum"),
         ({"base": "Adam", "kwargs": {"betas": [2.0, 0.9]}}, "refuses its keywords"),
@@ -78,6 +81,6 @@ def test_what_the_class_does_not_take_is_said(values: dict[str, object], words: 
 
 
 def test_sgd_stands_without_lars_and_keeps_its_momentum() -> None:
-    optimizer = build_optimizer(config(name="sgd", momentum=0.9, kwargs={"nesterov": True}), nn.Linear(2, 2))
+    optimizer = build_optimizer(config(name="sgd", momentum=0.9, nesterov=True), nn.Linear(2, 2))
     assert type(optimizer) is torch.optim.SGD
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)

@@ -20,11 +20,11 @@ from lars_train.models.factory import build_model
 from lars_train.models.resnet_cifar import CifarResNet
 from lars_train.optim import fused_sgd, rescale
 from lars_train.optim.factory import build_optimizer
-from lars_train.plan import Plan
+from lars_train.plan import Plan, make_schedule
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.distributed import Group
 from lars_train.training.guard import Guard
-from lars_train.training.trainer import Hyper, Meter, Trainer, make_schedule, normaliser
+from lars_train.training.trainer import Hyper, Meter, Trainer, normaliser
 
 CPU = torch.device("cpu")
 FP64 = Precision("fp64", torch.float64, torch.float64)
