@@ -1,8 +1,9 @@
-"""What the command line does with one checked config: train, evaluate or export, in as many processes as needed."""
+"""What the command line does with one checked config: train, evaluate, export, plan, in as many processes as needed."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shlex
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 
 from lars_train.config import AUTO, Config
+from lars_train.data.directory import user_path
+from lars_train.errors import ConfigError
 from lars_train.launch import Ranks, adopt, processes, restarts
 from lars_train.monitoring.say import first_process, say
-from lars_train.monitoring.summary import FINISHED
+from lars_train.monitoring.summary import FINISHED, experiment
 from lars_train.monitoring.table import row, table
 from lars_train.plan import check_world
+from lars_train.rehearsal import lines, rehearse
 from lars_train.spawn import end_with, start_processes
 from lars_train.text import printable
 from lars_train.training import checkpoint
@@ -28,7 +32,7 @@ from lars_train.training.session import evaluate_only, evaluation_config, export
 def run(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Do what ``mode`` says; what came of it, by name. Raises `ConfigError`, `DataError`, `WorkerError`."""
     begin_job()
-    commands = {"train": _train, "evaluate": _evaluate, "export": _export}
+    commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan}
     return commands[config.mode](config, invocation)
 
 
@@ -99,6 +103,26 @@ def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
     path = export(config)
     say(f"weights: {path}\nload them with torch.load({str(path)!r}, weights_only=True)")
     return {"path": str(path)}
+
+
+def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
+    """Walk through the run's arithmetic; starts nothing, and writes ``plan.path`` alone."""
+    if not first_process():
+        return {}
+    prepared = prepare(config)
+    plan = prepared.plan
+    world = config.plan.world or processes(config, cuda_devices(config), plan.ghosts)
+    rehearsed = rehearse(config, plan, val_count=len(prepared.dataset.val), world=world)
+    for line in (*experiment(config, plan), *lines(rehearsed)):
+        say(line)
+    if config.plan.path is not None:
+        path = user_path(config.plan.path)
+        try:
+            path.write_text(json.dumps(rehearsed, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"plan.path={path}: it cannot be written ({error.strerror}).") from None
+        say(f"plan           {path}")
+    return rehearsed
 
 
 def _train_worker(config: Config, invocation: Invocation) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _recipe_row(config: Config) -> RowConfig:
     recipe, batch = config.recipe, config.batch
     name = row_name(recipe.rows, batch.name)
     if name is None:
-        raise ConfigError(no_row(recipe, batch.name, batch.size))
+        raise ConfigError(no_row(config))
     known = {f.name for f in dataclasses.fields(RowConfig)}
     values = {**recipe.common, **recipe.rows[name]}
     for key in values:
@@ -150,5 +150,5 @@ def published_top1(config: Config) -> float | None:
     name = row_name(config.recipe.rows, config.batch.name)
     if config.batch.size is not None or name is None:
         return None
-    value = config.recipe.rows[name].get("published_top1")
+    value = {**config.recipe.common, **config.recipe.rows[name]}.get("published_top1")
     return None if value is None else float(value)

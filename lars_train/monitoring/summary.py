@@ -42,18 +42,28 @@ class Evaluated(Protocol):
 
 def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, resumed_at: int) -> Iterator[str]:
     """The effective values of a run, a line each."""
+    most = accumulation(plan, decided.world, decided.micro_batch // plan.ghost_batch)
+    yield from experiment(config, plan)
+    yield f"world size     {decided.world} ({decided.device}, {decided.threads} CPU threads each)"
+    yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
+    yield f"precision      {decided.precision}"
+    yield f"run directory  {directory}"
+    if resumed_at:
+        yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
+
+
+def experiment(config: Config, plan: Plan) -> Iterator[str]:
+    """What a run computes, whatever it runs on; a line each."""
     opt, schedule = config.optimizer, config.schedule
     what = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
-    most = accumulation(plan, decided.world, decided.micro_batch // plan.ghost_batch)
     yield f"data           {config.data.name}: {plan.samples:,} training images"
     if config.data.holdout is not None:
         yield f"               validation: held out of the training images (data.holdout={config.data.holdout:g})"
-    yield f"model          {config.model.name}, {config.data.image_size} pixels, precision {decided.precision}"
+    yield f"model          {config.model.name}, {config.data.image_size} pixels"
+    yield f"recipe         {config.recipe.name}"
     yield f"global batch   {plan.global_batch:,} images per update ({plan.arithmetic()})"
     if plan.raised:
         yield f"               NOTE: raised to {plan.global_batch}, the least that batch norm works with; lr stays"
-    yield f"world size     {decided.world} ({decided.device}, {decided.threads} CPU threads each)"
-    yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
     yield f"updates        {plan.updates_per_epoch:,} per epoch, {plan.updates:,} in {plan.epochs} epochs"
     if plan.stop < plan.updates:
         yield f"               stops after update {plan.stop:,} (max_updates)"
@@ -67,9 +77,6 @@ def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, 
         f"schedule       warm-up {plan.warmup_updates:,} updates ({schedule.warmup_epochs:g} epochs), "
         f"then {policy(config)}, {schedule.form} form"
     )
-    yield f"run directory  {directory}"
-    if resumed_at:
-        yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
 
 
 def epoch_line(

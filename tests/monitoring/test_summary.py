@@ -59,7 +59,8 @@ def test_the_effective_values_are_told_before_training() -> None:
     text = told()
     for part in (
         "mini: 50,000 training images",
-        "resnet20, 224 pixels, precision bf16",
+        "resnet20, 224 pixels",
+        "precision      bf16",
         "32,768 x 50,000 / 1,281,167 = 1278.8",
         "1,280 images per update",
         "world size     3 (cuda, 4 CPU threads each)",

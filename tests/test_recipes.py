@@ -1,0 +1,379 @@
+"""Each recipe's rows against numbers worked out by hand from its source's own formulas, and what is built from them.
+
+Sources and formulas: configs/recipe/*.yaml. W and I are a row's updates in the warm-up and in the run, b its lr:
+
+- torchlars: b (u + 1)/W, then b (1 - u/I)^2
+- mlperf: b u/W up to and with u = W, then (b - e)(1 - (u - W)/D)^2 + e, e = 0.0001, D = I - W + 1
+- nus: b u/W, then b (1 - (u - W)/(I - W))^2
+- goyal: 0.1 + (b - 0.1) u/W, then b/10^n, n of the epochs 30, 60 and 80 being over
+"""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from lars_train.cli import prepare_arguments
+from lars_train.config import Config, config_dir, nominal_batch, published_top1, register, resolve
+from lars_train.config.lars_options import options_of
+from lars_train.errors import ConfigError
+from lars_train.models.factory import build_model
+from lars_train.monitoring.summary import experiment
+from lars_train.optim.factory import build_optimizer
+from lars_train.optim.lars import LARS
+from lars_train.optim.presets import DEFAULTS, PRESETS
+from lars_train.optim.rule import Rule
+from lars_train.plan import make_plan, make_schedule, policy
+
+IMAGES = 1_281_167
+
+# Updates in the run and in the warm-up; lr of five updates, counted from 0.
+RATES: dict[tuple[str, str], tuple[int, int, dict[int, float]]] = {
+    ("torchlars", "256"): (450360, 0, {0: 0.2, 45036: 0.162, 112590: 0.1125, 225180: 0.05, 450359: 9.860759683497e-13}),
+    ("torchlars", "8k"): (
+        14040,
+        780,
+        {
+            0: 0.01641025641026,
+            390: 6.416410256410,
+            780: 11.41728395062,
+            7410: 2.854320987654,
+            14039: 6.493453786901e-08,
+        },
+    ),
+    ("torchlars", "16k"): (
+        7020,
+        390,
+        {0: 0.06410256410256, 195: 12.56410256410, 390: 22.29938271605, 3705: 5.574845679012, 7019: 5.073010771016e-07},
+    ),
+    ("torchlars", "32k"): (
+        3510,
+        195,
+        {0: 0.1487179487179, 97: 14.57435897436, 195: 25.86728395062, 1852: 6.470723127247, 3509: 2.353876997752e-06},
+    ),
+    ("mlperf", "1632"): (29045, 1570, {0: 0.0, 785: 3.7, 1570: 7.4, 15307: 1.850344332120, 29044: 1.000392083735e-04}),
+    ("mlperf", "3264"): (14504, 784, {0: 0.0, 392: 5.25, 784: 10.5, 7644: 2.625457635472, 14503: 1.002230866724e-04}),
+    ("mlperf", "4k"): (13104, 1560, {0: 0.0, 780: 5.0, 1560: 10.0, 7332: 2.500508102342, 13103: 1.003001012289e-04}),
+    ("mlperf", "8k"): (6864, 780, {0: 0.0, 390: 8.5, 780: 17.0, 3822: 4.251471984131, 6863: 1.018364757283e-04}),
+    ("mlperf", "13056"): (4704, 882, {0: 0.0, 441: 6.4, 882: 12.8, 2793: 3.201749283817, 4703: 1.035031438567e-04}),
+    ("mlperf", "32k"): (2262, 624, {0: 0.0, 312: 10.6, 624: 21.2, 1443: 5.306544300588, 2261: 1.315671879868e-04}),
+    ("mlperf", "48k"): (1846, 624, {0: 0.0, 312: 9.7025, 624: 19.405, 1235: 4.859261563091, 1845: 1.518941599715e-04}),
+    ("mlperf", "58880"): (
+        1722,
+        609,
+        {0: 0.0, 304: 11.60391461412, 609: 23.246, 1165: 5.832460787303, 1721: 1.749265912219e-04},
+    ),
+    ("mlperf", "64k"): (
+        1691,
+        589,
+        {0: 0.0, 294: 12.32853310696, 589: 24.699, 1140: 6.186026312891, 1690: 1.812057119420e-04},
+    ),
+    ("mlperf", "67840"): (
+        1638,
+        558,
+        {0: 0.0, 279: 12.3495, 558: 24.699, 1098: 6.186254382099, 1637: 1.845446664744e-04},
+    ),
+    ("nus", "512"): (
+        225180,
+        391,
+        {0: 0.0, 195: 1.994884910486, 391: 4.0, 112785: 1.000008897252, 225179: 7.9160746e-11},
+    ),
+    ("nus", "1k"): (
+        112590,
+        391,
+        {0: 0.0, 195: 2.821193295783, 391: 5.656854249492, 56490: 1.414238771508, 112589: 4.4936270e-10},
+    ),
+    ("nus", "4k"): (
+        28080,
+        390,
+        {0: 0.0, 195: 5.656854249492, 390: 11.31370849898, 14235: 2.828427124746, 28079: 1.4755675e-08},
+    ),
+    ("nus", "8k"): (14040, 390, {0: 0.0, 195: 8.0, 390: 16.0, 7215: 4.0, 14039: 8.5872613e-08}),
+    ("nus", "16k"): (
+        7020,
+        390,
+        {0: 0.0, 195: 11.31370849898, 390: 22.62741699797, 3705: 5.656854249492, 7019: 5.1476371e-07},
+    ),
+    ("nus", "32k"): (3510, 546, {0: 0.0, 273: 16.0, 546: 32.0, 2028: 8.0, 3509: 3.6424498e-06}),
+    ("goyal", "8k"): (14040, 780, {0: 0.1, 390: 1.65, 4679: 3.2, 4680: 0.32, 12480: 0.0032}),
+}
+
+# Momentum, weight decay, eps, epochs, samples per batch-norm statistics, published top-1.
+VALUES: dict[tuple[str, str], tuple[float, float, float, int, int, float]] = {
+    ("torchlars", "256"): (0.9, 1e-4, 1e-8, 90, 32, 73.79),
+    ("torchlars", "8k"): (0.9, 5e-4, 1e-8, 90, 32, 73.78),
+    ("torchlars", "16k"): (0.9, 5e-4, 1e-8, 90, 32, 73.36),
+    ("torchlars", "32k"): (0.9, 5e-4, 1e-8, 90, 32, 72.26),
+    ("mlperf", "1632"): (0.9, 5e-5, 1e-7, 37, 204, 75.9),
+    ("mlperf", "3264"): (0.9, 5e-5, 1e-7, 37, 204, 75.9),
+    ("mlperf", "4k"): (0.9, 2e-4, 1e-7, 42, 64, 75.9),
+    ("mlperf", "8k"): (0.9, 2e-4, 1e-7, 44, 64, 75.9),
+    ("mlperf", "13056"): (0.9, 2.5e-5, 1e-7, 48, 204, 75.9),
+    ("mlperf", "32k"): (0.94, 2.5e-5, 1e-7, 58, 128, 75.9),
+    ("mlperf", "48k"): (0.951807, 1e-4, 0.0, 71, 256, 75.9),
+    ("mlperf", "58880"): (0.951807, 1e-4, 0.0, 82, 230, 75.9),
+    ("mlperf", "64k"): (0.951807, 1e-4, 1e-7, 89, 128, 75.9),
+    ("mlperf", "67840"): (0.951807, 1e-4, 0.0, 91, 424, 75.9),
+    ("nus", "512"): (0.9, 1e-4, 1e-5, 90, 64, 77.02),
+    ("nus", "1k"): (0.9, 1e-4, 1e-5, 90, 128, 76.96),
+    ("nus", "4k"): (0.9, 1e-4, 1e-5, 90, 128, 77.38),
+    ("nus", "8k"): (0.9, 1e-4, 1e-5, 90, 128, 77.14),
+    ("nus", "16k"): (0.9, 1e-4, 1e-5, 90, 128, 76.96),
+    ("nus", "32k"): (0.9, 1e-4, 0.0, 90, 128, 76.75),
+    ("goyal", "8k"): (0.9, 1e-4, 1e-8, 90, 32, 76.26),
+}
+
+# Label smoothing, zero gamma, least crop, nesterov, decay and ratio of batch norm and biases, policy.
+SHARED: dict[str, tuple[float, bool, float, bool, bool, bool, str]] = {
+    "torchlars": (0.0, False, 0.08, False, True, True, "poly(2)"),
+    "mlperf": (0.1, False, 0.05, False, False, False, "poly(2)"),
+    "nus": (0.1, False, 0.08, False, False, False, "poly(2)"),
+    "goyal": (0.0, True, 0.08, True, False, True, "x0.1 at epochs 30, 60, 80"),
+}
+
+# What is not as `LARS`'s defaults have it, eps aside.
+RULES: dict[str, dict[str, Any]] = {
+    "torchlars": {},
+    "mlperf": {"lr_placement": "inside"},
+    "nus": {"ratio_placement": "outside", "clip": (0.0, 50.0), "clamp": 10.0},
+}
+
+
+@lru_cache
+def imagenet(recipe: str, batch: str, *more: str) -> Config:
+    # Composing takes a quarter of a second; the batches' files have tests of their own.
+    raw = deepcopy(composed(f"recipe={recipe}", "data=imagenet", *more))
+    raw.batch.name, raw.batch.nominal = batch, nominal_batch(batch)
+    return resolve(raw)
+
+
+@lru_cache
+def composed(*arguments: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", prepare_arguments(list(arguments), None))
+
+
+def resolved(*arguments: str) -> Config:
+    return resolve(composed(*arguments))
+
+
+def test_every_row_of_every_recipe_is_pinned_here() -> None:
+    rows = set()
+    for path in (config_dir() / "recipe").glob("*.yaml"):
+        content = OmegaConf.load(path)
+        rows |= {(path.stem, str(name)) for name in content["rows"]}
+    assert rows == RATES.keys() == VALUES.keys()
+
+
+@pytest.mark.parametrize(("recipe", "batch"), RATES)
+def test_a_row_has_the_learning_rates_of_its_source(recipe: str, batch: str) -> None:
+    config = imagenet(recipe, batch)
+    plan = make_plan(config, IMAGES)
+    updates, warmup, rates = RATES[recipe, batch]
+    assert (plan.updates, plan.warmup_updates) == (updates, warmup)
+    assert len(rates) == 5
+    schedule = make_schedule(plan, config)
+    for update, rate in rates.items():
+        assert schedule(update) == pytest.approx(rate, rel=1e-7, abs=0), update
+
+
+@pytest.mark.parametrize(("recipe", "batch"), VALUES)
+def test_a_row_has_the_values_of_its_source(recipe: str, batch: str) -> None:
+    config = imagenet(recipe, batch)
+    opt, ghost = config.optimizer, config.model.ghost_batch
+    found = (opt.momentum, opt.weight_decay, opt.eps, config.epochs, ghost, published_top1(config))
+    assert found == VALUES[recipe, batch]
+    flags = (opt.nesterov, opt.decay_norm_bias, opt.adapt_norm_bias)
+    shared = (config.label_smoothing, config.model.zero_gamma, config.data.min_crop, *flags, policy(config))
+    assert shared == SHARED[recipe]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch"),
+    [("torchlars", "8k"), ("mlperf", "64k"), ("mlperf", "48k"), ("nus", "8k"), ("nus", "32k")],
+)
+def test_the_optimizer_that_is_built_has_the_recipes_rule_and_exclusions(recipe: str, batch: str) -> None:
+    config = imagenet(recipe, batch)
+    with torch.device("meta"):
+        network = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=False)
+    optimizer = build_optimizer(config.optimizer, network)
+    assert isinstance(optimizer, LARS)
+    momentum, decay, eps, *_ = VALUES[recipe, batch]
+    assert asdict(optimizer.rule) == {**asdict(Rule()), **RULES[recipe], "eps": eps, "trust_coef": 0.001}
+    assert type(optimizer.base_optimizer) is torch.optim.SGD
+    groups = [
+        (len(group["params"]), group["weight_decay"], group.get("exclude", False), group["momentum"], group["nesterov"])
+        for group in optimizer.param_groups
+    ]
+    if recipe == "torchlars":
+        assert groups == [(161, decay, False, momentum, False)]
+    else:
+        # 53 convolutions and the last layer; a scale and a shift for each convolution, and the last layer's bias.
+        assert groups == [(54, decay, False, momentum, False), (107, 0.0, True, momentum, False)]
+
+
+def test_goyal_is_plain_sgd_with_nesterovs_momentum_and_no_decay_of_batch_norm() -> None:
+    with torch.device("meta"):
+        network = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=True)
+    optimizer = build_optimizer(imagenet("goyal", "8k").optimizer, network)
+    assert type(optimizer) is torch.optim.SGD
+    groups = [(len(g["params"]), g["weight_decay"], g["momentum"], g["nesterov"]) for g in optimizer.param_groups]
+    assert groups == [(54, 1e-4, 0.9, True), (107, 0.0, 0.9, True)]
+
+
+class Net(nn.Module):
+    """A matrix that is adapted, and a bias that some recipes leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+
+
+def ratio(w: Tensor, g: Tensor, decay: float, eps: float) -> Tensor:
+    return 0.001 * w.norm() / (g.norm() + decay * w.norm() + eps)
+
+
+def by_hand(recipe: str, w: Tensor, grads: list[Tensor], rates: list[float], decay: float, adapted: bool) -> Tensor:
+    """The updates of the source's own optimizer, with momentum m."""
+    m = {"mlperf": 0.951807}.get(recipe, 0.9)
+    eps = {"torchlars": 1e-8, "mlperf": 1e-7, "nus": 1e-5}.get(recipe, 0.0)
+    w, v = w.clone(), torch.zeros_like(w)
+    for g, lr in zip(grads, rates, strict=True):
+        r = ratio(w, g, decay, eps) if adapted else torch.tensor(1.0, dtype=torch.float64)
+        d = g + decay * w
+        if recipe == "torchlars":
+            v = m * v + r * d
+            w -= lr * v
+        elif recipe == "mlperf":
+            v = m * v + lr * r * d
+            w -= v
+        elif recipe == "nus":
+            v = m * v + (d.clamp(-10, 10) if adapted else d)
+            w -= lr * r * v
+        else:
+            v = m * v + d
+            w -= lr * (d + m * v)
+    return w
+
+
+@pytest.mark.parametrize(("recipe", "batch"), [("torchlars", "8k"), ("mlperf", "64k"), ("nus", "8k"), ("goyal", "8k")])
+def test_five_updates_under_a_changing_rate_are_those_of_the_sources_optimizer(recipe: str, batch: str) -> None:
+    torch.manual_seed(0)
+    config = imagenet(recipe, batch)
+    net = Net()
+    optimizer = build_optimizer(config.optimizer, net)
+    rates = [0.5, 1.0, 3.0, 2.0, 0.25]
+    # Some elements beyond 10, where one of the rules cuts them off.
+    grads = {name: [torch.randn_like(p) * 8 for _ in rates] for name, p in net.named_parameters()}
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for k, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for name, p in net.named_parameters():
+            p.grad = grads[name][k].clone()
+        optimizer.step()
+    decay = VALUES[recipe, batch][1]
+    alike = recipe == "torchlars"
+    for name, adapted in (("linear.weight", recipe != "goyal"), ("linear.bias", alike)):
+        wd = decay if alike or name == "linear.weight" else 0.0
+        expected = by_hand(recipe, before[name], grads[name], rates, wd, adapted)
+        torch.testing.assert_close(dict(net.named_parameters())[name].detach(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("mlperf", {"4096": "4k", "49152": "48k", "65536": "64k", "1632": "1632"}),
+        ("nus", {"1024": "1k", "4096": "4k"}),
+        ("goyal", {"8192": "8k"}),
+        ("torchlars", {"256": "256"}),
+    ],
+)
+def test_a_batch_may_be_named_by_its_number_or_in_thousands(recipe: str, names: dict[str, str]) -> None:
+    for number, name in names.items():
+        config = resolved(f"recipe={recipe}", f"batch={number}", "data=imagenet")
+        assert config == imagenet(recipe, name)
+        assert config.batch.nominal == int(number)
+
+
+def test_a_recipe_may_name_its_rows_either_way() -> None:
+    raw = deepcopy(composed("data=imagenet", "batch=4k"))
+    OmegaConf.update(raw, "recipe.rows.'4096'", {"lr": 3.5, "published_top1": 1.0}, force_add=True)
+    rows = OmegaConf.to_container(raw.recipe.rows)
+    assert isinstance(rows, dict)
+    raw.recipe.rows = {str(key).strip("'"): value for key, value in rows.items()}
+    config = resolve(raw)
+    assert (config.optimizer.lr, published_top1(config)) == (3.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("batch=1632",), ("batch=256 (lr 0.2, warm-up 0 epochs)", "batch=8k (lr 12.8", "sgd's and one lars's")),
+        (("recipe=mlperf", "batch=16k"), ("batch=13056 (lr 12.8, warm-up 9 epochs)", "batch=32k (lr 21.2")),
+        (("recipe=nus", "batch=64k"), ("nearest is batch=32k (lr 32", "batch.size=65536")),
+        (("recipe=mlperf", "batch=256"), ("nearest is batch=1632 (lr 7.4", "batch.size=256")),
+        (("recipe=goyal",), ("its rows are 8k.", "nearest is batch=8k (lr 3.2")),
+        (("recipe=nus", "batch=64k", "batch.size=1000", "optimizer.lr=1"), ("no row", "such as batch=1k")),
+    ],
+)
+def test_a_batch_without_a_row_is_refused_with_the_nearest_rows(arguments: tuple[str, ...], words: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(*arguments)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("data", ["imagenet", "mini", "cifar10"])
+def test_the_settings_that_a_refusal_offers_between_two_rows_work(data: str) -> None:
+    images = {"imagenet": IMAGES, "mini": 10_000, "cifar10": 50_000}[data]
+    with pytest.raises(ConfigError) as caught:
+        resolved("recipe=mlperf", "batch=16k", f"data={data}")
+    offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", str(caught.value).split("by hand")[1])
+    config = resolved("recipe=mlperf", f"data={data}", *(setting.rstrip(",") for setting in offered))
+    # 16,384 lies at log(16384/13056)/log(32768/13056) = 0.24676 of the way from 12.8 to 21.2, and from 9 to 16 epochs.
+    assert config.optimizer.lr == pytest.approx(12.8 * (21.2 / 12.8) ** 0.24676, rel=5e-3)
+    share = 10 / 48 if data == "mini" else 1
+    assert config.schedule.warmup_epochs == pytest.approx((9 + 7 * 0.24676) * share, rel=5e-3)
+    plan = make_plan(config, images)
+    assert plan.nominal_batch == 16384
+    assert plan.updates_per_epoch == pytest.approx(IMAGES // 16384, rel=0.35)
+
+
+def test_64k_of_mlperf_works_on_the_embedded_pictures() -> None:
+    config = resolved("batch=64k", "recipe=mlperf")
+    plan = make_plan(config, 10_000)
+    # 65,536 x 10,000 / 1,281,167 = 511.5: four ghost batches of 128; 31 of 89 epochs are 3.48 of 10, or 66 updates.
+    assert (plan.global_batch, plan.updates_per_epoch, plan.warmup_updates) == (512, 19, 66)
+
+
+def test_the_announcement_tells_whose_rule_it_is_and_what_was_changed() -> None:
+    config = imagenet("nus", "32k", "optimizer.clamp=none")
+    text = "\n".join(experiment(config, make_plan(config, IMAGES)))
+    assert "recipe         nus" in text
+    assert "trust ratios as nus-hpc has them, but for eps=0.0, clamp=none; none for batch norm and biases" in text
+    goyal = imagenet("goyal", "8k")
+    told = "\n".join(experiment(goyal, make_plan(goyal, IMAGES)))
+    assert "then x0.1 at epochs 30, 60, 80" in told
+    assert "trust ratios" not in told
+
+
+def test_the_presets_in_the_config_are_those_of_lars() -> None:
+    assert asdict(Rule()) == DEFAULTS
+    for name in PRESETS:
+        network = Net()
+        opt = imagenet("torchlars", "8k", f"optimizer.preset={name}").optimizer
+        built = build_optimizer(opt, network)
+        assert isinstance(built, LARS)
+        theirs = LARS.preset(name, torch.optim.SGD(network.parameters(), lr=1.0))
+        assert built.rule == theirs.rule
+        assert {key: getattr(opt, key) for key in options_of(name, "")} == options_of(name, "")
