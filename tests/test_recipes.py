@@ -371,7 +371,9 @@ def test_the_presets_in_the_config_are_those_of_lars() -> None:
     assert asdict(Rule()) == DEFAULTS
     for name in PRESETS:
         network = Net()
-        opt = imagenet("torchlars", "8k", f"optimizer.preset={name}").optimizer
+        raw = deepcopy(composed("recipe=torchlars", "data=imagenet"))
+        raw.optimizer.preset = name
+        opt = resolve(raw).optimizer
         built = build_optimizer(opt, network)
         assert isinstance(built, LARS)
         theirs = LARS.preset(name, torch.optim.SGD(network.parameters(), lr=1.0))

@@ -158,3 +158,13 @@ def test_view_takes_its_settings_from_the_data_config() -> None:
     uniforms = [0.9] * UNIFORMS
     assert view.train(28, 28, uniforms) == Geometry((0, 0, 28, 28), (28, 28), 3, (6, 6), False)
     assert view.evaluate(28, 28) == Geometry((0, 0, 28, 28), (28, 28), 0, (0, 0), False)
+
+
+def test_the_least_crop_of_the_data_config_is_the_least_share_of_the_area() -> None:
+    view = View.from_config(DataConfig(augment="inception", image_size=28, flip=False, min_crop=0.36))
+    # The first try with the smallest number for its area, and one for the ratio 1: 0.36 of 100 x 100 is 60 x 60.
+    uniforms = [0.0, 0.5, *[0.5] * (UNIFORMS - 2)]
+    assert view.train(100, 100, uniforms).box == (20, 20, 80, 80)
+    default = View.from_config(DataConfig(augment="inception", image_size=28, flip=False))
+    left, top, right, bottom = default.train(100, 100, uniforms).box
+    assert (right - left, bottom - top) == (round(math.sqrt(800)), round(math.sqrt(800)))

@@ -12,7 +12,7 @@ from lars_train.config import Config, resolve
 from lars_train.data.source import fingerprint
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
-from lars_train.training import session
+from lars_train.training import checkpoint, session
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 from lars_train.training.session import find_finished
@@ -69,6 +69,21 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
     assert start["update"] == 1
     # Another length and other rates may be chosen.
     prepare(config(tmp_path / "run", checkpoint__path=str(trained), epochs=5, optimizer__lr=0.1))
+    prepare(config(tmp_path / "run", checkpoint__path=str(trained), optimizer__clip="lr", optimizer__nesterov=True))
+
+
+def test_a_checkpoint_of_an_older_version_which_had_fewer_options_is_read(trained: Path, tmp_path: Path) -> None:
+    path = next((trained / "checkpoints").glob("update-*.pt"))
+    content = checkpoint.load(path)
+    for key in ("adapt_norm_bias", "lr_placement", "preset", "nesterov"):
+        del content["config"]["optimizer"][key]
+    del content["config"]["schedule"]["warmup_start"]
+    older = checkpoint.save(tmp_path / "checkpoints", 1, content, keep=1)
+    assert prepare(config(tmp_path / "run", checkpoint__path=str(older))).start_from is not None
+    asked = config(tmp_path / "run", mode="evaluate", checkpoint__path=str(older))
+    assert session.evaluation_config(asked, ())[0].optimizer.eps == asked.optimizer.eps
+    with pytest.raises(ConfigError, match=r"optimizer\.adapt_norm_bias=True"):
+        prepare(config(tmp_path / "run", checkpoint__path=str(older), optimizer__adapt_norm_bias=False))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +95,8 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
         ({"batch__size": 4}, r"update 1 of a run with 3 updates per epoch, which is no position of this one"),
         ({"optimizer__base": "AdamW"}, r"state of optimizer\.base=SGD.* optimizer\.base=AdamW.* model\.weights"),
         ({"optimizer__decay_norm_bias": False}, r"optimizer\.decay_norm_bias=True.* choose the same"),
+        ({"optimizer__adapt_norm_bias": False}, r"optimizer\.adapt_norm_bias=True.* choose the same"),
+        ({"optimizer__preset": "mlperf"}, r"optimizer\.lr_placement=outside.* choose the same"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
