@@ -133,7 +133,7 @@ def check_values(config: Config) -> None:
 def _check_schedule(config: Config) -> None:
     """The rates and epochs of the schedule against each other; of a resolved config."""
     schedule, lr, epochs = config.schedule, filled(config.optimizer.lr), filled(config.epochs)
-    start = "step" if schedule.warmup_start is None else schedule.warmup_start  # a checkpoint may be older than it
+    start = "step" if schedule.warmup_start is None else schedule.warmup_start  # none without a warm-up
     if isinstance(start, bool) or not (start == "step" or (isinstance(start, int | float) and 0 <= start <= lr)):
         raise ConfigError(
             f"schedule.warmup_start={start}: give step, or a number from 0 to optimizer.lr={lr:g}, where it ends."

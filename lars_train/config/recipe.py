@@ -28,10 +28,11 @@ def fill_from_recipe(config: Config) -> None:
         opt.name = row.optimizer
     _check_use(config)
     _check_rate(config, row)
-    _fill_lars(config, row)
+    if opt.name == "lars":
+        _fill_lars(config, row)
     _fill_schedule(config, row)
     for node, keys in (
-        (opt, ("lr", "weight_decay", "decay_norm_bias", "adapt_norm_bias")),
+        (opt, ("lr", "weight_decay", "decay_norm_bias")),
         (config.model, ("ghost_batch", "zero_gamma")),
         (config, ("epochs", "label_smoothing")),
     ):
@@ -100,9 +101,10 @@ def _fill_lars(config: Config, row: RowConfig) -> None:
         given = options_of(row.preset, f"recipe {config.recipe.name}, row {config.batch.name}: preset {row.preset}")
         given |= {key: value for key in LARS_OPTIONS if (value := getattr(row, key)) is not None}
         opt.preset = row.preset
-    for key in LARS_OPTIONS:
+    given["adapt_norm_bias"] = row.adapt_norm_bias
+    for key, value in given.items():
         if getattr(opt, key) is None:
-            setattr(opt, key, given[key])
+            setattr(opt, key, value)
 
 
 def _fill_schedule(config: Config, row: RowConfig) -> None:
@@ -120,7 +122,7 @@ def _fill_schedule(config: Config, row: RowConfig) -> None:
             )
     if schedule.warmup_epochs is None:
         schedule.warmup_epochs = row.warmup_epochs * shrink
-    if schedule.warmup_start is None:
+    if schedule.warmup_start is None and schedule.warmup_epochs > 0:
         schedule.warmup_start = row.warmup_start
     for key in used:
         if getattr(schedule, key) is None:

@@ -70,3 +70,10 @@ def test_the_table_is_aligned_markdown() -> None:
     assert set(rule) == {"|", "-"}
     assert rule.count("|") == first.count("|") == len(HEADER) + 1
     assert [cell.strip() for cell in rows[1].strip("|").split("|")] == list(row({**FULL, "global_batch": 1280}))
+
+
+def test_a_decay_by_steps_is_told_as_such_and_an_older_record_by_its_power() -> None:
+    steps = {**FULL, "policy": "x0.1 at epochs 30, 60, 80", "power": None}
+    assert row(steps)[1] == "LARS + x0.1 at epochs 30, 60, 80"
+    assert "policy" not in FULL
+    assert row(FULL)[1] == "LARS + poly(2)"
