@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import pickle
 import signal
@@ -58,6 +59,8 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     torch_processes: Any = import_module("torch.multiprocessing")
+    # That it ends the other processes when one has failed goes without saying.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
 
     # Semaphores that ended processes leave behind are removed by Python's tracker; it need not warn after the reason.
     filters = os.environ.get("PYTHONWARNINGS", "")
