@@ -5,6 +5,7 @@ from __future__ import annotations
 FIELDS: dict[str, tuple[str, str]] = {
     "update": ("updates", "optimizer steps done when the line was written"),
     "epoch": ("epochs", "update / updates per epoch"),
+    "run/seconds": ("s", "wall time of training up to the line, over all starts, without what a kill made undone"),
     "train/loss": ("nats", "mean loss of the samples since the last line, label smoothing included"),
     "train/top1": ("percent", "share of the same (augmented) samples whose class ranked first"),
     "train/lr": ("1", "learning rate of the last update"),
@@ -23,4 +24,13 @@ FIELDS: dict[str, tuple[str, str]] = {
     "val/bad_images": ("images", "validation images that cannot be decoded; they count as wrong"),
     "val/best_top1": ("percent", "best val/top1 so far"),
     "val/seconds": ("s", "wall time of the evaluation"),
+}
+
+RATIO_FIELDS: dict[str, tuple[str, str]] = {
+    "update": ("updates", "optimizer steps done when the line was written"),
+    "trust_ratios": (
+        "1",
+        "LARS's trust ratio of each adapted parameter in the last update, in the order of `layers`, to four digits; "
+        "null: not finite",
+    ),
 }

@@ -1,5 +1,5 @@
-"""Writes what a run measures: one line of ``metrics.jsonl`` per logged update and per evaluation, and the
-same numbers to TensorBoard. Only rank 0 makes one.
+"""Writes what a run measures: one line of ``metrics.jsonl`` per logged update and per evaluation, the same numbers
+to TensorBoard, and LARS's trust ratios to ``trust_ratios.jsonl``. Only rank 0 makes one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,57 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lars_train.monitoring.fields import FIELDS
+from lars_train.monitoring.fields import FIELDS, RATIO_FIELDS
 from lars_train.text import printable
+
+RATIOS = "trust_ratios.jsonl"
+
+
+class Lines:
+    """A file of JSON lines that goes on at `update`: lines of later ones are taken back.
+
+    Lines that the disk refuses wait in memory until it takes them; `reason` says why they do, and is empty if none do.
+    `there`: the names of what stands in the file for `update` itself.
+    """
+
+    def __init__(self, path: Path, update: int) -> None:
+        self.there = keep_up_to(path, update)
+        self.file, self._name = path.open("ab", buffering=0), path.name
+        self._whole, self._pending = path.stat().st_size, list[bytes]()
+        self.reason = ""
+
+    def add(self, values: dict[str, Any]) -> None:
+        """One more line."""
+        self._pending.append(json.dumps(values).encode() + b"\n")
+        self.put()
+
+    def put(self) -> None:
+        """Write the lines that wait; those that do not fit on the disk go on waiting."""
+        try:
+            if self.reason:  # a line may have been cut short
+                os.ftruncate(self.file.fileno(), self._whole)
+            while self._pending:
+                written = self.file.write(self._pending[0])
+                if written != len(self._pending[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._whole += written
+                self._pending.pop(0)
+        except OSError as error:
+            self.reason = error.strerror or str(error)
+        else:
+            self.reason = ""
+
+    def sync(self) -> None:
+        """Put what was written so far on disk. Raises `OSError`."""
+        self.put()
+        if self._pending:
+            raise OSError(f"{self._name}: {self.reason}")
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Write out what can be, and close the file."""
+        self.put()
+        self.file.close()
 
 
 class RunLog:
@@ -26,27 +75,47 @@ class RunLog:
     def __init__(self, directory: Path, update: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        path = directory / "metrics.jsonl"
-        self._start, self._there = update, keep_up_to(path, update)
-        self._lines = path.open("ab", buffering=0)
-        self._whole, self._pending = path.stat().st_size, list[bytes]()
-        self.reason = ""
-        """Why lines wait in memory for the disk, or why TensorBoard's events have ended; empty if all is well."""
-        units = {name: {"unit": unit, "meaning": meaning} for name, (unit, meaning) in FIELDS.items()}
-        (directory / "metrics.fields.json").write_text(json.dumps(units, indent=1) + "\n")
+        self._directory, self._start = directory, update
+        self._metrics = Lines(directory / "metrics.jsonl", update)
+        self._ratios: Lines | None = None
+        if (directory / RATIOS).exists():
+            self._ratios = Lines(directory / RATIOS, update)
+        self._ratios_of: list[str] | None = None
+        self._board_reason = ""
+        (directory / "metrics.fields.json").write_text(json.dumps(_described(FIELDS), indent=1) + "\n")
         self._board: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=update + 1)
+
+    @property
+    def reason(self) -> str:
+        """Why lines wait in memory for the disk, or why TensorBoard's events have ended; empty if all is well."""
+        return self._metrics.reason or (self._ratios.reason if self._ratios else "") or self._board_reason
 
     def write(self, update: int, epoch: float, values: dict[str, float | int]) -> None:
         """One line, and one TensorBoard point per value."""
         for name in values:
             FIELDS[name]
-        if update == self._start and values.keys() <= self._there:
+        if update == self._start and values.keys() <= self._metrics.there:
             return
-        line = json.dumps({"update": update, "epoch": round(epoch, 6), **_finite(values)}) + "\n"
-        self._pending.append(line.encode())
-        self._put()
+        self._metrics.add({"update": update, "epoch": round(epoch, 6), **_finite(values)})
         for name, value in values.items():
             self._show("add_scalar", name, value, update)
+
+    def write_ratios(self, update: int, layers: list[str], ratios: list[float]) -> None:
+        """One line of trust ratios, one for each of the `layers`. Raises nothing for a disk that is full."""
+        if update == self._start and self._ratios is not None and self._ratios.there:
+            return
+        try:
+            if self._ratios_of != layers:
+                described = {**_described(RATIO_FIELDS), "layers": layers}
+                (self._directory / "trust_ratios.fields.json").write_text(json.dumps(described, indent=1) + "\n")
+                self._ratios_of = layers
+            if self._ratios is None:
+                self._ratios = Lines(self._directory / RATIOS, update)
+        except OSError:
+            return  # metrics.jsonl meets the same disk, and tells of it
+        # Four digits are what a picture can show, and a third of the size.
+        kept = [float(f"{ratio:.4g}") if math.isfinite(ratio) else None for ratio in ratios]
+        self._ratios.add({"update": update, "trust_ratios": kept})
 
     def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
         """Show the run's settings with its results in TensorBoard's hparams tab."""
@@ -57,33 +126,17 @@ class RunLog:
 
     def sync(self) -> None:
         """Put what was written so far on disk: a checkpoint that follows relies on it. Raises `OSError`."""
-        self._put()
-        if self._pending:
-            raise OSError(f"metrics.jsonl: {self.reason}")
-        os.fsync(self._lines.fileno())
+        self._metrics.sync()
+        if self._ratios is not None:
+            self._ratios.sync()
         self._show("flush")
 
     def close(self) -> None:
         """Write out what can be, and close the files."""
-        self._put()
-        self._lines.close()
+        self._metrics.close()
+        if self._ratios is not None:
+            self._ratios.close()
         self._show("close")
-
-    def _put(self) -> None:
-        """Write the lines that wait; those that do not fit on the disk go on waiting."""
-        try:
-            if self.reason:  # a line may have been cut short
-                os.ftruncate(self._lines.fileno(), self._whole)
-            while self._pending:
-                written = self._lines.write(self._pending[0])
-                if written != len(self._pending[0]):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._whole += written
-                self._pending.pop(0)
-        except OSError as error:
-            self.reason = error.strerror or str(error)
-        else:
-            self.reason = "" if self._board is not None else self.reason
 
     def _show(self, method: str, *arguments: Any, **keywords: Any) -> None:
         """Do it on TensorBoard's writer, which is given up when it fails: it has no way to go on."""
@@ -92,7 +145,11 @@ class RunLog:
         try:
             getattr(self._board, method)(*arguments, **keywords)
         except Exception as error:  # of its thread, whatever it was
-            self._board, self.reason = None, f"TensorBoard: {error}"
+            self._board, self._board_reason = None, f"TensorBoard: {error}"
+
+
+def _described(fields: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    return {name: {"unit": unit, "meaning": meaning} for name, (unit, meaning) in fields.items()}
 
 
 def _finite(values: dict[str, float | int]) -> dict[str, float | int | None]:

@@ -21,6 +21,7 @@ from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import announcement, epoch_line, final_record
 from lars_train.optim.factory import build_optimizer
+from lars_train.optim.lars import LARS
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.training import checkpoint
 from lars_train.training.bad_images import BadImages, told_in
@@ -68,6 +69,8 @@ class Run:
             compiled=config.compile,
             max_loss=config.guard.max_loss,
         )
+        self.parameter_names = {id(p): name for name, p in network.named_parameters()}
+        self.started = time.perf_counter()
         self.best_top1, self.seconds_before, self.bad = -math.inf, 0.0, BadImages(config.data.max_bad, group)
         if start is not None:
             self._restore(start)
@@ -313,6 +316,14 @@ class Run:
         self.log_started, self.waited, self.logged_update = now, 0.0, trainer.update
         self.logged = values
         self._write(values)
+        self._write_ratios()
+
+    def _write_ratios(self) -> None:
+        optimizer = self.trainer.optimizer
+        if self.log is None or not isinstance(optimizer, LARS) or (layers := optimizer.layers()) is None:
+            return
+        names = [self.parameter_names[id(parameter)] for parameter in layers.parameters]
+        self.log.write_ratios(self.trainer.update, names, layers.values[2].tolist())
 
     def _told_failures(self) -> int:
         if self.writer is None:
@@ -388,7 +399,7 @@ class Run:
             content = {
                 **state,
                 "best_top1": self.best_top1,
-                "seconds": self._seconds(),
+                "seconds": self.seconds(),
                 "bad": dict(self.bad.known),
                 "rollbacks": list(self.rollbacks),
                 "config": asdict(absolute_paths(self.config)),
@@ -415,7 +426,7 @@ class Run:
             update=self.trainer.update,
             best_top1=self.best_top1,
             result=self.result,
-            seconds=self._seconds(),
+            seconds=self.seconds(),
             bad_images=len(self.bad.known),
             passed_over=self.trainer.skipped,
             rollbacks=self.rollbacks,
@@ -437,7 +448,9 @@ class Run:
     def _write(self, values: dict[str, float]) -> None:
         if self.log is not None:
             update = self.trainer.update
-            self.log.write(update, update / self.plan.updates_per_epoch, values)
+            timed = {**values, "run/seconds": round(self.seconds(), 3)}
+            self.log.write(update, update / self.plan.updates_per_epoch, timed)
 
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
+        """Wall time of training, over all starts; what a kill made undone is not in it."""
         return self.seconds_before + time.perf_counter() - self.started

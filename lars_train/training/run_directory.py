@@ -5,6 +5,8 @@ The same command finds the same directory (no time stamp in its name), on one de
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -25,6 +27,7 @@ from omegaconf import OmegaConf
 from lars_train.config import AUTO, EXECUTION_KEYS, Config, flatten, run_hash
 from lars_train.errors import ConfigError
 from lars_train.monitoring.say import say
+from lars_train.plan import Plan
 from lars_train.training.distributed import Group
 
 # What a start that was killed before its record was whole can have left.
@@ -65,6 +68,15 @@ def finished(directory: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not {"updates", "planned_updates", "best_top1", "directory"} <= content.keys():
         raise ConfigError(f"{directory / 'final.json'} is not what a run writes; start anew with resume=never.")
     return content
+
+
+def holds_run_of(directory: Path, config: Config) -> bool:
+    """Whether the record in the directory is that of a run of this config. Raises nothing."""
+    try:
+        found = json.loads((directory / "run.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("hash") == run_hash(config)
 
 
 def check_same_experiment(directory: Path, config: Config) -> None:
@@ -142,6 +154,38 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
     return lock
 
 
+def note_start(directory: Path, *, plan: Plan, **start: Any) -> None:
+    """Add to the record what is known only when a run begins: its `plan`, and what belongs to this start.
+
+    As `note_end`, it leaves the record as it was where that cannot be written: a run does not end for it.
+    """
+    _note(directory, {"plan": dataclasses.asdict(plan)}, start)
+
+
+def note_end(directory: Path, how: str, reason: str = "", **values: Any) -> None:
+    """Add to the record how this start has ended: ``finished``, ``stopped`` (by a signal) or ``failed``.
+
+    A start without it was killed, or goes on.
+    """
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    _note(directory, {}, {"ended": {"how": how, "reason": reason, "time": now, **values}})
+
+
+def _note(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> None:
+    path = directory / "run.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        record = json.loads(path.read_text())
+        record.update(run)
+        record["started"][-1].update(start)
+        _put_record(path, record)
+
+
+def _put_record(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    partial.replace(path)
+
+
 def _move_aside(directory: Path) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         return
@@ -184,18 +228,15 @@ def _wait_for(path: Path, token: str, seconds: float = 15.0) -> bool:
 def _write_record(directory: Path, config: Config, invocation: Invocation) -> None:
     # First of all: it is what tells a run directory from a folder of other files.
     path = directory / "run.json"
-    started = []
-    if path.exists():
-        started = json.loads(path.read_text()).get("started", [])
+    before = json.loads(path.read_text()) if path.exists() else {}
     record = {
+        **({"plan": before["plan"]} if "plan" in before else {}),
         "hash": run_hash(config),
         "settings": flatten(config),
         "seed": config.seed,
-        "started": [*started, _start_entry(invocation)],
+        "started": [*before.get("started", []), _start_entry(invocation)],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    partial.replace(path)
+    _put_record(path, record)
     hydra = directory / ".hydra"
     hydra.mkdir(exist_ok=True)
     (hydra / "config.yaml").write_text(invocation.composed_yaml)

@@ -12,7 +12,7 @@ from lars_train.config import AUTO, Config, restore
 from lars_train.data.augment import View
 from lars_train.data.directory import user_path
 from lars_train.data.open import open_dataset
-from lars_train.errors import ConfigError
+from lars_train.errors import ConfigError, Stopped
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model, load_state
 from lars_train.monitoring.progress import Progress
@@ -27,7 +27,7 @@ from lars_train.training.device import (
     choose_workers,
     set_up,
 )
-from lars_train.training.distributed import process_group
+from lars_train.training.distributed import Group, process_group
 from lars_train.training.evaluation import SMALLEST_BATCH, evaluate_split
 from lars_train.training.network import make_network
 from lars_train.training.prepare import Prepared, check_compatible, continuation
@@ -37,6 +37,8 @@ from lars_train.training.run_directory import (
     check_same_experiment,
     check_usable,
     finished,
+    note_end,
+    note_start,
     open_directory,
 )
 from lars_train.training.trainer import normaliser
@@ -77,10 +79,30 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
             return final
         lock = open_directory(directory, config, invocation, group)
         try:
-            return Run(prepared, group, device).train()
+            return _train_in(prepared, group, device)
         finally:
             if lock is not None:
                 lock.close()
+
+
+def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[str, Any]:
+    """The run, and in its record how it began and how it ended."""
+    run = None
+    try:
+        run = Run(prepared, group, device)
+        if group.first:
+            resolved = dataclasses.asdict(run.resolved)
+            note_start(prepared.directory, plan=prepared.plan, resumed_at=run.resumed_at, resolved=resolved)
+        final = run.train()
+    except Exception as error:
+        if group.first:
+            told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            where = {} if run is None else {"update": run.trainer.update, "seconds": run.seconds()}
+            note_end(prepared.directory, "stopped" if isinstance(error, Stopped) else "failed", told, **where)
+        raise
+    if group.first:
+        note_end(prepared.directory, "finished", update=final["updates"], seconds=final["seconds"])
+    return final
 
 
 def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Config, dict[str, Any] | None]:

@@ -177,7 +177,7 @@ def test_a_value_that_is_not_finite_leaves_the_line_readable_by_any_json_reader(
 def test_lines_that_a_full_disk_refuses_wait_until_it_takes_them(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write(1, 0.1, {"train/loss": 1.0})
-    disk, room = log._lines, [10]
+    disk, room = log._metrics.file, [10]
 
     class Full:
         """Takes `room` bytes, as a disk does that is nearly full: a line is cut short, then there is an error."""
@@ -196,7 +196,7 @@ def test_lines_that_a_full_disk_refuses_wait_until_it_takes_them(tmp_path: Path)
         def close(self) -> None:
             disk.close()
 
-    log._lines = Full()  # type: ignore[assignment]
+    log._metrics.file = Full()  # type: ignore[assignment]
     log.write(2, 0.2, {"train/loss": 2.0})
     log.write(3, 0.3, {"train/loss": 3.0})
     assert log.reason == "No space left on device"
@@ -212,8 +212,8 @@ def test_lines_that_a_full_disk_refuses_wait_until_it_takes_them(tmp_path: Path)
 
 def test_a_disk_that_stays_full_does_not_end_the_run_with_an_error(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
-    log._lines.close()
-    log._lines = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, PTH123
+    log._metrics.file.close()
+    log._metrics.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, PTH123
     log.write(1, 0.1, {"train/loss": 1.0})
     assert log.reason
     log.close()
@@ -232,3 +232,62 @@ def test_a_board_that_fails_is_given_up_and_told_of(tmp_path: Path, monkeypatch:
     log.sync()
     log.close()
     assert [line["update"] for line in lines(tmp_path)] == [1, 2]
+
+
+def ratio_lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "trust_ratios.jsonl").read_text().splitlines()]
+
+
+def test_trust_ratios_stand_in_a_file_that_says_what_they_are(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.write_ratios(10, ["conv1.weight", "fc.bias"], [0.00123456, float("inf")])
+    log.write_ratios(20, ["conv1.weight", "fc.bias"], [1.0, 2e-9])
+    log.close()
+    assert ratio_lines(tmp_path) == [
+        {"update": 10, "trust_ratios": [0.001235, None]},
+        {"update": 20, "trust_ratios": [1.0, 2e-9]},
+    ]
+    described = json.loads((tmp_path / "trust_ratios.fields.json").read_text())
+    assert described["layers"] == ["conv1.weight", "fc.bias"]
+    for name in ("update", "trust_ratios"):
+        assert described[name]["unit"]
+        assert described[name]["meaning"]
+
+
+@pytest.mark.parametrize("checkpointed", [0, 1, 2, 3])
+def test_resumed_trust_ratios_hold_each_update_once(checkpointed: int, tmp_path: Path) -> None:
+    killed = RunLog(tmp_path, 0)
+    for update in (1, 2, 3):
+        killed.write_ratios(update, ["a"], [update / 10])
+    killed.close()
+    with (tmp_path / "trust_ratios.jsonl").open("a") as file:
+        file.write('{"update": 4, "trust_r')
+    log = RunLog(tmp_path, checkpointed)
+    for update in range(max(checkpointed, 1), 5):
+        log.write_ratios(update, ["a"], [update / 5])
+    log.close()
+    expected = [(u, u / 10 if u <= checkpointed else u / 5) for u in range(1, 5)]
+    assert [(line["update"], line["trust_ratios"][0]) for line in ratio_lines(tmp_path)] == expected
+
+
+def test_a_run_without_lars_has_no_file_of_trust_ratios(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.write(1, 0.1, {"train/loss": 1.0})
+    log.close()
+    assert not list(tmp_path.glob("trust_ratios*"))
+
+
+def test_trust_ratios_that_a_full_disk_refuses_do_not_end_the_run(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.write_ratios(1, ["a"], [0.5])
+    assert log._ratios is not None
+    disk = log._ratios.file
+    log._ratios.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, PTH123
+    log.write_ratios(2, ["a"], [0.5])
+    assert log.reason
+    log._ratios.file.close()
+    log._ratios.file = disk
+    log.write_ratios(3, ["a"], [0.5])
+    assert log.reason == ""
+    log.close()
+    assert [line["update"] for line in ratio_lines(tmp_path)] == [1, 2, 3]

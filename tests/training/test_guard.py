@@ -109,6 +109,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pyte
     assert record["loss"] is None
     assert record["action"] == "stop"
     assert len(record["largest_gradients"]) == 5
+    (start,) = json.loads((tmp_path / "run/run.json").read_text())["started"]
+    assert start["ended"]["how"] == "failed"
+    assert start["ended"]["reason"].startswith("Diverged: diverged at update 6")
     update, content = checkpoint.latest(tmp_path / "run/checkpoints") or (None, {})
     assert content["update"] == 4, update
     assert all(torch.isfinite(t).all() for t in content["model"].values())

@@ -52,7 +52,7 @@ TINY: dict[str, Any] = {
     "launch": {"threads": 1},
     "checkpoint": {"every_updates": 3},
 }
-TIMES = {"train/images_per_s", "train/wait_share", "val/seconds"}
+TIMES = {"train/images_per_s", "train/wait_share", "val/seconds", "run/seconds"}
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +104,7 @@ def assert_same_outcome(directory: Path, expected: Path) -> None:
     for key in ("model", "optimizer"):
         assert_equal(state(directory)[key], state(expected)[key])
     assert lines(directory) == lines(expected)
+    assert (directory / "trust_ratios.jsonl").read_bytes() == (expected / "trust_ratios.jsonl").read_bytes()
 
 
 def assert_equal(got: Any, expected: Any) -> None:
@@ -135,6 +136,75 @@ def test_a_run_leaves_what_scripts_rely_on(unbroken: Path) -> None:
     assert [p.name for p in checkpoint.listing(unbroken / "checkpoints")] == [f"update-{u:09d}.pt" for u in (8, 9, 12)]
     # Updates 7 to 9 of 12, warm-up aside: the rate of the last one.
     assert next(v["train/lr"] for v in found if v["update"] == 9) == pytest.approx((1 - 8 / 12) ** 2)
+
+
+def test_every_log_line_has_its_layers_trust_ratios(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[list[float]] = []
+    step = LARS.step
+
+    def watched(optimizer: LARS, closure: None = None) -> None:
+        ratios = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                w, g = (t.detach().double().norm().item() for t in (parameter, parameter.grad))
+                ratios.append(0.01 * w / (g + group["weight_decay"] * w + optimizer.eps) if w and g else 1.0)
+        expected.append(ratios)
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(LARS, "step", watched)
+    train(tmp_path / "run")
+    found = [json.loads(line) for line in (tmp_path / "run" / "trust_ratios.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in found] == [line["update"] for line in lines(unbroken) if "train/loss" in line]
+    layers = json.loads((tmp_path / "run" / "trust_ratios.fields.json").read_text())["layers"]
+    assert sorted(layers) == sorted(state(unbroken)["model"].keys() & set(layers))
+    for line in found:
+        assert sorted(line["trust_ratios"]) == pytest.approx(sorted(expected[line["update"] - 1]), rel=1e-3)
+
+
+def test_without_lars_there_are_no_trust_ratios(tmp_path: Path) -> None:
+    train(tmp_path / "run", optimizer__name="sgd", optimizer__trust_coef=None, max_updates=2)
+    assert not (tmp_path / "run" / "trust_ratios.jsonl").exists()
+
+
+def test_a_start_s_record_tells_what_it_was_of_and_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_update", at_call(8, Trainer.run_update))
+        with pytest.raises(KeyboardInterrupt):
+            train(directory)
+    final = train(directory)
+    record = json.loads((directory / "run.json").read_text())
+    assert {"samples": 100, "global_batch": 24, "updates": 12, "nominal_batch": 24}.items() <= record["plan"].items()
+    killed, last = record["started"]
+    assert (killed["resumed_at"], last["resumed_at"]) == (0, 6)
+    assert "ended" not in killed
+    assert {"how": "finished", "update": 12, "seconds": final["seconds"]}.items() <= last["ended"].items()
+    assert last["resolved"]["precision"] == "fp32"
+
+
+def test_time_in_the_log_goes_on_over_a_kill_without_the_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: clock[0])
+    one_update = Trainer.run_update
+
+    def timed(trainer: Trainer, *arguments: Any, **keywords: Any) -> Any:
+        clock[0] += 10
+        return one_update(trainer, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, "run_update", timed)
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_update", at_call(8, timed))
+        with pytest.raises(KeyboardInterrupt):
+            train(directory)
+    clock[0] += 1e6
+    assert train(directory)["seconds"] == 120
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["run/seconds"] for line in found] == [10.0 * line["update"] for line in found]
 
 
 def test_the_final_record_is_that_of_the_log_and_of_the_weights(unbroken: Path) -> None:

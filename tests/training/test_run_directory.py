@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lars_train.config import (
 )
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
+from lars_train.plan import make_plan
 from lars_train.training import run_directory as module
 from lars_train.training.distributed import Group
 from lars_train.training.run_directory import (
@@ -36,6 +37,9 @@ from lars_train.training.run_directory import (
     check_usable,
     finished,
     git_state,
+    holds_run_of,
+    note_end,
+    note_start,
     open_directory,
     run_directory,
 )
@@ -109,6 +113,42 @@ def test_every_start_is_recorded(tmp_path: Path) -> None:
     for _ in range(3):
         open_here(tmp_path / "run").close()
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["started"]) == 3
+
+
+def test_what_is_known_later_of_a_start_stands_with_it(tmp_path: Path) -> None:
+    directory, plan = tmp_path / "run", make_plan(config(), 1000)
+    open_here(directory).close()
+    note_start(directory, plan=plan, resumed_at=0)
+    note_end(directory, "stopped", "SIGTERM", update=7)
+    open_here(directory).close()
+    note_start(directory, plan=plan, resumed_at=7)
+    record = json.loads((directory / "run.json").read_text())
+    assert record["plan"] == asdict(plan)
+    assert record["settings"]["optimizer.lr"] == 0.5
+    first, second = record["started"]
+    assert (first["resumed_at"], second["resumed_at"]) == (0, 7)
+    assert first["command"] == second["command"]
+    assert {"how": "stopped", "reason": "SIGTERM", "update": 7}.items() <= first["ended"].items()
+    assert "ended" not in second
+    note_end(directory, "finished")
+    assert json.loads((directory / "run.json").read_text())["started"][1]["ended"]["how"] == "finished"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"started": []}', '{"started": 5}', '{"started": [3]}'])
+def test_a_record_that_cannot_be_added_to_stays_as_it_is(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    note_end(tmp_path, "failed", "x")
+    assert (tmp_path / "run.json").read_text() == text
+    note_end(tmp_path / "nowhere", "failed", "x")
+
+
+def test_only_a_run_of_the_same_config_is_held(tmp_path: Path) -> None:
+    assert not holds_run_of(tmp_path / "run", config())
+    open_here(tmp_path / "run").close()
+    assert holds_run_of(tmp_path / "run", config(log_every=3))
+    assert not holds_run_of(tmp_path / "run", config(seed=1))
+    (tmp_path / "run" / "run.json").write_text("[]")
+    assert not holds_run_of(tmp_path / "run", config())
 
 
 def test_the_stored_config_composes_to_the_same_config(tmp_path: Path) -> None:
