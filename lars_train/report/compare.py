@@ -1,0 +1,167 @@
+"""Which runs make a row together: the same batch and the same settings, and only finished ones are averaged."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lars_train.config import EXECUTION_KEYS
+from lars_train.plan import IMAGENET_TRAIN_IMAGES
+from lars_train.report.files import as_number, shown
+from lars_train.report.read import FINISHED, Run
+
+AS_RECIPE = "as the recipe's row has it"
+# They tell rows and seeds apart by themselves; what a recipe's rows hold is compared field by field.
+_NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over `count` runs, and their sample standard deviation (None for a single one)."""
+
+    value: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: finished runs that differ in their seeds alone, or one run that is not finished.
+
+    `differs`: what sets it apart from the other rows beyond batch and recipe row. `repeats`: finished runs of a seed
+    that is among `runs` already, and in no mean.
+    """
+
+    runs: tuple[Run, ...]
+    differs: dict[str, str]
+    repeats: tuple[Run, ...] = ()
+
+    @property
+    def first(self) -> Run:
+        """The run that stands for what all have in common."""
+        return self.runs[0]
+
+    def mean(self, value: Callable[[Run], float | None]) -> Mean | None:
+        """Of `value` over the runs; None if one of them has none."""
+        values = [v for v in map(value, self.runs) if v is not None]
+        if len(values) < len(self.runs):
+            return None
+        return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    @property
+    def published(self) -> float | None:
+        """The published best top-1 in percent, if this is that experiment: a recipe's row as it is, at full scale."""
+        run = self.first
+        full = run.settings.get("data.name") == "imagenet" and run.settings.get("model.name") == "resnet50"
+        full = full and not run.scaled and run.samples in (None, IMAGENET_TRAIN_IMAGES)
+        if not full or run.settings.get("batch.size") is not None or run.state != FINISHED or _deviations(run):
+            return None
+        value = as_number(_recipe_row(run).get("published_top1"))
+        return value if value is not None and 0 <= value <= 100 else None
+
+    @property
+    def difference(self) -> float | None:
+        """Mean best top-1 minus the published one, in points; None where there is nothing to compare."""
+        best, published = self.mean(lambda run: run.best_top1), self.published
+        return None if best is None or published is None else best.value - published
+
+
+def make_rows(runs: Sequence[Run]) -> list[Row]:
+    """The rows of the table that `runs` make, by batch, the finished ones first."""
+    setups = [_setup(run) for run in runs]
+    _measured(runs, setups)
+    differing = differing_keys(setups)
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run, setup in zip(runs, setups, strict=True):
+        values = ((key, setup.get(key, "not set")) for key in differing)
+        # What is as the recipe has it stands before what is not.
+        apart = tuple((value != AS_RECIPE, key, value) for key, value in values)
+        size = run.nominal_batch if run.nominal_batch is not None else math.inf
+        groups.setdefault((size, run.batch, run.global_batch or 0, apart), []).append(run)
+    rows = []
+    for key in sorted(groups):
+        members, differs = groups[key], {name: value for other, name, value in key[-1] if other}
+        rows += _finished_rows([run for run in members if run.state == FINISHED], differs)
+        rows += [Row((run,), differs) for run in members if run.state != FINISHED]
+    return rows
+
+
+def differing_keys(setups: Sequence[dict[str, str]]) -> list[str]:
+    """The keys that do not have the same value in all of `setups`."""
+    keys = dict.fromkeys(key for setup in setups for key in setup)
+    return sorted(key for key in keys if len({setup.get(key) for setup in setups}) > 1)
+
+
+def _finished_rows(runs: list[Run], differs: dict[str, str]) -> list[Row]:
+    if not runs:
+        return []
+    seeds: dict[str, Run] = {}
+    for run in runs:
+        seeds.setdefault(run.setting("seed"), run)
+    kept = tuple(seeds.values())
+    return [Row(kept, differs, tuple(run for run in runs if run not in kept))]
+
+
+def _setup(run: Run) -> dict[str, str]:
+    """What the run computes, by key: of what its recipe's row gives, whether it is as there."""
+    deviations, row = _deviations(run), _row_settings(run)
+    setup = {"recipe": run.setting("recipe.name")}
+    for key, value in run.settings.items():
+        if f"{key}.".startswith(tuple(f"{ignored}." for ignored in _NOT_COMPARED)):
+            continue
+        setup[key] = AS_RECIPE if key in row and key not in deviations else shown(value)
+    return setup
+
+
+def _measured(runs: Sequence[Run], setups: list[dict[str, str]]) -> None:
+    """Add what a run finds out when it begins; one that was ended before counts as like the others."""
+    found: dict[str, list[Any]] = {
+        "precision.name": [run.precision for run in runs],
+        "training images": [run.samples for run in runs],
+    }
+    for key, values in found.items():
+        known = set(values) - {None}
+        for value, setup in zip(values, setups, strict=True):
+            if len(known) == 1:
+                setup[key] = shown(next(iter(known)))
+            elif value is not None:
+                setup[key] = shown(value)
+
+
+def _deviations(run: Run) -> list[str]:
+    """The settings that are not as the run's row of its recipe has them."""
+    return [key for key, value in _row_settings(run).items() if run.settings.get(key) != value]
+
+
+def _row_settings(run: Run) -> dict[str, Any]:
+    """What the recipe's row says, by the settings that take it."""
+    if run.settings.get("batch.size") is not None:
+        return {}
+    row, found = _recipe_row(run), {}
+    for name, value in row.items():
+        places = ("optimizer.name",) if name == "optimizer" else (name, *(f"{g}.{name}" for g in _GROUPS))
+        key = next((place for place in places if place in run.settings), None)
+        if key is not None:
+            found[key] = value
+    if run.settings.get("schedule.scale_warmup") is True and "schedule.warmup_epochs" in found:
+        warmup, epochs, of = (
+            as_number(v) for v in (row["warmup_epochs"], run.settings.get("epochs"), row.get("epochs"))
+        )
+        if warmup is not None and epochs is not None and of:
+            found["schedule.warmup_epochs"] = warmup * epochs / of
+    if run.settings.get("optimizer.base") != "SGD":
+        found.pop("optimizer.momentum", None)
+    return found
+
+
+_GROUPS = ("optimizer", "schedule", "model")
+
+
+def _recipe_row(run: Run) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for prefix in ("recipe.common.", f"recipe.rows.{run.settings.get('batch.name')}."):
+        row.update({k.removeprefix(prefix): v for k, v in run.settings.items() if k.startswith(prefix)})
+    return row

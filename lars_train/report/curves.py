@@ -1,0 +1,299 @@
+"""Pictures by matplotlib: top-1 and training loss of every row, and trust ratios over time.
+
+Seven colours that the colour-blind tell apart, and with each another marker and another line: they are read in print.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lars_train.report.compare import Row
+from lars_train.report.read import FAILED, FINISHED, Point, Ratios, Run
+from lars_train.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito, "Color Universal Design", https://jfly.uni-koeln.de/color/; without yellow, which is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
+_MOST_POINTS = 250
+_LONGEST_LABEL = 45
+# What stands for the text's colour in a page's picture; any that nothing else has will do.
+_INK = "#1b1c1d"
+_STYLE = f"svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:#e6e6e6}}}}"
+_SETTINGS: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "legend.fontsize": 9,
+    "text.parse_math": False,  # a dollar sign in a name is one
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lars-train",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    "grid.color": "#808080",
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+}
+_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one set of axes shows: `values` of a run over `axis` (an attribute of `Point`).
+
+    `bounded`: they are percentages, few enough for each to have its marker.
+    """
+
+    title: str
+    axis: str
+    values: Callable[[Run], tuple[Point, ...]]
+    unit: str
+    bounded: bool = True
+
+
+PANELS = (
+    Panel("Top-1 against epochs", "epoch", lambda run: run.top1, "top-1 (%)"),
+    Panel("Top-1 against updates", "update", lambda run: run.top1, "top-1 (%)"),
+    Panel("Top-1 against time", "seconds", lambda run: run.top1, "top-1 (%)"),
+    Panel("Training loss against epochs", "epoch", lambda run: run.loss, "training loss (nats)", bounded=False),
+)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """`style`: of colour, marker and line."""
+
+    number: int
+    label: str
+    style: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with its band: means and standard deviations over a row's runs at the updates that all have logged."""
+
+    x: list[float]
+    mean: list[float]
+    deviation: list[float] | None
+
+
+def curve(row: Row, panel: Panel) -> Curve | None:
+    """The curve of a row; None where nothing was logged for it."""
+    by_update = [{p.update: p for p in panel.values(run) if getattr(p, panel.axis) is not None} for run in row.runs]
+    common = sorted(set.intersection(*(set(points) for points in by_update)))
+    if not common:
+        return None
+    x, mean, deviation = [], [], []
+    for update in common:
+        points = [run[update] for run in by_update]
+        x.append(statistics.fmean(float(getattr(p, panel.axis)) for p in points))
+        mean.append(statistics.fmean(p.value for p in points))
+        deviation.append(statistics.stdev(p.value for p in points) if len(points) > 1 else 0.0)
+    size = math.ceil(len(common) / _MOST_POINTS)
+    return Curve(_binned(x, size), _binned(mean, size), _binned(deviation, size) if len(row.runs) > 1 else None)
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """What the legend calls each row: no two alike, and those that differ in too much by their place in the table."""
+    told = [_label(row, list(_differences(row))) for row in rows]
+    return [
+        text
+        if len(text) <= _LONGEST_LABEL and told.count(text) == 1
+        else _label(row, [f"row {number} of the table"])[: 2 * _LONGEST_LABEL]
+        for number, (row, text) in enumerate(zip(rows, told, strict=True), 1)
+    ]
+
+
+def _label(row: Row, differences: list[str]) -> str:
+    parts = []
+    if row.first.state != FINISHED:
+        parts.append(row.first.state)
+    elif len(row.runs) > 1:
+        parts.append(f"mean of {len(row.runs)} seeds")
+    parts += differences
+    return printable(row.first.batch + (f" ({', '.join(parts)})" if parts else ""))
+
+
+def _differences(row: Row) -> Iterator[str]:
+    for key, value in row.differs.items():
+        yield f"{key.removesuffix('.name').rpartition('.')[2]} {value}"
+
+
+def overview(rows: Sequence[Row]) -> dict[str, bytes]:
+    """All panels in one picture, by the file's kind: ``png`` and ``svg``."""
+    with _drawing():
+        figure = _figure(10, 7.2 + 0.12 * len(rows))
+        for number, panel in enumerate(PANELS, 1):
+            _draw(figure.add_subplot(2, 2, number), rows, panel)
+        _legend(figure, columns=2 if max(map(len, labels(rows))) > 24 else 4)
+        return {"png": _saved(figure, "png"), "svg": _saved(figure, "svg")}
+
+
+def panels(rows: Sequence[Row]) -> Iterator[tuple[Panel, str]]:
+    """Each panel as SVG for a page: in the reader's colours, and small enough for a phone."""
+    for panel in PANELS:
+        if not any(curve(row, panel) for row in rows):
+            continue
+        with _drawing():
+            figure = _figure(4.6, 3.5 + 0.2 * len(rows))
+            _draw(figure.add_subplot(), rows, panel, title=False)
+            _legend(figure, columns=1)
+            yield panel, _for_page(_saved(figure, "svg", transparent=True))
+
+
+def heat_map(ratios: Ratios) -> str:
+    """Trust ratios of all layers over the updates as SVG for a page."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    values = np.array([[math.nan if v is None or v <= 0 else v for v in line] for line in ratios.values], dtype=float).T
+    usable = values[np.isfinite(values)]
+    low, high = (float(usable.min()), float(usable.max())) if usable.size else (1.0, 1.0)
+    edges = [0.0, *map(float, ratios.updates)]
+    layers = len(ratios.layers)
+    with _drawing():
+        figure = _figure(7.2, min(9.0, 1.4 + 0.19 * layers))
+        axes = figure.add_subplot()
+        norm = LogNorm(low, high if high > low else low * 1.01)
+        mesh = axes.pcolormesh(edges, range(layers + 1), np.ma.masked_invalid(values), norm=norm, cmap="cividis")
+        mesh.set_rasterized(True)
+        axes.invert_yaxis()
+        step = math.ceil(layers / 40)
+        axes.set_yticks([i + 0.5 for i in range(0, layers, step)])
+        names = (ratios.layers[i] for i in range(0, layers, step))
+        axes.set_yticklabels([n if len(n) <= 32 else "..." + n[-29:] for n in names], fontsize=7)
+        axes.set_xlabel("update")
+        bar = figure.colorbar(mesh, ax=axes, label="trust ratio", pad=0.02)
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        bar.ax.yaxis.set_minor_formatter(lambda value, _: "")
+        return _for_page(_saved(figure, "svg", transparent=True))
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Matplotlib in this module's style, which keeps what it has to say of fonts and limits to itself."""
+    import matplotlib as mpl
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), mpl.rc_context(_SETTINGS):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Without pyplot there is no window system to choose, and nothing that outlives the figure.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw(axes: Axes, rows: Sequence[Row], panel: Panel, *, title: bool = True) -> None:
+    looks = _looks(rows)
+    curves = [(number, row, found) for number, row in enumerate(rows) if (found := curve(row, panel))]
+    largest = max((found.x[-1] for _, _, found in curves), default=1.0)
+    unit, unit_name = next(((u, n) for u, n in _UNITS if largest >= 2 * u), _UNITS[-1])
+    for number, row, found in curves:
+        x = [value / unit for value in found.x] if panel.axis == "seconds" else found.x
+        _draw_curve(axes, x, found, row, looks[number], markers=panel.bounded)
+    ends = [found.x[-1] for _, _, found in curves]
+    if panel.axis == "update" and len(ends) > 1 and max(ends) > 8 * min(ends) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_xlabel({"epoch": "epoch", "update": "update", "seconds": f"training time ({unit_name})"}[panel.axis])
+    axes.set_ylabel(panel.unit)
+    axes.grid(True)
+    axes.set_ylim(bottom=0)
+    if not panel.bounded:
+        _cut_off(axes, [found.mean for _, _, found in curves])
+    if title:
+        axes.set_title(panel.title)
+
+
+def _looks(rows: Sequence[Row]) -> list[_Look]:
+    """How each row looks: those of one experiment, finished or not, have the same style."""
+    experiments: dict[tuple[str, ...], int] = {}
+    keys = [(row.first.batch, *row.differs, *row.differs.values()) for row in rows]
+    styles = [experiments.setdefault(key, len(experiments)) for key in keys]
+    return [_Look(*look) for look in zip(range(len(rows)), labels(rows), styles, strict=True)]
+
+
+def _cut_off(axes: Axes, curves: list[list[float]]) -> None:
+    """Keep a loss that has left all bounds from making all others a flat line."""
+    usual = 3 * statistics.median(values[0] for values in curves) if curves else 0.0
+    if 0 < usual < max(map(max, curves), default=0.0):
+        axes.set_ylim(top=usual)
+        axes.text(0.99, 0.98, "higher values are cut off", transform=axes.transAxes, ha="right", va="top", fontsize=8)
+
+
+def _draw_curve(axes: Axes, x: list[float], found: Curve, row: Row, look: _Look, *, markers: bool) -> None:
+    colour, finished = COLOURS[look.style % len(COLOURS)], row.first.state == FINISHED
+    # With more experiments than colours, a colour comes again with another marker and line.
+    other = (look.style + look.style // len(COLOURS)) % len(COLOURS)
+    every = max(1, len(x) // 10)
+    axes.plot(
+        x,
+        found.mean,
+        color=colour,
+        linestyle=LINES[other],
+        linewidth=1.8 if finished else 0.9,
+        marker=MARKERS[other] if markers or len(x) == 1 else None,
+        markevery=(look.number % every, every),
+        markersize=5,
+        markerfacecolor=colour if finished else "none",
+        label=look.label,
+        gid=f"row-{look.number:04d}",
+    )
+    if found.deviation is not None:
+        low = [m - d for m, d in zip(found.mean, found.deviation, strict=True)]
+        high = [m + d for m, d in zip(found.mean, found.deviation, strict=True)]
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    if row.first.state == FAILED:
+        axes.plot(x[-1:], found.mean[-1:], color=colour, marker="x", markersize=9, markeredgewidth=2)
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    """Below all axes: no curve is hidden behind it."""
+    # A row may be in one of the axes only; where it has markers, the first ones, they belong to it.
+    handles = {
+        str(line.get_gid()): line for axes in reversed(figure.axes) for line in axes.get_lines() if line.get_gid()
+    }
+    if handles:
+        figure.legend(
+            handles=[handles[number] for number in sorted(handles)],
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            handlelength=3.5,
+        )
+
+
+def _saved(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
+    out = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    figure.savefig(out, format=kind, dpi=150, transparent=transparent, metadata=metadata)
+    return out.getvalue()
+
+
+def _for_page(svg: bytes) -> str:
+    text = svg.decode().replace(_INK, "currentColor")
+    # What stands before it (XML's declaration, a document type with an address) is for files.
+    text = text[text.index("<svg") :]
+    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_STYLE}</style>", text, count=1)
+
+
+def _binned(values: list[float], size: int) -> list[float]:
+    return [statistics.fmean(values[i : i + size]) for i in range(0, len(values), size)]

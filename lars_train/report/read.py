@@ -1,0 +1,276 @@
+"""A run as its directory tells it: settings, results, curves, and whether it is finished."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lars_train.errors import ConfigError
+from lars_train.report.files import Unreadable, as_number, number, read_lines, read_object, share, shown, text, whole
+
+FINISHED, CUT, STOPPED, FAILED, UNFINISHED = "finished", "cut short", "stopped", "failed", "unfinished"
+MOST_RUNS = 1000
+_MOST_LINES = 1_000_000
+_MOST_LAYERS = 5000
+_DEEPEST = 4
+_MOVED_ASIDE = re.compile(r"\.old\d+$")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A logged value at an update; `epoch` in epochs, `seconds` of wall time of training (None: not logged)."""
+
+    update: int
+    epoch: float
+    seconds: float | None
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says, each value checked; None where it says nothing usable.
+
+    `best_top1` and `final_top1` in percent (of a run that has not ended, `best_top1` is the best so far);
+    `seconds`: wall time of training over all starts; `resumes`: starts that went on from a checkpoint;
+    `problems`: what could not be read.
+    """
+
+    directory: Path
+    state: str
+    reason: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch: str = "?"
+    nominal_batch: int | None = None
+    global_batch: int | None = None
+    samples: int | None = None
+    raised: bool = False
+    updates: int = 0
+    planned_updates: int | None = None
+    seconds: float | None = None
+    best_top1: float | None = None
+    final_top1: float | None = None
+    resumes: int = 0
+    rollbacks: int = 0
+    precision: str | None = None
+    versions: tuple[str, ...] = ()
+    top1: tuple[Point, ...] = ()
+    loss: tuple[Point, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the batch was shrunk in proportion to the data set."""
+        return self.nominal_batch is not None and self.nominal_batch != self.global_batch is not None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Training images over the time of training and evaluation."""
+        if not self.seconds or self.global_batch is None or not self.updates:
+            return None
+        return self.updates * self.global_batch / self.seconds
+
+    def setting(self, key: str) -> str:
+        """A setting as text; empty if there is none."""
+        value = self.settings.get(key)
+        return "" if value is None else f"{value:.7g}" if isinstance(value, float) else shown(value)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Trust ratios: `values[i][j]` is that of `layers[j]` in update `updates[i]`; None where it was not finite."""
+
+    layers: tuple[str, ...]
+    updates: tuple[int, ...]
+    values: tuple[tuple[float | None, ...], ...]
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run directories that `paths` are or hold, without those that were moved aside, each once.
+
+    Raises `ConfigError` for a path that does not exist or holds none, and for more than `MOST_RUNS`.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: there is no such folder; give run directories, or a folder of them.")
+        inside = [path] if (path / "run.json").exists() else _below(path)
+        if not inside:
+            raise ConfigError(f"{path}: it holds no run directory (none has a run.json).")
+        for run in inside:
+            found.setdefault(run.resolve(), run)
+        if len(found) > MOST_RUNS:
+            raise ConfigError(f"{path}: more than {MOST_RUNS:,} run directories; name fewer of them.")
+    return list(found.values())
+
+
+def _below(path: Path) -> list[Path]:
+    runs: list[Path] = []
+    for root, folders, names in os.walk(path):
+        here = Path(root)
+        if "run.json" in names:
+            runs.append(here)
+        if "run.json" in names or len(here.relative_to(path).parts) >= _DEEPEST or len(runs) > MOST_RUNS:
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not _MOVED_ASIDE.search(name) and not name.startswith("."))
+    return runs
+
+
+def read_run(directory: Path) -> Run:
+    """The run in `directory`. Raises nothing: what cannot be read is told in the run's `problems`."""
+    problems: list[str] = []
+    record, final = (_object(directory / name, problems) for name in ("run.json", "final.json"))
+    settings = {shown(k): v for k, v in _dict(record, "settings").items()}
+    plan = {**final, **_dict(record, "plan")}
+    starts = record.get("started")
+    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    top1, loss, last, seconds = _curves(directory, problems)
+    state, reason, updates = _state(final, starts, last)
+    ended = final.get("rollbacks")
+    if state in (FINISHED, CUT):
+        seconds = number(final, "seconds")
+    elif starts:
+        seconds = number(_dict(starts[-1], "ended"), "seconds") or seconds
+    resolved = _dict(starts[-1] if starts else {}, "resolved")
+    size = settings.get("batch.size")
+    return Run(
+        directory=directory,
+        state=state,
+        reason=reason,
+        settings=settings or _settings_of(final),
+        batch=shown(size) if size is not None else text(settings, "batch.name") or text(final, "batch") or "?",
+        nominal_batch=whole(plan, "nominal_batch") or whole(settings, "batch.nominal"),
+        global_batch=whole(plan, "global_batch"),
+        samples=whole(plan, "samples"),
+        raised=plan.get("raised") is True,
+        updates=updates,
+        planned_updates=whole(final, "planned_updates") or whole(plan, "updates"),
+        seconds=seconds,
+        best_top1=share(final, "best_top1") if state in (FINISHED, CUT) else max((p.value for p in top1), default=None),
+        final_top1=share(final, "final_top1") if state in (FINISHED, CUT) else None,
+        resumes=sum(whole(start, "resumed_at") != 0 for start in starts[1:]),
+        rollbacks=len(ended) if isinstance(ended, list) else 0,
+        precision=text(resolved, "precision"),
+        versions=_versions(starts),
+        top1=top1,
+        loss=loss,
+        problems=tuple(problems),
+    )
+
+
+def read_ratios(directory: Path, most: int = 240) -> Ratios | None:
+    """The trust ratios of the run in `directory`, at no more than about `most` of the updates; None without any."""
+    try:
+        layers = read_object(directory / "trust_ratios.fields.json").get("layers")
+    except Unreadable:
+        return None
+    if not isinstance(layers, list) or not 0 < len(layers) <= _MOST_LAYERS:
+        return None
+    kept: list[tuple[int, tuple[float | None, ...]]] = []
+    stride, seen = 1, -1
+    for line in read_lines(directory / "trust_ratios.jsonl", []):
+        update, ratios = whole(line, "update"), line.get("trust_ratios")
+        if update is None or not isinstance(ratios, list) or len(ratios) != len(layers):
+            continue
+        if kept and update <= kept[-1][0]:
+            continue
+        seen += 1
+        if seen % stride:
+            continue
+        kept.append((update, tuple(as_number(ratio) for ratio in ratios)))
+        if len(kept) >= 2 * most:
+            kept, stride = kept[::2], 2 * stride
+    kept = kept[:: len(kept) // most + 1]
+    if not kept:
+        return None
+    return Ratios(tuple(map(shown, layers)), tuple(u for u, _ in kept), tuple(v for _, v in kept))
+
+
+def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except Unreadable as problem:
+        problems.append(str(problem))
+        return {}
+
+
+def _dict(found: dict[str, Any], key: str) -> dict[str, Any]:
+    value = found.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tuple[str, str, int]:
+    """State, why, and the updates made, where the last line of the log stands at update `last`."""
+    start = starts[-1] if starts else {}
+    ended = _dict(start, "ended")
+    how = text(ended, "how")
+    done, planned = whole(final, "updates"), whole(final, "planned_updates")
+    if done is not None and planned is not None and done >= last:
+        if done >= planned:
+            return FINISHED, "", done
+        # A later start of a run that max_updates has ended leaves that end's record until its own.
+        if how == "finished" or "resumed_at" not in start:
+            return CUT, "by max_updates", done
+    update = max(last, whole(ended, "update") or 0)
+    reason = text(ended, "reason") or ""
+    if how == "failed":
+        return FAILED, reason, update
+    if how == "stopped":
+        return STOPPED, reason.removeprefix("Stopped: ").partition(":")[0], update
+    return UNFINISHED, "killed, or still going on", update
+
+
+def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tuple[Point, ...], int, float | None]:
+    """Top-1 and training loss by update, the last update that was logged, and the seconds until then."""
+    top1: dict[int, Point] = {}
+    loss: dict[int, Point] = {}
+    last, passed = 0, None
+    for count, line in enumerate(read_lines(directory / "metrics.jsonl", problems)):
+        if count >= _MOST_LINES:
+            problems.append(f"metrics.jsonl: what is beyond {_MOST_LINES:,} lines is left out")
+            break
+        update, epoch, seconds = whole(line, "update"), number(line, "epoch"), number(line, "run/seconds")
+        if update is None or epoch is None or epoch < 0:
+            continue
+        last = max(last, update)
+        passed = seconds if seconds is not None and seconds >= (passed or 0) else passed
+        accuracy, nats = share(line, "val/top1"), number(line, "train/loss")
+        if accuracy is not None:
+            top1[update] = Point(update, epoch, passed, accuracy)
+        if nats is not None:
+            loss[update] = Point(update, epoch, passed, nats)
+    in_order = [tuple(points[update] for update in sorted(points)) for points in (top1, loss)]
+    return in_order[0], in_order[1], last, passed
+
+
+def _settings_of(final: dict[str, Any]) -> dict[str, Any]:
+    """What ``final.json`` knows of the settings, where the record cannot be read."""
+    keys = {
+        "recipe": "recipe.name",
+        "data": "data.name",
+        "model": "model.name",
+        "optimizer": "optimizer.name",
+        "base": "optimizer.base",
+        "lr": "optimizer.lr",
+        "power": "schedule.power",
+        "warmup_epochs": "schedule.warmup_epochs",
+        "epochs": "epochs",
+        "seed": "seed",
+    }
+    return {setting: final[key] for key, setting in keys.items() if key in final}
+
+
+def _versions(starts: list[dict[str, Any]]) -> tuple[str, ...]:
+    """What the starts were made by: versions of lars-train and torch, and the commit."""
+    told = []
+    for start in starts:
+        versions, git = _dict(start, "versions"), _dict(start, "git")
+        parts = [f"{name} {text(versions, name)}" for name in ("lars-train", "torch") if text(versions, name)]
+        if text(git, "commit"):
+            parts.append(f"commit {(text(git, 'commit') or '')[:12]}{' with changes' if git.get('dirty') else ''}")
+        if parts:
+            told.append(", ".join(parts))
+    return tuple(dict.fromkeys(told))

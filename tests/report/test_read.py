@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lars_train.errors import ConfigError
+from lars_train.report import files, read
+from lars_train.report.read import find_runs, read_ratios, read_run
+
+Made = Callable[..., Path]
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_finished_run_is_read_whole(made: Made) -> None:
+    run = read_run(made("a", "8k", (10.0, 30.0, 20.0), seed=3))
+    assert (run.state, run.batch, run.nominal_batch, run.setting("seed")) == ("finished", "8k", 8192, "3")
+    assert (run.best_top1, run.final_top1) == (30.0, 20.0)
+    assert (run.updates, run.planned_updates, run.seconds) == (12, 12, 120.0)
+    assert run.images_per_s == 12 * 8192 / 120.0
+    assert [(p.update, p.epoch, p.seconds, p.value) for p in run.top1] == [
+        (4, 1.0, 40.0, 10.0),
+        (8, 2.0, 80.0, 30.0),
+        (12, 3.0, 120.0, 20.0),
+    ]
+    assert [(p.update, p.value) for p in run.loss] == [(u, 2.0 / u) for u in range(1, 13)]
+    assert not run.problems
+    assert not run.scaled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "state", "reason"),
+    [
+        ({"planned": 5}, "cut short", "by max_updates"),
+        ({"ended": None}, "unfinished", "killed, or still going on"),
+        ({"ended": "stopped", "reason": "Stopped: SIGTERM: stopped after update 12"}, "stopped", "SIGTERM"),
+        ({"ended": "failed", "reason": "Diverged: loss nan"}, "failed", "Diverged: loss nan"),
+        # It was cut short by max_updates, went on, and was killed before its next line, or later failed.
+        ({"ended": None, "planned": 5, "starts": 2, "done": True}, "unfinished", "killed, or still going on"),
+        ({"ended": "failed", "planned": 5, "done": True, "reason": "x"}, "failed", "x"),
+        # Killed between its result and the note that it has ended.
+        ({"ended": None, "done": True}, "finished", ""),
+    ],
+)
+def test_a_run_is_what_its_record_says_of_its_end(
+    arguments: dict[str, Any], state: str, reason: str, made: Made
+) -> None:
+    run = read_run(made("a", **arguments))
+    assert (run.state, run.reason, run.updates) == (state, reason, 12)
+    assert run.best_top1 == 30.0
+    assert run.final_top1 == (20.0 if state in ("finished", "cut short") else None)
+
+
+@pytest.mark.parametrize("start", [{"resumed_at": 12}, {}], ids=["", "of an older version"])
+def test_a_result_that_the_log_has_gone_beyond_is_not_the_run_s(start: dict[str, int], made: Made) -> None:
+    directory = made("a", planned=5)
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 16, "epoch": 4.0, "run/seconds": 170.0, "val/top1": 55.0}\n')
+    change(directory / "run.json", started=[{"ended": {"how": "finished"}}, start])
+    run = read_run(directory)
+    assert (run.state, run.updates, run.best_top1, run.final_top1) == ("unfinished", 16, 55.0, None)
+    assert (run.seconds, run.resumes) == (170.0, 1)
+
+
+def test_starts_that_went_on_from_a_checkpoint_are_counted(made: Made) -> None:
+    assert [read_run(made(str(n), starts=n)).resumes for n in (1, 2, 4)] == [0, 1, 3]
+    again = made("from nothing", starts=2)
+    change(again / "run.json", started=[{"resumed_at": 0}, {"resumed_at": 0}])
+    assert read_run(again).resumes == 0
+
+
+def test_time_goes_on_in_a_resumed_log_and_never_back(made: Made) -> None:
+    directory = made("a", top1=(1.0,))
+    seconds = [10.0, 25.0, 20.0, 30.0]
+    lines = [{"update": u, "epoch": u / 4, "run/seconds": s, "train/loss": 1.0} for u, s in enumerate(seconds, 1)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [p.seconds for p in read_run(directory).loss] == [10.0, 25.0, 25.0, 30.0]
+
+
+def test_damaged_lines_are_passed_over_and_counted(made: Made) -> None:
+    directory = made("a", top1=(10.0, 20.0))
+    expected = read_run(directory)
+    whole = (directory / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    odd = [b"\x00\xff\n", b"{\n", b"17\n", b"null\n", DEEP + b"\n", b'{"update": 9' + b"0" * 6000 + b"}\n", b"\n"]
+    odd[-2] = b"x" * (files.LARGEST_LINE + 5) + b"\n"
+    usable = [
+        b'{"update": "9", "epoch": 1, "val/top1": 99}\n',
+        b'{"update": NaN, "epoch": 1, "val/top1": 99}\n',
+        b'{"update": -4, "epoch": 1, "val/top1": 99}\n',
+        b'{"update": 2.5, "epoch": 1, "val/top1": 99}\n',
+        b'{"update": true, "epoch": 1, "val/top1": 99}\n',
+        b'{"update": 1e300, "epoch": 1, "val/top1": 99}\n',
+        b'{"update": 8, "epoch": null, "val/top1": 99}\n',
+        b'{"update": 3, "epoch": 1, "val/top1": 100.1, "train/loss": Infinity}\n',
+        b'{"update": 3, "epoch": 1, "val/top1": [50], "train/loss": "1", "run/seconds": -Infinity}\n',
+        b'{"update": 3, "epoch": 1, "val/top1": {"a": 1}, "train/loss": true}\n',
+    ]
+    torn = b'{"update": 9, "epoch": 2.25, "val/to'
+    (directory / "metrics.jsonl").write_bytes(b"".join([*odd, *whole[:3], *usable, *whole[3:]]) + torn)
+    run = read_run(directory)
+    assert (run.top1, run.loss, run.state) == (expected.top1, expected.loss, "finished")
+    assert run.problems == (f"metrics.jsonl: {len(odd)} damaged lines left out",)
+
+
+@pytest.mark.parametrize("name", ["run.json", "final.json", "metrics.jsonl", "trust_ratios.fields.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", DEEP, b'{"settings": [], "started": 5, "plan": "x"}', b"NaN"],
+    ids=["empty", "torn", "list", "null", "text", "bytes", "deep", "other types", "nan"],
+)
+def test_a_file_that_is_not_what_a_run_writes_ends_nothing(name: str, content: bytes, made: Made) -> None:
+    directory = made("a")
+    (directory / name).write_bytes(content)
+    run = read_run(directory)
+    read_ratios(directory)
+    if name == "run.json":
+        assert run.best_top1 == 30.0
+    if name == "metrics.jsonl":
+        assert run.state == "finished"
+    assert all(map(str.isprintable, run.problems))
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, True, -1, 1e400, float("nan"), 10**400, "9" * 5000])
+def test_values_of_other_kinds_count_as_missing(value: Any, made: Made) -> None:
+    directory = made("a")
+    for name, keys in {
+        "final.json": ("best_top1", "final_top1", "updates", "planned_updates", "seconds", "rollbacks"),
+        "run.json": ("plan", "started", "seed"),
+    }.items():
+        before = (directory / name).read_text()
+        for key in keys:
+            change(directory / name, **{key: value})
+            run = read_run(directory)
+            assert run.best_top1 is None or 0 <= run.best_top1 <= 100
+            assert run.seconds is None or abs(run.seconds) < 1e16
+        (directory / name).write_text(before)
+
+
+@pytest.mark.parametrize("name", ["run.json", "final.json", "metrics.jsonl"])
+def test_what_is_no_regular_file_is_not_waited_for(name: str, made: Made) -> None:
+    directory = made("a")
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    assert any("no regular file" in problem for problem in read_run(directory).problems)
+    (directory / name).unlink()
+    (directory / name).symlink_to("/dev/zero")
+    assert any("no regular file" in problem for problem in read_run(directory).problems)
+
+
+def test_files_far_too_large_are_not_read_whole(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LARGEST_RECORD", 100)
+    monkeypatch.setattr(files, "LARGEST_LOG", 200)
+    run = read_run(made("a"))
+    assert len(run.problems) == 3
+    assert 0 < len(run.loss) < 5
+
+
+def test_runs_are_found_below_a_folder_each_once_and_without_those_moved_aside(made: Made, tmp_path: Path) -> None:
+    one, two, deep = made("one"), made("two"), made("deep/er/three")
+    made("one.old1")
+    made("one/checkpoints/copy")
+    (tmp_path / "runs/link").symlink_to(two)
+    assert sorted(find_runs([tmp_path])) == sorted([one, two, deep])
+    assert find_runs([one, tmp_path / "runs/one/../one", two]) == [one, two]
+    # Named, it is meant.
+    assert find_runs([tmp_path / "runs/one.old1"]) == [tmp_path / "runs/one.old1"]
+
+
+def test_a_path_without_runs_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, told in (("nowhere", "no such folder"), ("file", "no such folder"), ("empty", "holds no run")):
+        with pytest.raises(ConfigError, match=f"{name}: .*{told}"):
+            find_runs([tmp_path / name])
+    monkeypatch.setattr(read, "MOST_RUNS", 2)
+    for name in "abc":
+        made(name)
+    with pytest.raises(ConfigError, match="more than 2"):
+        find_runs([tmp_path / "runs"])
+
+
+def ratios(directory: Path, layers: Any, lines: list[Any]) -> None:
+    (directory / "trust_ratios.fields.json").write_text(json.dumps({"layers": layers}))
+    (directory / "trust_ratios.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_trust_ratios_are_read_and_thinned_evenly(made: Made) -> None:
+    directory = made("a")
+    assert read_ratios(directory) is None
+    ratios(directory, ["a", "b"], [{"update": u, "trust_ratios": [u / 10, None]} for u in range(1, 2001)])
+    found = read_ratios(directory, most=100)
+    assert found is not None
+    assert found.layers == ("a", "b")
+    assert 50 <= len(found.updates) <= 100
+    steps = {b - a for a, b in zip(found.updates, found.updates[1:], strict=False)}
+    assert len(steps) == 1
+    assert found.values == tuple((u / 10, None) for u in found.updates)
+
+
+def test_trust_ratios_of_other_forms_are_left_out(made: Made) -> None:
+    directory = made("a")
+    good = {"update": 5, "trust_ratios": [0.5, float("nan")]}
+    odd: list[Any] = [{"update": 4, "trust_ratios": [1]}, {"update": "4", "trust_ratios": [1, 2]}, {"update": 4}, 3]
+    ratios(directory, ["a", {"b": 1}], [*odd, good, {"update": 3, "trust_ratios": [1, 2]}, good])
+    found = read_ratios(directory)
+    assert found is not None
+    assert (found.layers, found.updates, found.values) == (("a", '{"b": 1}'), (5,), ((0.5, None),))
+    for layers in ([], "ab", None, 7):
+        ratios(directory, layers, [good])
+        assert read_ratios(directory) is None

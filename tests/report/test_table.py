@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lars_train.report import table
+from lars_train.report.compare import Row, make_rows
+from lars_train.report.read import read_run
+
+Made = Callable[..., Path]
+EVIL = "a|b\n<img src=x onerror=alert(1)>[c](javascript:d)`e` https://f.g &amp; \x1b[31m\u202e"
+
+
+def rows(*directories: Path) -> list[Row]:
+    return make_rows([read_run(directory) for directory in directories])
+
+
+def cells(directory: Path) -> dict[str, str]:
+    (row,) = rows(directory)
+    return dict(zip(table.HEADER, table.cells(row), strict=True))
+
+
+def test_a_full_run_makes_the_published_row(made: Made) -> None:
+    assert cells(made("a", top1=(70.0, 72.264, 72.0))) == {
+        "batch": "32k",
+        "LR policy": "LARS + poly(2)",
+        "lr": "29",
+        "warm-up epochs": "5",
+        "epochs": "90",
+        "updates": "12",
+        "best top-1 %": "72.26",
+        "final top-1 %": "72.00",
+        "time": "2 min 0 s",
+        "images/s": "3,277",
+        "published": "72.26",
+        "difference": "+0.00",
+        "state": "finished",
+        "differs in": "-",
+    }
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes", "column", "text"),
+    [
+        ("32k", {"global_batch": 1280}, "batch", "32k (scaled: 1,280)"),
+        ("32k", {"global_batch": 1280}, "published", "scaled"),
+        ("32k", {"global_batch": 1280}, "difference", "-"),
+        ("256", {"global_batch": 8, "raised": True}, "batch", "256 (scaled: 8, raised)"),
+        ("32k", {"batch__size": 96}, "batch", "96"),
+        ("32k", {"batch__size": 96}, "published", "-"),
+        ("32k", {"top1": (71.0, 70.0)}, "difference", "-1.26"),
+        ("256", {}, "LR policy", "poly(2)"),
+        ("32k", {"optimizer__base": "AdamW", "schedule__power": 0.5}, "LR policy", "LARS + AdamW + poly(0.5)"),
+        ("32k", {"planned": 100}, "updates", "12 of 400"),
+        ("32k", {"planned": 100}, "state", "cut short by max_updates"),
+        ("32k", {"schedule__warmup_epochs": 0.4444444}, "warm-up epochs", "0.444444"),
+        ("8k", {}, "lr", "12.8"),
+        ("32k", {"starts": 2}, "state", "finished; resumed once"),
+        ("32k", {"starts": 4}, "state", "finished; resumed 3 times"),
+        ("32k", {"ended": None}, "state", "unfinished at update 12: killed, or still going on"),
+        (
+            "32k",
+            {"ended": "failed", "reason": "Diverged: loss nan."},
+            "state",
+            "failed at update 12: Diverged: loss nan",
+        ),
+        ("32k", {"ended": "stopped", "reason": "Stopped: SIGTERM: x"}, "state", "stopped at update 12: SIGTERM"),
+        ("32k", {"ended": None}, "final top-1 %", "-"),
+        ("32k", {"ended": None}, "best top-1 %", "30.00"),
+    ],
+)
+def test_what_differs_from_the_published_run_stands_in_the_row(
+    batch: str, changes: dict[str, Any], column: str, text: str, made: Made
+) -> None:
+    assert cells(made("a", batch, **changes))[column] == text
+
+
+def test_several_seeds_show_mean_and_deviation(made: Made) -> None:
+    (row,) = rows(made("a", top1=(50.0,)), made("b", top1=(53.0,), seed=1, starts=2))
+    found = dict(zip(table.HEADER, table.cells(row), strict=True))
+    assert found["best top-1 %"] == "51.50 ± 2.12"
+    assert found["state"] == "finished, 2 seeds; resumed once"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (59.9, "59.9 s"),
+        (60, "1 min 0 s"),
+        (3599.4, "59 min 59 s"),
+        (3601, "1 h 0 min"),
+        (1e6, "277 h 47 min"),
+    ],
+)
+def test_time_is_told_as_people_tell_it(seconds: float, text: str) -> None:
+    assert table.duration(seconds) == text
+
+
+def test_the_table_is_aligned_markdown(made: Made) -> None:
+    text = table.markdown(rows(made("a", "8k"), made("b", "32k", global_batch=1280))).split("\n\n")[1]
+    first, rule, *lines = text.split("\n")
+    assert len(lines) == 2
+    assert {len(line) for line in (first, rule, *lines)} == {len(first)}
+    assert [cell.strip() for cell in first.strip("|").split("|")] == list(table.HEADER)
+    assert set(rule) == {"|", "-"}
+    assert rule.count("|") == first.count("|") == len(table.HEADER) + 1
+
+
+def test_a_terminal_is_spared_the_columns_that_say_nothing(made: Made) -> None:
+    plain = table.terminal(rows(made("a", global_batch=1280)))
+    for name in ("published", "difference", "state", "differs in"):
+        assert name not in plain.split("\n")[0]
+    full = table.terminal(rows(made("b", "8k"), made("c", ended=None, optimizer__lr=3.0)))
+    assert [c.strip() for c in full.split("\n")[0].strip("|").split("|")] == list(table.HEADER)
+
+
+def test_what_one_must_know_of_the_rows_stands_below_the_table(made: Made) -> None:
+    assert len(table.notes(rows(made("plain")))) == 1
+    told = "\n".join(
+        table.notes(
+            rows(
+                made("a", "256", global_batch=8, raised=True, model__name="small", data__name="mini"),
+                made("b", global_batch=1280, model__name="small", data__name="mini", optimizer__lr=20.0),
+                made("c", global_batch=1280, model__name="small", data__name="mini"),
+                made("d", global_batch=1280, model__name="small", data__name="mini", seed=1),
+                made("e", global_batch=1280, model__name="small", data__name="mini", seed=1),
+                made("f", global_batch=1280, model__name="small", data__name="mini", seed=2, ended=None),
+            )
+        )
+    )
+    for part in (
+        "differ in more than batch and recipe row: optimizer.lr.",
+        "scaled: measured on mini with small",
+        "raised: in proportion the batch would be less than 8,",
+        "sample standard deviation over the seeds",
+        "Not in the mean, as their seeds are there already: e.",
+        "not finished have rows of their own",
+    ):
+        assert part in told
+
+
+def test_runs_of_different_versions_are_told_apart(made: Made) -> None:
+    one, other = made("a"), made("b", seed=1)
+    (other / "run.json").write_text((other / "run.json").read_text().replace('"git": null', '"git": {"commit": "abc"}'))
+    told = "\n".join(table.notes(rows(one, other)))
+    assert "different versions: lars-train 0.1.0, torch 2.13.0 / lars-train 0.1.0, torch 2.13.0, commit abc." in told
+
+
+def markdown_cells(line: str) -> list[str]:
+    """The cells of a Markdown row, as GitHub divides it (https://github.github.com/gfm/#tables-extension-)."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+
+
+def test_the_table_keeps_its_form_whatever_a_run_is_called(made: Made) -> None:
+    directory = made("a", batch__size=EVIL, optimizer__base=EVIL, optimizer__name=EVIL)
+    again = made("x" + EVIL.replace("/", ""), seed=1, ended="failed", reason=EVIL, data__name=EVIL, global_batch=8)
+    (again / "metrics.jsonl").write_text("{\n")
+    found = rows(directory, again)
+    for text in (table.markdown(found), table.terminal(found)):
+        lines = [line for line in text.split("\n") if line.startswith("|")]
+        assert len(lines) == 4
+        assert len({len(markdown_cells(line)) for line in lines}) == 1
+        assert all(map(str.isprintable, text.split("\n")))
+        assert EVIL not in text
+    text = table.markdown(found)
+    assert not re.search("<|`|://", text)
+    assert text.count("[") == 1  # the curves'
+    assert "&#60;img src=x onerror=alert(1)&#62;&#91;c](javascript:d)&#96;e&#96;" in text
+    assert html.unescape(text).count("<img src=x") >= 4
+
+
+def test_the_table_for_programs_has_plain_numbers(made: Made, tmp_path: Path) -> None:
+    found = rows(made("a", "8k", (73.0, 72.0)), made("b", global_batch=1280, seed=7, ended=None))
+    one, two = csv.DictReader(io.StringIO(table.csv_text(found, tmp_path)))
+    wanted = {
+        "batch": "8k",
+        "nominal_batch": "8192",
+        "global_batch": "8192",
+        "scaled": "false",
+        "lr": "12.8",
+        "updates": "8",
+        "best_top1_percent": "73",
+        "best_top1_deviation": "",
+        "seconds": "80",
+        "images_per_s": "819.2",
+        "published_top1_percent": "73.78",
+        "difference_points": "-0.78",
+        "directories": "runs/a",
+        "state": "finished",
+    }
+    assert wanted.items() <= one.items()
+    assert {"scaled": "true", "final_top1_percent": "", "seeds": "7", "state": "unfinished"}.items() <= two.items()
+
+
+def test_no_cell_of_the_csv_is_a_formula(made: Made, tmp_path: Path) -> None:
+    evil = '=HYPERLINK("http://x")'
+    directory = made("a", batch__size=evil, ended="failed", reason="-1+cmd|' /C calc'!A0", recipe__name="@x")
+    (row,) = csv.DictReader(io.StringIO(table.csv_text(rows(directory), tmp_path)))
+    assert row["batch"] == f"'{evil}"
+    assert not [value for value in row.values() if value[:1] in ("=", "+", "-", "@")]

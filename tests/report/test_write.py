@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lars_train.errors import ConfigError
+from lars_train.report import write
+from lars_train.report.compare import Row, make_rows
+from lars_train.report.read import read_run
+from lars_train.report.write import sweep_folder, write_report
+
+Made = Callable[..., Path]
+FILES = ["curves.png", "curves.svg", "report.html", "table.csv", "table.md"]
+
+
+@pytest.fixture
+def rows(made: Made) -> list[Row]:
+    return make_rows([read_run(made("a"))])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the files is others' matter."""
+    monkeypatch.setattr(write, "overview", lambda rows: {"png": b"p", "svg": b"s"})
+    monkeypatch.setattr(write, "page", lambda rows, folder: "page")
+
+
+def test_a_report_is_five_files_and_replaces_its_own(rows: list[Row], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "report"
+    for _ in range(2):
+        assert sorted(path.name for path in write_report(rows, out)) == FILES
+        assert sorted(path.name for path in out.iterdir()) == [write.MARK, *FILES]
+        (out / "table.md").write_text("old")
+        (out / "notes.txt").write_text("the reader's own")
+        write_report(rows, out)
+        assert "# Results" in (out / "table.md").read_text()
+        assert (out / "notes.txt").read_text() == "the reader's own"
+        (out / "notes.txt").unlink()
+
+
+def test_a_folder_with_files_of_others_stays_as_it_is(rows: list[Row], tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "table.md").write_text("mine")
+    with pytest.raises(ConfigError, match="holds files that are no report's"):
+        write_report(rows, others)
+    with pytest.raises(ConfigError, match="it is a file"):
+        write_report(rows, others / "table.md")
+    with pytest.raises(ConfigError, match="no report's"):
+        write_report(rows, rows[0].first.directory)
+    assert [(p.name, p.read_text()) for p in others.iterdir()] == [("table.md", "mine")]
+
+
+def test_an_empty_folder_will_do(rows: list[Row], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert write_report(rows, tmp_path / "empty")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_is_told_of(rows: list[Row], tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_report(rows, closed / "report")
+
+
+def test_a_file_in_the_way_is_told_of(rows: list[Row], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be"):
+        write_report(rows, tmp_path / "file" / "report")
+
+
+def test_a_sweep_s_report_lies_beside_its_runs_and_the_same_runs_find_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = sweep_folder([Path("runs/a"), Path("runs/b")])
+    assert one == sweep_folder([tmp_path / "runs/b", Path("runs/a")])
+    assert one.parent == Path("runs")
+    assert one != sweep_folder([Path("runs/a")])
+    assert sweep_folder([Path("runs/x/a"), Path("runs/y/b")]).parent == Path("runs")
+    assert sweep_folder([Path("/big/a"), Path("/small/b")]).parent == Path("runs")
