@@ -17,7 +17,6 @@ import traceback
 from pathlib import Path
 from string import Template
 from types import FrameType
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -40,7 +39,8 @@ class _Jobs:
     """The jobs of this command line: one, or several in a sweep. Filled by Hydra's callback."""
 
     def __init__(self) -> None:
-        self.finals: list[tuple[str, dict[str, Any]]] = []
+        self.done = 0
+        self.directories: dict[Path, str] = {}
         self.failures: list[tuple[str, int, str]] = []
         self.crash: Exception | None = None
 
@@ -211,20 +211,21 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
     overrides = tuple(HydraConfig.get().overrides.task)
     label = " ".join(overrides) or "(no overrides)"
     if sweeping:
-        say(f"\n=== job {len(jobs.finals) + len(jobs.failures) + 1}: {label}")
+        say(f"\n=== job {jobs.done + len(jobs.failures) + 1}: {label}")
     try:
         config = resolve(raw)
         # Here torch comes in.
         from lars_train import commands
         from lars_train.spawn import WorkerError
-        from lars_train.training.run_directory import Invocation
+        from lars_train.training.run_directory import Invocation, holds_run_of, run_directory
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
         return
     hydra_yaml = OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()}))
     try:
         invocation = Invocation(command, overrides, OmegaConf.to_yaml(raw), hydra_yaml)
-        jobs.finals.append((label, commands.run(config, invocation)))
+        commands.run(config, invocation)
+        jobs.done += 1
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
     except (DataError, Diverged) as error:
@@ -241,16 +242,17 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
             raise
         print(printable_lines(traceback.format_exc()), file=sys.stderr)
         jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
+    finally:
+        # A job that has failed has its row, too; one that was refused has none in a directory that is another's.
+        if sweeping and config.mode == "train" and holds_run_of(run_directory(config), config):
+            jobs.directories[run_directory(config)] = label
 
 
 def _report_sweep(jobs: _Jobs) -> None:
-    rows = [(label, final) for label, final in jobs.finals if "best_top1" in final]
-    say(f"\n=== sweep: {len(jobs.finals)} of {len(jobs.finals) + len(jobs.failures)} jobs done")
-    if rows:
-        from lars_train.monitoring.table import row, table
+    say(f"\n=== sweep: {jobs.done} of {jobs.done + len(jobs.failures)} jobs done")
+    if jobs.directories and first_process():
+        from lars_train.report.command import report_sweep
 
-        say(table([row(final) for _, final in rows]))
-        for label, final in rows:
-            say(f"{final['directory']}  {label}")
+        report_sweep(jobs.directories)
     for label, _, reason in jobs.failures:
         complain(f"job failed: {label}: {reason}")

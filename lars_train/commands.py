@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from lars_train.errors import ConfigError
 from lars_train.launch import Ranks, adopt, processes, restarts
 from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED, experiment
-from lars_train.monitoring.table import row, table
 from lars_train.plan import check_world
 from lars_train.rehearsal import lines, rehearse
+from lars_train.report.command import rows_of
+from lars_train.report.table import terminal
 from lars_train.spawn import end_with, start_processes
 from lars_train.text import printable
 from lars_train.training import checkpoint
@@ -63,20 +65,18 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
         final = start_processes(_train_worker, (config, invocation), count)
     else:
         final = train(prepared, ranks or Ranks(), invocation)
-    say(f"\n{_told(final)}")
+    if first_process():
+        say(f"\n{_told(final, prepared.directory)}")
     return final
 
 
-def _told(final: dict[str, Any]) -> str:
-    lines = [table([row(final)])]
-    if final["data"] != "imagenet":
-        lines.append(f"Measured on {final['data']} with {final['model']}; published: ResNet-50 on ImageNet.")
-    if final["raised"]:
-        lines.append(f"This row's batch is raised to {final['global_batch']}, the least that batch norm works with.")
-    lines.append(f"{final['updates']:,} updates in {final['seconds']:.0f} s")
-    lines.append(f"run directory  {final['directory']}")
-    lines.append(f"TensorBoard    tensorboard --logdir {shlex.quote(final['directory'])}")
-    return "\n".join([lines[0], *map(printable, lines[1:])])
+def _told(final: dict[str, Any], directory: Path) -> str:
+    told = [
+        f"{final['updates']:,} updates in {final['seconds']:.0f} s",
+        f"run directory  {directory}",
+        f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}",
+    ]
+    return "\n".join([terminal(rows_of([directory])), *map(printable, told)])
 
 
 def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:

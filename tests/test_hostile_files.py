@@ -41,8 +41,8 @@ from lars_train.models.factory import build_model, load_weights
 from lars_train.monitoring import say
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.progress import Progress
-from lars_train.monitoring.table import HEADER, table
 from lars_train.optim.factory import optimizer_class
+from lars_train.report.table import HEADER, markdown_table
 from lars_train.text import printable
 from lars_train.training import checkpoint, session
 from lars_train.training.bad_images import told_in
@@ -517,8 +517,8 @@ def cells(line: str) -> list[str]:
 
 
 def test_a_table_keeps_its_form_whatever_its_cells_hold() -> None:
-    row = (EVIL, "a\\|b", "[x](javascript:1)", "`", "<img src=x>", "&lt;", "5", "6")
-    text = table([row])
+    row = (EVIL, "a\\|b", "[x](javascript:1)", "`", "<img src=x>", "&lt;", *map(str, range(len(HEADER) - 6)))
+    text = markdown_table(HEADER, [row])
     head, _, line = text.split("\n")
     assert (len(cells(head)), len(cells(line))) == (len(HEADER), len(HEADER))
     assert not set("<>[`") & set(line)
@@ -687,11 +687,18 @@ def test_a_table_of_labels_that_cannot_be_parsed_is_refused(tmp_path: Path) -> N
         open_imagenet(path, None, None)
 
 
-def test_what_a_finished_run_tells_of_itself_is_plain_text() -> None:
-    final = {"batch": EVIL, "global_batch": 8, "nominal_batch": 8, "raised": False, "optimizer": "lars", "base": EVIL}
-    final |= {"published_top1": None, "epochs": EVIL, "updates": 1, "planned_updates": 1, "power": 2, "lr": 1.0}
-    final |= {"warmup_epochs": 1, "best_top1": 1.0, "final_top1": 1.0, "seconds": 1.0}
-    final |= dict.fromkeys(("data", "model", "directory"), EVIL)
-    told = _told(final)
+def test_what_a_finished_run_tells_of_itself_is_plain_text(tmp_path: Path) -> None:
+    directory = tmp_path / NAME
+    directory.mkdir()
+    final = {"batch": EVIL, "global_batch": 8, "nominal_batch": 9, "raised": True, "updates": 1, "planned_updates": 1}
+    final |= {"epochs": EVIL, "best_top1": 1.0, "final_top1": 1.0, "seconds": 1.0}
+    final |= dict.fromkeys(("optimizer", "base", "data", "model", "directory"), EVIL)
+    (directory / "final.json").write_text(json.dumps(final))
+    told = _told(final, directory)
     assert told.replace("\n", "").isprintable()
-    assert len(told.split("\n")) == 3 + len(("measured", "updates", "run directory", "TensorBoard"))
+    assert len(told.split("\n")) == 3 + len(("scaled", "raised", "updates", "run directory", "TensorBoard"))
+    # Where the result cannot be read, the run has ended nevertheless.
+    (directory / "final.json").write_text(EVIL)
+    told = _told(final, directory)
+    assert told.replace("\n", "").isprintable()
+    assert "final.json: " in told

@@ -82,7 +82,10 @@ def test_a_failed_job_of_a_sweep_is_reported_and_the_others_finish(launcher: lis
     assert "2 of 3 jobs done" in done.stdout
     assert "job failed: batch=1k" in done.stderr
     assert "no row" in done.stderr
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    (report,) = (tmp_path / "runs").glob("report-*")
+    assert {"table.md", "table.csv", "curves.png", "curves.svg", "report.html"} < {p.name for p in report.iterdir()}
+    assert done.stdout.count(f"runs/{report.name}/report.html") == 1
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir() if path != report)
     assert len(names) == 2
     for name in names:
         assert final(tmp_path / "runs" / name)["updates"] == 4

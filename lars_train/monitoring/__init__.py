@@ -1,1 +1,1 @@
-"""What a run tells: metrics.jsonl, TensorBoard, progress bars, the table row."""
+"""What a run tells: metrics.jsonl, TensorBoard, progress bars, words."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lars_train.config import EXECUTION_KEYS
+from lars_train.config.lars_options import options_of
+from lars_train.config.rows import row_name
+from lars_train.config.schema import RowConfig
+from lars_train.errors import ConfigError
 from lars_train.plan import IMAGENET_TRAIN_IMAGES
 from lars_train.report.files import as_number, shown
 from lars_train.report.read import FINISHED, Run
@@ -132,36 +138,47 @@ def _measured(runs: Sequence[Run], setups: list[dict[str, str]]) -> None:
 
 
 def _deviations(run: Run) -> list[str]:
-    """The settings that are not as the run's row of its recipe has them."""
-    return [key for key, value in _row_settings(run).items() if run.settings.get(key) != value]
+    """The settings that are not as the run's row of its recipe has them; one that is null has no use in this run."""
+    return [key for key, value in _row_settings(run).items() if run.settings.get(key) not in (None, value)]
 
 
 def _row_settings(run: Run) -> dict[str, Any]:
-    """What the recipe's row says, by the settings that take it."""
+    """What the recipe's row says, and the preset that it names, by the settings that take it."""
     if run.settings.get("batch.size") is not None:
         return {}
     row, found = _recipe_row(run), {}
+    with contextlib.suppress(ConfigError, TypeError):
+        row = {**options_of(row["preset"], ""), **row}
     for name, value in row.items():
         places = ("optimizer.name",) if name == "optimizer" else (name, *(f"{g}.{name}" for g in _GROUPS))
         key = next((place for place in places if place in run.settings), None)
-        if key is not None:
+        if key is not None and value is not None:
             found[key] = value
-    if run.settings.get("schedule.scale_warmup") is True and "schedule.warmup_epochs" in found:
-        warmup, epochs, of = (
-            as_number(v) for v in (row["warmup_epochs"], run.settings.get("epochs"), row.get("epochs"))
-        )
-        if warmup is not None and epochs is not None and of:
-            found["schedule.warmup_epochs"] = warmup * epochs / of
-    if run.settings.get("optimizer.base") != "SGD":
-        found.pop("optimizer.momentum", None)
+    shrink, epochs, of = (
+        run.settings.get("schedule.scale_warmup"),
+        *map(as_number, (run.settings.get("epochs"), row["epochs"])),
+    )
+    if shrink is True and epochs is not None and of:
+        for key in found.keys() & {"schedule.warmup_epochs", "schedule.steps"}:
+            found[key] = _times(found[key], epochs / of)
     return found
 
 
-_GROUPS = ("optimizer", "schedule", "model")
+_GROUPS = ("optimizer", "schedule", "model", "data")
+
+
+def _times(value: Any, factor: float) -> Any:
+    if isinstance(value, list):
+        return [_times(item, factor) for item in value]
+    plain = as_number(value)
+    return value if plain is None else plain * factor
 
 
 def _recipe_row(run: Run) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for prefix in ("recipe.common.", f"recipe.rows.{run.settings.get('batch.name')}."):
+    start, batch = "recipe.rows.", run.settings.get("batch.name")
+    names = dict.fromkeys(key.removeprefix(start).partition(".")[0] for key in run.settings if key.startswith(start))
+    # What the recipe leaves unsaid is what the schema has for it.
+    row: dict[str, Any] = dataclasses.asdict(RowConfig())
+    for prefix in ("recipe.common.", f"{start}{row_name(names, batch) if isinstance(batch, str) else None}."):
         row.update({k.removeprefix(prefix): v for k, v in run.settings.items() if k.startswith(prefix)})
     return row

@@ -74,7 +74,15 @@ def policy(run: Run) -> str:
     base = run.setting("optimizer.base")
     parts = ["LARS"] if run.settings.get("optimizer.name") == "lars" else []
     parts += [base] if base not in ("", "SGD") else []
-    return " + ".join([*parts, f"poly({_short(run, 'schedule.power')})"])
+    return " + ".join([*parts, _decay(run)])
+
+
+def _decay(run: Run) -> str:
+    steps = run.settings.get("schedule.steps")
+    if run.settings.get("schedule.form") == "steps" and isinstance(steps, list):
+        epochs = ", ".join("?" if (epoch := as_number(step)) is None else f"{epoch:.3g}" for step in steps[:20])
+        return f"x{_short(run, 'schedule.step_factor')} at epochs {epochs}"
+    return f"poly({_short(run, 'schedule.power')})"
 
 
 def state(row: Row) -> str:

@@ -36,7 +36,7 @@ def test_a_report_is_made_without_torch_and_without_training_code(made: Made, tm
     rooms = {".".join(name.split(".")[:2]) for name in loaded[1:]}
     assert rooms == {
         "lars_train",
-        *(f"lars_train.{n}" for n in ("config", "errors", "monitoring", "plan", "report", "text")),
+        *(f"lars_train.{n}" for n in ("config", "errors", "monitoring", "optim", "plan", "report", "text")),
     }
     assert "| 8k " in done.stdout
     assert "written to out/" in done.stdout

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from lars_train.config import choices_of, config_dir, flatten, published_top1, register, resolve
+from lars_train.config.rows import row_name
 from lars_train.report.compare import Row, make_rows
-from lars_train.report.read import read_run
+from lars_train.report.read import Run, read_run
 
 Made = Callable[..., Path]
 
@@ -134,3 +137,21 @@ def test_nothing_else_is_compared_with_what_is_published(changes: dict[str, Any]
     (row,) = rows(made("a", **changes))
     assert row.published is None
     assert row.difference is None
+
+
+@pytest.mark.parametrize("recipe", choices_of("recipe"))
+def test_the_rows_of_a_shipped_recipe_differ_in_nothing_else(recipe: str) -> None:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        rows_of_it = compose("config", [f"recipe={recipe}"]).recipe.rows
+        names = [name for name in choices_of("batch") if row_name(rows_of_it, name) is not None]
+        configs = {
+            data: [resolve(compose("config", [f"recipe={recipe}", f"batch='{name}'", *settings])) for name in names]
+            for data, settings in {"imagenet": ["data=imagenet", "data.root=/d"], "mini": ["data=mini"]}.items()
+        }
+    for data, found in configs.items():
+        made_of = [Run(Path(), "finished", settings=flatten(config), batch=config.batch.name) for config in found]
+        assert [row.differs for row in make_rows(made_of)] == [{} for _ in names], data
+    for config in configs["imagenet"]:
+        (row,) = make_rows([Run(Path(), "finished", settings=flatten(config))])
+        assert row.published == published_top1(config)

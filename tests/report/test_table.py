@@ -58,6 +58,12 @@ def test_a_full_run_makes_the_published_row(made: Made) -> None:
         ("32k", {"top1": (71.0, 70.0)}, "difference", "-1.26"),
         ("256", {}, "LR policy", "poly(2)"),
         ("32k", {"optimizer__base": "AdamW", "schedule__power": 0.5}, "LR policy", "LARS + AdamW + poly(0.5)"),
+        (
+            "32k",
+            {"schedule__form": "steps", "schedule__steps": [30, 60.0, "x"], "schedule__step_factor": 0.1},
+            "LR policy",
+            "LARS + x0.1 at epochs 30, 60, ?",
+        ),
         ("32k", {"planned": 100}, "updates", "12 of 400"),
         ("32k", {"planned": 100}, "state", "cut short by max_updates"),
         ("32k", {"schedule__warmup_epochs": 0.4444444}, "warm-up epochs", "0.444444"),
