@@ -146,13 +146,13 @@ def _row_settings(run: Run) -> dict[str, Any]:
     """What the recipe's row says, and the preset that it names, by the settings that take it."""
     if run.settings.get("batch.size") is not None:
         return {}
-    row, found = _recipe_row(run), {}
-    with contextlib.suppress(ConfigError, TypeError):
+    row, found = {key: value for key, value in _recipe_row(run).items() if value is not None}, {}
+    with contextlib.suppress(ConfigError, TypeError):  # a recipe may name what this version does not know
         row = {**options_of(row["preset"], ""), **row}
     for name, value in row.items():
         places = ("optimizer.name",) if name == "optimizer" else (name, *(f"{g}.{name}" for g in _GROUPS))
         key = next((place for place in places if place in run.settings), None)
-        if key is not None and value is not None:
+        if key is not None:
             found[key] = value
     shrink, epochs, of = (
         run.settings.get("schedule.scale_warmup"),
