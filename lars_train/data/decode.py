@@ -1,7 +1,9 @@
-"""From the bytes of one picture to the pixels of one view. Pillow decodes and resizes, nothing is drawn here.
+"""From the bytes of one picture to the pixels of one view. Nothing is drawn here.
 
-Pictures are taken as torchvision's image folder takes them: decoded in full, not turned by EXIF, an alpha
-channel dropped. Reading the bytes is the source's business, and choosing the view is augment.py's.
+Pillow decodes and resizes, or native.py for JPEGs. Both give the same pixels but for one level here and there: newer
+versions of Pillow resize some shapes in another order. Pictures are taken as torchvision's image folder takes them:
+decoded in full, not turned by EXIF, an alpha channel dropped. Reading the bytes is the source's business, and choosing
+the view is augment.py's.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from lars_train.data import native
 from lars_train.data.augment import Geometry
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -22,20 +25,41 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 2**30 // 12
 """The largest picture in pixels, before and after resizing: Pillow's default for suspecting a bomb."""
 
+MAX_SCANS = 500
+"""The most scans of a JPEG: each goes over the whole picture, and takes but a few bytes to ask for."""
+
 
 class BadImage(Exception):
     """The bytes of one sample cannot be decoded; str(e) is the reason, in one line."""
 
 
 def decode(
-    item: bytes | npt.NDArray[np.uint8], geometry: Callable[[int, int], Geometry], size: int
+    item: bytes | npt.NDArray[np.uint8],
+    geometry: Callable[[int, int], Geometry],
+    size: int,
+    *,
+    by_native: bool = False,
+    out: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """The view of one picture: uint8 (size, size, 3), RGB.
+    """The view of one picture: uint8 (size, size, 3), RGB, written to `out` where that is given (contiguous).
 
     `item` is an encoded picture or decoded uint8 pixels, (H, W) or (H, W, 3). `geometry` is called with
-    its width and height in pixels. Resizing is Pillow's antialiased bilinear, on 8-bit channels. Raises
-    BadImage where no whole picture can be had from the bytes.
+    its width and height in pixels, and must always give the same for the same. Resizing is Pillow's antialiased
+    bilinear, on 8-bit channels. `by_native`: JPEGs by native.py, which must be there, as far as it can.
+
+    Raises BadImage where no whole picture can be had from the bytes. Whether there is one is for Pillow to say: it has
+    all files that native.py refuses. Of a JPEG that it does not refuse, the rows below the view are not decoded;
+    damage there that leaves the file's structure whole goes unnoticed, as it is by Pillow in most cases.
     """
+    if out is None:
+        out = np.empty((size, size, 3), dtype=np.uint8)
+    if by_native and isinstance(item, bytes):
+        found = native.size_of(item)
+        if found is not None and found[0] * found[1] <= MAX_PIXELS:
+            view = geometry(*found)
+            _check_size(found, view)
+            if native.decode(item, found, view, out):
+                return out
     picture = item if isinstance(item, np.ndarray) else _picture(item)
     if isinstance(picture, np.ndarray):
         height, width = picture.shape[:2]
@@ -44,20 +68,27 @@ def decode(
     view = geometry(width, height)
     whole = (0, 0, width, height)
     if view.box != whole or view.size != (width, height):
-        if view.size[0] * view.size[1] > MAX_PIXELS:
-            wide, high = view.size
-            raise BadImage(f"{width}x{height} pixels, too elongated to be resized to {wide}x{high}")
+        _check_size((width, height), view)
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         if view.box != whole:
             picture = picture.crop(view.box)
         picture = picture.resize(view.size, Image.Resampling.BILINEAR)
-    return _window(np.asarray(picture), view, size)
+    _window(np.asarray(picture), view, size, out)
+    return out
+
+
+def _check_size(size: tuple[int, int], view: Geometry) -> None:
+    if view.size != size and view.size[0] * view.size[1] > MAX_PIXELS:
+        (width, height), (wide, high) = size, view.size
+        raise BadImage(f"{width}x{height} pixels, too elongated to be resized to {wide}x{high}")
 
 
 def _picture(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("the file is empty")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise BadImage(f"a JPEG of more than {MAX_SCANS} scans")
     with warnings.catch_warnings():
         # Pillow warns of damaged EXIF data and the like, which the pixels do not suffer from, and of
         # possible bombs, which are refused below.
@@ -90,13 +121,12 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _window(pixels: npt.NDArray[np.uint8], view: Geometry, size: int) -> npt.NDArray[np.uint8]:
+def _window(pixels: npt.NDArray[np.uint8], view: Geometry, size: int, out: npt.NDArray[np.uint8]) -> None:
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     height, width = pixels.shape[:2]
     left, top = view.crop[0] - view.pad, view.crop[1] - view.pad
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + size, width), min(top + size, height)
-    out = np.zeros((size, size, 3), dtype=np.uint8)
+    out[:] = 0
     window = out[:, ::-1] if view.flip else out
     window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]
-    return out

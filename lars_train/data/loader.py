@@ -164,6 +164,7 @@ def train_loader(
     workers: int,
     pin_memory: bool,
     on_error: str,
+    by_native: bool = False,
 ) -> Stream:
     """The micro-batches of one rank for the updates [start_update, stop_update), across epochs.
 
@@ -176,7 +177,7 @@ def train_loader(
     augmentation of the id it stands in for. Ids follow the paths, so the neighbour nearly always has the
     same class and the balance of the classes stays. The bad picture is recorded each time it is met;
     after 1,000 of them in a row the stream ends with DataError. Raises ValueError where an epoch's
-    updates need more samples than there are, and for another `on_error`.
+    updates need more samples than there are, and for another `on_error`. `by_native`: see `decode.decode`.
     """
     if on_error not in ("skip", "fail"):
         raise ValueError(f"on_error is {on_error!r}; it can be 'skip' or 'fail'")
@@ -201,11 +202,19 @@ def train_loader(
             ):
                 yield _Request(epoch, samples)
 
-    return Stream(requests, _TrainReader(source, view, seed, on_error), workers, pin_memory)
+    return Stream(requests, _TrainReader(source, view, by_native, seed, on_error), workers, pin_memory)
 
 
 def eval_loader(
-    source: Source, view: View, *, micro_batch: int, rank: int, world: int, workers: int, pin_memory: bool
+    source: Source,
+    view: View,
+    *,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    workers: int,
+    pin_memory: bool,
+    by_native: bool = False,
 ) -> Stream:
     """The samples of one rank in order, `micro_batch` at a time, each once; the last batch may be smaller.
 
@@ -215,7 +224,7 @@ def eval_loader(
     requests = [
         _Request(0, np.arange(first, min(first + micro_batch, stop))) for first in range(start, stop, micro_batch)
     ]
-    return Stream(lambda: requests, _EvalReader(source, view), workers, pin_memory)
+    return Stream(lambda: requests, _EvalReader(source, view, by_native), workers, pin_memory)
 
 
 class _Request(NamedTuple):
@@ -230,13 +239,18 @@ class _Failure(NamedTuple):
 
 
 class _Reader(Dataset["Batch | _Failure"]):
-    def __init__(self, source: Source, view: View) -> None:
+    def __init__(self, source: Source, view: View, by_native: bool) -> None:
         self._source = source
         self._view = view
+        self._by_native = by_native
 
-    def _load(self, sample: int, geometry: Callable[[int, int], Geometry]) -> npt.NDArray[np.uint8] | BadSample:
+    def _load(
+        self, sample: int, geometry: Callable[[int, int], Geometry], out: npt.NDArray[np.uint8]
+    ) -> BadSample | None:
+        """Decode into `out`; a bad sample leaves zeros there."""
         try:
-            return decode(self._source.read(sample), geometry, self._view.size)
+            decode(self._source.read(sample), geometry, self._view.size, by_native=self._by_native, out=out)
+            return None
         except BadImage as error:
             reason = str(error)
         except OSError as error:
@@ -249,8 +263,8 @@ class _Reader(Dataset["Batch | _Failure"]):
 
 
 class _TrainReader(_Reader):
-    def __init__(self, source: Source, view: View, seed: int, on_error: str) -> None:
-        super().__init__(source, view)
+    def __init__(self, source: Source, view: View, by_native: bool, seed: int, on_error: str) -> None:
+        super().__init__(source, view, by_native)
         self._seed = seed
         self._on_error = on_error
 
@@ -263,9 +277,8 @@ class _TrainReader(_Reader):
             geometry = partial(self._view.train, uniforms=uniforms[slot])
             for step in range(min(_MAX_TRIES, len(self._source))):
                 sample = (wanted + step) % len(self._source)
-                found = self._load(sample, geometry)
-                if not isinstance(found, BadSample):
-                    images[slot] = found
+                found = self._load(sample, geometry, images[slot])
+                if found is None:
                     labels[slot] = self._source.labels[sample]
                     break
                 bad.append(found)
@@ -288,12 +301,11 @@ class _EvalReader(_Reader):
         images, labels = self._buffers(len(samples))
         bad: list[BadSample] = []
         for slot, sample in enumerate(samples):
-            found = self._load(sample, self._view.evaluate)
-            if isinstance(found, BadSample):
-                bad.append(found)
-            else:
-                images[slot] = found
+            found = self._load(sample, self._view.evaluate, images[slot])
+            if found is None:
                 labels[slot] = self._source.labels[sample]
+            else:
+                bad.append(found)
         return replace(_batch(images, labels, bad), checksum=checksum(request.samples))
 
 

@@ -1,0 +1,498 @@
+/* One view of one JPEG on libjpeg-turbo: decode what the view needs of it, resize on the way, write uint8 RGB rows.
+
+   Pixels are those of Pillow's full decode, crop and antialiased bilinear resize: the same filter weights in 22-bit
+   fixed point, columns first, each pass rounded to 8 bits. What libjpeg warns of or fails at, and what is not 8-bit
+   gray, YCbCr or RGB by Huffman coding, is refused with a code; the caller then asks Pillow. EXIF is not looked at.
+
+   Built at install where there are a C compiler and libjpeg-turbo's headers; decode.py does without. No static state.
+   With LARS_WITHOUT_PYTHON defined there is no Python in it: the fuzzer includes it so. */
+
+#ifndef LARS_WITHOUT_PYTHON
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#endif
+#include <limits.h>
+#include <setjmp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+
+#if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000090
+#error "libjpeg-turbo 2.1 or newer is wanted"
+#endif
+
+/* One build runs on every x86-64 and uses what each has. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_AVX2
+#define AVX2 __attribute__((target("avx2")))
+#include <immintrin.h>
+#endif
+
+/* decode.py has both numbers, too. */
+#define MAX_PIXELS ((1u << 30) / 12)
+#define MAX_SCANS 500
+/* Of libjpeg, for the coefficients of a picture in several scans: 6 bytes a pixel at most, 44 million pixels. */
+#define MAX_MEMORY (256L << 20)
+
+/* Pillow's: an 8-bit pixel times a weight of 22 bits, and sums of them, fit into 32. */
+#define WEIGHT_BITS 22
+#define HALF (1 << (WEIGHT_BITS - 1))
+/* Bytes behind each row of pixels that vectors may read or write. */
+#define SLACK 32
+/* Columns of a result's row that are made at a time. */
+#define BLOCK 32
+/* With more weights the errors of their rounding could add up to a level above 255. */
+#define MAX_TAPS 16000
+/* Rows that libjpeg is asked for at a time: with 4:2:0 it makes two. */
+#define ROWS 2
+
+enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
+
+/* The picture's size as the caller knows it; the box that is cut out; the size to which that is resized; the left and
+   top corner of the window that is kept of it, zeros where it hangs over; and the window's side. */
+typedef struct {
+    int width, height, left, top, right, bottom, wide, high, x, y, flip, size;
+} View;
+
+/* How one axis is resized: for each output pixel of the window, in the order of the result, the first input pixel and
+   `taps` weights (the last ones can be zeros). The window shows the output pixels from `from` to `from + count`. */
+typedef struct {
+    int count, from, taps, begin, end;
+    int *first;
+    int32_t *weights;
+} Axis;
+
+typedef struct {
+    struct jpeg_decompress_struct jpeg;
+    struct jpeg_error_mgr errors;
+    struct jpeg_progress_mgr progress;
+    jmp_buf back;
+    int code;
+    const uint8_t *data;
+    size_t length;
+    const View *view;
+    uint8_t *out;
+    Axis across, down;
+    void *memory[5];
+    void (*resize_across)(const Axis *, const uint8_t *, uint8_t *);
+    void (*resize_down)(const uint8_t *const *, const int32_t *, int, int, uint8_t *);
+} Job;
+
+static Job *job_of(j_common_ptr jpeg) { return (Job *)jpeg->client_data; }
+
+static void leave(Job *job, int code) {
+    job->code = code;
+    longjmp(job->back, 1);
+}
+
+static void on_error(j_common_ptr jpeg) { leave(job_of(jpeg), DAMAGED); }
+
+static void on_message(j_common_ptr jpeg, int level) {
+    /* A warning, of data that end early or make no sense. */
+    if (level < 0) leave(job_of(jpeg), DAMAGED);
+}
+
+static void be_silent(j_common_ptr jpeg) { (void)jpeg; }
+
+static void on_progress(j_common_ptr jpeg) {
+    /* A few bytes can ask for any number of scans over the whole picture. */
+    if (((j_decompress_ptr)jpeg)->input_scan_number > MAX_SCANS) leave(job_of(jpeg), TOO_MUCH);
+}
+
+static void *take(Job *job, int slot, size_t count, size_t bytes) {
+    if (bytes && count > (size_t)PTRDIFF_MAX / 2 / bytes) leave(job, TOO_MUCH);
+    job->memory[slot] = malloc(count * bytes + 1);
+    if (!job->memory[slot]) leave(job, TOO_MUCH);
+    return job->memory[slot];
+}
+
+static int lesser(int a, int b) { return a < b ? a : b; }
+static int greater(int a, int b) { return a > b ? a : b; }
+
+/* The first input pixel under the filter of output pixel `at`, and how many: as Pillow rounds them. */
+static int reach(int in, double scale, double support, int at, int *count) {
+    const double center = (at + 0.5) * scale;
+    const int first = greater((int)(center - support + 0.5), 0);
+    *count = lesser((int)(center + support + 0.5), in) - first;
+    return first;
+}
+
+/* `in` pixels from `offset` on are resized to `out` of them; the window begins at `start`. `even`: an even number of
+   weights for each. Weights lie in [0, 1] and sum up to 1 before they are rounded. */
+static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, int start, int flip, int even) {
+    const int size = job->view->size, low = greater(start, 0), high = lesser(start + size, out);
+    const double scale = (double)in / out, support = scale > 1 ? scale : 1;
+    int most = 0, n;
+    axis->count = greater(high - low, 0);
+    axis->from = flip ? size - (high - start) : low - start;
+    axis->begin = INT_MAX, axis->end = 0;
+    for (int i = 0; i < axis->count; i++) {
+        const int first = reach(in, scale, support, low + i, &n);
+        most = greater(most, n);
+        axis->begin = lesser(axis->begin, offset + first), axis->end = greater(axis->end, offset + first + n);
+    }
+    if (most > MAX_TAPS) leave(job, REFUSED);
+    axis->taps = even ? (most + 1) / 2 * 2 : most;
+    axis->first = take(job, slot, axis->count, sizeof(int));
+    axis->weights = take(job, slot + 1, (size_t)axis->count * axis->taps, sizeof(int32_t));
+    double *weights = take(job, 4, most, sizeof(double));
+    for (int i = 0; i < axis->count; i++) {
+        const int at = flip ? high - 1 - i : low + i, first = reach(in, scale, support, at, &n);
+        const double center = (at + 0.5) * scale, inverse = 1 / support;
+        int32_t *fixed = axis->weights + (size_t)i * axis->taps;
+        double sum = 0;
+        for (int t = 0; t < n; t++) {
+            const double distance = (t + first - center + 0.5) * inverse, away = distance < 0 ? -distance : distance;
+            weights[t] = away < 1 ? 1 - away : 0;
+            sum += weights[t];
+        }
+        for (int t = 0; t < axis->taps; t++)
+            fixed[t] = t < n ? (int32_t)(0.5 + (sum != 0 ? weights[t] / sum : weights[t]) * (1 << WEIGHT_BITS)) : 0;
+        axis->first[i] = offset + first;
+    }
+    free(weights);
+    job->memory[4] = NULL;
+}
+
+/* One row of 4-byte pixels, of which `first` tells, to 3-byte pixels of the window. */
+static void resize_across(const Axis *axis, const uint8_t *row, uint8_t *to) {
+    const int32_t *weights = axis->weights;
+    for (int i = 0; i < axis->count; i++, weights += axis->taps, to += 3) {
+        const uint8_t *from = row + 4 * (size_t)axis->first[i];
+        int32_t red = HALF, green = HALF, blue = HALF;
+        for (int t = 0; t < axis->taps; t++, from += 4)
+            red += from[0] * weights[t], green += from[1] * weights[t], blue += from[2] * weights[t];
+        to[0] = red >> WEIGHT_BITS, to[1] = green >> WEIGHT_BITS, to[2] = blue >> WEIGHT_BITS;
+    }
+}
+
+/* One row of the result: rows of `count` bytes, each with its weight. */
+static void resize_down(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
+    for (int i = 0; i < count; i += BLOCK) {
+        int32_t sums[BLOCK];
+        const int columns = lesser(BLOCK, count - i);
+        for (int c = 0; c < BLOCK; c++) sums[c] = HALF;
+        for (int t = 0; t < taps; t++) {
+            const uint8_t *row = rows[t] + i;
+            for (int c = 0; c < BLOCK; c++) sums[c] += row[c] * weights[t];
+        }
+        for (int c = 0; c < columns; c++) to[i + c] = sums[c] >> WEIGHT_BITS;
+    }
+}
+
+#ifdef HAVE_AVX2
+/* The same, with vectors. A pixel has four channels, the fourth of them dead; two pixels make one vector. */
+AVX2 static inline __attribute__((always_inline)) void across_in_pairs(const Axis *axis, int pairs, const uint8_t *row,
+                                                                       uint8_t *to) {
+    const __m128i half = _mm_set1_epi32(HALF);
+    const __m128i lowest = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 12, 8, 4, 0);
+    const __m256i spread = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+    const char *weights = (const char *)axis->weights;
+    for (int i = 0; i < axis->count; i++, to += 3) {
+        const uint8_t *from = row + 4 * (size_t)axis->first[i];
+        __m256i sum = _mm256_setzero_si256();
+        for (int pair = 0; pair < pairs; pair++, from += 8, weights += 8) {
+            const __m256i pixels = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)from));
+            const __m256d both = _mm256_broadcast_sd((const void *)weights);
+            const __m256 each = _mm256_permutevar_ps(_mm256_castpd_ps(both), spread);
+            sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(pixels, _mm256_castps_si256(each)));
+        }
+        const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+        const __m128i pixel = _mm_srai_epi32(_mm_add_epi32(two, half), WEIGHT_BITS);
+        /* The fourth byte is where the next pixel begins, or the row's slack. */
+        _mm_storeu_si32(to, _mm_shuffle_epi8(pixel, lowest));
+    }
+}
+
+AVX2 static void resize_across_avx2(const Axis *axis, const uint8_t *row, uint8_t *to) {
+    switch (axis->taps / 2) {
+    case 1: across_in_pairs(axis, 1, row, to); break;
+    case 2: across_in_pairs(axis, 2, row, to); break;
+    case 3: across_in_pairs(axis, 3, row, to); break;
+    default: across_in_pairs(axis, axis->taps / 2, row, to);
+    }
+}
+
+AVX2 static inline __attribute__((always_inline)) __m256i eight_at(const uint8_t *from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)from));
+}
+
+AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
+    const __m256i half = _mm256_set1_epi32(HALF), order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    for (int i = 0; i < count; i += BLOCK) {
+        __m256i a = half, b = half, c = half, d = half;
+        for (int t = 0; t < taps; t++) {
+            const uint8_t *from = rows[t] + i;
+            const __m256i weight = _mm256_set1_epi32(weights[t]);
+            a = _mm256_add_epi32(a, _mm256_mullo_epi32(eight_at(from), weight));
+            b = _mm256_add_epi32(b, _mm256_mullo_epi32(eight_at(from + 8), weight));
+            c = _mm256_add_epi32(c, _mm256_mullo_epi32(eight_at(from + 16), weight));
+            d = _mm256_add_epi32(d, _mm256_mullo_epi32(eight_at(from + 24), weight));
+        }
+        a = _mm256_packus_epi32(_mm256_srai_epi32(a, WEIGHT_BITS), _mm256_srai_epi32(b, WEIGHT_BITS));
+        c = _mm256_packus_epi32(_mm256_srai_epi32(c, WEIGHT_BITS), _mm256_srai_epi32(d, WEIGHT_BITS));
+        a = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, c), order);
+        if (i + BLOCK <= count) {
+            _mm256_storeu_si256((void *)(to + i), a);
+        } else {
+            uint8_t rest[BLOCK];
+            _mm256_storeu_si256((void *)rest, a);
+            memcpy(to + i, rest, count - i);
+        }
+    }
+}
+#endif
+
+/* Only what is tested for equality with a full decode; all else is Pillow's. */
+static int is_known(const struct jpeg_decompress_struct *jpeg) {
+    if (jpeg->data_precision != 8 || jpeg->arith_code) return 0;
+    const jpeg_component_info *c = jpeg->comp_info;
+    const int whole = c[0].h_samp_factor == 1 && c[0].v_samp_factor == 1;
+    if (jpeg->num_components == 1) return jpeg->jpeg_color_space == JCS_GRAYSCALE && whole;
+    if (jpeg->num_components != 3) return 0;
+    for (int i = 1; i < 3; i++)
+        if (c[i].h_samp_factor != 1 || c[i].v_samp_factor != 1) return 0;
+    if (jpeg->jpeg_color_space == JCS_RGB) return whole;
+    return jpeg->jpeg_color_space == JCS_YCbCr && c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= 2;
+}
+
+/* Whether the scan whose last rows were not wanted goes on to the end of the picture and no other marker: a file that
+   was cut off is told from a whole one without decoding the rest. */
+static int ends_well(struct jpeg_decompress_struct *jpeg) {
+    /* Of those all was read before the first row. */
+    if (jpeg_has_multiple_scans(jpeg)) return 1;
+    int marker = jpeg->unread_marker;
+    const uint8_t *at = jpeg->src->next_input_byte, *end = at + jpeg->src->bytes_in_buffer;
+    while (marker == 0 || (marker >= JPEG_RST0 && marker <= JPEG_RST0 + 7)) {
+        at = memchr(at, 0xFF, end - at);
+        if (!at) return 0;
+        while (at < end && *at == 0xFF) at++;
+        if (at == end) return 0;
+        marker = *at++;
+    }
+    return marker == JPEG_EOI;
+}
+
+static void read_header(Job *job) {
+    struct jpeg_decompress_struct *jpeg = &job->jpeg;
+    const View *view = job->view;
+    jpeg_create_decompress(jpeg);
+    jpeg->client_data = job;
+    jpeg->mem->max_memory_to_use = MAX_MEMORY;
+    jpeg_mem_src(jpeg, job->data, job->length);
+    jpeg_read_header(jpeg, TRUE);
+    if (jpeg->image_width != (JDIMENSION)view->width || jpeg->image_height != (JDIMENSION)view->height)
+        leave(job, REFUSED);
+    if ((uint64_t)jpeg->image_width * jpeg->image_height > MAX_PIXELS) leave(job, TOO_MUCH);
+    if (!is_known(jpeg)) leave(job, REFUSED);
+    job->progress.progress_monitor = on_progress;
+    jpeg->progress = &job->progress;
+    jpeg->out_color_space = JCS_EXT_RGBX;
+}
+
+/* Have libjpeg decode columns `begin` to `end` of the picture or some more; the first of them. The two next to the
+   ones wanted have a share in the chroma of these; and a strip of a few columns would be upsampled in another way. */
+static int narrow(struct jpeg_decompress_struct *jpeg, int begin, int end) {
+    const int width = (int)jpeg->output_width;
+    begin = greater(begin - 2, 0), end = lesser(end + 2, width);
+    begin = greater(lesser(begin, end - 16), 0), end = lesser(greater(end, begin + 16), width);
+    if (begin == 0 && end == width) return 0;
+    JDIMENSION first = (JDIMENSION)begin, columns = (JDIMENSION)(end - begin);
+    jpeg_crop_scanline(jpeg, &first, &columns);
+    return (int)first;
+}
+
+/* The rows of the result for which the last `kept` rows, up to `have`, are enough. `at`: the next row. */
+static int rows_of_result(Job *job, const uint8_t *kept, size_t stride, int slots, int have, int at, const uint8_t **rows) {
+    const Axis *down = &job->down, *across = &job->across;
+    const View *view = job->view;
+    for (; at < down->count; at++) {
+        const int32_t *weights = down->weights + (size_t)at * down->taps;
+        int taps = lesser(down->taps, down->end - down->first[at]);
+        while (taps > 1 && !weights[taps - 1]) taps--;
+        if (down->first[at] + taps > have) break;
+        for (int t = 0; t < taps; t++) rows[t] = kept + (size_t)((down->first[at] + t) % slots) * stride;
+        uint8_t *to = job->out + 3 * ((size_t)(down->from + at) * view->size + across->from);
+        job->resize_down(rows, weights, taps, 3 * across->count, to);
+    }
+    return at;
+}
+
+static void decode(Job *job) {
+    struct jpeg_decompress_struct *jpeg = &job->jpeg;
+    const View *view = job->view;
+    Axis *across = &job->across, *down = &job->down;
+    read_header(job);
+    plan(job, across, 0, view->left, view->right - view->left, view->wide, view->x, view->flip, 1);
+    plan(job, down, 2, view->top, view->bottom - view->top, view->high, view->y, 0, 0);
+    jpeg_start_decompress(jpeg);
+    if (across->count && down->count) {
+        const int first = narrow(jpeg, across->begin, across->end);
+        for (int i = 0; i < across->count; i++) across->first[i] -= first;
+        /* From the first row on, and by an even number of rows: what is not so has been wrong in some versions. */
+        JDIMENSION skipped = (JDIMENSION)(down->begin / 2 * 2);
+        if (skipped && jpeg_skip_scanlines(jpeg, skipped) != skipped) leave(job, REFUSED);
+        const int slots = down->taps + ROWS;
+        const size_t stride = 3 * (size_t)across->count + SLACK, wide = 4 * (size_t)jpeg->output_width + SLACK;
+        const size_t pointers = sizeof(uint8_t *) * (size_t)slots;
+        /* libjpeg-turbo writes rows that begin at a multiple of 32 bytes past the cache: 16 bytes on it does not. */
+        const size_t apart = (wide + 31) / 32 * 32;
+        uint8_t *memory = take(job, 4, 1, pointers + slots * stride + ROWS * apart + 64);
+        const uint8_t **rows = (const uint8_t **)memory;
+        uint8_t *kept = memory + pointers, *decoded = kept + slots * stride;
+        decoded += 16 + (32 - (uintptr_t)decoded % 32);
+        memset(decoded, 0, ROWS * apart);
+        JSAMPROW lines[ROWS];
+        for (int i = 0; i < ROWS; i++) lines[i] = decoded + i * apart;
+        int at = 0;
+        while (at < down->count) {
+            const int row = (int)jpeg->output_scanline, read = (int)jpeg_read_scanlines(jpeg, lines, ROWS);
+            if (read < 1) leave(job, DAMAGED);
+            for (int i = 0; i < read; i++) {
+                if (row + i < down->begin) continue;
+                job->resize_across(across, lines[i], kept + (size_t)((row + i) % slots) * stride);
+            }
+            at = rows_of_result(job, kept, stride, slots, row + read, at, rows);
+        }
+    }
+    if (!ends_well(jpeg)) leave(job, CUT_SHORT);
+}
+
+/* Not in the function below: what that has in its own variables would be lost at the jump. */
+static int tried(Job *job) {
+    if (setjmp(job->back)) return job->code;
+    decode(job);
+    return OK;
+}
+
+/* The view of the picture in `length` bytes, uint8 (size, size, 3), written to `out`; a code, and zeros unless it is OK.
+   The view must be sane: a box within the picture, all sizes above 0. */
+static int decode_view(const uint8_t *data, size_t length, const View *view, uint8_t *out) {
+    Job job;
+    memset(&job, 0, sizeof job);
+    job.data = data, job.length = length, job.view = view, job.out = out;
+    job.jpeg.err = jpeg_std_error(&job.errors);
+    job.jpeg.client_data = &job;
+    job.errors.error_exit = on_error;
+    job.errors.emit_message = on_message;
+    job.errors.output_message = be_silent;
+    job.resize_across = resize_across, job.resize_down = resize_down;
+#ifdef HAVE_AVX2
+    if (__builtin_cpu_supports("avx2")) job.resize_across = resize_across_avx2, job.resize_down = resize_down_avx2;
+#endif
+    const size_t bytes = 3 * (size_t)view->size * view->size;
+    if (view->x < 0 || view->y < 0 || view->x + view->size > view->wide || view->y + view->size > view->high)
+        memset(out, 0, bytes);
+    const int code = tried(&job);
+    jpeg_destroy_decompress(&job.jpeg);
+    for (size_t i = 0; i < sizeof job.memory / sizeof *job.memory; i++) free(job.memory[i]);
+    if (code != OK) memset(out, 0, bytes);
+    return code;
+}
+
+/* Width and height by the frame header of a Huffman-coded JPEG with 8 bits; 0 if none is where it should be. */
+static int frame_size(const uint8_t *data, size_t length, int *width, int *height) {
+    if (length < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
+    size_t at = 2;
+    while (at + 10 <= length) {
+        if (data[at] != 0xFF) return 0;
+        const int marker = data[at + 1];
+        if (marker == 0xFF) {
+            at++;
+            continue;
+        }
+        if (marker >= 0xC0 && marker <= 0xC2) {
+            *height = data[at + 5] << 8 | data[at + 6], *width = data[at + 7] << 8 | data[at + 8];
+            return data[at + 4] == 8 && *width > 0 && *height > 0;
+        }
+        /* Tables, application data and comments. All else, a scan say, comes after the frame header or is not known. */
+        if (marker != 0xC4 && marker != 0xDB && marker != 0xDD && marker != 0xFE && (marker < 0xE0 || marker > 0xEF))
+            return 0;
+        at += 2 + (size_t)(data[at + 2] << 8 | data[at + 3]);
+    }
+    return 0;
+}
+
+static int is_sane(const View *v) {
+    const int most = 1 << 28;
+    return 0 <= v->left && v->left < v->right && v->right <= v->width && 0 <= v->top && v->top < v->bottom &&
+           v->bottom <= v->height && 0 < v->wide && v->wide < INT_MAX - most && 0 < v->high &&
+           v->high < INT_MAX - most && -most < v->x && v->x < INT_MAX - most && -most < v->y &&
+           v->y < INT_MAX - most && 0 < v->size && v->size <= 65535;
+}
+
+#ifndef LARS_WITHOUT_PYTHON
+
+/* The bytes of a bytes object, or `length` of them at an address. */
+static const uint8_t *bytes_at(PyObject *given, PyObject *length, size_t *count) {
+    *count = PyLong_AsSize_t(length);
+    if (PyErr_Occurred()) return NULL;
+    if (!PyBytes_Check(given)) return PyLong_AsVoidPtr(given);
+    if (*count == (size_t)PyBytes_Size(given)) return (const uint8_t *)PyBytes_AsString(given);
+    PyErr_SetString(PyExc_ValueError, "the length is not that of the bytes");
+    return NULL;
+}
+
+static int wanted(const char *name, Py_ssize_t given, Py_ssize_t takes) {
+    if (given != takes) PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, takes, given);
+    return given == takes;
+}
+
+static PyObject *size_of(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    if (!wanted("size", given, 2)) return NULL;
+    size_t length;
+    const uint8_t *data = bytes_at(args[0], args[1], &length);
+    if (PyErr_Occurred()) return NULL;
+    int width = 0, height = 0;
+    if (!frame_size(data, length, &width, &height)) Py_RETURN_NONE;
+    return Py_BuildValue("ii", width, height);
+}
+
+static PyObject *decoded(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    if (!wanted("decode", given, 15)) return NULL;
+    size_t length;
+    const uint8_t *data = bytes_at(args[0], args[1], &length);
+    uint8_t *out = PyLong_AsVoidPtr(args[2]);
+    int numbers[12];
+    for (int i = 0; i < 12 && !PyErr_Occurred(); i++) {
+        const long number = PyLong_AsLong(args[3 + i]);
+        if (number < INT_MIN || number > INT_MAX) PyErr_SetString(PyExc_OverflowError, "a length is not an int");
+        numbers[i] = (int)number;
+    }
+    if (PyErr_Occurred()) return NULL;
+    View view;
+    memcpy(&view, numbers, sizeof view);
+    if (!out || !is_sane(&view)) {
+        PyErr_SetString(PyExc_ValueError, "the view does not lie in the picture");
+        return NULL;
+    }
+    PyThreadState *others = PyEval_SaveThread();
+    const int code = decode_view(data, length, &view, out);
+    PyEval_RestoreThread(others);
+    return PyLong_FromLong(code);
+}
+
+static PyMethodDef methods[] = {
+    {"size", (PyCFunction)(void (*)(void))size_of, METH_FASTCALL,
+     "size(data, length): (width, height) by the frame header, or None. data: bytes, or an address."},
+    {"decode", (PyCFunction)(void (*)(void))decoded, METH_FASTCALL,
+     "decode(data, length, out, width, height, left, top, right, bottom, wide, high, x, y, flip, size): 0, and uint8\n"
+     "(size, size, 3) at the address `out`; or another number, and zeros there. The picture's size, the box that is\n"
+     "cut out, the size to which it is resized, the corner of the window that is kept, and its side."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "jpeg", "Views of JPEGs, by libjpeg-turbo.", 0, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_jpeg(void) {
+    return PyModuleDef_Init(&module);
+}
+#endif

@@ -1,0 +1,62 @@
+"""The JPEG decoder in C (jpeg.c), where it could be built: whether it is there, and one view of one JPEG by it.
+
+It makes the pixels of decode.py's way with Pillow (at most 1 level away), several times as fast, and lets other threads
+run meanwhile. It is never needed, and it judges no file: what it does not decode is Pillow's to decode or to refuse.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lars_train.data.augment import Geometry
+
+try:
+    from lars_train.data import jpeg
+except ImportError:
+    # No compiler or no libjpeg was there at the install, or the library is gone since.
+    jpeg = None  # type: ignore[assignment]
+
+REMEDY = (
+    "Install a C compiler and libjpeg-turbo 2.1 or newer with its headers (Debian, Ubuntu: apt-get install gcc "
+    "libjpeg-dev; Fedora, RHEL: dnf install gcc libjpeg-turbo-devel), then this package anew: pip install "
+    "--force-reinstall --no-deps --no-cache-dir with what it was installed from."
+)
+"""What to do where `is_there` says no, in one line."""
+
+
+@functools.cache
+def is_there() -> bool:
+    """Whether this process can decode with it: it was built, and the libjpeg found at run time is one it can use."""
+    if jpeg is None:
+        return False
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(file, "JPEG")
+    out = np.zeros((8, 8, 3), np.uint8)
+    whole = Geometry((0, 0, 8, 8), (8, 8), 0, (0, 0), False)
+    return decode(file.getvalue(), (8, 8), whole, out) and np.array_equal(out, np.asarray(Image.open(file)))
+
+
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG of a kind that may be decoded here, by its header alone; None for all else."""
+    return None if jpeg is None else jpeg.size(data, len(data))
+
+
+def decode(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[np.uint8]) -> bool:
+    """Write the view of the JPEG in `data`, whose `size_of` is given, to `out`; whether that could be done.
+
+    `out`: uint8 (S, S, 3), contiguous, RGB; zeros where it could not. That is for a file which libjpeg warns of, which
+    is cut short, or which is not 8-bit grey, YCbCr or RGB.
+    """
+    if not (out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8 and out.ndim == 3):
+        raise ValueError("out must be contiguous, writeable uint8 (S, S, 3)")
+    side = out.shape[0]
+    if out.shape != (side, side, 3):
+        raise ValueError(f"out has the shape {out.shape}, not (S, S, 3)")
+    x, y = view.crop[0] - view.pad, view.crop[1] - view.pad
+    address = out.ctypes.data
+    return jpeg.decode(data, len(data), address, *size, *view.box, *view.size, x, y, view.flip, side) == 0
