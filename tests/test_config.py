@@ -299,6 +299,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"data.name": "imagnet"}, "data.name=imagnet"),
         ({"data.augment": "crop"}, "data.augment=crop"),
         ({"data.on_error": "stop"}, "data.on_error=stop"),
+        ({"data.decoder": "gpu"}, "data.decoder=gpu"),
         ({"schedule.form": "hole"}, "schedule.form=hole"),
         ({"optimizer.clip": "LR"}, "optimizer.clip=LR"),
         ({"optimizer.clip": [50, 0]}, "optimizer.clip=[50, 0]"),
@@ -437,6 +438,7 @@ EXECUTION = {
     "plan.world",
     "optimizer.preset",
     "data.workers",
+    "data.decoder",
     "data.on_error",
     "data.max_bad",
 }

@@ -91,8 +91,9 @@ class RecipeConfig:
 class DataConfig:
     """What to train on. Sizes in pixels; `mean` and `std` on the scale 0 to 1, one value per channel.
 
-    `train_count`, `val_count`, `num_classes`: of made-up images, and of those alone. `min_crop`: the least share of
-    a picture's area that ``augment=inception`` cuts out.
+    `decoder`, of JPEGs: native (in C), pillow, or auto: native where it is there. `train_count`, `val_count`,
+    `num_classes`: of made-up images, and of those alone. `min_crop`: the least share of a picture's area that
+    ``augment=inception`` cuts out.
     """
 
     name: str = "mini"
@@ -108,6 +109,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     workers: Union[int, str] = AUTO
+    decoder: str = AUTO
     on_error: str = "skip"
     max_bad: int = 100
     train_count: Optional[int] = None

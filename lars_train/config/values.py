@@ -32,6 +32,8 @@ EXECUTION_KEYS = (
     "export",
     "plan",
     "data.workers",
+    # Its pixels are at most a level apart, less than another device's arithmetic comes to.
+    "data.decoder",
     # They say when a run with damaged images ends, and nothing of what it computes until then.
     "data.on_error",
     "data.max_bad",

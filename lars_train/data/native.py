@@ -32,8 +32,10 @@ REMEDY = (
 @functools.cache
 def is_there() -> bool:
     """Whether this process can decode with it: it was built, and the libjpeg found at run time is one it can use."""
-    if jpeg is None:
-        return False
+    return jpeg is not None and _decodes()
+
+
+def _decodes() -> bool:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 100, 50)).save(file, "JPEG")
     out = np.zeros((8, 8, 3), np.uint8)
@@ -43,7 +45,7 @@ def is_there() -> bool:
 
 def size_of(data: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG of a kind that may be decoded here, by its header alone; None for all else."""
-    return None if jpeg is None else jpeg.size(data, len(data))
+    return jpeg.size(data, len(data)) if jpeg is not None else None
 
 
 def decode(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[np.uint8]) -> bool:

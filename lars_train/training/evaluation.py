@@ -62,11 +62,12 @@ def evaluate_split(
     batch: int,
     workers: int,
     progress: Progress,
+    by_native: bool = False,
     ended: Callable[[], bool] = lambda: False,
 ) -> Result | None:
     """Evaluate `model` on the whole split, this rank on its part of it. Collective.
 
-    None if `ended`, asked before each batch, said so on any rank.
+    `by_native`: see `data.decode.decode`. None if `ended`, asked before each batch, said so on any rank.
 
     Raises `RuntimeError` if the samples that were counted are not those of the split, each once.
     """
@@ -80,6 +81,7 @@ def evaluate_split(
         world=ranks.world,
         workers=workers,
         pin_memory=device.type == "cuda",
+        by_native=by_native,
     )
     with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
         result = evaluate(model, batches, normalise, lambda: precision.autocast(device), device, group, on_batch, ended)

@@ -14,6 +14,7 @@ from lars_train.models.factory import model_names
 from lars_train.optim.factory import check_optimizer
 from lars_train.plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
+from lars_train.training.decoder import check_decoder
 from lars_train.training.network import check_single_samples, make_network
 from lars_train.training.run_directory import run_directory
 
@@ -38,6 +39,7 @@ def prepare(config: Config) -> Prepared:
     Raises `ConfigError`.
     """
     check_optimizer(config.optimizer)
+    check_decoder(config)
     dataset = open_dataset(config.data)
     plan = make_plan(config, len(dataset.train))
     directory = run_directory(config)

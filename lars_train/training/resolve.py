@@ -1,4 +1,4 @@
-"""What is decided for this machine when a run starts: micro-batch, precision, threads. A continuation keeps it."""
+"""What is decided for this machine when a run starts, and kept when it goes on: micro-batch, precision and the like."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from lars_train.config import AUTO, Config
 from lars_train.plan import Plan, accumulation, check_micro_batch
+from lars_train.training.decoder import PILLOW, choose_decoder
 from lars_train.training.device import choose_precision, choose_threads
 from lars_train.training.distributed import Group
 from lars_train.training.micro_batch import free_memory, ghosts_by_trying, ghosts_that_fit, try_micro_batch
@@ -17,13 +18,17 @@ from lars_train.training.micro_batch import free_memory, ghosts_by_trying, ghost
 
 @dataclass(frozen=True)
 class Resolved:
-    """`micro_batch` in samples; `world` and `device` (its type) say what `threads` was decided for."""
+    """`micro_batch` in samples; `world` and `device` (its type) say what `threads` was decided for.
+
+    `decoder`: of JPEGs, see decoder.py; checkpoints without it are of runs by Pillow.
+    """
 
     micro_batch: int
     precision: str
     threads: int
     world: int
     device: str
+    decoder: str = PILLOW
 
 
 def resolve(
@@ -31,7 +36,8 @@ def resolve(
 ) -> Resolved:
     """Decide, or keep what `stored` (a checkpoint's) says where the config leaves it open. Collective.
 
-    Raises `ConfigError` for a precision that the device cannot do, or where not even one ghost batch fits into it.
+    Raises `ConfigError` for a precision that the device cannot do, for a decoder that is not there, or where not even
+    one ghost batch fits into it.
     """
     ranks = group.ranks
     kept = None if stored is None else Resolved(**stored)
@@ -65,4 +71,5 @@ def resolve(
     threads = choose_threads(config, ranks)
     if kept and config.launch.threads == AUTO and (kept.world, kept.device) == (ranks.world, device.type):
         threads = kept.threads
-    return Resolved(ghosts * plan.ghost_batch, precision.name, threads, ranks.world, device.type)
+    decoder = choose_decoder(config, None if kept is None else kept.decoder, group, device)
+    return Resolved(ghosts * plan.ghost_batch, precision.name, threads, ranks.world, device.type, decoder)

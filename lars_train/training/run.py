@@ -25,6 +25,7 @@ from lars_train.optim.lars import LARS
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.training import checkpoint
 from lars_train.training.bad_images import BadImages, told_in
+from lars_train.training.decoder import NATIVE, PILLOW, decoder_lines
 from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
@@ -33,6 +34,7 @@ from lars_train.training.network import make_network
 from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import resolve
+from lars_train.training.run_directory import note_in_record
 from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, normaliser
 from lars_train.training.writer import CheckpointWriter
 
@@ -51,7 +53,9 @@ class Run:
         start = self._latest_checkpoint(prepared) or prepared.start_from
         torch.manual_seed(config.seed)
         network = make_network(config, len(dataset.classes))
-        self.resolved = resolve(config, plan, network, device, group, start and checkpoint.value(start, "resolved"))
+        stored = checkpoint.value(start, "resolved") if start is not None else None
+        self.resolved = resolve(config, plan, network, device, group, stored)
+        self.decoded_so_far = None if stored is None else stored.get("decoder", PILLOW)
         set_up(config, device, self.resolved.threads)
         self.precision = choose_precision(self.resolved.precision, device)
         self.ghosts_per_micro = check_micro_batch(plan, self.resolved.micro_batch)
@@ -83,6 +87,7 @@ class Run:
         self.writer: CheckpointWriter | None = None
         self.notice = Notice()
         if group.first:
+            note_in_record(self.directory, decoder=self.resolved.decoder)
             checkpoint.remove_later(self.checkpoints, self.trainer.update)
             self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
             self.log = RunLog(self.directory, self.trainer.update)
@@ -93,6 +98,9 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Train to the end; the content of ``final.json``."""
         for line in announcement(self.config, self.plan, self.resolved, self.directory, self.resumed_at):
+            self.progress.say(line)
+        decided = (self.config.data.decoder, self.resolved.decoder, self.decoded_so_far)
+        for line in decoder_lines(*decided, self.dataset.train):
             self.progress.say(line)
         self.started = self.log_started = time.perf_counter()
         self.saved_at, self.saved_update = self.started, self.trainer.update
@@ -290,6 +298,7 @@ class Run:
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
             on_error=config.data.on_error,
+            by_native=self.resolved.decoder == NATIVE,
         )
 
     def _log(self, info: UpdateInfo) -> None:
@@ -346,6 +355,7 @@ class Run:
             batch=self.resolved.micro_batch,
             workers=self.workers,
             progress=self.progress,
+            by_native=self.resolved.decoder == NATIVE,
             ended=lambda: bool(self.notice.given),
         )
         if result is None:

@@ -16,10 +16,11 @@ from lars_train.errors import ConfigError, Stopped
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model, load_state
 from lars_train.monitoring.progress import Progress
-from lars_train.monitoring.say import say
+from lars_train.monitoring.say import complain, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.plan import check_world
 from lars_train.training import checkpoint
+from lars_train.training.decoder import NATIVE, choose_decoder, decoder_lines
 from lars_train.training.device import (
     choose_device,
     choose_precision,
@@ -147,6 +148,9 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
         if content is not None and config.model.weights is None:
             load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
         network = network.to(device=device, dtype=precision.weights).to(memory_format=torch.channels_last)
+        decoder = choose_decoder(config, None, group, device)
+        for line in decoder_lines(config.data.decoder, decoder, None, dataset.val):
+            complain(line)
         result = evaluate_split(
             network,
             dataset.val,
@@ -158,6 +162,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             batch=SMALLEST_BATCH if config.micro_batch == AUTO else int(config.micro_batch),
             workers=choose_workers(config, device, ranks),
             progress=Progress(shown=group.first, epochs=1),
+            by_native=decoder == NATIVE,
         )
     assert result is not None
     where = [f"{sample.where}: {sample.reason}" for sample in result.bad]
