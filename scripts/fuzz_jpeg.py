@@ -132,11 +132,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start", type=int, default=0, help="another number, other inputs")
     parser.add_argument("--keep", type=Path, default=Path("finding.jpg"), help="where a finding's input is put")
     parser.add_argument("--plain", action="store_true", help="without sanitizers, for valgrind or speed")
+    parser.add_argument("--no-vectors", action="store_true", help="the code of processors without AVX2")
     parser.add_argument("--leak", type=int, metavar="COUNT", help="decode COUNT images in this process instead")
     args = parser.parse_args(argv)
     if args.leak is not None:
         return leak(args.leak)
-    return fuzz(args.count, args.seconds, args.start, () if args.plain else SANITIZED, args.keep)
+    flags = () if args.plain else SANITIZED
+    if args.no_vectors:
+        flags += ("-DLARS_PLAIN_C",)
+    return fuzz(args.count, args.seconds, args.start, flags, args.keep)
 
 
 if __name__ == "__main__":

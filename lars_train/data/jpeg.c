@@ -5,7 +5,7 @@
    gray, YCbCr or RGB by Huffman coding, is refused with a code; the caller then asks Pillow. EXIF is not looked at.
 
    Built at install where there are a C compiler and libjpeg-turbo's headers; decode.py does without. No static state.
-   With LARS_WITHOUT_PYTHON defined there is no Python in it: the fuzzer includes it so. */
+   For tests: with LARS_WITHOUT_PYTHON there is no Python in it, with LARS_PLAIN_C no vectors. */
 
 #ifndef LARS_WITHOUT_PYTHON
 #define Py_LIMITED_API 0x030A0000
@@ -26,7 +26,7 @@
 #endif
 
 /* One build runs on every x86-64 and uses what each has. */
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(LARS_PLAIN_C)
 #define HAVE_AVX2
 #define AVX2 __attribute__((target("avx2")))
 #include <immintrin.h>

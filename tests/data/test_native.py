@@ -1,0 +1,394 @@
+"""The JPEG decoder in C beside Pillow: the same pixels, the same judgement of damaged files, no leak."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lars_train.data import decode as decode_module
+from lars_train.data import native
+from lars_train.data.augment import UNIFORMS, Geometry, View
+from lars_train.data.decode import BadImage, decode
+
+Pixels = npt.NDArray[np.uint8]
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "grey", "rgb")
+
+pytestmark = pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+
+
+@pytest.fixture(scope="module")
+def fuzz_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fuzz_jpeg", ROOT / "scripts" / "fuzz_jpeg.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def made_up(kind: str, width: int, height: int, progressive: bool = False, quality: int = 80) -> bytes:
+    """A JPEG of coarse coloured noise, in which rows and columns that are mixed up show."""
+    if kind == "4:4:0":
+        # Pillow writes none: a 4:2:2 with its sides and the first component's sampling factors exchanged.
+        data = made_up("4:2:2", height, width, progressive, quality)
+        at = next(i for i in range(len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
+        sides = data[at + 7 : at + 9] + data[at + 5 : at + 7]
+        return data[: at + 5] + sides + data[at + 9 : at + 11] + b"\x12" + data[at + 12 :]
+    rng = np.random.default_rng([width, height])
+    coarse = rng.integers(0, 256, (2 + height // 4, 2 + width // 4, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    options: dict[str, Any] = {"progressive": progressive, "quality": quality}
+    if kind == "rgb":
+        options["keep_rgb"] = True
+    elif kind != "grey":
+        options["subsampling"] = kind
+    return encode(picture.convert("L") if kind == "grey" else picture, **options)
+
+
+def encode(picture: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def whole_picture(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def by_native(data: bytes, view: Geometry, size: int) -> Pixels:
+    """The view, which must have been decoded in C."""
+    out = np.full((size, size, 3), 77, np.uint8)
+    found = native.size_of(data)
+    assert found is not None
+    assert native.decode(data, found, view, out)
+    return out
+
+
+def columns_first(picture: Image.Image, view: Geometry, size: int) -> Pixels:
+    """The view by two of Pillow's passes, columns before rows, which newer versions exchange for some shapes."""
+    box = picture.crop(view.box)
+    resized = box.resize((view.size[0], box.height), Image.Resampling.BILINEAR)
+    return window_of(resized.resize(view.size, Image.Resampling.BILINEAR), view, size)
+
+
+def in_one_step(picture: Image.Image, view: Geometry, size: int) -> Pixels:
+    """The view as torchvision's transforms take it."""
+    return window_of(picture.crop(view.box).resize(view.size, Image.Resampling.BILINEAR), view, size)
+
+
+def window_of(resized: Image.Image, view: Geometry, size: int) -> Pixels:
+    margin = view.pad + size + 5
+    padded = np.pad(np.asarray(resized), ((margin, margin), (margin, margin), (0, 0)))
+    x, y = view.crop[0] + margin - view.pad, view.crop[1] + margin - view.pad
+    window = padded[y : y + size, x : x + size]
+    return window[:, ::-1] if view.flip else window
+
+
+@st.composite
+def views(draw: st.DrawFn, width: int, height: int) -> tuple[Geometry, int]:
+    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    box = (left, top, draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height)))
+    wide, high, size = draw(st.integers(1, 300)), draw(st.integers(1, 300)), draw(st.integers(1, 80))
+    pad = draw(st.sampled_from([0, 0, 3]))
+    crop = (draw(st.integers(-5, wide + pad)), draw(st.integers(-5, high + pad)))
+    if draw(st.booleans()):
+        wide, high, pad, crop = size, size, 0, (0, 0)
+    return Geometry(box, (wide, high), pad, crop, draw(st.booleans())), size
+
+
+@settings(deadline=None, max_examples=250)
+@given(st.sampled_from(KINDS), st.booleans(), st.integers(1, 700), st.integers(1, 500), st.booleans(), st.data())
+def test_any_view_of_any_kind_has_pillows_pixels(
+    kind: str, progressive: bool, width: int, height: int, small: bool, data: st.DataObject
+) -> None:
+    if small:
+        width, height = 1 + width % 40, 1 + height % 40
+    jpeg = made_up(kind, width, height, progressive)
+    view, size = data.draw(views(width, height))
+    picture = whole_picture(jpeg)
+    found = by_native(jpeg, view, size)
+    np.testing.assert_array_equal(found, columns_first(picture, view, size))
+    assert np.abs(found.astype(int) - in_one_step(picture, view, size)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_crop_at_any_offset_has_the_pixels_of_the_full_decode(kind: str, progressive: bool) -> None:
+    jpeg = made_up(kind, 53, 51, progressive)
+    pixels = np.asarray(whole_picture(jpeg))
+    for left, top in itertools.product(range(36), range(36)):
+        # Of any width and height, in step with the offsets.
+        box = (left, top, left + 1 + (top % 17), top + 1 + (left % 15))
+        wide, high = box[2] - left, box[3] - top
+        view = Geometry(box, (wide, high), 0, (0, 0), False)
+        found = by_native(jpeg, view, 17)
+        np.testing.assert_array_equal(found[:high, :wide], pixels[top : box[3], left : box[2]], err_msg=str(box))
+        assert not found[high:].any()
+        assert not found[:, wide:].any()
+
+
+def test_a_tiny_picture_can_become_a_large_view_and_a_large_one_a_pixel() -> None:
+    for kind, (width, height), size in itertools.product(KINDS, [(1, 1), (2, 3), (700, 500), (3, 900)], [1, 224]):
+        view = Geometry((0, 0, width, height), (size, size), 0, (0, 0), False)
+        jpeg = made_up(kind, width, height)
+        np.testing.assert_array_equal(by_native(jpeg, view, size), columns_first(whole_picture(jpeg), view, size))
+
+
+def test_scans_that_do_not_interleave_components_are_decoded() -> None:
+    jpeg = separate_scans(3)
+    view = Geometry((3, 5, 30, 29), (16, 16), 0, (0, 0), False)
+    np.testing.assert_array_equal(by_native(jpeg, view, 16), columns_first(whole_picture(jpeg), view, 16))
+
+
+def separate_scans(count: int) -> bytes:
+    """A baseline JPEG whose `count` scans hold a component each, in turn, of a grey one's data."""
+    grey = made_up("grey", 40, 33)
+    segments, at = {}, 2
+    while grey[at + 1] != 0xDA:
+        length = 2 + int.from_bytes(grey[at + 2 : at + 4], "big")
+        segments[grey[at + 1]] = segments.get(grey[at + 1], b"") + grey[at : at + length]
+        at += length
+    entropy = grey[at + 10 : -2]
+    frame = b"\xff\xc0\x00\x11\x08\x00\x21\x00\x28\x03" + b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
+    scans = (b"\xff\xda\x00\x08\x01" + bytes([1 + i % 3, 0, 0, 63, 0]) + entropy for i in range(count))
+    return b"\xff\xd8" + segments[0xDB] + frame + segments[0xC4] + b"".join(scans) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_too_many_scans_is_bad_for_either_decoder() -> None:
+    assert decode_module.MAX_SCANS == 500
+    most, more = separate_scans(500), separate_scans(501)
+    view = Geometry((0, 0, 40, 33), (16, 16), 0, (0, 0), False)
+    by_native(most, view, 16)
+    out = np.ones((16, 16, 3), np.uint8)
+    assert not native.decode(more, (40, 33), view, out)
+    assert not out.any()
+    for choice in (False, True):
+        decode(most, lambda w, h: view, 16, by_native=choice)
+        with pytest.raises(BadImage, match="more than 500 scans"):
+            decode(more, lambda w, h: view, 16, by_native=choice)
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    view = Geometry((0, 0, 24, 24), (24, 24), 0, (0, 0), False)
+    turned, plain = encode(picture, exif=exif.tobytes()), encode(picture)
+    np.testing.assert_array_equal(by_native(turned, view, 24), by_native(plain, view, 24))
+
+
+def not_for_it() -> Iterator[tuple[str, bytes]]:
+    picture = whole_picture(made_up("4:2:0", 40, 40))
+    yield "CMYK", encode(picture.convert("CMYK"))
+    for kind in ("PNG", "WEBP", "BMP", "GIF", "TIFF"):
+        yield kind, encode(picture, kind)
+    yield "nothing", b""
+    yield "text", b"<html>404 not found</html>"
+    jpeg = made_up("4:2:0", 40, 40)
+    at = jpeg.index(b"\xff\xc0")
+    yield "12 bits", jpeg[: at + 4] + b"\x0c" + jpeg[at + 5 :]
+    yield "arithmetic coding", jpeg[:at] + b"\xff\xc9" + jpeg[at + 2 :]
+    yield "lossless", jpeg[:at] + b"\xff\xc3" + jpeg[at + 2 :]
+    yield "4:1:1", jpeg[: at + 11] + b"\x41" + jpeg[at + 12 :]
+    yield "20,000 x 20,000 pixels", jpeg[: at + 5] + b"\x4e\x20\x4e\x20" + jpeg[at + 9 :]
+    yield "height 0", jpeg[: at + 5] + b"\x00\x00" + jpeg[at + 7 :]
+
+
+@pytest.mark.parametrize(("name", "data"), list(not_for_it()))
+def test_what_is_not_for_it_is_refused_and_judged_by_pillow(name: str, data: bytes) -> None:
+    view = Geometry((0, 0, 40, 40), (16, 16), 0, (0, 0), False)
+    size = native.size_of(data)
+    if size is not None:
+        out = np.ones((16, 16, 3), np.uint8)
+        whole = Geometry((0, 0, *size), (16, 16), 0, (0, 0), False)
+        assert not native.decode(data, size, whole, out)
+        assert not out.any()
+    assert same_outcome(data, view, 16)
+
+
+def outcome(data: bytes, view: Geometry, size: int, by_native: bool) -> Pixels | str:
+    try:
+        return decode(data, lambda w, h: view, size, by_native=by_native)
+    except BadImage as error:
+        return str(error)
+
+
+def same_outcome(data: bytes, view: Geometry, size: int) -> bool:
+    """Whether both decoders have the same reason, or pixels at most a level apart."""
+    one, other = outcome(data, view, size, True), outcome(data, view, size, False)
+    if isinstance(one, str) or isinstance(other, str):
+        return one is other or (isinstance(one, str) and isinstance(other, str) and one == other)
+    return bool(np.abs(one.astype(int) - other).max() <= 1)
+
+
+@pytest.mark.parametrize("kind", ["4:2:0", "grey"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_file_cut_short_anywhere_is_bad_for_both_also_below_the_view(kind: str, progressive: bool) -> None:
+    data = made_up(kind, 40, 40, progressive, 40)
+    view = Geometry((4, 2, 20, 9), (16, 16), 0, (0, 0), False)
+    assert not isinstance(outcome(data, view, 16, True), str)
+    for length in range(0, len(data)):
+        assert same_outcome(data[:length], view, 16), length
+        if length < len(data) - 2:
+            assert isinstance(outcome(data[:length], view, 16, True), str), length
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(["4:2:0", "4:4:4", "grey"]), st.booleans(), st.data())
+def test_damaged_files_are_judged_as_pillow_judges_them(kind: str, progressive: bool, data: st.DataObject) -> None:
+    item = bytearray(made_up(kind, 40, 40, progressive, 40))
+    # From the frame header on: Pillow's own reading of what comes before is another matter.
+    first = next(i for i in range(len(item)) if item[i] == 0xFF and item[i + 1] in (0xC0, 0xC2))
+    damage = st.tuples(st.integers(first + 9, len(item) - 1), st.integers(0, 255))
+    for place, value in data.draw(st.lists(damage, min_size=1, max_size=3)):
+        item[place] = value
+    assert same_outcome(bytes(item), Geometry((4, 2, 20, 9), (16, 16), 0, (0, 0), True), 16)
+
+
+def test_a_view_or_buffer_that_makes_no_sense_is_an_error_and_touches_no_memory() -> None:
+    data, out = made_up("4:2:0", 40, 40), np.zeros((16, 16, 3), np.uint8)
+    for box in [(-1, 0, 9, 9), (0, 0, 41, 9), (0, 0, 9, 41), (5, 5, 5, 9), (5, 9, 9, 5)]:
+        with pytest.raises(ValueError, match="view"):
+            native.decode(data, (40, 40), Geometry(box, (16, 16), 0, (0, 0), False), out)
+    view = Geometry((0, 0, 40, 40), (16, 16), 0, (0, 0), False)
+    for wide, high in [(0, 16), (16, -1), (2**40, 16)]:
+        with pytest.raises((ValueError, OverflowError)):
+            native.decode(data, (40, 40), Geometry(view.box, (wide, high), 0, (0, 0), False), out)
+    # The size is not that of the header.
+    assert not native.decode(data, (30, 40), Geometry((0, 0, 30, 40), (16, 16), 0, (0, 0), False), out)
+    for buffer in [out[:, ::-1], out[:8], out.astype(np.int8), out[..., :2]]:
+        with pytest.raises(ValueError, match="out"):
+            native.decode(data, (40, 40), view, buffer)
+    with pytest.raises(TypeError):
+        native.jpeg.decode(data)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="length"):
+        native.jpeg.size(data, len(data) + 1)
+
+
+def test_other_threads_run_while_it_decodes() -> None:
+    data = made_up("4:2:0", 1500, 1500)
+    view = Geometry((0, 0, 1500, 1500), (224, 224), 0, (0, 0), False)
+    gate, done = threading.Lock(), []
+    gate.acquire()
+    other = threading.Thread(target=lambda: done.append(gate.acquire()))
+    other.start()
+    before = sys.getswitchinterval()
+    # Nobody is made to give up the interpreter: the other thread gets it if, and only if, the decoder leaves it.
+    sys.setswitchinterval(1000)
+    try:
+        gate.release()
+        for _ in range(300):
+            by_native(data, view, 224)
+            if done:
+                break
+    finally:
+        sys.setswitchinterval(before)
+    assert done
+    other.join()
+
+
+def test_threads_do_not_disturb_one_another() -> None:
+    jobs = [
+        (made_up(kind, 90, 70, progressive), Geometry((i, i, 80, 60), (32, 32), 0, (0, 0), bool(i % 2)))
+        for i, (kind, progressive) in enumerate(itertools.product(KINDS, [False, True]))
+    ]
+    jobs += [(data[:-200], view) for data, view in jobs]
+    alone = [outcome(data, view, 32, True) for data, view in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            together = pool.map(lambda job: outcome(*job, 32, True), jobs)
+            for one, other in zip(alone, together, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_memory_does_not_grow_with_the_images(fuzz_script: ModuleType) -> None:
+    assert fuzz_script.leak(6000) == 0
+
+
+def test_sanitizers_find_nothing_in_mutated_files(fuzz_script: ModuleType, tmp_path: Path) -> None:
+    if not sanitizers_work(tmp_path, fuzz_script):
+        pytest.skip("no C compiler with sanitizers is here")
+    arguments = ["--count", "4000", "--seconds", "60", "--keep", str(tmp_path / "finding.jpg")]
+    assert fuzz_script.main(arguments) == 0
+
+
+def sanitizers_work(folder: Path, script: ModuleType) -> bool:
+    source = folder / "try.c"
+    source.write_text("#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return 0; }\n")
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    command = [str(compiler), *script.SANITIZED, str(source), "-ljpeg", "-o", str(folder / "try")]
+    return compiler is not None and not subprocess.run(command, capture_output=True).returncode
+
+
+def test_without_vectors_the_pixels_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, include = shutil.which(os.environ.get("CC", "cc")), Path(sysconfig.get_paths()["include"])
+    if compiler is None or not (include / "Python.h").is_file():
+        pytest.skip("no C compiler or no Python.h is here")
+    target = tmp_path / "jpeg.abi3.so"
+    source = ROOT / "lars_train" / "data" / "jpeg.c"
+    flags = ["-O2", "-shared", "-fPIC", "-DLARS_PLAIN_C", "-Wall", "-Wextra", "-Werror", f"-I{include}"]
+    subprocess.run([compiler, *flags, str(source), "-ljpeg", "-o", str(target)], check=True)
+    spec = importlib.util.spec_from_file_location("jpeg", target)
+    assert spec is not None
+    assert spec.loader is not None
+    plain = importlib.util.module_from_spec(spec)
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        width, height, wide, high, size = rng.integers(1, 200, 5).tolist()
+        data = made_up(KINDS[number % 6], width, height)
+        box = (width // 5, height // 4, width, height)
+        view = Geometry(box, (wide, high), 0, (wide // 9, -(high // 9)), bool(number % 2))
+        with_vectors = by_native(data, view, size)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "jpeg", plain)
+            np.testing.assert_array_equal(by_native(data, view, size), with_vectors)
+
+
+def test_a_package_without_it_decodes_by_pillow() -> None:
+    code = (
+        "import sys; sys.modules['lars_train.data.jpeg'] = None\n"
+        "from lars_train.data import native; assert not native.is_there() and native.size_of(b'') is None"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_photographs_of_imagenet_have_pillows_pixels() -> None:
+    root = os.environ.get("LARS_TEST_DATA")
+    if not root or not (Path(root) / "imagenet_sample").is_dir():
+        pytest.skip("LARS_TEST_DATA names no folder with imagenet_sample")
+    files = sorted((Path(root) / "imagenet_sample" / "train").glob("*/*.JPEG"))
+    assert files
+    view, rng, apart = View("inception", 224, True, 0, 0.875), np.random.default_rng(0), []
+    for file in files:
+        data = file.read_bytes()
+        picture = whole_picture(data)
+        for drawn in (view.evaluate(*picture.size), view.train(*picture.size, rng.random(UNIFORMS).tolist())):
+            found = by_native(data, drawn, 224)
+            np.testing.assert_array_equal(found, columns_first(picture, drawn, 224), err_msg=str(file))
+            difference = np.abs(found.astype(int) - in_one_step(picture, drawn, 224))
+            assert difference.max() <= 1, file
+            apart.append(difference.mean())
+    assert np.mean(apart) < 0.05
