@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.leak is not None:
         return leak(args.leak)
-    flags = () if args.plain else SANITIZED
+    flags: tuple[str, ...] = () if args.plain else SANITIZED
     if args.no_vectors:
         flags += ("-DLARS_PLAIN_C",)
     return fuzz(args.count, args.seconds, args.start, flags, args.keep)

@@ -295,11 +295,10 @@ static void read_header(Job *job) {
 }
 
 /* Have libjpeg decode columns `begin` to `end` of the picture or some more; the first of them. The two next to the
-   ones wanted have a share in the chroma of these; and a strip of a few columns would be upsampled in another way. */
+   ones wanted have a share in the chroma of these. */
 static int narrow(struct jpeg_decompress_struct *jpeg, int begin, int end) {
     const int width = (int)jpeg->output_width;
     begin = greater(begin - 2, 0), end = lesser(end + 2, width);
-    begin = greater(lesser(begin, end - 16), 0), end = lesser(greater(end, begin + 16), width);
     if (begin == 0 && end == width) return 0;
     JDIMENSION first = (JDIMENSION)begin, columns = (JDIMENSION)(end - begin);
     jpeg_crop_scanline(jpeg, &first, &columns);
