@@ -276,8 +276,8 @@ def conditions(args: argparse.Namespace, files: Files) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "pillow", "numpy"))
     return (
         f"`python scripts/bench_input.py DIR` on {cpu_name()}, one core; Python {platform.python_version()}, "
-        f"{packages}, Pillow's libjpeg-turbo {features.version('libjpeg_turbo')}. {len(files)} files, {args.rounds} rounds "
-        "after one that does not count; images per second of CPU time."
+        f"{packages}, Pillow's libjpeg-turbo {features.version('libjpeg_turbo')}. {len(files)} files, "
+        f"{args.rounds} rounds after one that does not count; images per second of CPU time."
     )
 
 

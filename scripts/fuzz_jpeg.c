@@ -129,6 +129,8 @@ static View some_view(int width, int height) {
     view.wide = 1 + (int)draw(draw(8) ? 2 * USUAL_SIDE : 1000), view.high = 1 + (int)draw(draw(8) ? 2 * USUAL_SIDE : 1000);
     view.x = (int)draw(view.wide + 8) - 4, view.y = (int)draw(view.high + 8) - 4;
     if (draw(2)) view.wide = view.high = view.size, view.x = view.y = 0;
+    /* Hundreds of weights a pixel. */
+    if (draw(8) == 0) view.wide = 1 + (int)draw(4), view.high = 1 + (int)draw(4), view.x = view.y = 0;
     return view;
 }
 

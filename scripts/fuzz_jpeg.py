@@ -35,7 +35,9 @@ def seeds() -> list[bytes]:
     rng = np.random.default_rng(0)
     found = []
     for (width, height), subsampling, progressive in itertools.product(
-        [(1, 1), (7, 5), (16, 16), (33, 17), (40, 64), (97, 70)], ["4:4:4", "4:2:2", "4:2:0", "4:4:0"], [False, True]
+        [(1, 1), (7, 5), (16, 16), (33, 17), (40, 64), (97, 70), (500, 20), (20, 400)],
+        ["4:4:4", "4:2:2", "4:2:0", "4:4:0"],
+        [False, True],
     ):
         coarse = rng.integers(0, 256, (3 + height // 8, 3 + width // 8, 3), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

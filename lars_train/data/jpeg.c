@@ -336,7 +336,9 @@ static void decode(Job *job) {
         JDIMENSION skipped = (JDIMENSION)(down->begin / 2 * 2);
         if (skipped && jpeg_skip_scanlines(jpeg, skipped) != skipped) leave(job, REFUSED);
         const int slots = down->taps + ROWS;
-        const size_t stride = 3 * (size_t)across->count + SLACK, wide = 4 * (size_t)jpeg->output_width + SLACK;
+        const size_t stride = 3 * (size_t)across->count + SLACK;
+        /* At the right edge weights of 0 lie on pixels that are none. */
+        const size_t wide = 4 * ((size_t)jpeg->output_width + (size_t)across->taps) + SLACK;
         const size_t pointers = sizeof(uint8_t *) * (size_t)slots;
         /* libjpeg-turbo writes rows that begin at a multiple of 32 bytes past the cache: 16 bytes on it does not. */
         const size_t apart = (wide + 31) / 32 * 32;

@@ -1,0 +1,205 @@
+"""Which decoder a run's JPEGs go through, when it starts and when it goes on, and what is said of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from lars_train.config import Config, DataConfig, resolve
+from lars_train.data import native
+from lars_train.data.source import Source
+from lars_train.errors import ConfigError
+from lars_train.launch import Ranks
+from lars_train.training import checkpoint, session
+from lars_train.training.decoder import choose_decoder, decoder_lines
+from lars_train.training.distributed import Group
+from lars_train.training.prepare import prepare
+from lars_train.training.run_directory import Invocation
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Among(Group):
+    """A rank among others, of whom one has no decoder in C unless `everywhere`."""
+
+    everywhere: bool = True
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        return value if self.everywhere else 0
+
+
+class Named:
+    """A split of one file."""
+
+    labels = np.zeros(1, np.int32)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, sample: int) -> str:
+        return self._name
+
+    def where(self, sample: int) -> str:
+        return self._name
+
+    def read(self, sample: int) -> bytes:
+        return b""
+
+
+JPEGS: Source = Named("class/x.JPEG")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "here", "everywhere", "expected"),
+    [
+        ("auto", None, True, True, "native"),
+        ("auto", None, False, False, "pillow"),
+        ("auto", None, True, False, "pillow"),
+        ("auto", "pillow", True, True, "pillow"),
+        ("auto", "native", True, True, "native"),
+        ("auto", "native", False, False, "pillow"),
+        ("pillow", "native", True, True, "pillow"),
+        ("native", "pillow", True, True, "native"),
+    ],
+)
+def test_the_decoder_is_the_config_s_then_the_run_s_first_one_then_native_and_one_for_all_ranks(
+    wanted: str, stored: str | None, here: bool, everywhere: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_there", lambda: here)
+    config = Config(data=DataConfig(decoder=wanted))
+    assert choose_decoder(config, stored, Among(Ranks(), everywhere), CPU) == expected
+
+
+def test_native_wanted_and_not_there_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(data=DataConfig(decoder="native"))
+    monkeypatch.setattr(native, "is_there", lambda: True)
+    with pytest.raises(ConfigError, match=r"data\.decoder=native: another rank .*libjpeg-dev.*pip install"):
+        choose_decoder(config, None, Among(Ranks(), False), CPU)
+    monkeypatch.setattr(native, "is_there", lambda: False)
+    with pytest.raises(ConfigError, match=r"data\.decoder=native: .*libjpeg-dev.*pip install"):
+        choose_decoder(config, None, Among(Ranks(), False), CPU)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decided", "stored", "here", "said"),
+    [
+        ("auto", "native", None, True, []),
+        ("auto", "native", "native", True, []),
+        ("pillow", "pillow", None, False, []),
+        ("pillow", "pillow", "pillow", True, []),
+        ("auto", "pillow", None, False, ["NOTE: JPEGs are decoded by Pillow, at half the speed"]),
+        ("auto", "pillow", None, True, ["NOTE: JPEGs are decoded by Pillow, for another rank"]),
+        ("auto", "pillow", "pillow", True, ["NOTE: JPEGs are decoded by Pillow, as this run began"]),
+        ("auto", "pillow", "native", False, ["WARNING: this run's JPEGs were decoded by native", "NOTE: "]),
+        ("pillow", "pillow", "native", True, ["WARNING: this run's JPEGs were decoded by native"]),
+        ("native", "native", "pillow", True, ["WARNING: this run's JPEGs were decoded by pillow"]),
+    ],
+)
+def test_what_changes_or_is_missing_is_said_once_a_start_and_only_of_jpegs(
+    wanted: str, decided: str, stored: str | None, here: bool, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_there", lambda: here)
+    lines = list(decoder_lines(wanted, decided, stored, JPEGS))
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) and "\n" not in line for line, start in zip(lines, said, strict=True))
+    assert ("libjpeg-dev" in "".join(lines)) == (not here and wanted == "auto")
+    assert list(decoder_lines(wanted, decided, stored, Named("class/x.png"))) == []
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Six JPEGs of two classes to train on, four to evaluate."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 4)):
+        for number in range(count):
+            path = tmp_path / "data" / split / "ab"[number % 2] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(file, "JPEG")
+            path.write_bytes(file.getvalue())
+    return tmp_path / "data"
+
+
+def train(root: Path, directory: Path, **changes: Any) -> None:
+    values = {
+        "seed": 3,
+        "epochs": 4,
+        "device": "cpu",
+        "micro_batch": 2,
+        "batch": {"size": 2},
+        "recipe": {"rows": {"32k": {}}},
+        "run": {"dir": str(directory)},
+        "data": {"name": "folder", "root": str(root), "image_size": 32, "workers": 0},
+        "model": {"name": "small", "ghost_batch": 2},
+        "optimizer": {"lr": 1.0, "trust_coef": 0.01, "weight_decay": 0.001},
+        "schedule": {"warmup_epochs": 0.0},
+        "precision": {"name": "fp32"},
+        "launch": {"threads": 1},
+    }
+    raw = OmegaConf.merge(OmegaConf.structured(Config), values)
+    for key, value in changes.items():
+        OmegaConf.update(raw, key.replace("__", "."), value)
+    assert isinstance(raw, DictConfig)
+    session.train(prepare(resolve(raw)), Ranks(), Invocation(("lars-train",)))
+
+
+def decoders(directory: Path) -> list[str]:
+    return [start["decoder"] for start in json.loads((directory / "run.json").read_text())["started"]]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    found = checkpoint.latest(directory / "checkpoints")
+    assert found is not None
+    return dict(found[1]["model"])
+
+
+@pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cannot(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbroken, same, other = tmp_path / "unbroken", tmp_path / "same", tmp_path / "other"
+    train(photographs, unbroken)
+    for directory in (same, other):
+        train(photographs, directory, max_updates=5)
+    assert "Pillow" not in capsys.readouterr().out
+    train(photographs, same)
+    assert decoders(same) == ["native", "native"]
+    assert all(torch.equal(value, weights(unbroken)[key]) for key, value in weights(same).items())
+    monkeypatch.setattr(native, "is_there", lambda: False)
+    capsys.readouterr()
+    train(photographs, other)
+    said = capsys.readouterr().out
+    assert said.count("WARNING: this run's JPEGs were decoded by native so far") == 1
+    assert said.count("libjpeg-dev") == 1
+    assert decoders(other) == ["native", "pillow"]
+
+
+@pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+def test_a_run_that_began_with_pillow_goes_on_with_it(photographs: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "is_there", lambda: False)
+        train(photographs, tmp_path / "run", max_updates=5)
+    train(photographs, tmp_path / "run")
+    assert decoders(tmp_path / "run") == ["pillow", "pillow"]
+
+
+def test_native_wanted_and_not_there_is_found_before_anything_is_written(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_there", lambda: False)
+    with pytest.raises(ConfigError, match=r"data\.decoder=native"):
+        train(photographs, tmp_path / "run", data__decoder="native")
+    assert not (tmp_path / "run").exists()
