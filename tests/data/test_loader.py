@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lars_train.data import loader
+from lars_train.data import decode as decode_module
+from lars_train.data import loader, native
 from lars_train.data.augment import UNIFORMS, eval_geometry
 from lars_train.data.decode import decode
 from lars_train.data.loader import BadSample, Batch, Stream, View, eval_loader, train_loader
@@ -358,3 +359,39 @@ def test_workers_that_never_begin_are_replaced(stuck: tuple[int, ...], monkeypat
     assert same(list(evaluate(Pictures(23), workers=2)), expected)
     assert tries[stuck[0]] == 2
     assert not multiprocessing.active_children()
+
+
+class Photographs(Pictures):
+    """JPEGs, among them a PNG, a CMYK one and some that are cut short."""
+
+    def read(self, sample: int) -> bytes:
+        kind, mode = ("PNG", "RGB") if sample == 3 else ("JPEG", "CMYK" if sample == 5 else "RGB")
+        coarse = Image.fromarray(np.random.default_rng(sample).integers(0, 256, (9, 11, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        coarse.resize((90, 70 + sample)).convert(mode).save(file, kind)
+        data = file.getvalue()
+        return data[: len(data) - 40 * (sample in (7, 8))]
+
+
+@pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int) -> None:
+    for stream in (train, evaluate):
+        one, other = (list(stream(Photographs(23), workers=workers, by_native=choice)) for choice in (True, False))
+        for a, b in zip(one, other, strict=True):
+            assert (a.images.int() - b.images.int()).abs().max() <= 1
+            assert torch.equal(a.labels, b.labels)
+            assert a.bad == b.bad
+        assert {bad.sample for batch in one for bad in batch.bad} == {7, 8}
+
+
+@pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+def test_the_native_decoder_decodes_what_it_is_asked_to_and_pillow_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+    whole = decode_module._picture
+    monkeypatch.setattr(decode_module, "_picture", lambda data: opened.append(data) or whole(data))
+    source = Photographs(23)
+    list(evaluate(source, by_native=True))
+    assert opened == [source.read(sample) for sample in (3, 5, 7, 8)]
+    list(evaluate(source))
+    assert len(opened) == 4 + 23
