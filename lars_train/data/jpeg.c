@@ -191,20 +191,22 @@ AVX2 static inline __attribute__((always_inline)) void across_in_pairs(const Axi
     const __m128i half = _mm_set1_epi32(HALF);
     const __m128i lowest = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 12, 8, 4, 0);
     const __m256i spread = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-    const char *weights = (const char *)axis->weights;
+    const int32_t *weights = axis->weights;
     for (int i = 0; i < axis->count; i++, to += 3) {
         const uint8_t *from = row + 4 * (size_t)axis->first[i];
         __m256i sum = _mm256_setzero_si256();
-        for (int pair = 0; pair < pairs; pair++, from += 8, weights += 8) {
+        for (int pair = 0; pair < pairs; pair++, from += 8, weights += 2) {
             const __m256i pixels = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)from));
-            const __m256d both = _mm256_broadcast_sd((const void *)weights);
-            const __m256 each = _mm256_permutevar_ps(_mm256_castpd_ps(both), spread);
+            int64_t both;
+            memcpy(&both, weights, sizeof both);
+            const __m256 each = _mm256_permutevar_ps(_mm256_castsi256_ps(_mm256_set1_epi64x(both)), spread);
             sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(pixels, _mm256_castps_si256(each)));
         }
         const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
         const __m128i pixel = _mm_srai_epi32(_mm_add_epi32(two, half), WEIGHT_BITS);
         /* The fourth byte is where the next pixel begins, or the row's slack. */
-        _mm_storeu_si32(to, _mm_shuffle_epi8(pixel, lowest));
+        const int32_t bytes = _mm_cvtsi128_si32(_mm_shuffle_epi8(pixel, lowest));
+        memcpy(to, &bytes, sizeof bytes);
     }
 }
 

@@ -100,7 +100,7 @@ def test_native_wanted_and_not_there_is_refused_with_the_remedy(monkeypatch: pyt
         ("auto", "native", "native", True, []),
         ("pillow", "pillow", None, False, []),
         ("pillow", "pillow", "pillow", True, []),
-        ("auto", "pillow", None, False, ["NOTE: JPEGs are decoded by Pillow, at half the speed"]),
+        ("auto", "pillow", None, False, ["NOTE: JPEGs are decoded by Pillow, at under half the speed"]),
         ("auto", "pillow", None, True, ["NOTE: JPEGs are decoded by Pillow, for another rank"]),
         ("auto", "pillow", "pillow", True, ["NOTE: JPEGs are decoded by Pillow, as this run began"]),
         ("auto", "pillow", "native", False, ["WARNING: this run's JPEGs were decoded by native", "NOTE: "]),
