@@ -60,7 +60,7 @@ def decoder_lines(wanted: str, decided: str, stored: str | None, split: Source) 
     elif wanted == AUTO and decided == PILLOW and native.is_there():
         yield "NOTE: JPEGs are decoded by Pillow, for another rank has no decoder in C."
     if missing:
-        yield f"NOTE: JPEGs are decoded by Pillow, at under half the speed: the decoder in C is not there. {native.REMEDY}"
+        yield f"NOTE: JPEGs are decoded by Pillow, at under half the speed: none in C is there. {native.REMEDY}"
 
 
 def has_jpegs(split: Source) -> bool:

@@ -134,9 +134,13 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def train(root: Path, directory: Path, **changes: Any) -> None:
+    session.train(prepare(small_run(root, directory, **changes)), Ranks(), Invocation(("lars-train",)))
+
+
+def small_run(root: Path, directory: Path, **changes: Any) -> Config:
     values = {
         "seed": 3,
-        "epochs": 4,
+        "epochs": 2,
         "device": "cpu",
         "micro_batch": 2,
         "batch": {"size": 2},
@@ -153,11 +157,37 @@ def train(root: Path, directory: Path, **changes: Any) -> None:
     for key, value in changes.items():
         OmegaConf.update(raw, key.replace("__", "."), value)
     assert isinstance(raw, DictConfig)
-    session.train(prepare(resolve(raw)), Ranks(), Invocation(("lars-train",)))
+    return resolve(raw)
 
 
 def decoders(directory: Path) -> list[str]:
     return [start["decoder"] for start in json.loads((directory / "run.json").read_text())["started"]]
+
+
+def test_an_evaluation_alone_uses_the_decoder_that_the_config_names(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(photographs, tmp_path / "run", max_updates=1)
+    asked: list[bool] = []
+    whole = session.evaluate_split
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["by_native"])
+        return whole(*arguments, **{**options, "by_native": False})
+
+    monkeypatch.setattr(session, "evaluate_split", seen)
+    config = small_run(photographs, tmp_path / "run", mode="evaluate", checkpoint__path=str(tmp_path / "run"))
+    capsys.readouterr()
+    for here, wanted, expected in [(True, "auto", True), (True, "pillow", False), (False, "auto", False)]:
+        monkeypatch.setattr(native, "is_there", lambda here=here: here)
+        chosen, content = session.evaluation_config(config, ())
+        chosen.data.decoder = wanted
+        session.evaluate_only(chosen, content, Ranks())
+        assert asked.pop() is expected
+        assert capsys.readouterr().err.count("libjpeg-dev") == (not here)
+    chosen.data.decoder = "native"
+    with pytest.raises(ConfigError, match=r"data\.decoder=native"):
+        session.evaluate_only(chosen, content, Ranks())
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -173,7 +203,7 @@ def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cann
     unbroken, same, other = tmp_path / "unbroken", tmp_path / "same", tmp_path / "other"
     train(photographs, unbroken)
     for directory in (same, other):
-        train(photographs, directory, max_updates=5)
+        train(photographs, directory, max_updates=2)
     assert "Pillow" not in capsys.readouterr().out
     train(photographs, same)
     assert decoders(same) == ["native", "native"]
@@ -191,7 +221,7 @@ def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cann
 def test_a_run_that_began_with_pillow_goes_on_with_it(photographs: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "is_there", lambda: False)
-        train(photographs, tmp_path / "run", max_updates=5)
+        train(photographs, tmp_path / "run", max_updates=2)
     train(photographs, tmp_path / "run")
     assert decoders(tmp_path / "run") == ["pillow", "pillow"]
 
