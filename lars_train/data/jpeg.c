@@ -262,6 +262,16 @@ static int is_known(const struct jpeg_decompress_struct *jpeg) {
     return jpeg->jpeg_color_space == JCS_YCbCr && c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= 2;
 }
 
+/* Whether a progressive picture has all bits of all coefficients. libjpeg smooths one that has not, from the blocks all
+   around, which are not all there when it decodes a part. */
+static int is_complete(const struct jpeg_decompress_struct *jpeg) {
+    if (!jpeg->progressive_mode || !jpeg->coef_bits) return 1;
+    for (int c = 0; c < jpeg->num_components; c++)
+        for (int i = 0; i < DCTSIZE2; i++)
+            if (jpeg->coef_bits[c][i]) return 0;
+    return 1;
+}
+
 /* Whether the scan whose last rows were not wanted goes on to the end of the picture and no other marker: a file that
    was cut off is told from a whole one without decoding the rest. */
 static int ends_well(struct jpeg_decompress_struct *jpeg) {
@@ -331,6 +341,7 @@ static void decode(Job *job) {
     plan(job, across, 0, view->left, view->right - view->left, view->wide, view->x, view->flip, 1);
     plan(job, down, 2, view->top, view->bottom - view->top, view->high, view->y, 0, 0);
     jpeg_start_decompress(jpeg);
+    if (!is_complete(jpeg)) leave(job, REFUSED);
     if (across->count && down->count) {
         const int first = narrow(jpeg, across->begin, across->end);
         for (int i = 0; i < across->count; i++) across->first[i] -= first;

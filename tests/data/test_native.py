@@ -163,6 +163,20 @@ def test_scans_that_do_not_interleave_components_are_decoded() -> None:
     np.testing.assert_array_equal(by_native(jpeg, view, 16), columns_first(whole_picture(jpeg), view, 16))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_progressive_picture_without_its_last_scans_is_pillows_which_smooths_it(kind: str) -> None:
+    jpeg = made_up(kind, 100, 90, True)
+    view = Geometry((20, 20, 40, 40), (16, 16), 0, (0, 0), False)
+    starts = [i for i in range(len(jpeg)) if jpeg[i : i + 2] == b"\xff\xda"]
+    for number in range(1, len(starts)):
+        # Up to where the segments before the next scan begin: tables, if there are any.
+        end = jpeg.rfind(b"\xff\xc4", starts[number - 1], starts[number])
+        data = jpeg[: end if end > 0 else starts[number]] + b"\xff\xd9"
+        assert not native.decode(data, (100, 90), view, np.empty((16, 16, 3), np.uint8))
+        pixels = decode(data, lambda w, h: view, 16, by_native=True)
+        np.testing.assert_array_equal(pixels, in_one_step(whole_picture(data), view, 16))
+
+
 def separate_scans(count: int) -> bytes:
     """A baseline JPEG whose `count` scans hold a component each, in turn, of a grey one's data."""
     grey = made_up("grey", 40, 33)
