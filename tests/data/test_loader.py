@@ -373,7 +373,7 @@ class Photographs(Pictures):
         return data[: len(data) - 40 * (sample in (7, 8))]
 
 
-@pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+@pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int) -> None:
     for stream in (train, evaluate):
@@ -385,7 +385,7 @@ def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int)
         assert {bad.sample for batch in one for bad in batch.bad} == {7, 8}
 
 
-@pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+@pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 def test_the_native_decoder_decodes_what_it_is_asked_to_and_pillow_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[bytes] = []
     whole = decode_module._picture

@@ -34,7 +34,7 @@ Pixels = npt.NDArray[np.uint8]
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "grey", "rgb")
 
-pytestmark = pytest.mark.skipif(not native.is_there(), reason="the decoder in C was not built")
+pytestmark = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +227,9 @@ def not_for_it() -> Iterator[tuple[str, bytes]]:
     yield "arithmetic coding", jpeg[:at] + b"\xff\xc9" + jpeg[at + 2 :]
     yield "lossless", jpeg[:at] + b"\xff\xc3" + jpeg[at + 2 :]
     yield "4:1:1", jpeg[: at + 11] + b"\x41" + jpeg[at + 12 :]
+    grey = made_up("grey", 40, 40)
+    at_grey = grey.index(b"\xff\xc0")
+    yield "grey with sampling factors", grey[: at_grey + 11] + b"\x22" + grey[at_grey + 12 :]
     yield "20,000 x 20,000 pixels", jpeg[: at + 5] + b"\x4e\x20\x4e\x20" + jpeg[at + 9 :]
     yield "height 0", jpeg[: at + 5] + b"\x00\x00" + jpeg[at + 7 :]
 
@@ -304,7 +307,9 @@ def test_a_view_or_buffer_that_makes_no_sense_is_an_error_and_touches_no_memory(
 
 def test_other_threads_run_while_it_decodes() -> None:
     data = made_up("4:2:0", 1500, 1500)
-    view = Geometry((0, 0, 1500, 1500), (224, 224), 0, (0, 0), False)
+    out = np.empty((224, 224, 3), np.uint8)
+    # No numpy in the loop: that leaves the interpreter now and then.
+    arguments = (data, len(data), out.ctypes.data, 1500, 1500, 0, 0, 1500, 1500, 224, 224, 0, 0, False, 224)
     gate, done = threading.Lock(), []
     gate.acquire()
     other = threading.Thread(target=lambda: done.append(gate.acquire()))
@@ -315,7 +320,7 @@ def test_other_threads_run_while_it_decodes() -> None:
     try:
         gate.release()
         for _ in range(300):
-            by_native(data, view, 224)
+            native.jpeg.decode(*arguments)
             if done:
                 break
     finally:
@@ -379,6 +384,20 @@ def test_without_vectors_the_pixels_are_the_same(tmp_path: Path, monkeypatch: py
         with monkeypatch.context() as patch:
             patch.setattr(native, "jpeg", plain)
             np.testing.assert_array_equal(by_native(data, view, size), with_vectors)
+
+
+def test_it_is_used_where_it_was_built() -> None:
+    assert native.is_there()
+
+
+def test_a_library_that_it_cannot_use_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another libjpeg at run time than at the build refuses every call.
+    monkeypatch.setattr(native.jpeg, "decode", lambda *arguments: 2)
+    native.is_there.cache_clear()
+    try:
+        assert not native.is_there()
+    finally:
+        native.is_there.cache_clear()
 
 
 def test_a_package_without_it_decodes_by_pillow() -> None:
