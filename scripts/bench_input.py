@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from page import between_markers, cpu_name
 from PIL import Image, features
 from torchvision import transforms
 
@@ -281,16 +282,6 @@ def conditions(args: argparse.Namespace, files: Files) -> str:
     )
 
 
-def cpu_name() -> str:
-    """The processor's name, as well as the system tells it."""
-    described = Path("/proc/cpuinfo")
-    if described.is_file():
-        for line in described.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def one_core() -> None:
     """Keep this process to one thread on one core, where the system lets it."""
     torch.set_num_threads(1)
@@ -313,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="that count (default 7)")
     parser.add_argument("--files", type=int, default=200, help="at most so many of them, evenly spread (default 200)")
     parser.add_argument("--no-copies", action="store_true", help="the files as they are, and no smaller copies")
+    parser.add_argument("--write", type=Path, metavar="PATH", help="put what is found between this page's markers")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.files < 1:
         parser.error("--rounds and --files are at least 1")
@@ -336,6 +328,9 @@ def main(argv: list[str] | None = None) -> int:
             lines += [f"Pixels, native beside Pillow, {store}: {differences(stores[store])}." for store in stores]
     lines += [f"Skipped: {reason}" for reason in skipped]
     print("\n".join(lines))
+    if args.write is not None:
+        page = args.write.read_text(encoding="utf-8")
+        args.write.write_text(between_markers(page, "bench_input", lines), encoding="utf-8")
     return 0
 
 
