@@ -34,7 +34,6 @@ from lars_train.training.network import make_network
 from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import resolve
-from lars_train.training.run_directory import note_in_record
 from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, normaliser
 from lars_train.training.writer import CheckpointWriter
 
@@ -87,7 +86,6 @@ class Run:
         self.writer: CheckpointWriter | None = None
         self.notice = Notice()
         if group.first:
-            note_in_record(self.directory, decoder=self.resolved.decoder)
             checkpoint.remove_later(self.checkpoints, self.trainer.update)
             self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
             self.log = RunLog(self.directory, self.trainer.update)

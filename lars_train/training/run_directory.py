@@ -171,11 +171,6 @@ def note_end(directory: Path, how: str, reason: str = "", **values: Any) -> None
     _note(directory, {}, {"ended": {"how": how, "reason": reason, "time": now, **values}})
 
 
-def note_in_record(directory: Path, **values: str) -> None:
-    """Add `values` to what ``run.json`` says of the newest start."""
-    _note(directory, {}, values)
-
-
 def _note(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> None:
     path = directory / "run.json"
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):

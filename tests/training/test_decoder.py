@@ -161,7 +161,7 @@ def small_run(root: Path, directory: Path, **changes: Any) -> Config:
 
 
 def decoders(directory: Path) -> list[str]:
-    return [start["decoder"] for start in json.loads((directory / "run.json").read_text())["started"]]
+    return [start["resolved"]["decoder"] for start in json.loads((directory / "run.json").read_text())["started"]]
 
 
 def test_an_evaluation_alone_uses_the_decoder_that_the_config_names(
