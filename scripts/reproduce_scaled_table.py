@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -34,6 +35,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from scaled_results import Point, Result, draw_sweeps, hidden_parts, publish, result_table, sweep_table
 
 ROWS = ("256", "8k", "16k", "32k")
 SGD_SWEEP_256 = (0.025, 0.05, 0.1, 0.2, 0.4)
@@ -53,6 +56,8 @@ FOLDER = (
     "data.mean=[0.4914,0.4822,0.4465] data.std=[0.2470,0.2435,0.2616]"
 ).split()
 SETS = ("cifar10", "fashion_mnist")
+# Of a full study and of a quick one.
+LENGTH = {"epochs": (15, 4), "seeds": (3, 1)}
 UPDATES_BETWEEN_LINES = {"256": 2000, "8k": 100, "16k": 40, "32k": 20}
 
 
@@ -163,8 +168,24 @@ def main() -> None:
     print("chosen: " + (", ".join(cell.name for cell in best) or "nothing"), flush=True)
     cells = table_cells(best, args.quick)
     study.make([Run(cell, seed, choice=False) for seed in range(args.seeds) for cell in cells])
-    lines = [*sweep_lines(study, choices), "", *table_lines(study, cells, args.seeds)]
+    swept = [(sweep_name(sweep), sweep_points(study, sweep)) for sweep in choices]
+    lines = result_table(results(study, cells, args.seeds))
+    for name, points in swept:
+        lines += ["", *sweep_table(name, points)]
     print("\n".join(lines))
+    if args.write is not None:
+        args.write.mkdir(parents=True, exist_ok=True)
+        if swept:
+            draw_sweeps(swept, args.write / "sweeps")
+        runs = sorted(path for path in args.runs.iterdir() if (path / "run.json").exists())
+        places = [args.runs / "run", *([Path(args.data)] if args.data not in SETS else [])]
+        shown = Path(args.data).name if args.data not in SETS else args.data
+        command = f"python scripts/reproduce_scaled_table.py --data {shown}{' --quick' if args.quick else ''}"
+        command += "".join(
+            f" --{key} {n}" for key, n in vars(args).items() if key in LENGTH and n != LENGTH[key][args.quick]
+        )
+        length = f"{args.epochs} epochs, {args.seeds} seed(s) for a cell of the table, one for a point of a sweep."
+        publish(args.write, runs, list(hidden_parts(*places)), [length, "", *lines], command)
 
 
 def arguments() -> argparse.Namespace:
@@ -175,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="recipe rows and plain SGD at 32K alone, 4 epochs, a seed")
     parser.add_argument("--runs", type=Path, help="folder of the runs (runs/scaled-DATA, with -quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each (cores)")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="page, pictures, report and records of all runs")
     parser.add_argument("--epochs", type=int, help="of each run (15; quick: 4)")
     parser.add_argument("--seeds", type=int, help="of each cell of the table (3; quick: 1)")
     args = parser.parse_args()
@@ -183,8 +205,9 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--data {args.data}: no such file or folder, and none of {', '.join(SETS)}")
         if args.root:
             parser.error("--root goes with --data cifar10 or fashion_mnist; a folder or .zip is --data itself")
-    args.epochs = args.epochs or (4 if args.quick else 15)
-    args.seeds = args.seeds or (1 if args.quick else 3)
+    for key, usual in LENGTH.items():
+        if getattr(args, key) is None:
+            setattr(args, key, usual[args.quick])
     if min(args.epochs, args.seeds, args.jobs) < 1:
         parser.error("--epochs, --seeds and --jobs: at least 1")
     name = Path(args.data).stem
@@ -214,6 +237,11 @@ def chosen(study: Study, sweep: Sequence[Cell]) -> Cell:
     return max(sweep, key=top1)
 
 
+def sweep_name(sweep: Sequence[Cell]) -> str:
+    """Its optimizer and row."""
+    return f"{'LARS' if sweep[0].optimizer == 'lars' else 'SGD'}, row {sweep[0].row.upper()}"
+
+
 def table_cells(best: Sequence[Cell], quick: bool) -> list[Cell]:
     """The cells of the table, each once, in its order."""
     recipe = [Cell("256", "sgd"), *(Cell(row, "lars") for row in ROWS[1:])]
@@ -235,42 +263,35 @@ def told(final: dict[str, Any]) -> str:
     return "diverged" if "diverged" in final else f"{final['final_top1']:.2f}"
 
 
-def sweep_lines(study: Study, choices: Sequence[Sequence[Cell]]) -> list[str]:
-    """A Markdown table for each sweep: top-1 on the held-out images over the learning rate."""
-    lines = []
-    for sweep in choices:
-        finals = [study.final(Run(cell, 0, choice=True)) for cell in sweep]
-        first = sweep[0]
-        lines += [
-            "",
-            f"| {first.optimizer.upper()}, row {first.row}: lr | " + " | ".join(f"{c.lr:g}" for c in sweep) + " |",
-        ]
-        lines += ["|---" * (len(sweep) + 1) + "|"]
-        lines += ["| top-1 %, held out | " + " | ".join(told(final) for final in finals if final) + " |"]
-    return lines
+def sweep_points(study: Study, sweep: Sequence[Cell]) -> list[Point]:
+    """A sweep as it was found."""
+    finals = [study.final(Run(cell, 0, choice=True)) for cell in sweep]
+    return [
+        Point(cell.lr or math.nan, final.get("final_top1"), as_in_recipe(cell).lr is None)
+        for cell, final in zip(sweep, finals, strict=True)
+        if final is not None
+    ]
 
 
-def table_lines(study: Study, cells: Sequence[Cell], seeds: int) -> list[str]:
-    """The table in Markdown: top-1 on the test images at the end of the run, mean and standard deviation."""
-    from statistics import fmean, stdev
-
-    lines = ["| row | batch | optimizer | lr | top-1 %, last epoch | best epoch |", "|---|---|---|---|---|---|"]
+def results(study: Study, cells: Sequence[Cell], seeds: int) -> list[Result]:
+    """The cells of the table as they were found."""
+    found = []
     for cell in cells:
-        found = [study.final(Run(cell, seed, choice=False)) for seed in range(seeds)]
-        finals = [final for final in found if final is not None and "diverged" not in final]
-        if not finals:
-            lines.append(f"| {cell.row} | | {cell.optimizer} | {cell.lr or 'recipe'} | diverged | |")
-            continue
-        cell_texts = []
-        for key in ("final_top1", "best_top1"):
-            values = [final[key] for final in finals]
-            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-            lost = f" ({seeds - len(finals)} of {seeds} diverged)" if len(finals) < seeds else ""
-            cell_texts.append(f"{fmean(values):.2f}{spread}{lost}")
-        lr = f"{finals[0]['lr']:g}{' (recipe)' if cell.lr is None else ''}"
-        batch = finals[0]["global_batch"]
-        lines.append(f"| {cell.row} | {batch} | {cell.optimizer} | {lr} | {cell_texts[0]} | {cell_texts[1]} |")
-    return lines
+        finals = [study.final(Run(cell, seed, choice=False)) for seed in range(seeds)]
+        whole = [final for final in finals if final is not None and "diverged" not in final]
+        found.append(
+            Result(
+                row=cell.row,
+                batch=whole[0]["global_batch"] if whole else 0,
+                optimizer=cell.optimizer,
+                lr=whole[0]["lr"] if whole else cell.lr or math.nan,
+                recipe=cell.lr is None,
+                final=tuple(final["final_top1"] for final in whole),
+                best=tuple(final["best_top1"] for final in whole),
+                diverged=len(finals) - len(whole),
+            )
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""What reproduce_scaled_table.py writes of its runs: a page, the sweeps' picture, lars-report's files, the records."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from page import between_markers, cpu_name
+
+from lars_train.report.command import rows_of
+from lars_train.report.write import write_report
+
+MARKED = "scaled"
+RECORDS = ("run.json", "final.json", "config.yaml", "metrics.jsonl", "metrics.fields.json")
+# Okabe and Ito, https://jfly.uni-koeln.de/color/
+LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."))
+PUBLISHED = {"8k": 73.79 - 73.78, "16k": 73.79 - 73.36, "32k": 73.79 - 72.26}
+"""Points of top-1 that the published rows lose against the 256 row (https://github.com/kakaobrain/torchlars)."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One learning rate of a sweep; `top1` in percent, None of a run that diverged."""
+
+    lr: float
+    top1: float | None
+    recipe: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell of the table. `final`, `best`: percent of top-1 on the test images, one number for each seed."""
+
+    row: str
+    batch: int
+    optimizer: str
+    lr: float
+    recipe: bool
+    final: tuple[float, ...]
+    best: tuple[float, ...]
+    diverged: int
+
+
+def sweep_table(name: str, points: Sequence[Point]) -> list[str]:
+    """Markdown: top-1 on the held-out images over the learning rate."""
+    rates = [f"{point.lr:g}{' (recipe)' if point.recipe else ''}" for point in points]
+    found = ["diverged" if point.top1 is None else f"{point.top1:.2f}" for point in points]
+    return [
+        f"| {name}: lr | {' | '.join(rates)} |",
+        "|---" * (len(points) + 1) + "|",
+        f"| top-1 %, held out | {' | '.join(found)} |",
+    ]
+
+
+def result_table(results: Sequence[Result]) -> list[str]:
+    """Markdown: the table, and how far each cell is from the baseline, the better one of the 256 row's."""
+    lines = [
+        "| row | batch | optimizer | lr | top-1 %, last epoch | top-1 %, best epoch | to the 256 row | published |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    baseline = max((fmean(r.final) for r in results if r.row == "256" and r.final), default=None)
+    for result in results:
+        lr = f"{result.lr:g}{' (recipe)' if result.recipe else ''}"
+        of_row = PUBLISHED.get(result.row) if result.optimizer == "lars" and result.recipe else None
+        apart = fmean(result.final) - baseline if result.final and baseline is not None else None
+        cells = [
+            *(result.row.upper(), str(result.batch), "LARS" if result.optimizer == "lars" else "SGD", lr),
+            *(spread(values, result.diverged) for values in (result.final, result.best)),
+            "" if apart is None else f"{apart:+.2f}",
+            "" if of_row is None else f"{-of_row:+.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: Sequence[float], diverged: int) -> str:
+    """Mean and standard deviation over the seeds, and how many of them diverged."""
+    text = f"{fmean(values):.2f}" if values else ""
+    text += f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{text} ({diverged} diverged)".strip() if diverged else text
+
+
+def draw_sweeps(sweeps: Sequence[tuple[str, Sequence[Point]]], path: Path) -> None:
+    """Top-1 over the learning rate, a curve per sweep, as PATH.svg and PATH.png; a ring marks the recipe's own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "lars-train", "svg.fonttype": "none", "font.size": 10}):
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for (name, points), (colour, marker, line) in zip(sweeps, LOOKS, strict=False):
+            there = {point.lr: point.top1 for point in points if point.top1 is not None}
+            axes.plot(list(there), list(there.values()), color=colour, marker=marker, linestyle=line, label=name)
+            own = {point.lr: there[point.lr] for point in points if point.recipe and point.lr in there}
+            axes.plot(list(own), list(own.values()), "o", markersize=13, fillstyle="none", color=colour)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 on held-out images (%)")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower center")
+        for kind in ("svg", "png"):
+            date = {"Date": None} if kind == "svg" else {}
+            figure.savefig(path.with_suffix(f".{kind}"), dpi=150, metadata=date)
+        pyplot.close(figure)
+
+
+def publish(folder: Path, runs: Sequence[Path], hidden: Sequence[str], lines: Sequence[str], command: str) -> None:
+    """Write the records of `runs`, lars-report's files on the table's, and `lines` into README.md, all in `folder`.
+
+    `hidden`: parts of paths that say nothing to a reader, taken out of the records; so are host and interpreter.
+    """
+    records = folder / "runs"
+    shutil.rmtree(records, ignore_errors=True)
+    for run in runs:
+        _copy_record(run, records / run.name, hidden)
+    table = [records / run.name for run in runs if run.name.startswith("table-")]
+    if table:
+        write_report(rows_of(table), folder / "report")
+    where = f"{cpu_name()}, Python {platform.python_version()}, torch {version('torch')}"
+    page = folder / "README.md"
+    begin, end = (f"<!-- {MARKED}: {word} -->" for word in ("begin", "end"))
+    text = page.read_text() if page.exists() else f"# The table at reduced scale\n\n{begin}\n{end}\n"
+    page.write_text(between_markers(text, MARKED, [f"`{command}` on {where}.", "", *lines]))
+
+
+def _copy_record(run: Path, target: Path, hidden: Sequence[str]) -> None:
+    target.mkdir(parents=True)
+    for name in RECORDS:
+        if not (run / name).exists():
+            continue
+        text = (run / name).read_text()
+        if name == "run.json":
+            text = json.dumps(_without_places(json.loads(text)), indent=1) + "\n"
+        for part in hidden:
+            text = text.replace(part, "")
+        (target / name).write_text(text)
+
+
+def _without_places(record: dict[str, Any]) -> dict[str, Any]:
+    starts = [
+        {key: value for key, value in start.items() if key not in ("host", "directory", "executable")}
+        for start in record["started"]
+    ]
+    return {**record, "started": starts}
+
+
+def hidden_parts(*paths: Path) -> Iterator[str]:
+    """The folders of `paths`, as they stand in records, the longest first."""
+    yield from sorted({f"{path.resolve().parent}/" for path in paths}, key=len, reverse=True)
