@@ -1,7 +1,8 @@
 """The command line: compose with Hydra, check, launch, and say how it went.
 
 No torch is imported until a command needs it. Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for a run
-that a signal has ended with a checkpoint, 130 for an interrupt before or after training.
+that a signal has ended with a checkpoint (by a second signal: 128 and its number), 130 for an interrupt before or after
+training.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, flatten, nominal_batch, register, resolve
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped, nearest
-from lars_train.monitoring.say import complain, first_process, say
+from lars_train.monitoring.say import complain, first_process, open_standard_streams, say
 from lars_train.text import printable_lines
 
-BAD_INPUT, FAILED, STOPPED = 2, 1, 75  # EX_TEMPFAIL of sysexits.h: try again
+BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130
 _GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
 _HELP = {"--help", "-h"}
 _ASKS_ONLY = {*_HELP, "--hydra-help", "--version", "--shell-completion", "-sc"}
@@ -55,18 +56,26 @@ class _Jobs:
         return 0 if not codes else BAD_INPUT if codes == {BAD_INPUT} else FAILED
 
 
+# Folders to remove at the end.
+_scratch: list[str] = []
+
+
 def _stopped(number: int, frame: FrameType | None) -> None:
     """Before and after training, which has a checkpoint to write first."""
     text = f"lars-train: {signal.Signals(number).name}: stopped; the same command goes on from the last checkpoint.\n"
     os.write(2, text.encode())
+    for folder in _scratch:
+        shutil.rmtree(folder, ignore_errors=True)
     # At once: an exception would take its way through whatever is being imported.
-    os._exit(STOPPED)
+    os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
 def main() -> None:
     """Entry point of ``lars-train`` and of ``python -m lars_train``; ends the process with its exit code."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stopped)
+    open_standard_streams()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stopped)
     command = (Path(sys.argv[0]).name if "__main__" not in sys.argv[0] else "python -m lars_train", *sys.argv[1:])
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:], os.environ.get("IMAGENET_DIR"))
@@ -80,6 +89,7 @@ def main() -> None:
     if sweeping and not any(argument.startswith("hydra.sweep.dir=") for argument in sys.argv[1:]):
         # Hydra writes multirun.yaml there; each job's run directory holds all that is worth keeping.
         scratch = tempfile.mkdtemp(prefix="lars-train-")
+        _scratch.append(scratch)
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         sys.argv.insert(1, f"hydra.sweep.dir={scratch}")
     # Otherwise Hydra prints its errors itself and ends with code 1.
@@ -99,9 +109,6 @@ def main() -> None:
         # The reader of our output (`| head`) has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
-    except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the last checkpoint.")
-        sys.exit(130)
     except Exception as error:
         if error is jobs.crash:
             print(printable_lines(traceback.format_exc()), file=sys.stderr)
@@ -235,7 +242,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
     except Stopped as stopped:
         # Hydra would go on with the next job of a sweep, but for what is no Exception.
         complain(str(stopped))
-        sys.exit(STOPPED)
+        sys.exit(stopped.code)
     except Exception as error:
         if not sweeping:
             jobs.crash = error

@@ -21,7 +21,7 @@ from lars_train.plan import check_world
 from lars_train.rehearsal import lines, rehearse
 from lars_train.report.command import rows_of
 from lars_train.report.table import terminal
-from lars_train.spawn import end_with, start_processes
+from lars_train.spawn import end_with, shield_tracker, start_processes
 from lars_train.text import printable
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
@@ -34,6 +34,7 @@ from lars_train.training.session import evaluate_only, evaluation_config, export
 def run(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Do what ``mode`` says; what came of it, by name. Raises `ConfigError`, `DataError`, `WorkerError`."""
     begin_job()
+    shield_tracker()
     commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan}
     return commands[config.mode](config, invocation)
 

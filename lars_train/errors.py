@@ -30,7 +30,15 @@ class Diverged(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal has asked the run to end, and it has ended with a checkpoint; the message says how to go on."""
+    """A signal has asked the run to end, and it has ended with a checkpoint; the message says how to go on.
+
+    `code`: the exit code, 75 (EX_TEMPFAIL of sysexits.h: try again), or 128 and the signal's number where a second
+    one has ended it at once.
+    """
+
+    def __init__(self, message: str, code: int = 75) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -31,6 +31,13 @@ def is_killed_after_its_work() -> str:
     return "done"
 
 
+def hears_nothing(folder: str) -> str:
+    """What it does about SIGHUP, once it has been sent one."""
+    open(os.path.join(folder, os.environ["RANK"]), "w").close()  # noqa: PTH118, PTH123
+    time.sleep(1)
+    return str(signal.getsignal(signal.SIGHUP))
+
+
 def fails(error: str) -> None:
     raise {"DataError": DataError, "Stopped": Stopped, "KeyError": KeyError}[error]("the word")
 

@@ -64,3 +64,18 @@ def test_a_signal_is_passed_on_and_ends_the_ranks_their_own_way(tmp_path: Path) 
     with pytest.raises(Stopped, match="stopped after update 7"):
         start_processes(at_work.takes_note, (str(tmp_path),), 2)
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_signal_that_was_ignored_before_is_not_passed_on(tmp_path: Path) -> None:
+    # As under nohup.
+    def tell() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        threading.Thread(target=tell, daemon=True).start()
+        assert start_processes(at_work.hears_nothing, (str(tmp_path),), 2) == str(signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, before)

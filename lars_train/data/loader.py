@@ -321,5 +321,5 @@ def _begin(begun: mmap.mmap, worker: int) -> None:
 def _leave_signals_to_the_parent(worker: int) -> None:
     # Ctrl-C reaches the whole process group, and Slurm's notice all processes of a step; the parent decides how to
     # end, and then ends the workers, who also end when it is gone.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

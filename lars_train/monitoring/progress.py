@@ -9,7 +9,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lars_train.monitoring.say import unread
 from lars_train.text import printable
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that the end of its terminal does not stop."""
+
+    def display(self, *arguments: Any, **keywords: Any) -> None:
+        with unread():
+            super().display(*arguments, **keywords)
 
 
 class Progress:
@@ -24,13 +33,14 @@ class Progress:
     def say(self, text: str) -> None:
         """One line of text, above the bar if there is one."""
         if self._shown:
-            tqdm.write(printable(text), file=sys.stdout)
-            sys.stdout.flush()
+            with unread():
+                tqdm.write(printable(text), file=sys.stdout)
+                sys.stdout.flush()
 
     def start_epoch(self, epoch: int, updates: int, done: int) -> None:
         """A bar for epoch `epoch` (from 0) of `updates` updates, `done` of them behind us."""
         if self._bars:
-            self._bar = tqdm(
+            self._bar = _Bar(
                 total=updates,
                 initial=done,
                 desc=f"epoch {epoch + 1}/{self._epochs}",
@@ -66,7 +76,7 @@ class Progress:
         if not self._bars:
             yield lambda count: None
             return
-        with tqdm(total=total, desc=what, unit="image", leave=False, dynamic_ncols=True) as bar:
+        with _Bar(total=total, desc=what, unit="image", leave=False, dynamic_ncols=True) as bar:
             yield bar.update
 
     def close(self) -> None:

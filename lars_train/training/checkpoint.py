@@ -43,6 +43,10 @@ class DamagedCheckpoint(Exception):
     """The file is not a whole checkpoint of this program; the message says why."""
 
 
+class NewerCheckpoint(DamagedCheckpoint):
+    """A newer version of this program wrote the file; to this one it is as good as damaged."""
+
+
 def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `update` and remove all but the last `keep`. Returns its path.
 
@@ -51,15 +55,20 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
     folder.mkdir(exist_ok=True)
     path = path_of(folder, update)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        hashing = _Hashing(file)
-        torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
-        file.write(_MARK + hashing.digest.hexdigest().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if not verify(partial):
-        raise DamagedCheckpoint("what was written is not there")
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
+            file.write(_MARK + hashing.digest.hexdigest().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if not verify(partial):
+            raise DamagedCheckpoint("what was written is not there")
+        partial.replace(path)
+    except Exception:
+        # On a full disk it would take the room of what comes next.
+        partial.unlink(missing_ok=True)
+        raise
     _sync_folder(folder)
     for old in listing(folder)[:-keep]:
         old.unlink()
@@ -75,6 +84,8 @@ def keep_best(folder: Path, update: int) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path_of(folder, update), partial)
     partial.replace(best)
+    # Nothing is renamed where both are the same file already.
+    partial.unlink(missing_ok=True)
     _sync_folder(folder)
 
 
@@ -89,11 +100,24 @@ def listing(folder: Path) -> list[Path]:
 
 
 def remove_later(folder: Path, update: int) -> None:
-    """Remove the checkpoints after `update`: a run that goes on from an earlier one replaces them."""
+    """Remove the checkpoints after `update`, which a run that goes on from an earlier one replaces, and what a kill has
+    left half written. Those of a newer version of this program stay."""
+    for path in folder.glob("*.partial"):
+        path.unlink(missing_ok=True)
     for path in listing(folder):
         match = _NAME.fullmatch(path.name)
-        if match and int(match.group(1)) > update:
+        if match and int(match.group(1)) > update and not _is_newer(path):
             path.unlink()
+
+
+def _is_newer(path: Path) -> bool:
+    try:
+        load(path)
+    except NewerCheckpoint:
+        return True
+    except DamagedCheckpoint:
+        pass
+    return False
 
 
 class _Hashing:
@@ -164,7 +188,7 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise DamagedCheckpoint("it is no checkpoint of lars-train; a file of weights alone goes in model.weights")
     if content["format"] > FORMAT:
-        raise DamagedCheckpoint(f"a newer lars-train wrote it (format {content['format']}, this one knows {FORMAT})")
+        raise NewerCheckpoint(f"a newer lars-train wrote it (format {content['format']}, this one knows {FORMAT})")
     missing = _ENTRIES.keys() - content.keys()
     if missing:
         raise DamagedCheckpoint(f"it lacks {', '.join(sorted(missing))}")
@@ -197,6 +221,7 @@ def latest(
     Raises `ConfigError` if that leaves none: a run that has lost its state is not silently started anew.
     """
     damaged: list[str] = []
+    newer = False
     unfit: ConfigError | None = None
     for path in reversed(listing(folder)):
         try:
@@ -204,8 +229,10 @@ def latest(
             check(content)
             return path, content
         except DamagedCheckpoint as error:
-            damaged.append(path.name)
-            text = f"WARNING: checkpoint {path} is damaged: {error}. Trying the one before it."
+            damaged.append(f"{path.name}: {error}")
+            newer = newer or isinstance(error, NewerCheckpoint)
+            what = "cannot be used" if isinstance(error, NewerCheckpoint) else "is damaged"
+            text = f"WARNING: checkpoint {path} {what}: {error}. Trying the one before it."
         except ConfigError as error:
             unfit = unfit or ConfigError(f"{path}: {error}")
             text = f"WARNING: checkpoint {path} does not fit: {error} Trying the one before it."
@@ -215,7 +242,8 @@ def latest(
         raise unfit
     if damaged:
         raise ConfigError(
-            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); start anew with resume=never."
+            f"no checkpoint in {folder} can be used ({'; '.join(damaged)}); "
+            f"{'go on with that newer lars-train, or ' if newer else ''}start anew with resume=never."
         )
     return None
 

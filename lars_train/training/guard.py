@@ -19,14 +19,16 @@ _SHOWN = 5
 class Divergence:
     """The first `update` whose training loss was not finite or above the limit.
 
-    `layers`: per adapted parameter (name, |w|, |g|, trust ratio) of the update before it, whose weights made
-    that loss; empty for an optimizer other than LARS, and for the first update since the run was started.
+    `layers`: per adapted parameter (name, |w|, |g|, trust ratio) of `layers_of`, the update before it, whose weights
+    made that loss; of that update itself, where it is the first since the run was started or rolled back. Empty
+    for an optimizer other than LARS.
     """
 
     update: int
     loss: float
     lr: float
     layers: tuple[tuple[str, float, float, float], ...]
+    layers_of: int
 
     def record(self) -> dict[str, Any]:
         """As values for JSON; the layers with the largest trust ratios and gradients."""
@@ -34,6 +36,7 @@ class Divergence:
             "update": self.update,
             "loss": self.loss if math.isfinite(self.loss) else None,
             "lr": self.lr,
+            "layers_of_update": self.layers_of,
             "largest_trust_ratios": {name: ratio for name, _, _, ratio in self._largest(3)},
             "largest_gradients": {name: norm for name, _, norm, _ in self._largest(2)},
         }
@@ -44,7 +47,7 @@ class Divergence:
         if self.layers:
             for what, column in (("trust ratios", 3), ("gradient norms", 2)):
                 shown = ", ".join(f"{layer[0]} {layer[column]:.3g}" for layer in self._largest(column))
-                lines.append(f"largest {what}, one update earlier: {shown}")
+                lines.append(f"largest {what} at update {self.layers_of:,}: {shown}")
         return lines
 
     def _largest(self, column: int) -> list[Any]:
@@ -74,6 +77,7 @@ class Guard:
         self._before: Tensor | None = None
         self._kept: Tensor | None = None
         self._parameters: list[Tensor] = []
+        self._first = 0
 
     def watch(self, update: int, loss: Tensor, optimizer: Optimizer) -> None:
         """Note the mean `loss` (a scalar on the device) of `update`, which `optimizer` has just made."""
@@ -81,13 +85,16 @@ class Guard:
         diverged = ~(loss <= self._max_loss) | ~torch.isfinite(loss)
         now = torch.stack((torch.full_like(self._seen[0], update), loss.double()))
         self._seen = torch.where(unseen & diverged, now, self._seen)
-        if self._before is not None:
-            kept = self._kept
-            fits = kept is not None and kept.shape == self._before.shape
-            self._kept = torch.where(unseen, self._before, kept) if kept is not None and fits else self._before
+        self._first = self._first or update
         layers = optimizer.layers() if isinstance(optimizer, LARS) else None
-        if layers is not None:
-            self._parameters, self._before = layers
+        if layers is None:
+            return
+        self._parameters, latest = layers
+        earlier = latest if self._before is None else self._before
+        kept = self._kept
+        fits = kept is not None and kept.shape == earlier.shape
+        self._kept = torch.where(unseen, earlier, kept) if kept is not None and fits else earlier
+        self._before = latest
 
     def found(self, network: nn.Module, lr_of: Any) -> Divergence | None:
         """The first divergence since the start, if there was one; here the host waits for the device.
@@ -100,4 +107,5 @@ class Guard:
         names = {id(parameter): name for name, parameter in network.named_parameters()}
         columns = [] if self._kept is None else self._kept.T.tolist()
         layers = [(names[id(p)], *column) for p, column in zip(self._parameters, columns, strict=False)]
-        return Divergence(int(update), loss, lr_of(int(update)), tuple(layers))
+        at = int(update)
+        return Divergence(at, loss, lr_of(at), tuple(layers), at if at == self._first else at - 1)

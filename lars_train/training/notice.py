@@ -1,4 +1,5 @@
-"""The notice that a run has to end: SIGTERM and SIGUSR1 (Slurm, Kubernetes, spot machines), SIGINT (Ctrl-C).
+"""The notice that a run has to end: SIGTERM and SIGUSR1 (Slurm, Kubernetes, spot machines), SIGINT (Ctrl-C), SIGHUP (a
+terminal that is gone). What was ignored when the program was started (``nohup``) stays so.
 
 The first one is only noted: the run ends after its current update, with a checkpoint. A second one ends the
 process at once.
@@ -13,7 +14,7 @@ import time
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A terminal and a launcher may both pass on the same notice: what comes so soon after it is not a second one.
 _SAME_NOTICE_S = 1.0
 
@@ -31,7 +32,8 @@ class Notice:
 
     def __enter__(self) -> Notice:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

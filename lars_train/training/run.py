@@ -89,6 +89,7 @@ class Run:
             checkpoint.remove_later(self.checkpoints, self.trainer.update)
             self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
             self.log = RunLog(self.directory, self.trainer.update)
+            self._take_back_records()
         self.logged: dict[str, float] = {}
         self.failures_told = self.skipped_in_a_row = 0
         self.result: Result | None = None
@@ -224,6 +225,19 @@ class Run:
         if self.trainer.update and self._evaluation_is_due():
             # Its result came after that checkpoint, as for a run that is started from it.
             self._evaluate()
+
+    def _take_back_records(self) -> None:
+        """Leave in divergence.jsonl the rollbacks that this run knows of: one that a kill took back is made again."""
+        path = self.directory / "divergence.jsonl"
+        if not path.exists():
+            return
+        kept, rollbacks = [], 0
+        for line in path.read_text().splitlines(keepends=True):
+            is_rollback = '"action": "rollback"' in line
+            rollbacks += is_rollback
+            if line.endswith("\n") and not (is_rollback and rollbacks > len(self.rollbacks)):
+                kept.append(line)
+        path.write_text("".join(kept))
 
     def _record(self, divergence: Divergence, action: dict[str, Any]) -> None:
         if self.group.first:

@@ -77,6 +77,27 @@ def test_later_ones_are_removed_and_earlier_ones_stay(tmp_path: Path) -> None:
     remove_later(tmp_path / "missing", 10)
 
 
+def test_what_was_half_written_is_removed_with_the_later_ones_and_newer_formats_stay(tmp_path: Path) -> None:
+    one, two, three = written(tmp_path, 1, 2, 3)
+    torch.save({"format": 99}, two)
+    (tmp_path / "update-000000009.partial").write_bytes(b"half")
+    remove_later(tmp_path, 1)
+    assert sorted(tmp_path.iterdir()) == [one, two]
+    assert not three.exists()
+
+
+def test_when_none_can_be_used_each_is_told_with_its_reason(tmp_path: Path) -> None:
+    one, two = written(tmp_path, 1, 2)
+    one.write_bytes(b"")
+    torch.save({"format": 99}, two)
+    with pytest.raises(ConfigError) as caught:
+        latest(tmp_path, warn=False)
+    told = str(caught.value)
+    assert "update-000000002.pt: a newer lars-train wrote it (format 99" in told
+    assert "update-000000001.pt: it is not a whole archive" in told
+    assert "go on with that newer lars-train, or start anew with resume=never" in told
+
+
 @pytest.mark.parametrize("step", ["fsync", "verify", "replace"])
 def test_a_crash_before_the_end_leaves_the_one_before(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +134,8 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "fsync", short)
     with pytest.raises(DamagedCheckpoint):
         written(tmp_path, 2, keep=1)
-    assert listing(tmp_path) == before
+    # Not even what was half written, for the next one needs its room.
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_a_flipped_bit_in_any_record_is_found(tmp_path: Path) -> None:
@@ -242,7 +264,7 @@ def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, capsys: pytes
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2):
         path.write_bytes(b"PK")
-    with pytest.raises(ConfigError, match=r"every checkpoint .* is damaged .*update-000000002.pt.*resume=never"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* can be used .*update-000000002.pt.*resume=never"):
         latest(tmp_path)
 
 

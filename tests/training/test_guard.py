@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pyte
     # The fifth update spoils the weights; the sixth has the loss, and there it is found.
     with pytest.raises(Diverged, match=r"diverged at update 6: loss nan, lr 0\.[0-9]+") as caught:
         train(tmp_path / "run")
-    assert "largest gradient norms, one update earlier: conv1.weight nan" in str(caught.value)
+    assert "largest gradient norms at update 5: conv1.weight nan" in str(caught.value)
     (record,) = lines(tmp_path / "run/divergence.jsonl")
     assert record["update"] == 6
     assert record["loss"] is None
@@ -149,6 +149,8 @@ def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(
         resumed = Spoiled(patch, 4)
         killed = train(tmp_path / "killed", on_divergence="rollback")
     assert resumed.seen[0] == 6
+    records = [(line["action"], line["update"]) for line in lines(tmp_path / "killed/divergence.jsonl")]
+    assert records == [("rollback", 6)]
     for key in ("weights_sha256", "rollbacks", "passed_over", "best_top1"):
         assert killed[key] == unbroken[key]
 
@@ -240,9 +242,44 @@ def test_the_report_has_the_layers_of_the_update_before() -> None:
     assert guard.found(model, float) is None
 
 
+def test_a_divergence_in_the_first_update_is_reported_with_its_own_layers() -> None:
+    model = nn.Linear(2, 1)
+    lars = LARS(optim.SGD(model.parameters(), lr=0.1), record=True)
+    guard = Guard(5.0, CPU)
+    for update in (7, 8):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float(update))
+        lars.step()
+        guard.watch(update, torch.tensor(6.0), lars)
+    found = guard.found(model, float)
+    assert found is not None
+    assert (found.update, found.layers_of) == (7, 7)
+    assert {layer[0]: layer[2] for layer in found.layers} == pytest.approx({"weight": 7 * math.sqrt(2), "bias": 7.0})
+    assert found.record()["layers_of_update"] == 7
+
+
+def test_a_rollback_that_a_kill_took_back_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as patch:
+        Spoiled(patch, 4)
+        original = run_module.Run._save
+
+        def save(run: run_module.Run) -> None:
+            if run.rollbacks:
+                raise KeyboardInterrupt
+            original(run)
+
+        patch.setattr(run_module.Run, "_save", save)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", on_divergence="rollback")
+    assert len(lines(tmp_path / "run/divergence.jsonl")) == 1
+    Spoiled(monkeypatch, 4)
+    assert len(train(tmp_path / "run", on_divergence="rollback")["rollbacks"]) == 1
+    assert len(lines(tmp_path / "run/divergence.jsonl")) == 1
+
+
 def test_a_report_can_be_had_without_layers() -> None:
-    assert Divergence(3, math.inf, 0.1, ()).lines() == ["diverged at update 3: loss inf, lr 0.1."]
-    assert Divergence(3, math.inf, 0.1, ()).record()["loss"] is None
+    assert Divergence(3, math.inf, 0.1, (), 2).lines() == ["diverged at update 3: loss inf, lr 0.1."]
+    assert Divergence(3, math.inf, 0.1, (), 2).record()["loss"] is None
 
 
 def test_a_rollback_keeps_the_best_result_of_an_evaluation_after_its_checkpoint(

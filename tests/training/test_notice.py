@@ -40,6 +40,17 @@ def test_a_second_notice_ends_the_process_at_once() -> None:
     assert done.returncode == 128 + signal.SIGINT
 
 
+def test_what_was_ignored_before_is_ignored_still() -> None:
+    # As under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Notice() as notice:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert notice.given == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_another_thread_takes_no_notice() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     seen: list[object] = []
