@@ -199,7 +199,7 @@ def test_any_torch_optimizer_runs_under_lars(tmp_path: Path) -> None:
     adam = ["optimizer=lars", "optimizer.base=AdamW", "optimizer.lr=0.01", "optimizer.kwargs.betas=[0.8,0.9]"]
     told = ran([*ALONE, *TINY, *adam, "max_updates=3", "run.name=adam"], tmp_path)
     assert "LARS over AdamW" in told
-    told = ran([*ALONE, *TINY, "optimizer=sgd", "optimizer.kwargs.nesterov=true", "max_updates=3"], tmp_path)
+    told = ran([*ALONE, *TINY, "optimizer=sgd", "optimizer.nesterov=true", "max_updates=3"], tmp_path)
     assert "optimizer      SGD" in told
 
 
