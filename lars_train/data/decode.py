@@ -9,6 +9,7 @@ the view is augment.py's.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 
@@ -29,6 +30,10 @@ MAX_SCANS = 500
 """The most scans of a JPEG: each goes over the whole picture, and takes but a few bytes to ask for."""
 
 
+# As an entry of warnings.filters. What is suspected to be a bomb is refused below.
+_QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
 class BadImage(Exception):
     """The bytes of one sample cannot be decoded; str(e) is the reason, in one line."""
 
@@ -43,23 +48,39 @@ def decode(
 ) -> npt.NDArray[np.uint8]:
     """The view of one picture: uint8 (size, size, 3), RGB, written to `out` where that is given (contiguous).
 
+    As `decode_into`, which it calls.
+    """
+    if out is None:
+        out = np.empty((size, size, 3), dtype=np.uint8)
+    decode_into(out, item, geometry, by_native=by_native)
+    return out
+
+
+def decode_into(
+    out: npt.NDArray[np.uint8],
+    item: bytes | npt.NDArray[np.uint8],
+    geometry: Callable[[int, int], Geometry],
+    *,
+    by_native: bool = False,
+) -> bool:
+    """Write the view of one picture to `out`, uint8 (S, S, 3), RGB, contiguous; whether native.py decoded it.
+
     `item` is an encoded picture or decoded uint8 pixels, (H, W) or (H, W, 3). `geometry` is called with
     its width and height in pixels, and must always give the same for the same. Resizing is Pillow's antialiased
     bilinear, on 8-bit channels. `by_native`: JPEGs by native.py, which must be there, as far as it can.
 
-    Raises BadImage where no whole picture can be had from the bytes. Whether there is one is for Pillow to say: it has
-    all files that native.py refuses. Of a JPEG that it does not refuse, the rows below the view are not decoded;
-    damage there that leaves the file's structure whole goes unnoticed, as it is by Pillow in most cases.
+    Raises BadImage where no whole picture can be had from the bytes; `out` may hold anything then. Whether there is one
+    is for Pillow to say: it has all files that native.py refuses. Of a JPEG that it does not refuse, the rows below the
+    view are not decoded; damage there that leaves the file's structure whole goes unnoticed, as it is by Pillow in most
+    cases.
     """
-    if out is None:
-        out = np.empty((size, size, 3), dtype=np.uint8)
     if by_native and isinstance(item, bytes):
         found = native.size_of(item)
         if found is not None and found[0] * found[1] <= MAX_PIXELS:
             view = geometry(*found)
             _check_size(found, view)
             if native.decode(item, found, view, out):
-                return out
+                return True
     picture = item if isinstance(item, np.ndarray) else _picture(item)
     if isinstance(picture, np.ndarray):
         height, width = picture.shape[:2]
@@ -74,8 +95,17 @@ def decode(
         if view.box != whole:
             picture = picture.crop(view.box)
         picture = picture.resize(view.size, Image.Resampling.BILINEAR)
-    _window(np.asarray(picture), view, size, out)
-    return out
+    _window(np.asarray(picture), view, out)
+    return False
+
+
+def _silence() -> None:
+    """Have this process ignore Pillow's warnings: of bombs, and of damaged EXIF data, which no pixel suffers from.
+
+    For the decoding alone it could not be done: `warnings.catch_warnings` is not for several threads.
+    """
+    if list(warnings.filters[:1]) != [_QUIET]:
+        warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
 
 
 def _check_size(size: tuple[int, int], view: Geometry) -> None:
@@ -89,23 +119,20 @@ def _picture(data: bytes) -> Image.Image:
         raise BadImage("the file is empty")
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise BadImage(f"a JPEG of more than {MAX_SCANS} scans")
-    with warnings.catch_warnings():
-        # Pillow warns of damaged EXIF data and the like, which the pixels do not suffer from, and of
-        # possible bombs, which are refused below.
-        warnings.simplefilter("ignore")
-        try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise BadImage(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS}")
-            return _to_rgb(picture)
-        except (BadImage, MemoryError):
-            raise
-        except UnidentifiedImageError:
-            # Pillow's own text holds an address in memory, different in each process.
-            raise BadImage(f"not a picture in a known format ({', '.join(FORMATS)})") from None
-        except Exception as error:  # plugins raise OSError, SyntaxError, struct.error, KeyError and more
-            text = " ".join(str(error).split())
-            raise BadImage(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
+    _silence()
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise BadImage(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS}")
+        return _to_rgb(picture)
+    except (BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        # Pillow's own text holds an address in memory, different in each process.
+        raise BadImage(f"not a picture in a known format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # plugins raise OSError, SyntaxError, struct.error, KeyError and more
+        text = " ".join(str(error).split())
+        raise BadImage(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -121,7 +148,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _window(pixels: npt.NDArray[np.uint8], view: Geometry, size: int, out: npt.NDArray[np.uint8]) -> None:
+def _window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray[np.uint8]) -> None:
+    size = len(out)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     height, width = pixels.shape[:2]

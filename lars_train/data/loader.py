@@ -1,61 +1,50 @@
 """Streams of batches, for a whole training run and for one evaluation.
 
-A stream knows which samples come when (order.py) and turns each request for a micro-batch into tensors, in
-worker processes or in the calling one. It does not normalise, move anything to a device, or decide how
+A stream knows which samples come when (order.py), has each micro-batch filled by workers (workers.py, reader.py) in the
+buffers of a ring (ring.py), and hands them on in order. It does not normalise, move anything to a device, or decide how
 many bad pictures a run may meet.
 
-The content and the order of the batches do not depend on the number of workers.
+The content and the order of the batches do not depend on the number or the kind of workers.
 """
 
 from __future__ import annotations
 
-import mmap
-import signal
 import sys
-import time
-import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from lars_train.data.augment import UNIFORMS, Geometry, View
-from lars_train.data.decode import BadImage, decode
-from lars_train.data.order import batch_uniforms, checksum, epoch_order, eval_run, micro_batches
+from lars_train.data import native
+from lars_train.data.augment import View
+from lars_train.data.order import checksum, epoch_order, eval_run, micro_batches, micro_bounds
+from lars_train.data.reader import BadSample, EvalReader, Outcome, Reader, TrainReader
+from lars_train.data.ring import Ring
+from lars_train.data.source import Source
+from lars_train.data.workers import Done, NoWorkers, Piece, Processes, Threads, Workers
 from lars_train.errors import DataError
-from lars_train.text import printable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = ["BadSample", "Batch", "LoaderStatistics", "Stream", "View", "eval_loader", "train_loader"]
 
-    from lars_train.data.source import Source
+PIECE = 32
+"""Samples that a worker takes on at a time: several share a micro-batch, so that few buffers keep all of them busy."""
 
-__all__ = ["BadSample", "Batch", "Stream", "View", "eval_loader", "train_loader"]
+AHEAD = 4
+"""Micro-batches that are being filled or wait, at least."""
 
-_PREFETCH = 2  # micro-batches in flight per worker
-_BEGIN_S = 20.0  # for all workers of a stream to begin
-_STARTS = 4  # of a stream whose workers do not begin
-_MAX_TRIES = 1000  # neighbours tried in place of a bad picture: more in a row is a broken data set
+LENT = 3
+"""Micro-batches that a consumer may hold: computed on, being copied, and not yet known to be copied."""
 
-
-class BadSample(NamedTuple):
-    """A picture that was asked for and cannot be read or decoded."""
-
-    sample: int
-    where: str
-    reason: str
+PROCESSES, THREADS = "processes", "threads"
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch."""
+    """One micro-batch. Its memory is used for another one when no tensor refers to it any more."""
 
     images: Tensor
     """uint8 (n, 3, S, S), RGB, in channels-last memory."""
@@ -66,86 +55,149 @@ class Batch:
     checksum: int = 0
     """In evaluation: `order.checksum` of the samples."""
 
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; DataLoader calls this."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+class LoaderStatistics(NamedTuple):
+    """What a stream's workers have done."""
+
+    images: int = 0
+    seconds: float = 0.0
+    """Wall time that they took, added up over the workers; waiting for a free buffer is not in it."""
+    native: int = 0
+    """Images that the native decoder decoded."""
 
 
 class Stream(Iterator[Batch]):
-    """An iterator of batches whose workers start with it and end with it, or with `close`."""
+    """An iterator of batches whose workers start with it and end with it, or with `close`.
+
+    It holds `slots` (see `ring_slots`) buffers of a micro-batch each. A consumer that holds more than `LENT` batches
+    gets copies.
+    """
 
     def __init__(
-        self, requests: Callable[[], Iterable[_Request]], reader: _Reader, workers: int, pin_memory: bool
+        self,
+        requests: Iterable[_Request],
+        reader: Reader,
+        batch: int,
+        workers: int,
+        pin_memory: bool,
+        kind: str,
     ) -> None:
-        # Forked workers share the source's memory; elsewhere fork is unsafe or absent.
-        forks = workers > 0 and sys.platform == "linux"
-        self._items: Iterator[Batch | _Failure] | None = None
-        for _ in range(_STARTS if forks else 1):
-            begun = mmap.mmap(-1, workers) if forks else None
-            self._items = _iterate(requests(), reader, workers, pin_memory, begun)
-            if begun is None or _all_begin(self._items, begun):
-                break
+        self._requests = iter(requests)
+        self._ring = Ring(ring_slots(batch, workers), batch, reader.size)
+        self._pending: deque[_Pending] = deque()
+        self._by_slot: dict[int, _Pending] = {}
+        self._most_pending = self._ring.slots - LENT
+        self._statistics = LoaderStatistics()
+        self._workers: Workers | None = _workers(kind, reader, self._ring, workers)
+        if pin_memory:
+            self._ring.pin()
 
     def __next__(self) -> Batch:
-        if self._items is None:
+        if self._workers is None:
             raise StopIteration
         try:
-            item = next(self._items)
+            if not self._head_is_there(None):
+                raise StopIteration
+            return self._batch(self._pending.popleft())
         except BaseException:
             self.close()
             raise
-        if isinstance(item, _Failure):
+
+    def ready(self) -> bool:
+        """Whether the next batch is there, so that `next` returns at once."""
+        if self._workers is None:
+            return False
+        try:
+            return self._head_is_there(0)
+        except BaseException:
             self.close()
-            raise DataError(item.message)
-        return item
+            raise
+
+    def statistics(self) -> LoaderStatistics:
+        """What was done since the last call."""
+        found, self._statistics = self._statistics, LoaderStatistics()
+        return found
 
     def close(self) -> None:
         """End the workers. The stream is at its end afterwards; closing it twice does no harm."""
-        self._items = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+            self._pending.clear()
+
+    def _ask(self) -> None:
+        """Have as many more batches filled as there is room for."""
+        assert self._workers is not None
+        while len(self._pending) < self._most_pending:
+            slot = self._ring.take()
+            if slot is None:
+                return
+            request = next(self._requests, None)
+            if request is None:
+                self._ring.give_back(slot)
+                return
+            count = len(request.samples)
+            self._ring.ask(slot, request.epoch, request.samples)
+            pending = _Pending(slot, request, -(-count // PIECE))
+            self._pending.append(pending)
+            self._by_slot[slot] = pending
+            for start in range(0, count, PIECE):
+                self._workers.put(Piece(slot, start, min(start + PIECE, count)))
+
+    def _head_is_there(self, timeout: float | None) -> bool:
+        assert self._workers is not None
+        self._ask()
+        while self._pending and self._pending[0].left:
+            done = self._workers.get(timeout)
+            if done is None:
+                return False
+            self._note(done)
+        return bool(self._pending)
+
+    def _note(self, done: Done) -> None:
+        pending = self._by_slot[done.piece.slot]
+        pending.left -= 1
+        pending.outcomes[done.piece.start] = done.outcome
+        images, seconds, native = self._statistics
+        images += done.piece.stop - done.piece.start
+        self._statistics = LoaderStatistics(images, seconds + done.seconds, native + done.outcome.native)
+
+    def _batch(self, pending: _Pending) -> Batch:
+        outcomes = [pending.outcomes[start] for start in sorted(pending.outcomes)]
+        for outcome in outcomes:
+            if outcome.failure is not None:
+                raise DataError(outcome.failure)
+        bad = tuple(sample for outcome in outcomes for sample in outcome.bad)
+        lent = self._ring.slots - self._ring.free() - len(self._pending) - 1
+        images, labels = self._ring.lend(pending.slot, len(pending.request.samples))
+        if lent >= LENT:
+            images, labels = images.clone(), labels.clone()
+        return Batch(images, labels, bad, pending.request.checksum)
 
 
-def _iterate(
-    requests: Iterable[_Request], reader: _Reader, workers: int, pin_memory: bool, begun: mmap.mmap | None
-) -> Iterator[Batch | _Failure]:
-    with warnings.catch_warnings():
-        # The number of workers is the user's choice, and a worker touches none of the parent's threads.
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        return iter(
-            DataLoader(
-                reader,
-                batch_size=None,  # one request in, one batch out, handed on as it is
-                sampler=requests,
-                num_workers=workers,
-                prefetch_factor=_PREFETCH if workers else None,
-                pin_memory=pin_memory,
-                worker_init_fn=_leave_signals_to_the_parent if begun is None else partial(_begin, begun),
-                multiprocessing_context=None if begun is None else "fork",
-                # DataLoader draws a seed; from the global generator it would change the caller's.
-                generator=torch.Generator(),
-            )
-        )
+def ring_slots(batch: int, workers: int) -> int:
+    """Buffers of a stream of micro-batches of `batch` samples: enough for two pieces for each worker, `AHEAD` at least.
 
-
-def _all_begin(items: Any, begun: mmap.mmap) -> bool:
-    """Whether all workers have begun; those that do not in time are ended.
-
-    Before Python 3.12 a forked process waits for ever on the interpreter's list of threads if another thread (gloo's,
-    NCCL's: each of their calls into Python makes an entry) held its lock at the fork.
+    A buffer takes about batch * 3 * S**2 bytes: 8 of them with 256 samples of 224 x 224 are 0.3 GB.
     """
-    end = time.monotonic() + _BEGIN_S
-    while begun.find(b"\0") >= 0:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.001)
-    stuck = [worker for worker, mark in zip(items._workers, begun[:], strict=True) if not mark]
-    for worker in stuck:
-        # DataLoader's handler of SIGCHLD raises at some instruction after the death, once.
-        with suppress(RuntimeError):
-            worker.kill()
-            worker.join()
-            time.sleep(0.05)
-    return not stuck
+    if workers == 0:
+        return LENT + 1
+    return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // PIECE)))
+
+
+def worker_kind(source: Source, by_native: bool) -> str:
+    """Threads where the native decoder does the work, for it leaves the interpreter to others; else processes.
+
+    Threads need no fork, which is a risk beside the threads of NCCL and gloo and takes memory for each worker. Outside
+    of Linux there are threads alone: fork is unsafe or absent there.
+    """
+    return THREADS if sys.platform != "linux" or (by_native and native.has_jpegs(source)) else PROCESSES
+
+
+def _workers(kind: str, reader: Reader, ring: Ring, workers: int) -> Workers:
+    if workers == 0:
+        return NoWorkers(reader, ring)
+    return Processes(reader, ring, workers) if kind == PROCESSES else Threads(reader, ring, workers)
 
 
 def train_loader(
@@ -165,6 +217,7 @@ def train_loader(
     pin_memory: bool,
     on_error: str,
     by_native: bool = False,
+    kind: str | None = None,
 ) -> Stream:
     """The micro-batches of one rank for the updates [start_update, stop_update), across epochs.
 
@@ -177,7 +230,8 @@ def train_loader(
     augmentation of the id it stands in for. Ids follow the paths, so the neighbour nearly always has the
     same class and the balance of the classes stays. The bad picture is recorded each time it is met;
     after 1,000 of them in a row the stream ends with DataError. Raises ValueError where an epoch's
-    updates need more samples than there are, and for another `on_error`. `by_native`: see `decode.decode`.
+    updates need more samples than there are, and for another `on_error`. `by_native`: see `decode.decode_into`.
+    `kind` of the workers: "processes" (on Linux) or "threads"; None: `worker_kind` decides.
     """
     if on_error not in ("skip", "fail"):
         raise ValueError(f"on_error is {on_error!r}; it can be 'skip' or 'fail'")
@@ -202,7 +256,16 @@ def train_loader(
             ):
                 yield _Request(epoch, samples)
 
-    return Stream(requests, _TrainReader(source, view, by_native, seed, on_error), workers, pin_memory)
+    reader = TrainReader(source, view, by_native, seed, on_error)
+    bounds = micro_bounds(batch, ghost_batch, ghosts_per_micro, rank, world)
+    return Stream(
+        requests(),
+        reader,
+        max((j - i for i, j in bounds), default=1),
+        workers,
+        pin_memory,
+        kind or worker_kind(source, by_native),
+    )
 
 
 def eval_loader(
@@ -215,111 +278,40 @@ def eval_loader(
     workers: int,
     pin_memory: bool,
     by_native: bool = False,
+    kind: str | None = None,
 ) -> Stream:
     """The samples of one rank in order, `micro_batch` at a time, each once; the last batch may be smaller.
 
     A picture that cannot be read or decoded keeps its place, with zeros for pixels and -1 for a label.
     """
     start, stop = eval_run(len(source), rank, world)
-    requests = [
-        _Request(0, np.arange(first, min(first + micro_batch, stop))) for first in range(start, stop, micro_batch)
-    ]
-    return Stream(lambda: requests, _EvalReader(source, view, by_native), workers, pin_memory)
+    requests = (
+        _Request(0, samples, checksum(samples))
+        for first in range(start, stop, micro_batch)
+        for samples in [np.arange(first, min(first + micro_batch, stop))]
+    )
+    batch = max(1, min(micro_batch, stop - start))
+    return Stream(
+        requests,
+        EvalReader(source, view, by_native),
+        batch,
+        workers,
+        pin_memory,
+        kind or worker_kind(source, by_native),
+    )
 
 
 class _Request(NamedTuple):
     epoch: int
     samples: npt.NDArray[np.int64]
+    checksum: int = 0
 
 
-class _Failure(NamedTuple):
-    """What a reader returns to end the stream: an exception would arrive wrapped in a worker's traceback."""
+@dataclass
+class _Pending:
+    """A batch that was asked for; `left` of its pieces are not there yet."""
 
-    message: str
-
-
-class _Reader(Dataset["Batch | _Failure"]):
-    def __init__(self, source: Source, view: View, by_native: bool) -> None:
-        self._source = source
-        self._view = view
-        self._by_native = by_native
-
-    def _load(
-        self, sample: int, geometry: Callable[[int, int], Geometry], out: npt.NDArray[np.uint8]
-    ) -> BadSample | None:
-        """Decode into `out`; a bad sample leaves zeros there."""
-        try:
-            decode(self._source.read(sample), geometry, self._view.size, by_native=self._by_native, out=out)
-            return None
-        except BadImage as error:
-            reason = str(error)
-        except OSError as error:
-            reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        return BadSample(sample, self._source.where(sample), printable(reason))
-
-    def _buffers(self, count: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        size = self._view.size
-        return np.zeros((count, size, size, 3), dtype=np.uint8), np.full(count, -1, dtype=np.int64)
-
-
-class _TrainReader(_Reader):
-    def __init__(self, source: Source, view: View, by_native: bool, seed: int, on_error: str) -> None:
-        super().__init__(source, view, by_native)
-        self._seed = seed
-        self._on_error = on_error
-
-    def __getitem__(self, request: _Request) -> Batch | _Failure:
-        samples = request.samples.tolist()
-        images, labels = self._buffers(len(samples))
-        uniforms = batch_uniforms(self._seed, request.epoch, samples, UNIFORMS).tolist()
-        bad: list[BadSample] = []
-        for slot, wanted in enumerate(samples):
-            geometry = partial(self._view.train, uniforms=uniforms[slot])
-            for step in range(min(_MAX_TRIES, len(self._source))):
-                sample = (wanted + step) % len(self._source)
-                found = self._load(sample, geometry, images[slot])
-                if found is None:
-                    labels[slot] = self._source.labels[sample]
-                    break
-                bad.append(found)
-                if self._on_error == "fail":
-                    return _Failure(
-                        f"{found.where}: {found.reason}. Mend or remove the file, or set data.on_error=skip "
-                        "to put the next sample in its place."
-                    )
-            else:
-                return _Failure(
-                    f"{bad[-1].where}: {bad[-1].reason}. It is the last of {step + 1} samples in a row that "
-                    "cannot be read; see whether the data set is whole and data.root reachable."
-                )
-        return _batch(images, labels, bad)
-
-
-class _EvalReader(_Reader):
-    def __getitem__(self, request: _Request) -> Batch | _Failure:
-        samples = request.samples.tolist()
-        images, labels = self._buffers(len(samples))
-        bad: list[BadSample] = []
-        for slot, sample in enumerate(samples):
-            found = self._load(sample, self._view.evaluate, images[slot])
-            if found is None:
-                labels[slot] = self._source.labels[sample]
-            else:
-                bad.append(found)
-        return replace(_batch(images, labels, bad), checksum=checksum(request.samples))
-
-
-def _batch(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], bad: Iterable[BadSample]) -> Batch:
-    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), tuple(bad))
-
-
-def _begin(begun: mmap.mmap, worker: int) -> None:
-    _leave_signals_to_the_parent(worker)
-    begun[worker] = 1
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches the whole process group, and Slurm's notice all processes of a step; the parent decides how to
-    # end, and then ends the workers, who also end when it is gone.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    slot: int
+    request: _Request
+    left: int
+    outcomes: dict[int, Outcome] = field(default_factory=dict)

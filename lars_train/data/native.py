@@ -14,12 +14,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from lars_train.data.augment import Geometry
+from lars_train.data.source import Source
 
 try:
     from lars_train.data import jpeg
 except ImportError:
     # No compiler or no libjpeg was there at the install, or the library is gone since.
     jpeg = None  # type: ignore[assignment]
+
+# Names that are looked at for what kind of files a data set has.
+_LOOKED_AT = 100
 
 REMEDY = (
     "Install a C compiler and libjpeg-turbo 2.1 or newer with its headers (Debian, Ubuntu: apt-get install gcc "
@@ -41,6 +45,12 @@ def _decodes() -> bool:
     out = np.zeros((8, 8, 3), np.uint8)
     whole = Geometry((0, 0, 8, 8), (8, 8), 0, (0, 0), False)
     return decode(file.getvalue(), (8, 8), whole, out) and np.array_equal(out, np.asarray(Image.open(file)))
+
+
+def has_jpegs(split: Source) -> bool:
+    """Whether the names of a split, 100 of them at most, tell of JPEGs."""
+    step = max(1, len(split) // _LOOKED_AT)
+    return any(split.name(i).lower().endswith((".jpg", ".jpeg", ".jfif")) for i in range(0, len(split), step))
 
 
 def size_of(data: bytes) -> tuple[int, int] | None:

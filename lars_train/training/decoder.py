@@ -17,8 +17,6 @@ from lars_train.errors import ConfigError
 from lars_train.training.distributed import Group
 
 NATIVE, PILLOW = "native", "pillow"
-# Names that are looked at for what kind of files a data set has.
-_LOOKED_AT = 100
 
 
 def check_decoder(config: Config) -> None:
@@ -47,7 +45,7 @@ def choose_decoder(config: Config, stored: str | None, group: Group, device: tor
 
 def decoder_lines(wanted: str, decided: str, stored: str | None, split: Source) -> Iterator[str]:
     """What to say of it at the start of a run, a line each; nothing where `split` has no JPEGs."""
-    if not has_jpegs(split):
+    if not native.has_jpegs(split):
         return
     missing = wanted != PILLOW and not native.is_there()
     if stored is not None and decided != stored:
@@ -61,9 +59,3 @@ def decoder_lines(wanted: str, decided: str, stored: str | None, split: Source) 
         yield "NOTE: JPEGs are decoded by Pillow, for another rank has no decoder in C."
     if missing:
         yield f"NOTE: JPEGs are decoded by Pillow, at under half the speed: none in C is there. {native.REMEDY}"
-
-
-def has_jpegs(split: Source) -> bool:
-    """Whether the names of a split, 100 of them at most, tell of JPEGs."""
-    step = max(1, len(split) // _LOOKED_AT)
-    return any(split.name(i).lower().endswith((".jpg", ".jpeg", ".jfif")) for i in range(0, len(split), step))

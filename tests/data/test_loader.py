@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import gc
 import io
 import mmap
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from PIL import Image
 
 from lars_train.data import decode as decode_module
 from lars_train.data import loader, native
+from lars_train.data import workers as workers_module
 from lars_train.data.augment import UNIFORMS, eval_geometry
 from lars_train.data.decode import decode
 from lars_train.data.loader import BadSample, Batch, Stream, View, eval_loader, train_loader
@@ -29,6 +32,8 @@ from lars_train.data.order import epoch_order, sample_uniforms
 from lars_train.errors import DataError
 
 SIZE = 12
+KINDS = ["processes", "threads"] if sys.platform == "linux" else ["threads"]
+forked = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 VIEW = View("pad_crop", SIZE, True, 2, 1.0)
 
 
@@ -102,6 +107,13 @@ def evaluate(source: Pictures, **changes: Any) -> Stream:
     return eval_loader(source, VIEW, **options)
 
 
+def workers_of_this_test() -> set[int]:
+    """Processes by their ids, and threads by theirs, below zero."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    processes = {int(child) for child in children.read_text().split()} if children.exists() else set()
+    return processes | {-(thread.ident or 0) for thread in threading.enumerate()}
+
+
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
         torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.bad == b.bad
@@ -143,13 +155,65 @@ def test_batches_are_uint8_channels_last_and_int64() -> None:
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("encoded", [False, True])
-def test_order_and_content_do_not_depend_on_the_number_of_workers(encoded: bool) -> None:
+def test_order_and_content_do_not_depend_on_the_number_and_kind_of_workers(
+    encoded: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PIECE", 3)  # several workers in a micro-batch of 8
     source = Pictures(23, encoded, empty={3, 4}, missing={11})
     alone = list(train(source))
     assert any(b.bad for b in alone)
-    assert same(alone, list(train(source, workers=2)))
-    assert same(list(evaluate(source)), list(evaluate(source, workers=3)))
+    assert same(alone, list(train(source, workers=2, kind=kind)))
+    assert same(list(evaluate(source)), list(evaluate(source, workers=3, kind=kind)))
+    monkeypatch.setattr(loader, "PIECE", 100)
+    assert same(alone, list(train(source)))
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_a_buffer_is_used_again_but_never_while_a_tensor_refers_to_it(kind: str) -> None:
+    options = {"stop_update": 40, "workers": 0 if kind == "none" else 2, "kind": None if kind == "none" else kind}
+    expected = list(train(Pictures(23), stop_update=40))
+    stream = train(Pictures(23), **options)
+    held = []
+    for number, batch in enumerate(stream):
+        # Longer than the ring is; a part of the pixels, or the labels alone.
+        held.append((number, batch.images[:, 1:], None) if number % 2 else (number, None, batch.labels[1:]))
+        if number % 20 == 19:
+            time.sleep(0.02)  # what was free is full again
+            for held_number, images, labels in held:
+                if images is not None:
+                    assert torch.equal(images, expected[held_number].images[:, 1:])
+                if labels is not None:
+                    assert torch.equal(labels, expected[held_number].labels[1:])
+            held.clear()
+        del batch
+    assert number == 79
+    stream = train(Pictures(23), **options)
+    slots = loader.ring_slots(8, int(options["workers"] or 0))
+    assert len({next(stream).images.data_ptr() for _ in range(80)}) <= slots
+    assert slots == (4 if kind == "none" else 8)
+
+
+def test_a_ring_holds_two_pieces_for_each_worker_and_no_more_than_it_says() -> None:
+    for batch in (1, 8, 32, 100, 256, 2048):
+        for count in (1, 2, 16, 64):
+            slots = loader.ring_slots(batch, count)
+            filled = slots - loader.LENT
+            pieces = -(-batch // loader.PIECE)
+            assert (filled - 1) * pieces >= 2 * count or filled == loader.AHEAD
+            assert filled * pieces >= 2 * count
+            assert (filled - 2) * pieces < 2 * count or filled == loader.AHEAD
+            assert slots * batch <= max((loader.LENT + loader.AHEAD) * batch, (2 * count * loader.PIECE) + 5 * batch)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "by_native", "kind"), [("JPEG", True, "threads"), ("JPEG", False, KINDS[0]), ("png", True, KINDS[0])]
+)
+def test_threads_are_for_jpegs_by_the_native_decoder(suffix: str, by_native: bool, kind: str) -> None:
+    source = Pictures(5)
+    source.name = lambda sample: f"class/{sample}.{suffix}"  # type: ignore[method-assign]
+    assert loader.worker_kind(source, by_native) == kind
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 5])
@@ -246,43 +310,105 @@ def test_evaluation_keeps_the_place_of_a_bad_picture() -> None:
     ]
 
 
-def die(sample: int) -> None:
-    if sample == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
+@forked
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGKILL, "was killed by SIGKILL, .* memory runs out"), (signal.SIGTRAP, "was killed by SIGTRAP: a fault")],
+)
+def test_a_killed_worker_is_named_with_its_reason_and_nobody_waits(number: int, reason: str) -> None:
+    def die(sample: int) -> None:
+        if sample == 6:
+            os.kill(os.getpid(), number)
 
-
-def test_dead_worker_raises_instead_of_hanging() -> None:
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match="worker"):
-        list(train(Pictures(20, on_read=die), workers=2))
-    assert time.monotonic() - started < 15
-
-
-def ask_threads_and_interrupts(sample: int) -> None:
-    if torch.get_num_threads() != 1 or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        raise FileNotFoundError(2, "a worker with many threads, or that Ctrl-C would end")
-
-
-def test_workers_use_one_thread_and_leave_interrupts_to_the_parent() -> None:
-    assert len(list(train(Pictures(20, on_read=ask_threads_and_interrupts), workers=1, on_error="fail"))) == 10
-
-
-def test_close_ends_the_workers_and_the_stream() -> None:
-    before = set(multiprocessing.active_children())
-    stream = train(Pictures(23), workers=2, stop_update=10_000)
-    next(stream)
-    assert len(set(multiprocessing.active_children()) - before) == 2
-    stream.close()
-    stream.close()
-    assert set(multiprocessing.active_children()) <= before
+    before = workers_of_this_test()
+    stream = train(Pictures(20, on_read=die), workers=2)
+    with pytest.raises(DataError, match=rf"^a loader's worker \(process \d+\) {reason}"):
+        list(stream)
+    assert workers_of_this_test() == before
     assert next(stream, None) is None
 
 
-def test_exhausted_stream_has_no_workers() -> None:
-    before = set(multiprocessing.active_children())
-    stream = train(Pictures(23), workers=2)
+@forked
+def test_workers_that_wait_for_work_and_are_killed_are_named_too() -> None:
+    before = workers_of_this_test()
+    stream = train(Pictures(23), workers=2, stop_update=10_000)
+    next(stream)
+    for worker in workers_of_this_test() - before:
+        os.kill(worker, signal.SIGKILL)
+    with pytest.raises(DataError, match="was killed by SIGKILL"):
+        list(stream)
+
+
+def runs_out_of_memory(sample: int) -> None:
+    if sample == 6:
+        raise MemoryError
+
+
+def breaks(sample: int) -> None:
+    if sample == 6:
+        raise ZeroDivisionError("in the source")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_without_memory_or_with_a_defect_ends_the_stream_and_tells(kind: str) -> None:
+    before = workers_of_this_test()
+    with pytest.raises(DataError, match=r"a loader's worker: it ran out of memory; take a smaller data\.workers"):
+        list(train(Pictures(20, on_read=runs_out_of_memory), workers=2, kind=kind))
+    with pytest.raises((ZeroDivisionError, RuntimeError), match="in the source"):
+        list(train(Pictures(20, on_read=breaks), workers=2, kind=kind))
+    assert workers_of_this_test() == before
+
+
+def ask_for_interrupts(sample: int) -> None:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN or signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        raise FileNotFoundError(2, "a worker that Ctrl-C would end")
+
+
+@forked
+def test_forked_workers_leave_interrupts_to_the_parent() -> None:
+    stream = train(Pictures(20, on_read=ask_for_interrupts), workers=1, on_error="fail")
     assert len(list(stream)) == 10
-    assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_close_ends_the_workers_and_the_stream(kind: str) -> None:
+    before = workers_of_this_test()
+    stream = train(Pictures(23), workers=2, stop_update=10_000, kind=kind)
+    next(stream)
+    assert len(workers_of_this_test() - before) == 2
+    stream.close()
+    stream.close()
+    assert workers_of_this_test() == before
+    assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exhausted_and_forgotten_streams_have_no_workers(kind: str) -> None:
+    before = workers_of_this_test()
+    stream = train(Pictures(23), workers=2, kind=kind)
+    assert len(list(stream)) == 10
+    assert workers_of_this_test() == before
+    forgotten = train(Pictures(23), workers=2, kind=kind)
+    next(forgotten)
+    del forgotten
+    gc.collect()
+    assert workers_of_this_test() == before
+
+
+@forked
+def test_workers_end_when_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "_LOOK_S", 0.1)
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        stream = train(Pictures(23), workers=2, stop_update=10_000)
+        next(stream)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(write)
+    os.waitpid(parent, 0)
+    # Workers hold the other end; the test's own time limit is the alternative.
+    assert os.read(read, 1) == b""
+    os.close(read)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -327,38 +453,50 @@ def test_batch_survives_pickling() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_batches_keep_content_and_layout(workers: int) -> None:
     source = Pictures(23, empty={3})
-    pinned = list(train(source, workers=workers, pin_memory=True))
-    assert all(b.images.is_pinned() and b.labels.is_pinned() for b in pinned)
-    assert all(b.images.is_contiguous(memory_format=torch.channels_last) for b in pinned)
-    assert same(list(train(source)), pinned)
+    expected = list(train(source))
+    for number, batch in enumerate(train(source, workers=workers, pin_memory=True)):
+        assert batch.images.is_pinned() and batch.labels.is_pinned()
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert same([batch], [expected[number]])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+@forked
 def test_workers_are_forked_so_that_they_share_the_sources_memory() -> None:
     parent = os.getpid()
     source = Pictures(23, on_read=lambda sample: None if os.getpid() != parent else os.abort())
     assert len(list(train(source, workers=1, stop_update=1))) == 2  # a lambda cannot be pickled
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+@forked
 @pytest.mark.parametrize("stuck", [(0,), (1,), (0, 1)])
 def test_workers_that_never_begin_are_replaced(stuck: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(evaluate(Pictures(23)))
-    begin, tries = loader._begin, mmap.mmap(-1, 2)
+    begin, forks = workers_module._process, mmap.mmap(-1, 1)
 
-    def late(begun: mmap.mmap, worker: int) -> None:
-        tries[worker] += 1
-        if worker in stuck and tries[worker] == 1:
+    def late(*arguments: Any) -> None:
+        forks[0] += 1
+        if forks[0] - 1 in stuck:
             # As a process that waits on a lock does, it takes no signal but SIGKILL.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
-        begin(begun, worker)
+        begin(*arguments)
 
-    monkeypatch.setattr(loader, "_begin", late)
-    monkeypatch.setattr(loader, "_BEGIN_S", 1.0)
+    before = workers_of_this_test()
+    monkeypatch.setattr(workers_module, "_process", late)
+    monkeypatch.setattr(workers_module, "BEGIN_S", 1.0)
     assert same(list(evaluate(Pictures(23), workers=2)), expected)
-    assert tries[stuck[0]] == 2
-    assert not multiprocessing.active_children()
+    assert forks[0] == 2 + len(stuck)
+    assert workers_of_this_test() == before
+
+
+@forked
+def test_workers_that_never_begin_at_all_end_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = workers_of_this_test()
+    monkeypatch.setattr(workers_module, "_process", lambda *arguments: time.sleep(600))
+    monkeypatch.setattr(workers_module, "BEGIN_S", 0.1)
+    with pytest.raises(DataError, match="of 2 loader workers, 2 did not begin"):
+        evaluate(Pictures(23), workers=2)
+    assert workers_of_this_test() == before
 
 
 class Photographs(Pictures):
@@ -374,10 +512,12 @@ class Photographs(Pictures):
 
 
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int) -> None:
+@pytest.mark.parametrize(("workers", "kind"), [(0, None), *((2, kind) for kind in KINDS)])
+def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int, kind: str | None) -> None:
     for stream in (train, evaluate):
-        one, other = (list(stream(Photographs(23), workers=workers, by_native=choice)) for choice in (True, False))
+        one, other = (
+            list(stream(Photographs(23), workers=workers, by_native=choice, kind=kind)) for choice in (True, False)
+        )
         for a, b in zip(one, other, strict=True):
             assert (a.images.int() - b.images.int()).abs().max() <= 1
             assert torch.equal(a.labels, b.labels)

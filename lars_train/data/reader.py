@@ -1,0 +1,129 @@
+"""What a loader's worker does: read samples, decode their views into a batch's buffers, and say what was bad.
+
+Nothing here knows of batches, workers or their order: each sample's view and label depend on its id and epoch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.data.augment import UNIFORMS, Geometry, View
+from lars_train.data.decode import BadImage, decode_into
+from lars_train.data.order import batch_uniforms
+from lars_train.data.source import Source
+from lars_train.text import printable
+
+_MAX_TRIES = 1000  # neighbours tried in place of a bad picture: more in a row is a broken data set
+
+
+class BadSample(NamedTuple):
+    """A picture that was asked for and cannot be read or decoded."""
+
+    sample: int
+    where: str
+    reason: str
+
+
+class Outcome(NamedTuple):
+    """What came of reading some samples."""
+
+    bad: tuple[BadSample, ...] = ()
+    """The bad pictures met on the way, in order."""
+    native: int = 0
+    """How many views native.py decoded."""
+    failure: str | None = None
+    """Why the stream ends with these samples."""
+
+
+class Reader(Protocol):
+    """Fills a part of a batch."""
+
+    size: int
+    """The side of a view in pixels."""
+
+    def fill(
+        self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
+    ) -> Outcome:
+        """Write the views to `images`, uint8 (n, S, S, 3), and `labels`, int64 (n,)."""
+        ...
+
+
+class _Reader:
+    def __init__(self, source: Source, view: View, by_native: bool) -> None:
+        self.size = view.size
+        self._source, self._view, self._by_native = source, view, by_native
+
+    def _load(
+        self, sample: int, geometry: Callable[[int, int], Geometry], out: npt.NDArray[np.uint8]
+    ) -> BadSample | bool:
+        """Decode into `out`; whether native.py did. A bad sample leaves zeros there."""
+        try:
+            return decode_into(out, self._source.read(sample), geometry, by_native=self._by_native)
+        except BadImage as error:
+            reason = str(error)
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        out[:] = 0
+        return BadSample(sample, self._source.where(sample), printable(reason))
+
+
+class TrainReader(_Reader):
+    """Augmented views; `on_error` and what stands in for a bad picture: see `loader.train_loader`."""
+
+    def __init__(self, source: Source, view: View, by_native: bool, seed: int, on_error: str) -> None:
+        super().__init__(source, view, by_native)
+        self._seed, self._on_error = seed, on_error
+
+    def fill(
+        self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
+    ) -> Outcome:
+        uniforms = batch_uniforms(self._seed, epoch, samples, UNIFORMS).tolist()
+        bad: list[BadSample] = []
+        native = 0
+        for slot, wanted in enumerate(samples):
+            geometry = partial(self._view.train, uniforms=uniforms[slot])
+            for step in range(min(_MAX_TRIES, len(self._source))):
+                sample = (wanted + step) % len(self._source)
+                found = self._load(sample, geometry, images[slot])
+                if not isinstance(found, BadSample):
+                    native += found
+                    labels[slot] = self._source.labels[sample]
+                    break
+                bad.append(found)
+                if self._on_error == "fail":
+                    failure = (
+                        f"{found.where}: {found.reason}. Mend or remove the file, or set data.on_error=skip "
+                        "to put the next sample in its place."
+                    )
+                    return Outcome(tuple(bad), native, failure)
+            else:
+                failure = (
+                    f"{bad[-1].where}: {bad[-1].reason}. It is the last of {step + 1} samples in a row that "
+                    "cannot be read; see whether the data set is whole and data.root reachable."
+                )
+                return Outcome(tuple(bad), native, failure)
+        return Outcome(tuple(bad), native)
+
+
+class EvalReader(_Reader):
+    """Views for evaluation; a bad picture is zeros with the label -1."""
+
+    def fill(
+        self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
+    ) -> Outcome:
+        bad: list[BadSample] = []
+        native = 0
+        for slot, sample in enumerate(samples):
+            found = self._load(sample, self._view.evaluate, images[slot])
+            if isinstance(found, BadSample):
+                bad.append(found)
+                labels[slot] = -1
+            else:
+                native += found
+                labels[slot] = self._source.labels[sample]
+        return Outcome(tuple(bad), native)

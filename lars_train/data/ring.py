@@ -1,0 +1,119 @@
+"""The buffers that a stream's batches lie in: made once, used in turn, never while someone still holds a batch.
+
+They are shared with threads and with processes that are forked later (anonymous memory, so no limit of /dev/shm
+counts). What is written there, and when, is the business of loader.py and workers.py.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import warnings
+import weakref
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Ring:
+    """`slots` buffers for a batch of at most `batch` views of `size` x `size` pixels each.
+
+    Of memory it takes slots * batch * (3 * size**2 + 16) bytes, as far as they are written to.
+    """
+
+    def __init__(self, slots: int, batch: int, size: int) -> None:
+        self.slots, self._batch = slots, batch
+        self._pages = _Pages(-1, max(1, slots * batch * (3 * size * size + 16) + 8 * slots))
+        numbers, views = slots * (2 * batch + 1), slots * batch * 3 * size * size
+        heads = np.frombuffer(self._pages, np.int64, numbers).reshape(slots, 2 * batch + 1)
+        self._epochs, self._samples, self._labels = heads[:, 0], heads[:, 1 : batch + 1], heads[:, batch + 1 :]
+        self._images = np.frombuffer(self._pages, np.uint8, views, 8 * numbers).reshape(slots, batch, size, size, 3)
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(slots):
+            self._free.put(slot)
+
+    def pin(self) -> None:
+        """Lock the pages, so that a CUDA device can copy from them while the host goes on. After all forks."""
+        self._pages.pin()
+
+    def take(self) -> int | None:
+        """A free slot; None if there is none."""
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            return None
+
+    def free(self) -> int:
+        """How many slots are free."""
+        return self._free.qsize()
+
+    def give_back(self, slot: int) -> None:
+        """Make a slot that was taken, and not lent, free again."""
+        self._free.put(slot)
+
+    def ask(self, slot: int, epoch: int, samples: npt.NDArray[np.int64]) -> None:
+        """Write down what a slot is to hold."""
+        self._epochs[slot], self._samples[slot, : len(samples)] = epoch, samples
+
+    def asked(self, slot: int, start: int, stop: int) -> tuple[int, list[int]]:
+        """The epoch, and the sample ids from `start` to `stop`, of what `ask` wrote."""
+        samples: list[int] = self._samples[slot, start:stop].tolist()
+        return int(self._epochs[slot]), samples
+
+    def part(self, slot: int, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Images, uint8 (n, S, S, 3), and labels, int64 (n,), to be written to."""
+        return self._images[slot, start:stop], self._labels[slot, start:stop]
+
+    def lend(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` images and labels of a slot, which becomes free when nothing refers to them any more."""
+        images, labels = self.part(slot, 0, count)
+        # Tensors, and all views of them, keep these alive; numpy would let the views of an array refer past it.
+        lease = _Lease(self._free, slot)
+        held_images, held_labels = (np.asarray(_Held(array, lease)) for array in (images, labels))
+        return torch.from_numpy(held_images).permute(0, 3, 1, 2), torch.from_numpy(held_labels)
+
+
+class _Lease:
+    """Gives the slot back when it goes."""
+
+    def __init__(self, free: queue.SimpleQueue[int], slot: int) -> None:
+        # SimpleQueue.put may be called from any place where the collector runs.
+        weakref.finalize(self, free.put, slot).atexit = False
+
+
+class _Held:
+    """An array's memory, in the possession of a lease."""
+
+    def __init__(self, array: npt.NDArray[Any], lease: _Lease) -> None:
+        self._array, self._lease = array, lease
+        self.__array_interface__ = array.__array_interface__
+
+
+class _Pages(mmap.mmap):
+    """Memory that forked processes share; page-locked on demand, and no longer when it goes."""
+
+    _pinned: int = 0
+
+    def pin(self) -> None:
+        view = np.frombuffer(self, np.uint8)
+        code = int(_cuda().cudaHostRegister(view.ctypes.data, view.nbytes, 0))
+        if code:
+            warnings.warn(
+                f"{view.nbytes >> 20} MiB of the loader's buffers could not be page-locked (CUDA error {code}): copies "
+                "to the device are slower and hold up the host.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        else:
+            self._pinned = view.ctypes.data
+
+    def __del__(self) -> None:
+        if self._pinned:
+            _cuda().cudaHostUnregister(self._pinned)
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
