@@ -69,6 +69,26 @@ def test_killed_run_ends_with_the_same_weights(unbroken: Callable[[int], Path], 
     assert_same_run(folder, unbroken(1))
 
 
+def test_a_run_whose_loader_worker_is_killed_ends_and_says_so(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*ALONE, *CURVE, "epochs=100000", "checkpoint.every_updates=15", "launch.nproc=1", "run.name=killed"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_checkpoint(tmp_path / "runs/killed", 15, process)
+    # With one that an evaluation may have at the moment.
+    for worker in children(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "a loader's worker (process" in told
+    assert "was killed by SIGKILL" in told
+    assert "Traceback" not in told
+
+
 def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(
     unbroken: Callable[[int], Path], tmp_path: Path
 ) -> None:

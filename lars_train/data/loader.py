@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lars_train.data import native
 from lars_train.data.augment import View
+from lars_train.data.native import has_jpegs
 from lars_train.data.order import checksum, epoch_order, eval_run, micro_batches, micro_bounds
 from lars_train.data.reader import BadSample, EvalReader, Outcome, Reader, TrainReader
 from lars_train.data.ring import Ring
@@ -57,7 +57,7 @@ class Batch:
 
 
 class LoaderStatistics(NamedTuple):
-    """What a stream's workers have done."""
+    """What it took to fill the batches that a stream has handed on."""
 
     images: int = 0
     seconds: float = 0.0
@@ -114,7 +114,7 @@ class Stream(Iterator[Batch]):
             raise
 
     def statistics(self) -> LoaderStatistics:
-        """What was done since the last call."""
+        """Of the batches since the last call."""
         found, self._statistics = self._statistics, LoaderStatistics()
         return found
 
@@ -158,9 +158,7 @@ class Stream(Iterator[Batch]):
         pending = self._by_slot[done.piece.slot]
         pending.left -= 1
         pending.outcomes[done.piece.start] = done.outcome
-        images, seconds, native = self._statistics
-        images += done.piece.stop - done.piece.start
-        self._statistics = LoaderStatistics(images, seconds + done.seconds, native + done.outcome.native)
+        pending.seconds += done.seconds
 
     def _batch(self, pending: _Pending) -> Batch:
         outcomes = [pending.outcomes[start] for start in sorted(pending.outcomes)]
@@ -168,11 +166,17 @@ class Stream(Iterator[Batch]):
             if outcome.failure is not None:
                 raise DataError(outcome.failure)
         bad = tuple(sample for outcome in outcomes for sample in outcome.bad)
+        self._count(pending, outcomes)
         lent = self._ring.slots - self._ring.free() - len(self._pending) - 1
         images, labels = self._ring.lend(pending.slot, len(pending.request.samples))
         if lent >= LENT:
             images, labels = images.clone(), labels.clone()
         return Batch(images, labels, bad, pending.request.checksum)
+
+    def _count(self, pending: _Pending, outcomes: list[Outcome]) -> None:
+        images, seconds, native = self._statistics
+        images, seconds = images + len(pending.request.samples), seconds + pending.seconds
+        self._statistics = LoaderStatistics(images, seconds, native + sum(outcome.native for outcome in outcomes))
 
 
 def ring_slots(batch: int, workers: int) -> int:
@@ -191,7 +195,7 @@ def worker_kind(source: Source, by_native: bool) -> str:
     Threads need no fork, which is a risk beside the threads of NCCL and gloo and takes memory for each worker. Outside
     of Linux there are threads alone: fork is unsafe or absent there.
     """
-    return THREADS if sys.platform != "linux" or (by_native and native.has_jpegs(source)) else PROCESSES
+    return THREADS if sys.platform != "linux" or (by_native and has_jpegs(source)) else PROCESSES
 
 
 def _workers(kind: str, reader: Reader, ring: Ring, workers: int) -> Workers:
@@ -314,4 +318,5 @@ class _Pending:
     slot: int
     request: _Request
     left: int
+    seconds: float = 0.0
     outcomes: dict[int, Outcome] = field(default_factory=dict)

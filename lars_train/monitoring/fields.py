@@ -16,6 +16,15 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/bad_images": ("images", "training images found undecodable so far"),
     "train/checkpoint_failures": ("checkpoints", "checkpoints that could not be written so far"),
     "train/loss_scale": ("1", "float16 only: factor on the loss"),
+    "loader/images_per_s": (
+        "images/s",
+        "training images that the loaders can deliver: rank 0's since the last line over the time its workers took for "
+        "them (waiting left out), times workers and ranks",
+    ),
+    "loader/native_share": (
+        "1",
+        "share of the same images that the decoder in C decoded; the others are Pillow's, or pixels in the store",
+    ),
     "val/top1": ("percent", "validation samples whose class ranked first"),
     "val/top5": ("percent", "validation samples whose class ranked among the first five"),
     "val/loss": ("nats", "mean loss of the decoded validation samples, without label smoothing"),

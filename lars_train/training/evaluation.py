@@ -17,6 +17,7 @@ from lars_train.data.source import Source
 from lars_train.monitoring.progress import Progress
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
+from lars_train.training.feed import Feed
 
 # Evaluation keeps no activations, so a micro-batch smaller than this would only waste time.
 SMALLEST_BATCH = 64
@@ -83,8 +84,8 @@ def evaluate_split(
         pin_memory=device.type == "cuda",
         by_native=by_native,
     )
-    with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
-        result = evaluate(model, batches, normalise, lambda: precision.autocast(device), device, group, on_batch, ended)
+    with progress.counting("evaluation", stop - start) as on_batch, closing(Feed(batches, device)) as feed:
+        result = evaluate(model, feed, normalise, lambda: precision.autocast(device), device, group, on_batch, ended)
     if result is None:
         return None
     if (result.count, result.checksum) != (len(split), checksum(np.arange(len(split)))):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lars_train.config import absolute_paths, filled, flatten
-from lars_train.data.loader import Stream, View, train_loader
+from lars_train.data.loader import LoaderStatistics, View, train_loader
 from lars_train.data.order import micro_bounds
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.models.weights import weights_sha256
@@ -29,12 +29,13 @@ from lars_train.training.decoder import NATIVE, PILLOW, decoder_lines
 from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
+from lars_train.training.feed import Feed, normaliser
 from lars_train.training.guard import Divergence
 from lars_train.training.network import make_network
 from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import resolve
-from lars_train.training.trainer import Hyper, Trainer, UpdateInfo, normaliser
+from lars_train.training.trainer import Hyper, Trainer, UpdateInfo
 from lars_train.training.writer import CheckpointWriter
 
 # float16: so many batches in a row without an update that the loss scale (from 2**16 on) cannot be what is wrong.
@@ -133,7 +134,7 @@ class Run:
                 return
         self._roll_back(divergence)
 
-    def _one_update(self, batches: Stream) -> Divergence | None:
+    def _one_update(self, batches: Feed) -> Divergence | None:
         config, per_epoch = self.config, self.plan.updates_per_epoch
         epoch, done = divmod(self.trainer.update, per_epoch)
         if done == 0 or self.trainer.update == self.resumed_at:
@@ -149,7 +150,7 @@ class Run:
             return None
         self.skipped_in_a_row = 0
         if log_now:
-            self._log(info)
+            self._log(info, batches.statistics())
         self.progress.advance(self.logged)
         signal_number, overdue = self.group.highest([self.notice.given, self._checkpoint_is_overdue()])
         save_now = signal_number or overdue or checkpoint_is_due(config, self.plan, update)
@@ -293,9 +294,9 @@ class Run:
         plan, ranks = self.plan, self.group.ranks
         return len(micro_bounds(plan.global_batch, plan.ghost_batch, self.ghosts_per_micro, ranks.rank, ranks.world))
 
-    def _batches(self) -> Stream:
+    def _batches(self) -> Feed:
         config, plan, ranks = self.config, self.plan, self.group.ranks
-        return train_loader(
+        stream = train_loader(
             self.dataset.train,
             View.from_config(config.data),
             seed=config.seed,
@@ -312,8 +313,9 @@ class Run:
             on_error=config.data.on_error,
             by_native=self.resolved.decoder == NATIVE,
         )
+        return Feed(stream, self.device)
 
-    def _log(self, info: UpdateInfo) -> None:
+    def _log(self, info: UpdateInfo, loaded: LoaderStatistics) -> None:
         trainer = self.trainer
         # Here, once per log line, the host waits for the device.
         loss, hits, count, bad = trainer.meter.total(self.group).tolist()
@@ -332,12 +334,19 @@ class Run:
             "train/checkpoint_failures": self._told_failures(),
             **{f"train/{name}": float(norm) for name, norm in info.norms.items()},
         }
+        values.update(self._of_the_loader(loaded))
         if self.precision.scales_loss:
             values["train/loss_scale"] = trainer.scaler.get_scale()
         self.log_started, self.waited, self.logged_update = now, 0.0, trainer.update
         self.logged = values
         self._write(values)
         self._write_ratios()
+
+    def _of_the_loader(self, loaded: LoaderStatistics) -> dict[str, float]:
+        if not loaded.seconds:
+            return {}  # fewer ghost batches than ranks
+        rate = loaded.images / loaded.seconds * max(1, self.workers) * self.group.ranks.world
+        return {"loader/images_per_s": rate, "loader/native_share": loaded.native / loaded.images}
 
     def _write_ratios(self) -> None:
         optimizer = self.trainer.optimizer

@@ -30,6 +30,7 @@ from lars_train.training.device import (
 )
 from lars_train.training.distributed import Group, process_group
 from lars_train.training.evaluation import SMALLEST_BATCH, evaluate_split
+from lars_train.training.feed import normaliser
 from lars_train.training.network import make_network
 from lars_train.training.prepare import Prepared, check_compatible, continuation
 from lars_train.training.run import Run
@@ -42,7 +43,6 @@ from lars_train.training.run_directory import (
     note_start,
     open_directory,
 )
-from lars_train.training.trainer import normaliser
 
 
 def find_finished(prepared: Prepared) -> dict[str, Any] | None:

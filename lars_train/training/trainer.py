@@ -66,21 +66,6 @@ class Meter:
         return found
 
 
-def normaliser(
-    mean: list[float], std: list[float], device: torch.device, precision: Precision
-) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 images (n, 3, S, S) on the host to normalised ones on `device`, channels_last."""
-    shape = (1, 3, 1, 1)
-    shift = (torch.tensor(mean, dtype=precision.weights) * 255).view(shape).to(device)
-    scale = (1 / (torch.tensor(std, dtype=precision.weights) * 255)).view(shape).to(device)
-
-    def normalise(images: Tensor) -> Tensor:
-        on_device = images.to(device, non_blocking=True)
-        return on_device.to(precision.weights).sub_(shift).mul_(scale)
-
-    return normalise
-
-
 class Trainer:
     """Model, optimizer and position of a run; `run_update` moves it one update on.
 

@@ -435,6 +435,46 @@ def test_stream_computes_each_epochs_order_once(monkeypatch: pytest.MonkeyPatch)
     assert epochs == [0, 1, 2]
 
 
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_statistics_are_of_the_batches_since_the_last_call(kind: str) -> None:
+    def slow(sample: int) -> None:
+        time.sleep(0.001)
+
+    workers, of_kind = (0, None) if kind == "none" else (2, kind)
+    stream = train(Pictures(23, on_read=slow), workers=workers, kind=of_kind, stop_update=2)
+    assert stream.statistics() == (0, 0, 0)
+    for images in (8, 2):
+        next(stream)
+        found = stream.statistics()
+        assert (found.images, found.native) == (images, 0)
+        assert found.seconds >= 0.001 * images
+    for _ in stream:
+        pass
+    assert stream.statistics().images == 10
+
+
+@pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
+def test_statistics_tell_how_many_images_the_native_decoder_decoded() -> None:
+    # 3, 5, 7 and 8 are Pillow's.
+    stream = evaluate(Photographs(23), workers=2, kind="threads", by_native=True)
+    assert len(list(stream)) == 6
+    assert stream.statistics().native == 19
+
+
+def test_a_batch_that_is_ready_is_there_at_once_and_one_that_is_not_is_not_waited_for() -> None:
+    gate = threading.Event()
+    stream = train(Pictures(23, on_read=lambda sample: gate.wait(60) and None), workers=1, kind="threads")
+    assert not stream.ready()
+    gate.set()
+    while not stream.ready():
+        time.sleep(0.001)
+    assert same([next(stream)], [next(train(Pictures(23)))])
+    for _ in stream:
+        pass
+    assert not stream.ready()
+    assert not train(Pictures(23)).ready()
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="2 updates of 12"):
         train(Pictures(23), batch=12)
@@ -455,7 +495,8 @@ def test_pinned_batches_keep_content_and_layout(workers: int) -> None:
     source = Pictures(23, empty={3})
     expected = list(train(source))
     for number, batch in enumerate(train(source, workers=workers, pin_memory=True)):
-        assert batch.images.is_pinned() and batch.labels.is_pinned()
+        assert batch.images.is_pinned()
+        assert batch.labels.is_pinned()
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert same([batch], [expected[number]])
 

@@ -21,7 +21,7 @@ from lars_train.training.device import (
     cuda_devices,
     set_up,
 )
-from lars_train.training.trainer import normaliser
+from lars_train.training.feed import normaliser
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -281,7 +281,7 @@ def test_ranks_together_log_the_curve_of_one(together: Path, alone: Path) -> Non
         for directory in (together / "three", alone)
     )
     assert len(got) == len(expected) > UPDATES // 2
-    timed = {"train/images_per_s", "train/wait_share", "val/seconds", "run/seconds"}
+    timed = {"train/images_per_s", "train/wait_share", "loader/images_per_s", "val/seconds", "run/seconds"}
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - timed:

@@ -32,7 +32,7 @@ UPDATES = 20
 WORLDS, MICRO_BATCHES, WORKERS = (1, 2, 3, 4), (4, 8), (0, 2)
 EVERYWHERE = list(itertools.product(WORLDS, MICRO_BATCHES, WORKERS))
 OTHERS = [where for where in EVERYWHERE if where != (1, 4, 0)]
-TIMED = {"train/images_per_s", "train/wait_share", "val/seconds", "run/seconds"}
+TIMED = {"train/images_per_s", "train/wait_share", "loader/images_per_s", "val/seconds", "run/seconds"}
 # Relative differences after 20 updates in float32; docs/same_curve.md has the measured ones.
 BOUNDS = {"losses": 5e-2, "weights": 5e-2, "statistics": 2e-1}
 # Of the losses of the first five updates, before small differences have grown.

@@ -23,8 +23,9 @@ from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.distributed import Group
+from lars_train.training.feed import normaliser
 from lars_train.training.guard import Guard
-from lars_train.training.trainer import Hyper, Meter, Trainer, normaliser
+from lars_train.training.trainer import Hyper, Meter, Trainer
 
 CPU = torch.device("cpu")
 FP64 = Precision("fp64", torch.float64, torch.float64)
