@@ -10,6 +10,8 @@ files as they are, and with two kinds of smaller copies, which are made in a tem
 - reference: Pillow and torchvision's v1 transforms, to a normalised float32 tensor (which ours leaves to the device)
 - ours, native and Pillow: lars_train.data.decode to uint8 in a batch's buffer, with its own drawing of the crops
 - floor: libjpeg-turbo decoding the rows and columns of the crop and nothing else (a C function compiled here)
+
+Then the files as they are end to end, with workers, into a batch on the device: bench_end_to_end.py says how.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from math import ceil, floor
 from pathlib import Path
 
+import bench_end_to_end
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -282,11 +286,26 @@ def conditions(args: argparse.Namespace, files: Files) -> str:
     )
 
 
-def one_core() -> None:
-    """Keep this process to one thread on one core, where the system lets it."""
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this process to one core, where the system lets it."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    yield
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+def end_to_end(files: Files, rounds: int) -> list[str]:
+    """What bench_end_to_end.py finds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = bench_end_to_end.measure(files, rounds, device)
+    said = (
+        f"End to end into a batch on {device.type}, {bench_end_to_end.PASSES} passes over the files as they are, "
+        "training; CPU time of all processes, with their start."
+    )
+    return ["", said, "", *bench_end_to_end.table(rates), "", *bench_end_to_end.target(rates)]
 
 
 def is_whole(file: Path) -> bool:
@@ -312,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     files = [file for file in found[:: ceil(len(found) / args.files) or 1] if is_whole(file)]
     if not files:
         parser.error(f"{args.dir}: there is no JPEG")
-    one_core()
+    torch.set_num_threads(1)
     skipped: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -322,10 +341,12 @@ def main(argv: list[str] | None = None) -> int:
             stores[longest] = shrunk(files, folder / "longest", 500, None)
             stores[shortest] = shrunk(files, folder / "shortest", None, 256)
         contenders = line_up(folder, skipped)
-        rates = measure(contenders, stores, args.rounds)
+        with one_core():
+            rates = measure(contenders, stores, args.rounds)
         lines = [conditions(args, files), "", *table(rates, stores, contenders), "", *targets(rates), ""]
         if native.is_there():
             lines += [f"Pixels, native beside Pillow, {store}: {differences(stores[store])}." for store in stores]
+    lines += end_to_end(files, args.rounds)
     lines += [f"Skipped: {reason}" for reason in skipped]
     print("\n".join(lines))
     if args.write is not None:

@@ -10,6 +10,7 @@ import mmap
 import queue
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -69,19 +70,24 @@ class Ring:
 
     def lend(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` images and labels of a slot, which becomes free when nothing refers to them any more."""
-        images, labels = self.part(slot, 0, count)
-        # Tensors, and all views of them, keep these alive; numpy would let the views of an array refer past it.
-        lease = _Lease(self._free, slot)
-        held_images, held_labels = (np.asarray(_Held(array, lease)) for array in (images, labels))
-        return torch.from_numpy(held_images).permute(0, 3, 1, 2), torch.from_numpy(held_labels)
+        images, labels = lend(self.part(slot, 0, count), lambda: self._free.put(slot))
+        return images.permute(0, 3, 1, 2), labels
+
+
+def lend(arrays: Iterable[npt.NDArray[Any]], give_back: Callable[[], None]) -> tuple[Tensor, ...]:
+    """Tensors on the arrays' memory; `give_back` is called when nothing refers to any of them any more.
+
+    It is called wherever the last reference goes, be it in the garbage collector: it may put something into a
+    `queue.SimpleQueue`, which is made for that, and not much else.
+    """
+    lease = _Lease()
+    weakref.finalize(lease, give_back).atexit = False
+    # A tensor, and all views of it, keep the lease alive; of an array numpy would let views refer past it.
+    return tuple(torch.from_numpy(np.asarray(_Held(array, lease))) for array in arrays)
 
 
 class _Lease:
-    """Gives the slot back when it goes."""
-
-    def __init__(self, free: queue.SimpleQueue[int], slot: int) -> None:
-        # SimpleQueue.put may be called from any place where the collector runs.
-        weakref.finalize(self, free.put, slot).atexit = False
+    """Lives as long as what is lent."""
 
 
 class _Held:

@@ -5,14 +5,18 @@ On CUDA the next batch is copied while the device computes on the current one. O
 
 from __future__ import annotations
 
+import queue
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lars_train.data.loader import Batch, LoaderStatistics, Stream
+from lars_train.data.ring import lend
 from lars_train.training.device import Precision
 
 
@@ -27,22 +31,42 @@ def normaliser(
     factor = 1 / (torch.tensor(std, dtype=precision.weights) * 255)
     offset = -torch.tensor(mean, dtype=precision.weights) * 255 * factor
     factor, offset = factor.to(device), offset.to(device)
+    memory = _Memory()
 
     def normalise(images: Tensor) -> Tensor:
         count, channels, height, width = images.shape
         # Rows of pixels: in channels_last memory whole vectors are worked on then, not three values at a time.
         rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).reshape(-1, width * channels)
         scale, shift = factor.repeat(width), offset.repeat(width)
-        if device.type == "cuda":
+        if device.type == "cpu":
+            # Here one kernel for mixed types would make copies of all of its inputs.
+            out = memory.empty(rows.shape, precision.weights).copy_(rows)
+            out = torch.addcmul(shift, out, scale, out=out).to(precision.compute)
+        else:
             out = torch.empty(rows.shape, dtype=precision.compute, device=device)
             torch.addcmul(shift, rows, scale, out=out)
-        else:
-            # Here one kernel for mixed types would make copies of all of its inputs.
-            out = rows.to(precision.weights)
-            out = torch.addcmul(shift, out, scale, out=out).to(precision.compute)
         return out.view(count, height, width, channels).permute(0, 3, 1, 2)
 
     return normalise
+
+
+class _Memory:
+    """Host memory, used again when no tensor refers to it any more: fresh pages cost more than what fills them."""
+
+    def __init__(self) -> None:
+        self._free: queue.SimpleQueue[npt.NDArray[np.uint8]] = queue.SimpleQueue()
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """As torch.empty."""
+        size = shape.numel() * dtype.itemsize
+        try:
+            memory = self._free.get_nowait()
+        except queue.Empty:
+            memory = np.empty(size, np.uint8)
+        if memory.nbytes < size:
+            memory = np.empty(size, np.uint8)
+        (found,) = lend([memory[:size]], lambda: self._free.put(memory))
+        return found.view(dtype).view(shape)
 
 
 class Feed(Iterator[Batch]):

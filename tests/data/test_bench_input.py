@@ -37,7 +37,14 @@ def test_the_script_measures_every_contender_and_how_far_the_decoders_pixels_are
             assert all(float(measured[store, name][column].replace(",", "")) > 0 for column in (3, 4, 6, 7))
     assert [measured["as they are", "reference"][column] for column in (4, 7)] == ["1.00", "1.00"]
     assert " 3 files, " in done.stdout
+    whole = {(row[1], row[2]): row for row in rows if len(row) == 8}
+    kinds = [f"ours, {name}, {kind}" for name in names[1:3] if name for kind in ("threads", "processes")]
+    kinds = [kind.replace("ours, ours", "ours") for kind in kinds]
+    for name in ["reference", *kinds]:
+        for workers in ("1", "2"):
+            assert all(float(value.replace(",", "")) > 0 for value in whole[name, workers][3:7])
     if native.is_there():
+        assert "end to end, 2 workers: " in done.stdout
         assert done.stdout.count("of 6 views differ, by at most") == 3
         assert all(
             int(line.split("by at most ")[1][0]) <= 1 for line in done.stdout.splitlines() if "differ, by" in line

@@ -157,6 +157,22 @@ def test_images_come_in_the_type_that_the_network_computes_in() -> None:
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
 
 
+def test_memory_of_normalised_images_is_used_again_but_never_while_a_tensor_refers_to_it() -> None:
+    normalise = normaliser([0.5] * 3, [0.5] * 3, CPU, Precision("fp32", torch.float32, torch.float32))
+    places, held = [], []
+    for level, count in [(0, 4), (51, 2), (102, 4), (153, 8), (204, 1), (255, 4)]:
+        images = normalise(torch.full((count, 3, 8, 8), level, dtype=torch.uint8))
+        places.append(images.data_ptr())
+        held.append((level, images[-1:, 1:].detach().flatten(1)[:, 5:]))
+        held.append((level, images[0, 0]))
+    for level, part in held:
+        torch.testing.assert_close(part, torch.full_like(part, level / 127.5 - 1))
+    assert len(set(places)) == len(places)
+    del images, part
+    held.clear()
+    assert normalise(torch.zeros((1, 3, 8, 8), dtype=torch.uint8)).data_ptr() in places
+
+
 @on_cuda
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 def test_on_cuda_batches_and_their_normalisation_are_those_of_the_cpu(name: str) -> None:

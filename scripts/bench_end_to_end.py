@@ -1,0 +1,186 @@
+"""The second part of bench_input.py: from files to a normalised batch on a device, with workers.
+
+- reference: as torchvision's own training script does it: Pillow and v1 transforms to a normalised float32 tensor in
+  torch's DataLoader, default_collate, the batch moved to the device
+- ours: lars_train's loader, by threads and by processes, the batch moved to the device and normalised there (float32)
+
+What counts is the CPU time of this process and its workers, from the workers' start to their end; and wall time, which
+means little where the machine has other work.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from lars_train.data import native
+from lars_train.data.augment import View
+from lars_train.data.loader import PROCESSES, THREADS, train_loader
+from lars_train.training.device import Precision
+from lars_train.training.feed import Feed, normaliser
+
+SIZE = 224
+VIEW = View("inception", SIZE, True, 0, 0.875)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+BATCH = 64
+PASSES = 3  # over the files, by each stream
+REFERENCE = "reference"
+BY_DEFAULT = "ours, native, threads"
+TARGET = 2.8
+WORKERS = (1, 2)
+
+
+class FileSource:
+    """The files, in order."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files, self.labels = files, np.zeros(len(files), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, sample: int) -> str:
+        return str(self.files[sample])
+
+    where = name
+
+    def read(self, sample: int) -> bytes:
+        return self.files[sample].read_bytes()
+
+
+class ReferenceSet(Dataset[tuple[torch.Tensor, int]]):
+    """As torchvision's ImageFolder with its training transforms."""
+
+    def __init__(self, files: list[Path]) -> None:
+        first = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose([*first, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with self.files[index].open("rb") as content:
+            return self.transform(Image.open(content).convert("RGB")), 0
+
+
+Stream = Callable[[list[Path], int, torch.device], int]
+
+
+def reference(files: list[Path], workers: int, device: torch.device) -> int:
+    """Images that came."""
+    order = [sample for _ in range(PASSES) for sample in random.sample(range(len(files)), len(files))]
+    pinned = device.type == "cuda"
+    count = 0
+    for images, labels in DataLoader(
+        ReferenceSet(files), BATCH, sampler=order, num_workers=workers, pin_memory=pinned, drop_last=False
+    ):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        count += len(labels)
+    return count
+
+
+def ours(by_native: bool, kind: str, files: list[Path], workers: int, device: torch.device) -> int:
+    """Images that came."""
+    batch = min(BATCH, len(files))
+    stream = train_loader(
+        FileSource(files),
+        VIEW,
+        seed=0,
+        batch=batch,
+        ghost_batch=batch,
+        ghosts_per_micro=1,
+        updates_per_epoch=len(files) // batch,
+        start_update=0,
+        stop_update=PASSES * len(files) // batch,
+        rank=0,
+        world=1,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+        on_error="fail",
+        by_native=by_native,
+        kind=kind,
+    )
+    normalise = normaliser(MEAN, STD, device, Precision("fp32", torch.float32, torch.float32))
+    feed, count = Feed(stream, device), 0
+    for found in feed:
+        images = normalise(found.images)
+        count += len(images)
+    feed.close()
+    return count
+
+
+def line_up() -> dict[str, Stream]:
+    """All that can run here."""
+    found: dict[str, Stream] = {REFERENCE: reference}
+    for name, by_native in (("native", True), ("Pillow", False)):
+        if not by_native or native.is_there():
+            found |= {f"ours, {name}, {kind}": partial(ours, by_native, kind) for kind in (THREADS, PROCESSES)}
+    return found
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@dataclass
+class Rates:
+    """Images per second of CPU time and of wall time, in each round."""
+
+    cpu: npt.NDArray[np.float64]
+    wall: npt.NDArray[np.float64]
+
+
+def measure(files: list[Path], rounds: int, device: torch.device) -> dict[tuple[str, int], Rates]:
+    """By contender and number of workers; a first round does not count."""
+    streams = line_up()
+    turns = [(name, workers) for name in streams for workers in WORKERS]
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
+    for number in range(-1, rounds):
+        random.Random(number).shuffle(turns)
+        for name, workers in turns:
+            gc.collect()
+            cpu, wall = cpu_seconds(), time.perf_counter()
+            count = streams[name](files, workers, device)
+            gc.collect()  # the reference's workers end with its loader
+            if number >= 0:
+                found[name, workers].append((count / (cpu_seconds() - cpu), count / (time.perf_counter() - wall)))
+    return {turn: Rates(*np.array(values).T) for turn, values in found.items()}
+
+
+def table(rates: dict[tuple[str, int], Rates]) -> list[str]:
+    """A Markdown table; ratios are medians over the rounds, to the reference with as many workers."""
+    lines = [
+        "| contender | workers | images per CPU-second | ÷ reference | images per wall second | ÷ reference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for (name, workers), own in sorted(rates.items(), key=lambda item: (item[0][1], item[0][0] != REFERENCE)):
+        to = rates[REFERENCE, workers]
+        cells = [f"{np.median(own.cpu):,.0f}", f"{np.median(own.cpu / to.cpu):.2f}"]
+        cells += [f"{np.median(own.wall):,.0f}", f"{np.median(own.wall / to.wall):.2f}"]
+        lines.append(f"| {name} | {workers} | {' | '.join(cells)} |")
+    return lines
+
+
+def target(rates: dict[tuple[str, int], Rates]) -> list[str]:
+    """Whether it is met, for our default with two workers, by CPU time; judged as it is printed."""
+    if (BY_DEFAULT, 2) not in rates:
+        return []
+    value = float(np.median(rates[BY_DEFAULT, 2].cpu / rates[REFERENCE, 2].cpu))
+    met = "met" if round(value, 2) >= TARGET else "**not met**"
+    return [f"- end to end, 2 workers: {value:.2f} times the reference per CPU-second; {TARGET} wanted: {met}"]
