@@ -33,6 +33,9 @@ __all__ = ["BadSample", "Batch", "LoaderStatistics", "Stream", "View", "eval_loa
 PIECE = 32
 """Samples that a worker takes on at a time: several share a micro-batch, so that few buffers keep all of them busy."""
 
+MOST_PIECES = 64
+"""Pieces of a micro-batch; of a very large one they have more samples."""
+
 AHEAD = 4
 """Micro-batches that are being filled or wait, at least."""
 
@@ -82,7 +85,7 @@ class Stream(Iterator[Batch]):
         pin_memory: bool,
         kind: str,
     ) -> None:
-        self._requests = iter(requests)
+        self._requests, self._batch = iter(requests), batch
         self._ring = Ring(ring_slots(batch, workers), batch, reader.size)
         self._pending: deque[_Pending] = deque()
         self._by_slot: dict[int, _Pending] = {}
@@ -98,7 +101,7 @@ class Stream(Iterator[Batch]):
         try:
             if not self._head_is_there(None):
                 raise StopIteration
-            return self._batch(self._pending.popleft())
+            return self._handed_on(self._pending.popleft())
         except BaseException:
             self.close()
             raise
@@ -138,11 +141,12 @@ class Stream(Iterator[Batch]):
                 return
             count = len(request.samples)
             self._ring.ask(slot, request.epoch, request.samples)
-            pending = _Pending(slot, request, -(-count // PIECE))
+            piece = piece_of(self._batch)
+            pending = _Pending(slot, request, -(-count // piece))
             self._pending.append(pending)
             self._by_slot[slot] = pending
-            for start in range(0, count, PIECE):
-                self._workers.put(Piece(slot, start, min(start + PIECE, count)))
+            for start in range(0, count, piece):
+                self._workers.put(Piece(slot, start, min(start + piece, count)))
 
     def _head_is_there(self, timeout: float | None) -> bool:
         assert self._workers is not None
@@ -160,7 +164,7 @@ class Stream(Iterator[Batch]):
         pending.outcomes[done.piece.start] = done.outcome
         pending.seconds += done.seconds
 
-    def _batch(self, pending: _Pending) -> Batch:
+    def _handed_on(self, pending: _Pending) -> Batch:
         outcomes = [pending.outcomes[start] for start in sorted(pending.outcomes)]
         for outcome in outcomes:
             if outcome.failure is not None:
@@ -179,6 +183,11 @@ class Stream(Iterator[Batch]):
         self._statistics = LoaderStatistics(images, seconds, native + sum(outcome.native for outcome in outcomes))
 
 
+def piece_of(batch: int) -> int:
+    """Samples in a piece of a micro-batch of `batch`."""
+    return max(PIECE, -(-batch // MOST_PIECES))
+
+
 def ring_slots(batch: int, workers: int) -> int:
     """Buffers of a stream of micro-batches of `batch` samples: enough for two pieces for each worker, `AHEAD` at least.
 
@@ -186,7 +195,7 @@ def ring_slots(batch: int, workers: int) -> int:
     """
     if workers == 0:
         return LENT + 1
-    return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // PIECE)))
+    return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // piece_of(batch))))
 
 
 def worker_kind(source: Source, by_native: bool) -> str:

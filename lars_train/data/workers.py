@@ -11,7 +11,7 @@ import os
 import queue
 import select
 import signal
-import sys
+import struct
 import threading
 import time
 import traceback
@@ -30,7 +30,8 @@ from lars_train.errors import DataError
 BEGIN_S = 20.0  # for all processes to begin
 STARTS = 4  # of a process that does not begin
 _LOOK_S = 5.0  # between a worker's looks at whether its parent is still there
-_NUMBER = 8  # bytes of each of a piece's numbers
+# A piece in a pipe: of a length that divides a page's, so that no piece is ever read in two parts.
+_PIECE = struct.Struct("=IIIxxxx")
 _MEMORY = "it ran out of memory; take a smaller data.workers, or give the job more memory"
 
 
@@ -103,11 +104,17 @@ class Threads:
         self._done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
         self._ended = threading.Event()
         arguments = (reader, ring, self._pieces, self._done, self._ended)
-        self._threads = [threading.Thread(target=_thread, args=arguments, daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
+        threads = [threading.Thread(target=_thread, args=arguments, daemon=True) for _ in range(count)]
+        started: list[threading.Thread] = []
         # It must not hold what it is called for.
-        self._end = weakref.finalize(self, _end_threads, self._threads, self._pieces, self._ended)
+        self._end = weakref.finalize(self, _end_threads, started, self._pieces, self._ended)
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+        except RuntimeError as error:
+            self.close()
+            raise DataError(f"a loader's worker cannot be started ({error}): take a smaller data.workers.") from None
 
     def put(self, piece: Piece) -> None:
         self._pieces.put(piece)
@@ -170,6 +177,10 @@ class Processes:
         self._end = weakref.finalize(self, _end_processes, self._workers, (self._pieces, self._give), os.getpid())
         try:
             self._begin(count)
+        except OSError as error:
+            self.close()
+            reason = f"({error.strerror}): take a smaller data.workers"
+            raise DataError(f"a loader's worker cannot be started {reason}.") from None
         except BaseException:
             self.close()
             raise
@@ -213,8 +224,8 @@ class Processes:
         return results
 
     def put(self, piece: Piece) -> None:
-        # Short writes to a pipe are whole, and a ring has far fewer pieces than a pipe can hold.
-        os.write(self._give, b"".join(number.to_bytes(_NUMBER, sys.byteorder) for number in piece))
+        # Short writes to a pipe are whole, and loader.py asks for far fewer pieces than one holds (4096).
+        os.write(self._give, _PIECE.pack(*piece))
 
     def get(self, timeout: float | None = None) -> Done | None:
         if not self._arrived:
@@ -271,10 +282,8 @@ def _next_piece(pieces: int, parent: int) -> Piece | None:
         if not ready.poll(1000 * _LOOK_S):
             continue
         with suppress(BlockingIOError):
-            data = os.read(pieces, 3 * _NUMBER)
-            if not data:
-                return None
-            return Piece(*(int.from_bytes(data[at : at + _NUMBER], sys.byteorder) for at in range(0, len(data), 8)))
+            data = os.read(pieces, _PIECE.size)
+            return Piece(*_PIECE.unpack(data)) if data else None
     return None
 
 
