@@ -11,6 +11,7 @@ import queue
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,9 @@ class _Pages(mmap.mmap):
         view = np.frombuffer(self, np.uint8)
         code = int(_cuda().cudaHostRegister(view.ctypes.data, view.nbytes, 0))
         if code:
+            # CUDA keeps the error, and the next kernel would be blamed for it.
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
             warnings.warn(
                 f"{view.nbytes >> 20} MiB of the loader's buffers could not be page-locked (CUDA error {code}): copies "
                 "to the device are slower and hold up the host.",

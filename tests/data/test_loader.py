@@ -500,6 +500,44 @@ def test_pinned_batches_keep_content_and_layout(workers: int) -> None:
         assert same([batch], [expected[number]])
 
 
+def test_buffers_are_page_locked_after_all_forks_and_let_go_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for CUDA's runtime."""
+    locked: dict[int, int] = {}
+    here = os.getpid()
+
+    class Runtime:
+        code = 0
+
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+            assert os.getpid() == here
+            assert len(workers_of_this_test() - before) == 2
+            locked[address] = size
+            return self.code
+
+        def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+            del locked[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    before = workers_of_this_test()
+    stream = train(Pictures(23), workers=2, pin_memory=True)
+    batch = next(stream)
+    ((address, size),) = locked.items()
+    assert address <= batch.images.data_ptr() < address + size
+    stream.close()
+    del stream
+    gc.collect()
+    assert locked  # for the batch
+    del batch
+    gc.collect()
+    assert not locked
+    monkeypatch.setattr(Runtime, "code", 2)
+    with pytest.warns(RuntimeWarning, match=r"could not be page-locked \(CUDA error 2\)"):
+        stream = train(Pictures(23), workers=2, pin_memory=True)
+    assert same(list(stream), list(train(Pictures(23))))
+    locked.clear()
+
+
 @forked
 def test_workers_are_forked_so_that_they_share_the_sources_memory() -> None:
     parent = os.getpid()
