@@ -359,7 +359,8 @@ def test_a_worker_without_memory_or_with_a_defect_ends_the_stream_and_tells(kind
 
 
 def ask_for_interrupts(sample: int) -> None:
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN or signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    if any(signal.getsignal(number) is not signal.SIG_IGN for number in numbers):
         raise FileNotFoundError(2, "a worker that Ctrl-C would end")
 
 
