@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lars_train.data.directory import user_path
-from lars_train.data.folder import held_out
+from lars_train.data.listing import held_out
 from lars_train.data.source import Dataset, fingerprint, numbered
 from lars_train.errors import ConfigError
 

@@ -7,8 +7,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from lars_train.data.folder_index import Folder, Found, listing_by_index
+from lars_train.data.listing import Listing
 from lars_train.data.source import Labels, Names, Source
-from lars_train.data.tree import is_hidden, is_image, join
+from lars_train.data.tree import Ranks, is_hidden, is_image, join
 from lars_train.errors import ConfigError
 from lars_train.text import printable
 
@@ -52,13 +54,13 @@ class DirectoryTree:
     def files(self, inside: bytes) -> list[bytes]:
         return sorted(entry.name for entry in self._entries(inside) if not entry.is_dir())
 
-    def images(self, inside: bytes) -> list[bytes]:
-        return sorted(self._walk(inside, b"", ()))
+    def listing(self, inside: bytes) -> Listing:
+        return listing_by_index(self._path(inside), self.folders(inside), lambda name: self._found(join(inside, name)))
 
     def read(self, path: bytes) -> bytes:
         return self._path(path).read_bytes()
 
-    def source(self, inside: bytes, names: Names, labels: Labels) -> Source:
+    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
         return FileSource(self._path(inside), names, labels)
 
     def _path(self, inside: bytes) -> Path:
@@ -77,15 +79,39 @@ class DirectoryTree:
                 "make it readable, or point data.root elsewhere."
             ) from error
 
-    def _walk(self, inside: bytes, below: bytes, above: tuple[Path, ...]) -> Iterator[bytes]:
-        here = self._path(join(inside, below)).resolve()
+    def _found(self, inside: bytes) -> Found:
+        images: list[tuple[bytes, int]] = []
+        folders: list[Folder] = []
+        self._walk(inside, b"", (), images, folders)
+        return Found(sorted(images), folders)
+
+    def _walk(
+        self,
+        inside: bytes,
+        below: bytes,
+        above: tuple[Path, ...],
+        images: list[tuple[bytes, int]],
+        folders: list[Folder],
+    ) -> None:
+        path = self._path(join(inside, below))
+        here = path.resolve()
         if here in above:
             return
+        # Before its entries are read: what comes in between is seen as a change.
+        folders.append(Folder.at(path, below))
         for entry in self._entries(join(inside, below)):
             if entry.is_dir():
-                yield from self._walk(inside, join(below, entry.name), (*above, here))
+                self._walk(inside, join(below, entry.name), (*above, here), images, folders)
             elif is_image(entry.name):
-                yield join(below, entry.name)
+                images.append((join(below, entry.name), _size(entry)))
+
+
+def _size(entry: os.DirEntry[bytes]) -> int:
+    """Bytes of a file; -1 where that cannot be told, as for a link that leads nowhere."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
 
 
 def user_path(text: str) -> Path:

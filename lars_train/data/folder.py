@@ -6,17 +6,15 @@ ImageNet's flat validation folder gets its labels is in imagenet.py; what a file
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from lars_train.data.directory import DirectoryTree, user_path
-from lars_train.data.source import Dataset, Labels, Names, NamesBuilder, fingerprint
-from lars_train.data.tree import Tree, is_image, join
+from lars_train.data.listing import Listing, divide
+from lars_train.data.source import Dataset, Labels, Names, fingerprint
+from lars_train.data.tree import Ranks, Tree, is_image
 from lars_train.data.zips import ZipTree
 from lars_train.errors import ConfigError
 from lars_train.text import printable
@@ -24,8 +22,6 @@ from lars_train.text import printable
 TRAIN = b"train"
 TEST = b"test"
 VALIDATION = (b"val", b"validation", TEST)
-# The one key of the generator that says which images are held out: the split must never change.
-_HOLDOUT_KEY = 20170813
 _SHOWN = 5
 
 
@@ -37,6 +33,8 @@ class Split:
     names: Names
     labels: Labels
     classes: tuple[bytes, ...]
+    ranks: Ranks | None = None
+    """Which of the tree's listing of `inside` they are; None: all, or none of it."""
 
 
 def open_folder(root: str | None, holdout: float | None) -> Dataset:
@@ -96,25 +94,33 @@ def find_splits(tree: Tree, holdout: float | None, validation: Sequence[bytes]) 
 
 def collect(tree: Tree, inside: bytes) -> Split:
     """All images of the class folders in `inside`, ranked by path."""
-    return _scan(tree, inside, None)[0]
+    listing = _listing(tree, inside)
+    lacking = _with_fewer(listing, 1)
+    if lacking and listing.complete:
+        raise ConfigError(
+            f"data.root: {_place(tree, inside)} has class folders without images: {_listed(lacking)}; "
+            "remove them, or put their images in."
+        )
+    return Split(inside, listing.names, listing.labels, listing.classes)
 
 
 def hold_out(tree: Tree, inside: bytes, share: float) -> tuple[Split, Split]:
     """Training and validation samples from one tree of class folders.
 
-    Of each class, the nearest whole number to `share` of its images goes to validation, but at least one and
-    not all. Which ones depends on nothing but their rank within the class and the size of the class.
+    Which ones go to validation: see `divide`.
     """
-    return _scan(tree, inside, share)
-
-
-def held_out(count: int, share: float) -> np.ndarray:
-    """Which of `count` images are held out: bool (count,). `count` must be at least 2."""
-    wanted = min(max(math.floor(count * share + 0.5), 1), count - 1)
-    draws = np.random.Philox(key=_HOLDOUT_KEY).random_raw(count)
-    mask = np.zeros(count, bool)
-    mask[np.argsort(draws, kind="stable")[:wanted]] = True
-    return mask
+    listing = _listing(tree, inside)
+    lacking = _with_fewer(listing, 2)
+    if lacking:
+        raise ConfigError(
+            f"data.holdout={share}: {_place(tree, inside)} has classes with one image or none: {_listed(lacking)}; "
+            "each class needs one for training and one for validation: add images, or remove the folder."
+        )
+    train, val = (
+        Split(inside, listing.names.take(ranks), listing.labels[ranks], listing.classes, ranks)
+        for ranks in divide(listing, share)
+    )
+    return train, val
 
 
 def matched(tree: Tree, train: Split, val: Split) -> tuple[Split, Split]:
@@ -136,52 +142,32 @@ def dataset(tree: Tree, train: Split, val: Split) -> Dataset:
     """The `Dataset` of two splits that share `train.classes`."""
     classes = tuple(os.fsdecode(name) for name in train.classes)
     return Dataset(
-        train=tree.source(train.inside, train.names, train.labels),
-        val=tree.source(val.inside, val.names, val.labels),
+        train=tree.source(train.inside, train.names, train.labels, train.ranks),
+        val=tree.source(val.inside, val.names, val.labels, val.ranks),
         classes=classes,
         fingerprint=fingerprint(classes, (train.names.runs(), train.labels), (val.names.runs(), val.labels)),
     )
 
 
-def _scan(tree: Tree, inside: bytes, share: float | None) -> tuple[Split, Split]:
-    """The samples to keep and those to hold out; none of the latter where `share` is None."""
-    classes = tree.folders(inside)
-    where = f"{tree.place}/{printable(inside)}" if inside else tree.place
-    if not classes:
+def _listing(tree: Tree, inside: bytes) -> Listing:
+    listing = tree.listing(inside)
+    if not listing.classes:
         loose = sum(map(is_image, tree.files(inside)))
         found = f"{loose} images lie directly in it" if loose else "it holds no images"
         raise ConfigError(
-            f"data.root: {where} has no class folders ({found}); put the images of each class in a folder of its own."
+            f"data.root: {_place(tree, inside)} has no class folders ({found}); "
+            "put the images of each class in a folder of its own."
         )
-    least = 1 if share is None else 2
-    too_few = []
-    builders = NamesBuilder(), NamesBuilder()
-    counts = np.zeros((2, len(classes)), np.int64)
-    # Samples are ranked by their whole path, in which a slash follows the class: `a-b/` comes before `a/`.
-    ranked = sorted(range(len(classes)), key=lambda label: classes[label] + b"/")
-    for label in ranked:
-        images = tree.images(join(inside, classes[label]))
-        if len(images) < least:
-            too_few.append(classes[label])
-            continue
-        out = np.zeros(len(images), bool) if share is None else held_out(len(images), share)
-        for side, mask in enumerate((~out, out)):
-            builders[side].extend(join(classes[label], images[index]) for index in np.flatnonzero(mask))
-            counts[side, label] = mask.sum()
-    if too_few and share is None:
-        raise ConfigError(
-            f"data.root: {where} has class folders without images: {_listed(sorted(too_few))}; "
-            "remove them, or put their images in."
-        )
-    if too_few:
-        raise ConfigError(
-            f"data.holdout={share}: {where} has classes with one image or none: {_listed(sorted(too_few))}; "
-            "each class needs one for training and one for validation: add images, or remove the folder."
-        )
-    names = [builder.build() for builder in builders]
-    labels = [np.repeat(np.array(ranked, np.int32), count[ranked]) for count in counts]
-    train, val = (Split(inside, names[side], labels[side], tuple(classes)) for side in (0, 1))
-    return train, val
+    return listing
+
+
+def _place(tree: Tree, inside: bytes) -> str:
+    return f"{tree.place}/{printable(inside)}" if inside else tree.place
+
+
+def _with_fewer(listing: Listing, least: int) -> list[bytes]:
+    """The classes that have fewer than `least` images."""
+    return [name for name, count in zip(listing.classes, listing.counts().tolist(), strict=True) if count < least]
 
 
 def _instead(tree: Tree, found: Sequence[bytes]) -> str:

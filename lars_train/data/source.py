@@ -78,6 +78,35 @@ class Names:
             raise IndexError(f"sample id {index} is not in [0, {len(self)})")
         return self._blob[self._starts[index] : self._starts[index + 1] - 1].tobytes()
 
+    @classmethod
+    def of(cls, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
+        """The names in two arrays out of a file, which should be what `arrays` gave. Raises ValueError."""
+        if blob.dtype != np.uint8 or starts.dtype != np.int64:
+            raise ValueError("the names are of another kind")
+        whole = len(starts) > 0 and starts[0] == 0 and starts[-1] == len(blob)
+        if not whole or np.any(starts[1:] <= starts[:-1]) or np.any(blob[starts[1:] - 1]):
+            raise ValueError("the names do not fit together")
+        if np.count_nonzero(blob == 0) != len(starts) - 1:
+            raise ValueError("a name holds a NUL byte")
+        return cls(blob, starts)
+
+    @property
+    def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """All names in order, each with a NUL byte: uint8; where each begins, and the end: int64 (N + 1,)."""
+        return self._blob, self._starts
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Names:
+        """The names at `rows`, int64 (M,), in that order."""
+        lengths = self._starts[rows + 1] - self._starts[rows]
+        starts = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        blob = np.empty(starts[-1], np.uint8)
+        for first in range(0, len(rows), _RUN):
+            stop = min(first + _RUN, len(rows))
+            shift = np.repeat(self._starts[rows[first:stop]] - starts[first:stop], lengths[first:stop])
+            blob[starts[first] : starts[stop]] = self._blob[np.arange(starts[first], starts[stop]) + shift]
+        return Names(blob, starts)
+
     def runs(self) -> Iterator[bytes | memoryview]:
         """All names in order, each followed by a NUL byte, in pieces: what `fingerprint` hashes."""
         yield self._blob.data

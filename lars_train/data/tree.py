@@ -6,9 +6,15 @@ It says which files count as images and which are passed over. It opens nothing 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from lars_train.data.source import Labels, Names, Source
+
+if TYPE_CHECKING:
+    from lars_train.data.listing import Listing
 
 _SUFFIXES = (
     b".jpg",
@@ -22,6 +28,9 @@ _SUFFIXES = (
     b".tiff",
     b".gif",
 )
+
+
+Ranks = npt.NDArray[np.int64]
 
 
 class Tree(Protocol):
@@ -44,16 +53,19 @@ class Tree(Protocol):
         """Names of the files directly in `inside`, in bytewise order."""
         ...
 
-    def images(self, inside: bytes) -> list[bytes]:
-        """Paths, relative to `inside`, of all images in it and below it, in bytewise order."""
+    def listing(self, inside: bytes) -> Listing:
+        """All images in and below the folders of `inside`, its class folders."""
         ...
 
     def read(self, path: bytes) -> bytes:
         """The content of one small file. Raises OSError."""
         ...
 
-    def source(self, inside: bytes, names: Names, labels: Labels) -> Source:
-        """The samples `names` (paths relative to `inside`) with `labels`, int32 (N,)."""
+    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+        """The samples `names` (paths relative to `inside`) with `labels`, int32 (N,).
+
+        `ranks`: which of ``listing(inside)`` they are, where they are not all of it.
+        """
         ...
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lars_train.data.listing import Listing, listing_of
 from lars_train.data.source import Labels, Names, NamesBuilder, Source
-from lars_train.data.tree import is_hidden, is_image, join
+from lars_train.data.tree import Ranks, is_hidden, is_image, join
 from lars_train.errors import ConfigError
 from lars_train.text import printable
 
@@ -101,11 +102,9 @@ class ZipTree:
     def files(self, inside: bytes) -> list[bytes]:
         return self._list(inside)[1]
 
-    def images(self, inside: bytes) -> list[bytes]:
-        prefix = self._prefix(inside)
-        first = bisect_left(self._sorted, prefix)
-        end = bisect_left(self._sorted, True, lo=first, key=lambda path: not path.startswith(prefix))
-        return [path[len(prefix) :] for path in self._sorted[first:end] if is_image(path)]
+    def listing(self, inside: bytes) -> Listing:
+        classes = self.folders(inside)
+        return listing_of(classes, [self._images(join(inside, name)) for name in classes])
 
     def read(self, path: bytes) -> bytes:
         info = self._members.get(join(self._base, path))
@@ -120,7 +119,7 @@ class ZipTree:
         assert isinstance(data, bytes)
         return data
 
-    def source(self, inside: bytes, names: Names, labels: Labels) -> Source:
+    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
         inside = join(self._base, inside)
         entries = np.empty(len(names), _ENTRY)
         for sample in range(len(names)):
@@ -128,6 +127,13 @@ class ZipTree:
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             entries[sample] = (info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
         return ZipSource(self.path, inside, names, labels, entries)
+
+    def _images(self, inside: bytes) -> list[bytes]:
+        """Paths, relative to `inside`, of all images in it and below it, in bytewise order."""
+        prefix = self._prefix(inside)
+        first = bisect_left(self._sorted, prefix)
+        end = bisect_left(self._sorted, True, lo=first, key=lambda path: not path.startswith(prefix))
+        return [path[len(prefix) :] for path in self._sorted[first:end] if is_image(path)]
 
     def _list(self, inside: bytes) -> tuple[list[bytes], list[bytes]]:
         """The folders and the files directly in `inside`; what lies in those folders is leapt over."""

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_train.data.folder import held_out, open_folder
+from lars_train.data.folder import open_folder
+from lars_train.data.listing import held_out
 from lars_train.data.source import Source
 from lars_train.errors import ConfigError
 
