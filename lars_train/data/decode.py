@@ -108,13 +108,18 @@ def _silence() -> None:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
 
 
+def whole_picture(data: bytes) -> Image.Image:
+    """The whole picture in `data` by Pillow: 8-bit grey (L) as it is, all else as RGB. Raises BadImage."""
+    return _picture(data, keep_grey=True)
+
+
 def _check_size(size: tuple[int, int], view: Geometry) -> None:
     if view.size != size and view.size[0] * view.size[1] > MAX_PIXELS:
         (width, height), (wide, high) = size, view.size
         raise BadImage(f"{width}x{height} pixels, too elongated to be resized to {wide}x{high}")
 
 
-def _picture(data: bytes) -> Image.Image:
+def _picture(data: bytes, *, keep_grey: bool = False) -> Image.Image:
     if not data:
         raise BadImage("the file is empty")
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
@@ -124,6 +129,9 @@ def _picture(data: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
             raise BadImage(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS}")
+        if keep_grey and picture.mode == "L":
+            picture.load()
+            return picture
         return _to_rgb(picture)
     except (BadImage, MemoryError):
         raise

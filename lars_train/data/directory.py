@@ -44,6 +44,8 @@ class FileSource:
 class DirectoryTree:
     """The folders and files below the directory `root`. Symbolic links are followed, but not in circles."""
 
+    variant = ""
+
     def __init__(self, root: Path) -> None:
         self.place = str(root)
         self.path = root

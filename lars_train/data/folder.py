@@ -1,4 +1,4 @@
-"""A tree of images with one folder per class, in a directory or a zip, as a `Dataset`.
+"""A tree of images with one folder per class, in a directory, a zip or tar shards, as a `Dataset`.
 
 Finds the splits, gives classes their labels and cuts off a validation set where there is none. How
 ImageNet's flat validation folder gets its labels is in imagenet.py; what a file is, in tree.py.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from lars_train.data.directory import DirectoryTree, user_path
 from lars_train.data.listing import Listing, divide
+from lars_train.data.shards import is_store, open_store
 from lars_train.data.source import Dataset, Labels, Names, fingerprint
 from lars_train.data.tree import Ranks, Tree, is_image
 from lars_train.data.zips import ZipTree
@@ -38,7 +39,7 @@ class Split:
 
 
 def open_folder(root: str | None, holdout: float | None) -> Dataset:
-    """The data set below `root`, a directory or a zip.
+    """The data set below `root`, a directory, a zip or a store of tar shards.
 
     `root` holds ``train/`` and one of ``val/``, ``validation/``, ``test/`` (the first that is there). With
     `holdout`, that share of each class of the training images is the validation set instead, whatever lies
@@ -53,7 +54,7 @@ def open_folder(root: str | None, holdout: float | None) -> Dataset:
 
 
 def open_tree(root: str | None) -> Tree:
-    """The directory or zip that `data.root` names."""
+    """The directory, zip or store of tar shards that `data.root` names."""
     if not root:
         raise ConfigError("data.root is not set: give the folder or .zip with the images, data.root=PATH.")
     path = user_path(root)
@@ -64,7 +65,7 @@ def open_tree(root: str | None) -> Tree:
             f"data.root={root} cannot be opened ({error.strerror}); give the folder or .zip with the images."
         ) from error
     if is_folder:
-        return DirectoryTree(path)
+        return open_store(path) if is_store(path) else DirectoryTree(path)
     if path.suffix.lower() != ".zip":
         raise ConfigError(f"data.root={root} is neither a folder nor a .zip; unpack it and give the folder.")
     return ZipTree(path)
@@ -145,7 +146,9 @@ def dataset(tree: Tree, train: Split, val: Split) -> Dataset:
         train=tree.source(train.inside, train.names, train.labels, train.ranks),
         val=tree.source(val.inside, val.names, val.labels, val.ranks),
         classes=classes,
-        fingerprint=fingerprint(classes, (train.names.runs(), train.labels), (val.names.runs(), val.labels)),
+        fingerprint=fingerprint(
+            classes, (train.names.runs(), train.labels), (val.names.runs(), val.labels), variant=tree.variant
+        ),
     )
 
 

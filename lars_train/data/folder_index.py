@@ -135,7 +135,8 @@ def _keep(key: str, split: Path, listing: Listing, sizes: Sequence[int], folders
     arrays: Arrays = {"names": blob, "starts": starts, "labels": listing.labels, "sizes": np.array(sizes, np.int64)}
     try:
         write_mapped(cache_directory() / f"{key}-{began:x}.index", meta, arrays)
-        for old in _files(key)[_KEPT:]:
+        # And what a kill has left half written.
+        for old in (*_files(key)[_KEPT:], *cache_directory().glob(f".{key}-*")):
             old.unlink(missing_ok=True)
     except OSError as error:
         _cannot_keep(split, error)

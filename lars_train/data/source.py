@@ -141,11 +141,16 @@ def numbered_runs(prefix: str, count: int) -> Iterator[bytes]:
         yield "".join(f"{numbered(prefix, i)}\0" for i in range(start, stop)).encode()
 
 
-def fingerprint(classes: Iterable[str], *splits: tuple[Iterable[bytes | memoryview], npt.NDArray[np.integer]]) -> str:
+def fingerprint(
+    classes: Iterable[str],
+    *splits: tuple[Iterable[bytes | memoryview], npt.NDArray[np.integer]],
+    variant: str = "",
+) -> str:
     """16 hex digits of the SHA-256 over class names and, for each split, its names and labels.
 
     `splits`: the runs of NUL-terminated names (see `Names.runs`) and the labels, shape (N,). It does not
-    depend on the kind of store: a folder and a zip of it have the same fingerprint.
+    depend on the kind of store: a folder and a zip of it have the same fingerprint. `variant`: how the pictures were
+    encoded anew, where they were; that is other data by the same names.
     """
     digest = hashlib.sha256()
     for name in classes:
@@ -156,4 +161,6 @@ def fingerprint(classes: Iterable[str], *splits: tuple[Iterable[bytes | memoryvi
         for run in runs:
             digest.update(run)
         digest.update(labels.astype("<i4").tobytes())
+    if variant:
+        digest.update(b"\0\0" + variant.encode())
     return digest.hexdigest()[:16]

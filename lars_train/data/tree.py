@@ -45,6 +45,9 @@ class Tree(Protocol):
     path: Path
     """The directory or the zip itself."""
 
+    variant: str
+    """How its pictures were encoded anew, see `fingerprint`; empty where they are what they were."""
+
     def folders(self, inside: bytes) -> list[bytes]:
         """Names of the folders directly in `inside`, in bytewise order."""
         ...

@@ -83,6 +83,8 @@ class ZipTree:
     method other than store or deflate.
     """
 
+    variant = ""
+
     def __init__(self, path: Path) -> None:
         self.place = str(path)
         self.path = path

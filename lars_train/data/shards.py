@@ -1,0 +1,273 @@
+"""Tar shards as a `Tree`, and their samples as a `Source`: an index says where each picture lies, ``pread`` reads it.
+
+The index holds names, labels and places, and is mapped into memory. It may come from a stranger with the store: every
+number in it is checked against the shards when it is opened, and a name in it never becomes a path on disk, but for the
+shards' own, which are plain file names. How a store is made is the business of lars_train.stores.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import stat
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.data.listing import Listing
+from lars_train.data.mapped import Arrays, Damaged, read_mapped
+from lars_train.data.source import Labels, Names, Source
+from lars_train.data.tree import Ranks
+from lars_train.errors import ConfigError
+from lars_train.text import printable
+
+INDEX = "index.lars"
+"""The file of a store that makes it one; it is written last."""
+
+PACKING = ".packing"
+"""The folder in a store that is not finished."""
+
+VERSION = 1
+TRAIN, VAL = "train", "val"
+SPLITS = (TRAIN, VAL)
+# A shard's file name within its split's folder.
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]{0,200}\.tar")
+# Shards that stay open, at most and as a share of what the system allows a process; others are opened for each read.
+_HANDLES, _SHARE = 512, 4
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: its path, and the bytes that it must have."""
+
+    path: Path
+    size: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where samples lie: in which shard (int32), from which byte on (int64), how many bytes (int64). Each (N,)."""
+
+    shard: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+
+    def take(self, ranks: Ranks) -> Places:
+        """Those at `ranks`."""
+        return Places(self.shard[ranks], self.offset[ranks], self.size[ranks])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One split of a store."""
+
+    shards: tuple[Shard, ...]
+    listing: Listing
+    places: Places
+    sums: npt.NDArray[np.uint64]
+    """Shape (N,): the digest of each picture (`stores.digest`); empty in an index of shards made by others."""
+
+
+class ShardSource:
+    """Samples that are members of tar shards. Safe to use from several threads."""
+
+    def __init__(self, shards: tuple[Shard, ...], names: Names, labels: Labels, places: Places) -> None:
+        self.labels = labels
+        self._files = _Files(shards)
+        self._names = names
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, sample: int) -> str:
+        return os.fsdecode(self._names[sample])
+
+    def where(self, sample: int) -> str:
+        name = self._names[sample]
+        path = self._files.shards[int(self._places.shard[sample])].path
+        return f"{printable(os.fsencode(path))}!{printable(name)}"
+
+    def read(self, sample: int) -> bytes:
+        count = int(self._places.size[sample])
+        data = self._files.read(int(self._places.shard[sample]), count, int(self._places.offset[sample]))
+        if len(data) != count:
+            raise OSError("the shard ends early; was it replaced during the run?")
+        return data
+
+
+class ShardTree:
+    """A store of tar shards: splits as folders, classes as folders in them. What is not in its index is not there."""
+
+    def __init__(self, path: Path, splits: dict[str, Packed], variant: str = "") -> None:
+        self.place = str(path)
+        self.path = path
+        self.variant = variant
+        self.splits = splits
+
+    def folders(self, inside: bytes) -> list[bytes]:
+        if not inside:
+            return sorted(name.encode() for name in self.splits)
+        split = self.splits.get(os.fsdecode(inside))
+        return list(split.listing.classes) if split else []
+
+    def files(self, inside: bytes) -> list[bytes]:
+        return []
+
+    def listing(self, inside: bytes) -> Listing:
+        return self.splits[os.fsdecode(inside)].listing
+
+    def read(self, path: bytes) -> bytes:
+        raise FileNotFoundError(f"{printable(path)} is not there")
+
+    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+        split = self.splits[os.fsdecode(inside)]
+        return ShardSource(split.shards, names, labels, split.places if ranks is None else split.places.take(ranks))
+
+
+def is_store(path: Path) -> bool:
+    """Whether the folder `path` is a store, or is becoming one."""
+    return (path / INDEX).exists() or (path / PACKING).is_dir()
+
+
+def open_store(path: Path) -> ShardTree:
+    """The store at `path`. Raises `ConfigError` where it is not finished, damaged, or not as its index says."""
+    if not (path / INDEX).exists():
+        raise ConfigError(f"data.root={path} is a store that is not finished; run its `lars-data pack` again.")
+    try:
+        meta, arrays = read_mapped(path / INDEX)
+        if meta["kind"] != "store" or meta["version"] != VERSION:
+            raise Damaged(f"it is of kind {meta['kind']}, version {meta['version']}")
+        return ShardTree(path, splits_of(path, meta, arrays), str(meta["variant"]))
+    except OSError as error:
+        raise ConfigError(f"data.root={path}: {INDEX} cannot be read ({error.strerror}).") from error
+    except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = error if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"data.root={path}: {INDEX} cannot be used ({reason}); get the store again, or pack it anew."
+        ) from error
+
+
+def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays) -> dict[str, Packed]:
+    """The splits that an index describes, every number in it checked against the shards.
+
+    Raises `Damaged`, OSError, and what comes of values that are of another kind.
+    """
+    classes = tuple(name.encode("latin-1") for name in meta["classes"])
+    if len(classes) != len(set(classes)) or any(b"\0" in name for name in classes):
+        raise Damaged("a class is in it twice")
+    found = {}
+    for name, split in meta["splits"].items():
+        if name not in SPLITS:
+            raise Damaged("it has a split by another name")
+        shards = tuple(_shard(path, where, size) for where, size in split["shards"])
+        parts = {
+            part: arrays[f"{name}.{part}"] for part in ("names", "starts", "labels", "shard", "offset", "size", "sums")
+        }
+        found[name] = _packed(classes, shards, bool(split["complete"]), parts)
+    return found
+
+
+def _shard(path: Path, where: str, size: int) -> Shard:
+    folder, _, name = where.rpartition("/")
+    if folder not in ("", "train", "val", "validation", "test") or not _SHARD.fullmatch(name) or type(size) is not int:
+        raise Damaged("a shard's name is none")
+    shard = Shard(path / folder / name, size)
+    found = shard.path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+        raise Damaged(f"{where} is not the file of {size:,} bytes that it should be")
+    return shard
+
+
+def _packed(classes: tuple[bytes, ...], shards: tuple[Shard, ...], complete: bool, parts: Arrays) -> Packed:
+    names, labels = Names.of(parts["names"], parts["starts"]), parts["labels"]
+    places = Places(parts["shard"], parts["offset"], parts["size"])
+    kinds = [labels.dtype, places.shard.dtype, places.offset.dtype, places.size.dtype, parts["sums"].dtype]
+    lengths = {len(names), len(labels), len(places.shard), len(places.offset), len(places.size)}
+    if kinds != [np.int32, np.int32, np.int64, np.int64, np.uint64] or len(lengths) != 1:
+        raise Damaged("its parts do not fit together")
+    if len(parts["sums"]) not in (0, len(names)):
+        raise Damaged("its parts do not fit together")
+    if len(labels):
+        if not 0 <= labels.min() <= labels.max() < len(classes):
+            raise Damaged("a label has no class")
+        _check_places(places, np.array([shard.size for shard in shards], np.int64))
+    return Packed(shards, Listing(classes, names, labels, complete), places, parts["sums"])
+
+
+def _check_places(places: Places, lengths: npt.NDArray[np.int64]) -> None:
+    """Raise `Damaged` unless each place lies within its shard, and no two overlap."""
+    if not 0 <= places.shard.min() <= places.shard.max() < len(lengths):
+        raise Damaged("a picture lies in a shard that is not there")
+    room = lengths[places.shard]
+    # Written so that no sum can overflow.
+    if np.any(places.offset < 0) or np.any(places.size < 0) or np.any(places.offset > room):
+        raise Damaged("a picture lies outside of its shard")
+    if np.any(places.size > room - places.offset):
+        raise Damaged("a picture reaches beyond the end of its shard")
+    order = np.lexsort((places.offset, places.shard))
+    shard, begin = places.shard[order], places.offset[order]
+    end = begin + places.size[order]
+    if np.any((shard[1:] == shard[:-1]) & (begin[1:] < end[:-1])):
+        raise Damaged("two pictures overlap")
+
+
+class _Files:
+    """The shards' files, read with ``pread``: there is no file position for threads and forked processes to share.
+
+    An open file is never closed while the source lives, for another thread may be reading from it.
+    """
+
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
+        self.shards = shards
+        self._handles: dict[int, int] = {}
+        self._opening = threading.Lock()
+        weakref.finalize(self, _close, self._handles)
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = _HANDLES if allowed == resource.RLIM_INFINITY else min(_HANDLES, allowed // _SHARE)
+
+    def __reduce__(self) -> tuple[type[_Files], tuple[tuple[Shard, ...]]]:
+        return _Files, (self.shards,)
+
+    def read(self, shard: int, count: int, offset: int) -> bytes:
+        """`count` bytes, or fewer where the file ends."""
+        handle = self._handles.get(shard)
+        if handle is not None:
+            return _read(handle, count, offset)
+        with self._opening:
+            if shard not in self._handles and len(self._handles) < self._most:
+                self._handles[shard] = _open(self.shards[shard].path)
+            handle = self._handles.get(shard)
+        if handle is not None:
+            return _read(handle, count, offset)
+        handle = _open(self.shards[shard].path)
+        try:
+            return _read(handle, count, offset)
+        finally:
+            os.close(handle)
+
+
+def _close(handles: dict[int, int]) -> None:
+    for handle in handles.values():
+        os.close(handle)
+
+
+def _open(path: Path) -> int:
+    # Without waiting: a pipe in the place of a shard would hold the run for good.
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+
+
+def _read(handle: int, count: int, offset: int) -> bytes:
+    data = os.pread(handle, count, offset)
+    while len(data) < count:
+        more = os.pread(handle, count - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data

@@ -1,0 +1,1 @@
+"""Stores: folders of pictures packed into tar shards, verified, described. What ``lars-data`` does."""

@@ -1,0 +1,368 @@
+"""A store is read in place by any thread and process; what tars and indexes of strangers claim is checked."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import pickle
+import struct
+import tarfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lars_train.data import shards
+from lars_train.data.folder import open_folder
+from lars_train.data.mapped import read_mapped, write_mapped
+from lars_train.data.source import Source
+from lars_train.data.tars import END, BadTar, entry, members
+from lars_train.errors import ConfigError
+from lars_train.stores.encode import Encoding
+from lars_train.stores.pack import Request, pack, silent
+
+RANDOM = np.random.default_rng(0)
+CONTENT = {
+    f"{split}/{c}/{i}.jpg": RANDOM.bytes(int(RANDOM.integers(0, 5000)))
+    for split in ("train", "val")
+    for c in "ab"
+    for i in range(10)
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    for name, content in CONTENT.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(content)
+    pack(Request(str(tmp_path / "data"), str(tmp_path / "store"), Encoding(), shards=4), silent)
+    return tmp_path / "store"
+
+
+def agrees(source: Source) -> bool:
+    return all(source.read(i) == CONTENT[f"train/{source.name(i)}"] for i in range(len(source)))
+
+
+def test_threads_do_not_disturb_one_another(store: Path) -> None:
+    source = open_folder(str(store), None).train
+    start = threading.Barrier(4)
+
+    def read(_: int) -> bool:
+        start.wait()
+        return all(agrees(source) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_processes_do_not_disturb_the_parent_or_one_another(store: Path) -> None:
+    source = open_folder(str(store), None).train
+    assert agrees(source)  # the parent has the shards open now, and goes on reading
+    context = multiprocessing.get_context("fork")
+    verdict: multiprocessing.SimpleQueue[bool] = context.SimpleQueue()
+    children = [context.Process(target=lambda: verdict.put(all(agrees(source) for _ in range(20)))) for _ in range(3)]
+    for process in children:
+        process.start()
+    assert all(agrees(source) for _ in range(20))
+    assert [verdict.get() for _ in children] == [True] * 3
+    for process in children:
+        process.join(30)
+
+
+def test_a_source_with_open_shards_can_be_pickled(store: Path) -> None:
+    source = open_folder(str(store), 0.5).train
+    source.read(0)
+    assert agrees(pickle.loads(pickle.dumps(source)))
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def handles() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("counts the open files in /proc")
+    monkeypatch.setattr(shards, "_HANDLES", 2)
+    before = handles()
+    source = open_folder(str(store), None).train
+    opened = handles()
+    assert agrees(source)
+    assert agrees(source)
+    assert handles() == opened + 2
+    del source
+    assert handles() == before
+
+
+def test_a_sample_costs_its_name_and_few_bytes_more(tmp_path: Path, store: Path) -> None:
+    source = open_folder(str(store), None).train
+    assert isinstance(source, shards.ShardSource)
+    assert sum(array.itemsize for array in (source.labels, *vars(source._places).values())) == 4 + 4 + 8 + 8
+
+
+def test_a_shard_that_changes_or_goes_is_told(store: Path) -> None:
+    source = open_folder(str(store), None).train
+    kept = pickle.dumps(source)
+    shard = store / "train" / "train-000001.tar"
+    sample = next(i for i in range(len(source)) if shard.name in source.where(i) and len(bytes(source.read(i))) > 0)
+    raw = shard.read_bytes()
+    os.truncate(shard, 10)
+    with pytest.raises(OSError, match="ends early"):
+        source.read(sample)
+    with pytest.raises(ConfigError, match=r"train/train-000001\.tar is not the file of .* bytes that it should be"):
+        open_folder(str(store), None)
+    shard.unlink()
+    with pytest.raises(OSError, match=r"train-000001\.tar"):
+        pickle.loads(kept).read(sample)
+    with pytest.raises(ConfigError, match=r"index\.lars cannot be read \(No such file"):
+        open_folder(str(store), None)
+    shard.write_bytes(raw)
+    assert agrees(open_folder(str(store), None).train)
+
+
+@pytest.mark.parametrize("name", ["fifo", "folder", "device"])
+def test_what_is_no_file_in_the_place_of_a_shard_is_refused(store: Path, name: str) -> None:
+    shard = store / "train" / "train-000001.tar"
+    shard.unlink()
+    if name == "fifo":
+        os.mkfifo(shard)
+    elif name == "folder":
+        shard.mkdir()
+    else:
+        shard.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="is not the file of"):
+        open_folder(str(store), None)
+
+
+Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
+
+
+def at(name: str, value: int, index: int = 0) -> Edit:
+    def edit(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        arrays[name] = arrays[name].copy()
+        arrays[name][index] = value
+
+    return edit
+
+
+def shard_named(name: object, size: object = None) -> Edit:
+    def edit(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        old = meta["splits"]["train"]["shards"][0]
+        meta["splits"]["train"]["shards"][0] = [name, old[1] if size is None else size]
+
+    return edit
+
+
+def overlapping(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    shard, offset = arrays["train.shard"].copy(), arrays["train.offset"].copy()
+    size = arrays["train.size"].copy()
+    shard[:2], offset[:2], size[:2] = 0, (512, 600), 100
+    arrays.update({"train.shard": shard, "train.offset": offset, "train.size": size})
+
+
+def entry_of(key: str, value: object) -> Edit:
+    return lambda meta, arrays: meta.__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        at("train.offset", -512),
+        at("train.offset", 2**62),
+        at("train.size", -1),
+        at("train.size", 2**62),
+        at("train.size", 2**63 - 1),
+        at("train.shard", 4),
+        at("train.shard", -1),
+        at("train.labels", 2),
+        at("train.labels", -1),
+        at("train.starts", 2**40, 1),
+        overlapping,
+        shard_named("../../etc/passwd.tar"),
+        shard_named("/etc/passwd.tar"),
+        shard_named("train/../../x.tar"),
+        shard_named("train/x\0.tar"),
+        shard_named("train/.x.tar"),
+        shard_named("train/index.lars"),
+        shard_named("train\\x.tar"),
+        shard_named(["train/x.tar"]),
+        shard_named("train/train-000000.tar", -1),
+        shard_named("train/train-000000.tar", 1.5),
+        lambda meta, arrays: meta["splits"].update(other=meta["splits"]["val"]),
+        lambda meta, arrays: meta["splits"]["train"].update(shards=[]),
+        lambda meta, arrays: arrays.pop("val.sums"),
+        lambda meta, arrays: arrays.update({"val.sums": np.zeros(3, np.uint64)}),
+        lambda meta, arrays: arrays.update({"val.offset": arrays["val.offset"][1:]}),
+        lambda meta, arrays: arrays.update({"val.offset": arrays["val.offset"].astype(np.uint64)}),
+        entry_of("classes", ["a", "a"]),
+        entry_of("classes", [["a"], ["b"]]),
+        entry_of("classes", 7),
+        entry_of("classes", ["\u20ac", "b"]),
+        entry_of("kind", "folder"),
+        entry_of("version", 2),
+        entry_of("splits", None),
+    ],
+)
+def test_an_index_that_lies_is_refused_in_one_line(store: Path, edit: Edit) -> None:
+    meta, arrays = read_mapped(store / "index.lars")
+    arrays = dict(arrays)
+    edit(meta, arrays)
+    write_mapped(store / "index.lars", meta, arrays)
+    with pytest.raises(ConfigError, match=r"index\.lars cannot be (used|read)") as told:
+        open_folder(str(store), None)
+    assert str(told.value).isprintable()
+
+
+def test_names_in_an_index_never_become_paths(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, arrays = read_mapped(store / "index.lars")
+    hostile = [b"../" * 9 + b"outside.jpg", b"/etc/passwd", b"\x1b[31mred\nnew line", *(b"x%d" % i for i in range(17))]
+    blob = b"".join(name + b"\0" for name in hostile)
+    starts = np.cumsum([0, *(len(name) + 1 for name in hostile)])
+    arrays = {**arrays, "train.names": np.frombuffer(blob, np.uint8), "train.starts": starts.astype(np.int64)}
+    write_mapped(store / "index.lars", meta, arrays)
+    opened: list[str] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: (opened.append(os.fspath(path)), real(path, *a, **k))[1])
+    source = open_folder(str(store), None).train
+    assert {bytes(source.read(i)) for i in range(len(source))} == {c for n, c in CONTENT.items() if n[0] == "t"}
+    assert all(source.where(i).isprintable() for i in range(len(source)))
+    assert opened
+    assert all(Path(path).parent == store / "train" and path.endswith(".tar") for path in opened)
+
+
+def listed(raw: bytes, tmp_path: Path) -> list[tuple[bytes, bytes]]:
+    (tmp_path / "x.tar").write_bytes(raw)
+    handle = os.open(tmp_path / "x.tar", os.O_RDONLY)
+    try:
+        return [(name, raw[offset : offset + size]) for name, offset, size in members(handle)]
+    finally:
+        os.close(handle)
+
+
+FILES = {
+    "a/1.jpg": b"one",
+    "empty": b"",
+    f"long/{'x' * 150}/{'y' * 90}.jpg": b"two" * 300,
+    f"{'z' * 300}.jpg": b"three",
+    "é/画像.jpg": b"four",
+    "not utf-8 \udcff.jpg": b"five",
+}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_wrote_in_any_form(form: int, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    expected = []
+    options: dict[str, Any] = {"errors": "surrogateescape", "pax_headers": {"comment": "for all"}}
+    with tarfile.open(fileobj=file, mode="w", format=form, **options) as archive:
+        for name, content in FILES.items():
+            if form == tarfile.USTAR_FORMAT and len(name) > 250:
+                continue
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1.5 if form == tarfile.PAX_FORMAT else 1
+            archive.addfile(info, io.BytesIO(content))
+            expected.append((os.fsencode(name), content))
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+                other = tarfile.TarInfo("other" * 15)
+                other.type, other.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else "t" * 99
+                archive.addfile(other)
+    assert listed(file.getvalue(), tmp_path) == expected
+
+
+def test_our_own_entries_are_read_by_tarfile_and_by_us(tmp_path: Path) -> None:
+    raw = b"".join(b"".join((*entry(os.fsencode(n), c)[:1], c, entry(os.fsencode(n), c)[1])) for n, c in FILES.items())
+    with tarfile.open(fileobj=io.BytesIO(raw + END), errors="surrogateescape") as archive:
+        found = {info.name: getattr(archive.extractfile(info), "read", bytes)() for info in archive}
+    assert found == FILES
+    assert listed(raw + END, tmp_path) == [(os.fsencode(name), content) for name, content in FILES.items()]
+
+
+def header(size: bytes = b"00000000003", kind: bytes = b"0", name: bytes = b"a.jpg") -> bytes:
+    """A ustar header by POSIX: name 100, mode 8, uid 8, gid 8, size 12, mtime 12, chksum 8, typeflag 1, ..."""
+    fields = struct.pack(
+        "<100s8s8s8s12s12s8s1s100s8s", name, b"", b"", b"", size, b"", b" " * 8, kind, b"", b"ustar\x0000"
+    )
+    block = bytearray(fields.ljust(512, b"\0"))
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(*records: bytes, size: int | None = None) -> bytes:
+    body = b"".join(records)
+    stated = len(body) if size is None else size
+    return header(b"%011o" % stated, b"x") + body + bytes(-len(body) % 512)
+
+
+def record(key: bytes, value: bytes) -> bytes:
+    rest = b" " + key + b"=" + value + b"\n"
+    length = len(rest) + len(str(len(rest) + 2))
+    return str(length).encode() + rest
+
+
+DATA = b"abc" + bytes(509)
+
+
+def test_the_hostile_headers_are_sound_but_for_what_is_hostile(tmp_path: Path) -> None:
+    assert listed(header() + DATA + END, tmp_path) == [(b"a.jpg", b"abc")]
+    assert listed(pax(record(b"path", b"b.jpg"), record(b"size", b"2")) + header() + DATA + END, tmp_path) == [
+        (b"b.jpg", b"ab")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b"", "ends early"),
+        (header() + DATA, "ends early"),
+        (header() + DATA[:100], "ends early|beyond the end"),
+        (header()[:200], "ends early"),
+        (b"x" * 1024, "no header at byte 0"),
+        (header()[:148] + b"0000000\0" + header()[156:] + DATA + END, "checksum is wrong"),
+        (header(b"-0000000003") + DATA + END, "no size, or a negative one"),
+        (header(b"\xff" * 12) + DATA + END, "no size, or a negative one"),
+        (header(b"") + DATA + END, "no size"),
+        (header(b"9") + DATA + END, "no size"),
+        (header(b"77777777777") + DATA + END, "beyond the end"),
+        (header(b"\x80" + b"\xff" * 11) + DATA + END, "beyond the end"),
+        (header(kind=b"S") + DATA + END, "of a kind that is not read"),
+        (header(kind=b"?") + DATA + END, "of a kind that is not read"),
+        (pax(record(b"size", b"-5")) + header() + DATA + END, "gives a size that is none"),
+        (pax(record(b"size", b"9" * 30)) + header() + DATA + END, "gives a size that is none"),
+        (pax(record(b"size", b"99999")) + header() + DATA + END, "beyond the end"),
+        (pax(record(b"GNU.sparse.major", b"1")) + header() + DATA + END, "sparse"),
+        (pax(b"99 path=x\n") + header() + DATA + END, "malformed"),
+        (pax(b"0 path=x\n") + header() + DATA + END, "malformed"),
+        (pax(b"-3 path=x\n") + header() + DATA + END, "malformed"),
+        (pax(b"10 path\n") + header() + DATA + END, "malformed"),
+        (pax(b"path=x\n") + header() + DATA + END, "malformed"),
+        (pax(size=1 << 30) + header() + DATA + END, "followed by 1,073,741,824 bytes of names"),
+        (header(b"10000000000", b"L") + header() + DATA + END, "bytes of names"),
+        (header(b"10000000000", b"g") + header() + DATA + END, "beyond the end"),
+    ],
+)
+def test_a_tar_that_lies_is_refused(raw: bytes, told: str, tmp_path: Path) -> None:
+    with pytest.raises(BadTar, match=told):
+        listed(raw, tmp_path)
+
+
+def test_a_link_that_claims_to_have_content_hides_no_entry(tmp_path: Path) -> None:
+    raw = header(b"00000001000", b"2") + header() + DATA + END
+    assert listed(raw, tmp_path) == [(b"a.jpg", b"abc")]
+
+
+def test_random_bytes_over_a_tar_never_end_in_another_error(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    good = pax(record(b"path", b"b.jpg")) + header() + DATA + header(kind=b"2") + END
+    for _ in range(1000):
+        raw = bytearray(good)
+        for _ in range(int(random.integers(1, 5))):
+            raw[random.integers(len(raw))] = random.integers(256)
+        try:
+            found = listed(bytes(raw), tmp_path)
+        except BadTar:
+            continue
+        assert sum(len(content) for _, content in found) <= len(raw)

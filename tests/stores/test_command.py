@@ -1,0 +1,149 @@
+"""``lars-data`` as it is typed."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lars_train.stores.command import main
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        for c in "ab":
+            for i in range(4):
+                path = tmp_path / "data" / split / c / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(picture(i))
+    return tmp_path
+
+
+def ended(*arguments: str) -> object:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_help_is_given_without_torch_and_numpy() -> None:
+    code = (
+        "import sys\nfrom lars_train.stores.command import main\n"
+        "try: main(['pack', '--help'])\n"
+        "except SystemExit: print('LOADED', *{'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--on-error" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["LOADED"]
+
+
+def test_packing_verifying_and_describing_load_no_torch(root: Path) -> None:
+    code = (
+        "import sys\nfrom lars_train.stores.command import main\n"
+        "main(['pack', 'data', 'store', '--short', '8', '--jobs', '1'])\n"
+        "main(['verify', 'store', '--jobs', '1'])\nmain(['info', 'store'])\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("train: 8 pictures, 2 classes") == 3
+
+
+def test_a_store_is_packed_verified_and_described(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("pack", "data", "store", "--shards", "2", "--jobs", "1") == 0
+    out = capsys.readouterr().out
+    assert "train: 8 pictures, 2 classes, 0.00 GB in 2 shards" in out
+    assert "verified" in out
+    fingerprint = next(line for line in out.splitlines() if line.startswith("fingerprint"))
+    assert ended("pack", "data", "store", "--shards", "2", "--jobs", "1") == 0
+    assert "there already" in capsys.readouterr().out
+    assert ended("verify", "store", "--source", "data", "--jobs", "1") == 0
+    assert "whole, and equal to data" in capsys.readouterr().out
+    assert ended("info", "store") == 0
+    assert fingerprint in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("where", "told"), [(700, "checksum is wrong"), (10, "no header at byte 0")])
+def test_a_byte_that_changed_is_found_and_its_class_named(
+    root: Path, where: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended("pack", "data", "store", "--shards", "1", "--jobs", "1") == 0
+    shard = root / "store/train/train-000000.tar"
+    raw = bytearray(shard.read_bytes())
+    raw[where if where == 10 else raw.index(b"\x89PNG") + 20] ^= 1
+    shard.write_bytes(raw)
+    capsys.readouterr()
+    assert ended("verify", "store", "--jobs", "1") == 1
+    out, err = capsys.readouterr()
+    assert told in out
+    assert "1 problem(s): 1 in train" in err
+    assert err.count("\n") == 1
+
+
+def test_labels_and_names_that_changed_are_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("pack", "data", "store", "--shards", "1", "--jobs", "1") == 0
+    shard = root / "store/val/val-000000.tar"
+    raw = bytearray(shard.read_bytes())
+    label = raw.index(b".cls\0") // 512 * 512 + 512
+    raw[label] = ord("1") if raw[label] == ord("0") else ord("0")
+    shard.write_bytes(raw)
+    assert ended("verify", "store", "--jobs", "1") == 1
+    assert "a label in it is not what the index says" in capsys.readouterr().out
+
+
+def test_a_store_that_differs_from_the_original_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("pack", "data", "store", "--jobs", "1") == 0
+    (root / "data/val/b/2.png").write_bytes(picture(99))
+    (root / "data/val/b/4.png").write_bytes(picture(99))
+    assert ended("verify", "store", "--source", "data", "--jobs", "1") == 1
+    out, err = capsys.readouterr()
+    assert "b/2.png: differs from the original" in out
+    assert "val: 1 pictures of data are not in the store" in out
+    assert "1 problem(s): 1 in val/b" in err
+    (root / "data/val/b/2.png").unlink()
+    assert ended("verify", "store", "--source", "data", "--jobs", "1") == 1
+    assert "data lacks 1 pictures of val, such as b/2.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("pack", "nowhere", "store"), "data.root=nowhere cannot be opened"),
+        (("pack", "data", "data/store"), "must lie outside of data"),
+        (("pack", "data", "store", "--quality", "90"), "--quality has no meaning without"),
+        (("pack", "data", "store", "--val-labels", "x.csv"), "no flat val/ to label"),
+        (("verify", "data"), "data is no store; `lars-data pack data STORE`"),
+        (("info", "nowhere"), "nowhere cannot be opened"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line_and_writes_nothing(
+    root: Path, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert told in err
+    assert sorted(path.name for path in root.iterdir()) == ["data"]
+
+
+@pytest.mark.parametrize(
+    "option", [("--short", "0"), ("--max", "x"), ("--short", "1", "--max", "2"), ("--quality", "96")]
+)
+def test_an_option_that_makes_no_sense_is_refused_by_its_name(
+    root: Path, option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended("pack", "data", "store", *option) == 2
+    assert option[-2] in capsys.readouterr().err
+    assert not (root / "store").exists()
