@@ -22,6 +22,7 @@ import numpy as np
 from lars_train.data import folder_index
 from lars_train.data.folder_index import Folder, Found, listing_by_index
 from lars_train.data.imagenet import open_imagenet
+from lars_train.data.index_cache import cache_directory
 
 CLASSES = [b"n%08d" % (1440764 + 1000 * label) for label in range(1000)]
 LONG_AGO = 1_000_000_000
@@ -71,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
         make(Path(folder) / "imagenet", args.images)
-        size = sum(path.stat().st_size for path in folder_index.cache_directory().glob("*.index"))
+        size = sum(path.stat().st_size for path in cache_directory().glob("*.index"))
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(args.processes)]
         held = [context.Process(target=hold, args=(Path(folder) / "imagenet", theirs)) for _, theirs in pairs]

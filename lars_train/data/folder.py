@@ -16,6 +16,7 @@ from lars_train.data.listing import Listing, divide
 from lars_train.data.shards import is_store, open_store
 from lars_train.data.source import Dataset, Labels, Names, fingerprint
 from lars_train.data.tree import Ranks, Tree, is_image
+from lars_train.data.webdataset import open_webdataset, shard_files
 from lars_train.data.zips import ZipTree
 from lars_train.errors import ConfigError
 from lars_train.text import printable
@@ -65,7 +66,10 @@ def open_tree(root: str | None) -> Tree:
             f"data.root={root} cannot be opened ({error.strerror}); give the folder or .zip with the images."
         ) from error
     if is_folder:
-        return open_store(path) if is_store(path) else DirectoryTree(path)
+        if is_store(path):
+            return open_store(path)
+        shards = shard_files(path)
+        return open_webdataset(path, shards) if shards else DirectoryTree(path)
     if path.suffix.lower() != ".zip":
         raise ConfigError(f"data.root={root} is neither a folder nor a .zip; unpack it and give the folder.")
     return ZipTree(path)

@@ -8,10 +8,9 @@ content alone changes are not, and need not be: content is read from the file it
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lars_train.data.index_cache import alone, keep, load
 from lars_train.data.listing import Listing, listing_of, ranked
-from lars_train.data.mapped import Arrays, Damaged, read_mapped, write_mapped
+from lars_train.data.mapped import Arrays, Damaged
 from lars_train.data.source import Names
-from lars_train.monitoring.say import complain, first_process
+from lars_train.monitoring.say import first_process
 from lars_train.text import printable
 
 WORTH = 10_000
@@ -31,9 +31,6 @@ WORTH = 10_000
 # A folder that changed less than this before it was read may change again without another mtime: the kernel's clock for
 # them ticks in milliseconds, that of some network file systems in seconds.
 _SETTLED_NS = 2_000_000_000
-# Indexes kept of one path. More than one: nodes with copies of their own may share a cache directory; and the file that
-# another run has mapped is not taken away from it at once.
-_KEPT = 4
 _THREADS = 8  # they wait for the file system
 
 
@@ -62,31 +59,29 @@ class Found:
     folders: list[Folder]
 
 
-def cache_directory() -> Path:
-    """Where indexes are kept: ``$XDG_CACHE_HOME/lars_train/index``, or below ``~/.cache``."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "lars_train" / "index"
-
-
 def listing_by_index(split: Path, classes: Sequence[bytes], read: Callable[[bytes], Found]) -> Listing:
     """The listing of the folder `split`, whose class folders are `classes`: from its index, which is made if need be.
 
     `read` gives what lies in a class folder. Of several processes, one makes the index and the others wait. An index
     that is damaged is told of on stderr and made anew; where none can be kept, that is told, and the folder read.
     """
-    key = hashlib.sha256(os.fsencode(split.resolve())).hexdigest()[:16]
-    known = _load(key, split, classes)
+
+    def use(meta: dict[str, Any], arrays: Arrays) -> Listing | None:
+        listing = _listing(meta, arrays)
+        return listing if list(listing.classes) == list(classes) and _unchanged(split, meta["folders"]) else None
+
+    known = load(split, use)
     if known is not None:
         return known
     if _estimate(split, classes) < WORTH:
         return _read(split, classes, read)[0]
-    with _alone(key, split):
-        known = _load(key, split, classes)
+    with alone(split):
+        known = load(split, use)
         if known is not None:
             return known
         began = time.time_ns()
         listing, sizes, folders = _read(split, classes, read)
-        _keep(key, split, listing, sizes, folders, began)
+        _keep(split, listing, sizes, folders, began)
         return listing
 
 
@@ -121,7 +116,7 @@ def _estimate(split: Path, classes: Sequence[bytes]) -> int:
     return most * len(classes)
 
 
-def _keep(key: str, split: Path, listing: Listing, sizes: Sequence[int], folders: Sequence[Folder], began: int) -> None:
+def _keep(split: Path, listing: Listing, sizes: Sequence[int], folders: Sequence[Folder], began: int) -> None:
     if max(folder.changed_ns for folder in folders) > began - _SETTLED_NS or any(f.changed_ns < 0 for f in folders):
         # It is still being filled, it seems.
         return
@@ -133,30 +128,7 @@ def _keep(key: str, split: Path, listing: Listing, sizes: Sequence[int], folders
         "folders": [(folder.path.decode("latin-1"), folder.changed_ns, folder.size) for folder in folders],
     }
     arrays: Arrays = {"names": blob, "starts": starts, "labels": listing.labels, "sizes": np.array(sizes, np.int64)}
-    try:
-        write_mapped(cache_directory() / f"{key}-{began:x}.index", meta, arrays)
-        # And what a kill has left half written.
-        for old in (*_files(key)[_KEPT:], *cache_directory().glob(f".{key}-*")):
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        _cannot_keep(split, error)
-
-
-def _load(key: str, split: Path, classes: Sequence[bytes]) -> Listing | None:
-    """What the newest index that still holds says."""
-    for path in _files(key):
-        try:
-            meta, arrays = read_mapped(path)
-            listing = _listing(meta, arrays)
-            if list(listing.classes) == list(classes) and _unchanged(split, meta["folders"]):
-                return listing
-        except (Damaged, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            complain(
-                f"{path}: the index of {printable(os.fsencode(split))} is damaged ({error}); the folder is read anew."
-            )
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-    return None
+    keep(split, meta, arrays)
 
 
 def _listing(meta: dict[str, Any], arrays: Arrays) -> Listing:
@@ -177,37 +149,3 @@ def _unchanged(split: Path, folders: Sequence[Sequence[Any]]) -> bool:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return all(pool.map(same, folders))
-
-
-def _files(key: str) -> list[Path]:
-    """The indexes of one path, the newest first."""
-    try:
-        return sorted(cache_directory().glob(f"{key}-*.index"), key=lambda path: path.name, reverse=True)
-    except OSError:
-        return []
-
-
-@contextlib.contextmanager
-def _alone(key: str, split: Path) -> Iterator[None]:
-    """Hold the lock of one path's index; without it where it cannot be had."""
-    from filelock import FileLock
-
-    lock = FileLock(cache_directory() / f"{key}.lock")
-    try:
-        cache_directory().mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        _cannot_keep(split, error)
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _cannot_keep(split: Path, error: Exception) -> None:
-    complain(
-        f"no index of {printable(os.fsencode(split))} can be kept in {cache_directory()} ({error}): the folder is read "
-        "at every start; set XDG_CACHE_HOME to a folder that can be written to."
-    )

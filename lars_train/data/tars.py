@@ -72,6 +72,8 @@ def members(handle: int) -> Iterator[Member]:
             raise BadTar(f"the entry at byte {at:,} would lie beyond the end of the file")
         if kind in _REGULAR:
             name = path if path is not None else _name(header)
+            if not name or b"\0" in name:
+                raise BadTar(f"the entry at byte {at:,} has no name, or one with a NUL byte")
             # As old tars have it: a regular file whose name ends in a slash is a folder.
             if not name.endswith(b"/"):
                 yield Member(name, begin, held)

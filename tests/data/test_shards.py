@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import threading
@@ -35,13 +36,20 @@ CONTENT = {
 }
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
     for name, content in CONTENT.items():
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name).write_bytes(content)
-    pack(Request(str(tmp_path / "data"), str(tmp_path / "store"), Encoding(), shards=4), silent)
-    return tmp_path / "store"
+        (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "data" / name).write_bytes(content)
+    pack(Request(str(folder / "data"), str(folder / "store"), Encoding(), shards=4), silent)
+    return folder / "store"
+
+
+@pytest.fixture
+def store(packed: Path, tmp_path: Path) -> Path:
+    """A store that a test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "store"))
 
 
 def agrees(source: Source) -> bool:
