@@ -142,6 +142,10 @@ def test_what_is_no_file_in_the_place_of_a_shard_is_refused(store: Path, name: s
         shard.mkdir()
     else:
         shard.symlink_to("/dev/zero")
+    # Of the length that the index states, so that its kind is all that is wrong.
+    meta, arrays = read_mapped(store / "index.lars")
+    shard_named("train/train-000001.tar", shard.stat().st_size)(meta, arrays)
+    write_mapped(store / "index.lars", meta, arrays)
     with pytest.raises(ConfigError, match="is not the file of"):
         open_folder(str(store), None)
 

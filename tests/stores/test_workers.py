@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,15 +39,17 @@ def test_what_a_task_fails_of_is_told(jobs: int) -> None:
         list(each(range(9), fail, jobs, lambda count: None))
 
 
-def die(task: int, tick: Callable[[], None]) -> int:
-    if task == 3:
+def die(task: Path, tick: Callable[[], None]) -> None:
+    if task.name == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    return task
+    time.sleep(3)
+    task.touch()
 
 
-def test_a_process_that_dies_is_told_of_and_no_other_is_left(tmp_path: Path) -> None:
+def test_a_process_that_dies_is_told_of_and_no_other_goes_on(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a worker process ended by signal 9"):
-        list(each(range(9), die, 2, lambda count: None))
+        list(each([tmp_path / "goes on", tmp_path / "dies"], die, 2, lambda count: None))
+    assert not list(tmp_path.iterdir())
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     if children.exists():
         assert children.read_text() == ""
