@@ -38,7 +38,7 @@ SETTINGS = (
 ).split()
 KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
 # What differs from run to run: times and rates.
-TIMES = {"train/images_per_s", "train/wait_share", "val/seconds", "run/seconds"}
+TIMES = {"train/images_per_s", "loader/images_per_s", "train/wait_share", "val/seconds", "run/seconds"}
 # Seconds within which a process is killed, most often counted from its entry in the run's record, else from its start.
 LATEST_KILL_S = 8.0
 
