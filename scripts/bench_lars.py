@@ -299,7 +299,7 @@ class Floor:
                 raise RuntimeError(f"no C compiler ({compiler[0]})") from None
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(f"{compiler[0]}: {error.stderr.strip()}") from None
-        self.library = ctypes.CDLL(str(library))
+        self.compiled = ctypes.CDLL(str(library))
 
     def contender(self, name: str, function: str, scalars: Iterable[float], given: Problem) -> Contender:
         """`function` over its own copy of the problem."""
@@ -314,7 +314,7 @@ class Floor:
         sizes = (ctypes.c_size_t * count)(*[w.numel() for w in weights])
         arrays = (addresses(weights), addresses(grads), addresses(momenta), sizes)
         numbers = [ctypes.c_double(s) for s in scalars]
-        kernel = getattr(self.library, function)
+        kernel = getattr(self.compiled, function)
         kernel.restype = None
 
         def step(_kept_alive: list[Tensor] = momenta) -> None:

@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from lars_train.data.mapped import sync_folder
 from lars_train.errors import ConfigError
 from lars_train.text import printable
 
@@ -69,7 +70,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
         # On a full disk it would take the room of what comes next.
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
     for old in listing(folder)[:-keep]:
         old.unlink()
     return path
@@ -86,7 +87,7 @@ def keep_best(folder: Path, update: int) -> None:
     partial.replace(best)
     # Nothing is renamed where both are the same file already.
     partial.unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def path_of(folder: Path, update: int) -> Path:
@@ -270,11 +271,3 @@ def find(text: str) -> tuple[Path, dict[str, Any]]:
 
 def _told(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -232,13 +232,16 @@ class Run:
         path = self.directory / "divergence.jsonl"
         if not path.exists():
             return
-        kept, rollbacks = [], 0
-        for line in path.read_text().splitlines(keepends=True):
-            is_rollback = '"action": "rollback"' in line
+        kept, rollbacks, whole = [], 0, path.read_bytes()
+        for line in whole.splitlines(keepends=True):
+            is_rollback = b'"action": "rollback"' in line
             rollbacks += is_rollback
-            if line.endswith("\n") and not (is_rollback and rollbacks > len(self.rollbacks)):
+            if line.endswith(b"\n") and not (is_rollback and rollbacks > len(self.rollbacks)):
                 kept.append(line)
-        path.write_text("".join(kept))
+        if b"".join(kept) != whole:
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(b"".join(kept))
+            partial.replace(path)
 
     def _record(self, divergence: Divergence, action: dict[str, Any]) -> None:
         if self.group.first:
