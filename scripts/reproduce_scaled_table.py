@@ -1,11 +1,12 @@
 """Trains the table (256, 8K, 16K, 32K) at reduced scale, with and without LARS, and writes it down.
 
-    python scripts/reproduce_scaled_table.py --data cifar10_jpeg.zip                 # one night on two cores
+    python scripts/reproduce_scaled_table.py --data cifar10_jpeg.zip                 # 4 to 8 hours on two cores
     python scripts/reproduce_scaled_table.py --data fashion_mnist --quick            # about ten minutes
     python scripts/reproduce_scaled_table.py --data cifar10_jpeg.zip --write docs/results/scaled
 
-The same command goes on after a cut (each run finds its own directory). `--data`: a folder or .zip of small images with
-train/ and test/ (or val/), or one of torchvision's sets, cifar10 or fashion_mnist, which it downloads.
+The same command goes on after a cut: each run finds its own directory, and with `--write` the record of a run that has
+ended, made with the same settings, stands for it, also on another machine. `--data`: a folder or .zip of small images
+with train/ and test/ (or val/), or one of torchvision's sets, cifar10 or fashion_mnist, which it downloads.
 
 1. Choices, on a tenth of the training images that is held out; the test images are not read. One run for each learning
    rate of three sweeps: SGD at the 256 row, SGD and LARS at the 32K row.
@@ -26,6 +27,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,7 +38,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scaled_results import Point, Result, draw_sweeps, hidden_parts, publish, result_table, sweep_table
+from scaled_results import (
+    RECORDS_FOLDER,
+    Point,
+    Result,
+    copy_record,
+    draw_sweeps,
+    hidden_parts,
+    publish,
+    result_table,
+    sweep_table,
+)
 
 ROWS = ("256", "8k", "16k", "32k")
 SGD_SWEEP_256 = (0.025, 0.05, 0.1, 0.2, 0.4)
@@ -44,11 +56,12 @@ SGD_SWEEP_256 = (0.025, 0.05, 0.1, 0.2, 0.4)
 SGD_SWEEP_32K = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6)
 LARS_SWEEP_32K = (1.8125, 3.625, 7.25, 14.5, 29.0, 58.0, 116.0, 232.0)
 LINEAR = {"8k": (3.2,), "16k": (6.4,), "32k": (12.8, 25.6)}
-# Of the recipe's 256 row, which has no LARS.
+# float32 on any processor, so that the pieces of a study may be made on several.
+# SGD: of the recipe's 256 row, which has no LARS.
 SGD = ("optimizer=sgd", "optimizer.weight_decay=1e-4")
 HELD_OUT = "data.holdout=0.1"
 COMMON = (
-    "model=small precision=auto schedule.scale_warmup=true checkpoint.keep=1 launch.nproc=1 launch.threads=1 "
+    "model=tiny precision=fp32 schedule.scale_warmup=true checkpoint.keep=1 launch.nproc=1 launch.threads=1 "
     "data.workers=0"
 ).split()
 FOLDER = (
@@ -97,10 +110,22 @@ class Run:
 
 
 class Study:
-    """The runs of one data set, below one folder; a few at a time."""
+    """The runs of one data set, below one folder; a few at a time.
 
-    def __init__(self, data: Sequence[str], folder: Path, epochs: int, jobs: int) -> None:
+    `records`: where the record of each that has ended goes, with `hidden` parts of paths taken out.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[str],
+        folder: Path,
+        epochs: int,
+        jobs: int,
+        records: Path | None = None,
+        hidden: Sequence[str] = (),
+    ) -> None:
         self.data, self.folder, self.epochs, self.jobs = tuple(data), folder, epochs, jobs
+        self.records, self.hidden = records, tuple(hidden)
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.ending = threading.Event()
 
@@ -122,12 +147,23 @@ class Study:
 
     def final(self, run: Run) -> dict[str, Any] | None:
         """The content of ``final.json``, with ``diverged`` instead of one that diverged; None of an unfinished run."""
-        folder = self.folder / run.name
-        if (folder / "divergence.jsonl").exists():
-            return {"diverged": True}
-        path = folder / "final.json"
-        content: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-        return content
+        found = ended(self.folder / run.name)
+        if self.records is None:
+            return found
+        record = self.records / run.name
+        if found is not None:
+            copy_record(self.folder / run.name, record, self.hidden)
+        elif self._is_of(run, record):
+            found = ended(record)
+        return found
+
+    def _is_of(self, run: Run, record: Path) -> bool:
+        """Whether the record is of `run` with all the settings that it has here."""
+        path = record / "run.json"
+        if not path.exists():
+            return False
+        _, *settings = shlex.split(json.loads(path.read_text())["started"][0]["command"])
+        return without_places(settings) == without_places(self.command(run))
 
     def stop(self, number: int) -> None:
         """Pass a signal on to what runs, which ends with a checkpoint, and start nothing more."""
@@ -154,20 +190,38 @@ class Study:
         return code if final is None else 0
 
 
+def ended(folder: Path) -> dict[str, Any] | None:
+    """How the run in `folder`, or its record, ended; None if it has not."""
+    if (folder / "divergence.jsonl").exists():
+        return {"diverged": True}
+    path = folder / "final.json"
+    content: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return content
+
+
+def without_places(settings: Sequence[str]) -> list[str]:
+    """Settings less those that say where files lie."""
+    return [setting for setting in settings if not setting.startswith(("data.root=", "run.dir="))]
+
+
 def main() -> None:
     """Make the choices, then the table; print both, and write them where asked."""
     args = arguments()
     root = (f"data.root={args.root}",) if args.root else ()
     data = (f"data={args.data}", *root) if args.data in SETS else (*FOLDER, f"data.root={args.data}")
-    study = Study(data, args.runs, args.epochs, args.jobs)
+    places = [args.runs / "run", *([Path(args.data)] if args.data not in SETS else [])]
+    records = None if args.write is None else args.write / RECORDS_FOLDER
+    study = Study(data, args.runs, args.epochs, args.jobs, records, list(hidden_parts(*places)))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: study.stop(number))
     choices = sweeps(args.quick)
-    study.make([Run(cell, 0, choice=True) for sweep in choices for cell in sweep])
+    tried = [Run(cell, 0, choice=True) for sweep in choices for cell in sweep]
+    study.make(tried)
     best = [chosen(study, sweep) for sweep in choices]
     print("chosen: " + (", ".join(cell.name for cell in best) or "nothing"), flush=True)
     cells = table_cells(best, args.quick)
-    study.make([Run(cell, seed, choice=False) for seed in range(args.seeds) for cell in cells])
+    made = [Run(cell, seed, choice=False) for seed in range(args.seeds) for cell in cells]
+    study.make(made)
     swept = [(sweep_name(sweep), sweep_points(study, sweep)) for sweep in choices]
     lines = result_table(results(study, cells, args.seeds))
     for name, points in swept:
@@ -177,15 +231,13 @@ def main() -> None:
         args.write.mkdir(parents=True, exist_ok=True)
         if swept:
             draw_sweeps(swept, args.write / "sweeps")
-        runs = sorted(path for path in args.runs.iterdir() if (path / "run.json").exists())
-        places = [args.runs / "run", *([Path(args.data)] if args.data not in SETS else [])]
         shown = Path(args.data).name if args.data not in SETS else args.data
         command = f"python scripts/reproduce_scaled_table.py --data {shown}{' --quick' if args.quick else ''}"
         command += "".join(
             f" --{key} {n}" for key, n in vars(args).items() if key in LENGTH and n != LENGTH[key][args.quick]
         )
         length = f"{args.epochs} epochs, {args.seeds} seed(s) for a cell of the table, one for a point of a sweep."
-        publish(args.write, runs, list(hidden_parts(*places)), [length, "", *lines], command)
+        publish(args.write, [run.name for run in (*tried, *made)], [length, "", *lines], command)
 
 
 def arguments() -> argparse.Namespace:
@@ -196,7 +248,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="recipe rows and plain SGD at 32K alone, 4 epochs, a seed")
     parser.add_argument("--runs", type=Path, help="folder of the runs (runs/scaled-DATA, with -quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each (cores)")
-    parser.add_argument("--write", type=Path, metavar="DIR", help="page, pictures, report and records of all runs")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="page, pictures, report; records of runs that ended")
     parser.add_argument("--epochs", type=int, help="of each run (15; quick: 4)")
     parser.add_argument("--seeds", type=int, help="of each cell of the table (3; quick: 1)")
     args = parser.parse_args()

@@ -18,7 +18,17 @@ from lars_train.report.command import rows_of
 from lars_train.report.write import write_report
 
 MARKED = "scaled"
-RECORDS = ("run.json", "final.json", "config.yaml", "metrics.jsonl", "metrics.fields.json")
+RECORDS_FOLDER = "runs"
+RECORDS = (
+    "run.json",
+    "final.json",
+    "divergence.jsonl",
+    "config.yaml",
+    "metrics.jsonl",
+    "metrics.fields.json",
+    "trust_ratios.jsonl",
+    "trust_ratios.fields.json",
+)
 # Okabe and Ito, https://jfly.uni-koeln.de/color/
 LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."))
 PUBLISHED = {"8k": 73.79 - 73.78, "16k": 73.79 - 73.36, "32k": 73.79 - 72.26}
@@ -110,16 +120,15 @@ def draw_sweeps(sweeps: Sequence[tuple[str, Sequence[Point]]], path: Path) -> No
         pyplot.close(figure)
 
 
-def publish(folder: Path, runs: Sequence[Path], hidden: Sequence[str], lines: Sequence[str], command: str) -> None:
-    """Write the records of `runs`, lars-report's files on the table's, and `lines` into README.md, all in `folder`.
+def publish(folder: Path, runs: Sequence[str], lines: Sequence[str], command: str) -> None:
+    """Write lars-report's files on the records of the table's runs, and `lines` into README.md, all in `folder`.
 
-    `hidden`: parts of paths that say nothing to a reader, taken out of the records; so are host and interpreter.
+    Only the records of `runs`, all of which are there, are kept.
     """
-    records = folder / "runs"
-    shutil.rmtree(records, ignore_errors=True)
-    for run in runs:
-        _copy_record(run, records / run.name, hidden)
-    table = [records / run.name for run in runs if run.name.startswith("table-")]
+    records = folder / RECORDS_FOLDER
+    for other in {path.name for path in records.iterdir()} - set(runs):
+        shutil.rmtree(records / other)
+    table = [records / run for run in runs if run.startswith("table-")]
     if table:
         write_report(rows_of(table), folder / "report")
     where = f"{cpu_name()}, Python {platform.python_version()}, torch {version('torch')}"
@@ -129,7 +138,12 @@ def publish(folder: Path, runs: Sequence[Path], hidden: Sequence[str], lines: Se
     page.write_text(between_markers(text, MARKED, [f"`{command}` on {where}.", "", *lines]))
 
 
-def _copy_record(run: Path, target: Path, hidden: Sequence[str]) -> None:
+def copy_record(run: Path, target: Path, hidden: Sequence[str]) -> None:
+    """Write what is worth keeping of the run directory `run` into `target`, in place of what is there.
+
+    `hidden`: parts of paths that say nothing to a reader, taken out of the records; so are host and interpreter.
+    """
+    shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in RECORDS:
         if not (run / name).exists():

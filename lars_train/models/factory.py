@@ -17,7 +17,15 @@ from lars_train.errors import ConfigError, nearest
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.resnet_cifar import CifarResNet
 
-_CIFAR_BLOCKS = {"small": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
+# Blocks of each stage, and the stride of the first convolution.
+_CIFAR = {
+    "tiny": (1, 2),
+    "small": (1, 1),
+    "resnet20": (3, 1),
+    "resnet32": (5, 1),
+    "resnet44": (7, 1),
+    "resnet56": (9, 1),
+}
 # Written out, so that the names can be listed without the seconds that importing torchvision takes.
 _TORCHVISION = (
     "resnet18",
@@ -34,8 +42,9 @@ _TORCHVISION = (
 
 
 def model_names() -> tuple[str, ...]:
-    """Every name that `build_model` knows; ``small`` is a CIFAR ResNet of 8 layers."""
-    return (*_CIFAR_BLOCKS, *_TORCHVISION)
+    """Every name that `build_model` knows; ``small`` is a CIFAR ResNet of 8 layers, ``tiny`` one at half the width
+    and height."""
+    return (*_CIFAR, *_TORCHVISION)
 
 
 def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bool) -> nn.Module:
@@ -54,8 +63,9 @@ def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bo
     """
     norm_layer = functools.partial(GhostBatchNorm2d, ghost_batch=ghost_batch)
     model: nn.Module
-    if name in _CIFAR_BLOCKS:
-        model = CifarResNet(_CIFAR_BLOCKS[name], num_classes=num_classes, norm_layer=norm_layer)
+    if name in _CIFAR:
+        blocks, stride = _CIFAR[name]
+        model = CifarResNet(blocks, num_classes=num_classes, norm_layer=norm_layer, stem_stride=stride)
     elif name in _TORCHVISION:
         from torchvision.models import get_model
 

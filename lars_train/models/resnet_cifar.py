@@ -48,14 +48,18 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A network of 6 * `blocks` + 2 layers, from (n, 3, H, W) images to (n, `num_classes`) logits.
 
+    With `stem_stride` 2 (not the paper's) all stages work on a quarter of the pixels, at a quarter of the cost.
+
     Convolutions start as in He et al. 2015 (https://arxiv.org/abs/1502.01852, section 2.2), which section
     4.2 cites: normal with variance 2 / (k * k * output channels).
     """
 
-    def __init__(self, blocks: int, *, num_classes: int, norm_layer: NormLayer = nn.BatchNorm2d) -> None:
+    def __init__(
+        self, blocks: int, *, num_classes: int, norm_layer: NormLayer = nn.BatchNorm2d, stem_stride: int = 1
+    ) -> None:
         super().__init__()
         first, second, third = _WIDTHS
-        self.conv1 = _conv3x3(3, first, 1)
+        self.conv1 = _conv3x3(3, first, stem_stride)
         self.bn1 = norm_layer(first)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = _stage(first, first, blocks, 1, norm_layer)

@@ -16,7 +16,7 @@ from lars_train.errors import ConfigError
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.factory import build_model, load_weights, model_names
 
-CIFAR = {"small": 8, "resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
+CIFAR = {"tiny": 8, "small": 8, "resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
 
 
 def build(name: str, num_classes: int = 10, zero_gamma: bool = False) -> nn.Module:

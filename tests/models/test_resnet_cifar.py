@@ -73,3 +73,16 @@ def test_the_norm_layer_is_the_callers() -> None:
     model = CifarResNet(1, num_classes=10, norm_layer=lambda planes: nn.GroupNorm(4, planes))
     assert sum(isinstance(m, nn.GroupNorm) for m in model.modules()) == 7
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_a_stem_of_stride_2_halves_every_stage_and_costs_a_quarter() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = []
+    for stride in (1, 2):
+        model = CifarResNet(1, num_classes=10, stem_stride=stride)
+        with FlopCounterMode(display=False) as counter:
+            assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+        counted.append(counter.get_total_flops() - 2 * 2 * 64 * 10)  # less the linear layer's
+    assert counted[0] == 4 * counted[1]
+    assert sum(p.numel() for p in model.parameters()) == parameters_by_hand(1, 10)
