@@ -125,7 +125,7 @@ def test_every_resnet_of_torchvision_and_of_the_cifar_family_has_a_config() -> N
     module = torchvision.models.resnet
     theirs = {name for name in module.__all__ if name.islower()}
     assert len(theirs) >= 10
-    cifar = {"small", "resnet20", "resnet32", "resnet44", "resnet56"}
+    cifar = {"tiny", "small", "resnet20", "resnet32", "resnet44", "resnet56"}
     assert {path.stem for path in FILES if path.parent.name == "model"} == theirs | cifar
 
 
