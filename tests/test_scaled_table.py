@@ -1,0 +1,89 @@
+"""scripts/reproduce_scaled_table.py: a small study from end to end, and one that goes on from its records elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from program import environment
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "reproduce_scaled_table.py"
+RUNS = {"table-256-sgd-recipe-seed0", *(f"table-{row}-lars-recipe-seed0" for row in ("8k", "16k", "32k"))}
+RUNS.add("table-32k-sgd-12.8-seed0")
+
+
+def pictures(path: Path, train: int, test: int) -> None:
+    """A .zip of two classes of noise that differ in brightness."""
+    draw = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for split, count in (("train", train), ("test", test)):
+            for number in range(count):
+                label = number % 2
+                pixels = draw.integers(100 * label, 100 * label + 156, (32, 32, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "JPEG")
+                archive.writestr(f"{split}/{label}/{number:04d}.jpg", file.getvalue())
+
+
+def table_of(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.slow
+def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "set.zip", 64, 22)
+    arguments = "--data set.zip --quick --epochs 1 --write page".split()
+    first = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    rows = [line.split(" | ") for line in table_of(first.stdout)[2:]]
+    assert [row[0] for row in rows] == ["| 256", "| 8K", "| 16K", "| 32K", "| 32K"]
+    records = tmp_path / "page" / "runs"
+    assert {path.name for path in records.iterdir()} == RUNS
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert all(" | ".join(row) in page for row in rows)
+    assert (tmp_path / "page" / "report" / "table.md").exists()
+    # Of the 22 test images, as the runs' own files have it.
+    for run, row in zip(("256-sgd-recipe", "32k-sgd-12.8"), (rows[0], rows[-1]), strict=True):
+        lines = (records / f"table-{run}-seed0" / "metrics.jsonl").read_text().splitlines()
+        (evaluated,) = [json.loads(line) for line in lines if "val/top1" in line]
+        assert evaluated["val/count"] == 22
+        assert row[4] == f"{evaluated['val/top1']:.2f}"
+
+    # On another machine, where no run was made: nothing is trained, the page is the same.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    script = importlib.import_module("reproduce_scaled_table")
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments, "--runs", "elsewhere"])
+    script.main()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "page" / "README.md").read_text() == page
+    assert table_of(capsys.readouterr().out) == table_of(first.stdout)
+
+    # A record with another setting is of another run.
+    run = script.Run(script.Cell("32k", "sgd", 12.8), 0, choice=False)
+    data = [*script.FOLDER, "data.root=/elsewhere/set.zip"]
+    found = script.Study(data, tmp_path / "elsewhere", 1, 1, records).final(run)
+    assert found == json.loads((records / run.name / "final.json").read_text())
+    record = records / run.name / "run.json"
+    record.write_text(record.read_text().replace("optimizer.lr=12.8", "optimizer.lr=1.6"))
+    assert script.Study(data, tmp_path / "elsewhere", 1, 1, records).final(run) is None
+    assert script.Study(data, tmp_path / "elsewhere", 2, 1, records).final(run) is None
