@@ -195,9 +195,12 @@ class LaunchConfig:
 
 @dataclass
 class DistributedConfig:
-    """`timeout`: seconds after which a rank that does not answer ends the run."""
+    """`timeout`: seconds after which a rank that does not answer ends the run. `bucket_mb`: MiB of gradients that are
+    reduced together.
+    """
 
     timeout: float = 600.0
+    bucket_mb: float = 25.0
 
 
 @dataclass
@@ -250,7 +253,11 @@ class PlanConfig:
 
 @dataclass
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    `gradient_compression`: ``none``, or ``bf16``: what the ranks exchange is rounded to bfloat16. That is part of the
+    experiment: the curve then depends, in those roundings, on the world size.
+    """
 
     mode: str = "train"
     seed: int = 0
@@ -261,6 +268,7 @@ class Config:
     device: str = AUTO
     deterministic: bool = False
     compile: bool = False
+    gradient_compression: str = "none"
     resume: str = AUTO
     log_every: int = 10
     run: RunConfig = field(default_factory=RunConfig)

@@ -71,6 +71,8 @@ class Run:
             device=device,
             group=group,
             compiled=config.compile,
+            bucket_mb=config.distributed.bucket_mb,
+            compression=config.gradient_compression,
             max_loss=config.guard.max_loss,
         )
         self.parameter_names = {id(p): name for name, p in network.named_parameters()}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lars_train.data.loader import BadSample, Batch
@@ -20,6 +19,7 @@ from lars_train.plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
 from lars_train.training.guard import Divergence, Guard
+from lars_train.training.reduction import NONE, over_ranks
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Trainer:
         device: torch.device,
         group: Group,
         compiled: bool = False,
+        bucket_mb: float = 25.0,
+        compression: str = NONE,
         max_loss: float | None = None,
     ) -> None:
         self.network, self.optimizer, self.plan, self.hyper = network, optimizer, plan, hyper
@@ -98,13 +100,7 @@ class Trainer:
         """Global batches that were passed over: the next one is number `update` + `skipped`."""
         self.forward: Any = torch.compile(network) if compiled else network
         if group.ranks.world > 1:
-            # RunningStatistics makes the buffers the same on every rank, from all ranks' data.
-            self.forward = DistributedDataParallel(
-                self.forward,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                forward_sync_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            self.forward = over_ranks(self.forward, device, bucket_mb=bucket_mb, compression=compression)
 
     def run_update(self, batches: Iterator[Batch], micro_batches: int, *, measure: bool) -> UpdateInfo:
         """One update from this rank's next `micro_batches` of `batches`. Collective.

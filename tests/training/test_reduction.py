@@ -1,0 +1,187 @@
+"""What ranks exchange: gradients once per update, counted in bytes on the wire, and rounded where that is asked for.
+
+Started by the tests below, this file is also the program of the ranks. The wire is the loopback interface of a network
+namespace of their own, in which nothing else is sent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from program import environment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lars_train.data.loader import Batch
+from lars_train.launch import Ranks
+from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.optim.lars import LARS
+from lars_train.plan import Plan
+from lars_train.training.device import Precision
+from lars_train.training.distributed import process_group
+from lars_train.training.reduction import BF16, NONE
+from lars_train.training.trainer import Hyper, Trainer
+
+WORLD, ACCUMULATION, UPDATES = 2, 3, 4
+CPU = torch.device("cpu")
+WIDTH = 1500
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
+# From linux/sockios.h and linux/if.h.
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
+
+
+def network() -> nn.Module:
+    """2.3 million parameters that cost little to compute with, and a batch norm, whose statistics travel too."""
+    torch.manual_seed(0)
+    wide = [nn.Flatten(), nn.Linear(48, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)]
+    return nn.Sequential(GhostBatchNorm2d(3, ghost_batch=2), *wide)
+
+
+def images(rank: int, update: int) -> list[Batch]:
+    draw = torch.Generator().manual_seed(100 * rank + update)
+    labels = torch.randint(4, (ACCUMULATION, 2), generator=draw)
+    pixels = torch.randint(256, (ACCUMULATION, 2, 3, 4, 4), dtype=torch.uint8, generator=draw)
+    return [Batch(x, y, ()) for x, y in zip(pixels, labels, strict=True)]
+
+
+def plan() -> Plan:
+    batch = WORLD * ACCUMULATION * 2
+    return Plan(1000, batch, batch, 2, False, False, 1, UPDATES, UPDATES, UPDATES, 0)
+
+
+def trained(rank: int, compression: str, base: Any) -> tuple[Trainer, list[int]]:
+    """A trainer after its updates, and the bytes that were on the wire after each."""
+    sent = []
+    with process_group(Ranks(rank, WORLD, rank, WORLD), CPU, 60.0) as group:
+        model = network()
+        trainer = Trainer(
+            model,
+            base(model),
+            plan(),
+            Hyper(lambda update: 0.1, 0.0),
+            normalise=lambda x: x.float() / 255,
+            precision=Precision("fp32", torch.float32, torch.float32),
+            device=CPU,
+            group=group,
+            compression=compression,
+        )
+        for update in range(UPDATES):
+            trainer.run_update(iter(images(rank, update)), ACCUMULATION, measure=False)
+            group.highest([0])  # a barrier: what any rank had to send is sent
+            sent.append(on_the_wire())
+            group.highest([0])
+    return trainer, sent
+
+
+def on_the_wire() -> int:
+    """Bytes that the loopback interface has sent, with the headers."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, numbers = line.partition(":")
+        if name.strip() == "lo":
+            return int(numbers.split()[8])
+    raise AssertionError("there is no loopback interface")
+
+
+def rank(number: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": number, "WORLD_SIZE": WORLD, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    told: dict[str, Any] = {}
+    for compression in (NONE, BF16):
+        _, told[compression] = trained(number, compression, lambda m: LARS(torch.optim.SGD(m.parameters(), lr=0.1)))
+        trainer, _ = trained(number, compression, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+        torch.save(trainer.network.state_dict(), Path(folder) / f"{compression}-{number}.pt")
+    (Path(folder) / f"told-{number}.json").write_text(json.dumps(told))
+
+
+def loopback_up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh", b"lo", IFF_UP))
+
+
+if __name__ == "__main__":
+    loopback_up()
+    mp.spawn(rank, (sys.argv[1], 29500), nprocs=WORLD)
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the ranks left what they found."""
+    if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode:
+        pytest.skip("no network namespace can be made here")
+    folder = tmp_path_factory.mktemp("together")
+    done = subprocess.run(
+        [*NAMESPACE, sys.executable, __file__, str(folder)],
+        env=environment(PYTHONPATH=os.pathsep.join(path for path in sys.path if path)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compression", "size"), [(NONE, 4), (BF16, 2)])
+def test_an_update_sends_no_more_than_a_ring_needs_to_sum_each_gradient_once(
+    compression: str, size: int, together: Path
+) -> None:
+    sent = json.loads((together / "told-0.json").read_text())[compression]
+    gradients = size * sum(p.numel() for p in network().parameters())
+    # Each of W ranks sends 2 (W - 1) / W of the gradients (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002).
+    ring = 2 * (WORLD - 1) * gradients
+    # Buckets are filled in another order from the second update on.
+    for before, after in itertools.pairwise(sent[1:]):
+        assert ring <= after - before <= 1.01 * ring
+
+
+def gradient(state: dict[str, Tensor], model: nn.Module, numbers: range, update: int) -> list[Tensor]:
+    """Of the mean loss over the global batch, these ranks' share of it, in float64."""
+    model.load_state_dict(state)
+    model.double().train().zero_grad()
+    for number in numbers:
+        for batch in images(number, update):
+            logits = model(batch.images.double() / 255)
+            (F.cross_entropy(logits, batch.labels, reduction="sum") / plan().global_batch).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compression", [NONE, BF16])
+def test_compressed_gradients_are_the_sums_of_the_ranks_rounded_ones(compression: str, together: Path) -> None:
+    weights = [p.detach().double() for p in network().parameters()]
+    reference = network()
+    for update in range(UPDATES):
+        state = reference.state_dict()
+        for name, value in zip([n for n, _ in reference.named_parameters()], weights, strict=True):
+            state[name] = value
+        parts = [gradient(state, reference, range(r, r + 1), update) for r in range(WORLD)]
+        if compression == BF16:
+            parts = [[g.bfloat16().double() for g in part] for part in parts]
+            sums = [sum(gs).bfloat16().double() for gs in zip(*parts, strict=True)]  # type: ignore[union-attr]
+        else:
+            sums = [sum(gs) for gs in zip(*parts, strict=True)]  # type: ignore[misc]
+        weights = [w - 0.1 * g for w, g in zip(weights, sums, strict=True)]
+    got = [torch.load(together / f"{compression}-{r}.pt") for r in range(WORLD)]
+    for name, expected in zip([n for n, _ in reference.named_parameters()], weights, strict=True):
+        assert torch.equal(got[0][name], got[1][name]), name
+        start = dict(network().named_parameters())[name].detach()
+        moved, wanted = got[0][name].double() - start, expected - start
+        # One rounding to bfloat16 may fall to the other side; float32 sums differ by far less.
+        tolerance = 2.0**-7 if compression == BF16 else 1e-4
+        assert float((moved - wanted).norm()) <= tolerance * float(wanted.norm()), name
