@@ -30,6 +30,8 @@ from typing import Any
 
 from page import between_markers
 
+from lars_train.monitoring.fields import OF_THE_CLOCK
+
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
     "data.augment=pad_crop "
@@ -37,8 +39,6 @@ SETTINGS = (
     "log_every=3 checkpoint.every_updates=7 launch.nproc=2 launch.threads=1 data.workers=1"
 ).split()
 KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
-# What differs from run to run: times and rates.
-TIMES = {"train/images_per_s", "loader/images_per_s", "train/wait_share", "val/seconds", "run/seconds"}
 # Seconds within which a process is killed, most often counted from its entry in the run's record, else from its start.
 LATEST_KILL_S = 8.0
 
@@ -196,7 +196,7 @@ def compare(alone: Path, killed: Path) -> str:
 def lines(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without times and rates."""
     read = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
+    return [{key: value for key, value in line.items() if key not in OF_THE_CLOCK} for line in read]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,12 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/top1": ("percent", "share of the same (augmented) samples whose class ranked first"),
     "train/lr": ("1", "learning rate of the last update"),
     "train/images_per_s": ("images/s", "samples of all ranks over wall time since the last line"),
+    "train/mfu": (
+        "1",
+        "model FLOP utilisation: train/images_per_s times the floating-point operations of training on an image, over "
+        "ranks times the rate of matrix products that was measured when the run started (flops_per_image and "
+        "peak_flops in run.json)",
+    ),
     "train/wait_share": ("1", "share of that time that rank 0 waited for input"),
     "train/grad_norm": ("1", "norm of the whole gradient of the last update, before LARS"),
     "train/weight_norm": ("1", "norm of all weights before the last update"),
@@ -34,6 +40,11 @@ FIELDS: dict[str, tuple[str, str]] = {
     "val/best_top1": ("percent", "best val/top1 so far"),
     "val/seconds": ("s", "wall time of the evaluation"),
 }
+
+OF_THE_CLOCK = frozenset(
+    ("run/seconds", "train/images_per_s", "train/mfu", "train/wait_share", "loader/images_per_s", "val/seconds")
+)
+"""The fields that differ between two runs with the same results."""
 
 RATIO_FIELDS: dict[str, tuple[str, str]] = {
     "update": ("updates", "optimizer steps done when the line was written"),

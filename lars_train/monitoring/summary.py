@@ -52,6 +52,14 @@ def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, 
         yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
 
 
+def work_line(flops_per_image: int, peak_flops: float) -> str:
+    """What ``train/mfu`` relates: operations of training on an image, and those that a device does in a second."""
+    return (
+        f"arithmetic     {flops_per_image / 1e9:.4g} GFLOP an image; train/mfu is relative to "
+        f"{peak_flops / 1e12:.4g} TFLOP/s a rank, measured here with matrix products"
+    )
+
+
 def experiment(config: Config, plan: Plan) -> Iterator[str]:
     """What a run computes, whatever it runs on; a line each."""
     opt, schedule = config.optimizer, config.schedule

@@ -19,7 +19,7 @@ from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.models.weights import weights_sha256
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.progress import Progress
-from lars_train.monitoring.summary import announcement, epoch_line, final_record
+from lars_train.monitoring.summary import announcement, epoch_line, final_record, work_line
 from lars_train.optim.factory import build_optimizer
 from lars_train.optim.lars import LARS
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
@@ -36,6 +36,7 @@ from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import resolve
 from lars_train.training.trainer import Hyper, Trainer, UpdateInfo
+from lars_train.training.utilisation import flops_per_image, peak_flops
 from lars_train.training.writer import CheckpointWriter
 
 # float16: so many batches in a row without an update that the loss scale (from 2**16 on) cannot be what is wrong.
@@ -75,6 +76,8 @@ class Run:
             compression=config.gradient_compression,
             max_loss=config.guard.max_loss,
         )
+        self.flops_per_image = flops_per_image(network, config.data.image_size)
+        self.peak_flops = peak_flops(self.precision, device, self.resolved.threads)
         self.parameter_names = {id(p): name for name, p in network.named_parameters()}
         self.started = time.perf_counter()
         self.best_top1, self.seconds_before, self.bad = -math.inf, 0.0, BadImages(config.data.max_bad, group)
@@ -101,6 +104,7 @@ class Run:
         """Train to the end; the content of ``final.json``."""
         for line in announcement(self.config, self.plan, self.resolved, self.directory, self.resumed_at):
             self.progress.say(line)
+        self.progress.say(work_line(self.flops_per_image, self.peak_flops))
         decided = (self.config.data.decoder, self.resolved.decoder, self.decoded_so_far)
         for line in decoder_lines(*decided, self.dataset.train):
             self.progress.say(line)
@@ -329,11 +333,13 @@ class Run:
             self._report_bad()
         now = time.perf_counter()
         elapsed = now - self.log_started
+        rate = (trainer.update - self.logged_update) * self.plan.global_batch / elapsed
         values = {
             "train/loss": loss / max(count, 1),
             "train/top1": 100 * hits / max(count, 1),
             "train/lr": info.lr,
-            "train/images_per_s": (trainer.update - self.logged_update) * self.plan.global_batch / elapsed,
+            "train/images_per_s": rate,
+            "train/mfu": rate * self.flops_per_image / (self.peak_flops * self.group.ranks.world),
             "train/wait_share": self.waited / elapsed,
             "train/bad_images": len(self.bad.known),
             "train/checkpoint_failures": self._told_failures(),

@@ -93,7 +93,9 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
         run = Run(prepared, group, device)
         if group.first:
             resolved = dataclasses.asdict(run.resolved)
-            note_start(prepared.directory, plan=prepared.plan, resumed_at=run.resumed_at, resolved=resolved)
+            arithmetic = {"flops_per_image": run.flops_per_image, "peak_flops": run.peak_flops}
+            began = {"resumed_at": run.resumed_at, "resolved": resolved, **arithmetic}
+            note_start(prepared.directory, plan=prepared.plan, **began)
         final = run.train()
     except Exception as error:
         if group.first:

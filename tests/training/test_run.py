@@ -16,7 +16,7 @@ from torch import Tensor
 from lars_train.config import Config, resolve
 from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.launch import Ranks
-from lars_train.monitoring.fields import FIELDS
+from lars_train.monitoring.fields import FIELDS, OF_THE_CLOCK
 from lars_train.monitoring.log import RunLog
 from lars_train.optim.lars import LARS
 from lars_train.training import checkpoint, session
@@ -52,7 +52,6 @@ TINY: dict[str, Any] = {
     "launch": {"threads": 1},
     "checkpoint": {"every_updates": 3},
 }
-TIMES = {"train/images_per_s", "train/wait_share", "loader/images_per_s", "val/seconds", "run/seconds"}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +79,7 @@ def train(directory: Path, **changes: Any) -> dict[str, Any]:
 def lines(directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl, without what a clock has measured."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
+    return [{k: v for k, v in line.items() if k not in OF_THE_CLOCK} for line in found]
 
 
 def state(directory: Path) -> dict[str, Any]:

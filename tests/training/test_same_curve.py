@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lars_train.monitoring.fields import OF_THE_CLOCK
 from lars_train.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -32,7 +33,6 @@ UPDATES = 20
 WORLDS, MICRO_BATCHES, WORKERS = (1, 2, 3, 4), (4, 8), (0, 2)
 EVERYWHERE = list(itertools.product(WORLDS, MICRO_BATCHES, WORKERS))
 OTHERS = [where for where in EVERYWHERE if where != (1, 4, 0)]
-TIMED = {"train/images_per_s", "train/wait_share", "loader/images_per_s", "val/seconds", "run/seconds"}
 # Relative differences after 20 updates in float32; docs/same_curve.md has the measured ones.
 BOUNDS = {"losses": 5e-2, "weights": 5e-2, "statistics": 2e-1}
 # Of the losses of the first five updates, before small differences have grown.
@@ -137,7 +137,7 @@ def test_in_float64_the_curve_is_that_of_one_process_anywhere(
     got, expected = runs.of("fp64", world, micro_batch, workers), runs.of("fp64", 1, 4, 0)
     for ours, theirs in zip(got.metrics, expected.metrics, strict=True):
         assert ours.keys() == theirs.keys()
-        for key in ours.keys() - TIMED:
+        for key in ours.keys() - OF_THE_CLOCK:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-10, abs=0), (key, ours["update"])
     for kind in ("weights", "statistics", "momenta"):
         assert largest_difference(got.tensors(kind), expected.tensors(kind)) <= 1e-10, kind
