@@ -14,6 +14,7 @@ import torch
 from lars_train.config import AUTO, Config
 from lars_train.data.directory import user_path
 from lars_train.errors import ConfigError
+from lars_train.export.command import CARD, export
 from lars_train.launch import Ranks, adopt, processes, restarts
 from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED, experiment
@@ -28,7 +29,7 @@ from lars_train.training.device import choose_precision, cuda_devices
 from lars_train.training.distributed import begin_job, current_ranks
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
-from lars_train.training.session import evaluate_only, evaluation_config, export, find_finished, train
+from lars_train.training.session import evaluate_only, evaluation_config, find_finished, train
 
 
 def run(config: Config, invocation: Invocation) -> dict[str, Any]:
@@ -101,8 +102,9 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
 def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
     if not first_process():
         return {}
-    path = export(config)
-    say(f"weights: {path}\nload them with torch.load({str(path)!r}, weights_only=True)")
+    path, told = export(config)
+    say(f"written: {path}{f' ({told})' if told else ''}")
+    say(f"         {path.with_name(CARD)} says what it is and how to use it")
     return {"path": str(path)}
 
 

@@ -36,6 +36,7 @@ from lars_train.data.imagenet import open_imagenet
 from lars_train.data.loader import View, eval_loader
 from lars_train.data.open import open_dataset
 from lars_train.errors import ConfigError, DataError
+from lars_train.export.command import export
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model, load_weights
 from lars_train.monitoring import say
@@ -160,9 +161,7 @@ def test_a_pickle_in_a_checkpoint_whose_checksum_is_right_runs_no_code(where: st
     for mode in ("evaluate", "export", "train"):
         asked = config(tmp_path / "new", mode=mode, checkpoint__path=str(path))
         with pytest.raises(ConfigError, match="the file is damaged: torch cannot read it"):
-            {"evaluate": lambda c: session.evaluation_config(c, ()), "export": session.export, "train": prepare}[mode](
-                asked
-            )
+            {"evaluate": lambda c: session.evaluation_config(c, ()), "export": export, "train": prepare}[mode](asked)
     with pytest.raises(ConfigError, match=r"no checkpoint in .* can be used"):
         checkpoint.latest(folder)
     assert not mark.exists()
@@ -281,7 +280,7 @@ def test_a_checkpoint_whose_config_is_as_a_run_writes_it_is_evaluated_by_its_own
 def test_a_checkpoint_of_odd_values_is_refused_in_one_line_of_plain_text(entry: dict[str, Any], tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path / "c", 1, {**content(changed("epochs", 2)), **entry}, keep=3)
     told = []
-    for mode, command in (("export", session.export), ("train", prepare)):
+    for mode, command in (("export", export), ("train", prepare)):
         try:
             command(config(tmp_path / "new", mode=mode, checkpoint__path=str(path)))
         except ConfigError as error:
@@ -297,7 +296,7 @@ def test_a_models_name_in_a_checkpoint_never_becomes_part_of_a_path(name: str, t
     path = checkpoint.save(folder / "b", 1, content(changed("model.name", name)), keep=3)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match="no such model"):
-        session.export(config(tmp_path / "new", mode="export", checkpoint__path=str(path)))
+        export(config(tmp_path / "new", mode="export", checkpoint__path=str(path)))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -238,7 +238,7 @@ class GuardConfig:
 
 @dataclass
 class ExportConfig:
-    """`path`: the state_dict file to write; None is beside the checkpoint."""
+    """`path`: the file to write, ``.pth``, ``.safetensors`` or ``.onnx``; None is a ``.pth`` beside the checkpoint."""
 
     path: Optional[str] = None
 

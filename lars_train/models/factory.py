@@ -7,8 +7,10 @@ Training checkpoints are not read here.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +82,7 @@ def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bo
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load into `model`, in place, the plain state dict that ``torch.save`` wrote to `path`.
+    """Load into `model`, in place, the plain state dict that ``torch.save`` or safetensors wrote to `path`.
 
     Every parameter and buffer must be there, by name and shape, and nothing else; only the counters
     ``num_batches_tracked`` may be missing, as they are in old files. No code in the file is run.
@@ -89,15 +91,25 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConfigError: the file is missing, is no state dict, or does not fit the model.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = _read(path)
+    except ImportError:
+        raise ConfigError(
+            f"model.weights={path}: this wants the package safetensors: pip install 'lars-train[export]'."
+        ) from None
     except OSError as error:
         raise ConfigError(f"model.weights={path}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # a damaged pickle can raise anything: KeyError, UnicodeDecodeError, struct.error
         raise ConfigError(
-            f"model.weights={path}: not a file of plain tensors that torch.save wrote, or damaged "
+            f"model.weights={path}: not a file of plain tensors that torch.save (or safetensors) wrote, or damaged "
             f"({type(error).__name__}); save it with torch.save(model.state_dict(), path)."
         ) from error
     load_state(model, loaded, f"model.weights={path}")
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    if os.fspath(path).endswith(".safetensors"):
+        return importlib.import_module("safetensors.torch").load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_state(model: nn.Module, loaded: object, origin: str) -> None:

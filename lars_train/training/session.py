@@ -1,20 +1,18 @@
-"""The three modes, each on one rank: train, evaluate a checkpoint, export one."""
+"""The modes that compute, each on one rank: train, and evaluate a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lars_train.config import AUTO, Config, restore
 from lars_train.data.augment import View
-from lars_train.data.directory import user_path
 from lars_train.data.open import open_dataset
 from lars_train.errors import ConfigError, Stopped
 from lars_train.launch import Ranks
-from lars_train.models.factory import build_model, load_state
+from lars_train.models.factory import load_state
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.say import complain, say
 from lars_train.monitoring.summary import FINISHED
@@ -169,38 +167,3 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
     assert result is not None
     where = [f"{sample.where}: {sample.reason}" for sample in result.bad]
     return {**result.values(), "data": config.data.name, "model": config.model.name, "undecodable": where}
-
-
-def export(config: Config) -> Path:
-    """Write the checkpoint's weights as a plain state_dict in float32, contiguous; the file's path.
-
-    For a model with a torchvision name it loads into torchvision's model of that name. Raises `ConfigError`.
-    """
-    assert config.checkpoint.path is not None
-    source, content = checkpoint.find(config.checkpoint.path)
-    name = str(checkpoint.value(content, "config", "model", "name"))
-    # First of all, for the name becomes part of a file's.
-    model = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False)
-    load_state(model, content["model"], f"checkpoint.path={config.checkpoint.path}")
-    target = (
-        user_path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
-    )
-    if target.resolve() in {path.resolve() for path in (source, *checkpoint.listing(source.parent))}:
-        raise ConfigError(
-            f"export.path={config.export.path}: it is a checkpoint of the run; give another file to write."
-        )
-    if target.is_dir():
-        raise ConfigError(f"export.path={config.export.path}: it is a folder; give the file to write.")
-    if not target.parent.is_dir():
-        raise ConfigError(f"export.path={target}: the folder {target.parent} does not exist.")
-    state = {
-        key: (value.float() if value.is_floating_point() else value).contiguous()
-        for key, value in content["model"].items()
-    }
-    partial = target.with_name(target.name + ".partial")
-    try:
-        torch.save(state, partial)
-        partial.replace(target)
-    except (OSError, RuntimeError) as error:  # torch reports a file that it cannot write as RuntimeError
-        raise ConfigError(f"export.path={target}: it cannot be written ({str(error).splitlines()[0]}).") from None
-    return target

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lars_train.config import Config, resolve
 from lars_train.errors import ConfigError, DataError, Stopped
+from lars_train.export.command import export
 from lars_train.launch import Ranks
 from lars_train.monitoring.fields import FIELDS, OF_THE_CLOCK
 from lars_train.monitoring.log import RunLog
@@ -382,7 +383,7 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
 
     train(tmp_path / "run", max_updates=1, model__name="resnet18", data__val_count=2, precision__name="fp64")
     asked = config(tmp_path, mode="export", checkpoint__path=str(tmp_path / "run"))
-    path = session.export(asked)
+    path, _ = export(asked)
     assert path.parent == tmp_path / "run" / "checkpoints"
     model = resnet18(num_classes=4)
     model.load_state_dict(torch.load(path, weights_only=True))
@@ -393,9 +394,9 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
     assert state(tmp_path / "run")["update"] == 1
     own = path.parent / "update-000000001.pt"
     with pytest.raises(ConfigError, match=r"export\.path=.*: it is a checkpoint of the run"):
-        session.export(config(tmp_path, mode="export", checkpoint__path=str(own), export__path=str(own)))
+        export(config(tmp_path, mode="export", checkpoint__path=str(own), export__path=str(own)))
     with pytest.raises(ConfigError, match=r"export\.path=.* does not exist"):
-        session.export(config(tmp_path, mode="export", checkpoint__path=str(path.parent), export__path="/no/x.pth"))
+        export(config(tmp_path, mode="export", checkpoint__path=str(path.parent), export__path="/no/x.pth"))
 
 
 @pytest.fixture(scope="module")
