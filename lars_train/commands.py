@@ -96,6 +96,8 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
     )
     for place in result["undecodable"]:
         say(f"WARNING: counted as wrong, cannot be decoded: {place}")
+    if config.evaluate.report is not None:
+        say(f"report: {user_path(config.evaluate.report)} (per_class.csv, confusion.csv, confusion.png)")
     return result
 
 

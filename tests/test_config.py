@@ -430,6 +430,7 @@ EXECUTION = {
     "launch.threads",
     "distributed.timeout",
     "distributed.bucket_mb",
+    "evaluate.report",
     "checkpoint.every_updates",
     "checkpoint.every_minutes",
     "checkpoint.keep",

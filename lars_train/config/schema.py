@@ -205,9 +205,12 @@ class DistributedConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`every_epochs`: epochs between evaluations; the last update is always evaluated."""
+    """`every_epochs`: epochs between evaluations; the last update is always evaluated. `report`: of ``mode=evaluate``,
+    the folder for the accuracy of each class and what was taken for what (None: none).
+    """
 
     every_epochs: int = 1
+    report: Optional[str] = None
 
 
 @dataclass

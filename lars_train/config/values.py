@@ -29,6 +29,7 @@ EXECUTION_KEYS = (
     "checkpoint.keep",
     # It acts where a run would otherwise be lost; what it did stands in the run's record.
     "guard",
+    "evaluate.report",
     "export",
     "plan",
     "data.workers",

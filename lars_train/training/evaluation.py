@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ class Result:
     bad: tuple[BadSample, ...]
     checksum: int = 0
     """`order.checksum` of the samples that were counted."""
+    confusion: Tensor | None = None
+    """int64 (C, C): decoded samples of class i that were taken for class j; None where it was not asked for."""
 
     def values(self) -> dict[str, float]:
         """The numbers by the names that the log has for them."""
@@ -64,11 +67,13 @@ def evaluate_split(
     workers: int,
     progress: Progress,
     by_native: bool = False,
+    classes: int | None = None,
     ended: Callable[[], bool] = lambda: False,
 ) -> Result | None:
     """Evaluate `model` on the whole split, this rank on its part of it. Collective.
 
-    `by_native`: see `data.decode.decode`. None if `ended`, asked before each batch, said so on any rank.
+    `by_native`: see `data.decode.decode`. `classes`: count confusions of so many classes, too.
+    None if `ended`, asked before each batch, said so on any rank.
 
     Raises `RuntimeError` if the samples that were counted are not those of the split, each once.
     """
@@ -85,7 +90,8 @@ def evaluate_split(
         by_native=by_native,
     )
     with progress.counting("evaluation", stop - start) as on_batch, closing(Feed(batches, device)) as feed:
-        result = evaluate(model, feed, normalise, lambda: precision.autocast(device), device, group, on_batch, ended)
+        autocast = partial(precision.autocast, device)
+        result = evaluate(model, feed, normalise, autocast, device, group, on_batch, ended, classes)
     if result is None:
         return None
     if (result.count, result.checksum) != (len(split), checksum(np.arange(len(split)))):
@@ -106,6 +112,7 @@ def evaluate(
     group: Group,
     on_batch: Callable[[int], None] = lambda count: None,
     ended: Callable[[], bool] = lambda: False,
+    classes: int | None = None,
 ) -> Result | None:
     """Evaluate `model` on this rank's `batches` and sum over the ranks. Collective.
 
@@ -116,6 +123,8 @@ def evaluate(
     model.eval()
     # float64: counts up to 2^53 and losses are summed without rounding that would depend on the sharding.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
+    # The last row is for samples that cannot be decoded, whose label is -1.
+    confusion = None if classes is None else torch.zeros((classes + 1) * classes, dtype=torch.int64, device=device)
     samples = 0
     bad: list[BadSample] = []
     stopped = False
@@ -127,11 +136,16 @@ def evaluate(
         with autocast():
             logits = model(normalise(batch.images))
         totals += _count(logits, labels)
+        if confusion is not None and classes is not None:
+            pairs = labels % (classes + 1) * classes + logits.argmax(dim=1)
+            confusion.index_add_(0, pairs, torch.ones_like(pairs))
         bad.extend(batch.bad)
         samples += batch.checksum
         on_batch(len(labels))
     model.train(was_training)
     group.sum(totals)
+    if confusion is not None:
+        group.sum(confusion)
     found = group.gather((bad, samples, stopped))
     if any(part for _, _, part in found):
         return None
@@ -145,6 +159,7 @@ def evaluate(
         int(decoded),
         tuple(everyone),
         sum(part for _, part, _ in found) % 2**32,
+        None if confusion is None or classes is None else confusion.view(-1, classes)[:classes].cpu(),
     )
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 
 from lars_train.config import AUTO, Config, restore
 from lars_train.data.augment import View
+from lars_train.data.directory import user_path
 from lars_train.data.open import open_dataset
+from lars_train.data.source import Dataset
 from lars_train.errors import ConfigError, Stopped
 from lars_train.launch import Ranks
 from lars_train.models.factory import load_state
+from lars_train.monitoring.confusion import write_confusion
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.say import complain, say
 from lars_train.monitoring.summary import FINISHED
@@ -27,7 +31,7 @@ from lars_train.training.device import (
     set_up,
 )
 from lars_train.training.distributed import Group, process_group
-from lars_train.training.evaluation import SMALLEST_BATCH, evaluate_split
+from lars_train.training.evaluation import SMALLEST_BATCH, Result, evaluate_split
 from lars_train.training.feed import normaliser
 from lars_train.training.network import make_network
 from lars_train.training.prepare import Prepared, check_compatible, continuation
@@ -130,7 +134,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
             if key.startswith(f"{group}."):
                 leaf = key.split(".")[1]
                 setattr(getattr(stored, group), leaf, getattr(getattr(config, group), leaf))
-    execution = ("mode", "device", "launch", "distributed", "checkpoint", "export", "micro_batch")
+    execution = ("mode", "device", "launch", "distributed", "checkpoint", "evaluate", "export", "micro_batch")
     merged = dataclasses.replace(stored, **{key: getattr(config, key) for key in execution})
     return merged, content
 
@@ -163,7 +167,22 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             workers=choose_workers(config, device, ranks),
             progress=Progress(shown=group.first, epochs=1),
             by_native=decoder == NATIVE,
+            classes=None if config.evaluate.report is None else len(dataset.classes),
         )
+        if group.first and config.evaluate.report is not None:
+            _report(config.evaluate.report, result, dataset)
     assert result is not None
     where = [f"{sample.where}: {sample.reason}" for sample in result.bad]
     return {**result.values(), "data": config.data.name, "model": config.model.name, "undecodable": where}
+
+
+def _report(path: str, result: Result | None, dataset: Dataset) -> None:
+    assert result is not None
+    assert result.confusion is not None
+    counts = np.concatenate([result.confusion.numpy(), np.zeros((len(dataset.classes), 1), np.int64)], axis=1)
+    for sample in result.bad:
+        counts[dataset.val.labels[sample.sample], -1] += 1
+    try:
+        write_confusion(user_path(path), dataset.classes, counts)
+    except OSError as error:
+        raise ConfigError(f"evaluate.report={path}: it cannot be written ({error.strerror}).") from None

@@ -93,7 +93,9 @@ def normalise(images: Tensor) -> Tensor:
     return images.double() / 255
 
 
-def split_result(pictures: Pictures, model: nn.Module, world: int = 1, batch: int = 64) -> list[Result]:
+def split_result(
+    pictures: Pictures, model: nn.Module, world: int = 1, batch: int = 64, classes: int | None = None
+) -> list[Result]:
     return on_ranks(
         world,
         lambda group: evaluate_split(
@@ -107,6 +109,7 @@ def split_result(pictures: Pictures, model: nn.Module, world: int = 1, batch: in
             batch=batch,
             workers=0,
             progress=Progress(shown=False, epochs=1),
+            classes=classes,
         ),
     )
 
@@ -249,3 +252,17 @@ def test_checksums_differ_for_samples_that_differ_and_add_up() -> None:
     assert len(seen) == 9
     parts = checksum(np.arange(0, 500)) + checksum(np.arange(500, 1000))
     assert parts % 2**32 == checksum(np.random.default_rng(0).permutation(1000))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_confusions_are_counted_per_class_and_all_of_them(world: int) -> None:
+    pictures, model = Pictures(23, 4, bad=(5,)), network(4)
+    weight, bias = (p.detach().numpy() for p in model[1].parameters())
+    expected = np.zeros((4, 4), np.int64)
+    for sample in set(range(23)) - {5}:
+        x = pictures.pixels[sample].astype(np.float64).transpose(2, 0, 1).ravel() / 255
+        expected[pictures.labels[sample], int((weight @ x + bias).argmax())] += 1
+    for result in split_result(pictures, model, world, batch=7, classes=4):
+        assert result.confusion is not None
+        assert result.confusion.numpy().tolist() == expected.tolist()
+        assert result.top1 == pytest.approx(100 * expected.trace() / 23)
