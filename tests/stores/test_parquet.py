@@ -297,6 +297,20 @@ def test_classes_without_wnids_are_called_as_the_metadata_have_them_in_their_ord
         assert list(original.splits) == ["train", "val"]
 
 
+def test_a_test_set_without_labels_is_no_validation_set(tmp_path: Path) -> None:
+    rows: list[Row] = [(b"%d" % i, f"{i}.jpg", i % 2) for i in range(4)]
+    write(tmp_path / "hub" / "train.parquet", rows)
+    test = tmp_path / "hub" / "test.parquet"
+    write(test, [(picture, path, -1) for picture, path, _ in rows])
+    assert list(open_original(str(tmp_path / "hub"), None).splits) == ["train"]
+    write(test, [(picture, path, None) for picture, path, _ in rows])
+    assert list(open_original(str(tmp_path / "hub"), None).splits) == ["train"]
+    pq.write_table(pq.read_table(test).drop_columns(["label"]), test)
+    assert list(open_original(str(tmp_path / "hub"), None).splits) == ["train"]
+    write(test, rows)
+    assert list(open_original(str(tmp_path / "hub"), None).splits) == ["train", "val"]
+
+
 def test_wnids_that_contradict_the_labels_name_no_class(tmp_path: Path) -> None:
     for label_of in (lambda i: i % 2, lambda i: 1 - i // 6):  # two in one class; not in the order of the labels
         rows = [(b"%d" % i, f"n0000000{i // 6}_{i}.JPEG", label_of(i)) for i in range(12)]
