@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from lars_train.data.directory import DirectoryTree, user_path
 from lars_train.data.listing import Listing, divide
+from lars_train.data.parquet_files import refuse_parquet
 from lars_train.data.shards import is_store, open_store
 from lars_train.data.source import Dataset, Labels, Names, fingerprint
 from lars_train.data.tree import Ranks, Tree, is_image
@@ -69,8 +70,12 @@ def open_tree(root: str | None) -> Tree:
         if is_store(path):
             return open_store(path)
         shards = shard_files(path)
-        return open_webdataset(path, shards) if shards else DirectoryTree(path)
+        if shards:
+            return open_webdataset(path, shards)
+        refuse_parquet(path)
+        return DirectoryTree(path)
     if path.suffix.lower() != ".zip":
+        refuse_parquet(path)
         raise ConfigError(f"data.root={root} is neither a folder nor a .zip; unpack it and give the folder.")
     return ZipTree(path)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,11 +61,16 @@ def shard_files(root: Path) -> dict[str, list[str]]:
     else:
         named: dict[str, list[str]] = {"": []}
         for name in _tars(root, ""):
-            words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
-            named.setdefault(next((word for word in ("train", *_VALIDATION) if word in words), ""), []).append(name)
+            named.setdefault(split_word(name, (TRAIN, *_VALIDATION)), []).append(name)
         val = next((named[name] for name in _VALIDATION if name in named), [])
         found = {TRAIN: named.get(TRAIN, []) or named[""], VAL: val}
     return {split: tars for split, tars in found.items() if tars} if found[TRAIN] else {}
+
+
+def split_word(name: str, splits: Sequence[str]) -> str:
+    """The first of `splits` that is a word in the name of a file; empty where none is."""
+    words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
+    return next((split for split in splits if split in words), "")
 
 
 def open_webdataset(root: Path, files: dict[str, list[str]]) -> ShardTree:
@@ -248,7 +253,8 @@ def _classes(root: Path, found: dict[str, list[Sample]]) -> tuple[list[bytes], d
             f"{strange[0]!r}; make them fit."
         )
     names = [label if isinstance(label, bytes) else b"%d" % label for label in labels]
-    return _by_folder(found[TRAIN], labels) or names, {label: index for index, label in enumerate(labels)}
+    pairs = {(sample.label, sample.folder) for sample in found[TRAIN]}
+    return classes_by_folder(pairs, labels) or names, {label: index for index, label in enumerate(labels)}
 
 
 def _folder(name: bytes) -> bytes | None:
@@ -256,9 +262,11 @@ def _folder(name: bytes) -> bytes | None:
     return folder if slash else None
 
 
-def _by_folder(samples: Sequence[Sample], labels: Sequence[Label]) -> list[bytes]:
-    """The folders in the samples' names in the order of `labels`, where each label has one to itself in that order."""
-    pairs = {(sample.label, sample.folder) for sample in samples}
+def classes_by_folder(pairs: Collection[tuple[Label, bytes | None]], labels: Sequence[Label]) -> list[bytes]:
+    """The folders in the order of `labels`, where each label has one to itself in that order; empty where not.
+
+    `pairs`: each different pair of a sample's label and folder.
+    """
     folders = dict(pairs)
     named = [folder for folder in (folders[label] for label in labels) if folder is not None]
     return named if len(pairs) == len(labels) == len(named) and named == sorted(set(named)) else []

@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
         "read. The same command goes on after a kill. Use: lars-train data=folder data.root=STORE.",
     )
     pack.add_argument(
-        "source", help="a folder with train/ and val/ (or of class folders alone), a .zip or shards of one"
+        "source",
+        help="a folder with train/ and val/ (or of class folders alone), a .zip or shards of one, "
+        "or Hugging Face's parquet files",
     )
     pack.add_argument("store", help="the folder to make")
     smaller = pack.add_mutually_exclusive_group()

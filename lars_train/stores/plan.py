@@ -9,19 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lars_train.data.directory import user_path
 from lars_train.data.folder import TRAIN, VALIDATION, collect, find_splits, matched, open_tree
 from lars_train.data.imagenet import open_imagenet
+from lars_train.data.parquet_files import parquet_folders, the_one
 from lars_train.data.shards import SPLITS
 from lars_train.data.source import Source, fingerprint
 from lars_train.data.tree import Tree, is_image
 from lars_train.errors import ConfigError
 from lars_train.stores.names import member_names
+from lars_train.stores.parquet import ParquetSource
+from lars_train.stores.parquet_index import open_parquet
 
 PICTURES = 4000
 """Pictures of a shard where the number of shards is not given: 440 MB of ImageNet as it is."""
 
 # The key of the generator that says in which order pictures lie in the shards of a split: mixed, so that who reads
-# shards from end to end meets all classes.
+# shards from end to end meets all classes. Rows of parquet stay beside those of their row group.
 _ORDER_KEY = 20170814
 
 
@@ -45,14 +49,20 @@ class ShardPlan:
 
 
 def open_original(root: str, val_labels: str | None) -> Original:
-    """The pictures below `root`, in any layout that ``data=folder`` or ``data=imagenet`` opens; ``val/`` may lack.
+    """The pictures below `root`, in parquet or any layout that ``data=folder`` or ``data=imagenet`` opens.
 
-    Raises `ConfigError`.
+    There may be no ``val/``. Raises `ConfigError`.
     """
-    tree = open_tree(root)
-    if tree.variant:
-        raise ConfigError(f"{root}: its pictures were encoded anew already; pack the original.")
-    splits, classes = _splits(tree, root, val_labels)
+    path = user_path(root)
+    if folders := parquet_folders(path):
+        if val_labels is not None:
+            raise ConfigError(f"--val-labels={val_labels}: the labels are in the parquet files; drop it.")
+        splits, classes = open_parquet(the_one(path, folders))
+    else:
+        tree = open_tree(root)
+        if tree.variant:
+            raise ConfigError(f"{root}: its pictures were encoded anew already; pack the original.")
+        splits, classes = _splits(tree, root, val_labels)
     names = [[os.fsencode(source.name(i)) for i in range(len(source))] for source in splits.values()]
     runs = [
         ([b"".join(name + b"\0" for name in listed)], source.labels)
@@ -87,7 +97,11 @@ def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
     for split, source in original.splits.items():
         count = -(-len(source) // PICTURES) if shards is None else round(shards * len(source) / first)
         count = min(max(1, count), len(source))
-        order = np.argsort(np.random.Philox(key=_ORDER_KEY).random_raw(len(source)), kind="stable")
+        draws = np.random.Philox(key=_ORDER_KEY)
+        if isinstance(source, ParquetSource):
+            order = source.mixed(draws)
+        else:
+            order = np.argsort(draws.random_raw(len(source)), kind="stable")
         plans += [
             ShardPlan(split, f"{split}-{number:06d}.tar", samples)
             for number, samples in enumerate(np.array_split(order, count))
