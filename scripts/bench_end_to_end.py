@@ -1,4 +1,4 @@
-"""The second part of bench_input.py: from files to a normalised batch on a device, with workers.
+"""The second part of bench_input.py: from stored pictures to a normalised batch on a device, with workers.
 
 - reference: as torchvision's own training script does it: Pillow and v1 transforms to a normalised float32 tensor in
   torch's DataLoader, default_collate, the batch moved to the device
@@ -11,101 +11,81 @@ means little where the machine has other work.
 from __future__ import annotations
 
 import gc
+import io
 import random
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from bench_input_contenders import SIZE, VIEW, read
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from lars_train.data import native
-from lars_train.data.augment import View
 from lars_train.data.loader import PROCESSES, THREADS, train_loader
+from lars_train.data.source import Source
 from lars_train.training.device import Precision
 from lars_train.training.feed import Feed, normaliser
 
-SIZE = 224
-VIEW = View("inception", SIZE, True, 0, 0.875)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCH = 64
-PASSES = 3  # over the files, by each stream
+PASSES = 3  # over the pictures, by each stream
 REFERENCE = "reference"
 BY_DEFAULT = "ours, native, threads"
 TARGET = 2.8
 WORKERS = (1, 2)
 
 
-class FileSource:
-    """The files, in order."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files, self.labels = files, np.zeros(len(files), np.int32)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, sample: int) -> str:
-        return str(self.files[sample])
-
-    where = name
-
-    def read(self, sample: int) -> bytes:
-        return self.files[sample].read_bytes()
-
-
 class ReferenceSet(Dataset[tuple[torch.Tensor, int]]):
     """As torchvision's ImageFolder with its training transforms."""
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, pictures: Source) -> None:
         first = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
         self.transform = transforms.Compose([*first, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-        self.files = files
+        self.pictures = pictures
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        with self.files[index].open("rb") as content:
-            return self.transform(Image.open(content).convert("RGB")), 0
+        return self.transform(Image.open(io.BytesIO(read(self.pictures, index))).convert("RGB")), 0
 
 
-Stream = Callable[[list[Path], int, torch.device], int]
+Stream = Callable[[Source, int, torch.device], int]
 
 
-def reference(files: list[Path], workers: int, device: torch.device) -> int:
+def reference(pictures: Source, workers: int, device: torch.device) -> int:
     """Images that came."""
-    order = [sample for _ in range(PASSES) for sample in random.sample(range(len(files)), len(files))]
+    order = [sample for _ in range(PASSES) for sample in random.sample(range(len(pictures)), len(pictures))]
     pinned = device.type == "cuda"
     count = 0
     for images, labels in DataLoader(
-        ReferenceSet(files), BATCH, sampler=order, num_workers=workers, pin_memory=pinned, drop_last=False
+        ReferenceSet(pictures), BATCH, sampler=order, num_workers=workers, pin_memory=pinned, drop_last=False
     ):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         count += len(labels)
     return count
 
 
-def ours(by_native: bool, kind: str, files: list[Path], workers: int, device: torch.device) -> int:
+def ours(by_native: bool, kind: str, pictures: Source, workers: int, device: torch.device) -> int:
     """Images that came."""
-    batch = min(BATCH, len(files))
+    batch = min(BATCH, len(pictures))
     stream = train_loader(
-        FileSource(files),
+        pictures,
         VIEW,
         seed=0,
         batch=batch,
         ghost_batch=batch,
         ghosts_per_micro=1,
-        updates_per_epoch=len(files) // batch,
+        updates_per_epoch=len(pictures) // batch,
         start_update=0,
-        stop_update=PASSES * len(files) // batch,
+        stop_update=PASSES * len(pictures) // batch,
         rank=0,
         world=1,
         workers=workers,
@@ -146,7 +126,7 @@ class Rates:
     wall: npt.NDArray[np.float64]
 
 
-def measure(files: list[Path], rounds: int, device: torch.device) -> dict[tuple[str, int], Rates]:
+def measure(pictures: Source, rounds: int, device: torch.device) -> dict[tuple[str, int], Rates]:
     """By contender and number of workers; a first round does not count."""
     streams = line_up()
     turns = [(name, workers) for name in streams for workers in WORKERS]
@@ -156,7 +136,7 @@ def measure(files: list[Path], rounds: int, device: torch.device) -> dict[tuple[
         for name, workers in turns:
             gc.collect()
             cpu, wall = cpu_seconds(), time.perf_counter()
-            count = streams[name](files, workers, device)
+            count = streams[name](pictures, workers, device)
             gc.collect()  # the reference's workers end with its loader
             if number >= 0:
                 found[name, workers].append((count / (cpu_seconds() - cpu), count / (time.perf_counter() - wall)))
