@@ -166,9 +166,10 @@ def _end(state: _State, threads: list[threading.Thread]) -> None:
     state.ended.set()
     with state.changed:
         state.changed.notify_all()
+    end = time.monotonic() + _END_S
     for thread in threads:
-        # One that waits for an answer in vain holds nothing by then that matters.
-        thread.join(_END_S)
+        # One that waits for an answer in vain lets go of its shard when that comes.
+        thread.join(max(0.0, end - time.monotonic()))
     with state.changed:
         for parts in state.held.values():
             for held in parts:

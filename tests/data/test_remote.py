@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lars_train.data.mapped import read_mapped, write_mapped
 from lars_train.data.order import shard_order
 from lars_train.data.remote import CacheSettings, RemoteSource
 from lars_train.data.source import Dataset, shards_of
+from lars_train.data.windows import training_room, training_windows
 from lars_train.errors import ConfigError, DataError
 from lars_train.stores.encode import Encoding
 from lars_train.stores.pack import Request, pack, silent
@@ -241,21 +243,31 @@ def test_batches_are_those_of_a_local_copy_though_the_cache_never_holds_it_all(
     assert len(dataset.train.read(0)) > 0
 
 
-def test_ranks_that_share_a_cache_take_the_samples_of_one_alone(packed: Path, tmp_path: Path, local: Dataset) -> None:
-    parts: dict[int, list[tuple[bytes, list[int]]]] = {}
-    alone = drawn(stream(local.train))
+def test_ranks_that_share_the_least_cache_take_the_samples_of_one_alone(
+    packed: Path, tmp_path: Path, local: Dataset
+) -> None:
+    parts: list[list[tuple[bytes, list[int]]]] = [[], [], []]
+    alone = drawn(stream(local.train, window=1))
+    together = threading.Barrier(3, timeout=20)
+    shard = shards_of(local.train)
+    windows = training_windows(shard, 1, seed=3, batch=12, updates_per_epoch=6, updates=18)
 
     def run(rank: int) -> None:
-        dataset = opened(f"file://{packed}", tmp_path)
-        parts[rank] = drawn(stream(dataset.train, rank=rank, world=3, start_update=4))
+        train = opened(f"file://{packed}", tmp_path).train
+        assert isinstance(train, RemoteSource)
+        room = training_room(windows, 12, train.sizes) + train.split.index.size() + 7 * shard_cache.MARK_BYTES
+        train.split.cache.limit = room
+        batches = stream(train, rank=rank, world=3, start_update=4, window=1)
+        for batch in batches:
+            parts[rank].append((batch.images.numpy().tobytes(), batch.labels.tolist()))
+            # As the ranks of a run at the end of each update.
+            together.wait()
+        batches.close()
 
-    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [None] * 3
     # Three micro-batches of an update, one for each rank; from the middle of an epoch on.
-    assert [part for update in zip(*(parts[rank] for rank in range(3)), strict=True) for part in update] == alone[12:]
+    assert [part for update in zip(*parts, strict=True) for part in update] == alone[12:]
 
 
 def test_the_order_is_that_of_the_shards(local: Dataset) -> None:
