@@ -1,6 +1,8 @@
-"""Text that came from elsewhere (names of files and classes, checkpoints, configs), made fit to be shown."""
+"""Text that came from elsewhere (names of files and classes, checkpoints, configs), made fit to be shown. And URLs."""
 
 from __future__ import annotations
+
+import re
 
 
 def printable(text: str | bytes) -> str:
@@ -20,3 +22,8 @@ def printable(text: str | bytes) -> str:
 def printable_lines(text: str) -> str:
     """The same for text whose line breaks are meant."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def is_url(text: str | None) -> bool:
+    """Whether `text` names a place by a URL, as fsspec has them: ``s3://bucket/key``."""
+    return text is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", text) is not None

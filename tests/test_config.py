@@ -6,6 +6,7 @@ import dataclasses
 import re
 from copy import deepcopy
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from lars_train.config import Config, config_dir, filled, flatten, published_top1, register, resolve, run_hash
+from lars_train.config import (
+    Config,
+    absolute_paths,
+    config_dir,
+    filled,
+    flatten,
+    published_top1,
+    register,
+    resolve,
+    run_hash,
+)
 from lars_train.errors import ConfigError
 
 # The published table (github.com/kakaobrain/torchlars, README) and what configs/recipe/torchlars.yaml adds to it:
@@ -443,6 +454,8 @@ EXECUTION = {
     "optimizer.preset",
     "data.workers",
     "data.decoder",
+    "data.cache_dir",
+    "data.cache_gb",
     "data.on_error",
     "data.max_bad",
 }
@@ -472,7 +485,8 @@ def another(value: Any) -> Any:
 
 
 def test_the_hash_changes_with_each_key_of_the_experiment_and_with_no_key_of_its_execution() -> None:
-    config = resolved("data=imagenet")
+    # In the global order, data.window_shards has no meaning.
+    config = resolved("data=imagenet", data__order="shards")
     keys = [
         f"{group.name}.{leaf.name}" if dataclasses.is_dataclass(getattr(config, group.name)) else group.name
         for group in dataclasses.fields(config)
@@ -497,6 +511,21 @@ def test_the_hash_changes_with_each_key_of_the_experiment_and_with_no_key_of_its
 def test_the_hash_of_a_run_is_that_of_versions_without_the_later_keys() -> None:
     # As printed by the program before gradient_compression was a key of it.
     assert run_hash(resolved("data=imagenet")) == "a33b8e2f"
+
+
+def test_the_hash_of_a_run_in_the_global_order_does_not_depend_on_what_the_other_one_has() -> None:
+    told = run_hash(resolved("data=imagenet"))
+    assert run_hash(resolved("data=imagenet", data__window_shards=3)) == told
+    assert run_hash(resolved("data=imagenet", data__order="shards")) != told
+
+
+def test_a_url_wants_the_order_by_shards_and_stays_a_url() -> None:
+    with pytest.raises(ConfigError, match=r"data\.root=s3://b/x: .*data\.order=shards"):
+        resolved("data=imagenet", data__root="s3://b/x")
+    config = resolved("data=imagenet", data__root="s3://b/x", data__order="shards", data__cache_dir="here")
+    data = absolute_paths(config).data
+    assert (data.root, data.cache_dir) == ("s3://b/x", str(Path("here").resolve()))
+    assert absolute_paths(resolved("data=imagenet", data__root="x")).data.root == str(Path("x").resolve())
 
 
 def test_the_hash_of_a_run_does_not_depend_on_how_its_values_were_given() -> None:

@@ -13,6 +13,7 @@ from lars_train.config.lars_options import CHOICES, check_lars_options
 from lars_train.config.schema import AUTO, MODES, Config
 from lars_train.config.values import filled, flatten
 from lars_train.errors import ConfigError, nearest
+from lars_train.text import is_url
 
 
 def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> None:
@@ -37,6 +38,7 @@ def check_choices(config: Config) -> None:
         "data.name": ("imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
         "data.decoder": (AUTO, "native", "pillow"),
+        "data.order": ("global", "shards"),
         "data.on_error": ("skip", "fail"),
         "schedule.form": ("whole", "restart", "mlperf", "steps"),
         **CHOICES,
@@ -65,6 +67,8 @@ def check_values(config: Config) -> None:
         "schedule.step_factor",
         "plan.world",
         "data.image_size",
+        "data.window_shards",
+        "data.cache_gb",
         "data.train_count",
         "data.val_count",
         "data.num_classes",
@@ -103,6 +107,11 @@ def check_values(config: Config) -> None:
         raise ConfigError(f"data.min_crop={config.data.min_crop}: it must be above 0 and at most 1.")
     if config.data.holdout is not None and not 0 < config.data.holdout < 1:
         raise ConfigError(f"data.holdout={config.data.holdout}: it must be between 0 and 1.")
+    if is_url(config.data.root) and config.data.order != "shards":
+        raise ConfigError(
+            f"data.root={config.data.root}: what lies at a URL is fetched shard by shard, so it wants "
+            "data.order=shards; a copy on a disk can be read in the global order."
+        )
     for key, least_value in (("mean", -math.inf), ("std", 0.0)):
         values = getattr(config.data, key)
         if len(values) != 3 or not all(math.isfinite(v) and v > least_value for v in values):

@@ -93,7 +93,8 @@ class DataConfig:
 
     `decoder`, of JPEGs: native (in C), pillow, or auto: native where it is there. `train_count`, `val_count`,
     `num_classes`: of made-up images, and of those alone. `min_crop`: the least share of a picture's area that
-    ``augment=inception`` cuts out.
+    ``augment=inception`` cuts out. `order`, of an epoch: global, or shards: of tar shards, `window_shards` at a time.
+    `cache_dir` (None: in the user's cache directory) and `cache_gb` (10**9 bytes at most): of a `root` that is a URL.
     """
 
     name: str = "mini"
@@ -110,6 +111,10 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     workers: Union[int, str] = AUTO
     decoder: str = AUTO
+    order: str = "global"
+    window_shards: int = 16
+    cache_dir: Optional[str] = None
+    cache_gb: float = 64.0
     on_error: str = "skip"
     max_bad: int = 100
     train_count: Optional[int] = None

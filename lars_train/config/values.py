@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 from lars_train.config.schema import Config
+from lars_train.text import is_url
 
 _T = TypeVar("_T")
 
@@ -35,6 +36,8 @@ EXECUTION_KEYS = (
     "data.workers",
     # Its pixels are at most a level apart, less than another device's arithmetic comes to.
     "data.decoder",
+    "data.cache_dir",
+    "data.cache_gb",
     # They say when a run with damaged images ends, and nothing of what it computes until then.
     "data.on_error",
     "data.max_bad",
@@ -60,6 +63,10 @@ def run_hash(config: Config) -> str:
             node = node[part]
         if key not in LATER_KEYS or node[leaf] == LATER_KEYS[key]:
             node.pop(leaf)
+    if config.data.order == "global":
+        # As if there were no other: runs from before there was find their directories.
+        for key in ("order", "window_shards"):
+            plain["data"].pop(key)
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -74,10 +81,13 @@ def absolute_paths(config: Config) -> Config:
     """The config with its input paths made absolute: as a checkpoint keeps it, which may be read from any folder."""
 
     def absolute(path: Optional[str]) -> Optional[str]:
-        return None if path is None else str(Path(path).expanduser().resolve())
+        return path if path is None or is_url(path) else str(Path(path).expanduser().resolve())
 
     data = dataclasses.replace(
-        config.data, root=absolute(config.data.root), val_labels=absolute(config.data.val_labels)
+        config.data,
+        root=absolute(config.data.root),
+        val_labels=absolute(config.data.val_labels),
+        cache_dir=absolute(config.data.cache_dir),
     )
     return dataclasses.replace(config, data=data)
 

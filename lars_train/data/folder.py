@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from lars_train.data.directory import DirectoryTree, user_path
 from lars_train.data.listing import Listing, divide
 from lars_train.data.parquet_files import refuse_parquet
+from lars_train.data.remote import CacheSettings, open_remote
 from lars_train.data.shards import is_store, open_store
 from lars_train.data.source import Dataset, Labels, Names, fingerprint
 from lars_train.data.tree import Ranks, Tree, is_image
 from lars_train.data.webdataset import open_webdataset, shard_files
 from lars_train.data.zips import ZipTree
 from lars_train.errors import ConfigError
-from lars_train.text import printable
+from lars_train.text import is_url, printable
 
 TRAIN = b"train"
 TEST = b"test"
@@ -40,25 +41,29 @@ class Split:
     """Which of the tree's listing of `inside` they are; None: all, or none of it."""
 
 
-def open_folder(root: str | None, holdout: float | None) -> Dataset:
+def open_folder(root: str | None, holdout: float | None, cache: CacheSettings | None = None) -> Dataset:
     """The data set below `root`, a directory, a zip or a store of tar shards.
 
     `root` holds ``train/`` and one of ``val/``, ``validation/``, ``test/`` (the first that is there). With
     `holdout`, that share of each class of the training images is the validation set instead, whatever lies
-    beside ``train/``; then the class folders may also lie directly in `root`. Raises `ConfigError` for every
-    other layout.
+    beside ``train/``; then the class folders may also lie directly in `root`. `cache`: see `open_tree`. Raises
+    `ConfigError` for every other layout.
     """
-    tree = open_tree(root)
+    tree = open_tree(root, cache)
     train, val = find_splits(tree, holdout, VALIDATION)
     if holdout is not None:
         return dataset(tree, *hold_out(tree, train, holdout))
     return dataset(tree, *matched(tree, collect(tree, train), collect(tree, val)))
 
 
-def open_tree(root: str | None) -> Tree:
-    """The directory, zip or store of tar shards that `data.root` names."""
+def open_tree(root: str | None, cache: CacheSettings | None = None) -> Tree:
+    """The directory, zip or store of tar shards that `data.root` names; by a URL, if there is a `cache`."""
     if not root:
         raise ConfigError("data.root is not set: give the folder or .zip with the images, data.root=PATH.")
+    if is_url(root):
+        if cache is None:
+            raise ConfigError(f"{root}: only lars-train reads from URLs, as data.root; copy it to a disk.")
+        return open_remote(root, cache)
     path = user_path(root)
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)

@@ -13,6 +13,7 @@ import numpy as np
 from lars_train.data.directory import DirectoryTree, is_file, user_path
 from lars_train.data.folder import Split, collect, dataset, find_splits, hold_out, matched, open_tree
 from lars_train.data.imagenet_labels import from_csv, from_devkit
+from lars_train.data.remote import CacheSettings
 from lars_train.data.source import Dataset, NamesBuilder
 from lars_train.data.tree import Tree, is_image, join
 from lars_train.errors import ConfigError
@@ -28,13 +29,15 @@ _PARENTS = 3
 _Table = Callable[[list[bytes]], list[bytes]]
 
 
-def open_imagenet(root: str | None, holdout: float | None, val_labels: str | None) -> Dataset:
+def open_imagenet(
+    root: str | None, holdout: float | None, val_labels: str | None, cache: CacheSettings | None = None
+) -> Dataset:
     """The data set below `root`: ``train/<wnid>/`` and ``val/<wnid>/``, or all images directly in ``val/``.
 
     For the latter, `val_labels` names a CSV of image and wnid, or the devkit; by default they are looked
-    for in and above `root`. `holdout`: see `open_folder`. Raises `ConfigError`.
+    for in and above `root`. `holdout` and `cache`: see `open_folder`. Raises `ConfigError`.
     """
-    tree = open_tree(root)
+    tree = open_tree(root, cache)
     train, val = find_splits(tree, holdout, (b"val",))
     flat = holdout is None and not tree.folders(val) and any(map(is_image, tree.files(val)))
     if val_labels is not None and not flat:

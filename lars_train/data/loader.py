@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from lars_train.data.ahead import Ahead
 from lars_train.data.augment import View
 from lars_train.data.native import has_jpegs
-from lars_train.data.order import checksum, epoch_order, eval_run, micro_batches, micro_bounds
+from lars_train.data.order import checksum, epoch_order, eval_run, micro_batches, micro_bounds, shard_order
 from lars_train.data.reader import BadSample, EvalReader, Outcome, Reader, TrainReader
+from lars_train.data.remote import RemoteSource
 from lars_train.data.ring import Ring
-from lars_train.data.source import Source
+from lars_train.data.source import Source, shards_of
+from lars_train.data.windows import Span, by_shard, evaluation_windows, training_windows
 from lars_train.data.workers import Done, NoWorkers, Piece, Processes, Threads, Workers
 from lars_train.errors import DataError
 
@@ -84,8 +88,10 @@ class Stream(Iterator[Batch]):
         workers: int,
         pin_memory: bool,
         kind: str,
+        ahead: Callable[[], Ahead] | None = None,
     ) -> None:
         self._requests, self._batch = iter(requests), batch
+        self._request: _Request | None = None
         self._ring = Ring(ring_slots(batch, workers), batch, reader.size)
         self._pending: deque[_Pending] = deque()
         self._by_slot: dict[int, _Pending] = {}
@@ -94,6 +100,8 @@ class Stream(Iterator[Batch]):
         self._workers: Workers | None = _workers(kind, reader, self._ring, workers)
         if pin_memory:
             self._ring.pin()
+        # After all forks: a forked worker would keep files open that are to make room.
+        self._ahead = ahead() if ahead is not None else None
 
     def __next__(self) -> Batch:
         if self._workers is None:
@@ -127,18 +135,20 @@ class Stream(Iterator[Batch]):
             self._workers.close()
             self._workers = None
             self._pending.clear()
+            if self._ahead is not None:
+                self._ahead.close()
 
-    def _ask(self) -> None:
-        """Have as many more batches filled as there is room for."""
+    def _ask(self, wait: bool) -> None:
+        """Have as many more batches filled as there is room for, and shards; `wait` for those of the next batch."""
         assert self._workers is not None
         while len(self._pending) < self._most_pending:
+            self._request = request = self._request or next(self._requests, None)
+            if request is None or not self._shards_are_there(request, wait and not self._pending):
+                return
             slot = self._ring.take()
             if slot is None:
                 return
-            request = next(self._requests, None)
-            if request is None:
-                self._ring.give_back(slot)
-                return
+            self._request = None
             count = len(request.samples)
             self._ring.ask(slot, request.epoch, request.samples)
             piece = piece_of(self._batch)
@@ -148,9 +158,15 @@ class Stream(Iterator[Batch]):
             for start in range(0, count, piece):
                 self._workers.put(Piece(slot, start, min(start + piece, count)))
 
+    def _shards_are_there(self, request: _Request, wait: bool) -> bool:
+        if self._ahead is None:
+            return True
+        oldest = self._pending[0].request if self._pending else request
+        return self._ahead.holds(oldest.span, request.span, wait=wait)
+
     def _head_is_there(self, timeout: float | None) -> bool:
         assert self._workers is not None
-        self._ask()
+        self._ask(wait=timeout is None)
         while self._pending and self._pending[0].left:
             done = self._workers.get(timeout)
             if done is None:
@@ -231,6 +247,7 @@ def train_loader(
     on_error: str,
     by_native: bool = False,
     kind: str | None = None,
+    window: int | None = None,
 ) -> Stream:
     """The micro-batches of one rank for the updates [start_update, stop_update), across epochs.
 
@@ -245,19 +262,28 @@ def train_loader(
     after 1,000 of them in a row the stream ends with DataError. Raises ValueError where an epoch's
     updates need more samples than there are, and for another `on_error`. `by_native`: see `decode.decode_into`.
     `kind` of the workers: "processes" (on Linux) or "threads"; None: `worker_kind` decides.
+
+    `window`: the order is `order.shard_order` with windows of so many shards, and the next sample id of the same shard
+    takes a bad picture's place. Of a remote source, the shards are fetched and held as they are needed.
     """
     if on_error not in ("skip", "fail"):
         raise ValueError(f"on_error is {on_error!r}; it can be 'skip' or 'fail'")
     if updates_per_epoch * batch > len(source):
         raise ValueError(f"{updates_per_epoch} updates of {batch} need more than {len(source)} samples")
+    _check_order(source, window is not None)
+    shard = shards_of(source) if window is not None else None
+    bounds = micro_bounds(batch, ghost_batch, ghosts_per_micro, rank, world)
 
     def requests() -> Iterator[_Request]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for update in range(start_update, stop_update):
             if update // updates_per_epoch != epoch:
                 epoch = update // updates_per_epoch
-                order = epoch_order(seed, epoch, len(source))
-            for samples in micro_batches(
+                if shard is None or window is None:
+                    order = epoch_order(seed, epoch, len(source))
+                else:
+                    order = shard_order(seed, epoch, shard, window)
+            micros = micro_batches(
                 order,
                 update,
                 batch=batch,
@@ -266,11 +292,24 @@ def train_loader(
                 ghosts_per_micro=ghosts_per_micro,
                 rank=rank,
                 world=world,
-            ):
-                yield _Request(epoch, samples)
+            )
+            for samples, span in zip(micros, spans(update), strict=True):
+                yield _Request(epoch, samples, span)
 
-    reader = TrainReader(source, view, by_native, seed, on_error)
-    bounds = micro_bounds(batch, ghost_batch, ghosts_per_micro, rank, world)
+    def spans(update: int) -> list[Span]:
+        # Ranks are at most an update apart, and what the next one needs must be on its way by then.
+        return [Span(update * batch + i, update * batch + j, (update + 2) * batch - 1) for i, j in bounds]
+
+    def ahead(source: RemoteSource) -> Ahead:
+        assert shard is not None
+        assert window is not None
+        windows = training_windows(
+            shard, window, seed=seed, batch=batch, updates_per_epoch=updates_per_epoch, updates=stop_update
+        )
+        every = (span for update in range(start_update, stop_update) for span in spans(update))
+        return Ahead(source.split.hold, windows, every, rank, source.split.objects.url)
+
+    reader = TrainReader(_for_workers(source), view, by_native, seed, on_error, shard)
     return Stream(
         requests(),
         reader,
@@ -278,7 +317,18 @@ def train_loader(
         workers,
         pin_memory,
         kind or worker_kind(source, by_native),
+        partial(ahead, source) if isinstance(source, RemoteSource) else None,
     )
+
+
+def _check_order(source: Source, by_shards: bool) -> None:
+    if isinstance(source, RemoteSource) and not by_shards:
+        raise ValueError("a remote source can be read shard by shard alone")
+
+
+def _for_workers(source: Source) -> Source:
+    """The source that workers read from: of a remote one, the shards are held for them."""
+    return source.held if isinstance(source, RemoteSource) else source
 
 
 def eval_loader(
@@ -292,31 +342,41 @@ def eval_loader(
     pin_memory: bool,
     by_native: bool = False,
     kind: str | None = None,
+    by_shards: bool = False,
 ) -> Stream:
-    """The samples of one rank in order, `micro_batch` at a time, each once; the last batch may be smaller.
+    """The samples of one rank, `micro_batch` at a time, each once; the last batch may be smaller.
 
-    A picture that cannot be read or decoded keeps its place, with zeros for pixels and -1 for a label.
+    They come in order, or with `by_shards` shard by shard. A picture that cannot be read or decoded keeps its place,
+    with zeros for pixels and -1 for a label.
     """
+    _check_order(source, by_shards)
     start, stop = eval_run(len(source), rank, world)
-    requests = (
-        _Request(0, samples, checksum(samples))
+    shard = shards_of(source) if by_shards else None
+    order = np.arange(len(source)) if shard is None else by_shard(shard)
+    spans = [
+        Span(first, min(first + micro_batch, stop), min(first + 2 * micro_batch, stop) - 1)
         for first in range(start, stop, micro_batch)
-        for samples in [np.arange(first, min(first + micro_batch, stop))]
-    )
-    batch = max(1, min(micro_batch, stop - start))
+    ]
+
+    def ahead(source: RemoteSource) -> Ahead:
+        assert shard is not None
+        return Ahead(source.split.hold, evaluation_windows(shard), spans, rank, source.split.objects.url)
+
     return Stream(
-        requests,
-        EvalReader(source, view, by_native),
-        batch,
+        (_Request(0, part := order[span.start : span.stop], span, checksum(part)) for span in spans),
+        EvalReader(_for_workers(source), view, by_native),
+        max(1, min(micro_batch, stop - start)),
         workers,
         pin_memory,
         kind or worker_kind(source, by_native),
+        partial(ahead, source) if isinstance(source, RemoteSource) else None,
     )
 
 
 class _Request(NamedTuple):
     epoch: int
     samples: npt.NDArray[np.int64]
+    span: Span
     checksum: int = 0
 
 

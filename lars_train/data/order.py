@@ -6,7 +6,7 @@ which part of a batch a rank takes.
 
 All random bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011) under the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), so no
-two samples, and neither of the two uses below, can share a block. Raw bits are used throughout, because
+two samples, and none of the three uses below, can share a block. Raw bits are used throughout, because
 numpy promises them to be the same in all versions, and `Generator.permutation` not
 (https://numpy.org/doc/stable/reference/random/compatibility.html).
 """
@@ -14,11 +14,12 @@ numpy promises them to be the same in all versions, and `Generator.permutation` 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-_ORDER, _AUGMENTATION = 0, 1  # domains: the last counter word
+_ORDER, _AUGMENTATION, _SHARDS = 0, 1, 2  # domains: the last counter word
 _UNIT = 2.0**-53  # between neighbours of 53 random bits in [0, 1)
 
 
@@ -34,6 +35,30 @@ def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """
     words = _philox(seed, epoch, _ORDER).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+def shard_windows(seed: int, epoch: int, shards: int, window: int) -> list[npt.NDArray[np.int64]]:
+    """The shards 0 .. shards - 1 in the order of an epoch, cut into the fewest windows of at most `window` each.
+
+    The windows' lengths differ by at most one. The order is the stable argsort of raw 64-bit words.
+    """
+    words = _philox(seed, epoch, _SHARDS).random_raw(shards)
+    return np.array_split(np.argsort(words, kind="stable").astype(np.int64, copy=False), max(1, -(-shards // window)))
+
+
+def shard_order(seed: int, epoch: int, shard: npt.NDArray[np.integer[Any]], window: int) -> npt.NDArray[np.int64]:
+    """The order of an epoch at the granularity of shards: a permutation of the sample ids, int64 (N,).
+
+    `shard`, (N,): the shard that each sample lies in. The windows of `shard_windows` follow each other, and within each
+    the samples of its shards are permuted: sorted by the words that `epoch_order` sorts all samples by. So a single
+    window gives the order of `epoch_order`.
+    """
+    words = _philox(seed, epoch, _ORDER).random_raw(len(shard))
+    shards = int(shard.max(initial=-1)) + 1
+    place = np.empty(shards, np.int64)
+    for number, inside in enumerate(shard_windows(seed, epoch, shards, window)):
+        place[inside] = number
+    return np.lexsort((words, place[shard])).astype(np.int64, copy=False)
 
 
 def batch_uniforms(seed: int, epoch: int, samples: Sequence[int], count: int) -> npt.NDArray[np.float64]:

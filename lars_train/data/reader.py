@@ -5,7 +5,7 @@ Nothing here knows of batches, workers or their order: each sample's view and la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from lars_train.data.augment import UNIFORMS, Geometry, View
 from lars_train.data.decode import BadImage, decode_into
 from lars_train.data.order import batch_uniforms
-from lars_train.data.source import Source
+from lars_train.data.source import Labels, Source
 from lars_train.text import printable
 
 _MAX_TRIES = 1000  # neighbours tried in place of a bad picture: more in a row is a broken data set
@@ -75,9 +75,11 @@ class _Reader:
 class TrainReader(_Reader):
     """Augmented views; `on_error` and what stands in for a bad picture: see `loader.train_loader`."""
 
-    def __init__(self, source: Source, view: View, by_native: bool, seed: int, on_error: str) -> None:
+    def __init__(
+        self, source: Source, view: View, by_native: bool, seed: int, on_error: str, shard: Labels | None = None
+    ) -> None:
         super().__init__(source, view, by_native)
-        self._seed, self._on_error = seed, on_error
+        self._seed, self._on_error, self._shard = seed, on_error, shard
 
     def fill(
         self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
@@ -87,8 +89,8 @@ class TrainReader(_Reader):
         native = 0
         for slot, wanted in enumerate(samples):
             geometry = partial(self._view.train, uniforms=uniforms[slot])
-            for step in range(min(_MAX_TRIES, len(self._source))):
-                sample = (wanted + step) % len(self._source)
+            before = len(bad)
+            for sample in self._candidates(wanted):
                 found = self._load(sample, geometry, images[slot])
                 if not isinstance(found, BadSample):
                     native += found
@@ -103,11 +105,23 @@ class TrainReader(_Reader):
                     return Outcome(tuple(bad), native, failure)
             else:
                 failure = (
-                    f"{bad[-1].where}: {bad[-1].reason}. It is the last of {step + 1} samples in a row that "
+                    f"{bad[-1].where}: {bad[-1].reason}. It is the last of {len(bad) - before} samples in a row that "
                     "cannot be read; see whether the data set is whole and data.root reachable."
                 )
                 return Outcome(tuple(bad), native, failure)
         return Outcome(tuple(bad), native)
+
+    def _candidates(self, wanted: int) -> Iterator[int]:
+        """The sample itself, then those that may stand in for it."""
+        yield wanted
+        if self._shard is None:
+            count = len(self._source)
+            yield from ((wanted + step) % count for step in range(1, min(_MAX_TRIES, count)))
+        else:
+            # Of other shards nobody knows whether they are there.
+            near = np.flatnonzero(self._shard == self._shard[wanted])
+            after = int(np.searchsorted(near, wanted)) + 1
+            yield from [*near[after:].tolist(), *near[: after - 1].tolist()][: _MAX_TRIES - 1]
 
 
 class EvalReader(_Reader):

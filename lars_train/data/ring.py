@@ -52,10 +52,6 @@ class Ring:
         """How many slots are free."""
         return self._free.qsize()
 
-    def give_back(self, slot: int) -> None:
-        """Make a slot that was taken, and not lent, free again."""
-        self._free.put(slot)
-
     def ask(self, slot: int, epoch: int, samples: npt.NDArray[np.int64]) -> None:
         """Write down what a slot is to hold."""
         self._epochs[slot], self._samples[slot, : len(samples)] = epoch, samples

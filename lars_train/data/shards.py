@@ -7,6 +7,7 @@ shards' own, which are plain file names. How a store is made is the business of 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import stat
@@ -68,15 +69,21 @@ class Packed:
     listing: Listing
     places: Places
     sums: npt.NDArray[np.uint64]
-    """Shape (N,): the digest of each picture (`stores.digest`); empty in an index of shards made by others."""
+    """Shape (N,): the digest of each picture (`digest`); empty in an index of shards made by others."""
 
 
 class ShardSource:
-    """Samples that are members of tar shards. Safe to use from several threads."""
+    """Samples that are members of tar shards. Safe to use from several threads.
 
-    def __init__(self, shards: tuple[Shard, ...], names: Names, labels: Labels, places: Places) -> None:
+    `keep_open`: shards that are read stay open, as far as the system allows.
+    """
+
+    def __init__(
+        self, shards: tuple[Shard, ...], names: Names, labels: Labels, places: Places, keep_open: bool = True
+    ) -> None:
         self.labels = labels
-        self._files = _Files(shards)
+        self.shard = places.shard
+        self._files = _Files(shards, keep_open)
         self._names = names
         self._places = places
 
@@ -128,6 +135,11 @@ class ShardTree:
         return ShardSource(split.shards, names, labels, split.places if ranks is None else split.places.take(ranks))
 
 
+def digest(data: bytes) -> int:
+    """The checksum of a picture, 64 bits: BLAKE2b's (RFC 7693), for a digest of 8 bytes, little-endian."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 def is_store(path: Path) -> bool:
     """Whether the folder `path` is a store, or is becoming one."""
     return (path / INDEX).exists() or (path / PACKING).is_dir()
@@ -151,8 +163,10 @@ def open_store(path: Path) -> ShardTree:
         ) from error
 
 
-def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays) -> dict[str, Packed]:
+def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays, *, elsewhere: bool = False) -> dict[str, Packed]:
     """The splits that an index describes, every number in it checked against the shards.
+
+    `elsewhere`: the shards are not there (yet), and are not looked at.
 
     Raises `Damaged`, OSError, and what comes of values that are of another kind.
     """
@@ -163,7 +177,7 @@ def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays) -> dict[str, Pac
     for name, split in meta["splits"].items():
         if name not in SPLITS:
             raise Damaged("it has a split by another name")
-        shards = tuple(_shard(path, where, size) for where, size in split["shards"])
+        shards = tuple(_shard(path, where, size, elsewhere) for where, size in split["shards"])
         parts = {
             part: arrays[f"{name}.{part}"] for part in ("names", "starts", "labels", "shard", "offset", "size", "sums")
         }
@@ -171,12 +185,14 @@ def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays) -> dict[str, Pac
     return found
 
 
-def _shard(path: Path, where: str, size: int) -> Shard:
+def _shard(path: Path, where: str, size: int, elsewhere: bool) -> Shard:
     folder, _, name = where.rpartition("/")
     plain = name.endswith(".tar") and not name.startswith(".") and "\0" not in name
-    if folder not in ("", "train", "val", "validation", "test") or not plain or type(size) is not int:
+    if folder not in ("", "train", "val", "validation", "test") or not plain or type(size) is not int or size < 0:
         raise Damaged("a shard's name is none")
     shard = Shard(path / folder / name, size)
+    if elsewhere:
+        return shard
     found = shard.path.stat()
     if not stat.S_ISREG(found.st_mode) or found.st_size != size:
         raise Damaged(f"{where} is not the file of {size:,} bytes that it should be")
@@ -225,16 +241,18 @@ class _Files:
     An open file is never closed while the source lives, for another thread may be reading from it.
     """
 
-    def __init__(self, shards: tuple[Shard, ...]) -> None:
-        self.shards = shards
+    def __init__(self, shards: tuple[Shard, ...], keep_open: bool) -> None:
+        self.shards, self._keep_open = shards, keep_open
         self._handles: dict[int, int] = {}
         self._opening = threading.Lock()
         weakref.finalize(self, _close, self._handles)
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = _HANDLES if allowed == resource.RLIM_INFINITY else min(_HANDLES, allowed // _SHARE)
+        if not keep_open:
+            self._most = 0
 
-    def __reduce__(self) -> tuple[type[_Files], tuple[tuple[Shard, ...]]]:
-        return _Files, (self.shards,)
+    def __reduce__(self) -> tuple[type[_Files], tuple[tuple[Shard, ...], bool]]:
+        return _Files, (self.shards, self._keep_open)
 
     def read(self, shard: int, count: int, offset: int) -> bytes:
         """`count` bytes, or fewer where the file ends."""

@@ -10,7 +10,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,21 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Sharded(Source, Protocol):
+    """A source whose samples lie in shards."""
+
+    shard: Labels
+    """Shape (N,): the number of the shard of every sample."""
+
+
+def shards_of(source: Source) -> Labels:
+    """The number of the shard of every sample, int32 (N,). Raises ValueError for a source without shards."""
+    if not isinstance(source, Sharded):
+        raise ValueError("its samples do not lie in shards")
+    return source.shard
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A training and a validation split over the same classes (label = index into `classes`)."""
@@ -53,6 +68,8 @@ class Dataset:
     classes: tuple[str, ...]
     fingerprint: str
     """16 hex digits of the SHA-256 over the classes, and the names and labels of both splits."""
+    layout: str = ""
+    """16 hex digits of the SHA-256 over the training samples' shards, where the order of an epoch depends on them."""
 
 
 class Names:

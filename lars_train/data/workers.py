@@ -243,6 +243,8 @@ class Processes:
             raise DataError(f"a loader's worker (process {process}) {_reason(process)}.") from None
         if isinstance(found, Done):
             return found
+        if isinstance(found, DataError):
+            raise found
         raise DataError(f"a loader's worker: {_MEMORY}.") if found is None else RuntimeError(str(found))
 
     def close(self) -> None:
@@ -268,6 +270,8 @@ def _process(work: Callable[[Piece], Done], pieces: int, answer: Connection[obje
             answer.send(work(piece))
     except MemoryError:
         answer.send(None)
+    except DataError as error:
+        answer.send(error)
     except BrokenPipeError:
         pass
     except BaseException:

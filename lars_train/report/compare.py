@@ -119,6 +119,9 @@ def _setup(run: Run) -> dict[str, str]:
         if f"{key}.".startswith(tuple(f"{ignored}." for ignored in _NOT_COMPARED)):
             continue
         setup[key] = AS_RECIPE if key in row and key not in deviations else shown(value)
+    # Runs from before there was a choice have the global order, in which windows have no meaning.
+    if setup.setdefault("data.order", shown("global")) == shown("global"):
+        setup.pop("data.window_shards", None)
     return setup
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import dataclass
 
 from PIL import Image
 
 from lars_train.data.decode import BadImage, whole_picture
+from lars_train.data.shards import digest
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,6 @@ class Encoding:
 def check(data: bytes) -> None:
     """Raise `BadImage` unless the picture can be decoded."""
     whole_picture(data)
-
-
-def digest(data: bytes) -> int:
-    """A checksum of 64 bits: BLAKE2b's (RFC 7693), for a digest of 8 bytes, little-endian."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

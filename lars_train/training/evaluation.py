@@ -24,6 +24,11 @@ from lars_train.training.feed import Feed
 SMALLEST_BATCH = 64
 
 
+def evaluation_batch(micro_batch: int) -> int:
+    """The micro-batch of an evaluation in a run with `micro_batch`."""
+    return max(micro_batch, SMALLEST_BATCH)
+
+
 @dataclass(frozen=True)
 class Result:
     """`top1`, `top5` in percent of all `count` samples; `loss` the mean over the `decoded` ones.
@@ -68,11 +73,13 @@ def evaluate_split(
     progress: Progress,
     by_native: bool = False,
     classes: int | None = None,
+    by_shards: bool = False,
     ended: Callable[[], bool] = lambda: False,
 ) -> Result | None:
     """Evaluate `model` on the whole split, this rank on its part of it. Collective.
 
-    `by_native`: see `data.decode.decode`. `classes`: count confusions of so many classes, too.
+    `by_native`: see `data.decode.decode`; `by_shards`: see `data.loader.eval_loader`; `classes`: count confusions of so
+    many classes, too.
     None if `ended`, asked before each batch, said so on any rank.
 
     Raises `RuntimeError` if the samples that were counted are not those of the split, each once.
@@ -82,12 +89,13 @@ def evaluate_split(
     batches = eval_loader(
         split,
         view,
-        micro_batch=max(batch, SMALLEST_BATCH),
+        micro_batch=evaluation_batch(batch),
         rank=ranks.rank,
         world=ranks.world,
         workers=workers,
         pin_memory=device.type == "cuda",
         by_native=by_native,
+        by_shards=by_shards,
     )
     with progress.counting("evaluation", stop - start) as on_batch, closing(Feed(batches, device)) as feed:
         autocast = partial(precision.autocast, device)

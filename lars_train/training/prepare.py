@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.data.open import open_dataset
+from lars_train.data.open import GLOBAL, SHARDS, open_dataset
 from lars_train.data.source import Dataset
 from lars_train.errors import ConfigError
 from lars_train.models.factory import model_names
 from lars_train.optim.factory import check_optimizer
 from lars_train.plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
+from lars_train.training.cache import check_cache
 from lars_train.training.decoder import check_decoder
 from lars_train.training.network import check_single_samples, make_network
 from lars_train.training.run_directory import run_directory
@@ -42,6 +43,7 @@ def prepare(config: Config) -> Prepared:
     check_decoder(config)
     dataset = open_dataset(config.data)
     plan = make_plan(config, len(dataset.train))
+    check_cache(config, dataset, plan)
     directory = run_directory(config)
     if config.micro_batch != AUTO:
         check_micro_batch(plan, int(config.micro_batch))
@@ -54,6 +56,7 @@ def prepare(config: Config) -> Prepared:
         _, start_from = checkpoint.find(config.checkpoint.path)
         check_compatible(start_from, config.model.name, dataset)
         check_same_images(start_from, dataset)
+        _check_same_order(start_from, config, dataset)
         _check_position(start_from, config, plan)
         _check_optimizer_state(start_from, config)
     return Prepared(config, dataset, plan, directory, start_from)
@@ -69,6 +72,11 @@ def continuation(prepared: Prepared, *, warn: bool = True) -> tuple[Path, dict[s
     def check(content: dict[str, Any]) -> None:
         check_compatible(content, prepared.config.model.name, prepared.dataset)
         check_same_images(content, prepared.dataset)
+        if content.get("layout", "") != prepared.dataset.layout:
+            raise ConfigError(
+                "the store's pictures lie in other shards than those it was trained on, so data.order=shards means "
+                "another order; restore that store, or start anew with resume=never."
+            )
 
     found = checkpoint.latest(prepared.directory / "checkpoints", warn=warn, check=check)
     if found is None and (prepared.directory / SAVED).exists():
@@ -100,6 +108,26 @@ def check_same_images(content: dict[str, Any], dataset: Dataset) -> None:
             "the data set is not the one that the checkpoint was trained on (its file names or labels differ); "
             "restore it, or start anew with resume=never."
         )
+
+
+def _check_same_order(content: dict[str, Any], config: Config, dataset: Dataset) -> None:
+    """Raise `ConfigError` where the rest of an epoch that was begun would be in another order."""
+    theirs, mine = checkpoint.value(content, "config", "data"), config.data
+    order = theirs.get("order", GLOBAL)
+    same = order == mine.order and content.get("layout", "") == dataset.layout
+    if mine.order == SHARDS:
+        same = same and theirs.get("window_shards") == mine.window_shards
+    done = content["update"] + content.get("skipped", 0)
+    if not same and done % checkpoint.value(content, "plan", "updates_per_epoch"):
+        raise ConfigError(
+            f"checkpoint.path={config.checkpoint.path}: it stands within an epoch of data.order={order}"
+            f"{_windows(theirs) if order == SHARDS else ''}; choose the same, of the same shards, or a checkpoint at "
+            "the end of an epoch."
+        )
+
+
+def _windows(data: dict[str, Any]) -> str:
+    return f" with data.window_shards={data.get('window_shards')}"
 
 
 def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from lars_train.config import absolute_paths, filled, flatten
 from lars_train.data.loader import LoaderStatistics, View, train_loader
+from lars_train.data.open import SHARDS
 from lars_train.data.order import micro_bounds
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.models.weights import weights_sha256
@@ -25,6 +26,7 @@ from lars_train.optim.lars import LARS
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.training import checkpoint
 from lars_train.training.bad_images import BadImages, told_in
+from lars_train.training.cache import check_cache
 from lars_train.training.decoder import NATIVE, PILLOW, decoder_lines
 from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
@@ -61,6 +63,7 @@ class Run:
         self.precision = choose_precision(self.resolved.precision, device)
         self.ghosts_per_micro = check_micro_batch(plan, self.resolved.micro_batch)
         self.workers = choose_workers(config, device, group.ranks)
+        check_cache(config, dataset, plan, micro_batch=self.resolved.micro_batch, ranks=group.ranks)
         network = network.to(device=device, dtype=self.precision.weights).to(memory_format=torch.channels_last)
         self.trainer = Trainer(
             network,
@@ -321,6 +324,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
             on_error=config.data.on_error,
             by_native=self.resolved.decoder == NATIVE,
+            window=config.data.window_shards if config.data.order == SHARDS else None,
         )
         return Feed(stream, self.device)
 
@@ -388,6 +392,7 @@ class Run:
             workers=self.workers,
             progress=self.progress,
             by_native=self.resolved.decoder == NATIVE,
+            by_shards=self.config.data.order == SHARDS,
             ended=lambda: bool(self.notice.given),
         )
         if result is None:
@@ -449,6 +454,7 @@ class Run:
                 "resolved": asdict(self.resolved),
                 "classes": list(self.dataset.classes),
                 "fingerprint": self.dataset.fingerprint,
+                "layout": self.dataset.layout,
             }
             self.writer.save(self.trainer.update, content)
         self.log_started += time.perf_counter() - started

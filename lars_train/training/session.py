@@ -11,7 +11,7 @@ import torch
 from lars_train.config import AUTO, Config, restore
 from lars_train.data.augment import View
 from lars_train.data.directory import user_path
-from lars_train.data.open import open_dataset
+from lars_train.data.open import SHARDS, open_dataset
 from lars_train.data.source import Dataset
 from lars_train.errors import ConfigError, Stopped
 from lars_train.launch import Ranks
@@ -22,6 +22,7 @@ from lars_train.monitoring.say import complain, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.plan import check_world
 from lars_train.training import checkpoint
+from lars_train.training.cache import check_cache
 from lars_train.training.decoder import NATIVE, choose_decoder, decoder_lines
 from lars_train.training.device import (
     choose_device,
@@ -144,6 +145,8 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
     dataset = open_dataset(config.data)
     if content is not None:
         check_compatible(content, config.model.name, dataset)
+    batch = SMALLEST_BATCH if config.micro_batch == AUTO else int(config.micro_batch)
+    check_cache(config, dataset, None, micro_batch=batch, ranks=ranks)
     device = choose_device(config, ranks)
     precision = choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
@@ -163,11 +166,12 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             precision=precision,
             device=device,
             group=group,
-            batch=SMALLEST_BATCH if config.micro_batch == AUTO else int(config.micro_batch),
+            batch=batch,
             workers=choose_workers(config, device, ranks),
             progress=Progress(shown=group.first, epochs=1),
             by_native=decoder == NATIVE,
             classes=None if config.evaluate.report is None else len(dataset.classes),
+            by_shards=config.data.order == SHARDS,
         )
         if group.first and config.evaluate.report is not None:
             _report(config.evaluate.report, result, dataset)

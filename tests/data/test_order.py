@@ -13,6 +13,8 @@ from lars_train.data.order import (
     micro_batches,
     micro_bounds,
     sample_uniforms,
+    shard_order,
+    shard_windows,
 )
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -75,6 +77,58 @@ def test_an_epoch_takes_every_sample_once(seed: int, epoch: int, count: int) -> 
 def test_neighbouring_seeds_and_epochs_give_different_orders() -> None:
     orders = [epoch_order(*key, 50).tolist() for key in [(0, 0), (0, 1), (1, 0), (2**63 - 1, 0), (2**63 - 2, 0)]]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+LAYOUTS = st.lists(st.integers(0, 6), max_size=60).map(lambda shard: np.array(shard, np.int32))
+
+
+@given(SEEDS, EPOCHS, LAYOUTS, st.integers(1, 9))
+def test_an_order_by_shards_sorts_philox_words_within_windows_of_whole_shards(
+    seed: int, epoch: int, shard: np.ndarray, window: int
+) -> None:
+    count = max(shard.tolist(), default=-1) + 1
+    of_shards = philox_words((seed, epoch), [0, 0, 0, 2], count)
+    shards = sorted(range(count), key=of_shards.__getitem__)
+    windows = [part.tolist() for part in shard_windows(seed, epoch, count, window)]
+    assert [s for part in windows for s in part] == shards
+    lengths = [len(part) for part in windows]
+    assert max(lengths, default=0) <= window
+    assert max(lengths) - min(lengths) <= 1
+    assert len(windows) == max(1, -(-count // window))
+    words = philox_words((seed, epoch), [0, 0, 0, 0], len(shard))
+    expected = [
+        sample
+        for part in windows
+        for sample in sorted((i for i in range(len(shard)) if shard[i] in part), key=words.__getitem__)
+    ]
+    order = shard_order(seed, epoch, shard, window)
+    assert order.tolist() == expected
+    assert order.dtype == np.int64
+    assert sorted(expected) == list(range(len(shard)))
+
+
+@given(SEEDS, EPOCHS, LAYOUTS)
+def test_a_window_of_all_shards_gives_the_order_of_all_samples(seed: int, epoch: int, shard: np.ndarray) -> None:
+    assert shard_order(seed, epoch, shard, 7).tolist() == epoch_order(seed, epoch, len(shard)).tolist()
+
+
+def test_the_order_by_shards_keeps_its_values() -> None:
+    shard = np.arange(12, dtype=np.int32) % 4
+    assert shard_order(0, 0, shard, 2).tolist() == [11, 9, 1, 5, 3, 7, 0, 2, 8, 4, 10, 6]
+    assert shard_order(2**63 - 1, 89, shard, 2).tolist() == [0, 1, 4, 5, 9, 8, 10, 11, 2, 6, 3, 7]
+
+
+def test_in_an_order_by_shards_each_sample_comes_anywhere_and_beside_any_other() -> None:
+    shard = np.repeat(np.arange(6, dtype=np.int32), 4)
+    orders = np.array([shard_order(5, epoch, shard, 2) for epoch in range(4000)])
+    places = np.argsort(orders, axis=1)
+    # Chi-square of 23 degrees of freedom, mean 23, deviation 6.8: of uniform places.
+    for sample in (0, 13, 23):
+        counts = np.bincount(places[:, sample], minlength=24)
+        assert ((counts - 4000 / 24) ** 2 / (4000 / 24)).sum() < 60
+    # Samples of other shards share the window in a fifth of the epochs, those of the same shard always.
+    together = [(places[:, 0] // 8 == places[:, other] // 8).mean() for other in (1, 4, 23)]
+    assert together == pytest.approx([1, 0.2, 0.2], abs=0.03)
 
 
 @given(st.lists(st.integers(0, 2**31), min_size=1, max_size=8))

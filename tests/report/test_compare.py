@@ -98,6 +98,17 @@ def test_names_places_and_pace_part_no_rows(made: Made) -> None:
     assert len(row.runs) == 2
 
 
+def test_runs_from_before_there_was_another_order_are_as_those_in_the_global_one(made: Made) -> None:
+    now = {"data__order": "global", "data__window_shards": 16}
+    one, other = made("a", seed=1), made("b", seed=2, **now)
+    assert [len(row.runs) for row in rows(one, other)] == [2]
+    by_shards = made("c", seed=3, **{**now, "data__order": "shards"})
+    assert [row.differs for row in rows(one, other, by_shards)] == [
+        {"data.order": "global", "data.window_shards": "not set"},
+        {"data.order": "shards", "data.window_shards": "16"},
+    ]
+
+
 def test_a_run_that_ended_before_it_knew_its_precision_counts_as_the_others(made: Made) -> None:
     early = made("b", seed=1, ended=None, precision=None)
     (early / "metrics.jsonl").unlink()

@@ -1,0 +1,494 @@
+"""A store at a URL is the store that was copied there, through a cache that is too small, and whatever goes wrong."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import multiprocessing
+import pickle
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lars_train.data import ahead, objects, shard_cache
+from lars_train.data.folder import open_folder
+from lars_train.data.imagenet import open_imagenet
+from lars_train.data.loader import Stream, View, eval_loader, train_loader
+from lars_train.data.mapped import read_mapped, write_mapped
+from lars_train.data.order import shard_order
+from lars_train.data.remote import CacheSettings, RemoteSource
+from lars_train.data.source import Dataset, shards_of
+from lars_train.data.windows import training_room, training_windows
+from lars_train.errors import ConfigError, DataError
+from lars_train.stores.encode import Encoding
+from lars_train.stores.pack import Request, pack, silent
+
+fsspec = pytest.importorskip("fsspec")
+
+VIEW = View("none", 8, False, 0, 1.0)
+PLENTY = 10**9
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 72 + 24 pictures in 6 + 2 shards."""
+    folder = tmp_path_factory.mktemp("packed")
+    for split, count in (("train", 36), ("val", 12)):
+        for name in "ab":
+            (folder / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                content = picture(hash((split, name, number)) % 2**32)
+                (folder / "data" / split / name / f"{number}.png").write_bytes(content)
+    pack(Request(str(folder / "data"), str(folder / "store"), Encoding(), shards=6), silent)
+    return folder / "store"
+
+
+@pytest.fixture
+def store(packed: Path, tmp_path: Path) -> Path:
+    """A store that a test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "store"))
+
+
+@pytest.fixture
+def local(packed: Path) -> Dataset:
+    return open_folder(str(packed), None)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(objects, "PIECE", 3000)
+    monkeypatch.setattr(shard_cache, "PATIENCE_S", 5.0)
+
+
+class Flaky(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """Objects in memory, on a server that does what a test has it do."""
+
+    protocol = "flaky"
+    objects: dict[str, bytes] = {}  # noqa: RUF012
+    before: Callable[[str], object] = staticmethod(lambda path: None)
+    after: Callable[[bytes], bytes] = staticmethod(lambda data: data)
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        content = self._content(path)
+        return {"name": path, "type": "file", "size": len(content), "ETag": hashlib.sha256(content).hexdigest()}
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        Flaky.before(path)
+        return Flaky.after(self._content(path)[start:end])
+
+    def _content(self, path: str) -> bytes:
+        try:
+            return Flaky.objects[self._strip_protocol(path)]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+
+def upload(store: Path) -> dict[str, bytes]:
+    return {f"bucket/{path.relative_to(store)}": path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def flaky(packed: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(Flaky, "objects", upload(packed))
+    for name in ("before", "after"):
+        monkeypatch.setattr(Flaky, name, staticmethod(getattr(Flaky, name)))
+    return "flaky://bucket"
+
+
+@pytest.fixture(scope="module")
+def web(packed: Path) -> Iterator[str]:
+    """A web server that knows no ranges."""
+    pytest.importorskip("aiohttp")
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(packed)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def bucket(packed: Path) -> Iterator[str]:
+    """The store in a bucket of a local server that speaks S3."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(key, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fs = fsspec.filesystem("s3", skip_instance_cache=True)
+        fs.mkdir("pictures")
+        fs.put(str(packed) + "/", "pictures/imagenet/", recursive=True)
+        yield "s3://pictures/imagenet"
+    server.stop()
+
+
+def opened(url: str, tmp_path: Path, limit: int = PLENTY) -> Dataset:
+    return open_folder(url, None, CacheSettings(str(tmp_path / "cache"), limit))
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    assert (one.fingerprint, one.classes) == (other.fingerprint, other.classes)
+    for mine, theirs in ((one.train, other.train), (one.val, other.val)):
+        assert [mine.name(i) for i in range(len(mine))] == [theirs.name(i) for i in range(len(theirs))]
+        assert mine.labels.tolist() == theirs.labels.tolist()
+        assert shards_of(mine).tolist() == shards_of(theirs).tolist()
+        assert all(mine.read(i) == theirs.read(i) for i in range(len(mine)))
+    return True
+
+
+def stream(source: Any, **changes: Any) -> Stream:
+    options: dict[str, Any] = {
+        **{"seed": 3, "batch": 12, "ghost_batch": 4, "ghosts_per_micro": 1, "updates_per_epoch": 6},
+        **{"start_update": 0, "stop_update": 18, "rank": 0, "world": 1, "workers": 0, "pin_memory": False},
+        **{"on_error": "fail", "window": 2},
+    }
+    return train_loader(source, VIEW, **{**options, **changes})
+
+
+def drawn(batches: Stream) -> list[tuple[bytes, list[int]]]:
+    try:
+        return [(batch.images.numpy().tobytes(), batch.labels.tolist()) for batch in batches]
+    finally:
+        batches.close()
+
+
+def on_disk(folder: Path) -> int:
+    sizes = []
+    for path in folder.rglob("*"):
+        try:
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+        except FileNotFoundError:
+            continue
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("where", ["bucket", "web", "flaky"])
+def test_a_store_at_a_url_is_the_store_that_was_copied_there(
+    where: str, request: pytest.FixtureRequest, tmp_path: Path, local: Dataset
+) -> None:
+    assert same(opened(request.getfixturevalue(where), tmp_path), local)
+
+
+def test_data_imagenet_opens_it_too(packed: Path, tmp_path: Path, local: Dataset) -> None:
+    assert same(open_imagenet(f"file://{packed}", None, None, CacheSettings(str(tmp_path))), local)
+
+
+def test_a_part_can_be_held_out(packed: Path, tmp_path: Path) -> None:
+    settings = CacheSettings(str(tmp_path / "cache"))
+    assert same(open_folder(f"file://{packed}", 0.25, settings), open_folder(str(packed), 0.25))
+
+
+def test_a_second_run_fetches_nothing(flaky: str, tmp_path: Path, local: Dataset) -> None:
+    assert same(opened(flaky, tmp_path), local)
+    Flaky.objects = {name: content for name, content in Flaky.objects.items() if "index" in name}
+    assert same(opened(flaky, tmp_path), local)
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, None), (2, "threads"), (2, "processes")])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_batches_are_those_of_a_local_copy_though_the_cache_never_holds_it_all(
+    workers: int, kind: str | None, flaky: str, tmp_path: Path, local: Dataset
+) -> None:
+    dataset = opened(flaky, tmp_path)
+    assert isinstance(dataset.train, RemoteSource)
+    fetched: list[str] = []
+    Flaky.before = staticmethod(fetched.append)
+    size = int(dataset.train.sizes.max()) + shard_cache.MARK_BYTES
+    index = next((tmp_path / "cache").glob("*/*.index")).stat().st_size + shard_cache.MARK_BYTES
+    limit = index + 5 * size  # of 8 shards
+    dataset.train.split.cache.limit = limit
+    most, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            most.append(on_disk(tmp_path / "cache"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    batches = stream(dataset.train, workers=workers, kind=kind, window=1)
+    assert drawn(batches) == drawn(stream(local.train, window=1))
+    ended.set()
+    watcher.join()
+    assert 2 * size < max(most) <= limit
+    assert {f"bucket/train/train-00000{i}.tar" for i in range(6)} <= set(fetched)
+    # A stream that has ended holds nothing.
+    dataset.train.split.cache.limit = index + size
+    assert len(dataset.train.read(0)) > 0
+
+
+def test_ranks_that_share_the_least_cache_take_the_samples_of_one_alone(
+    packed: Path, tmp_path: Path, local: Dataset
+) -> None:
+    parts: list[list[tuple[bytes, list[int]]]] = [[], [], []]
+    alone = drawn(stream(local.train, window=1))
+    together = threading.Barrier(3, timeout=20)
+    shard = shards_of(local.train)
+    windows = training_windows(shard, 1, seed=3, batch=12, updates_per_epoch=6, updates=18)
+
+    def run(rank: int) -> None:
+        train = opened(f"file://{packed}", tmp_path).train
+        assert isinstance(train, RemoteSource)
+        room = training_room(windows, 12, train.sizes) + train.split.index.size() + 7 * shard_cache.MARK_BYTES
+        train.split.cache.limit = room
+        batches = stream(train, rank=rank, world=3, start_update=4, window=1)
+        for batch in batches:
+            parts[rank].append((batch.images.numpy().tobytes(), batch.labels.tolist()))
+            # As the ranks of a run at the end of each update.
+            together.wait()
+        batches.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [None] * 3
+    # Three micro-batches of an update, one for each rank; from the middle of an epoch on.
+    assert [part for update in zip(*parts, strict=True) for part in update] == alone[12:]
+
+
+def test_the_order_is_that_of_the_shards(local: Dataset) -> None:
+    labels = [label for _, part in drawn(stream(local.train, stop_update=6)) for label in part]
+    order = shard_order(3, 0, shards_of(local.train), 2)
+    assert labels == local.train.labels[order].tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_evaluation_sees_every_sample_once_though_the_cache_holds_a_shard_or_two(
+    world: int, packed: Path, tmp_path: Path, local: Dataset
+) -> None:
+    dataset = opened(f"file://{packed}", tmp_path)
+    assert isinstance(dataset.val, RemoteSource)
+    dataset.val.split.cache.limit = int(dataset.val.sizes.sum()) + 20_000
+    common: dict[str, Any] = {"micro_batch": 5, "world": world, "workers": 0, "pin_memory": False, "by_shards": True}
+    for rank in range(world):
+        found = drawn(eval_loader(dataset.val, VIEW, rank=rank, **common))
+        assert found == drawn(eval_loader(local.val, VIEW, rank=rank, **common))
+    seen = [b for rank in range(world) for b in eval_loader(local.val, VIEW, rank=rank, **common)]
+    everything = list(eval_loader(local.val, VIEW, rank=0, **{**common, "world": 1, "by_shards": False}))
+    assert sum(b.checksum for b in seen) % 2**32 == sum(b.checksum for b in everything) % 2**32
+    assert sorted(im.numpy().tobytes() for b in seen for im in b.images) == sorted(
+        im.numpy().tobytes() for b in everything for im in b.images
+    )
+
+
+def test_a_server_that_fails_now_and_then_changes_nothing(flaky: str, tmp_path: Path, local: Dataset) -> None:
+    # Of each object, two requests fail, one is cut short, and one is answered.
+    calls: Counter[str] = Counter()
+    here = threading.local()
+
+    def fail(path: str) -> None:
+        calls[path] += 1
+        here.cut = calls[path] % 4 == 3
+        if calls[path] % 4 in (1, 2):
+            raise (ConnectionResetError("reset by peer"), TimeoutError())[calls[path] % 4 - 1]
+
+    Flaky.before = staticmethod(fail)
+    Flaky.after = staticmethod(lambda data: data[:-1] if here.cut else data)
+    dataset = opened(flaky, tmp_path)
+    assert drawn(stream(dataset.train, stop_update=6)) == drawn(stream(local.train, stop_update=6))
+    assert min(calls.values()) >= 4
+
+
+def test_a_server_that_goes_away_ends_the_stream_with_the_url_and_the_reason(
+    flaky: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = opened(flaky, tmp_path)
+
+    def fail(path: str) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    Flaky.before = staticmethod(fail)
+    with pytest.raises(
+        DataError, match=r"flaky://bucket/train/train-00000\d\.tar cannot be read \(Conn.*refused\); tried 8 times"
+    ):
+        drawn(stream(dataset.train))
+    assert "Connection refused; tried again in" in capsys.readouterr().err
+
+
+def test_a_server_that_never_answers_ends_the_stream(
+    flaky: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(flaky, tmp_path)
+    monkeypatch.setattr(ahead, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(ahead, "_END_S", 0.1)
+    answer = threading.Event()
+    Flaky.before = staticmethod(lambda path: answer.wait(30))
+    with pytest.raises(DataError, match=r"flaky://bucket: no answer"):
+        drawn(stream(dataset.train))
+    answer.set()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "changed", "missing"])
+def test_a_shard_that_is_not_the_one_of_the_index_is_an_error_that_names_it(
+    damage: str, store: Path, tmp_path: Path
+) -> None:
+    dataset = opened(f"file://{store}", tmp_path)
+    path = store / "train/train-000002.tar"
+    content = path.read_bytes()
+    at = content.index(b"PNG")
+    changed = content[:at] + b"X" + content[at + 1 :]
+    instead = {"truncated": content[:-512], "longer": content + b"\0", "changed": changed}
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(instead[damage])
+    reason = {"changed": "the checksum of ./.*png in it is wrong", "missing": "cannot be read.*No such file"}
+    with pytest.raises(DataError, match=rf"{path}.*{reason.get(damage, 'bytes, not')}"):
+        drawn(stream(dataset.train))
+
+
+def test_a_cached_shard_that_was_damaged_is_fetched_anew(packed: Path, tmp_path: Path, local: Dataset) -> None:
+    assert same(opened(f"file://{packed}", tmp_path), local)
+    for path in (tmp_path / "cache").rglob("*.tar"):
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"PNG", b"XYZ"))
+    index = next((tmp_path / "cache").glob("*/*.index"))
+    index.write_bytes(index.read_bytes()[:-1] + b"X")
+    dataset = opened(f"file://{packed}", tmp_path)
+    assert drawn(stream(dataset.train)) == drawn(stream(local.train))
+    assert same(dataset, local)
+
+
+def test_a_store_that_was_packed_anew_is_noticed(flaky: str, tmp_path: Path, packed: Path) -> None:
+    before = opened(flaky, tmp_path)
+    again = tmp_path / "again"
+    pack(Request(str(packed.parent / "data"), str(again), Encoding(), shards=3), silent)
+    Flaky.objects = upload(again)
+    after = opened(flaky, tmp_path)
+    assert same(after, open_folder(str(again), None))
+    with pytest.raises(DataError):
+        drawn(stream(before.train))
+
+
+def test_what_is_no_store_is_bad_input(flaky: str, store: Path, tmp_path: Path) -> None:
+    for url, message in (
+        ("flaky://elsewhere", r"index\.lars cannot be read \(FileNotFoundError.*lars-data pack"),
+        ("nonsense://bucket", r"nonsense://bucket cannot be used .*nonsense"),
+        (f"file://{store}/train", r"index\.lars cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            opened(url, tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .* cannot be used"):
+        open_folder(flaky, None, CacheSettings("/proc/nowhere"))
+    with pytest.raises(ConfigError, match=r"data\.cache_gb allows 1,000"):
+        opened(flaky, tmp_path, limit=1000)
+    with pytest.raises(ConfigError, match="only lars-train reads from URLs"):
+        open_folder(flaky, None)
+
+
+def test_an_index_that_lies_is_refused(store: Path, tmp_path: Path) -> None:
+    meta, arrays = read_mapped(store / "index.lars")
+    shards = meta["splits"]["train"]["shards"]
+    for wrong in (["../../x.tar", 1024], ["train/../x.tar", 1024], ["train/x.tar", -5], ["train/x.tar", 10]):
+        meta["splits"]["train"]["shards"] = [wrong, *shards[1:]]
+        write_mapped(store / "index.lars", meta, arrays)
+        with pytest.raises(ConfigError, match=r"index\.lars cannot be used"):
+            opened(f"file://{store}", tmp_path)
+    (store / "index.lars").write_bytes(b"no index")
+    with pytest.raises(ConfigError, match=r"index\.lars cannot be used \(it is empty or cut short\)"):
+        opened(f"file://{store}", tmp_path)
+
+
+def test_a_library_that_is_missing_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(*arguments: Any, **options: Any) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(ConfigError, match=r"Install s3fs to access S3.*pip install 'lars-train\[remote\]'"):
+        opened("s3://bucket/x", tmp_path)
+
+
+def test_the_next_picture_of_the_same_shard_stands_in_for_a_bad_one(packed: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(packed.parent / "data", tmp_path / "data"))
+    for name in ("a/3.png", "b/7.png", "b/8.png"):
+        (root / "train" / name).write_bytes(b"no picture")
+    pack(Request(str(root), str(tmp_path / "store"), Encoding(), shards=6), silent)
+    local, remote = open_folder(str(tmp_path / "store"), None), opened(f"file://{tmp_path}/store", tmp_path)
+    shard = shards_of(local.train).tolist()
+    names = {local.train.name(i): i for i in range(72)}
+    bad = {names[name] for name in ("a/3.png", "b/7.png", "b/8.png")}
+
+    def stand_in(sample: int) -> int:
+        own = [i for i in range(72) if shard[i] == shard[sample]]
+        place = own.index(sample)
+        return next(i for i in own[place:] + own[:place] if i not in bad)
+
+    order = shard_order(3, 0, shards_of(local.train), 2).tolist()
+    expected = [int(local.train.labels[stand_in(sample)]) for sample in order]
+    found = drawn(stream(local.train, on_error="skip", stop_update=6))
+    assert [label for _, part in found for label in part] == expected
+    assert drawn(stream(remote.train, on_error="skip", stop_update=6)) == found
+    batches = stream(remote.train, on_error="skip", stop_update=6)
+    where = {sample.where for batch in batches for sample in batch.bad}
+    assert all(place.startswith(f"file://{tmp_path}/store/train/train-00000") for place in where)
+    assert {place.rpartition("!")[2] for place in where} == {"a/3.png", "b/7.png", "b/8.png"}
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_shard_that_somebody_removes_from_the_cache_ends_the_stream_and_is_no_bad_picture(
+    kind: str, packed: Path, tmp_path: Path
+) -> None:
+    dataset = opened(f"file://{packed}", tmp_path)
+    batches = stream(dataset.train, workers=1, kind=kind, on_error="skip", stop_update=1800)
+    next(batches)
+    shutil.rmtree(next((tmp_path / "cache").glob("store-*")) / "train")
+    with pytest.raises(DataError, match=r"png: it cannot be read in the cache .*No such file"):
+        drawn(batches)
+
+
+def test_a_source_can_be_pickled_and_used_after_a_fork(flaky: str, tmp_path: Path, local: Dataset) -> None:
+    train = opened(flaky, tmp_path).train
+    expected = [local.train.read(i) for i in range(4)]
+    again = pickle.loads(pickle.dumps(train))
+    assert [again.read(i) for i in range(4)] == expected
+    context = multiprocessing.get_context("fork")
+    verdict: Any = context.SimpleQueue()
+    process = context.Process(target=lambda: verdict.put([train.read(i) for i in range(4)] == expected))
+    process.start()
+    assert verdict.get()
+    process.join()
+
+
+def test_a_remote_source_is_not_read_in_the_global_order(packed: Path, tmp_path: Path) -> None:
+    dataset = opened(f"file://{packed}", tmp_path)
+    with pytest.raises(ValueError, match="shard by shard"):
+        stream(dataset.train, window=None)
+    with pytest.raises(ValueError, match="shard by shard"):
+        eval_loader(dataset.val, VIEW, micro_batch=5, rank=0, world=1, workers=0, pin_memory=False)
+
+
+def test_what_comes_next_is_fetched_before_it_is_needed(flaky: str, tmp_path: Path) -> None:
+    dataset = opened(flaky, tmp_path)
+    fetched: set[str] = set()
+    Flaky.before = staticmethod(fetched.add)
+    batches = stream(dataset.train, window=1)
+    next(batches)
+    end = time.monotonic() + 10
+    while len(fetched) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    batches.close()
