@@ -165,5 +165,6 @@ def _without_places(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def hidden_parts(*paths: Path) -> Iterator[str]:
-    """The folders of `paths`, as they stand in records, the longest first."""
-    yield from sorted({f"{path.resolve().parent}/" for path in paths}, key=len, reverse=True)
+    """The folders of `paths`, as they may stand in records, the longest first."""
+    folders = {f"{folder}/" for path in paths for folder in (path.parent, path.resolve().parent) if folder.name}
+    yield from sorted(folders, key=len, reverse=True)
