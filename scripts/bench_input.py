@@ -140,15 +140,16 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def end_to_end(pictures: Source, rounds: int) -> list[str]:
-    """What bench_end_to_end.py finds."""
+def end_to_end(pictures: Pictures, rounds: int) -> list[str]:
+    """What bench_end_to_end.py finds; the target is one for originals."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = bench_end_to_end.measure(pictures, rounds, device)
+    rates = bench_end_to_end.measure(pictures.source, rounds, device)
     said = (
         f"End to end into a batch on {device.type}, {bench_end_to_end.PASSES} passes over the pictures as they are, "
         "training; CPU time of all processes, with their start."
     )
-    return ["", said, "", *bench_end_to_end.table(rates), "", *bench_end_to_end.target(rates)]
+    target = [] if pictures.variant else bench_end_to_end.target(rates)
+    return ["", said, "", *bench_end_to_end.table(rates), "", *target]
 
 
 def shown(plot: Path, page: Path | None) -> list[str]:
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         stores = stores_of(args.found, not args.no_copies, folder)
         # First, for it forks: peers have threads.
-        whole = end_to_end(args.found.source, args.rounds)
+        whole = end_to_end(args.found, args.rounds)
         with one_core():
             contenders = line_up(folder, skipped)
             if args.peers:
