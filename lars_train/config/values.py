@@ -32,7 +32,7 @@ EXECUTION_KEYS = (
     "export",
     "plan",
     "data.workers",
-    # Its pixels are at most a level apart, less than another device's arithmetic comes to.
+    # Its pixels are at most a level apart, less than another device's arithmetic comes to; the GPU's go with the GPU.
     "data.decoder",
     # They say when a run with damaged images ends, and nothing of what it computes until then.
     "data.on_error",

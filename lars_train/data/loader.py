@@ -20,6 +20,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from lars_train.data.augment import View
+from lars_train.data.decode import GPU, PILLOW
 from lars_train.data.native import has_jpegs
 from lars_train.data.order import checksum, epoch_order, eval_run, micro_batches, micro_bounds
 from lars_train.data.reader import BadSample, EvalReader, Outcome, Reader, TrainReader
@@ -65,8 +66,8 @@ class LoaderStatistics(NamedTuple):
     images: int = 0
     seconds: float = 0.0
     """Wall time that they took, added up over the workers; waiting for a free buffer is not in it."""
-    native: int = 0
-    """Images that the native decoder decoded."""
+    fast: int = 0
+    """Images that another decoder than Pillow decoded."""
 
 
 class Stream(Iterator[Batch]):
@@ -178,9 +179,9 @@ class Stream(Iterator[Batch]):
         return Batch(images, labels, bad, pending.request.checksum)
 
     def _count(self, pending: _Pending, outcomes: list[Outcome]) -> None:
-        images, seconds, native = self._statistics
+        images, seconds, fast = self._statistics
         images, seconds = images + len(pending.request.samples), seconds + pending.seconds
-        self._statistics = LoaderStatistics(images, seconds, native + sum(outcome.native for outcome in outcomes))
+        self._statistics = LoaderStatistics(images, seconds, fast + sum(outcome.fast for outcome in outcomes))
 
 
 def piece_of(batch: int) -> int:
@@ -198,13 +199,16 @@ def ring_slots(batch: int, workers: int) -> int:
     return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // piece_of(batch))))
 
 
-def worker_kind(source: Source, by_native: bool) -> str:
-    """Threads where the native decoder does the work, for it leaves the interpreter to others; else processes.
+def worker_kind(source: Source, decoder: str) -> str:
+    """Threads where another decoder than Pillow does the work, for it leaves the interpreter to others; else processes.
 
     Threads need no fork, which is a risk beside the threads of NCCL and gloo and takes memory for each worker. Outside
-    of Linux there are threads alone: fork is unsafe or absent there.
+    of Linux there are threads alone: fork is unsafe or absent there. So are there with GPU, for a forked process cannot
+    use its parent's CUDA device.
     """
-    return THREADS if sys.platform != "linux" or (by_native and has_jpegs(source)) else PROCESSES
+    if sys.platform != "linux" or decoder == GPU:
+        return THREADS
+    return THREADS if decoder != PILLOW and has_jpegs(source) else PROCESSES
 
 
 def _workers(kind: str, reader: Reader, ring: Ring, workers: int) -> Workers:
@@ -229,7 +233,7 @@ def train_loader(
     workers: int,
     pin_memory: bool,
     on_error: str,
-    by_native: bool = False,
+    decoder: str = PILLOW,
     kind: str | None = None,
 ) -> Stream:
     """The micro-batches of one rank for the updates [start_update, stop_update), across epochs.
@@ -243,7 +247,8 @@ def train_loader(
     augmentation of the id it stands in for. Ids follow the paths, so the neighbour nearly always has the
     same class and the balance of the classes stays. The bad picture is recorded each time it is met;
     after 1,000 of them in a row the stream ends with DataError. Raises ValueError where an epoch's
-    updates need more samples than there are, and for another `on_error`. `by_native`: see `decode.decode_into`.
+    updates need more samples than there are, and for another `on_error`. `decoder`: see `decode.decode_into`, or
+    GPU, on the current CUDA device.
     `kind` of the workers: "processes" (on Linux) or "threads"; None: `worker_kind` decides.
     """
     if on_error not in ("skip", "fail"):
@@ -269,7 +274,7 @@ def train_loader(
             ):
                 yield _Request(epoch, samples)
 
-    reader = TrainReader(source, view, by_native, seed, on_error)
+    reader = TrainReader(source, view, decoder, seed, on_error)
     bounds = micro_bounds(batch, ghost_batch, ghosts_per_micro, rank, world)
     return Stream(
         requests(),
@@ -277,7 +282,7 @@ def train_loader(
         max((j - i for i, j in bounds), default=1),
         workers,
         pin_memory,
-        kind or worker_kind(source, by_native),
+        kind or worker_kind(source, decoder),
     )
 
 
@@ -290,7 +295,7 @@ def eval_loader(
     world: int,
     workers: int,
     pin_memory: bool,
-    by_native: bool = False,
+    decoder: str = PILLOW,
     kind: str | None = None,
 ) -> Stream:
     """The samples of one rank in order, `micro_batch` at a time, each once; the last batch may be smaller.
@@ -306,11 +311,11 @@ def eval_loader(
     batch = max(1, min(micro_batch, stop - start))
     return Stream(
         requests,
-        EvalReader(source, view, by_native),
+        EvalReader(source, view, decoder),
         batch,
         workers,
         pin_memory,
-        kind or worker_kind(source, by_native),
+        kind or worker_kind(source, decoder),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lars_train.config import absolute_paths, filled, flatten
+from lars_train.data.decode import PILLOW
 from lars_train.data.loader import LoaderStatistics, View, train_loader
 from lars_train.data.order import micro_bounds
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
@@ -25,7 +26,7 @@ from lars_train.optim.lars import LARS
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.training import checkpoint
 from lars_train.training.bad_images import BadImages, told_in
-from lars_train.training.decoder import NATIVE, PILLOW, decoder_lines
+from lars_train.training.decoder import decoder_lines
 from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
@@ -314,7 +315,7 @@ class Run:
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
             on_error=config.data.on_error,
-            by_native=self.resolved.decoder == NATIVE,
+            decoder=self.resolved.decoder,
         )
         return Feed(stream, self.device)
 
@@ -349,7 +350,7 @@ class Run:
         if not loaded.seconds:
             return {}  # fewer ghost batches than ranks
         rate = loaded.images / loaded.seconds * max(1, self.workers) * self.group.ranks.world
-        return {"loader/images_per_s": rate, "loader/native_share": loaded.native / loaded.images}
+        return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 
     def _write_ratios(self) -> None:
         optimizer = self.trainer.optimizer
@@ -379,7 +380,7 @@ class Run:
             batch=self.resolved.micro_batch,
             workers=self.workers,
             progress=self.progress,
-            by_native=self.resolved.decoder == NATIVE,
+            decoder=self.resolved.decoder,
             ended=lambda: bool(self.notice.given),
         )
         if result is None:

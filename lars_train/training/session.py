@@ -20,7 +20,7 @@ from lars_train.monitoring.say import complain, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.plan import check_world
 from lars_train.training import checkpoint
-from lars_train.training.decoder import NATIVE, choose_decoder, decoder_lines
+from lars_train.training.decoder import choose_decoder, decoder_lines
 from lars_train.training.device import (
     choose_device,
     choose_precision,
@@ -162,7 +162,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             batch=SMALLEST_BATCH if config.micro_batch == AUTO else int(config.micro_batch),
             workers=choose_workers(config, device, ranks),
             progress=Progress(shown=group.first, epochs=1),
-            by_native=decoder == NATIVE,
+            decoder=decoder,
         )
     assert result is not None
     where = [f"{sample.where}: {sample.reason}" for sample in result.bad]
