@@ -26,8 +26,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lars_train.data import native
+from lars_train.data import library, native
 from lars_train.data.augment import View
+from lars_train.data.decode import LIBRARY, NATIVE, PILLOW
 from lars_train.data.loader import PROCESSES, THREADS, train_loader
 from lars_train.training.device import Precision
 from lars_train.training.feed import Feed, normaliser
@@ -93,7 +94,7 @@ def reference(files: list[Path], workers: int, device: torch.device) -> int:
     return count
 
 
-def ours(by_native: bool, kind: str, files: list[Path], workers: int, device: torch.device) -> int:
+def ours(decoder: str, kind: str, files: list[Path], workers: int, device: torch.device) -> int:
     """Images that came."""
     batch = min(BATCH, len(files))
     stream = train_loader(
@@ -111,7 +112,7 @@ def ours(by_native: bool, kind: str, files: list[Path], workers: int, device: to
         workers=workers,
         pin_memory=device.type == "cuda",
         on_error="fail",
-        by_native=by_native,
+        decoder=decoder,
         kind=kind,
     )
     normalise = normaliser(MEAN, STD, device, Precision("fp32", torch.float32, torch.float32))
@@ -126,9 +127,13 @@ def ours(by_native: bool, kind: str, files: list[Path], workers: int, device: to
 def line_up() -> dict[str, Stream]:
     """All that can run here."""
     found: dict[str, Stream] = {REFERENCE: reference}
-    for name, by_native in (("native", True), ("Pillow", False)):
-        if not by_native or native.is_there():
-            found |= {f"ours, {name}, {kind}": partial(ours, by_native, kind) for kind in (THREADS, PROCESSES)}
+    for name, decoder, there in (
+        ("native", NATIVE, native.is_there()),
+        ("library", LIBRARY, library.is_there()),
+        ("Pillow", PILLOW, True),
+    ):
+        if there:
+            found |= {f"ours, {name}, {kind}": partial(ours, decoder, kind) for kind in (THREADS, PROCESSES)}
     return found
 
 

@@ -8,7 +8,7 @@ turns, a whole pass over the files each, on one core; what counts is this proces
 files as they are, and with two kinds of smaller copies, which are made in a temporary folder.
 
 - reference: Pillow and torchvision's v1 transforms, to a normalised float32 tensor (which ours leaves to the device)
-- ours, native and Pillow: lars_train.data.decode to uint8 in a batch's buffer, with its own drawing of the crops
+- ours, native, library, Pillow: lars_train.data.decode to uint8 in a batch's buffer, with its own drawing of the crops
 - floor: libjpeg-turbo decoding the rows and columns of the crop and nothing else (a C function compiled here)
 
 Then the files as they are end to end, with workers, into a batch on the device: bench_end_to_end.py says how.
@@ -43,7 +43,8 @@ from page import between_markers, cpu_name
 from PIL import Image, features
 from torchvision import transforms
 
-from lars_train.data import native
+from lars_train.data import decode as decoders
+from lars_train.data import library, native
 from lars_train.data.augment import UNIFORMS, Geometry, View
 from lars_train.data.decode import decode
 from lars_train.data.order import batch_uniforms
@@ -52,9 +53,11 @@ SIZE = 224
 VIEW = View("inception", SIZE, True, 0, 0.875)
 BATCH = 64
 REFERENCE, NATIVE, PILLOW, FLOOR = "reference", "ours, native", "ours, Pillow", "floor"
+LIBRARY = "ours, library"
 RAW = "as they are"
 # Times the reference on the files as they are.
 TARGETS = {RAW: 2.6, "longer side at most 500, quality 90": 4.5, "shorter side 256, quality 90": 6.5}
+OF_LIBRARY = {RAW: 1.9, "longer side at most 500, quality 90": 3.0, "shorter side 256, quality 90": 4.5}
 NEAR_FLOOR = 0.8
 NORMALIZE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -121,11 +124,11 @@ def geometries(task: str, files: Files, number: int) -> Iterator[Callable[[int, 
             yield partial(VIEW.train, uniforms=uniforms) if task == "train" else VIEW.evaluate
 
 
-def ours(by_native: bool, task: str, files: Files, number: int) -> None:
+def ours(decoder: str, task: str, files: Files, number: int) -> None:
     """As the loader does it."""
     batch = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
     for i, (file, geometry) in enumerate(zip(files, geometries(task, files, number), strict=True)):
-        decode(file.read_bytes(), geometry, SIZE, by_native=by_native, out=batch[i % BATCH])
+        decode(file.read_bytes(), geometry, SIZE, decoder=decoder, out=batch[i % BATCH])
 
 
 def only_regions(region: Callable[..., int], task: str, files: Files, number: int) -> None:
@@ -167,11 +170,15 @@ def line_up(folder: Path, skipped: list[str]) -> list[Contender]:
     def both(run: Callable[[str, Files, int], None]) -> dict[str, Pass]:
         return {task: partial(run, task) for task in ("train", "eval")}
 
-    found = [Contender(REFERENCE, both(reference)), Contender(PILLOW, both(partial(ours, False)))]
+    found = [Contender(REFERENCE, both(reference)), Contender(PILLOW, both(partial(ours, decoders.PILLOW)))]
     if native.is_there():
-        found.append(Contender(NATIVE, both(partial(ours, True))))
+        found.append(Contender(NATIVE, both(partial(ours, decoders.NATIVE))))
     else:
         skipped.append(f"{NATIVE}: {native.REMEDY}")
+    if library.is_there():
+        found.append(Contender(LIBRARY, both(partial(ours, decoders.LIBRARY))))
+    else:
+        skipped.append(f"{LIBRARY}: {library.REMEDY}")
     try:
         found.append(Contender(FLOOR, both(partial(only_regions, compiled_floor(folder)))))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -250,11 +257,12 @@ def targets(rates: Rates) -> list[str]:
     """Which of the targets are met; a ratio is judged as it is printed."""
     lines = []
     for task in ("train", "eval"):
-        for store, wanted in TARGETS.items():
-            value = ratio(rates, NATIVE, REFERENCE, task, store, RAW)
-            if value is not None:
-                met = "met" if round(value, 2) >= wanted else "**not met**"
-                lines.append(f"- {task}, {store}: {value:.2f} times the reference; {wanted} wanted: {met}")
+        for name, all_wanted in ((NATIVE, TARGETS), (LIBRARY, OF_LIBRARY)):
+            for store, wanted in all_wanted.items():
+                value = ratio(rates, name, REFERENCE, task, store, RAW)
+                if value is not None:
+                    met = "met" if round(value, 2) >= wanted else "**not met**"
+                    lines.append(f"- {name}, {task}, {store}: {value:.2f} times the reference; {wanted} wanted: {met}")
         near = ratio(rates, NATIVE, FLOOR, task, RAW, RAW)
         if near is not None:
             met = "met" if round(near, 2) >= NEAR_FLOOR else "**not met**"
@@ -262,14 +270,16 @@ def targets(rates: Rates) -> list[str]:
     return lines
 
 
-def differences(files: Files) -> str:
-    """How far the native decoder's pixels are from Pillow's full decode, crop and resize."""
+def differences(files: Files, decoder: str) -> str:
+    """How far a decoder's pixels are from Pillow's full decode, crop and resize."""
     mean: list[float] = []
     most = others = 0
     for task in ("train", "eval"):
         for file, geometry in zip(files, geometries(task, files, 0), strict=True):
             data = file.read_bytes()
-            one, other = (decode(data, geometry, SIZE, by_native=choice).astype(int) for choice in (True, False))
+            one, other = (
+                decode(data, geometry, SIZE, decoder=choice).astype(int) for choice in (decoder, decoders.PILLOW)
+            )
             apart = np.abs(one - other)
             mean.append(float(apart.mean()))
             most, others = max(most, int(apart.max())), others + bool(apart.any())
@@ -344,8 +354,9 @@ def main(argv: list[str] | None = None) -> int:
         with one_core():
             rates = measure(contenders, stores, args.rounds)
         lines = [conditions(args, files), "", *table(rates, stores, contenders), "", *targets(rates), ""]
-        if native.is_there():
-            lines += [f"Pixels, native beside Pillow, {store}: {differences(stores[store])}." for store in stores]
+        for name, module in ((decoders.NATIVE, native), (decoders.LIBRARY, library)):
+            if module.is_there():
+                lines += [f"Pixels, {name} beside Pillow, {s}: {differences(stores[s], name)}." for s in stores]
     lines += end_to_end(files, args.rounds)
     lines += [f"Skipped: {reason}" for reason in skipped]
     print("\n".join(lines))
