@@ -27,7 +27,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lars_train.data import native
+from lars_train.data import library, native
+from lars_train.data.decode import LIBRARY, NATIVE, PILLOW
 from lars_train.data.loader import PROCESSES, THREADS, train_loader
 from lars_train.data.source import Source
 from lars_train.training.device import Precision
@@ -73,7 +74,7 @@ def reference(pictures: Source, workers: int, device: torch.device) -> int:
     return count
 
 
-def ours(by_native: bool, kind: str, pictures: Source, workers: int, device: torch.device) -> int:
+def ours(decoder: str, kind: str, pictures: Source, workers: int, device: torch.device) -> int:
     """Images that came."""
     batch = min(BATCH, len(pictures))
     stream = train_loader(
@@ -91,7 +92,7 @@ def ours(by_native: bool, kind: str, pictures: Source, workers: int, device: tor
         workers=workers,
         pin_memory=device.type == "cuda",
         on_error="fail",
-        by_native=by_native,
+        decoder=decoder,
         kind=kind,
     )
     normalise = normaliser(MEAN, STD, device, Precision("fp32", torch.float32, torch.float32))
@@ -106,9 +107,13 @@ def ours(by_native: bool, kind: str, pictures: Source, workers: int, device: tor
 def line_up() -> dict[str, Stream]:
     """All that can run here."""
     found: dict[str, Stream] = {REFERENCE: reference}
-    for name, by_native in (("native", True), ("Pillow", False)):
-        if not by_native or native.is_there():
-            found |= {f"ours, {name}, {kind}": partial(ours, by_native, kind) for kind in (THREADS, PROCESSES)}
+    for name, decoder, there in (
+        ("native", NATIVE, native.is_there()),
+        ("library", LIBRARY, library.is_there()),
+        ("Pillow", PILLOW, True),
+    ):
+        if there:
+            found |= {f"ours, {name}, {kind}": partial(ours, decoder, kind) for kind in (THREADS, PROCESSES)}
     return found
 
 

@@ -25,7 +25,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from lars_train.data import native
+from lars_train.data import decode as decoders
+from lars_train.data import library, native
 from lars_train.data.augment import UNIFORMS, Geometry, View
 from lars_train.data.decode import decode
 from lars_train.data.order import batch_uniforms
@@ -36,8 +37,8 @@ VIEW = View("inception", SIZE, True, 0, 0.875)
 BATCH = 64
 TRAIN, EVAL = "train", "eval"
 TASKS = (TRAIN, EVAL)
-REFERENCE, NATIVE, PILLOW, FLOOR = "reference", "ours, native", "ours, Pillow", "floor"
-OURS = (NATIVE, PILLOW)
+REFERENCE, NATIVE, LIBRARY, PILLOW, FLOOR = "reference", "ours, native", "ours, library", "ours, Pillow", "floor"
+OURS = (NATIVE, LIBRARY, PILLOW)
 NORMALIZE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 FLOOR_C = """
@@ -166,19 +167,19 @@ def full_decode(task: str, pictures: Source, number: int) -> Iterator[npt.NDArra
         yield np.asarray(image)
 
 
-def ours(by_native: bool) -> Contender:
+def ours(name: str, decoder: str) -> Contender:
     """As the loader does it: into the buffer of a batch."""
 
     def views(task: str, pictures: Source, number: int) -> Iterator[npt.NDArray[np.uint8]]:
         batch = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
         for i, (data, drawn) in enumerate(drawings(task, pictures, number)):
-            yield decode(data, drawn, SIZE, by_native=by_native, out=batch[i % BATCH])
+            yield decode(data, drawn, SIZE, decoder=decoder, out=batch[i % BATCH])
 
     def run(task: str, pictures: Source, number: int) -> None:
         for _ in views(task, pictures, number):
             pass
 
-    return Contender(NATIVE if by_native else PILLOW, run, views)
+    return Contender(name, run, views)
 
 
 def only_regions(region: Callable[..., int], task: str, pictures: Source, number: int) -> None:
@@ -202,22 +203,23 @@ def needed(view: Geometry) -> tuple[int, int, int, int]:
 
 def compiled_floor(folder: Path) -> Callable[..., int]:
     """The C function `region`. Raises OSError or CalledProcessError where it cannot be compiled."""
-    source, library = folder / "floor.c", folder / "floor.so"
+    source, compiled = folder / "floor.c", folder / "floor.so"
     source.write_text(FLOOR_C)
     compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(source), "-ljpeg", "-o", str(library)], check=True)
-    region = ctypes.CDLL(str(library)).region
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(source), "-ljpeg", "-o", str(compiled)], check=True)
+    region = ctypes.CDLL(str(compiled)).region
     region.argtypes = [ctypes.c_char_p, ctypes.c_ulong, *[ctypes.c_int] * 4]
     return region
 
 
 def line_up(folder: Path, skipped: list[str]) -> list[Contender]:
     """All that can run here; the others go to `skipped`, with the reason."""
-    found = [Contender(REFERENCE, reference, full_decode), ours(by_native=False)]
-    if native.is_there():
-        found.append(ours(by_native=True))
-    else:
-        skipped.append(f"{NATIVE}: {native.REMEDY}")
+    found = [Contender(REFERENCE, reference, full_decode), ours(PILLOW, decoders.PILLOW)]
+    for name, decoder, module in ((NATIVE, decoders.NATIVE, native), (LIBRARY, decoders.LIBRARY, library)):
+        if module.is_there():
+            found.append(ours(name, decoder))
+        else:
+            skipped.append(f"{name}: {module.REMEDY}")
     try:
         found.append(Contender(FLOOR, partial(only_regions, compiled_floor(folder)), None))
     except (OSError, subprocess.CalledProcessError) as error:

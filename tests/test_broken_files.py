@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from lars_train.config import Config, resolve
-from lars_train.data import native
+from lars_train.data import library, native
 from lars_train.data.augment import View
 from lars_train.data.loader import Batch, eval_loader, train_loader
 from lars_train.data.order import epoch_order
@@ -30,7 +30,8 @@ from lars_train.training.run_directory import Invocation
 VIEW = View("inception", 16, True, 0, 0.875)
 BROKEN = 200
 not_built = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-DECODERS = ["pillow", pytest.param("native", marks=not_built)]
+no_library = pytest.mark.skipif(not library.is_there(), reason="nvImageCodec is not installed")
+DECODERS = ["pillow", pytest.param("native", marks=not_built), pytest.param("library", marks=no_library)]
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -138,7 +139,7 @@ def test_of_200_broken_files_none_is_shown_and_none_that_is_whole_is_lost(decode
     source, good = Files(), [whole for _, whole in files()]
     count = len(good)
     assert (count, sum(good)) == (240, 40)
-    common = {"rank": 0, "world": 1, "workers": workers, "pin_memory": False, "by_native": decoder == "native"}
+    common = {"rank": 0, "world": 1, "workers": workers, "pin_memory": False, "decoder": decoder}
     seen = list(eval_loader(source, VIEW, micro_batch=64, **common))
     assert numbers(seen) == [number if good[number] else -1 for number in range(count)]
     assert [bad.sample for batch in seen for bad in batch.bad] == [i for i in range(count) if not good[i]]
@@ -185,5 +186,5 @@ def test_a_run_with_200_broken_files_ends_and_counts_them(decoder: str, tmp_path
     trained = [line for line in lines if "train/bad_images" in line]
     assert trained[-1]["train/bad_images"] == BROKEN - in_val
     assert final["bad_images"] == BROKEN
-    shares = [line["loader/native_share"] for line in trained]
-    assert all(0.3 < share < 1 for share in shares) if decoder == "native" else not any(shares)
+    shares = [line["loader/fast_share"] for line in trained]
+    assert all(0.3 < share < 1 for share in shares) if decoder != "pillow" else not any(shares)

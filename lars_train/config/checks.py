@@ -37,7 +37,7 @@ def check_choices(config: Config) -> None:
         "optimizer.name": ("recipe", "lars", "sgd"),
         "data.name": ("imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
-        "data.decoder": (AUTO, "native", "pillow"),
+        "data.decoder": (AUTO, "native", "library", "pillow", "gpu"),
         "data.order": ("global", "shards"),
         "data.on_error": ("skip", "fail"),
         "schedule.form": ("whole", "restart", "mlperf", "steps"),

@@ -91,7 +91,8 @@ class RecipeConfig:
 class DataConfig:
     """What to train on. Sizes in pixels; `mean` and `std` on the scale 0 to 1, one value per channel.
 
-    `decoder`, of JPEGs: native (in C), pillow, or auto: native where it is there. `train_count`, `val_count`,
+    `decoder`, of JPEGs: native (in C), library (nvImageCodec), pillow, gpu (nvImageCodec on the CUDA device), or auto:
+    native where it is there, else library, else pillow. `train_count`, `val_count`,
     `num_classes`: of made-up images, and of those alone. `min_crop`: the least share of a picture's area that
     ``augment=inception`` cuts out. `order`, of an epoch: global, or shards: of tar shards, `window_shards` at a time.
     `cache_dir` (None: in the user's cache directory) and `cache_gb` (10**9 bytes at most): of a `root` that is a URL.

@@ -34,7 +34,7 @@ EXECUTION_KEYS = (
     "export",
     "plan",
     "data.workers",
-    # Its pixels are at most a level apart, less than another device's arithmetic comes to.
+    # Its pixels are at most a level apart, less than another device's arithmetic comes to; the GPU's go with the GPU.
     "data.decoder",
     "data.cache_dir",
     "data.cache_gb",

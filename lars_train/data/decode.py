@@ -1,9 +1,9 @@
 """From the bytes of one picture to the pixels of one view. Nothing is drawn here.
 
-Pillow decodes and resizes, or native.py for JPEGs. Both give the same pixels but for one level here and there: newer
-versions of Pillow resize some shapes in another order. Pictures are taken as torchvision's image folder takes them:
-decoded in full, not turned by EXIF, an alpha channel dropped. Reading the bytes is the source's business, and choosing
-the view is augment.py's.
+Pillow decodes and resizes; JPEGs may go to native.py or library.py first, one at a time, or to gpu.py, several at once.
+On the CPU all give the same pixels but for one level here and there. Pictures are taken as torchvision's image folder
+takes them: decoded in full, not turned by EXIF, an alpha channel dropped. Reading the bytes is the source's business,
+and choosing the view is augment.py's.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from lars_train.data import native
+from lars_train.data import library, native
 from lars_train.data.augment import Geometry
+from lars_train.data.resize import window
+
+PILLOW, NATIVE, LIBRARY, GPU = "pillow", "native", "library", "gpu"
+"""The decoders of JPEGs."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The picture formats that are read, by Pillow's names."""
@@ -34,6 +39,16 @@ MAX_SCANS = 500
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
+class _Fast(Protocol):
+    """A module that decodes JPEGs one at a time, as far as it can."""
+
+    def size_of(self, data: bytes) -> tuple[int, int] | None: ...
+    def decode(self, data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[np.uint8]) -> bool: ...
+
+
+_FAST: dict[str, _Fast] = {NATIVE: native, LIBRARY: library}
+
+
 class BadImage(Exception):
     """The bytes of one sample cannot be decoded; str(e) is the reason, in one line."""
 
@@ -43,7 +58,7 @@ def decode(
     geometry: Callable[[int, int], Geometry],
     size: int,
     *,
-    by_native: bool = False,
+    decoder: str = PILLOW,
     out: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """The view of one picture: uint8 (size, size, 3), RGB, written to `out` where that is given (contiguous).
@@ -52,7 +67,7 @@ def decode(
     """
     if out is None:
         out = np.empty((size, size, 3), dtype=np.uint8)
-    decode_into(out, item, geometry, by_native=by_native)
+    decode_into(out, item, geometry, decoder=decoder)
     return out
 
 
@@ -61,25 +76,27 @@ def decode_into(
     item: bytes | npt.NDArray[np.uint8],
     geometry: Callable[[int, int], Geometry],
     *,
-    by_native: bool = False,
+    decoder: str = PILLOW,
 ) -> bool:
-    """Write the view of one picture to `out`, uint8 (S, S, 3), RGB, contiguous; whether native.py decoded it.
+    """Write the view of one picture to `out`, uint8 (S, S, 3), RGB, contiguous; whether `decoder` did, not Pillow.
 
     `item` is an encoded picture or decoded uint8 pixels, (H, W) or (H, W, 3). `geometry` is called with
     its width and height in pixels, and must always give the same for the same. Resizing is Pillow's antialiased
-    bilinear, on 8-bit channels. `by_native`: JPEGs by native.py, which must be there, as far as it can.
+    bilinear, on 8-bit channels. `decoder`: NATIVE or LIBRARY, which must be there, for JPEGs as far as it can; with
+    another all is Pillow's.
 
     Raises BadImage where no whole picture can be had from the bytes; `out` may hold anything then. Whether there is one
-    is for Pillow to say: it has all files that native.py refuses. Of a JPEG that it does not refuse, the rows below the
-    view are not decoded; damage there that leaves the file's structure whole goes unnoticed, as it is by Pillow in most
-    cases.
+    is for Pillow to say: it has all files that the others refuse. Of a JPEG that they do not refuse, the rows below the
+    view may not be decoded; damage there that leaves the file's structure whole goes unnoticed, as it is by Pillow in
+    most cases.
     """
-    if by_native and isinstance(item, bytes):
-        found = native.size_of(item)
+    fast = _FAST.get(decoder)
+    if fast is not None and isinstance(item, bytes):
+        found = fast.size_of(item)
         if found is not None and found[0] * found[1] <= MAX_PIXELS:
             view = geometry(*found)
             _check_size(found, view)
-            if native.decode(item, found, view, out):
+            if fast.decode(item, found, view, out):
                 return True
     picture = item if isinstance(item, np.ndarray) else _picture(item)
     if isinstance(picture, np.ndarray):
@@ -95,7 +112,7 @@ def decode_into(
         if view.box != whole:
             picture = picture.crop(view.box)
         picture = picture.resize(view.size, Image.Resampling.BILINEAR)
-    _window(np.asarray(picture), view, out)
+    window(np.asarray(picture), view, out)
     return False
 
 
@@ -154,15 +171,3 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         grey = np.asarray(picture).astype(np.int64) >> 8
         picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     return picture.convert("RGB")
-
-
-def _window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray[np.uint8]) -> None:
-    size = len(out)
-    if pixels.ndim == 2:
-        pixels = pixels[..., np.newaxis]
-    height, width = pixels.shape[:2]
-    left, top = view.crop[0] - view.pad, view.crop[1] - view.pad
-    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + size, width), min(top + size, height)
-    out[:] = 0
-    window = out[:, ::-1] if view.flip else out
-    window[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[y0:y1, x0:x1]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lars_train.data.ahead import Ahead
 from lars_train.data.augment import View
+from lars_train.data.decode import GPU, PILLOW
 from lars_train.data.native import has_jpegs
 from lars_train.data.order import checksum, epoch_order, eval_run, micro_batches, micro_bounds, shard_order
 from lars_train.data.reader import BadSample, EvalReader, Outcome, Reader, TrainReader
@@ -69,8 +70,8 @@ class LoaderStatistics(NamedTuple):
     images: int = 0
     seconds: float = 0.0
     """Wall time that they took, added up over the workers; waiting for a free buffer is not in it."""
-    native: int = 0
-    """Images that the native decoder decoded."""
+    fast: int = 0
+    """Images that another decoder than Pillow decoded."""
 
 
 class Stream(Iterator[Batch]):
@@ -194,9 +195,9 @@ class Stream(Iterator[Batch]):
         return Batch(images, labels, bad, pending.request.checksum)
 
     def _count(self, pending: _Pending, outcomes: list[Outcome]) -> None:
-        images, seconds, native = self._statistics
+        images, seconds, fast = self._statistics
         images, seconds = images + len(pending.request.samples), seconds + pending.seconds
-        self._statistics = LoaderStatistics(images, seconds, native + sum(outcome.native for outcome in outcomes))
+        self._statistics = LoaderStatistics(images, seconds, fast + sum(outcome.fast for outcome in outcomes))
 
 
 def piece_of(batch: int) -> int:
@@ -214,13 +215,16 @@ def ring_slots(batch: int, workers: int) -> int:
     return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // piece_of(batch))))
 
 
-def worker_kind(source: Source, by_native: bool) -> str:
-    """Threads where the native decoder does the work, for it leaves the interpreter to others; else processes.
+def worker_kind(source: Source, decoder: str) -> str:
+    """Threads where another decoder than Pillow does the work, for it leaves the interpreter to others; else processes.
 
     Threads need no fork, which is a risk beside the threads of NCCL and gloo and takes memory for each worker. Outside
-    of Linux there are threads alone: fork is unsafe or absent there.
+    of Linux there are threads alone: fork is unsafe or absent there. So are there with GPU, for a forked process cannot
+    use its parent's CUDA device.
     """
-    return THREADS if sys.platform != "linux" or (by_native and has_jpegs(source)) else PROCESSES
+    if sys.platform != "linux" or decoder == GPU:
+        return THREADS
+    return THREADS if decoder != PILLOW and has_jpegs(source) else PROCESSES
 
 
 def _workers(kind: str, reader: Reader, ring: Ring, workers: int) -> Workers:
@@ -245,7 +249,7 @@ def train_loader(
     workers: int,
     pin_memory: bool,
     on_error: str,
-    by_native: bool = False,
+    decoder: str = PILLOW,
     kind: str | None = None,
     window: int | None = None,
 ) -> Stream:
@@ -260,7 +264,8 @@ def train_loader(
     augmentation of the id it stands in for. Ids follow the paths, so the neighbour nearly always has the
     same class and the balance of the classes stays. The bad picture is recorded each time it is met;
     after 1,000 of them in a row the stream ends with DataError. Raises ValueError where an epoch's
-    updates need more samples than there are, and for another `on_error`. `by_native`: see `decode.decode_into`.
+    updates need more samples than there are, and for another `on_error`. `decoder`: see `decode.decode_into`, or
+    GPU, on the current CUDA device.
     `kind` of the workers: "processes" (on Linux) or "threads"; None: `worker_kind` decides.
 
     `window`: the order is `order.shard_order` with windows of so many shards, and the next sample id of the same shard
@@ -309,14 +314,14 @@ def train_loader(
         every = (span for update in range(start_update, stop_update) for span in spans(update))
         return Ahead(source.split.hold, windows, every, rank, source.split.objects.url)
 
-    reader = TrainReader(_for_workers(source), view, by_native, seed, on_error, shard)
+    reader = TrainReader(_for_workers(source), view, decoder, seed, on_error, shard)
     return Stream(
         requests(),
         reader,
         max((j - i for i, j in bounds), default=1),
         workers,
         pin_memory,
-        kind or worker_kind(source, by_native),
+        kind or worker_kind(source, decoder),
         partial(ahead, source) if isinstance(source, RemoteSource) else None,
     )
 
@@ -340,7 +345,7 @@ def eval_loader(
     world: int,
     workers: int,
     pin_memory: bool,
-    by_native: bool = False,
+    decoder: str = PILLOW,
     kind: str | None = None,
     by_shards: bool = False,
 ) -> Stream:
@@ -364,11 +369,11 @@ def eval_loader(
 
     return Stream(
         (_Request(0, part := order[span.start : span.stop], span, checksum(part)) for span in spans),
-        EvalReader(_for_workers(source), view, by_native),
+        EvalReader(_for_workers(source), view, decoder),
         max(1, min(micro_batch, stop - start)),
         workers,
         pin_memory,
-        kind or worker_kind(source, by_native),
+        kind or worker_kind(source, decoder),
         partial(ahead, source) if isinstance(source, RemoteSource) else None,
     )
 

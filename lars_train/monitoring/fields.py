@@ -27,9 +27,10 @@ FIELDS: dict[str, tuple[str, str]] = {
         "training images that the loaders can deliver: rank 0's since the last line over the time its workers took for "
         "them (waiting left out), times workers and ranks",
     ),
-    "loader/native_share": (
+    "loader/fast_share": (
         "1",
-        "share of the same images that the decoder in C decoded; the others are Pillow's, or pixels in the store",
+        "share of the same images that the run's decoder decoded where that is not Pillow; the others are Pillow's, or "
+        "pixels in the store",
     ),
     "val/top1": ("percent", "validation samples whose class ranked first"),
     "val/top5": ("percent", "validation samples whose class ranked among the first five"),

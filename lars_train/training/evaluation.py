@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lars_train.data.decode import PILLOW
 from lars_train.data.loader import BadSample, Batch, View, eval_loader
 from lars_train.data.order import checksum, eval_run
 from lars_train.data.source import Source
@@ -71,16 +72,15 @@ def evaluate_split(
     batch: int,
     workers: int,
     progress: Progress,
-    by_native: bool = False,
+    decoder: str = PILLOW,
     classes: int | None = None,
     by_shards: bool = False,
     ended: Callable[[], bool] = lambda: False,
 ) -> Result | None:
     """Evaluate `model` on the whole split, this rank on its part of it. Collective.
 
-    `by_native`: see `data.decode.decode`; `by_shards`: see `data.loader.eval_loader`; `classes`: count confusions of so
-    many classes, too.
-    None if `ended`, asked before each batch, said so on any rank.
+    `decoder`: see `data.loader.train_loader`; `by_shards`: see `data.loader.eval_loader`; `classes`: count confusions
+    of so many classes, too. None if `ended`, asked before each batch, said so on any rank.
 
     Raises `RuntimeError` if the samples that were counted are not those of the split, each once.
     """
@@ -94,7 +94,7 @@ def evaluate_split(
         world=ranks.world,
         workers=workers,
         pin_memory=device.type == "cuda",
-        by_native=by_native,
+        decoder=decoder,
         by_shards=by_shards,
     )
     with progress.counting("evaluation", stop - start) as on_batch, closing(Feed(batches, device)) as feed:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lars_train.config import AUTO, Config
+from lars_train.data.decode import PILLOW
 from lars_train.plan import Plan, accumulation, check_micro_batch
-from lars_train.training.decoder import PILLOW, choose_decoder
+from lars_train.training.decoder import choose_decoder
 from lars_train.training.device import choose_precision, choose_threads
 from lars_train.training.distributed import Group
 from lars_train.training.micro_batch import free_memory, ghosts_by_trying, ghosts_that_fit, try_micro_batch

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lars_train.config import absolute_paths, filled, flatten
+from lars_train.data.decode import PILLOW
 from lars_train.data.loader import LoaderStatistics, View, train_loader
 from lars_train.data.open import SHARDS
 from lars_train.data.order import micro_bounds
@@ -27,7 +28,7 @@ from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_
 from lars_train.training import checkpoint
 from lars_train.training.bad_images import BadImages, told_in
 from lars_train.training.cache import check_cache
-from lars_train.training.decoder import NATIVE, PILLOW, decoder_lines
+from lars_train.training.decoder import decoder_lines
 from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
@@ -323,7 +324,7 @@ class Run:
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
             on_error=config.data.on_error,
-            by_native=self.resolved.decoder == NATIVE,
+            decoder=self.resolved.decoder,
             window=config.data.window_shards if config.data.order == SHARDS else None,
         )
         return Feed(stream, self.device)
@@ -361,7 +362,7 @@ class Run:
         if not loaded.seconds:
             return {}  # fewer ghost batches than ranks
         rate = loaded.images / loaded.seconds * max(1, self.workers) * self.group.ranks.world
-        return {"loader/images_per_s": rate, "loader/native_share": loaded.native / loaded.images}
+        return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 
     def _write_ratios(self) -> None:
         optimizer = self.trainer.optimizer
@@ -391,7 +392,7 @@ class Run:
             batch=self.resolved.micro_batch,
             workers=self.workers,
             progress=self.progress,
-            by_native=self.resolved.decoder == NATIVE,
+            decoder=self.resolved.decoder,
             by_shards=self.config.data.order == SHARDS,
             ended=lambda: bool(self.notice.given),
         )

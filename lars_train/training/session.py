@@ -23,7 +23,7 @@ from lars_train.monitoring.summary import FINISHED
 from lars_train.plan import check_world
 from lars_train.training import checkpoint
 from lars_train.training.cache import check_cache
-from lars_train.training.decoder import NATIVE, choose_decoder, decoder_lines
+from lars_train.training.decoder import choose_decoder, decoder_lines
 from lars_train.training.device import (
     choose_device,
     choose_precision,
@@ -169,7 +169,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             batch=batch,
             workers=choose_workers(config, device, ranks),
             progress=Progress(shown=group.first, epochs=1),
-            by_native=decoder == NATIVE,
+            decoder=decoder,
             classes=None if config.evaluate.report is None else len(dataset.classes),
             by_shards=config.data.order == SHARDS,
         )

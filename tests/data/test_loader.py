@@ -26,7 +26,7 @@ from lars_train.data import decode as decode_module
 from lars_train.data import loader, native
 from lars_train.data import workers as workers_module
 from lars_train.data.augment import UNIFORMS, eval_geometry
-from lars_train.data.decode import decode
+from lars_train.data.decode import GPU, LIBRARY, NATIVE, PILLOW, decode
 from lars_train.data.loader import BadSample, Batch, Stream, View, eval_loader, train_loader
 from lars_train.data.order import epoch_order, sample_uniforms
 from lars_train.errors import DataError
@@ -207,12 +207,19 @@ def test_a_ring_holds_two_pieces_for_each_worker_and_little_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "by_native", "kind"), [("JPEG", True, "threads"), ("JPEG", False, KINDS[0]), ("png", True, KINDS[0])]
+    ("suffix", "decoder", "kind"),
+    [
+        ("JPEG", NATIVE, "threads"),
+        ("JPEG", LIBRARY, "threads"),
+        ("JPEG", PILLOW, KINDS[0]),
+        ("png", NATIVE, KINDS[0]),
+        ("png", GPU, "threads"),
+    ],
 )
-def test_threads_are_for_jpegs_by_the_native_decoder(suffix: str, by_native: bool, kind: str) -> None:
+def test_threads_are_for_decoders_that_leave_the_interpreter_to_others(suffix: str, decoder: str, kind: str) -> None:
     source = Pictures(5)
     source.name = lambda sample: f"class/{sample}.{suffix}"  # type: ignore[method-assign]
-    assert loader.worker_kind(source, by_native) == kind
+    assert loader.worker_kind(source, decoder) == kind
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 5])
@@ -446,7 +453,7 @@ def test_statistics_are_of_the_batches_since_the_last_call(kind: str) -> None:
     for images in (8, 2):
         next(stream)
         found = stream.statistics()
-        assert (found.images, found.native) == (images, 0)
+        assert (found.images, found.fast) == (images, 0)
         assert found.seconds >= 0.001 * images
     for _ in stream:
         pass
@@ -456,9 +463,9 @@ def test_statistics_are_of_the_batches_since_the_last_call(kind: str) -> None:
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 def test_statistics_tell_how_many_images_the_native_decoder_decoded() -> None:
     # 3, 5, 7 and 8 are Pillow's.
-    stream = evaluate(Photographs(23), workers=2, kind="threads", by_native=True)
+    stream = evaluate(Photographs(23), workers=2, kind="threads", decoder=NATIVE)
     assert len(list(stream)) == 6
-    assert stream.statistics().native == 19
+    assert stream.statistics().fast == 19
 
 
 def test_a_batch_that_is_ready_is_there_at_once_and_one_that_is_not_is_not_waited_for() -> None:
@@ -618,7 +625,7 @@ class Photographs(Pictures):
 def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int, kind: str | None) -> None:
     for stream in (train, evaluate):
         one, other = (
-            list(stream(Photographs(23), workers=workers, by_native=choice, kind=kind)) for choice in (True, False)
+            list(stream(Photographs(23), workers=workers, decoder=choice, kind=kind)) for choice in (NATIVE, PILLOW)
         )
         for a, b in zip(one, other, strict=True):
             assert (a.images.int() - b.images.int()).abs().max() <= 1
@@ -633,7 +640,7 @@ def test_the_native_decoder_decodes_what_it_is_asked_to_and_pillow_the_rest(monk
     whole = decode_module._picture
     monkeypatch.setattr(decode_module, "_picture", lambda data: opened.append(data) or whole(data))
     source = Photographs(23)
-    list(evaluate(source, by_native=True))
+    list(evaluate(source, decoder=NATIVE))
     assert opened == [source.read(sample) for sample in (3, 5, 7, 8)]
     list(evaluate(source))
     assert len(opened) == 4 + 23

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import itertools
 import os
 import shutil
@@ -11,28 +10,36 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jpegs import (
+    KINDS,
+    Pixels,
+    encode,
+    in_one_step,
+    made_up,
+    not_for_it,
+    outcome,
+    same_outcome,
+    separate_scans,
+    views,
+    whole_picture,
+    window_of,
+)
 from PIL import Image
 
 from lars_train.data import decode as decode_module
 from lars_train.data import native
 from lars_train.data.augment import UNIFORMS, Geometry, View
-from lars_train.data.decode import BadImage, decode
+from lars_train.data.decode import NATIVE, PILLOW, BadImage, decode
 
-Pixels = npt.NDArray[np.uint8]
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "grey", "rgb")
 
 pytestmark = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 
@@ -45,36 +52,6 @@ def fuzz_script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@cache
-def made_up(kind: str, width: int, height: int, progressive: bool = False, quality: int = 80) -> bytes:
-    """A JPEG of coarse coloured noise, in which rows and columns that are mixed up show."""
-    if kind == "4:4:0":
-        # Pillow writes none: a 4:2:2 with its sides and the first component's sampling factors exchanged.
-        data = made_up("4:2:2", height, width, progressive, quality)
-        at = next(i for i in range(len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
-        sides = data[at + 7 : at + 9] + data[at + 5 : at + 7]
-        return data[: at + 5] + sides + data[at + 9 : at + 11] + b"\x12" + data[at + 12 :]
-    rng = np.random.default_rng([width, height])
-    coarse = rng.integers(0, 256, (2 + height // 4, 2 + width // 4, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    options: dict[str, Any] = {"progressive": progressive, "quality": quality}
-    if kind == "rgb":
-        options["keep_rgb"] = True
-    elif kind != "grey":
-        options["subsampling"] = kind
-    return encode(picture.convert("L") if kind == "grey" else picture, **options)
-
-
-def encode(picture: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
-def whole_picture(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def by_native(data: bytes, view: Geometry, size: int) -> Pixels:
@@ -91,31 +68,6 @@ def columns_first(picture: Image.Image, view: Geometry, size: int) -> Pixels:
     box = picture.crop(view.box)
     resized = box.resize((view.size[0], box.height), Image.Resampling.BILINEAR)
     return window_of(resized.resize(view.size, Image.Resampling.BILINEAR), view, size)
-
-
-def in_one_step(picture: Image.Image, view: Geometry, size: int) -> Pixels:
-    """The view as torchvision's transforms take it."""
-    return window_of(picture.crop(view.box).resize(view.size, Image.Resampling.BILINEAR), view, size)
-
-
-def window_of(resized: Image.Image, view: Geometry, size: int) -> Pixels:
-    margin = view.pad + size + 5
-    padded = np.pad(np.asarray(resized), ((margin, margin), (margin, margin), (0, 0)))
-    x, y = view.crop[0] + margin - view.pad, view.crop[1] + margin - view.pad
-    window = padded[y : y + size, x : x + size]
-    return window[:, ::-1] if view.flip else window
-
-
-@st.composite
-def views(draw: st.DrawFn, width: int, height: int) -> tuple[Geometry, int]:
-    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
-    box = (left, top, draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height)))
-    wide, high, size = draw(st.integers(1, 300)), draw(st.integers(1, 300)), draw(st.integers(1, 80))
-    pad = draw(st.sampled_from([0, 0, 3]))
-    crop = (draw(st.integers(-5, wide + pad)), draw(st.integers(-5, high + pad)))
-    if draw(st.booleans()):
-        wide, high, pad, crop = size, size, 0, (0, 0)
-    return Geometry(box, (wide, high), pad, crop, draw(st.booleans())), size
 
 
 @settings(deadline=None, max_examples=250)
@@ -173,22 +125,8 @@ def test_a_progressive_picture_without_its_last_scans_is_pillows_which_smooths_i
         end = jpeg.rfind(b"\xff\xc4", starts[number - 1], starts[number])
         data = jpeg[: end if end > 0 else starts[number]] + b"\xff\xd9"
         assert not native.decode(data, (100, 90), view, np.empty((16, 16, 3), np.uint8))
-        pixels = decode(data, lambda w, h: view, 16, by_native=True)
+        pixels = decode(data, lambda w, h: view, 16, decoder=NATIVE)
         np.testing.assert_array_equal(pixels, in_one_step(whole_picture(data), view, 16))
-
-
-def separate_scans(count: int) -> bytes:
-    """A baseline JPEG whose `count` scans hold a component each, in turn, of a grey one's data."""
-    grey = made_up("grey", 40, 33)
-    segments, at = {}, 2
-    while grey[at + 1] != 0xDA:
-        length = 2 + int.from_bytes(grey[at + 2 : at + 4], "big")
-        segments[grey[at + 1]] = segments.get(grey[at + 1], b"") + grey[at : at + length]
-        at += length
-    entropy = grey[at + 10 : -2]
-    frame = b"\xff\xc0\x00\x11\x08\x00\x21\x00\x28\x03" + b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
-    scans = (b"\xff\xda\x00\x08\x01" + bytes([1 + i % 3, 0, 0, 63, 0]) + entropy for i in range(count))
-    return b"\xff\xd8" + segments[0xDB] + frame + segments[0xC4] + b"".join(scans) + b"\xff\xd9"
 
 
 def test_a_jpeg_of_too_many_scans_is_bad_for_either_decoder() -> None:
@@ -199,10 +137,10 @@ def test_a_jpeg_of_too_many_scans_is_bad_for_either_decoder() -> None:
     out = np.ones((16, 16, 3), np.uint8)
     assert not native.decode(more, (40, 33), view, out)
     assert not out.any()
-    for choice in (False, True):
-        decode(most, lambda w, h: view, 16, by_native=choice)
+    for choice in (PILLOW, NATIVE):
+        decode(most, lambda w, h: view, 16, decoder=choice)
         with pytest.raises(BadImage, match="more than 500 scans"):
-            decode(more, lambda w, h: view, 16, by_native=choice)
+            decode(more, lambda w, h: view, 16, decoder=choice)
 
 
 def test_exif_orientation_is_not_applied() -> None:
@@ -214,26 +152,6 @@ def test_exif_orientation_is_not_applied() -> None:
     np.testing.assert_array_equal(by_native(turned, view, 24), by_native(plain, view, 24))
 
 
-def not_for_it() -> Iterator[tuple[str, bytes]]:
-    picture = whole_picture(made_up("4:2:0", 40, 40))
-    yield "CMYK", encode(picture.convert("CMYK"))
-    for kind in ("PNG", "WEBP", "BMP", "GIF", "TIFF"):
-        yield kind, encode(picture, kind)
-    yield "nothing", b""
-    yield "text", b"<html>404 not found</html>"
-    jpeg = made_up("4:2:0", 40, 40)
-    at = jpeg.index(b"\xff\xc0")
-    yield "12 bits", jpeg[: at + 4] + b"\x0c" + jpeg[at + 5 :]
-    yield "arithmetic coding", jpeg[:at] + b"\xff\xc9" + jpeg[at + 2 :]
-    yield "lossless", jpeg[:at] + b"\xff\xc3" + jpeg[at + 2 :]
-    yield "4:1:1", jpeg[: at + 11] + b"\x41" + jpeg[at + 12 :]
-    grey = made_up("grey", 40, 40)
-    at_grey = grey.index(b"\xff\xc0")
-    yield "grey with sampling factors", grey[: at_grey + 11] + b"\x22" + grey[at_grey + 12 :]
-    yield "20,000 x 20,000 pixels", jpeg[: at + 5] + b"\x4e\x20\x4e\x20" + jpeg[at + 9 :]
-    yield "height 0", jpeg[: at + 5] + b"\x00\x00" + jpeg[at + 7 :]
-
-
 @pytest.mark.parametrize(("name", "data"), list(not_for_it()))
 def test_what_is_not_for_it_is_refused_and_judged_by_pillow(name: str, data: bytes) -> None:
     view = Geometry((0, 0, 40, 40), (16, 16), 0, (0, 0), False)
@@ -243,22 +161,7 @@ def test_what_is_not_for_it_is_refused_and_judged_by_pillow(name: str, data: byt
         whole = Geometry((0, 0, *size), (16, 16), 0, (0, 0), False)
         assert not native.decode(data, size, whole, out)
         assert not out.any()
-    assert same_outcome(data, view, 16)
-
-
-def outcome(data: bytes, view: Geometry, size: int, by_native: bool) -> Pixels | str:
-    try:
-        return decode(data, lambda w, h: view, size, by_native=by_native)
-    except BadImage as error:
-        return str(error)
-
-
-def same_outcome(data: bytes, view: Geometry, size: int) -> bool:
-    """Whether both decoders have the same reason, or pixels at most a level apart."""
-    one, other = outcome(data, view, size, True), outcome(data, view, size, False)
-    if isinstance(one, str) or isinstance(other, str):
-        return one is other or (isinstance(one, str) and isinstance(other, str) and one == other)
-    return bool(np.abs(one.astype(int) - other).max() <= 1)
+    assert same_outcome(data, view, 16, NATIVE)
 
 
 @pytest.mark.parametrize("kind", ["4:2:0", "grey"])
@@ -266,11 +169,11 @@ def same_outcome(data: bytes, view: Geometry, size: int) -> bool:
 def test_a_file_cut_short_anywhere_is_bad_for_both_also_below_the_view(kind: str, progressive: bool) -> None:
     data = made_up(kind, 40, 40, progressive, 40)
     view = Geometry((4, 2, 20, 9), (16, 16), 0, (0, 0), False)
-    assert not isinstance(outcome(data, view, 16, True), str)
+    assert not isinstance(outcome(data, view, 16, NATIVE), str)
     for length in range(0, len(data)):
-        assert same_outcome(data[:length], view, 16), length
+        assert same_outcome(data[:length], view, 16, NATIVE), length
         if length < len(data) - 2:
-            assert isinstance(outcome(data[:length], view, 16, True), str), length
+            assert isinstance(outcome(data[:length], view, 16, NATIVE), str), length
 
 
 @settings(deadline=None, max_examples=300)
@@ -282,7 +185,7 @@ def test_damaged_files_are_judged_as_pillow_judges_them(kind: str, progressive: 
     damage = st.tuples(st.integers(first + 9, len(item) - 1), st.integers(0, 255))
     for place, value in data.draw(st.lists(damage, min_size=1, max_size=3)):
         item[place] = value
-    assert same_outcome(bytes(item), Geometry((4, 2, 20, 9), (16, 16), 0, (0, 0), True), 16)
+    assert same_outcome(bytes(item), Geometry((4, 2, 20, 9), (16, 16), 0, (0, 0), True), 16, NATIVE)
 
 
 def test_a_view_or_buffer_that_makes_no_sense_is_an_error_and_touches_no_memory() -> None:
@@ -335,10 +238,10 @@ def test_threads_do_not_disturb_one_another() -> None:
         for i, (kind, progressive) in enumerate(itertools.product(KINDS, [False, True]))
     ]
     jobs += [(data[:-200], view) for data, view in jobs]
-    alone = [outcome(data, view, 32, True) for data, view in jobs]
+    alone = [outcome(data, view, 32, NATIVE) for data, view in jobs]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(20):
-            together = pool.map(lambda job: outcome(*job, 32, True), jobs)
+            together = pool.map(lambda job: outcome(*job, 32, NATIVE), jobs)
             for one, other in zip(alone, together, strict=True):
                 np.testing.assert_array_equal(one, other)
 

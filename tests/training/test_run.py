@@ -129,7 +129,7 @@ def test_a_run_leaves_what_scripts_rely_on(unbroken: Path) -> None:
     ]
     for line in found:
         wanted = {"train/loss", "train/lr", "train/images_per_s", "train/wait_share", "train/grad_norm"}
-        wanted |= {"loader/images_per_s", "loader/native_share"}
+        wanted |= {"loader/images_per_s", "loader/fast_share"}
         if "val/top1" in line:
             wanted = {"val/top1", "val/top5", "val/loss", "val/count", "val/best_top1"}
         assert wanted <= line.keys() <= FIELDS.keys()
