@@ -64,7 +64,8 @@ def refuse_parquet(path: Path) -> None:
     if path.suffix.lower() == _SUFFIX and not path.is_dir():
         places = [path.parent]
     else:
-        places = [folder.path for folder in parquet_folders(path)]
+        # Classes have folders: there is no need to look into those.
+        places = [] if _has_folders(path / TRAIN) else [folder.path for folder in parquet_folders(path)]
     if not places:
         return
     commands = " or ".join(f"`lars-data pack {shlex.quote(str(place))} STORE`" for place in places)
@@ -72,6 +73,14 @@ def refuse_parquet(path: Path) -> None:
         f"data.root={path} holds parquet, of which single rows are slow to read; make a store of it once, by "
         f"{commands}, and set data.root=STORE."
     )
+
+
+def _has_folders(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.is_dir() for entry in entries)
+    except OSError:
+        return False
 
 
 def _search(folder: Path, depth: int) -> list[ParquetFolder]:
