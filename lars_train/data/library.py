@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lars_train.data.augment import Geometry
-from lars_train.data.jpeg_file import frame_of, is_whole
+from lars_train.data.jpeg_file import Frame, frame_of, is_whole
 from lars_train.data.resize import resize, window
 
 REMEDY = "pip install 'lars-train[decode]', or nvidia-nvimgcodec-cu13 (0.9 or newer) alone: no compiler is needed."
@@ -62,7 +62,7 @@ def is_there() -> bool:
 
 def size_of(data: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG of a kind that may be decoded here, by its header alone; None for all else."""
-    frame = frame_of(data)
+    frame = _frame_of(data)
     return None if frame is None else (frame.width, frame.height)
 
 
@@ -71,7 +71,7 @@ def decode(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[
 
     `out`: uint8 (S, S, 3), contiguous, RGB; it may hold anything where it could not.
     """
-    frame = frame_of(data)
+    frame = _frame_of(data)
     if frame is None or (frame.width, frame.height) != size or not is_whole(data, frame):
         return False
     wanted = needed(view, len(out))
@@ -127,6 +127,14 @@ def show(pixels: npt.NDArray[np.uint8], at: Box, view: Geometry, out: npt.NDArra
     resized = np.empty((high, wide, 3), np.uint8)
     resize(pixels, resized)
     window(resized, view, out)
+
+
+def _frame_of(data: bytes) -> Frame | None:
+    """`frame_of`, once for a file whose size is asked for before it is decoded."""
+    if getattr(_own, "data", None) is not data:
+        _own.frame, _own.data = frame_of(data), data
+    found: Frame | None = _own.frame
+    return found
 
 
 def _region(data: bytes, box: Box) -> npt.NDArray[np.uint8] | None:

@@ -21,7 +21,7 @@ def resize(pixels: Pixels, out: Pixels) -> None:
 
     torch has the same filter, four times as fast, with weights of 15 bits where Pillow has 22. Where sums are half-way
     between two levels, in both directions, it may be 2 levels away, so that such sizes are left to Pillow. Else the two
-    are at most 1 level apart; among 850 million values of photographs there were 2 at 2 levels.
+    are at most 1 level apart but for about 5 values in a billion, which are 2 (docs/input.md).
     """
     import torch
 

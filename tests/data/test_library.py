@@ -45,7 +45,7 @@ def by_library(data: bytes, view: Geometry, size: int) -> Pixels:
     return out
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(KINDS), st.booleans(), st.integers(1, 700), st.integers(1, 500), st.booleans(), st.data())
 def test_any_view_of_any_kind_is_within_a_level_of_pillows(
     kind: str, progressive: bool, width: int, height: int, small: bool, data: st.DataObject
@@ -66,7 +66,9 @@ def test_a_crop_at_any_offset_has_the_pixels_of_the_full_decode(kind: str, progr
     # Two blocks of 16 and a narrow rest.
     jpeg = made_up(kind, 36, 35, progressive)
     pixels = np.asarray(whole_picture(jpeg))
-    for left, top in itertools.product(range(36), range(35)):
+    # Progressive ones differ in how coefficients are read, not in what is made of them.
+    step = 3 if progressive else 1
+    for left, top in itertools.product(range(0, 36, step), range(0, 35, step)):
         # Of any width and height, in step with the offsets.
         box = (left, top, min(36, left + 1 + top % 17), min(35, top + 1 + left % 15))
         wide, high = box[2] - left, box[3] - top
