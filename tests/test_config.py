@@ -312,7 +312,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"data.name": "imagnet"}, "data.name=imagnet"),
         ({"data.augment": "crop"}, "data.augment=crop"),
         ({"data.on_error": "stop"}, "data.on_error=stop"),
-        ({"data.decoder": "gpu"}, "data.decoder=gpu"),
+        ({"data.decoder": "cuda"}, "data.decoder=cuda"),
         ({"schedule.form": "hole"}, "schedule.form=hole"),
         ({"optimizer.clip": "LR"}, "optimizer.clip=LR"),
         ({"optimizer.clip": [50, 0]}, "optimizer.clip=[50, 0]"),

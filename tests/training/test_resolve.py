@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lars_train.config import Config, DataConfig, LaunchConfig, PrecisionConfig
-from lars_train.data import native
+from lars_train.data import library, native
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
@@ -45,7 +45,8 @@ def config(**settings: Any) -> Config:
 @pytest.fixture(autouse=True)
 def a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
-    monkeypatch.setattr(native, "is_there", lambda: False)
+    for decoder in (native, library):
+        monkeypatch.setattr(decoder, "is_there", lambda: False)
     monkeypatch.setattr(device_module, "available_cores", lambda: 8)
     monkeypatch.setattr(device_module, "_cpu_has", lambda *flags: "bf16" in flags)
 
