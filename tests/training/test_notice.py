@@ -32,6 +32,7 @@ def test_a_second_notice_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time\n"
         "from lars_train.training.notice import Notice\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background command ignores it
         "with Notice() as notice:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(1.2)\n"
