@@ -31,8 +31,10 @@ def test_the_small_network_s_operations_are_the_sum_over_its_layers() -> None:
 
 
 def test_the_measured_peak_is_a_rate_of_this_machine() -> None:
-    threads = torch.get_num_threads()
+    threads, before = torch.get_num_threads(), torch.get_rng_state()
+    peak_flops.cache_clear()
     found = peak_flops(choose_precision("fp32", CPU), CPU, threads)
     # From a processor of long ago on a busy day to more than any node has.
     assert 1e8 < found < 1e15
+    assert torch.equal(torch.get_rng_state(), before)
     assert peak_flops(choose_precision("fp32", CPU), CPU, threads) == found
