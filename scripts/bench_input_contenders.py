@@ -168,10 +168,11 @@ def full_decode(task: str, pictures: Source, number: int) -> Iterator[npt.NDArra
 
 
 def ours(name: str, decoder: str) -> Contender:
-    """As the loader does it: into the buffer of a batch."""
+    """As the loader does it: into the buffer of a batch, which is used again and again."""
+
+    batch = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
 
     def views(task: str, pictures: Source, number: int) -> Iterator[npt.NDArray[np.uint8]]:
-        batch = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
         for i, (data, drawn) in enumerate(drawings(task, pictures, number)):
             yield decode(data, drawn, SIZE, decoder=decoder, out=batch[i % BATCH])
 

@@ -49,6 +49,8 @@
 #define MAX_TAPS 16000
 /* Rows that libjpeg is asked for at a time: with 4:2:0 it makes two. */
 #define ROWS 2
+/* Results in a row that vectors make at a time. */
+#define GROUP 4
 
 enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
 
@@ -64,6 +66,8 @@ typedef struct {
     int count, from, taps, begin, end;
     int *first;
     int32_t *weights;
+    /* As vectors want them, where there are any. */
+    int32_t *spread;
 } Axis;
 
 typedef struct {
@@ -77,8 +81,8 @@ typedef struct {
     const View *view;
     uint8_t *out;
     Axis across, down;
-    void *memory[5];
-    void (*resize_across)(const Axis *, const uint8_t *, uint8_t *);
+    void *memory[6];
+    void (*resize_across)(const Axis *, int, const uint8_t *const *, uint8_t *const *);
     void (*resize_down)(const uint8_t *const *, const int32_t *, int, int, uint8_t *);
 } Job;
 
@@ -137,7 +141,7 @@ static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, in
     }
     if (most > MAX_TAPS) leave(job, REFUSED);
     axis->taps = even ? (most + 1) / 2 * 2 : most;
-    axis->first = take(job, slot, axis->count, sizeof(int));
+    axis->first = take(job, slot, axis->count + GROUP, sizeof(int));
     axis->weights = take(job, slot + 1, (size_t)axis->count * axis->taps, sizeof(int32_t));
     double *weights = take(job, 4, most, sizeof(double));
     for (int i = 0; i < axis->count; i++) {
@@ -154,19 +158,23 @@ static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, in
             fixed[t] = t < n ? (int32_t)(0.5 + (sum != 0 ? weights[t] / sum : weights[t]) * (1 << WEIGHT_BITS)) : 0;
         axis->first[i] = offset + first;
     }
+    for (int i = axis->count; i < axis->count + GROUP; i++) axis->first[i] = i ? axis->first[i - 1] : 0;
     free(weights);
     job->memory[4] = NULL;
 }
 
-/* One row of 4-byte pixels, of which `first` tells, to 3-byte pixels of the window. */
-static void resize_across(const Axis *axis, const uint8_t *row, uint8_t *to) {
-    const int32_t *weights = axis->weights;
-    for (int i = 0; i < axis->count; i++, weights += axis->taps, to += 3) {
-        const uint8_t *from = row + 4 * (size_t)axis->first[i];
-        int32_t red = HALF, green = HALF, blue = HALF;
-        for (int t = 0; t < axis->taps; t++, from += 4)
-            red += from[0] * weights[t], green += from[1] * weights[t], blue += from[2] * weights[t];
-        to[0] = red >> WEIGHT_BITS, to[1] = green >> WEIGHT_BITS, to[2] = blue >> WEIGHT_BITS;
+/* `count` rows of 4-byte pixels, of which `first` tells, to 3-byte pixels of the window. */
+static void resize_across(const Axis *axis, int count, const uint8_t *const *rows, uint8_t *const *results) {
+    for (int row = 0; row < count; row++) {
+        const int32_t *weights = axis->weights;
+        uint8_t *to = results[row];
+        for (int i = 0; i < axis->count; i++, weights += axis->taps, to += 3) {
+            const uint8_t *from = rows[row] + 4 * (size_t)axis->first[i];
+            int32_t red = HALF, green = HALF, blue = HALF;
+            for (int t = 0; t < axis->taps; t++, from += 4)
+                red += from[0] * weights[t], green += from[1] * weights[t], blue += from[2] * weights[t];
+            to[0] = red >> WEIGHT_BITS, to[1] = green >> WEIGHT_BITS, to[2] = blue >> WEIGHT_BITS;
+        }
     }
 }
 
@@ -185,67 +193,120 @@ static void resize_down(const uint8_t *const *rows, const int32_t *weights, int 
 }
 
 #ifdef HAVE_AVX2
-/* The same, with vectors. A pixel has four channels, the fourth of them dead; two pixels make one vector. */
-AVX2 static inline __attribute__((always_inline)) void across_in_pairs(const Axis *axis, int pairs, const uint8_t *row,
-                                                                       uint8_t *to) {
-    const __m128i half = _mm_set1_epi32(HALF);
-    const __m128i lowest = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 12, 8, 4, 0);
-    const __m256i spread = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-    const int32_t *weights = axis->weights;
-    for (int i = 0; i < axis->count; i++, to += 3) {
-        const uint8_t *from = row + 4 * (size_t)axis->first[i];
-        __m256i sum = _mm256_setzero_si256();
-        for (int pair = 0; pair < pairs; pair++, from += 8, weights += 2) {
-            const __m256i pixels = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)from));
-            int64_t both;
-            memcpy(&both, weights, sizeof both);
-            const __m256 each = _mm256_permutevar_ps(_mm256_castsi256_ps(_mm256_set1_epi64x(both)), spread);
-            sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(pixels, _mm256_castps_si256(each)));
+/* The same, with vectors of 16-bit numbers: a weight is its upper part, times 2048, and 11 lower bits. What overflows in
+   the two sums of products is gone again in their total. */
+#define LOWER_BITS 11
+#define LOWER ((1 << LOWER_BITS) - 1)
+/* Two weights, for two neighbours in a vector of pixels. */
+static inline int32_t two(int32_t first, int32_t second) { return first | (int32_t)((uint32_t)second << 16); }
+
+/* For each group of results and each pair of weights one vector: upper and lower parts for the first result, then for the
+   second; in its other half those for the third and fourth. */
+static void spread_weights(Job *job, Axis *axis, int slot) {
+    const int groups = (axis->count + GROUP - 1) / GROUP, pairs = axis->taps / 2;
+    int32_t *to = axis->spread = take(job, slot, (size_t)groups * pairs * 2 * GROUP, sizeof(int32_t));
+    for (int g = 0; g < groups; g++)
+        for (int pair = 0; pair < pairs; pair++)
+            for (int i = g * GROUP; i < (g + 1) * GROUP; i++, to += 2) {
+                const int32_t *weights = axis->weights + (size_t)i * axis->taps + 2 * pair;
+                const int32_t a = i < axis->count ? weights[0] : 0, b = i < axis->count ? weights[1] : 0;
+                to[0] = two(a >> LOWER_BITS, b >> LOWER_BITS), to[1] = two(a & LOWER, b & LOWER);
+            }
+}
+
+/* Sums of products, upper and lower, to results; `half` of a level is in the lower ones. */
+AVX2 static inline __attribute__((always_inline)) __m256i level(__m256i upper, __m256i lower) {
+    return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(upper, LOWER_BITS), lower), WEIGHT_BITS);
+}
+
+/* `count` rows, one or two, with the same weights. */
+AVX2 static inline __attribute__((always_inline)) void across_in_pairs(const Axis *axis, int pairs, int count,
+                                                                       const uint8_t *const *rows, uint8_t *const *to) {
+    /* Two pixels of four channels, to 16 bits, the first and the second pixel's in turn. */
+    const __m256i beside = _mm256_set_epi8(-1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0,  //
+                                           -1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0);
+    const __m256i three = _mm256_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0,  //
+                                          -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0);
+    const __m256i half = _mm256_set1_epi32(HALF);
+    const __m256i zero = _mm256_setzero_si256();
+    const int32_t *weights = axis->spread;
+    const int *first = axis->first;
+    for (int i = 0; i < axis->count; i += GROUP, first += GROUP) {
+        /* For the first and third result, for the second and fourth. */
+        __m256i upper[ROWS][2] = {{zero, zero}, {zero, zero}}, lower[ROWS][2] = {{half, half}, {half, half}};
+        for (int pair = 0; pair < pairs; pair++, weights += 2 * GROUP) {
+            const __m256i all = _mm256_loadu_si256((const void *)weights);
+            const __m256i above[2] = {_mm256_shuffle_epi32(all, 0x00), _mm256_shuffle_epi32(all, 0xAA)};
+            const __m256i below[2] = {_mm256_shuffle_epi32(all, 0x55), _mm256_shuffle_epi32(all, 0xFF)};
+            for (int row = 0; row < count; row++)
+                for (int k = 0; k < 2; k++) {
+                    const uint8_t *from = rows[row] + 8 * pair;
+                    const __m128i one = _mm_loadu_si128((const void *)(from + 4 * (ptrdiff_t)first[k]));
+                    const __m128i other = _mm_loadu_si128((const void *)(from + 4 * (ptrdiff_t)first[k + 2]));
+                    __m256i pixels = _mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1);
+                    pixels = _mm256_shuffle_epi8(pixels, beside);
+                    upper[row][k] = _mm256_add_epi32(upper[row][k], _mm256_madd_epi16(pixels, above[k]));
+                    lower[row][k] = _mm256_add_epi32(lower[row][k], _mm256_madd_epi16(pixels, below[k]));
+                }
         }
-        const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        const __m128i pixel = _mm_srai_epi32(_mm_add_epi32(two, half), WEIGHT_BITS);
-        /* The fourth byte is where the next pixel begins, or the row's slack. */
-        const int32_t bytes = _mm_cvtsi128_si32(_mm_shuffle_epi8(pixel, lowest));
-        memcpy(to, &bytes, sizeof bytes);
+        for (int row = 0; row < count; row++) {
+            const __m256i evens = level(upper[row][0], lower[row][0]), odds = level(upper[row][1], lower[row][1]);
+            const __m256i words = _mm256_packs_epi32(evens, odds);
+            const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), three);
+            /* What is written beyond six bytes is where the next pixels begin, or the row's slack. */
+            _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i), _mm256_castsi256_si128(bytes));
+            _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i + 6), _mm256_extracti128_si256(bytes, 1));
+        }
     }
 }
 
-AVX2 static void resize_across_avx2(const Axis *axis, const uint8_t *row, uint8_t *to) {
-    switch (axis->taps / 2) {
-    case 1: across_in_pairs(axis, 1, row, to); break;
-    case 2: across_in_pairs(axis, 2, row, to); break;
-    case 3: across_in_pairs(axis, 3, row, to); break;
-    default: across_in_pairs(axis, axis->taps / 2, row, to);
-    }
+AVX2 static void resize_across_avx2(const Axis *axis, int count, const uint8_t *const *rows, uint8_t *const *to) {
+    const int pairs = axis->taps / 2;
+    if (count == 2 && pairs == 1) across_in_pairs(axis, 1, 2, rows, to);
+    else if (count == 2 && pairs == 2) across_in_pairs(axis, 2, 2, rows, to);
+    else if (count == 2) across_in_pairs(axis, pairs, 2, rows, to);
+    else across_in_pairs(axis, pairs, 1, rows, to);
 }
 
-AVX2 static inline __attribute__((always_inline)) __m256i eight_at(const uint8_t *from) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)from));
-}
-
-AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
-    const __m256i half = _mm256_set1_epi32(HALF), order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+AVX2 static inline __attribute__((always_inline)) void down_in_pairs(const uint8_t *const *rows, const int32_t *weights,
+                                                                     int taps, int pairs, int count, uint8_t *to) {
+    const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(HALF);
     for (int i = 0; i < count; i += BLOCK) {
-        __m256i a = half, b = half, c = half, d = half;
-        for (int t = 0; t < taps; t++) {
-            const uint8_t *from = rows[t] + i;
-            const __m256i weight = _mm256_set1_epi32(weights[t]);
-            a = _mm256_add_epi32(a, _mm256_mullo_epi32(eight_at(from), weight));
-            b = _mm256_add_epi32(b, _mm256_mullo_epi32(eight_at(from + 8), weight));
-            c = _mm256_add_epi32(c, _mm256_mullo_epi32(eight_at(from + 16), weight));
-            d = _mm256_add_epi32(d, _mm256_mullo_epi32(eight_at(from + 24), weight));
+        __m256i upper[4] = {zero, zero, zero, zero}, lower[4] = {half, half, half, half};
+        for (int pair = 0; pair < pairs; pair++) {
+            /* An odd last row goes with itself, at weight 0. */
+            const int t = 2 * pair, next = t + 1 < taps ? t + 1 : t;
+            const int32_t a = weights[t], b = next > t ? weights[next] : 0;
+            const __m256i above = _mm256_set1_epi32(two(a >> LOWER_BITS, b >> LOWER_BITS));
+            const __m256i below = _mm256_set1_epi32(two(a & LOWER, b & LOWER));
+            const __m256i first = _mm256_loadu_si256((const void *)(rows[t] + i));
+            const __m256i second = _mm256_loadu_si256((const void *)(rows[next] + i));
+            const __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
+            const __m256i both[4] = {_mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
+                                     _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
+            for (int k = 0; k < 4; k++) {
+                upper[k] = _mm256_add_epi32(upper[k], _mm256_madd_epi16(both[k], above));
+                lower[k] = _mm256_add_epi32(lower[k], _mm256_madd_epi16(both[k], below));
+            }
         }
-        a = _mm256_packus_epi32(_mm256_srai_epi32(a, WEIGHT_BITS), _mm256_srai_epi32(b, WEIGHT_BITS));
-        c = _mm256_packus_epi32(_mm256_srai_epi32(c, WEIGHT_BITS), _mm256_srai_epi32(d, WEIGHT_BITS));
-        a = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, c), order);
+        const __m256i left = _mm256_packs_epi32(level(upper[0], lower[0]), level(upper[1], lower[1]));
+        const __m256i right = _mm256_packs_epi32(level(upper[2], lower[2]), level(upper[3], lower[3]));
+        const __m256i bytes = _mm256_packus_epi16(left, right);
         if (i + BLOCK <= count) {
-            _mm256_storeu_si256((void *)(to + i), a);
+            _mm256_storeu_si256((void *)(to + i), bytes);
         } else {
             uint8_t rest[BLOCK];
-            _mm256_storeu_si256((void *)rest, a);
+            _mm256_storeu_si256((void *)rest, bytes);
             memcpy(to + i, rest, count - i);
         }
     }
+}
+
+AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
+    if (taps == 2) down_in_pairs(rows, weights, 2, 1, count, to);
+    else if (taps == 3) down_in_pairs(rows, weights, 3, 2, count, to);
+    else if (taps == 4) down_in_pairs(rows, weights, 4, 2, count, to);
+    else down_in_pairs(rows, weights, taps, (taps + 1) / 2, count, to);
 }
 #endif
 
@@ -344,7 +405,10 @@ static void decode(Job *job) {
     if (!is_complete(jpeg)) leave(job, REFUSED);
     if (across->count && down->count) {
         const int first = narrow(jpeg, across->begin, across->end);
-        for (int i = 0; i < across->count; i++) across->first[i] -= first;
+        for (int i = 0; i < across->count + GROUP; i++) across->first[i] -= first;
+#ifdef HAVE_AVX2
+        if (job->resize_across == resize_across_avx2) spread_weights(job, across, 5);
+#endif
         /* From the first row on, and by an even number of rows: what is not so has been wrong in some versions. */
         JDIMENSION skipped = (JDIMENSION)(down->begin / 2 * 2);
         if (skipped && jpeg_skip_scanlines(jpeg, skipped) != skipped) leave(job, REFUSED);
@@ -366,10 +430,12 @@ static void decode(Job *job) {
         while (at < down->count) {
             const int row = (int)jpeg->output_scanline, read = (int)jpeg_read_scanlines(jpeg, lines, ROWS);
             if (read < 1) leave(job, DAMAGED);
-            for (int i = 0; i < read; i++) {
-                if (row + i < down->begin) continue;
-                job->resize_across(across, lines[i], kept + (size_t)((row + i) % slots) * stride);
-            }
+            const int above = lesser(greater(down->begin - row, 0), read);
+            const uint8_t *from[ROWS];
+            uint8_t *to[ROWS];
+            for (int i = above; i < read; i++)
+                from[i - above] = lines[i], to[i - above] = kept + (size_t)((row + i) % slots) * stride;
+            if (above < read) job->resize_across(across, read - above, from, to);
             at = rows_of_result(job, kept, stride, slots, row + read, at, rows);
         }
     }
