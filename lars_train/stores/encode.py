@@ -50,23 +50,23 @@ class Encoding:
     def apply(self, data: bytes) -> bytes:
         """The bytes to store for a picture of these. Raises `BadImage` where they have to be decoded and cannot be.
 
-        A grey or RGB JPEG that is small enough stays as it is. All else becomes a JPEG of 8 bits, grey or YCbCr
-        4:2:0, resized by Pillow's Lanczos filter, from the pixels that training would see: CMYK is converted,
-        transparency, EXIF data and colour profiles are dropped.
+        All become JPEGs of 8 bits, grey or YCbCr 4:2:0, resized by Pillow's Lanczos filter, from the pixels that
+        training would see: CMYK is converted, transparency, EXIF data and colour profiles are dropped. A grey or RGB
+        JPEG of that size already stays as it is where it would not become shorter.
         """
         if not self.anew:
             return data
         decoded = whole_picture(data)
         size = self.size(*decoded.size)
-        if size == decoded.size and _is_plain_jpeg(data):
-            return data
+        plain = size == decoded.size and _is_plain_jpeg(data)
         if size != decoded.size:
             decoded = decoded.resize(size, Image.Resampling.LANCZOS)
         # Comments and the like would be written again.
         decoded.info.clear()
         file = io.BytesIO()
         decoded.save(file, "JPEG", quality=self.quality)
-        return file.getvalue()
+        anew = file.getvalue()
+        return data if plain and len(data) <= len(anew) else anew
 
 
 def check(data: bytes) -> None:
