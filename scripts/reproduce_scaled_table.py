@@ -51,10 +51,10 @@ from scaled_results import (
 )
 
 ROWS = ("256", "8k", "16k", "32k")
-SGD_SWEEP_256 = (0.025, 0.05, 0.1, 0.2, 0.4)
+SGD_SWEEP_256 = (0.05, 0.1, 0.2)
 # As many for one as for the other, a factor of 2 apart, with the recipe's or the linearly scaled value among them.
-SGD_SWEEP_32K = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6)
-LARS_SWEEP_32K = (1.8125, 3.625, 7.25, 14.5, 29.0, 58.0, 116.0, 232.0)
+SGD_SWEEP_32K = (0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+LARS_SWEEP_32K = (3.625, 7.25, 14.5, 29.0, 58.0, 116.0)
 LINEAR = {"8k": (3.2,), "16k": (6.4,), "32k": (12.8, 25.6)}
 # float32 on any processor, so that the pieces of a study may be made on several.
 # SGD: of the recipe's 256 row, which has no LARS.
