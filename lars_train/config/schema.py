@@ -18,23 +18,26 @@ MODES = ("train", "evaluate", "export", "plan")
 
 @dataclass
 class RunConfig:
-    """Where the run lives. `dir` is the whole path; `name` a folder below ``runs/``; neither: named by hash."""
+    """Where the run lives."""
 
     dir: Optional[str] = None
+    """The run directory's whole path."""
     name: Optional[str] = None
+    """The run directory's name below ``runs/``. Neither: named by a hash of the experiment."""
 
 
 @dataclass
 class BatchConfig:
-    """`nominal`: the samples of one update on ImageNet. `size`: taken literally instead of a recipe's row.
-
-    `scaled`: shrink the nominal batch in proportion to the data set (None: for all but ImageNet).
-    """
+    """The samples of one update."""
 
     name: str = "32k"
+    """The row: which file of ``configs/batch/`` it is."""
     nominal: int = 32768
+    """Samples of one update on ImageNet."""
     size: Optional[int] = None
+    """Samples of one update, taken literally instead of a recipe's row; then ``optimizer.lr`` is wanted."""
     scaled: Optional[bool] = None
+    """Shrink the nominal batch in proportion to the data set (null: for all but ImageNet)."""
 
 
 @dataclass
@@ -82,204 +85,263 @@ class RecipeConfig:
     """A published set of hyper-parameters: what all rows share, and one row per batch."""
 
     name: str = "torchlars"
+    """Whose hyper-parameters."""
     source: str = ""
+    """Where they were published."""
     common: dict[str, Any] = field(default_factory=dict)
+    """What all rows share."""
     rows: dict[str, Any] = field(default_factory=dict)
+    """One row for each batch, by `batch.name`."""
 
 
 @dataclass
 class DataConfig:
-    """What to train on. Sizes in pixels; `mean` and `std` on the scale 0 to 1, one value per channel.
-
-    `decoder`, of JPEGs: native (in C), library (nvImageCodec), pillow, gpu (nvImageCodec on the CUDA device), or auto:
-    native where it is there, else library, else pillow. `train_count`, `val_count`,
-    `num_classes`: of made-up images, and of those alone. `min_crop`: the least share of a picture's area that
-    ``augment=inception`` cuts out. `order`, of an epoch: global, or shards: of tar shards, `window_shards` at a time.
-    `cache_dir` (None: in the user's cache directory) and `cache_gb` (10**9 bytes at most): of a `root` that is a URL.
-    """
+    """What to train on, and how it is read."""
 
     name: str = "mini"
+    """imagenet, folder, mini (embedded), cifar10, fashion_mnist or synthetic."""
     root: Optional[str] = None
+    """Folder, ``.zip``, packed store or URL of one, tar shards; for torchvision's sets where they lie or go to."""
     holdout: Optional[float] = None
+    """Validate on this share of ``train/`` instead of ``val/``."""
     val_labels: Optional[str] = None
+    """For a flat ``val/`` of ImageNet: the devkit, or a CSV of file and class."""
     image_size: int = 224
+    """Side of the network's input, in pixels."""
     augment: str = "inception"
+    """inception (random resized crop), scale_crop (shorter side to size / eval_crop, random crop), pad_crop or none."""
     min_crop: Optional[float] = None
+    """The least share of a picture's area that ``augment=inception`` cuts out."""
     flip: bool = True
+    """Mirror half of the training images."""
     pad: int = 4
+    """Pixels around the image for ``augment=pad_crop``."""
     eval_crop: float = 0.875
+    """Evaluation resizes the shorter side to image_size / eval_crop and cuts out the centre."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Per channel, on the scale 0 to 1; subtracted."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Per channel, on the scale 0 to 1; divided by."""
     workers: Union[int, str] = AUTO
+    """What decodes beside each rank; auto: none on the CPU, else its share of the cores less one, at most 16."""
     decoder: str = AUTO
+    """Of JPEGs: native (in C), library (nvImageCodec), pillow, gpu (nvImageCodec on the CUDA device), or auto: native
+    where it is there, else library, else pillow.
+    """
     order: str = "global"
+    """Of an epoch: global (a permutation of all samples), or shards: of packed shards, a few at a time."""
     window_shards: int = 16
+    """Shards among which ``order=shards`` mixes samples."""
     cache_dir: Optional[str] = None
+    """Of a root that is a URL (null: in the user's cache directory)."""
     cache_gb: float = 64.0
+    """The most that the cache takes, in 10**9 bytes."""
     on_error: str = "skip"
+    """A picture that cannot be decoded: skip it and count, or fail."""
     max_bad: int = 100
+    """Bad pictures after which a run ends nevertheless."""
     train_count: Optional[int] = None
+    """Training images, of ``data=synthetic`` alone."""
     val_count: Optional[int] = None
+    """Validation images, of ``data=synthetic`` alone."""
     num_classes: Optional[int] = None
+    """Classes, of ``data=synthetic`` alone."""
 
 
 @dataclass
 class ModelConfig:
-    """`weights`: a plain state_dict file to start from. `ghost_batch`: samples per batch-norm statistics."""
+    """The network."""
 
     name: str = "resnet50"
+    """A file of ``configs/model/``."""
     weights: Optional[str] = None
+    """A file of weights to start from, or to evaluate: a state_dict, or ``.safetensors``."""
     ghost_batch: Optional[int] = None
+    """Samples per batch-norm statistics."""
     zero_gamma: Optional[bool] = None
+    """Start the last gamma of every residual block at 0."""
 
 
 @dataclass
 class OptimizerConfig:
-    """`name`: ``recipe`` (the row decides), ``lars`` (over `base`) or ``sgd``. `kwargs` go to the base class.
-
-    `preset` gives all options of LARS from `eps` to `clamp` at once (lars_train/optim/presets.py); those that are set
-    beside it win. They have the names of `LARS`'s own, but for `decay_placement`, which is its ``weight_decay``.
-    `clip`: ``none``, ``lr`` or two bounds; `clamp`: ``none`` or a number. `decay_norm_bias` and `adapt_norm_bias`:
-    whether batch norm's parameters and biases are decayed, and get trust ratios.
-    """
+    """The optimizer: LARS over a class of torch.optim, or plain SGD. Most keys are the recipe's row's."""
 
     name: str = "recipe"
+    """recipe (the row decides), lars (over `base`) or sgd."""
     base: str = "SGD"
+    """A class of ``torch.optim`` for LARS to wrap."""
     lr: Optional[float] = None
+    """The peak learning rate."""
     momentum: Optional[float] = None
+    """Of the base class, where it has one."""
     nesterov: Optional[bool] = None
+    """Of the base class, where it has it."""
     weight_decay: Optional[float] = None
+    """Of all parameters, or of those that `decay_norm_bias` leaves."""
     decay_norm_bias: Optional[bool] = None
+    """Whether batch norm's parameters and biases are decayed."""
     adapt_norm_bias: Optional[bool] = None
+    """Whether they get trust ratios."""
     preset: Optional[str] = None
+    """All options of LARS from `eps` to `clamp` at once (docs/lars.md); those that are set beside it win."""
     eps: Optional[float] = None
+    """Added to the trust ratio's denominator."""
     trust_coef: Optional[float] = None
+    """The trust coefficient."""
     denominator: Optional[str] = None
+    """split: |g| + wd * |w| + eps; combined: |g + wd * w| + eps."""
     clip: Any = None
+    """Of the trust ratio r: none, lr (min(r / lr, 1)), or two bounds."""
     zero_norm: Optional[str] = None
+    """Where |w| or |g| is 0: decay (g + wd * w, the ratio 1) or skip (g as it is)."""
     zero_decay: Optional[str] = None
+    """Parameters without weight decay: adapt them, or skip."""
     decay_placement: Optional[str] = None
+    """coupled (into the gradient that is rescaled) or base (the base decays in its own way after the ratio)."""
     ratio_placement: Optional[str] = None
+    """inside the momentum or outside of it."""
     lr_placement: Optional[str] = None
+    """outside of the momentum or inside."""
     clamp: Any = None
+    """Limit of the elements of g + wd * w: none, or a number."""
     kwargs: dict[str, Any] = field(default_factory=dict)
+    """More keywords of the base class."""
 
 
 @dataclass
 class ScheduleConfig:
-    """Linear warm-up, then decay: `form` is ``whole``, ``restart``, ``mlperf`` or ``steps`` (optim/schedule.py).
-
-    `warmup_start`: the lr of update 0 (a number), or ``step``: the first of equal steps up to the peak. `power` and
-    `end_lr` are of the polynomial forms; `steps` (epochs) and `step_factor` of ``steps``. `scale_warmup`: a warm-up
-    and steps that the recipe's row gives shrink with the run's epochs.
-    """
+    """The learning rate: linear warm-up, then decay (optim/schedule.py)."""
 
     warmup_epochs: Optional[float] = None
+    """Epochs of linear warm-up."""
     warmup_start: Any = None
+    """The lr of update 0 (a number), or step: the first of equal steps up to the peak."""
     form: Optional[str] = None
+    """whole, restart, mlperf or steps (docs/recipes.md)."""
     power: Optional[float] = None
+    """Of the polynomial decay."""
     end_lr: Optional[float] = None
+    """Of the polynomial decay."""
     steps: Optional[list[float]] = None
+    """Of ``form=steps``: the epochs at which the lr falls."""
     step_factor: Optional[float] = None
+    """Of ``form=steps``: by what it is multiplied."""
     scale_warmup: bool = False
+    """A warm-up and steps that the recipe's row gives shrink with the run's epochs."""
 
 
 @dataclass
 class PrecisionConfig:
-    """`name`: auto, fp32, fp64, bf16 or fp16 (autocast; fp16 with loss scaling)."""
+    """The arithmetic."""
 
     name: str = AUTO
+    """auto, fp32, fp64, bf16 or fp16 (autocast; fp16 with loss scaling)."""
 
 
 @dataclass
 class LaunchConfig:
-    """`nproc`: processes on this machine, when torchrun or Slurm started none. `threads`: CPU threads of each."""
+    """Processes on one machine."""
 
     nproc: Union[int, str] = AUTO
+    """Processes on this machine, when torchrun or Slurm started none; auto: one per GPU."""
     threads: Union[int, str] = AUTO
+    """CPU threads of each process."""
 
 
 @dataclass
 class DistributedConfig:
-    """`timeout`: seconds after which a rank that does not answer ends the run. `bucket_mb`: MiB of gradients that are
-    reduced together.
-    """
+    """What the ranks exchange."""
 
     timeout: float = 600.0
+    """Seconds after which a rank that does not answer ends the run."""
     bucket_mb: float = 25.0
+    """MiB of gradients that are reduced together."""
 
 
 @dataclass
 class EvaluateConfig:
-    """`every_epochs`: epochs between evaluations; the last update is always evaluated. `report`: of ``mode=evaluate``,
-    the folder for the accuracy of each class and what was taken for what (None: none).
-    """
+    """Evaluation while training, and ``mode=evaluate``."""
 
     every_epochs: int = 1
+    """Epochs between evaluations; the last update is always evaluated."""
     report: Optional[str] = None
+    """Of ``mode=evaluate``: the folder for the accuracy of each class and what was taken for what."""
 
 
 @dataclass
 class CheckpointConfig:
-    """`path`: the checkpoint to evaluate, export or go on from. `keep`: the last so many stay, and the best one.
-
-    `every_updates`: None is once an epoch; `every_minutes`: of wall time since the last one, too (None: never).
-    """
+    """What is kept of a run, and which one a mode takes."""
 
     path: Optional[str] = None
+    """The checkpoint, or its run directory, to evaluate, export or go on from."""
     every_updates: Optional[int] = None
+    """Null: once an epoch."""
     every_minutes: Optional[float] = 15.0
+    """Of wall time since the last one, too (null: never)."""
     keep: int = 3
+    """The last so many stay, and the best one."""
 
 
 @dataclass
 class GuardConfig:
-    """What happens when the loss of an update is not finite, or its mean over the global batch above `max_loss`.
-
-    `on_divergence`: ``stop``, or ``rollback`` to the last checkpoint at most `max_rollbacks` times, passing over the
-    samples from there to the update that diverged.
-    """
+    """What happens when the loss of an update is not finite or too large."""
 
     max_loss: Optional[float] = None
+    """A mean loss of an update above it counts as divergence, as one that is not finite does."""
     on_divergence: str = "stop"
+    """stop, or rollback to the last checkpoint, passing over the samples from there to the update that diverged."""
     max_rollbacks: int = 3
+    """How often."""
 
 
 @dataclass
 class ExportConfig:
-    """`path`: the file to write, ``.pth``, ``.safetensors`` or ``.onnx``; None is a ``.pth`` beside the checkpoint."""
+    """Of ``mode=export``."""
 
     path: Optional[str] = None
+    """The file to write: ``.pth``, ``.safetensors`` or ``.onnx`` (null: a ``.pth`` beside the checkpoint)."""
 
 
 @dataclass
 class PlanConfig:
-    """Of ``mode=plan``. `path`: the JSON file to write (None: none); `world`: ranks (None: as this machine starts)."""
+    """Of ``mode=plan``."""
 
     path: Optional[str] = None
+    """The JSON file to write (null: none)."""
     world: Optional[int] = None
+    """Ranks (null: as this machine starts)."""
 
 
 @dataclass
 class Config:
-    """A whole run.
-
-    `gradient_compression`: ``none``, or ``bf16``: what the ranks exchange is rounded to bfloat16. That is part of the
-    experiment: the curve then depends, in those roundings, on the world size.
-    """
+    """A whole run."""
 
     mode: str = "train"
+    """train, evaluate, export or plan."""
     seed: int = 0
+    """Of the initial weights, the order and the crops."""
     epochs: Optional[int] = None
+    """The schedule's length."""
     max_updates: Optional[int] = None
+    """Stop after so many updates; the schedule stays as it is."""
     micro_batch: Union[int, str] = AUTO
+    """Images at once on a device, whole ghost batches; auto: what fits."""
     label_smoothing: Optional[float] = None
+    """Share of the target that goes to all classes alike."""
     device: str = AUTO
+    """auto, cpu or cuda."""
     deterministic: bool = False
+    """Have torch use deterministic kernels alone."""
     compile: bool = False
+    """The network through ``torch.compile``."""
     gradient_compression: str = "none"
+    """none, or bf16: what the ranks exchange is rounded to bfloat16. That is part of the experiment: the curve then
+    depends, in those roundings, on the world size.
+    """
     resume: str = AUTO
+    """auto: go on with the run that is in the run directory; never: move it aside."""
     log_every: int = 10
+    """Updates between two lines of the log."""
     run: RunConfig = field(default_factory=RunConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
