@@ -36,7 +36,7 @@ from lars_train.training.feed import Feed, normaliser
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCH = 64
-PASSES = 6  # over the pictures, by each stream: what a stream costs once is then a small part, as in a training
+PASSES = 8  # over the pictures, by each stream: what a stream costs once is then a small part, as in a training
 REFERENCE = "reference"
 BY_DEFAULT = "ours, native, threads"
 TARGET = 2.8

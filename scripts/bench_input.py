@@ -5,7 +5,7 @@
 PICTURES is a folder with JPEGs, at any depth; or what a training reads as `data.root`: a store of `lars-data pack`, tar
 shards, or a zip. Each contender reads every picture, decodes it, and makes a 224 x 224 view: for training a random
 resized crop, flipped half of the time, for evaluation the centre of the picture resized to 256. Contenders take turns,
-a whole pass over the pictures each, on one core; what counts is this process's CPU time. So it is done with the
+a quarter of the pictures each time, on one core; what counts is this process's CPU time. So it is done with the
 pictures as they are, and with two stores of smaller copies, made in a temporary folder as `lars-data pack` makes them.
 
 - reference: Pillow and torchvision's v1 transforms, to a normalised float32 tensor (which ours leaves to the device)
@@ -48,6 +48,7 @@ from lars_train.errors import ConfigError
 from lars_train.stores.encode import Encoding
 from lars_train.stores.pack import Kept
 
+PARTS = 4
 COMPARED = 200  # pictures at most whose pixels are compared
 
 
@@ -91,23 +92,38 @@ def rows(view: Any) -> npt.NDArray[np.uint8]:
     return pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels
 
 
+def pieces(count: int) -> list[npt.NDArray[np.int64]]:
+    """The numbers below `count` in PARTS parts, fewer if there are not as many."""
+    return np.array_split(np.arange(count, dtype=np.int64), min(PARTS, count))
+
+
 def measure(contenders: list[Contender], stores: dict[str, Source], rounds: int) -> dict[Key, npt.NDArray[np.float64]]:
     """Images per second of CPU time, of each contender, task and store, in each round; a first round does not count."""
     found: dict[Key, list[float]] = {}
-    turns = [(one, task, store) for store in stores for task in TASKS for one in contenders if task in one.tasks]
+    # What other machines' work takes from this one changes within seconds: who is compared goes through a few pictures
+    # in turn, and so on.
+    parts = {store: [Kept(source, ids) for ids in pieces(len(source))] for store, source in stores.items()}
+    groups = [(store, task) for store in stores for task in TASKS]
     # What the libraries hold is not gone through again before each turn.
     gc.collect()
     gc.freeze()
     for number in range(-1, rounds):
-        # Neighbours are another time others.
-        random.Random(number).shuffle(turns)
-        for contender, task, store in turns:
-            gc.collect()
-            before = time.process_time()
-            contender.run(task, stores[store], number + 1)
-            taken = time.process_time() - before
+        draw = random.Random(number)
+        draw.shuffle(groups)
+        for store, task in groups:
+            takers = [one for one in contenders if task in one.tasks]
+            taken = dict.fromkeys((one.name for one in takers), 0.0)
+            for part, pictures in enumerate(parts[store]):
+                # Neighbours are another time others.
+                draw.shuffle(takers)
+                for contender in takers:
+                    gc.collect()
+                    before = time.process_time()
+                    contender.run(task, pictures, PARTS * (number + 1) + part)
+                    taken[contender.name] += time.process_time() - before
             if number >= 0:
-                found.setdefault((contender.name, task, store), []).append(len(stores[store]) / taken)
+                for name, seconds in taken.items():
+                    found.setdefault((name, task, store), []).append(len(stores[store]) / seconds)
     gc.unfreeze()
     return {key: np.array(values) for key, values in found.items()}
 
@@ -163,7 +179,7 @@ def shown(plot: Path, page: Path | None) -> list[str]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, metavar="PICTURES", help="a folder with JPEGs, a store or a zip")
-    parser.add_argument("--rounds", type=int, default=7, help="that count (default 7)")
+    parser.add_argument("--rounds", type=int, default=9, help="that count (default 9)")
     parser.add_argument("--files", type=int, default=200, help="at most so many pictures, evenly spread (default 200)")
     parser.add_argument("--no-copies", action="store_true", help="the pictures as they are, and no smaller copies")
     parser.add_argument("--peers", action="store_true", help="other libraries too (pip install 'lars-train[bench]')")
@@ -190,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         stores = stores_of(args.found, not args.no_copies, folder)
         # First, for it forks: peers have threads.
-        whole = end_to_end(args.found, args.rounds)
+        whole = end_to_end(args.found, (args.rounds + 1) // 2)
         with one_core():
             contenders = line_up(folder, skipped)
             if args.peers:

@@ -93,7 +93,7 @@ class Stream(Iterator[Batch]):
     ) -> None:
         self._requests, self._batch = iter(requests), batch
         self._request: _Request | None = None
-        self._ring = Ring(ring_slots(batch, workers), batch, reader.size)
+        self._ring = Ring(ring_slots(batch, workers), batch, reader.size, shared=kind == PROCESSES and workers > 0)
         self._pending: deque[_Pending] = deque()
         self._by_slot: dict[int, _Pending] = {}
         self._most_pending = self._ring.slots - LENT

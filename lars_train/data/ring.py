@@ -1,7 +1,7 @@
 """The buffers that a stream's batches lie in: made once, used in turn, never while someone still holds a batch.
 
-They are shared with threads and with processes that are forked later (anonymous memory, so no limit of /dev/shm
-counts). What is written there, and when, is the business of loader.py and workers.py.
+They are shared with threads and, where that is asked for, with processes that are forked later (anonymous memory, so no
+limit of /dev/shm counts). What is written there, and when, is the business of loader.py and workers.py.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import Tensor
 class Ring:
     """`slots` buffers for a batch of at most `batch` views of `size` x `size` pixels each.
 
-    Of memory it takes slots * batch * (3 * size**2 + 16) bytes, as far as they are written to.
+    Of memory it takes slots * batch * (3 * size**2 + 16) bytes, as far as they are written to. `shared`: with processes
+    that are forked later.
     """
 
-    def __init__(self, slots: int, batch: int, size: int) -> None:
+    def __init__(self, slots: int, batch: int, size: int, *, shared: bool) -> None:
         self.slots, self._batch = slots, batch
-        self._pages = _Pages(-1, max(1, slots * batch * (3 * size * size + 16) + 8 * slots))
+        self._pages = _pages(max(1, slots * batch * (3 * size * size + 16) + 8 * slots), shared)
         numbers, views = slots * (2 * batch + 1), slots * batch * 3 * size * size
         heads = np.frombuffer(self._pages, np.int64, numbers).reshape(slots, 2 * batch + 1)
         self._epochs, self._samples, self._labels = heads[:, 0], heads[:, 1 : batch + 1], heads[:, batch + 1 :]
@@ -119,6 +120,17 @@ class _Pages(mmap.mmap):
     def __del__(self) -> None:
         if self._pinned:
             _cuda().cudaHostUnregister(self._pinned)
+
+
+def _pages(size: int, shared: bool) -> _Pages:
+    if shared or not hasattr(mmap, "MAP_PRIVATE"):
+        return _Pages(-1, size)
+    pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Memory that is shared has large pages on few systems; with small ones, first use costs a tenth of a decoding.
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def _cuda() -> Any:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lars_train.config import OptimizerConfig, filled
 from lars_train.config.lars_options import lars_keywords
 from lars_train.errors import ConfigError, nearest
+from lars_train.optim.eager import leave_compiler_out
 from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups
 
@@ -29,6 +30,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 
     Raises `ConfigError` for a class that torch.optim does not have and for keywords that it does not take.
     """
+    leave_compiler_out()
     base_class = optimizer_class(config.base)
     keywords = _keywords(config, base_class)
     adapt = config.name == "sgd" or config.adapt_norm_bias is not False
