@@ -23,7 +23,7 @@ from PIL import Image
 
 from lars_train.data.augment import Geometry
 from lars_train.data.jpeg_file import Frame, frame_of, is_whole
-from lars_train.data.resize import resize, window
+from lars_train.data.resize import mirror, resize, window
 
 REMEDY = "pip install 'lars-train[decode]', or nvidia-nvimgcodec-cu13 (0.9 or newer) alone: no compiler is needed."
 """What to do where `is_there` says no, in one line."""
@@ -121,12 +121,16 @@ def show(pixels: npt.NDArray[np.uint8], at: Box, view: Geometry, out: npt.NDArra
         whole = np.empty((bottom - top, right - left, 3), np.uint8)
         whole[at[1] - top : at[3] - top, at[0] - left : at[2] - left] = pixels
         pixels = whole
-    if (wide, high, x, y, view.flip) == (len(out), len(out), 0, 0, False):
+    whole_view = (wide, high, x, y) == (len(out), len(out), 0, 0)
+    if whole_view and not view.flip:
         resize(pixels, out)
         return
     resized = np.empty((high, wide, 3), np.uint8)
     resize(pixels, resized)
-    window(resized, view, out)
+    if whole_view:
+        mirror(resized, out)
+    else:
+        window(resized, view, out)
 
 
 def _frame_of(data: bytes) -> Frame | None:

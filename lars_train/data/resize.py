@@ -34,6 +34,13 @@ def resize(pixels: Pixels, out: Pixels) -> None:
     torch.ops.aten._upsample_bilinear2d_aa.out(source, [high, wide], False, None, None, out=target)
 
 
+def mirror(pixels: Pixels, out: Pixels) -> None:
+    """Write uint8 (H, W, 3) to `out` with its columns in reverse: as `window`, in half of the time."""
+    import torch
+
+    torch.from_numpy(out).copy_(torch.flip(torch.from_numpy(pixels), [1]))
+
+
 def window(pixels: Pixels, view: Geometry, out: Pixels) -> None:
     """Write the window of a view, (S, S, 3), of the resized picture (H, W) or (H, W, 3); zeros where it hangs over."""
     size = len(out)
