@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from program import TINY, environment
 
 from lars_train.cli import explain, main, prepare_arguments
 from lars_train.config import config_dir, register
@@ -294,14 +295,29 @@ def test_help_lists_groups_and_keys_and_imports_no_torch(tmp_path: Path) -> None
         "try: main()\n"
         "except SystemExit as end: print('ENDED', end.code, 'torch' in sys.modules)\n"
     )
-    environment = {**os.environ, "IMAGENET_DIR": "/data/imagenet"}
+    with_folder = {**os.environ, "IMAGENET_DIR": "/data/imagenet"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=tmp_path, env=with_folder, capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines()[-1] == "ENDED 0 False", done.stderr
     for word in ("batch: 256, 512, 1k", "precision: auto", "trust_coef", "launch:", "torchrun", "mode=evaluate"):
         assert word in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_on_the_cpu_does_not_wait_for_torchs_compiler_to_be_imported(tmp_path: Path) -> None:
+    # It takes as long as all else that a short run does.
+    code = (
+        "import sys\n"
+        "from lars_train.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('COMPILER', 'torch._dynamo' in sys.modules, 'sympy' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, *TINY, "launch.nproc=1", "run.name=one"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "COMPILER False False", done.stdout + done.stderr
 
 
 def test_a_group_cannot_be_taken_away() -> None:

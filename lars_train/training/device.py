@@ -94,7 +94,9 @@ def set_up(config: Config, device: torch.device, threads: int) -> None:
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    # To set what is set already would import torch's compiler.
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(config.deterministic)
 
 
 def choose_threads(config: Config, ranks: Ranks) -> int:
