@@ -1,0 +1,393 @@
+"""How fast training steps are: lars-train's own beside bare loops and timm's step.
+
+    python scripts/bench_step.py [--write docs/performance.md]      # ResNet-50 at 224 and a small ResNet at 32
+
+All take the same images in memory, one micro-batch an update, and take turns, a few updates each. What counts is wall
+time.
+
+- (a) a bare loop as torchvision's references/classification runs by default: float32, NCHW, eager, SGD
+- (b) timm's step: its network, optimizer and loss, channels_last, autocast where the processor has bf16
+- (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD; and the same without compile
+- (d) lars-train's update: LARS, ghost batch norm, schedule, guard, meters, as a run makes it by default; tuned: with
+  compile=true; and "bare": the same network, optimizer and loss in a loop without the trainer around it
+
+Peak memory is that of a process of its own for each (`--one NAME`), less what it had before its first update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from page import between_markers, cpu_name
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lars_train.config import Config, OptimizerConfig, ScheduleConfig
+from lars_train.data.loader import Batch
+from lars_train.launch import Ranks
+from lars_train.models.factory import build_model
+from lars_train.optim.factory import build_optimizer
+from lars_train.plan import Plan, make_schedule
+from lars_train.training.device import Precision, choose_precision
+from lars_train.training.distributed import Group
+from lars_train.training.feed import normaliser
+from lars_train.training.trainer import Hyper, Trainer
+
+CPU = torch.device("cpu")
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
+OURS, TUNED, WITHOUT = "(d) lars-train", "(d) lars-train, compiled", "(d) without the trainer"
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and the images that it takes at once; by both libraries' names."""
+
+    name: str
+    images: int
+    size: int
+    classes: int
+
+
+CASES = (Case("resnet50", 32, 224, 1000), Case("small", 128, 32, 10))
+
+
+def precision() -> Precision:
+    """What ``precision=auto`` is here."""
+    return choose_precision("auto", CPU)
+
+
+def pixels(case: Case) -> tuple[Tensor, Tensor]:
+    """uint8 images in channels-last memory, and their labels."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (case.images, case.size, case.size, 3), dtype=torch.uint8, generator=draw)
+    return images.permute(0, 3, 1, 2), torch.randint(0, case.classes, (case.images,), generator=draw)
+
+
+def network(case: Case, ghost_batch: int) -> nn.Module:
+    """As lars-train makes it."""
+    torch.manual_seed(0)
+    return build_model(case.name, num_classes=case.classes, ghost_batch=ghost_batch, zero_gamma=False)
+
+
+def plain_network(case: Case) -> nn.Module:
+    """With torch's own batch norm, for the loops that are not ours."""
+    if case.name.startswith("resnet"):
+        from torchvision.models import get_model
+
+        model: nn.Module = get_model(case.name, weights=None, num_classes=case.classes)
+        return model
+    from lars_train.models.resnet_cifar import CifarResNet
+
+    return CifarResNet(1, num_classes=case.classes)
+
+
+def bare(case: Case) -> Step:
+    """(a)"""
+    model = plain_network(case).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    images, labels = normaliser(MEAN, STD, CPU, choose_precision("fp32", CPU))(pixels(case)[0]), pixels(case)[1]
+    images = images.contiguous()
+
+    def step() -> None:
+        loss = functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+    return step
+
+
+def best(case: Case, compiled: bool) -> Step:
+    """(c)"""
+    model = plain_network(case).train().to(memory_format=torch.channels_last)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+    kind, labels = precision(), pixels(case)[1]
+    images = normaliser(MEAN, STD, CPU, kind)(pixels(case)[0])
+
+    def step() -> None:
+        with kind.autocast(CPU):
+            logits = forward(images)
+        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def of_timm(case: Case) -> Step:
+    """(b)"""
+    timm: Any = importlib.import_module("timm")
+    parts: Any = [importlib.import_module(f"timm.{name}") for name in ("loss", "optim", "utils")]
+    losses_of, optimizers, utilities = parts
+    if not case.name.startswith("resnet"):
+        raise LookupError("timm has no such network")
+    model = timm.create_model(case.name, num_classes=case.classes).train().to(memory_format=torch.channels_last)
+    optimizer = optimizers.create_optimizer_v2(model, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    loss_of, losses = losses_of.LabelSmoothingCrossEntropy(0.1), utilities.AverageMeter()
+    kind, labels = precision(), pixels(case)[1]
+    images = normaliser(MEAN, STD, CPU, choose_precision("fp32", CPU))(pixels(case)[0])
+
+    def step() -> None:
+        with kind.autocast(CPU):
+            loss = loss_of(model(images), labels)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.update(loss.item(), len(images))
+
+    return step
+
+
+def plan(case: Case) -> Plan:
+    """Updates of one micro-batch each, more than will be made."""
+    many = 10**6
+    ghost = min(32, case.images)
+    return Plan(
+        samples=many * case.images,
+        nominal_batch=case.images,
+        global_batch=case.images,
+        ghost_batch=ghost,
+        scaled=False,
+        raised=False,
+        epochs=1,
+        updates_per_epoch=many,
+        updates=many,
+        stop=many,
+        warmup_updates=many // 10,
+    )
+
+
+def ours(case: Case, compiled: bool) -> Step:
+    """(d), with the micro-batch as one ghost batch of at most 32 images, or several."""
+    which, kind = plan(case), precision()
+    settings = options()
+    model = network(case, which.ghost_batch).to(memory_format=torch.channels_last).train()
+    trainer = Trainer(
+        model,
+        build_optimizer(settings, model),
+        which,
+        Hyper(make_schedule(which, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole"))), 0.0),
+        normalise=normaliser(MEAN, STD, CPU, kind),
+        precision=kind,
+        device=CPU,
+        group=Group(Ranks()),
+        compiled=compiled,
+    )
+    images, labels = pixels(case)
+
+    def step() -> None:
+        trainer.run_update(iter([Batch(images, labels, ())]), 1, measure=False)
+
+    return step
+
+
+def without_trainer(case: Case) -> Step:
+    """(d) less the trainer: no schedule, guard, meters, running statistics and counting."""
+    which, kind = plan(case), precision()
+    model = network(case, which.ghost_batch).to(memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(options(), model)
+    normalise = normaliser(MEAN, STD, CPU, kind)
+    images, labels = pixels(case)
+
+    def step() -> None:
+        with kind.autocast(CPU):
+            logits = model(normalise(images))
+        torch.autograd.backward(functional.cross_entropy(logits.to(kind.weights), labels))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def options() -> OptimizerConfig:
+    """LARS as the recipe's 32K row has it."""
+    return OptimizerConfig(
+        name="lars",
+        lr=1.0,
+        momentum=0.9,
+        weight_decay=5e-4,
+        decay_norm_bias=True,
+        adapt_norm_bias=True,
+        eps=1e-8,
+        trust_coef=0.001,
+    )
+
+
+STEPS: dict[str, Callable[[Case], Step]] = {
+    BARE: bare,
+    TIMM: of_timm,
+    BEST_EAGER: lambda case: best(case, compiled=False),
+    BEST: lambda case: best(case, compiled=True),
+    OURS: lambda case: ours(case, compiled=False),
+    TUNED: lambda case: ours(case, compiled=True),
+    WITHOUT: without_trainer,
+}
+
+
+def line_up(case: Case, wanted: list[str], skipped: list[str]) -> dict[str, Step]:
+    """Those that run here, each after two updates, the first of which compiles."""
+    found: dict[str, Step] = {}
+    for name in wanted:
+        try:
+            step = STEPS[name](case)
+            step()
+            step()
+        except Exception as error:  # whatever a peer or a compiler raises
+            if name in (BARE, BEST_EAGER, OURS, WITHOUT):
+                raise
+            skipped.append(f"{case.name}: {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        found[name] = step
+    return found
+
+
+def measure(steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of an update, in each round: of as many updates as fit into `seconds`, one at least."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(rounds):
+        random.Random(number).shuffle(names)
+        for name in names:
+            gc.collect()
+            started, count = time.perf_counter(), 0
+            while count == 0 or time.perf_counter() - started < seconds:
+                steps[name]()
+                count += 1
+            found[name].append((time.perf_counter() - started) / count)
+    return found
+
+
+def peak_memory(case: Case, name: str) -> float:
+    """MB that a process of its own needs for its updates."""
+    command = [sys.executable, __file__, "--one", name, "--case", case.name, "--images", str(case.images)]
+    command += ["--size", str(case.size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def one(case: Case, name: str) -> None:
+    """Print how much memory two updates take."""
+    before = most_memory()
+    step = STEPS[name](case)
+    step()
+    step()
+    print(most_memory() - before)
+
+
+def most_memory() -> float:
+    """MB of memory that this process has had at most."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not the figure of getrusage, which begins with that of the process that started this one.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def table(case: Case, seconds: dict[str, list[float]], memory: dict[str, float]) -> list[str]:
+    """A Markdown table, ratios by round."""
+    lines = [
+        f"{case.name}, {case.images} images of {case.size} x {case.size}, {precision().name}:",
+        "",
+        "| | images/s, median (10th to 90th percentile) | ÷ (a) | ÷ (b) | ÷ (c) compiled | ÷ (c) eager | memory, MB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, own in seconds.items():
+        rates = case.images / np.array(own)
+        low, high = np.percentile(rates, [10, 90])
+        cells = [f"{np.median(rates):,.1f} ({low:,.1f} to {high:,.1f})"]
+        cells += [ratio(seconds, name, to) for to in (BARE, TIMM, BEST, BEST_EAGER)]
+        cells.append(f"{memory[name]:,.0f}" if name in memory else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def ratio(seconds: dict[str, list[float]], name: str, to: str) -> str:
+    """Of speeds: the median over the rounds."""
+    return f"{value(seconds, name, to):.2f}" if to in seconds else "-"
+
+
+def value(seconds: dict[str, list[float]], name: str, to: str) -> float:
+    """The same as a number."""
+    return float(np.median(np.array(seconds[to]) / np.array(seconds[name])))
+
+
+def verdicts(case: Case, seconds: dict[str, list[float]]) -> list[str]:
+    """The targets, judged as they are printed."""
+    wanted = ((OURS, BARE, 4.0), (OURS, TIMM, 1.0), (TUNED, BEST, 0.97), (OURS, BEST, 0.9), (OURS, WITHOUT, 0.99))
+    lines = []
+    for name, to, least in wanted:
+        if name in seconds and to in seconds:
+            found = round(value(seconds, name, to), 2)
+            met = "met" if found >= least else "**not met**"
+            lines.append(f"- {case.name}: {name} is {found:.2f} times {to}; {least} wanted: {met}")
+    return lines
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="(7)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn, one update at least (5)")
+    parser.add_argument("--case", choices=[case.name for case in CASES], help="one network alone")
+    parser.add_argument("--images", type=int, help="at once")
+    parser.add_argument("--size", type=int, help="their side in pixels")
+    parser.add_argument("--only", nargs="+", choices=list(STEPS), help="these alone")
+    parser.add_argument("--no-memory", action="store_true", help="leave the processes for peak memory out")
+    parser.add_argument("--threads", type=int, help="torch's (all cores)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the page's markers")
+    parser.add_argument("--one", choices=list(STEPS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds < 1 or (args.images or 1) < 1 or (args.size or 1) < 1:
+        parser.error("--rounds, --images and --size: at least 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = [
+        Case(case.name, args.images or case.images, args.size or case.size, case.classes)
+        for case in CASES
+        if args.case in (None, case.name)
+    ]
+    if args.one:
+        one(cases[0], args.one)
+        return
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
+    lines = [
+        f"`python scripts/bench_step.py` on {cpu_name()}, {torch.get_num_threads()} threads; Python "
+        f"{platform.python_version()}, {packages}. {args.rounds} rounds; ratios are medians over the rounds.",
+        "",
+    ]
+    skipped: list[str] = []
+    judged: list[str] = []
+    for case in cases:
+        steps = line_up(case, args.only or list(STEPS), skipped)
+        seconds = measure(steps, args.rounds, args.seconds)
+        memory = {} if args.no_memory else {name: peak_memory(case, name) for name in steps}
+        lines += table(case, seconds, memory)
+        judged += verdicts(case, seconds)
+        torch.compiler.reset()
+    lines += judged + [f"- left out: {why}" for why in skipped]
+    print("\n".join(lines))
+    if args.write:
+        args.write.write_text(between_markers(args.write.read_text(), "bench_step", lines))
+
+
+if __name__ == "__main__":
+    main()

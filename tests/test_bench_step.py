@@ -1,0 +1,34 @@
+"""scripts/bench_step.py: every contender that can run here takes part, and memory is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from program import environment
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_step.py"
+
+
+@pytest.mark.slow
+def test_a_page_gets_a_line_for_each_contender_with_rates_ratios_and_memory(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench_step: begin -->\n<!-- bench_step: end -->\nafter\n")
+    names = ["(a) bare, fp32 NCHW", "(d) lars-train"]
+    command = f"--case small --images 8 --size 16 --rounds 2 --seconds 0.01 --threads 1 --write {page} --only".split()
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *command, *names], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| (")]
+    assert [line[0] for line in lines] == names
+    for _, rates, to_bare, _, _, _, memory in lines:
+        assert float(rates.split()[0].replace(",", "")) > 0
+        assert float(to_bare) > 0
+        assert float(memory.replace(",", "")) > 0
+    assert "- small: (d) lars-train is" in text
