@@ -153,3 +153,34 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(SLURM)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "IMAGENET_DIR" in done.stderr
+
+
+def test_the_check_of_a_gpu_says_so_where_there_is_none(tmp_path: Path) -> None:
+    script, report = SCRIPTS / "gpu_check.sh", tmp_path / "report.txt"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "REPORT": str(report)}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert report.read_text() == done.stdout == "torch finds no CUDA device here\n"
+
+
+def test_the_check_of_a_gpu_runs_every_part_and_names_those_that_failed(tmp_path: Path) -> None:
+    for name in ("python", "lars-train"):
+        stub = tmp_path / name
+        # The first thing that is asked of Python is whether there is a device.
+        stub.write_text(STUB + '[ "$1" = - ] && exit 0\ncase "$*" in *bench_batchnorm*) exit 3;; esac\n')
+        stub.chmod(0o755)
+    log = tmp_path / "log"
+    settings = {"LOG": str(log), "CODE": "75", "STOPS_AT": "32k", "REPORT": str(tmp_path / "report.txt")}
+    environment = {**os.environ, **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPTS / "gpu_check.sh"), "pictures"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "== failed: batch norm"
+    started = [line.split("\t")[:3] for line in log.read_text().splitlines()]
+    assert [words[1 if words[0] == "lars-train" else 2] for words in started[1:]] == [
+        "pytest",
+        "--device",
+        "--device",
+        "pictures",
+        "data=synthetic",
+    ]
