@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 AUTO = "auto"
-MODES = ("train", "evaluate", "export", "plan")
+MODES = ("train", "evaluate", "export", "plan", "check")
 
 
 @dataclass
@@ -261,6 +261,14 @@ class PlanConfig:
 
 
 @dataclass
+class CheckConfig:
+    """Of ``mode=check``. `seconds`: how long each speed is measured; `samples`: pictures that a machine decodes."""
+
+    seconds: float = 5.0
+    samples: int = 256
+
+
+@dataclass
 class Config:
     """A whole run.
 
@@ -295,6 +303,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
 
 
 def register() -> None:
