@@ -1,8 +1,8 @@
 """The command line: compose with Hydra, check, launch, and say how it went.
 
-No torch is imported until a command needs it. Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for a run
-that a signal has ended with a checkpoint (by a second signal: 128 and its number), 130 for an interrupt before or after
-training.
+No torch is imported until a command needs it. Exit codes: 0, 1 for a run that failed and a check that found something
+to mend, 2 for bad input, 75 for a run that a signal has ended with a checkpoint (by a second signal: 128 and its
+number), 130 for an interrupt before or after training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, flatten, nominal_batch, register, resolve
-from lars_train.errors import ConfigError, DataError, Diverged, Stopped, nearest
+from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, nearest
 from lars_train.monitoring.say import complain, first_process, open_standard_streams, say
 from lars_train.text import printable_lines
 
@@ -235,7 +235,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         jobs.done += 1
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
-    except (DataError, Diverged) as error:
+    except (DataError, Diverged, NotReady) as error:
         jobs.fail(label, FAILED, str(error))
     except WorkerError as error:
         jobs.fail(label, BAD_INPUT if error.kind == "ConfigError" else FAILED, str(error))

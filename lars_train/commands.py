@@ -1,4 +1,4 @@
-"""What the command line does with one checked config: train, evaluate, export, plan, in as many processes as needed."""
+"""What the command line does with one checked config, as its ``mode`` says, in as many processes as needed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lars_train.check.command import check
 from lars_train.config import AUTO, Config
 from lars_train.data.directory import user_path
-from lars_train.errors import ConfigError
+from lars_train.errors import ConfigError, NotReady
 from lars_train.export.command import CARD, export
 from lars_train.launch import Ranks, adopt, processes, restarts
 from lars_train.monitoring.say import first_process, say
@@ -33,10 +35,10 @@ from lars_train.training.session import evaluate_only, evaluation_config, find_f
 
 
 def run(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Do what ``mode`` says; what came of it, by name. Raises `ConfigError`, `DataError`, `WorkerError`."""
+    """Do what ``mode`` says; what came of it, by name. Raises `ConfigError`, `DataError`, `NotReady`, `WorkerError`."""
     begin_job()
     shield_tracker()
-    commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan}
+    commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan, "check": _check}
     return commands[config.mode](config, invocation)
 
 
@@ -130,8 +132,33 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
     return rehearsed
 
 
+def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
+    """Measure on every rank and tell of it; `NotReady` on the first rank, which speaks for all."""
+    ranks = adopt()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())
+    # What else is wrong with the input belongs into the list.
+    count = 1 if ranks else processes(config, cuda_devices(config), ghosts=cuda_devices(config))
+    found: dict[str, Any]
+    found = start_processes(_check_worker, (config,), count) if count > 1 else check(config, ranks or Ranks())
+    for line in found["lines"]:
+        say(line)
+    problems = found["problems"]
+    if problems:
+        if not first_process():
+            # The launcher ends them when the first rank fails.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            return found
+        raise NotReady(f"not ready: {len(problems)} to mend.")
+    return found
+
+
 def _train_worker(config: Config, invocation: Invocation) -> dict[str, Any]:
     return train(prepare(config), current_ranks(), invocation)
+
+
+def _check_worker(config: Config) -> dict[str, Any]:
+    return check(config, current_ranks())
 
 
 def _evaluate_worker(config: Config) -> dict[str, Any]:

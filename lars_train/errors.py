@@ -25,6 +25,10 @@ class DataError(_OneLine, RuntimeError):
     """Damaged data that the run's policy (``data.on_error``, ``data.max_bad``) does not tolerate; told in one line."""
 
 
+class NotReady(RuntimeError):
+    """``mode=check`` has found something to mend; the message says how much."""
+
+
 class Diverged(RuntimeError):
     """The training loss has left what ``guard`` allows; the message is the report."""
 

@@ -451,6 +451,8 @@ EXECUTION = {
     "export.path",
     "plan.path",
     "plan.world",
+    "check.seconds",
+    "check.samples",
     "optimizer.preset",
     "data.workers",
     "data.decoder",

@@ -12,6 +12,7 @@ from lars_train.config.recipe import fill_from_recipe, published_top1
 from lars_train.config.schema import (
     AUTO,
     BatchConfig,
+    CheckConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "AUTO",
     "EXECUTION_KEYS",
     "BatchConfig",
+    "CheckConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

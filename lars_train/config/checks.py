@@ -66,6 +66,8 @@ def check_values(config: Config) -> None:
         "schedule.power",
         "schedule.step_factor",
         "plan.world",
+        "check.seconds",
+        "check.samples",
         "data.image_size",
         "data.window_shards",
         "data.cache_gb",

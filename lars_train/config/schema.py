@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 AUTO = "auto"
-MODES = ("train", "evaluate", "export", "plan")
+MODES = ("train", "evaluate", "export", "plan", "check")
 
 
 @dataclass
@@ -313,11 +313,21 @@ class PlanConfig:
 
 
 @dataclass
+class CheckConfig:
+    """Of ``mode=check``."""
+
+    seconds: float = 5.0
+    """How long each speed is measured."""
+    samples: int = 256
+    """Pictures that a machine decodes."""
+
+
+@dataclass
 class Config:
     """A whole run."""
 
     mode: str = "train"
-    """train, evaluate, export or plan."""
+    """train, evaluate, export, plan or check."""
     seed: int = 0
     """Of the initial weights, the order and the crops."""
     epochs: Optional[int] = None
@@ -357,6 +367,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
 
 
 def register() -> None:

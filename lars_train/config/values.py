@@ -33,6 +33,7 @@ EXECUTION_KEYS = (
     "evaluate.report",
     "export",
     "plan",
+    "check",
     "data.workers",
     # Its pixels are at most a level apart, less than another device's arithmetic comes to; the GPU's go with the GPU.
     "data.decoder",

@@ -38,6 +38,9 @@ _PRECISIONS = {
     "fp16": Precision("fp16", torch.float32, torch.float16),
 }
 
+PRECISIONS = tuple(_PRECISIONS)
+"""The names of all precisions."""
+
 
 def cuda_devices(config: Config) -> int:
     """CUDA devices that a run of this config may use; 0 means the CPU.

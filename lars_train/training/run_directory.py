@@ -138,7 +138,7 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
     try:
         group.together(error)
         token = group.from_first(token)
-        seen = _wait_for(directory / ".shared", token)
+        seen = wait_for(directory / ".shared", token)
         group.together(
             None
             if seen
@@ -210,7 +210,8 @@ def _lock(directory: Path) -> IO[str]:
     return file
 
 
-def _wait_for(path: Path, token: str, seconds: float = 15.0) -> bool:
+def wait_for(path: Path, token: str, seconds: float = 15.0) -> bool:
+    """Whether the file at `path`, which another machine may have written, comes to hold `token` within `seconds`."""
     # Network file systems show a new file to other nodes only after their attribute cache expires.
     end = time.monotonic() + seconds
     while True:
@@ -245,20 +246,25 @@ def _write_record(directory: Path, config: Config, invocation: Invocation) -> No
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _start_entry(invocation: Invocation) -> dict[str, Any]:
-    versions = {"python": platform.python_version(), "torch build": torch.__version__}
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that matter."""
+    found = {"python": platform.python_version(), "torch build": torch.__version__}
     for name in _VERSIONED:
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            versions[name] = "not installed"
+            found[name] = "not installed"
+    return found
+
+
+def _start_entry(invocation: Invocation) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "command": shlex.join(invocation.command),
         "directory": str(Path.cwd()),
         "executable": sys.executable,
-        "versions": versions,
+        "versions": versions(),
         "git": git_state(Path(__file__).resolve().parent),
     }
 

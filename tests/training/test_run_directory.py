@@ -309,7 +309,7 @@ def test_a_failed_start_frees_the_lock(tmp_path: Path, monkeypatch: pytest.Monke
     def late(path: Path, token: str) -> bool:
         raise ConfigError("rank 1 sees nothing")
 
-    monkeypatch.setattr(module, "_wait_for", late)
+    monkeypatch.setattr(module, "wait_for", late)
     with pytest.raises(ConfigError) as error:
         open_directory(tmp_path / "run", config(), CALL, Failing(Ranks()))
     with (tmp_path / "run" / ".lock").open("w") as file:

@@ -1,0 +1,89 @@
+"""The folders that a run writes to: their room, their speed, and whether other machines see them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lars_train.check.facts import Folder
+from lars_train.config import Config
+from lars_train.data.remote import RemoteSource
+from lars_train.data.source import Dataset
+
+MOST_WRITTEN = 10**9
+_CHUNK = 1 << 24
+_PREFIX = ".lars-train-check-"
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that there is."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+def checkpoint_folder(config: Config, directory: Path, checkpoint_bytes: int, seconds: float) -> Folder:
+    """Where checkpoints go; as many bytes as one has are written there, for 2 `seconds` at most, and are gone again.
+
+    Raises OSError where nothing can be written.
+    """
+    # The last `keep`, the best one, and one that is being written.
+    kept = checkpoint_bytes * (config.checkpoint.keep + 2)
+    there = sum(path.stat().st_size for path in (directory / "checkpoints").glob("*.pt"))
+    place = existing(directory)
+    free = shutil.disk_usage(place).free
+    written, took = write_speed(place, min(checkpoint_bytes, MOST_WRITTEN, free // 2), 2 * seconds)
+    needed = max(0, kept - there)
+    return Folder("checkpoints", "run.dir", str(directory), _filesystem(place), free, needed, written, took)
+
+
+def cache_folder(config: Config, dataset: Dataset) -> Folder | None:
+    """Where shards of a remote store are kept; None for a local one."""
+    if not isinstance(dataset.train, RemoteSource):
+        return None
+    cache = dataset.train.split.cache
+    place = existing(cache.folder)
+    needed = max(0, round(config.data.cache_gb * 1e9) - cache.used())
+    free = shutil.disk_usage(place).free
+    return Folder("cache", "data.cache_dir", str(cache.folder), _filesystem(place), free, needed)
+
+
+def write_speed(folder: Path, count: int, seconds: float) -> tuple[int, float]:
+    """Write up to `count` bytes to a file in `folder` that has no name, until `seconds` have passed.
+
+    Returns the bytes and the seconds until they were on disk.
+    """
+    chunk = os.urandom(min(count, _CHUNK))  # no file system makes them smaller
+    with tempfile.TemporaryFile(dir=folder, prefix=_PREFIX) as file:
+        started, written = time.perf_counter(), 0
+        while written < count and time.perf_counter() - started < seconds:
+            try:
+                written += file.write(chunk[: count - written])
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    break
+                raise
+        file.flush()
+        os.fsync(file.fileno())
+        return written, time.perf_counter() - started
+
+
+@contextmanager
+def mark(folder: Path) -> Iterator[tuple[str, str]]:
+    """A file in `folder` for others to see, by its name, and what it holds; it is gone afterwards. Raises OSError."""
+    token = uuid.uuid4().hex
+    path = folder / f"{_PREFIX}{token}"
+    path.write_text(token)
+    try:
+        yield path.name, token
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _filesystem(folder: Path) -> str:
+    return str(folder.stat().st_dev)
