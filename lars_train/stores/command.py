@@ -70,17 +70,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    return _whole(text, 1, sys.maxsize, "a whole number of at least 1")
 
 
 def _quality(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 95:
-        raise ValueError
-    return value
+    return _whole(text, 1, 95, "a whole number from 1 to 95")
+
+
+def _whole(text: str, least: int, most: int, wanted: str) -> int:
+    if not (text.isdecimal() and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return int(text)
 
 
 @contextlib.contextmanager

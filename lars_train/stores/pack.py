@@ -134,16 +134,28 @@ def _check_apart(source: Path, store: Path) -> None:
 
 
 def _already(store: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    summary: Any = None
     try:
         summary = json.loads((store / SUMMARY).read_bytes())
         same = summary["plan"] == plan
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise ConfigError(f"{store} is a store of other pictures, or packed in another way; give another folder.")
+        raise ConfigError(f"{store} is another store already{_apart(summary, plan)}; give another folder.")
     _tidy(store)
     shutil.rmtree(store / PACKING, ignore_errors=True)
     return {**summary, "already": True}
+
+
+def _apart(there: Any, asked: dict[str, Any]) -> str:
+    """What differs between the plan of a store and the one that is asked for, as far as the former can be read."""
+    try:
+        before, now = ({**plan["encoding"], "shards": len(plan["shards"])} for plan in (there["plan"], asked))
+        other = ["other pictures"] if there["plan"]["fingerprint"] != asked["fingerprint"] else []
+        told = other + [f"{key}: {before[key] or 'none'} there, {now[key] or 'none'} asked for" for key in now if before[key] != now[key]]
+    except (KeyError, TypeError):
+        return ""
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _tidy(store: Path) -> None:
@@ -158,9 +170,10 @@ def _begin(store: Path, plan: dict[str, Any]) -> None:
     path = store / PACKING / "plan.json"
     try:
         if path.exists():
-            if json.loads(path.read_bytes()) != plan:
+            if (begun := json.loads(path.read_bytes())) != plan:
                 raise ConfigError(
-                    f"{store} was begun with other pictures or settings; give the same ones, or remove it."
+                    f"{store} was begun in another way{_apart({'plan': begun}, plan)}; give the same pictures and "
+                    "settings, or remove it."
                 )
         elif not _is_unused(store):
             raise ConfigError(f"{store} is not empty; give the path of a folder that is not there.")

@@ -51,9 +51,11 @@ class ShardWriter:
                 for sample in plan.samples.tolist():
                     try:
                         data = self._picture(plan.split, sample)
-                    except DataError as error:
+                    except BadImage as error:
                         if not self.skip:
-                            raise
+                            where = self.sources[plan.split].where(sample)
+                            remedy = "Mend it, or leave such pictures out with --on-error skip."
+                            raise DataError(f"{where}: {error}. {remedy}") from None
                         skipped.append((sample, str(error)))
                         tick()
                         continue
@@ -84,9 +86,7 @@ class ShardWriter:
             reason = str(error)
         except OSError as error:
             reason = error.strerror or str(error)
-        raise DataError(
-            f"{source.where(sample)}: {printable(reason)}. Mend it, or leave such pictures out with --on-error skip."
-        )
+        raise BadImage(printable(reason).rstrip("."))
 
 
 def _member(name: bytes, content: bytes) -> tuple[bytes, bytes, bytes]:

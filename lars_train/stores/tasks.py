@@ -41,6 +41,8 @@ def pack(args: argparse.Namespace, progress: Progress) -> None:
     summary = make_store(request, progress)
     for left in summary["skipped"]:
         say(f"left out: {left['split']}/{left['image']}: {left['reason']}")
+    if summary["skipped"]:
+        say(f"{len(summary['skipped']):,} pictures were left out.")
     for line in _lines(_store(args.store)):
         say(line)
     if summary.get("already"):

@@ -274,11 +274,11 @@ def test_a_store_that_was_begun_otherwise_or_is_another_is_not_gone_on_with(
         patched.setattr(packing, "_write_index", lambda tree: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(request(root, store), silent)
-    with pytest.raises(ConfigError, match="begun with other pictures or settings"):
+    with pytest.raises(ConfigError, match="begun in another way"):
         pack(request(root, store, shards=2), silent)
     pack(request(root, store), silent)
     assert "already" in pack(request(root, store), silent)
-    with pytest.raises(ConfigError, match="store of other pictures, or packed in another way"):
+    with pytest.raises(ConfigError, match=r"is another store already \(short: none there, 8 asked for\)"):
         pack(request(root, store, encoding=Encoding(short=8)), silent)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
