@@ -152,7 +152,8 @@ def _apart(there: Any, asked: dict[str, Any]) -> str:
     try:
         before, now = ({**plan["encoding"], "shards": len(plan["shards"])} for plan in (there["plan"], asked))
         other = ["other pictures"] if there["plan"]["fingerprint"] != asked["fingerprint"] else []
-        told = other + [f"{key}: {before[key] or 'none'} there, {now[key] or 'none'} asked for" for key in now if before[key] != now[key]]
+        keys = [key for key in now if before[key] != now[key]]
+        told = other + [f"{key}: {before[key] or 'none'} there, {now[key] or 'none'} asked for" for key in keys]
     except (KeyError, TypeError):
         return ""
     return f" ({'; '.join(told)})" if told else ""
