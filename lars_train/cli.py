@@ -8,6 +8,7 @@ number), 130 for an interrupt before or after training.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import uuid
 from pathlib import Path
 from string import Template
 from types import FrameType
@@ -50,11 +52,28 @@ class _Jobs:
         self.failures.append((label, code, reason))
         complain(reason)
 
+    def leave(self, folder: Path) -> None:
+        """Write down what came of the job of this process, which another one has submitted."""
+        told = {"done": self.done, "failures": self.failures}
+        told["directories"] = [[str(path), label] for path, label in self.directories.items()]
+        (folder / f"{uuid.uuid4().hex}.json").write_text(json.dumps(told))
+
+    def collect(self, folder: Path) -> None:
+        """Count what the jobs that were submitted have left."""
+        for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
+            told = json.loads(path.read_text())
+            self.done += told["done"]
+            self.failures += [(label, code, reason) for label, code, reason in told["failures"]]
+            self.directories |= {Path(directory): label for directory, label in told["directories"]}
+
     def exit_code(self) -> int:
         """2 if all that failed was bad input, 1 for any other failure."""
         codes = {code for _, code, _ in self.failures}
         return 0 if not codes else BAD_INPUT if codes == {BAD_INPUT} else FAILED
 
+
+# Hydra's launchers for Slurm, and for processes that are started as by Slurm.
+_SUBMITS = re.compile("hydra/launcher=submitit_")
 
 # Folders to remove at the end.
 _scratch: list[str] = []
@@ -86,7 +105,11 @@ def main() -> None:
         print(f"lars-train {__version__}")
         sys.exit(0)
     sweeping = any(flag in ("-m", "--multirun") for flag in sys.argv[1:])
-    if sweeping and not any(argument.startswith("hydra.sweep.dir=") for argument in sys.argv[1:]):
+    # Jobs that a scheduler starts elsewhere leave there what came of them.
+    elsewhere = _sweep_folder() if sweeping and any(map(_SUBMITS.match, sys.argv[1:])) else None
+    if elsewhere is not None:
+        sys.argv.insert(1, f"hydra.sweep.dir={elsewhere}")
+    elif sweeping and not any(argument.startswith("hydra.sweep.dir=") for argument in sys.argv[1:]):
         # Hydra writes multirun.yaml there; each job's run directory holds all that is worth keeping.
         scratch = tempfile.mkdtemp(prefix="lars-train-")
         _scratch.append(scratch)
@@ -99,6 +122,8 @@ def main() -> None:
 
     def job(raw: DictConfig) -> None:
         _run_job(raw, command, jobs, sweeping)
+        if elsewhere is not None and first_process():
+            jobs.leave(elsewhere)
 
     try:
         if _HELP.intersection(sys.argv[1:]):
@@ -115,11 +140,20 @@ def main() -> None:
             sys.exit(FAILED)
         # What a job meets it handles itself: this is Hydra's word on the command line, in several classes.
         complain(explain(error))
-        sys.exit(BAD_INPUT)
+        sys.exit(FAILED if elsewhere is not None and any(elsewhere.iterdir()) else BAD_INPUT)
+    if elsewhere is not None:
+        jobs.collect(elsewhere)
     if sweeping:
         _report_sweep(jobs)
     # In a sweep the first rank speaks for all: a launcher that sees another rank fail ends it before it is done.
     sys.exit(jobs.exit_code() if not sweeping or first_process() else 0)
+
+
+def _sweep_folder() -> Path:
+    """A new folder for a sweep whose jobs run elsewhere: beside the runs, which all machines see."""
+    folder = Path("runs", ".sweeps", uuid.uuid4().hex[:8]).absolute()
+    folder.mkdir(parents=True)
+    return folder
 
 
 def show_help(settings: list[str]) -> None:

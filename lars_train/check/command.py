@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -100,7 +100,7 @@ class _Check:
         size = group.from_first(_GRADIENT_BYTES if step is None else step.gradient_bytes)
         took = exchange(group, self.device, size, config.check.seconds)
         held = _CHECKPOINT_BYTES if step is None else step.checkpoint_bytes
-        folders = [self._try(lambda: self._checkpoints(held))] if group.first else []
+        folders = [self._try(lambda: self._checkpoints(prepared, held))] if group.first else []
         if prepared is not None and ranks.local_rank == 0:
             folders.append(self._try(lambda: cache_folder(config, prepared.dataset)))
         rank = dataclasses.replace(
@@ -127,8 +127,6 @@ class _Check:
         choose_precision(config.precision.name, self.device)
         prepared = prepare(config)
         check_world(prepared.plan, self.group.ranks.world)
-        if self.group.first:
-            find_finished(prepared)
         return prepared
 
     def _paces(self, prepared: Prepared, rank: Rank) -> Rank:
@@ -150,8 +148,11 @@ class _Check:
         )
         return dataclasses.replace(rank, step=step, input=found)
 
-    def _checkpoints(self, held: int) -> Folder:
+    def _checkpoints(self, prepared: Prepared | None, held: int) -> Folder:
+        """Where they go, which is this run's to write to. Raises `ConfigError`."""
         directory = run_directory(self.config)
+        if prepared is not None:
+            find_finished(prepared)
         try:
             return checkpoint_folder(self.config, directory, held, self.config.check.seconds)
         except OSError as error:
@@ -161,7 +162,10 @@ class _Check:
         """The folder, where this rank should see what the first one writes and does not. Collective."""
         folder = existing(run_directory(self.config))
         with ExitStack() as stack:
-            left = self._try(lambda: stack.enter_context(mark(folder))) if self.group.first else None
+            left = None
+            if self.group.first:
+                with suppress(OSError):  # that it cannot be written to is known by now
+                    left = stack.enter_context(mark(folder))
             left = self.group.from_first(left)
             mine = self.group.ranks.local_rank == 0 and not self.group.first
             seen = not mine or left is None or wait_for(folder / left[0], left[1])
