@@ -266,6 +266,8 @@ class Config:
 
     `gradient_compression`: ``none``, or ``bf16``: what the ranks exchange is rounded to bfloat16. That is part of the
     experiment: the curve then depends, in those roundings, on the world size.
+    `verbosity`: what the terminal is told. 0: warnings and results; 1: also what is run, and each epoch; 2: also each
+    log line.
     """
 
     mode: str = "train"
@@ -280,6 +282,7 @@ class Config:
     gradient_compression: str = "none"
     resume: str = AUTO
     log_every: int = 10
+    verbosity: int = 1
     run: RunConfig = field(default_factory=RunConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)

@@ -99,7 +99,7 @@ class Run:
             self.bad.known.update(checkpoint.value(start, "bad"))
         self.rollbacks: list[dict[str, int]] = [] if start is None else list(start.get("rollbacks", []))
         self.resumed_at = self.trainer.update
-        self.progress = Progress(shown=group.first, epochs=plan.epochs)
+        self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
         self.log: RunLog | None = None
         self.writer: CheckpointWriter | None = None
         self.notice = Notice()
@@ -110,6 +110,8 @@ class Run:
             self._take_back_records()
         self.noise = NoiseScale(**(start or {}).get("noise", {}))
         self.logged: dict[str, float] = {}
+        self.run_left: float | None = None
+        self.evaluation_seconds = 0.0
         self.failures_told = self.skipped_in_a_row = 0
         self.result: Result | None = None
 
@@ -175,7 +177,7 @@ class Run:
         self.skipped_in_a_row = 0
         if log_now:
             self._log(info, batches.statistics())
-        self.progress.advance(self.logged)
+        self.progress.advance(self.logged, self.run_left)
         signal_number, overdue = self.group.highest([self.notice.given, self._checkpoint_is_overdue()])
         save_now = signal_number or overdue or checkpoint_is_due(config, self.plan, update)
         # Before a checkpoint, so that none is made of a run that has diverged.
@@ -192,9 +194,11 @@ class Run:
                 # A notice in the course of the evaluation finds its checkpoint.
                 self._save()
             self._evaluate()
-            self.progress.end_epoch(epoch_line(update, self.plan, self.logged, self.result, self.best_top1))
+            self.progress.end_epoch(
+                epoch_line(update, self.plan, self.logged, self.result, self.best_top1, self.run_left)
+            )
         elif epoch_ends:
-            self.progress.end_epoch(epoch_line(update, self.plan, self.logged))
+            self.progress.end_epoch(epoch_line(update, self.plan, self.logged, seconds_left=self.run_left))
         return None
 
     def _keep_pictures(self, batches: Feed) -> Iterator[Batch]:
@@ -382,8 +386,20 @@ class Run:
         self.log_started, self.waited, self.saving, self.logged_update = now, 0.0, 0.0, trainer.update
         self.logged = values
         self._write(values)
+        self.run_left = self._time_left(rate)
+        self.progress.log_line(epoch_line(trainer.update, self.plan, values, seconds_left=self.run_left))
         if info.measures is not None:
             self._write_layers(info.lr, info.measures)
+
+    def _time_left(self, images_per_s: float) -> float:
+        """Seconds to the end of the run, at this rate and with evaluations as long as the last one."""
+        plan, update = self.plan, self.trainer.update
+        evaluations = sum(
+            evaluation_is_due(self.config, plan, end)
+            for end in {plan.stop, *range(plan.updates_per_epoch, plan.stop + 1, plan.updates_per_epoch)}
+            if end >= update
+        )
+        return (plan.stop - update) * plan.global_batch / images_per_s + evaluations * self.evaluation_seconds
 
     def _of_the_update(self, info: UpdateInfo, measures: Measures) -> dict[str, float]:
         scalars = torch.stack((measures.grad_norm, measures.weight_norm, measures.update_norm())).double()
@@ -458,7 +474,7 @@ class Run:
             self._report_bad()
         new_best = result.top1 > self.best_top1
         self.result, self.best_top1 = result, max(self.best_top1, result.top1)
-        seconds = time.perf_counter() - started
+        seconds = self.evaluation_seconds = time.perf_counter() - started
         self.log_started += seconds  # the rate of training images leaves evaluations and checkpoints out
         self._write({**result.values(), "val/best_top1": self.best_top1, "val/seconds": seconds})
         if new_best:
