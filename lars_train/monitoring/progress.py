@@ -20,6 +20,8 @@ QUIET, NORMAL, EVERY_LINE = 0, 1, 2
 _SILENCE_S = 600.0
 """Where there is no bar, a run that goes on says so after so many seconds."""
 _WARNING = "WARNING: "
+# Short, so that 80 columns have room for what follows.
+_BAR = "{desc}|{bar}|{n_fmt}/{total_fmt} [{remaining} left"
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
@@ -62,7 +64,7 @@ class Progress:
                 total=updates,
                 initial=done,
                 desc=f"epoch {epoch + 1}/{self._epochs}",
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]",
+                bar_format=f"{_BAR}]",
                 leave=False,
                 dynamic_ncols=True,
             )
@@ -75,17 +77,12 @@ class Progress:
         if self._bar is None:
             return
         if logged:
-            left = {} if run_left is None else {"run": f"{duration(run_left)} left"}
-            self._bar.set_postfix(
-                {
-                    **left,
-                    "loss": f"{logged['train/loss']:.3f}",
-                    "top1": f"{logged['train/top1']:.1f}%",
-                    "lr": f"{logged['train/lr']:.3g}",
-                    "img/s": f"{logged['train/images_per_s']:,.0f}",
-                },
-                refresh=False,
+            run = "" if run_left is None else f", run {tqdm.format_interval(run_left)}"
+            values = (
+                f"loss {logged['train/loss']:.3f} top1 {logged['train/top1']:.1f}% lr {logged['train/lr']:.3g} "
+                f"{logged['train/images_per_s']:,.0f} img/s"
             )
+            self._bar.bar_format = f"{_BAR}{run}] {values}"
         self._bar.update()
 
     def log_line(self, text: str) -> None:
