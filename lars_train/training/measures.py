@@ -73,18 +73,19 @@ class FirstGradient:
     def __init__(self, network: nn.Module) -> None:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
 
+    def take(self, parameter: Tensor, norms: list[Tensor]) -> None:
+        """Append |g| of one parameter, now that its gradient is there."""
+        if parameter.grad is not None:
+            norms.append(torch.linalg.vector_norm(parameter.grad))
+
     @contextmanager
     def taken(self) -> Iterator[list[Tensor]]:
         """Yields a list that one backward pass within it fills: |g| of each parameter, scalars on the device."""
         norms: list[Tensor] = []
 
-        def take(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                norms.append(torch.linalg.vector_norm(parameter.grad))
-
         # Autograd calls them when the gradient is there, and DDP's own, which sends it off, after them.
         hooks: list[Any] = [p.register_post_accumulate_grad_hook for p in self._parameters]
-        handles = [register(take) for register in hooks]
+        handles = [register(lambda parameter: self.take(parameter, norms)) for register in hooks]
         try:
             yield norms
         finally:
