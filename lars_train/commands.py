@@ -18,6 +18,7 @@ from lars_train.data.directory import user_path
 from lars_train.errors import ConfigError, NotReady
 from lars_train.export.command import CARD, export
 from lars_train.launch import Ranks, adopt, processes, restarts
+from lars_train.monitoring.board import PAGE
 from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED, experiment
 from lars_train.plan import check_world
@@ -54,7 +55,7 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
     check_world(prepared.plan, ranks.world if ranks else count)
     if cuda_devices(config) == 0:
         choose_precision(config.precision.name, torch.device("cpu"))
-    if config.data.name == "mini":
+    if config.data.name == "mini" and config.verbosity:
         say(
             "This trains on the embedded pictures: 12,000 of Fashion-MNIST, the table at reduced scale.\n"
             "On ImageNet: lars-train batch=32k data=imagenet data.root=/path/to/imagenet\n"
@@ -78,7 +79,7 @@ def _told(final: dict[str, Any], directory: Path) -> str:
     told = [
         f"{final['updates']:,} updates in {final['seconds']:.0f} s",
         f"run directory  {directory}",
-        f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}",
+        f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}   (http://localhost:6006/#{PAGE})",
     ]
     return "\n".join([terminal(rows_of([directory])), *map(printable, told)])
 

@@ -118,6 +118,8 @@ def check_values(config: Config) -> None:
         values = getattr(config.data, key)
         if len(values) != 3 or not all(math.isfinite(v) and v > least_value for v in values):
             raise ConfigError(f"data.{key}={values}: three numbers are wanted, one per channel (std above 0).")
+    if config.verbosity not in (0, 1, 2):
+        raise ConfigError(f"verbosity={config.verbosity}: give 0 (quiet), 1 (a line per epoch) or 2 (every log line).")
     if config.seed >= 2**63:
         raise ConfigError(f"seed={config.seed}: it must be below 2**63, for the generators take 64 bits.")
     if filled(config.schedule.warmup_epochs) >= filled(config.epochs):

@@ -22,6 +22,7 @@ EXECUTION_KEYS = (
     "device",
     "resume",
     "log_every",
+    "verbosity",
     "run",
     "launch",
     "distributed",

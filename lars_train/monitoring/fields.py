@@ -19,9 +19,29 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/wait_share": ("1", "share of that time that rank 0 waited for input"),
     "train/grad_norm": ("1", "norm of the whole gradient of the last update, before LARS"),
     "train/weight_norm": ("1", "norm of all weights before the last update"),
+    "train/update_ratio": ("1", "norm of what the last update added to the weights, over train/weight_norm"),
     "train/bad_images": ("images", "training images found undecodable so far"),
     "train/checkpoint_failures": ("checkpoints", "checkpoints that could not be written so far"),
     "train/loss_scale": ("1", "float16 only: factor on the loss"),
+    "noise/grad_sq": (
+        "1",
+        "estimate of |G|^2, the squared norm of the gradient without noise, from the gradients of two batch sizes; "
+        "averaged exponentially over log lines; absent where an update is one micro-batch of one rank",
+    ),
+    "noise/trace": ("images", "estimate of tr(Sigma), the variance of one image's gradient, averaged likewise"),
+    "noise/scale": (
+        "images",
+        "gradient noise scale: noise/trace over noise/grad_sq; absent as long as one of them is not above 0",
+    ),
+    "noise/critical_batch": (
+        "images",
+        "the global batch that it implies, at which an update makes half of the progress that a noiseless one would: "
+        "noise/scale as a whole number",
+    ),
+    "memory/host": ("GiB", "resident memory of rank 0's process; where the system tells it (Linux)"),
+    "memory/device": ("GiB", "CUDA only: most memory of rank 0's device allocated at once since the last line"),
+    "checkpoint/wait_seconds": ("s", "time since the last line for which training waited for checkpoints"),
+    "checkpoint/write_seconds": ("s", "time in which the newest checkpoint was written and verified in the background"),
     "loader/images_per_s": (
         "images/s",
         "training images that the loaders can deliver: rank 0's since the last line over the time its workers took for "
@@ -43,9 +63,23 @@ FIELDS: dict[str, tuple[str, str]] = {
 }
 
 OF_THE_CLOCK = frozenset(
-    ("run/seconds", "train/images_per_s", "train/mfu", "train/wait_share", "loader/images_per_s", "val/seconds")
+    (
+        "run/seconds",
+        "train/images_per_s",
+        "train/mfu",
+        "train/wait_share",
+        "memory/host",
+        "memory/device",
+        "checkpoint/wait_seconds",
+        "checkpoint/write_seconds",
+        "loader/images_per_s",
+        "val/seconds",
+    )
 )
 """The fields that differ between two runs with the same results."""
+
+OF_THE_LAYOUT = OF_THE_CLOCK | {"noise/grad_sq", "noise/trace", "noise/scale", "noise/critical_batch"}
+"""Those that differ or are absent with other ranks or another micro-batch, whose gradients they are estimated from."""
 
 RATIO_FIELDS: dict[str, tuple[str, str]] = {
     "update": ("updates", "optimizer steps done when the line was written"),

@@ -1,5 +1,6 @@
 """Writes what a run measures: one line of ``metrics.jsonl`` per logged update and per evaluation, the same numbers
-to TensorBoard, and LARS's trust ratios to ``trust_ratios.jsonl``. Only rank 0 makes one.
+to TensorBoard, and LARS's trust ratios to ``trust_ratios.jsonl``. Only rank 0 makes one. What TensorBoard has beyond
+these numbers is in `board`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lars_train.monitoring.board import Board
 from lars_train.monitoring.fields import FIELDS, RATIO_FIELDS
-from lars_train.text import printable
 
 RATIOS = "trust_ratios.jsonl"
 
@@ -73,22 +74,19 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, update: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         self._directory, self._start = directory, update
         self._metrics = Lines(directory / "metrics.jsonl", update)
         self._ratios: Lines | None = None
         if (directory / RATIOS).exists():
             self._ratios = Lines(directory / RATIOS, update)
         self._ratios_of: list[str] | None = None
-        self._board_reason = ""
         (directory / "metrics.fields.json").write_text(json.dumps(_described(FIELDS), indent=1) + "\n")
-        self._board: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=update + 1)
+        self.board = Board(directory / "tensorboard", update)
 
     @property
     def reason(self) -> str:
         """Why lines wait in memory for the disk, or why TensorBoard's events have ended; empty if all is well."""
-        return self._metrics.reason or (self._ratios.reason if self._ratios else "") or self._board_reason
+        return self._metrics.reason or (self._ratios.reason if self._ratios else "") or self.board.reason
 
     def write(self, update: int, epoch: float, values: dict[str, float | int]) -> None:
         """One line, and one TensorBoard point per value."""
@@ -98,7 +96,7 @@ class RunLog:
             return
         self._metrics.add({"update": update, "epoch": round(epoch, 6), **_finite(values)})
         for name, value in values.items():
-            self._show("add_scalar", name, value, update)
+            self.board.scalar(name, value, update)
 
     def write_ratios(self, update: int, layers: list[str], ratios: list[float]) -> None:
         """One line of trust ratios, one for each of the `layers`. Raises nothing for a disk that is full."""
@@ -119,33 +117,21 @@ class RunLog:
 
     def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
         """Show the run's settings with its results in TensorBoard's hparams tab."""
-        simple = {
-            printable(k): v if isinstance(v, bool | int | float) else printable(str(v)) for k, v in settings.items()
-        }
-        self._show("add_hparams", simple, results, run_name=".")
+        self.board.results(settings, results)
 
     def sync(self) -> None:
         """Put what was written so far on disk: a checkpoint that follows relies on it. Raises `OSError`."""
         self._metrics.sync()
         if self._ratios is not None:
             self._ratios.sync()
-        self._show("flush")
+        self.board.flush()
 
     def close(self) -> None:
         """Write out what can be, and close the files."""
         self._metrics.close()
         if self._ratios is not None:
             self._ratios.close()
-        self._show("close")
-
-    def _show(self, method: str, *arguments: Any, **keywords: Any) -> None:
-        """Do it on TensorBoard's writer, which is given up when it fails: it has no way to go on."""
-        if self._board is None:
-            return
-        try:
-            getattr(self._board, method)(*arguments, **keywords)
-        except Exception as error:  # of its thread, whatever it was
-            self._board, self._board_reason = None, f"TensorBoard: {error}"
+        self.board.close()
 
 
 def _described(fields: dict[str, tuple[str, str]]) -> dict[str, Any]:

@@ -10,8 +10,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from lars_train.text import printable_lines
+
+_COLOURS = {"red": 31, "yellow": 33}
 
 
 def first_process() -> bool:
@@ -30,7 +33,17 @@ def complain(text: str) -> None:
     """Print `text` to stderr once on each machine: what is wrong may be wrong on one of them only."""
     if first_process() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         with unread():
-            print(f"lars-train: {printable_lines(text)}", file=sys.stderr, flush=True)
+            print(f"{paint('lars-train:', 'red', sys.stderr)} {printable_lines(text)}", file=sys.stderr, flush=True)
+
+
+def paint(text: str, colour: str, stream: TextIO) -> str:
+    """`text` in ``red`` or ``yellow`` where `stream` is a terminal that has colours and nobody asked for none.
+
+    NO_COLOR: https://no-color.org.
+    """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb" or not stream.isatty():
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
 @contextmanager

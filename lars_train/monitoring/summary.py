@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from lars_train.config import Config, published_top1
 from lars_train.config.lars_options import changed_options
+from lars_train.monitoring.progress import duration
 from lars_train.plan import Plan, accumulation, policy
 
 FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
@@ -88,15 +89,25 @@ def experiment(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def epoch_line(
-    update: int, plan: Plan, logged: dict[str, float], result: Evaluated | None = None, best_top1: float = math.nan
+    update: int,
+    plan: Plan,
+    logged: dict[str, float],
+    result: Evaluated | None = None,
+    best_top1: float = math.nan,
+    seconds_left: float | None = None,
 ) -> str:
-    """One line at the end of an epoch, from the last logged values and, where there was one, the evaluation."""
+    """One line on an epoch, from the last logged values and, where there was one, the evaluation.
+
+    `seconds_left`: of the whole run.
+    """
     text = f"epoch {math.ceil(update / plan.updates_per_epoch)}/{plan.epochs}  update {update:,}"
     if logged:
         text += f"  loss {logged['train/loss']:.3f}  lr {logged['train/lr']:.3g}"
         text += f"  {logged['train/images_per_s']:,.0f} images/s"
     if result is not None:
         text += f"  top-1 {result.top1:.2f} % of {result.count:,} (best {best_top1:.2f} %)"
+    if seconds_left is not None and update < plan.stop:
+        text += f"  {duration(seconds_left)} left"
     return text
 
 

@@ -6,20 +6,25 @@ import json
 import math
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lars_train.config import absolute_paths, filled, flatten
 from lars_train.data.decode import PILLOW
-from lars_train.data.loader import LoaderStatistics, View, train_loader
+from lars_train.data.loader import Batch, LoaderStatistics, View, train_loader
 from lars_train.data.open import SHARDS
 from lars_train.data.order import micro_bounds
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.models.weights import weights_sha256
+from lars_train.monitoring.layers import LayerValues
 from lars_train.monitoring.log import RunLog
+from lars_train.monitoring.memory import memory
+from lars_train.monitoring.noise import NoiseScale
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import announcement, epoch_line, final_record, work_line
 from lars_train.optim.factory import build_optimizer
@@ -34,6 +39,7 @@ from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
 from lars_train.training.feed import Feed, normaliser
 from lars_train.training.guard import Divergence
+from lars_train.training.measures import Measures
 from lars_train.training.network import make_network
 from lars_train.training.notice import Notice
 from lars_train.training.prepare import Prepared, continuation
@@ -44,6 +50,7 @@ from lars_train.training.writer import CheckpointWriter
 
 # float16: so many batches in a row without an update that the loss scale (from 2**16 on) cannot be what is wrong.
 _MOST_SKIPPED = 60
+_SHOWN_PICTURES = 32
 
 
 class Run:
@@ -82,6 +89,7 @@ class Run:
         )
         self.flops_per_image = flops_per_image(network, config.data.image_size)
         self.peak_flops = peak_flops(self.precision, device, self.resolved.threads)
+        self.pictures: Tensor | None = None
         self.parameter_names = {id(p): name for name, p in network.named_parameters()}
         self.started = time.perf_counter()
         self.best_top1, self.seconds_before, self.bad = -math.inf, 0.0, BadImages(config.data.max_bad, group)
@@ -91,7 +99,7 @@ class Run:
             self.bad.known.update(checkpoint.value(start, "bad"))
         self.rollbacks: list[dict[str, int]] = [] if start is None else list(start.get("rollbacks", []))
         self.resumed_at = self.trainer.update
-        self.progress = Progress(shown=group.first, epochs=plan.epochs)
+        self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
         self.log: RunLog | None = None
         self.writer: CheckpointWriter | None = None
         self.notice = Notice()
@@ -100,7 +108,10 @@ class Run:
             self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
             self.log = RunLog(self.directory, self.trainer.update)
             self._take_back_records()
+        self.noise = NoiseScale(**(start or {}).get("noise", {}))
         self.logged: dict[str, float] = {}
+        self.run_left: float | None = None
+        self.evaluation_seconds = 0.0
         self.failures_told = self.skipped_in_a_row = 0
         self.result: Result | None = None
 
@@ -112,10 +123,7 @@ class Run:
         decided = (self.config.data.decoder, self.resolved.decoder, self.decoded_so_far)
         for line in decoder_lines(*decided, self.dataset.train):
             self.progress.say(line)
-        self.started = self.log_started = time.perf_counter()
-        self.saved_at, self.saved_update = self.started, self.trainer.update
-        self.waited, self.logged_update = 0.0, self.trainer.update
-        self.trainer.network.train()
+        self.begin()
         try:
             with self.notice:
                 if self.resumed_at and self._evaluation_is_due():  # it may have been ended before its evaluation
@@ -131,6 +139,13 @@ class Run:
                 self.writer.close()
             if self.log is not None:
                 self.log.close()
+
+    def begin(self) -> None:
+        """Start the clocks."""
+        self.started = self.log_started = time.perf_counter()
+        self.saved_at, self.saved_update = self.started, self.trainer.update
+        self.waited, self.saving, self.logged_update = 0.0, 0.0, self.trainer.update
+        self.trainer.network.train()
 
     def _updates_in_order(self) -> None:
         """Updates to the end, or until batches have been passed over and the order of what follows is another."""
@@ -152,7 +167,8 @@ class Run:
         update = self.trainer.update + 1
         epoch_ends = update % per_epoch == 0
         log_now = log_is_due(config, self.plan, update)
-        info = self.trainer.run_update(batches, self._micro_batches(), measure=log_now)
+        seen = batches if self.trainer.update or self.log is None else self._keep_pictures(batches)
+        info = self.trainer.run_update(seen, self._micro_batches(), measure=log_now)
         self.waited += info.waited
         self.bad.note(info.bad)
         if not info.made:
@@ -161,7 +177,7 @@ class Run:
         self.skipped_in_a_row = 0
         if log_now:
             self._log(info, batches.statistics())
-        self.progress.advance(self.logged)
+        self.progress.advance(self.logged, self.run_left)
         signal_number, overdue = self.group.highest([self.notice.given, self._checkpoint_is_overdue()])
         save_now = signal_number or overdue or checkpoint_is_due(config, self.plan, update)
         # Before a checkpoint, so that none is made of a run that has diverged.
@@ -178,10 +194,19 @@ class Run:
                 # A notice in the course of the evaluation finds its checkpoint.
                 self._save()
             self._evaluate()
-            self.progress.end_epoch(epoch_line(update, self.plan, self.logged, self.result, self.best_top1))
+            self.progress.end_epoch(
+                epoch_line(update, self.plan, self.logged, self.result, self.best_top1, self.run_left)
+            )
         elif epoch_ends:
-            self.progress.end_epoch(epoch_line(update, self.plan, self.logged))
+            self.progress.end_epoch(epoch_line(update, self.plan, self.logged, seconds_left=self.run_left))
         return None
+
+    def _keep_pictures(self, batches: Feed) -> Iterator[Batch]:
+        """`batches`; the run's first pictures are copied on their way, to be shown at its first log line."""
+        for batch in batches:
+            if self.pictures is None:
+                self.pictures = batch.images[:_SHOWN_PICTURES].clone()
+            yield batch
 
     def _check_skipped(self) -> None:
         self.skipped_in_a_row += 1
@@ -218,7 +243,7 @@ class Run:
         self.rollbacks.append(step)
         self.trainer.restore(start)
         self.trainer.skipped = behind - start["update"]
-        self.best_top1 = start["best_top1"]
+        self.best_top1, self.noise = start["best_top1"], NoiseScale(**start.get("noise", {}))
         self.resumed_at = self.logged_update = self.trainer.update
         self.log_started, self.waited = time.perf_counter(), 0.0
         lines.append(
@@ -348,15 +373,48 @@ class Run:
             "train/wait_share": self.waited / elapsed,
             "train/bad_images": len(self.bad.known),
             "train/checkpoint_failures": self._told_failures(),
-            **{f"train/{name}": float(norm) for name, norm in info.norms.items()},
+            "checkpoint/wait_seconds": self.saving,
+            **memory(self.device),
         }
+        if self.writer is not None and self.writer.seconds is not None:
+            values["checkpoint/write_seconds"] = self.writer.seconds
+        if info.measures is not None:
+            values.update(self._of_the_update(info, info.measures))
         values.update(self._of_the_loader(loaded))
         if self.precision.scales_loss:
             values["train/loss_scale"] = trainer.scaler.get_scale()
-        self.log_started, self.waited, self.logged_update = now, 0.0, trainer.update
+        self.log_started, self.waited, self.saving, self.logged_update = now, 0.0, 0.0, trainer.update
         self.logged = values
         self._write(values)
-        self._write_ratios()
+        self.run_left = self._time_left(rate)
+        self.progress.log_line(epoch_line(trainer.update, self.plan, values, seconds_left=self.run_left))
+        if info.measures is not None:
+            self._write_layers(info.lr, info.measures)
+
+    def _time_left(self, images_per_s: float) -> float:
+        """Seconds to the end of the run, at this rate and with evaluations as long as the last one."""
+        plan, update = self.plan, self.trainer.update
+        evaluations = sum(
+            evaluation_is_due(self.config, plan, end)
+            for end in {plan.stop, *range(plan.updates_per_epoch, plan.stop + 1, plan.updates_per_epoch)}
+            if end >= update
+        )
+        return (plan.stop - update) * plan.global_batch / images_per_s + evaluations * self.evaluation_seconds
+
+    def _of_the_update(self, info: UpdateInfo, measures: Measures) -> dict[str, float]:
+        scalars = torch.stack((measures.grad_norm, measures.weight_norm, measures.update_norm())).double()
+        grad_norm, weight_norm, update_norm = scalars.tolist()
+        if info.first is not None:
+            self.group.sum(info.first)
+            small_sq, per_small, ranks = info.first.tolist()
+            big = self.plan.global_batch
+            self.noise.add(small_sq / ranks, per_small / ranks, grad_norm**2, 1 / big)
+        return {
+            "train/grad_norm": grad_norm,
+            "train/weight_norm": weight_norm,
+            "train/update_ratio": update_norm / weight_norm if weight_norm else math.nan,
+            **self.noise.values(),
+        }
 
     def _of_the_loader(self, loaded: LoaderStatistics) -> dict[str, float]:
         if not loaded.seconds:
@@ -364,12 +422,21 @@ class Run:
         rate = loaded.images / loaded.seconds * max(1, self.workers) * self.group.ranks.world
         return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 
-    def _write_ratios(self) -> None:
-        optimizer = self.trainer.optimizer
-        if self.log is None or not isinstance(optimizer, LARS) or (layers := optimizer.layers()) is None:
+    def _write_layers(self, lr: float, measures: Measures) -> None:
+        if self.log is None:
             return
-        names = [self.parameter_names[id(parameter)] for parameter in layers.parameters]
-        self.log.write_ratios(self.trainer.update, names, layers.values[2].tolist())
+        update, optimizer, names = self.trainer.update, self.trainer.optimizer, self.parameter_names
+        ratios: dict[str, float] = {}
+        if isinstance(optimizer, LARS) and (layers := optimizer.layers()) is not None:
+            adapted = [names[id(parameter)] for parameter in layers.parameters]
+            ratios = dict(zip(adapted, layers.values[2].tolist(), strict=True))
+            self.log.write_ratios(update, adapted, list(ratios.values()))
+        weights, gradients, updates = torch.stack((measures.weights, measures.gradients, measures.updates)).tolist()
+        named = [names[id(p)] for p in measures.parameters]
+        self.log.board.layers(LayerValues(named, weights, gradients, updates, lr, ratios), update)
+        if self.pictures is not None:
+            self.log.board.images(self.pictures.cpu(), update)
+            self.pictures = None
 
     def _told_failures(self) -> int:
         if self.writer is None:
@@ -407,7 +474,7 @@ class Run:
             self._report_bad()
         new_best = result.top1 > self.best_top1
         self.result, self.best_top1 = result, max(self.best_top1, result.top1)
-        seconds = time.perf_counter() - started
+        seconds = self.evaluation_seconds = time.perf_counter() - started
         self.log_started += seconds  # the rate of training images leaves evaluations and checkpoints out
         self._write({**result.values(), "val/best_top1": self.best_top1, "val/seconds": seconds})
         if new_best:
@@ -450,6 +517,7 @@ class Run:
                 "seconds": self.seconds(),
                 "bad": dict(self.bad.known),
                 "rollbacks": list(self.rollbacks),
+                "noise": self.noise.state(),
                 "config": asdict(absolute_paths(self.config)),
                 "plan": asdict(self.plan),
                 "resolved": asdict(self.resolved),
@@ -458,7 +526,9 @@ class Run:
                 "layout": self.dataset.layout,
             }
             self.writer.save(self.trainer.update, content)
-        self.log_started += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.saving += took
+        self.log_started += took
 
     def _finish(self) -> dict[str, Any]:
         assert self.result is not None

@@ -168,7 +168,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             group=group,
             batch=batch,
             workers=choose_workers(config, device, ranks),
-            progress=Progress(shown=group.first, epochs=1),
+            progress=Progress(shown=group.first, epochs=1, verbosity=config.verbosity),
             decoder=decoder,
             classes=None if config.evaluate.report is None else len(dataset.classes),
             by_shards=config.data.order == SHARDS,

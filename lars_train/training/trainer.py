@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from lars_train.plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
 from lars_train.training.guard import Divergence, Guard
+from lars_train.training.measures import FirstGradient, Measures, small_batch
 from lars_train.training.reduction import NONE, over_ranks
 
 
@@ -94,6 +95,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scales_loss)
         self.running_statistics = RunningStatistics(network)
         self.meter = Meter(device)
+        self.first_gradient = FirstGradient(network)
         self.guard = Guard(max_loss, device)
         self.update = 0
         self.skipped = 0
@@ -106,7 +108,7 @@ class Trainer:
         """One update from this rank's next `micro_batches` of `batches`. Collective.
 
         The gradient is the sum of the samples' gradients over all ranks, divided by the global batch,
-        however unevenly the samples lie on the ranks. With `measure` the norms are computed too.
+        however unevenly the samples lie on the ranks. With `measure`, what it is measured by is computed too.
         Where float16's loss scale was too high no update is made: `info.made` is False, and this batch is passed over.
         """
         info = UpdateInfo(self.hyper.schedule(self.update))
@@ -118,13 +120,19 @@ class Trainer:
             batch = next(batches)
             info.waited += time.perf_counter() - started
             info.bad.extend(batch.bad)
-            with self._reduce_gradients_after(last=k == micro_batches - 1):
+            first_of_several = k == 0 and micro_batches * self.group.ranks.world > 1
+            with (
+                self._reduce_gradients_after(last=k == micro_batches - 1),
+                self._first_gradient(info, len(batch.labels)) if measure and first_of_several else nullcontext(),
+            ):
                 loss += self._forward_backward(batch)
         total = self.running_statistics.update(self.group.sum if self.group.ranks.world > 1 else None, also=loss)
         self.scaler.unscale_(self.optimizer)
         if measure:
-            info.norms = self._norms()
+            info.measures = Measures.before_step(self.network)
         info.made = self._step()
+        if info.measures is not None:
+            info.measures.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         if info.made:
             self.update += 1
@@ -164,11 +172,14 @@ class Trainer:
         no_sync: AbstractContextManager[None] = self.forward.no_sync()
         return no_sync
 
-    def _norms(self) -> dict[str, Tensor]:
-        parameters = [p.detach() for p in self.network.parameters()]
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm
-        return {"grad_norm": norm(gradients), "weight_norm": norm(parameters)}
+    @contextmanager
+    def _first_gradient(self, info: UpdateInfo, samples: int) -> Iterator[None]:
+        with self.first_gradient.taken() as norms:
+            yield
+        # What makes it the mean over its own samples, see `_forward_backward`; float16's scale is the device's.
+        scale = self.scaler.scale(torch.ones((), dtype=torch.float64, device=self.device))
+        factor = self.plan.global_batch / (self.group.ranks.world * samples) / scale
+        info.first = small_batch(norms, factor, samples)
 
     def state(self) -> dict[str, Any]:
         """What the continuation needs, as plain values and tensors. Collective."""
@@ -200,10 +211,14 @@ class Trainer:
 
 @dataclass
 class UpdateInfo:
-    """What one update left behind: `waited` in seconds; `norms` as device scalars where they were measured."""
+    """What one update left behind: `waited` in seconds; where it was measured, `measures`, and `first`.
+
+    `first`: `small_batch` of this rank's first micro-batch; None where that is the whole global batch.
+    """
 
     lr: float
     made: bool = True
     waited: float = 0.0
     bad: list[BadSample] = field(default_factory=list)
-    norms: dict[str, Tensor] = field(default_factory=dict)
+    measures: Measures | None = None
+    first: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ class CheckpointWriter:
     """Writes the checkpoints of one run, one after another, in a thread.
 
     What cannot be written does not end the run: it is counted in `failures`, and the last whole checkpoint
-    stays. `reason` says why the newest could not be written; empty if it could.
+    stays. `reason` says why the newest could not be written; empty if it could. `seconds`: what the newest that is
+    whole took to write and verify; None before the first.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -25,6 +27,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
         self.failures, self.reason = 0, ""
+        self.seconds: float | None = None
 
     def save(self, update: int, content: dict[str, Any]) -> None:
         """Begin to write the checkpoint of `update`; the one before it is waited for."""
@@ -53,6 +56,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _write(self, update: int, content: dict[str, Any]) -> None:
+        started = time.perf_counter()
         try:
             checkpoint.save(self._folder, update, content, self._keep)
             (self._folder.parent / SAVED).touch()
@@ -62,7 +66,7 @@ class CheckpointWriter:
                 f"the checkpoint of update {update} cannot be written: {next(iter(str(error).splitlines()), '')}"
             )
         else:
-            self.reason = ""
+            self.reason, self.seconds = "", time.perf_counter() - started
 
     def _keep_best(self, update: int) -> None:
         if not self.reason:

@@ -31,7 +31,7 @@ from lars_train.data.order import epoch_order
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
 from lars_train.models.resnet_cifar import CifarResNet
-from lars_train.monitoring.fields import OF_THE_CLOCK
+from lars_train.monitoring.fields import OF_THE_LAYOUT
 from lars_train.training import checkpoint, distributed, session
 from lars_train.training.distributed import Group, begin_job, process_group
 from lars_train.training.prepare import prepare
@@ -243,13 +243,8 @@ def close(got: Tensor, expected: Tensor, name: str) -> None:
 def test_the_gradient_is_the_mean_over_the_global_batch_however_unevenly_ranks_share_it(
     world: int, together: Path
 ) -> None:
-    config, network = configured(GRADIENT), plain_network().double()
-    source = open_dataset(config.data).train
-    samples = epoch_order(config.seed, 0, 90)[:20].tolist()
-    pixels = torch.tensor([source.read(sample).tolist() for sample in samples], dtype=torch.float64) / 255
-    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (config.data.mean, config.data.std))
-    images = ((pixels - mean) / std).permute(0, 3, 1, 2)
-    labels = torch.tensor([int(source.labels[sample]) for sample in samples])
+    network = plain_network().double()
+    images, labels = first_global_batch()
     start = {name: p.detach().clone() for name, p in network.named_parameters()}
     logits = torch.cat([network(part) for part in torch.split(images, 4)])
     torch.autograd.backward(F.cross_entropy(logits, labels, label_smoothing=0.1))
@@ -258,6 +253,35 @@ def test_the_gradient_is_the_mean_over_the_global_batch_however_unevenly_ranks_s
     for name, p in network.named_parameters():
         assert p.grad is not None
         close(start[name] - after["model"][name], p.grad, name)
+
+
+def first_global_batch() -> tuple[Tensor, Tensor]:
+    """Normalised images and labels of the first update of the `GRADIENT` runs."""
+    config = configured(GRADIENT)
+    source = open_dataset(config.data).train
+    samples = epoch_order(config.seed, 0, 90)[:20].tolist()
+    pixels = torch.tensor([source.read(sample).tolist() for sample in samples], dtype=torch.float64) / 255
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (config.data.mean, config.data.std))
+    images = ((pixels - mean) / std).permute(0, 3, 1, 2)
+    return images, torch.tensor([int(source.labels[sample]) for sample in samples])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "firsts"), [(2, (0, 2)), (3, (0, 1, 3)), (4, (0, 1, 2, 3))])
+def test_the_noise_scale_is_that_of_the_ranks_first_micro_batches(
+    world: int, firsts: tuple[int, ...], together: Path
+) -> None:
+    """`firsts`: each rank's first ghost batch of the five, of four samples; some ranks have no second one."""
+    network, rows = plain_network().double(), []
+    for images, labels in zip(*(part.split(4) for part in first_global_batch()), strict=True):
+        loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
+    each = torch.stack(rows)
+    small, big = float(each[list(firsts)].square().sum(1).mean()), float(each.mean(0).square().sum())
+    lines = (together / f"gradient-{world}" / "metrics.jsonl").read_text().splitlines()
+    (logged,) = (values for values in map(json.loads, lines) if "noise/trace" in values)
+    assert logged["noise/grad_sq"] == pytest.approx((20 * big - 4 * small) / 16, rel=1e-9)
+    assert logged["noise/trace"] == pytest.approx((small - big) / (1 / 4 - 1 / 20), rel=1e-9)
 
 
 @pytest.mark.slow
@@ -283,8 +307,8 @@ def test_ranks_together_log_the_curve_of_one(together: Path, alone: Path) -> Non
     )
     assert len(got) == len(expected) > UPDATES // 2
     for ours, theirs in zip(got, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for key in ours.keys() - OF_THE_CLOCK:
+        assert ours.keys() - OF_THE_LAYOUT == theirs.keys() - OF_THE_LAYOUT
+        for key in ours.keys() - OF_THE_LAYOUT:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-10), key
     evaluations = [line for line in got if "val/count" in line]
     assert [line["val/count"] for line in evaluations] == [23, 23]

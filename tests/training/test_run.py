@@ -139,6 +139,27 @@ def test_a_run_leaves_what_scripts_rely_on(unbroken: Path) -> None:
     assert next(v["train/lr"] for v in found if v["update"] == 9) == pytest.approx((1 - 8 / 12) ** 2)
 
 
+def test_tensorboard_shows_layers_stages_noise_and_pictures(unbroken: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(unbroken / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    quantities = ("weight_norm", "grad_norm", "trust_ratio", "layer_lr", "update_ratio")
+    assert set(tags["histograms"]) == {f"layers/{what}" for what in quantities}
+    stages = {f"stage_{what}/{stage}" for what in quantities for stage in ("stem", "layer1", "layer2", "layer3", "fc")}
+    noise = {"noise/grad_sq", "noise/trace"}
+    assert stages | noise | {"memory/host", "checkpoint/wait_seconds"} <= set(tags["scalars"])
+    logged = [line["update"] for line in lines(unbroken) if "train/loss" in line]
+    for tag in stages:
+        assert [event.step for event in events.Scalars(tag)] == logged
+    (pictures,) = events.Images("samples/augmented")
+    assert (pictures.step, events.SummaryMetadata("custom_scalars__config__").plugin_data.plugin_name) == (
+        logged[0],
+        "custom_scalars",
+    )
+
+
 def test_every_log_line_has_its_layers_trust_ratios(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,7 @@ from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.factory import build_model
 from lars_train.models.resnet_cifar import CifarResNet
+from lars_train.monitoring.noise import estimates
 from lars_train.optim import fused_sgd, rescale
 from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan, make_schedule
@@ -197,8 +199,9 @@ def test_updates_equal_a_plain_loop_over_the_whole_global_batch(batch: int, ghos
         images, labels = global_batch(batch, update)
         info = t.run_update(micro_batches(images, labels, micro), math.ceil(batch / micro), measure=True)
         reference.update(update, images, labels)
-        assert float(info.norms["grad_norm"]) == pytest.approx(reference.grad_norm, rel=1e-11)
-        assert float(info.norms["weight_norm"]) == pytest.approx(reference.weight_norm, rel=1e-12)
+        assert info.measures is not None
+        assert float(info.measures.grad_norm) == pytest.approx(reference.grad_norm, rel=1e-11)
+        assert float(info.measures.weight_norm) == pytest.approx(reference.weight_norm, rel=1e-12)
     got, expected = model.state_dict(), reference.state(4)
     assert got.keys() == expected.keys()
     for key, value in expected.items():
@@ -216,7 +219,7 @@ def test_the_learning_rate_of_an_update_is_that_of_its_number() -> None:
         info = t.run_update(micro_batches(*global_batch(4, update), 4), 1, measure=False)
         rates.append(info.lr)
         assert {group["lr"] for group in t.optimizer.param_groups} == {info.lr}
-        assert info.norms == {}
+        assert info.measures is None
     warm = [LR * (u + 1) / WARMUP for u in range(WARMUP)]
     assert rates == pytest.approx(warm + [LR * (1 - u / UPDATES) ** POWER for u in range(WARMUP, UPDATES)])
 
@@ -297,7 +300,8 @@ def test_an_update_between_log_points_reads_nothing_back_to_the_host(monkeypatch
         assert reads.calls["aten::convolution_backward"] > 0
         assert reads.syncs == 0
     with Reads() as reads:
-        float(info.norms["grad_norm"])
+        assert info.measures is not None
+        float(info.measures.grad_norm)
     assert reads.syncs == 1  # the counter counts
 
 
@@ -329,10 +333,10 @@ def test_float16_follows_float32_and_scales_the_loss() -> None:
     start = {k: v.clone() for k, v in exact.network.state_dict().items()}
     half.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     for update in range(4):
-        norms = [
-            float(t.run_update(micro_batches(*global_batch(16, update), 8), 2, measure=True).norms["grad_norm"])
-            for t in (exact, half)
-        ]
+        found = [t.run_update(micro_batches(*global_batch(16, update), 8), 2, measure=True) for t in (exact, half)]
+        norms = [float(info.measures.grad_norm) for info in found if info.measures is not None]
+        small = [float(info.first[0]) for info in found if info.first is not None]
+        assert small[1] == pytest.approx(small[0], rel=0.05)
         assert norms[1] == pytest.approx(norms[0], rel=0.02)  # told without the scale
     assert not exact.scaler.is_enabled()
     assert half.scaler.get_scale() == 2048.0
@@ -389,3 +393,98 @@ def test_the_schedule_is_the_configs() -> None:
     config = Config(optimizer=OptimizerConfig(lr=LR), schedule=ScheduleConfig(power=POWER, form="restart"))
     rate = make_schedule(plan(4, 2), config)
     assert [rate(u) for u in (0, 1, 2, 5)] == pytest.approx([LR / 2, LR, LR, LR * (1 - 3 / 6) ** 2])
+
+
+def normalised(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (MEAN, STD))
+    return (images.double() / 255 - mean) / std
+
+
+def gradients_of_ghosts(model: nn.Module, images: Tensor, labels: Tensor, ghost: int) -> Tensor:
+    """(ghost batches, all parameters' elements): gradients of mean losses, with torch's own batch norm."""
+    plain = CifarResNet(1, num_classes=CLASSES, norm_layer=nn.BatchNorm2d).double()
+    plain.load_state_dict(model.state_dict())
+    rows = []
+    for x, y in zip(normalised(images).split(ghost), labels.split(ghost), strict=True):
+        loss = F.cross_entropy(plain(x), y, label_smoothing=SMOOTHING)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(plain.parameters()))]))
+    return torch.stack(rows)
+
+
+def gradients_of_samples(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """(samples, all parameters' elements), of a model without batch norm."""
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, given, (x[None],))
+        return F.cross_entropy(logits, y[None], label_smoothing=SMOOTHING)
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, normalised(images), labels)
+    return torch.cat([g.flatten(1) for g in found.values()], dim=1)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_the_noise_of_an_update_is_that_of_its_samples_gradients(micro: int) -> None:
+    batch = 12
+    torch.manual_seed(1)
+    layers = nn.Conv2d(3, 4, 3, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(64, CLASSES)
+    model = nn.Sequential(*layers).double()
+    images, labels = global_batch(batch, 0)
+    assert_noise_of(model, gradients_of_samples(model, images, labels), images, labels, micro)
+
+
+@pytest.mark.parametrize("micro", [2, 4, 6])
+def test_with_batch_norm_the_noise_is_that_of_its_ghost_batches_gradients(micro: int) -> None:
+    """They are the smallest parts that have a gradient of their own."""
+    model = network(2)
+    images, labels = global_batch(12, 0)
+    assert_noise_of(model, gradients_of_ghosts(model, images, labels, 2), images, labels, micro)
+
+
+def assert_noise_of(model: nn.Module, each: Tensor, images: Tensor, labels: Tensor, micro: int) -> None:
+    """`each`: the gradients of equal parts of the global batch, in order, (parts, elements) float64."""
+    batch = len(images)
+    ghost = batch // len(each)
+    small, big = each[: micro // ghost].mean(0).square().sum(), each.mean(0).square().sum()
+    # The two estimates of the paper's appendix A.1, from the gradients' own norms.
+    grad_sq = (batch * big - micro * small) / (batch - micro)
+    trace = (small - big) / (1 / micro - 1 / batch)
+    t = trainer(model, plan(batch, ghost))
+    info = t.run_update(micro_batches(images, labels, micro), batch // micro, measure=True)
+    assert info.first is not None
+    assert info.measures is not None
+    small_sq, per_small, ranks = info.first.tolist()
+    found = estimates(small_sq / ranks, per_small / ranks, float(info.measures.grad_norm) ** 2, 1 / batch)
+    assert found == pytest.approx((float(grad_sq), float(trace)), rel=1e-9)
+
+
+def test_one_micro_batch_of_one_rank_tells_of_no_noise() -> None:
+    info = trainer(network(2), plan(4, 2)).run_update(micro_batches(*global_batch(4, 0), 4), 1, measure=True)
+    assert info.measures is not None
+    assert info.first is None
+
+
+def test_what_an_update_is_measured_by_changes_no_bit_of_it() -> None:
+    plain, measured = (trainer(network(2), plan(8, 2)) for _ in range(2))
+    for update in range(3):
+        for t in (plain, measured):
+            t.run_update(micro_batches(*global_batch(8, update), 2), 4, measure=t is measured)
+    for (key, got), expected in zip(
+        measured.network.state_dict().items(), plain.network.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, expected), key
+
+
+def test_norms_of_layers_and_of_their_updates_are_those_of_the_tensors() -> None:
+    model = network(2)
+    t = trainer(model, plan(8, 2))
+    t.run_update(micro_batches(*global_batch(8, 0), 4), 2, measure=False)  # so that there is momentum
+    before = [p.detach().clone() for p in model.parameters()]
+    info = t.run_update(micro_batches(*global_batch(8, 1), 4), 2, measure=True)
+    assert info.measures is not None
+    assert [id(p) for p in info.measures.parameters] == [id(p) for p in model.parameters()]
+    moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    assert info.measures.updates.tolist() == pytest.approx([float(m.norm()) for m in moved], rel=1e-12)
+    assert info.measures.weights.tolist() == pytest.approx([float(b.norm()) for b in before], rel=1e-12)
+    assert float(info.measures.update_norm()) == pytest.approx(float(torch.cat([m.flatten() for m in moved]).norm()))
+    assert info.measures.before == []  # the copy is given back

@@ -1,0 +1,103 @@
+"""What an update is measured by where a log line follows: norms per parameter, and the gradient of a small batch.
+
+All of it stays on the device: nothing here waits for one, and nothing changes a gradient or a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Measures:
+    """Of one update, before LARS. `parameters`: those with gradients, n of them; all else lies on the device.
+
+    Made by `before_step`, completed by `after_step`.
+    """
+
+    parameters: list[nn.Parameter]
+    weights: Tensor
+    """(n,): |w| before the update."""
+    gradients: Tensor
+    """(n,): |g|, g the mean over the global batch."""
+    updates: Tensor
+    """(n,): |w_after - w_before|."""
+    weight_norm: Tensor
+    """|w| of all parameters, a scalar."""
+    grad_norm: Tensor
+    """|g| of all, a scalar."""
+    before: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def before_step(cls, network: nn.Module) -> Measures:
+        """The norms, and a copy of the weights, which `after_step` gives back."""
+        parameters = [p for p in network.parameters() if p.grad is not None]
+        weights = [p.detach() for p in parameters]
+        norms = torch.stack(torch._foreach_norm(weights))
+        gradients = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+        others = [p.detach() for p in network.parameters() if p.grad is None]
+        return cls(
+            parameters,
+            norms,
+            gradients,
+            torch.zeros_like(norms),
+            torch.nn.utils.get_total_norm([*weights, *others]),
+            torch.linalg.vector_norm(gradients),
+            list(torch._foreach_clone(weights)),
+        )
+
+    def after_step(self) -> None:
+        """Measure how far the step has moved the weights."""
+        torch._foreach_sub_(self.before, [p.detach() for p in self.parameters])
+        self.updates = torch.stack(torch._foreach_norm(self.before))
+        self.before = []
+
+    def update_norm(self) -> Tensor:
+        """|w_after - w_before| of all, a scalar."""
+        norm: Tensor = torch.linalg.vector_norm(self.updates)
+        return norm
+
+
+class FirstGradient:
+    """|g|^2 of the first micro-batch of an update on this rank, before another is added or ranks exchange theirs.
+
+    That gradient is in the parameters' `grad` for a moment of every backward pass, so nothing is computed twice.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def take(self, parameter: Tensor, norms: list[Tensor]) -> None:
+        """Append |g| of one parameter, now that its gradient is there."""
+        if parameter.grad is not None:
+            norms.append(torch.linalg.vector_norm(parameter.grad))
+
+    @contextmanager
+    def taken(self) -> Iterator[list[Tensor]]:
+        """Yields a list that one backward pass within it fills: |g| of each parameter, scalars on the device."""
+        norms: list[Tensor] = []
+
+        # Autograd calls them when the gradient is there, and DDP's own, which sends it off, after them.
+        hooks: list[Any] = [p.register_post_accumulate_grad_hook for p in self._parameters]
+        handles = [register(lambda parameter: self.take(parameter, norms)) for register in hooks]
+        try:
+            yield norms
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def small_batch(norms: list[Tensor], factor: Tensor, samples: int) -> Tensor:
+    """(3,) float64 for the sum over ranks: |g|^2 of the mean gradient of `samples` samples, 1 / samples, and 1.
+
+    `norms`: of the gradient times 1 / `factor` (a scalar on the device), by parameter.
+    """
+    squared = (torch.stack(norms).double() * factor).square().sum()
+    # Filled on the device: a tensor made from numbers would be a copy that the host waits for.
+    return torch.stack((squared, torch.full_like(squared, 1 / samples), torch.ones_like(squared)))
