@@ -353,7 +353,7 @@ class Config:
     log_every: int = 10
     """Updates between two lines of the log."""
     verbosity: int = 1
-    """What the terminal is told. 0: warnings and results; 1: also what is run, and each epoch; 2: also each log line."""
+    """What is told. 0: warnings and results; 1: also what is run, and each epoch; 2: also each line of the log."""
     run: RunConfig = field(default_factory=RunConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
