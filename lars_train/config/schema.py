@@ -254,10 +254,27 @@ class ExportConfig:
 
 @dataclass
 class PlanConfig:
-    """Of ``mode=plan``. `path`: the JSON file to write (None: none); `world`: ranks (None: as this machine starts)."""
+    """Of ``mode=plan``.
+
+    `path`: the JSON file to write (None: none); `picture`: the PNG of hours and efficiency on 1 to 4,096 devices (None:
+    none); `world`: ranks (None: as this machine starts). `device`: whose cited images/s to take (cost.py: a100, v100);
+    `images_per_second`: of one device, forward and backward, in place of them. `cores` for each device decode
+    `decode_rate` images/s each (None: input is not looked at). `latency_us`: microseconds of a message between
+    devices; `bandwidth_gb`: 10^9 bytes/s of a device to its neighbour; `all_reduce`: ``ring``, ``tree``, or ``auto``,
+    the faster; `overlap`: the share of the last micro-batch's backward pass that hides the network.
+    """
 
     path: Optional[str] = None
+    picture: Optional[str] = None
     world: Optional[int] = None
+    device: Optional[str] = None
+    images_per_second: Optional[float] = None
+    cores: int = 8
+    decode_rate: Optional[float] = None
+    latency_us: float = 10.0
+    bandwidth_gb: float = 12.5
+    all_reduce: str = AUTO
+    overlap: float = 1.0
 
 
 @dataclass
