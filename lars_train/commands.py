@@ -114,14 +114,25 @@ def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
 
 
 def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Walk through the run's arithmetic; starts nothing, and writes ``plan.path`` alone."""
+    """Walk through the run's arithmetic; starts nothing, and writes ``plan.path`` and ``plan.picture`` alone."""
     if not first_process():
         return {}
     prepared = prepare(config)
     plan = prepared.plan
     world = config.plan.world or processes(config, cuda_devices(config), plan.ghosts)
     rehearsed = rehearse(config, plan, val_count=len(prepared.dataset.val), world=world)
-    for line in (*experiment(config, plan), *lines(rehearsed)):
+    # Imported here: the other modes have no use for it.
+    from lars_train.forecast import draw, forecast, told
+
+    rehearsed["forecast"] = forecast(
+        config,
+        plan,
+        classes=len(prepared.dataset.classes),
+        world=world,
+        val_count=len(prepared.dataset.val),
+        evaluations=len(rehearsed["evaluations"]),
+    )
+    for line in (*experiment(config, plan), *lines(rehearsed), *told(rehearsed["forecast"])):
         say(line)
     if config.plan.path is not None:
         path = user_path(config.plan.path)
@@ -130,6 +141,13 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
         except OSError as error:
             raise ConfigError(f"plan.path={path}: it cannot be written ({error.strerror}).") from None
         say(f"plan           {path}")
+    if config.plan.picture is not None:
+        path = user_path(config.plan.picture)
+        try:
+            draw(rehearsed["forecast"], rehearsed["lr_per_epoch"], path)
+        except OSError as error:
+            raise ConfigError(f"plan.picture={path}: it cannot be written ({error.strerror}).") from None
+        say(f"picture        {path}")
     return rehearsed
 
 

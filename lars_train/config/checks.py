@@ -43,6 +43,8 @@ def check_choices(config: Config) -> None:
         "schedule.form": ("whole", "restart", "mlperf", "steps"),
         **CHOICES,
         "guard.on_divergence": ("stop", "rollback"),
+        "plan.device": ("a100", "v100"),
+        "plan.all_reduce": (AUTO, "ring", "tree"),
     }
     leaves = flatten(config)
     for key, allowed in choices.items():
@@ -68,6 +70,10 @@ def check_values(config: Config) -> None:
         "plan.world",
         "check.seconds",
         "check.samples",
+        "plan.images_per_second",
+        "plan.cores",
+        "plan.decode_rate",
+        "plan.bandwidth_gb",
         "data.image_size",
         "data.window_shards",
         "data.cache_gb",
@@ -91,6 +97,7 @@ def check_values(config: Config) -> None:
         "schedule.end_lr",
         "data.pad",
         "data.max_bad",
+        "plan.latency_us",
         "guard.max_rollbacks",
         "label_smoothing",
     )
@@ -103,6 +110,12 @@ def check_values(config: Config) -> None:
             raise ConfigError(f"{key}={value}: it must be {wanted}.")
     if not 0 <= leaves["label_smoothing"] < 1:
         raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
+    if not 0 <= config.plan.overlap <= 1:
+        raise ConfigError(f"plan.overlap={config.plan.overlap}: it must be at least 0 and at most 1.")
+    if config.plan.picture is not None and config.plan.device is None and config.plan.images_per_second is None:
+        raise ConfigError(
+            f"plan.picture={config.plan.picture}: hours need a rate; name plan.device, or give plan.images_per_second."
+        )
     if not 0 < config.data.eval_crop <= 1:
         raise ConfigError(f"data.eval_crop={config.data.eval_crop}: it must be above 0 and at most 1.")
     if config.data.min_crop is not None and not 0 < config.data.min_crop <= 1:

@@ -304,12 +304,30 @@ class ExportConfig:
 
 @dataclass
 class PlanConfig:
-    """Of ``mode=plan``."""
+    """Of ``mode=plan``: what is planned for, and where it goes to."""
 
     path: Optional[str] = None
     """The JSON file to write (null: none)."""
+    picture: Optional[str] = None
+    """The PNG of hours and efficiency on 1 to 4,096 devices (null: none)."""
     world: Optional[int] = None
     """Ranks (null: as this machine starts)."""
+    device: Optional[str] = None
+    """Whose cited images/s to take (docs/plan.md)."""
+    images_per_second: Optional[float] = None
+    """Of one device, forward and backward, in place of cited ones."""
+    cores: int = 8
+    """Cores that decode for each device."""
+    decode_rate: Optional[float] = None
+    """Images/s that a core decodes (null: input is not looked at)."""
+    latency_us: float = 10.0
+    """Microseconds of a message between devices."""
+    bandwidth_gb: float = 12.5
+    """10**9 bytes/s of a device to its neighbour."""
+    all_reduce: str = AUTO
+    """ring, tree, or auto: the faster."""
+    overlap: float = 1.0
+    """The share of the last micro-batch's backward pass that hides the network."""
 
 
 @dataclass
