@@ -91,7 +91,7 @@ def main() -> None:
     print(f"{cpu_name()}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         for world in (1, 2):
-            mp.spawn(calibrate, (world, folder), nprocs=world)  # type: ignore[attr-defined]
+            mp.spawn(calibrate, (world, folder), nprocs=world)  # type: ignore[attr-defined, no-untyped-call]
             found = json.loads(Path(folder, f"{world}.json").read_text())
             bandwidth = (LARGE - SMALL) / max(found["large"] - found["small"], 1e-9)
             # Gloo sums by a ring: at two ranks, two messages and the bytes once.
