@@ -80,7 +80,7 @@ def measured(world: int, updates: int, folder: str) -> float:
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [e["train/images_per_s"] for e in logged if e.get("update", 0) > 10 and "train/images_per_s" in e]
     print(f"  metrics.jsonl: {(run / 'metrics.jsonl').stat().st_size / len(logged):.0f} bytes a line")
-    return BATCH * sum(1 / rate for rate in rates) / len(rates)
+    return float(BATCH * sum(1 / rate for rate in rates) / len(rates))
 
 
 def main() -> None:
