@@ -5,6 +5,7 @@ With a world size of 1 no process group is made and every collective is the iden
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -115,6 +116,9 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
     if ranks.world == 1:
         yield Group(ranks)
         return
+    # DDP imports it. Imported while there is a group, it keeps hold of that: the connections of a rank that has failed
+    # stay open, and the others wait for it.
+    importlib.import_module("torch._dynamo")
     limit = timedelta(seconds=timeout)
     if _base_store is None:
         if "RANK" not in os.environ:
