@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lars_train.config import DataConfig
@@ -24,8 +24,7 @@ MIN_CROP = 0.08  # of the picture's area
 _RATIO = (3 / 4, 4 / 3)  # width / height
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """The way from a picture to a view, in this order: cut `box`, resize, pad, cut the window, mirror.
 
     All lengths are whole pixels. The box is cut out before resizing, so what lies outside it has no

@@ -26,6 +26,11 @@
 #endif
 
 /* One build runs on every x86-64 and uses what each has. */
+#ifdef __GNUC__
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(LARS_PLAIN_C)
 #define HAVE_AVX2
 #define AVX2 __attribute__((target("avx2")))
@@ -51,6 +56,8 @@
 #define ROWS 2
 /* Results in a row that vectors make at a time. */
 #define GROUP 4
+/* Results whose weights are made at a time; a multiple of the above. */
+#define STRIP 8
 
 enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
 
@@ -70,6 +77,12 @@ typedef struct {
     int32_t *spread;
 } Axis;
 
+/* `in` pixels along an axis, how many of them make one of the result, how far a triangle reaches, and 1 / that. */
+typedef struct {
+    int in;
+    double scale, support, inverse;
+} Filter;
+
 typedef struct {
     struct jpeg_decompress_struct jpeg;
     struct jpeg_error_mgr errors;
@@ -82,6 +95,7 @@ typedef struct {
     uint8_t *out;
     Axis across, down;
     void *memory[6];
+    void (*weigh)(const Filter *, int, int, const int *, const int *, int, int, double *, int32_t *);
     void (*resize_across)(const Axis *, int, const uint8_t *const *, uint8_t *const *);
     void (*resize_down)(const uint8_t *const *, const int32_t *, int, int, uint8_t *);
 } Job;
@@ -117,50 +131,71 @@ static void *take(Job *job, int slot, size_t count, size_t bytes) {
 static int lesser(int a, int b) { return a < b ? a : b; }
 static int greater(int a, int b) { return a > b ? a : b; }
 
+/* As many results as the axis has, in whole strips. */
+static int with_last_strip(const Axis *axis) { return (axis->count + STRIP - 1) / STRIP * STRIP; }
+
 /* The first input pixel under the filter of output pixel `at`, and how many: as Pillow rounds them. */
-static int reach(int in, double scale, double support, int at, int *count) {
-    const double center = (at + 0.5) * scale;
-    const int first = greater((int)(center - support + 0.5), 0);
-    *count = lesser((int)(center + support + 0.5), in) - first;
+static INLINE int reach(const Filter *filter, int at, int *count) {
+    const double center = (at + 0.5) * filter->scale;
+    const int first = greater((int)(center - filter->support + 0.5), 0);
+    *count = lesser((int)(center + filter->support + 0.5), filter->in) - first;
     return first;
 }
 
+/* The weights of STRIP results, `taps` for each, as Pillow computes them: in [0, 1], 1 in sum, then rounded. Of the
+   results, output pixels `at`, `at + step` and so on, `kept` are written. `scratch`: STRIP times `taps` numbers. */
+static INLINE void weigh(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
+                         double *scratch, int32_t *weights) {
+    double center[STRIP], sum[STRIP];
+    for (int s = 0; s < STRIP; s++) center[s] = (at + s * step + 0.5) * filter->scale, sum[s] = 0;
+    for (int t = 0; t < taps; t++)
+        for (int s = 0; s < STRIP; s++) {
+            const double distance = (t + first[s] - center[s] + 0.5) * filter->inverse;
+            const double away = distance < 0 ? -distance : distance, weight = away < 1 ? 1 - away : 0;
+            sum[s] += scratch[t * STRIP + s] = t < n[s] ? weight : 0;
+        }
+    for (int s = 0; s < STRIP; s++) sum[s] = sum[s] != 0 ? sum[s] : 1;
+    for (int t = 0; t < taps; t++) {
+        int32_t rounded[STRIP];
+        for (int s = 0; s < STRIP; s++)
+            rounded[s] = (int32_t)(0.5 + scratch[t * STRIP + s] / sum[s] * (1 << WEIGHT_BITS));
+        for (int s = 0; s < kept; s++) weights[(size_t)s * taps + t] = rounded[s];
+    }
+}
+
+static void weigh_plain(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
+                        double *scratch, int32_t *weights) {
+    weigh(filter, at, step, first, n, taps, kept, scratch, weights);
+}
+
 /* `in` pixels from `offset` on are resized to `out` of them; the window begins at `start`. `even`: an even number of
-   weights for each. Weights lie in [0, 1] and sum up to 1 before they are rounded. */
+   weights for each. */
 static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, int start, int flip, int even) {
     const int size = job->view->size, low = greater(start, 0), high = lesser(start + size, out);
     const double scale = (double)in / out, support = scale > 1 ? scale : 1;
-    int most = 0, n;
+    const Filter filter = {in, scale, support, 1 / support};
+    const int at = flip ? high - 1 : low, step = flip ? -1 : 1;
     axis->count = greater(high - low, 0);
     axis->from = flip ? size - (high - start) : low - start;
-    axis->begin = INT_MAX, axis->end = 0;
-    for (int i = 0; i < axis->count; i++) {
-        const int first = reach(in, scale, support, low + i, &n);
-        most = greater(most, n);
-        axis->begin = lesser(axis->begin, offset + first), axis->end = greater(axis->end, offset + first + n);
+    if (!axis->count) return;
+    /* Those behind the last result are it once more: its weights are not written, its first pixel is. */
+    const int room = with_last_strip(axis);
+    int *first = axis->first = take(job, slot, room, sizeof(int)), *n = take(job, 4, room, sizeof(int)), most = 0;
+    for (int i = 0; i < room; i++) {
+        first[i] = reach(&filter, at + step * lesser(i, axis->count - 1), n + i);
+        most = greater(most, n[i]);
     }
     if (most > MAX_TAPS) leave(job, REFUSED);
+    const int left = flip ? axis->count - 1 : 0, right = axis->count - 1 - left;
+    axis->begin = offset + first[left], axis->end = offset + first[right] + n[right];
     axis->taps = even ? (most + 1) / 2 * 2 : most;
-    axis->first = take(job, slot, axis->count + GROUP, sizeof(int));
     axis->weights = take(job, slot + 1, (size_t)axis->count * axis->taps, sizeof(int32_t));
-    double *weights = take(job, 4, most, sizeof(double));
-    for (int i = 0; i < axis->count; i++) {
-        const int at = flip ? high - 1 - i : low + i, first = reach(in, scale, support, at, &n);
-        const double center = (at + 0.5) * scale, inverse = 1 / support;
-        int32_t *fixed = axis->weights + (size_t)i * axis->taps;
-        double sum = 0;
-        for (int t = 0; t < n; t++) {
-            const double distance = (t + first - center + 0.5) * inverse, away = distance < 0 ? -distance : distance;
-            weights[t] = away < 1 ? 1 - away : 0;
-            sum += weights[t];
-        }
-        for (int t = 0; t < axis->taps; t++)
-            fixed[t] = t < n ? (int32_t)(0.5 + (sum != 0 ? weights[t] / sum : weights[t]) * (1 << WEIGHT_BITS)) : 0;
-        axis->first[i] = offset + first;
-    }
-    for (int i = axis->count; i < axis->count + GROUP; i++) axis->first[i] = i ? axis->first[i - 1] : 0;
-    free(weights);
-    job->memory[4] = NULL;
+    double *scratch = take(job, 5, (size_t)STRIP * axis->taps, sizeof(double));
+    for (int i = 0; i < axis->count; i += STRIP)
+        job->weigh(&filter, at + step * i, step, first + i, n + i, axis->taps, lesser(STRIP, axis->count - i), scratch,
+                   axis->weights + (size_t)i * axis->taps);
+    for (int i = 0; i < room; i++) first[i] += offset;
+    for (int i = 4; i < 6; i++) free(job->memory[i]), job->memory[i] = NULL;
 }
 
 /* `count` rows of 4-byte pixels, of which `first` tells, to 3-byte pixels of the window. */
@@ -200,6 +235,11 @@ static void resize_down(const uint8_t *const *rows, const int32_t *weights, int 
 /* Two weights, for two neighbours in a vector of pixels. */
 static inline int32_t two(int32_t first, int32_t second) { return first | (int32_t)((uint32_t)second << 16); }
 
+AVX2 static void weigh_avx2(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
+                            double *scratch, int32_t *weights) {
+    weigh(filter, at, step, first, n, taps, kept, scratch, weights);
+}
+
 /* For each group of results and each pair of weights one vector: upper and lower parts for the first result, then for the
    second; in its other half those for the third and fourth. */
 static void spread_weights(Job *job, Axis *axis, int slot) {
@@ -215,12 +255,12 @@ static void spread_weights(Job *job, Axis *axis, int slot) {
 }
 
 /* Sums of products, upper and lower, to results; `half` of a level is in the lower ones. */
-AVX2 static inline __attribute__((always_inline)) __m256i level(__m256i upper, __m256i lower) {
+AVX2 static INLINE __m256i level(__m256i upper, __m256i lower) {
     return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(upper, LOWER_BITS), lower), WEIGHT_BITS);
 }
 
 /* `count` rows, one or two, with the same weights. */
-AVX2 static inline __attribute__((always_inline)) void across_in_pairs(const Axis *axis, int pairs, int count,
+AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
                                                                        const uint8_t *const *rows, uint8_t *const *to) {
     /* Two pixels of four channels, to 16 bits, the first and the second pixel's in turn. */
     const __m256i beside = _mm256_set_epi8(-1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0,  //
@@ -268,7 +308,7 @@ AVX2 static void resize_across_avx2(const Axis *axis, int count, const uint8_t *
     else across_in_pairs(axis, pairs, 1, rows, to);
 }
 
-AVX2 static inline __attribute__((always_inline)) void down_in_pairs(const uint8_t *const *rows, const int32_t *weights,
+AVX2 static INLINE void down_in_pairs(const uint8_t *const *rows, const int32_t *weights,
                                                                      int taps, int pairs, int count, uint8_t *to) {
     const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(HALF);
     for (int i = 0; i < count; i += BLOCK) {
@@ -292,6 +332,8 @@ AVX2 static inline __attribute__((always_inline)) void down_in_pairs(const uint8
         const __m256i left = _mm256_packs_epi32(level(upper[0], lower[0]), level(upper[1], lower[1]));
         const __m256i right = _mm256_packs_epi32(level(upper[2], lower[2]), level(upper[3], lower[3]));
         const __m256i bytes = _mm256_packus_epi16(left, right);
+        /* The row that comes next: what is written there has been pushed out of the near caches. */
+        _mm_prefetch((const void *)(to + i + count), _MM_HINT_T0);
         if (i + BLOCK <= count) {
             _mm256_storeu_si256((void *)(to + i), bytes);
         } else {
@@ -405,7 +447,7 @@ static void decode(Job *job) {
     if (!is_complete(jpeg)) leave(job, REFUSED);
     if (across->count && down->count) {
         const int first = narrow(jpeg, across->begin, across->end);
-        for (int i = 0; i < across->count + GROUP; i++) across->first[i] -= first;
+        for (int i = 0; i < with_last_strip(across); i++) across->first[i] -= first;
 #ifdef HAVE_AVX2
         if (job->resize_across == resize_across_avx2) spread_weights(job, across, 5);
 #endif
@@ -460,9 +502,10 @@ static int decode_view(const uint8_t *data, size_t length, const View *view, uin
     job.errors.error_exit = on_error;
     job.errors.emit_message = on_message;
     job.errors.output_message = be_silent;
-    job.resize_across = resize_across, job.resize_down = resize_down;
+    job.weigh = weigh_plain, job.resize_across = resize_across, job.resize_down = resize_down;
 #ifdef HAVE_AVX2
-    if (__builtin_cpu_supports("avx2")) job.resize_across = resize_across_avx2, job.resize_down = resize_down_avx2;
+    if (__builtin_cpu_supports("avx2"))
+        job.weigh = weigh_avx2, job.resize_across = resize_across_avx2, job.resize_down = resize_down_avx2;
 #endif
     const size_t bytes = 3 * (size_t)view->size * view->size;
     if (view->x < 0 || view->y < 0 || view->x + view->size > view->wide || view->y + view->size > view->high)

@@ -6,6 +6,7 @@ run meanwhile. It is never needed, and it judges no file: what it does not decod
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
 
@@ -70,5 +71,6 @@ def decode(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[
     if out.shape != (side, side, 3):
         raise ValueError(f"out has the shape {out.shape}, not (S, S, 3)")
     x, y = view.crop[0] - view.pad, view.crop[1] - view.pad
-    address = out.ctypes.data
+    # A third of the time of `out.ctypes.data`. To mypy an array is no buffer before Python 3.12.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(out))  # type: ignore[arg-type]
     return jpeg.decode(data, len(data), address, *size, *view.box, *view.size, x, y, view.flip, side) == 0
