@@ -434,6 +434,8 @@ def test_flatten_has_every_field_of_the_schema_once() -> None:
 
 # How a run is executed and where it is told, and not what it computes.
 EXECUTION = {
+    "compile",
+    "channels_last",
     "mode",
     "max_updates",
     "micro_batch",

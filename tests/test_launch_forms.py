@@ -208,11 +208,17 @@ def test_any_torch_optimizer_runs_under_lars(tmp_path: Path) -> None:
     assert "optimizer      SGD" in told
 
 
-def test_compile_changes_no_number_but_rounding(tmp_path: Path) -> None:
-    ran([*ALONE, *TINY, "max_updates=2", "run.name=eager"], tmp_path)
-    ran([*ALONE, *TINY, "max_updates=2", "run.name=compiled", "compile=true"], tmp_path)
-    eager, compiled = losses(tmp_path / "runs/eager"), losses(tmp_path / "runs/compiled")
-    assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in eager], rel=1e-3)
+def test_compile_and_layout_change_no_number_but_rounding(tmp_path: Path) -> None:
+    told = ran([*ALONE, *TINY, "max_updates=2", "run.name=eager"], tmp_path)
+    assert "channels last, not compiled" in told
+    cache = tmp_path / "compiled"
+    compiled = [*ALONE, *TINY, "max_updates=2", "run.name=compiled", "compile=true", "channels_last=false"]
+    told = ran(compiled, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    assert "compile        on: each size of a micro-batch is compiled when it first comes" in told
+    assert "channels first, compiled" in told
+    assert any(cache.iterdir())
+    expected, got = losses(tmp_path / "runs/eager"), losses(tmp_path / "runs/compiled")
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-3)
 
 
 def test_the_embedded_set_trains_and_says_what_it_is(tmp_path: Path) -> None:
@@ -235,8 +241,8 @@ def test_real_photographs_train_from_a_zip(tmp_path: Path) -> None:
             *ALONE,
             "data=folder",
             f"data.root={Path(data).resolve() / 'cifar10_jpeg.zip'}",
-            *"model=small data.image_size=32 data.augment=pad_crop data.eval_crop=1.0".split(),
-            *"batch=32k epochs=5 schedule.warmup_epochs=1 max_updates=6 log_every=1".split(),
+            *"model=tiny data.image_size=32 data.augment=pad_crop data.eval_crop=1.0".split(),
+            *"batch=32k epochs=5 schedule.warmup_epochs=1 max_updates=4 log_every=1".split(),
         ],
         tmp_path,
     )

@@ -18,7 +18,7 @@ from lars_train.data.loader import Batch
 from lars_train.launch import Ranks
 from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan
-from lars_train.training.device import choose_precision
+from lars_train.training.device import choose_layout, choose_precision
 from lars_train.training.distributed import Group
 from lars_train.training.feed import normaliser
 from lars_train.training.network import make_network
@@ -42,7 +42,7 @@ def train_for(
     torch.manual_seed(config.seed)
     precision = choose_precision(resolved.precision, device)
     network = make_network(config, classes).to(device=device, dtype=precision.weights)
-    network = network.to(memory_format=torch.channels_last).train()
+    network = network.to(memory_format=choose_layout(config)).train()
     alone = Group(Ranks())
     samples = plan.ghost_batch if device.type == "cpu" else resolved.micro_batch
     trainer = Trainer(
@@ -50,11 +50,11 @@ def train_for(
         build_optimizer(config.optimizer, network),
         dataclasses.replace(plan, global_batch=samples),
         Hyper(lambda update: _LR, filled(config.label_smoothing)),
-        normalise=normaliser(config.data.mean, config.data.std, device, precision),
+        normalise=normaliser(config.data.mean, config.data.std, device, precision, choose_layout(config)),
         precision=precision,
         device=device,
         group=alone,
-        compiled=config.compile,
+        compiled=config.compile is True,
     )
     rate = _rate(trainer, samples, config.data.image_size, classes, seconds)
     if samples < resolved.micro_batch and _LEAST * resolved.micro_batch < rate * seconds:

@@ -28,10 +28,12 @@ def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") 
 
 def check_choices(config: Config) -> None:
     """Raise `ConfigError` for a word that is none of those a key allows."""
-    choices: dict[str, tuple[str, ...]] = {
+    choices: dict[str, tuple[str | bool, ...]] = {
         "mode": MODES,
         "resume": (AUTO, "never"),
         "device": (AUTO, "cpu", "cuda"),
+        "compile": (AUTO, True, False),
+        "channels_last": (AUTO, True, False),
         "gradient_compression": ("none", "bf16"),
         "precision.name": (AUTO, "fp32", "fp64", "bf16", "fp16"),
         "optimizer.name": ("recipe", "lars", "sgd"),
@@ -50,7 +52,8 @@ def check_choices(config: Config) -> None:
     for key, allowed in choices.items():
         value = leaves[key]
         if value is not None and value not in allowed:
-            raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+            words = [str(word).lower() if isinstance(word, bool) else word for word in allowed]
+            raise ConfigError(f"{key}={value}: choose one of {', '.join(words)}.{nearest(str(value), words)}")
 
 
 def check_values(config: Config) -> None:

@@ -360,8 +360,12 @@ class Config:
     """auto, cpu or cuda."""
     deterministic: bool = False
     """Have torch use deterministic kernels alone."""
-    compile: bool = False
-    """The network through ``torch.compile``."""
+    compile: Union[bool, str] = AUTO
+    """The network through ``torch.compile``: true, false, or auto: where the run takes an hour or more, a trial at its
+    start computes the same but for rounding, and is faster.
+    """
+    channels_last: Union[bool, str] = AUTO
+    """Weights and images with the channels innermost in memory: true, false, or auto: on every device."""
     gradient_compression: str = "none"
     """none, or bf16: what the ranks exchange is rounded to bfloat16. That is part of the experiment: the curve then
     depends, in those roundings, on the world size.

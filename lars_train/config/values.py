@@ -19,6 +19,8 @@ EXECUTION_KEYS = (
     "mode",
     "max_updates",
     "micro_batch",
+    "channels_last",
+    "compile",
     "device",
     "resume",
     "log_every",
@@ -65,6 +67,8 @@ def run_hash(config: Config) -> str:
             node = node[part]
         if key not in LATER_KEYS or node[leaf] == LATER_KEYS[key]:
             node.pop(leaf)
+    # As when it was taken for a part of what is computed: runs from then find their directories.
+    plain["compile"] = False
     if config.data.order == "global":
         # As if there were no other: runs from before there was find their directories.
         for key in ("order", "window_shards"):

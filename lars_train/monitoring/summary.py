@@ -23,6 +23,10 @@ class Decided(Protocol):
     @property
     def precision(self) -> str: ...
     @property
+    def channels_last(self) -> bool: ...
+    @property
+    def compiled(self) -> bool: ...
+    @property
     def threads(self) -> int: ...
     @property
     def world(self) -> int: ...
@@ -47,7 +51,8 @@ def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, 
     yield from experiment(config, plan)
     yield f"world size     {decided.world} ({decided.device}, {decided.threads} CPU threads each)"
     yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
-    yield f"precision      {decided.precision}"
+    layout = "channels last" if decided.channels_last else "channels first"
+    yield f"precision      {decided.precision}, {layout}, {'compiled' if decided.compiled else 'not compiled'}"
     yield f"run directory  {directory}"
     if resumed_at:
         yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"

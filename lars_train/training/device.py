@@ -88,6 +88,11 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return _PRECISIONS[name]
 
 
+def choose_layout(config: Config) -> torch.memory_format:
+    """How images and weights lie in memory. ``auto``: channels last, as convolutions want them on CUDA and the CPU."""
+    return torch.contiguous_format if config.channels_last is False else torch.channels_last
+
+
 def set_up(config: Config, device: torch.device, threads: int) -> None:
     """Make the process ready: CPU threads, the current device, determinism, seeds."""
     torch.set_num_threads(threads)

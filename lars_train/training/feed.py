@@ -21,9 +21,13 @@ from lars_train.training.device import Precision
 
 
 def normaliser(
-    mean: list[float], std: list[float], device: torch.device, precision: Precision
+    mean: list[float],
+    std: list[float],
+    device: torch.device,
+    precision: Precision,
+    layout: torch.memory_format = torch.channels_last,
 ) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 images (n, 3, S, S) to normalised ones on `device`: in `precision.compute`, channels_last.
+    """A function from uint8 images (n, 3, S, S) to normalised ones on `device`: in `precision.compute`, as `layout`.
 
     (pixel / 255 - mean) / std is computed in `precision.weights` as one multiply-add, on CUDA by one kernel that also
     converts.
@@ -45,7 +49,7 @@ def normaliser(
         else:
             out = torch.empty(rows.shape, dtype=precision.compute, device=device)
             torch.addcmul(shift, rows, scale, out=out)
-        return out.view(count, height, width, channels).permute(0, 3, 1, 2)
+        return out.view(count, height, width, channels).permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
     return normalise
 

@@ -49,21 +49,26 @@ def ghosts_by_trying(attempt: Callable[[int], None], *, ghost_batch: int, ghosts
 
 
 def try_micro_batch(
-    model: nn.Module, samples: int, image_size: int, precision: Precision, device: torch.device
+    model: nn.Module,
+    samples: int,
+    image_size: int,
+    precision: Precision,
+    device: torch.device,
+    layout: torch.memory_format = torch.channels_last,
 ) -> None:
     """A forward and backward pass of `samples` images on `device`, with all else there that training keeps there.
 
     The model itself stays as it is. Raises `torch.OutOfMemoryError`.
     """
     try:
-        shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=torch.channels_last)
+        shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=layout)
         kept = [torch.empty_like(p) for p in shadow.parameters() for _ in range(2)]  # momentum, DDP's buckets
         if device.type == "cuda":
             spare = int(SHARE_LEFT_FREE * torch.cuda.get_device_properties(device).total_memory)
             kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
         images = torch.zeros(samples, 3, image_size, image_size, dtype=precision.weights, device=device)
         with precision.autocast(device):
-            logits = shadow.train()(images.contiguous(memory_format=torch.channels_last))
+            logits = shadow.train()(images.contiguous(memory_format=layout))
         torch.autograd.backward(logits.to(precision.weights).sum())
         if device.type == "cuda":
             torch.cuda.synchronize(device)

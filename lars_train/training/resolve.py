@@ -12,7 +12,7 @@ from lars_train.config import AUTO, Config
 from lars_train.data.decode import PILLOW
 from lars_train.plan import Plan, accumulation, check_micro_batch
 from lars_train.training.decoder import choose_decoder
-from lars_train.training.device import choose_precision, choose_threads
+from lars_train.training.device import choose_layout, choose_precision, choose_threads
 from lars_train.training.distributed import Group
 from lars_train.training.micro_batch import free_memory, ghosts_by_trying, ghosts_that_fit, try_micro_batch
 
@@ -21,7 +21,8 @@ from lars_train.training.micro_batch import free_memory, ghosts_by_trying, ghost
 class Resolved:
     """`micro_batch` in samples; `world` and `device` (its type) say what `threads` was decided for.
 
-    `decoder`: of JPEGs, see decoder.py; checkpoints without it are of runs by Pillow.
+    `decoder`: of JPEGs, see decoder.py; checkpoints without it are of runs by Pillow. `compiled` is decided later, by
+    compiler.py, when the network is on its device.
     """
 
     micro_batch: int
@@ -30,6 +31,8 @@ class Resolved:
     world: int
     device: str
     decoder: str = PILLOW
+    channels_last: bool = True
+    compiled: bool = False
 
 
 def resolve(
@@ -52,7 +55,9 @@ def resolve(
     elif device.type == "cuda":
         # What was decided on another device is tried too: this one may have less memory.
         ghosts = ghosts_by_trying(
-            lambda count: try_micro_batch(network, count * plan.ghost_batch, size, precision, device),
+            lambda count: try_micro_batch(
+                network, count * plan.ghost_batch, size, precision, device, choose_layout(config)
+            ),
             ghost_batch=plan.ghost_batch,
             ghosts=min(known or most, most),
         )
@@ -73,4 +78,12 @@ def resolve(
     if kept and config.launch.threads == AUTO and (kept.world, kept.device) == (ranks.world, device.type):
         threads = kept.threads
     decoder = choose_decoder(config, None if kept is None else kept.decoder, group, device)
-    return Resolved(ghosts * plan.ghost_batch, precision.name, threads, ranks.world, device.type, decoder)
+    return Resolved(
+        ghosts * plan.ghost_batch,
+        precision.name,
+        threads,
+        ranks.world,
+        device.type,
+        decoder,
+        channels_last=choose_layout(config) is torch.channels_last,
+    )

@@ -8,11 +8,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lars_train.config import absolute_paths, filled, flatten
 from lars_train.data.decode import PILLOW
@@ -30,11 +30,11 @@ from lars_train.monitoring.summary import announcement, epoch_line, final_record
 from lars_train.optim.factory import build_optimizer
 from lars_train.optim.lars import LARS
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
-from lars_train.training import checkpoint
+from lars_train.training import checkpoint, compiler
 from lars_train.training.bad_images import BadImages, told_in
 from lars_train.training.cache import check_cache
 from lars_train.training.decoder import decoder_lines
-from lars_train.training.device import choose_precision, choose_workers, set_up
+from lars_train.training.device import choose_layout, choose_precision, choose_workers, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
 from lars_train.training.feed import Feed, normaliser
@@ -72,23 +72,26 @@ class Run:
         self.ghosts_per_micro = check_micro_batch(plan, self.resolved.micro_batch)
         self.workers = choose_workers(config, device, group.ranks)
         check_cache(config, dataset, plan, micro_batch=self.resolved.micro_batch, ranks=group.ranks)
-        network = network.to(device=device, dtype=self.precision.weights).to(memory_format=torch.channels_last)
+        layout = choose_layout(config)
+        network = network.to(device=device, dtype=self.precision.weights).to(memory_format=layout)
+        self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
+        self.flops_per_image = flops_per_image(network, config.data.image_size)
+        self.peak_flops = peak_flops(self.precision, device, self.resolved.threads)
+        self.resolved = replace(self.resolved, compiled=self._compile(network, stored))
         self.trainer = Trainer(
             network,
             build_optimizer(config.optimizer, network),
             plan,
             Hyper(make_schedule(plan, config), filled(config.label_smoothing)),
-            normalise=normaliser(config.data.mean, config.data.std, device, self.precision),
+            normalise=normaliser(config.data.mean, config.data.std, device, self.precision, layout),
             precision=self.precision,
             device=device,
             group=group,
-            compiled=config.compile,
+            compiled=self.resolved.compiled,
             bucket_mb=config.distributed.bucket_mb,
             compression=config.gradient_compression,
             max_loss=config.guard.max_loss,
         )
-        self.flops_per_image = flops_per_image(network, config.data.image_size)
-        self.peak_flops = peak_flops(self.precision, device, self.resolved.threads)
         self.pictures: Tensor | None = None
         self.parameter_names = {id(p): name for name, p in network.named_parameters()}
         self.started = time.perf_counter()
@@ -99,7 +102,6 @@ class Run:
             self.bad.known.update(checkpoint.value(start, "bad"))
         self.rollbacks: list[dict[str, int]] = [] if start is None else list(start.get("rollbacks", []))
         self.resumed_at = self.trainer.update
-        self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
         self.log: RunLog | None = None
         self.writer: CheckpointWriter | None = None
         self.notice = Notice()
@@ -114,6 +116,24 @@ class Run:
         self.evaluation_seconds = 0.0
         self.failures_told = self.skipped_in_a_row = 0
         self.result: Result | None = None
+
+    def _compile(self, network: nn.Module, stored: dict[str, Any] | None) -> bool:
+        """Whether torch.compile is used. Collective."""
+        config, plan, samples = self.config, self.plan, self.resolved.micro_batch
+        decided = None
+        if self.group.first:
+            images = plan.stop * plan.global_batch / self.group.ranks.world
+            decided = compiler.decide(
+                config.compile,
+                None if stored is None or stored.get("device") != self.device.type else stored.get("compiled", False),
+                compiler.shortest_time(images, self.flops_per_image, self.peak_flops),
+                lambda: compiler.attempt(network, samples, config.data.image_size, self.precision, self.device),
+                missing=compiler.missing_tool(self.device),
+                compute=self.precision.compute,
+                say=self.progress.say,
+            )
+        compiled: bool = self.group.from_first(decided)
+        return compiled
 
     def train(self) -> dict[str, Any]:
         """Train to the end; the content of ``final.json``."""

@@ -26,6 +26,7 @@ from lars_train.training.cache import check_cache
 from lars_train.training.decoder import choose_decoder, decoder_lines
 from lars_train.training.device import (
     choose_device,
+    choose_layout,
     choose_precision,
     choose_threads,
     choose_workers,
@@ -154,7 +155,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
         network = make_network(config, len(dataset.classes))
         if content is not None and config.model.weights is None:
             load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
-        network = network.to(device=device, dtype=precision.weights).to(memory_format=torch.channels_last)
+        network = network.to(device=device, dtype=precision.weights).to(memory_format=choose_layout(config))
         decoder = choose_decoder(config, None, group, device)
         for line in decoder_lines(config.data.decoder, decoder, None, dataset.val):
             complain(line)
@@ -162,7 +163,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             network,
             dataset.val,
             View.from_config(config.data),
-            normalise=normaliser(config.data.mean, config.data.std, device, precision),
+            normalise=normaliser(config.data.mean, config.data.std, device, precision, choose_layout(config)),
             precision=precision,
             device=device,
             group=group,

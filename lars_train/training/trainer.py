@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lars_train.data.loader import BadSample, Batch
 from lars_train.models.batchnorm import RunningStatistics
 from lars_train.plan import Plan
+from lars_train.training.compiler import compiled_of
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
 from lars_train.training.guard import Divergence, Guard
@@ -100,7 +101,7 @@ class Trainer:
         self.update = 0
         self.skipped = 0
         """Global batches that were passed over: the next one is number `update` + `skipped`."""
-        self.forward: Any = torch.compile(network) if compiled else network
+        self.forward: Any = compiled_of(network) if compiled else network
         if group.ranks.world > 1:
             self.forward = over_ranks(self.forward, device, bucket_mb=bucket_mb, compression=compression)
 
