@@ -1,7 +1,8 @@
-"""scripts/bench_step.py: every contender that can run here takes part, and memory is told."""
+"""scripts/bench_step.py: every contender that can run here takes part, and memory is told. scripts/bench_reduction.py."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,23 @@ def test_a_page_gets_a_line_for_each_contender_with_rates_ratios_and_memory(tmp_
         assert float(to_bare) > 0
         assert float(memory.replace(",", "")) > 0
     assert "- small: (d) lars-train is" in text
+
+
+@pytest.mark.slow
+def test_the_exchange_of_two_processes_is_timed_beside_none(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two cores are wanted")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench_reduction: begin -->\n<!-- bench_reduction: end -->\n")
+    script = SCRIPT.with_name("bench_reduction.py")
+    command = f"--case small --images 4 --size 16 --accumulation 2 --rounds 2 --seconds 0.01 --write {page}".split()
+    done = subprocess.run(
+        [sys.executable, str(script), *command], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in page.read_text().splitlines() if line.startswith("| small"))
+    _, of_a_rank, together, alone, ratio = (cell.strip() for cell in row.strip("|").split("|"))
+    assert of_a_rank == "2 x 4"
+    assert 0 < float(together) < 60
+    assert 0 < float(alone) < 60
+    assert float(ratio.split()[0]) > 0
