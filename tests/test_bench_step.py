@@ -1,4 +1,4 @@
-"""scripts/bench_step.py: every contender that can run here takes part, and memory is told. scripts/bench_reduction.py."""
+"""scripts/bench_step.py and bench_reduction.py: every contender that can run here takes part; memory is told."""
 
 from __future__ import annotations
 
