@@ -1,0 +1,141 @@
+"""How long a command takes to its first update, and where that time goes.
+
+    python scripts/bench_startup.py [--write docs/performance.md]      # the embedded pictures; a few minutes
+
+Wall time of whole processes, by turns: `--help`; Python with torch alone; a run of one update, to its first line in the
+log and to its end; and a sweep of two such runs, from the end of the first to the first update of the second. Files are
+read once before the clock runs. The network is ResNet-50 unless told otherwise, on pictures of 64 pixels so that the
+update itself takes little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from page import between_markers, cpu_name
+
+RUN = (
+    "data.image_size=64 batch.size=32 optimizer.lr=0.1 schedule.warmup_epochs=0 epochs=1 max_updates=1 log_every=1 "
+    "launch.nproc=1 compile=false"
+).split()
+HELP, TORCH, FIRST, END, NEXT = (
+    "`lars-train --help`",
+    "of it: Python, and `import torch`",
+    "a run of one update, to its first update",
+    "the same, to its end, with evaluation and checkpoint",
+    "in a sweep, from the end of a run to the first update of the next",
+)
+WANTED = {HELP: 1.0, FIRST: 8.0}
+_LIMIT = 600.0
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="after one that does not count (5)")
+    parser.add_argument("--model", default="resnet50", help="(resnet50)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds is at least 1")
+    settings = [*RUN, f"model={args.model}"]
+    found: dict[str, list[float]] = {name: [] for name in (HELP, FIRST, TORCH, END, NEXT)}
+    for number in range(args.rounds + 1):
+        taken = {
+            HELP: seconds([sys.executable, "-m", "lars_train", "--help"]),
+            TORCH: seconds([sys.executable, "-c", "import torch"]),
+            **run(settings),
+            NEXT: between_runs(settings),
+        }
+        if number:
+            for name, value in taken.items():
+                found[name].append(value)
+    lines = [
+        f"`python scripts/bench_startup.py` on {cpu_name()}; Python {platform.python_version()}, torch "
+        f"{torch.__version__}. {args.rounds} rounds; `lars-train {' '.join(settings)}`.",
+        "",
+        "| | seconds, median (least to most) |",
+        "|---|---:|",
+        *(f"| {name} | {np.median(own):.2f} ({min(own):.2f} to {max(own):.2f}) |" for name, own in found.items()),
+        "",
+    ]
+    for name, most in WANTED.items():
+        middle = round(float(np.median(found[name])), 2)
+        lines.append(f"- {name}: {middle:.2f} s; {most:g} s wanted: {'met' if middle <= most else '**not met**'}")
+    print("\n".join(lines))
+    if args.write:
+        args.write.write_text(between_markers(args.write.read_text(), "bench_startup", lines))
+
+
+def seconds(command: list[str]) -> float:
+    """Of a process that succeeds."""
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def run(settings: list[str]) -> dict[str, float]:
+    """A run of one update."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "run"
+        started = time.perf_counter()
+        with subprocess.Popen(program([*settings, f"run.dir={where}"]), stdout=subprocess.DEVNULL) as process:
+            first = moment(process, lambda: has_update(where / "metrics.jsonl")) - started
+            succeeded(process)
+            return {FIRST: first, END: time.perf_counter() - started}
+
+
+def between_runs(settings: list[str]) -> float:
+    """A sweep of two."""
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = (Path(folder) / f"run{seed}" for seed in (0, 1))
+        command = program(
+            ["-m", *settings, "seed=0,1", f"run.dir={folder}/run${{seed}}", f"hydra.sweep.dir={folder}/sweep"]
+        )
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            ended = moment(process, (one / "final.json").exists)
+            began = moment(process, lambda: has_update(other / "metrics.jsonl"))
+            succeeded(process)
+    return began - ended
+
+
+def program(settings: list[str]) -> list[str]:
+    """The command line."""
+    return [sys.executable, "-m", "lars_train", *settings]
+
+
+def moment(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> float:
+    """When it has happened, to a hundredth of a second. Raises CalledProcessError if the process ends before."""
+    end = time.perf_counter() + _LIMIT
+    while not happened():
+        if process.poll() is not None and not happened():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+        if time.perf_counter() > end:
+            process.terminate()
+            raise TimeoutError(f"nothing for {_LIMIT:g} s: {process.args!r}")
+        time.sleep(0.01)
+    return time.perf_counter()
+
+
+def succeeded(process: subprocess.Popen[bytes]) -> None:
+    """Wait for it. Raises CalledProcessError."""
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def has_update(path: Path) -> bool:
+    """Whether the log has the line of an update."""
+    return path.exists() and b'"train/loss"' in path.read_bytes()
+
+
+if __name__ == "__main__":
+    main()
