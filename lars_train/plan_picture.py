@@ -23,7 +23,8 @@ def draw(found: dict[str, Any], curve: Sequence[Sequence[float]], path: Path) ->
     (hours, efficiency), (parts, schedule) = figure.subplots(2, 2)
     rows = [row for row in found["rows"] if "scaling" in row]
     for number, row in enumerate(rows):
-        colour, line = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
+        again, place = divmod(number, len(COLOURS))
+        colour, line = COLOURS[place], LINES[(place + again) % len(LINES)]
         for axes, key, factor in ((hours, "hours", 1), (efficiency, "efficiency", 100)):
             points = row["scaling"]
             devices = [p["devices"] for p in points]
