@@ -15,13 +15,14 @@ import torch
 from lars_train.check.command import check
 from lars_train.config import AUTO, Config
 from lars_train.data.directory import user_path
+from lars_train.data.open import SHARDS
 from lars_train.errors import ConfigError, NotReady
 from lars_train.export.command import CARD, export
-from lars_train.launch import Ranks, adopt, processes, restarts
+from lars_train.launch import Ranks, adopt, check_nodes, processes, restarts
 from lars_train.monitoring.board import PAGE
 from lars_train.monitoring.say import first_process, say
 from lars_train.monitoring.summary import FINISHED, experiment
-from lars_train.plan import check_world
+from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
 from lars_train.rehearsal import lines, rehearse
 from lars_train.report.command import rows_of
 from lars_train.report.table import terminal
@@ -49,6 +50,7 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
         config = dataclasses.replace(config, resume=AUTO)
     prepared = prepare(config)
     ranks = adopt()
+    check_nodes(config, ranks)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
     count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
@@ -117,21 +119,17 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Walk through the run's arithmetic; starts nothing, and writes ``plan.path`` and ``plan.picture`` alone."""
     if not first_process():
         return {}
-    prepared = prepare(config)
-    plan = prepared.plan
-    world = config.plan.world or processes(config, cuda_devices(config), plan.ghosts)
-    rehearsed = rehearse(config, plan, val_count=len(prepared.dataset.val), world=world)
+    prepared = prepare(_without_files(config))
+    plan, dataset = prepared.plan, prepared.dataset
+    world = _planned_world(config, plan)
+    rehearsed = rehearse(config, plan, val_count=len(dataset.val), world=world)
     # Imported here: the other modes have no use for it.
-    from lars_train.forecast import draw, forecast, told
+    from lars_train.forecast import forecast
+    from lars_train.forecast_words import told
 
-    rehearsed["forecast"] = forecast(
-        config,
-        plan,
-        classes=len(prepared.dataset.classes),
-        world=world,
-        val_count=len(prepared.dataset.val),
-        evaluations=len(rehearsed["evaluations"]),
-    )
+    rehearsed["forecast"] = forecast(config, plan, classes=dataset.classes, world=world, val_count=len(dataset.val))
+    if prepared.config is not config:
+        say("data.root is not set: ImageNet is planned for by its published numbers of images, and not opened.")
     for line in (*experiment(config, plan), *lines(rehearsed), *told(rehearsed["forecast"])):
         say(line)
     if config.plan.path is not None:
@@ -142,18 +140,41 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
             raise ConfigError(f"plan.path={path}: it cannot be written ({error.strerror}).") from None
         say(f"plan           {path}")
     if config.plan.picture is not None:
+        from lars_train.plan_picture import draw
+
         path = user_path(config.plan.picture)
         try:
-            draw(rehearsed["forecast"], rehearsed["lr_per_epoch"], path)
+            draw(rehearsed["forecast"], rehearsed["lr_curve"], path)
         except OSError as error:
             raise ConfigError(f"plan.picture={path}: it cannot be written ({error.strerror}).") from None
         say(f"picture        {path}")
     return rehearsed
 
 
+def _planned_world(config: Config, plan: Plan) -> int:
+    launch = config.launch
+    if config.plan.world is not None:
+        return config.plan.world
+    # The machines planned for need not be like this one.
+    here = processes(config, cuda_devices(config), plan.ghosts) if launch.nproc == AUTO else int(launch.nproc)
+    return here * (launch.nodes or 1)
+
+
+def _without_files(config: Config) -> Config:
+    """ImageNet without a place is planned for all the same, as made-up images of the same number."""
+    data = config.data
+    if (data.name, data.root, data.holdout, data.val_labels) != ("imagenet", None, None, None) or data.order == SHARDS:
+        return config
+    made_up = dataclasses.replace(
+        data, name="synthetic", train_count=IMAGENET_TRAIN_IMAGES, val_count=50_000, num_classes=1_000
+    )
+    return dataclasses.replace(config, data=made_up)
+
+
 def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Measure on every rank and tell of it; `NotReady` on the first rank, which speaks for all."""
     ranks = adopt()
+    check_nodes(config, ranks)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
     # What else is wrong with the input belongs into the list.

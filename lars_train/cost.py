@@ -1,8 +1,9 @@
 """How long an update takes, from the rates of its parts, and which of them limits it. Arithmetic alone.
 
-Three parts: *compute* (images forward and backward on the device), *input* (decoding on the device's share of cores,
-at the same time), *network* (the sum of the gradients over all devices, of which a share hides behind the backward
-pass). Nothing is measured here, and checkpoints, start-up and stragglers are not counted.
+Three parts: *compute* (images forward and backward on the device, and what an update takes beside them), *input*
+(decoding on the device's share of cores, at the same time; without workers before it), *network* (the sum of the
+gradients over all devices, of which a share hides behind the backward pass). Nothing is measured here, and checkpoints,
+start-up and stragglers are not counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 COMPUTE, INPUT, NETWORK = "compute", "input", "network"
 RING, TREE = "ring", "tree"
+CPU = "cpu"
+"""Of the cited devices the one that is a core: one process of one thread."""
 # A backward pass is two thirds of forward and backward (training/utilisation.py).
 BACKWARD = 2 / 3
 _FULL, _MIXED = ("fp32",), ("bf16", "fp16")
@@ -35,10 +38,23 @@ def _cited(full: float, mixed: float, source: str) -> Cited:
     return Cited({**dict.fromkeys(_FULL, full), **dict.fromkeys(_MIXED, mixed)}, source)
 
 
+# Measured by scripts/check_plan.py --cpu, see docs/plan.md.
+CPU_RATE = 2.16
+
 CITED = {
     # Its fp32 is TF32.
     "a100": _cited(938, 2470, f"{_NVIDIA}, A100 80GB; TF32 and mixed precision"),
     "v100": _cited(367, 1200, f"{_NVIDIA}, V100 16GB; FP32 and mixed precision"),
+    # 56,056 on eight, the median of epochs 16 to 31. No figure for fp32 there.
+    "h100": Cited(
+        dict.fromkeys(_MIXED, 7007),
+        "https://github.com/mlcommons/training_results_v3.0/blob/main/NVIDIA/results/dgxh100_ngc23.04_mxnet/resnet/"
+        "result_0.txt, an eighth of DGX H100's throughput in MLPerf; mixed precision",
+    ),
+    CPU: Cited(
+        {"fp32": CPU_RATE},
+        "docs/plan.md, this program on one thread of an AMD EPYC (scripts/check_plan.py --cpu); fp32",
+    ),
 }
 
 
@@ -49,7 +65,8 @@ class Machine:
     `rate`: images per second and device, forward and backward. `input_rate`: images decoded per second for each
     device; None: input is not looked at. `latency`: seconds of one message between neighbours. `bandwidth`: bytes per
     second of a device to a neighbour. `overlap`: the share of the last micro-batch's backward pass behind which the
-    network hides. `algorithm`: ``ring``, ``tree``, or ``auto``, the faster of the two.
+    network hides. `algorithm`: ``ring``, ``tree``, or ``auto``, the faster of the two. `overhead`: seconds of an update
+    beside its images. `reads`: the device's process decodes itself, between its computations.
     """
 
     rate: float
@@ -58,6 +75,8 @@ class Machine:
     bandwidth: float
     overlap: float = 1.0
     algorithm: str = "auto"
+    overhead: float = 0.0
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,10 +113,10 @@ def update_seconds(machine: Machine, world: int, *, samples: int, last: int, siz
         samples: of the update on the busiest device; `last`: of its last micro-batch.
         size: bytes of gradients.
     """
-    compute = samples / machine.rate
+    compute = samples / machine.rate + machine.overhead
     fed = samples / machine.input_rate if machine.input_rate else 0.0
     reduction = all_reduce_seconds(machine, world, size)
     exposed = max(0.0, reduction - machine.overlap * BACKWARD * last / machine.rate)
-    seconds = max(compute + exposed, fed)
+    seconds = compute + exposed + fed if machine.reads else max(compute + exposed, fed)
     limit = INPUT if fed > compute + exposed else NETWORK if reduction > compute else COMPUTE
     return Update(seconds, compute, fed, exposed, reduction, limit)

@@ -1,4 +1,4 @@
-"""What a planned run needs: memory per device, bytes on disk, hours; and the picture of it on 1 to 4,096 devices.
+"""What a planned run needs: memory per device, bytes on disk, and hours, on 1 to 4,096 devices and in each row.
 
 The network is made and counted on the CPU; no other device is touched and nothing is measured. Rates come from the
 config (``plan.*``) or from cost.py's cited figures.
@@ -6,24 +6,27 @@ config (``plan.*``) or from cost.py's cited figures.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lars_train.config import AUTO, Config
-from lars_train.cost import CITED, Machine, Update, update_seconds
+from lars_train.config import AUTO, Config, with_row
+from lars_train.cost import CITED, CPU, Machine, Update, update_seconds
 from lars_train.data.order import eval_run
 from lars_train.errors import ConfigError
 from lars_train.models.factory import build_model
+from lars_train.monitoring.log import RATIOS
 from lars_train.optim.factory import build_optimizer
-from lars_train.plan import Plan, check_micro_batch
+from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
 from lars_train.training.micro_batch import MOST_SAMPLES, activation_bytes
 from lars_train.training.utilisation import flops_per_image
+from lars_train.volume import Records, checkpoints, evaluations, log_lines, records, volume
 
 MOST_DEVICES = 4096
 _CITED_MODEL, _CITED_SIZE, _CITED_CLASSES = "resnet50", 224, 1000
@@ -31,43 +34,31 @@ _CITED_MODEL, _CITED_SIZE, _CITED_CLASSES = "resnet50", 224, 1000
 _FORWARD = 3
 
 
-def forecast(
-    config: Config, plan: Plan, *, classes: int, world: int, val_count: int, evaluations: int
-) -> dict[str, Any]:
+def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int) -> dict[str, Any]:
     """Memory, disk and, where ``plan.device`` or ``plan.images_per_second`` tell a rate, hours, as plain values.
 
     Sizes are bytes, times seconds unless a key says hours. Raises `ConfigError` for a device without a cited figure
     in this precision.
     """
-    network = _network(config.model.name, classes, plan.ghost_batch)
+    network = _network(config.model.name, len(classes), plan.ghost_batch)
     width = {"fp64": 8}.get(config.precision.name, 4)
     weights = width * sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
-    state = weights * _slots(config)
+    slots = _slots(config)
+    several = world > 1 or accumulation(plan, world, _micro_batch(config, plan) // plan.ghost_batch) > 1
+    each = records(config, plan, network, classes, slots=slots, several=several)
     found: dict[str, Any] = {
         "weight_bytes": weights,
         "gradient_bytes": weights,
-        "optimizer_bytes": state,
-        "checkpoint_bytes": weights + buffers + state,
-        "memory_per_device": list(_memory(config, plan, network, fixed=2 * weights + buffers + state)),
+        "optimizer_bytes": slots * weights,
+        "memory_per_device": list(_memory(config, plan, network, fixed=2 * weights + buffers + slots * weights)),
+        "disk": _disk(config, plan, each),
     }
     machine = _machine(config, network, plan.ghost_batch)
+    sent = weights // 2 if config.gradient_compression == "bf16" else weights
+    found["rows"] = list(_rows(config, plan, each, machine=machine, sent=sent, world=world, val_count=val_count))
     if machine is None:
         return found
-    width_sent = weights // 2 if config.gradient_compression == "bf16" else weights
-    micro = _micro_batch(config, plan)
-
-    def at(devices: int) -> tuple[Update, float]:
-        samples = math.ceil(plan.ghosts / devices) * plan.ghost_batch
-        last = samples - (math.ceil(samples / micro) - 1) * micro
-        update = update_seconds(machine, devices, samples=samples, last=last, size=width_sent)
-        start, stop = eval_run(val_count, 0, devices)
-        forward = (stop - start) / min(_FORWARD * machine.rate, machine.input_rate or math.inf)
-        return update, (plan.stop * update.seconds + evaluations * forward) / 3600
-
-    most = min(MOST_DEVICES, plan.ghosts)
-    counts = sorted({world, *(2**k for k in range(most.bit_length()))})
-    alone = at(1)[0].seconds
     found["rate"] = {
         "images_per_second": machine.rate,
         "source": "plan.images_per_second" if config.plan.images_per_second else CITED[str(config.plan.device)].source,
@@ -76,15 +67,85 @@ def forecast(
         "bandwidth": machine.bandwidth,
         "all_reduce": machine.algorithm,
         "overlap": machine.overlap,
+        "overhead": machine.overhead,
+        "reads": machine.reads,
     }
-    found["scaling"] = []
-    for devices in counts:
-        update, hours = at(devices)
-        entry = {"devices": devices, "hours": hours, "efficiency": alone / devices / update.seconds, **vars(update)}
-        found["scaling"].append(entry)
-        if devices == world:
-            found["expected"] = entry
+    hours = _Hours(config, plan, machine, sent, val_count)
+    found["scaling"] = list(hours.scaling(world))
+    found["expected"] = hours.at(world)
     return found
+
+
+@dataclass(frozen=True)
+class _Hours:
+    """Of a run by how many devices it has."""
+
+    config: Config
+    plan: Plan
+    machine: Machine
+    sent: int
+    val_count: int
+
+    def at(self, devices: int) -> dict[str, Any]:
+        """Hours, efficiency, and the parts of an update."""
+        update = self._update(devices)
+        start, stop = eval_run(self.val_count, 0, devices)
+        machine = self.machine
+        forward = (stop - start) / (_FORWARD * machine.rate)
+        read = (stop - start) / machine.input_rate if machine.input_rate else 0.0
+        evaluation = forward + read if machine.reads else max(forward, read)
+        seconds = self.plan.stop * update.seconds + evaluations(self.config, self.plan) * evaluation
+        efficiency = self._update(1).seconds / devices / update.seconds
+        return {"devices": devices, "hours": seconds / 3600, "efficiency": efficiency, **vars(update)}
+
+    def scaling(self, world: int) -> Iterator[dict[str, Any]]:
+        """`at` of 1, 2, 4, ... devices and of `world`, as long as there are ghost batches."""
+        most = min(MOST_DEVICES, self.plan.ghosts)
+        for devices in sorted({world, most, *(2**k for k in range(most.bit_length()))}):
+            yield self.at(devices)
+
+    def _update(self, devices: int) -> Update:
+        micro = _micro_batch(self.config, self.plan)
+        samples = math.ceil(self.plan.ghosts / devices) * self.plan.ghost_batch
+        last = samples - (math.ceil(samples / micro) - 1) * micro
+        return update_seconds(self.machine, devices, samples=samples, last=last, size=self.sent)
+
+
+def _disk(config: Config, plan: Plan, each: Records) -> dict[str, Any]:
+    return volume(
+        each,
+        log_lines=log_lines(config, plan),
+        evaluations=evaluations(config, plan),
+        checkpoints=checkpoints(config, plan),
+        keep=config.checkpoint.keep,
+    )
+
+
+def _rows(
+    config: Config, plan: Plan, each: Records, *, machine: Machine | None, sent: int, world: int, val_count: int
+) -> Iterator[dict[str, Any]]:
+    """What each row of the recipe takes on `world` devices, or on as many as it has ghost batches."""
+    for name in config.recipe.rows:
+        try:
+            moved = with_row(config, name)
+            row = make_plan(moved, plan.samples)
+        except ConfigError as error:
+            yield {"row": name, "problem": str(error)}
+            continue
+        devices = min(world, row.ghosts)
+        # Layers have a ratio each only where LARS has set them.
+        bytes_of = dataclasses.replace(each, line={**each.line, RATIOS: 0}) if moved.optimizer.name == "sgd" else each
+        entry = {
+            "row": name,
+            "global_batch": row.global_batch,
+            "updates": row.stop,
+            "most_devices": row.ghosts,
+            "disk_bytes": _disk(moved, row, bytes_of)["bytes"],
+        }
+        if machine is not None:
+            hours = _Hours(moved, row, machine, sent, val_count)
+            entry |= {"expected": hours.at(devices), "scaling": list(hours.scaling(devices))}
+        yield entry
 
 
 def _slots(config: Config) -> int:
@@ -125,7 +186,8 @@ def _machine(config: Config, network: nn.Module, ghost_batch: int) -> Machine | 
             return None
         cited = CITED[asked.device].rates
         # auto takes bfloat16 on a GPU that has it, and the V100 has float16.
-        precision = "bf16" if config.precision.name == AUTO else config.precision.name
+        usual = "fp32" if asked.device == CPU else "bf16"
+        precision = usual if config.precision.name == AUTO else config.precision.name
         if precision not in cited:
             raise ConfigError(
                 f"plan.device={asked.device}: there is no cited figure for precision={precision}; "
@@ -133,8 +195,19 @@ def _machine(config: Config, network: nn.Module, ghost_batch: int) -> Machine | 
             )
         known = _network(_CITED_MODEL, _CITED_CLASSES, ghost_batch)
         rate = cited[precision] * flops_per_image(known, _CITED_SIZE) / flops_per_image(network, config.data.image_size)
-    decoded = None if asked.decode_rate is None else asked.cores * asked.decode_rate
-    return Machine(rate, decoded, asked.latency_us / 1e6, asked.bandwidth_gb * 1e9, asked.overlap, asked.all_reduce)
+    # As training does: on the CPU the cores are busy already, and the process that trains reads, too.
+    reads = config.data.workers == 0 or (config.data.workers == AUTO and asked.device == CPU)
+    decoded = None if asked.decode_rate is None else asked.decode_rate * (1 if reads else asked.cores)
+    return Machine(
+        rate,
+        decoded,
+        asked.latency_us / 1e6,
+        asked.bandwidth_gb * 1e9,
+        0.0 if asked.device == CPU else asked.overlap,
+        asked.all_reduce,
+        asked.update_ms / 1e3,
+        reads,
+    )
 
 
 @functools.cache
@@ -145,63 +218,3 @@ def _network(name: str, classes: int, ghost_batch: int) -> nn.Module:
 @functools.cache
 def _activations(network: nn.Module, ghost_batch: int, image_size: int) -> int:
     return activation_bytes(network, ghost_batch, image_size)
-
-
-def told(found: dict[str, Any]) -> Iterator[str]:
-    """What `forecast` found, in words."""
-    yield f"checkpoint     {found['checkpoint_bytes'] / 1e6:,.1f} MB each"
-    for entry in found["memory_per_device"]:
-        yield f"memory         micro-batch {entry['micro_batch']:>4}: {entry['bytes'] / 1e9:.2f} GB per device"
-    expected = found.get("expected")
-    if expected is None:
-        yield "hours          not known: name plan.device, or give plan.images_per_second"
-        return
-    yield f"rate           {found['rate']['images_per_second']:,.1f} images/s per device ({found['rate']['source']})"
-    yield (
-        f"update         {expected['seconds']:.4g} s: compute {expected['compute']:.4g}, "
-        f"input {expected['input']:.4g}, "
-        f"network {expected['network']:.4g} (of {expected['reduction']:.4g}); limited by {expected['limit']}"
-    )
-    yield f"hours          {expected['hours']:.3g}, at {100 * expected['efficiency']:.0f} % of one device's efficiency"
-
-
-def draw(found: dict[str, Any], rates: list[dict[str, Any]], path: Path) -> None:
-    """Hours and efficiency against devices, each point marked by what limits it, and the learning rate, as a PNG.
-
-    `rates`: rehearsal's ``lr_per_epoch``. Raises `OSError`.
-    """
-    from matplotlib.figure import Figure
-
-    from lars_train.cost import COMPUTE, INPUT, NETWORK
-    from lars_train.report.curves import COLOURS
-
-    points = found["scaling"]
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, right, schedule = figure.subplots(1, 3)
-    for axes, key, factor, label in (
-        (left, "hours", 1, "hours of the run"),
-        (right, "efficiency", 100, "efficiency against one device, %"),
-    ):
-        axes.plot([p["devices"] for p in points], [factor * p[key] for p in points], color="#8A8A8A", zorder=1)
-        for colour, marker, limit in zip(COLOURS, "os^", (COMPUTE, NETWORK, INPUT), strict=False):
-            some = [p for p in points if p["limit"] == limit]
-            if some:
-                axes.scatter(
-                    [p["devices"] for p in some],
-                    [factor * p[key] for p in some],
-                    color=colour,
-                    marker=marker,
-                    zorder=2,
-                    label=f"limited by {limit}",
-                )
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("devices")
-        axes.set_ylabel(label)
-    ends = [(entry[f"{end}_update"], entry[f"lr_{end}"]) for entry in rates for end in ("first", "last")]
-    schedule.plot(*zip(*ends, strict=True), color=COLOURS[0])
-    schedule.set_xlabel("update")
-    schedule.set_ylabel("learning rate")
-    left.set_yscale("log")
-    right.set_ylim(bottom=0)
-    left.legend()
-    figure.savefig(path, format="png", dpi=120)

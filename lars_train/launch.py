@@ -96,6 +96,15 @@ def processes(config: Config, devices: int, ghosts: int) -> int:
     return count
 
 
+def check_nodes(config: Config, ranks: Ranks | None) -> None:
+    """Raise `ConfigError` where ``launch.nodes`` is not the number of machines that this start is on."""
+    wanted = config.launch.nodes
+    found = 1 if ranks is None else -(-ranks.world // ranks.local_world)
+    if wanted is not None and wanted != found:
+        how = "start it on each with torchrun or srun (docs/clusters.md)" if ranks is None else "mend the launcher's"
+        raise ConfigError(f"launch.nodes={wanted}: this start is on {found} machine(s); {how}, or drop the key.")
+
+
 def _from_torchrun(environment: Mapping[str, str]) -> Ranks:
     try:
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])

@@ -23,9 +23,11 @@ from lars_train.plan import (
     make_schedule,
     policy,
 )
+from lars_train.text_plot import text_plot
 
 FORMAT = 1
 _LINES = 10
+_CURVE = 60
 
 
 def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[
         "lr": config.optimizer.lr,
         "policy": policy(config),
         "lr_per_epoch": list(_epochs(config, plan)),
+        "lr_curve": list(_curve(config, plan)),
         "log_lines": sum(log_is_due(config, plan, u) for u in range(1, plan.stop + 1)),
         "checkpoints": sorted(saved),
         "checkpoints_kept": min(len(saved), config.checkpoint.keep) + 1,
@@ -89,6 +92,15 @@ def _epochs(config: Config, plan: Plan) -> Iterator[dict[str, float]]:
         }
 
 
+def _curve(config: Config, plan: Plan) -> Iterator[list[float]]:
+    """Update and rate, evenly from the first update to the last, and on both sides of the warm-up's end."""
+    rate = make_schedule(plan, config)
+    even = {round(k * (plan.stop - 1) / (_CURVE - 1)) for k in range(_CURVE)}
+    bend = {u for u in (plan.warmup_updates - 1, plan.warmup_updates) if 0 <= u < plan.stop}
+    for update in sorted(even | bend):
+        yield [update + 1, rate(update)]
+
+
 def _accumulation(config: Config, plan: Plan, world: int) -> int | None:
     """None: the micro-batch is whatever fits the device."""
     if config.micro_batch == AUTO:
@@ -108,6 +120,8 @@ def lines(rehearsed: dict[str, Any]) -> Iterator[str]:
     for entry in epochs:
         if (entry["epoch"] - 1) % step == 0 or entry is epochs[-1]:
             yield f"lr             epoch {entry['epoch']:>3}: {entry['lr_first']:.6g} to {entry['lr_last']:.6g}"
+    for line in text_plot([(x, y) for x, y in rehearsed["lr_curve"]], ("update 1", f"update {rehearsed['stop']:,}")):
+        yield f"     {line}"
     yield f"images         {rehearsed['samples_per_epoch']:,} in an epoch, {rehearsed['samples_in_all']:,} in all"
     yield f"checkpoints    {len(rehearsed['checkpoints']):,} written, {rehearsed['checkpoints_kept']} kept at the end"
     yield f"evaluations    {len(rehearsed['evaluations']):,} of {rehearsed['evaluated_images']:,} images"

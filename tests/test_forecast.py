@@ -1,19 +1,54 @@
-"""What a plan foretells, against a message-by-message simulation, torch's own allocation record, and the network."""
+"""What a plan foretells, against a message-by-message simulation, torch's own allocation record, and real runs."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
+import sys
+from copy import deepcopy
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from lars_train.cost import Machine, all_reduce_seconds, update_seconds
-from lars_train.forecast import draw
+from lars_train import commands
+from lars_train.cli import prepare_arguments
+from lars_train.config import Config, config_dir, register, resolve, with_row
+from lars_train.cost import CITED, Machine, all_reduce_seconds, update_seconds
+from lars_train.errors import ConfigError
+from lars_train.launch import Ranks, check_nodes
 from lars_train.models.factory import build_model
+from lars_train.optim.factory import build_optimizer
+from lars_train.plan_picture import draw
+from lars_train.text_plot import text_plot
+from lars_train.training import session
 from lars_train.training.micro_batch import activation_bytes
+from lars_train.training.prepare import prepare
+from lars_train.training.run_directory import Invocation
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    "data=synthetic model=small data.image_size=16 data.num_classes=10 data.train_count=1024 data.val_count=64 "
+    "batch.size=32 batch.scaled=false model.ghost_batch=16 optimizer.lr=1 precision=fp32 device=cpu launch.threads=1 "
+    "epochs=2 schedule.warmup_epochs=0 log_every=1 verbosity=0"
+)
+
+
+def composed(settings: str) -> Config:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return resolve(compose("config", prepare_arguments(settings.split(), None)))
+
+
+def planned(settings: str) -> dict[str, Any]:
+    return commands.run(composed(f"mode=plan {settings}"), Invocation())
 
 
 @pytest.mark.parametrize("samples", [16, 64])
@@ -60,11 +95,173 @@ def test_what_takes_longest_is_named() -> None:
     assert update(40.0, 1e6, 0.0) == ("input", pytest.approx(5))
 
 
+def test_a_process_that_reads_itself_does_one_after_the_other_and_a_step_counts_once() -> None:
+    def seconds(**more: Any) -> float:
+        machine = Machine(100.0, 50.0, 0.0, 1e6, 0.0, "ring", **more)
+        return update_seconds(machine, 1, samples=200, last=100, size=10**6).seconds
+
+    assert seconds() == pytest.approx(200 / 50)
+    assert seconds(reads=True) == pytest.approx(200 / 100 + 200 / 50)
+    assert seconds(reads=True, overhead=0.5) == pytest.approx(200 / 100 + 0.5 + 200 / 50)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A plan, and the directory of the run that it is of."""
+    directory = tmp_path_factory.mktemp("planned") / "run"
+    config = composed(f"{SMALL} micro_batch=16 checkpoint.every_updates=20 run.dir={directory}")
+    threads = torch.get_num_threads()
+    session.train(prepare(config), Ranks(), Invocation())
+    torch.set_num_threads(threads)
+    return planned(f"{SMALL} micro_batch=16 checkpoint.every_updates=20 plan.world=1")["forecast"]["disk"], directory
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trust_ratios.jsonl", "tensorboard"])
+def test_a_run_s_log_has_the_bytes_that_were_planned(both: tuple[dict[str, Any], Path], name: str) -> None:
+    disk, directory = both
+    path = directory / name
+    files = path.iterdir() if path.is_dir() else [path]
+    assert disk["log_bytes"][name] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.2)
+
+
+def test_a_run_s_checkpoints_have_the_bytes_that_were_planned(both: tuple[dict[str, Any], Path]) -> None:
+    disk, directory = both
+    # 64 updates: every 20th, the end of each epoch of 32, and so four times; the last three stay.
+    sizes = [path.stat().st_size for path in (directory / "checkpoints").glob("update-*.pt")]
+    assert len(sizes) == 3
+    assert disk["checkpoint_bytes"] == pytest.approx(sizes[-1], rel=0.2)
+    assert disk["checkpoints_written_bytes"] == 5 * disk["checkpoint_bytes"]
+    files = {path.stat().st_ino: path.stat().st_size for path in (directory / "checkpoints").glob("*.pt")}
+    least, most = disk["checkpoints_kept_bytes"]
+    assert 0.8 * least <= sum(files.values()) <= 1.2 * most
+
+
+def test_memory_at_a_micro_batch_is_what_the_allocator_holds_in_training() -> None:
+    config = composed(f"{SMALL} micro_batch=32")
+    (memory,) = (
+        m for m in planned(f"{SMALL} micro_batch=32")["forecast"]["memory_per_device"] if m["micro_batch"] == 32
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        network = build_model("small", num_classes=10, ghost_batch=16, zero_gamma=False).train()
+        optimizer = build_optimizer(config.optimizer, network)
+        images = torch.zeros(32, 3, 16, 16)
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=False)
+            network(images).sum().backward()
+            optimizer.step()
+        output = network(images)
+    held = sum(event.self_cpu_memory_usage for event in recorded.events())
+    del output
+    assert memory["bytes"] == pytest.approx(held, rel=0.15)
+
+
+def test_each_row_has_the_hours_worked_out_by_hand() -> None:
+    found = planned("data=imagenet precision=bf16 plan.images_per_second=1000 plan.world=1")["forecast"]
+    per_epoch = {"256": 5004, "8k": 156, "16k": 78, "32k": 39}
+    assert [row["row"] for row in found["rows"]] == list(per_epoch)
+    for row in found["rows"]:
+        size = row["global_batch"]
+        seconds = 90 * (per_epoch[row["row"]] * size / 1000 + 50_000 / 3000)
+        assert row["expected"]["hours"] == pytest.approx(seconds / 3600)
+        assert (row["expected"]["limit"], row["most_devices"]) == ("compute", size // 32)
+    assert found["expected"]["hours"] == found["rows"][-1]["expected"]["hours"]
+
+
+def test_a_row_keeps_what_is_not_its_own_row_s() -> None:
+    moved = with_row(composed("batch=32k data=imagenet epochs=10 schedule.scale_warmup=true"), "256")
+    assert (moved.epochs, moved.optimizer.name, moved.schedule.warmup_epochs) == (10, "sgd", 0)
+    assert (moved.batch.nominal, moved.model.ghost_batch) == (256, 32)
+
+
+@pytest.mark.parametrize("name", CITED)
+def test_a_cited_device_has_a_rate_and_where_it_was_read(name: str) -> None:
+    cited = CITED[name]
+    assert cited.rates
+    assert re.match(r"https://\S+, |docs/plan\.md, ", cited.source)
+    for rate in cited.rates.values():
+        assert f"{rate:,}" in (ROOT / "docs" / "plan.md").read_text()
+
+
+def test_a_run_is_told_when_it_is_on_other_machines_than_its_config_says() -> None:
+    config = composed(f"{SMALL} launch.nodes=2")
+    check_nodes(config, Ranks(3, 8, 3, 4))
+    check_nodes(composed(SMALL), Ranks(0, 12, 0, 4))
+    for ranks in (None, Ranks(0, 12, 0, 4)):
+        with pytest.raises(ConfigError, match=r"launch\.nodes=2"):
+            check_nodes(config, ranks)
+
+
+def test_nodes_times_processes_are_planned_for() -> None:
+    assert planned(f"{SMALL} batch.size=128 launch.nodes=2 launch.nproc=4")["world"] == 8
+
+
+def test_a_text_plot_shows_every_point() -> None:
+    lines = list(text_plot([(0, 0.0), (1, 4.0), (2, 8.0), (3, 0.0)], ("first", "last")))
+    curve = [line.partition("|")[2] for line in lines if "|" in line]
+    assert [line.partition("|")[0].strip() for line in lines if "|" in line and line[7] != " "] == ["8", "3.43", "0"]
+    assert (curve[0], curve[-1]) == (" " * 39 + "*", "*" + " " * 58 + "*")
+    assert sum(line.count("*") for line in curve) == 4
+    assert lines[-1].split() == ["first", "last"]
+
+
+def test_every_field_of_the_json_stands_on_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(f"{SMALL} plan.images_per_second=100 plan.decode_rate=100 plan.path={path}")
+    page = (ROOT / "docs" / "plan.md").read_text()
+    files = {"metrics.jsonl", "trust_ratios.jsonl", "tensorboard"}
+
+    def untold(values: Any) -> set[str]:
+        if isinstance(values, list):
+            return set().union(*map(untold, values))
+        if not isinstance(values, dict):
+            return set()
+        return {k for k in values if k not in files and f"`{k}`" not in page}.union(*map(untold, values.values()))
+
+    assert untold(json.loads(path.read_text())) == set()
+
+
+@pytest.fixture(scope="module")
+def check_plan() -> ModuleType:
+    path = ROOT / "scripts" / "check_plan.py"
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def test_the_check_of_plans_tells_the_middle_error_and_its_spread(check_plan: ModuleType) -> None:
+    took, one = check_plan.Took, check_plan.Round
+    parts = {"compute": 1.0, "input": 0.5, "network": 0.25}
+    rounds = [one(took(p, 1.0), took(1.0, m), parts) for p, m in ((1.1, 1.0), (0.9, 2.0), (1.2, 0.8))]
+    cells = check_plan.told("small", 2, rounds).strip("| ").split(" | ")
+    assert cells[:3] == ["small", "2", "1.000, 0.500, 0.250"]
+    assert cells[3:] == ["1.100, 1.000", "+10 (-10 to +20)", "1.000, 1.000", "+0 (-50 to +25)"]
+
+
+def test_the_check_of_plans_plans_and_runs(check_plan: ModuleType, tmp_path: Path) -> None:
+    settings = "data.image_size=8 model=tiny batch.size=16 micro_batch=8 model.ghost_batch=8".split()
+    (first, second) = check_plan.rounds_of(check_plan.composed(tmp_path / "run", settings, 2), 2, 2)
+    for found in (first, second):
+        assert found.planned.wall > 0
+        assert found.measured.wall > 0
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    # Three updates to warm up, and two rounds of two; a line for every second one.
+    assert [json.loads(line)["update"] for line in logged] == [2, 4, 6]
+
+
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    part = {"compute": 1.0, "input": 0.0, "reduction": 0.5, "seconds": 1.0}
     points = [
-        {"devices": n, "hours": 8 / n, "efficiency": 1.0, "limit": limit}
-        for n, limit in ((1, "compute"), (2, "network"))
+        {"devices": n, "hours": 8 / n, "efficiency": 1.0, "limit": limit, **part}
+        for n, limit in ((1, "compute"), (2, "network"), (4, "input"))
     ]
-    rates = [{"first_update": 1, "last_update": 9, "lr_first": 0.1, "lr_last": 1.0}]
-    draw({"scaling": points}, rates, tmp_path / "plan.png")
+    rows = [{"row": "32k", "scaling": points}, {"row": "64k", "problem": "larger than the set"}]
+    found = {"scaling": points, "expected": deepcopy(points[0]), "rows": rows}
+    draw(found, [[1, 0.1], [9, 1.0]], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf
 
 from lars_train.config.checks import check_choices, check_values, refuse_unknown_keys
-from lars_train.config.recipe import fill_from_recipe, published_top1
+from lars_train.config.recipe import fill_from_recipe, published_top1, with_row
 from lars_train.config.schema import (
     AUTO,
     BatchConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "resolve",
     "restore",
     "run_hash",
+    "with_row",
 ]
 
 

@@ -45,7 +45,7 @@ def check_choices(config: Config) -> None:
         "schedule.form": ("whole", "restart", "mlperf", "steps"),
         **CHOICES,
         "guard.on_divergence": ("stop", "rollback"),
-        "plan.device": ("a100", "v100"),
+        "plan.device": ("a100", "cpu", "h100", "v100"),
         "plan.all_reduce": (AUTO, "ring", "tree"),
     }
     leaves = flatten(config)
@@ -70,6 +70,7 @@ def check_values(config: Config) -> None:
         "optimizer.trust_coef",
         "schedule.power",
         "schedule.step_factor",
+        "launch.nodes",
         "plan.world",
         "check.seconds",
         "check.samples",
@@ -101,6 +102,7 @@ def check_values(config: Config) -> None:
         "data.pad",
         "data.max_bad",
         "plan.latency_us",
+        "plan.update_ms",
         "guard.max_rollbacks",
         "label_smoothing",
     )
@@ -113,6 +115,11 @@ def check_values(config: Config) -> None:
             raise ConfigError(f"{key}={value}: it must be {wanted}.")
     if not 0 <= leaves["label_smoothing"] < 1:
         raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
+    nodes, nproc, world = config.launch.nodes, config.launch.nproc, config.plan.world
+    if nodes is not None and isinstance(nproc, int) and world not in (None, nodes * nproc):
+        raise ConfigError(
+            f"plan.world={world}: launch.nodes={nodes} times launch.nproc={nproc} are {nodes * nproc}; drop one."
+        )
     if not 0 <= config.plan.overlap <= 1:
         raise ConfigError(f"plan.overlap={config.plan.overlap}: it must be at least 0 and at most 1.")
     if config.plan.picture is not None and config.plan.device is None and config.plan.images_per_second is None:

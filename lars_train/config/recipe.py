@@ -147,6 +147,40 @@ def _recipe_row(config: Config) -> RowConfig:
     return row
 
 
+def with_row(config: Config, name: str) -> Config:
+    """A resolved config with row `name` of its recipe in place of its own row's batch, epochs, warm-up, ghost batch and
+    optimizer; where one of them is not its own row's, it stays.
+
+    Those are what the length of a run and its memory depend on; the learning rate and the like stay as they are.
+    Raises `ConfigError`.
+    """
+    own, batch = (
+        _recipe_row(config),
+        dataclasses.replace(config.batch, name=name, nominal=nominal_batch(name), size=None),
+    )
+    moved = dataclasses.replace(
+        config,
+        batch=batch,
+        model=dataclasses.replace(config.model),
+        optimizer=dataclasses.replace(config.optimizer),
+        schedule=dataclasses.replace(config.schedule),
+    )
+    row = _recipe_row(moved)
+    if moved.epochs == own.epochs:
+        moved.epochs = row.epochs
+    if moved.model.ghost_batch == own.ghost_batch:
+        moved.model.ghost_batch = row.ghost_batch
+    if moved.optimizer.name == own.optimizer:
+        moved.optimizer.name = row.optimizer
+
+    def shrink(of: RowConfig, epochs: int | None) -> float:
+        return (epochs or of.epochs) / of.epochs if config.schedule.scale_warmup else 1.0
+
+    if moved.schedule.warmup_epochs == own.warmup_epochs * shrink(own, config.epochs):
+        moved.schedule.warmup_epochs = row.warmup_epochs * shrink(row, moved.epochs)
+    return moved
+
+
 def published_top1(config: Config) -> float | None:
     """The published best top-1 (percent) of the config's recipe row, or None where there is none."""
     name = row_name(config.recipe.rows, config.batch.name)

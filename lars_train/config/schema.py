@@ -240,8 +240,12 @@ class PrecisionConfig:
 
 @dataclass
 class LaunchConfig:
-    """Processes on one machine."""
+    """Machines, and processes on one of them."""
 
+    nodes: Optional[int] = None
+    """Machines of the run: ``mode=plan`` counts with so many, and a run under torchrun or Slurm refuses to start on
+    another number (null: one, or as many as the launcher has).
+    """
     nproc: Union[int, str] = AUTO
     """Processes on this machine, when torchrun or Slurm started none; auto: one per GPU."""
     threads: Union[int, str] = AUTO
@@ -309,17 +313,19 @@ class PlanConfig:
     path: Optional[str] = None
     """The JSON file to write (null: none)."""
     picture: Optional[str] = None
-    """The PNG of hours and efficiency on 1 to 4,096 devices (null: none)."""
+    """The PNG of hours, efficiency and their reasons on 1 to 4,096 devices (null: none)."""
     world: Optional[int] = None
-    """Ranks (null: as this machine starts)."""
+    """Ranks (null: launch.nodes times launch.nproc, or as this machine starts)."""
     device: Optional[str] = None
-    """Whose cited images/s to take (docs/plan.md)."""
+    """Whose cited images/s to take: a100, h100, v100, or cpu, which is one core (docs/plan.md)."""
     images_per_second: Optional[float] = None
     """Of one device, forward and backward, in place of cited ones."""
     cores: int = 8
     """Cores that decode for each device."""
     decode_rate: Optional[float] = None
     """Images/s that a core decodes (null: input is not looked at)."""
+    update_ms: float = 0.0
+    """Milliseconds of an update beside its images: the optimizer's step."""
     latency_us: float = 10.0
     """Microseconds of a message between devices."""
     bandwidth_gb: float = 12.5

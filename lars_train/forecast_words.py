@@ -1,0 +1,64 @@
+"""What `forecast` found, in words for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def told(found: dict[str, Any]) -> Iterator[str]:
+    """What `forecast` found, in words."""
+    disk = found["disk"]
+    least, most = disk["checkpoints_kept_bytes"]
+    log = sum(disk["log_bytes"].values())
+    yield (
+        f"disk           {_size(disk['checkpoint_bytes'])} a checkpoint: {_size(disk['checkpoints_written_bytes'])} "
+        f"written in all, {_size(most)} at the end ({_size(least)} if the best is among the last)"
+    )
+    files = ", ".join(f"{name} {_size(count)}" for name, count in disk["log_bytes"].items())
+    yield f"               {_size(sum(disk['log_line_bytes'].values()))} a log line: {_size(log)} in all ({files})"
+    for entry in found["memory_per_device"]:
+        yield f"memory         micro-batch {entry['micro_batch']:>4}: {entry['bytes'] / 1e9:.2f} GB per device"
+    expected = found.get("expected")
+    if expected is None:
+        yield "hours          not known: name plan.device, or give plan.images_per_second"
+    else:
+        rate = found["rate"]
+        yield f"rate           {rate['images_per_second']:,.4g} images/s per device ({rate['source']})"
+        yield (
+            f"update         {expected['seconds']:.4g} s: compute {expected['compute']:.4g}, "
+            f"input {expected['input']:.4g}, "
+            f"network {expected['network']:.4g} (of {expected['reduction']:.4g}); limited by {expected['limit']}"
+        )
+        share = 100 * expected["efficiency"]
+        yield f"hours          {expected['hours']:.3g}, at {share:.0f} % of one device's efficiency"
+    yield from _told_rows(found["rows"])
+
+
+def _told_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "rows           batch     devices    hours  limited by       disk"
+    hours = 0.0
+    for row in rows:
+        if "problem" in row:
+            yield f"               {row['row']:<6}  not on these images: {row['problem']}"
+            continue
+        expected, disk = row.get("expected"), _size(row["disk_bytes"])
+        if expected is None:
+            yield f"               {row['row']:<6}{'':>11}{'?':>9}  {'?':<10}{disk:>11}"
+            continue
+        hours += expected["hours"]
+        more = " (no more ghost batches)" if expected["devices"] == row["most_devices"] else ""
+        yield (
+            f"               {row['row']:<6}{expected['devices']:>11,}{expected['hours']:>9.3g}  "
+            f"{expected['limit']:<10}{disk:>11}{more}"
+        )
+    if hours:
+        disk = _size(sum(row.get("disk_bytes", 0) for row in rows))
+        yield f"               {'all':<6}{'':>11}{hours:>9.3g}  {'':<10}{disk:>11}"
+
+
+def _size(count: float) -> str:
+    for unit, of_it in (("GB", 1e9), ("MB", 1e6)):
+        if count >= of_it:
+            return f"{count / of_it:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
