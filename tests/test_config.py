@@ -19,6 +19,7 @@ from lars_train.config import (
     Config,
     absolute_paths,
     config_dir,
+    experiment_settings,
     filled,
     flatten,
     published_top1,
@@ -589,3 +590,21 @@ def test_settings_of_lars_are_refused_where_there_is_no_lars() -> None:
     for key, value in {"trust_coef": 0.1, "preset": "mlperf", "clip": "none", "adapt_norm_bias": True}.items():
         with pytest.raises(ConfigError, match=rf"optimizer\.{key}"):
             resolved("optimizer=sgd", optimizer__lr=1.0, **{f"optimizer__{key}": value})
+
+
+def test_a_run_is_shown_by_what_it_computes_with_the_batch_that_it_has() -> None:
+    shown = experiment_settings(resolved("data=mini", "batch='32k'", batch__size=128, optimizer__lr=2.5), 128)
+    assert shown["batch"] == 128
+    assert shown["optimizer.lr"] == 2.5
+    assert {"seed", "epochs", "model.name", "recipe.name"} <= shown.keys()
+    # 32k is not its batch, and how it is executed, or what another mode does, is not what it computes.
+    for other in (
+        "batch.name",
+        "batch.nominal",
+        "log_every",
+        "launch.nproc",
+        "check.seconds",
+        "data.workers",
+        "recipe.rows",
+    ):
+        assert not any(key == other or key.startswith(f"{other}.") for key in shown), other

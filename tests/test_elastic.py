@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,36 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from nodes import NODE, SETTINGS, assert_same_curve, launcher, lines, undisturbed_losses, until
 from program import children, environment
 
 from lars_train.launch import Ranks
 from lars_train.training.distributed import _agree_on_start
-
-SETTINGS = (
-    "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 model=small "
-    "model.ghost_batch=16 precision=fp64 schedule.warmup_epochs=0.5 log_every=2 batch.size=64 optimizer.lr=2 "
-    "epochs=6 checkpoint.every_updates=5 evaluate.every_epochs=6 launch.threads=1 run.dir=run"
-).split()
-# See docs/elastic.md.
-NODE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-KEEP_ALIVE = "keep_alive_interval=2,keep_alive_max_attempt=4"
-
-
-def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def losses(folder: Path) -> dict[float, float]:
-    return {line["update"]: line["train/loss"] for line in lines(folder) if "train/loss" in line}
 
 
 class Cluster:
@@ -59,15 +32,9 @@ class Cluster:
             self.port = int(probe.getsockname()[1])
 
     def start(self, name: str) -> None:
-        launcher = [
-            *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"),
-            *("--rdzv-endpoint", f"localhost:{self.port}", "--rdzv-id", "test", "--nnodes", "1:2"),
-            *("--nproc-per-node", "1", "--max-restarts", "9"),
-            *("--rdzv-conf", f"last_call_timeout={self.last_call},{KEEP_ALIVE}"),
-        ]
         with (self.folder / f"{name}.log").open("wb") as log:
             self.agents[name] = subprocess.Popen(
-                [*launcher, "-m", "lars_train", *SETTINGS],
+                [*launcher(f"localhost:{self.port}", self.last_call), *SETTINGS],
                 cwd=self.folder,
                 env=environment(**NODE),
                 stdout=log,
@@ -119,18 +86,7 @@ def cluster(tmp_path: Path) -> Iterator[Callable[[int], Cluster]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
-    """The losses of one process that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    command = [sys.executable, "-m", "lars_train", *SETTINGS]
-    subprocess.run(command, cwd=folder, env=environment(**NODE), capture_output=True, check=True, timeout=240)
-    return losses(folder / "run")
-
-
-def assert_same_curve(folder: Path, reference: dict[float, float]) -> None:
-    assert json.loads((folder / "final.json").read_text())["updates"] == 60
-    found = [line["update"] for line in lines(folder) if "train/loss" in line]
-    assert found == list(reference)
-    assert list(losses(folder).values()) == pytest.approx(list(reference.values()), rel=1e-10)
+    return undisturbed_losses(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.mark.slow

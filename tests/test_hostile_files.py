@@ -527,7 +527,7 @@ def test_a_table_keeps_its_form_whatever_its_cells_hold() -> None:
 
 def test_tensorboard_gets_plain_text(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
-    log.finish({"data.root": f"/data/{EVIL}", EVIL: 1, "path": "/data/\udce9", "list": [EVIL]}, {"hparam/best_top1": 1})
+    log.finish({"data.root": f"/data/{EVIL}", EVIL: 1, "path": "/data/\udce9", "list": [EVIL]}, ["val/best_top1"])
     log.close()
     written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert SHOWN.encode() in written

@@ -32,6 +32,11 @@ def test_shellcheck_finds_nothing_in_a_shell_script(path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_a_machine_whose_name_is_not_known_gives_its_address(tmp_path: Path) -> None:
+    _, ((_, *arguments),) = started(TORCHRUN, tmp_path, NODES="2", HEAD="gpu01", JOB="first", ADDRESS="10.0.0.3")
+    assert torchrun_arguments(arguments).local_addr == "10.0.0.3"
+
+
 def test_on_several_machines_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     code, commands = started(TORCHRUN, tmp_path, *SETTINGS, NODES="1:4", HEAD="gpu01", JOB="first")
     assert (code, len(commands)) == (0, 1)

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from lars_train.check.budget import Budget
 from lars_train.check.compute import train_for
-from lars_train.check.disk import cache_folder, checkpoint_folder, existing, mark
+from lars_train.check.disk import MOST_WRITTEN, cache_folder, checkpoint_folder, existing, mark
 from lars_train.check.facts import Demands, Findings, Folder, Rank
 from lars_train.check.judge import Problem, agreement, data, devices, machines, room
 from lars_train.check.machine import device_of, host, version_facts
@@ -21,6 +22,7 @@ from lars_train.check.network import clocks, exchange
 from lars_train.check.pace import disk_pace, input_pace, network_pace
 from lars_train.check.pictures import counts, loader_rate, try_sample
 from lars_train.check.report import lines
+from lars_train.check.units import size as readable
 from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
@@ -77,6 +79,7 @@ class _Check:
 
     def __init__(self, config: Config, group: Group, device: torch.device) -> None:
         self.config, self.group, self.device = config, group, device
+        self.budget = Budget(config.check.seconds)
         self.refused: list[str] = []
         self.notes: list[str] = []
 
@@ -92,13 +95,17 @@ class _Check:
         if prepared is not None:
             dataset = prepared.dataset
             share = -(-config.check.samples // ranks.local_world)
-            sample = self._try(lambda: try_sample(config, dataset, ranks.rank, share))
+            sample = self._try(lambda: try_sample(config, dataset, ranks.rank, share, self.budget.of("sample")))
+            if sample is not None and sample.images < min(share, len(dataset.train) + len(dataset.val)) // 2 * 2:
+                self._bounded(f"{sample.images:,} pictures tried of {share:,}")
             rank = dataclasses.replace(rank, counts=counts(config, dataset), sample=sample)
             if everyone_is:
                 rank = self._paces(prepared, rank)
         step = rank.step
         size = group.from_first(_GRADIENT_BYTES if step is None else step.gradient_bytes)
-        took = exchange(group, self.device, size, config.check.seconds)
+        took = exchange(group, self.device, size, config.check.seconds, self.budget.of("exchange"))
+        if took is not None and took.sent < took.bytes:
+            self._bounded(f"all-reduces of {readable(took.sent)}, and the time of {readable(took.bytes)} in proportion")
         held = _CHECKPOINT_BYTES if step is None else step.checkpoint_bytes
         folders = [self._try(lambda: self._checkpoints(prepared, held))] if group.first else []
         if prepared is not None and ranks.local_rank == 0:
@@ -141,11 +148,13 @@ class _Check:
         self.notes += decoder_lines(config.data.decoder, resolved.decoder, None, dataset.train)
         seconds = config.check.seconds
         self.group.highest([0])
-        step = self._try(lambda: train_for(config, plan, resolved, classes, self.device, seconds))
+        most = self.budget.of("step")
+        step = self._try(lambda: train_for(config, plan, resolved, classes, self.device, seconds, most))
+        if step is not None and step.samples < plan.ghost_batch:
+            self._bounded(f"updates of {step.samples} images, where a ghost batch has {plan.ghost_batch}")
         self.group.highest([0])
-        found = self._try(
-            lambda: loader_rate(config, plan, resolved, dataset.train, ranks, self.device, workers, seconds)
-        )
+        half = min(seconds, self.budget.of("input") / 2)
+        found = self._try(lambda: loader_rate(config, plan, resolved, dataset.train, ranks, self.device, workers, half))
         return dataclasses.replace(rank, step=step, input=found)
 
     def _checkpoints(self, prepared: Prepared | None, held: int) -> Folder:
@@ -154,9 +163,16 @@ class _Check:
         if prepared is not None:
             find_finished(prepared)
         try:
-            return checkpoint_folder(self.config, directory, held, self.config.check.seconds)
+            folder = checkpoint_folder(self.config, directory, held, self.budget.of("disk"))
         except OSError as error:
             raise ConfigError(f"run directory {directory}: it cannot be written ({error.strerror}).") from None
+        if 0 < folder.written < min(held, MOST_WRITTEN):
+            self._bounded(f"{readable(folder.written)} written of a checkpoint's {readable(held)}")
+        return folder
+
+    def _bounded(self, what: str) -> None:
+        """Tell of what there was no time for."""
+        self.notes.append(f"{'time was up':<15}{what}")
 
     def _unseen(self) -> str | None:
         """The folder, where this rank should see what the first one writes and does not. Collective."""

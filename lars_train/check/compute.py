@@ -29,26 +29,29 @@ from lars_train.training.trainer import Hyper, Trainer
 _LR = 1e-9
 # Updates before the clock runs: cuDNN chooses its kernels, torch.compile compiles.
 _WARM_UP = {"cpu": 1, "cuda": 5}
-_LEAST = 2
+# Images of a CPU's first update: batch norm wants two.
+_FIRST = 2
 
 
 def train_for(
-    config: Config, plan: Plan, resolved: Resolved, classes: int, device: torch.device, seconds: float
+    config: Config, plan: Plan, resolved: Resolved, classes: int, device: torch.device, seconds: float, most: float
 ) -> Step:
     """Train this rank alone for about `seconds`, each update being one micro-batch: forward, backward, optimizer.
 
-    On a CPU that needs long for it, a micro-batch is one ghost batch.
+    On a CPU an update has as many images, up to a micro-batch, as let it all be done in `most` seconds; the first one
+    has two, and of a CPU that is too slow for more it is the measure.
     """
+    end = time.perf_counter() + most
     torch.manual_seed(config.seed)
     precision = choose_precision(resolved.precision, device)
     network = make_network(config, classes).to(device=device, dtype=precision.weights)
     network = network.to(memory_format=choose_layout(config)).train()
     alone = Group(Ranks())
-    samples = plan.ghost_batch if device.type == "cpu" else resolved.micro_batch
+    sizes = _sizes(plan.ghost_batch, resolved.micro_batch) if device.type == "cpu" else [resolved.micro_batch]
     trainer = Trainer(
         network,
         build_optimizer(config.optimizer, network),
-        dataclasses.replace(plan, global_batch=samples),
+        plan,
         Hyper(lambda update: _LR, filled(config.label_smoothing)),
         normalise=normaliser(config.data.mean, config.data.std, device, precision, choose_layout(config)),
         precision=precision,
@@ -56,11 +59,15 @@ def train_for(
         group=alone,
         compiled=config.compile is True,
     )
-    rate = _rate(trainer, samples, config.data.image_size, classes, seconds)
-    if samples < resolved.micro_batch and _LEAST * resolved.micro_batch < rate * seconds:
-        samples = resolved.micro_batch
+    samples, rate = 0, math.inf
+    while sizes:
+        samples = sizes[0] if samples == 0 else sizes[-1]
+        batches = _batches(samples, config.data.image_size, classes, device)
         trainer.plan = dataclasses.replace(plan, global_batch=samples)
-        rate = _rate(trainer, samples, config.data.image_size, classes, seconds)
+        rate = _rate(trainer, batches, samples, seconds, end, warmed_up=samples > sizes[0] or len(sizes) == 1)
+        # One to warm up with, and one that counts.
+        most_samples = rate * (end - time.perf_counter()) / 2
+        sizes = [size for size in sizes if samples < size <= most_samples]
     loss = float(trainer.meter.sums[0])
     width = 2 if config.gradient_compression == "bf16" else precision.weights.itemsize
     gradients = sum(p.numel() for p in network.parameters()) * width
@@ -68,21 +75,28 @@ def train_for(
     return Step(samples, rate, precision.name, math.isfinite(loss), held, gradients)
 
 
-def _rate(trainer: Trainer, samples: int, size: int, classes: int, seconds: float) -> float:
-    """Images per second."""
-    device = trainer.device
+def _sizes(ghost_batch: int, micro_batch: int) -> list[int]:
+    """Images of an update, in rising order: parts of a ghost batch, one, and a micro-batch."""
+    parts = itertools.takewhile(lambda size: size < ghost_batch, (_FIRST << power for power in itertools.count()))
+    return sorted({*parts, ghost_batch, micro_batch})
+
+
+def _batches(samples: int, size: int, classes: int, device: torch.device) -> Iterator[Batch]:
     images = torch.randint(256, (samples, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     labels = torch.randint(classes, (samples,))
-    batches = itertools.repeat(Batch(images.to(device), labels.to(device), ()))
-    warm_up = time.perf_counter()
-    for _ in range(_WARM_UP.get(device.type, _WARM_UP["cuda"])):
+    return itertools.repeat(Batch(images.to(device), labels.to(device), ()))
+
+
+def _rate(
+    trainer: Trainer, batches: Iterator[Batch], samples: int, seconds: float, end: float, *, warmed_up: bool
+) -> float:
+    """Images per second, measured for `seconds`, or until `end`; without `warmed_up`, by the first update alone."""
+    device = trainer.device
+    for _ in range(_WARM_UP.get(device.type, _WARM_UP["cuda"]) if warmed_up else 0):
         trainer.run_update(batches, 1, measure=False)
     _wait_for(device)
-    if device.type == "cpu" and time.perf_counter() - warm_up > seconds:
-        # A slow one is measured by its first update: others would take minutes and say little more.
-        return samples / (time.perf_counter() - warm_up)
     started, updates = time.perf_counter(), 0
-    while updates < _LEAST or time.perf_counter() - started < seconds:
+    while updates == 0 or (warmed_up and time.perf_counter() < min(started + seconds, end)):
         trainer.run_update(batches, 1, measure=False)
         # The host is ahead of a GPU; it looks at the clock when that has done its part.
         _wait_for(device)

@@ -19,6 +19,7 @@ from lars_train.data.source import Dataset
 
 MOST_WRITTEN = 10**9
 _CHUNK = 1 << 24
+_SOON = 0.1
 _PREFIX = ".lars-train-check-"
 
 
@@ -28,7 +29,7 @@ def existing(folder: Path) -> Path:
 
 
 def checkpoint_folder(config: Config, directory: Path, checkpoint_bytes: int, seconds: float) -> Folder:
-    """Where checkpoints go; as many bytes as one has are written there, for 2 `seconds` at most, and are gone again.
+    """Where checkpoints go; as many bytes as one has are written there, for `seconds` at most, and are gone again.
 
     Raises OSError where nothing can be written.
     """
@@ -37,7 +38,7 @@ def checkpoint_folder(config: Config, directory: Path, checkpoint_bytes: int, se
     there = sum(path.stat().st_size for path in (directory / "checkpoints").glob("*.pt"))
     place = existing(directory)
     free = shutil.disk_usage(place).free
-    written, took = write_speed(place, min(checkpoint_bytes, MOST_WRITTEN, free // 2), 2 * seconds)
+    written, took = write_speed(place, min(checkpoint_bytes, MOST_WRITTEN, free // 2), seconds)
     needed = max(0, kept - there)
     return Folder("checkpoints", "run.dir", str(directory), _filesystem(place), free, needed, written, took)
 
@@ -61,9 +62,19 @@ def write_speed(folder: Path, count: int, seconds: float) -> tuple[int, float]:
     chunk = os.urandom(min(count, _CHUNK))  # no file system makes them smaller
     with tempfile.TemporaryFile(dir=folder, prefix=_PREFIX) as file:
         started, written = time.perf_counter(), 0
+        # What waits in memory to be put on disk. It is little at first, and twice as much where that was soon done: the
+        # clock is not run over by gigabytes for a slow disk, and a fast one is not kept waiting.
+        waiting, most_waiting = 0, _CHUNK
         while written < count and time.perf_counter() - started < seconds:
             try:
-                written += file.write(chunk[: count - written])
+                done = file.write(chunk[: count - written])
+                written, waiting = written + done, waiting + done
+                if waiting >= most_waiting:
+                    since = time.perf_counter()
+                    file.flush()
+                    os.fsync(file.fileno())
+                    waiting, quick = 0, time.perf_counter() - since < _SOON * seconds
+                    most_waiting *= 2 if quick else 1
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     break

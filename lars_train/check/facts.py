@@ -109,6 +109,8 @@ class Exchange:
     bytes: int
     seconds: float
     latency: float
+    sent: int = 0
+    """Bytes of one that was measured; where they are fewer than `bytes`, `seconds` is in proportion."""
 
     def bus_bandwidth(self, world: int) -> float:
         """Bytes per second that each link carries, 2 (n - 1) / n times the tensor's (as nccl-tests counts,

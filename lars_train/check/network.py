@@ -12,20 +12,31 @@ from lars_train.training.distributed import Group
 
 _ROUNDS = 9
 _SHORT = 20
+# What is sent first, in bytes: large enough to tell the bandwidth, and not long on any network.
+_FIRST = 1 << 20
+# All-reduces of the size that is measured: two to warm up with, one that tells how many follow, and two that count.
+_LEAST_ROUNDS = 5
 
 
-def exchange(group: Group, device: torch.device, count: int, seconds: float) -> Exchange | None:
-    """All-reduces of `count` bytes for about `seconds`, all of them in one piece; None where there is one rank."""
+def exchange(group: Group, device: torch.device, count: int, seconds: float, most: float) -> Exchange | None:
+    """All-reduces of `count` bytes for about `seconds`, all of them in one piece; None where there is one rank.
+
+    Where they would take longer than `most` seconds, fewer bytes are sent, and the time of all is in proportion.
+    """
     if group.ranks.world == 1:
         return None
     values = torch.zeros(max(1, count // 4), device=device)
-    one = torch.zeros(1, device=device)
-    _timed(group, values, 2)
-    # The first rank's word, for all have to do it equally often.
-    rounds = group.from_first(max(2, min(200, int(seconds / max(_timed(group, values, 1), 1e-6)))))
-    took = _timed(group, values, rounds) / rounds
+    one, first = torch.zeros(1, device=device), values[: _FIRST // 4]
+    _timed(group, first, 2)
+    each = _timed(group, first, 1) / first.nbytes
+    # The first rank's word, for all have to do the same, and equally often.
+    some = values[: group.from_first(max(first.nbytes, int(most / _LEAST_ROUNDS / max(each, 1e-12)))) // 4]
+    _timed(group, some, 2)
+    rounds = group.from_first(max(2, min(200, int(min(seconds, most) / max(_timed(group, some, 1), 1e-6)))))
+    took = _timed(group, some, rounds) / rounds
     _timed(group, one, 2)
-    return Exchange(values.nbytes, took, _timed(group, one, _SHORT) / _SHORT)
+    latency = _timed(group, one, _SHORT) / _SHORT
+    return Exchange(values.nbytes, took * values.nbytes / some.nbytes, latency, some.nbytes)
 
 
 def _timed(group: Group, values: torch.Tensor, rounds: int) -> float:

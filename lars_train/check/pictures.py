@@ -42,7 +42,8 @@ def loader_rate(
     workers: int,
     seconds: float,
 ) -> Input:
-    """Images per second that this rank's loader brings, taken from it as fast as it can, for about `seconds`.
+    """Images per second that this rank's loader brings, taken from it as fast as it can, for about `seconds`, after
+    as long a time at most in which its workers fill their buffers.
 
     Of a store at a URL only one shard is fetched: what one core decodes of it counts for each worker.
     """
@@ -72,8 +73,9 @@ def loader_rate(
     )
     with closing(stream):
         # What the workers had done before they were asked is no measure of their speed.
+        filled = time.perf_counter() + seconds
         for _ in range(slots - LENT if workers else 1):
-            if next(stream, None) is None:
+            if next(stream, None) is None or time.perf_counter() > filled:
                 break
         stream.statistics()
         started, images, end = time.perf_counter(), 0, time.perf_counter() + seconds
@@ -106,8 +108,11 @@ def _of_one_shard(config: Config, view: View, source: RemoteSource, decoder: str
         shard.release()
 
 
-def try_sample(config: Config, dataset: Dataset, rank: int, count: int) -> Sample:
-    """Read and decode in full, with Pillow, `count` pictures drawn by `rank`: half of each split, or all there are."""
+def try_sample(config: Config, dataset: Dataset, rank: int, count: int, seconds: float) -> Sample:
+    """Read and decode in full, with Pillow, `count` pictures drawn by `rank`: half of each split, or all there are.
+
+    They are fewer where `seconds` do not suffice, half of which are for each split.
+    """
     draw = np.random.default_rng([config.seed, rank])
     images = bytes_read = 0
     read_s = 0.0
@@ -116,14 +121,17 @@ def try_sample(config: Config, dataset: Dataset, rank: int, count: int) -> Sampl
         samples = _drawn(source, max(1, count // 2), draw)
         reader = EvalReader(source, View.from_config(config.data), PILLOW)
         out = np.empty((1, reader.size, reader.size, 3), np.uint8)
+        end = time.perf_counter() + seconds / 2
         for sample in samples:
             started = time.perf_counter()
+            if started > end:
+                break
+            images += 1
             with contextlib.suppress(OSError):  # the reader tells of it
                 item = source.read(sample)
                 bytes_read += item.nbytes if isinstance(item, np.ndarray) else len(item)
             read_s += time.perf_counter() - started
             bad += reader.fill(0, [sample], out, np.empty(1, np.int64)).bad
-        images += len(samples)
     return Sample(images, bytes_read, read_s, tuple(f"{one.where} ({one.reason})" for one in bad))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from lars_train.check.facts import Findings, Rank
 from lars_train.check.judge import by_host, listed
 from lars_train.check.pace import achieved, exchange_share
-from lars_train.check.units import size
+from lars_train.check.units import rate, size
 
 
 def lines(findings: Findings) -> Iterator[str]:
@@ -78,10 +78,10 @@ def _paces(findings: Findings) -> Iterator[str]:
     steps = [rank.step for rank in findings.ranks if rank.step is not None]
     if steps:
         rates = sorted(step.images_per_s for step in steps)
-        spread = "" if len(rates) == 1 else f" ({rates[0]:,.0f} to {rates[-1]:,.0f})"
+        spread = "" if len(rates) == 1 else f" ({rate(rates[0])} to {rate(rates[-1])})"
         yield _line(
             "training step",
-            f"{sum(rates):,.0f} images/s on {len(rates)} rank(s){spread}, {steps[0].precision}, micro-batch "
+            f"{rate(sum(rates))} images/s on {len(rates)} rank(s){spread}, {steps[0].precision}, micro-batch "
             f"{steps[0].samples}",
         )
     inputs = [rank.input for rank in findings.ranks if rank.input is not None]
@@ -90,12 +90,12 @@ def _paces(findings: Findings) -> Iterator[str]:
         kind = f"{inputs[0].workers} worker(s) a rank" if inputs[0].workers else "no workers"
         yield _line(
             "input",
-            f"{sum(one.images_per_s for one in inputs):,.0f} images/s, {per_core:,.0f} per core, {kind}, decoder "
+            f"{rate(sum(one.images_per_s for one in inputs))} images/s, {rate(per_core)} per core, {kind}, decoder "
             f"{inputs[0].decoder}",
         )
     together = [found for rank in findings.ranks if (found := achieved(rank)) is not None]
     if together:
-        yield _line("both", f"{len(together) * min(together):,.0f} images/s, with the slowest rank's pace for all")
+        yield _line("both", f"{rate(len(together) * min(together))} images/s, with the slowest rank's pace for all")
 
 
 def _places(findings: Findings) -> Iterator[str]:

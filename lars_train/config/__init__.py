@@ -31,7 +31,7 @@ from lars_train.config.schema import (
     register,
 )
 from lars_train.config.stored import restore
-from lars_train.config.values import EXECUTION_KEYS, absolute_paths, filled, flatten, run_hash
+from lars_train.config.values import EXECUTION_KEYS, absolute_paths, experiment_settings, filled, flatten, run_hash
 
 __all__ = [
     "AUTO",
@@ -53,6 +53,7 @@ __all__ = [
     "absolute_paths",
     "choices_of",
     "config_dir",
+    "experiment_settings",
     "filled",
     "flatten",
     "nominal_batch",

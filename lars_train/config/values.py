@@ -98,6 +98,17 @@ def absolute_paths(config: Config) -> Config:
     return dataclasses.replace(config, data=data)
 
 
+def experiment_settings(config: Config, global_batch: int) -> dict[str, Any]:
+    """What the run computes, by key; `batch` is its global batch, whichever keys that came from."""
+    left_out = (*EXECUTION_KEYS, "batch")
+    settings = {
+        key: value
+        for key, value in flatten(config).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in left_out)
+    }
+    return {"batch": global_batch, **settings}
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Every leaf of the config by its dotted key."""
     leaves: dict[str, Any] = {}

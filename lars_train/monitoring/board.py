@@ -5,6 +5,7 @@ Whatever fails in it ends the events and not the run; `reason` says why.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from lars_train.text import printable
 
 PAGE = "custom_scalars"
 """The page that shows the run at a glance: ``http://localhost:6006/#custom_scalars``."""
+
+# The tab's columns, of which it opens with five, in the order of the alphabet.
+_FIRST_SETTINGS = frozenset({"batch", "epochs", "model.name", "optimizer.lr", "optimizer.name"})
 
 _BY_STAGE = {
     "trust ratio": "trust_ratio",
@@ -81,12 +85,9 @@ class Board:
         """A grid of training images as the network gets them: uint8 (n, 3, S, S) in host memory."""
         self._show("add_images", "samples/augmented", images, update)
 
-    def results(self, settings: dict[str, Any], results: dict[str, float]) -> None:
-        """Settings with their results, in the hparams tab."""
-        simple = {
-            printable(k): v if isinstance(v, bool | int | float) else printable(str(v)) for k, v in settings.items()
-        }
-        self._show("add_hparams", simple, results, run_name=".")
+    def results(self, settings: dict[str, Any], curves: list[str]) -> None:
+        """Settings, in the hparams tab, with the last values of those curves as their results."""
+        self._do(lambda writer: _add_results(writer.file_writer, settings, curves))
 
     def flush(self) -> None:
         """Hand what was written so far to the system."""
@@ -96,11 +97,31 @@ class Board:
         """Write out what can be, and close the files."""
         self._show("close")
 
-    def _show(self, method: str, *arguments: Any, **keywords: Any) -> None:
-        """Do it on TensorBoard's writer, which is given up when it fails: it has no way to go on."""
+    def _show(self, method: str, *arguments: Any) -> None:
+        self._do(lambda writer: getattr(writer, method)(*arguments))
+
+    def _do(self, what: Callable[[Any], object]) -> None:
+        """Do it with TensorBoard's writer, which is given up when it fails: it has no way to go on."""
         if self._writer is None:
             return
         try:
-            getattr(self._writer, method)(*arguments, **keywords)
+            what(self._writer)
         except Exception as error:  # of its thread, whatever it was
             self._writer, self.reason = None, f"TensorBoard: {error}"
+
+
+def _add_results(file: Any, settings: dict[str, Any], curves: list[str]) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    simple = {printable(k): v if isinstance(v, bool | int | float) else printable(str(v)) for k, v in settings.items()}
+    # The writer's own method would draw the results a second time, in charts of one point at update 0.
+    experiment, *others = hparams(simple, dict.fromkeys(curves, 0.0))  # type: ignore[no-untyped-call]
+    # The tab sorts its columns, with those in front that it holds to differ between runs.
+    described = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(described.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in _FIRST_SETTINGS
+    described.content = content.SerializeToString()
+    for summary in (experiment, *others):
+        file.add_summary(summary)

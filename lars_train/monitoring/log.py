@@ -115,9 +115,9 @@ class RunLog:
         kept = [float(f"{ratio:.4g}") if math.isfinite(ratio) else None for ratio in ratios]
         self._ratios.add({"update": update, "trust_ratios": kept})
 
-    def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
-        """Show the run's settings with its results in TensorBoard's hparams tab."""
-        self.board.results(settings, results)
+    def finish(self, settings: dict[str, Any], fields: list[str]) -> None:
+        """Show the run's settings in TensorBoard's hparams tab, with the last values of `fields` as its results."""
+        self.board.results(settings, fields)
 
     def sync(self) -> None:
         """Put what was written so far on disk: a checkpoint that follows relies on it. Raises `OSError`."""

@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.launch import Ranks, adopt, export_slurm
 from lars_train.text import printable_lines
+from lars_train.training.interface import choose_interface
 
 _base_store: Store | None = None
 _jobs = _groups = 0
@@ -128,6 +129,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
             _base_store = PrefixStore(_agree_on_start(_base_store, ranks, limit), _base_store)
     _groups += 1
     store = PrefixStore(f"job{_jobs}.{_groups}", _base_store)
+    choose_interface(PrefixStore("interface", store), ranks)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("group", store),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lars_train.config import absolute_paths, filled, flatten
+from lars_train.config import absolute_paths, experiment_settings, filled
 from lars_train.data.decode import PILLOW
 from lars_train.data.loader import Batch, LoaderStatistics, View, train_loader
 from lars_train.data.open import SHARDS
@@ -573,12 +573,7 @@ class Run:
             weights_sha256_float32=weights_sha256(self.trainer.network, torch.float32),
         )
         if self.log is not None:
-            results = {"hparam/best_top1": self.best_top1, "hparam/final_top1": self.result.top1}
-            # The recipe's other rows say nothing of this run.
-            settings = {
-                k: v for k, v in flatten(self.config).items() if not k.startswith(("recipe.rows", "recipe.common"))
-            }
-            self.log.finish(settings, results)
+            self.log.finish(experiment_settings(self.config, self.plan.global_batch), ["val/best_top1", "val/top1"])
             partial = self.directory / "final.partial"
             partial.write_text(json.dumps(final, indent=1) + "\n")
             partial.replace(self.directory / "final.json")

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from program import TORCHRUN, start
 
 from lars_train import commands
-from lars_train.check import command, disk
+from lars_train.check import budget, command, disk
 from lars_train.check.disk import existing, mark, write_speed
 from lars_train.cli import prepare_arguments
 from lars_train.config import Config, config_dir, register, resolve
@@ -63,6 +64,9 @@ SMALL = ["model=small", "batch.size=8", "optimizer.lr=1", "model.ghost_batch=4",
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lars_train.check.command.say", lambda text: None)
+    # This process is that of all the tests, and `check.seconds` of a test are few.
+    monkeypatch.setattr(budget, "_process_began", lambda: time.monotonic() + 60)
+    monkeypatch.setitem(budget.PARTS, "sample", 1e6)
     return tmp_path
 
 

@@ -1,13 +1,22 @@
-"""The script that measures what logging costs; what it finds is in docs/monitoring.md."""
+"""What logging costs: nothing between log lines, and at those what a script measures (docs/monitoring.md)."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lars_train.optim import fused_sgd, rescale
+from lars_train.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,12 +29,93 @@ def _process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+SETTINGS = "model=tiny data.image_size=16 batch.size=8 micro_batch=4 model.ghost_batch=4".split()
+# How the host comes to a tensor's values, and waits for a device that has not computed them yet.
+READS = {"tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"}
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is computed, and what is copied, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.name().partition("::")[2].partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Counts what hands values to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in READS
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one took: operators, values read by the host, and bytes of log lines that were written."""
+
+    operators: Counter[str]
+    reads: int
+    written: int
+
+
+def updates(folder: Path, log_every: int, count: int) -> list[Update]:
+    """The first ones of a run."""
+    import bench_monitoring
+
+    run = bench_monitoring.made(folder, log_every, count, SETTINGS)
+    assert run.log is not None
+    assert run.writer is not None
+    found, lines = [], folder / "metrics.jsonl"
+    with closing(run._batches()) as batches:
+        run.begin()
+        for _ in range(count):
+            before = lines.stat().st_size
+            with Operators() as operators, Reads() as reads:
+                run._one_update(batches)
+            found.append(Update(operators.calls, reads.count, lines.stat().st_size - before))
+    run.log.close()
+    run.writer.close()
+    return found
+
+
+def test_between_log_lines_monitoring_computes_nothing_and_reads_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
+    monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
+    monkeypatch.setattr(rescale, "in_reach_of_the_host", lambda tensor: False)
+    every, never = 3, 10**9
+    with_lines = updates(tmp_path / "logs", every, 7)
+    run_update = Trainer.run_update
+    monkeypatch.setattr(Trainer, "run_update", lambda *given, measure: run_update(*given, measure=False))
+    without = updates(tmp_path / "silent", never, 7)
+    # The first update of a run keeps its pictures, once.
+    for update in range(2, 8):
+        logged, alone = with_lines[update - 1], without[update - 1]
+        assert alone.operators["convolution_backward"] > 0
+        assert alone.reads == alone.written == 0
+        if update % every:
+            assert logged == alone, update
+        else:  # the counters count
+            assert logged.operators.total() > alone.operators.total()
+            assert logged.reads > 0
+            assert logged.written > 0
+
+
 @pytest.mark.slow
 def test_the_script_compares_updates_with_and_without_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     import bench_monitoring
 
-    settings = "model=tiny data.image_size=16 batch.size=8 micro_batch=4 model.ghost_batch=4".split()
-    bench_monitoring.main(["--every", "2", "--pairs", "2", *settings])
+    bench_monitoring.main(["--every", "2", "--pairs", "2", *SETTINGS])
     told = capsys.readouterr().out
     ratio = re.search(r"over updates without: (\d+\.\d+) ", told)
     line = re.search(r"measuring for a line and writing it: (\d+\.\d+) ms", told)

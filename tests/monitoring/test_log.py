@@ -116,11 +116,17 @@ def test_settings_and_results_stand_in_the_hparams_tab(tmp_path: Path, later: An
     log.write(3, 1.0, {"val/top1": 61.5})
     later()
     settings = {"optimizer.lr": 0.5, "epochs": 2, "data.root": None, "data.mean": [0.1, 0.2]}
-    log.finish(settings, {"hparam/final_top1": 61.5})
+    log.finish(settings, ["val/top1"])
     log.close()
     events = board(tmp_path)
-    assert [(e.step, e.value) for e in events.Scalars("hparam/final_top1")] == [(0, 61.5)]
+    # The curve that is there already, and no chart of one point beside it.
+    assert events.Tags()["scalars"] == ["val/top1"]
     assert points(tmp_path, "val/top1") == [(3, 61.5)]
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    infos = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.hparam_infos
+    assert {info.name for info in infos if info.differs} == {"optimizer.lr", "epochs"}
+    named = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    assert [info.name.tag for info in named] == ["val/top1"]
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert {k: v.WhichOneof("kind") for k, v in shown.items()} == {

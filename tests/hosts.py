@@ -1,0 +1,94 @@
+"""Two hosts on this machine, for the tests: each with its own name, address, network, and processes; a cable between.
+
+They are namespaces of the kernel, made without root where the system allows that. A host lives as long as its first
+process, which ends when whoever made it closes a pipe or is gone; with it go all of its processes, and with the last of
+those its end of the cable. Nothing outside the two hosts is touched.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from program import children
+
+TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
+ADDRESSES = {"left": "10.0.0.1", "right": "10.0.0.2"}
+# As Debian and Ubuntu install it: a host's own name is on the loopback interface, where no other host finds it.
+HOSTS = "127.0.0.1 localhost\n127.0.1.1 {own}\n{address} {other}\n"
+SETUP = 'hostname "$1" && mount --bind "$2" /etc/hosts && ip link set lo up && echo ready && exec cat'
+
+
+class Unavailable(Exception):
+    """What this machine does not allow."""
+
+
+class Host:
+    """One host. `beside`: the one that it shares its rights with. Raises `Unavailable`."""
+
+    def __init__(self, name: str, hosts: Path, beside: Host | None = None) -> None:
+        missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+        if missing:
+            raise Unavailable(f"no {', '.join(missing)} here")
+        rights = ["--user", "--map-root-user"] if beside is None else []
+        self.name = name
+        self._holder = subprocess.Popen(
+            [
+                *(beside._inside("--user") if beside is not None else []),
+                *("unshare", *rights, "--net", "--pid", "--mount", "--uts", "--fork", "--kill-child"),
+                *("sh", "-c", SETUP, "sh", name, str(hosts)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stderr is not None
+        if self._holder.stdout.readline() != "ready\n":
+            reason = self._holder.stderr.read().strip()
+            self.lose()
+            raise Unavailable(reason)
+        (self.first,) = children(self._holder.pid)
+
+    def _inside(self, *namespaces: str) -> list[str]:
+        return ["nsenter", "--target", str(self.first), "--preserve-credentials", *namespaces, "--"]
+
+    def command(self, words: list[str], folder: Path) -> list[str]:
+        """`words` as a command that runs there, in `folder`."""
+        return [*self._inside("--user", "--net", "--pid", "--mount", "--uts", f"--wd={folder}"), *words]
+
+    def ip(self, words: str) -> None:
+        """Set the network up from outside, so that process ids mean what they mean here. Raises `Unavailable`."""
+        done = subprocess.run([*self._inside("--user", "--net"), "ip", *words.split()], capture_output=True, text=True)
+        if done.returncode:
+            raise Unavailable(f"ip {words}: {done.stderr.strip()}")
+
+    def lose(self) -> None:
+        """SIGKILL for every process there."""
+        self._holder.kill()
+        self._holder.communicate()
+
+
+def two_hosts(folder: Path) -> tuple[Host, Host]:
+    """Left and right, which reach each other by name; their files are in `folder`. Raises `Unavailable`."""
+    names = list(ADDRESSES)
+    for own, other in (names, names[::-1]):
+        (folder / f"hosts-{own}").write_text(HOSTS.format(own=own, other=other, address=ADDRESSES[other]))
+    left = Host("left", folder / "hosts-left")
+    try:
+        right = Host("right", folder / "hosts-right", beside=left)
+    except BaseException:
+        left.lose()
+        raise
+    try:
+        left.ip(f"link add cable0 type veth peer name cable0 netns {right.first}")
+        for host in (left, right):
+            host.ip(f"address add {ADDRESSES[host.name]}/24 dev cable0")
+            host.ip("link set cable0 up")
+    except BaseException:
+        left.lose()
+        right.lose()
+        raise
+    return left, right

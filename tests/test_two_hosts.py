@@ -1,0 +1,54 @@
+"""A run across two hosts, each with its own name, address and network, of which one vanishes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts import Host, Unavailable, two_hosts
+from nodes import NODE, SETTINGS, assert_same_curve, launcher, lines, undisturbed_losses, until
+from program import environment
+
+# Seconds after which a rank that does not answer is given up.
+TIMEOUT = "distributed.timeout=10"
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    try:
+        made = two_hosts(tmp_path)
+    except Unavailable as error:
+        pytest.skip(f"no two hosts can be made here: {error}")
+    yield made
+    for host in made:
+        host.lose()
+
+
+@pytest.mark.slow
+def test_a_run_across_two_hosts_loses_one_and_goes_on_with_the_same_curve(
+    hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
+    def told(host: Host) -> str:
+        return (tmp_path / f"{host.name}.log").read_text()
+
+    def train(host: Host) -> subprocess.Popen[bytes]:
+        with (tmp_path / f"{host.name}.log").open("wb") as log:
+            command = host.command([*launcher("left:29400", 2), *SETTINGS, TIMEOUT], tmp_path)
+            return subprocess.Popen(command, env=environment(**NODE), stdout=log, stderr=subprocess.STDOUT)
+
+    left, right = hosts
+    staying, leaving = train(left), train(right)
+    until(lambda: "world size     2" in told(left) + told(right), "both hosts train")
+    until(lambda: len(lines(tmp_path / "run")) >= 4, "updates")
+    # As when its power goes: no process there has the time to close a connection.
+    right.ip("link set cable0 down")
+    right.lose()
+    leaving.wait(20)
+    assert staying.wait(120) == 0, told(left)
+    resumed = told(left).rpartition("world size")[2]
+    assert resumed.split()[0] == "1"
+    assert "resumed        at update" in resumed
+    (tmp_path / "alone").mkdir()
+    assert_same_curve(tmp_path / "run", undisturbed_losses(tmp_path / "alone"))
