@@ -139,7 +139,7 @@ class DataConfig:
     on_error: str = "skip"
     """A picture that cannot be decoded: skip it and count, or fail."""
     max_bad: int = 100
-    """Bad pictures after which a run ends nevertheless."""
+    """Bad pictures after which a run ends nevertheless; counted after each update."""
     train_count: Optional[int] = None
     """Training images, of ``data=synthetic`` alone."""
     val_count: Optional[int] = None

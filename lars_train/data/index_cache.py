@@ -40,7 +40,7 @@ def load(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -> T | 
         except FileNotFoundError:
             continue
         except (Damaged, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            complain(f"{path}: the index of {_shown(place)} is damaged ({error}); it is made anew.")
+            complain(f"NOTE: {path}: the index of {_shown(place)} is damaged ({error}); it is made anew.")
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             continue

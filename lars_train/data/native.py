@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,13 @@ from PIL import Image
 
 from lars_train.data.augment import Geometry
 from lars_train.data.source import Source
+from lars_train.extensions import built
 
-try:
+if TYPE_CHECKING:
     from lars_train.data import jpeg
-except ImportError:
-    # No compiler or no libjpeg was there at the install, or the library is gone since.
-    jpeg = None  # type: ignore[assignment]
+else:
+    # None: no compiler or no libjpeg was there at the install, or the library is gone since.
+    jpeg = built("lars_train.data.jpeg")
 
 # Names that are looked at for what kind of files a data set has.
 _LOOKED_AT = 100

@@ -155,7 +155,11 @@ def open_store(path: Path) -> ShardTree:
             raise Damaged(f"it is of kind {meta['kind']}, version {meta['version']}")
         return ShardTree(path, splits_of(path, meta, arrays), str(meta["variant"]))
     except OSError as error:
-        raise ConfigError(f"data.root={path}: {INDEX} cannot be read ({error.strerror}).") from error
+        where = path / INDEX if error.filename is None else Path(error.filename)
+        name = where.relative_to(path) if where.is_relative_to(path) else where
+        raise ConfigError(
+            f"data.root={path}: {name} cannot be read ({error.strerror}); get the store again, or pack it anew."
+        ) from error
     except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         reason = error if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
         raise ConfigError(

@@ -11,7 +11,7 @@ Its scalars have room for the ratio r, so that no pass over the gradient is need
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from lars_train.extensions import built
 from lars_train.optim.rescale import Record, is_adapted, walk_alike
 from lars_train.optim.rule import Rule
 
-try:
+if TYPE_CHECKING:
     from lars_train.optim import kernels
-except ImportError:
-    # No compiler was there at the install.
-    kernels = None  # type: ignore[assignment]
+else:
+    # None: no compiler was there at the install.
+    kernels = built("lars_train.optim.kernels")
 
 # Up to as many elements torch's kernels, too, keep to one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
 _ONE_THREAD = 32768

@@ -118,6 +118,7 @@ def _pack(
             pass
     records = {plan.name: _record(store, plan) for plan in plans}
     tree, kept = _assembled(store, original, plans, records, request.encoding)
+    _check_classes(store, original, tree, records)
     _verify(request, tree, kept, plans, progress)
     if open_original(request.source, request.val_labels).fingerprint != original.fingerprint:
         raise DataError(f"{request.source}: files came or went while it was packed; remove {store} and pack it anew.")
@@ -150,7 +151,9 @@ def _already(store: Path, plan: dict[str, Any]) -> dict[str, Any]:
 def _apart(there: Any, asked: dict[str, Any]) -> str:
     """What differs between the plan of a store and the one that is asked for, as far as the former can be read."""
     try:
-        before, now = ({**plan["encoding"], "shards": len(plan["shards"])} for plan in (there["plan"], asked))
+        before, now = (
+            {**plan["encoding"], "shards of all splits": len(plan["shards"])} for plan in (there["plan"], asked)
+        )
         other = ["other pictures"] if there["plan"]["fingerprint"] != asked["fingerprint"] else []
         keys = [key for key in now if before[key] != now[key]]
         told = other + [f"{key}: {before[key] or 'none'} there, {now[key] or 'none'} asked for" for key in keys]
@@ -232,6 +235,23 @@ def _assembled(
         splits[split] = Packed(shards, listing, places, sums[order])
         kept[split] = Kept(source, ids)
     return ShardTree(store, splits, encoding.variant), kept
+
+
+def _check_classes(store: Path, original: Original, tree: ShardTree, records: dict[str, Record]) -> None:
+    """Raise `DataError` where a split, or a class to train on, has lost its last picture: no run could use that."""
+    for split, packed in tree.splits.items():
+        labels = packed.listing.labels
+        before = np.bincount(original.splits[split].labels, minlength=len(original.classes))
+        lost = np.flatnonzero((before > 0) & (np.bincount(labels, minlength=len(original.classes)) == 0))
+        if len(labels) and not (len(lost) and split == TRAIN):
+            continue
+        reasons = [why for record in records.values() for _, why in record.skipped]
+        example = f", the first because: {reasons[0]}" if reasons else ""
+        what = f"of class {original.classes[lost[0]]}, " if len(labels) else ""
+        raise DataError(
+            f"{store}: no picture {what}of {split}/ can be packed ({len(reasons):,} were left out{example}). Mend the "
+            "pictures, or remove the class, and pack anew."
+        )
 
 
 def _verify(

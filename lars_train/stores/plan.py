@@ -94,6 +94,8 @@ def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
     """All shards; `shards`: of the training split, the validation split gets as many in proportion."""
     plans = []
     first = len(next(iter(original.splits.values())))
+    if shards is not None and shards > first:
+        raise ConfigError(f"--shards={shards}: there are {first:,} training pictures, and a shard has one at least.")
     for split, source in original.splits.items():
         count = -(-len(source) // PICTURES) if shards is None else round(shards * len(source) / first)
         count = min(max(1, count), len(source))

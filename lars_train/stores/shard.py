@@ -73,6 +73,11 @@ class ShardWriter:
             write_whole(record_path(self.store, plan), [text])
             temporary.replace(shard_path(self.store, plan))
             sync_folder(shard_path(self.store, plan).parent)
+        except OSError as error:
+            raise DataError(
+                f"{shard_path(self.store, plan)}: it cannot be written ({error.strerror or error}); the same command "
+                "goes on from the shards that are whole."
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -396,12 +396,12 @@ def test_a_store_encoded_anew_is_told_apart_by_how(tmp_path: Path) -> None:
     for number, encoding in enumerate(
         (Encoding(), Encoding(short=24), Encoding(longest=24), Encoding(short=24, quality=50))
     ):
-        pack(request(root, tmp_path / str(number), encoding=encoding), silent)
+        pack(request(root, tmp_path / str(number), encoding=encoding, shards=1), silent)
         prints.add(open_folder(str(tmp_path / str(number)), None).fingerprint)
     assert len(prints) == 4
     with pytest.raises(ConfigError, match="encoded anew already"):
-        pack(request(str(tmp_path / "1"), tmp_path / "again"), silent)
-    pack(request(str(tmp_path / "0"), tmp_path / "again"), silent)
+        pack(request(str(tmp_path / "1"), tmp_path / "again", shards=1), silent)
+    pack(request(str(tmp_path / "0"), tmp_path / "again", shards=1), silent)
     assert tree(tmp_path / "again" / "train") == tree(tmp_path / "0" / "train")
 
 
@@ -434,6 +434,29 @@ def test_a_file_that_cannot_be_read_is_broken_too(tmp_path: Path) -> None:
     assert len(open_folder(str(tmp_path / "store"), None).train) == 2
 
 
+def test_without_a_picture_left_of_a_class_to_train_on_there_is_no_store(tmp_path: Path) -> None:
+    good, bad = PICTURES["wide.jpg"], PICTURES["wide.jpg"][:300]
+    files = {f"{split}/{c}/{i}.jpg": good for split in ("train", "val") for c in "ab" for i in range(2)}
+    small = {"encoding": Encoding(short=24), "skip": True}
+    some = put(tmp_path / "some", files | {f"train/b/{i}.jpg": bad for i in range(2)})
+    with pytest.raises(DataError, match=r"no picture of class b, of train/ can be packed \(2 were left out, the first"):
+        pack(request(some, tmp_path / "one", **small), silent)
+    none = put(tmp_path / "none", dict.fromkeys(files, bad))
+    with pytest.raises(DataError, match=r"no picture of train/ can be packed"):
+        pack(request(none, tmp_path / "other", **small), silent)
+    for store in ("one", "other"):
+        with pytest.raises(ConfigError, match="not finished"):
+            open_folder(str(tmp_path / store), None)
+    # Of a class to evaluate alone there may be none.
+    val = put(tmp_path / "val", files | {f"val/b/{i}.jpg": bad for i in range(2)})
+    pack(request(val, tmp_path / "third", **small), silent)
+
+
+def test_more_shards_than_pictures_are_refused(root: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--shards=1000: there are [\d,]+ training pictures"):
+        pack(request(root, tmp_path / "store", shards=1000), silent)
+
+
 def test_a_disk_that_is_full_is_told_in_one_line_and_loses_nothing(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,7 +467,7 @@ def test_a_disk_that_is_full_is_told_in_one_line_and_loses_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(shard, "write_whole", full)
-        with pytest.raises(DataError, match="No space left on device"):
+        with pytest.raises(DataError, match=r"000000\.tar: .*No space left on device.*the same command goes on"):
             pack(request(root, tmp_path / "store"), silent)
     assert not list((tmp_path / "store").rglob("*.tmp"))
     pack(request(root, tmp_path / "store"), silent)

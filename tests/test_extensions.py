@@ -1,0 +1,50 @@
+"""lars_train/extensions.py: a checkout that hides the installed package decodes and steps as fast as that."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from program import environment
+
+import lars_train
+from lars_train.data import native
+from lars_train.optim import fused_sgd
+
+ASK = (
+    "import lars_train; from lars_train.data import native; from lars_train.extensions import built;"
+    "print(lars_train.__file__); print(native.is_there()); print(built('lars_train.optim.kernels') is not None)"
+)
+
+
+def asked(checkout: Path, installed: Path) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=checkout,
+        env={**environment(), "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_a_checkout_in_the_current_folder_takes_the_built_parts_of_the_installed_package_made_from_its_source(
+    tmp_path: Path,
+) -> None:
+    if not native.is_there() or fused_sgd.kernels is None:
+        pytest.skip("the parts in C are not built here")
+    package, checkout, installed = Path(lars_train.__file__).parent, tmp_path / "checkout", tmp_path / "installed"
+    kept = shutil.ignore_patterns("__pycache__", "embedded")
+    shutil.copytree(package, installed / "lars_train", ignore=kept)
+    shutil.copytree(package, checkout / "lars_train", ignore=shutil.ignore_patterns("__pycache__", "embedded", "*.so"))
+    where, decoder, kernels = asked(checkout, installed)
+    assert Path(where).is_relative_to(checkout)
+    assert (decoder, kernels) == ("True", "True")
+    for source, expected in (("data/jpeg.c", ["False", "True"]), ("optim/kernels.c", ["False", "False"])):
+        with (checkout / "lars_train" / source).open("a") as file:
+            file.write("/* Another one. */\n")
+        assert asked(checkout, installed)[1:] == expected
