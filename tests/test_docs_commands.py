@@ -144,6 +144,8 @@ def test_every_command_is_one_that_its_program_takes(command: Command) -> None:
         elif words[0] == "lars-data" and "STORE" not in words:
             # Within a sentence it is cut short.
             check([*words, "SOURCE", "STORE"])
+        elif words[0] == "torchrun" and "lars_train" not in words:
+            check([*words, "-m", "lars_train"])
         elif len(words) > 1:
             check(words)
 
