@@ -36,12 +36,30 @@ def test_every_key_has_a_meaning(reference: ModuleType) -> None:
     assert reference.untold() == []
 
 
+def slug(heading: str) -> str:
+    """The anchor that a repository's page, and Sphinx here, gives to a heading."""
+    words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower().strip()
+    return re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+
+
+def text_of(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_to_files_lead_to_files(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
-        if not re.match(r"[a-z]+:", target):
-            assert (page.parent / target).exists(), target
+def test_links_lead_to_files_and_to_headings_in_them(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)", text_of(page))
+    for path, _, anchor in (link.partition("#") for link in links if not re.match(r"[a-z]+:", link)):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.+)$", text_of(target), re.MULTILINE)), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_this_repository_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:lars_train|tests|scripts|configs|docs)/[\w./*-]+)`", text_of(page))
+    assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
 
 
 def test_all_pages_are_built_and_can_be_reached(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from hydra import compose, initialize_config_dir
 
 from lars_train.cli import prepare_arguments
 from lars_train.config import Config, config_dir, register, resolve
-from lars_train.plan import IMAGENET_TRAIN_IMAGES, make_plan
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHELL = SCRIPTS / "reproduce_imagenet_table.sh"
@@ -127,22 +125,6 @@ def test_a_preempted_job_is_queued_again(tmp_path: Path) -> None:
     assert dict(directives).items() >= {"--signal": "USR1@180", "--requeue": "", "--open-mode": "append"}.items()
     text = SLURM.read_text()
     assert text.index("#SBATCH --signal") < text.index("set -uo pipefail")
-
-
-@pytest.mark.parametrize("name", ["recipes.md", "imagenet_table.md"])
-def test_every_command_of_the_docs_composes(name: str) -> None:
-    text = (SCRIPTS.parent / "docs" / name).read_text()
-    commands = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    assert commands
-    for command in commands:
-        program, *settings = shlex.split(command)
-        assert program == "lars-train"
-        batches = next(setting for setting in settings if setting.startswith("batch=")).removeprefix("batch=")
-        others = [setting for setting in settings if setting != "-m" and not setting.startswith("batch=")]
-        for batch in batches.split(","):
-            config = composed([f"batch={batch}", *others])
-            make_plan(config, IMAGENET_TRAIN_IMAGES)
-            assert config.plan.path in (None, f"plan-{batch}.json")
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

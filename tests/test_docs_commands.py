@@ -1,0 +1,286 @@
+"""Every command of the pages: run here with small settings, in the order of the pages, or marked with what it needs.
+All of them, the marked ones too, are such as the programs take.
+
+What a command needs stands in its comment or in the paragraph before its block ("needs ImageNet", "needs a cluster",
+"needs a GPU", "takes hours", ...), or in the command itself: imagenet, --nnodes, srun (tests/pages.py). Installing is
+CI's part: it runs the README's two commands, and of the others' extras only the names are looked at.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from pages import PAGES, ROOT, Command, blocks, inline, parts
+from PIL import Image
+from program import environment, start
+
+from lars_train.cli import prepare_arguments
+from lars_train.config import config_dir, register, resolve
+from lars_train.plan import IMAGENET_TRAIN_IMAGES, make_plan
+from lars_train.stores.command import _parser
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+FENCED = [command for block in BLOCKS for command in block.commands]
+INLINE = [command for page in PAGES for command in inline(page)]
+CI = (ROOT / ".ci" / "run").read_text()
+ELLIPSIS = re.compile(r"…|\.\.\.|\[?--?\w+\]?\.\.\.|[A-Z_]+\.\.\.")
+# Programs of others, and what the pages call them with.
+CHECKERS = ("ruff check .", "ruff format --check .", "mypy", "pytest", "python3 -m venv .venv", ". .venv/bin/activate")
+OTHERS = {"ls", "sleep", "kill", "grep", "aws", "kubectl", "tensorboard", "sphinx-build"}
+# Instead of what a laptop would take minutes for; what the command itself says of these keys stays.
+SMALL = {"model": "tiny", "max_updates": "2", "launch.nproc": "1", "launch.threads": "1", "data.holdout": "0.01"}
+RUN = "tried"
+LEAVES = {
+    "lars-report runs": "runs/report/report.html",
+    "plan.path=plan-${batch.name}.json": "plan-32k.json",
+    "export.path=net.safetensors": "net.safetensors",
+    "export.path=net.onnx": "net.onnx",
+    "evaluate.report=found": "found/confusion.png",
+}
+
+
+def composes(settings: list[str]) -> None:
+    """Raises for settings that no run could be started with; for ImageNet up to the learning rate of every update."""
+    settings = [setting for setting in settings if setting not in ("-m", "--multirun")]
+    if any(setting.startswith("hydra/launcher=submitit") for setting in settings):
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    choices = next((s.partition("=")[2].split(",") for s in settings if s.startswith("batch=")), [""])
+    for choice in choices:
+        composes_alone(tuple(f"batch={choice}" if s.startswith("batch=") else s for s in settings))
+
+
+@cache
+def composes_alone(settings: tuple[str, ...]) -> None:
+    """The same for settings without a sweep."""
+    register()
+    own = [setting for setting in settings if not setting.startswith("hydra")]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        if len(own) < len(settings):
+            compose("config", prepare_arguments(list(settings), None), return_hydra_config=True)
+        config = resolve(compose("config", prepare_arguments(own, None)))
+    if config.data.name == "imagenet" and config.mode in ("train", "plan", "check"):
+        make_plan(config, IMAGENET_TRAIN_IMAGES)
+
+
+def check_ours(words: list[str]) -> None:
+    if any(word in ("--help", "--cfg") for word in words):
+        return
+    composes(words[1:])
+
+
+def check_store(words: list[str]) -> None:
+    _parser().parse_args([word.strip("[]") for word in words[1:]])
+
+
+def check_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    args = get_args_parser().parse_args(words[1:])
+    assert args.training_script == "lars_train"
+    assert args.module
+    composes(args.training_script_args)
+
+
+def check_script(words: list[str]) -> None:
+    """The script is there and knows the options; one in a shell hands its words to lars-train."""
+    path = ROOT / (words[1] if words[0] == "python" else words[0])
+    assert path.is_file(), path
+    if path.suffix != ".py":
+        composes(words[1:])
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    adds = [c.args for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"]
+    known = {name.value for args in adds for name in args if isinstance(name, ast.Constant)}
+    assert {word for word in words[2:] if word.startswith("--")} <= known
+
+
+def check_pip(words: list[str]) -> None:
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\[(\w+)\]", " ".join(words))) <= set(extras)
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "lars-train": check_ours,
+    "lars-data": check_store,
+    "lars-report": lambda words: None,
+    "torchrun": check_torchrun,
+    "python": check_script,
+    "pip": check_pip,
+}
+
+
+def check(words: list[str]) -> None:
+    words = [word for word in words if not ELLIPSIS.fullmatch(word)]
+    line = " ".join(words)
+    if words[0] in ("srun", "sbatch", "bash"):
+        flags = 1 + sum(1 for word in words[1:] if word.startswith("-"))
+        words = words[flags:]
+    program = words[0]
+    if program.startswith("scripts/"):
+        check_script(words)
+    elif program in CHECKS:
+        CHECKS[program](words)
+    else:
+        assert line in CHECKERS or program in OTHERS, f"{line}: no test knows this program"
+
+
+@pytest.mark.parametrize("command", [*FENCED, *INLINE], ids=lambda command: command.where)
+def test_every_command_is_one_that_its_program_takes(command: Command) -> None:
+    calls = parts(command.text)
+    assert calls
+    for words in calls:
+        if command in FENCED:
+            check(words)
+        elif words[0] == "lars-data" and "STORE" not in words:
+            # Within a sentence it is cut short.
+            check([*words, "SOURCE", "STORE"])
+        elif words[0] == "torchrun" and "lars_train" not in words:
+            check([*words, "-m", "lars_train"])
+        elif len(words) > 1:
+            check(words)
+
+
+def is_run_by_ci(command: Command) -> bool:
+    """Whether it makes an environment, installs, lints or tests."""
+    calls = [" ".join(words) for words in parts(command.text)]
+    return calls[0].startswith("pip install ") or all(call in CHECKERS for call in calls)
+
+
+def is_a_session(command: Command) -> bool:
+    """Part of a block that one shell has to run as a whole: it has jobs in the background."""
+    block = next(block for block in BLOCKS if command in block.commands)
+    return any(line.text.endswith("&") for line in block.commands)
+
+
+HERE = [c for c in FENCED if not c.needs and not is_run_by_ci(c) and not is_a_session(c)]
+
+
+def small(words: list[str], folder: Path, store: int) -> list[str]:
+    """The command with what its capitals stand for (STORE: the one of that number), and small settings if it trains."""
+    stands_for = {"SOURCE": folder / "pictures", "PICTURES": folder / "pictures", "STORE": folder / f"store{store}"}
+    words = [
+        str(stands_for.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in (w.strip("[]") for w in words)
+    ]
+    given = {word.partition("=")[0] for word in words}
+    if words[0] == "lars-train" and "--help" not in given and "checkpoint.path" not in given:
+        added = {"model": "tiny"} if "mode=plan" in words else SMALL
+        words += [f"{key}={value}" for key, value in added.items() if key not in given]
+    return words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With pictures of two classes."""
+    made = tmp_path_factory.mktemp("pages")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (made / "pictures" / split / label).mkdir(parents=True)
+            for number in range(4):
+                picture = Image.fromarray(rng.integers(0, 256, (300, 280, 3), dtype=np.uint8))
+                picture.save(made / "pictures" / split / label / f"{number}.jpg")
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, tuple[int, str]]:
+    """Exit code and words of every command that is run here, by its text; what stands on two pages is run once."""
+    lines = [["lars-train", f"run.name={RUN}", *(f"{key}={value}" for key, value in SMALL.items())]]
+    stores = 0
+    once = list({command.text: parts(command.text) for command in HERE}.items())
+    for _, (words,) in once:
+        # Each pack makes a store of its own; other commands look at the first, which holds the pictures as they are.
+        packs = words[:2] == ["lars-data", "pack"]
+        stores += packs
+        lines.append(small(words, folder, stores if packs else 1))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "shell.py"), str(folder)],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [(code, said) for code, said in json.loads(done.stdout)]
+    assert found[0][0] == 0, found[0][1]
+    return {text: result for (text, _), result in zip(once, found[1:], strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", HERE, ids=lambda command: command.where)
+def test_a_command_that_needs_nothing_does_what_the_page_says(
+    command: Command, folder: Path, results: dict[str, tuple[int, str]]
+) -> None:
+    for word, package in (("safetensors", "safetensors"), (".onnx", "onnxruntime")):
+        if word in command.text:
+            pytest.importorskip(package)
+    code, said = results[command.text]
+    assert code == 0, said
+    for part, file in LEAVES.items():
+        if part in command.text:
+            assert (folder / file).exists(), file
+
+
+@pytest.mark.slow
+def test_the_readmes_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    sessions = [block for block in BLOCKS if is_a_session(block.commands[0])]
+    assert [block.page.name for block in sessions] == ["README.md"]
+    program = tmp_path / "bin" / "lars-train"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -m lars_train "$@" model=tiny launch.threads=1 data.holdout=0.01\n'
+    )
+    program.chmod(0o755)
+    # As in a terminal, each job is a group of its own.
+    lines = ["set -m", *(command.text for command in sessions[0].commands)]
+    path = f"{program.parent}:{environment()['PATH']}"
+    done = start(["bash", "-c", "\n".join(lines)], tmp_path, PATH=path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    hashes = re.findall(r"^runs/(one|two)/final.json: +(\"sha256_float32\"|.*sha256_float32.*)$", done.stdout, re.M)
+    assert [name for name, _ in hashes] == ["one", "two"]
+    assert hashes[0][1] == hashes[1][1]
+    # On a fast machine the second run may be done before it is killed.
+    assert re.search(r"resumed +at update|finished", done.stdout)
+
+
+def test_a_command_that_nothing_is_known_of_is_noticed() -> None:
+    page = ROOT / "docs" / "made_up.md"
+    text = """It needs ImageNet:
+
+```
+lars-train a=1  # b
+```
+
+Not this.
+
+```
+make all
+lars-train x=1 \\
+  y=2 # takes hours
+```
+"""
+    first, second = blocks(page, text)
+    assert [(c.line, c.text, c.needs) for c in first.commands] == [(4, "lars-train a=1", "needs ImageNet")]
+    assert [(c.line, c.text, c.needs) for c in second.commands] == [
+        (10, "make all", ""),
+        (11, "lars-train x=1 y=2", "takes hours"),
+    ]
+    with pytest.raises(AssertionError, match="no test knows this program"):
+        check(["make", "all"])
+    for words in (["python", "scripts/chaos.py", "--kill"], ["python", "scripts/chaso.py"]):
+        with pytest.raises(AssertionError):
+            check(words)
+    with pytest.raises(Exception, match="bach"):
+        check(["lars-train", "bach=1"])
