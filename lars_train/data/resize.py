@@ -20,18 +20,26 @@ def resize(pixels: Pixels, out: Pixels) -> None:
     """Resize uint8 (H, W, 3) to `out`, uint8 (H', W', 3), both contiguous: antialiased bilinear, as Pillow's.
 
     torch has the same filter, four times as fast, with weights of 15 bits where Pillow has 22. Where sums are half-way
-    between two levels, in both directions, it may be 2 levels away, so that such sizes are left to Pillow. Else the two
-    are at most 1 level apart but for about 5 values in a billion, which are 2 (docs/input.md).
+    between two levels, in both directions, it may be 2 levels away, so that of such sizes the second direction is left
+    to Pillow. Else the two are at most 1 level apart but for about 5 values in a billion, which are 2 (docs/input.md).
     """
+    (height, width), (high, wide) = pixels.shape[:2], out.shape[:2]
+    if max(high // math.gcd(height, high), wide // math.gcd(width, wide)) > _SMALL_RATIO:
+        _by_torch(pixels, out)
+        return
+    if width != wide:
+        columns = np.empty((height, wide, 3), np.uint8)
+        _by_torch(pixels, columns)
+        pixels = columns
+    out[:] = np.asarray(Image.fromarray(pixels).resize((wide, high), Image.Resampling.BILINEAR))
+
+
+def _by_torch(pixels: Pixels, out: Pixels) -> None:
     import torch
 
-    (height, width), (high, wide) = pixels.shape[:2], out.shape[:2]
-    if max(high // math.gcd(height, high), wide // math.gcd(width, wide)) <= _SMALL_RATIO:
-        out[:] = np.asarray(Image.fromarray(pixels).resize((wide, high), Image.Resampling.BILINEAR))
-        return
     source, target = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in (pixels, out))
     # F.interpolate calls the same, into memory of its own: that costs half as much again.
-    torch.ops.aten._upsample_bilinear2d_aa.out(source, [high, wide], False, None, None, out=target)
+    torch.ops.aten._upsample_bilinear2d_aa.out(source, list(out.shape[:2]), False, None, None, out=target)
 
 
 def mirror(pixels: Pixels, out: Pixels) -> None:
