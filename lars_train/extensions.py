@@ -19,7 +19,9 @@ def built(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:
-        pass
+        # None stands there for what must not be imported.
+        if sys.modules.get(name, name) is None:
+            return None
     *folders, stem = name.split(".")
     own = Path(__file__).parent.joinpath(*folders[1:])
     for entry in sys.path:

@@ -14,9 +14,14 @@ nodes=${NODES:?"NODES is the number of machines, or the least and the most: 1:4"
 head=${HEAD:?"HEAD is the machine where all meet"}
 job=${JOB:?"JOB is the name of the run, the same on all machines"}
 
+address=()
+if [ -n "${ADDRESS:-}" ]; then
+    address=(--local-addr "$ADDRESS")
+fi
+
 # So that a machine that joins late is told where the ranks' store is now (docs/elastic.md).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-100}" \
     --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29400}" --rdzv-id "$job" \
-    ${ADDRESS:+--local-addr "$ADDRESS"} \
+    "${address[@]}" \
     -m lars_train run.name="$job" "$@"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,9 @@ DATA = (
 TINY = [*DATA, "batch.size=64", "optimizer.lr=2", "epochs=2"]
 ALONE = [sys.executable, "-m", "lars_train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lars_train"]
+
+COMPILED = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+"""Where torch itself keeps what it compiles, from one run of the tests to the next: anew it takes minutes."""
 
 
 def environment(**extra: str) -> dict[str, str]:

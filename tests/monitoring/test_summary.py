@@ -38,6 +38,8 @@ CONFIG = Config(
 class Decided:
     micro_batch: int = 256
     precision: str = "bf16"
+    channels_last: bool = True
+    compiled: bool = False
     threads: int = 4
     world: int = 3
     device: str = "cuda"
@@ -59,7 +61,7 @@ def test_the_effective_values_are_told_before_training() -> None:
     for part in (
         "mini: 50,000 training images",
         "resnet20, 224 pixels",
-        "precision      bf16",
+        "precision      bf16, channels last, not compiled",
         "32,768 x 50,000 / 1,281,167 = 1278.8",
         "1,280 images per update",
         "world size     3 (cuda, 4 CPU threads each)",

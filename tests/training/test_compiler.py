@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from program import COMPILED
 from torch import nn
 
 from lars_train.config import AUTO
@@ -100,9 +101,9 @@ def test_the_shortest_time_is_that_of_the_arithmetic_at_half_of_the_peak() -> No
 
 @pytest.mark.slow
 def test_a_trial_compares_both_ways_and_leaves_the_network_and_the_random_numbers_alone(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
     torch.manual_seed(0)
     network = build_model("tiny", num_classes=3, ghost_batch=4, zero_gamma=False).train()
     network = network.to(memory_format=torch.channels_last)
