@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lars_train.durable import write_whole
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 _MAGIC = b"LARSARR1"
@@ -50,31 +52,6 @@ def write_mapped(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.N
     header += b" " * (-(_HEAD.size + len(header)) % _ALIGN)
     head = _HEAD.pack(_MAGIC, zlib.crc32(header), len(header))
     write_whole(path, [head, header, *pieces])
-
-
-def write_whole(path: Path, pieces: list[bytes | memoryview]) -> None:
-    """Write a file that is there with all its content or not there, also after a power failure. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_mapped(path: Path) -> tuple[dict[str, Any], Arrays]:

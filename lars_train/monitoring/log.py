@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lars_train.durable import write_whole
 from lars_train.monitoring.board import Board
 from lars_train.monitoring.fields import FIELDS, RATIO_FIELDS
 
@@ -161,7 +162,5 @@ def keep_up_to(path: Path, update: int) -> set[str]:
                 names.update(values)
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
+    write_whole(path, ["".join(line + "\n" for line in kept).encode()])
     return names

@@ -17,9 +17,10 @@ from filelock import FileLock, Timeout
 
 from lars_train.data.directory import user_path
 from lars_train.data.listing import Listing
-from lars_train.data.mapped import Arrays, write_mapped, write_whole
+from lars_train.data.mapped import Arrays, write_mapped
 from lars_train.data.shards import INDEX, PACKING, SPLITS, TRAIN, VERSION, Packed, Places, Shard, ShardTree
 from lars_train.data.source import Labels, NamesBuilder, Source, fingerprint
+from lars_train.durable import write_whole
 from lars_train.errors import ConfigError, DataError
 from lars_train.stores.encode import Encoding
 from lars_train.stores.plan import Original, ShardPlan, members_of, open_original, shard_plans

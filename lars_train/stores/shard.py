@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lars_train.data.mapped import sync_folder, write_whole
 from lars_train.data.shards import PACKING
 from lars_train.data.source import Source
 from lars_train.data.tars import END, entry
+from lars_train.durable import sync_folder, write_whole
 from lars_train.errors import DataError
 from lars_train.stores.encode import BadImage, Encoding, digest
 from lars_train.stores.names import label_name

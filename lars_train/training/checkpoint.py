@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from lars_train.data.mapped import sync_folder
+from lars_train.durable import sync_folder
 from lars_train.errors import ConfigError
 from lars_train.text import printable
 

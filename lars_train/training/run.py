@@ -19,6 +19,7 @@ from lars_train.data.decode import PILLOW
 from lars_train.data.loader import Batch, LoaderStatistics, View, train_loader
 from lars_train.data.open import SHARDS
 from lars_train.data.order import micro_bounds
+from lars_train.durable import write_whole
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.models.weights import weights_sha256
 from lars_train.monitoring.layers import LayerValues
@@ -294,9 +295,7 @@ class Run:
             if line.endswith(b"\n") and not (is_rollback and rollbacks > len(self.rollbacks)):
                 kept.append(line)
         if b"".join(kept) != whole:
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(b"".join(kept))
-            partial.replace(path)
+            write_whole(path, kept)
 
     def _record(self, divergence: Divergence, action: dict[str, Any]) -> None:
         if self.group.first:
@@ -574,9 +573,7 @@ class Run:
         )
         if self.log is not None:
             self.log.finish(experiment_settings(self.config, self.plan.global_batch), ["val/best_top1", "val/top1"])
-            partial = self.directory / "final.partial"
-            partial.write_text(json.dumps(final, indent=1) + "\n")
-            partial.replace(self.directory / "final.json")
+            write_whole(self.directory / "final.json", [(json.dumps(final, indent=1) + "\n").encode()])
         return final
 
     def _write(self, values: dict[str, float]) -> None:

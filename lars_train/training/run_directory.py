@@ -25,13 +25,14 @@ import torch
 from omegaconf import OmegaConf
 
 from lars_train.config import AUTO, EXECUTION_KEYS, Config, flatten, run_hash
+from lars_train.durable import write_whole
 from lars_train.errors import ConfigError
 from lars_train.monitoring.say import say
 from lars_train.plan import Plan
 from lars_train.training.distributed import Group
 
 # What a start that was killed before its record was whole can have left.
-_BEFORE_RECORD = {".lock", "run.partial"}
+_BEFORE_RECORD = (".lock", ".run.json.*")
 _VERSIONED = ("lars-train", "torch", "torchvision", "hydra-core", "numpy", "pillow", "tensorboard")
 
 
@@ -108,7 +109,8 @@ def check_usable(directory: Path) -> None:
     if directory.exists():
         if not directory.is_dir():
             raise ConfigError(f"run directory {directory}: it is a file; choose another run.dir.")
-        if {p.name for p in directory.iterdir()} - _BEFORE_RECORD and not (directory / "run.json").exists():
+        others = [p for p in directory.iterdir() if not any(p.match(pattern) for pattern in _BEFORE_RECORD)]
+        if others and not (directory / "run.json").exists():
             raise ConfigError(
                 f"run directory {directory}: it holds other files and no run (run.json); choose another run.dir."
             )
@@ -181,9 +183,7 @@ def _note(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> None:
 
 
 def _put_record(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    partial.replace(path)
+    write_whole(path, [(json.dumps(record, indent=1, default=str) + "\n").encode()])
 
 
 def _move_aside(directory: Path) -> None:
