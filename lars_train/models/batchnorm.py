@@ -92,7 +92,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             )
             for part, (mean, variance) in zip(parts, rows.unbind(), strict=True)
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs), rows.sum(0)
+        if len(parts) == 1:
+            return outputs[0], rows[0]
+        return torch.cat(outputs), rows.sum(0)
 
     def _at_once(self, input: Tensor, ghosts: int) -> tuple[Tensor, Tensor]:
         """As `_one_by_one`, in a number of operations that does not depend on `ghosts`."""
