@@ -119,7 +119,14 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Walk through the run's arithmetic; starts nothing, and writes ``plan.path`` and ``plan.picture`` alone."""
     if not first_process():
         return {}
-    prepared = prepare(_without_files(config))
+    try:
+        prepared = prepare(_without_files(config))
+    except ConfigError as error:
+        if config.data.name != "imagenet" or config.data.root is None:
+            raise
+        raise ConfigError(
+            f"{error} To plan for ImageNet no images are needed: without data.root its published numbers are taken."
+        ) from None
     plan, dataset = prepared.plan, prepared.dataset
     world = _planned_world(config, plan)
     rehearsed = rehearse(config, plan, val_count=len(dataset.val), world=world)

@@ -195,6 +195,11 @@ def test_nodes_times_processes_are_planned_for() -> None:
     assert planned(f"{SMALL} batch.size=128 launch.nodes=2 launch.nproc=4")["world"] == 8
 
 
+def test_who_has_no_imagenet_is_told_that_a_plan_needs_none() -> None:
+    with pytest.raises(ConfigError, match=r"/nowhere cannot be opened .* without data\.root"):
+        planned("data=imagenet data.root=/nowhere batch=32k")
+
+
 def test_a_text_plot_shows_every_point() -> None:
     lines = list(text_plot([(0, 0.0), (1, 4.0), (2, 8.0), (3, 0.0)], ("first", "last")))
     curve = [line.partition("|")[2] for line in lines if "|" in line]
