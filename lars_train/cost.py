@@ -17,7 +17,7 @@ CPU = "cpu"
 """Of the cited devices the one that is a core: one process of one thread."""
 # A backward pass is two thirds of forward and backward (training/utilisation.py).
 BACKWARD = 2 / 3
-_FULL, _MIXED = ("fp32",), ("bf16", "fp16")
+_MIXED = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,14 @@ _NVIDIA = (
 )
 
 
-def _cited(full: float, mixed: float, source: str) -> Cited:
-    return Cited({**dict.fromkeys(_FULL, full), **dict.fromkeys(_MIXED, mixed)}, source)
-
-
 # Measured by scripts/check_plan.py --cpu, see docs/plan.md.
 CPU_RATE = 2.16
 
 CITED = {
     # Its fp32 is TF32.
-    "a100": _cited(938, 2470, f"{_NVIDIA}, A100 80GB; TF32 and mixed precision"),
-    "v100": _cited(367, 1200, f"{_NVIDIA}, V100 16GB; FP32 and mixed precision"),
+    "a100": Cited({"fp32": 938, **dict.fromkeys(_MIXED, 2470)}, f"{_NVIDIA}, A100 80GB; TF32 and mixed precision"),
+    # It has no arithmetic for bfloat16.
+    "v100": Cited({"fp32": 367, "fp16": 1200}, f"{_NVIDIA}, V100 16GB; FP32 and mixed precision"),
     # 56,056 on eight, the median of epochs 16 to 31. No figure for fp32 there.
     "h100": Cited(
         dict.fromkeys(_MIXED, 7007),

@@ -41,17 +41,18 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
     in this precision.
     """
     network = _network(config.model.name, len(classes), plan.ghost_batch)
-    width = {"fp64": 8}.get(config.precision.name, 4)
+    width = {"fp64": 8}.get(_precision(config), 4)
     weights = width * sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
     slots = _slots(config)
     several = world > 1 or accumulation(plan, world, _micro_batch(config, plan) // plan.ghost_batch) > 1
     each = records(config, plan, network, classes, slots=slots, several=several)
     found: dict[str, Any] = {
+        "precision": _precision(config),
         "weight_bytes": weights,
         "gradient_bytes": weights,
         "optimizer_bytes": slots * weights,
-        "memory_per_device": list(_memory(config, plan, network, fixed=2 * weights + buffers + slots * weights)),
+        "memory_per_device": list(_memory(config, plan, network, world, fixed=2 * weights + buffers + slots * weights)),
         "disk": _disk(config, plan, each),
     }
     machine = _machine(config, network, plan.ghost_batch)
@@ -158,18 +159,31 @@ def _slots(config: Config) -> int:
     return sum(v.numel() for v in held.values()) // layer.weight.numel()
 
 
-def _memory(config: Config, plan: Plan, network: nn.Module, fixed: int) -> Iterator[dict[str, int]]:
+def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: int) -> Iterator[dict[str, int]]:
     """Bytes of a device at each micro-batch: what is always there, and what the backward pass needs kept."""
     # Under autocast about half (training/micro_batch.py); float64 is twice as wide.
-    share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(config.precision.name, 1.0)
+    share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(_precision(config), 1.0)
     per_ghost = share * _activations(network, plan.ghost_batch, config.data.image_size)
     most = max(1, min(MOST_SAMPLES // plan.ghost_batch, plan.ghosts))
     sizes = {2**k for k in range(most.bit_length())}
     if config.micro_batch != AUTO:
-        sizes.add(check_micro_batch(plan, int(config.micro_batch)))
+        sizes.add(min(check_micro_batch(plan, int(config.micro_batch)), plan.ghosts))
     for ghosts in sorted(sizes):
         saved = round(per_ghost * ghosts)
-        yield {"micro_batch": ghosts * plan.ghost_batch, "activation_bytes": saved, "bytes": fixed + saved}
+        yield {
+            "micro_batch": ghosts * plan.ghost_batch,
+            "activation_bytes": saved,
+            "bytes": fixed + saved,
+            "accumulation": accumulation(plan, world, ghosts),
+        }
+
+
+def _precision(config: Config) -> str:
+    """As a run would choose it on the planned device; ``auto`` where none is named, which is reckoned as float32."""
+    if config.precision.name != AUTO or config.plan.device is None:
+        return str(config.precision.name)
+    known = CITED[config.plan.device].rates
+    return next(name for name in ("bf16", "fp16", "fp32") if name in known)
 
 
 def _micro_batch(config: Config, plan: Plan) -> int:
@@ -185,9 +199,7 @@ def _machine(config: Config, network: nn.Module, ghost_batch: int) -> Machine | 
         if asked.device is None:
             return None
         cited = CITED[asked.device].rates
-        # auto takes bfloat16 on a GPU that has it, and the V100 has float16.
-        usual = "fp32" if asked.device == CPU else "bf16"
-        precision = usual if config.precision.name == AUTO else config.precision.name
+        precision = _precision(config)
         if precision not in cited:
             raise ConfigError(
                 f"plan.device={asked.device}: there is no cited figure for precision={precision}; "

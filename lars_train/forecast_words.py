@@ -17,8 +17,13 @@ def told(found: dict[str, Any]) -> Iterator[str]:
     )
     files = ", ".join(f"{name} {_size(count)}" for name, count in disk["log_bytes"].items())
     yield f"               {_size(sum(disk['log_line_bytes'].values()))} a log line: {_size(log)} in all ({files})"
+    precision = found["precision"]
+    yield f"precision      {'not known here: memory as in fp32' if precision == 'auto' else precision}"
     for entry in found["memory_per_device"]:
-        yield f"memory         micro-batch {entry['micro_batch']:>4}: {entry['bytes'] / 1e9:.2f} GB per device"
+        yield (
+            f"memory         micro-batch {entry['micro_batch']:>4}: {entry['bytes'] / 1e9:.2f} GB per device, "
+            f"accumulation {entry['accumulation']}"
+        )
     expected = found.get("expected")
     if expected is None:
         yield "hours          not known: name plan.device, or give plan.images_per_second"

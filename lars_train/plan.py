@@ -86,9 +86,10 @@ def make_plan(config: Config, samples: int) -> Plan:
         size, raised = scaled_batch(nominal, samples, ghost)
     if size > ghost and size % ghost:
         below = size // ghost * ghost
+        near = f"{below}" if below + ghost > samples else f"{below} and {below + ghost}"
         raise ConfigError(
             f"{_batch_key(config)}: a global batch of {size} is no multiple of the ghost batch "
-            f"(model.ghost_batch={ghost}); the nearest that work are {below} and {below + ghost}."
+            f"(model.ghost_batch={ghost}); the nearest that work: {near}."
         )
     if size > samples:
         remedy = "use more images" if raised else "use batch.scaled=true or a smaller batch"
@@ -169,8 +170,8 @@ def check_world(plan: Plan, world: int) -> None:
         least = f"{world * plan.ghost_batch}" if plan.ghosts > 1 else f"{world} times model.ghost_batch"
         raise ConfigError(
             f"a global batch of {plan.global_batch} holds {plan.ghosts} ghost batch(es) of {plan.ghost_batch}, "
-            f"too few for {world} ranks: start at most {plan.ghosts} (launch.nproc={plan.ghosts}), or use a "
-            f"global batch of at least {least}."
+            f"too few for {world} ranks: start at most {plan.ghosts} in all (launch.nodes times launch.nproc), or "
+            f"use a global batch of at least {least}."
         )
 
 

@@ -94,22 +94,26 @@ def volume(found: Records, *, log_lines: int, evaluations: int, checkpoints: int
 
 def log_lines(config: Config, plan: Plan) -> int:
     """Log lines of the whole run, without asking for each update (`plan.log_is_due`)."""
-    return len(_multiples(plan, config.log_every, plan.updates_per_epoch))
+    return _due(plan, config.log_every, plan.updates_per_epoch)
 
 
 def evaluations(config: Config, plan: Plan) -> int:
     """Evaluations of the whole run (`plan.evaluation_is_due`)."""
-    return len(_multiples(plan, plan.updates_per_epoch * config.evaluate.every_epochs))
+    each = plan.updates_per_epoch * config.evaluate.every_epochs
+    return _due(plan, each, each)
 
 
 def checkpoints(config: Config, plan: Plan) -> int:
     """Checkpoints of the whole run that no clock asks for (`plan.checkpoint_is_due`), those of evaluations included."""
     every = config.checkpoint.every_updates or plan.updates_per_epoch
-    return len(_multiples(plan, every, plan.updates_per_epoch * config.evaluate.every_epochs))
+    return _due(plan, every, plan.updates_per_epoch * config.evaluate.every_epochs)
 
 
-def _multiples(plan: Plan, *every: int) -> set[int]:
-    return {plan.stop}.union(*(range(step, plan.stop + 1, step) for step in every))
+def _due(plan: Plan, one: int, other: int) -> int:
+    """How many updates are the last one or a multiple of either step; counted, for a run may have many millions."""
+    last = plan.stop
+    multiples = last // one + last // other - last // math.lcm(one, other)
+    return multiples + (last % one != 0 and last % other != 0)
 
 
 def _checkpoint(config: Config, plan: Plan, network: nn.Module, classes: tuple[str, ...], slots: int) -> int:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from lars_train import commands
+from lars_train import commands, volume
 from lars_train.cli import prepare_arguments
 from lars_train.config import Config, config_dir, register, resolve, with_row
 from lars_train.cost import CITED, Machine, all_reduce_seconds, update_seconds
@@ -26,6 +26,7 @@ from lars_train.errors import ConfigError
 from lars_train.launch import Ranks, check_nodes
 from lars_train.models.factory import build_model
 from lars_train.optim.factory import build_optimizer
+from lars_train.plan import Plan, checkpoint_is_due, evaluation_is_due, log_is_due
 from lars_train.plan_picture import draw
 from lars_train.text_plot import text_plot
 from lars_train.training import session
@@ -198,6 +199,32 @@ def test_nodes_times_processes_are_planned_for() -> None:
 def test_who_has_no_imagenet_is_told_that_a_plan_needs_none() -> None:
     with pytest.raises(ConfigError, match=r"/nowhere cannot be opened .* without data\.root"):
         planned("data=imagenet data.root=/nowhere batch=32k")
+
+
+def test_memory_and_rate_are_of_one_precision() -> None:
+    whole, half = (planned(f"{SMALL} precision={name}")["forecast"] for name in ("fp32", "bf16"))
+    with pytest.raises(ConfigError, match=r"plan\.device=v100: there is no cited figure for precision=bf16"):
+        planned(f"{SMALL} precision=bf16 plan.device=v100")
+    assert planned(f"{SMALL} precision=auto plan.device=v100")["forecast"]["precision"] == "fp16"
+    for device, expected in (("h100", half), ("cpu", whole)):
+        found = planned(f"{SMALL} precision=auto plan.device={device}")["forecast"]
+        assert found["memory_per_device"] == expected["memory_per_device"]
+        assert found["precision"] == expected["precision"]
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.integers(1, 5), st.none() | st.integers(1, 60), st.integers(1, 60))
+def test_what_is_due_in_a_run_is_counted_without_asking_for_each_update(
+    stop: int, per_epoch: int, every_epochs: int, every_updates: int | None, log_every: int
+) -> None:
+    config = Config(log_every=log_every)
+    config.evaluate.every_epochs, config.checkpoint.every_updates = every_epochs, every_updates
+    plan = Plan(640, 64, 64, 8, False, False, 1, per_epoch, stop, stop, 0)
+    updates = range(1, stop + 1)
+    evaluated = {u for u in updates if evaluation_is_due(config, plan, u)}
+    assert volume.evaluations(config, plan) == len(evaluated)
+    assert volume.log_lines(config, plan) == sum(log_is_due(config, plan, u) for u in updates)
+    saved = evaluated | {u for u in updates if checkpoint_is_due(config, plan, u)}
+    assert volume.checkpoints(config, plan) == len(saved)
 
 
 def test_a_text_plot_shows_every_point() -> None:

@@ -94,6 +94,23 @@ def test_slurm_signals_the_steps_and_keeps_the_log(tmp_path: Path) -> None:
     assert text.index("#SBATCH --signal") < text.index("set -uo pipefail")
 
 
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
+def test_slurm_knows_each_directive_and_gets_a_value_of_its_kind(path: Path) -> None:
+    # https://slurm.schedmd.com/sbatch.html; what is none of these is an error to sbatch.
+    kinds = {
+        **dict.fromkeys(("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task"), r"=[1-9]\d*"),
+        **dict.fromkeys(("job-name", "output"), r"=[\w%.-]+"),
+        "time": r"=\d+:\d\d:\d\d",
+        "open-mode": "=(append|truncate)",
+        "requeue": "",
+        "signal": r"=(B:)?USR1@\d+",
+    }
+    directives = re.findall("^#SBATCH(.*)$", path.read_text(), re.MULTILINE)
+    assert len(directives) >= 8
+    for directive in directives:
+        assert any(re.fullmatch(f" --{name}{kind}", directive) for name, kind in kinds.items()), directive
+
+
 def job() -> Any:
     yaml = pytest.importorskip("yaml")
     return yaml.safe_load(JOB.read_text())

@@ -96,8 +96,8 @@ class _Check:
             dataset = prepared.dataset
             share = -(-config.check.samples // ranks.local_world)
             sample = self._try(lambda: try_sample(config, dataset, ranks.rank, share, self.budget.of("sample")))
-            if sample is not None and sample.images < min(share, len(dataset.train) + len(dataset.val)) // 2 * 2:
-                self._bounded(f"{sample.images:,} pictures tried of {share:,}")
+            if sample is not None and sample.images < sample.drawn:
+                self._bounded(f"{sample.images:,} pictures tried of {sample.drawn:,}")
             rank = dataclasses.replace(rank, counts=counts(config, dataset), sample=sample)
             if everyone_is:
                 rank = self._paces(prepared, rank)

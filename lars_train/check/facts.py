@@ -70,6 +70,8 @@ class Sample:
     read_s: float
     bad: tuple[str, ...] = ()
     """Each with its place and the reason."""
+    drawn: int = 0
+    """How many there would have been with time enough."""
 
 
 @dataclass(frozen=True)

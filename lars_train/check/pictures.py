@@ -114,11 +114,12 @@ def try_sample(config: Config, dataset: Dataset, rank: int, count: int, seconds:
     They are fewer where `seconds` do not suffice, half of which are for each split.
     """
     draw = np.random.default_rng([config.seed, rank])
-    images = bytes_read = 0
+    images = drawn = bytes_read = 0
     read_s = 0.0
     bad: list[BadSample] = []
     for source in (dataset.train, dataset.val):
         samples = _drawn(source, max(1, count // 2), draw)
+        drawn += len(samples)
         reader = EvalReader(source, View.from_config(config.data), PILLOW)
         out = np.empty((1, reader.size, reader.size, 3), np.uint8)
         end = time.perf_counter() + seconds / 2
@@ -132,7 +133,7 @@ def try_sample(config: Config, dataset: Dataset, rank: int, count: int, seconds:
                 bytes_read += item.nbytes if isinstance(item, np.ndarray) else len(item)
             read_s += time.perf_counter() - started
             bad += reader.fill(0, [sample], out, np.empty(1, np.int64)).bad
-    return Sample(images, bytes_read, read_s, tuple(f"{one.where} ({one.reason})" for one in bad))
+    return Sample(images, bytes_read, read_s, tuple(f"{one.where} ({one.reason})" for one in bad), drawn)
 
 
 def _drawn(source: Source, count: int, draw: np.random.Generator) -> list[int]:

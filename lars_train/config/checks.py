@@ -112,7 +112,8 @@ def check_values(config: Config) -> None:
             continue
         if not math.isfinite(value) or value < 0 or (key in positive and value == 0):
             wanted = "above 0" if key in positive else "0 or more"
-            raise ConfigError(f"{key}={value}: it must be {wanted}.")
+            finite = " and finite" if math.isinf(value) else ""
+            raise ConfigError(f"{key}={value}: it must be {wanted}{finite}.")
     if not 0 <= leaves["label_smoothing"] < 1:
         raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
     nodes, nproc, world = config.launch.nodes, config.launch.nproc, config.plan.world
@@ -120,6 +121,8 @@ def check_values(config: Config) -> None:
         raise ConfigError(
             f"plan.world={world}: launch.nodes={nodes} times launch.nproc={nproc} are {nodes * nproc}; drop one."
         )
+    if config.plan.picture is not None and not config.plan.picture.lower().endswith(".png"):
+        raise ConfigError(f"plan.picture={config.plan.picture}: it is written as PNG; give a name that ends with .png.")
     if not 0 <= config.plan.overlap <= 1:
         raise ConfigError(f"plan.overlap={config.plan.overlap}: it must be at least 0 and at most 1.")
     if config.plan.picture is not None and config.plan.device is None and config.plan.images_per_second is None:
@@ -164,7 +167,9 @@ def check_values(config: Config) -> None:
     if config.run.dir is not None and config.run.name is not None:
         raise ConfigError("run.dir and run.name are both set: run.dir is the whole path already; drop one.")
     if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights):
-        raise ConfigError("mode=evaluate wants checkpoint.path=PATH, a checkpoint file or a run directory.")
+        raise ConfigError(
+            "mode=evaluate wants checkpoint.path=PATH (a checkpoint, or a run directory) or model.weights=FILE."
+        )
     if config.mode == "export" and not config.checkpoint.path:
         raise ConfigError("mode=export wants checkpoint.path=PATH, a checkpoint file or a run directory.")
 

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 MARK = "<!-- written by lars-train mode=export -->"
-"""The first line of a card; a MODEL.md without it is somebody's own."""
+"""The first line of a card, and of the part of each file in it; a MODEL.md without it is somebody's own."""
+
+_OF_TORCHVISION = "from torchvision.models import get_model\n\nmodel = get_model({model!r}, num_classes={classes})\n"
+_OF_OURS = (
+    "from lars_train.models.factory import build_model  # pip install lars-train; torchvision has no such network\n\n"
+    "model = build_model({model!r}, num_classes={classes}, ghost_batch=1, zero_gamma=False)\n"
+)
 
 _USES = {
-    ".pth": (
-        "import torch\nfrom torchvision.models import get_model  # for the networks that torchvision has\n\n"
-        "model = get_model({model!r}, num_classes={classes})\n"
-        "model.load_state_dict(torch.load({file!r}, weights_only=True))"
-    ),
+    ".pth": ("import torch\n", "model.load_state_dict(torch.load({file!r}, weights_only=True))"),
     ".safetensors": (
-        "from safetensors.torch import load_file\nfrom torchvision.models import get_model\n\n"
-        "model = get_model({model!r}, num_classes={classes})\nmodel.load_state_dict(load_file({file!r}))"
+        "from safetensors.torch import load_file\n",
+        "model.load_state_dict(load_file({file!r}))",
     ),
     ".onnx": (
         "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file!r})\n"
-        'logits = session.run(None, {{"images": images}})[0]  # float32 (n, 3, {image_size}, {image_size})'
+        'logits = session.run(None, {{"images": images}})[0]  # float32 (n, 3, {image_size}, {image_size})',
     ),
 }
 
 
-def card(file: str, about: dict[str, Any]) -> str:
-    """The text, in Markdown, for the file of that name whose `origin` is `about`."""
+def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
+    """The text, in Markdown, for the file of that name whose `origin` is `about`.
+
+    `torchvision`: its network is one of torchvision's.
+    """
     optimizer = about["optimizer"]
     what = f"LARS over {optimizer['base']}" if optimizer["name"] == "lars" else str(optimizer["base"])
     suffix = "." + file.rpartition(".")[2]
-    usage = _USES[".pth" if suffix == ".pt" else suffix].format(
-        file=file, **{**about, "classes": len(about["classes"])}
-    )
+    first, *rest = _USES[".pth" if suffix == ".pt" else suffix]
+    network = [_OF_TORCHVISION if torchvision else _OF_OURS] if rest else []
+    usage = "".join([first, *network, *rest]).format(file=file, **{**about, "classes": len(about["classes"])})
     rows = [
         ("network", about["model"]),
         ("classes", f"{len(about['classes']):,}"),
@@ -73,6 +80,15 @@ def card(file: str, about: dict[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def beside(card: str, other: str, files: Collection[str]) -> str:
+    """`card` and, behind it, what a former text says of those of `files` that `card` is not of."""
+    parts = {}
+    for part in other.split(MARK)[1:]:
+        if (of := re.search("^# (.+)$", part, re.MULTILINE)) and f"# {of[1]}\n" not in card and of[1] in files:
+            parts[of[1]] = MARK + part.rstrip("\n") + "\n"
+    return "\n".join([card, *parts.values()])
 
 
 def _percent(about: dict[str, Any], key: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 from lars_train.config import Config
 from lars_train.data.directory import user_path
+from lars_train.durable import write_whole
 from lars_train.errors import ConfigError, DataError
-from lars_train.export.card import MARK, card
+from lars_train.export.card import MARK, beside, card
 from lars_train.export.formats import WRITERS
 from lars_train.export.origin import origin
-from lars_train.models.factory import build_model, load_state
+from lars_train.models.factory import build_model, is_torchvisions, load_state
 from lars_train.training import checkpoint
 
 CARD = "MODEL.md"
@@ -39,8 +42,12 @@ def export(config: Config) -> tuple[Path, str]:
     partial = target.with_name(f".partial-{target.name}")
     try:
         told = WRITERS[target.suffix](partial, network, about)
+        # Some writers leave a file that its owner alone can read.
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
         partial.replace(target)
-        target.with_name(CARD).write_text(card(target.name, about))
+        _describe(target, about)
     except DataError:
         raise
     except (OSError, RuntimeError) as error:  # torch reports a file that it cannot write as RuntimeError
@@ -48,6 +55,13 @@ def export(config: Config) -> tuple[Path, str]:
     finally:
         partial.unlink(missing_ok=True)
     return target, told
+
+
+def _describe(target: Path, about: dict[str, Any]) -> None:
+    path = target.with_name(CARD)
+    text = card(target.name, about, torchvision=is_torchvisions(about["model"]))
+    former = path.read_text(errors="replace") if path.exists() else ""
+    write_whole(path, [beside(text, former, {file.name for file in target.parent.iterdir()}).encode()])
 
 
 def _check_target(target: Path, source: Path, config: Config) -> None:
@@ -63,10 +77,10 @@ def _check_target(target: Path, source: Path, config: Config) -> None:
         raise ConfigError(f"export.path={config.export.path}: it is a folder; give the file to write.")
     if not target.parent.is_dir():
         raise ConfigError(f"export.path={target}: the folder {target.parent} does not exist.")
-    beside = target.with_name(CARD)
-    if beside.exists() and not _is_ours(beside):
+    there = target.with_name(CARD)
+    if there.exists() and not _is_ours(there):
         raise ConfigError(
-            f"export.path={target}: {beside} is not lars-train's, which writes one there; choose another folder."
+            f"export.path={target}: {there} is not lars-train's, which writes one there; choose another folder."
         )
 
 

@@ -18,6 +18,7 @@ def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
     run = source.resolve().parent.parent
     evaluated = _evaluation(run / "metrics.jsonl", content["update"])
     data, optimizer, plan = (_part(content, *keys) for keys in (("config", "data"), ("config", "optimizer"), ("plan",)))
+    batch = _part(content, "config", "batch")
     return {
         "program": f"lars-train {version('lars-train')}",
         "model": _part(content, "config", "model").get("name"),
@@ -30,7 +31,8 @@ def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
         "fingerprint": content["fingerprint"],
         "training_images": plan.get("samples"),
         "recipe": _part(content, "config", "recipe").get("name"),
-        "batch": _part(content, "config", "batch").get("name"),
+        # A size of one's own is in place of the row's.
+        "batch": batch.get("name") if batch.get("size") is None else str(batch["size"]),
         **{key: plan.get(key) for key in ("global_batch", "ghost_batch", "updates", "epochs")},
         "update": content["update"],
         "seed": _part(content, "config").get("seed"),

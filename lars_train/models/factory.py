@@ -49,6 +49,11 @@ def model_names() -> tuple[str, ...]:
     return (*_CIFAR, *_TORCHVISION)
 
 
+def is_torchvisions(name: str) -> bool:
+    """Whether `build_model` takes the network of that name from torchvision."""
+    return name in _TORCHVISION
+
+
 def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bool) -> nn.Module:
     """A freshly initialised model on the CPU, from (n, 3, H, W) images to (n, `num_classes`) logits.
 
@@ -88,7 +93,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ``num_batches_tracked`` may be missing, as they are in old files. No code in the file is run.
 
     Raises:
-        ConfigError: the file is missing, is no state dict, or does not fit the model.
+        ConfigError: the file is missing, is no state dict, does not fit the model, or has values that are not finite.
     """
     try:
         loaded = _read(path)
@@ -104,6 +109,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"({type(error).__name__}); save it with torch.save(model.state_dict(), path)."
         ) from error
     load_state(model, loaded, f"model.weights={path}")
+    # What else tells of bytes that have changed: a state dict has no checksum.
+    faulty = [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]
+    if faulty:
+        raise ConfigError(
+            f"model.weights={path}: {len(faulty)} tensor(s) hold values that are not finite: {_few(faulty)}. The "
+            "file is damaged, or of a run that has diverged."
+        )
 
 
 def _read(path: str | os.PathLike[str]) -> Any:

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -270,7 +270,10 @@ def _start_entry(invocation: Invocation) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and cleanliness of the checkout that the code runs from; None for an installed package."""
+    """Commit and cleanliness of the checkout that the code runs from; of an installed package the commit, if known.
+
+    pip keeps that of what it was given as ``git+URL``. None where neither is known, as after ``pip install .``.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
@@ -280,7 +283,15 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
     try:
         if not git("ls-files", Path(__file__).resolve().name, str(Path(__file__).resolve())):
-            return None
+            return _installed_commit()
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
-        return None
+        return _installed_commit()
+
+
+def _installed_commit() -> dict[str, Any] | None:
+    """As https://packaging.python.org/en/latest/specifications/direct-url/ has it recorded."""
+    with contextlib.suppress(PackageNotFoundError, ValueError, KeyError, TypeError):
+        origin = json.loads(distribution("lars-train").read_text("direct_url.json") or "")
+        return {"commit": str(origin["vcs_info"]["commit_id"]), "dirty": False}
+    return None

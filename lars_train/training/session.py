@@ -63,7 +63,12 @@ def find_finished(prepared: Prepared) -> dict[str, Any] | None:
     final = finished(directory)
     if final is not None and final["updates"] >= prepared.plan.stop:
         return final
-    continuation(prepared, warn=False)
+    found = continuation(prepared, warn=False)
+    if found is not None and found[1]["update"] > prepared.plan.stop:
+        raise ConfigError(
+            f"max_updates={config.max_updates}: the run in {directory} stands at update {found[1]['update']:,} "
+            "already; leave it out, or give a larger one."
+        )
     return None
 
 
@@ -100,6 +105,8 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
             arithmetic = {"flops_per_image": run.flops_per_image, "peak_flops": run.peak_flops}
             began = {"resumed_at": run.resumed_at, "resolved": resolved, **arithmetic}
             note_start(prepared.directory, plan=prepared.plan, **began)
+            # Of an earlier end, by max_updates, which this start goes beyond.
+            (prepared.directory / "final.json").unlink(missing_ok=True)
         final = run.train()
     except Exception as error:
         if group.first:

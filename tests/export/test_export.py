@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from program import ALONE, DATA, final, metrics, ran
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
 from lars_train.export import formats
+from lars_train.export.card import MARK, card
 from lars_train.export.command import CARD, export
+from lars_train.export.origin import origin
+from lars_train.models.factory import build_model
+from lars_train.training import checkpoint
 
 SIZE = 16
 
@@ -63,6 +67,8 @@ def check_origin(about: dict[str, Any], run: Path) -> None:
     record = json.loads((run / "run.json").read_text())["started"][-1]
     assert (about["command"], about["versions"]) == (record["command"], record["versions"])
     assert record["host"] not in json.dumps(about)
+    # The row's name does not stand for a size of one's own.
+    assert about["batch"] == "64"
 
 
 @pytest.mark.slow
@@ -80,6 +86,8 @@ def test_torchs_file_loads_into_torchvisions_network(run: Path, tmp_path: Path) 
 def test_safetensors_file_holds_the_same_tensors_and_can_be_evaluated(run: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     path, _ = exported(run, tmp_path / "net.safetensors")
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     with safetensors.safe_open(path, "pt") as file:
         model = resnet18(num_classes=4)
         model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
@@ -118,14 +126,46 @@ def test_a_graph_that_computes_something_else_is_not_kept(
 def test_the_card_says_what_the_file_is_and_its_code_runs(run: Path, tmp_path: Path) -> None:
     for name in ("net.pth", "net.safetensors"):
         path, _ = exported(run, tmp_path / name)
-        text = path.with_name(CARD).read_text()
+        text = path.with_name(CARD).read_text().partition(MARK)[2].partition(MARK)[0]
+        assert text.startswith(f"\n\n# {name}\n")
         assert f"{final(run)['final_top1']:.2f} % of 101 validation images" in text
         assert "LARS over SGD, peak lr 2.0" in text
-        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        scope: dict[str, Any] = {}
-        exec(compile(ast.parse(code.replace(repr(name), repr(str(path)))), name, "exec"), scope)
+        model = made_by_the_code_in(text, path)
         with torch.no_grad():
-            torch.testing.assert_close(scope["model"].eval()(images()), expected(run), rtol=0, atol=0)
+            torch.testing.assert_close(model.eval()(images()), expected(run), rtol=0, atol=0)
+
+
+def made_by_the_code_in(text: str, path: Path) -> nn.Module:
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(ast.parse(code.replace(repr(path.name), repr(str(path)))), path.name, "exec"), scope)
+    model = scope["model"]
+    assert isinstance(model, nn.Module)
+    return model
+
+
+@pytest.mark.slow
+def test_the_code_for_a_network_that_torchvision_has_not_runs_too(run: Path, tmp_path: Path) -> None:
+    about = {**origin(*checkpoint.find(str(run))), "model": "small"}
+    network = build_model("small", num_classes=len(about["classes"]), ghost_batch=1, zero_gamma=False)
+    for name in ("net.pth", "net.safetensors"):
+        formats.WRITERS[Path(name).suffix](tmp_path / name, network, about)
+        model = made_by_the_code_in(card(name, about, torchvision=False), tmp_path / name)
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, network.state_dict()[key], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_files_in_one_folder_share_their_card(run: Path, tmp_path: Path) -> None:
+    def described() -> list[str]:
+        return re.findall(r"^# (.+)$", (tmp_path / CARD).read_text(), re.MULTILINE)
+
+    for name in ("a.pth", "b.pth", "a.pth"):
+        exported(run, tmp_path / name)
+    assert described() == ["a.pth", "b.pth"]
+    (tmp_path / "a.pth").unlink()
+    exported(run, tmp_path / "c.safetensors")
+    assert described() == ["c.safetensors", "b.pth"]
 
 
 @pytest.mark.slow

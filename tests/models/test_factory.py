@@ -122,6 +122,16 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_nothing_is_loaded(tmp_p
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    model = build_model("tiny", num_classes=4, ghost_batch=2, zero_gamma=False)
+    state = model.state_dict()
+    state["fc.weight"][1, 2] = value
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(ConfigError, match=r"1 tensor\(s\) hold values that are not finite: fc\.weight\."):
+        load_weights(model, tmp_path / "net.pth")
+
+
 def test_long_lists_of_faults_are_cut(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "w.pt")
     with pytest.raises(ConfigError, match=r"\d+ missing: conv1\.weight, bn1\.weight, bn1\.bias, \.\.\."):

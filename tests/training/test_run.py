@@ -533,3 +533,28 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_in_silence(tmp_path:
     with pytest.raises(ConfigError, match="checkpoints are gone"):
         train(tmp_path / "run", max_updates=5)
     assert train(tmp_path / "run", max_updates=5, resume="never")["updates"] == 5
+
+
+def test_a_run_that_goes_beyond_its_end_has_no_result_until_its_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    train(directory, max_updates=3)
+
+    def cut_off(run: Run, *arguments: Any) -> Any:
+        raise Stopped("power")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "train", cut_off)
+        with pytest.raises(Stopped):
+            train(directory, max_updates=5)
+    assert not (directory / "final.json").exists()
+    # Nothing is left to do, and the result is written anew.
+    assert train(directory, max_updates=3)["updates"] == 3
+    assert train(directory, max_updates=5)["updates"] == 5
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "train", cut_off)
+        with pytest.raises(Stopped):
+            train(directory, max_updates=7)
+    with pytest.raises(ConfigError, match=r"max_updates=3: the run in .* stands at update 5 already"):
+        train(directory, max_updates=3)

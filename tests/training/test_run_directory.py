@@ -356,3 +356,23 @@ def test_the_git_state_is_that_of_the_codes_checkout(tmp_path: Path, monkeypatch
     assert git_state(tmp_path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(Path(module.__file__).parent) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"vcs_info": {"vcs": "git", "commit_id": "c0ffee"}, "url": "https://x"}, {"commit": "c0ffee", "dirty": False}),
+        ({"dir_info": {}, "url": "file:///x"}, None),
+        (None, None),
+    ],
+)
+def test_of_an_installed_package_it_is_the_commit_that_pip_was_given(
+    told: dict[str, Any] | None, expected: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return None if told is None else json.dumps(told)
+
+    monkeypatch.setattr(module, "distribution", lambda name: Installed())
+    assert git_state(tmp_path) == expected
