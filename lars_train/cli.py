@@ -222,6 +222,7 @@ def _named_batches(value: str) -> str:
     return re.sub(r"(?<![\w.+-])\d+(?![\w.-])", lambda found: names.get(found.group(), found.group()), value)
 
 
+_FEW = 3
 # What Hydra would read as a number, null or a truth value.
 _NO_STRING = r"(?<![\w'\".+-])(?:[+-]?\d+(?:\.\d*)?|(?i:null|true|false))(?![\w'\".-])"
 
@@ -238,7 +239,10 @@ def explain(error: Exception) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:not in|is not in)", text)
     if unknown:
         key = unknown.group(1).split("@")[0]
-        return f"there is no key or group {key!r}.{nearest(key, keys)} lars-train --help lists them."
+        # A key without its group, which most are known by.
+        whole = [known for known in keys if known.endswith(f".{key.lstrip('+~')}")]
+        meant = f" Did you mean {' or '.join(map(repr, whole))}?" if 1 <= len(whole) <= _FEW else nearest(key, keys)
+        return f"there is no key or group {key!r}.{meant} lars-train --help lists them."
     choice = re.search(rf"Could not find '({'|'.join(_GROUPS)})/([^']*)'", text)
     if choice:
         group, name = choice.groups()

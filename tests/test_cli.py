@@ -212,6 +212,8 @@ def explained(*arguments: str) -> str:
         ("deterministic=perhaps", ["deterministic=perhaps", "bool"]),
         ("launch.nproc=1.5", ["launch.nproc=1.5"]),
         ("data.mean=[a,b,c]", ["data.mean=[a,b,c]", "Float"]),
+        ("lr=0.1", ["'lr'", "Did you mean 'optimizer.lr'?"]),
+        ("nproc=2", ["'nproc'", "Did you mean 'launch.nproc'?"]),
         ("32k", ["32k", "key=value"]),
         ("data.root=/a=b", ["data.root=/a=b", "quotes"]),
         ("data.mean=[1", ["data.mean=[1", "quotes"]),

@@ -95,6 +95,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: the file is missing, is no state dict, does not fit the model, or has values that are not finite.
     """
+    if os.fspath(path).endswith(".onnx"):
+        raise ConfigError(f"model.weights={path}: a graph is not read; give the .pth or .safetensors of its network.")
     try:
         loaded = _read(path)
     except ImportError:
