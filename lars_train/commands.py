@@ -129,7 +129,14 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
         ) from None
     plan, dataset = prepared.plan, prepared.dataset
     world = _planned_world(config, plan)
-    rehearsed = rehearse(config, plan, val_count=len(dataset.val), world=world)
+    try:
+        rehearsed = rehearse(config, plan, val_count=len(dataset.val), world=world)
+    except ConfigError as error:
+        if config.data.name != "mini":
+            raise
+        raise ConfigError(
+            f"{error} This is of the embedded pictures; data=imagenet plans for ImageNet, and needs no images."
+        ) from None
     # Imported here: the other modes have no use for it.
     from lars_train.forecast import forecast
     from lars_train.forecast_words import told

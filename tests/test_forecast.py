@@ -201,6 +201,12 @@ def test_who_has_no_imagenet_is_told_that_a_plan_needs_none() -> None:
         planned("data=imagenet data.root=/nowhere batch=32k")
 
 
+def test_a_cluster_that_the_embedded_pictures_are_too_few_for_is_told_of_imagenet() -> None:
+    with pytest.raises(ConfigError, match=r"start at most \d+ in all .* data=imagenet plans for ImageNet"):
+        planned("batch=32k launch.nodes=4 launch.nproc=8")
+    assert planned("batch=32k launch.nodes=4 launch.nproc=8 data=imagenet model=small")["world"] == 32
+
+
 def test_memory_and_rate_are_of_one_precision() -> None:
     whole, half = (planned(f"{SMALL} precision={name}")["forecast"] for name in ("fp32", "bf16"))
     with pytest.raises(ConfigError, match=r"plan\.device=v100: there is no cited figure for precision=bf16"):
