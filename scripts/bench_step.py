@@ -156,10 +156,9 @@ def of_timm(case: Case) -> Step:
     return step
 
 
-def plan(case: Case) -> Plan:
-    """Updates of one micro-batch each, more than will be made."""
+def plan(case: Case, ghost: int) -> Plan:
+    """Updates of one micro-batch each, in ghost batches of `ghost`; more updates than will be made."""
     many = 10**6
-    ghost = min(32, case.images)
     return Plan(
         samples=many * case.images,
         nominal_batch=case.images,
@@ -175,12 +174,11 @@ def plan(case: Case) -> Plan:
     )
 
 
-def ours(case: Case, compiled: bool) -> Step:
-    """(d), with the micro-batch as one ghost batch of at most 32 images, or several."""
-    which, kind = plan(case), precision()
-    settings = options()
-    model = network(case, which.ghost_batch).to(memory_format=torch.channels_last).train()
-    trainer = Trainer(
+def trainer_of(case: Case, ghost: int, kind: Precision, *, compiled: bool = False) -> Trainer:
+    """As a run makes it, for updates of one micro-batch in ghost batches of `ghost`."""
+    which, settings = plan(case, ghost), options()
+    model = network(case, ghost).to(memory_format=torch.channels_last).train()
+    return Trainer(
         model,
         build_optimizer(settings, model),
         which,
@@ -191,6 +189,11 @@ def ours(case: Case, compiled: bool) -> Step:
         group=Group(Ranks()),
         compiled=compiled,
     )
+
+
+def ours(case: Case, compiled: bool) -> Step:
+    """(d), with the micro-batch as one ghost batch of at most 32 images, or several."""
+    trainer = trainer_of(case, min(32, case.images), precision(), compiled=compiled)
     images, labels = pixels(case)
 
     def step() -> None:
@@ -201,8 +204,8 @@ def ours(case: Case, compiled: bool) -> Step:
 
 def without_trainer(case: Case) -> Step:
     """(d) less the trainer: no schedule, guard, meters, running statistics and counting."""
-    which, kind = plan(case), precision()
-    model = network(case, which.ghost_batch).to(memory_format=torch.channels_last).train()
+    kind = precision()
+    model = network(case, min(32, case.images)).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(options(), model)
     normalise = normaliser(MEAN, STD, CPU, kind)
     images, labels = pixels(case)

@@ -19,24 +19,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_step import CPU, MEAN, STD, Case, network, options, pixels, plain_network
+from bench_step import CPU, Case, pixels, plain_network, trainer_of
 from page import between_markers
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lars_train.config import Config, ScheduleConfig
 from lars_train.data.loader import Batch
-from lars_train.launch import Ranks
 from lars_train.models import ghost_norm
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.optim import fused_sgd, rescale
-from lars_train.optim.factory import build_optimizer
-from lars_train.plan import Plan, make_schedule
 from lars_train.training.device import choose_precision
-from lars_train.training.distributed import Group
-from lars_train.training.feed import normaliser
-from lars_train.training.trainer import Hyper, Trainer
 
 FORWARD, BACKWARD, OPTIMIZER, REST = "forward", "backward", "optimizer", "rest"
 PHASES = (FORWARD, BACKWARD, OPTIMIZER, REST)
@@ -95,7 +88,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore
 
 def bare(case: Case) -> dict[str, int]:
     """A loop of forward, backward and torch's SGD over lists of tensors."""
-    model = plain_network(case).train()
+    model = plain_network(case).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=True)
     images, labels = pixels(case)
     found = Launches()
@@ -118,21 +111,10 @@ def of_the_trainer(case: Case, ghosts: int, *, measure: bool = False, triton: bo
 
     `measure`: one at whose end a log line is due. `triton`: with the kernels of ghost batch norm.
     """
-    which = plan_of(case, case.images // ghosts)
-    model, kind, settings = network(case, which.ghost_batch).train(), choose_precision("fp32", CPU), options()
-    optimizer = build_optimizer(settings, model)
+    trainer = trainer_of(case, case.images // ghosts, choose_precision("fp32", CPU))
+    optimizer = trainer.optimizer
     for group in optimizer.param_groups:
         group["foreach"] = True  # torch's own choice on a GPU
-    trainer = Trainer(
-        model,
-        optimizer,
-        which,
-        Hyper(make_schedule(which, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole"))), 0.0),
-        normalise=normaliser(MEAN, STD, CPU, kind),
-        precision=kind,
-        device=CPU,
-        group=Group(Ranks()),
-    )
     images, labels = pixels(case)
     with as_on_a_gpu():
         trainer.run_update(iter([Batch(images, labels, ())]), 1, measure=False)
@@ -166,24 +148,6 @@ def as_on_a_gpu() -> Iterator[None]:
         patches.enter_context(patch.object(rescale, "in_reach_of_the_host", lambda tensor: False))
         patches.enter_context(patch.object(GhostBatchNorm2d, "_one_by_one", at_once))
         yield
-
-
-def plan_of(case: Case, ghost_batch: int) -> Plan:
-    """Updates of one micro-batch each."""
-    many = 1000
-    return Plan(
-        samples=many * case.images,
-        nominal_batch=case.images,
-        global_batch=case.images,
-        ghost_batch=ghost_batch,
-        scaled=False,
-        raised=False,
-        epochs=1,
-        updates_per_epoch=many,
-        updates=many,
-        stop=many,
-        warmup_updates=0,
-    )
 
 
 def rows(case: Case, ghosts: int) -> dict[str, dict[str, int]]:
