@@ -55,8 +55,8 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore
             self.counts[self.phase][plain] += 1
         return func(*args, **(kwargs or {}))
 
-    def within(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, whose operations count to `phase`."""
+    def within(self, phase: str | None, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, whose operations count to `phase`; None: to none."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             before, self.phase = self.phase, phase
@@ -70,14 +70,12 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore
     def as_kernels(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, which is that many kernels of ghost_kernels.py where there is a GPU."""
 
+        uncounted = self.within(None, call)
+
         def counted(*args: Any, **kwargs: Any) -> Any:
-            before, self.phase = self.phase, None
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.phase = before
-                if before is not None:
-                    self.counts[before]["kernel of ghost batch norm"] += KERNELS
+            if self.phase is not None:
+                self.counts[self.phase]["kernel of ghost batch norm"] += KERNELS
+            return uncounted(*args, **kwargs)
 
         return counted
 
