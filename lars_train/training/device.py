@@ -11,6 +11,7 @@ import torch
 from lars_train.config import AUTO, Config
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
+from lars_train.training.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def choose_layout(config: Config) -> torch.memory_format:
 
 
 def set_up(config: Config, device: torch.device, threads: int) -> None:
-    """Make the process ready: CPU threads, the current device, determinism, seeds."""
+    """Make the process ready: CPU threads and memory, the current device, determinism, seeds."""
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
-    if device.type == "cuda":
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:

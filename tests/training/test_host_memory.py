@@ -1,0 +1,74 @@
+"""Memory for tensors is taken from the system once, and whoever sets malloc up for themselves is let alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lars_train.training import host_memory
+
+PAGES_OF_A_SECOND_BLOCK = """
+import ctypes, resource, sys
+from lars_train.training.host_memory import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "asked" else False
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+c.malloc.argtypes = [ctypes.c_size_t]
+c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+c.free.argtypes = [ctypes.c_void_p]
+def pages():
+    size, before = 100 << 20, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = c.malloc(size)
+    c.memset(block, 1, size)
+    c.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+pages()
+print(kept, pages())
+"""
+GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names and (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+
+
+def new_pages(asked: str, **variables: str) -> tuple[str, int]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", PAGES_OF_A_SECOND_BLOCK, asked]
+    done = subprocess.run(command, env={**clean, **variables}, capture_output=True, text=True, check=True)
+    kept, pages = done.stdout.split()
+    return kept, int(pages)
+
+
+@pytest.mark.skipif(not GLIBC, reason="another C library than glibc")
+def test_a_large_block_lies_where_one_that_was_freed_lay() -> None:
+    _, fresh = new_pages("not")
+    kept, reused = new_pages("asked")
+    assert kept == "True"
+    # Of 25,600; where the kernel gives huge pages to whoever asks for none, it counts 50 in any case.
+    assert reused < 20
+    assert fresh > reused
+
+
+@pytest.mark.parametrize("variable", ["MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_settings_of_the_environment_stand(variable: str) -> None:
+    value = "glibc.malloc.arena_max=4" if variable == "GLIBC_TUNABLES" else "4194304"
+    kept, pages = new_pages("asked", **{variable: value})
+    assert kept == "False"
+    assert pages == pytest.approx(new_pages("not", **{variable: value})[1], abs=50)
+
+
+@pytest.mark.parametrize("answer", ["musl 1.2.5", None, ValueError("unrecognized configuration name")])
+def test_another_c_library_is_left_alone(answer: str | Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def confstr(name: str) -> str | None:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def no_library(name: str | None) -> None:
+        raise AssertionError("nothing is to be called")
+
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(host_memory.os, "confstr", confstr)
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", no_library)
+    assert not host_memory.keep_freed_memory()
