@@ -2,16 +2,17 @@
 
     python scripts/bench_step.py [--write docs/performance.md]      # ResNet-50 at 224 and a small ResNet at 32
 
-All take the same images in memory, one micro-batch an update, and take turns, a few updates each. What counts is wall
-time.
+Each is a process of its own, set up as its users would have it, with the same images in memory, one micro-batch an
+update, which is one ghost batch unless `--ghost` says otherwise. They take turns, a few updates each, the others
+waiting. What counts is wall time.
 
 - (a) a bare loop as torchvision's references/classification runs by default: float32, NCHW, eager, SGD
 - (b) timm's step: its network, optimizer and loss, channels_last, autocast where the processor has bf16
 - (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD; and the same without compile
 - (d) lars-train's update: LARS, ghost batch norm, schedule, guard, meters, as a run makes it by default; tuned: with
-  compile=true; and "bare": the same network, optimizer and loss in a loop without the trainer around it
+  compile=true; and "without the trainer": the same network, optimizer and loss in a loop without the trainer around it
 
-Peak memory is that of a process of its own for each (`--one NAME`), less what it had before its first update.
+Memory is the most that a process has had in its first two updates, less what it had before them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import os
 import platform
 import random
 import resource
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,14 @@ from page import between_markers, cpu_name
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lars_train.cli import wait_briefly
 from lars_train.config import Config, OptimizerConfig, ScheduleConfig
 from lars_train.data.loader import Batch
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
 from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan, make_schedule
-from lars_train.training.device import Precision, choose_precision
+from lars_train.training.device import Precision, available_cores, choose_precision, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.feed import normaliser
 from lars_train.training.trainer import Hyper, Trainer
@@ -52,20 +55,23 @@ CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
 OURS, TUNED, WITHOUT = "(d) lars-train", "(d) lars-train, compiled", "(d) without the trainer"
+READY, SKIPPED = "ready", "skipped"
 Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, and the images that it takes at once; by both libraries' names."""
+    """A network, by both libraries' names, and the images that it takes at once, in ghost batches of `ghost`."""
 
     name: str
     images: int
     size: int
     classes: int
+    ghost: int = 0
 
 
-CASES = (Case("resnet50", 32, 224, 1000), Case("small", 128, 32, 10))
+# As many of 224 pixels as leave room for all that take turns in 24 GiB.
+CASES = (Case("resnet50", 16, 224, 1000), Case("small", 128, 32, 10))
 
 
 def precision() -> Precision:
@@ -192,8 +198,8 @@ def trainer_of(case: Case, ghost: int, kind: Precision, *, compiled: bool = Fals
 
 
 def ours(case: Case, compiled: bool) -> Step:
-    """(d), with the micro-batch as one ghost batch of at most 32 images, or several."""
-    trainer = trainer_of(case, min(32, case.images), precision(), compiled=compiled)
+    """(d)"""
+    trainer = trainer_of(case, case.ghost, precision(), compiled=compiled)
     images, labels = pixels(case)
 
     def step() -> None:
@@ -205,7 +211,7 @@ def ours(case: Case, compiled: bool) -> Step:
 def without_trainer(case: Case) -> Step:
     """(d) less the trainer: no schedule, guard, meters, running statistics and counting."""
     kind = precision()
-    model = network(case, min(32, case.images)).to(memory_format=torch.channels_last).train()
+    model = network(case, case.ghost).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(options(), model)
     normalise = normaliser(MEAN, STD, CPU, kind)
     images, labels = pixels(case)
@@ -234,6 +240,9 @@ def options() -> OptimizerConfig:
     )
 
 
+PROGRAM = (OURS, TUNED, WITHOUT)
+"""Those whose process is set up as the program sets up its own."""
+
 STEPS: dict[str, Callable[[Case], Step]] = {
     BARE: bare,
     TIMM: of_timm,
@@ -245,54 +254,88 @@ STEPS: dict[str, Callable[[Case], Step]] = {
 }
 
 
-def line_up(case: Case, wanted: list[str], skipped: list[str]) -> dict[str, Step]:
-    """Those that run here, each after two updates, the first of which compiles."""
-    found: dict[str, Step] = {}
+class Contender:
+    """One of them, in a process that waits for its turns. Raises `LookupError` with the reason where it cannot run."""
+
+    def __init__(self, name: str, case: Case, threads: int) -> None:
+        own = {"--images": case.images, "--size": case.size, "--ghost": case.ghost, "--threads": threads}
+        command = [sys.executable, __file__, "--serve", name, "--case", case.name]
+        command += [str(part) for pair in own.items() for part in pair]
+        environment = dict(os.environ)
+        if name in PROGRAM:
+            wait_briefly(environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        first, _, rest = self._answer().partition(" ")
+        if first != READY:
+            self.end()
+            raise LookupError(rest.strip() or f"it ended with code {self._process.returncode}")
+        self.memory = float(rest)
+
+    def turn(self, seconds: float) -> float:
+        """Seconds of an update: of as many as fit into `seconds`, one at least."""
+        assert self._process.stdin is not None
+        print(seconds, file=self._process.stdin, flush=True)
+        return float(self._answer())
+
+    def end(self) -> None:
+        """Have the process end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+def serve(case: Case, name: str) -> None:
+    """A contender's process: two updates, the first of which compiles; then a turn for each line that comes in."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if name in PROGRAM:
+        set_up(Config(), CPU, torch.get_num_threads())
+    try:
+        before = most_memory()
+        step = STEPS[name](case)
+        step()
+        step()
+    except Exception as error:  # whatever a peer or a compiler raises
+        print(SKIPPED, f"{type(error).__name__}: {str(error).splitlines()[0]}", file=answers, flush=True)
+        return
+    print(READY, most_memory() - before, file=answers, flush=True)
+    for line in sys.stdin:
+        gc.collect()
+        started, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - started < float(line):
+            step()
+            count += 1
+        print((time.perf_counter() - started) / count, file=answers, flush=True)
+
+
+def line_up(case: Case, wanted: list[str], threads: int, skipped: list[str]) -> dict[str, Contender]:
+    """Those that run here."""
+    found: dict[str, Contender] = {}
     for name in wanted:
         try:
-            step = STEPS[name](case)
-            step()
-            step()
-        except Exception as error:  # whatever a peer or a compiler raises
+            found[name] = Contender(name, case, threads)
+        except LookupError as error:
             if name in (BARE, BEST_EAGER, OURS, WITHOUT):
                 raise
-            skipped.append(f"{case.name}: {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            continue
-        found[name] = step
+            skipped.append(f"{case.name}: {name}: {error}")
     return found
 
 
-def measure(steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of an update, in each round: of as many updates as fit into `seconds`, one at least."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+def measure(contenders: dict[str, Contender], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of an update of each, in each round."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
     for number in range(rounds):
         random.Random(number).shuffle(names)
         for name in names:
-            gc.collect()
-            started, count = time.perf_counter(), 0
-            while count == 0 or time.perf_counter() - started < seconds:
-                steps[name]()
-                count += 1
-            found[name].append((time.perf_counter() - started) / count)
+            found[name].append(contenders[name].turn(seconds))
     return found
-
-
-def peak_memory(case: Case, name: str) -> float:
-    """MB that a process of its own needs for its updates."""
-    command = [sys.executable, __file__, "--one", name, "--case", case.name, "--images", str(case.images)]
-    command += ["--size", str(case.size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def one(case: Case, name: str) -> None:
-    """Print how much memory two updates take."""
-    before = most_memory()
-    step = STEPS[name](case)
-    step()
-    step()
-    print(most_memory() - before)
 
 
 def most_memory() -> float:
@@ -308,7 +351,8 @@ def most_memory() -> float:
 def table(case: Case, seconds: dict[str, list[float]], memory: dict[str, float]) -> list[str]:
     """A Markdown table, ratios by round."""
     lines = [
-        f"{case.name}, {case.images} images of {case.size} x {case.size}, {precision().name}:",
+        f"{case.name}, {case.images} images of {case.size} x {case.size} in ghost batches of {case.ghost}, "
+        f"{precision().name}:",
         "",
         "| | images/s, median (10th to 90th percentile) | ÷ (a) | ÷ (b) | ÷ (c) compiled | ÷ (c) eager | memory, MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -318,7 +362,7 @@ def table(case: Case, seconds: dict[str, list[float]], memory: dict[str, float])
         low, high = np.percentile(rates, [10, 90])
         cells = [f"{np.median(rates):,.1f} ({low:,.1f} to {high:,.1f})"]
         cells += [ratio(seconds, name, to) for to in (BARE, TIMM, BEST, BEST_EAGER)]
-        cells.append(f"{memory[name]:,.0f}" if name in memory else "-")
+        cells.append(f"{memory[name]:,.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -353,23 +397,24 @@ def main() -> None:
     parser.add_argument("--case", choices=[case.name for case in CASES], help="one network alone")
     parser.add_argument("--images", type=int, help="at once")
     parser.add_argument("--size", type=int, help="their side in pixels")
+    parser.add_argument("--ghost", type=int, help="images of a ghost batch (all)")
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="these alone")
-    parser.add_argument("--no-memory", action="store_true", help="leave the processes for peak memory out")
     parser.add_argument("--threads", type=int, help="torch's (all cores)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the page's markers")
-    parser.add_argument("--one", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rounds < 1 or (args.images or 1) < 1 or (args.size or 1) < 1:
-        parser.error("--rounds, --images and --size: at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    cases = [
-        Case(case.name, args.images or case.images, args.size or case.size, case.classes)
-        for case in CASES
-        if args.case in (None, case.name)
-    ]
-    if args.one:
-        one(cases[0], args.one)
+    if min(args.rounds, *(n or 1 for n in (args.images, args.size, args.ghost, args.threads))) < 1:
+        parser.error("--rounds, --images, --size, --ghost and --threads: at least 1")
+    torch.set_num_threads(args.threads or available_cores())
+    cases = []
+    for case in CASES:
+        if args.case in (None, case.name):
+            images = args.images or case.images
+            if images % (args.ghost or images):
+                parser.error(f"--ghost {args.ghost}: does not divide {images} images")
+            cases.append(replace(case, images=images, size=args.size or case.size, ghost=args.ghost or images))
+    if args.serve:
+        serve(cases[0], args.serve)
         return
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
     lines = [
@@ -380,12 +425,12 @@ def main() -> None:
     skipped: list[str] = []
     judged: list[str] = []
     for case in cases:
-        steps = line_up(case, args.only or list(STEPS), skipped)
-        seconds = measure(steps, args.rounds, args.seconds)
-        memory = {} if args.no_memory else {name: peak_memory(case, name) for name in steps}
-        lines += table(case, seconds, memory)
+        contenders = line_up(case, args.only or list(STEPS), torch.get_num_threads(), skipped)
+        seconds = measure(contenders, args.rounds, args.seconds)
+        for contender in contenders.values():
+            contender.end()
+        lines += table(case, seconds, {name: contender.memory for name, contender in contenders.items()})
         judged += verdicts(case, seconds)
-        torch.compiler.reset()
     lines += judged + [f"- left out: {why}" for why in skipped]
     print("\n".join(lines))
     if args.write:
