@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 _MOST_POINTS = 250
-_LONGEST_LABEL = 45
+_LONGEST_LABEL = 50
+_FIRST = ("optimizer.name", "optimizer.lr")
 # What stands for the text's colour in a page's picture; any that nothing else has will do.
 _INK = "#1b1c1d"
 _STYLE = f"svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:#e6e6e6}}}}"
@@ -107,14 +108,25 @@ def curve(row: Row, panel: Panel) -> Curve | None:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """What the legend calls each row: no two alike, and those that differ in too much by their place in the table."""
-    told = [_label(row, list(_differences(row))) for row in rows]
-    return [
-        text
-        if len(text) <= _LONGEST_LABEL and told.count(text) == 1
-        else _label(row, [f"row {number} of the table"])[: 2 * _LONGEST_LABEL]
-        for number, (row, text) in enumerate(zip(rows, told, strict=True), 1)
-    ]
+    """What the legend calls each row: no two alike, and none at length.
+
+    Of one that differs in much, optimizer and learning rate, if they tell it from all others, else its place in the
+    table.
+    """
+    whole = [_label(row, list(_differences(row, row.differs))) for row in rows]
+    short = [_label(row, list(_differences(row, _first(row) or row.differs))) for row in rows]
+    return [_called(number, row, whole, short) for number, row in enumerate(rows)]
+
+
+def _first(row: Row) -> list[str]:
+    return [key for key in _FIRST if key in row.differs]
+
+
+def _called(number: int, row: Row, *ways: Sequence[str]) -> str:
+    for told in ways:
+        if len(told[number]) <= _LONGEST_LABEL and told.count(told[number]) == 1:
+            return told[number]
+    return _label(row, [f"row {number + 1} of the table"])[: 2 * _LONGEST_LABEL]
 
 
 def _label(row: Row, differences: list[str]) -> str:
@@ -127,9 +139,9 @@ def _label(row: Row, differences: list[str]) -> str:
     return printable(row.first.batch + (f" ({', '.join(parts)})" if parts else ""))
 
 
-def _differences(row: Row) -> Iterator[str]:
-    for key, value in row.differs.items():
-        yield f"{key.removesuffix('.name').rpartition('.')[2]} {value}"
+def _differences(row: Row, keys: Iterable[str]) -> Iterator[str]:
+    for key in keys:
+        yield f"{key.removesuffix('.name').rpartition('.')[2]} {row.differs[key]}"
 
 
 def overview(rows: Sequence[Row]) -> dict[str, bytes]:

@@ -71,6 +71,15 @@ def test_no_two_rows_are_called_alike_and_none_at_length(made: Made) -> None:
     assert max(map(len, told)) < 60
 
 
+def test_of_what_differs_in_much_the_optimizer_and_its_rate_are_told_where_they_are_enough(made: Made) -> None:
+    much = {"optimizer__name": "sgd", "optimizer__weight_decay": 0.00012345, "schedule__warmup_epochs": 1.66667}
+    runs = [made("lars"), *(made(f"sgd{lr}", optimizer__lr=lr, **much) for lr in (1.5, 2.5))]
+    sgd = ["32k (optimizer sgd, lr 1.5)", "32k (optimizer sgd, lr 2.5)"]
+    assert curves.labels(rows(*runs)) == ["32k", *sgd]
+    other = made("other", optimizer__lr=2.5, **{**much, "schedule__warmup_epochs": 2.66667})
+    assert curves.labels(rows(*runs, other)) == ["32k", sgd[0], *(f"32k (row {n} of the table)" for n in (3, 4))]
+
+
 def luminance(colour: str) -> float:
     """Relative luminance (https://www.w3.org/TR/WCAG21/#dfn-relative-luminance)."""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
