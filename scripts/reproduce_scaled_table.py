@@ -238,7 +238,11 @@ def main() -> None:
             f" --{key} {n}" for key, n in vars(args).items() if key in LENGTH and n != LENGTH[key][args.quick]
         )
         length = f"{args.epochs} epochs, {args.seeds} seed(s) for a cell of the table, one for a point of a sweep."
-        publish(args.write, [run.name for run in (*tried, *made)], [length, "", *lines], command)
+        panels = {
+            title: [[Run(cell, seed, choice=False).name for seed in range(args.seeds)] for cell in drawn]
+            for title, drawn in curve_panels(cells).items()
+        }
+        publish(args.write, [run.name for run in (*tried, *made)], panels, [length, "", *lines], command)
 
 
 def arguments() -> argparse.Namespace:
@@ -303,6 +307,16 @@ def table_cells(best: Sequence[Cell], quick: bool) -> list[Cell]:
     linear = [Cell(row, "sgd", lr) for row in ROWS[1:] for lr in LINEAR[row]]
     cells = [*recipe, *linear, *(as_in_recipe(cell) for cell in best)]
     return sorted(dict.fromkeys(cells), key=lambda cell: (ROWS.index(cell.row), cells.index(cell)))
+
+
+def curve_panels(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells whose curves are drawn side by side, each with the 256 row before it: SGD's linear rates alone."""
+    small = [cell for cell in cells if cell.row == "256"]
+    linear = [cell for cell in cells if cell.optimizer == "sgd" and cell.lr in LINEAR.get(cell.row, ())]
+    return {
+        "LARS, the recipe's learning rates": [*small[-1:], *(Cell(row, "lars") for row in ROWS[1:])],
+        "SGD, learning rate scaled linearly": [*small[-1:], *linear],
+    }
 
 
 def as_in_recipe(cell: Cell) -> Cell:

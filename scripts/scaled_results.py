@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from page import between_markers, cpu_name
 
 from lars_train.report.command import rows_of
+from lars_train.report.read import read_run
 from lars_train.report.write import write_report
 
 MARKED = "scaled"
@@ -31,6 +32,7 @@ RECORDS = (
 )
 # Okabe and Ito, https://jfly.uni-koeln.de/color/
 LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."))
+STYLES = (("#000000", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#D55E00", "-"), ("#CC79A7", ":"))
 PUBLISHED = {"8k": 73.79 - 73.78, "16k": 73.79 - 73.36, "32k": 73.79 - 72.26}
 """Points of top-1 that the published rows lose against the 256 row (https://github.com/kakaobrain/torchlars)."""
 
@@ -120,10 +122,53 @@ def draw_sweeps(sweeps: Sequence[tuple[str, Sequence[Point]]], path: Path) -> No
         pyplot.close(figure)
 
 
-def publish(folder: Path, runs: Sequence[str], lines: Sequence[str], command: str) -> None:
-    """Write lars-report's files on the records of the table's runs, and `lines` into README.md, all in `folder`.
+def draw_curves(panels: Mapping[str, Sequence[Sequence[Path]]], path: Path) -> None:
+    """Top-1 over epochs as PATH.svg and PATH.png: for each title a panel, with a curve for the records of each cell.
 
-    Only the records of `runs`, all of which are there, are kept.
+    Means over the seeds, with a band of one standard deviation.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "lars-train", "svg.fonttype": "none", "font.size": 10}):
+        figure, row = pyplot.subplots(
+            1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", sharey=True, squeeze=False
+        )
+        for axes, (title, cells) in zip(row[0], panels.items(), strict=True):
+            for records, (colour, line) in zip(cells, STYLES, strict=False):
+                runs = [read_run(record) for record in records]
+                over = [{point.epoch: point.value for point in run.top1 if point.epoch is not None} for run in runs]
+                epochs = sorted(set.intersection(*(set(found) for found in over)))
+                means = [fmean(found[epoch] for found in over) for epoch in epochs]
+                apart = [stdev(found[epoch] for found in over) if len(over) > 1 else 0.0 for epoch in epochs]
+                label = f"{runs[0].batch.upper()}, lr {runs[0].setting('optimizer.lr')}"
+                axes.plot(epochs, means, color=colour, linestyle=line, label=label)
+                low, high = ([m + sign * a for m, a in zip(means, apart, strict=True)] for sign in (-1, 1))
+                axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.set(title=title, xlabel="epoch")
+            axes.grid(alpha=0.3)
+            axes.legend(loc="lower right")
+        row[0][0].set_ylabel("top-1 on test images (%)")
+        row[0][0].set_ylim(bottom=0)
+        for kind in ("svg", "png"):
+            date = {"Date": None} if kind == "svg" else {}
+            figure.savefig(path.with_suffix(f".{kind}"), dpi=150, metadata=date)
+        pyplot.close(figure)
+
+
+def publish(
+    folder: Path,
+    runs: Sequence[str],
+    panels: Mapping[str, Sequence[Sequence[str]]],
+    lines: Sequence[str],
+    command: str,
+) -> None:
+    """Write lars-report's files on the records of the table's runs, `curves`, and `lines` into README.md, in `folder`.
+
+    `panels`: the names of the runs of each cell that `draw_curves` is to draw. Only the records of `runs`, all of which
+    are there, are kept.
     """
     records = folder / RECORDS_FOLDER
     for other in {path.name for path in records.iterdir()} - set(runs):
@@ -131,6 +176,8 @@ def publish(folder: Path, runs: Sequence[str], lines: Sequence[str], command: st
     table = [records / run for run in runs if run.startswith("table-")]
     if table:
         write_report(rows_of(table), folder / "report")
+        drawn = {title: [[records / run for run in cell] for cell in cells] for title, cells in panels.items()}
+        draw_curves(drawn, folder / "curves")
     where = f"{cpu_name()}, Python {platform.python_version()}, torch {version('torch')}"
     page = folder / "README.md"
     begin, end = (f"<!-- {MARKED}: {word} -->" for word in ("begin", "end"))

@@ -60,6 +60,8 @@ def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_no
     page = (tmp_path / "page" / "README.md").read_text()
     assert all(" | ".join(row) in page for row in rows)
     assert (tmp_path / "page" / "report" / "table.md").exists()
+    drawn = (tmp_path / "page" / "curves.svg").read_text()
+    assert [drawn.count(f">{row}, lr ") for row in ("256", "8K", "16K", "32K")] == [2, 1, 1, 2]
     # Of the 22 test images, as the runs' own files have it.
     for run, row in zip(("256-sgd-recipe", "32k-sgd-12.8"), (rows[0], rows[-1]), strict=True):
         lines = (records / f"table-{run}-seed0" / "metrics.jsonl").read_text().splitlines()
