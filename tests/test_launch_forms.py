@@ -157,11 +157,8 @@ def test_an_undecodable_image_is_named_counted_and_limited(tmp_path: Path) -> No
     assert "Traceback" not in failed.stderr
 
 
-def test_evaluate_and_export_need_nothing_but_the_checkpoint(tmp_path: Path) -> None:
-    import torch
-    import torchvision
-
-    ran([*ALONE, *TINY, "model=resnet18", "max_updates=3", "run.name=r"], tmp_path)
+def test_evaluate_needs_nothing_but_the_checkpoint(tmp_path: Path) -> None:
+    ran([*ALONE, *TINY, "max_updates=3", "run.name=r"], tmp_path)
     want = final(tmp_path / "runs/r")
     told = ran([*ALONE, "mode=evaluate", "checkpoint.path=runs/r", "evaluate.report=found"], tmp_path)
     with (tmp_path / "found" / "per_class.csv").open() as file:
@@ -174,9 +171,6 @@ def test_evaluate_and_export_need_nothing_but_the_checkpoint(tmp_path: Path) -> 
     other = start([*ALONE, "mode=evaluate", "checkpoint.path=runs/r", "data=mini"], tmp_path)
     assert other.returncode == 2
     assert "another data set" in other.stderr
-    ran([*ALONE, "mode=export", "checkpoint.path=runs/r", "export.path=weights.pth"], tmp_path)
-    state = torch.load(tmp_path / "weights.pth", weights_only=True)
-    torchvision.models.resnet18(num_classes=4).load_state_dict(state)
 
 
 def test_bad_input_ends_with_2_and_writes_nothing(tmp_path: Path) -> None:
