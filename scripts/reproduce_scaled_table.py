@@ -210,7 +210,7 @@ def main() -> None:
     args = arguments()
     root = (f"data.root={args.root}",) if args.root else ()
     data = (f"data={args.data}", *root) if args.data in SETS else (*FOLDER, f"data.root={args.data}")
-    places = [args.runs / "run", *([Path(args.data)] if args.data not in SETS else [])]
+    places = [args.runs / "run", *(Path(place) for place in (args.root, args.data) if place and place not in SETS)]
     records = None if args.write is None else args.write / RECORDS_FOLDER
     study = Study(data, args.runs, args.epochs, args.jobs, records, list(hidden_parts(*places)))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
