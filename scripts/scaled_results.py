@@ -32,7 +32,13 @@ RECORDS = (
 )
 # Okabe and Ito, https://jfly.uni-koeln.de/color/
 LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."))
-STYLES = (("#000000", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#D55E00", "-"), ("#CC79A7", ":"))
+STYLES = {
+    "256": (("#000000", "-"),),
+    "8k": (("#0072B2", "--"),),
+    "16k": (("#009E73", "-."),),
+    "32k": (("#D55E00", "-"), ("#CC79A7", ":")),
+}
+"""Of the curves of each row, the first and a second."""
 PUBLISHED = {"8k": 73.79 - 73.78, "16k": 73.79 - 73.36, "32k": 73.79 - 72.26}
 """Points of top-1 that the published rows lose against the 256 row (https://github.com/kakaobrain/torchlars)."""
 
@@ -137,8 +143,10 @@ def draw_curves(panels: Mapping[str, Sequence[Sequence[Path]]], path: Path) -> N
             1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", sharey=True, squeeze=False
         )
         for axes, (title, cells) in zip(row[0], panels.items(), strict=True):
-            for records, (colour, line) in zip(cells, STYLES, strict=False):
+            free = {row_name: iter(styles) for row_name, styles in STYLES.items()}
+            for records in cells:
                 runs = [read_run(record) for record in records]
+                colour, line = next(free[runs[0].batch])
                 over = [{point.epoch: point.value for point in run.top1 if point.epoch is not None} for run in runs]
                 epochs = sorted(set.intersection(*(set(found) for found in over)))
                 means = [fmean(found[epoch] for found in over) for epoch in epochs]
@@ -148,6 +156,7 @@ def draw_curves(panels: Mapping[str, Sequence[Sequence[Path]]], path: Path) -> N
                 low, high = ([m + sign * a for m, a in zip(means, apart, strict=True)] for sign in (-1, 1))
                 axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             axes.legend(loc="lower right")
         row[0][0].set_ylabel("top-1 on test images (%)")
