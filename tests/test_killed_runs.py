@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop or interrupted, and go on to the same end; killed as a whole: test_chaos.py."""
+"""Runs that are killed, told to stop or interrupted, and go on to the same end."""
 
 from __future__ import annotations
 
@@ -44,6 +44,29 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert final(one)["weights_sha256"] == final(other)["weights_sha256"]
     curves = [[(m["update"], m.get("train/loss"), m.get("val/top1")) for m in metrics(run)] for run in (one, other)]
     assert curves[0] == curves[1]
+
+
+def test_killed_run_ends_with_the_same_weights(unbroken: Callable[[int], Path], tmp_path: Path) -> None:
+    # Augmentation, a checkpoint in mid-epoch and one between two log lines; killed twice.
+    settings = [*CURVE, "checkpoint.every_updates=15", "checkpoint.keep=100", "launch.nproc=1"]
+    folder = tmp_path / "runs/killed"
+    for update in (15, 75):
+        process = subprocess.Popen(
+            [*ALONE, *settings, "run.name=killed"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_for_checkpoint(folder, update, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        end = time.monotonic() + 30
+        while any(alive_in_group(process.pid)) and time.monotonic() < end:
+            time.sleep(0.05)
+    assert "resumed" in ran([*ALONE, *settings, "run.name=killed"], tmp_path)
+    assert_same_run(folder, unbroken(1))
 
 
 def test_a_run_whose_loader_worker_is_killed_ends_and_says_so(tmp_path: Path) -> None:

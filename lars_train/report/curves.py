@@ -30,6 +30,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 _MOST_POINTS = 250
 _LONGEST_LABEL = 50
+# What tells runs apart before all else.
 _FIRST = ("optimizer.name", "optimizer.lr")
 # What stands for the text's colour in a page's picture; any that nothing else has will do.
 _INK = "#1b1c1d"
