@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ STYLES = {
     "32k": (("#D55E00", "-"), ("#CC79A7", ":")),
 }
 """Of the curves of each row, the first and a second."""
+NEAR = 2.0
+"""Points of top-1 below the best of a sweep that are still called near it."""
 PUBLISHED = {"8k": 73.79 - 73.78, "16k": 73.79 - 73.36, "32k": 73.79 - 72.26}
 """Points of top-1 that the published rows lose against the 256 row (https://github.com/kakaobrain/torchlars)."""
 
@@ -67,14 +70,46 @@ class Result:
 
 
 def sweep_table(name: str, points: Sequence[Point]) -> list[str]:
-    """Markdown: top-1 on the held-out images over the learning rate."""
+    """Markdown: top-1 on the held-out images over the learning rate, and how much of that is near the best."""
     rates = [f"{point.lr:g}{' (recipe)' if point.recipe else ''}" for point in points]
     found = ["diverged" if point.top1 is None else f"{point.top1:.2f}" for point in points]
     return [
         f"| {name}: lr | {' | '.join(rates)} |",
         "|---" * (len(points) + 1) + "|",
         f"| top-1 %, held out | {' | '.join(found)} |",
+        *plateau_lines(points),
     ]
+
+
+def plateau_lines(points: Sequence[Point]) -> list[str]:
+    """Text under a sweep: the learning rates within `NEAR` points of its best, where the sweep reaches beyond them."""
+    low, high = plateau(points, NEAR)
+    if low is None or high is None:
+        return []
+    return ["", f"Within {NEAR:g} points of its best: lr {low:.3g} to {high:.3g}, a factor of {high / low:.1f}."]
+
+
+def plateau(points: Sequence[Point], below: float) -> tuple[float | None, float | None]:
+    """The lowest and the highest learning rate around the best point with a top-1 of at most `below` points less.
+
+    Between two points top-1 is taken as a straight line over the logarithm of the learning rate; beside a point that
+    diverged the plateau ends at the last one that did not. None on a side on which the sweep ends before the plateau.
+    """
+    tried = sorted(points, key=lambda point: point.lr)
+    found = [-math.inf if point.top1 is None else point.top1 for point in tried]
+    top = found.index(max(found))
+    least = found[top] - below
+
+    def edge(beyond: Sequence[int]) -> float | None:
+        inside = top
+        for outside in beyond:
+            if found[outside] < least:
+                share = (found[inside] - least) / (found[inside] - found[outside])
+                return float(tried[inside].lr * (tried[outside].lr / tried[inside].lr) ** share)
+            inside = outside
+        return None
+
+    return edge(range(top - 1, -1, -1)), edge(range(top + 1, len(tried)))
 
 
 def result_table(results: Sequence[Result]) -> list[str]:
@@ -121,7 +156,8 @@ def draw_sweeps(sweeps: Sequence[tuple[str, Sequence[Point]]], path: Path) -> No
             axes.plot(list(own), list(own.values()), "o", markersize=13, fillstyle="none", color=colour)
         axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 on held-out images (%)")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower center")
+        axes.xaxis.set_major_formatter("{x:g}")
+        figure.legend(loc="outside upper center", ncols=len(sweeps))
         for kind in ("svg", "png"):
             date = {"Date": None} if kind == "svg" else {}
             figure.savefig(path.with_suffix(f".{kind}"), dpi=150, metadata=date)

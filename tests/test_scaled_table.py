@@ -38,6 +38,27 @@ def table_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("|")]
 
 
+def test_the_plateau_of_a_sweep_ends_where_straight_lines_between_its_points_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    module = importlib.import_module("scaled_results")
+
+    def near(*found: float | None) -> tuple[float | None, float | None]:
+        result: tuple[float | None, float | None] = module.plateau(
+            [module.Point(lr, top1, False) for lr, top1 in zip((1.0, 10.0, 100.0), found, strict=True)], 2.0
+        )
+        return result
+
+    # Half way down on a logarithmic axis: the square root of ten times the rate.
+    assert near(76.0, 80.0, 76.0) == pytest.approx((10**0.5, 10**1.5))
+    # A quarter of the way down to the last one, which is itself beyond the best's neighbour.
+    assert near(80.0, 79.0, 75.0) == (None, pytest.approx(10**1.25))
+    assert near(80.0, 79.0, None) == (None, 10.0)
+    assert near(79.0, 80.0, 79.0) == (None, None)
+    assert near(None, 50.0, None) == (10.0, 10.0)
+
+
 @pytest.mark.slow
 def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
