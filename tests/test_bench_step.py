@@ -1,7 +1,8 @@
-"""scripts/bench_step.py and bench_reduction.py: every contender that can run here takes part; memory is told."""
+"""scripts/bench_step.py, bench_reduction.py and profile_step.py: every contender takes part; the shares are whole."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -53,3 +54,42 @@ def test_the_exchange_of_two_processes_is_timed_beside_none(tmp_path: Path) -> N
     assert 0 < float(together) < 60
     assert 0 < float(alone) < 60
     assert float(ratio.split()[0]) > 0
+
+
+@pytest.mark.slow
+def test_the_kinds_of_operations_account_for_all_of_a_step(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- profile_step: begin -->\n<!-- profile_step: end -->\n")
+    script = SCRIPT.with_name("profile_step.py")
+    command = f"--case small --images 8 --size 16 --updates 1 --threads 1 --write {page}".split()
+    done = subprocess.run(
+        [sys.executable, str(script), *command], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = page.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "% |" in line]
+    found = {kind: [float(cell.rstrip("%") or 0) for cell in cells] for kind, *cells in rows}
+    assert sum(map(sum, found.values())) == pytest.approx(100, abs=0.1 * len(found))
+    assert found["convolutions"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "callers", "expected"),
+    [
+        ("aten::mkldnn_convolution", ["aten::_convolution", "aten::conv2d"], ("convolutions", False)),
+        ("aten::convolution_backward", ["ConvolutionBackward0"], ("convolutions", True)),
+        ("aten::native_batch_norm", [], ("batch norms", False)),
+        ("aten::threshold_backward", ["ReluBackward0"], ("ReLUs", True)),
+        ("aten::clamp_min_", ["aten::relu_"], ("ReLUs", False)),
+        ("aten::copy_", ["aten::_to_copy", "ToCopyBackward0"], ("conversions between precisions and layouts", True)),
+        ("aten::add_", ["Optimizer.step#LARS.step"], ("optimizer", False)),
+        ("aten::addmm", ["aten::linear"], ("pooling, the last layer, loss", False)),
+        ("aten::add_", [], ("sums with the shortcuts, of gradients", False)),
+        ("aten::fill_", [], ("other operations", False)),
+    ],
+)
+def test_an_operation_is_of_the_kind_that_its_name_and_its_callers_say(
+    monkeypatch: pytest.MonkeyPatch, name: str, callers: list[str], expected: tuple[str, bool]
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    assert importlib.import_module("profile_step").kind_of(name, callers) == expected
