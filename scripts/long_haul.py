@@ -149,12 +149,12 @@ def told(moments: list[Moment], settings: list[str]) -> tuple[list[str], bool]:
     """The figures as Markdown, and whether nothing grew."""
     found, last = early_and_late(moments), moments[-1]
     memory, files, times = found["memory"], found["open files"], found["time"]
-    grown = {
-        "memory": memory[1] - memory[0] > MOST_MEMORY,
-        "open files": files[1] - files[0] > MOST_FILES,
-        "the time of an update": times[1] / times[0] > MOST_TIME,
-    }
-    verdict = ", ".join(name for name, more in grown.items() if more)
+    judged = (
+        (f"memory grew by {memory[1] - memory[0]:.1f} MiB", MOST_MEMORY, memory[1] - memory[0]),
+        (f"open files grew by {files[1] - files[0]:.0f}", MOST_FILES, files[1] - files[0]),
+        (f"an update took {times[1] / times[0]:.2f} times as long", MOST_TIME, times[1] / times[0]),
+    )
+    flat = all(value <= most for _, most, value in judged)
     lines = [
         f"`python scripts/long_haul.py` on {cpu_name()}, one thread: {last.update:,} updates in "
         f"{last.seconds / 60:.0f} minutes, `lars-train {' '.join(settings)}`.",
@@ -165,10 +165,14 @@ def told(moments: list[Moment], settings: list[str]) -> tuple[list[str], bool]:
         f"| open files | {files[0]:.0f} | {files[1]:.0f} |",
         f"| CPU time an update, with log, checkpoints and evaluations, ms | {times[0]:.2f} | {times[1]:.2f} |",
         "",
-        f"Bytes of metrics.jsonl and TensorBoard's files an update: {last.log_bytes / last.update:,.0f}. "
-        + (f"Grown: {verdict}." if verdict else "Nothing grew."),
+        f"Bytes of metrics.jsonl and TensorBoard's files an update: {last.log_bytes / last.update:,.0f}.",
+        "",
+        *(
+            f"- over a long run: {what}; at most {most:g} wanted: {'met' if value <= most else '**not met**'}"
+            for what, most, value in judged
+        ),
     ]
-    return lines, not verdict
+    return lines, flat
 
 
 if __name__ == "__main__":

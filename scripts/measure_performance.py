@@ -1,0 +1,87 @@
+"""Everything that docs/performance.md tells in figures, one script after another, and their targets in one table.
+
+    python scripts/measure_performance.py [--write docs/performance.md]      # about an hour, on an idle machine
+
+Each part is a script that may be run by itself: bench_step.py, profile_step.py, bench_reduction.py, bench_startup.py
+and long_haul.py. What each finds goes between its markers of the page, and its targets, judged, into the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from page import between_markers, cpu_name
+
+PARTS = ("bench_step", "profile_step", "bench_reduction", "bench_startup", "long_haul")
+MARKED = "measure_performance"
+JUDGED = re.compile(r"^- (?P<found>.+); (?P<wanted>[^;]+) wanted: (?P<verdict>.+)$")
+
+
+def main() -> int:
+    """Measure, print, write; 1 if a script failed, whose part of the page stays as it was."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these alone")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put what they find between the page's markers")
+    args = parser.parse_args()
+    here = Path(__file__).parent
+    rows: list[str] = []
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.only:
+            print(f"{part} ...", file=sys.stderr, flush=True)
+            scratch = Path(folder) / f"{part}.md"
+            scratch.write_text(between_markers(empty(part), part, []))
+            code = subprocess.run(
+                [sys.executable, str(here / f"{part}.py"), "--write", str(scratch)],
+                stdout=subprocess.DEVNULL,
+                check=False,
+            ).returncode
+            lines = within(scratch.read_text(), part)
+            if not lines:
+                failed.append(f"{part}.py ended with code {code}")
+                continue
+            print("\n".join([*lines, ""]), flush=True)
+            rows += judged(part, lines)
+            if args.write:
+                args.write.write_text(between_markers(args.write.read_text(), part, lines))
+    table = [
+        f"`python scripts/measure_performance.py` on {cpu_name()}; Python {platform.python_version()}, torch "
+        f"{version('torch')}.",
+        "",
+        "| found | wanted | | by |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+    print("\n".join([*table, *failed]))
+    if args.write:
+        args.write.write_text(between_markers(args.write.read_text(), MARKED, table))
+    return 1 if failed else 0
+
+
+def empty(part: str) -> str:
+    """A page with nothing but the markers of `part`."""
+    return f"<!-- {part}: begin -->\n<!-- {part}: end -->\n"
+
+
+def within(page: str, part: str) -> list[str]:
+    """The lines between the markers of `part`, less empty ones around them."""
+    _, _, rest = page.partition(f"<!-- {part}: begin -->")
+    return rest.partition(f"<!-- {part}: end -->")[0].strip().splitlines()
+
+
+def judged(part: str, lines: Iterable[str]) -> list[str]:
+    """A row of the table for each line that judges a target."""
+    found = (JUDGED.match(line) for line in lines)
+    return [f"| {m['found']} | {m['wanted']} | {m['verdict']} | `{part}.py` |" for m in found if m]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""scripts/measure_performance.py: what the scripts judge comes into one table, and each part between its markers."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+FOUND = {
+    "bench_step": ["- small: (d) is 1.20 times (a); 4.0 wanted: **not met**", "- left out: small: (b) timm: why"],
+    "bench_startup": ["| a | 1 |", "", "- `lars-train --help`: 0.50 s; 1 s wanted: met"],
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("measure_performance")
+
+
+def test_the_targets_of_all_parts_stand_in_one_table(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        part, page = Path(command[1]).stem, Path(command[-1])
+        if part not in FOUND:
+            return SimpleNamespace(returncode=2)
+        assert Path(command[1]).exists()
+        page.write_text(script.between_markers(page.read_text(), part, FOUND[part]))
+        return SimpleNamespace(returncode=0)
+
+    page = tmp_path / "page.md"
+    names = ("measure_performance", *FOUND, "long_haul")
+    page.write_text("".join(f"<!-- {name}: begin -->\nas it was\n<!-- {name}: end -->\n" for name in names))
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = ["--only", *FOUND, "long_haul", "--write", str(page)]
+    monkeypatch.setattr(sys, "argv", ["measure_performance.py", *arguments])
+    assert script.main() == 1
+    text = page.read_text()
+    for part, lines in FOUND.items():
+        assert script.within(text, part) == lines
+    assert script.within(text, "long_haul") == ["as it was"]
+    rows = [line for line in script.within(text, "measure_performance") if line.startswith("| ")]
+    assert rows[1:] == [
+        "| small: (d) is 1.20 times (a) | 4.0 | **not met** | `bench_step.py` |",
+        "| `lars-train --help`: 0.50 s | 1 s | met | `bench_startup.py` |",
+    ]
+
+
+@pytest.mark.parametrize("part", ["bench_step", "profile_step", "bench_reduction", "bench_startup", "long_haul"])
+def test_each_part_is_a_script_and_has_its_markers_in_the_page(script: ModuleType, part: str) -> None:
+    assert part in script.PARTS
+    assert (SCRIPTS / f"{part}.py").exists()
+    page = (SCRIPTS.parent / "docs" / "performance.md").read_text()
+    script.between_markers(page, part, [])
