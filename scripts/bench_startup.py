@@ -2,10 +2,10 @@
 
     python scripts/bench_startup.py [--write docs/performance.md]      # the embedded pictures; a few minutes
 
-Wall time of whole processes, by turns: `--help`; Python with torch alone; a run of one update, to its first line in the
-log and to its end; and a sweep of two such runs, from the end of the first to the first update of the second. Files are
-read once before the clock runs. The network is ResNet-50 unless told otherwise, on pictures of 64 pixels so that the
-update itself takes little.
+Wall time of whole processes, by turns: `--help`; Python with torch alone; a run of one update, to its run directory,
+its logs, its first line in them and its end; and a sweep of two such runs, from the end of the first to the first
+update of the second. Files are read once before the clock runs. The network is ResNet-50 unless told otherwise, on
+pictures of 64 pixels so that the update itself takes little.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ RUN = (
     "data.image_size=64 batch.size=32 optimizer.lr=0.1 schedule.warmup_epochs=0 epochs=1 max_updates=1 log_every=1 "
     "launch.nproc=1 compile=false"
 ).split()
-HELP, TORCH, FIRST, END, NEXT = (
+HELP, FIRST, TORCH, PLACE, SET_UP, END, NEXT = (
     "`lars-train --help`",
-    "of it: Python, and `import torch`",
     "a run of one update, to its first update",
+    "by itself: Python, and `import torch`",
+    "the run, to its run directory: imports, settings, checks",
+    "the same, until all is set up: data, network, logs",
     "the same, to its end, with evaluation and checkpoint",
     "in a sweep, from the end of a run to the first update of the next",
 )
@@ -48,7 +50,7 @@ def main() -> None:
     if args.rounds < 1:
         parser.error("--rounds is at least 1")
     settings = [*RUN, f"model={args.model}"]
-    found: dict[str, list[float]] = {name: [] for name in (HELP, FIRST, TORCH, END, NEXT)}
+    found: dict[str, list[float]] = {name: [] for name in (HELP, TORCH, PLACE, SET_UP, FIRST, END, NEXT)}
     for number in range(args.rounds + 1):
         taken = {
             HELP: seconds([sys.executable, "-m", "lars_train", "--help"]),
@@ -88,10 +90,15 @@ def run(settings: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder) / "run"
         started = time.perf_counter()
+        signs = {
+            PLACE: (where / "run.json").exists,
+            SET_UP: (where / "tensorboard").exists,
+            FIRST: lambda: has_update(where / "metrics.jsonl"),
+        }
         with subprocess.Popen(program([*settings, f"run.dir={where}"]), stdout=subprocess.DEVNULL) as process:
-            first = moment(process, lambda: has_update(where / "metrics.jsonl")) - started
+            found = {name: moment(process, sign) - started for name, sign in signs.items()}
             succeeded(process)
-            return {FIRST: first, END: time.perf_counter() - started}
+            return {**found, END: time.perf_counter() - started}
 
 
 def between_runs(settings: list[str]) -> float:
