@@ -5,8 +5,9 @@
     python scripts/reproduce_scaled_table.py --data cifar10_jpeg.zip --write docs/results/scaled
 
 The same command goes on after a cut: each run finds its own directory, and with `--write` the record of a run that has
-ended, made with the same settings, stands for it, also on another machine. `--data`: a folder or .zip of small images
-with train/ and test/ (or val/), or one of torchvision's sets, cifar10 or fashion_mnist, which it downloads.
+ended stands for it, also on another machine. Runs and records of other settings or other images are never mixed in nor
+written over: the script says which they are and ends with 2. `--data`: a folder or .zip of small images with train/ and
+test/ (or val/), or one of torchvision's sets, cifar10 or fashion_mnist, which it downloads.
 
 1. Choices, on a tenth of the training images that is held out; the test images are not read. One run for each learning
    rate of three sweeps: SGD at the 256 row, SGD and LARS at the 32K row.
@@ -27,6 +28,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -36,14 +38,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from scaled_images import described, fault_of
 from scaled_results import (
     RECORDS_FOLDER,
     Point,
     Result,
     copy_record,
     draw_sweeps,
+    fault_of_page,
     hidden_parts,
     publish,
     result_table,
@@ -69,6 +73,8 @@ FOLDER = (
     "data.mean=[0.4914,0.4822,0.4465] data.std=[0.2470,0.2435,0.2616]"
 ).split()
 SETS = ("cifar10", "fashion_mnist")
+IMAGES = "images.txt"
+"""Of a folder of runs or records: which images they are of."""
 # Of a full study and of a quick one. Half as many epochs are too few updates for the 32K row of this network: at lr 29
 # it had 72.5 % of the held-out images after 15 epochs and 79.2 % after 30.
 LENGTH = {"epochs": (30, 4), "seeds": (3, 1)}
@@ -134,7 +140,7 @@ class Study:
         """The command line of a run, without the interpreter."""
         extra = (HELD_OUT,) if run.choice else ()
         length = (f"epochs={self.epochs}", f"log_every={UPDATES_BETWEEN_LINES[run.cell.row]}")
-        where = f"run.dir={self.folder / run.name}"
+        where = f"run.dir={quoted(str(self.folder / run.name))}"
         return [*self.data, *COMMON, *extra, *run.cell.settings, *length, f"seed={run.seed}", where]
 
     def make(self, runs: Sequence[Run]) -> None:
@@ -146,25 +152,45 @@ class Study:
         if codes:
             sys.exit(codes[0])
 
+    def claim(self, images: str) -> None:
+        """Write down that both folders are of `images`, as scaled_images.py describes them. Exits with 2 if they are of
+        others.
+        """
+        for folder in (self.folder, *([] if self.records is None else [self.records])):
+            path = folder / IMAGES
+            if path.exists() and path.read_text().strip() != images:
+                refuse(f"{folder} has runs on other images ({path} says which): choose another folder for these")
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(images + "\n")
+
     def final(self, run: Run) -> dict[str, Any] | None:
-        """The content of ``final.json``, with ``diverged`` instead of one that diverged; None of an unfinished run."""
-        found = ended(self.folder / run.name)
+        """The content of ``final.json``, with ``diverged`` instead of one that diverged; None of an unfinished run.
+
+        Exits with 2 if there is such a run, or its record, with other settings.
+        """
+        found = self._ended(run, self.folder / run.name)
         if self.records is None:
             return found
-        record = self.records / run.name
-        if found is not None:
-            copy_record(self.folder / run.name, record, self.hidden)
-        elif self._is_of(run, record):
-            found = ended(record)
+        record = self._ended(run, self.records / run.name)
+        if found is None:
+            return record
+        copy_record(self.folder / run.name, self.records / run.name, self.hidden)
         return found
 
-    def _is_of(self, run: Run, record: Path) -> bool:
-        """Whether the record is of `run` with all the settings that it has here."""
-        path = record / "run.json"
+    def _ended(self, run: Run, folder: Path) -> dict[str, Any] | None:
+        path = folder / "run.json"
         if not path.exists():
-            return False
-        _, *settings = shlex.split(json.loads(path.read_text())["started"][0]["command"])
-        return without_places(settings) == without_places(self.command(run))
+            return None
+        try:
+            _, *settings = shlex.split(json.loads(path.read_text())["started"][0]["command"])
+            found = ended(folder)
+        except (ValueError, LookupError, TypeError) as error:
+            refuse(f"{folder}: run.json or final.json is damaged ({error}): move the folder away to make the run anew")
+        there, wanted = (set(without_places(one)) for one in (settings, self.command(run)))
+        if there != wanted:
+            apart = f"{' '.join(sorted(there - wanted))} there, {' '.join(sorted(wanted - there))} wanted"
+            refuse(f"{folder} has a run with other settings ({apart}): choose other folders with --runs and --write")
+        return found
 
     def stop(self, number: int) -> None:
         """Pass a signal on to what runs, which ends with a checkpoint, and start nothing more."""
@@ -187,8 +213,22 @@ class Study:
         code = process.wait()
         self.processes.discard(process)
         final = self.final(run)
-        print(f"{run.name}: {f'exit code {code}, see its log' if final is None else told(final)}", flush=True)
+        print(f"{run.name}: {f'exit code {code}, see {log.name}' if final is None else told(final)}", flush=True)
         return code if final is None else 0
+
+
+def refuse(why: str) -> NoReturn:
+    """End with 2, bad input."""
+    print(why, file=sys.stderr)
+    sys.exit(2)
+
+
+def quoted(value: str) -> str:
+    """A value for the command line of Hydra, in quotes where it has more in it than the usual parts of paths."""
+    if re.fullmatch(r"[A-Za-z0-9_./+-]+", value):
+        return value
+    escaped = re.sub(r"\\(?=\\*('|$))", r"\\\\", value).replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def ended(folder: Path) -> dict[str, Any] | None:
@@ -208,11 +248,12 @@ def without_places(settings: Sequence[str]) -> list[str]:
 def main() -> None:
     """Make the choices, then the table; print both, and write them where asked."""
     args = arguments()
-    root = (f"data.root={args.root}",) if args.root else ()
-    data = (f"data={args.data}", *root) if args.data in SETS else (*FOLDER, f"data.root={args.data}")
+    root = (f"data.root={quoted(args.root)}",) if args.root else ()
+    data = (f"data={args.data}", *root) if args.data in SETS else (*FOLDER, f"data.root={quoted(args.data)}")
     places = [args.runs / "run", *(Path(place) for place in (args.root, args.data) if place and place not in SETS)]
     records = None if args.write is None else args.write / RECORDS_FOLDER
     study = Study(data, args.runs, args.epochs, args.jobs, records, list(hidden_parts(*places)))
+    study.claim(args.data if args.data in SETS else described(Path(args.data)))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: study.stop(number))
     choices = sweeps(args.quick)
@@ -224,12 +265,11 @@ def main() -> None:
     made = [Run(cell, seed, choice=False) for seed in range(args.seeds) for cell in cells]
     study.make(made)
     swept = [(sweep_name(sweep), sweep_points(study, sweep)) for sweep in choices]
-    lines = result_table(results(study, cells, args.seeds))
+    lines = result_table(results(study, cells, args.seeds, as_in_recipe(best[0]) if best else cells[0]))
     for name, points in swept:
         lines += ["", *sweep_table(name, points)]
     print("\n".join(lines))
     if args.write is not None:
-        args.write.mkdir(parents=True, exist_ok=True)
         if swept:
             draw_sweeps(swept, args.write / "sweeps")
         shown = Path(args.data).name if args.data not in SETS else args.data
@@ -258,8 +298,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="of each cell of the table (3; quick: 1)")
     args = parser.parse_args()
     if args.data not in SETS:
-        if not Path(args.data).exists():
-            parser.error(f"--data {args.data}: no such file or folder, and none of {', '.join(SETS)}")
+        if fault := fault_of(Path(args.data)):
+            parser.error(f"--data {args.data}: {fault}, and it is none of {', '.join(SETS)}")
         if args.root:
             parser.error("--root goes with --data cifar10 or fashion_mnist; a folder or .zip is --data itself")
     for key, usual in LENGTH.items():
@@ -269,6 +309,14 @@ def arguments() -> argparse.Namespace:
         parser.error("--epochs, --seeds and --jobs: at least 1")
     name = Path(args.data).stem
     args.runs = args.runs or Path("runs") / f"scaled-{name}{'-quick' if args.quick else ''}"
+    for key, folder in (("--runs", args.runs), ("--write", args.write)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            parser.error(f"{key} {folder}: is no folder")
+    if args.write is not None:
+        if fault := fault_of_page(args.write):
+            parser.error(f"--write {args.write}: {fault}")
+        if (args.write / RECORDS_FOLDER).resolve() == args.runs.resolve():
+            parser.error(f"--write {args.write}: the records go to {args.write / RECORDS_FOLDER}, where the runs are")
     return args
 
 
@@ -340,8 +388,8 @@ def sweep_points(study: Study, sweep: Sequence[Cell]) -> list[Point]:
     ]
 
 
-def results(study: Study, cells: Sequence[Cell], seeds: int) -> list[Result]:
-    """The cells of the table as they were found."""
+def results(study: Study, cells: Sequence[Cell], seeds: int, baseline: Cell) -> list[Result]:
+    """The cells of the table as they were found; all are compared with `baseline`."""
     found = []
     for cell in cells:
         finals = [study.final(Run(cell, seed, choice=False)) for seed in range(seeds)]
@@ -353,6 +401,7 @@ def results(study: Study, cells: Sequence[Cell], seeds: int) -> list[Result]:
                 optimizer=cell.optimizer,
                 lr=whole[0]["lr"] if whole else cell.lr or math.nan,
                 recipe=cell.lr is None,
+                baseline=cell == baseline,
                 final=tuple(final["final_top1"] for final in whole),
                 best=tuple(final["best_top1"] for final in whole),
                 diverged=len(finals) - len(whole),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from lars_train.report.read import read_run
 from lars_train.report.write import write_report
 
 MARKED = "scaled"
-RECORDS_FOLDER = "runs"
+PAGE, RECORDS_FOLDER = "README.md", "runs"
 RECORDS = (
     "run.json",
     "final.json",
@@ -64,6 +63,7 @@ class Result:
     optimizer: str
     lr: float
     recipe: bool
+    baseline: bool
     final: tuple[float, ...]
     best: tuple[float, ...]
     diverged: int
@@ -113,12 +113,12 @@ def plateau(points: Sequence[Point], below: float) -> tuple[float | None, float 
 
 
 def result_table(results: Sequence[Result]) -> list[str]:
-    """Markdown: the table, and how far each cell is from the baseline, the better one of the 256 row's."""
+    """Markdown: the table, and how far each cell is from the baseline."""
     lines = [
         "| row | batch | optimizer | lr | top-1 %, last epoch | top-1 %, best epoch | to the 256 row | published |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    baseline = max((fmean(r.final) for r in results if r.row == "256" and r.final), default=None)
+    baseline = next((fmean(result.final) for result in results if result.baseline and result.final), None)
     for result in results:
         lr = f"{result.lr:g}{' (recipe)' if result.recipe else ''}"
         of_row = PUBLISHED.get(result.row) if result.optimizer == "lars" and result.recipe else None
@@ -212,22 +212,32 @@ def publish(
 ) -> None:
     """Write lars-report's files on the records of the table's runs, `curves`, and `lines` into README.md, in `folder`.
 
-    `panels`: the names of the runs of each cell that `draw_curves` is to draw. Only the records of `runs`, all of which
-    are there, are kept.
+    `runs`: their names, all of which have records. `panels`: the names of the runs of each cell that `draw_curves` is
+    to draw.
     """
     records = folder / RECORDS_FOLDER
-    for other in {path.name for path in records.iterdir()} - set(runs):
-        shutil.rmtree(records / other)
     table = [records / run for run in runs if run.startswith("table-")]
     if table:
         write_report(rows_of(table), folder / "report")
         drawn = {title: [[records / run for run in cell] for cell in cells] for title, cells in panels.items()}
         draw_curves(drawn, folder / "curves")
     where = f"{cpu_name()}, Python {platform.python_version()}, torch {version('torch')}"
-    page = folder / "README.md"
+    (folder / PAGE).write_text(between_markers(_page(folder), MARKED, [f"`{command}` on {where}.", "", *lines]))
+
+
+def fault_of_page(folder: Path) -> str | None:
+    """Why README.md in `folder` cannot take the table: it is another's."""
+    try:
+        between_markers(_page(folder), MARKED, [])
+    except ValueError as error:
+        return f"{folder / PAGE} is not of this script ({error})"
+    return None
+
+
+def _page(folder: Path) -> str:
     begin, end = (f"<!-- {MARKED}: {word} -->" for word in ("begin", "end"))
-    text = page.read_text() if page.exists() else f"# The table at reduced scale\n\n{begin}\n{end}\n"
-    page.write_text(between_markers(text, MARKED, [f"`{command}` on {where}.", "", *lines]))
+    page = folder / PAGE
+    return page.read_text() if page.exists() else f"# The table at reduced scale\n\n{begin}\n{end}\n"
 
 
 def copy_record(run: Path, target: Path, hidden: Sequence[str]) -> None:
@@ -235,10 +245,10 @@ def copy_record(run: Path, target: Path, hidden: Sequence[str]) -> None:
 
     `hidden`: parts of paths that say nothing to a reader, taken out of the records; so are host and interpreter.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in RECORDS:
         if not (run / name).exists():
+            (target / name).unlink(missing_ok=True)
             continue
         text = (run / name).read_text()
         if name == "run.json":

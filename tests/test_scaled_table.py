@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from program import environment
 
@@ -59,6 +60,71 @@ def test_the_plateau_of_a_sweep_ends_where_straight_lines_between_its_points_say
     assert near(None, 50.0, None) == (10.0, 10.0)
 
 
+def test_the_baseline_is_the_cell_that_was_chosen_without_the_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    module = importlib.import_module("scaled_results")
+    cell = {"batch": 10, "optimizer": "sgd", "lr": 0.1, "recipe": False, "diverged": 0}
+    found = [
+        module.Result(row="256", final=(70.0, 72.0), best=(75.0, 75.0), baseline=True, **cell),
+        module.Result(row="256", final=(80.0, 82.0), best=(83.0, 83.0), baseline=False, **cell),
+    ]
+    apart = [line.split(" | ")[6] for line in module.result_table(found)[2:]]
+    assert apart == ["+0.00", "+10.00"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--data nowhere.zip", "no such file"),
+        ("--data text", "neither a folder nor a .zip"),
+        ("--data empty", "has not the folders train/"),
+        ("--data set.zip --write text", "is no folder"),
+        ("--data set.zip --runs text", "is no folder"),
+        ("--data set.zip --write foreign", "is not of this script"),
+        ("--data set.zip --runs runs --write .", "where the runs are"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_a_run_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("reproduce_scaled_table")
+    pictures(tmp_path / "set.zip", 2, 2)
+    for folder in ("empty", "foreign"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "foreign" / "README.md").write_text("of another\n")
+    (tmp_path / "text").write_text("no archive")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments.split()])
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(SystemExit) as refused:
+        script.main()
+    assert refused.value.code == 2
+    assert told in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_images_are_told_apart_and_a_folder_is_its_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    described = importlib.import_module("scaled_images").described
+    pictures(tmp_path / "set.zip", 6, 2)
+    with zipfile.ZipFile(tmp_path / "set.zip") as archive:
+        archive.extractall(tmp_path / "folder")
+    assert described(tmp_path / "folder") == described(tmp_path / "set.zip")
+    (one, *_) = (tmp_path / "folder").rglob("*.jpg")
+    one.write_bytes(one.read_bytes() + b"0")
+    assert described(tmp_path / "folder") != described(tmp_path / "set.zip")
+
+
+@pytest.mark.parametrize("name", ["data/plain-1.zip", "my data=1, (x)/tiny.zip", "it's", "back\\", "a\\'b", "ünï"])
+def test_a_path_reaches_hydra_as_it_is(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("reproduce_scaled_table")
+    (override,) = OverridesParser.create().parse_overrides([f"data.root={script.quoted(name)}"])
+    assert override.value() == name
+
+
 @pytest.mark.slow
 def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -77,7 +143,7 @@ def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_no
     rows = [line.split(" | ") for line in table_of(first.stdout)[2:]]
     assert [row[0] for row in rows] == ["| 256", "| 8K", "| 16K", "| 32K", "| 32K"]
     records = tmp_path / "page" / "runs"
-    assert {path.name for path in records.iterdir()} == RUNS
+    assert {path.name for path in records.iterdir() if path.is_dir()} == RUNS
     page = (tmp_path / "page" / "README.md").read_text()
     assert all(" | ".join(row) in page for row in rows)
     assert (tmp_path / "page" / "report" / "table.md").exists()
@@ -97,16 +163,37 @@ def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_no
     script = importlib.import_module("reproduce_scaled_table")
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments, "--runs", "elsewhere"])
     script.main()
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["images.txt"]
     assert (tmp_path / "page" / "README.md").read_text() == page
     assert table_of(capsys.readouterr().out) == table_of(first.stdout)
 
-    # A record with another setting is of another run.
+    # What else lies beside the records stays.
+    (records / "precious").mkdir()
+    script.main()
+    assert {path.name for path in records.iterdir() if path.is_dir()} == RUNS | {"precious"}
+
+    # Other images: refused before anything is made, whether runs or records are there.
+    pictures(tmp_path / "other.zip", 64, 24)
+    for folders in (["--runs", "elsewhere"], ["--runs", "third", "--write", "page"]):
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--data", "other.zip", "--quick", "--epochs", "1", *folders])
+        with pytest.raises(SystemExit) as refused:
+            script.main()
+        assert refused.value.code == 2
+        assert "other images" in capsys.readouterr().err
+
+    # A record, or a run, with another setting is of another run: not taken for this one, and not written over.
     run = script.Run(script.Cell("32k", "sgd", 12.8), 0, choice=False)
     data = [*script.FOLDER, "data.root=/elsewhere/set.zip"]
     found = script.Study(data, tmp_path / "elsewhere", 1, 1, records).final(run)
     assert found == json.loads((records / run.name / "final.json").read_text())
     record = records / run.name / "run.json"
     record.write_text(record.read_text().replace("optimizer.lr=12.8", "optimizer.lr=1.6"))
-    assert script.Study(data, tmp_path / "elsewhere", 1, 1, records).final(run) is None
-    assert script.Study(data, tmp_path / "elsewhere", 2, 1, records).final(run) is None
+    for epochs, told in ((1, "optimizer.lr=1.6 there, optimizer.lr=12.8 wanted"), (2, "epochs=2")):
+        for folder, other in ((tmp_path / "elsewhere", records), (records, None)):
+            with pytest.raises(SystemExit):
+                script.Study(data, folder, epochs, 1, other).final(run)
+            assert told in capsys.readouterr().err
+    record.write_text("{")
+    with pytest.raises(SystemExit):
+        script.Study(data, tmp_path / "elsewhere", 1, 1, records).final(run)
+    assert str(record.parent) in capsys.readouterr().err
