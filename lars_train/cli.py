@@ -17,18 +17,21 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from string import Template
 from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, flatten, nominal_batch, register, resolve
+from lars_train.config.rows import no_row, row_name
 from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, nearest
 from lars_train.monitoring.say import complain, first_process, open_standard_streams, say
 from lars_train.text import printable_lines
@@ -152,7 +155,7 @@ def main() -> None:
             print(printable_lines(traceback.format_exc()), file=sys.stderr)
             sys.exit(FAILED)
         # What a job meets it handles itself: this is Hydra's word on the command line, in several classes.
-        complain(explain(error))
+        complain(explain(error, sys.argv[1:]))
         sys.exit(FAILED if elsewhere is not None and any(elsewhere.iterdir()) else BAD_INPUT)
     if elsewhere is not None:
         jobs.collect(elsewhere)
@@ -228,8 +231,8 @@ _FEW = 3
 _NO_STRING = r"(?<![\w'\".+-])(?:[+-]?\d+(?:\.\d*)?|(?i:null|true|false))(?![\w'\".-])"
 
 
-def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's errors in one or two lines, with the nearest name."""
+def explain(error: Exception, arguments: Sequence[str]) -> str:
+    """Hydra's and OmegaConf's errors on the prepared `arguments` in one or two lines, with the nearest name."""
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
         return (
@@ -248,10 +251,11 @@ def explain(error: Exception) -> str:
     if choice:
         group, name = choice.groups()
         choices = choices_of(group)
-        told = f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{nearest(name, choices)}"
-        if group == "batch" and (size := nominal_batch(name)):
-            told += f" For {size:,} images per update, add batch.size={size} and optimizer.lr=X to one of them."
-        return told
+        if group == "batch" and (config := _with_batch(name, arguments)) is not None:
+            if nominal_batch(name):
+                return no_row(config)
+            choices = list(config.recipe.rows)
+        return f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{nearest(name, choices)}"
     if "Ambiguous value for argument" in text:
         return f"{text.splitlines()[0]}: several values are a sweep; add -m."
     if error.__cause__ is not None:
@@ -263,6 +267,29 @@ def explain(error: Exception) -> str:
     if merged:
         lines[0] = f"{merged.group(1)}: this value does not fit the key."
     return " ".join(line for line in lines if line)
+
+
+def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
+    """What prepared `arguments` come to, unresolved, with a batch `name` that is no choice; of a sweep the first job.
+    None where they cannot be read without it, or where their recipe has such a row.
+    """
+    try:
+        settings = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
+        overrides = [
+            # Hydra names what is missing in the first of a sweep's jobs that miss it.
+            f"{str(override.input_line).partition('=')[0]}={next(override.sweep_string_iterator())}"
+            if override.is_sweep_override()
+            else str(override.input_line)
+            for override in OverridesParser.create().parse_overrides(settings)
+            if override.key_or_group != "batch"
+        ]
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = OmegaConf.to_object(hydra.compose("config", overrides))
+    except (HydraException, OmegaConfBaseException):
+        return None
+    assert isinstance(config, Config)
+    config.batch.name, config.batch.nominal = name, nominal_batch(name)
+    return None if row_name(config.recipe.rows, name) else config
 
 
 def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: bool) -> None:

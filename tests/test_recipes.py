@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from lars_train.cli import prepare_arguments
+from lars_train.cli import explain, prepare_arguments
 from lars_train.config import Config, config_dir, nominal_batch, published_top1, register, resolve
 from lars_train.config.lars_options import options_of
 from lars_train.errors import ConfigError
@@ -340,20 +341,78 @@ def test_a_batch_without_a_row_is_refused_with_the_nearest_rows(arguments: tuple
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+def refused(*arguments: str) -> str:
+    """What ends the command, whether the batch is another recipe's or nobody's."""
+    try:
+        resolved(*arguments)
+    except ConfigError as error:
+        return str(error)
+    except MissingConfigException as error:
+        return explain(error, prepare_arguments(list(arguments), None))
+    raise AssertionError("it is not refused")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # 12,288 lies at log2(1.5) = 0.58496 of the way: 12.8 (25/12.8)^0.58496; 16 2^(0.58496/2); 2.5 + 2.5 * 0.58496.
+        (("batch=12k",), ("batch=8k (lr 12.8", "batch=16k (lr 25", "batch=16k batch.size=12288 optimizer.lr=18.9")),
+        (("batch=12288",), ("batch=8k (lr 12.8", "batch=16k (lr 25", "batch=16k batch.size=12288 optimizer.lr=18.9")),
+        (("batch=12K", "recipe=nus"), ("batch=8k (lr 16", "optimizer.lr=19.6 schedule.warmup_epochs=3.96")),
+        # log(20480/13056)/log(32768/13056) = 0.48926; 160 is the largest divisor of 20,480 up to 204.
+        (("batch=20k", "recipe=mlperf"), ("batch=13056 batch.size=20480", "lr=16.4", "epochs=12.4", "ghost_batch=160")),
+        (("batch=24k", "recipe=nus"), ("batch=16k (lr 22.6", "batch=32k (lr 32", "batch=32k batch.size=24576")),
+        (("batch=12k", "recipe=goyal"), ("its rows are 8k.", "nearest is batch=8k", "nothing is interpolated")),
+        (("batch=128k",), ("nearest is batch=32k (lr 29", "nothing is interpolated", "batch.size=131072")),
+        (("batch=64k",), ("nothing is interpolated", "a recipe that has the batch (mlperf)")),
+        (("batch=12k", "batch.size=20000", "optimizer.lr=1"), ("no row", "such as batch=16k")),
+    ],
+)
+def test_a_batch_that_no_recipe_has_is_refused_with_the_nearest_rows_too(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    told = refused(*arguments, "data=imagenet")
+    assert [word for word in (*words, "has no row for it") if word not in told] == []
+    assert ("by hand" in told) != ("nothing is interpolated" in told or "such as" in told)
+
+
+@pytest.mark.parametrize("batch", ["16k", "20k"])
 @pytest.mark.parametrize("data", ["imagenet", "mini", "cifar10"])
-def test_the_settings_that_a_refusal_offers_between_two_rows_work(data: str) -> None:
+def test_the_settings_that_a_refusal_offers_between_two_rows_work(data: str, batch: str) -> None:
     images = {"imagenet": IMAGES, "mini": 10_000, "cifar10": 50_000}[data]
-    with pytest.raises(ConfigError) as caught:
-        resolved("recipe=mlperf", "batch=16k", f"data={data}")
-    offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", str(caught.value).split("by hand")[1])
+    told = refused("recipe=mlperf", f"batch={batch}", f"data={data}").split("by hand")[1].split(" Its warm-up")[0]
+    offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", told)
     config = resolved("recipe=mlperf", f"data={data}", *(setting.rstrip(",") for setting in offered))
     # 16,384 lies at log(16384/13056)/log(32768/13056) = 0.24676 of the way from 12.8 to 21.2, and from 9 to 16 epochs.
-    assert config.optimizer.lr == pytest.approx(12.8 * (21.2 / 12.8) ** 0.24676, rel=5e-3)
+    way = {"16k": 0.24676, "20k": 0.48926}[batch]
+    assert config.optimizer.lr == pytest.approx(12.8 * (21.2 / 12.8) ** way, rel=5e-3)
     share = 10 / 48 if data == "mini" else 1
-    assert config.schedule.warmup_epochs == pytest.approx((9 + 7 * 0.24676) * share, rel=5e-3)
+    assert config.schedule.warmup_epochs == pytest.approx((9 + 7 * way) * share, rel=5e-3)
     plan = make_plan(config, images)
-    assert plan.nominal_batch == 16384
-    assert plan.updates_per_epoch == pytest.approx(IMAGES // 16384, rel=0.35)
+    assert plan.nominal_batch == nominal_batch(batch)
+    assert plan.updates_per_epoch == pytest.approx(IMAGES // nominal_batch(batch), rel=0.35)
+
+
+def test_a_warmup_that_shrinks_with_the_run_is_offered_with_the_whole_one_and_the_reason() -> None:
+    told = refused("recipe=mlperf", "batch=16k", "epochs=1")
+    # 9 + 7 * 0.24676 epochs of 48.
+    assert "schedule.warmup_epochs=0.223" in told
+    assert "10.7 of the 48 epochs of batch=13056, shrunk to this run's epochs=1" in told
+    assert "schedule.scale_warmup is true: 10.7 * 1 / 48 = 0.223." in told
+    for more in ("schedule.scale_warmup=false", "data=imagenet"):
+        told = refused("recipe=mlperf", "batch=16k", "epochs=20", more)
+        assert "schedule.warmup_epochs=10.7" in told
+        assert "shrunk" not in told
+
+
+def test_the_settings_that_a_refusal_offers_keep_what_is_given() -> None:
+    given = ("batch.scaled=false", "optimizer.lr=7.123456", "schedule.warmup_epochs=1.5", "model.ghost_batch=64")
+    told = refused("recipe=mlperf", "batch=16k", *given)
+    assert [setting for setting in given if setting not in told.split("but for what is given:")[1]] == []
+    assert "batch.scaled=true" not in told
+    assert "shrunk" not in told
+    assert "batch.scaled=false" in refused("recipe=nus", "batch=64k", "batch.scaled=false")
+    assert "batch.scaled=true" in refused("recipe=mlperf", "batch=20k", "batch.scaled=true", "data=imagenet")
 
 
 def test_64k_of_mlperf_works_on_the_embedded_pictures() -> None:

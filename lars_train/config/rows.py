@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lars_train.config.schema import Config, RecipeConfig, RowConfig, nominal_batch
+from omegaconf import OmegaConf
+
+from lars_train.config.schema import Config, RecipeConfig, RowConfig, choices_of, config_dir, nominal_batch
 
 
 def row_name(rows: Iterable[str], batch: str) -> str | None:
@@ -33,38 +35,71 @@ def no_row(config: Config) -> str:
     above = min((name for name in rows if nominal_batch(name) > size), key=nominal_batch, default=None)
     if below is None or above is None:
         near = rows[0] if below is None else rows[-1]
+        having = ", ".join(_recipes_with(batch))
+        elsewhere = f", or a recipe that has the batch ({having})" if having else ""
+        added = " ".join([f"batch.size={size}", *_scaled(config)])
         return (
-            f"{text} The nearest is {_told(recipe, near)}; beyond it the source says nothing. Choose it, or a recipe "
-            f"that has the batch, or add batch.size={size} and an optimizer.lr of your own to batch={near}."
+            f"{text} The nearest is {_told(recipe, near)}; beyond it the source says nothing, and nothing is "
+            f"interpolated. Choose it{elsewhere}, or add {added} and an optimizer.lr of your own to batch={near}."
         )
     text = f"{text} The nearest are {_told(recipe, below)} and {_told(recipe, above)}. Choose one of them"
     first, second = (_values(recipe, name)["optimizer"] for name in (below, above))
     if first != second:
         return f"{text}; there is no way from one to the other, for one is {first}'s and one {second}'s."
-    settings = _interpolated(config, below, above)
+    settings, shrunk = _interpolated(config, below, above)
+    given = any(value is not None for value in (config.optimizer.lr, config.schedule.warmup_epochs))
+    kept = ", but for what is given" if given else ""
     return (
-        f"{text}; or, by hand, on the line between the two in the logarithms of batch and lr: {settings}, "
-        "which no source vouches for (docs/recipes.md)."
+        f"{text}; or, by hand, on the line between the two in the logarithms of batch and lr{kept}: {settings}, "
+        f"which no source vouches for (docs/recipes.md).{shrunk}"
     )
 
 
-def _interpolated(config: Config, below: str, above: str) -> str:
-    """The settings of a batch between two rows: the nearer row's, but for lr, warm-up and ghost batch."""
-    recipe, size = config.recipe, nominal_batch(config.batch.name)
+def _recipes_with(batch: str) -> list[str]:
+    """The recipes of this program that have a row for the batch called `batch`."""
+    rows = {name: OmegaConf.load(config_dir() / "recipe" / f"{name}.yaml").rows for name in choices_of("recipe")}
+    return [name for name in rows if row_name([str(row) for row in rows[name]], batch)]
+
+
+def _scaled(config: Config) -> list[str]:
+    """What has a literal batch shrink with the data set as a row's does; what is given stays."""
+    scaled = config.batch.scaled
+    if scaled is not None:
+        return [f"batch.scaled={str(scaled).lower()}"]
+    return [] if config.data.name == "imagenet" else ["batch.scaled=true"]
+
+
+def _interpolated(config: Config, below: str, above: str) -> tuple[str, str]:
+    """The settings of a batch between two rows: the nearer row's, but for lr, warm-up, ghost batch and what is given;
+    and, where the warm-up shrinks with the run, a sentence that says from what.
+    """
+    recipe, size, schedule = config.recipe, nominal_batch(config.batch.name), config.schedule
     low, high = nominal_batch(below), nominal_batch(above)
     share = math.log(size / low) / math.log(high / low)
     first, second = _values(recipe, below), _values(recipe, above)
     near, values = (below, first) if share < 0.5 else (above, second)
-    lr = first["lr"] ** (1 - share) * second["lr"] ** share
-    warmup = first["warmup_epochs"] * (1 - share) + second["warmup_epochs"] * share
-    if config.schedule.scale_warmup and config.epochs is not None:
-        warmup *= config.epochs / values["epochs"]
-    text = f"batch={near} batch.size={size} optimizer.lr={lr:.3g} schedule.warmup_epochs={warmup:.3g}"
-    ghost = int(values["ghost_batch"])
+    lr, shrunk = f"{first['lr'] ** (1 - share) * second['lr'] ** share:.3g}", ""
+    if config.optimizer.lr is not None:
+        lr = str(config.optimizer.lr)
+    warmup = schedule.warmup_epochs
+    if warmup is None:
+        warmup = first["warmup_epochs"] * (1 - share) + second["warmup_epochs"] * share
+        if schedule.scale_warmup and config.epochs not in (None, values["epochs"]):
+            # The key is taken literally; only a row's own warm-up shrinks with the run.
+            whole, warmup = warmup, warmup * config.epochs / values["epochs"]
+            shrunk = (
+                f" Its warm-up is {whole:.3g} of the {values['epochs']} epochs of batch={near}, shrunk to this run's "
+                f"epochs={config.epochs}, for schedule.scale_warmup is true: {whole:.3g} * {config.epochs} / "
+                f"{values['epochs']} = {warmup:.3g}."
+            )
+    settings = [f"batch={near} batch.size={size} optimizer.lr={lr} schedule.warmup_epochs={warmup:.3g}"]
+    ghost = config.model.ghost_batch or int(values["ghost_batch"])
     if size > ghost and size % ghost:
         # The largest divisor up to it, of which there is always one.
-        text += f" model.ghost_batch={max(n for n in range(1, ghost + 1) if size % n == 0)}"
-    return text if config.data.name == "imagenet" else f"{text} batch.scaled=true"
+        ghost = max(n for n in range(1, ghost + 1) if size % n == 0)
+    if config.model.ghost_batch is not None or ghost != int(values["ghost_batch"]):
+        settings.append(f"model.ghost_batch={ghost}")
+    return " ".join([*settings, *_scaled(config)]), shrunk
 
 
 def _told(recipe: RecipeConfig, name: str) -> str:

@@ -421,7 +421,7 @@ def choices_of(group: str) -> list[str]:
 def nominal_batch(name: str) -> int:
     """Samples per update on ImageNet of the batch called `name`: ``256`` or ``8k`` (8,192); 0 for another word."""
     digits, thousands = name.removesuffix("k"), name.endswith("k")
-    return int(digits) * (1024 if thousands else 1) if digits.isdigit() else 0
+    return int(digits) * (1024 if thousands else 1) if digits.isascii() and digits.isdigit() else 0
 
 
 def config_dir() -> Path:
