@@ -57,6 +57,12 @@ def composed(settings: list[str]) -> Config:
         return resolve(compose("config", prepare_arguments(settings, None)))
 
 
+def kinds_of(commands: list[list[str]]) -> list[tuple[str, str, int]]:
+    """Batch, mode and seed of commands that start lars-train."""
+    configs = [composed([setting.replace(" ", "_") for setting in settings_of(command)]) for command in commands]
+    return [(config.batch.name, config.mode, config.seed) for config in configs]
+
+
 @pytest.mark.parametrize("path", sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")]), ids=lambda path: path.name)
 def test_every_shell_script_parses_and_quotes_its_variables(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
@@ -72,8 +78,9 @@ def test_every_shell_script_parses_and_quotes_its_variables(path: Path) -> None:
 def test_on_one_machine_the_whole_table_is_one_command(tmp_path: Path) -> None:
     code, commands = started(SHELL, tmp_path, "/data/image net", "seed=1")
     assert code == 0
-    assert len(commands) == 1
-    flag, batches, *rest = settings_of(commands[0])
+    *planned, table = commands
+    assert kinds_of(planned) == [("256", "plan", 1), ("32k", "plan", 1)]
+    flag, batches, *rest = settings_of(table)
     assert (flag, batches) == ("-m", "batch=256,8k,16k,32k")
     assert rest[1] == "data.root=/data/image net"
     for batch in batches.removeprefix("batch=").split(","):
@@ -87,7 +94,9 @@ def test_on_several_machines_each_runs_the_large_rows_and_the_first_the_small_on
     code, first = started(SHELL, tmp_path, "/data", NODE="0", **common)
     assert code == 0
     _, second = started(SHELL, tmp_path, "/data", NODE="1", **common)
-    assert second == first[:3]
+    assert second == first[:5]
+    assert kinds_of(first[:2]) == [("256", "plan", 0), ("32k", "plan", 0)]
+    del first[:2]
     assert [composed(settings_of(command)).batch.name for command in first] == ["32k", "16k", "8k", "256"]
     assert [command[0] for command in first] == ["torchrun"] * 3 + ["lars-train"]
     line = " ".join(first[0])
@@ -98,7 +107,7 @@ def test_on_several_machines_each_runs_the_large_rows_and_the_first_the_small_on
 def test_a_row_that_fails_ends_the_script_with_its_code(tmp_path: Path) -> None:
     common = {"NODES": "2", "NODE": "0", "HEAD": "gpu01", "GPUS": "8"}
     code, commands = started(SHELL, tmp_path, "/data", code=3, stops_at="16k", **common)
-    assert (code, len(commands)) == (3, 2)
+    assert (code, [command[0] for command in commands]) == (3, ["lars-train"] * 2 + ["torchrun"] * 2)
     code, commands = started(SLURM, tmp_path, code=3, stops_at="16k", IMAGENET_DIR="/data", SLURM_JOB_ID="7")
     assert (code, [command[0] for command in commands]) == (3, ["srun", "srun"])
 
@@ -127,14 +136,101 @@ def test_a_preempted_job_is_queued_again(tmp_path: Path) -> None:
     assert text.index("#SBATCH --signal") < text.index("set -uo pipefail")
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    assert started(SHELL, tmp_path) == (1, [])
-    assert started(SHELL, tmp_path, "/data", NODES="2") == (1, [])
-    environment = dict(os.environ)
-    environment.pop("IMAGENET_DIR", None)
-    done = subprocess.run(["bash", str(SLURM)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "IMAGENET_DIR" in done.stderr
+@pytest.mark.parametrize("nodes", [{}, {"NODES": "4", "NODE": "1", "HEAD": "gpu01", "GPUS": "8"}])
+def test_bad_input_ends_the_script_with_2_before_the_table_is_started(nodes: dict[str, str], tmp_path: Path) -> None:
+    code, commands = started(SHELL, tmp_path, "/data", "sede=1", code=2, stops_at="256", **nodes)
+    assert (code, [words[:2] + words[-1:] for words in commands]) == (2, [["lars-train", "batch=256", "mode=plan"]])
+
+
+def test_a_sweep_of_ones_own_is_started_without_a_plan(tmp_path: Path) -> None:
+    code, commands = started(SHELL, tmp_path, "/data", "seed=1,2")
+    assert (code, [command[1] for command in commands]) == (0, ["-m"])
+
+
+def said(script: Path, folder: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `script` in a shell that knows nothing but the way to programs and `environment`;
+    nothing may be started.
+    """
+    log = folder / "log"
+    for name in ("lars-train", "torchrun", "srun", "scontrol"):
+        (folder / name).write_text(STUB)
+        (folder / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(script), *arguments],
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(log), "STOPS_AT": "none", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not log.exists()
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        ((), {}, "DATA_ROOT, the first argument, is missing"),
+        (("mode=plan",), {}, "mode=plan: DATA_ROOT"),
+        (("data.root=/data/imagenet",), {}, "data.root=/data/imagenet: DATA_ROOT"),
+        (("-m", "/data"), {}, "-m: DATA_ROOT"),
+        (("/data",), {"NODES": "abc"}, "NODES=abc:"),
+        (("/data",), {"NODES": "0"}, "NODES=0:"),
+        (("/data",), {"NODES": "-2"}, "NODES=-2:"),
+        (("/data",), {"NODES": "99999999999999999999"}, "NODES=99999999999999999999:"),
+        (("/data",), {"NODES": "4", "HEAD": "h", "GPUS": "8"}, "NODE=: "),
+        (("/data",), {"NODES": "4", "HEAD": "h", "GPUS": "8", "NODE": "4"}, "NODE=4: the number of this machine"),
+        (("/data",), {"NODES": "4", "HEAD": "h", "GPUS": "8", "NODE": "9"}, "from 0 to 3"),
+        (("/data",), {"NODES": "4", "HEAD": "h", "GPUS": "8", "NODE": "1.5"}, "NODE=1.5:"),
+        (("/data",), {"NODES": "4", "GPUS": "8", "NODE": "1"}, "HEAD is missing"),
+        (("/data",), {"NODES": "4", "HEAD": "h", "GPUS": "0", "NODE": "1"}, "GPUS=0:"),
+    ],
+)
+def test_what_is_missing_or_odd_is_said(
+    arguments: tuple[str, ...], environment: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    code, out, err = said(SHELL, tmp_path, *arguments, **environment)
+    assert (code, out) == (2, "")
+    assert told in err.splitlines()[0]
+    assert err.splitlines()[1].startswith("usage: ")
+    assert "line " not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        ((), {}, "IMAGENET_DIR is missing"),
+        ((), {"IMAGENET_DIR": "mode=plan"}, "IMAGENET_DIR=mode=plan:"),
+        ((), {"IMAGENET_DIR": "--help"}, "IMAGENET_DIR=--help:"),
+        (("/data/imagenet",), {"IMAGENET_DIR": "/data"}, "/data/imagenet: a setting is key=value"),
+        (("--nodes=2",), {"IMAGENET_DIR": "/data"}, "--nodes=2: a setting is key=value"),
+    ],
+)
+def test_under_slurm_what_is_missing_or_odd_is_said(
+    arguments: tuple[str, ...], environment: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    code, out, err = said(SLURM, tmp_path, *arguments, **environment)
+    assert (code, out) == (2, "")
+    assert told in err.splitlines()[0]
+    assert err.splitlines()[1].startswith("usage: ")
+
+
+@pytest.mark.parametrize("script", [SHELL, SLURM], ids=lambda path: path.name)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_usage(script: Path, flag: str, tmp_path: Path) -> None:
+    code, out, err = said(script, tmp_path, flag)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: ")
+    assert "DATA_ROOT" in out
+
+
+@pytest.mark.parametrize("root", ["/data/a=b", "./a=b", "s3://bucket/key=1", "imagenet"])
+def test_a_folder_or_a_url_is_taken_whatever_its_name(root: str, tmp_path: Path) -> None:
+    code, commands = started(SHELL, tmp_path, root)
+    assert code == 0
+    assert {f"data.root={root}" in command for command in commands} == {True}
+    code, commands = started(SLURM, tmp_path, IMAGENET_DIR=root, SLURM_JOB_ID="7")
+    assert code == 0
+    assert {f"data.root={root}" in command for command in commands} == {True}
 
 
 def test_the_check_of_a_gpu_says_so_where_there_is_none(tmp_path: Path) -> None:
