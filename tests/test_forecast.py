@@ -303,3 +303,20 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     found = {"scaling": points, "expected": deepcopy(points[0]), "rows": rows}
     draw(found, [[1, 0.1], [9, 1.0]], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("row", ["256", "8k"])
+def test_the_page_of_the_imagenet_table_has_the_plans_own_memory_and_disk(row: str) -> None:
+    page = (ROOT / "docs" / "imagenet_table.md").read_text()
+    found = planned(f"batch={row} data=synthetic batch.scaled=false plan.world=8")
+    lines, disk = found["log_lines"], found["forecast"]["disk"]
+    cells = next(line for line in page.splitlines() if re.match(rf"\| {row} \| {lines:,} \|", line)).split(" | ")
+    kilobytes, logs, kept = (float(cell.split()[0].strip("|")) for cell in cells[2:5])
+    assert kilobytes == pytest.approx(sum(disk["log_line_bytes"].values()) / 1e3, rel=0.01)
+    assert logs == pytest.approx(sum(disk["log_bytes"].values()) / 1e6, rel=0.01)
+    assert kept * (1e9 if "GB" in cells[4] else 1e6) == pytest.approx(disk["bytes"], rel=0.01)
+    for memory in found["forecast"]["memory_per_device"]:
+        if memory["micro_batch"] in (32, 256):
+            each = memory["activation_bytes"] / memory["micro_batch"] / 1e6
+            told = f"{memory['micro_batch']} \u00d7 {each:.1f} MB + 307 MB = {memory['bytes'] / 1e9:.2f} GB"
+            assert told in page.replace("\n", " ")
