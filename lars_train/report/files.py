@@ -114,6 +114,17 @@ def as_number(value: Any) -> float | None:
     return float(value)
 
 
+def as_setting(value: Any) -> float | None:
+    """`value` if it is a finite number, of whatever size: a setting is shown and compared, and goes into no sum."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        plain = float(value)
+    except OverflowError:
+        return None
+    return plain if math.isfinite(plain) else None
+
+
 def whole(found: Any, key: str) -> int | None:
     """The whole number from 0 on that the object `found` has there, or None."""
     value = number(found, key)

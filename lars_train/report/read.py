@@ -17,6 +17,7 @@ MOST_RUNS = 1000
 _MOST_LINES = 1_000_000
 _MOST_LAYERS = 5000
 _DEEPEST = 4
+_DIVERGED = re.compile(r"(?:Diverged: )?(diverged at update ([0-9,]{1,19}):.*)", re.DOTALL)
 _MOVED_ASIDE = re.compile(r"\.old\d+$")
 
 
@@ -35,6 +36,7 @@ class Run:
     """What a run directory says, each value checked; None where it says nothing usable.
 
     `best_top1` and `final_top1` in percent (of a run that has not ended, `best_top1` is the best so far);
+    `updates`: of a run that has diverged, until it did (it is found at the next log line), which is `diverged`;
     `seconds`: wall time of training over all starts; `resumes`: starts that went on from a checkpoint;
     `problems`: what could not be read.
     """
@@ -49,6 +51,7 @@ class Run:
     samples: int | None = None
     raised: bool = False
     updates: int = 0
+    diverged: bool = False
     planned_updates: int | None = None
     seconds: float | None = None
     best_top1: float | None = None
@@ -68,8 +71,11 @@ class Run:
 
     @property
     def images_per_s(self) -> float | None:
-        """Training images over the time of training and evaluation."""
-        if not self.seconds or self.global_batch is None or not self.updates:
+        """Training images over the time of training and evaluation.
+
+        None for a run that has diverged: its time holds updates after those that count.
+        """
+        if self.diverged or not self.seconds or self.global_batch is None or not self.updates:
             return None
         return self.updates * self.global_batch / self.seconds
 
@@ -129,6 +135,9 @@ def read_run(directory: Path) -> Run:
     starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
     top1, loss, last, seconds = _curves(directory, problems)
     state, reason, updates = _state(final, starts, last)
+    diverged = _DIVERGED.fullmatch(reason) if state == FAILED else None
+    if diverged is not None:
+        reason, updates = diverged[1], min(updates, int(diverged[2].replace(",", "") or 0))
     ended = final.get("rollbacks")
     if state in (FINISHED, CUT):
         seconds = number(final, "seconds")
@@ -147,6 +156,7 @@ def read_run(directory: Path) -> Run:
         samples=whole(plan, "samples"),
         raised=plan.get("raised") is True,
         updates=updates,
+        diverged=diverged is not None,
         planned_updates=whole(final, "planned_updates") or whole(plan, "updates"),
         seconds=seconds,
         best_top1=share(final, "best_top1") if state in (FINISHED, CUT) else max((p.value for p in top1), default=None),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lars_train.report.compare import Mean, Row
-from lars_train.report.files import as_number, relative, shown
+from lars_train.report.files import as_number, as_setting, relative, shown
 from lars_train.report.read import CUT, FAILED, FINISHED, Run
 from lars_train.text import printable
 
@@ -92,6 +92,9 @@ def state(row: Row) -> str:
         parts = [f"{FINISHED}, {len(row.runs)} seeds"]
     if run.state == CUT:
         parts = [f"{CUT} {run.reason}"]
+    elif run.diverged:
+        # The reason names the update.
+        parts = [f"{FAILED}: {run.reason.rstrip('.')}"]
     elif run.state != FINISHED:
         parts.append(f"at update {run.updates:,}" + (f": {run.reason}" if run.reason else ""))
         if run.state == FAILED and run.reason:
@@ -209,7 +212,7 @@ def csv_text(rows: Sequence[Row], folder: Path) -> str:
             "raised": str(run.raised).lower(),
             "recipe": _cell(run.setting("recipe.name")),
             "lr_policy": _cell(policy(run)),
-            "lr": as_number(run.settings.get("optimizer.lr")),
+            "lr": as_setting(run.settings.get("optimizer.lr")),
             "warmup_epochs": as_number(run.settings.get("schedule.warmup_epochs")),
             "epochs": as_number(run.settings.get("epochs")),
             "updates": run.updates,
@@ -243,12 +246,12 @@ def _cell(text: str) -> str:
 
 
 def _short(run: Run, key: str) -> str:
-    value = as_number(run.settings.get(key))
+    value = as_setting(run.settings.get(key))
     return NOTHING if value is None else f"{value:g}"
 
 
 def _updates(run: Run) -> str:
-    if run.planned_updates in (None, run.updates):
+    if run.planned_updates is None or (run.planned_updates == run.updates and run.state == FINISHED):
         return f"{run.updates:,}"
     return f"{run.updates:,} of {run.planned_updates:,}"
 

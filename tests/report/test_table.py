@@ -77,6 +77,20 @@ def test_a_full_run_makes_the_published_row(made: Made) -> None:
             "state",
             "failed at update 12: Diverged: loss nan",
         ),
+        *(
+            ("32k", {"ended": "failed", "reason": f"Diverged: diverged at update {update}: loss nan, lr 2."}, *told)
+            for update, *told in (
+                ("6", "state", "failed: diverged at update 6: loss nan, lr 2"),
+                ("6", "updates", "6 of 12"),
+                ("12", "updates", "12 of 12"),
+                ("6", "images/s", "-"),
+                # Nothing after the log's end can be so.
+                ("1,234", "updates", "12 of 12"),
+            )
+        ),
+        ("32k", {"ended": None}, "updates", "12 of 12"),
+        ("32k", {"optimizer__lr": 1e30}, "lr", "1e+30"),
+        ("32k", {"optimizer__lr": 10**400}, "lr", "-"),
         ("32k", {"ended": "stopped", "reason": "Stopped: SIGTERM: x"}, "state", "stopped at update 12: SIGTERM"),
         ("32k", {"ended": None}, "final top-1 %", "-"),
         ("32k", {"ended": None}, "best top-1 %", "30.00"),
