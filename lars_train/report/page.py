@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -13,7 +13,7 @@ from lars_train import __version__
 from lars_train.report import curves
 from lars_train.report.compare import Row
 from lars_train.report.files import relative, shown
-from lars_train.report.read import Ratios, Run, read_ratios
+from lars_train.report.read import FINISHED, Ratios, Run, read_ratios
 from lars_train.report.table import HEADER, NOTHING, batch_name, cells, duration, notes, state
 from lars_train.text import printable
 
@@ -32,9 +32,9 @@ _FILES = (
 )
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1c1d; --paper: #fff; --faint: #5c6167; --line: #d5d8dc; --stripe: #f5f6f7;
-  --link: #0b57d0; }
+  --link: #0b57d0; --open: #a63d00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181a; --faint: #a3a9b0; --line: #3a3f44;
-  --stripe: #1e2124; --link: #8ab4f8; } }
+  --stripe: #1e2124; --link: #8ab4f8; --open: #ffab70; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 84rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
@@ -47,7 +47,11 @@ a { color: var(--link); }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; white-space: nowrap; }
-td.wide { white-space: normal; min-width: 22rem; }
+td.wide { white-space: normal; min-width: 18rem; max-width: 30rem; }
+thead th, tbody th, td.state { white-space: normal; } tbody th { min-width: 5rem; }
+td.state { min-width: 8rem; max-width: 16rem; }
+tr.open th { box-shadow: inset .3rem 0 var(--open); }
+tr.open td.state { color: var(--open); font-weight: 600; }
 thead th { border-bottom: 2px solid var(--line); } tbody tr:nth-child(even) { background: var(--stripe); }
 tbody th { font-weight: 600; } .number { text-align: right; }
 .pictures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
@@ -73,7 +77,7 @@ def _parts(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield f"<title>lars-train: report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<header>"
     yield f"<h1>lars-train: top-1 by batch</h1>\n<p class=faint>{_summary(runs)}</p>\n</header>\n<main>"
     yield '<section aria-labelledby="table">\n<h2 id="table">Table</h2>'
-    yield _table("The table", HEADER, [cells(row) for row in rows])
+    yield _results(rows)
     told = "\n".join(f"<li>{escape(printable(note))}</li>" for note in notes(rows))
     yield f'<ul class="notes">\n{told}\n</ul>\n<p class=faint>{_links("table.md", "table.csv")}</p>\n</section>'
     yield '<section aria-labelledby="curves">\n<h2 id="curves">Curves</h2>\n<div class="pictures">'
@@ -110,18 +114,32 @@ def _figure(svg: str, caption: str, alternative: str) -> str:
     return f"<figure>\n<figcaption>{escape(caption)}</figcaption>\n{image}\n</figure>"
 
 
-def _table(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in a box of its own that scrolls; its first column heads the rows."""
-    kinds = ["number" if title in _NUMBERS else "" for title in header]
+def _results(rows: Sequence[Row]) -> str:
+    """The table, the state beside the batch: a narrow window shows what a row is worth before its figures."""
+    place = HEADER.index("state")
+    order = [0, place, *(i for i in range(1, len(HEADER)) if i != place)]
+    found = [cells(row) for row in rows]
+    unfinished = {number for number, row in enumerate(rows) if row.first.state != FINISHED}
+    return _table("The table", [HEADER[i] for i in order], ([line[i] for i in order] for line in found), unfinished)
+
+
+def _table(
+    name: str, header: Sequence[str], rows: Iterable[Sequence[str]], unfinished: Container[int] = frozenset()
+) -> str:
+    """A table in a box of its own that scrolls; its first column heads the rows.
+
+    `unfinished`: the rows, by number, that are marked as of runs that are not finished.
+    """
+    kinds = ["number" if title in _NUMBERS else "state" if title == "state" else "" for title in header]
     head = "".join(
         f'<th scope="col"{_class(kind)}>{escape(printable(t))}</th>' for t, kind in zip(header, kinds, strict=True)
     )
     lines = []
-    for row in rows:
+    for number, row in enumerate(rows):
         first, *others = (escape(printable(cell)) for cell in row)
-        kinds_here = ["wide" if len(cell) > 40 else kind for cell, kind in zip(others, kinds[1:], strict=True)]
+        kinds_here = [kind or ("wide" if len(cell) > 40 else "") for cell, kind in zip(others, kinds[1:], strict=True)]
         tail = "".join(f"<td{_class(kind)}>{cell}</td>" for cell, kind in zip(others, kinds_here, strict=True))
-        lines.append(f'<tr><th scope="row">{first}</th>{tail}</tr>')
+        lines.append(f'<tr{_class("open" if number in unfinished else "")}><th scope="row">{first}</th>{tail}</tr>')
     body = "\n".join(lines)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(printable(name))}">\n<table>\n'
