@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from lars_train.report.read import FINISHED, Run
 AS_RECIPE = "as the recipe's row has it"
 # They tell rows and seeds apart by themselves; what a recipe's rows hold is compared field by field.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
+
+# Significant digits of a float that is shown for what sets a row apart.
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,16 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
         size = run.nominal_batch if run.nominal_batch is not None else math.inf
         groups.setdefault((size, run.batch, run.global_batch or 0, apart), []).append(run)
     rows = []
+    short = {key: _short(setup[key] for setup in setups if key in setup) for key in differing}
+    implied = _implied(runs) if "optimizer.name" in differing else {}
     for key in sorted(groups):
-        members, differs = groups[key], {name: value for other, name, value in key[-1] if other}
+        members = groups[key]
+        optimizer = members[0].setting("optimizer.name")
+        differs = {
+            name: short[name].get(value, value)
+            for other, name, value in key[-1]
+            if other and optimizer not in implied.get(name, ())
+        }
         rows += _finished_rows([run for run in members if run.state == FINISHED], differs)
         rows += [Row((run,), differs) for run in members if run.state != FINISHED]
     return rows
@@ -99,6 +111,52 @@ def differing_keys(setups: Sequence[dict[str, str]]) -> list[str]:
     """The keys that do not have the same value in all of `setups`."""
     keys = dict.fromkeys(key for setup in setups for key in setup)
     return sorted(key for key in keys if len({setup.get(key) for setup in setups}) > 1)
+
+
+def _implied(runs: Sequence[Run]) -> dict[str, set[str]]:
+    """The optimizer's options that its name decides, each with the names for which that is so.
+
+    Those are the optimizers that have no such option (it is null, or not there); and, if only one optimizer has it,
+    that one, if all its runs have one value.
+    """
+    values: dict[str, dict[str, set[str]]] = {}
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key.startswith("optimizer."))
+    for run in runs:
+        for key in keys:
+            of_key = values.setdefault(key, {}).setdefault(run.setting("optimizer.name"), set())
+            of_key.add(shown(run.settings.get(key)))
+    found = {}
+    for key, by_name in values.items():
+        without = {name for name, have in by_name.items() if have == {shown(None)}}
+        having = by_name.keys() - without
+        if without:
+            alone = having if len(having) == 1 and all(len(by_name[name]) == 1 for name in having) else set()
+            found[key] = without | alone
+    return found
+
+
+def _short(texts: Iterable[str]) -> dict[str, str]:
+    """Each value of one key as the table shows it: floats with 6 digits, or as many as tell all of them apart."""
+    whole = sorted(set(texts))
+    for digits in range(_DIGITS, 17):
+        brief = [_rounded(text, digits) for text in whole]
+        if len(set(brief)) == len(whole):
+            return dict(zip(whole, brief, strict=True))
+    return {text: text for text in whole}
+
+
+def _rounded(text: str, digits: int) -> str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(value, list):
+        return json.dumps([_rounded_float(item, digits) for item in value])
+    return json.dumps(_rounded_float(value, digits)) if isinstance(value, float) else text
+
+
+def _rounded_float(value: Any, digits: int) -> Any:
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def _finished_rows(runs: list[Run], differs: dict[str, str]) -> list[Row]:

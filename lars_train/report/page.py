@@ -46,7 +46,7 @@ a { color: var(--link); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; white-space: nowrap; }
+th, td { padding: .4rem .5rem; text-align: left; vertical-align: top; white-space: nowrap; }
 td.wide { white-space: normal; min-width: 18rem; max-width: 30rem; }
 thead th, tbody th, td.state { white-space: normal; } tbody th { min-width: 5rem; }
 td.state { min-width: 8rem; max-width: 16rem; }

@@ -92,6 +92,53 @@ def test_what_differs_beyond_batch_and_recipe_row_is_named_and_parts_the_rows(
     assert len(found) == 3
 
 
+LARS_ALONE = {"eps": 1e-8, "clamp": "none", "preset": "torchlars", "zero_norm": "decay", "trust_coef": 0.001}
+
+
+def of_optimizer(name: str, **changes: Any) -> dict[str, Any]:
+    """Settings as `config.resolve` leaves them: the options of LARS are null for all others."""
+    own = {f"optimizer__{key}": value if name == "lars" else None for key, value in LARS_ALONE.items()}
+    return {"optimizer__name": name, **own, **changes}
+
+
+def test_options_that_follow_from_the_optimizer_s_name_are_not_told_beside_it(made: Made) -> None:
+    lars = made("a", optimizer__weight_decay=2e-4, **of_optimizer("lars"))
+    found = rows(lars, made("b", optimizer__weight_decay=1e-4, **of_optimizer("sgd")))
+    assert [row.differs for row in found] == [
+        {"optimizer.weight_decay": "0.0002"},
+        {"optimizer.name": "sgd", "optimizer.weight_decay": "0.0001"},
+    ]
+
+
+def test_options_of_one_optimizer_that_its_own_runs_differ_in_are_told_of_those(made: Made) -> None:
+    one, other = (made(str(eps), **of_optimizer("lars", optimizer__eps=eps)) for eps in (1e-4, 1e-5))
+    found = rows(one, other, made("b", **of_optimizer("sgd")))
+    assert [row.differs for row in found] == [
+        {"optimizer.name": "sgd"},
+        {"optimizer.eps": "0.0001"},
+        {"optimizer.eps": "1e-05"},
+    ]
+    # The same without the third.
+    assert [row.differs for row in rows(one, other)] == [row.differs for row in found[1:]]
+
+
+def test_floats_are_told_in_six_digits_or_in_as_many_as_tell_them_apart(made: Made) -> None:
+    def told(values: list[Any]) -> set[str]:
+        names = (f"{number}-{values[0]}" for number in range(len(values)))
+        found = rows(*(made(name, other__key=value) for name, value in zip(names, values, strict=True)))
+        return {row.differs["other.key"] for row in found}
+
+    assert told([1 / 6, 2.0, "0.16666666666666666x", "1.25.1111111"]) == {
+        "0.166667",
+        "2.0",
+        "0.16666666666666666x",
+        "1.25.1111111",
+    }
+    assert told([[1 / 3, 20.0], [2 / 3, 20.0]]) == {"[0.333333, 20.0]", "[0.666667, 20.0]"}
+    assert told([1 / 7, 1 / 7 + 1e-8]) == {"0.1428571", "0.1428572"}
+    assert told([0.1 + 0.2, 0.3]) == {"0.30000000000000004", "0.3"}
+
+
 def test_names_places_and_pace_part_no_rows(made: Made) -> None:
     changes = {"run__name": "b", "launch__nproc": 4, "log_every": 3, "checkpoint__keep": 9, "micro_batch": 64}
     (row,) = rows(made("a"), made("b", seed=1, **changes))
