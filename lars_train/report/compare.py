@@ -55,9 +55,9 @@ class Row:
         return self.runs[0]
 
     def mean(self, value: Callable[[Run], float | None]) -> Mean | None:
-        """Of `value` over the runs; None if one of them has none."""
+        """Of `value` over the runs that have one; None if none has."""
         values = [v for v in map(value, self.runs) if v is not None]
-        if len(values) < len(self.runs):
+        if not values:
             return None
         return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 

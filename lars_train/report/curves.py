@@ -85,7 +85,7 @@ class _Look:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with its band: means and standard deviations over a row's runs at the updates that all have logged."""
+    """A line with its band: means and standard deviations at the updates that all of a row's runs with a log have."""
 
     x: list[float]
     mean: list[float]
@@ -95,7 +95,9 @@ class Curve:
 def curve(row: Row, panel: Panel) -> Curve | None:
     """The curve of a row; None where nothing was logged for it."""
     by_update = [{p.update: p for p in panel.values(run) if getattr(p, panel.axis) is not None} for run in row.runs]
-    common = sorted(set.intersection(*(set(points) for points in by_update)))
+    # A seed whose log is lost does not take the others' curve with it.
+    by_update = [points for points in by_update if points]
+    common = sorted(set.intersection(*(set(points) for points in by_update))) if by_update else []
     if not common:
         return None
     x, mean, deviation = [], [], []
@@ -105,7 +107,7 @@ def curve(row: Row, panel: Panel) -> Curve | None:
         mean.append(statistics.fmean(p.value for p in points))
         deviation.append(statistics.stdev(p.value for p in points) if len(points) > 1 else 0.0)
     size = math.ceil(len(common) / _MOST_POINTS)
-    return Curve(_binned(x, size), _binned(mean, size), _binned(deviation, size) if len(row.runs) > 1 else None)
+    return Curve(_binned(x, size), _binned(mean, size), _binned(deviation, size) if len(by_update) > 1 else None)
 
 
 def labels(rows: Sequence[Row]) -> list[str]:

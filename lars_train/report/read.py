@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,7 @@ def read_run(directory: Path) -> Run:
     ended = final.get("rollbacks")
     if state in (FINISHED, CUT):
         seconds = number(final, "seconds")
+        problems += _missing(directory, final, updates, top1, last)
     elif starts:
         seconds = number(_dict(starts[-1], "ended"), "seconds") or seconds
     resolved = _dict(starts[-1] if starts else {}, "resolved")
@@ -226,11 +227,32 @@ def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tu
             return CUT, "by max_updates", done
     update = max(last, whole(ended, "update") or 0)
     reason = text(ended, "reason") or ""
+    if how == "finished":
+        return UNFINISHED, "it has finished, but its final.json is missing or damaged", update
     if how == "failed":
         return FAILED, reason, update
     if how == "stopped":
         return STOPPED, reason.removeprefix("Stopped: ").partition(":")[0], update
     return UNFINISHED, "killed, or still going on", update
+
+
+def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[Point, ...], last: int) -> Iterator[str]:
+    """What a run that has ended with a result lacks of what such a run has written."""
+    for key in ("best_top1", "final_top1"):
+        if share(final, key) is None:
+            yield f"final.json: no usable {key}"
+    if not updates:
+        return
+    if not last:
+        yield (
+            "metrics.jsonl: "
+            + ("no usable line" if (directory / "metrics.jsonl").exists() else "missing")
+            + "; not in the curves"
+        )
+    elif last < updates:
+        yield f"metrics.jsonl: ends at update {last:,} of {updates:,}, and the curves with it"
+    elif share(final, "final_top1") is not None and (not top1 or top1[-1].update < updates):
+        yield f"metrics.jsonl: without the top-1 of the last update, {updates:,}"
 
 
 def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tuple[Point, ...], int, float | None]:

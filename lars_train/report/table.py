@@ -51,8 +51,8 @@ def cells(row: Row) -> tuple[str, ...]:
         _short(run, "schedule.warmup_epochs"),
         _short(run, "epochs"),
         _updates(run),
-        _percent(row.mean(lambda run: run.best_top1)),
-        _percent(row.mean(lambda run: run.final_top1)),
+        _percent(row.mean(lambda run: run.best_top1), row),
+        _percent(row.mean(lambda run: run.final_top1), row),
         NOTHING if seconds is None else duration(seconds.value),
         NOTHING if rate is None else f"{rate.value:,.0f}",
         f"{published:.2f}" if published is not None else "scaled" if run.scaled else NOTHING,
@@ -148,6 +148,11 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
         if row.repeats:
             again = ", ".join(printable(run.directory.name) for run in row.repeats)
             told.append(f"Not in the mean, as their seeds are there already: {again}.")
+    for row in rows:
+        for name, values in (("best", [r.best_top1 for r in row.runs]), ("final", [r.final_top1 for r in row.runs])):
+            without = [printable(r.directory.name) for r, v in zip(row.runs, values, strict=True) if v is None]
+            if without and len(row.runs) > 1:
+                told.append(f"Not in the mean of the {name} top-1, as they have none: {', '.join(without)}.")
     if any(run.state != FINISHED for run in runs):
         told.append(
             "Runs that are not finished have rows of their own, with the best top-1 so far, and are in no mean."
@@ -256,7 +261,8 @@ def _updates(run: Run) -> str:
     return f"{run.updates:,} of {run.planned_updates:,}"
 
 
-def _percent(mean: Mean | None) -> str:
+def _percent(mean: Mean | None, row: Row) -> str:
     if mean is None:
         return NOTHING
-    return f"{mean.value:.2f}" + ("" if mean.deviation is None else f" ± {mean.deviation:.2f}")
+    few = f" ({mean.count} of {len(row.runs)} seeds)" if mean.count < len(row.runs) else ""
+    return f"{mean.value:.2f}" + ("" if mean.deviation is None else f" ± {mean.deviation:.2f}") + few

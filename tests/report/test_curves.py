@@ -44,6 +44,14 @@ def test_a_single_run_has_no_band_and_one_without_times_none_of_time(made: Made)
     assert found.deviation is None
 
 
+def test_a_seed_without_a_log_leaves_the_curve_to_the_others(made: Made) -> None:
+    one, other = made("a"), made("b", seed=1)
+    (other / "metrics.jsonl").unlink()
+    (row,), (alone,) = rows(one, other), rows(one)
+    assert len(row.runs) == 2
+    assert curves.curve(row, EPOCHS) == curves.curve(alone, EPOCHS) is not None
+
+
 def test_a_long_log_is_drawn_by_means_of_neighbours(made: Made) -> None:
     directory = made("a", top1=[float(k % 2) for k in range(1000)])
     (row,) = rows(directory)

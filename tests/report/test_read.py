@@ -70,6 +70,45 @@ def test_a_result_that_the_log_has_gone_beyond_is_not_the_run_s(start: dict[str,
     assert (run.seconds, run.resumes) == (170.0, 1)
 
 
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (None, "missing; not in the curves"),
+        (0, "no usable line; not in the curves"),
+        (1, "ends at update 1 of 12, and the curves with it"),
+        (12, "ends at update 10 of 12, and the curves with it"),
+        (14, "without the top-1 of the last update, 12"),
+    ],
+)
+def test_a_log_that_ends_before_its_finished_run_is_told(lines: int | None, told: str, made: Made) -> None:
+    directory = made("a")
+    log = directory / "metrics.jsonl"
+    if lines is None:
+        log.unlink()
+    else:
+        whole = log.read_bytes().splitlines(keepends=True)
+        assert len(whole) == 15
+        # The line after the cut is begun, as by a full disk.
+        log.write_bytes(b"".join(whole[:lines]) + whole[lines][:20])
+    run = read_run(directory)
+    assert (run.state, run.final_top1) == ("finished", 20.0)
+    assert run.problems == (f"metrics.jsonl: {told}",)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "70"])
+def test_a_result_without_its_top1_is_told(value: Any, made: Made) -> None:
+    directory = made("a")
+    change(directory / "final.json", final_top1=value)
+    run = read_run(directory)
+    assert (run.state, run.best_top1, run.final_top1) == ("finished", 30.0, None)
+    assert run.problems == ("final.json: no usable final_top1",)
+
+
+def test_a_run_that_says_that_it_has_finished_but_has_no_result_is_not_said_to_go_on(made: Made) -> None:
+    run = read_run(made("a", done=False))
+    assert (run.state, run.reason) == ("unfinished", "it has finished, but its final.json is missing or damaged")
+
+
 def test_starts_that_went_on_from_a_checkpoint_are_counted(made: Made) -> None:
     assert [read_run(made(str(n), starts=n)).resumes for n in (1, 2, 4)] == [0, 1, 3]
     again = made("from nothing", starts=2)

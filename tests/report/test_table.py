@@ -109,6 +109,19 @@ def test_several_seeds_show_mean_and_deviation(made: Made) -> None:
     assert found["state"] == "finished, 2 seeds; resumed once"
 
 
+def test_a_seed_without_a_result_is_left_out_of_the_mean_and_said(made: Made) -> None:
+    directories = [made(f"seed{seed}", top1=(50.0 + seed,), seed=seed) for seed in range(3)]
+    final = directories[0] / "final.json"
+    final.write_text(final.read_text().replace('"final_top1": 50.0', '"final_top1": NaN'))
+    (row,) = rows(*directories)
+    found = dict(zip(table.HEADER, table.cells(row), strict=True))
+    assert found["best top-1 %"] == "51.00 ± 1.00"
+    assert found["final top-1 %"] == "51.50 ± 0.71 (2 of 3 seeds)"
+    told = table.notes([row])
+    assert "Not in the mean of the final top-1, as they have none: seed0." in told
+    assert "seed0: final.json: no usable final_top1." in told
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
