@@ -21,6 +21,7 @@ from lars_train.report.files import as_number, shown
 from lars_train.report.read import FINISHED, Run
 
 AS_RECIPE = "as the recipe's row has it"
+UNKNOWN = "not known"
 # They tell rows and seeds apart by themselves; what a recipe's rows hold is compared field by field.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
 
@@ -80,7 +81,21 @@ class Row:
 
 
 def make_rows(runs: Sequence[Run]) -> list[Row]:
-    """The rows of the table that `runs` make, by batch, the finished ones first."""
+    """The rows of the table that `runs` make, by batch, the finished ones first.
+
+    A run whose settings are not known is a row of its own: what it would be averaged with, nobody can say.
+    """
+    rows = _known_rows([run for run in runs if run.recorded])
+    rows += [Row((run,), {"settings": UNKNOWN}) for run in runs if not run.recorded]
+    # Stable: those of one batch stay as they are, and those of which little is known come last.
+    return sorted(rows, key=lambda row: (*_place(row.first)[:2], not row.first.recorded, _place(row.first)[2]))
+
+
+def _place(run: Run) -> tuple[float, str, int]:
+    return run.nominal_batch if run.nominal_batch is not None else math.inf, run.batch, run.global_batch or 0
+
+
+def _known_rows(runs: Sequence[Run]) -> list[Row]:
     setups = [_setup(run) for run in runs]
     _measured(runs, setups)
     differing = differing_keys(setups)
@@ -89,8 +104,7 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
         values = ((key, setup.get(key, "not set")) for key in differing)
         # What is as the recipe has it stands before what is not.
         apart = tuple((value != AS_RECIPE, key, value) for key, value in values)
-        size = run.nominal_batch if run.nominal_batch is not None else math.inf
-        groups.setdefault((size, run.batch, run.global_batch or 0, apart), []).append(run)
+        groups.setdefault((*_place(run), apart), []).append(run)
     rows = []
     short = {key: _short(setup[key] for setup in setups if key in setup) for key in differing}
     implied = _implied(runs) if "optimizer.name" in differing else {}

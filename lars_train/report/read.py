@@ -38,7 +38,8 @@ class Run:
     `best_top1` and `final_top1` in percent (of a run that has not ended, `best_top1` is the best so far);
     `updates`: of a run that has diverged, until it did (it is found at the next log line), which is `diverged`;
     `seconds`: wall time of training over all starts; `resumes`: starts that went on from a checkpoint;
-    `problems`: what could not be read.
+    `problems`: what could not be read. `recorded`: whether its settings are known, and not only what ``final.json`` has
+    of them.
     """
 
     directory: Path
@@ -63,6 +64,7 @@ class Run:
     top1: tuple[Point, ...] = ()
     loss: tuple[Point, ...] = ()
     problems: tuple[str, ...] = ()
+    recorded: bool = True
 
     @property
     def scaled(self) -> bool:
@@ -169,6 +171,7 @@ def read_run(directory: Path) -> Run:
         top1=top1,
         loss=loss,
         problems=tuple(problems),
+        recorded=bool(settings),
     )
 
 

@@ -124,7 +124,7 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
     """What must be said below the table, a sentence or two each; `brief`: without what no figure depends on."""
     runs = [run for row in rows for run in row.runs]
     told: list[str] = []
-    differing = list(dict.fromkeys(key for row in rows for key in row.differs))
+    differing = list(dict.fromkeys(key for row in rows if row.first.recorded for key in row.differs))
     if differing:
         told.append(f"The runs differ in more than batch and recipe row: {', '.join(differing)}.")
     versions = list(dict.fromkeys(version for run in runs for version in run.versions))
@@ -148,6 +148,12 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
         if row.repeats:
             again = ", ".join(printable(run.directory.name) for run in row.repeats)
             told.append(f"Not in the mean, as their seeds are there already: {again}.")
+    unknown = [printable(run.directory.name) for run in runs if not run.recorded]
+    if unknown:
+        told.append(
+            f"Their settings are not known, as run.json has none that can be read: {', '.join(unknown)}. "
+            "Each has a row of its own, and is in no mean."
+        )
     for row in rows:
         for name, values in (("best", [r.best_top1 for r in row.runs]), ("final", [r.final_top1 for r in row.runs])):
             without = [printable(r.directory.name) for r, v in zip(row.runs, values, strict=True) if v is None]

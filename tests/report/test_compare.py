@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from lars_train.config import choices_of, config_dir, flatten, published_top1, r
 from lars_train.config.rows import row_name
 from lars_train.report.compare import Row, make_rows
 from lars_train.report.read import Run, read_run
+from lars_train.report.table import notes
 
 Made = Callable[..., Path]
 
@@ -63,6 +65,22 @@ def test_what_is_not_finished_is_in_no_mean(arguments: dict[str, Any], made: Mad
 def test_a_resumed_run_that_is_finished_counts_and_its_resumes_are_known(made: Made) -> None:
     (row,) = rows(made("a", seed=1), made("b", seed=2, starts=3))
     assert [run.resumes for run in row.runs] == [0, 2]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"settings": {}, "plan": {"nominal_batch": 32768}}'])
+def test_a_run_whose_settings_are_not_known_is_in_no_mean_and_parts_no_other_rows(content: str, made: Made) -> None:
+    known, lost = [made(f"a{seed}", seed=seed) for seed in (1, 2)], [made(f"b{seed}", seed=seed) for seed in (3, 4)]
+    for directory in lost:
+        final = json.loads((directory / "final.json").read_text())
+        (directory / "final.json").write_text(json.dumps({**final, "batch": "32k", "nominal_batch": 32768}))
+        (directory / "run.json").write_text(content)
+    found = rows(lost[0], *known, lost[1])
+    assert [[run.directory.name for run in row.runs] for row in found] == [["a1", "a2"], ["b3"], ["b4"]]
+    assert [row.differs for row in found] == [{}, *[{"settings": "not known"}] * 2]
+    assert [row.published for row in found] == [72.26, None, None]
+    (told,) = [note for note in notes(found) if "not known" in note]
+    assert "run.json" in told
+    assert ": b3, b4." in told
 
 
 def test_the_same_seed_twice_is_no_second_measurement(made: Made) -> None:
