@@ -65,10 +65,19 @@ class Row:
     @property
     def published(self) -> float | None:
         """The published best top-1 in percent, if this is that experiment: a recipe's row as it is, at full scale."""
+        return None if self.departures else self._published_row
+
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """The settings that keep a published value from this row: they are not as its recipe's row has them."""
+        return () if self._published_row is None else tuple(_deviations(self.first))
+
+    @property
+    def _published_row(self) -> float | None:
         run = self.first
         full = run.settings.get("data.name") == "imagenet" and run.settings.get("model.name") == "resnet50"
         full = full and not run.scaled and run.samples in (None, IMAGENET_TRAIN_IMAGES)
-        if not full or run.settings.get("batch.size") is not None or run.state != FINISHED or _deviations(run):
+        if not full or run.settings.get("batch.size") is not None or run.state != FINISHED:
             return None
         value = as_number(_recipe_row(run).get("published_top1"))
         return value if value is not None and 0 <= value <= 100 else None

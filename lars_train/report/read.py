@@ -99,11 +99,13 @@ class Ratios:
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run directories that `paths` are or hold, without those that were moved aside, each once.
 
-    Raises `ConfigError` for a path that does not exist or holds none, and for more than `MOST_RUNS`.
+    Raises `ConfigError` for a path that does not exist, is a file or holds none, and for more than `MOST_RUNS`.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
+            if path.exists():
+                raise ConfigError(f"{path}: it is a file; give the run directory that it is in, or a folder of them.")
             raise ConfigError(f"{path}: there is no such folder; give run directories, or a folder of them.")
         inside = [path] if (path / "run.json").exists() else _below(path)
         if not inside:

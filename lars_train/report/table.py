@@ -42,7 +42,7 @@ _ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[`"})
 def cells(row: Row) -> tuple[str, ...]:
     """The text of a row, by the columns of `HEADER`."""
     run = row.first
-    published, difference, rate = row.published, row.difference, row.mean(lambda run: run.images_per_s)
+    difference, rate = row.difference, row.mean(lambda run: run.images_per_s)
     seconds = row.mean(lambda run: run.seconds)
     return (
         batch_name(run),
@@ -55,7 +55,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _percent(row.mean(lambda run: run.final_top1), row),
         NOTHING if seconds is None else duration(seconds.value),
         NOTHING if rate is None else f"{rate.value:,.0f}",
-        f"{published:.2f}" if published is not None else "scaled" if run.scaled else NOTHING,
+        _published(row),
         NOTHING if difference is None else f"{difference:+.2f}",
         state(row),
         "; ".join(f"{key}: {value}" for key, value in row.differs.items()) or NOTHING,
@@ -138,6 +138,12 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
             f"scaled: measured on {what}, the batch in proportion to the data set; what is published is of ResNet-50 "
             "on ImageNet, and is not compared."
         )
+    departures = list(dict.fromkeys(key for row in rows for key in row.departures))
+    if departures:
+        told.append(
+            f"own settings: not as the recipe's row has them ({', '.join(departures)}), so that what is published "
+            "for it is not compared."
+        )
     told += [
         f"raised: in proportion the batch would be less than {size}, the least that batch norm works with."
         for size in sorted({run.global_batch for run in runs if run.raised and run.global_batch is not None})
@@ -207,7 +213,8 @@ def escaped(text: str) -> str:
 def csv_text(rows: Sequence[Row], folder: Path) -> str:
     """The table for programs: plain numbers, one unit per column, empty where there is none.
 
-    `folder`: what the paths of the run directories are relative to.
+    `folder`: what the paths of the run directories are relative to. In the cell ``directories`` a semicolon stands
+    between them; one that a path has itself is spelt ``%3B`` there, and a percent sign ``%25``.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -242,13 +249,17 @@ def csv_text(rows: Sequence[Row], folder: Path) -> str:
             "resumes": sum(r.resumes for r in row.runs),
             "rollbacks": sum(r.rollbacks for r in row.runs),
             "differs_in": _cell("; ".join(f"{key}: {value}" for key, value in row.differs.items())),
-            "directories": _cell(" ".join(relative(r.directory, folder) for r in row.runs)),
+            "directories": _cell(";".join(_in_list(relative(r.directory, folder)) for r in row.runs)),
         }
         if not header:
             header = list(values)
             writer.writerow(header)
         writer.writerow(["" if v is None else f"{v:.10g}" if isinstance(v, float) else v for v in values.values()])
     return out.getvalue()
+
+
+def _in_list(path: str) -> str:
+    return path.replace("%", "%25").replace(";", "%3B")
 
 
 def _cell(text: str) -> str:
@@ -265,6 +276,13 @@ def _updates(run: Run) -> str:
     if run.planned_updates is None or (run.planned_updates == run.updates and run.state == FINISHED):
         return f"{run.updates:,}"
     return f"{run.updates:,} of {run.planned_updates:,}"
+
+
+def _published(row: Row) -> str:
+    value = row.published
+    if value is not None:
+        return f"{value:.2f}"
+    return "own settings" if row.departures else "scaled" if row.first.scaled else NOTHING
 
 
 def _percent(mean: Mean | None, row: Row) -> str:

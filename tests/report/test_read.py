@@ -216,7 +216,11 @@ def test_runs_are_found_below_a_folder_each_once_and_without_those_moved_aside(m
 def test_a_path_without_runs_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    for name, told in (("nowhere", "no such folder"), ("file", "no such folder"), ("empty", "holds no run")):
+    for name, told in (
+        ("nowhere", "no such folder"),
+        ("file", "it is a file; give"),
+        ("empty", "holds no run"),
+    ):
         with pytest.raises(ConfigError, match=f"{name}: .*{told}"):
             find_runs([tmp_path / name])
     monkeypatch.setattr(read, "MOST_RUNS", 2)

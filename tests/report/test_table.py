@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -56,6 +57,11 @@ def test_a_full_run_makes_the_published_row(made: Made) -> None:
         ("32k", {"batch__size": 96}, "batch", "96"),
         ("32k", {"batch__size": 96}, "published", "-"),
         ("32k", {"top1": (71.0, 70.0)}, "difference", "-1.26"),
+        ("32k", {"optimizer__lr": 20.0}, "published", "own settings"),
+        ("32k", {"optimizer__lr": 20.0}, "difference", "-"),
+        ("32k", {"optimizer__lr": 20.0, "global_batch": 1280}, "published", "scaled"),
+        ("32k", {"optimizer__lr": 20.0, "data__name": "folder"}, "published", "-"),
+        ("32k", {"optimizer__lr": 20.0, "ended": None}, "published", "-"),
         ("256", {}, "LR policy", "poly(2)"),
         ("32k", {"optimizer__base": "AdamW", "schedule__power": 0.5}, "LR policy", "LARS + AdamW + poly(0.5)"),
         (
@@ -178,6 +184,22 @@ def test_what_one_must_know_of_the_rows_stands_below_the_table(made: Made) -> No
         "not finished have rows of their own",
     ):
         assert part in told
+
+
+def test_why_settings_of_one_s_own_have_no_published_value_is_said_once(made: Made) -> None:
+    own = {"optimizer__lr": 20.0, "optimizer__weight_decay": 1e-4}
+    found = rows(made("a", "8k", **own), made("b", epochs=30, **own), made("c"))
+    (told,) = [note for note in table.notes(found) if "own settings" in note]
+    keys = ("optimizer.lr", "optimizer.weight_decay", "epochs")
+    assert set(told[told.index("(") + 1 : told.index(")")].split(", ")) == set(keys)
+    assert not [note for note in table.notes(rows(made("d"))) if "own settings" in note]
+
+
+def test_directories_are_told_apart_whatever_they_are_called(made: Made, tmp_path: Path) -> None:
+    names = ["a b", "c;d", "e%3Bf", "g"]
+    found = rows(*(made(name, seed=seed) for seed, name in enumerate(names)))
+    (line,) = csv.DictReader(io.StringIO(table.csv_text(found, tmp_path / "runs")))
+    assert [unquote(path) for path in line["directories"].split(";")] == names
 
 
 def test_runs_of_different_versions_are_told_apart(made: Made) -> None:
