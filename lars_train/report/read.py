@@ -246,7 +246,8 @@ def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[P
     for key in ("best_top1", "final_top1"):
         if share(final, key) is None:
             yield f"final.json: no usable {key}"
-    if not updates:
+    # A result that was copied without its record was not meant to be a whole run directory.
+    if not updates or not (directory / "run.json").exists():
         return
     if not last:
         yield (

@@ -155,7 +155,7 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
             again = ", ".join(printable(run.directory.name) for run in row.repeats)
             told.append(f"Not in the mean, as their seeds are there already: {again}.")
     unknown = [printable(run.directory.name) for run in runs if not run.recorded]
-    if unknown:
+    if unknown and len(rows) > 1:
         told.append(
             f"Their settings are not known, as run.json has none that can be read: {', '.join(unknown)}. "
             "Each has a row of its own, and is in no mean."
