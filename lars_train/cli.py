@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from types import FrameType
@@ -93,21 +93,9 @@ def _stopped(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
-def wait_briefly(environment: MutableMapping[str, str]) -> None:
-    """Have torch's CPU threads sleep soon where they wait for one another, unless a process's `environment` says how.
-
-    They spin for a millisecond by default: where another process wants a core, a thread that has none is waited for so
-    at each operation, and training is several times slower. As many turns as libgomp takes where it knows that there
-    are more threads than cores (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).
-    """
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "1000")
-
-
 def main() -> None:
     """Entry point of ``lars-train`` and of ``python -m lars_train``; ends the process with its exit code."""
     open_standard_streams()
-    wait_briefly(os.environ)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stopped)

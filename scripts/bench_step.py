@@ -39,7 +39,6 @@ from page import between_markers, cpu_name
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lars_train.cli import wait_briefly
 from lars_train.config import Config, OptimizerConfig, ScheduleConfig
 from lars_train.data.loader import Batch
 from lars_train.launch import Ranks
@@ -261,12 +260,7 @@ class Contender:
         own = {"--images": case.images, "--size": case.size, "--ghost": case.ghost, "--threads": threads}
         command = [sys.executable, __file__, "--serve", name, "--case", case.name]
         command += [str(part) for pair in own.items() for part in pair]
-        environment = dict(os.environ)
-        if name in PROGRAM:
-            wait_briefly(environment)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         first, _, rest = self._answer().partition(" ")
         if first != READY:
             self.end()

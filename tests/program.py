@@ -26,7 +26,8 @@ COMPILED = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
 def environment(**extra: str) -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "IMAGENET_DIR")
     kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(("SLURM_", "TORCHELASTIC"))}
-    return {**kept, "OMP_NUM_THREADS": "1", **extra}
+    # Several tests share the cores: threads that spin while they wait would keep those of others from theirs.
+    return {"GOMP_SPINCOUNT": "1000", **kept, "OMP_NUM_THREADS": "1", **extra}
 
 
 def start(command: Sequence[str], folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:

@@ -294,23 +294,6 @@ def test_a_sweep_with_a_batch_between_two_rows_is_refused_as_a_run_is_before_its
     assert list(in_empty_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
-)
-def test_threads_that_wait_sleep_soon_unless_the_environment_says_otherwise(
-    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        # Set first, so that what is set below goes again with the test.
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert run_main(monkeypatch, "--version") == 0
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
-
-
 def test_a_sweep_tries_every_job_and_reports_the_failed_ones_at_the_end(
     in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
