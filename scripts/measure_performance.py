@@ -52,6 +52,10 @@ def main() -> int:
             rows += judged(part, lines)
             if args.write:
                 args.write.write_text(between_markers(args.write.read_text(), part, lines))
+    if args.write:
+        # With --only, the parts that were measured before keep their rows.
+        page = args.write.read_text()
+        rows = [row for part in PARTS for row in judged(part, within(page, part))]
     table = [
         f"`python scripts/measure_performance.py` on {cpu_name()}; Python {platform.python_version()}, torch "
         f"{version('torch')}.",
