@@ -49,7 +49,8 @@ class Plan:
         text = f"{self.nominal_batch:,} x {self.samples:,} / {IMAGENET_TRAIN_IMAGES:,} = {exact:.1f}"
         if self.raised:
             return f"{text}, raised to {self.global_batch}"
-        unit = f"a multiple of {self.ghost_batch}" if self.global_batch > self.ghost_batch else "a whole number"
+        whole = self.global_batch == self.ghost_batch == round(exact)
+        unit = "a whole number" if whole else f"a multiple of {self.ghost_batch}"
         return f"{text}, rounded to {unit}: {self.global_batch:,}"
 
 

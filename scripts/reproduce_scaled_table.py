@@ -47,7 +47,7 @@ from scaled_results import (
     Result,
     copy_record,
     draw_sweeps,
-    fault_of_page,
+    fault_of_folder,
     hidden_parts,
     publish,
     result_table,
@@ -76,7 +76,7 @@ SETS = ("cifar10", "fashion_mnist")
 IMAGES = "images.txt"
 """Of a folder of runs or records: which images they are of."""
 # Of a full study and of a quick one. Half as many epochs are too few updates for the 32K row of this network: at lr 29
-# it had 72.5 % of the held-out images after 15 epochs and 79.2 % after 30.
+# it had 72.5 % of the held-out images after 15 epochs and 79.3 % after 30.
 LENGTH = {"epochs": (30, 4), "seeds": (3, 1)}
 UPDATES_BETWEEN_LINES = {"256": 2000, "8k": 100, "16k": 40, "32k": 20}
 
@@ -153,15 +153,19 @@ class Study:
             sys.exit(codes[0])
 
     def claim(self, images: str) -> None:
-        """Write down that both folders are of `images`, as scaled_images.py describes them. Exits with 2 if they are of
-        others.
+        """Write down that both folders are of `images`, as scaled_images.py describes them.
+
+        Exits with 2 if one has runs on others, and writes nothing then.
         """
-        for folder in (self.folder, *([] if self.records is None else [self.records])):
+        folders = (self.folder, *([] if self.records is None else [self.records]))
+        for folder in folders:
             path = folder / IMAGES
-            if path.exists() and path.read_text().strip() != images:
+            used = path.exists() and any(other.is_dir() for other in folder.iterdir())
+            if used and path.read_text().strip() != images:
                 refuse(f"{folder} has runs on other images ({path} says which): choose another folder for these")
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(images + "\n")
+            (folder / IMAGES).write_text(images + "\n")
 
     def final(self, run: Run) -> dict[str, Any] | None:
         """The content of ``final.json``, with ``diverged`` instead of one that diverged; None of an unfinished run.
@@ -232,11 +236,19 @@ def quoted(value: str) -> str:
 
 
 def ended(folder: Path) -> dict[str, Any] | None:
-    """How the run in `folder`, or its record, ended; None if it has not."""
+    """How the run in `folder`, or its record, ended; None if it has not.
+
+    Raises `ValueError`, `LookupError` or `TypeError` for a final.json that is damaged.
+    """
     if (folder / "divergence.jsonl").exists():
         return {"diverged": True}
     path = folder / "final.json"
-    content: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    numbers = {name: float(content[name]) for name in ("final_top1", "best_top1", "lr", "global_batch")}
+    if not all(map(math.isfinite, numbers.values())):
+        raise ValueError(f"{numbers}")
     return content
 
 
@@ -274,6 +286,7 @@ def main() -> None:
             draw_sweeps(swept, args.write / "sweeps")
         shown = Path(args.data).name if args.data not in SETS else args.data
         command = f"python scripts/reproduce_scaled_table.py --data {shown}{' --quick' if args.quick else ''}"
+        command += f" --write {args.write.name if args.write.is_absolute() else args.write}"
         command += "".join(
             f" --{key} {n}" for key, n in vars(args).items() if key in LENGTH and n != LENGTH[key][args.quick]
         )
@@ -310,11 +323,11 @@ def arguments() -> argparse.Namespace:
     name = Path(args.data).stem
     args.runs = args.runs or Path("runs") / f"scaled-{name}{'-quick' if args.quick else ''}"
     for key, folder in (("--runs", args.runs), ("--write", args.write)):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            parser.error(f"{key} {folder}: is no folder")
+        if folder is not None and not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
+            parser.error(f"{key} {folder}: is no folder, or is in none")
     if args.write is not None:
-        if fault := fault_of_page(args.write):
-            parser.error(f"--write {args.write}: {fault}")
+        if fault := fault_of_folder(args.write, IMAGES):
+            parser.error(f"--write {args.write}: {fault}; choose another folder")
         if (args.write / RECORDS_FOLDER).resolve() == args.runs.resolve():
             parser.error(f"--write {args.write}: the records go to {args.write / RECORDS_FOLDER}, where the runs are")
     return args

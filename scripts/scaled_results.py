@@ -14,12 +14,13 @@ from typing import Any
 
 from page import between_markers, cpu_name
 
+from lars_train.errors import ConfigError
 from lars_train.report.command import rows_of
 from lars_train.report.read import read_run
-from lars_train.report.write import write_report
+from lars_train.report.write import check_folder, write_report
 
 MARKED = "scaled"
-PAGE, RECORDS_FOLDER = "README.md", "runs"
+PAGE, RECORDS_FOLDER, REPORT_FOLDER = "README.md", "runs", "report"
 RECORDS = (
     "run.json",
     "final.json",
@@ -218,19 +219,29 @@ def publish(
     records = folder / RECORDS_FOLDER
     table = [records / run for run in runs if run.startswith("table-")]
     if table:
-        write_report(rows_of(table), folder / "report")
+        write_report(rows_of(table), folder / REPORT_FOLDER)
         drawn = {title: [[records / run for run in cell] for cell in cells] for title, cells in panels.items()}
         draw_curves(drawn, folder / "curves")
     where = f"{cpu_name()}, Python {platform.python_version()}, torch {version('torch')}"
     (folder / PAGE).write_text(between_markers(_page(folder), MARKED, [f"`{command}` on {where}.", "", *lines]))
 
 
-def fault_of_page(folder: Path) -> str | None:
-    """Why README.md in `folder` cannot take the table: it is another's."""
+def fault_of_folder(folder: Path, claim: str) -> str | None:
+    """Why page, pictures, report and records cannot go to `folder`: it has files that are not this script's.
+
+    `claim`: the file that its records have beside them.
+    """
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
         between_markers(_page(folder), MARKED, [])
-    except ValueError as error:
-        return f"{folder / PAGE} is not of this script ({error})"
+        check_folder(folder / REPORT_FOLDER)
+    except (ValueError, ConfigError) as error:
+        return f"it has files that are not of this script ({error})"
+    if PAGE not in there and (others := there - {RECORDS_FOLDER}):
+        return f"it has files that are not of this script ({', '.join(sorted(others))})"
+    records = folder / RECORDS_FOLDER
+    if records.is_dir() and any(records.iterdir()) and not (records / claim).exists():
+        return f"it has files that are not of this script ({records} without {claim})"
     return None
 
 

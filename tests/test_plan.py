@@ -81,6 +81,8 @@ def test_the_arithmetic_is_told_in_one_line() -> None:
 
     assert told("32k", CIFAR) == "32,768 x 50,000 / 1,281,167 = 1278.8, rounded to a multiple of 32: 1,280"
     assert told("256", CIFAR) == "256 x 50,000 / 1,281,167 = 10.0, rounded to a whole number: 10"
+    # One ghost batch of 32, a third less than the proportion.
+    assert told("32k", 1_500) == "32,768 x 1,500 / 1,281,167 = 38.4, rounded to a multiple of 32: 32"
     assert told("256", MINI) == "256 x 10,000 / 1,281,167 = 2.0, raised to 8"
     assert told("32k", IMAGENET, scaled=False) == "32,768, taken as it is"
 

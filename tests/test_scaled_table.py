@@ -80,8 +80,12 @@ def test_the_baseline_is_the_cell_that_was_chosen_without_the_test_images(monkey
         ("--data empty", "has not the folders train/"),
         ("--data set.zip --write text", "is no folder"),
         ("--data set.zip --runs text", "is no folder"),
-        ("--data set.zip --write foreign", "is not of this script"),
-        ("--data set.zip --runs runs --write .", "where the runs are"),
+        ("--data set.zip --write text/below", "or is in none"),
+        ("--data set.zip --write foreign", "not of this script"),
+        ("--data set.zip --write reported", "not of this script"),
+        ("--data set.zip --write pictured", "curves.png"),
+        ("--data set.zip --write others", "without images.txt"),
+        ("--data set.zip --runs new/runs --write new", "where the runs are"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_a_run_is_made(
@@ -91,9 +95,10 @@ def test_what_cannot_be_used_is_refused_before_a_run_is_made(
     monkeypatch.syspath_prepend(SCRIPT.parent)
     script = importlib.import_module("reproduce_scaled_table")
     pictures(tmp_path / "set.zip", 2, 2)
-    for folder in ("empty", "foreign"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "foreign" / "README.md").write_text("of another\n")
+    (tmp_path / "empty").mkdir()
+    for name in ("foreign/README.md", "reported/report/table.md", "pictured/curves.png", "others/runs/mine/final.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("of another\n")
     (tmp_path / "text").write_text("no archive")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments.split()])
@@ -174,12 +179,13 @@ def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_no
 
     # Other images: refused before anything is made, whether runs or records are there.
     pictures(tmp_path / "other.zip", 64, 24)
-    for folders in (["--runs", "elsewhere"], ["--runs", "third", "--write", "page"]):
+    for folders in (["--runs", "runs/scaled-set-quick"], ["--runs", "third", "--write", "page"]):
         monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--data", "other.zip", "--quick", "--epochs", "1", *folders])
         with pytest.raises(SystemExit) as refused:
             script.main()
         assert refused.value.code == 2
         assert "other images" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
 
     # A record, or a run, with another setting is of another run: not taken for this one, and not written over.
     run = script.Run(script.Cell("32k", "sgd", 12.8), 0, choice=False)
@@ -193,7 +199,9 @@ def test_records_of_ended_runs_stand_for_them_anywhere_and_those_of_others_do_no
             with pytest.raises(SystemExit):
                 script.Study(data, folder, epochs, 1, other).final(run)
             assert told in capsys.readouterr().err
-    record.write_text("{")
-    with pytest.raises(SystemExit):
-        script.Study(data, tmp_path / "elsewhere", 1, 1, records).final(run)
-    assert str(record.parent) in capsys.readouterr().err
+    record.write_text(record.read_text().replace("optimizer.lr=1.6", "optimizer.lr=12.8"))
+    for file, text in (("final.json", "{}"), ("final.json", "[]"), ("run.json", "{")):
+        (record.parent / file).write_text(text)
+        with pytest.raises(SystemExit):
+            script.Study(data, tmp_path / "elsewhere", 1, 1, records).final(run)
+        assert str(record.parent) in capsys.readouterr().err

@@ -186,9 +186,10 @@ def _finished_rows(runs: list[Run], differs: dict[str, str]) -> list[Row]:
     if not runs:
         return []
     seeds: dict[str, Run] = {}
-    for run in runs:
+    # Of several with one seed the first stands for it, but one that lacks something only where all do.
+    for run in sorted(runs, key=lambda run: bool(run.problems)):
         seeds.setdefault(run.setting("seed"), run)
-    kept = tuple(seeds.values())
+    kept = tuple(run for run in runs if run in seeds.values())
     return [Row(kept, differs, tuple(run for run in runs if run not in kept))]
 
 

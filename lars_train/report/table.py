@@ -172,7 +172,8 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
     if not brief:
         told.append(
             "time: training and evaluation, over all starts of a run, without the gaps between them and without what a "
-            "kill made undone; images/s: training images over that time."
+            "kill made undone; images/s: training images over that time"
+            + (", of several seeds the mean." if any(len(row.runs) > 1 for row in rows) else ".")
         )
     told += [f"{shown(run.directory.name)}: {problem}." for run in runs for problem in run.problems]
     return [printable(note) for note in told]

@@ -89,6 +89,14 @@ def test_the_same_seed_twice_is_no_second_measurement(made: Made) -> None:
     assert [run.directory.name for run in row.repeats] == ["b"]
 
 
+def test_of_two_with_one_seed_the_one_whose_files_are_whole_counts(made: Made) -> None:
+    damaged = made("a", top1=(50.0,))
+    (damaged / "metrics.jsonl").unlink()
+    (row,) = rows(damaged, made("b", top1=(60.0,)), made("c", top1=(70.0,), seed=1))
+    assert [run.directory.name for run in row.runs] == ["b", "c"]
+    assert [run.directory.name for run in row.repeats] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("changes", "differs"),
     [
