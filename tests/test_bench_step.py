@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import environment
+from program import environment, start
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_step.py"
 
@@ -62,9 +62,7 @@ def test_the_kinds_of_operations_account_for_all_of_a_step(tmp_path: Path) -> No
     page.write_text("<!-- profile_step: begin -->\n<!-- profile_step: end -->\n")
     script = SCRIPT.with_name("profile_step.py")
     command = f"--case small --images 8 --size 16 --updates 1 --threads 1 --write {page}".split()
-    done = subprocess.run(
-        [sys.executable, str(script), *command], env=environment(), capture_output=True, text=True, check=False
-    )
+    done = start([sys.executable, str(script), *command], tmp_path)
     assert done.returncode == 0, done.stderr
     lines = page.read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "% |" in line]
