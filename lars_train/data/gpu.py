@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lars_train.data import library
 from lars_train.data.augment import Geometry
 from lars_train.data.decode import MAX_PIXELS
 from lars_train.data.jpeg_file import frame_of, is_whole
-from lars_train.data.library import OPTIONS, nvimgcodec, parameters
 
 REMEDY = (
     "It takes device=cuda and pip install 'lars-train[decode]' (nvidia-nvimgcodec-cu13[nvjpeg]; where torch is built "
@@ -60,7 +60,7 @@ class GpuDecoder:
         if not slots:
             return done
         with self._in_order() as handle:
-            images = self._decoder().decode(streams, params=parameters(), cuda_stream=handle)
+            images = self._decoder().decode(streams, params=library.parameters(), cuda_stream=handle)
             batch = torch.zeros(out.shape, dtype=torch.uint8, device=self._device)
             for slot, view, image in zip(slots, views, images, strict=True):
                 left, top, right, bottom = view.box
@@ -99,7 +99,7 @@ def current_device() -> torch.device:
 
 def is_possible() -> bool:
     """Whether the package and a CUDA device are here. No device is touched."""
-    return nvimgcodec() is not None and torch.cuda.device_count() > 0
+    return library.nvimgcodec() is not None and torch.cuda.device_count() > 0
 
 
 def fault(device: torch.device) -> str | None:
@@ -121,13 +121,13 @@ def fault(device: torch.device) -> str | None:
 
 
 def _new_decoder(device: torch.device) -> Any:
-    package = nvimgcodec()
+    package = library.nvimgcodec()
     kinds = (package.HW_GPU_ONLY, package.HYBRID_CPU_GPU, package.GPU_ONLY)
     return package.Decoder(
         device_id=device.index or 0,
         max_num_cpu_threads=1,
         backends=[package.Backend(kind) for kind in kinds],
-        options=OPTIONS,
+        options=library.OPTIONS,
     )
 
 
@@ -143,7 +143,7 @@ def _view(item: object, geometry: Callable[[int, int], Geometry]) -> Geometry | 
 
 def _stream(item: object, view: Geometry) -> Any:
     """The part of a picture that a view is cut from, for the package; None for what it cannot read."""
-    package = nvimgcodec()
+    package = library.nvimgcodec()
     left, top, right, bottom = view.box
     try:
         return package.CodeStream(item).get_sub_code_stream(region=package.Region(top, left, bottom, right))
