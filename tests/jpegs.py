@@ -54,6 +54,13 @@ def in_one_step(picture: Image.Image, view: Geometry, size: int) -> Pixels:
     return window_of(picture.crop(view.box).resize(view.size, Image.Resampling.BILINEAR), view, size)
 
 
+def columns_first(picture: Image.Image, view: Geometry, size: int) -> Pixels:
+    """The view by two of Pillow's passes, columns before rows, which newer versions exchange for some shapes."""
+    box = picture.crop(view.box)
+    resized = box.resize((view.size[0], box.height), Image.Resampling.BILINEAR)
+    return window_of(resized.resize(view.size, Image.Resampling.BILINEAR), view, size)
+
+
 def window_of(resized: Image.Image, view: Geometry, size: int) -> Pixels:
     margin = view.pad + size + 5
     padded = np.pad(np.asarray(resized), ((margin, margin), (margin, margin), (0, 0)))

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lars_train.data import library, native
 from lars_train.data.augment import Geometry
-from lars_train.data.resize import window
+from lars_train.data.window import window
 
 PILLOW, NATIVE, LIBRARY, GPU = "pillow", "native", "library", "gpu"
 """The decoders of JPEGs."""

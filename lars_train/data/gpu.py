@@ -152,7 +152,7 @@ def _stream(item: object, view: Geometry) -> Any:
 
 
 def _show(pixels: Tensor, view: Geometry, out: Tensor) -> None:
-    """Resize a box's pixels, uint8 (H, W, 3), and write their window to `out`, uint8 (S, S, 3), zeros; as resize.py."""
+    """Resize a box's pixels, uint8 (H, W, 3), and write their window to `out`, uint8 (S, S, 3), zeros; as window.py."""
     wide, high = view.size
     if pixels.shape[:2] != (high, wide):
         planes = pixels.permute(2, 0, 1)[None].float()

@@ -2,7 +2,8 @@
 
 https://docs.nvidia.com/cuda/nvimagecodec is an optional package that pip alone installs: no compiler and no GPU is
 needed. It decodes the part of a picture that a view needs, by libjpeg-turbo, and lets other threads run meanwhile;
-resize.py does the rest. As native.py it is never needed and judges no file: what it does not decode is Pillow's.
+numba, which pip alone installs too, does the rest (fixed_point.py). As native.py it is never needed and judges no file:
+what it does not decode is Pillow's.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from PIL import Image
 
 from lars_train.data.augment import Geometry
 from lars_train.data.jpeg_file import Frame, frame_of, is_whole
-from lars_train.data.resize import mirror, resize, window
+from lars_train.data.window import window
 
-REMEDY = "pip install 'lars-train[decode]', or nvidia-nvimgcodec-cu13 (0.9 or newer) alone: no compiler is needed."
+REMEDY = "pip install 'lars-train[decode]', or nvidia-nvimgcodec-cu13 (0.9 or newer) and numba: no compiler is needed."
 """What to do where `is_there` says no, in one line."""
 
 Box = tuple[int, int, int, int]
@@ -85,8 +86,15 @@ def decode(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[
     pixels = _region(data, (begin, top - top % 2, end, bottom))
     if pixels is None:
         return False
-    show(np.ascontiguousarray(pixels[top % 2 :, left - begin : right - begin]), wanted, view, out)
-    return True
+    x0, y0, x1, y1 = view.box
+    if view.size == (x1 - x0, y1 - y0):
+        shift = (view.crop[0] + x0 - left, view.crop[1] + y0 - top)
+        shown = pixels[top % 2 :, left - begin : right - begin]
+        window(shown, Geometry(view.box, view.size, view.pad, shift, view.flip), out)
+        return True
+    from lars_train.data import fixed_point
+
+    return fixed_point.show(pixels, (begin, top - top % 2), view, out)
 
 
 def needed(view: Geometry, side: int) -> Box | None:
@@ -105,32 +113,6 @@ def needed(view: Geometry, side: int) -> Box | None:
         spans.append((low + max(start, 0), min(low + stop, high)))
     (left, right), (top, bottom) = spans
     return left, top, right, bottom
-
-
-def show(pixels: npt.NDArray[np.uint8], at: Box, view: Geometry, out: npt.NDArray[np.uint8]) -> None:
-    """Write a view to `out` from those pixels of the picture that it needs, uint8 (H, W, 3), which lie `at` there."""
-    left, top, right, bottom = view.box
-    wide, high = view.size
-    x, y = view.crop[0] - view.pad, view.crop[1] - view.pad
-    if (wide, high) == (right - left, bottom - top):
-        shift = (view.crop[0] - at[0] + left, view.crop[1] - at[1] + top)
-        window(pixels, Geometry(view.box, view.size, view.pad, shift, view.flip), out)
-        return
-    if at != view.box:
-        # At its place in the box, so that it is resized in step with the rest, which is not looked at.
-        whole = np.empty((bottom - top, right - left, 3), np.uint8)
-        whole[at[1] - top : at[3] - top, at[0] - left : at[2] - left] = pixels
-        pixels = whole
-    whole_view = (wide, high, x, y) == (len(out), len(out), 0, 0)
-    if whole_view and not view.flip:
-        resize(pixels, out)
-        return
-    resized = np.empty((high, wide, 3), np.uint8)
-    resize(pixels, resized)
-    if whole_view:
-        mirror(resized, out)
-    else:
-        window(resized, view, out)
 
 
 def _frame_of(data: bytes) -> Frame | None:
@@ -188,8 +170,8 @@ def _decodes() -> bool:
     file, size = io.BytesIO(), (16, 24)
     Image.new("RGB", size, (200, 100, 50)).save(file, "JPEG")
     out = np.zeros((8, 8, 3), np.uint8)
-    view = Geometry((3, 4, 11, 12), (8, 8), 0, (0, 0), False)
-    return decode(file.getvalue(), size, view, out) and np.array_equal(out, np.asarray(Image.open(file))[4:12, 3:11])
+    view = Geometry((3, 4, 13, 16), (8, 8), 0, (0, 0), False)
+    return decode(file.getvalue(), size, view, out) and bool((out == np.asarray(Image.open(file))[:8, :8]).all())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from jpegs import (
     KINDS,
     Pixels,
+    columns_first,
     encode,
     in_one_step,
     made_up,
@@ -30,7 +31,6 @@ from jpegs import (
     separate_scans,
     views,
     whole_picture,
-    window_of,
 )
 from PIL import Image
 
@@ -61,13 +61,6 @@ def by_native(data: bytes, view: Geometry, size: int) -> Pixels:
     assert found is not None
     assert native.decode(data, found, view, out)
     return out
-
-
-def columns_first(picture: Image.Image, view: Geometry, size: int) -> Pixels:
-    """The view by two of Pillow's passes, columns before rows, which newer versions exchange for some shapes."""
-    box = picture.crop(view.box)
-    resized = box.resize((view.size[0], box.height), Image.Resampling.BILINEAR)
-    return window_of(resized.resize(view.size, Image.Resampling.BILINEAR), view, size)
 
 
 @settings(deadline=None, max_examples=250)
