@@ -96,8 +96,7 @@ class RunLog:
         if update == self._start and values.keys() <= self._metrics.there:
             return
         self._metrics.add({"update": update, "epoch": round(epoch, 6), **_finite(values)})
-        for name, value in values.items():
-            self.board.scalar(name, value, update)
+        self.board.scalars(values, update)
 
     def write_ratios(self, update: int, layers: list[str], ratios: list[float]) -> None:
         """One line of trust ratios, one for each of the `layers`. Raises nothing for a disk that is full."""

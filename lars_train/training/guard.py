@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,8 @@ class Guard:
     """
 
     def __init__(self, max_loss: float | None, device: torch.device) -> None:
-        self._max_loss = math.inf if max_loss is None else max_loss
+        # The largest number that is finite: a loss above it, or of which no comparison is true, is not.
+        self._max_loss = min(math.inf if max_loss is None else max_loss, sys.float_info.max)
         self._device = device
         self.forget()
 
@@ -82,9 +84,9 @@ class Guard:
     def watch(self, update: int, loss: Tensor, optimizer: Optimizer) -> None:
         """Note the mean `loss` (a scalar on the device) of `update`, which `optimizer` has just made."""
         unseen = self._seen[0] == 0
-        diverged = ~(loss <= self._max_loss) | ~torch.isfinite(loss)
-        now = torch.stack((torch.full_like(self._seen[0], update), loss.double()))
-        self._seen = torch.where(unseen & diverged, now, self._seen)
+        loss = loss.double()
+        now = torch.stack((torch.full_like(loss, update), loss))
+        self._seen = torch.where(unseen & ~(loss <= self._max_loss), now, self._seen)
         self._first = self._first or update
         layers = optimizer.layers() if isinstance(optimizer, LARS) else None
         if layers is None:

@@ -44,12 +44,13 @@ class Meter:
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._loss, self._hits, self._samples, _ = self.sums.unbind()
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, bad: int) -> None:
         """Count a micro-batch: `logits` (n, classes), `labels` int64 (n,), `loss_sum` a scalar."""
-        self.sums[0] += loss_sum.detach()
-        self.sums[1] += (logits.detach().argmax(dim=1) == labels).sum()
-        self.sums[2] += len(labels)
+        self._loss += loss_sum.detach()
+        self._hits += (logits.detach().argmax(dim=1) == labels).sum()
+        self._samples += len(labels)
         if bad:
             self.sums[3] += bad
 

@@ -231,7 +231,7 @@ def test_a_board_that_fails_is_given_up_and_told_of(tmp_path: Path, monkeypatch:
     def fail(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(log.board._writer, "add_scalar", fail)
+    monkeypatch.setattr(log.board._writer.file_writer, "add_summary", fail)
     log.write(1, 0.1, {"train/loss": 1.0})
     log.write(2, 0.2, {"train/loss": 1.0})
     assert "TensorBoard" in log.reason
