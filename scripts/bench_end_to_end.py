@@ -4,8 +4,9 @@
   torch's DataLoader, default_collate, the batch moved to the device
 - ours: lars_train's loader, by threads and by processes, the batch moved to the device and normalised there (float32)
 
-What counts is the CPU time of this process and its workers, from the workers' start to their end; and wall time, which
-means little where the machine has other work.
+The process keeps what memory is freed, as a training on a CPU does, and so do all contenders' workers. What counts is
+the CPU time of this process and its workers, from the workers' start to their end; and wall time, which means little
+where the machine has other work.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lars_train.data.loader import PROCESSES, THREADS, train_loader
 from lars_train.data.source import Source
 from lars_train.training.device import Precision
 from lars_train.training.feed import Feed, normaliser
+from lars_train.training.host_memory import keep_freed_memory
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCH = 64
@@ -133,6 +135,7 @@ class Rates:
 
 def measure(pictures: Source, rounds: int, device: torch.device) -> dict[tuple[str, int], Rates]:
     """By contender and number of workers; a first round does not count."""
+    keep_freed_memory()
     streams = line_up()
     turns = [(name, workers) for name in streams for workers in WORKERS]
     found: dict[tuple[str, int], list[tuple[float, float]]] = {turn: [] for turn in turns}

@@ -2,8 +2,9 @@
 
     python scripts/measure_performance.py [--write docs/performance.md]      # about an hour, on an idle machine
 
-Each part is a script that may be run by itself: bench_step.py, profile_step.py, bench_reduction.py, bench_startup.py
-and long_haul.py. What each finds goes between its markers of the page, and its targets, judged, into the table.
+Each part is a script that may be run by itself: bench_step.py, bench_trainer.py, profile_step.py, bench_reduction.py,
+bench_startup.py and long_haul.py. What each finds goes between its markers of the page, and its targets, judged, into
+the table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from page import between_markers, cpu_name
 
-PARTS = ("bench_step", "profile_step", "bench_reduction", "bench_startup", "long_haul")
+PARTS = ("bench_step", "bench_trainer", "profile_step", "bench_reduction", "bench_startup", "long_haul")
 MARKED = "measure_performance"
 JUDGED = re.compile(r"^- (?P<found>.+); (?P<wanted>[^;]+) wanted: (?P<verdict>.+)$")
 

@@ -51,6 +51,7 @@ def test_the_targets_of_all_parts_stand_in_one_table(
     # Those that were not measured now, or failed, stand as they were found before.
     assert rows[1:] == [
         "| small: (d) is 1.20 times (a) | 4.0 | **not met** | `bench_step.py` |",
+        "| it grew by 1 | at most 2 | met | `bench_trainer.py` |",
         "| it grew by 1 | at most 2 | met | `profile_step.py` |",
         "| it grew by 1 | at most 2 | met | `bench_reduction.py` |",
         "| `lars-train --help`: 0.50 s | 1 s | met | `bench_startup.py` |",
@@ -58,7 +59,9 @@ def test_the_targets_of_all_parts_stand_in_one_table(
     ]
 
 
-@pytest.mark.parametrize("part", ["bench_step", "profile_step", "bench_reduction", "bench_startup", "long_haul"])
+@pytest.mark.parametrize(
+    "part", ["bench_step", "bench_trainer", "profile_step", "bench_reduction", "bench_startup", "long_haul"]
+)
 def test_each_part_is_a_script_and_has_its_markers_in_the_page(script: ModuleType, part: str) -> None:
     assert part in script.PARTS
     assert (SCRIPTS / f"{part}.py").exists()
