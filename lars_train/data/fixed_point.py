@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from lars_train.data.augment import Geometry
 
+if getattr(numba.config, "DISABLE_JIT", False):
+    raise ImportError("NUMBA_DISABLE_JIT is set, and Python itself is far too slow")
+
 Pixels = npt.NDArray[np.uint8]
-Box = tuple[int, int, int, int]
 
 _BITS = 22  # of a weight, as Pillow has it: 30 with those of a pixel, and sums of them fit into 32
 _HALF = 1 << (_BITS - 1)

@@ -259,6 +259,11 @@ def test_without_one_of_its_packages_it_is_not_there(missing: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_where_numba_is_told_not_to_compile_it_is_not_there() -> None:
+    code = "from lars_train.data import library; assert not library.is_there()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "NUMBA_DISABLE_JIT": "1"})
+
+
 @pytest.mark.slow
 def test_where_nothing_can_be_cached_it_is_compiled_anew(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
