@@ -23,6 +23,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _BITS = 22  # of a weight, as Pillow has it: 30 with those of a pixel, and sums of them fit into 32
 _HALF = 1 << (_BITS - 1)
+_MOST_TAPS = 16000  # of a result: with more the errors of their rounding could add up to a level above 255
 _ROWS = 64  # whose columns are resized at once: loops long enough to pay for their start, and a strip stays in cache
 _U8, _U16, _U22, _U24 = np.uint32(8), np.uint32(16), np.uint32(_BITS), np.uint32(24)
 _BYTE = np.uint32(255)
@@ -32,7 +33,7 @@ def show(pixels: Pixels, at: tuple[int, int], view: Geometry, out: Pixels) -> bo
     """Write a view to `out`, uint8 (S, S, 3), contiguous, zeros where its window hangs over; whether it could be done.
 
     `pixels`: those of the picture that `library.needed` tells of, or more, uint8 (H, W, 3), contiguous, of which the
-    first lies `at` (left, top) there. With fewer it cannot be done.
+    first lies `at` (left, top) there. With fewer it cannot be done, nor where one pixel is made of thousands in a row.
     """
     left, top, right, bottom = view.box
     x, y = view.crop[0] - view.pad, view.crop[1] - view.pad
@@ -83,7 +84,7 @@ def _weigh(source: int, to: int, start: int, shift: int, room: int, side: int, f
         number[i] = 1 if source == to else min(int(center + reach + 0.5), source) - first[i]
         taps = max(taps, number[i])
         lowest, highest = min(lowest, first[i] + shift), max(highest, first[i] + number[i] + shift)
-    if lowest < 0 or highest > room:
+    if lowest < 0 or highest > room or taps > _MOST_TAPS:
         return first, np.zeros((0, 0), np.uint32), begin, count, False
     weights = np.zeros((many, taps), np.uint32)
     exact = np.zeros(taps, np.float64)

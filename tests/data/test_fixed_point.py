@@ -45,6 +45,14 @@ def test_sums_half_way_between_two_levels_are_rounded_as_pillow_rounds_them(sour
     np.testing.assert_array_equal(out, columns_first(Image.fromarray(pixels), view, size))
 
 
+def test_a_pixel_of_thousands_in_a_row_is_left_to_pillow() -> None:
+    pixels, out = np.full((1, 20_000, 3), 255, np.uint8), np.empty((1, 1, 3), np.uint8)
+    for width, done in ((15_000, True), (20_000, False)):
+        view = Geometry((0, 0, width, 1), (1, 1), 0, (0, 0), False)
+        assert fixed_point.show(pixels, (0, 0), view, out) == done
+        assert not done or (out == 255).all()
+
+
 def test_pixels_that_are_not_there_are_not_read() -> None:
     view, out = Geometry((0, 0, 40, 40), (20, 20), 0, (0, 0), False), np.empty((20, 20, 3), np.uint8)
     for shape, at in (((40, 39), (0, 0)), ((39, 40), (0, 0)), ((40, 40), (1, 0)), ((40, 40), (0, 1))):
