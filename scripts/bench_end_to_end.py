@@ -139,6 +139,9 @@ def measure(pictures: Source, rounds: int, device: torch.device) -> dict[tuple[s
     streams = line_up()
     turns = [(name, workers) for name in streams for workers in WORKERS]
     found: dict[tuple[str, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
+    # What the libraries hold is not gone through again in each turn, which would cost the fastest most.
+    gc.collect()
+    gc.freeze()
     for number in range(-1, rounds):
         random.Random(number).shuffle(turns)
         for name, workers in turns:
@@ -148,6 +151,7 @@ def measure(pictures: Source, rounds: int, device: torch.device) -> dict[tuple[s
             gc.collect()  # the reference's workers end with its loader
             if number >= 0:
                 found[name, workers].append((count / (cpu_seconds() - cpu), count / (time.perf_counter() - wall)))
+    gc.unfreeze()
     return {turn: Rates(*np.array(values).T) for turn, values in found.items()}
 
 

@@ -43,6 +43,7 @@ from bench_input_results import LONGEST, RAW, SHORTEST, Apart, Key, Results, com
 from page import between_markers, cpu_name
 from PIL import features
 
+from lars_train.data import library
 from lars_train.data.source import Source
 from lars_train.errors import ConfigError
 from lars_train.stores.encode import Encoding
@@ -130,7 +131,8 @@ def measure(contenders: list[Contender], stores: dict[str, Source], rounds: int)
 
 def conditions(args: argparse.Namespace, pictures: Pictures, contenders: list[Contender]) -> list[str]:
     """What was measured where."""
-    packages = [f"{name} {version(name)}" for name in ("torch", "torchvision", "pillow", "numpy")]
+    names = ["torch", "torchvision", "pillow", "numpy", *(["numba"] if library.is_there() else [])]
+    packages = [f"{name} {version(name)}" for name in names]
     peers = [one.versions for one in contenders if one.versions]
     packages += [one for one in dict.fromkeys(peers) if one not in packages]
     options = " --peers" if args.peers else ""
