@@ -73,8 +73,8 @@ def decoder_lines(wanted: str, decided: str, stored: str | None, split: Source) 
         return
     if here != decided and stored == decided:
         yield (
-            f"NOTE: JPEGs are decoded by {NAMES[decided]}, as this run began; data.decoder={here} is faster, at most 1 "
-            "level apart."
+            f"NOTE: JPEGs are decoded by {NAMES[decided]}, as this run began; data.decoder={here} is faster, and "
+            "some pixels may be 1 level apart."
         )
     elif here != decided:
         yield f"NOTE: JPEGs are decoded by {NAMES[decided]}, for another rank has not got {NAMES[here]}."
