@@ -9,7 +9,7 @@ a quarter of the pictures each time, on one core; what counts is this process's 
 pictures as they are, and with two stores of smaller copies, made in a temporary folder as `lars-data pack` makes them.
 
 - reference: Pillow and torchvision's v1 transforms, to a normalised float32 tensor (which ours leaves to the device)
-- ours, native and Pillow: lars_train.data.decode to uint8 in a batch's buffer, with its own drawing of the crops
+- ours, native, library and Pillow: lars_train.data.decode to uint8 in a batch's buffer, with its own draws of the crops
 - floor: libjpeg-turbo decoding the rows and columns of the crop and nothing else (a C function compiled here)
 - with --peers: those of other libraries that are installed, see bench_input_peers.py
 

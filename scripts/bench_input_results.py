@@ -51,8 +51,8 @@ class Results:
 
     @property
     def peers(self) -> list[str]:
-        """All but ours and the floor."""
-        return [name for name in self.contenders if name not in (*OURS, FLOOR)]
+        """All but the reference, ours and the floor."""
+        return [name for name in self.contenders if name not in (REFERENCE, *OURS, FLOOR)]
 
     def ratios(self, one: Key, other: Key) -> npt.NDArray[np.float64] | None:
         """In each round; None where one of them was not measured."""

@@ -17,6 +17,8 @@ from program import ALONE, TINY, TORCHRUN, alive_in_group, children, environment
 pytestmark = pytest.mark.slow
 
 CURVE = [*TINY, "data.augment=pad_crop", "data.workers=1", "epochs=12", "log_every=4"]
+# So long that compiling it might be tried.
+LONG = "epochs=100000 compile=false checkpoint.every_updates=15 launch.nproc=1 run.name=killed".split()
 
 
 def wait_for_checkpoint(folder: Path, update: int, process: subprocess.Popen[Any]) -> None:
@@ -71,18 +73,21 @@ def test_killed_run_ends_with_the_same_weights(unbroken: Callable[[int], Path], 
 
 def test_a_run_whose_loader_worker_is_killed_ends_and_says_so(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*ALONE, *CURVE, "epochs=100000", "checkpoint.every_updates=15", "launch.nproc=1", "run.name=killed"],
+        [*ALONE, *CURVE, *LONG],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_checkpoint(tmp_path / "runs/killed", 15, process)
-    # With one that an evaluation may have at the moment.
-    for worker in children(process.pid):
-        os.kill(worker, signal.SIGKILL)
-    _, told = process.communicate(timeout=120)
+    try:
+        wait_for_checkpoint(tmp_path / "runs/killed", 15, process)
+        # With one that an evaluation may have at the moment.
+        for worker in children(process.pid):
+            os.kill(worker, signal.SIGKILL)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert "a loader's worker (process" in told
     assert "was killed by SIGKILL" in told

@@ -8,6 +8,8 @@ columns are resized, over columns where rows are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -47,11 +49,23 @@ def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
     """Compiled for these types, and kept in numba's cache (NUMBA_CACHE_DIR) where one can be used."""
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            made: Callable[..., Any] = numba.njit(signature, nogil=True, cache=True)(function)
-        except Exception:  # no folder that may be written, or a damaged one: numba raises what it meets
-            made = numba.njit(signature, nogil=True)(function)
-        return made
+        # With files that are damaged, then with new ones; at last without, for want of a folder that may be written.
+        for cached in (True, True, False):
+            made: Any = numba.njit(nogil=True)(function)
+            try:
+                if cached:
+                    made.enable_caching()
+                made.compile(signature)
+                break
+            except Exception:  # whatever numba meets in what it finds
+                if not cached:
+                    raise
+                for file in Path(made.stats.cache_path or "").glob(f"{Path(__file__).stem}.{function.__name__}-*.nb?"):
+                    with suppress(OSError):
+                        file.unlink()
+        made.disable_compile()
+        compiled: Callable[..., Any] = made
+        return compiled
 
     return compile_
 

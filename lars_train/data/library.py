@@ -26,7 +26,10 @@ from lars_train.data.augment import Geometry
 from lars_train.data.jpeg_file import Frame, frame_of, is_whole
 from lars_train.data.window import window
 
-REMEDY = "pip install 'lars-train[decode]', or nvidia-nvimgcodec-cu13 (0.9 or newer) and numba: no compiler is needed."
+REMEDY = (
+    "pip install 'lars-train[decode]', or nvidia-nvimgcodec-cu13 (0.9 or newer) and numba: no compiler is needed. "
+    "NUMBA_DISABLE_JIT must not be set."
+)
 """What to do where `is_there` says no, in one line."""
 
 Box = tuple[int, int, int, int]

@@ -127,14 +127,14 @@ class TrainReader(_Reader):
                 bad.append(found)
                 if self._on_error == "fail":
                     failure = (
-                        f"{found.where}: {found.reason}. Mend or remove the file, or set data.on_error=skip "
-                        "to put the next sample in its place."
+                        f"{found.where}: {found.reason.rstrip('.')}. Mend or remove the file, or set "
+                        "data.on_error=skip to put the next sample in its place."
                     )
                     return Outcome(tuple(bad), fast, failure)
             else:
                 failure = (
-                    f"{bad[-1].where}: {bad[-1].reason}. It is the last of {len(bad) - before} samples in a row that "
-                    "cannot be read; see whether the data set is whole and data.root reachable."
+                    f"{bad[-1].where}: {bad[-1].reason.rstrip('.')}. It is the last of {len(bad) - before} samples "
+                    "in a row that cannot be read; see whether the data set is whole and data.root reachable."
                 )
                 return Outcome(tuple(bad), fast, failure)
         return Outcome(tuple(bad), fast)

@@ -265,6 +265,25 @@ def test_where_numba_is_told_not_to_compile_it_is_not_there() -> None:
 
 
 @pytest.mark.slow
+def test_compiled_code_that_is_cut_short_or_garbled_is_made_anew(tmp_path: Path) -> None:
+    code = "from lars_train.data import library; assert library.is_there()"
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def start() -> dict[Path, int]:
+        subprocess.run([sys.executable, "-c", code], check=True, env=env)
+        return {file: file.stat().st_size for file in tmp_path.rglob("fixed_point.*.nb?")}
+
+    whole = start()
+    assert len(whole) == 8
+    for number, file in enumerate(whole):
+        file.write_bytes((b"", b"no such thing", file.read_bytes()[: whole[file] // 2])[number % 3])
+    start()
+    again = start()
+    assert again.keys() == whole.keys()
+    assert all(again[file] == pytest.approx(size, rel=0.05) for file, size in whole.items())
+
+
+@pytest.mark.slow
 def test_where_nothing_can_be_cached_it_is_compiled_anew(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code = "from lars_train.data import library; assert library.is_there()"
