@@ -62,7 +62,7 @@ def main() -> int:
     settings = settings_of(args.epochs, args.updates, args.log_every)
     with tempfile.TemporaryDirectory() as folder:
         moments = watched(settings, args.epochs * args.updates, Path(folder))
-    lines, flat = told(moments, settings)
+    lines, flat = told(moments, settings, args.epochs * args.updates)
     print("\n".join(lines))
     if args.write is not None:
         page = args.write.read_text(encoding="utf-8")
@@ -145,8 +145,8 @@ def early_and_late(moments: list[Moment]) -> dict[str, tuple[float, float]]:
     return dict(zip(("memory", "open files", "time"), zip(early, late, strict=True), strict=True))
 
 
-def told(moments: list[Moment], settings: list[str]) -> tuple[list[str], bool]:
-    """The figures as Markdown, and whether nothing grew."""
+def told(moments: list[Moment], settings: list[str], updates: int) -> tuple[list[str], bool]:
+    """The figures of a run of so many updates as Markdown, and whether nothing grew."""
     found, last = early_and_late(moments), moments[-1]
     memory, files, times = found["memory"], found["open files"], found["time"]
     judged = (
@@ -156,8 +156,8 @@ def told(moments: list[Moment], settings: list[str]) -> tuple[list[str], bool]:
     )
     flat = all(value <= most for _, most, value in judged)
     lines = [
-        f"`python scripts/long_haul.py` on {cpu_name()}, one thread: {last.update:,} updates in "
-        f"{last.seconds / 60:.0f} minutes, `lars-train {' '.join(settings)}`.",
+        f"`python scripts/long_haul.py` on {cpu_name()}, one thread: {updates:,} updates, looked at until "
+        f"{last.update:,}, in {last.seconds / 60:.0f} minutes, `lars-train {' '.join(settings)}`.",
         "",
         "| | second tenth of the run | last tenth |",
         "|---|---:|---:|",

@@ -32,7 +32,7 @@ def test_memory_and_open_files_do_not_grow_over_1000_updates_and_20_evaluations(
 
 def test_what_grows_is_told(long_haul: ModuleType) -> None:
     flat = [long_haul.Moment(update, update / 10, update / 100, 500.0, 7, 100 * update) for update in range(1, 101)]
-    lines, still = long_haul.told(flat, [])
+    lines, still = long_haul.told(flat, [], 1000)
     assert still
     assert not [line for line in lines if "not met" in line]
     for grown in (
@@ -43,7 +43,7 @@ def test_what_grows_is_told(long_haul: ModuleType) -> None:
         ((name, values),) = grown.items()
         told_as = {"memory": "memory", "files": "open files", "cpu": "an update"}[name]
         moments = [long_haul.Moment(**{**vars(one), name: value}) for one, value in zip(flat, values, strict=True)]
-        lines, still = long_haul.told(moments, [])
+        lines, still = long_haul.told(moments, [], 1000)
         assert not still
         (only,) = (line for line in lines if "not met" in line)
         assert only.startswith(f"- over a long run: {told_as} ")
