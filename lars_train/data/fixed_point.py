@@ -60,14 +60,21 @@ def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
             except Exception:  # whatever numba meets in what it finds
                 if not cached:
                     raise
-                for file in Path(made.stats.cache_path or "").glob(f"{Path(__file__).stem}.{function.__name__}-*.nb?"):
-                    with suppress(OSError):
-                        file.unlink()
+                _forget(made.stats.cache_path, function.__name__)
         made.disable_compile()
         compiled: Callable[..., Any] = made
         return compiled
 
     return compile_
+
+
+def _forget(folder: str | None, name: str) -> None:
+    """Remove what numba keeps of a function in its cache; None: it has no folder."""
+    if folder is None:
+        return
+    for file in Path(folder).glob(f"{Path(__file__).stem}.{name}-*.nb?"):
+        with suppress(OSError):
+            file.unlink()
 
 
 @_compiled(
@@ -79,7 +86,7 @@ def _weigh(source: int, to: int, start: int, shift: int, room: int, side: int, f
 
     `source` pixels are resized to `to`, of which the window begins at `start`; the first of `source` is number `shift`
     of the `room` pixels that are there. Results are made up to a multiple of four. A result's weights are 1 in sum
-    before they are rounded (Pillow's Resample.c, precompute_coeffs).
+    before they are rounded (precompute_coeffs in https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Resample.c).
     """
     low, high = max(start, 0), min(start + side, to)
     count = max(high - low, 0)
