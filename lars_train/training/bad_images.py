@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lars_train.data.loader import BadSample
@@ -51,3 +51,24 @@ class BadImages:
                 "Mend the data set, or raise data.max_bad."
             )
         return new
+
+    def report(self, path: Path, update: int, say: Callable[[str], None]) -> None:
+        """`collect`; the first rank tells the new ones and adds them to `path`, also where that raises. Collective.
+
+        Args:
+            path: ``bad_images.jsonl``, in which an image stands once however often the run is continued.
+            update: the one that the run is at.
+            say: takes a line for people.
+        """
+        before = len(self.known)
+        try:
+            self.collect()
+        finally:
+            if self._group.first:
+                told = told_in(path)
+                with path.open("a") as file:
+                    for where, reason in list(self.known.items())[before:]:
+                        if where in told:
+                            continue
+                        say(f"WARNING: image {where} cannot be decoded: {reason}")
+                        file.write(json.dumps({"image": where, "reason": reason, "update": update}) + "\n")

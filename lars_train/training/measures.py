@@ -1,10 +1,12 @@
 """What an update is measured by where a log line follows: norms per parameter, and the gradient of a small batch.
 
-All of it stays on the device: nothing here waits for one, and nothing changes a gradient or a weight.
+All of it stays on the device until a log line asks for it (`Measures.values`, `Measures.layers`, where the host waits
+for the device), and nothing changes a gradient or a weight.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lars_train.monitoring.layers import LayerValues
+from lars_train.optim.lars import LARS
 
 
 @dataclass
@@ -58,10 +64,24 @@ class Measures:
         self.updates = torch.stack(torch._foreach_norm(self.before))
         self.before = []
 
-    def update_norm(self) -> Tensor:
-        """|w_after - w_before| of all, a scalar."""
-        norm: Tensor = torch.linalg.vector_norm(self.updates)
-        return norm
+    def values(self) -> dict[str, float]:
+        """Of all parameters as one, by the names of `fields.FIELDS`."""
+        norms = torch.stack((self.grad_norm, self.weight_norm, torch.linalg.vector_norm(self.updates)))
+        gradient, weight, update = norms.double().tolist()
+        return {
+            "train/grad_norm": gradient,
+            "train/weight_norm": weight,
+            "train/update_ratio": update / weight if weight else math.nan,
+        }
+
+    def layers(self, names: dict[int, str], optimizer: Optimizer, lr: float) -> LayerValues:
+        """By parameter; `names`: the name of each, by its id. With the trust ratios, if `optimizer` is LARS."""
+        ratios: dict[str, float] = {}
+        if isinstance(optimizer, LARS) and (adapted := optimizer.layers()) is not None:
+            of_each = adapted.values[2].tolist()
+            ratios = {names[id(p)]: ratio for p, ratio in zip(adapted.parameters, of_each, strict=True)}
+        weights, gradients, updates = torch.stack((self.weights, self.gradients, self.updates)).tolist()
+        return LayerValues([names[id(p)] for p in self.parameters], weights, gradients, updates, lr, ratios)
 
 
 class FirstGradient:

@@ -22,17 +22,15 @@ from lars_train.data.order import micro_bounds
 from lars_train.durable import write_whole
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.models.weights import weights_sha256
-from lars_train.monitoring.layers import LayerValues
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.memory import memory
 from lars_train.monitoring.noise import NoiseScale
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import announcement, epoch_line, final_record, work_line
 from lars_train.optim.factory import build_optimizer
-from lars_train.optim.lars import LARS
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
-from lars_train.training import checkpoint, compiler
-from lars_train.training.bad_images import BadImages, told_in
+from lars_train.training import checkpoint, compiler, divergences
+from lars_train.training.bad_images import BadImages
 from lars_train.training.cache import check_cache
 from lars_train.training.decoder import decoder_lines
 from lars_train.training.device import choose_layout, choose_precision, choose_workers, set_up
@@ -40,6 +38,7 @@ from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split
 from lars_train.training.feed import Feed, normaliser
 from lars_train.training.guard import Divergence
+from lars_train.training.interval import Interval
 from lars_train.training.measures import Measures
 from lars_train.training.network import make_network
 from lars_train.training.notice import Notice
@@ -110,7 +109,7 @@ class Run:
             checkpoint.remove_later(self.checkpoints, self.trainer.update)
             self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
             self.log = RunLog(self.directory, self.trainer.update)
-            self._take_back_records()
+            divergences.take_back(self.directory, len(self.rollbacks))
         self.noise = NoiseScale(**(start or {}).get("noise", {}))
         self.logged: dict[str, float] = {}
         self.run_left: float | None = None
@@ -163,9 +162,9 @@ class Run:
 
     def begin(self) -> None:
         """Start the clocks."""
-        self.started = self.log_started = time.perf_counter()
-        self.saved_at, self.saved_update = self.started, self.trainer.update
-        self.waited, self.saving, self.logged_update = 0.0, 0.0, self.trainer.update
+        self.started = self.saved_at = time.perf_counter()
+        self.saved_update = self.trainer.update
+        self.interval = Interval(self.trainer.update, self.started)
         self.trainer.network.train()
 
     def _updates_in_order(self) -> None:
@@ -190,7 +189,7 @@ class Run:
         log_now = log_is_due(config, self.plan, update)
         seen = batches if self.trainer.update or self.log is None else self._keep_pictures(batches)
         info = self.trainer.run_update(seen, self._micro_batches(), measure=log_now)
-        self.waited += info.waited
+        self.interval.waited += info.waited
         self.bad.note(info.bad)
         if not info.made:
             self._check_skipped()
@@ -265,8 +264,8 @@ class Run:
         self.trainer.restore(start)
         self.trainer.skipped = behind - start["update"]
         self.best_top1, self.noise = start["best_top1"], NoiseScale(**start.get("noise", {}))
-        self.resumed_at = self.logged_update = self.trainer.update
-        self.log_started, self.waited = time.perf_counter(), 0.0
+        self.resumed_at = self.trainer.update
+        self.interval = Interval(self.trainer.update)
         lines.append(
             f"Going on from update {start['update']:,} without the {behind - first:,} batches from there on: rollback "
             f"{len(self.rollbacks)} of at most {guard.max_rollbacks}."
@@ -283,24 +282,9 @@ class Run:
             # Its result came after that checkpoint, as for a run that is started from it.
             self._evaluate()
 
-    def _take_back_records(self) -> None:
-        """Leave in divergence.jsonl the rollbacks that this run knows of: one that a kill took back is made again."""
-        path = self.directory / "divergence.jsonl"
-        if not path.exists():
-            return
-        kept, rollbacks, whole = [], 0, path.read_bytes()
-        for line in whole.splitlines(keepends=True):
-            is_rollback = b'"action": "rollback"' in line
-            rollbacks += is_rollback
-            if line.endswith(b"\n") and not (is_rollback and rollbacks > len(self.rollbacks)):
-                kept.append(line)
-        if b"".join(kept) != whole:
-            write_whole(path, kept)
-
     def _record(self, divergence: Divergence, action: dict[str, Any]) -> None:
         if self.group.first:
-            with (self.directory / "divergence.jsonl").open("a") as file:
-                file.write(json.dumps({**divergence.record(), **action}) + "\n")
+            divergences.record(self.directory, divergence, action)
 
     def _evaluation_is_due(self) -> bool:
         return evaluation_is_due(self.config, self.plan, self.trainer.update)
@@ -381,18 +365,19 @@ class Run:
         if bad:
             self._report_bad()
         now = time.perf_counter()
-        elapsed = now - self.log_started
-        rate = (trainer.update - self.logged_update) * self.plan.global_batch / elapsed
         values = {
             "train/loss": loss / max(count, 1),
             "train/top1": 100 * hits / max(count, 1),
             "train/lr": info.lr,
-            "train/images_per_s": rate,
-            "train/mfu": rate * self.flops_per_image / (self.peak_flops * self.group.ranks.world),
-            "train/wait_share": self.waited / elapsed,
+            **self.interval.values(
+                trainer.update,
+                now,
+                global_batch=self.plan.global_batch,
+                flops_per_image=self.flops_per_image,
+                peak_flops=self.peak_flops * self.group.ranks.world,
+            ),
             "train/bad_images": len(self.bad.known),
             "train/checkpoint_failures": self._told_failures(),
-            "checkpoint/wait_seconds": self.saving,
             **memory(self.device),
         }
         if self.writer is not None and self.writer.seconds is not None:
@@ -402,10 +387,10 @@ class Run:
         values.update(self._of_the_loader(loaded))
         if self.precision.scales_loss:
             values["train/loss_scale"] = trainer.scaler.get_scale()
-        self.log_started, self.waited, self.saving, self.logged_update = now, 0.0, 0.0, trainer.update
+        self.interval = Interval(trainer.update, now)
         self.logged = values
         self._write(values)
-        self.run_left = self._time_left(rate)
+        self.run_left = self._time_left(values["train/images_per_s"])
         self.progress.log_line(epoch_line(trainer.update, self.plan, values, seconds_left=self.run_left))
         if info.measures is not None:
             self._write_layers(info.lr, info.measures)
@@ -421,19 +406,14 @@ class Run:
         return (plan.stop - update) * plan.global_batch / images_per_s + evaluations * self.evaluation_seconds
 
     def _of_the_update(self, info: UpdateInfo, measures: Measures) -> dict[str, float]:
-        scalars = torch.stack((measures.grad_norm, measures.weight_norm, measures.update_norm())).double()
-        grad_norm, weight_norm, update_norm = scalars.tolist()
+        values = measures.values()
         if info.first is not None:
             self.group.sum(info.first)
             small_sq, per_small, ranks = info.first.tolist()
-            big = self.plan.global_batch
-            self.noise.add(small_sq / ranks, per_small / ranks, grad_norm**2, 1 / big)
-        return {
-            "train/grad_norm": grad_norm,
-            "train/weight_norm": weight_norm,
-            "train/update_ratio": update_norm / weight_norm if weight_norm else math.nan,
-            **self.noise.values(),
-        }
+            self.noise.add(
+                small_sq / ranks, per_small / ranks, values["train/grad_norm"] ** 2, 1 / self.plan.global_batch
+            )
+        return {**values, **self.noise.values()}
 
     def _of_the_loader(self, loaded: LoaderStatistics) -> dict[str, float]:
         if not loaded.seconds:
@@ -444,15 +424,11 @@ class Run:
     def _write_layers(self, lr: float, measures: Measures) -> None:
         if self.log is None:
             return
-        update, optimizer, names = self.trainer.update, self.trainer.optimizer, self.parameter_names
-        ratios: dict[str, float] = {}
-        if isinstance(optimizer, LARS) and (layers := optimizer.layers()) is not None:
-            adapted = [names[id(parameter)] for parameter in layers.parameters]
-            ratios = dict(zip(adapted, layers.values[2].tolist(), strict=True))
-            self.log.write_ratios(update, adapted, list(ratios.values()))
-        weights, gradients, updates = torch.stack((measures.weights, measures.gradients, measures.updates)).tolist()
-        named = [names[id(p)] for p in measures.parameters]
-        self.log.board.layers(LayerValues(named, weights, gradients, updates, lr, ratios), update)
+        update = self.trainer.update
+        layers = measures.layers(self.parameter_names, self.trainer.optimizer, lr)
+        if layers.ratios:
+            self.log.write_ratios(update, list(layers.ratios), list(layers.ratios.values()))
+        self.log.board.layers(layers, update)
         if self.pictures is not None:
             self.log.board.images(self.pictures.cpu(), update)
             self.pictures = None
@@ -494,7 +470,7 @@ class Run:
         new_best = result.top1 > self.best_top1
         self.result, self.best_top1 = result, max(self.best_top1, result.top1)
         seconds = self.evaluation_seconds = time.perf_counter() - started
-        self.log_started += seconds  # the rate of training images leaves evaluations and checkpoints out
+        self.interval.leave_out(seconds)
         self._write({**result.values(), "val/best_top1": self.best_top1, "val/seconds": seconds})
         if new_best:
             if self.saved_update != self.trainer.update:
@@ -503,20 +479,7 @@ class Run:
                 self.writer.keep_best(self.trainer.update)
 
     def _report_bad(self) -> None:
-        known = len(self.bad.known)
-        try:
-            self.bad.collect()
-        finally:
-            if self.group.first:
-                path = self.directory / "bad_images.jsonl"
-                told = told_in(path)
-                with path.open("a") as file:
-                    for where, reason in list(self.bad.known.items())[known:]:
-                        if where in told:
-                            continue
-                        self.progress.say(f"WARNING: image {where} cannot be decoded: {reason}")
-                        line = {"image": where, "reason": reason, "update": self.trainer.update}
-                        file.write(json.dumps(line) + "\n")
+        self.bad.report(self.directory / "bad_images.jsonl", self.trainer.update, self.progress.say)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -545,9 +508,7 @@ class Run:
                 "layout": self.dataset.layout,
             }
             self.writer.save(self.trainer.update, content)
-        took = time.perf_counter() - started
-        self.saving += took
-        self.log_started += took
+        self.interval.save(time.perf_counter() - started)
 
     def _finish(self) -> dict[str, Any]:
         assert self.result is not None

@@ -486,5 +486,7 @@ def test_norms_of_layers_and_of_their_updates_are_those_of_the_tensors() -> None
     moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
     assert info.measures.updates.tolist() == pytest.approx([float(m.norm()) for m in moved], rel=1e-12)
     assert info.measures.weights.tolist() == pytest.approx([float(b.norm()) for b in before], rel=1e-12)
-    assert float(info.measures.update_norm()) == pytest.approx(float(torch.cat([m.flatten() for m in moved]).norm()))
+    whole, way = (float(torch.cat([part.flatten() for part in parts]).norm()) for parts in (before, moved))
+    assert info.measures.values()["train/weight_norm"] == pytest.approx(whole, rel=1e-12)
+    assert info.measures.values()["train/update_ratio"] == pytest.approx(way / whole, rel=1e-12)
     assert info.measures.before == []  # the copy is given back
