@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lars_train.units import size
+
 
 def told(found: dict[str, Any]) -> Iterator[str]:
     """What `forecast` found, in words."""
@@ -12,11 +14,11 @@ def told(found: dict[str, Any]) -> Iterator[str]:
     least, most = disk["checkpoints_kept_bytes"]
     log = sum(disk["log_bytes"].values())
     yield (
-        f"disk           {_size(disk['checkpoint_bytes'])} a checkpoint: {_size(disk['checkpoints_written_bytes'])} "
-        f"written in all, {_size(most)} at the end ({_size(least)} if the best is among the last)"
+        f"disk           {size(disk['checkpoint_bytes'])} a checkpoint: {size(disk['checkpoints_written_bytes'])} "
+        f"written in all, {size(most)} at the end ({size(least)} if the best is among the last)"
     )
-    files = ", ".join(f"{name} {_size(count)}" for name, count in disk["log_bytes"].items())
-    yield f"               {_size(sum(disk['log_line_bytes'].values()))} a log line: {_size(log)} in all ({files})"
+    files = ", ".join(f"{name} {size(count)}" for name, count in disk["log_bytes"].items())
+    yield f"               {size(sum(disk['log_line_bytes'].values()))} a log line: {size(log)} in all ({files})"
     precision = found["precision"]
     yield f"precision      {'not known here: memory as in fp32' if precision == 'auto' else precision}"
     for entry in found["memory_per_device"]:
@@ -47,7 +49,7 @@ def _told_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
         if "problem" in row:
             yield f"               {row['row']:<6}  not on these images: {row['problem']}"
             continue
-        expected, disk = row.get("expected"), _size(row["disk_bytes"])
+        expected, disk = row.get("expected"), size(row["disk_bytes"])
         if expected is None:
             yield f"               {row['row']:<6}{'':>11}{'?':>9}  {'?':<10}{disk:>11}"
             continue
@@ -58,12 +60,5 @@ def _told_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{expected['limit']:<10}{disk:>11}{more}"
         )
     if hours:
-        disk = _size(sum(row.get("disk_bytes", 0) for row in rows))
+        disk = size(sum(row.get("disk_bytes", 0) for row in rows))
         yield f"               {'all':<6}{'':>11}{hours:>9.3g}  {'':<10}{disk:>11}"
-
-
-def _size(count: float) -> str:
-    for unit, of_it in (("GB", 1e9), ("MB", 1e6)):
-        if count >= of_it:
-            return f"{count / of_it:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"

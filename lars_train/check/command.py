@@ -22,7 +22,6 @@ from lars_train.check.network import clocks, exchange
 from lars_train.check.pace import disk_pace, input_pace, network_pace
 from lars_train.check.pictures import counts, loader_rate, try_sample
 from lars_train.check.report import lines
-from lars_train.check.units import size as readable
 from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
@@ -38,6 +37,7 @@ from lars_train.training.prepare import Prepared, prepare
 from lars_train.training.resolve import resolve
 from lars_train.training.run_directory import run_directory, wait_for
 from lars_train.training.session import find_finished
+from lars_train.units import size as readable
 
 _T = TypeVar("_T")
 

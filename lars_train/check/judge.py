@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from lars_train.check.facts import Findings, Rank
-from lars_train.check.units import size
 from lars_train.plan import IMAGENET_TRAIN_IMAGES
+from lars_train.units import size
 
 IMAGENET = (IMAGENET_TRAIN_IMAGES, 50_000, 1_000)
 """Training and validation images, and classes (ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/)."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from lars_train.check.facts import Findings, Rank
 from lars_train.check.judge import by_host, listed
 from lars_train.check.pace import achieved, exchange_share
-from lars_train.check.units import rate, size
+from lars_train.units import rate, size
 
 
 def lines(findings: Findings) -> Iterator[str]:

@@ -21,6 +21,7 @@ from lars_train.stores.plan import open_original
 from lars_train.stores.verify import Problem, checker, tasks_of
 from lars_train.stores.workers import cores, each
 from lars_train.text import printable
+from lars_train.units import size
 
 _SHOWN = 20
 
@@ -128,10 +129,10 @@ def _tally(problems: list[Problem], store: ShardTree) -> str:
 def _lines(store: ShardTree) -> list[str]:
     lines = [f"{store.place}: pictures {f'encoded anew, {store.variant}' if store.variant else 'as the files were'}"]
     for split, packed in store.splits.items():
-        size = int(packed.places.size.sum())
+        stored = int(packed.places.size.sum())
         lines.append(
             f"{split}: {len(packed.listing.names):,} pictures, {len(packed.listing.classes):,} classes, "
-            f"{size / 1e9:.2f} GB in {len(packed.shards):,} shards"
+            f"{size(stored)} in {len(packed.shards):,} shards"
         )
     runs = [(packed.listing.names.runs(), packed.listing.labels) for packed in store.splits.values()]
     classes = [os.fsdecode(name) for name in next(iter(store.splits.values())).listing.classes]

@@ -116,7 +116,7 @@ def test_a_full_disk_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     (problem,) = checked("data=mini")["problems"]
-    assert "0.01 MB are free" in problem
+    assert "10 kB are free" in problem
     assert "run.dir" in problem
 
 

@@ -64,7 +64,8 @@ def test_packing_verifying_and_describing_load_no_torch(root: Path) -> None:
 def test_a_store_is_packed_verified_and_described(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("pack", "data", "store", "--shards", "2", "--jobs", "1") == 0
     out = capsys.readouterr().out
-    assert "train: 8 pictures, 2 classes, 0.00 GB in 2 shards" in out
+    stored = sum(path.stat().st_size for path in Path("data/train").glob("*/*"))
+    assert f"train: 8 pictures, 2 classes, {stored / 1e3:.3g} kB in 2 shards" in out
     assert "verified" in out
     fingerprint = next(line for line in out.splitlines() if line.startswith("fingerprint"))
     assert ended("pack", "data", "store", "--shards", "2", "--jobs", "1") == 0
