@@ -367,8 +367,8 @@ class Config:
     deterministic: bool = False
     """Have torch use deterministic kernels alone."""
     compile: Union[bool, str] = AUTO
-    """The network through ``torch.compile``: true, false, or auto: where the run takes an hour or more, a trial at its
-    start computes the same but for rounding, and is faster.
+    """The network through ``torch.compile``: true, false, or auto: where the run takes an hour or more, as a
+    pass timed at its start tells, and a trial computes the same but for rounding, and is faster.
     """
     channels_last: Union[bool, str] = AUTO
     """Weights and images with the channels innermost in memory: true, false, or auto: on every device."""

@@ -28,8 +28,8 @@ WORTH_SECONDS = 3600.0
 process at each start, and the step gains a few hundredths by it on the devices measured so far (docs/performance.md).
 """
 
-# The share of the device's peak (utilisation.py) that training reaches at most, for a first guess at a run's time.
-_EFFICIENCY = 0.5
+# The share of the device's peak (utilisation.py) that training reaches at least, where it is not of tiny networks.
+_LEAST_EFFICIENCY = 0.02
 # Relative differences of outputs and gradients (as one vector) that rounding may make in a network of 50 layers.
 _APART = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 _TIMED = 2
@@ -45,18 +45,19 @@ class Trial:
     apart: float
 
 
-def shortest_time(images: float, flops_per_image: float, peak_flops: float) -> float:
-    """Seconds that a device needs for so many images at least, with what it can do at its best."""
-    return images * flops_per_image / (_EFFICIENCY * peak_flops)
+def longest_time(images: float, flops_per_image: float, peak_flops: float) -> float:
+    """Seconds that a device needs for so many images at most, at a fiftieth of its peak."""
+    return images * flops_per_image / (_LEAST_EFFICIENCY * peak_flops)
 
 
 def decide(
     wanted: bool | str,
     kept: bool | None,
-    seconds: float,
-    attempt: Callable[[], Trial],
+    at_most: float,
     *,
-    missing: str | None,
+    timed: Callable[[], float],
+    attempt: Callable[[], Trial],
+    problem: Callable[[], str | None],
     compute: torch.dtype,
     say: Callable[[str], None],
 ) -> bool:
@@ -65,26 +66,40 @@ def decide(
     Args:
         wanted: ``compile`` of the config.
         kept: what the run has decided before; None for a new one.
-        seconds: that the run takes at least.
+        at_most: seconds that the run takes at most, a first guess.
+        timed: the same as the device is timed; asked where the guess is long enough.
         attempt: a trial; it may raise anything.
-        missing: `missing_tool` of the device.
+        problem: what keeps torch.compile from working here, None if nothing does; it may take some seconds.
         compute: in which the products are computed.
 
     Raises `ConfigError` where ``compile=true`` cannot be done.
     """
-    if wanted is True and missing is not None:
-        raise ConfigError(f"compile=true: torch.compile wants {missing}, which is not here; compile=auto does without.")
-    if wanted is True or (wanted == AUTO and kept):
-        say(f"compile        on: each size of a micro-batch is compiled when it first comes, {_COST}")
-        return True
-    if wanted is False or kept is False or seconds < WORTH_SECONDS or missing is not None:
+    if wanted is False or (wanted == AUTO and not kept and at_most < WORTH_SECONDS):
         return False
-    say(f"compile        trying torch.compile, {_COST}")
+    if wanted is True or kept:
+        say(f"compile        on: each size of a micro-batch is compiled when it first comes, {_COST}")
+        reason = problem()
+        if reason is None:
+            return True
+        if wanted is True:
+            raise ConfigError(f"compile=true: {reason}; compile=auto does without.")
+        say(f"compile        off: {reason}; the run was compiled until now")
+        return False
+    if kept is False:
+        say("compile        off, as in this run so far; compile=true has the rest of it compiled")
+        return False
+    seconds = timed()
+    if seconds < WORTH_SECONDS:
+        return False
+    reason = problem()
+    if reason is not None:
+        say(f"compile        off: {reason}")
+        return False
+    say(f"compile        trying torch.compile for a run of {seconds / 3600:,.0f} hours or so, {_COST}")
     try:
         trial = attempt()
     except Exception as error:  # whatever the compiler, or the compiler's compiler, raises
-        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-        say(f"compile        off: torch.compile does not work here ({reason})")
+        say(f"compile        off: {_broken(error)}")
         return False
     if not trial.apart <= _APART[compute]:
         say(f"compile        off: what it computes is {trial.apart:.2g} off, more than rounding")
@@ -93,6 +108,28 @@ def decide(
     times = f"{trial.compiled:.3g} s a micro-batch, {trial.eager:.3g} s without"
     say(f"compile        {'on' if faster else 'off'}: {times}")
     return faster
+
+
+def problem(device: torch.device) -> str | None:
+    """Why torch.compile does not work on the device, in words; None if it does. Compiles a line of code to know."""
+    missing = missing_tool(device)
+    if missing is not None:
+        return f"torch.compile wants {missing}, which is not here"
+    try:
+        _keep_compiled()
+        torch.compile(_little, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # as above
+        return _broken(error)
+    return None
+
+
+def _little(values: Tensor) -> Tensor:
+    return values.relu() + 1
+
+
+def _broken(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"torch.compile does not work here ({type(error).__name__}: {line})"
 
 
 def missing_tool(device: torch.device) -> str | None:
@@ -105,12 +142,7 @@ def missing_tool(device: torch.device) -> str | None:
 
 def attempt(network: nn.Module, samples: int, image_size: int, precision: Precision, device: torch.device) -> Trial:
     """A forward and backward pass of `samples` images by a copy of `network` in training, both ways; the host waits."""
-    shadow = copy.deepcopy(network).train()
-    draw = torch.Generator(device).manual_seed(0)
-    images = torch.randn(samples, 3, image_size, image_size, generator=draw, device=device, dtype=precision.weights)
-    (weight, *_) = (p for p in shadow.parameters() if p.dim() == 4)
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        images = images.contiguous(memory_format=torch.channels_last)
+    shadow, images = _shadow(network, samples, image_size, precision, device)
     eager, expected = _timed(shadow, shadow, images, precision, device)
     compiled, got = _timed(compiled_of(shadow), shadow, images, precision, device)
     apart = max(
@@ -120,13 +152,35 @@ def attempt(network: nn.Module, samples: int, image_size: int, precision: Precis
     return Trial(eager, compiled, apart)
 
 
+def eager_time(network: nn.Module, samples: int, image_size: int, precision: Precision, device: torch.device) -> float:
+    """Seconds of an image in a forward and backward pass of `samples` by a copy of `network`; the host waits."""
+    shadow, images = _shadow(network, samples, image_size, precision, device)
+    return _timed(shadow, shadow, images, precision, device, times=1)[0] / samples
+
+
+def _shadow(
+    network: nn.Module, samples: int, image_size: int, precision: Precision, device: torch.device
+) -> tuple[nn.Module, Tensor]:
+    shadow = copy.deepcopy(network).train()
+    draw = torch.Generator(device).manual_seed(0)
+    images = torch.randn(samples, 3, image_size, image_size, generator=draw, device=device, dtype=precision.weights)
+    (weight, *_) = (p for p in shadow.parameters() if p.dim() == 4)
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        images = images.contiguous(memory_format=torch.channels_last)
+    return shadow, images
+
+
 def compiled_of(network: nn.Module) -> Any:
     """The network through torch.compile: its parameters, other code. Each number of images is compiled apart.
 
     Few numbers occur in a run, and code for any number of images is slower.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_directory()))
+    _keep_compiled()
     return torch.compile(network, dynamic=False)
+
+
+def _keep_compiled() -> None:
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_directory()))
 
 
 def compiled_directory() -> Path:
@@ -135,11 +189,11 @@ def compiled_directory() -> Path:
 
 
 def _timed(
-    forward: Any, network: nn.Module, images: Tensor, precision: Precision, device: torch.device
+    forward: Any, network: nn.Module, images: Tensor, precision: Precision, device: torch.device, times: int = _TIMED
 ) -> tuple[float, tuple[Tensor, Tensor]]:
     """Seconds of the quickest pass after a first one; outputs and gradients of the first, float64."""
     best, found = float("inf"), None
-    for _ in range(1 + _TIMED):
+    for _ in range(1 + times):
         network.zero_grad(set_to_none=True)
         started = time.perf_counter()
         with precision.autocast(device):

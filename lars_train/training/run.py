@@ -119,19 +119,27 @@ class Run:
 
     def _compile(self, network: nn.Module, stored: dict[str, Any] | None) -> bool:
         """Whether torch.compile is used. Collective."""
-        config, plan, samples = self.config, self.plan, self.resolved.micro_batch
-        decided = None
+        config, plan = self.config, self.plan
+        decided, error, kept = None, None, None
+        if stored is not None and stored.get("device") == self.device.type:
+            kept = stored.get("compiled", False)
         if self.group.first:
             images = plan.stop * plan.global_batch / self.group.ranks.world
-            decided = compiler.decide(
-                config.compile,
-                None if stored is None or stored.get("device") != self.device.type else stored.get("compiled", False),
-                compiler.shortest_time(images, self.flops_per_image, self.peak_flops),
-                lambda: compiler.attempt(network, samples, config.data.image_size, self.precision, self.device),
-                missing=compiler.missing_tool(self.device),
-                compute=self.precision.compute,
-                say=self.progress.say,
-            )
+            of_it = (config.data.image_size, self.precision, self.device)
+            try:
+                decided = compiler.decide(
+                    config.compile,
+                    kept,
+                    compiler.longest_time(images, self.flops_per_image, self.peak_flops),
+                    timed=lambda: images * compiler.eager_time(network, plan.ghost_batch, *of_it),
+                    attempt=lambda: compiler.attempt(network, self.resolved.micro_batch, *of_it),
+                    problem=lambda: compiler.problem(self.device),
+                    compute=self.precision.compute,
+                    say=self.progress.say,
+                )
+            except ConfigError as failure:
+                error = failure
+        self.group.together(error)
         compiled: bool = self.group.from_first(decided)
         return compiled
 
