@@ -4,9 +4,10 @@
 
 A run as `lars-train` makes it, with its log lines and its bar on a terminal, is timed on the CPU, where an operation is
 done when its call ends. An update's time is that of its input, that of the step (normalisation, forward, loss,
-backward, running statistics, optimizer, clearing of gradients), and the rest, which is what is looked for. Shares of
-times within one process do not suffer from a machine whose speed changes, as a ratio to another process's updates does
-(bench_step.py). The small network's update is of 256 images, the smallest global batch that this program is for.
+backward, running statistics, optimizer, clearing of gradients, autocast's beginning and end), and the rest, which is
+what is looked for. Shares of times within one process do not suffer from a machine whose speed changes, as a ratio to
+another process's updates does (bench_step.py). The small network's update is of 256 images, the smallest global batch
+that this program is for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torch.nn import functional
 from lars_train.cli import prepare_arguments
 from lars_train.config import config_dir, register, resolve
 from lars_train.launch import Ranks
+from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
 from lars_train.training.feed import Feed
 from lars_train.training.prepare import prepare
@@ -70,6 +72,19 @@ class Stopwatch:
         return timed
 
 
+class Autocast:
+    """torch's own, in `step`'s time: what it does at its end, too, is done by every loop that has it."""
+
+    def __init__(self, context: AbstractContextManager[Any], step: Stopwatch) -> None:
+        self.__enter, self.__exit = step.wrap(context.__enter__), step.wrap(context.__exit__)
+
+    def __enter__(self) -> Any:
+        return self.__enter()
+
+    def __exit__(self, *raised: Any) -> Any:
+        return self.__exit(*raised)
+
+
 @contextmanager
 def timed(run: Run) -> Iterator[tuple[Stopwatch, Stopwatch]]:
     """Within it, what the run's steps take, and its input."""
@@ -86,6 +101,8 @@ def timed(run: Run) -> Iterator[tuple[Stopwatch, Stopwatch]]:
             (trainer.running_statistics, "update"),
         ):
             patches.enter_context(patch.object(owner, name, step.wrap(getattr(owner, name))))
+        plain = Precision.autocast
+        patches.enter_context(patch.object(Precision, "autocast", lambda *of: Autocast(plain(*of), step)))
         patches.enter_context(patch.object(Feed, "__next__", waiting.wrap(Feed.__next__)))
         yield step, waiting
 

@@ -36,7 +36,7 @@ def test_neither_ghost_batches_nor_parameters_multiply_the_launches(script: Modu
     assert two == four
     larger = script.of_the_trainer(script.Case("resnet18", 8, 32, 10), 4)
     assert four[script.OPTIMIZER] == larger[script.OPTIMIZER] <= 25
-    assert four[script.REST] == larger[script.REST] < 60
+    assert four[script.REST] == larger[script.REST] < 30
 
 
 def test_an_update_of_one_ghost_batch_adds_three_operations_for_each_batch_norm(script: ModuleType) -> None:

@@ -202,6 +202,10 @@ class LARS(Optimizer):
         """
         return self._last.layers() if self._last.taken else None
 
+    def recorded(self) -> Callable[[], Layers] | None:
+        """What gives `layers` of the last step, later: also when others have come after it. None as there."""
+        return self._last.copy().layers if self._last.taken else None
+
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with one more entry, ``"lars"``: the options by name."""
         for before in self._optimizer_state_dict_pre_hooks.values():

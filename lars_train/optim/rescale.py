@@ -48,6 +48,10 @@ class Record:
         self.parameters.clear()
         self.values.clear()
 
+    def copy(self) -> Record:
+        """What stays as it is when the next step begins."""
+        return Record(list(self.parameters), list(self.values), self.taken)
+
     def layers(self) -> Layers:
         """All of it, on the device of the first tensor."""
         host: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}

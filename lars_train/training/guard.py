@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lars_train.optim.lars import LARS
+from lars_train.optim.rescale import Layers
 
 _SHOWN = 5
+# Between two looks, which come with log lines and checkpoints, there are rarely so many updates.
+_MOST_LOSSES = _MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Divergence:
 
     `layers`: per adapted parameter (name, |w|, |g|, trust ratio) of `layers_of`, the update before it, whose weights
     made that loss; of that update itself, where it is the first since the run was started or rolled back. Empty
-    for an optimizer other than LARS.
+    for an optimizer other than LARS, and where more than a thousand updates came between two looks.
     """
 
     update: int
@@ -60,10 +65,10 @@ class Divergence:
 
 
 class Guard:
-    """Keeps, on the device, the first update that went wrong and what the layers were like before it.
+    """Keeps on the device the loss of each update until the host looks at them, with what the layers were like.
 
     `max_loss`: the mean loss of a global batch above which an update counts as diverged; None: only if it is
-    not finite. What is kept is the same on all ranks if the losses that they give are.
+    not finite. What is found is the same on all ranks if the losses that they give are.
     """
 
     def __init__(self, max_loss: float | None, device: torch.device) -> None:
@@ -74,40 +79,46 @@ class Guard:
 
     def forget(self) -> None:
         """Begin anew."""
-        # The first such update, and its loss.
-        self._seen = torch.zeros(2, dtype=torch.float64, device=self._device)
-        self._before: Tensor | None = None
-        self._kept: Tensor | None = None
-        self._parameters: list[Tensor] = []
-        self._first = 0
+        # Of consecutive updates, the last of which is `_last`; those before `_seen` have been looked at.
+        self._losses: list[Tensor] = []
+        self._began = self._seen = self._last = 0
+        self._layers: deque[Callable[[], Layers] | None] = deque(maxlen=_MOST_LAYERS)
 
     def watch(self, update: int, loss: Tensor, optimizer: Optimizer) -> None:
-        """Note the mean `loss` (a scalar on the device) of `update`, which `optimizer` has just made."""
-        unseen = self._seen[0] == 0
-        loss = loss.double()
-        now = torch.stack((torch.full_like(loss, update), loss))
-        self._seen = torch.where(unseen & ~(loss <= self._max_loss), now, self._seen)
-        self._first = self._first or update
-        layers = optimizer.layers() if isinstance(optimizer, LARS) else None
-        if layers is None:
-            return
-        self._parameters, latest = layers
-        earlier = latest if self._before is None else self._before
-        kept = self._kept
-        fits = kept is not None and kept.shape == earlier.shape
-        self._kept = torch.where(unseen, earlier, kept) if kept is not None and fits else earlier
-        self._before = latest
+        """Note the mean `loss` (one element, on the device) of `update`, which `optimizer` has just made."""
+        if not self._began:
+            self._began = self._seen = update
+        self._last = update
+        self._losses.append(loss)
+        if len(self._losses) == _MOST_LOSSES:
+            # Each small tensor takes a block of memory.
+            self._losses = [self._all_losses()]
+        self._layers.append(optimizer.recorded() if isinstance(optimizer, LARS) else None)
 
     def found(self, network: nn.Module, lr_of: Any) -> Divergence | None:
         """The first divergence since the start, if there was one; here the host waits for the device.
 
         `lr_of`: the learning rate of an update, by its number.
         """
-        update, loss = self._seen.tolist()
-        if update == 0:
-            return None
+        losses = self._all_losses().tolist() if self._losses else []
+        for update, loss in enumerate(losses, start=self._seen):
+            if not loss <= self._max_loss:
+                of = max(update - 1, self._began)
+                return Divergence(update, loss, lr_of(update), self._layers_of(of, network), of)
+        self._losses, self._seen = [], self._last + 1
+        # The update before the next.
+        self._layers = deque(list(self._layers)[-1:], maxlen=_MOST_LAYERS)
+        return None
+
+    def _all_losses(self) -> Tensor:
+        return torch.cat([loss.reshape(-1) for loss in self._losses])
+
+    def _layers_of(self, update: int, network: nn.Module) -> tuple[tuple[str, float, float, float], ...]:
+        """Nothing where that is too long ago."""
+        place = update - (self._last - len(self._layers) + 1)
+        layers = self._layers[place] if place >= 0 else None
+        if layers is None:
+            return ()
         names = {id(parameter): name for name, parameter in network.named_parameters()}
-        columns = [] if self._kept is None else self._kept.T.tolist()
-        layers = [(names[id(p)], *column) for p, column in zip(self._parameters, columns, strict=False)]
-        at = int(update)
-        return Divergence(at, loss, lr_of(at), tuple(layers), at if at == self._first else at - 1)
+        parameters, values = layers()
+        return tuple((names[id(p)], *column) for p, column in zip(parameters, values.T.tolist(), strict=True))

@@ -45,15 +45,16 @@ class Measures:
         """The norms, and a copy of the weights, which `after_step` gives back."""
         parameters = [p for p in network.parameters() if p.grad is not None]
         weights = [p.detach() for p in parameters]
-        norms = torch.stack(torch._foreach_norm(weights))
+        each = list(torch._foreach_norm(weights))
         gradients = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
-        others = [p.detach() for p in network.parameters() if p.grad is None]
+        others = [torch.linalg.vector_norm(p.detach()) for p in network.parameters() if p.grad is None]
+        norms = torch.stack(each)
         return cls(
             parameters,
             norms,
             gradients,
             torch.zeros_like(norms),
-            torch.nn.utils.get_total_norm([*weights, *others]),
+            torch.linalg.vector_norm(torch.stack([*each, *others]) if others else norms),
             torch.linalg.vector_norm(gradients),
             list(torch._foreach_clone(weights)),
         )

@@ -114,7 +114,7 @@ class Trainer:
         Where float16's loss scale was too high no update is made: `info.made` is False, and this batch is passed over.
         """
         info = UpdateInfo(self.hyper.schedule(self.update))
-        loss = torch.zeros(1, dtype=self.precision.weights, device=self.device)
+        loss: Tensor | None = None
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = info.lr
         for k in range(micro_batches):
@@ -127,8 +127,13 @@ class Trainer:
                 self._reduce_gradients_after(last=k == micro_batches - 1),
                 self._first_gradient(info, len(batch.labels)) if measure and first_of_several else nullcontext(),
             ):
-                loss += self._forward_backward(batch)
-        total = self.running_statistics.update(self.group.sum if self.group.ranks.world > 1 else None, also=loss)
+                more = self._forward_backward(batch)
+            loss = more if loss is None else loss + more
+        if loss is None:
+            loss = torch.zeros((), dtype=self.precision.weights, device=self.device)
+        total = self.running_statistics.update(
+            self.group.sum if self.group.ranks.world > 1 else None, also=loss.reshape(1)
+        )
         self.scaler.unscale_(self.optimizer)
         if measure:
             info.measures = Measures.before_step(self.network)
@@ -139,7 +144,7 @@ class Trainer:
         if info.made:
             self.update += 1
             assert total is not None
-            self.guard.watch(self.update, total[0] / self.plan.global_batch, self.optimizer)
+            self.guard.watch(self.update, total / self.plan.global_batch, self.optimizer)
         else:
             self.skipped += 1
         return info

@@ -19,6 +19,7 @@ from lars_train.config import Config, resolve
 from lars_train.errors import ConfigError, Diverged
 from lars_train.launch import Ranks
 from lars_train.training import checkpoint, device, session
+from lars_train.training import guard as guard_module
 from lars_train.training import run as run_module
 from lars_train.training.guard import Divergence, Guard
 from lars_train.training.prepare import prepare
@@ -256,6 +257,31 @@ def test_a_divergence_in_the_first_update_is_reported_with_its_own_layers() -> N
     assert (found.update, found.layers_of) == (7, 7)
     assert {layer[0]: layer[2] for layer in found.layers} == pytest.approx({"weight": 7 * math.sqrt(2), "bias": 7.0})
     assert found.record()["layers_of_update"] == 7
+
+
+@pytest.mark.parametrize(("bad", "has_layers"), [(3, False), (17, False), (18, True), (23, True)])
+def test_without_a_look_for_long_the_update_is_still_known_and_recent_layers(
+    monkeypatch: pytest.MonkeyPatch, bad: int, has_layers: bool
+) -> None:
+    monkeypatch.setattr(guard_module, "_MOST_LOSSES", 4)
+    monkeypatch.setattr(guard_module, "_MOST_LAYERS", 7)
+    model = nn.Linear(2, 1)
+    lars = LARS(optim.SGD(model.parameters(), lr=0.1), record=True)
+    guard = Guard(None, CPU)
+    for update in range(1, 24):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float(update))
+        lars.step()
+        guard.watch(update, torch.tensor([math.nan if update == bad else 1.0]), lars)
+        if update == 2:
+            assert guard.found(model, float) is None
+    found = guard.found(model, float)
+    assert found is not None
+    assert (found.update, found.layers_of) == (bad, bad - 1)
+    # The layers of the last seven updates, 17 to 23, are there.
+    assert bool(found.layers) is has_layers
+    if has_layers:
+        assert {layer[0]: layer[2] for layer in found.layers}["bias"] == pytest.approx(bad - 1)
 
 
 def test_a_rollback_that_a_kill_took_back_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
