@@ -292,6 +292,8 @@ def test_an_update_between_log_points_reads_nothing_back_to_the_host(monkeypatch
     # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
     monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
     monkeypatch.setattr(rescale, "in_reach_of_the_host", lambda tensor: False)
+    for waits in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+        monkeypatch.setattr(waits, "synchronize", lambda *_: pytest.fail("the host waits for the device"))
     t = trainer(network(2), plan(8, 2))
     for update, measure in enumerate((False, True)):
         batches = micro_batches(*global_batch(8, update), 4)
@@ -303,6 +305,21 @@ def test_an_update_between_log_points_reads_nothing_back_to_the_host(monkeypatch
         assert info.measures is not None
         float(info.measures.grad_norm)
     assert reads.syncs == 1  # the counter counts
+
+
+class Copies(TorchDispatchMode):
+    """Whether the host waits for each copy that goes from it to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wait: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        to = found.device if isinstance(found, torch.Tensor) else None
+        if func.name() in ("aten::_to_copy", "aten::copy_") and to != CPU and args[-1].device == CPU:
+            self.wait.append(not (kwargs or {}).get("non_blocking", False))
+        return found
 
 
 class NoAutocast(Precision):
@@ -321,8 +338,11 @@ def test_an_update_needs_no_value_of_any_tensor(name: str) -> None:
     t.device, t.meter, t.normalise = meta, Meter(meta), normaliser(MEAN, STD, meta, FP64)
     t.guard = Guard(None, meta)
     t.precision = NoAutocast("fp64", torch.float64, torch.float64)
-    for update in range(2):
-        t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+    with Copies() as copies:
+        for update in range(2):
+            t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+    # Of images and labels, in two micro-batches each.
+    assert copies.wait == [False] * 8
     with pytest.raises((RuntimeError, NotImplementedError)):
         t.meter.sums.tolist()
 
