@@ -5,6 +5,7 @@ Whatever fails in it ends the events and not the run; `reason` says why.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from lars_train.text import printable
 
 PAGE = "custom_scalars"
 """The page that shows the run at a glance: ``http://localhost:6006/#custom_scalars``."""
+
+_FILE_BYTES = 64 << 20
+"""An event file that has passed this is closed, and the next one begun."""
+# Of an event beside its summary: length, two checksums, time, update.
+_AROUND = 40
 
 # The tab's columns, of which it opens with five, in the order of the alphabet.
 _FIRST_SETTINGS = frozenset({"batch", "epochs", "model.name", "optimizer.lr", "optimizer.name"})
@@ -59,18 +65,22 @@ def layout() -> dict[str, dict[str, list[Any]]]:
 
 
 class Board:
-    """The events in `folder`, of which those after `update` are taken back."""
+    """The events in `folder`, of which those after `update` are taken back.
+
+    They are in several files, each begun when the one before it has passed `_FILE_BYTES` or by a run that goes on.
+    TensorBoard reads a folder's files as one, in the order of their names, and takes back what a later one says.
+    """
 
     def __init__(self, folder: Path, update: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         self.reason = ""
-        self._writer: Any = SummaryWriter(str(folder), purge_step=update + 1)
+        self._folder = str(folder)
+        self._writer: Any = None
+        self._begin(purge_step=update + 1)
         self._show("add_custom_scalars", layout())
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         """A point of each curve."""
-        self._do(lambda writer: writer.file_writer.add_summary(_points(values), update))
+        self._do(lambda writer: self._add(writer, _points(values), update))
 
     def layers(self, values: LayerValues, update: int) -> None:
         """Histograms over the layers, and a line per stage."""
@@ -79,7 +89,7 @@ class Board:
         def add(writer: Any) -> None:
             summary = _points(stages)
             summary.MergeFrom(_histograms(values, writer.default_bins))
-            writer.file_writer.add_summary(summary, update)
+            self._add(writer, summary, update)
 
         self._do(add)
 
@@ -98,6 +108,25 @@ class Board:
     def close(self) -> None:
         """Write out what can be, and close the files."""
         self._show("close")
+
+    def _begin(self, purge_step: int | None = None) -> None:
+        """Begin a file, which takes back what was written of `purge_step` and later before it."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(self._folder, purge_step=purge_step)
+        # The second that is in the file's name, or the one after it.
+        self._second, self._size = int(time.time()), 0
+
+    def _add(self, writer: Any, summary: Any, update: int) -> None:
+        # Files that were begun within a second have no order by their names, and a later event will do as well.
+        if self._size > _FILE_BYTES and int(time.time()) > self._second:
+            # In this order: TensorBoard reads no more of a file once there is a later one.
+            writer.close()
+            self._begin()
+            writer = self._writer
+        # Counted here, for the file grows when the writer's thread likes.
+        self._size += summary.ByteSize() + _AROUND
+        writer.file_writer.add_summary(summary, update)
 
     def _show(self, method: str, *arguments: Any) -> None:
         self._do(lambda writer: getattr(writer, method)(*arguments))

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from lars_train.monitoring import board as board_module
 from lars_train.monitoring.fields import FIELDS
+from lars_train.monitoring.layers import LayerValues
 from lars_train.monitoring.log import RunLog, keep_up_to
 
 
@@ -17,7 +21,7 @@ def lines(directory: Path) -> list[dict[str, Any]]:
 
 
 def board(directory: Path) -> EventAccumulator:
-    events = EventAccumulator(str(directory / "tensorboard"))
+    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"histograms": 0, "scalars": 0})
     events.Reload()
     return events
 
@@ -107,6 +111,131 @@ def test_a_second_and_a_third_resume_too(tmp_path: Path, later: Any) -> None:
         (3, 23.0),
         *((u, 30.0 + u) for u in range(4, 9)),
     ]
+
+
+LAYERS = LayerValues(["conv1.weight", "fc.bias"], [1.0, 2.0], [0.1, 0.2], [0.01, 0.02], 1.0, {})
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes after which an event file is followed by the next one."""
+    monkeypatch.setattr(board_module, "_FILE_BYTES", 5_000)
+    return 5_000
+
+
+def event_files(directory: Path) -> list[Path]:
+    return sorted((directory / "tensorboard").iterdir())
+
+
+def writers() -> int:
+    """Threads that write event files; TensorBoard opens a file for each of their writes."""
+    return sum(type(thread).__name__ == "_AsyncWriterThread" for thread in threading.enumerate())
+
+
+def write_many(log: RunLog, updates: range, loss: float, later: Any) -> None:
+    for update in updates:
+        log.write(update, update / 4, {"train/loss": loss + update})
+        log.board.layers(LAYERS, update)
+        later()
+
+
+def test_event_files_are_followed_by_others_and_read_as_one(tmp_path: Path, later: Any, small_files: int) -> None:
+    others = writers()
+    log = RunLog(tmp_path, 0)
+    write_many(log, range(1, 41), 100.0, later)
+    log.board.flush()
+    files = event_files(tmp_path)
+    assert len(files) >= 4
+    # The limit, and at most one event of each kind beyond it; the last is the one that is written to.
+    sizes = [path.stat().st_size for path in files]
+    assert all(small_files < size < 1.5 * small_files for size in sizes[:-1])
+    assert sizes[-1] < 1.5 * small_files
+    assert writers() == others + 1
+    log.finish({"epochs": 2}, ["train/loss"])
+    log.close()
+    assert writers() == others
+    assert points(tmp_path, "train/loss") == [(update, 100.0 + update) for update in range(1, 41)]
+    shown = board(tmp_path)
+    assert [event.step for event in shown.Histograms("layers/grad_norm")] == list(range(1, 41))
+    # Each once, in whichever file it is.
+    stored = [
+        event.step
+        for path in files
+        for event in EventFileLoader(str(path)).Load()
+        if any(value.tag == "train/loss" for value in event.summary.value)
+    ]
+    assert stored == list(range(1, 41))
+
+
+@pytest.mark.parametrize("checkpointed", [0, 3, 17, 30])
+def test_events_after_the_checkpoint_are_taken_back_in_whichever_file_they_are(
+    checkpointed: int, tmp_path: Path, later: Any, small_files: int
+) -> None:
+    killed = RunLog(tmp_path, 0)
+    write_many(killed, range(1, 31), 100.0, later)
+    killed.sync()
+    before = len(event_files(tmp_path))
+    log = RunLog(tmp_path, checkpointed)
+    write_many(log, range(checkpointed + 1, 46), 200.0, later)
+    log.close()
+    assert before >= 3
+    assert len(event_files(tmp_path)) > before + 1
+    expected = [(u, (100.0 if u <= checkpointed else 200.0) + u) for u in range(1, 46)]
+    assert points(tmp_path, "train/loss") == expected
+    killed.close()
+
+
+@pytest.mark.parametrize("bytes_there", [0, 7, None])
+def test_a_kill_while_an_event_file_is_begun_does_no_harm(
+    bytes_there: int | None, tmp_path: Path, later: Any, small_files: int
+) -> None:
+    """The file before is closed; of the next one there is nothing yet, its name, or a part of its first event."""
+    killed = RunLog(tmp_path, 0)
+    write_many(killed, range(1, 31), 100.0, later)
+    killed.close()
+    last = event_files(tmp_path)[-1]
+    if bytes_there is not None:
+        begun = last.with_name(last.name.replace(last.name.split(".")[3], f"{int(time.time()):010d}"))
+        begun.write_bytes(last.read_bytes()[:bytes_there])
+        later()
+    log = RunLog(tmp_path, 17)
+    write_many(log, range(18, 46), 200.0, later)
+    log.close()
+    assert points(tmp_path, "train/loss") == [(u, (100.0 if u <= 17 else 200.0) + u) for u in range(1, 46)]
+
+
+def test_within_a_second_no_event_file_follows_another(
+    tmp_path: Path, small_files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names would not tell their order."""
+    now = [1_800_000_000.25]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    log = RunLog(tmp_path, 0)
+    write_many(log, range(1, 41), 0.0, lambda: None)
+    log.board.flush()
+    assert len(event_files(tmp_path)) == 1
+    now[0] -= 100  # a clock that was set back
+    write_many(log, range(41, 43), 0.0, lambda: None)
+    assert len(event_files(tmp_path)) == 1
+    now[0] += 101
+    write_many(log, range(43, 45), 0.0, lambda: None)
+    log.close()
+    assert len(event_files(tmp_path)) == 2
+    assert [step for step, _ in points(tmp_path, "train/loss")] == list(range(1, 45))
+
+
+def test_a_disk_without_room_for_the_next_event_file_ends_the_events_and_not_the_run(
+    tmp_path: Path, later: Any, small_files: int
+) -> None:
+    others = writers()
+    log = RunLog(tmp_path, 0)
+    log.board._folder = "/dev/null/no"
+    write_many(log, range(1, 41), 0.0, later)
+    assert "TensorBoard" in log.reason
+    assert writers() == others
+    log.sync()
+    log.close()
+    assert len(lines(tmp_path)) == 40
 
 
 def test_settings_and_results_stand_in_the_hparams_tab(tmp_path: Path, later: Any) -> None:
