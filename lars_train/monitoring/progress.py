@@ -80,7 +80,8 @@ class Progress:
             run = "" if run_left is None else f", run {tqdm.format_interval(run_left)}"
             values = (
                 f"loss {logged['train/loss']:.3f} top1 {logged['train/top1']:.1f}% lr {logged['train/lr']:.3g} "
-                f"{logged['train/images_per_s']:,.0f} img/s"
+                f"{logged['train/images_per_s']:,.0f} img/s "
+                f"wait {100 * logged['train/wait_share']:.0f}% MFU {100 * logged['train/mfu']:.0f}%"
             )
             self._bar.bar_format = f"{_BAR}{run}] {values}"
         self._bar.update()

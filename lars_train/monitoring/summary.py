@@ -109,6 +109,7 @@ def epoch_line(
     if logged:
         text += f"  loss {logged['train/loss']:.3f}  lr {logged['train/lr']:.3g}"
         text += f"  {logged['train/images_per_s']:,.0f} images/s"
+        text += f"  wait {100 * logged['train/wait_share']:.0f} %  MFU {100 * logged['train/mfu']:.0f} %"
     if result is not None:
         text += f"  top-1 {result.top1:.2f} % of {result.count:,} (best {best_top1:.2f} %)"
     if seconds_left is not None and update < plan.stop:

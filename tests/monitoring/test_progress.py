@@ -9,7 +9,14 @@ import pytest
 from lars_train.monitoring.progress import EVERY_LINE, NORMAL, QUIET, Progress, duration
 from lars_train.monitoring.say import complain
 
-LOGGED = {"train/loss": 1.23456, "train/top1": 45.67, "train/lr": 0.1, "train/images_per_s": 12345.6}
+LOGGED = {
+    "train/loss": 1.23456,
+    "train/top1": 45.67,
+    "train/lr": 0.1,
+    "train/images_per_s": 12345.6,
+    "train/wait_share": 0.034,
+    "train/mfu": 0.418,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +93,7 @@ def test_the_bar_shows_the_values_and_the_time_left_of_epoch_and_run(monkeypatch
         time.sleep(0.11)  # tqdm draws no more often
         progress.advance(LOGGED, run_left=7500.0)
     progress.close()
-    for part in ("epoch 3/90", " left, run 2:05:00] loss 1.235 top1 45.7% lr 0.1 12,346 img/s", "/4 ["):
+    for part in ("epoch 3/90", " left, run 2:05:00] loss 1.235 top1 45.7% lr 0.1 12,346 img/s wait 3% MFU 42%", "/4 ["):
         assert part in terminal.getvalue()
 
 

@@ -86,9 +86,16 @@ def test_what_is_unusual_is_told_too() -> None:
 
 
 def test_an_epochs_line_tells_what_there_is() -> None:
-    logged = {"train/loss": 1.23456, "train/lr": 12.3456, "train/images_per_s": 4321.9}
+    logged = {
+        "train/loss": 1.23456,
+        "train/lr": 12.3456,
+        "train/images_per_s": 4321.9,
+        "train/wait_share": 0.034,
+        "train/mfu": 0.418,
+    }
     assert epoch_line(78, PLAN, {}) == "epoch 2/20  update 78"
-    assert epoch_line(79, PLAN, logged) == "epoch 3/20  update 79  loss 1.235  lr 12.3  4,322 images/s"
+    line = epoch_line(79, PLAN, logged)
+    assert line == "epoch 3/20  update 79  loss 1.235  lr 12.3  4,322 images/s  wait 3 %  MFU 42 %"
     assert epoch_line(79, PLAN, {}, seconds_left=7500.0) == "epoch 3/20  update 79  2 h 05 min left"
     assert epoch_line(780, PLAN, {}, seconds_left=3.0) == "epoch 20/20  update 780"  # it is over
     line = epoch_line(78, PLAN, logged, Evaluated(), 62.5)
