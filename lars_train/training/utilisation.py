@@ -10,6 +10,8 @@ import copy
 import functools
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,18 +68,38 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
 def peak_flops(precision: Precision, device: torch.device, threads: int) -> float:
     """Floating-point operations per second of square matrix products in `precision.compute`, the best of a few.
 
-    On the CPU with `threads` threads, which the caller has set. The host waits for the device.
+    On the CPU with `threads` threads, which the caller has set. The host waits for the device. float32 products are in
+    TF32 where the convolutions are, as torch has those by itself: a peak without it would be one that they pass.
     """
     side = _SIDE.get(device.type, _SIDE["cuda"])
     # Of its own, so that a run draws the same numbers whether or not this was measured before.
     draw = torch.Generator(device).manual_seed(0)
     a, b = (torch.rand(side, side, device=device, generator=draw).to(precision.compute) for _ in range(2))
     best, end, done = float("inf"), time.perf_counter() + _SECONDS, 0
-    while done < _LEAST or time.perf_counter() < end:
-        started = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        # The first call also sets the library up.
-        best, done = min(best, time.perf_counter() - started), done + 1
+    with _products_as_convolutions():
+        while done < _LEAST or time.perf_counter() < end:
+            started = time.perf_counter()
+            torch.mm(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            # The first call also sets the library up.
+            best, done = min(best, time.perf_counter() - started), done + 1
     return 2 * side**3 / best
+
+
+@contextmanager
+def _products_as_convolutions() -> Iterator[None]:
+    """Within it, CUDA's float32 products may use TF32 exactly where cuDNN's convolutions may."""
+    products = torch.backends.cuda.matmul
+    # By the newer names alone: where a process has used those, torch refuses to tell the older ones (`allow_tf32`).
+    # They tell what the older ones have set, and do not touch it.
+    convolutions: Any = torch.backends.cudnn
+    before, wanted = products.fp32_precision, convolutions.conv.fp32_precision
+    if before == wanted:  # perhaps because both follow a setting for all, which a value of its own would end
+        yield
+        return
+    products.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        products.fp32_precision = before

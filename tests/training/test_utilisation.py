@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
@@ -38,3 +41,74 @@ def test_the_measured_peak_is_a_rate_of_this_machine() -> None:
     assert 1e8 < found < 1e15
     assert torch.equal(torch.get_rng_state(), before)
     assert peak_flops(choose_precision("fp32", CPU), CPU, threads) == found
+
+
+# As CUDA has them; what they are is told without one. Each in a process of its own, for they are the whole process's.
+_SETTINGS = {
+    "torch's own": ("", "tf32"),
+    "for products alone": (
+        "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = False",
+        "none",
+    ),
+    "newer names, not for convolutions": ("torch.backends.cudnn.conv.fp32_precision = 'ieee'", "ieee"),
+    "newer names, for all": ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+}
+_MEASURED = """
+import torch
+from lars_train.training.device import choose_precision
+from lars_train.training.utilisation import peak_flops
+
+def told(what):
+    try:
+        return what()
+    except RuntimeError:
+        return "mixed"
+
+def settings():
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return [
+        torch.backends.fp32_precision,
+        cuda.matmul.fp32_precision,
+        cudnn.conv.fp32_precision,
+        told(torch.get_float32_matmul_precision),
+        told(lambda: cuda.matmul.allow_tf32),
+        told(lambda: cudnn.allow_tf32),
+    ]
+
+{setting}
+before, product, seen = settings(), torch.mm, set()
+
+def watched(a, b):
+    seen.add(torch.backends.cuda.matmul.fp32_precision)
+    return product(a, b)
+
+torch.mm = watched
+cpu = torch.device("cpu")
+peak_flops(choose_precision("fp32", cpu), cpu, 1)
+assert seen == {{{wanted!r}}}, seen
+assert settings() == before, (settings(), before)
+"""
+
+
+@pytest.mark.parametrize("case", _SETTINGS)
+def test_the_peak_is_of_products_in_tf32_where_the_convolutions_are_and_leaves_the_settings(case: str) -> None:
+    setting, wanted = _SETTINGS[case]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _MEASURED.format(setting=setting, wanted=wanted)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_measurement_that_fails_leaves_the_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(a: object, b: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(torch, "mm", fail)
+    peak_flops.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        peak_flops(choose_precision("fp32", CPU), CPU, 1)
+    assert torch.backends.cuda.matmul.fp32_precision == before
