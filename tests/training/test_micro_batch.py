@@ -135,3 +135,9 @@ def test_an_attempt_that_is_too_large_says_so_and_leaves_no_memory_behind() -> N
         try_micro_batch(model, 1 << 20, 224, choose_precision("fp32", device), device)
     try_micro_batch(model, 32, 224, choose_precision("fp32", device), device)
     assert torch.cuda.memory_allocated() == before
+
+
+def test_weights_that_a_layer_keeps_as_another_tensor_are_no_activations() -> None:
+    # torch's linear layer keeps its weight transposed, and of the images what it got: 3 * 16 * 16 numbers each.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 1000))
+    assert activation_bytes(model, 8, 16) == 8 * 3 * 16 * 16 * 4
