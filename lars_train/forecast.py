@@ -24,7 +24,8 @@ from lars_train.models.factory import build_model
 from lars_train.monitoring.log import RATIOS
 from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
-from lars_train.training.micro_batch import MOST_SAMPLES, activation_bytes
+from lars_train.training.device import cuda_devices
+from lars_train.training.micro_batch import MOST_SAMPLES, kept_tensors
 from lars_train.training.utilisation import flops_per_image
 from lars_train.volume import Records, checkpoints, evaluations, log_lines, records, volume
 
@@ -32,6 +33,11 @@ MOST_DEVICES = 4096
 _CITED_MODEL, _CITED_SIZE, _CITED_CLASSES = "resnet50", 224, 1000
 # A forward pass is a third of forward and backward (training/utilisation.py).
 _FORWARD = 3
+# What a process that trains on a CPU takes at most: so much for Python, torch and the libraries, and of weights and
+# activations so many times as much, for what those beyond the allocator's count need (workspaces, gradients of
+# activations, kept memory, checkpoints). Fitted to measured runs, and some percent above each: docs/plan.md.
+_PROCESS = 640 << 20
+_TIMES_WEIGHTS, _TIMES_ACTIVATIONS, _TIMES_LARGEST = 2.0, 1.7, 4.5
 
 
 def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int) -> dict[str, Any]:
@@ -160,22 +166,36 @@ def _slots(config: Config) -> int:
 
 
 def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: int) -> Iterator[dict[str, int]]:
-    """Bytes of a device at each micro-batch: what is always there, and what the backward pass needs kept."""
+    """Bytes of a device at each micro-batch: what is always there, and what the backward pass needs kept. Where that
+    device is a CPU, also what the whole process takes at most.
+    """
     # Under autocast about half (training/micro_batch.py); float64 is twice as wide.
     share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(_precision(config), 1.0)
-    per_ghost = share * _activations(network, plan.ghost_batch, config.data.image_size)
+    kept = _kept(network, plan.ghost_batch, config.data.image_size)
+    per_ghost, largest = share * sum(kept), share * max(kept)
     most = max(1, min(MOST_SAMPLES // plan.ghost_batch, plan.ghosts))
     sizes = {2**k for k in range(most.bit_length())}
     if config.micro_batch != AUTO:
         sizes.add(min(check_micro_batch(plan, int(config.micro_batch)), plan.ghosts))
     for ghosts in sorted(sizes):
         saved = round(per_ghost * ghosts)
-        yield {
+        entry = {
             "micro_batch": ghosts * plan.ghost_batch,
             "activation_bytes": saved,
             "bytes": fixed + saved,
             "accumulation": accumulation(plan, world, ghosts),
         }
+        if _on_a_cpu(config):
+            transient = _TIMES_LARGEST * largest * ghosts
+            entry["process_bytes"] = round(_PROCESS + _TIMES_WEIGHTS * fixed + _TIMES_ACTIVATIONS * saved + transient)
+        yield entry
+
+
+def _on_a_cpu(config: Config) -> bool:
+    """Whether the planned devices are; where none is named, as a run on this machine would have it."""
+    if config.plan.device is not None:
+        return bool(config.plan.device == CPU)
+    return config.device == CPU or (config.device == AUTO and cuda_devices(config) == 0)
 
 
 def _precision(config: Config) -> str:
@@ -228,5 +248,5 @@ def _network(name: str, classes: int, ghost_batch: int) -> nn.Module:
 
 
 @functools.cache
-def _activations(network: nn.Module, ghost_batch: int, image_size: int) -> int:
-    return activation_bytes(network, ghost_batch, image_size)
+def _kept(network: nn.Module, ghost_batch: int, image_size: int) -> list[int]:
+    return kept_tensors(network, ghost_batch, image_size)

@@ -22,10 +22,14 @@ def told(found: dict[str, Any]) -> Iterator[str]:
     precision = found["precision"]
     yield f"precision      {'not known here: memory as in fp32' if precision == 'auto' else precision}"
     for entry in found["memory_per_device"]:
+        process = f" (process {entry['process_bytes'] / 1e9:.2f} GB)" if "process_bytes" in entry else ""
         yield (
-            f"memory         micro-batch {entry['micro_batch']:>4}: {entry['bytes'] / 1e9:.2f} GB per device, "
+            f"memory         micro-batch {entry['micro_batch']:>4}: {entry['bytes'] / 1e9:.2f} GB per device{process}, "
             f"accumulation {entry['accumulation']}"
         )
+    if any("process_bytes" in entry for entry in found["memory_per_device"]):
+        yield "               per device: what torch's allocator holds; process: all that each process takes on a CPU,"
+        yield "               at most, with Python, libraries and workspaces: what to ask of Slurm, for each rank"
     expected = found.get("expected")
     if expected is None:
         yield "hours          not known: name plan.device, or give plan.images_per_second"

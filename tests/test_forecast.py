@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
+from program import environment
 from torch.profiler import ProfilerActivity, profile
 
 from lars_train import commands, volume
@@ -23,6 +25,7 @@ from lars_train.cli import prepare_arguments
 from lars_train.config import Config, config_dir, register, resolve, with_row
 from lars_train.cost import CITED, Machine, all_reduce_seconds, update_seconds
 from lars_train.errors import ConfigError
+from lars_train.forecast_words import told
 from lars_train.launch import Ranks, check_nodes
 from lars_train.models.factory import build_model
 from lars_train.optim.factory import build_optimizer
@@ -156,6 +159,51 @@ def test_memory_at_a_micro_batch_is_what_the_allocator_holds_in_training() -> No
     assert memory["bytes"] == pytest.approx(held, rel=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 224, 16)])
+def test_a_process_on_a_cpu_takes_no_more_than_was_planned_and_not_much_less(
+    model: str, size: int, micro_batch: int, tmp_path: Path
+) -> None:
+    settings = (
+        f"data=synthetic model={model} data.image_size={size} data.num_classes=1000 model.ghost_batch=16 "
+        f"data.train_count={4 * micro_batch} data.val_count={micro_batch} micro_batch={micro_batch} "
+        f"batch.size={2 * micro_batch} batch.scaled=false optimizer.lr=1 precision=fp32 device=cpu launch.threads=1 "
+        "epochs=1 schedule.warmup_epochs=0 max_updates=2 log_every=1 verbosity=0"
+    )
+    memory = planned(f"{settings} plan.world=1")["forecast"]["memory_per_device"]
+    (process,) = (m["process_bytes"] for m in memory if m["micro_batch"] == micro_batch)
+    program = (
+        "import resource; from lars_train.cli import main\n"
+        "try: main()\n"
+        "finally: print('most', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *settings.split(), "launch.nproc=1", f"run.dir={tmp_path}"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    most = 1024 * int(done.stdout.split("most ")[1])
+    assert most <= process <= 1.5 * most  # torch built for CPUs alone takes less than that for CUDA
+
+
+def test_what_a_process_takes_is_told_where_it_is_on_a_cpu_alone() -> None:
+    def told_of(settings: str) -> tuple[bool, str]:
+        found = planned(f"{SMALL} plan.world=1 {settings}")["forecast"]
+        return "process_bytes" in found["memory_per_device"][0], "\n".join(told(found))
+
+    for settings in ("", "plan.device=cpu", "device=auto plan.device=cpu"):
+        there, words = told_of(settings)
+        assert there
+        assert re.search(r"micro-batch +16: 0\.\d\d GB per device \(process 0\.\d\d GB\), accumulation 2", words)
+        assert "what to ask of Slurm" in words
+    there, words = told_of("device=auto plan.device=a100")
+    assert not there
+    assert "process" not in words
+
+
 def test_each_row_has_the_hours_worked_out_by_hand() -> None:
     found = planned("data=imagenet precision=bf16 plan.images_per_second=1000 plan.world=1")["forecast"]
     per_epoch = {"256": 5004, "8k": 156, "16k": 78, "32k": 39}
@@ -214,7 +262,8 @@ def test_memory_and_rate_are_of_one_precision() -> None:
     assert planned(f"{SMALL} precision=auto plan.device=v100")["forecast"]["precision"] == "fp16"
     for device, expected in (("h100", half), ("cpu", whole)):
         found = planned(f"{SMALL} precision=auto plan.device={device}")["forecast"]
-        assert found["memory_per_device"] == expected["memory_per_device"]
+        got, wanted = ([m["bytes"] for m in one["memory_per_device"]] for one in (found, expected))
+        assert got == wanted
         assert found["precision"] == expected["precision"]
 
 
