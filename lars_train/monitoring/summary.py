@@ -53,6 +53,9 @@ def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, 
     yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
     layout = "channels last" if decided.channels_last else "channels first"
     yield f"precision      {decided.precision}, {layout}, {'compiled' if decided.compiled else 'not compiled'}"
+    if config.gradient_compression != "none":
+        alone = "" if decided.world > 1 else ": nothing to do, one rank sends no gradients"
+        yield f"compression    gradients are exchanged in {config.gradient_compression}{alone}"
     yield f"run directory  {directory}"
     if resumed_at:
         yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"

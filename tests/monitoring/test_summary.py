@@ -73,7 +73,7 @@ def test_the_effective_values_are_told_before_training() -> None:
         "runs/x",
     ):
         assert part in text
-    for part in ("NOTE", "max_updates", "resumed"):
+    for part in ("NOTE", "max_updates", "resumed", "compression"):
         assert part not in text
 
 
@@ -83,6 +83,13 @@ def test_what_is_unusual_is_told_too() -> None:
     assert "at update 1,234 (resume=never starts anew)" in told(resumed_at=1234)
     plain = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", lr=0.2, weight_decay=1e-4))
     assert "optimizer      SGD, peak lr 0.2" in told(config=plain)
+
+
+def test_the_compression_of_gradients_is_told_and_where_there_are_none_to_send() -> None:
+    compressed = replace(CONFIG, gradient_compression="bf16")
+    assert "compression    gradients are exchanged in bf16\n" in told(config=compressed)
+    alone = told(config=compressed, decided=Decided(world=1))
+    assert "compression    gradients are exchanged in bf16: nothing to do, one rank sends no gradients\n" in alone
 
 
 def test_an_epochs_line_tells_what_there_is() -> None:
