@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+# MiB over some 1,000 updates, where 0.3 is usual. A long run's limit, MOST_MEMORY, is of a hundred times as many.
+MOST_GROWTH = 6.0
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def test_memory_and_open_files_do_not_grow_over_1000_updates_and_20_evaluations(
     assert moments[-1].update >= 1150
     found = long_haul.early_and_late(moments)
     (before, after), (files, files_after) = found["memory"], found["open files"]
-    assert after - before < long_haul.MOST_MEMORY
+    assert after - before < MOST_GROWTH
     assert files_after <= files + long_haul.MOST_FILES
 
 
