@@ -7,6 +7,7 @@ namespace of their own, in which nothing else is sent.
 from __future__ import annotations
 
 import fcntl
+import importlib
 import itertools
 import json
 import os
@@ -15,11 +16,13 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from program import environment
 from torch import Tensor, nn
@@ -32,7 +35,7 @@ from lars_train.optim.lars import LARS
 from lars_train.plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.distributed import process_group
-from lars_train.training.reduction import BF16, NONE
+from lars_train.training.reduction import BF16, NONE, over_ranks
 from lars_train.training.trainer import Hyper, Trainer
 
 WORLD, ACCUMULATION, UPDATES = 2, 3, 4
@@ -148,6 +151,28 @@ def test_an_update_sends_no_more_than_a_ring_needs_to_sum_each_gradient_once(
     # Buckets are filled in another order from the second update on.
     for before, after in itertools.pairwise(sent[1:]):
         assert ring <= after - before <= 1.01 * ring
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one rank."""
+    importlib.import_module("torch._dynamo")  # as for `process_group`
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_each_gradient_lies_in_its_bucket_so_that_there_is_no_second_copy(alone: None) -> None:
+    model = network()
+    parallel = over_ranks(model, CPU, bucket_mb=25.0)
+    # Torch fills its buckets in another order from the second pass on.
+    for _ in range(2):
+        parallel(torch.zeros(2, 3, 4, 4)).sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(grads) == len(list(model.parameters()))
+        blocks = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in grads}
+        assert len(blocks) <= 2 < len(grads)
+        assert sum(blocks.values()) == sum(g.numel() * g.element_size() for g in grads)
 
 
 def gradient(state: dict[str, Tensor], model: nn.Module, numbers: range, update: int) -> list[Tensor]:
