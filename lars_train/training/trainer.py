@@ -115,8 +115,7 @@ class Trainer:
         """
         info = UpdateInfo(self.hyper.schedule(self.update))
         loss: Tensor | None = None
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = info.lr
+        _set_lr(self.optimizer, info.lr)
         for k in range(micro_batches):
             started = time.perf_counter()
             batch = next(batches)
@@ -203,7 +202,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.network.load_state_dict(state["model"])
-        # The state is the checkpoint's, the settings are this run's.
+        # The state is the checkpoint's, the settings are this run's: a tensor among them, too, stays the one it is.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({k: v for k, v in state["optimizer"].items() if k != "lars"})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -214,6 +213,15 @@ class Trainer:
         self.meter.sums.zero_()
         if self.group.first:
             self.meter.sums.copy_(state["meter"])
+
+
+def _set_lr(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            # A CUDA graph reads that very tensor at each replay. The host does not wait for it to be filled.
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 @dataclass

@@ -22,6 +22,7 @@ from lars_train.models.resnet_cifar import CifarResNet
 from lars_train.monitoring.noise import estimates
 from lars_train.optim import fused_sgd, rescale
 from lars_train.optim.factory import build_optimizer
+from lars_train.optim.lars import LARS
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.distributed import Group
@@ -224,6 +225,54 @@ def test_the_learning_rate_of_an_update_is_that_of_its_number() -> None:
     assert rates == pytest.approx(warm + [LR * (1 - u / UPDATES) ** POWER for u in range(WARMUP, UPDATES)])
 
 
+def with_base(base: str, ours: bool, lr: Any) -> Trainer:
+    """A trainer over a base of torch's, inside LARS or not; in float64, which is a Python number's."""
+    model = network(2)
+    keywords: dict[str, Any] = {"momentum": 0.9} if base == "SGD" else {}
+    optimizer: Optimizer = getattr(torch.optim, base)(model.parameters(), lr=lr, weight_decay=DECAY, **keywords)
+    t = trainer(model, plan(8, 2))
+    t.optimizer = LARS(optimizer, trust_coef=TRUST) if ours else optimizer
+    return t
+
+
+def as_tensor() -> Tensor:
+    return torch.tensor(0.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["LARS", "base alone"])
+@pytest.mark.parametrize("base", ["SGD", "Adam"])
+def test_a_learning_rate_that_is_a_tensor_is_filled_and_gives_the_same_weights(base: str, ours: bool) -> None:
+    lr = as_tensor()
+    numbers, tensors = with_base(base, ours, 1.0), with_base(base, ours, lr)
+    for update in range(4):
+        for t in (numbers, tensors):
+            info = t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+        assert all(group["lr"] is lr for group in tensors.optimizer.param_groups)
+        assert float(lr) == info.lr
+    for (key, got), expected in zip(
+        tensors.network.state_dict().items(), numbers.network.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14, msg=key)
+
+
+@pytest.mark.parametrize("stored", [1.0, as_tensor()], ids=["number", "tensor"])
+def test_a_learning_rate_that_is_a_tensor_stays_the_one_it_is_where_training_is_restored(stored: Any) -> None:
+    unbroken, first, lr = with_base("Adam", True, 1.0), with_base("Adam", True, stored), as_tensor()
+    for update in range(3):
+        for t in (unbroken, first):
+            t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+    second = with_base("Adam", True, lr)
+    second.restore(first.state())
+    for update in range(3, 5):
+        for t in (unbroken, second):
+            t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+    assert all(group["lr"] is lr for group in second.optimizer.param_groups)
+    for (key, got), expected in zip(
+        second.network.state_dict().items(), unbroken.network.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14, msg=key)
+
+
 def test_restored_training_goes_on_bit_for_bit() -> None:
     unbroken, first = (trainer(network(2), plan(8, 2)) for _ in range(2))
     for update in range(3):
@@ -320,6 +369,19 @@ class Copies(TorchDispatchMode):
         if func.name() in ("aten::_to_copy", "aten::copy_") and to != CPU and args[-1].device == CPU:
             self.wait.append(not (kwargs or {}).get("non_blocking", False))
         return found
+
+
+@pytest.mark.parametrize("base", ["SGD", "Adam"])
+def test_filling_a_learning_rate_reads_nothing_back_to_the_host(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Torch's own steps on the CPU read such a tensor; those that are capturable, which are a GPU's, do not.
+    lr = as_tensor()
+    t = with_base(base, True, lr)
+    monkeypatch.setattr(t.optimizer, "step", lambda: None)
+    with Reads() as reads:
+        info = t.run_update(micro_batches(*global_batch(8, 0), 4), 2, measure=False)
+    assert reads.calls["aten::fill_"] > 0
+    assert reads.syncs == 0
+    assert float(lr) == info.lr
 
 
 class NoAutocast(Precision):
