@@ -18,7 +18,7 @@ from lars_train.text import printable
 PAGE = "custom_scalars"
 """The page that shows the run at a glance: ``http://localhost:6006/#custom_scalars``."""
 
-_FILE_BYTES = 64 << 20
+_FILE_BYTES = 16 << 20
 """An event file that has passed this is closed, and the next one begun."""
 # Of an event beside its summary: length, two checksums, time, update.
 _AROUND = 40
