@@ -1,23 +1,30 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, in under five minutes: the tests that want one, the benchmarks, two minutes of training; a report.
+# On a machine with a GPU, in under five minutes: the tests that want one, the benchmarks, some training; a report.
 #
-#     pip install '.[test]' && scripts/gpu_check.sh [PICTURES]        # writes gpu_check.txt; PICTURES: a folder with JPEGs
+#     pip install '.[test]' && scripts/gpu_check.sh [PICTURES]        # PICTURES: a folder with JPEGs, a store or a zip
 #
-# Ends with 1 if a test, a benchmark or the training failed. Each has its limit, so that none takes the time of the others.
+# Writes gpu_check.txt in the checkout, or the file that REPORT names. Ends with 1 if a test, a benchmark or the training
+# failed, with 2 if PICTURES is not there. Each has its limit, so that none takes the time of the others.
 set -uo pipefail
+pictures=${1:-}
+if [ -n "$pictures" ]; then
+    [ -e "$pictures" ] || { echo "$pictures: there is no such folder or file" >&2; exit 2; }
+    pictures=$(realpath -- "$pictures")
+fi
+# Before the way there: both are meant from where the script was called.
+report=${REPORT:+$(realpath -m -- "$REPORT")}
 root=$(dirname "$0")/..
 cd "$root" || exit 1
-pictures=${1:-}
-report=${REPORT:-gpu_check.txt}
+report=${report:-gpu_check.txt}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 failed=()
 
-part() { # NAME SECONDS COMMAND...
-    local name="$1" seconds="$2"
-    shift 2
+part() { # NAME SECONDS GRACE COMMAND...
+    local name="$1" seconds="$2" grace="$3"
+    shift 3
     echo "== $name: $*"
-    timeout --preserve-status --kill-after 10 "$seconds" "$@" 2>&1 | tail -n 40
+    timeout --preserve-status --kill-after "$grace" "$seconds" "$@" 2>&1 | tail -n 40
     local code="${PIPESTATUS[0]}"
     echo "== $name: exit code $code"
     # A training that its time is up for ends with a checkpoint and 75.
@@ -25,26 +32,46 @@ part() { # NAME SECONDS COMMAND...
 }
 
 check() {
-    python - <<'PYTHON' || { echo "torch finds no CUDA device here"; return 1; }
-import sys, torch, torchvision
+    command -v python >/dev/null || { echo "there is no python here"; return 1; }
+    python - <<'PYTHON' || return 1
+import os, sys
+try:
+    import torch, torchvision
+except Exception as error:
+    sys.exit(f"torch and torchvision cannot be imported here: {error}")
 if not torch.cuda.is_available():
-    sys.exit(1)
+    sys.exit("torch finds no CUDA device here")
+# As the benchmarks find it: this folder, which is first here, is none that they look into by themselves.
+here = os.getcwd()
+sys.path[:] = [path for path in sys.path if path]
+try:
+    import lars_train
+except Exception as error:
+    sys.exit(f"lars_train cannot be imported here: {error}; pip install '.[test]'")
 for number in range(torch.cuda.device_count()):
     print(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
 print("torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version())
+place = os.path.dirname(os.path.abspath(lars_train.__file__))
+print("lars_train", lars_train.__version__, "from", place)
+if place != os.path.join(here, "lars_train"):
+    print("which is not that of this checkout: benchmarks and training measure the one, tests may see the other")
 PYTHON
-    git rev-parse HEAD 2>/dev/null
-    part tests 60 python -m pytest -q -n0 -m cuda -rs
-    part "LARS's step" 30 python scripts/bench_lars.py --device cuda --rounds 5
-    part "batch norm" 30 python scripts/bench_batchnorm.py --device cuda
+    echo "checkout: $PWD, commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
+    part tests 60 2 python -m pytest -q -n0 -m cuda -rs
+    part "LARS's step" 30 2 python scripts/bench_lars.py --device cuda --rounds 5
+    part "batch norm" 30 2 python scripts/bench_batchnorm.py --device cuda
+    local but=""
     if [ -n "$pictures" ]; then
-        part input 40 python scripts/bench_input.py "$pictures" --rounds 2 --files 100
+        part input 40 2 python scripts/bench_input.py "$pictures" --rounds 2 --files 100
+    else
+        but=", input left out"
+        echo "== input: left out, give a folder of pictures"
     fi
-    part training 120 lars-train data=synthetic data.train_count=65536 data.val_count=2048 data.num_classes=1000 \
+    part training 110 10 lars-train data=synthetic data.train_count=65536 data.val_count=2048 data.num_classes=1000 \
         model=resnet50 batch=32k batch.scaled=true device=cuda launch.nproc=1 log_every=5 \
         run.dir="$scratch/run"
     tail -n 3 "$scratch/run/metrics.jsonl" 2>/dev/null
-    if [ "${#failed[@]}" -eq 0 ]; then echo "== all well"; else echo "== failed: ${failed[*]}"; fi
+    if [ "${#failed[@]}" -eq 0 ]; then echo "== all well$but"; else echo "== failed: ${failed[*]}$but"; fi
     [ "${#failed[@]}" -eq 0 ]
 }
 
