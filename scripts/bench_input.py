@@ -40,7 +40,8 @@ import torch
 from bench_input_contenders import FLOOR, OURS, REFERENCE, TASKS, Contender, full_decode, line_up
 from bench_input_pictures import Pictures, mean_size, open_pictures, packed
 from bench_input_results import LONGEST, RAW, SHORTEST, Apart, Key, Results, compared, tables, verdicts
-from page import between_markers, cpu_name
+from child import end_on_signals
+from page import between_markers, cpu_name, writable_page
 from PIL import features
 
 from lars_train.data import library
@@ -186,7 +187,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-copies", action="store_true", help="the pictures as they are, and no smaller copies")
     parser.add_argument("--peers", action="store_true", help="other libraries too (pip install 'lars-train[bench]')")
     parser.add_argument("--pillow-simd", type=Path, metavar="DIR", help="where pip install --target DIR has put it")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put what is found between this page's markers")
+    parser.add_argument(
+        "--write",
+        type=writable_page("bench_input"),
+        metavar="PAGE",
+        help="put what is found between this page's markers",
+    )
     parser.add_argument("--plot", type=Path, metavar="STEM", help="draw what is found, as STEM.png and STEM.svg")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.files < 1:
@@ -231,4 +237,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -42,7 +42,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from page import between_markers, cpu_name
+from child import end_on_signals
+from page import between_markers, check_page, cpu_name
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -586,9 +587,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.write is not None:
         # Before the measurements: they take minutes.
         try:
-            between_markers(args.write.read_text(encoding="utf-8"), f"bench_lars {args.device}", [])
-        except (OSError, ValueError) as error:
-            parser.error(f"--write {args.write}: {error}")
+            check_page(args.write, f"bench_lars {args.device}")
+        except ValueError as error:
+            parser.error(f"argument --write: {error}")
     if args.device == "cpu":
         try:
             one_thread(args.core)
@@ -605,4 +606,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -25,12 +25,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hydra import compose, initialize_config_dir
-from page import between_markers, cpu_name
+from arguments import count
+from child import end_on_signals
+from page import between_markers, check_page, command_line, cpu_name
+from settings import composed, refused
 from torch import Tensor, nn
 
-from lars_train.cli import prepare_arguments
-from lars_train.config import config_dir, register, resolve
 from lars_train.launch import Ranks
 from lars_train.training.device import choose_device
 from lars_train.training.distributed import Group
@@ -92,21 +92,28 @@ class TimedRun(Run):
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures; with --write also into the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--every", type=int, default=10, help="log_every, and updates in a block (default: 10)")
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of blocks (default: 10)")
+    parser.add_argument("--every", type=count, default=10, help="log_every, and updates in a block (default: 10)")
+    parser.add_argument("--pairs", type=count, default=10, help="pairs of blocks (default: 10)")
     parser.add_argument("--write", action="store_true", help="also into docs/monitoring.md")
     parser.add_argument("settings", nargs="*", help="keys and groups of lars-train")
     args = parser.parse_args(argv)
-    if args.every < 1 or args.pairs < 2:
-        parser.error("--every wants at least 1, --pairs at least 2")
-    lines = measured(args.every, args.pairs, args.settings)
+    if args.pairs < 2:
+        parser.error("--pairs wants at least 2")
+    if args.write:
+        try:
+            check_page(PAGE, "bench_monitoring")
+        except ValueError as error:
+            parser.error(f"argument --write: {error}")
+    command = command_line(__file__, argv, takes_page=False).removeprefix("python ")
+    with refused(parser):
+        lines = measured(args.every, args.pairs, args.settings, command)
     print("\n".join(lines))
     if args.write:
         PAGE.write_text(between_markers(PAGE.read_text(), "bench_monitoring", [*lines, ""]))
 
 
-def measured(every: int, pairs: int, settings: Sequence[str]) -> list[str]:
-    """The figures in words."""
+def measured(every: int, pairs: int, settings: Sequence[str], command: str) -> list[str]:
+    """The figures in words, found by `command`."""
     with tempfile.TemporaryDirectory() as folder:
         logs, silent = (
             made(Path(folder) / name, lines, every * (pairs + 2), settings)
@@ -141,7 +148,7 @@ def measured(every: int, pairs: int, settings: Sequence[str]) -> list[str]:
         f"{config.model.name} at {config.data.image_size} pixels, {logs.plan.global_batch} images an update in "
         f"micro-batches of {logs.resolved.micro_batch}, {logs.resolved.precision}, a log line every {every} update(s); "
         f"{where}, torch {torch.__version__}, Python {platform.python_version()}; {pairs} pairs of blocks in turns "
-        "(`scripts/bench_monitoring.py`):",
+        f"(`{command}`):",
         "",
         f"- updates with their log lines over updates without: {statistics.median(ratios):.4f} "
         f"(10th to 90th percentile {tenths[0]:.4f} to {tenths[-1]:.4f}) of {update};",
@@ -152,10 +159,7 @@ def measured(every: int, pairs: int, settings: Sequence[str]) -> list[str]:
 
 def made(directory: Path, log_every: int, updates: int, settings: Sequence[str]) -> TimedRun:
     """A run in `directory` that is long enough, so that no epoch ends within it."""
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        keys = [*SETTINGS, *settings, f"log_every={log_every}", f"run.dir={directory}", "verbosity=0"]
-        config = resolve(compose("config", prepare_arguments(keys, None)))
+    config = composed([*SETTINGS, *settings, f"log_every={log_every}", f"run.dir={directory}", "verbosity=0"])
     config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
     directory.mkdir()
     prepared = prepare(config)
@@ -179,4 +183,5 @@ def clock(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from arguments import count, seconds
 from bench_step import CASES, CPU, MEAN, STD, Case, network, options, pixels, precision
-from page import between_markers, cpu_name
+from child import end_on_signals, ranks_end
+from page import between_markers, command_line, cpu_name, writable_page
 
 from lars_train.config import Config, ScheduleConfig
 from lars_train.data.loader import Batch
@@ -130,20 +132,23 @@ def line(case: Case, micro_batches: int, found: list[tuple[float, float]]) -> tu
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="(9)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn, one update at least (5)")
-    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of each rank in an update (4)")
+    parser.add_argument("--rounds", type=count, default=9, help="(9)")
+    parser.add_argument("--seconds", type=seconds, default=5.0, help="of each turn, one update at least (5)")
+    parser.add_argument("--accumulation", type=count, default=4, help="micro-batches of each rank in an update (4)")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="one network alone")
-    parser.add_argument("--images", type=int, help="in a micro-batch")
-    parser.add_argument("--size", type=int, help="their side in pixels")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    parser.add_argument("--images", type=count, help="in a micro-batch")
+    parser.add_argument("--size", type=count, help="their side in pixels")
+    parser.add_argument(
+        "--write",
+        type=writable_page("bench_reduction"),
+        metavar="PAGE",
+        help="put the table between the page's markers",
+    )
     args = parser.parse_args()
-    if min(args.rounds, args.accumulation, args.images or 1, args.size or 1) < 1:
-        parser.error("--rounds, --accumulation, --images and --size: at least 1")
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < WORLD:
         parser.error("two cores are wanted, and a system that pins processes to them")
     lines = [
-        f"`python scripts/bench_reduction.py` on {cpu_name()}, {WORLD} processes of one thread on a core each, gloo, "
+        f"`{command_line(__file__)}` on {cpu_name()}, {WORLD} processes of one thread on a core each, gloo, "
         f"{precision().name}; Python {platform.python_version()}, torch {torch.__version__}. {args.rounds} rounds; the "
         "ratio is the median over the rounds (10th to 90th percentile).",
         "",
@@ -158,7 +163,8 @@ def main() -> None:
         # The module's own name, not __main__, for the processes to find it.
         from bench_reduction import times as of_a_rank
 
-        found = start_processes(of_a_rank, (case, args.accumulation, args.rounds, args.seconds), WORLD)
+        with ranks_end():
+            found = start_processes(of_a_rank, (case, args.accumulation, args.rounds, args.seconds), WORLD)
         row, ratio = line(case, args.accumulation, found)
         lines.append(row)
         met = "met" if round(ratio, 3) <= WANTED else "**not met**"
@@ -171,4 +177,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
+    end_on_signals()
     main()

@@ -21,7 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from page import between_markers, cpu_name
+from arguments import count
+from child import end_on_signals, started
+from child import run as run_child
+from page import between_markers, command_line, cpu_name, writable_page
+
+from lars_train.models.factory import model_names
 
 RUN = (
     "data.image_size=64 batch.size=32 optimizer.lr=0.1 schedule.warmup_epochs=0 epochs=1 max_updates=1 log_every=1 "
@@ -43,12 +48,12 @@ _LIMIT = 600.0
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="after one that does not count (5)")
-    parser.add_argument("--model", default="resnet50", help="(resnet50)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    parser.add_argument("--rounds", type=count, default=5, help="after one that does not count (5)")
+    parser.add_argument("--model", choices=model_names(), default="resnet50", metavar="NAME", help="(resnet50)")
+    parser.add_argument(
+        "--write", type=writable_page("bench_startup"), metavar="PAGE", help="put the table between the page's markers"
+    )
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds is at least 1")
     settings = [*RUN, f"model={args.model}"]
     found: dict[str, list[float]] = {name: [] for name in (HELP, TORCH, PLACE, SET_UP, FIRST, END, NEXT)}
     for number in range(args.rounds + 1):
@@ -62,7 +67,7 @@ def main() -> None:
             for name, value in taken.items():
                 found[name].append(value)
     lines = [
-        f"`python scripts/bench_startup.py` on {cpu_name()}; Python {platform.python_version()}, torch "
+        f"`{command_line(__file__)}` on {cpu_name()}; Python {platform.python_version()}, torch "
         f"{torch.__version__}. {args.rounds} rounds; `lars-train {' '.join(settings)}`.",
         "",
         "| | seconds, median (least to most) |",
@@ -80,25 +85,26 @@ def main() -> None:
 
 def seconds(command: list[str]) -> float:
     """Of a process that succeeds."""
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    began = time.perf_counter()
+    if code := run_child(command, stdout=subprocess.DEVNULL):
+        raise subprocess.CalledProcessError(code, command)
+    return time.perf_counter() - began
 
 
 def run(settings: list[str]) -> dict[str, float]:
     """A run of one update."""
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder) / "run"
-        started = time.perf_counter()
+        began = time.perf_counter()
         signs = {
             PLACE: (where / "run.json").exists,
             SET_UP: (where / "tensorboard").exists,
             FIRST: lambda: has_update(where / "metrics.jsonl"),
         }
-        with subprocess.Popen(program([*settings, f"run.dir={where}"]), stdout=subprocess.DEVNULL) as process:
-            found = {name: moment(process, sign) - started for name, sign in signs.items()}
+        with started(program([*settings, f"run.dir={where}"]), stdout=subprocess.DEVNULL) as process:
+            found = {name: moment(process, sign) - began for name, sign in signs.items()}
             succeeded(process)
-            return {**found, END: time.perf_counter() - started}
+            return {**found, END: time.perf_counter() - began}
 
 
 def between_runs(settings: list[str]) -> float:
@@ -108,7 +114,7 @@ def between_runs(settings: list[str]) -> float:
         command = program(
             ["-m", *settings, "seed=0,1", f"run.dir={folder}/run${{seed}}", f"hydra.sweep.dir={folder}/sweep"]
         )
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        with started(command, stdout=subprocess.DEVNULL) as process:
             ended = moment(process, (one / "final.json").exists)
             began = moment(process, lambda: has_update(other / "metrics.jsonl"))
             succeeded(process)
@@ -127,7 +133,6 @@ def moment(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> fl
         if process.poll() is not None and not happened():
             raise subprocess.CalledProcessError(process.returncode, process.args)
         if time.perf_counter() > end:
-            process.terminate()
             raise TimeoutError(f"nothing for {_LIMIT:g} s: {process.args!r}")
         time.sleep(0.01)
     return time.perf_counter()
@@ -145,4 +150,8 @@ def has_update(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    end_on_signals()
+    try:
+        main()
+    except (subprocess.CalledProcessError, TimeoutError) as error:  # the run has said why
+        sys.exit(str(error))

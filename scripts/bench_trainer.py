@@ -28,12 +28,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hydra import compose, initialize_config_dir
-from page import between_markers, cpu_name
+from arguments import count
+from child import end_on_signals
+from page import between_markers, command_line, cpu_name, writable_page
+from settings import composed, refused
 from torch.nn import functional
 
-from lars_train.cli import prepare_arguments
-from lars_train.config import config_dir, register, resolve
 from lars_train.launch import Ranks
 from lars_train.training.device import Precision
 from lars_train.training.distributed import Group
@@ -135,10 +135,7 @@ def read_all(file: int) -> None:
 
 def made(directory: Path, updates: int, settings: Sequence[str]) -> Run:
     """A run in `directory` that is long enough, so that no epoch ends within it."""
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        keys = [*COMMON.split(), *settings, "data.val_count=64", f"run.dir={directory}"]
-        config = resolve(compose("config", prepare_arguments(keys, None)))
+    config = composed([*COMMON.split(), *settings, "data.val_count=64", f"run.dir={directory}"])
     config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
     directory.mkdir()
     return Run(prepare(config), Group(Ranks()), torch.device("cpu"))
@@ -170,16 +167,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), help="one network alone")
-    parser.add_argument("--intervals", type=int, help="log intervals that are timed (3, of the small network 10)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    parser.add_argument("--intervals", type=count, help="log intervals that are timed (3, of the small network 10)")
+    parser.add_argument(
+        "--write", type=writable_page("bench_trainer"), metavar="PAGE", help="put the table between the page's markers"
+    )
     parser.add_argument("settings", nargs="*", help="keys and groups of lars-train, in addition")
     args = parser.parse_args(argv)
-    if args.intervals is not None and args.intervals < 1:
-        parser.error("--intervals: at least 1")
+    names = [args.case] if args.case else list(CASES)
+    with refused(parser):
+        # All of them before the first is measured.
+        for name in names:
+            composed([*COMMON.split(), *CASES[name][0].split(), *args.settings])
     rows, judged = [], []
-    for name in [args.case] if args.case else CASES:
+    for name in names:
         keys, intervals = CASES[name]
-        run, found = measured([*keys.split(), *args.settings], args.intervals or intervals)
+        with refused(parser):
+            run, found = measured([*keys.split(), *args.settings], args.intervals or intervals)
         every, plan, config = run.config.log_every, run.plan, run.config
         update = statistics.median(whole for whole, _, _ in found) / every
         # Whole intervals, so that each has its log line.
@@ -194,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         met = "met" if share <= MOST else "**not met**"
         judged.append(f"- {name}: the trainer around the step takes {share:.2%} of an update; {MOST:.0%} wanted: {met}")
     lines = [
-        f"`python scripts/bench_trainer.py` on {cpu_name()}, {torch.get_num_threads()} threads; Python "
+        f"`{command_line(__file__, argv)}` on {cpu_name()}, {torch.get_num_threads()} threads; Python "
         f"{platform.python_version()}, torch {version('torch')}. Medians over log intervals.",
         "",
         "| | an update, ms | of it, input | the trainer around the step, ms | share (least to most) |",
@@ -209,4 +212,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

@@ -24,11 +24,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from page import between_markers
+from child import end_on_signals, started
+from page import between_markers, writable_page
 
 from lars_train.monitoring.fields import OF_THE_CLOCK
 
@@ -48,13 +51,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="kills over all runs (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the kinds and instants (0)")
-    parser.add_argument("--write", type=Path, metavar="PATH", help="put the report between the markers of this file")
+    parser.add_argument(
+        "--write", type=writable_page("chaos"), metavar="PAGE", help="put the report between the page's markers"
+    )
     arguments = parser.parse_args()
-    if arguments.write is not None:
-        try:
-            between_markers(arguments.write.read_text(), "chaos", [])
-        except (OSError, ValueError) as error:
-            parser.error(f"--write {arguments.write}: {error}")
     started, lines = (
         time.monotonic(),
         [f"`python scripts/chaos.py --kills {arguments.kills} --seed {arguments.seed}`:", ""],
@@ -65,7 +65,8 @@ def main() -> None:
             runs += 1
             seed = f"seed={arguments.seed * 1000 + runs}"
             alone = Path(folder) / "runs" / f"alone{runs}"
-            wait(start(folder, seed, alone.name))
+            with start(folder, seed, alone.name) as process:
+                wait(process)
             killed = alone.with_name(f"killed{runs}")
             before = kills.total()
             disturb(folder, seed, killed, draw, kills, arguments.kills)
@@ -87,27 +88,31 @@ def main() -> None:
     sys.exit(min(differing, 100))
 
 
-def start(folder: str, seed: str, name: str) -> subprocess.Popen[bytes]:
-    """The command, in a process group of its own."""
+@contextmanager
+def start(folder: str, seed: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, in a process group of its own; it ends with what is done within."""
     command = [sys.executable, "-m", "lars_train", *SETTINGS, seed, f"run.name={name}"]
-    with (Path(folder) / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    with (
+        (Path(folder) / f"{name}.log").open("ab") as log,
+        started(command, cwd=folder, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        yield process
 
 
 def disturb(folder: str, seed: str, directory: Path, draw: random.Random, kills: Counter[str], most: int) -> None:
     """Start the run again and again, and kill it, until it has ended by itself."""
     while not (directory / "final.json").exists():
-        process = start(folder, seed, directory.name)
-        if kills.total() < most:
-            kind, instant, from_record = draw.choice(KINDS), draw.uniform(0, LATEST_KILL_S), draw.random() < 0.8
-            try:
-                if from_record:
-                    wait_for_record(process, directory)
-                process.wait(instant)
-            except subprocess.TimeoutExpired:
-                kill(process.pid, kind, draw)
-                kills[kind] += 1
-        wait(process, may_fail=True)
+        with start(folder, seed, directory.name) as process:
+            if kills.total() < most:
+                kind, instant, from_record = draw.choice(KINDS), draw.uniform(0, LATEST_KILL_S), draw.random() < 0.8
+                try:
+                    if from_record:
+                        wait_for_record(process, directory)
+                    process.wait(instant)
+                except subprocess.TimeoutExpired:
+                    kill(process.pid, kind, draw)
+                    kills[kind] += 1
+            wait(process, may_fail=True)
         if process.returncode == 2:
             sys.exit(f"a start was refused:\n{(Path(folder) / f'{directory.name}.log').read_text()}")
 
@@ -200,4 +205,5 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

@@ -29,8 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from child import end_on_signals, ranks_end
 from hydra import compose, initialize_config_dir
-from page import between_markers, cpu_name
+from page import between_markers, check_page, cpu_name
 from torch.nn import functional as F
 
 from lars_train.cli import prepare_arguments
@@ -221,7 +222,8 @@ def compared(rounds: int, updates: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         for (case, settings), world in itertools.product(CASES.items(), (1, 2)):
             config = composed(Path(folder) / f"{len(rows)}", settings.split(), updates)
-            found: list[Round] = start_processes(rounds_of, (config, rounds, updates), world)
+            with ranks_end():
+                found: list[Round] = start_processes(rounds_of, (config, rounds, updates), world)
             rows.append(told(case, world, found))
             print(rows[-1], flush=True)
     return [
@@ -277,12 +279,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.updates < 1:
         parser.error("--rounds wants at least 2, --updates at least 1")
+    name = "check_plan_cpu" if args.cpu else "check_plan"
+    if args.write:
+        try:
+            check_page(PAGE, name)
+        except ValueError as error:
+            parser.error(f"argument --write: {error}")
     lines = cpu_rate() if args.cpu else compared(args.rounds, args.updates)
     print("\n".join(lines))
     if args.write:
-        name = "check_plan_cpu" if args.cpu else "check_plan"
         PAGE.write_text(between_markers(PAGE.read_text(), name, [*lines, ""]))
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

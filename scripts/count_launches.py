@@ -14,13 +14,14 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from arguments import count
 from bench_step import CPU, Case, pixels, plain_network, trainer_of
-from page import between_markers
+from child import end_on_signals
+from page import between_markers, command_line, writable_page
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lars_train.data.loader import Batch
 from lars_train.models import ghost_norm
 from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.factory import model_names
 from lars_train.optim import fused_sgd, rescale
 from lars_train.training.device import choose_precision
 
@@ -162,17 +164,20 @@ def rows(case: Case, ghosts: int) -> dict[str, dict[str, int]]:
 def main() -> None:
     """Count, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50", help="(resnet50)")
-    parser.add_argument("--images", type=int, default=8, help="in a micro-batch; changes no count (8)")
-    parser.add_argument("--size", type=int, default=64, help="their side in pixels; changes no count (64)")
-    parser.add_argument("--ghosts", type=int, default=4, help="ghost batches in a micro-batch of several (4)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    parser.add_argument("--model", choices=model_names(), default="resnet50", metavar="NAME", help="(resnet50)")
+    parser.add_argument("--images", type=count, default=8, help="in a micro-batch; changes no count (8)")
+    parser.add_argument("--size", type=count, default=64, help="their side in pixels; changes no count (64)")
+    parser.add_argument("--ghosts", type=count, default=4, help="ghost batches in a micro-batch of several (4)")
+    parser.add_argument(
+        "--write", type=writable_page("count_launches"), metavar="PAGE", help="put the table between the page's markers"
+    )
     args = parser.parse_args()
-    if args.ghosts < 1 or args.images % args.ghosts or args.images // args.ghosts < 2:
+    if args.images % args.ghosts or args.images // args.ghosts < 2:
         parser.error(f"--ghosts {args.ghosts}: --images {args.images} must be so many times 2 or more")
     case = Case(args.model, args.images, args.size, 1000)
+    command = command_line(__file__).removeprefix("python ")
     lines = [
-        f"Operations of {args.model} that compute (torch {torch.__version__}; `scripts/count_launches.py`):",
+        f"Operations of {args.model} that compute (torch {torch.__version__}; `{command}`):",
         "",
         f"| | {' | '.join(PHASES)} | in all |",
         "|---|---:|---:|---:|---:|---:|",
@@ -186,4 +191,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

@@ -28,8 +28,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from child import end_on_signals, ranks_end
 from omegaconf import DictConfig, OmegaConf
-from page import between_markers, cpu_name
+from page import between_markers, cpu_name, writable_page
 from torch import Tensor
 
 from lars_train.config import Config, resolve
@@ -220,7 +221,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=10, help="so many seeds, from 0 on (10)")
     parser.add_argument("--epochs", type=int, default=4, help="of 5 updates, the first one warm-up (4)")
     parser.add_argument("--keep", type=Path, help="a folder for the run directories, which else are removed")
-    parser.add_argument("--write", type=Path, help="a page that takes the tables between its marker comments")
+    parser.add_argument(
+        "--write",
+        type=writable_page("measure_float32_bound"),
+        metavar="PAGE",
+        help="put the tables between the page's markers",
+    )
     args = parser.parse_args(argv)
     if not all(1 <= world <= GHOSTS for world in args.world):
         parser.error(f"--world: there are {GHOSTS} ghost batches to share, so 1 to {GHOSTS} ranks")
@@ -235,20 +241,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    page = None if args.write is None else args.write.read_text(encoding="utf-8")
-    if page is not None:
-        between_markers(page, "measure_float32_bound", [])  # a page without markers is refused before the work
     wanted = cases(args)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
-        start_processes(train_all, (str(folder), wanted, args.epochs), max(args.world))
+        with ranks_end():
+            start_processes(train_all, (str(folder), wanted, args.epochs), max(args.world))
         compared = {case: compare(folder, case) for case in wanted if case != case.reference}
     lines = report(args, compared)
     print("\n".join(lines))
-    if page is not None:
+    if args.write is not None:
+        page = args.write.read_text(encoding="utf-8")
         args.write.write_text(between_markers(page, "measure_float32_bound", lines), encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from page import between_markers, cpu_name
+from child import GRACE_S, end_on_signals, run
+from page import between_markers, check_page, cpu_name, writable_page
 
 PARTS = ("bench_step", "bench_trainer", "profile_step", "bench_reduction", "bench_startup", "long_haul")
 MARKED = "measure_performance"
@@ -30,8 +31,15 @@ def main() -> int:
     """Measure, print, write; 1 if a script failed, whose part of the page stays as it was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these alone")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put what they find between the page's markers")
+    parser.add_argument(
+        "--write", type=writable_page(MARKED), metavar="PAGE", help="put what they find between the page's markers"
+    )
     args = parser.parse_args()
+    if args.write:
+        try:
+            check_page(args.write, *args.only)
+        except ValueError as error:
+            parser.error(f"argument --write: {error}")
     here = Path(__file__).parent
     rows: list[str] = []
     failed = []
@@ -40,11 +48,12 @@ def main() -> int:
             print(f"{part} ...", file=sys.stderr, flush=True)
             scratch = Path(folder) / f"{part}.md"
             scratch.write_text(between_markers(empty(part), part, []))
-            code = subprocess.run(
+            # A part that is asked to end waits itself for what it has started.
+            code = run(
                 [sys.executable, str(here / f"{part}.py"), "--write", str(scratch)],
+                grace=2 * GRACE_S,
                 stdout=subprocess.DEVNULL,
-                check=False,
-            ).returncode
+            )
             lines = within(scratch.read_text(), part)
             if not lines:
                 failed.append(f"{part}.py ended with code {code}")
@@ -89,4 +98,5 @@ def judged(part: str, lines: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -15,7 +15,6 @@ import argparse
 import math
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,9 +23,11 @@ from statistics import median
 from typing import Any
 
 import matplotlib as mpl
+from child import end_on_signals
+from child import run as run_child
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from page import between_markers, cpu_name
+from page import between_markers, cpu_name, writable_page
 
 from lars_train.report.curves import COLOURS, LINES, MARKERS
 from lars_train.report.read import FINISHED, Ratios, Run, read_ratios, read_run
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "build" / "how_lars_works", help="where the runs live")
     parser.add_argument("--epochs", type=int, default=6, help="of each run (6)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "how_lars_works", metavar="STEM")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="the page whose part is written anew")
+    parser.add_argument(
+        "--write", type=writable_page(MARKED), metavar="PAGE", help="the page whose part is written anew"
+    )
     args = parser.parse_args()
     runs = {label: train(args.runs / name, args.epochs, settings) for label, (name, settings) in RUNS.items()}
     first = next(iter(runs.values()))
@@ -83,9 +86,9 @@ def main() -> None:
 def train(directory: Path, epochs: int, settings: Sequence[str]) -> Run:
     """The run in `directory`, trained to its end if it is not there; one that diverges ends before it."""
     own = (f"run.dir={directory}", f"epochs={epochs}", *settings)
-    done = subprocess.run([sys.executable, "-m", "lars_train", *SETTINGS, *own], check=False)
-    if done.returncode and not (directory / "divergence.jsonl").exists():
-        sys.exit(done.returncode)
+    code = run_child([sys.executable, "-m", "lars_train", *SETTINGS, *own])
+    if code and not (directory / "divergence.jsonl").exists():
+        sys.exit(code)
     return read_run(directory)
 
 
@@ -184,4 +187,5 @@ def save(figure: Figure, stem: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

@@ -15,11 +15,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from arguments import count
 from bench_step import CASES, CPU, ours, plain_network, precision
-from page import between_markers, cpu_name
+from child import end_on_signals
+from page import between_markers, command_line, cpu_name, writable_page
 from torch.profiler import ProfilerActivity, profile
 
 from lars_train.config import Config
@@ -74,14 +75,14 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[case.name for case in CASES], default="resnet50", help="(resnet50)")
-    parser.add_argument("--images", type=int, help="at once")
-    parser.add_argument("--size", type=int, help="their side in pixels")
-    parser.add_argument("--threads", type=int, help="torch's (all cores)")
-    parser.add_argument("--updates", type=int, default=5, help="after two that do not count (5)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the page's markers")
+    parser.add_argument("--images", type=count, help="at once")
+    parser.add_argument("--size", type=count, help="their side in pixels")
+    parser.add_argument("--threads", type=count, help="torch's (all cores)")
+    parser.add_argument("--updates", type=count, default=5, help="after two that do not count (5)")
+    parser.add_argument(
+        "--write", type=writable_page("profile_step"), metavar="PAGE", help="put the table between the page's markers"
+    )
     args = parser.parse_args()
-    if min(args.updates, *(n or 1 for n in (args.images, args.size, args.threads))) < 1:
-        parser.error("--updates, --images, --size and --threads: at least 1")
     (case,) = (case for case in CASES if case.name == args.case)
     images = args.images or case.images
     case = replace(case, images=images, size=args.size or case.size, ghost=images)
@@ -93,7 +94,7 @@ def main() -> None:
     found = [shares(step) for _ in range(args.updates)]
     wall = statistics.median(sum(one.values()) for one in found)
     lines = [
-        f"`python scripts/profile_step.py` on {cpu_name()}, {threads} threads; Python {platform.python_version()}, "
+        f"`{command_line(__file__)}` on {cpu_name()}, {threads} threads; Python {platform.python_version()}, "
         f"torch {version('torch')}. An update of {case.name}, {case.images} images of {case.size} x {case.size}, "
         f"{precision().name}: {wall:.3f} s, the median of {args.updates}, by kind of operation:",
         "",
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

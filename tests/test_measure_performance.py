@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,19 +26,19 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_targets_of_all_parts_stand_in_one_table(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(command: list[str], **_: Any) -> SimpleNamespace:
+    def run(command: list[str], **_: Any) -> int:
         part, page = Path(command[1]).stem, Path(command[-1])
         if part not in FOUND:
-            return SimpleNamespace(returncode=2)
+            return 2
         assert Path(command[1]).exists()
         page.write_text(script.between_markers(page.read_text(), part, FOUND[part]))
-        return SimpleNamespace(returncode=0)
+        return 0
 
     page = tmp_path / "page.md"
     names = ("measure_performance", *script.PARTS)
     before = "- it grew by 1; at most 2 wanted: met"
     page.write_text("".join(f"<!-- {name}: begin -->\n{before}\n<!-- {name}: end -->\n" for name in names))
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(script, "run", run)
     arguments = ["--only", *FOUND, "long_haul", "--write", str(page)]
     monkeypatch.setattr(sys, "argv", ["measure_performance.py", *arguments])
     assert script.main() == 1
@@ -67,3 +66,17 @@ def test_each_part_is_a_script_and_has_its_markers_in_the_page(script: ModuleTyp
     assert (SCRIPTS / f"{part}.py").exists()
     page = (SCRIPTS.parent / "docs" / "performance.md").read_text()
     script.between_markers(page, part, [])
+
+
+def test_a_page_without_the_markers_of_a_part_is_refused_before_anything_runs(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    names = ("measure_performance", *script.PARTS[:-1])
+    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in names))
+    monkeypatch.setattr(script, "run", lambda *_, **__: pytest.fail("a part was started"))
+    monkeypatch.setattr(sys, "argv", ["measure_performance.py", "--write", str(page)])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert f"{page}: <!-- {script.PARTS[-1]}: begin -->" in capsys.readouterr().err
