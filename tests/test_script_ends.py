@@ -1,0 +1,127 @@
+"""Scripts that measure, ended by a signal: nothing of what they started or laid down is left."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from program import alive_in_group, environment
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+# Deaf to SIGTERM.
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('there', flush=True); time.sleep(600)"
+
+
+def left_over(group: int) -> list[int]:
+    """Processes of a group that do not end in a moment; Python's tracker of semaphores ends after its process."""
+    end = time.monotonic() + 5
+    while (alive := alive_in_group(group)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return alive
+
+
+def ended(command: list[str], number: int, folder: Path, sign: str) -> tuple[int, str]:
+    """Exit code and words of a script that gets a signal, itself alone, when `sign` stands in `folder`.
+
+    Nothing of it may be left when it has ended.
+    """
+    folder.mkdir()
+    with subprocess.Popen(
+        [sys.executable, *command],
+        env=environment(TMPDIR=str(folder)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            end = time.monotonic() + 120
+            while not any(folder.rglob(sign)):
+                assert process.poll() is None, process.stdout and process.stdout.read()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert len(alive_in_group(process.pid)) > 1
+            os.kill(process.pid, number)
+            text, _ = process.communicate(timeout=60)
+            assert left_over(process.pid) == []
+            assert list(folder.iterdir()) == []
+        finally:
+            for pid in alive_in_group(process.pid):
+                os.kill(pid, signal.SIGKILL)
+    return process.returncode, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "command",
+    [["long_haul.py"], ["measure_performance.py", "--only", "long_haul"], ["bench_startup.py", "--model", "tiny"]],
+    ids=lambda command: command[0],
+)
+def test_a_signal_to_a_script_ends_what_it_started_and_leaves_no_folder(
+    command: list[str], number: signal.Signals, tmp_path: Path
+) -> None:
+    script = [str(SCRIPTS / command[0]), *command[1:]]
+    code, text = ended(script, number, tmp_path / "scratch", "run.json")
+    assert code == 128 + number
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_two_ranks_end_with_their_script_and_nothing_is_said_of_checkpoints(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two cores are wanted")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "bench_reduction.py"), "--case", "small", "--rounds", "1000"],
+        env=environment(TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    # Itself, the tracker of semaphores and two ranks.
+    while len(alive_in_group(process.pid)) < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in text
+    assert "checkpoint" not in text
+    assert left_over(process.pid) == []
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("child")
+
+
+@pytest.mark.parametrize("error", [SystemExit(143), ValueError("odd")])
+def test_a_process_ends_with_whatever_exception_passes(child: ModuleType, error: BaseException) -> None:
+    with (
+        pytest.raises(type(error)) as raised,
+        child.started([sys.executable, "-c", "import time; time.sleep(600)"]) as process,
+    ):
+        raise error
+    assert raised.value is error
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_one_that_does_not_end_is_killed(child: ModuleType) -> None:
+    with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+        child.stop(process, 0.2)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_command_that_ends_by_itself_tells_its_exit_code(child: ModuleType) -> None:
+    assert child.run([sys.executable, "-c", "import sys; sys.exit(7)"]) == 7
