@@ -42,7 +42,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from page import between_markers, cpu_name
+from arguments import count, seconds
+from child import end_on_signals
+from page import between_markers, command_line, cpu_name, writable_page
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -427,21 +429,20 @@ def verdicts(case: Case, seconds: dict[str, list[float]]) -> list[str]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=3, help="(3)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each start (3)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn, one update at least (5)")
+    parser.add_argument("--starts", type=count, default=3, help="(3)")
+    parser.add_argument("--rounds", type=count, default=3, help="of each start (3)")
+    parser.add_argument("--seconds", type=seconds, default=5.0, help="of each turn, one update at least (5)")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="one network alone")
-    parser.add_argument("--images", type=int, help="at once")
-    parser.add_argument("--size", type=int, help="their side in pixels")
-    parser.add_argument("--ghost", type=int, help="images of a ghost batch (all)")
+    parser.add_argument("--images", type=count, help="at once")
+    parser.add_argument("--size", type=count, help="their side in pixels")
+    parser.add_argument("--ghost", type=count, help="images of a ghost batch (all)")
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="these alone")
-    parser.add_argument("--threads", type=int, help="torch's (all cores)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the page's markers")
+    parser.add_argument("--threads", type=count, help="torch's (all cores)")
+    parser.add_argument(
+        "--write", type=writable_page("bench_step"), metavar="PAGE", help="put the tables between the page's markers"
+    )
     parser.add_argument("--serve", choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    counts = (args.images, args.size, args.ghost, args.threads)
-    if min(args.starts, args.rounds, *(1 if n is None else n for n in counts)) < 1:
-        parser.error("--starts, --rounds, --images, --size, --ghost and --threads: at least 1")
     torch.set_num_threads(args.threads or available_cores())
     cases = []
     for case in CASES:
@@ -455,7 +456,7 @@ def main() -> None:
         return
     packages = ", ".join(f"{name} {found}" for name in ("torch", "torchvision", "timm") if (found := version_of(name)))
     lines = [
-        f"`python scripts/bench_step.py` on {cpu_name()}, {torch.get_num_threads()} threads; Python "
+        f"`{command_line(__file__)}` on {cpu_name()}, {torch.get_num_threads()} threads; Python "
         f"{platform.python_version()}, {packages}. {args.starts} starts of {args.rounds} rounds; ratios are medians "
         "over the rounds.",
         "",
@@ -463,9 +464,9 @@ def main() -> None:
     skipped: list[str] = []
     judged: list[str] = []
     for case in cases:
-        seconds, memory = measure(case, args, skipped)
-        lines += table(case, seconds, memory)
-        judged += verdicts(case, seconds)
+        times, memory = measure(case, args, skipped)
+        lines += table(case, times, memory)
+        judged += verdicts(case, times)
     lines += judged + [f"- left out: {why}" for why in skipped]
     print("\n".join(lines))
     if args.write:
@@ -473,4 +474,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     main()

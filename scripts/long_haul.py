@@ -38,7 +38,7 @@ SETTINGS = (
     "schedule.warmup_epochs=1 precision=fp32 checkpoint.every_updates=400 launch.nproc=1 launch.threads=1 verbosity=0"
 ).split()
 # Growth that is still flat: of memory in MiB, of open files, of the time of an update as a ratio.
-MOST_MEMORY, MOST_FILES, MOST_TIME = 16.0, 2, 1.05
+MOST_MEMORY, MOST_FILES, MOST_TIME = 8.0, 2, 1.05
 # What a tenth of the run has to have for that: two epochs, as many lines of the log, and looks that take an epoch.
 LEAST_EPOCHS, LEAST_UPDATES, LEAST_LINES, LEAST_LOOKS = 20, 1000, 100, 3
 _MIB = 1 << 20
@@ -47,7 +47,7 @@ _MIB = 1 << 20
 @dataclass(frozen=True)
 class Moment:
     """What was seen at an update: seconds since the start, the process's CPU seconds, MiB of memory, open files, bytes
-    of the run's own logs.
+    of the run's own logs, and how many files of events TensorBoard has.
     """
 
     update: int
@@ -56,6 +56,7 @@ class Moment:
     memory: float
     files: int
     log_bytes: int
+    event_files: int
 
 
 def main() -> int:
@@ -119,14 +120,14 @@ def look(pid: int, run: Path, seconds: float) -> Moment | None:
         # After the name in brackets: the 12th and 13th field are the ticks in user and in system mode.
         ticks = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
         files = len(os.listdir(f"/proc/{pid}/fd"))
-        logs = [run / "metrics.jsonl", *(run / "tensorboard").rglob("events*")]
-        log_bytes = sum(path.stat().st_size for path in logs)
+        events = list((run / "tensorboard").rglob("events*"))
+        log_bytes = sum(path.stat().st_size for path in (run / "metrics.jsonl", *events))
     except (OSError, ValueError, IndexError):
         return None
     if update is None:
         return None
     cpu, memory = ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE") / _MIB
-    return Moment(update, seconds, cpu, memory, files, log_bytes)
+    return Moment(update, seconds, cpu, memory, files, log_bytes, len(events))
 
 
 def last_update(path: Path) -> int | None:
@@ -205,7 +206,8 @@ def told(moments: list[Moment], settings: list[str], updates: int, epoch: int) -
         + " | ".join(f"{one.time:.2f} ({min(one.times):.2f} to {max(one.times):.2f})" for one in (early, late))
         + " |",
         "",
-        f"Bytes of metrics.jsonl and TensorBoard's files an update: {last.log_bytes / last.update:,.0f}.",
+        f"Bytes of metrics.jsonl and TensorBoard's files an update: {last.log_bytes / last.update:,.0f}; files that "
+        f"TensorBoard's events went on in, each of them closed before the next: {last.event_files}.",
         "",
         *(
             f"- over a long run: {what}; at most {most:g} wanted: {'met' if value <= most else '**not met**'}"

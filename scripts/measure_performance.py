@@ -22,6 +22,8 @@ from pathlib import Path
 from child import GRACE_S, end_on_signals, run
 from page import between_markers, check_page, cpu_name, writable_page
 
+from lars_train.stores.workers import cores
+
 PARTS = ("bench_step", "bench_trainer", "profile_step", "bench_reduction", "bench_startup", "long_haul")
 MARKED = "measure_performance"
 JUDGED = re.compile(r"^- (?P<found>.+); (?P<wanted>[^;]+) wanted: (?P<verdict>.+)$")
@@ -67,7 +69,7 @@ def main() -> int:
         page = args.write.read_text()
         rows = [row for part in PARTS for row in judged(part, within(page, part))]
     table = [
-        f"`python scripts/measure_performance.py` on {cpu_name()}; Python {platform.python_version()}, torch "
+        f"`python scripts/measure_performance.py` on {machine()}; Python {platform.python_version()}, torch "
         f"{version('torch')}.",
         "",
         "| found | wanted | | by |",
@@ -78,6 +80,14 @@ def main() -> int:
     if args.write:
         args.write.write_text(between_markers(args.write.read_text(), MARKED, table))
     return 1 if failed else 0
+
+
+def machine() -> str:
+    """The processor, and what of it decides how fast steps are: cores, and instructions for bfloat16."""
+    described = Path("/proc/cpuinfo")
+    flags = set(described.read_text().split()) if described.exists() else set()
+    has = [name for name, flag in (("AMX", "amx_bf16"), ("AVX-512 bf16", "avx512_bf16")) if flag in flags]
+    return f"{cpu_name()}, {cores()} cores, {has[0] if has else 'no bf16 instructions known of'}"
 
 
 def empty(part: str) -> str:

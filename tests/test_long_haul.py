@@ -44,7 +44,7 @@ def test_the_time_of_an_update_is_what_undisturbed_looks_say(long_haul: ModuleTy
         for look in range(1, 401):
             of_last = look - 360
             cpu += 0.06 * (slower if of_last > 0 else 1) * (2 if 0 < of_last <= disturbed else 1)
-            moments.append(long_haul.Moment(10 * look, cpu, cpu, 500.0, 7, 0))
+            moments.append(long_haul.Moment(10 * look, cpu, cpu, 500.0, 7, 0, 1))
         return moments
 
     for moments, expected in (
@@ -59,7 +59,7 @@ def test_the_time_of_an_update_is_what_undisturbed_looks_say(long_haul: ModuleTy
 
 
 def test_a_run_over_too_soon_is_told_so(long_haul: ModuleType) -> None:
-    few = [long_haul.Moment(update, update / 10, update / 100, 500.0, 7, 0) for update in range(1, 20)]
+    few = [long_haul.Moment(update, update / 10, update / 100, 500.0, 7, 0, 1) for update in range(1, 20)]
     with pytest.raises(ValueError, match="the second tenth of the run was over after 1 looks"):
         long_haul.early_and_late(few, 1)
     with pytest.raises(ValueError, match="more --epochs or more --updates"):
@@ -90,7 +90,7 @@ def test_a_run_too_short_to_be_judged_is_refused_beforehand(
 
 
 def test_what_grows_is_told(long_haul: ModuleType) -> None:
-    flat = [long_haul.Moment(update, update / 10, update / 100, 500.0, 7, 100 * update) for update in range(1, 101)]
+    flat = [long_haul.Moment(update, update / 10, update / 100, 500.0, 7, 100 * update, 1) for update in range(1, 101)]
     lines, still = long_haul.told(flat, [], 1000, 2)
     assert still
     assert not [line for line in lines if "not met" in line]

@@ -32,27 +32,33 @@ class Hyper:
     label_smoothing: float
 
 
-@dataclass
 class Meter:
     """Sums over the samples since the last log line: loss, hits, samples, newly found bad images.
 
-    They stay on the device, in float64, until a log point reads them.
+    What the device finds stays there, in float64, until a log point reads it.
     """
 
-    device: torch.device
-    sums: Tensor = field(init=False)
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._loss, self._hits, *_ = self._sums.unbind()
+        self._samples = self._bad = 0
 
-    def __post_init__(self) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        self._loss, self._hits, self._samples, _ = self.sums.unbind()
+    @property
+    def sums(self) -> Tensor:
+        """All of them, float64 (4,) on the device."""
+        if self._samples or self._bad:
+            self._sums[2] += self._samples
+            self._sums[3] += self._bad
+            self._samples = self._bad = 0
+        return self._sums
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, bad: int) -> None:
         """Count a micro-batch: `logits` (n, classes), `labels` int64 (n,), `loss_sum` a scalar."""
-        self._loss += loss_sum.detach()
-        self._hits += (logits.detach().argmax(dim=1) == labels).sum()
+        with torch.no_grad():
+            self._loss += loss_sum
+            self._hits += (logits.argmax(dim=1) == labels).sum()
         self._samples += len(labels)
-        if bad:
-            self.sums[3] += bad
+        self._bad += bad
 
     def total(self, group: Group) -> Tensor:
         """The sums over all ranks; rank 0 keeps them and the others start from zero. Collective."""
