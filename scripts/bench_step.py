@@ -2,10 +2,11 @@
 
     python scripts/bench_step.py [--write docs/performance.md]      # ResNet-50 at 224 and a small ResNet at 32
 
-Each is a process of its own, set up as its users would have it, with the same images in memory, one micro-batch an
-update, which is one ghost batch unless `--ghost` says otherwise. They take turns, a few updates each, the others
-waiting. What counts is wall time. Where a process finds its memory makes it faster or slower by several percent for as
-long as it lives, so that all are started anew a few times.
+All have the same images in memory, and one micro-batch an update, which is one ghost batch unless `--ghost` says
+otherwise. They take turns, a few updates each, the others waiting. What counts is wall time. Where a process finds its
+memory makes it faster or slower by several percent for as long as it lives. So those that keep freed memory, as the
+program does, share a process, and are judged within it; the others have one each, as their users would have it. All
+processes are started anew a few times.
 
 - (a) a bare loop as torchvision's references/classification runs by default: float32, NCHW, eager, SGD
 - (b) timm's step: its network, optimizer and loss, channels_last, autocast where the processor has bf16; and the same
@@ -19,7 +20,7 @@ long as it lives, so that all are started anew a few times.
 Where compiling slows a network down, `compile=auto` leaves it as it is: what is judged as tuned is the faster of both
 of (d). It and the default are judged beside the faster of (c).
 
-Memory is the most that a process has had in its first two updates, less what it had before them.
+Memory is the most that a process with nothing else has had in two updates, less what it had before them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import json
 import os
 import platform
 import random
@@ -34,7 +36,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,7 +60,6 @@ from lars_train.plan import Plan, make_schedule
 from lars_train.training.device import Precision, available_cores, choose_precision, set_up
 from lars_train.training.distributed import Group
 from lars_train.training.feed import normaliser
-from lars_train.training.host_memory import keep_freed_memory
 from lars_train.training.trainer import Hyper, Trainer
 
 CPU = torch.device("cpu")
@@ -65,7 +67,6 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
 TIMM_KEPT = "(b) timm, freed memory kept"
 OURS, TUNED, WITHOUT = "(d) lars-train", "(d) lars-train, compiled", "(d) without the trainer"
-READY, SKIPPED = "ready", "skipped"
 Step = Callable[[], object]
 
 
@@ -250,10 +251,8 @@ def options() -> OptimizerConfig:
     )
 
 
-PROGRAM = (OURS, TUNED, WITHOUT)
-"""Those whose process is set up as the program sets up its own."""
-KEEPING = (TIMM_KEPT, BEST, BEST_EAGER)
-"""Of the others, those that keep freed memory as well."""
+TOGETHER = (TIMM_KEPT, BEST_EAGER, BEST, OURS, TUNED, WITHOUT)
+"""Those that share a process, which is set up as the program sets up its own."""
 
 STEPS: dict[str, Callable[[Case], Step]] = {
     BARE: bare,
@@ -267,24 +266,28 @@ STEPS: dict[str, Callable[[Case], Step]] = {
 }
 
 
-class Contender:
-    """One of them, in a process that waits for its turns. Raises `LookupError` with the reason where it cannot run."""
+class Served:
+    """A process with some of them, which waits for their turns: `memory` by name, and why which are `skipped`."""
 
-    def __init__(self, name: str, case: Case, threads: int) -> None:
-        own = {"--images": case.images, "--size": case.size, "--ghost": case.ghost, "--threads": threads}
-        command = [sys.executable, __file__, "--serve", name, "--case", case.name]
-        command += [str(part) for pair in own.items() for part in pair]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        first, _, rest = self._answer().partition(" ")
-        if first != READY:
+    def __init__(self, names: Iterable[str], case: Case, threads: int) -> None:
+        own = {"--case": case.name, "--images": case.images, "--size": case.size, "--ghost": case.ghost}
+        own["--threads"] = threads
+        command = [sys.executable, __file__, *(str(part) for pair in own.items() for part in pair)]
+        self._process = subprocess.Popen(
+            [*command, "--serve", *names], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            ready = self._answer()
+        except BaseException:
             self.end()
-            raise LookupError(rest.strip() or f"it ended with code {self._process.returncode}")
-        self.memory = float(rest)
+            raise
+        self.memory: dict[str, float] = ready["memory"]
+        self.skipped: dict[str, str] = ready["skipped"]
 
-    def turn(self, seconds: float) -> float:
-        """Seconds of an update: of as many as fit into `seconds`, one at least."""
+    def turn(self, name: str, seconds: float) -> float:
+        """Seconds of an update of `name`: of as many as fit into `seconds`, one at least."""
         assert self._process.stdin is not None
-        print(seconds, file=self._process.stdin, flush=True)
+        print(json.dumps([name, seconds]), file=self._process.stdin, flush=True)
         return float(self._answer())
 
     def end(self) -> None:
@@ -293,71 +296,86 @@ class Contender:
         self._process.stdin.close()
         self._process.wait()
 
-    def _answer(self) -> str:
+    def _answer(self) -> Any:
         assert self._process.stdout is not None
-        return self._process.stdout.readline()
+        line = self._process.stdout.readline()
+        if not line:
+            raise ChildProcessError(f"{' '.join(map(str, self._process.args[1:]))} ended with {self._process.wait()}")  # type: ignore[index]
+        return json.loads(line)
 
 
-def serve(case: Case, name: str) -> None:
-    """A contender's process: two updates, the first of which compiles; then a turn for each line that comes in."""
+def serve(case: Case, names: list[str]) -> None:
+    """The process of `names`: two updates of each, the first of which compiles; then a turn for each line of input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if name in PROGRAM:
+    if any(name in TOGETHER for name in names):
         set_up(Config(), CPU, torch.get_num_threads())
-    if name in KEEPING:
-        keep_freed_memory()
-    try:
+    steps: dict[str, Step] = {}
+    memory: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    for name in names:
         before = most_memory()
-        step = STEPS[name](case)
-        step()
-        step()
-    except Exception as error:  # whatever a peer or a compiler raises
-        print(SKIPPED, f"{type(error).__name__}: {str(error).splitlines()[0]}", file=answers, flush=True)
-        return
-    print(READY, most_memory() - before, file=answers, flush=True)
+        try:
+            step = STEPS[name](case)
+            step()
+            step()
+        except Exception as error:  # whatever a peer or a compiler raises
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        else:
+            steps[name], memory[name] = step, most_memory() - before
+    print(json.dumps({"memory": memory, "skipped": skipped}), file=answers, flush=True)
     for line in sys.stdin:
+        name, seconds = json.loads(line)
         gc.collect()
         started, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - started < float(line):
-            step()
+        while count == 0 or time.perf_counter() - started < seconds:
+            steps[name]()
             count += 1
-        print((time.perf_counter() - started) / count, file=answers, flush=True)
+        print(json.dumps((time.perf_counter() - started) / count), file=answers, flush=True)
 
 
-def line_up(case: Case, wanted: list[str], threads: int, skipped: list[str]) -> dict[str, Contender]:
-    """Those that run here."""
-    found: dict[str, Contender] = {}
-    for name in wanted:
-        try:
-            found[name] = Contender(name, case, threads)
-        except LookupError as error:
-            if name in (BARE, BEST_EAGER, OURS, WITHOUT):
-                raise
-            skipped.append(f"{case.name}: {name}: {error}")
+@contextmanager
+def served(names: Iterable[str], case: Case) -> Iterator[Served]:
+    """A process with `names`, while it is wanted."""
+    process = Served(names, case, torch.get_num_threads())
+    try:
+        yield process
+    finally:
+        process.end()
+
+
+def memory_of(names: Iterable[str], case: Case, skipped: list[str]) -> dict[str, float]:
+    """MB of each that runs here, in a process of its own; why the others do not comes to `skipped`."""
+    found: dict[str, float] = {}
+    for name in names:
+        with served([name], case) as process:
+            found |= process.memory
+            if name in (BARE, BEST_EAGER, OURS, WITHOUT) and process.skipped:
+                raise ChildProcessError(process.skipped[name])
+            skipped += [f"{case.name}: {name}: {why}" for name, why in process.skipped.items()]
     return found
 
 
 def measure(
     case: Case, args: argparse.Namespace, skipped: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Of each: seconds of an update in each round, and memory, the median of the starts."""
-    seconds: dict[str, list[float]] = {}
-    memory: dict[str, list[float]] = {}
+    """Of each: seconds of an update in each round, and memory."""
+    memory = memory_of(args.only or STEPS, case, skipped)
+    together = [name for name in memory if name in TOGETHER]
+    groups = [[name] for name in memory if name not in TOGETHER] + ([together] if together else [])
+    seconds: dict[str, list[float]] = {name: [] for name in memory}
     for start in range(args.starts):
-        left_out: list[str] = []
-        contenders = line_up(case, args.only or list(STEPS), torch.get_num_threads(), left_out)
-        skipped += [why for why in left_out if why not in skipped]
-        names = list(contenders)
-        for number in range(args.rounds):
-            random.Random(args.rounds * start + number).shuffle(names)
-            for name in names:
-                seconds.setdefault(name, []).append(contenders[name].turn(args.seconds))
-        for name, contender in contenders.items():
-            memory.setdefault(name, []).append(contender.memory)
-            contender.end()
-    # Ratios are by round, so that all need the same rounds.
-    whole = [name for name in STEPS if len(seconds.get(name, ())) == args.starts * args.rounds]
-    return {name: seconds[name] for name in whole}, {name: float(np.median(memory[name])) for name in whole}
+        with ExitStack() as processes:
+            of: dict[str, Served] = {}
+            for group in groups:
+                process = processes.enter_context(served(group, case))
+                of |= dict.fromkeys(group, process)
+            names = list(memory)
+            for number in range(args.rounds):
+                random.Random(args.rounds * start + number).shuffle(names)
+                for name in names:
+                    seconds[name].append(of[name].turn(name, args.seconds))
+    return seconds, memory
 
 
 def version_of(package: str) -> str:
@@ -441,7 +459,7 @@ def main() -> None:
     parser.add_argument(
         "--write", type=writable_page("bench_step"), metavar="PAGE", help="put the tables between the page's markers"
     )
-    parser.add_argument("--serve", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs="+", choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads or available_cores())
     cases = []
