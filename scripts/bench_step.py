@@ -447,7 +447,7 @@ def verdicts(case: Case, seconds: dict[str, list[float]]) -> list[str]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=count, default=3, help="(3)")
+    parser.add_argument("--starts", type=count, default=6, help="(6)")
     parser.add_argument("--rounds", type=count, default=3, help="of each start (3)")
     parser.add_argument("--seconds", type=seconds, default=5.0, help="of each turn, one update at least (5)")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="one network alone")
