@@ -33,6 +33,7 @@ import os
 import platform
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -272,10 +273,9 @@ class Served:
     def __init__(self, names: Iterable[str], case: Case, threads: int) -> None:
         own = {"--case": case.name, "--images": case.images, "--size": case.size, "--ghost": case.ghost}
         own["--threads"] = threads
-        command = [sys.executable, __file__, *(str(part) for pair in own.items() for part in pair)]
-        self._process = subprocess.Popen(
-            [*command, "--serve", *names], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._command = [sys.executable, __file__, *(str(part) for pair in own.items() for part in pair)]
+        self._command += ["--serve", *names]
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             ready = self._answer()
         except BaseException:
@@ -300,7 +300,7 @@ class Served:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ChildProcessError(f"{' '.join(map(str, self._process.args[1:]))} ended with {self._process.wait()}")  # type: ignore[index]
+            raise ChildProcessError(f"{shlex.join(self._command)} ended with code {self._process.wait()}")
         return json.loads(line)
 
 
