@@ -71,10 +71,9 @@ class Guard:
     not finite. What is found is the same on all ranks if the losses that they give are.
     """
 
-    def __init__(self, max_loss: float | None, device: torch.device) -> None:
+    def __init__(self, max_loss: float | None) -> None:
         # The largest number that is finite: a loss above it, or of which no comparison is true, is not.
         self._max_loss = min(math.inf if max_loss is None else max_loss, sys.float_info.max)
-        self._device = device
         self.forget()
 
     def forget(self) -> None:

@@ -104,7 +104,7 @@ class Trainer:
         self.running_statistics = RunningStatistics(network)
         self.meter = Meter(device)
         self.first_gradient = FirstGradient(network)
-        self.guard = Guard(max_loss, device)
+        self.guard = Guard(max_loss)
         self.update = 0
         self.skipped = 0
         """Global batches that were passed over: the next one is number `update` + `skipped`."""

@@ -223,7 +223,7 @@ def test_float16_that_never_makes_a_step_ends(monkeypatch: pytest.MonkeyPatch, t
 def test_the_report_has_the_layers_of_the_update_before() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     lars = LARS(optim.SGD(model.parameters(), lr=0.1), trust_coef=0.1, record=True)
-    guard = Guard(5.0, CPU)
+    guard = Guard(5.0)
     expected: list[tuple[str, float, float, float]] = []
     for update, loss in enumerate((1.0, 2.0, 6.0, math.nan), start=1):
         before = [(n, p.norm().item()) for n, p in model.named_parameters()]
@@ -246,7 +246,7 @@ def test_the_report_has_the_layers_of_the_update_before() -> None:
 def test_a_divergence_in_the_first_update_is_reported_with_its_own_layers() -> None:
     model = nn.Linear(2, 1)
     lars = LARS(optim.SGD(model.parameters(), lr=0.1), record=True)
-    guard = Guard(5.0, CPU)
+    guard = Guard(5.0)
     for update in (7, 8):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, float(update))
@@ -267,7 +267,7 @@ def test_without_a_look_for_long_the_update_is_still_known_and_recent_layers(
     monkeypatch.setattr(guard_module, "_MOST_LAYERS", 7)
     model = nn.Linear(2, 1)
     lars = LARS(optim.SGD(model.parameters(), lr=0.1), record=True)
-    guard = Guard(None, CPU)
+    guard = Guard(None)
     for update in range(1, 24):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, float(update))

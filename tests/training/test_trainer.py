@@ -27,7 +27,6 @@ from lars_train.plan import Plan, make_schedule
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.distributed import Group
 from lars_train.training.feed import normaliser
-from lars_train.training.guard import Guard
 from lars_train.training.trainer import Hyper, Meter, Trainer
 
 CPU = torch.device("cpu")
@@ -398,7 +397,6 @@ def test_an_update_needs_no_value_of_any_tensor(name: str) -> None:
     which = plan(8, 2)
     t = trainer(network(2).to(meta), which, name=name)
     t.device, t.meter, t.normalise = meta, Meter(meta), normaliser(MEAN, STD, meta, FP64)
-    t.guard = Guard(None, meta)
     t.precision = NoAutocast("fp64", torch.float64, torch.float64)
     with Copies() as copies:
         for update in range(2):
