@@ -26,7 +26,6 @@ from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Trainer
 
-CPU = torch.device("cpu")
 # 4 updates an epoch, 12 in all; a checkpoint every second update.
 TINY: dict[str, Any] = {
     "epochs": 3,
