@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from lars_train.models.ghost_norm import without_kernels
 # table 1).
 SHAPES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
 WARM_UP = 2
+COMPILED = "compiled"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for channels, side in SHAPES:
         x = torch.randn(args.samples, channels, side, side, device=device).to(dtype)
         runs = contenders(x.contiguous(memory_format=torch.channels_last), args.ghosts)
+        if args.eager:
+            runs.pop(COMPILED, None)
+        elif COMPILED in runs and (why := fault(runs[COMPILED])):
+            print(f"torch.compile does not work here: {why}", file=sys.stderr)
+            del runs[COMPILED]
         if args.graph:
             runs = {name: graphed(run) for name, run in runs.items()}
         times = rounds(runs, args.rounds, args.calls, device)
@@ -71,6 +78,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="rounds per shape (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default: 1)")
     parser.add_argument("--calls", type=int, help="that a time is taken over (default: 1, on CUDA 20)")
+    parser.add_argument("--eager", action="store_true", help="nothing that has to be compiled for minutes")
     parser.add_argument("--graph", action="store_true", help="replay CUDA graphs")
     args = parser.parse_args(argv)
     cuda = torch.device(args.device).type == "cuda"
@@ -115,8 +123,17 @@ def contenders(x: Tensor, ghosts: int) -> dict[str, Callable[[], None]]:
     return runs | {
         "ghost batches": run(ghost(ghosts)),
         "by torch's operations": run(ghost(ghosts), kernels=False),
-        "compiled": run(ghost(ghosts), compiled=True),
+        COMPILED: run(ghost(ghosts), compiled=True),
     }
+
+
+def fault(run: Callable[[], None]) -> str | None:
+    """Why `run` fails, in a line; None if it does not."""
+    try:
+        run()
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return None
 
 
 def graphed(run: Callable[[], None]) -> Callable[[], None]:

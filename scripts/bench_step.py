@@ -1,26 +1,29 @@
 """How fast training steps are: lars-train's own beside bare loops and timm's step.
 
     python scripts/bench_step.py [--write docs/performance.md]      # ResNet-50 at 224 and a small ResNet at 32
+    python scripts/bench_step.py --device cuda --starts 1 --rounds 9 --seconds 1 [--write docs/performance.md]
 
 All have the same images in memory, and one micro-batch an update, which is one ghost batch unless `--ghost` says
 otherwise. They take turns, a few updates each, the others waiting. What counts is wall time. Where a process finds its
 memory makes it faster or slower by several percent for as long as it lives. So those that keep freed memory, as the
 program does, share a process, and are judged within it; the others have one each, as their users would have it. All
-processes are started anew a few times.
+processes are started anew a few times. On a GPU all share one process, and a turn ends when the device has done it.
 
 - (a) a bare loop as torchvision's references/classification runs by default: float32, NCHW, eager, SGD
 - (b) timm's step: its network, optimizer and loss, channels_last, autocast where the processor has bf16; and the same
   with freed memory kept, which no flag of timm's does
 - (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD, freed memory kept (as
   lars_train/training/host_memory.py has malloc do it); and the same without compile
-- (d) lars-train's update: LARS, ghost batch norm, schedule, guard, meters, as a run makes it by default; tuned: with
-  compile=true; and "without the trainer": the same network, optimizer and loss in a loop without the trainer around it
-  (what that costs is too little to be seen between processes: bench_trainer.py)
+- (d) lars-train's update, from images in the host's memory (those of the others are normalised, and on the device):
+  LARS, ghost batch norm, schedule, guard, meters, as a run makes it by default; tuned: with compile=true; and "without
+  the trainer": the same network, optimizer and loss in a loop without the trainer around it (what that costs is too
+  little to be seen between processes: bench_trainer.py)
 
 Where compiling slows a network down, `compile=auto` leaves it as it is: what is judged as tuned is the faster of both
 of (d). It and the default are judged beside the faster of (c).
 
-Memory is the most that a process with nothing else has had in two updates, less what it had before them.
+Memory is the most that a process with nothing else has had in two updates, less what it had before them; on a GPU, of
+the device's.
 """
 
 from __future__ import annotations
@@ -48,22 +51,24 @@ import numpy as np
 import torch
 from arguments import count, seconds
 from child import end_on_signals
-from page import between_markers, command_line, cpu_name, writable_page
+from page import between_markers, check_page, command_line, cpu_name
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lars_train.config import Config, OptimizerConfig, ScheduleConfig
-from lars_train.data.loader import Batch
+from lars_train.data.loader import Batch, Stream
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
 from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.device import Precision, available_cores, choose_precision, set_up
 from lars_train.training.distributed import Group
-from lars_train.training.feed import normaliser
+from lars_train.training.feed import Feed, normaliser
 from lars_train.training.trainer import Hyper, Trainer
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+AHEAD = 10
+"""Updates after which the host waits for a GPU, as at log lines."""
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
 TIMM_KEPT = "(b) timm, freed memory kept"
@@ -80,15 +85,18 @@ class Case:
     size: int
     classes: int
     ghost: int = 0
+    device: torch.device = CPU
 
 
 # As many of 224 pixels as leave room for all that take turns in 24 GiB.
 CASES = (Case("resnet50", 16, 224, 1000), Case("small", 128, 32, 10))
+# The largest micro-batch that a run takes.
+CASES_ON_CUDA = (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA))
 
 
-def precision() -> Precision:
+def precision(device: torch.device = CPU) -> Precision:
     """What ``precision=auto`` is here."""
-    return choose_precision("auto", CPU)
+    return choose_precision("auto", device)
 
 
 def pixels(case: Case) -> tuple[Tensor, Tensor]:
@@ -98,10 +106,17 @@ def pixels(case: Case) -> tuple[Tensor, Tensor]:
     return images.permute(0, 3, 1, 2), torch.randint(0, case.classes, (case.images,), generator=draw)
 
 
+def normalised(case: Case, kind: Precision) -> tuple[Tensor, Tensor]:
+    """Images as the network takes them, channels last, and labels, on the device."""
+    images, labels = pixels(case)
+    return normaliser(MEAN, STD, case.device, kind)(images), labels.to(case.device)
+
+
 def network(case: Case, ghost_batch: int) -> nn.Module:
     """As lars-train makes it."""
     torch.manual_seed(0)
-    return build_model(case.name, num_classes=case.classes, ghost_batch=ghost_batch, zero_gamma=False)
+    model = build_model(case.name, num_classes=case.classes, ghost_batch=ghost_batch, zero_gamma=False)
+    return model.to(case.device).to(memory_format=torch.channels_last).train()
 
 
 def plain_network(case: Case) -> nn.Module:
@@ -110,17 +125,17 @@ def plain_network(case: Case) -> nn.Module:
         from torchvision.models import get_model
 
         model: nn.Module = get_model(case.name, weights=None, num_classes=case.classes)
-        return model
+        return model.to(case.device).train()
     from lars_train.models.resnet_cifar import CifarResNet
 
-    return CifarResNet(1, num_classes=case.classes)
+    return CifarResNet(1, num_classes=case.classes).to(case.device).train()
 
 
 def bare(case: Case) -> Step:
     """(a)"""
-    model = plain_network(case).train()
+    model = plain_network(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    images, labels = normaliser(MEAN, STD, CPU, choose_precision("fp32", CPU))(pixels(case)[0]), pixels(case)[1]
+    images, labels = normalised(case, choose_precision("fp32", case.device))
     images = images.contiguous()
 
     def step() -> None:
@@ -134,14 +149,14 @@ def bare(case: Case) -> Step:
 
 def best(case: Case, compiled: bool) -> Step:
     """(c)"""
-    model = plain_network(case).train().to(memory_format=torch.channels_last)
+    model = plain_network(case).to(memory_format=torch.channels_last)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
-    kind, labels = precision(), pixels(case)[1]
-    images = normaliser(MEAN, STD, CPU, kind)(pixels(case)[0])
+    kind = precision(case.device)
+    images, labels = normalised(case, kind)
 
     def step() -> None:
-        with kind.autocast(CPU):
+        with kind.autocast(case.device):
             logits = forward(images)
         torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
         optimizer.step()
@@ -157,14 +172,15 @@ def of_timm(case: Case) -> Step:
     losses_of, optimizers, utilities = parts
     if not case.name.startswith("resnet"):
         raise LookupError("timm has no such network")
-    model = timm.create_model(case.name, num_classes=case.classes).train().to(memory_format=torch.channels_last)
+    model = timm.create_model(case.name, num_classes=case.classes).train()
+    model = model.to(case.device, memory_format=torch.channels_last)
     optimizer = optimizers.create_optimizer_v2(model, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=1e-4)
     loss_of, losses = losses_of.LabelSmoothingCrossEntropy(0.1), utilities.AverageMeter()
-    kind, labels = precision(), pixels(case)[1]
-    images = normaliser(MEAN, STD, CPU, choose_precision("fp32", CPU))(pixels(case)[0])
+    kind = precision(case.device)
+    images, labels = normalised(case, choose_precision("fp32", case.device))
 
     def step() -> None:
-        with kind.autocast(CPU):
+        with kind.autocast(case.device):
             loss = loss_of(model(images), labels)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -195,15 +211,15 @@ def plan(case: Case, ghost: int) -> Plan:
 def trainer_of(case: Case, ghost: int, kind: Precision, *, compiled: bool = False) -> Trainer:
     """As a run makes it, for updates of one micro-batch in ghost batches of `ghost`."""
     which, settings = plan(case, ghost), options()
-    model = network(case, ghost).to(memory_format=torch.channels_last).train()
+    model = network(case, ghost)
     return Trainer(
         model,
         build_optimizer(settings, model),
         which,
         Hyper(make_schedule(which, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole"))), 0.0),
-        normalise=normaliser(MEAN, STD, CPU, kind),
+        normalise=normaliser(MEAN, STD, case.device, kind),
         precision=kind,
-        device=CPU,
+        device=case.device,
         group=Group(Ranks()),
         compiled=compiled,
     )
@@ -211,25 +227,41 @@ def trainer_of(case: Case, ghost: int, kind: Precision, *, compiled: bool = Fals
 
 def ours(case: Case, compiled: bool) -> Step:
     """(d)"""
-    trainer = trainer_of(case, case.ghost, precision(), compiled=compiled)
+    trainer = trainer_of(case, case.ghost, precision(case.device), compiled=compiled)
     images, labels = pixels(case)
+    if case.device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    batches = Feed(Same(Batch(images, labels, ())), case.device)
 
     def step() -> None:
-        trainer.run_update(iter([Batch(images, labels, ())]), 1, measure=False)
+        trainer.run_update(batches, 1, measure=False)
 
     return step
 
 
+class Same(Stream):
+    """The same batch at any time."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._same = batch
+
+    def __next__(self) -> Batch:
+        return self._same
+
+    def ready(self) -> bool:
+        return True
+
+
 def without_trainer(case: Case) -> Step:
     """(d) less the trainer: no schedule, guard, meters, running statistics and counting."""
-    kind = precision()
-    model = network(case, case.ghost).to(memory_format=torch.channels_last).train()
+    kind = precision(case.device)
+    model = network(case, case.ghost)
     optimizer = build_optimizer(options(), model)
-    normalise = normaliser(MEAN, STD, CPU, kind)
-    images, labels = pixels(case)
+    normalise = normaliser(MEAN, STD, case.device, kind)
+    images, labels = (tensor.to(case.device) for tensor in pixels(case))
 
     def step() -> None:
-        with kind.autocast(CPU):
+        with kind.autocast(case.device):
             logits = model(normalise(images))
         torch.autograd.backward(functional.cross_entropy(logits.to(kind.weights), labels))
         optimizer.step()
@@ -255,6 +287,7 @@ def options() -> OptimizerConfig:
 TOGETHER = (TIMM_KEPT, BEST_EAGER, BEST, OURS, TUNED, WITHOUT)
 """Those that share a process, which is set up as the program sets up its own."""
 
+
 STEPS: dict[str, Callable[[Case], Step]] = {
     BARE: bare,
     TIMM: of_timm,
@@ -272,7 +305,7 @@ class Served:
 
     def __init__(self, names: Iterable[str], case: Case, threads: int) -> None:
         own = {"--case": case.name, "--images": case.images, "--size": case.size, "--ghost": case.ghost}
-        own["--threads"] = threads
+        own |= {"--threads": threads, "--device": case.device.type}
         self._command = [sys.executable, __file__, *(str(part) for pair in own.items() for part in pair)]
         self._command += ["--serve", *names]
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -308,21 +341,22 @@ def serve(case: Case, names: list[str]) -> None:
     """The process of `names`: two updates of each, the first of which compiles; then a turn for each line of input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if any(name in TOGETHER for name in names):
-        set_up(Config(), CPU, torch.get_num_threads())
+    # On a GPU all have what a process of the program sets.
+    if case.device.type == "cuda" or any(name in TOGETHER for name in names):
+        set_up(Config(), case.device, torch.get_num_threads())
     steps: dict[str, Step] = {}
     memory: dict[str, float] = {}
     skipped: dict[str, str] = {}
     for name in names:
-        before = most_memory()
+        before = most_memory(case.device, anew=True)
         try:
             step = STEPS[name](case)
             step()
             step()
         except Exception as error:  # whatever a peer or a compiler raises
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            skipped[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         else:
-            steps[name], memory[name] = step, most_memory() - before
+            steps[name], memory[name] = step, most_memory(case.device) - before
     print(json.dumps({"memory": memory, "skipped": skipped}), file=answers, flush=True)
     for line in sys.stdin:
         name, seconds = json.loads(line)
@@ -331,6 +365,10 @@ def serve(case: Case, names: list[str]) -> None:
         while count == 0 or time.perf_counter() - started < seconds:
             steps[name]()
             count += 1
+            if case.device.type == "cuda" and count % AHEAD == 0:
+                torch.cuda.synchronize()
+        if case.device.type == "cuda":
+            torch.cuda.synchronize()
         print(json.dumps((time.perf_counter() - started) / count), file=answers, flush=True)
 
 
@@ -344,38 +382,45 @@ def served(names: Iterable[str], case: Case) -> Iterator[Served]:
         process.end()
 
 
-def memory_of(names: Iterable[str], case: Case, skipped: list[str]) -> dict[str, float]:
-    """MB of each that runs here, in a process of its own; why the others do not comes to `skipped`."""
-    found: dict[str, float] = {}
-    for name in names:
-        with served([name], case) as process:
-            found |= process.memory
-            if name in (BARE, BEST_EAGER, OURS, WITHOUT) and process.skipped:
-                raise ChildProcessError(process.skipped[name])
-            skipped += [f"{case.name}: {name}: {why}" for name, why in process.skipped.items()]
-    return found
+def taken(process: Served, case: Case, skipped: list[str]) -> dict[str, float]:
+    """MB of each in the process that runs here; why the others do not comes to `skipped`."""
+    for name, why in process.skipped.items():
+        if name in (BARE, BEST_EAGER, OURS, WITHOUT):
+            raise ChildProcessError(why)
+        skipped.append(f"{case.name}: {name}: {why}")
+    return process.memory
 
 
 def measure(
     case: Case, args: argparse.Namespace, skipped: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Of each: seconds of an update in each round, and memory."""
-    memory = memory_of(args.only or STEPS, case, skipped)
-    together = [name for name in memory if name in TOGETHER]
-    groups = [[name] for name in memory if name not in TOGETHER] + ([together] if together else [])
-    seconds: dict[str, list[float]] = {name: [] for name in memory}
+    memory: dict[str, float] = {}
+    names: list[str] = args.only or list(STEPS)
+    if case.device.type == "cpu":
+        for name in names:
+            with served([name], case) as process:
+                memory |= taken(process, case, skipped)
+        names = list(memory)
+        together = [name for name in names if name in TOGETHER]
+        groups = [[name] for name in names if name not in TOGETHER] + ([together] if together else [])
+    else:
+        groups = [[name for name in names if name != TIMM_KEPT]]
+    seconds: dict[str, list[float]] = {}
     for start in range(args.starts):
         with ExitStack() as processes:
             of: dict[str, Served] = {}
             for group in groups:
                 process = processes.enter_context(served(group, case))
-                of |= dict.fromkeys(group, process)
-            names = list(memory)
+                if not memory:
+                    memory = taken(process, case, skipped)
+                of |= dict.fromkeys(process.memory, process)
+            order = list(memory)
             for number in range(args.rounds):
-                random.Random(args.rounds * start + number).shuffle(names)
-                for name in names:
-                    seconds[name].append(of[name].turn(name, args.seconds))
-    return seconds, memory
+                random.Random(args.rounds * start + number).shuffle(order)
+                for name in order:
+                    seconds.setdefault(name, []).append(of[name].turn(name, args.seconds))
+    return {name: seconds[name] for name in memory}, memory
 
 
 def version_of(package: str) -> str:
@@ -386,8 +431,13 @@ def version_of(package: str) -> str:
         return ""
 
 
-def most_memory() -> float:
-    """MB of memory that this process has had at most."""
+def most_memory(device: torch.device, *, anew: bool = False) -> float:
+    """MB of memory that this process has had at most; of a GPU's, since it was last asked `anew`."""
+    if device.type == "cuda":
+        if anew:
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():
         # Not the figure of getrusage, which begins with that of the process that started this one.
@@ -400,7 +450,7 @@ def table(case: Case, seconds: dict[str, list[float]], memory: dict[str, float])
     """A Markdown table, ratios by round."""
     lines = [
         f"{case.name}, {case.images} images of {case.size} x {case.size} in ghost batches of {case.ghost}, "
-        f"{precision().name}:",
+        f"{precision(case.device).name}:",
         "",
         "| | images/s, median (10th to 90th percentile) | ÷ (a) | ÷ (b) | ÷ (c) compiled | ÷ (c) eager | memory, MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -434,7 +484,9 @@ def fastest(seconds: dict[str, list[float]], names: Iterable[str]) -> str:
 def verdicts(case: Case, seconds: dict[str, list[float]]) -> list[str]:
     """The targets, judged as they are printed."""
     tuned, best = fastest(seconds, (OURS, TUNED)), fastest(seconds, (BEST, BEST_EAGER))
-    wanted = ((OURS, BARE, 4.0, ""), (OURS, TIMM, 1.0, ""), (tuned, best, 0.97, ", tuned,"), (OURS, best, 0.9, ""))
+    wanted = [(OURS, TIMM, 1.0, ""), (tuned, best, 0.97, ", tuned,"), (OURS, best, 0.9, "")]
+    if case.device.type == "cpu":
+        wanted.insert(0, (OURS, BARE, 4.0, ""))
     lines = []
     for name, to, least, how in wanted:
         if name in seconds and to in seconds:
@@ -450,20 +502,27 @@ def main() -> None:
     parser.add_argument("--starts", type=count, default=6, help="(6)")
     parser.add_argument("--rounds", type=count, default=3, help="of each start (3)")
     parser.add_argument("--seconds", type=seconds, default=5.0, help="of each turn, one update at least (5)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="one network alone")
     parser.add_argument("--images", type=count, help="at once")
     parser.add_argument("--size", type=count, help="their side in pixels")
     parser.add_argument("--ghost", type=count, help="images of a ghost batch (all)")
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="these alone")
     parser.add_argument("--threads", type=count, help="torch's (all cores)")
-    parser.add_argument(
-        "--write", type=writable_page("bench_step"), metavar="PAGE", help="put the tables between the page's markers"
-    )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the page's markers")
     parser.add_argument("--serve", nargs="+", choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    marked = "bench_step" if args.device == "cpu" else "bench_step cuda"
+    if args.write:
+        try:
+            check_page(args.write, marked)
+        except ValueError as error:
+            parser.error(f"argument --write: {error}")
     torch.set_num_threads(args.threads or available_cores())
     cases = []
-    for case in CASES:
+    for case in CASES if args.device == "cpu" else CASES_ON_CUDA:
         if args.case in (None, case.name):
             images = args.images or case.images
             if images % (args.ghost or images):
@@ -473,8 +532,11 @@ def main() -> None:
         serve(cases[0], args.serve)
         return
     packages = ", ".join(f"{name} {found}" for name in ("torch", "torchvision", "timm") if (found := version_of(name)))
+    where = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     lines = [
-        f"`{command_line(__file__)}` on {cpu_name()}, {torch.get_num_threads()} threads; Python "
+        f"`{command_line(__file__)}` on {where}; Python "
         f"{platform.python_version()}, {packages}. {args.starts} starts of {args.rounds} rounds; ratios are medians "
         "over the rounds.",
         "",
@@ -488,7 +550,7 @@ def main() -> None:
     lines += judged + [f"- left out: {why}" for why in skipped]
     print("\n".join(lines))
     if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), "bench_step", lines))
+        args.write.write_text(between_markers(args.write.read_text(), marked, lines))
 
 
 if __name__ == "__main__":

@@ -57,18 +57,21 @@ if place != os.path.join(here, "lars_train"):
     print("which is not that of this checkout: benchmarks and training measure the one, tests may see the other")
 PYTHON
     echo "checkout: $PWD, commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
-    part tests 60 2 python -m pytest -q -n0 -m cuda -rs
-    part "LARS's step" 30 2 python scripts/bench_lars.py --device cuda --rounds 5
-    part "batch norm" 30 2 python scripts/bench_batchnorm.py --device cuda
+    part tests 55 2 python -m pytest -q -n4 -m cuda -rs
+    part "LARS's step" 22 2 python scripts/bench_lars.py --device cuda --model resnet50 --rounds 5
+    part "batch norm" 18 2 python scripts/bench_batchnorm.py --device cuda --dtype bfloat16 --eager --rounds 5
+    # Compiling takes minutes.
+    part "training step" 48 2 python scripts/bench_step.py --device cuda --case resnet50 --starts 1 --rounds 7 \
+        --seconds 0.5 --only "(a) bare, fp32 NCHW" "(b) timm" "(c) best bare, eager" "(d) lars-train"
     local but=""
     if [ -n "$pictures" ]; then
-        part input 40 2 python scripts/bench_input.py "$pictures" --rounds 2 --files 100
+        part input 26 2 python scripts/bench_input.py "$pictures" --rounds 1 --files 30 --no-copies
     else
         but=", input left out"
         echo "== input: left out, give a folder of pictures"
     fi
-    part training 110 10 lars-train data=synthetic data.train_count=65536 data.val_count=2048 data.num_classes=1000 \
-        model=resnet50 batch=32k batch.scaled=true device=cuda launch.nproc=1 log_every=5 \
+    part training 105 10 lars-train data=synthetic data.train_count=65536 data.val_count=2048 data.num_classes=1000 \
+        model=resnet50 batch=32k batch.scaled=true device=cuda launch.nproc=1 log_every=5 compile=false \
         run.dir="$scratch/run"
     tail -n 3 "$scratch/run/metrics.jsonl" 2>/dev/null
     if [ "${#failed[@]}" -eq 0 ]; then echo "== all well$but"; else echo "== failed: ${failed[*]}$but"; fi

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lars_train.models.ghost_norm import ghost_norm
+from lars_train.models.ghost_norm import ghost_norm, pays_for_one
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -74,7 +74,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             )
         ghosts = samples // ghost
         # A loop costs launches on an accelerator; on the CPU torch's kernel is faster than any row of operations.
-        at_once = ghosts > 1 and input.device.type != "cpu"
+        at_once = input.device.type != "cpu" and (ghosts > 1 or pays_for_one(input))
         output, sums = self._at_once(input, ghosts) if at_once else self._one_by_one(input, ghost)
         self.ghost_sums.add_(sums, alpha=ghost)
         self.ghost_samples.add_(samples)

@@ -27,6 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from lars_train.monitoring.say import complain
 
+LARGE = 1 << 24
+"""Values from which on an H100 needs longer for its passes over them than the host for launching more kernels; of those
+that torch has for a single ghost batch each pass takes up to three times as long as of ours (docs/performance.md)."""
+
 # Of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)
 _HALF = (torch.bfloat16, torch.float16)
@@ -62,6 +66,11 @@ def ghost_norm(
         raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each wants more than 1 value per channel")
     output: tuple[Tensor, Tensor] = _GhostNorm.apply(input, weight, bias, ghosts, eps)
     return output
+
+
+def pays_for_one(input: Tensor) -> bool:
+    """Whether `ghost_norm` is faster than torch's batch norm also for `input` (n, C, H, W) of a single ghost batch."""
+    return input.numel() >= LARGE and _has_kernels(input)
 
 
 @contextmanager
@@ -102,7 +111,7 @@ class _GhostNorm(torch.autograd.Function):
 
 def _by_kernels(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor, ...] | None:
     """What `function` of `ghost_kernels` returns; None if its kernels are not for `input` or do not run here."""
-    if torch.compiler.is_compiling() or _off or not (_suits(input) and _in_memory(input)):
+    if not _has_kernels(input):
         return None
     try:
         made: tuple[Tensor, ...] = getattr(_kernels(), function)(*arguments)
@@ -115,6 +124,10 @@ def _by_kernels(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor, 
         complain(f"ghost batch norm goes without its Triton kernels, more slowly: {_off[-1]}")
         return None
     return made
+
+
+def _has_kernels(input: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not _off and _suits(input) and _in_memory(input)
 
 
 def _suits(input: Tensor) -> bool:

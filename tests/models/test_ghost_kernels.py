@@ -291,15 +291,15 @@ def test_compiled_they_make_eight_passes_in_loads_and_stores_of_16_bytes(
     assert sum(map(sum, passes.values())) == 8
 
 
-def on_fake_cuda(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """A layer's forward and backward pass."""
+def on_fake_cuda(dtype: torch.dtype, layout: torch.memory_format, *, ghost_batch: int = 4) -> None:
+    """A layer's forward and backward pass over 8 samples."""
     with FakeTensorMode():
-        layer = GhostBatchNorm2d(64, ghost_batch=4, device="cuda")
+        layer = GhostBatchNorm2d(64, ghost_batch=ghost_batch, device="cuda")
         x = torch.empty(8, 64, 8, 8, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         node = layer(x).grad_fn
         # The engine that walks a graph of CUDA tensors wants a driver, one node does not.
         with torch.no_grad():
-            node.apply(torch.empty_like(x), None)
+            getattr(node, "apply", node)(*[torch.empty_like(x), None][: 1 + hasattr(node, "apply")])
 
 
 @pytest.mark.parametrize(
@@ -322,6 +322,17 @@ def test_a_layer_on_cuda_takes_them_in_channels_last(
     monkeypatch.setattr(dispatch, "_off", [])
     on_fake_cuda(dtype, layout)
     assert dispatch._off == []
+    assert len(launched) == launches
+
+
+@pytest.mark.parametrize(("more", "launches"), [(0, 6), (1, 0)])
+def test_one_ghost_batch_takes_them_where_it_is_large(
+    launched: list[Launch], monkeypatch: pytest.MonkeyPatch, more: int, launches: int
+) -> None:
+    monkeypatch.setattr(dispatch, "_in_memory", lambda input: True)
+    monkeypatch.setattr(dispatch, "_off", [])
+    monkeypatch.setattr(dispatch, "LARGE", 8 * 64 * 8 * 8 + more)
+    on_fake_cuda(torch.bfloat16, LAST, ghost_batch=8)
     assert len(launched) == launches
 
 
