@@ -294,8 +294,9 @@ def test_the_check_of_a_gpu_tells_which_copy_of_the_program_is_measured(tmp_path
 def test_the_check_of_a_gpu_takes_less_than_five_minutes_at_most() -> None:
     text = (SCRIPTS / "gpu_check.sh").read_text()
     limits = [(int(most), int(grace)) for most, grace in re.findall(r"^ +part .*? (\d+) (\d+) \S", text, re.MULTILINE)]
-    assert len(limits) == 6
-    assert sum(map(sum, limits)) < 300
+    beside, tests, *others = map(sum, limits)
+    assert len(others) == 3
+    assert max(beside, tests) + sum(others) < 300
 
 
 @pytest.mark.parametrize("pictures", [True, False])
@@ -303,12 +304,12 @@ def test_the_check_of_a_gpu_runs_every_part_and_names_those_that_failed(tmp_path
     for name in ("python", "lars-train"):
         stub = tmp_path / name
         # The first thing that is asked of Python is whether there is a device.
-        stub.write_text(STUB + '[ "$1" = - ] && exit 0\ncase "$*" in *bench_batchnorm*) exit $BATCH_NORM;; esac\n')
+        stub.write_text(STUB + '[ "$1" = - ] && exit 0\ncase "$*" in *bench_step*) exit $STEP;; esac\n')
         stub.chmod(0o755)
     log, place = tmp_path / "log", tmp_path / "some place"
     (place / "pictures").mkdir(parents=True)
     settings = {"LOG": str(log), "CODE": "75", "STOPS_AT": "32k", "REPORT": "report.txt"}
-    settings["BATCH_NORM"] = "3" if pictures else "0"
+    settings["STEP"] = "3" if pictures else "0"
     environment = {**os.environ, **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", str(SCRIPTS / "gpu_check.sh"), *(["pictures"] if pictures else [])]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
@@ -316,14 +317,10 @@ def test_the_check_of_a_gpu_runs_every_part_and_names_those_that_failed(tmp_path
     assert (place / "report.txt").read_text() == done.stdout
     assert done.returncode == (1 if pictures else 0)
     lines = done.stdout.splitlines()
-    assert lines[-1] == ("== failed: batch norm" if pictures else "== all well, input left out")
+    assert lines[-1] == ("== failed: training step" if pictures else "== all well, input left out")
     assert ("== input: left out, give a folder of pictures" in lines) is not pictures
     started = [line.split("\t")[:3] for line in log.read_text().splitlines()]
-    assert [words[1 if words[0] == "lars-train" else 2] for words in started[1:]] == [
-        "pytest",
-        "--device",
-        "--device",
-        "--device",
-        *([str(place / "pictures")] if pictures else []),
-        "data=synthetic",
-    ]
+    found = [words[1 if words[0] == "lars-train" else 2] for words in started[1:]]
+    assert found[-3:] == ["--device", "--device", "data=synthetic"]
+    # Beside one another.
+    assert sorted(found[:-3]) == [*([str(place / "pictures")] if pictures else []), "pytest"]
