@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 from lars_train.monitoring.say import complain
 
 LARGE = 1 << 24
-"""Values from which on an H100 needs longer for its passes over them than the host for launching more kernels; of those
-that torch has for a single ghost batch each pass takes up to three times as long as of ours (docs/performance.md)."""
+"""Values from which on an H100 is busy with its passes over them for longer than the host is with launching some
+kernels more; torch's for a single ghost batch take up to three times as long for a pass (docs/performance.md)."""
 
 # Of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)

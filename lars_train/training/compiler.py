@@ -152,6 +152,15 @@ def attempt(network: nn.Module, samples: int, image_size: int, precision: Precis
     return Trial(eager, compiled, apart)
 
 
+def timed_samples(device: torch.device, ghost_batch: int, micro_batch: int) -> int:
+    """How many images to time a pass of, so that it tells the pace of a run whose micro-batches have `micro_batch`.
+
+    On a CPU those of one ghost batch, which take it no longer each. A GPU is not busy with so few: on an H100 an image
+    of ResNet-50 took three times as long among 32 as among 256 (docs/performance.md).
+    """
+    return ghost_batch if device.type == "cpu" else micro_batch
+
+
 def eager_time(network: nn.Module, samples: int, image_size: int, precision: Precision, device: torch.device) -> float:
     """Seconds of an image in a forward and backward pass of `samples` by a copy of `network`; the host waits."""
     shadow, images = _shadow(network, samples, image_size, precision, device)

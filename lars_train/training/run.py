@@ -126,14 +126,13 @@ class Run:
         if self.group.first:
             images = plan.stop * plan.global_batch / self.group.ranks.world
             of_it = (config.data.image_size, self.precision, self.device)
-            # A CPU is as fast with one ghost batch; a GPU is not busy with it.
-            timed = plan.ghost_batch if self.device.type == "cpu" else self.resolved.micro_batch
+            samples = compiler.timed_samples(self.device, plan.ghost_batch, self.resolved.micro_batch)
             try:
                 decided = compiler.decide(
                     config.compile,
                     kept,
                     compiler.longest_time(images, self.flops_per_image, self.peak_flops),
-                    timed=lambda: images * compiler.eager_time(network, timed, *of_it),
+                    timed=lambda: images * compiler.eager_time(network, samples, *of_it),
                     attempt=lambda: compiler.attempt(network, self.resolved.micro_batch, *of_it),
                     problem=lambda: compiler.problem(self.device),
                     compute=self.precision.compute,

@@ -163,6 +163,11 @@ def test_the_longest_time_is_that_of_the_arithmetic_at_a_fiftieth_of_the_peak() 
     assert longest_time(1_281_167, 24.5e9, 1e15) == pytest.approx(1_281_167 * 24.5e9 / 0.02e15)
 
 
+def test_a_gpu_is_timed_at_the_size_that_it_trains_with() -> None:
+    assert compiler.timed_samples(torch.device("cpu"), 32, 256) == 32
+    assert compiler.timed_samples(torch.device("cuda", 0), 32, 256) == 256
+
+
 def test_the_time_of_an_image_is_that_of_a_pass_and_the_network_stays_as_it_is() -> None:
     network = build_model("tiny", num_classes=3, ghost_batch=4, zero_gamma=False).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
