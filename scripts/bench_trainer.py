@@ -7,7 +7,7 @@ done when its call ends. An update's time is that of its input, that of the step
 backward, running statistics, optimizer, clearing of gradients), and the rest, which is what is looked for. Shares of
 times within one process do not suffer from a machine whose speed changes, as a ratio to another process's updates does
 (bench_step.py). What is judged is an update of the small network with 256 images, the smallest global batch that this
-program is for; beside it stands one with 128, as bench_step.py has them.
+program is for; beside it stands one with 128.
 """
 
 from __future__ import annotations

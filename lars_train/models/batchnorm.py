@@ -115,6 +115,17 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [layer for layer in model.modules() if isinstance(layer, GhostBatchNorm2d)]
+        self._look_up()
+
+    def _look_up(self) -> None:
+        # Attributes of modules are slow, and an update of a small network takes few milliseconds.
+        layers = self._layers
+        self._sums = [layer.ghost_sums for layer in layers]
+        self._samples = [layer.ghost_samples for layer in layers]
+        self._running = [t for layer in layers for t in _running(layer)]
+        self._sizes = [t.numel() for t in self._running]
+        self._momenta = [m for layer in layers for m in [layer.momentum or 0.0] * 2]
+        self._updates = [t for layer in layers if (t := layer.num_batches_tracked) is not None]
 
     def update(self, all_reduce: Callable[[Tensor], None] | None = None, also: Tensor | None = None) -> Tensor | None:
         """Enter the statistics and forget them; a layer without samples on any rank keeps its own.
@@ -126,13 +137,14 @@ class RunningStatistics:
             all_reduce: replaces a 1-D tensor by its sum over the ranks, in place; called once, on every rank
                 alike, also by one that had no samples. None: there is one rank.
         """
-        layers = self._layers
+        layers, sums, samples = self._layers, self._sums, self._samples
         if not layers:
             if all_reduce is not None and also is not None:
                 all_reduce(also)
             return also
-        sums = [layer.ghost_sums for layer in layers]
-        samples = [layer.ghost_samples for layer in layers]
+        if layers[0].ghost_sums is not sums[0]:  # the model was moved
+            self._look_up()
+            sums, samples = self._sums, self._samples
         others = [] if also is None else [also.to(sums[0].dtype)]
         flat = torch.cat([*others, *(t.flatten() for t in (*sums, *samples))])
         if all_reduce is not None:
@@ -146,13 +158,9 @@ class RunningStatistics:
                 for count, total in zip(torch.split(flat[-len(layers) :], 1), sums, strict=True)
             ]
         )
-        running = [t for layer in layers for t in _running(layer)]
-        means = torch.where(counts > 0, flat[: -len(layers)] / counts, torch.cat(running))
-        entries = torch.split(means, [t.numel() for t in running])
-        momenta = [m for layer in layers for m in [layer.momentum or 0.0] * 2]
-        torch._foreach_mul_(running, [1.0 - m for m in momenta])
-        torch._foreach_add_(running, torch._foreach_mul(entries, momenta))
-        torch._foreach_add_([t for layer in layers if (t := layer.num_batches_tracked) is not None], 1)
+        means = torch.where(counts > 0, flat[: -len(layers)] / counts, torch.cat(self._running))
+        torch._foreach_lerp_(self._running, torch.split(means, self._sizes), self._momenta)
+        torch._foreach_add_(self._updates, 1)
         torch._foreach_zero_([*sums, *samples])
         return also
 

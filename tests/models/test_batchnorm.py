@@ -262,3 +262,18 @@ def test_a_single_value_has_no_variance() -> None:
         GhostBatchNorm2d(CHANNELS, ghost_batch=0)
     with pytest.raises(ValueError, match="4D"):
         ghost(torch.zeros(2, CHANNELS))
+
+
+def test_a_model_may_be_moved_after_its_running_statistics_were_found() -> None:
+    layer = GhostBatchNorm2d(3, ghost_batch=4)
+    statistics = RunningStatistics(layer)
+    layer.double()
+    images = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    layer(images)
+    statistics.update()
+    mean, variance = images.mean((0, 2, 3)), images.var((0, 2, 3))
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    close(layer.running_mean, 0.1 * mean)
+    close(layer.running_var, 0.9 + 0.1 * variance)
+    assert layer.num_batches_tracked == 1
