@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for channels, side in SHAPES:
         x = torch.randn(args.samples, channels, side, side, device=device).to(dtype)
         runs = contenders(x.contiguous(memory_format=torch.channels_last), args.ghosts)
-        if args.eager:
-            runs.pop(COMPILED, None)
-        elif COMPILED in runs and (why := fault(runs[COMPILED])):
+        if COMPILED in runs and (why := fault(runs[COMPILED])):
             print(f"torch.compile does not work here: {why}", file=sys.stderr)
             del runs[COMPILED]
         if args.graph:
@@ -78,7 +76,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="rounds per shape (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default: 1)")
     parser.add_argument("--calls", type=int, help="that a time is taken over (default: 1, on CUDA 20)")
-    parser.add_argument("--eager", action="store_true", help="nothing that has to be compiled for minutes")
     parser.add_argument("--graph", action="store_true", help="replay CUDA graphs")
     args = parser.parse_args(argv)
     cuda = torch.device(args.device).type == "cuda"

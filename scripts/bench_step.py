@@ -287,7 +287,6 @@ def options() -> OptimizerConfig:
 TOGETHER = (TIMM_KEPT, BEST_EAGER, BEST, OURS, TUNED, WITHOUT)
 """Those that share a process, which is set up as the program sets up its own."""
 
-
 STEPS: dict[str, Callable[[Case], Step]] = {
     BARE: bare,
     TIMM: of_timm,
@@ -398,8 +397,10 @@ def measure(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Of each: seconds of an update in each round, and memory."""
     memory: dict[str, float] = {}
-    names: list[str] = args.only or list(STEPS)
-    if case.device.type == "cpu":
+    on_cpu = case.device.type == "cpu"
+    # A GPU's memory is kept by torch for all.
+    names: list[str] = args.only or [name for name in STEPS if on_cpu or name != TIMM_KEPT]
+    if on_cpu:
         for name in names:
             with served([name], case) as process:
                 memory |= taken(process, case, skipped)
@@ -407,7 +408,7 @@ def measure(
         together = [name for name in names if name in TOGETHER]
         groups = [[name] for name in names if name not in TOGETHER] + ([together] if together else [])
     else:
-        groups = [[name for name in names if name != TIMM_KEPT]]
+        groups = [names]
     seconds: dict[str, list[float]] = {}
     for start in range(args.starts):
         with ExitStack() as processes:

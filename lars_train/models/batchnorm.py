@@ -142,7 +142,7 @@ class RunningStatistics:
             if all_reduce is not None and also is not None:
                 all_reduce(also)
             return also
-        if layers[0].ghost_sums is not sums[0]:  # the model was moved
+        if layers[0].running_mean is not self._running[0]:  # the model was moved, or given other tensors
             self._look_up()
             sums, samples = self._sums, self._samples
         others = [] if also is None else [also.to(sums[0].dtype)]

@@ -264,10 +264,15 @@ def test_a_single_value_has_no_variance() -> None:
         ghost(torch.zeros(2, CHANNELS))
 
 
-def test_a_model_may_be_moved_after_its_running_statistics_were_found() -> None:
-    layer = GhostBatchNorm2d(3, ghost_batch=4)
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_model_may_get_other_tensors_after_its_running_statistics_were_found(moved: bool) -> None:
+    layer = GhostBatchNorm2d(3, ghost_batch=4, dtype=torch.float32 if moved else torch.float64)
     statistics = RunningStatistics(layer)
-    layer.double()
+    if moved:
+        layer.double()
+    else:
+        other = GhostBatchNorm2d(3, ghost_batch=4, dtype=torch.float64)
+        layer.load_state_dict(other.state_dict(), assign=True)
     images = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     layer(images)
     statistics.update()
