@@ -27,19 +27,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from lars_train import __version__
-from lars_train.config import Config, choices_of, config_dir, flatten, nominal_batch, register, resolve
+from lars_train.config import Config, choices_of, config_dir, nominal_batch, register, resolve
+from lars_train.config.arguments import HELP, SWEEP, prepare_arguments, quoted, take_config_file
+from lars_train.config.keys import GROUPS, suggestion
 from lars_train.config.rows import no_row, row_name
+from lars_train.config.saved import NAME, SavedConfig, register_saved
 from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, nearest
-from lars_train.monitoring.say import complain, first_process, open_standard_streams, say
-from lars_train.text import printable_lines
+from lars_train.launch import share_cores
+from lars_train.messages import complain, first_line, first_process, open_standard_streams, printable_lines, say, unread
+from lars_train.signals import handle_termination
 
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130
-_GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
-_HELP = {"--help", "-h"}
-_ASKS_ONLY = {*_HELP, "--hydra-help", "--version", "--shell-completion", "-sc"}
 
 
 class _Jobs:
@@ -96,51 +97,45 @@ def _stopped(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of ``lars-train`` and of ``python -m lars_train``; ends the process with its exit code."""
     open_standard_streams()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stopped)
+    share_cores()
+    handle_termination(_stopped)
     command = (Path(sys.argv[0]).name if "__main__" not in sys.argv[0] else "python -m lars_train", *sys.argv[1:])
     try:
-        sys.argv[1:] = prepare_arguments(sys.argv[1:], os.environ.get("IMAGENET_DIR"))
+        arguments, file = take_config_file(sys.argv[1:])
+        sys.argv[1:] = prepare_arguments(arguments, None if file else os.environ.get("IMAGENET_DIR"))
+        register()
+        saved = register_saved(file, [argument for argument in sys.argv[1:] if "=" in argument]) if file else None
     except ConfigError as error:
         complain(str(error))
         sys.exit(BAD_INPUT)
     if "--version" in sys.argv[1:]:
-        print(f"lars-train {__version__}")
+        say(f"lars-train {__version__}")
         sys.exit(0)
-    sweeping = any(flag in ("-m", "--multirun") for flag in sys.argv[1:])
-    # Jobs that a scheduler starts elsewhere leave there what came of them.
-    elsewhere = _sweep_folder() if sweeping and any(map(_SUBMITS.match, sys.argv[1:])) else None
-    if elsewhere is not None:
-        sys.argv.insert(1, f"hydra.sweep.dir={elsewhere}")
-    elif sweeping and not any(argument.startswith("hydra.sweep.dir=") for argument in sys.argv[1:]):
-        # Hydra writes multirun.yaml there; each job's run directory holds all that is worth keeping.
-        scratch = tempfile.mkdtemp(prefix="lars-train-")
-        _scratch.append(scratch)
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        sys.argv.insert(1, f"hydra.sweep.dir={scratch}")
+    sweeping = not SWEEP.isdisjoint(sys.argv[1:])
+    elsewhere = _choose_sweep_folder() if sweeping else None
     # Otherwise Hydra prints its errors itself and ends with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs = _Jobs()
-    register()
+    name = NAME if saved else "config"
 
     def job(raw: DictConfig) -> None:
-        _run_job(raw, command, jobs, sweeping)
+        _run_job(raw, command, jobs, sweeping, saved)
         if elsewhere is not None and first_process():
             jobs.leave(elsewhere)
 
     try:
-        if _HELP.intersection(sys.argv[1:]):
-            show_help([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+        if HELP.intersection(sys.argv[1:]):
+            show_help([argument for argument in sys.argv[1:] if not argument.startswith("-")], name)
         else:
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
     except BrokenPipeError:
         # The reader of our output (`| head`) has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as error:
         if error is jobs.crash:
-            print(printable_lines(traceback.format_exc()), file=sys.stderr)
+            with unread():
+                print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
             sys.exit(FAILED)
         # What a job meets it handles itself: this is Hydra's word on the command line, in several classes.
         complain(explain(error, sys.argv[1:]))
@@ -153,70 +148,29 @@ def main() -> None:
     sys.exit(jobs.exit_code() if not sweeping or first_process() else 0)
 
 
-def _sweep_folder() -> Path:
-    """A new folder for a sweep whose jobs run elsewhere: beside the runs, which all machines see."""
-    folder = Path("runs", ".sweeps", uuid.uuid4().hex[:8]).absolute()
-    folder.mkdir(parents=True)
-    return folder
+def _choose_sweep_folder() -> Path | None:
+    """Name a folder to Hydra for its sweep; return the folder where jobs that run elsewhere leave what came of them."""
+    if any(map(_SUBMITS.match, sys.argv[1:])):
+        # Beside the runs, which all machines see.
+        folder = Path("runs", ".sweeps", uuid.uuid4().hex[:8]).absolute()
+        folder.mkdir(parents=True)
+        sys.argv.insert(1, f"hydra.sweep.dir={quoted(str(folder))}")
+        return folder
+    if not any(argument.startswith("hydra.sweep.dir=") for argument in sys.argv[1:]):
+        # Hydra writes multirun.yaml there; each job's run directory holds all that is worth keeping.
+        scratch = tempfile.mkdtemp(prefix="lars-train-")
+        _scratch.append(scratch)
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        sys.argv.insert(1, f"hydra.sweep.dir={quoted(scratch)}")
+    return None
 
 
-def show_help(settings: list[str]) -> None:
+def show_help(settings: list[str], name: str) -> None:
     """Print ``hydra.help.template``: what Hydra's own ``--help`` does, which takes half a second more."""
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = hydra.compose("config", settings, return_hydra_config=True)
+        config = hydra.compose(name, settings, return_hydra_config=True)
     keys = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    print(Template(config.hydra.help.template).substitute(CONFIG=OmegaConf.to_yaml(keys)))
-
-
-def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[str]:
-    """The command line as Hydra can read it.
-
-    Choices of a group that Hydra would take for a number (``batch=256``), null or a truth value are quoted,
-    for it stops at those; keywords of the optimizer's base may be new keys; and with IMAGENET_DIR set
-    ImageNet is the default data set. Raises `ConfigError` for a group that is taken away (``~data``).
-    """
-    for argument in arguments:
-        if argument.startswith("~") and argument[1:].partition("=")[0] in _GROUPS:
-            raise ConfigError(f"{argument}: a run needs a choice of every group; give {argument[1:]}=... instead.")
-    prepared = [_prepare_argument(argument) for argument in arguments]
-    asks_only = not _ASKS_ONLY.isdisjoint(arguments)
-    keys = {argument.partition("=")[0] for argument in arguments}
-    # A checkpoint knows its own data set.
-    from_checkpoint = "checkpoint.path" in keys and bool({"mode=evaluate", "mode=export"} & set(arguments))
-    if imagenet_dir and "data" not in keys and not from_checkpoint and not asks_only:
-        prepared.append("data=imagenet")
-    # argparse takes settings only in one run; flags and their values go behind it, wherever they stood.
-    settings = [argument for argument in prepared if not argument.startswith("-") and "=" in argument]
-    return settings + [argument for argument in prepared if argument not in settings]
-
-
-def _prepare_argument(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    if not equals:
-        return argument
-    if key in _GROUPS:
-        if key == "batch":
-            value = _named_batches(value.lower())
-        # Hydra's functions (choice, shuffle, sort) take one pair of quotes off.
-        quoted = r'''"'\g<0>'"''' if "(" in value else r"'\g<0>'"
-        return f"{key}={re.sub(_NO_STRING, quoted, value)}"
-    if key.startswith("optimizer.kwargs."):
-        return f"++{argument}"
-    if value.startswith("~"):
-        # Shells leave a tilde behind "=" alone, and Hydra cannot read it.
-        return f"{key}={os.path.expanduser(value)}"  # noqa: PTH111 (a name that is nobody's home stays as it is)
-    return argument
-
-
-def _named_batches(value: str) -> str:
-    """The batches of `value` by the names of their files: ``4096`` is ``4k``."""
-    names = {str(nominal_batch(name)): name for name in choices_of("batch")}
-    return re.sub(r"(?<![\w.+-])\d+(?![\w.-])", lambda found: names.get(found.group(), found.group()), value)
-
-
-_FEW = 3
-# What Hydra would read as a number, null or a truth value.
-_NO_STRING = r"(?<![\w'\".+-])(?:[+-]?\d+(?:\.\d*)?|(?i:null|true|false))(?![\w'\".-])"
+    say(Template(config.hydra.help.template).substitute(CONFIG=OmegaConf.to_yaml(keys)))
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
@@ -227,15 +181,12 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
             f"{error.override}: Hydra cannot read this; a setting is key=value, and a value with = , or brackets in "
             """it wants quotes within the shell's: 'data.root="/a=b"'."""
         )
-    keys = [*flatten(Config()), *_GROUPS]
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:not in|is not in)", text)
     if unknown:
         key = unknown.group(1).split("@")[0]
-        # A key without its group, which most are known by.
-        whole = [known for known in keys if known.endswith(f".{key.lstrip('+~')}")]
-        meant = f" Did you mean {' or '.join(map(repr, whole))}?" if 1 <= len(whole) <= _FEW else nearest(key, keys)
+        meant = suggestion(key.lstrip("+~"))
         return f"there is no key or group {key!r}.{meant} lars-train --help lists them."
-    choice = re.search(rf"Could not find '({'|'.join(_GROUPS)})/([^']*)'", text)
+    choice = re.search(rf"Could not find '({'|'.join(GROUPS)})/([^']*)'", text)
     if choice:
         group, name = choice.groups()
         choices = choices_of(group)
@@ -244,8 +195,16 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
                 return no_row(config)
             choices = list(config.recipe.rows)
         return f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{nearest(name, choices)}"
+    several = re.match(r"Ambiguous value for argument '(\w+)=(.*)'$", first_line(text))
+    if several and several[1] in GROUPS:
+        # Without the quotes that were put around its values.
+        setting = f"{several[1]}={several[2].replace(chr(39), '')}"
+        return f"{setting}: several values are a sweep; for a run of each: -m {setting}"
     if "Ambiguous value for argument" in text:
-        return f"{text.splitlines()[0]}: several values are a sweep; add -m."
+        return (
+            f"{first_line(text)}: several values are a sweep; add -m. A text with a comma wants quotes within the "
+            """shell's: 'data.root="/a,b"'."""
+        )
     if error.__cause__ is not None:
         text += f"\n{error.__cause__}"
     lines = [
@@ -254,6 +213,10 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
     merged = re.fullmatch(r"Error merging override (.+)", lines[0]) if lines else None
     if merged:
         lines[0] = f"{merged.group(1)}: this value does not fit the key."
+        if "is not a valid bool" in text:
+            return f"{merged.group(1)}: choose true or false."
+        if isinstance(error.__cause__, GrammarParseError):
+            return f"{lines[0]} ${{ begins an interpolation, such as ${{seed}} or ${{oc.env:HOME}}."
     return " ".join(line for line in lines if line)
 
 
@@ -280,16 +243,24 @@ def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
     return None if row_name(config.recipe.rows, name) else config
 
 
-def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: bool) -> None:
-    overrides = tuple(HydraConfig.get().overrides.task)
-    label = " ".join(overrides) or "(no overrides)"
+def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: bool, saved: SavedConfig | None) -> None:
+    # A scheduler's job does not come through `main`.
+    open_standard_streams()
+    # Unresolved: an interpolation that leads nowhere is reported by its key.
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(given, list)
+    overrides = tuple(map(str, given))
+    # Without the quotes that `prepare_arguments` has put around digits.
+    label = re.sub(r"='([\w.+-]+)'", r"=\1", " ".join(overrides)) or "(no overrides)"
     if sweeping:
         say(f"\n=== job {jobs.done + len(jobs.failures) + 1}: {label}")
     try:
         config = resolve(raw)
+        if saved is not None:
+            config = saved.place(config)
         # Here torch comes in.
         from lars_train import commands
-        from lars_train.spawn import WorkerError
+        from lars_train.launch import WorkerError
         from lars_train.training.run_directory import Invocation, holds_run_of, run_directory
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
@@ -308,23 +279,29 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
     except Stopped as stopped:
         # Hydra would go on with the next job of a sweep, but for what is no Exception.
         complain(str(stopped))
+        scheduler = signal.getsignal(signal.SIGUSR2)
+        if str(stopped).startswith(f"{signal.SIGUSR2.name}:") and callable(scheduler) and scheduler is not _stopped:
+            # submitit's handler, which training replaces: it queues the job again, and ends the process.
+            scheduler(signal.SIGUSR2, None)
         sys.exit(stopped.code)
     except Exception as error:
         if not sweeping:
             jobs.crash = error
             raise
-        print(printable_lines(traceback.format_exc()), file=sys.stderr)
+        with unread():
+            print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
         jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
     finally:
-        # A job that has failed has its row, too; one that was refused has none in a directory that is another's.
-        if sweeping and config.mode == "train" and holds_run_of(run_directory(config), config):
+        # A job that has failed has its row, too; one that was refused has none: what its directory holds is another's.
+        refused = (label, BAD_INPUT) in [failure[:2] for failure in jobs.failures]
+        if sweeping and not refused and config.mode == "train" and holds_run_of(run_directory(config), config):
             jobs.directories[run_directory(config)] = label
 
 
 def _report_sweep(jobs: _Jobs) -> None:
     say(f"\n=== sweep: {jobs.done} of {jobs.done + len(jobs.failures)} jobs done")
     if jobs.directories and first_process():
-        from lars_train.report.command import report_sweep
+        from lars_train.report.lars_report import report_sweep
 
         report_sweep(jobs.directories)
     for label, _, reason in jobs.failures:

@@ -12,26 +12,24 @@ from typing import Any
 
 import torch
 
-from lars_train.check.command import check
 from lars_train.config import AUTO, Config
-from lars_train.data.directory import user_path
 from lars_train.data.open import SHARDS
 from lars_train.errors import ConfigError, NotReady
-from lars_train.export.command import CARD, export
-from lars_train.launch import Ranks, adopt, check_nodes, processes, restarts
-from lars_train.monitoring.board import PAGE
-from lars_train.monitoring.say import first_process, say
+from lars_train.export import CARD, export
+from lars_train.fsutil import user_path
+from lars_train.launch import Ranks, adopt, check_nodes, end_with, processes, restarts, shield_tracker, start_processes
+from lars_train.messages import complain, counted, first_process, printable, say
 from lars_train.monitoring.summary import FINISHED, experiment
+from lars_train.monitoring.tensorboard import PAGE
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
-from lars_train.rehearsal import lines, rehearse
-from lars_train.report.command import rows_of
-from lars_train.report.table import terminal
-from lars_train.spawn import end_with, shield_tracker, start_processes
-from lars_train.text import printable
+from lars_train.preflight.check import check
+from lars_train.preflight.rehearsal import describe_rehearsal, rehearse
+from lars_train.report.lars_report import rows_of
+from lars_train.report.table import elapsed_time, terminal
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
 from lars_train.training.distributed import begin_job, current_ranks
-from lars_train.training.prepare import prepare
+from lars_train.training.prepare import Prepared, prepare
 from lars_train.training.run_directory import Invocation
 from lars_train.training.session import evaluate_only, evaluation_config, find_finished, train
 
@@ -42,6 +40,12 @@ def run(config: Config, invocation: Invocation) -> dict[str, Any]:
     shield_tracker()
     commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan, "check": _check}
     return commands[config.mode](config, invocation)
+
+
+def _tell(prepared: Prepared) -> None:
+    """Print what the user should know of the classes and the weights."""
+    for note in prepared.notes:
+        (complain if note.startswith("WARNING") else say)(note)
 
 
 def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
@@ -59,9 +63,10 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
         choose_precision(config.precision.name, torch.device("cpu"))
     if config.data.name == "mini" and config.verbosity:
         say(
-            "This trains on the embedded pictures: 12,000 of Fashion-MNIST, the table at reduced scale.\n"
+            "This trains on embedded images, 12,000 of Fashion-MNIST: the table scaled down.\n"
             "On ImageNet: lars-train batch=32k data=imagenet data.root=/path/to/imagenet\n"
         )
+    _tell(prepared)
     # Under a launcher the ranks decide together, in `train`.
     done = find_finished(prepared) if ranks is None else None
     final: dict[str, Any]
@@ -79,9 +84,10 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
 
 def _told(final: dict[str, Any], directory: Path) -> str:
     told = [
-        f"{final['updates']:,} updates in {final['seconds']:.0f} s",
+        f"{counted(final['updates'], 'update')} in {elapsed_time(final['seconds'])}",
         f"run directory  {directory}",
-        f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}   (http://localhost:6006/#{PAGE})",
+        f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}",
+        f"               http://localhost:6006/#{PAGE}",
     ]
     return "\n".join([terminal(rows_of([directory])), *map(printable, told)])
 
@@ -95,10 +101,18 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
         result = start_processes(_evaluate_worker, (config,), count)
     else:
         result = evaluate_only(config, content, ranks or Ranks())
+    for note in result["notes"]:
+        (complain if note.startswith("WARNING") else say)(note)
     say(
         f"{result['model']} on {result['data']}: top-1 {result['val/top1']:.2f} %, top-5 {result['val/top5']:.2f} %, "
-        f"loss {result['val/loss']:.4f}, {result['val/count']:,} images"
+        f"loss {result['val/loss']:.4f}, {counted(result['val/count'], 'image')}"
+        f"{'' if config.data.holdout is None else f' (data.holdout={config.data.holdout:g})'}"
     )
+    if result["classes"] < result["trained_outputs"]:
+        say(
+            f"evaluate.outputs={config.evaluate.outputs}: the images are of {result['classes']:,} of the model's "
+            f"{result['trained_outputs']:,} classes, and a prediction is the highest of {result['outputs']:,} outputs"
+        )
     for place in result["undecodable"]:
         say(f"WARNING: counted as wrong, cannot be decoded: {place}")
     if config.evaluate.report is not None:
@@ -127,6 +141,7 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
         raise ConfigError(
             f"{error} To plan for ImageNet no images are needed: without data.root its published numbers are taken."
         ) from None
+    _tell(prepared)
     plan, dataset = prepared.plan, prepared.dataset
     world = _planned_world(config, plan)
     try:
@@ -138,13 +153,16 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
             f"{error} This is of the embedded pictures; data=imagenet plans for ImageNet, and needs no images."
         ) from None
     # Imported here: the other modes have no use for it.
-    from lars_train.forecast import forecast
-    from lars_train.forecast_words import told
+    from lars_train.preflight.forecast import describe_forecast, forecast
 
     rehearsed["forecast"] = forecast(config, plan, classes=dataset.classes, world=world, val_count=len(dataset.val))
     if prepared.config is not config:
         say("data.root is not set: ImageNet is planned for by its published numbers of images, and not opened.")
-    for line in (*experiment(config, plan), *lines(rehearsed), *told(rehearsed["forecast"])):
+    for line in (
+        *experiment(config, plan, dataset.inventory),
+        *describe_rehearsal(rehearsed),
+        *describe_forecast(rehearsed["forecast"]),
+    ):
         say(line)
     if config.plan.path is not None:
         path = user_path(config.plan.path)
@@ -154,7 +172,7 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
             raise ConfigError(f"plan.path={path}: it cannot be written ({error.strerror}).") from None
         say(f"plan           {path}")
     if config.plan.picture is not None:
-        from lars_train.plan_picture import draw
+        from lars_train.preflight.plan_figure import draw
 
         path = user_path(config.plan.picture)
         try:
@@ -182,7 +200,9 @@ def _without_files(config: Config) -> Config:
     made_up = dataclasses.replace(
         data, name="synthetic", train_count=IMAGENET_TRAIN_IMAGES, val_count=50_000, num_classes=1_000
     )
-    return dataclasses.replace(config, data=made_up)
+    # A file of weights has the names of classes that made-up images do not have.
+    model = dataclasses.replace(config.model, weights=None, new_head=False)
+    return dataclasses.replace(config, data=made_up, model=model)
 
 
 def _check(config: Config, invocation: Invocation) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-from lars_train.text import printable
+from lars_train.messages import printable
 
 
 class _OneLine(Exception):
@@ -45,7 +46,33 @@ class Stopped(Exception):
         self.code = code
 
 
+_LEAST_LIKENESS = 0.7
+
+
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice that `word` is a misspelling or the beginning of, or None: no answer beats a wrong one.
+
+    Case does not count. A choice with other digits is another thing and no misspelling: ``fp8`` is not ``fp64``.
+    """
+    lowered, digits = word.casefold(), re.findall(r"\d", word)
+    best, likeness, begun = None, 0.0, []
+    for choice in choices:
+        other = choice.casefold()
+        if other == lowered:
+            return choice
+        theirs = re.findall(r"\d", choice)
+        if (len(lowered) >= 3 and other.startswith(lowered)) or (len(other) >= 4 and lowered.startswith(other)):
+            begun += [choice] if not theirs else []
+        if theirs == digits:
+            ratio = difflib.SequenceMatcher(None, lowered, other).ratio()
+            if ratio > likeness:
+                best, likeness = choice, ratio
+    if likeness >= _LEAST_LIKENESS:
+        return best
+    return begun[0] if len(begun) == 1 else None
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the choice closest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Return ``" Did you mean 'x'?"`` for the `closest` choice, or an empty string."""
+    close = closest(word, choices)
+    return f" Did you mean {close!r}?" if close else ""

@@ -10,6 +10,7 @@ from typing import cast
 
 from lars_train.config import Config, filled
 from lars_train.errors import ConfigError
+from lars_train.messages import counted
 from lars_train.optim.schedule import STEPS, Form, learning_rate
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
@@ -96,15 +97,15 @@ def make_plan(config: Config, samples: int) -> Plan:
         remedy = "use more images" if raised else "use batch.scaled=true or a smaller batch"
         raise ConfigError(
             f"{_batch_key(config)}: a global batch of {size:,} is larger than the training set "
-            f"({samples:,} images); {remedy}."
+            f"({counted(samples, 'image')}); {remedy}."
         )
     per_epoch = samples // size
     updates = per_epoch * epochs
     warmup = round(warmup_epochs * per_epoch)
     if warmup >= updates:
         raise ConfigError(
-            f"schedule.warmup_epochs={warmup_epochs}: the warm-up ({warmup} updates) is not "
-            f"shorter than the run ({updates} updates)."
+            f"schedule.warmup_epochs={warmup_epochs}: the warm-up ({counted(warmup, 'update')}) is not "
+            f"shorter than the run ({counted(updates, 'update')})."
         )
     return Plan(
         samples=samples,
@@ -140,7 +141,7 @@ def make_schedule(plan: Plan, config: Config) -> Callable[[int], float]:
     return functools.partial(rate, power=filled(schedule.power), end=schedule.end_lr or 0.0)
 
 
-def policy(config: Config) -> str:
+def describe_decay(config: Config) -> str:
     """The decay of the learning rate in the words of the published table: ``poly(2)``, ``0.1 at 30, 60, 80``."""
     schedule = config.schedule
     if schedule.form == STEPS:
@@ -169,10 +170,11 @@ def check_world(plan: Plan, world: int) -> None:
     if plan.ghosts < world:
         # A single ghost batch may be cut short by a small global batch: it does not tell the configured size.
         least = f"{world * plan.ghost_batch}" if plan.ghosts > 1 else f"{world} times model.ghost_batch"
+        ghosts = counted(plan.ghosts, "ghost batch", "ghost batches")
         raise ConfigError(
-            f"a global batch of {plan.global_batch} holds {plan.ghosts} ghost batch(es) of {plan.ghost_batch}, "
-            f"too few for {world} ranks: start at most {plan.ghosts} in all (launch.nodes times launch.nproc), or "
-            f"use a global batch of at least {least}."
+            f"a global batch of {plan.global_batch} holds {ghosts} of {plan.ghost_batch}, too few for {world} ranks: "
+            f"start at most {plan.ghosts} in all (launch.nodes times launch.nproc), or use a global batch of at least "
+            f"{least}."
         )
 
 

@@ -28,20 +28,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lars_train.data import library, native
-from lars_train.data.decode import LIBRARY, NATIVE, PILLOW
-from lars_train.data.loader import PROCESSES, THREADS, train_loader
-from lars_train.data.source import Source
-from lars_train.training.device import Precision
-from lars_train.training.feed import Feed, normaliser
-from lars_train.training.host_memory import keep_freed_memory
+from lars_train.data.dataset import Source
+from lars_train.data.decode import native
+from lars_train.data.decode.pillow import NATIVE, PILLOW
+from lars_train.data.loading.loader import LoaderSpec, train_loader
+from lars_train.data.loading.stream import PROCESSES, THREADS
+from lars_train.training.device import Precision, keep_freed_memory
+from lars_train.training.device_prefetch import DevicePrefetcher, normaliser
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCH = 64
 PASSES = 8  # over the pictures, by each stream: what a stream costs once is then a small part, as in a training
 REFERENCE = "reference"
-BY_DEFAULT = "ours, native, threads"
-TARGET = 2.8
 WORKERS = (1, 2)
 
 
@@ -79,16 +77,14 @@ def reference(pictures: Source, workers: int, device: torch.device) -> int:
 def ours(decoder: str, kind: str, pictures: Source, workers: int, device: torch.device) -> int:
     """Images that came."""
     batch = min(BATCH, len(pictures))
-    stream = train_loader(
-        pictures,
-        VIEW,
+    spec = LoaderSpec(
+        source=pictures,
+        view=VIEW,
         seed=0,
         batch=batch,
         ghost_batch=batch,
         ghosts_per_micro=1,
         updates_per_epoch=len(pictures) // batch,
-        start_update=0,
-        stop_update=PASSES * len(pictures) // batch,
         rank=0,
         world=1,
         workers=workers,
@@ -97,8 +93,9 @@ def ours(decoder: str, kind: str, pictures: Source, workers: int, device: torch.
         decoder=decoder,
         kind=kind,
     )
+    stream = train_loader(spec, 0, PASSES * len(pictures) // batch)
     normalise = normaliser(MEAN, STD, device, Precision("fp32", torch.float32, torch.float32))
-    feed, count = Feed(stream, device), 0
+    feed, count = DevicePrefetcher(stream, device), 0
     for found in feed:
         images = normalise(found.images)
         count += len(images)
@@ -111,7 +108,6 @@ def line_up() -> dict[str, Stream]:
     found: dict[str, Stream] = {REFERENCE: reference}
     for name, decoder, there in (
         ("native", NATIVE, native.is_there()),
-        ("library", LIBRARY, library.is_there()),
         ("Pillow", PILLOW, True),
     ):
         if there:
@@ -167,12 +163,3 @@ def table(rates: dict[tuple[str, int], Rates]) -> list[str]:
         cells += [f"{np.median(own.wall):,.0f}", f"{np.median(own.wall / to.wall):.2f}"]
         lines.append(f"| {name} | {workers} | {' | '.join(cells)} |")
     return lines
-
-
-def target(rates: dict[tuple[str, int], Rates]) -> list[str]:
-    """Whether it is met, for our default with two workers, by CPU time; judged as it is printed."""
-    if (BY_DEFAULT, 2) not in rates:
-        return []
-    value = float(np.median(rates[BY_DEFAULT, 2].cpu / rates[REFERENCE, 2].cpu))
-    met = "met" if round(value, 2) >= TARGET else "**not met**"
-    return [f"- end to end, 2 workers: {value:.2f} times the reference per CPU-second; {TARGET} wanted: {met}"]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lars_train.data import folder_index
-from lars_train.data.folder_index import Folder, Found, listing_by_index
-from lars_train.data.imagenet import open_imagenet
-from lars_train.data.index_cache import cache_directory
+from lars_train.data.sources import directory
+from lars_train.data.sources.directory import FolderState, Found, listing_by_index
+from lars_train.data.sources.imagenet import open_imagenet
+from lars_train.data.sources.index_files import cache_directory
 
 CLASSES = [b"n%08d" % (1440764 + 1000 * label) for label in range(1000)]
 LONG_AGO = 1_000_000_000
@@ -41,7 +41,7 @@ def make(root: Path, images: int) -> None:
 
         def read(name: bytes, split: Path = root / split, share: dict[bytes, list[int]] = share) -> Found:
             images = [(b"%s_%08d.JPEG" % (name, number), 110_000) for number in range(*share[name])]
-            return Found(images, [Folder.at(split / os.fsdecode(name), b"")])
+            return Found(images, [FolderState.at(split / os.fsdecode(name), b"")])
 
         listing_by_index(root / split, CLASSES, read)
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--processes", type=int, default=8)
     args = parser.parse_args()
-    folder_index.WORTH = 0
+    directory.WORTH = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
         make(Path(folder) / "imagenet", args.images)

@@ -9,7 +9,7 @@ a quarter of the pictures each time, on one core; what counts is this process's 
 pictures as they are, and with two stores of smaller copies, made in a temporary folder as `lars-data pack` makes them.
 
 - reference: Pillow and torchvision's v1 transforms, to a normalised float32 tensor (which ours leaves to the device)
-- ours, native, library and Pillow: lars_train.data.decode to uint8 in a batch's buffer, with its own draws of the crops
+- ours, native and Pillow: lars_train.data.decode.pillow to uint8 in a batch's buffer, with its own draws of the crops
 - floor: libjpeg-turbo decoding the rows and columns of the crop and nothing else (a C function compiled here)
 - with --peers: those of other libraries that are installed, see bench_input_peers.py
 
@@ -39,16 +39,15 @@ import numpy.typing as npt
 import torch
 from bench_input_contenders import FLOOR, OURS, REFERENCE, TASKS, Contender, full_decode, line_up
 from bench_input_pictures import Pictures, mean_size, open_pictures, packed
-from bench_input_results import LONGEST, RAW, SHORTEST, Apart, Key, Results, compared, tables, verdicts
+from bench_input_results import LONGEST, RAW, SHORTEST, Apart, Key, Results, compared, comparisons, tables
 from child import end_on_signals
 from page import between_markers, cpu_name, writable_page
 from PIL import features
 
-from lars_train.data import library
-from lars_train.data.source import Source
+from lars_train.data.dataset import Source
 from lars_train.errors import ConfigError
-from lars_train.stores.encode import Encoding
-from lars_train.stores.pack import Kept
+from lars_train.pack.encode import Encoding
+from lars_train.pack.packing import Kept
 
 PARTS = 4
 COMPARED = 200  # pictures at most whose pixels are compared
@@ -132,8 +131,7 @@ def measure(contenders: list[Contender], stores: dict[str, Source], rounds: int)
 
 def conditions(args: argparse.Namespace, pictures: Pictures, contenders: list[Contender]) -> list[str]:
     """What was measured where."""
-    names = ["torch", "torchvision", "pillow", "numpy", *(["numba"] if library.is_there() else [])]
-    packages = [f"{name} {version(name)}" for name in names]
+    packages = [f"{name} {version(name)}" for name in ("torch", "torchvision", "pillow", "numpy")]
     peers = [one.versions for one in contenders if one.versions]
     packages += [one for one in dict.fromkeys(peers) if one not in packages]
     options = " --peers" if args.peers else ""
@@ -160,15 +158,14 @@ def one_core() -> Iterator[None]:
 
 
 def end_to_end(pictures: Pictures, rounds: int) -> list[str]:
-    """What bench_end_to_end.py finds; the target is one for originals."""
+    """Return what bench_end_to_end.py finds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = bench_end_to_end.measure(pictures.source, rounds, device)
     said = (
         f"End to end into a batch on {device.type}, {bench_end_to_end.PASSES} passes over the pictures as they are, "
         "training; CPU time of all processes, with their start."
     )
-    target = [] if pictures.variant else bench_end_to_end.target(rates)
-    return ["", said, "", *bench_end_to_end.table(rates), "", *target]
+    return ["", said, "", *bench_end_to_end.table(rates)]
 
 
 def shown(plot: Path, page: Path | None) -> list[str]:
@@ -228,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = conditions(args, args.found, contenders)
     if args.plot is not None:
         lines += shown(bench_input_plot.draw(results, args.plot)[1], args.write)
-    lines += [*tables(results), *verdicts(results), *whole, "", *(f"- skipped: {reason}" for reason in skipped)]
+    lines += [*tables(results), *comparisons(results), *whole, "", *(f"- skipped: {reason}" for reason in skipped)]
     print("\n".join(lines))
     if args.write is not None:
         page = args.write.read_text(encoding="utf-8")

@@ -25,20 +25,20 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from lars_train.data import decode as decoders
-from lars_train.data import library, native
-from lars_train.data.augment import UNIFORMS, Geometry, View
-from lars_train.data.decode import decode
+from lars_train.data.dataset import Source
+from lars_train.data.decode import native
+from lars_train.data.decode import pillow as decoders
+from lars_train.data.decode.pillow import decode
 from lars_train.data.order import batch_uniforms
-from lars_train.data.source import Source
+from lars_train.data.transforms import UNIFORMS, Geometry, View
 
 SIZE = 224
 VIEW = View("inception", SIZE, True, 0, 0.875)
 BATCH = 64
 TRAIN, EVAL = "train", "eval"
 TASKS = (TRAIN, EVAL)
-REFERENCE, NATIVE, LIBRARY, PILLOW, FLOOR = "reference", "ours, native", "ours, library", "ours, Pillow", "floor"
-OURS = (NATIVE, LIBRARY, PILLOW)
+REFERENCE, NATIVE, PILLOW, FLOOR = "reference", "ours, native", "ours, Pillow", "floor"
+OURS = (NATIVE, PILLOW)
 NORMALIZE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 FLOOR_C = """
@@ -216,11 +216,10 @@ def compiled_floor(folder: Path) -> Callable[..., int]:
 def line_up(folder: Path, skipped: list[str]) -> list[Contender]:
     """All that can run here; the others go to `skipped`, with the reason."""
     found = [Contender(REFERENCE, reference, full_decode), ours(PILLOW, decoders.PILLOW)]
-    for name, decoder, module in ((NATIVE, decoders.NATIVE, native), (LIBRARY, decoders.LIBRARY, library)):
-        if module.is_there():
-            found.append(ours(name, decoder))
-        else:
-            skipped.append(f"{name}: {module.REMEDY}")
+    if native.is_there():
+        found.append(ours(NATIVE, decoders.NATIVE))
+    else:
+        skipped.append(f"{NATIVE}: {native.REMEDY}")
     try:
         found.append(Contender(FLOOR, partial(only_regions, compiled_floor(folder)), None))
     except (OSError, subprocess.CalledProcessError) as error:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
-from lars_train.data.augment import Geometry
+from lars_train.data.transforms import Geometry
 
 Pixels = npt.NDArray[np.uint8]
 

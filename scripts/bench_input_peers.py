@@ -20,8 +20,8 @@ import bench_input_pipelines as pipelines
 import numpy as np
 from bench_input_contenders import Contender, MakeView, of_bytes
 
-from lars_train.data.source import Source
-from lars_train.stores.pack import Kept
+from lars_train.data.dataset import Source
+from lars_train.pack.packing import Kept
 
 BY_VIEW: dict[str, tuple[str, Callable[[], MakeView]]] = {
     "torchvision v2, Pillow": ("torchvision", decoders.v2_pillow),

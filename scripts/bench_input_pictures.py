@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lars_train.data.directory import DirectoryTree, FileSource
-from lars_train.data.folder import TRAIN, open_tree
-from lars_train.data.source import NamesBuilder, Source
-from lars_train.data.tree import Tree
-from lars_train.data.zips import ZipTree
+from lars_train.data.dataset import NamesBuilder, Source
+from lars_train.data.sources.directory import DirectoryTree, FileSource
+from lars_train.data.sources.folder import open_tree
+from lars_train.data.sources.tree import Tree
+from lars_train.data.sources.zips import ZipTree
 from lars_train.errors import ConfigError
-from lars_train.stores.encode import Encoding
-from lars_train.stores.pack import Kept, Request, pack, silent
+from lars_train.pack.encode import Encoding
+from lars_train.pack.packing import Kept, Request, pack, silent
 
 _SUFFIXES = (".jpg", ".jpeg")
 
@@ -50,14 +50,16 @@ def open_pictures(path: Path, most: int) -> Pictures:
 
 def packed(pictures: Source, folder: Path, encoding: Encoding) -> Source:
     """A store of them, in `folder`, which is made."""
-    originals = folder / "originals" / "all"
-    originals.mkdir(parents=True)
+    originals = folder / "originals"
+    # In halves: a store has two classes at least.
+    for half in "ab":
+        (originals / half).mkdir(parents=True)
     for sample in range(len(pictures)):
         data = pictures.read(sample)
         assert isinstance(data, bytes)
-        (originals / f"{sample:08d}.jpg").write_bytes(data)
+        (originals / "ab"[2 * sample >= len(pictures)] / f"{sample:08d}.jpg").write_bytes(data)
     store = folder / "store"
-    pack(Request(str(originals.parent), str(store), encoding), silent)
+    pack(Request(str(originals), str(store), encoding), silent)
     return _split_of(open_tree(str(store)))
 
 
@@ -74,7 +76,7 @@ def _files_below(path: Path) -> Source:
 
 
 def _split_of(tree: Tree) -> Source:
-    inside = TRAIN if TRAIN in tree.folders(b"") else b""
+    inside = b"train" if b"train" in tree.folders(b"") else b""
     listing = tree.listing(inside)
     return tree.source(inside, listing.names, listing.labels)
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from bench_input_contenders import BATCH, SIZE, TRAIN, Contender, drawings, read, size_of, window
 
-from lars_train.data.source import Source
+from lars_train.data.dataset import Source
 
 Part = tuple[bytes, tuple[int, int, int, int], bool]
 

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -453,30 +453,23 @@ def table(contenders: list[Contender], times: Times) -> list[str]:
     return lines
 
 
-def targets(contenders: list[Contender], times: Times) -> str:
-    """Which of the targets are met; a ratio is judged as it is printed, with two decimals."""
+def ratios(contenders: list[Contender], times: Times) -> str:
+    """The ratios of LARS to what does less, and of others to LARS, in a line."""
     peers = sorted((c.name for c in contenders if c.peer), key=lambda name: float(np.median(times[name])))
     best = peers[0] if peers else "no peer"
-    said = [
-        judge("LARS at most 1.65 x SGD fused", ratio(times, OURS, SGD_FUSED), at_most=1.65),
-        judge("LARS at most 1.25 x the floor", ratio(times, OURS, FLOOR), at_most=1.25),
-        judge("torchlars's formula at least 1.9 x LARS", ratio(times, PLAIN, OURS), at_least=1.9),
-        judge("torchlars's formula, fused base, at least 1.5 x LARS", ratio(times, PLAIN_FUSED, OURS), at_least=1.5),
-        judge("the same with the ratio on the host", ratio(times, PLAIN + ON_HOST, OURS), at_least=1.9),
-        judge("and over a fused base", ratio(times, PLAIN_FUSED + ON_HOST, OURS), at_least=1.5),
-        judge(f"the best peer ({best}) at least 1.7 x LARS", ratio(times, best, OURS), at_least=1.7),
-    ]
-    for kind in ("", ", fused"):
-        value = ratio(times, OURS_ADAM + kind, PLAIN_ADAM + kind)
-        said.append(judge(f"LARS over Adam{kind} at most 1.0 x torchlars's formula over it", value, at_most=1.0))
-    return "Targets: " + "; ".join(said) + "."
-
-
-def judge(what: str, value: float | None, at_most: float = math.inf, at_least: float = 0.0) -> str:
-    """One target with its value."""
-    if value is None:
-        return f"{what}: not measured"
-    return f"{what}: {value:.2f}, {'met' if at_least <= round(value, 2) <= at_most else '**not met**'}"
+    pairs = {
+        "LARS to SGD fused": (OURS, SGD_FUSED),
+        "LARS to the floor": (OURS, FLOOR),
+        "torchlars's formula to LARS": (PLAIN, OURS),
+        "torchlars's formula, fused base, to LARS": (PLAIN_FUSED, OURS),
+        "the same with the ratio on the host": (PLAIN + ON_HOST, OURS),
+        "and over a fused base": (PLAIN_FUSED + ON_HOST, OURS),
+        f"the best peer ({best}) to LARS": (best, OURS),
+        "LARS over Adam to torchlars's formula over it": (OURS_ADAM, PLAIN_ADAM),
+        "LARS over Adam, fused to torchlars's formula over it": (f"{OURS_ADAM}, fused", f"{PLAIN_ADAM}, fused"),
+    }
+    found = {what: ratio(times, *pair) for what, pair in pairs.items()}
+    return f"Ratios: {'; '.join(f'{what}: {value:.2f}' for what, value in found.items() if value is not None)}."
 
 
 def extra_peak(step: Callable[[], object], device: torch.device) -> int:
@@ -522,10 +515,10 @@ def memory_section(given: Problem, device: torch.device) -> list[str]:
     return lines
 
 
-def report(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The Markdown of all measurements, and what is wrong with them."""
+def report(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
+    """The Markdown of all measurements, part by part as they are done, and what is wrong with each."""
     device = torch.device(args.device)
-    lines, wrong = [conditions(args, device)], []
+    yield [conditions(args, device)], []
     for key in args.model or MODELS:
         torch.manual_seed(0)
         given = MODELS[key](device)
@@ -533,16 +526,16 @@ def report(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         with tempfile.TemporaryDirectory() as folder:
             contenders = line_up(given, Path(folder), skipped)
             times = measure(contenders, args.rounds, args.warmup, device)
-        wrong += [f"{given.name}: {line}" for line in disagreements(contenders, given)]
-        lines += ["", f"**{given.name}**: {len(given.weights):,} tensors, {given.elements:,} elements.", ""]
+        wrong = [f"{given.name}: {line}" for line in disagreements(contenders, given)]
+        lines = ["", f"**{given.name}**: {len(given.weights):,} tensors, {given.elements:,} elements.", ""]
         lines += table(contenders, times)
-        lines += ["", targets(contenders, times)]
+        lines += ["", ratios(contenders, times)]
         if skipped:
             lines += ["", f"Skipped: {'; '.join(skipped)}."]
+        yield lines, wrong
         del contenders
         if key == "resnet50":
-            lines += memory_section(given, device)
-    return lines, wrong
+            yield memory_section(given, device), []
 
 
 def conditions(args: argparse.Namespace, device: torch.device) -> str:
@@ -595,10 +588,14 @@ def main(argv: list[str] | None = None) -> int:
             one_thread(args.core)
         except OSError as error:
             parser.error(f"--core {args.core}: {error}")
-    lines, wrong = report(args)
-    print("\n".join(lines))
-    for line in wrong:
-        print(line, file=sys.stderr)
+    lines: list[str] = []
+    wrong: list[str] = []
+    for part, faults in report(args):
+        print("\n".join(part), flush=True)
+        for line in faults:
+            print(line, file=sys.stderr)
+        lines += part
+        wrong += faults
     if args.write is not None and not wrong:
         page = args.write.read_text(encoding="utf-8")
         args.write.write_text(between_markers(page, f"bench_lars {args.device}", lines), encoding="utf-8")

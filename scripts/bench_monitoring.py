@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from lars_train.launch import Ranks
 from lars_train.training.device import choose_device
+from lars_train.training.device_prefetch import DevicePrefetcher
 from lars_train.training.distributed import Group
-from lars_train.training.feed import Feed
-from lars_train.training.measures import Measures
-from lars_train.training.prepare import prepare
+from lars_train.training.metrics import Measures
+from lars_train.training.prepare import Prepared, prepare
 from lars_train.training.run import Run
 
 PAGE = Path(__file__).parents[1] / "docs" / "monitoring.md"
@@ -53,9 +53,15 @@ class TimedRun(Run):
 
     logging = 0.0
 
-    def _log(self, *arguments: Any) -> None:
-        with self.timed():
-            super()._log(*arguments)
+    def __init__(self, prepared: Prepared, group: Group, device: torch.device) -> None:
+        super().__init__(prepared, group, device)
+        log_update = self.logger.log_update
+
+        def timed(*arguments: Any) -> None:
+            with self.timed():
+                log_update(*arguments)
+
+        self.logger.log_update = timed  # type: ignore[method-assign, assignment]
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -121,7 +127,7 @@ def measured(every: int, pairs: int, settings: Sequence[str], command: str) -> l
         )
         # One block each, so that what is done once (memory, TensorBoard's thread, pictures) is behind them.
         with closing(logs._batches()) as with_lines, closing(silent._batches()) as without:
-            arms: list[tuple[TimedRun, Feed]] = [(logs, with_lines), (silent, without)]
+            arms: list[tuple[TimedRun, DevicePrefetcher]] = [(logs, with_lines), (silent, without)]
             for run, batches in arms:
                 run.begin()
                 block(run, batches, every)
@@ -133,9 +139,7 @@ def measured(every: int, pairs: int, settings: Sequence[str], command: str) -> l
                     ratios.append(taken[id(logs)] / taken[id(silent)])
                     blocks.append(taken[id(silent)])
         for run in (logs, silent):
-            for part in (run.log, run.writer):
-                assert part is not None
-                part.close()
+            run.close()
     tenths = statistics.quantiles(ratios, n=10, method="inclusive")
     update = f"{statistics.median(blocks) / every * 1e3:,.1f} ms"
     config, device = logs.config, logs.device
@@ -166,7 +170,7 @@ def made(directory: Path, log_every: int, updates: int, settings: Sequence[str])
     return TimedRun(prepared, Group(Ranks()), choose_device(config, Ranks()))
 
 
-def block(run: TimedRun, batches: Feed, updates: int) -> float:
+def block(run: TimedRun, batches: DevicePrefetcher, updates: int) -> float:
     """Seconds of `clock` that so many updates take."""
     started = clock(run.device)
     for _ in range(updates):

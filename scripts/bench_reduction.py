@@ -28,17 +28,15 @@ from child import end_on_signals, ranks_end
 from page import between_markers, command_line, cpu_name, writable_page
 
 from lars_train.config import Config, ScheduleConfig
-from lars_train.data.loader import Batch
-from lars_train.launch import Ranks
-from lars_train.optim.factory import build_optimizer
+from lars_train.data.loading.loader import Batch
+from lars_train.launch import Ranks, start_processes
 from lars_train.plan import Plan, make_schedule
-from lars_train.spawn import start_processes
+from lars_train.training.assemble import build_optimizer
+from lars_train.training.device_prefetch import normaliser
 from lars_train.training.distributed import Group, process_group
-from lars_train.training.feed import normaliser
 from lars_train.training.trainer import Hyper, Trainer
 
 WORLD = 2
-WANTED = 1.05
 TIMEOUT = 600.0
 
 
@@ -114,8 +112,8 @@ def slowest(value: float) -> float:
     return float(values)
 
 
-def line(case: Case, micro_batches: int, found: list[tuple[float, float]]) -> tuple[str, float]:
-    """A row of the table, and the median ratio."""
+def line(case: Case, micro_batches: int, found: list[tuple[float, float]]) -> str:
+    """A row of the table."""
     together, alone = np.array(found).T
     ratios = together / alone
     low, high = np.percentile(ratios, [10, 90])
@@ -126,7 +124,7 @@ def line(case: Case, micro_batches: int, found: list[tuple[float, float]]) -> tu
         f"{np.median(alone):.3f}",
         f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f})",
     ]
-    return "| " + " | ".join(cells) + " |", float(np.median(ratios))
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -155,7 +153,6 @@ def main() -> None:
         "| | micro-batches of a rank | an update, s | without exchange, s | ratio |",
         "|---|---:|---:|---:|---:|",
     ]
-    judged = []
     for case in CASES:
         if args.case not in (None, case.name):
             continue
@@ -165,11 +162,7 @@ def main() -> None:
 
         with ranks_end():
             found = start_processes(of_a_rank, (case, args.accumulation, args.rounds, args.seconds), WORLD)
-        row, ratio = line(case, args.accumulation, found)
-        lines.append(row)
-        met = "met" if round(ratio, 3) <= WANTED else "**not met**"
-        judged.append(f"- {case.name}: {ratio:.3f} times the update without exchange; {WANTED} wanted: {met}")
-    lines += ["", *judged]
+        lines.append(line(case, args.accumulation, found))
     print("\n".join(lines))
     if args.write:
         args.write.write_text(between_markers(args.write.read_text(), "bench_reduction", lines))

@@ -2,28 +2,30 @@
 
     python scripts/bench_step.py [--write docs/performance.md]      # ResNet-50 at 224 and a small ResNet at 32
     python scripts/bench_step.py --device cuda --starts 1 --rounds 9 --seconds 1 [--write docs/performance.md]
+    python scripts/bench_step.py --device cuda --case resnet50 --ghost 32 --sweep 256 128 64 32      # by micro-batch
 
 All have the same images in memory, and one micro-batch an update, which is one ghost batch unless `--ghost` says
 otherwise. They take turns, an update or a few each, the others waiting. What counts is wall time. Where a process finds
 its memory makes it faster or slower by several percent for as long as it lives. So those that keep freed memory, as the
-program does, share a process, and are judged within it; the others have one each, as their users would have it. All
+program does, share a process, and are compared within it; the others have one each, as their users would have it. All
 processes are started anew a few times. On a GPU all share one process, and a turn ends when the device has done it.
 
 - (a) a bare loop as torchvision's references/classification runs by default: float32, NCHW, eager, SGD
 - (b) timm's step: its network, optimizer and loss, channels_last, autocast where the processor has bf16; and the same
   with freed memory kept, which no flag of timm's does
 - (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD, freed memory kept (as
-  lars_train/training/host_memory.py has malloc do it); and the same without compile
+  lars_train/training/device.py has malloc do it); and the same without compile
 - (d) lars-train's update, from images in the host's memory (those of the others are normalised, and on the device):
-  LARS, ghost batch norm, schedule, guard, meters, as a run makes it by default; tuned: with compile=true; and "without
+  LARS, ghost batch norm, schedule, guard, meters, as a run makes it by default; with compile=true; and "without
   the trainer": the same network, optimizer and loss in a loop without the trainer around it (what that costs is too
   little to be seen between processes: bench_trainer.py)
 
-Where compiling slows a network down, `compile=auto` leaves it as it is: what is judged as tuned is the faster of both
-of (d). It and the default are judged beside the faster of (c).
-
 Memory is the most that a process with nothing else has had in two updates, less what it had before them; on a GPU, of
 the device's.
+
+`--sweep` measures one configuration after another in this process, and prints each row when it is measured: each
+contender at each micro-batch, and (d) both in ghost batches of `--ghost` and in a whole one. A configuration that fails
+is a row with the reason. A signal loses only the row that is being measured.
 """
 
 from __future__ import annotations
@@ -56,14 +58,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lars_train.config import Config, OptimizerConfig, ScheduleConfig
-from lars_train.data.loader import Batch, Stream
+from lars_train.data.loading.loader import Batch, Stream
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
-from lars_train.optim.factory import build_optimizer
 from lars_train.plan import Plan, make_schedule
+from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, available_cores, choose_precision, set_up
+from lars_train.training.device_prefetch import DevicePrefetcher, normaliser
 from lars_train.training.distributed import Group
-from lars_train.training.feed import Feed, normaliser
 from lars_train.training.trainer import Hyper, Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -231,7 +233,7 @@ def ours(case: Case, compiled: bool) -> Step:
     images, labels = pixels(case)
     if case.device.type == "cuda":
         images, labels = images.pin_memory(), labels.pin_memory()
-    batches = Feed(Same(Batch(images, labels, ())), case.device)
+    batches = DevicePrefetcher(Same(Batch(images, labels, ())), case.device)
 
     def step() -> None:
         trainer.run_update(batches, 1, measure=False)
@@ -284,6 +286,10 @@ def options() -> OptimizerConfig:
     )
 
 
+SWEPT = (OURS, BEST_EAGER, TUNED, BEST)
+"""The contenders of `--sweep` by default."""
+GHOSTED = (OURS, TUNED, WITHOUT)
+"""The contenders that have ghost batches."""
 TOGETHER = (TIMM_KEPT, BEST_EAGER, BEST, OURS, TUNED, WITHOUT)
 """Those that share a process, which is set up as the program sets up its own."""
 
@@ -353,7 +359,7 @@ def serve(case: Case, names: list[str]) -> None:
             step()
             step()
         except Exception as error:  # whatever a peer or a compiler raises
-            skipped[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            skipped[name] = first_line(error)
         else:
             steps[name], memory[name] = step, most_memory(case.device) - before
     # What is there by now is not looked through at each turn.
@@ -362,15 +368,63 @@ def serve(case: Case, names: list[str]) -> None:
     for line in sys.stdin:
         name, seconds = json.loads(line)
         gc.collect()
-        started, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - started < seconds:
-            steps[name]()
-            count += 1
-            if case.device.type == "cuda" and count % AHEAD == 0:
-                torch.cuda.synchronize()
-        if case.device.type == "cuda":
+        print(json.dumps(turn(steps[name], case.device, seconds)), file=answers, flush=True)
+
+
+def turn(step: Step, device: torch.device, seconds: float) -> float:
+    """Seconds of an update: the mean of as many as fit into `seconds`, one at least."""
+    started, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - started < seconds:
+        step()
+        count += 1
+        if device.type == "cuda" and count % AHEAD == 0:
             torch.cuda.synchronize()
-        print(json.dumps((time.perf_counter() - started) / count), file=answers, flush=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / count
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def sweep(case: Case, sizes: list[int], args: argparse.Namespace) -> None:
+    """Print a Markdown table of `case` with micro-batches of `sizes`, row by row."""
+    set_up(Config(), case.device, torch.get_num_threads())
+    print(f"{case.name}, images of {case.size} x {case.size}, {precision(case.device).name}:\n")
+    print("| | micro-batch | ghost batch | ms an update, median (10th to 90th percentile) | images/s | memory, MB |")
+    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    names: list[str] = args.only or list(SWEPT)
+    for images in sizes:
+        ghost = args.ghost or images
+        rows = [(name, ghost if name in GHOSTED else images) for name in names]
+        rows += [(name, images) for name in names if name in GHOSTED and ghost < images]
+        for name, own in rows:
+            cells = measured(name, replace(case, images=images, ghost=own), args.rounds, args.seconds)
+            print(f"| {name} | {images} | {own if name in GHOSTED else '-'} | {' | '.join(cells)} |", flush=True)
+            if name in (BEST, TUNED):
+                torch.compiler.reset()
+            gc.collect()
+            if case.device.type == "cuda":
+                torch.cuda.empty_cache()
+    print(flush=True)
+
+
+def measured(name: str, case: Case, rounds: int, seconds: float) -> tuple[str, str, str]:
+    """A configuration's time, speed and memory as cells of a table; in their place why it failed."""
+    before = most_memory(case.device, anew=True)
+    try:
+        step = STEPS[name](case)
+        step()
+        turn(step, case.device, 0.0)
+        # On the CPU the figure is that of the whole process, which has measured others before.
+        memory = f"{most_memory(case.device) - before:,.0f}" if case.device.type == "cuda" else "-"
+        times = 1000 * np.array([turn(step, case.device, seconds) for _ in range(rounds)])
+    except Exception as error:  # out of memory, or whatever a compiler or a peer raises
+        return first_line(error).replace("|", "\\|"), "-", "-"
+    low, middle, high = np.percentile(times, [10, 50, 90])
+    return f"{middle:,.1f} ({low:,.1f} to {high:,.1f})", f"{1000 * case.images / middle:,.1f}", memory
 
 
 @contextmanager
@@ -393,37 +447,39 @@ def taken(process: Served, case: Case, skipped: list[str]) -> dict[str, float]:
 
 
 def measure(
-    case: Case, args: argparse.Namespace, skipped: list[str]
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Of each: seconds of an update in each round, and memory."""
-    memory: dict[str, float] = {}
+    case: Case,
+    args: argparse.Namespace,
+    skipped: list[str],
+    seconds: dict[str, list[float]],
+    memory: dict[str, float],
+) -> None:
+    """Fill in of each: `seconds` of an update, round by round, and `memory`. An exception leaves whole rounds there."""
     on_cpu = case.device.type == "cpu"
     # A GPU's memory is kept by torch for all.
     names: list[str] = args.only or [name for name in STEPS if on_cpu or name != TIMM_KEPT]
     if on_cpu:
         for name in names:
             with served([name], case) as process:
-                memory |= taken(process, case, skipped)
+                memory.update(taken(process, case, skipped))
         names = list(memory)
         together = [name for name in names if name in TOGETHER]
         groups = [[name] for name in names if name not in TOGETHER] + ([together] if together else [])
     else:
         groups = [names]
-    seconds: dict[str, list[float]] = {}
     for start in range(args.starts):
         with ExitStack() as processes:
             of: dict[str, Served] = {}
             for group in groups:
                 process = processes.enter_context(served(group, case))
                 if not memory:
-                    memory = taken(process, case, skipped)
+                    memory.update(taken(process, case, skipped))
                 of |= dict.fromkeys(process.memory, process)
             order = list(memory)
             for number in range(args.rounds):
                 random.Random(args.rounds * start + number).shuffle(order)
-                for name in order:
-                    seconds.setdefault(name, []).append(of[name].turn(name, args.seconds))
-    return {name: seconds[name] for name in memory}, memory
+                found = {name: of[name].turn(name, args.seconds) for name in order}
+                for name in memory:
+                    seconds.setdefault(name, []).append(found[name])
 
 
 def version_of(package: str) -> str:
@@ -470,33 +526,7 @@ def table(case: Case, seconds: dict[str, list[float]], memory: dict[str, float])
 
 def ratio(seconds: dict[str, list[float]], name: str, to: str) -> str:
     """Of speeds: the median over the rounds."""
-    return f"{value(seconds, name, to):.2f}" if to in seconds else "-"
-
-
-def value(seconds: dict[str, list[float]], name: str, to: str) -> float:
-    """The same as a number."""
-    return float(np.median(np.array(seconds[to]) / np.array(seconds[name])))
-
-
-def fastest(seconds: dict[str, list[float]], names: Iterable[str]) -> str:
-    """Of those that were measured; an empty name if none was."""
-    there = [name for name in names if name in seconds]
-    return min(there, key=lambda name: float(np.median(seconds[name])), default="")
-
-
-def verdicts(case: Case, seconds: dict[str, list[float]]) -> list[str]:
-    """The targets, judged as they are printed."""
-    tuned, best = fastest(seconds, (OURS, TUNED)), fastest(seconds, (BEST, BEST_EAGER))
-    wanted = [(OURS, TIMM, 1.0, ""), (tuned, best, 0.97, ", tuned,"), (OURS, best, 0.9, "")]
-    if case.device.type == "cpu":
-        wanted.insert(0, (OURS, BARE, 4.0, ""))
-    lines = []
-    for name, to, least, how in wanted:
-        if name in seconds and to in seconds:
-            found = round(value(seconds, name, to), 2)
-            met = "met" if found >= least else "**not met**"
-            lines.append(f"- {case.name}: {name}{how} is {found:.2f} times {to}; {least} wanted: {met}")
-    return lines
+    return f"{np.median(np.array(seconds[to]) / np.array(seconds[name])):.2f}" if to in seconds else "-"
 
 
 def main() -> None:
@@ -512,12 +542,13 @@ def main() -> None:
     parser.add_argument("--size", type=count, help="their side in pixels")
     parser.add_argument("--ghost", type=count, help="images of a ghost batch (all)")
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="these alone")
+    parser.add_argument("--sweep", nargs="+", type=count, metavar="IMAGES", help="these micro-batches, row by row")
     parser.add_argument("--threads", type=count, help="torch's (all cores)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the page's markers")
     parser.add_argument("--serve", nargs="+", choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here")
+    if args.sweep and (args.images or args.write):
+        parser.error("--sweep: prints a table for its own micro-batches; leave out --images and --write")
     marked = "bench_step" if args.device == "cpu" else "bench_step cuda"
     if args.write:
         try:
@@ -529,9 +560,12 @@ def main() -> None:
     for case in CASES if args.device == "cpu" else CASES_ON_CUDA:
         if args.case in (None, case.name):
             images = args.images or case.images
-            if images % (args.ghost or images):
-                parser.error(f"--ghost {args.ghost}: does not divide {images} images")
+            for size in args.sweep or [images]:
+                if size % (args.ghost or size):
+                    parser.error(f"--ghost {args.ghost}: does not divide {size} images")
             cases.append(replace(case, images=images, size=args.size or case.size, ghost=args.ghost or images))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
     if args.serve:
         serve(cases[0], args.serve)
         return
@@ -539,20 +573,29 @@ def main() -> None:
     where = f"{cpu_name()}, {torch.get_num_threads()} threads"
     if args.device == "cuda":
         where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    lines = [
-        f"`{command_line(__file__)}` on {where}; Python "
-        f"{platform.python_version()}, {packages}. {args.starts} starts of {args.rounds} rounds; ratios are medians "
-        "over the rounds.",
-        "",
-    ]
+    what = f"`{command_line(__file__)}` on {where}; Python {platform.python_version()}, {packages}."
+    if args.sweep:
+        print(f"{what} {args.rounds} turns of {args.seconds:g} s.\n", flush=True)
+        for case in cases:
+            sweep(case, args.sweep, args)
+        return
+    lines = [f"{what} {args.starts} starts of {args.rounds} rounds; ratios are medians over the rounds.", ""]
+    print("\n".join(lines), flush=True)
     skipped: list[str] = []
-    judged: list[str] = []
     for case in cases:
-        times, memory = measure(case, args, skipped)
-        lines += table(case, times, memory)
-        judged += verdicts(case, times)
-    lines += judged + [f"- left out: {why}" for why in skipped]
-    print("\n".join(lines))
+        times: dict[str, list[float]] = {}
+        memory: dict[str, float] = {}
+        try:
+            measure(case, args, skipped, times, memory)
+        finally:
+            # After a signal, too: what was measured until then.
+            if times:
+                rows = table(case, times, memory)
+                print("\n".join(rows), flush=True)
+                lines += rows
+    left_out = [f"- left out: {why}" for why in skipped]
+    print("\n".join(left_out))
+    lines += left_out
     if args.write:
         args.write.write_text(between_markers(args.write.read_text(), marked, lines))
 

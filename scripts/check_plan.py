@@ -34,14 +34,13 @@ from hydra import compose, initialize_config_dir
 from page import between_markers, check_page, cpu_name
 from torch.nn import functional as F
 
-from lars_train.cli import prepare_arguments
 from lars_train.config import Config, config_dir, register, resolve
-from lars_train.cost import Machine, update_seconds
-from lars_train.optim.factory import build_optimizer
-from lars_train.spawn import start_processes
+from lars_train.config.arguments import prepare_arguments
+from lars_train.launch import start_processes
+from lars_train.preflight.time_model import Machine, update_seconds
+from lars_train.training.assemble import build_optimizer, make_network
+from lars_train.training.device_prefetch import DevicePrefetcher, normaliser
 from lars_train.training.distributed import Group, current_ranks, process_group
-from lars_train.training.feed import Feed, normaliser
-from lars_train.training.network import make_network
 from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
 
@@ -83,7 +82,7 @@ class Round:
 class Bare:
     """What a plan asks of a machine, measured without the run's code around it."""
 
-    def __init__(self, run: Run, pictures: Feed) -> None:
+    def __init__(self, run: Run, pictures: DevicePrefetcher) -> None:
         config, self.run, self.pictures = run.config, run, pictures
         self.network = make_network(config, config.data.num_classes or 0).to(memory_format=torch.channels_last).train()
         self.optimizer = build_optimizer(config.optimizer, self.network)
@@ -101,7 +100,8 @@ class Bare:
         step = self._timed(self._step, updates, prepare=self._one_pass)
         read = self._timed(lambda: next(self.pictures), updates * MICRO_BATCHES)
         small, large = (
-            self._timed(functools.partial(group.sum, self.buffers[size]), REDUCTIONS) for size in (SMALL, LARGE)
+            self._timed(functools.partial(group.all_reduce_sum, self.buffers[size]), REDUCTIONS)
+            for size in (SMALL, LARGE)
         )
         planned = {}
         for clock in ("wall", "cpu"):
@@ -149,13 +149,13 @@ class Bare:
 
 def timed(group: Group, work: Callable[[], object]) -> Took:
     """What `work` takes, until the last process is done with it. Collective."""
-    group.highest([0])
+    group.all_reduce_max([0])
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     cpu = time.process_time() - cpu
-    group.highest([0])
+    group.all_reduce_max([0])
     wall = time.perf_counter() - wall
-    return Took(wall, statistics.mean(group.gather(cpu)))
+    return Took(wall, statistics.mean(group.all_gather(cpu)))
 
 
 def rounds_of(config: Config, rounds: int, updates: int) -> list[Round]:
@@ -186,9 +186,7 @@ def rounds_of(config: Config, rounds: int, updates: int) -> list[Round]:
                 else:
                     measured, (planned, parts) = block(updates), bare.measure(updates)
                 found.append(Round(planned, measured, parts))
-        for part in (run.log, run.writer):
-            if part is not None:
-                part.close()
+        run.close()
     return found
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lars_train.data.loader import Batch
+from lars_train.data.loading.loader import Batch
 from lars_train.models import ghost_norm
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.factory import model_names

@@ -1,4 +1,4 @@
-/* Feeds mutated JPEGs and random views to lars_train/data/jpeg.c; scripts/fuzz_jpeg.py builds it with sanitizers.
+/* Feeds mutated JPEGs and random views to lars_train/data/decode/jpeg.c; scripts/fuzz_jpeg.py builds it with sanitizers.
 
    fuzz_jpeg SEEDS COUNT SECONDS START OUT: SEEDS holds each seed with its length (4 bytes, little-endian) before it.
    What is decoded is the same for the same START. At a finding the input is written to OUT. */
@@ -7,7 +7,7 @@
 #include <unistd.h>
 
 #define LARS_WITHOUT_PYTHON
-#include "../lars_train/data/jpeg.c"
+#include "../lars_train/data/decode/jpeg.c"
 
 void __sanitizer_set_death_callback(void (*callback)(void)) __attribute__((weak));
 

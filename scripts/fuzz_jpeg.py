@@ -96,8 +96,8 @@ def fuzz(count: int, seconds: int, start: int, flags: tuple[str, ...], keep: Pat
 
 def leak(count: int) -> int:
     """Decode `count` JPEGs, a third of them damaged; 0 if the resident memory stays as it is after the first tenth."""
-    from lars_train.data import native
-    from lars_train.data.augment import Geometry
+    from lars_train.data.decode import native
+    from lars_train.data.transforms import Geometry
 
     if not native.is_there():
         print(f"the decoder in C is not there. {native.REMEDY}")
@@ -113,7 +113,7 @@ def leak(count: int) -> int:
     for i in range(count):
         data, (width, height) = pictures[i % len(pictures)]
         box = (i % width, i % height, width, height)
-        decoded += native.decode(data, (width, height), Geometry(box, (32, 32), 0, (0, 0), i % 2 == 1), out)
+        decoded += native.decode_jpeg(data, (width, height), Geometry(box, (32, 32), 0, (0, 0), i % 2 == 1), out)
         if i == count // 10:
             before = resident_mb()
     grown = resident_mb() - before

@@ -1,87 +1,234 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, in under five minutes: the tests that want one, the benchmarks, some training; a report.
+# usage: scripts/gpu_check.sh [--dry-run] [--report FILE] [STAGE ...]
 #
-#     pip install '.[test]' && scripts/gpu_check.sh [PICTURES]        # PICTURES: a folder with JPEGs, a store or a zip
+# Tests, measurements and a training on a GPU, in stages of at most four minutes; without STAGE all of them in this order:
 #
-# Writes gpu_check.txt in the checkout, or the file that REPORT names. Ends with 1 if a test, a benchmark or the training
-# failed, with 2 if PICTURES is not there. Each has its limit, so that none takes the time of the others. Where a machine
-# is new, each start of Python takes ten seconds; the input is measured in CPU time, beside the tests.
+#   tests      the tests marked cuda
+#   step       an update of ResNet-50 by micro-batch and ghost batch, beside a bare loop; first eager, then compiled
+#   lars       the step of LARS beside other optimizers and other implementations
+#   training   a training, the same stopped by SIGTERM and resumed: equal weights? then one at full speed
+#   more       the other contenders of bench_step.py, in turns
+#
+# Every line is appended to FILE (gpu_check.txt) at once: a limit, a crash or a signal loses none that was printed.
+# A part that fails does not stop the next one. Another start of `step` gets further: compiled code is kept.
+#
+# The package of this checkout is measured; it need not be installed. PYTHON names the interpreter, and packages can
+# lie in a folder that PYTHONPATH names. A stage whose packages are missing is left out.
+#
+# --dry-run needs no GPU: it prints the commands and checks them by scripts/check_commands.py.
+#
+# Exit codes: 0 all well, 1 a part failed or a stage was left out, 2 nothing could begin.
 set -uo pipefail
-pictures=${1:-}
-if [ -n "$pictures" ]; then
-    [ -e "$pictures" ] || { echo "$pictures: there is no such folder or file" >&2; exit 2; }
-    pictures=$(realpath -- "$pictures")
-fi
-# Before the way there: both are meant from where the script was called.
-report=${REPORT:+$(realpath -m -- "$REPORT")}
-root=$(dirname "$0")/..
-cd "$root" || exit 1
-report=${report:-gpu_check.txt}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-touch "$scratch/failed"
 
-part() { # NAME SECONDS GRACE COMMAND...
-    local name="$1" seconds="$2" grace="$3"
-    shift 3
-    echo "== $name: $*"
-    timeout --preserve-status --kill-after "$grace" "$seconds" "$@" 2>&1 | tail -n 40
-    local code="${PIPESTATUS[0]}"
-    echo "== $name: exit code $code"
-    # A training that its time is up for ends with a checkpoint and 75.
-    [ "$code" -eq 0 ] || { [ "$name" = training ] && [ "$code" -eq 75 ]; } || echo "$name" >>"$scratch/failed"
-}
+all=(tests step lars training more)
+most=240 grace=8
+program="torch torchvision numpy PIL hydra omegaconf"
+declare -A needs=(
+    [tests]="$program pytest" [step]="$program" [lars]="torch torchvision numpy"
+    [training]="$program tqdm filelock tensorboard" [more]="$program"
+)
 
-check() {
-    command -v python >/dev/null || { echo "there is no python here"; return 1; }
-    python - <<'PYTHON' || return 1
-import os, sys
+usage() { sed -n '/^# usage/,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+
+begin() { # STAGE=PACKAGES...: print what is missing, then on what this runs; 2 if nothing can run
+    : >"$scratch/lacking"
+    "$python" - "$scratch/lacking" "$dry" "$@" <<'PYTHON' || return 2
+import importlib.util, pathlib, sys
+lacking, dry, *needs = sys.argv[1:]
+called = {"PIL": "pillow", "hydra": "hydra-core"}
+with open(lacking, "w") as file:
+    for stage, _, packages in (need.partition("=") for need in needs):
+        missing = [called.get(name, name) for name in packages.split() if importlib.util.find_spec(name) is None]
+        if missing:
+            print("stage", stage, "needs packages that are not installed:", " ".join(missing), flush=True)
+            print(stage, *missing, file=file)
 try:
-    import torch, torchvision
+    import torch
+    if not dry and not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device here")
+    import torchvision, lars_train
 except Exception as error:
-    sys.exit(f"torch and torchvision cannot be imported here: {error}")
-if not torch.cuda.is_available():
-    sys.exit("torch finds no CUDA device here")
-# As the benchmarks find it: this folder, which is first here, is none that they look into by themselves.
-here = os.getcwd()
-sys.path[:] = [path for path in sys.path if path]
-try:
-    import lars_train
-except Exception as error:
-    sys.exit(f"lars_train cannot be imported here: {error}; pip install '.[test]'")
+    sys.exit(f"torch, torchvision and lars_train are needed, and one cannot be imported: {error}")
 for number in range(torch.cuda.device_count()):
-    print(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
-print("torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version())
-place = os.path.dirname(os.path.abspath(lars_train.__file__))
-print("lars_train", lars_train.__version__, "from", place)
-if place != os.path.join(here, "lars_train"):
-    print("which is not that of this checkout: benchmarks and training measure the one, tests may see the other")
+    print(torch.cuda.get_device_name(number), "capability", torch.cuda.get_device_capability(number))
+print("Python", sys.version.split()[0], "torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA", torch.version.cuda)
+print("lars_train", lars_train.__version__, "from", pathlib.Path(lars_train.__file__).parent)
 PYTHON
-    echo "checkout: $PWD, commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
-    local but="" beside=""
-    if [ -n "$pictures" ]; then
-        part input 80 2 python scripts/bench_input.py "$pictures" --rounds 1 --files 30 --no-copies >"$scratch/input" &
-        beside=$!
-    else
-        but=", input left out"
-        echo "== input: left out, give a folder of pictures" >"$scratch/input"
-    fi
-    part tests 80 2 python -m pytest -q -n0 -m cuda -rs
-    [ -z "$beside" ] || wait "$beside"
-    cat "$scratch/input"
-    part "LARS's step" 24 2 python scripts/bench_lars.py --device cuda --model resnet50 --rounds 5
-    # Compiling takes minutes.
-    part "training step" 68 2 python scripts/bench_step.py --device cuda --case resnet50 --starts 1 --rounds 7 \
-        --seconds 0.5 --only "(a) bare, fp32 NCHW" "(b) timm" "(c) best bare, eager" "(d) lars-train"
-    part training 105 10 lars-train data=synthetic data.train_count=65536 data.val_count=2048 data.num_classes=1000 \
-        model=resnet50 batch=32k batch.scaled=true device=cuda launch.nproc=1 log_every=5 compile=false \
-        run.dir="$scratch/run"
-    tail -n 3 "$scratch/run/metrics.jsonl" 2>/dev/null
-    local failed
-    failed=$(paste -sd ' ' "$scratch/failed")
-    if [ -z "$failed" ]; then echo "== all well$but"; else echo "== failed: $failed$but"; fi
-    [ -z "$failed" ]
+    echo "commit $(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)"
+    echo "driver $(timeout 20 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null || echo unknown)"
 }
 
-check 2>&1 | tee "$report"
-exit "${PIPESTATUS[0]}"
+quoted() {
+    local word
+    for word; do
+        case "$word" in
+            '' | *[!A-Za-z0-9_./:=,+-]*) printf '%s ' "${word@Q}" ;;
+            *) printf '%s ' "$word" ;;
+        esac
+    done
+    echo
+}
+
+# Run COMMAND for at most SECONDS, the grace after SIGTERM included. `expected`: the exit code that is well (0).
+# `may_be_cut`: to reach the limit is well, too. `stop_at`: send SIGTERM when a file matches this pattern.
+part() { # NAME SECONDS COMMAND...
+    local name="$1" seconds="$2" started="$SECONDS" code=0 cut=""
+    shift 2
+    printf '== %s, at most %s s: ' "$name" "$seconds"
+    quoted "$@"
+    total=$((total + seconds))
+    if [ -n "$dry" ]; then
+        quoted "$@" >>"$scratch/commands"
+        return
+    fi
+    timeout --preserve-status --kill-after "$grace" $((seconds - grace)) "$@" </dev/null &
+    child=$!
+    if [ -n "${stop_at:-}" ]; then
+        until compgen -G "$stop_at" >/dev/null || ! kill -0 "$child" 2>/dev/null; do sleep 0.1; done
+        kill -TERM "$child" 2>/dev/null
+    fi
+    wait "$child" || code=$?
+    child=""
+    [ $((SECONDS - started)) -lt $((seconds - grace)) ] || cut=", cut at its limit"
+    echo "== $name: exit code $code after $((SECONDS - started)) s$cut"
+    [ "$code" -eq "${expected:-0}" ] || [ -n "${cut:+${may_be_cut:-}}" ] || failed+=("$name")
+}
+
+stage_tests() {
+    local files
+    mapfile -t files < <(grep -rl --include='*.py' 'pytest\.mark\.cuda' tests | sort)
+    # The options in pyproject.toml are those of a plugin that may be missing.
+    part tests 240 "$python" -m pytest -o addopts= --import-mode=importlib --continue-on-collection-errors -m cuda \
+        -v -rs --tb=short "${files[@]}"
+}
+
+stage_step() {
+    local sweep=("$python" scripts/bench_step.py --device cuda --case resnet50 --ghost 32 --sweep 256 128 64 32
+        --rounds 7 --seconds 0.3)
+    part "step, eager" 100 "${sweep[@]}" --only "(d) lars-train" "(c) best bare, eager"
+    # Compiling takes minutes.
+    may_be_cut=yes part "step, compiled" 140 "${sweep[@]}" --only "(d) lars-train, compiled" "(c) best bare, compiled"
+}
+
+stage_lars() {
+    part lars 240 "$python" scripts/bench_lars.py --device cuda --rounds 20
+}
+
+stage_training() {
+    local train=("$python" -m lars_train data=synthetic data.num_classes=1000 model=resnet50 device=cuda launch.nproc=1
+        compile=false)
+    local short=("${train[@]}" data.train_count=16384 data.val_count=512 batch.size=256 optimizer.lr=2 epochs=1
+        schedule.warmup_epochs=0 micro_batch=256 deterministic=true checkpoint.every_updates=16 log_every=8)
+    part "training, not stopped" 60 "${short[@]}" run.dir="$scratch/whole"
+    expected=75 stop_at="$scratch/stopped/checkpoints/*.pt" \
+        part "training, stopped" 45 "${short[@]}" run.dir="$scratch/stopped"
+    part "training, resumed" 55 "${short[@]}" run.dir="$scratch/stopped"
+    [ -n "$dry" ] || same_weights
+    may_be_cut=yes part "training, full speed" 80 "${train[@]}" data.train_count=65536 data.val_count=2048 batch=32k \
+        batch.scaled=true max_updates=60 log_every=5 run.dir="$scratch/fast"
+}
+
+same_weights() {
+    local whole resumed
+    whole=$(grep sha256_float32 "$scratch/whole/final.json")
+    resumed=$(grep sha256_float32 "$scratch/stopped/final.json")
+    if [ -n "$whole" ] && [ "$whole" = "$resumed" ]; then
+        echo "== training: the resumed run has the weights of the one that was not stopped: $whole"
+    else
+        echo "== training: WEIGHTS DIFFER: not stopped:${whole:- none}; resumed:${resumed:- none}"
+        failed+=("training, equal weights")
+    fi
+}
+
+stage_more() {
+    local turns=("$python" scripts/bench_step.py --device cuda --starts 1 --rounds 7 --seconds 0.5)
+    part "more, eager" 120 "${turns[@]}" --only "(a) bare, fp32 NCHW" "(b) timm" "(c) best bare, eager" \
+        "(d) lars-train" "(d) without the trainer"
+    may_be_cut=yes part "more, compiled" 120 "${turns[@]}" --only "(c) best bare, eager" "(c) best bare, compiled" \
+        "(d) lars-train" "(d) lars-train, compiled"
+}
+
+end() {
+    [ -z "$child" ] || { kill -TERM "$child" && wait "$child"; } 2>/dev/null
+    rm -rf "$scratch"
+    exec >&- 2>&-
+    [ -n "$writer" ] || return
+    # What a part has left behind may keep the output open.
+    for _ in {1..30}; do
+        kill -0 "$writer" 2>/dev/null || break
+        sleep 0.1
+    done
+}
+
+refuse() {
+    echo "gpu_check.sh: $1" >&2
+    exit 2
+}
+
+dry="" report="" stages=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --dry-run) dry=yes ;;
+        --report)
+            [ -n "${2:-}" ] || refuse "--report: name a file"
+            report="$2"
+            shift
+            ;;
+        -h | --help)
+            usage
+            exit
+            ;;
+        *)
+            [ -n "${needs[$1]:-}" ] || refuse "$1: unknown stage or option; the stages are ${all[*]}"
+            stages+=("$1")
+            ;;
+    esac
+    shift
+done
+[ "${#stages[@]}" -gt 0 ] || stages=("${all[@]}")
+if [ -n "${PYTHON:-}" ]; then
+    python=$(command -v "$PYTHON") || refuse "PYTHON=$PYTHON: there is no such program"
+else
+    python=$(command -v python || command -v python3) || refuse "there is no python here; PYTHON can name one"
+fi
+[[ "$python" == /* ]] || python="$PWD/$python"
+# Relative to where the script was called.
+report=${report:+$(realpath -m -- "$report")}
+root=$(dirname "$0")/..
+cd "$root" || exit 2
+report=${report:-$PWD/gpu_check.txt}
+scratch=$(mktemp -d) writer="" child="" failed=() left_out=()
+trap end EXIT
+trap 'echo "== stopped by a signal"; exit 143' TERM HUP
+trap 'echo "== stopped by Ctrl-C"; exit 130' INT
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ -z "$dry" ]; then
+    header="=== $(date -u '+%Y-%m-%d %H:%M') UTC, gpu_check.sh ${stages[*]}"
+    { echo "$header" >>"$report"; } 2>/dev/null || refuse "$report: cannot be written; --report names another file"
+    echo "$header"
+    # Only the end of all output ends it.
+    exec > >(trap '' INT TERM HUP && exec tee -a "$report") 2>&1
+    writer=$!
+fi
+wanted=()
+for stage in "${stages[@]}"; do wanted+=("$stage=${needs[$stage]}"); done
+begin "${wanted[@]}" || exit 2
+for stage in "${stages[@]}"; do
+    total=0
+    if missing=$(grep "^$stage " "$scratch/lacking"); then
+        echo "=== $stage: left out, because packages are missing: ${missing#* }"
+        left_out+=("$stage")
+        continue
+    fi
+    "stage_$stage"
+    echo "=== $stage: $total s at most"
+    [ "$total" -le "$most" ] || failed+=("$stage, $total s instead of $most")
+done
+if [ -s "$scratch/commands" ]; then
+    "$python" scripts/check_commands.py <"$scratch/commands" || failed+=("a command")
+fi
+join() { local IFS=';' && echo "$*"; }
+out=$(join "${left_out[@]}") wrong=$(join "${failed[@]}")
+[ -z "$out" ] || echo "=== left out: $out"
+if [ -n "$wrong" ]; then echo "=== failed: $wrong"; else echo "=== all that ran is well"; fi
+[ -z "$out$wrong" ]

@@ -82,12 +82,14 @@ def main() -> int:
     settings = settings_of(args.epochs, args.updates, args.log_every)
     with tempfile.TemporaryDirectory() as folder:
         moments = watched(settings, updates, Path(folder))
-    lines, flat = told(moments, settings, updates, args.updates)
+    lines, grown = told(moments, settings, updates, args.updates)
     print("\n".join(lines))
     if args.write is not None:
         page = args.write.read_text(encoding="utf-8")
         args.write.write_text(between_markers(page, "long_haul", lines), encoding="utf-8")
-    return 0 if flat else 1
+    for what in grown:
+        print(f"over a long run: {what}", file=sys.stderr)
+    return 1 if grown else 0
 
 
 def settings_of(epochs: int, updates: int, log_every: int) -> list[str]:
@@ -184,16 +186,15 @@ def part(moments: list[Moment], epoch: int, name: str) -> Part:
     return Part(memory, files, tuple(times))
 
 
-def told(moments: list[Moment], settings: list[str], updates: int, epoch: int) -> tuple[list[str], bool]:
-    """The figures of a run of so many updates, `epoch` of them in each, as Markdown, and whether nothing grew."""
+def told(moments: list[Moment], settings: list[str], updates: int, epoch: int) -> tuple[list[str], list[str]]:
+    """The figures of a run of so many updates, `epoch` of them in each, as Markdown, and what grew beyond its limit."""
     (early, late), last = early_and_late(moments, epoch), moments[-1]
     memory, files, slower = late.memory - early.memory, late.files - early.files, late.time / early.time
-    judged = (
+    growth = (
         (f"memory grew by {memory:.1f} MiB", MOST_MEMORY, memory),
         (f"open files grew by {files:.0f}", MOST_FILES, files),
         (f"an update took {slower:.2f} times as long", MOST_TIME, round(slower, 2)),
     )
-    flat = all(value <= most for _, most, value in judged)
     lines = [
         f"`{command_line(__file__)}` on {cpu_name()}, one thread: {updates:,} updates, looked at until "
         f"{last.update:,}, in {last.seconds / 60:.0f} minutes, `lars-train {' '.join(settings)}`.",
@@ -209,12 +210,9 @@ def told(moments: list[Moment], settings: list[str], updates: int, epoch: int) -
         f"Bytes of metrics.jsonl and TensorBoard's files an update: {last.log_bytes / last.update:,.0f}; files that "
         f"TensorBoard's events went on in, each of them closed before the next: {last.event_files}.",
         "",
-        *(
-            f"- over a long run: {what}; at most {most:g} wanted: {'met' if value <= most else '**not met**'}"
-            for what, most, value in judged
-        ),
+        *(f"- over a long run: {what}" for what, _, _ in growth),
     ]
-    return lines, flat
+    return lines, [f"{what}; at most {most:g} is flat" for what, most, value in growth if value > most]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lars_train.config import config_dir, schema
+from lars_train.config.recipe_schema import RowConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -110,12 +111,11 @@ def page() -> str:
         if not dataclasses.is_dataclass(kind):
             continue
         lines += ["", f"## {field.name}", "", intro(typing.cast(type, kind)), ""]
-        if (config_dir() / field.name).is_dir():
-            names = ", ".join(f"`{name}`" for name in schema.choices_of(field.name))
-            lines += [f"`{field.name}=` {names}", ""]
+        if names := schema.choices_of(field.name):
+            lines += [f"`{field.name}=` {', '.join(f'`{name}`' for name in names)}", ""]
         lines += table(typing.cast(type, kind), f"{field.name}.")
-    keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(schema.RowConfig))
-    lines += ["", "## A row of a recipe", "", intro(schema.RowConfig), "", f"{keys}."]
+    keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(RowConfig))
+    lines += ["", "## A row of a recipe", "", intro(RowConfig), "", f"{keys}."]
     config = OmegaConf.load(config_dir() / "config.yaml")
     chosen = ", ".join(
         f"`{key}={value}`"

@@ -34,8 +34,7 @@ from page import between_markers, cpu_name, writable_page
 from torch import Tensor
 
 from lars_train.config import Config, resolve
-from lars_train.launch import Ranks
-from lars_train.spawn import start_processes
+from lars_train.launch import Ranks, start_processes
 from lars_train.training import checkpoint, session
 from lars_train.training.distributed import begin_job
 from lars_train.training.prepare import prepare

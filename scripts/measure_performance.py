@@ -1,32 +1,28 @@
-"""Everything that docs/performance.md tells in figures, one script after another, and their targets in one table.
+"""Everything that docs/performance.md tells in figures, one script after another.
 
     python scripts/measure_performance.py [--write docs/performance.md]      # about an hour, on an idle machine
 
 Each part is a script that may be run by itself: bench_step.py, bench_trainer.py, profile_step.py, bench_reduction.py,
-bench_startup.py and long_haul.py. What each finds goes between its markers of the page, and its targets, judged, into
-the table.
+bench_startup.py and long_haul.py. What each finds goes between its markers of the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 from child import GRACE_S, end_on_signals, run
 from page import between_markers, check_page, cpu_name, writable_page
 
-from lars_train.stores.workers import cores
+from lars_train.pack.processes import cores
 
 PARTS = ("bench_step", "bench_trainer", "profile_step", "bench_reduction", "bench_startup", "long_haul")
 MARKED = "measure_performance"
-JUDGED = re.compile(r"^- (?P<found>.+); (?P<wanted>[^;]+) wanted: (?P<verdict>.+)$")
 
 
 def main() -> int:
@@ -43,7 +39,6 @@ def main() -> int:
         except ValueError as error:
             parser.error(f"argument --write: {error}")
     here = Path(__file__).parent
-    rows: list[str] = []
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for part in args.only:
@@ -61,24 +56,15 @@ def main() -> int:
                 failed.append(f"{part}.py ended with code {code}")
                 continue
             print("\n".join([*lines, ""]), flush=True)
-            rows += judged(part, lines)
             if args.write:
                 args.write.write_text(between_markers(args.write.read_text(), part, lines))
-    if args.write:
-        # With --only, the parts that were measured before keep their rows.
-        page = args.write.read_text()
-        rows = [row for part in PARTS for row in judged(part, within(page, part))]
-    table = [
+    where = [
         f"`python scripts/measure_performance.py` on {machine()}; Python {platform.python_version()}, torch "
-        f"{version('torch')}.",
-        "",
-        "| found | wanted | | by |",
-        "|---|---|---|---|",
-        *rows,
+        f"{version('torch')}."
     ]
-    print("\n".join([*table, *failed]))
+    print("\n".join([*where, *failed]))
     if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), MARKED, table))
+        args.write.write_text(between_markers(args.write.read_text(), MARKED, where))
     return 1 if failed else 0
 
 
@@ -99,12 +85,6 @@ def within(page: str, part: str) -> list[str]:
     """The lines between the markers of `part`, less empty ones around them."""
     _, _, rest = page.partition(f"<!-- {part}: begin -->")
     return rest.partition(f"<!-- {part}: end -->")[0].strip().splitlines()
-
-
-def judged(part: str, lines: Iterable[str]) -> list[str]:
-    """A row of the table for each line that judges a target."""
-    found = (JUDGED.match(line) for line in lines)
-    return [f"| {m['found']} | {m['wanted']} | {m['verdict']} | `{part}.py` |" for m in found if m]
 
 
 if __name__ == "__main__":

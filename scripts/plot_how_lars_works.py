@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from page import between_markers, cpu_name, writable_page
 
 from lars_train.report.curves import COLOURS, LINES, MARKERS
-from lars_train.report.read import FINISHED, Ratios, Run, read_ratios, read_run
+from lars_train.report.read import FINISHED, Ratios, RunRecord, read_ratios, read_run
 
 ROOT = Path(__file__).parents[1]
 MARKED = "plot_how_lars_works"
@@ -83,7 +83,7 @@ def main() -> None:
         args.write.write_text(between_markers(args.write.read_text(), MARKED, told))
 
 
-def train(directory: Path, epochs: int, settings: Sequence[str]) -> Run:
+def train(directory: Path, epochs: int, settings: Sequence[str]) -> RunRecord:
     """The run in `directory`, trained to its end if it is not there; one that diverges ends before it."""
     own = (f"run.dir={directory}", f"epochs={epochs}", *settings)
     code = run_child([sys.executable, "-m", "lars_train", *SETTINGS, *own])
@@ -119,7 +119,7 @@ def draw_ratios(ratios: Ratios, per_epoch: float) -> Figure:
     return figure
 
 
-def draw_curves(runs: dict[str, Run]) -> Figure:
+def draw_curves(runs: dict[str, RunRecord]) -> Figure:
     """Training loss and validation top-1 over epochs."""
     with mpl.rc_context(_LOOK):
         figure = Figure(figsize=(9.5, 3.6), layout="constrained")
@@ -158,7 +158,7 @@ def rest_of(ratios: Ratios) -> list[str]:
     return [layer for layer in ratios.layers if layer not in matrices]
 
 
-def lines(runs: dict[str, Run], ratios: Ratios, epochs: int) -> list[str]:
+def lines(runs: dict[str, RunRecord], ratios: Ratios, epochs: int) -> list[str]:
     """The page's part: command and versions, how each run ended, and the ratios' spread."""
     command = f"python scripts/plot_how_lars_works.py --epochs {epochs} --write docs/how_lars_works.md"
     versions = f"Python {platform.python_version()}, torch {version('torch')}"

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lars_train.config import Config
 from lars_train.training.device import available_cores, set_up
-from lars_train.training.utilisation import flops_per_image, peak_flops
+from lars_train.training.metrics import flops_per_image, peak_flops
 
 CONVOLUTION = "convolutions"
 KINDS = {

@@ -15,7 +15,7 @@ from typing import Any
 from page import between_markers, cpu_name
 
 from lars_train.errors import ConfigError
-from lars_train.report.command import rows_of
+from lars_train.report.lars_report import rows_of
 from lars_train.report.read import read_run
 from lars_train.report.write import check_folder, write_report
 

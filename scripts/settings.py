@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from lars_train.cli import explain, prepare_arguments
+from lars_train.cli import explain
 from lars_train.config import Config, config_dir, register, resolve
+from lars_train.config.arguments import prepare_arguments
 from lars_train.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 from PIL import Image
 
-from lars_train.data.augment import Geometry
-from lars_train.data.decode import PILLOW, BadImage, decode
+from lars_train.data.decode.pillow import PILLOW, BadImage, decode
+from lars_train.data.transforms import Geometry
 
 Pixels = npt.NDArray[np.uint8]
 KINDS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "grey", "rgb")
@@ -93,6 +93,27 @@ def separate_scans(count: int) -> bytes:
     frame = b"\xff\xc0\x00\x11\x08\x00\x21\x00\x28\x03" + b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
     scans = (b"\xff\xda\x00\x08\x01" + bytes([1 + i % 3, 0, 0, 63, 0]) + entropy for i in range(count))
     return b"\xff\xd8" + segments[0xDB] + frame + segments[0xC4] + b"".join(scans) + b"\xff\xd9"
+
+
+def many_scans(width: int, height: int, count: int) -> bytes:
+    """A grey progressive JPEG whose scans after the first are almost empty: each is one more bit of one coefficient."""
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
+
+    def scan(coefficient: int, bits: int, data: str) -> bytes:
+        header = segment(0xDA, bytes([1, 1, 0, coefficient, coefficient, bits]))
+        return header + int(data + "1" * (-len(data) % 8), 2).to_bytes((len(data) + 7) // 8, "big")
+
+    blocks = -(-width // 8) * -(-height // 8)
+    # "0" is no difference in a scan of the first coefficient, and in others the end of 16,384 blocks and 14 bits more.
+    tables = segment(0xC4, b"\x00\x01" + bytes(15) + b"\x00") + segment(0xC4, b"\x10\x01\x01" + bytes(14) + b"\xe0\x00")
+    frame = segment(0xC2, b"\x08" + height.to_bytes(2, "big") + width.to_bytes(2, "big") + b"\x01\x01\x11\x00")
+    ends = ("0" + format(0, "014b")) * (blocks // 16384) + "10" * (blocks % 16384)
+    bits = [13, *(bit + 1 << 4 | bit for bit in range(12, -1, -1))]
+    scans = [scan(coefficient, bit, ends) for bit in bits for coefficient in range(1, 64)]
+    start = b"\xff\xd8" + segment(0xDB, b"\x00" + b"\x10" * 64) + frame + tables + scan(0, 0, "0" * blocks)
+    return start + b"".join(scans[: count - 1]) + b"\xff\xd9"
 
 
 def not_for_it() -> Iterator[tuple[str, bytes]]:

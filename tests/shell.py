@@ -17,12 +17,9 @@ from pathlib import Path
 
 import torch
 
-import lars_train.commands
-import lars_train.report.command
-import lars_train.stores.tasks  # noqa: F401
 from lars_train import cli
-from lars_train.report import command as report
-from lars_train.stores import command as stores
+from lars_train.pack import lars_data as stores
+from lars_train.report import lars_report as report
 
 PROGRAMS: dict[str, Callable[[], None]] = {"lars-train": cli.main, "lars-report": report.main, "lars-data": stores.main}
 

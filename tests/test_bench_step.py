@@ -6,6 +6,8 @@ import importlib
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,19 +36,48 @@ def test_a_page_gets_a_line_for_each_contender_with_rates_ratios_and_memory(tmp_
         assert float(rates.split()[0].replace(",", "")) > 0
         assert float(to_bare) > 0
         assert float(memory.replace(",", "")) > 0
-    assert "- small: (d) lars-train is" in text
 
 
-def test_tuned_is_judged_by_the_faster_of_both_beside_the_faster_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_sweep_has_a_row_for_each_configuration_failed_or_not(tmp_path: Path) -> None:
+    command = "--case small --size 16 --threads 1 --ghost 4 --sweep 8 4 --rounds 2 --seconds 0 --only".split()
+    names = ["(d) lars-train", "(b) timm", "(c) best bare, eager"]
+    done = start([sys.executable, str(SCRIPT), *command, *names], tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| (")]
+    ours, timm, bare = names
+    wanted = [(ours, "8", "4"), (timm, "8", "-"), (bare, "8", "-"), (ours, "8", "8")]
+    wanted += [(ours, "4", "4"), (timm, "4", "-"), (bare, "4", "-")]
+    assert [tuple(row[:3]) for row in rows] == wanted
+    for name, images, _, took, speed, _ in rows:
+        if name == timm:
+            assert took == "LookupError: timm has no such network"
+        else:
+            milliseconds = float(took.split()[0].replace(",", ""))
+            assert float(speed.replace(",", "")) == pytest.approx(1000 * int(images) / milliseconds, rel=0.05)
+
+
+def test_a_signal_leaves_the_whole_rounds_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)
     script = importlib.import_module("bench_step")
-    seconds = {script.BARE: [4.0, 4.4], script.BEST: [1.0, 1.1], script.BEST_EAGER: [0.9, 0.99]}
-    seconds |= {script.OURS: [1.0, 1.1], script.TUNED: [1.25, 1.375]}
-    assert script.verdicts(script.CASES[0], seconds) == [
-        f"- resnet50: {script.OURS} is 4.00 times {script.BARE}; 4.0 wanted: met",
-        f"- resnet50: {script.OURS}, tuned, is 0.90 times {script.BEST_EAGER}; 0.97 wanted: **not met**",
-        f"- resnet50: {script.OURS} is 0.90 times {script.BEST_EAGER}; 0.9 wanted: met",
-    ]
+    turns = iter([1.0, 2.0, 3.0, 4.0, 5.0])
+
+    class Process:
+        memory, skipped = dict.fromkeys([script.BARE, script.OURS], 1.0), dict[str, str]()
+
+        def turn(self, name: str, seconds: float) -> float:
+            found = next(turns, None)
+            if found is None:
+                raise SystemExit(143)
+            return found
+
+    monkeypatch.setattr(script, "served", lambda names, case: nullcontext(Process()))
+    args = Namespace(only=None, starts=1, rounds=9, seconds=0.0)
+    found: dict[str, list[float]] = {}
+    with pytest.raises(SystemExit):
+        script.measure(script.CASES_ON_CUDA[0], args, [], found, {})
+    assert sorted(value for own in found.values() for value in own) == [1, 2, 3, 4]
+    assert [len(own) for own in found.values()] == [2, 2]
 
 
 @pytest.mark.slow

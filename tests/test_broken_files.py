@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from lars_train.config import Config, resolve
-from lars_train.data import library, native
-from lars_train.data.augment import View
-from lars_train.data.loader import Batch, eval_loader, train_loader
+from lars_train.data.decode import native
+from lars_train.data.loading.loader import Batch, LoaderSpec, eval_loader, train_loader
 from lars_train.data.order import epoch_order
+from lars_train.data.transforms import View
 from lars_train.launch import Ranks
 from lars_train.training import session
 from lars_train.training.prepare import prepare
@@ -30,8 +30,7 @@ from lars_train.training.run_directory import Invocation
 VIEW = View("inception", 16, True, 0, 0.875)
 BROKEN = 200
 not_built = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-no_library = pytest.mark.skipif(not library.is_there(), reason="nvImageCodec is not installed")
-DECODERS = ["pillow", pytest.param("native", marks=not_built), pytest.param("library", marks=no_library)]
+DECODERS = ["pillow", pytest.param("native", marks=not_built)]
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -139,13 +138,14 @@ def test_of_200_broken_files_none_is_shown_and_none_that_is_whole_is_lost(decode
     source, good = Files(), [whole for _, whole in files()]
     count = len(good)
     assert (count, sum(good)) == (240, 40)
-    common = {"rank": 0, "world": 1, "workers": workers, "pin_memory": False, "decoder": decoder}
+    common: dict[str, Any] = {"rank": 0, "world": 1, "workers": workers, "pin_memory": False, "decoder": decoder}
     seen = list(eval_loader(source, VIEW, micro_batch=64, **common))
     assert numbers(seen) == [number if good[number] else -1 for number in range(count)]
     assert [bad.sample for batch in seen for bad in batch.bad] == [i for i in range(count) if not good[i]]
     assert all(len(bad.reason.splitlines()) == 1 for batch in seen for bad in batch.bad)
     epoch = {"seed": 1, "batch": 60, "ghost_batch": 20, "ghosts_per_micro": 2, "updates_per_epoch": 4}
-    drawn = list(train_loader(source, VIEW, **epoch, start_update=0, stop_update=4, on_error="skip", **common))
+    spec = LoaderSpec(source=source, view=VIEW, **epoch, on_error="skip", **common)
+    drawn = list(train_loader(spec, 0, 4))
     following = {i: next(j % count for j in itertools.count(i) if good[j % count]) for i in range(count)}
     assert numbers(drawn) == [following[sample] for sample in epoch_order(1, 0, count).tolist()]
     assert {bad.sample for batch in drawn for bad in batch.bad} == {i for i in range(count) if not good[i]}

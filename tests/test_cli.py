@@ -1,4 +1,4 @@
-"""The command line: what it makes of its arguments, how it answers bad ones, and what it needs for ``--help``.
+"""The command line: how it answers bad arguments, what a sweep reports, and what it needs for ``--help``.
 
 The commands themselves are tested where their work is done, and every form of starting them in test_launch_forms.py.
 """
@@ -6,157 +6,22 @@ The commands themselves are tested where their work is done, and every form of s
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from program import TINY, environment
+from program import TINY, composed, environment, prepared
 
-from lars_train.cli import explain, main, prepare_arguments
-from lars_train.config import config_dir, register
-from lars_train.errors import ConfigError
-
-
-def prepared(*arguments: str) -> list[str]:
-    return prepare_arguments(list(arguments), None)
-
-
-def composed(*arguments: str) -> DictConfig:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("config", overrides=prepared(*arguments))
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("batch=256", "batch='256'"),
-        ("batch=256,8k,16k", "batch='256',8k,16k"),
-        ("batch=8k,256,512", "batch=8k,'256','512'"),
-        ("batch=4096", "batch=4k"),
-        ("batch=49152,4096,512", "batch=48k,4k,'512'"),
-        ("batch=choice(4096, 8192)", "batch=choice(4k, 8k)"),
-        ("batch=1632", "batch='1632'"),
-        # The functions of Hydra's grammar take one pair of quotes off.
-        ("batch=choice(256,8k)", """batch=choice("'256'",8k)"""),
-        ("batch=choice(8k, 512 ,256)", """batch=choice(8k, "'512'" ,"'256'")"""),
-        ("batch=0256", "batch='0256'"),
-        ("batch=null", "batch='null'"),
-        ("model=1", "model='1'"),
-        ("recipe=2", "recipe='2'"),
-        ("precision=16", "precision='16'"),
-    ],
-)
-def test_a_choice_that_hydra_would_take_for_a_number_is_quoted(given: str, expected: str) -> None:
-    assert prepared(given) == [expected]
-
-
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "batch=8k",
-        "batch=8k,32k",
-        "batch='256'",
-        'batch="256"',
-        "batch=choice('256',8k)",
-        "batch.size=256",
-        "batch.nominal=256,512",
-        "model=resnet50",
-        "model=resnext50_32x4d,resnet18",
-        "model.ghost_batch=16",
-        "seed=1,2,3",
-        "epochs=90",
-        "data.root=/data/256",
-        "data.image_size=32",
-        "recipe.name=256",
-        "run.name=batch=256",
-        "hydra.sweep.dir=1",
-        "+optimizer.kwargs.dampening=0.1",
-        "-m",
-        "--multirun",
-    ],
-)
-def test_everything_else_is_left_as_it_is(argument: str) -> None:
-    assert prepared(argument) == [argument]
-
-
-def test_a_batch_may_be_written_in_capitals() -> None:
-    assert prepared("batch=32K") == ["batch=32k"]
-    assert prepared("batch=256,8K") == ["batch='256',8k"]
-    assert prepared("data.root=/Data/8K", "run.name=Run") == ["data.root=/Data/8K", "run.name=Run"]
-
-
-@pytest.mark.parametrize(
-    "argument",
-    ["batch=256,8k,16K", "batch=choice(256,8K,16k)", "batch=sort(256,8k,16k)", "batch=choice( 256, 8k, 16k )"],
-)
-def test_hydras_own_parser_sweeps_over_the_prepared_names(argument: str) -> None:
-    # A swept value comes back as it has to stand in a job's own override, quotes and all.
-    parsed = OverridesParser.create().parse_overrides(prepared(argument))[0]
-    assert parsed.is_sweep_override()
-    assert sorted(parsed.sweep_string_iterator()) == ["'256'", "16k", "8k"]
-
-
-def test_a_batch_of_digits_composes() -> None:
-    assert composed("batch=256").batch.nominal == 256
-    assert composed("batch=512").batch.name == "512"
-
-
-def test_keywords_of_the_base_optimizer_may_be_new_keys() -> None:
-    config = composed("optimizer.base=AdamW", "optimizer.kwargs.betas=[0.9,0.99]", "optimizer.kwargs.amsgrad=true")
-    assert OmegaConf.to_container(config.optimizer.kwargs) == {"betas": [0.9, 0.99], "amsgrad": True}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["batch=32k"],
-        ["batch=8k,32k", "-m"],
-        ["mode=evaluate", "model.weights=w.pth"],
-        ["mode=train"],
-        ["data.root=/elsewhere"],
-        ["epochs=3", "seed=1"],
-    ],
-)
-def test_imagenet_is_the_default_when_imagenet_dir_is_set(arguments: list[str]) -> None:
-    settings = [argument for argument in arguments if argument != "-m"]
-    flags = arguments[len(settings) :]
-    assert prepare_arguments(arguments, "/data/imagenet") == [*settings, "data=imagenet", *flags]
-    assert prepare_arguments(arguments, None) == arguments
-    assert prepare_arguments(arguments, "") == arguments
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["data=mini"],
-        ["data=mini,cifar10", "-m"],
-        ["mode=evaluate", "checkpoint.path=runs/x"],
-        ["mode=export", "checkpoint.path=runs/x"],
-        ["--help"],
-        ["-h"],
-        ["--hydra-help"],
-        ["--version"],
-    ],
-)
-def test_imagenet_dir_does_not_speak_where_the_data_is_named_or_comes_with_the_checkpoint(
-    arguments: list[str],
-) -> None:
-    assert prepare_arguments(arguments, "/data/imagenet") == arguments
-
-
-def test_a_tilde_is_the_home_directory_which_shells_leave_behind_an_equals_sign(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
-    assert prepared("data=folder", "data.root=~/pictures") == ["data=folder", "data.root=/home/ada/pictures"]
+from lars_train import cli, commands
+from lars_train.cli import explain, main
+from lars_train.errors import ConfigError, DataError, Stopped
+from lars_train.training import run_directory
 
 
 def test_the_first_rank_speaks_for_a_sweep(
@@ -168,12 +33,6 @@ def test_the_first_rank_speaks_for_a_sweep(
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert run_main(monkeypatch, "-m", "epochs=0,-1") == code
         assert ("job failed" in capsys.readouterr().err) == (rank == "0")
-
-
-def test_flags_may_stand_anywhere() -> None:
-    assert prepared("-m", "batch=256,8k") == ["batch='256',8k", "-m"]
-    assert prepared("seed=1", "-m", "batch=8k,32k", "epochs=3") == ["seed=1", "batch=8k,32k", "epochs=3", "-m"]
-    assert prepared("seed=1", "--cfg", "job", "epochs=3") == ["seed=1", "epochs=3", "--cfg", "job"]
 
 
 def explained(*arguments: str) -> str:
@@ -199,22 +58,23 @@ def explained(*arguments: str) -> str:
         ("batch=None", ["batch=none", "there are 256"]),
         ("data=null", ["data=null", "there are cifar10", "synthetic"]),
         ("data=imagnet", ["data=imagnet", "Did you mean 'imagenet'?"]),
-        ("model=resnet51", ["model=resnet51", "resnet50", "wide_resnet50_2", "Did you mean"]),
+        ("model=resnet51", ["model=resnet51", "resnet50", "wide_resnet50_2"]),
         ("model=small/x", ["model=small/x", "resnet50"]),
         ("optimizer=adam", ["optimizer=adam", "there are lars, recipe, sgd"]),
         ("precision=true", ["precision=true", "bf16"]),
-        ("batch=8k,32k", ["batch=8k,32k", "add -m"]),
+        ("batch=8k,32k", ["batch=8k,32k: several values are a sweep; for a run of each: -m batch=8k,32k"]),
         ("epochs=many", ["epochs=many: this value does not fit the key", "Integer"]),
+        ("compile=auto", ["compile=auto: choose true or false."]),
         ("seed=1.5", ["seed=1.5", "Integer"]),
         ("optimizer.lr=high", ["optimizer.lr=high", "Float"]),
-        ("deterministic=perhaps", ["deterministic=perhaps", "bool"]),
+        ("deterministic=perhaps", ["deterministic=perhaps", "true or false"]),
         ("launch.nproc=1.5", ["launch.nproc=1.5"]),
         ("data.mean=[a,b,c]", ["data.mean=[a,b,c]", "Float"]),
         ("lr=0.1", ["'lr'", "Did you mean 'optimizer.lr'?"]),
         ("nproc=2", ["'nproc'", "Did you mean 'launch.nproc'?"]),
-        ("32k", ["32k", "key=value"]),
-        ("data.root=/a=b", ["data.root=/a=b", "quotes"]),
         ("data.mean=[1", ["data.mean=[1", "quotes"]),
+        ("data.root=/a,b", ["data.root=/a", "add -m", 'data.root="/a,b"']),
+        ("run.name=${x", ["run.name='${x'", "${ begins an interpolation", "${oc.env:HOME}"]),
     ],
 )
 def test_a_bad_argument_is_explained_in_one_line(argument: str, words: list[str]) -> None:
@@ -259,6 +119,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
         ("mode=export", "checkpoint.path"),
         ("run.dir=", "a run wants a folder of its own"),
         ("run.dir=.", "a run wants a folder of its own"),
+        ("run.name=${oc.env:NOT_SET}", "lars-train: run.name: KeyError"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_one_message_and_writes_nothing(
@@ -297,14 +158,29 @@ def test_a_sweep_with_a_batch_between_two_rows_is_refused_as_a_run_is_before_its
 def test_a_sweep_tries_every_job_and_reports_the_failed_ones_at_the_end(
     in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(monkeypatch, "-m", "epochs=0,-1", "seed=7") == 2
+    assert run_main(monkeypatch, "-m", "batch=256", "epochs=0,-1", "seed=7") == 2
     out, err = capsys.readouterr()
+    assert "=== job 1: batch=256 epochs=0 seed=7\n" in out
     assert "sweep: 0 of 2 jobs done" in out
     summary = [line for line in err.splitlines() if "job failed" in line]
     assert len(summary) == 2
-    assert "epochs=0 seed=7" in summary[0]
-    assert "epochs=-1 seed=7" in summary[1]
+    assert "batch=256 epochs=0 seed=7" in summary[0]
+    assert "batch=256 epochs=-1 seed=7" in summary[1]
     assert list(in_empty_folder.iterdir()) == []
+
+
+def test_the_jobs_of_a_sweep_have_the_names_that_were_given(
+    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Also where the folders that Hydra is given have names that its grammar does not know.
+    names: list[str] = []
+    monkeypatch.setattr("lars_train.cli._run_job", lambda raw, *rest: names.append(raw.run.name))
+    (in_empty_folder / "té (1)").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(in_empty_folder / "té (1)"))
+    assert run_main(monkeypatch, "-m", "run.name=12_34,56_78,café,a b") == 0
+    assert names == ["12_34", "56_78", "café", "a b"]
+    assert run_main(monkeypatch, "run.name=12_34") == 0
+    assert names[4:] == ["12_34"]
 
 
 def test_help_lists_groups_and_keys_and_imports_no_torch(tmp_path: Path) -> None:
@@ -321,6 +197,7 @@ def test_help_lists_groups_and_keys_and_imports_no_torch(tmp_path: Path) -> None
     assert done.stdout.splitlines()[-1] == "ENDED 0 False", done.stderr
     for word in ("batch: 256, 512, 1k", "precision: auto", "trust_coef", "launch:", "torchrun", "mode=evaluate"):
         assert word in done.stdout
+    assert max(map(len, done.stdout.partition("Examples")[2].splitlines()[:-1])) <= 80
     assert list(tmp_path.iterdir()) == []
 
 
@@ -339,6 +216,44 @@ def test_a_run_on_the_cpu_does_not_wait_for_torchs_compiler_to_be_imported(tmp_p
     assert done.stdout.splitlines()[-1] == "COMPILER False False", done.stdout + done.stderr
 
 
-def test_a_group_cannot_be_taken_away() -> None:
-    with pytest.raises(ConfigError, match="~data"):
-        prepared("~data")
+@pytest.mark.parametrize(("name", "queued"), [("SIGUSR2", True), ("SIGTERM", False)])
+def test_a_job_of_submitit_is_queued_again_after_its_checkpoint(
+    name: str, queued: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stops(*arguments: Any) -> None:
+        raise Stopped(f"{name}: stopped after update 7, with a checkpoint")
+
+    def requeue(number: int, frame: Any) -> None:
+        seen.append(number)
+        sys.exit(-1)
+
+    seen: list[int] = []
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"overrides": {"task": []}}))
+    monkeypatch.setattr(commands, "run", stops)
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli._run_job(composed(f"run.dir={tmp_path}"), ("lars-train",), cli._Jobs(), sweeping=False, saved=None)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (ended.value.code, seen) == ((-1, [signal.SIGUSR2]) if queued else (75, []))
+
+
+def test_a_job_that_was_refused_has_no_row_in_the_sweep_s_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Its directory may hold the same run of another length (max_updates).
+    outcomes = iter([ConfigError("it has ended at update 4"), DataError("damaged"), None])
+
+    def runs(*arguments: Any) -> None:
+        if (outcome := next(outcomes)) is not None:
+            raise outcome
+
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"overrides": {"task": [next(names)]}}))
+    monkeypatch.setattr(commands, "run", runs)
+    monkeypatch.setattr(run_directory, "holds_run_of", lambda directory, config: True)
+    jobs = cli._Jobs()
+    for name in ("refused", "failed", "done"):
+        names = iter([name, name])
+        cli._run_job(composed(f"run.dir={tmp_path / name}"), ("lars-train",), jobs, sweeping=True, saved=None)
+    assert jobs.directories == {tmp_path / "failed": "failed", tmp_path / "done": "done"}

@@ -164,6 +164,14 @@ def test_the_name_of_a_preset_does_not_make_another_run_but_its_options_do() -> 
     )
 
 
+def test_results_on_imagenet_are_in_no_config_of_other_data() -> None:
+    def told(config: Config) -> list[str]:
+        return [key for key in flatten(config) if key.endswith("published_top1")]
+
+    assert told(resolved()) == told(resolved("data=cifar10", "recipe=nus")) == []
+    assert len(told(resolved("data=imagenet"))) == len(TORCHLARS)
+
+
 def test_every_other_field_of_a_row_reaches_the_config_too() -> None:
     expected = OVERRIDES | {"schedule.warmup_epochs": 2.5}
     row = {key.rpartition(".")[2]: value for key, value in expected.items()} | {"published_top1": 1.5}
@@ -307,6 +315,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
     [
         ({"mode": "trian"}, "mode=trian"),
         ({"resume": "always"}, "resume=always"),
+        ({"resume": "runs/x"}, "checkpoint.path=runs/x"),
         ({"device": "gpu"}, "device=gpu"),
         ({"verbosity": 3}, "verbosity=3"),
         ({"verbosity": -1}, "verbosity=-1"),
@@ -359,6 +368,24 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"data.std": [0.1, 0.2, 0.0]}, "data.std="),
         ({"data.std": [0.1, float("nan"), 0.1]}, "data.std="),
         ({"data.std": [0.1, float("inf"), 0.1]}, "data.std="),
+        ({"data.std": [1e-50, 0.1, 0.1]}, "data.std="),
+        ({"data.mean": [1e39, 0.1, 0.1]}, "data.mean="),
+        ({"optimizer.lr": 1e39}, "optimizer.lr=1e+39: it is beyond 3.403e+38, the largest float32"),
+        ({"optimizer.weight_decay": 1e39}, "optimizer.weight_decay=1e+39"),
+        ({"optimizer.momentum": 1e39}, "optimizer.momentum=1e+39"),
+        ({"optimizer.eps": 1e39}, "optimizer.eps=1e+39"),
+        ({"optimizer.clamp": 1e39}, "optimizer.clamp=1e+39"),
+        ({"optimizer.clip": [0, 1e39]}, "optimizer.clip="),
+        ({"optimizer.lr": 1e-46}, "optimizer.lr=1e-46: it is 0 in float32"),
+        ({"optimizer.trust_coef": 1e-46}, "optimizer.trust_coef=1e-46"),
+        ({"data.root": ""}, "data.root=: it is empty"),
+        ({"checkpoint.path": ""}, "checkpoint.path=: it is empty"),
+        ({"run.name": "x" * 256}, "it is too long (256 bytes)"),
+        ({"run.dir": "a/" + "é" * 128}, "it is too long (258 bytes)"),
+        ({"model.weights": "x/" * 2048}, "it is too long (4,096 bytes)"),
+        ({"run.name": "a\r"}, "run.name='a\\r': it holds a character that cannot be printed"),
+        ({"run.dir": "a\udce9"}, "run.dir='a\\udce9'"),
+        ({"data.root": "a\0b"}, "zero byte"),
         ({"schedule.warmup_epochs": 10.0}, "schedule.warmup_epochs=10.0"),
         ({"schedule.warmup_epochs": 11.5}, "schedule.warmup_epochs=11.5"),
         ({"micro_batch": 0}, "micro_batch=0"),
@@ -373,6 +400,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"run.name": ".."}, "run.name='..'"),
         ({"run.name": "a", "run.dir": "b"}, "run.dir and run.name"),
         ({"mode": "evaluate"}, "checkpoint.path"),
+        ({"mode": "evaluate", "checkpoint.path": "run", "model.weights": "w"}, "=run and model.weights=w are both set"),
         ({"mode": "export"}, "checkpoint.path"),
         ({"mode": "export", "model.weights": "w.pt"}, "checkpoint.path"),
         ({"recipe.rows.32k.momentun": 0.9}, "row 32k: 'momentun' is not a field of a row. Did you mean 'momentum'?"),
@@ -394,8 +422,27 @@ def test_the_limits_themselves_are_allowed() -> None:
         {"data__mean": [-1.0, 0.0, 2.0]},
         {"mode": "evaluate", "model__weights": "w.pt"},
         {"mode": "export", "checkpoint__path": "x"},
+        {"optimizer__lr": 3.4028234e38},
+        {"optimizer__lr": 1.5e-45},
+        {"run__name": "x" * 255},
+        {"run__name": "é 😀"},
     ):
         resolved(**values)
+
+
+def test_a_run_shorter_than_its_rows_warm_up_names_the_key_that_shrinks_it() -> None:
+    told = refusal("data=cifar10", epochs=2)
+    assert told.startswith("epochs=2: the warm-up of row 32k is not shorter (5 epochs).")
+    assert "schedule.scale_warmup=true, with which it shrinks with the run to 0.111 epochs" in told
+    config = resolved("data=cifar10", epochs=2, schedule__scale_warmup=True)
+    assert config.schedule.warmup_epochs == pytest.approx(0.111, abs=1e-3)
+    assert "scale_warmup" not in refusal("data=cifar10", epochs=2, schedule__warmup_epochs=3.0)
+
+
+def test_a_value_that_is_missing_elsewhere_is_named_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert refusal(data__root="${nowhere}") == "data.root: Interpolation key 'nowhere' not found"
+    assert re.match(r"optimizer\.base: .*'NOT_SET' not found", refusal(optimizer__base="${oc.env:NOT_SET}"))
 
 
 def test_a_choice_that_is_nearly_right_is_answered_with_the_nearest() -> None:
@@ -408,8 +455,9 @@ def test_a_choice_that_is_nearly_right_is_answered_with_the_nearest() -> None:
     [
         ("+sede=1", "sede: there is no such key. Did you mean 'seed'?"),
         ("+optimizer.betas=[0.9,0.99]", "optimizer.betas"),
-        ("++data.rot=/x", "data.rot: there is no such key. Did you mean 'root'?"),
+        ("++data.rot=/x", "data.rot: there is no such key. Did you mean 'data.root'?"),
         ("+run.place.name=x", "run.place"),
+        ("+gpus=4", "gpus: there is no such key. Did you mean 'launch.nproc'?"),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused_though_hydra_was_told_to_add_it(override: str, key: str) -> None:
@@ -454,6 +502,7 @@ EXECUTION = {
     "distributed.timeout",
     "distributed.bucket_mb",
     "evaluate.report",
+    "evaluate.outputs",
     "checkpoint.every_updates",
     "checkpoint.every_minutes",
     "checkpoint.keep",
@@ -530,11 +579,6 @@ def test_the_hash_changes_with_each_key_of_the_experiment_and_with_no_key_of_its
         value = {"betas": [0.9, 0.99]} if key == "optimizer.kwargs" else another(value)
         same = run_hash(with_leaf(config, key, value)) == run_hash(config)
         assert same == (key in EXECUTION), key
-
-
-def test_the_hash_of_a_run_is_that_of_versions_without_the_later_keys() -> None:
-    # As printed by the program before gradient_compression was a key of it.
-    assert run_hash(resolved("data=imagenet")) == "a33b8e2f"
 
 
 def test_the_hash_of_a_run_in_the_global_order_does_not_depend_on_what_the_other_one_has() -> None:

@@ -24,10 +24,10 @@ from pages import PAGES, ROOT, Command, blocks, inline, parts
 from PIL import Image
 from program import environment, start
 
-from lars_train.cli import prepare_arguments
 from lars_train.config import config_dir, register, resolve
+from lars_train.config.arguments import prepare_arguments, take_config_file
+from lars_train.pack.lars_data import _parser
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, make_plan
-from lars_train.stores.command import _parser
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FENCED = [command for block in BLOCKS for command in block.commands]
@@ -36,7 +36,7 @@ CI = (ROOT / ".ci" / "run").read_text()
 ELLIPSIS = re.compile(r"…|\.\.\.|\[?--?\w+\]?\.\.\.|[A-Z_]+\.\.\.")
 # Programs of others, and what the pages call them with.
 CHECKERS = ("ruff check .", "ruff format --check .", "mypy", "pytest", "python3 -m venv .venv", ". .venv/bin/activate")
-OTHERS = {"ls", "sleep", "kill", "grep", "aws", "kubectl", "tensorboard", "sphinx-build"}
+OTHERS = {*"ls sleep kill grep aws kubectl tensorboard sphinx-build cibuildwheel pyproject-build".split()}
 # Instead of what a laptop would take minutes for; what the command itself says of these keys stays.
 SMALL = {"model": "tiny", "max_updates": "2", "launch.nproc": "1", "launch.threads": "1", "data.holdout": "0.01"}
 RUN = "tried"
@@ -75,7 +75,7 @@ def composes_alone(settings: tuple[str, ...]) -> None:
 def check_ours(words: list[str]) -> None:
     if any(word in ("--help", "--cfg") for word in words):
         return
-    composes(words[1:])
+    composes(take_config_file(words[1:])[0])
 
 
 def check_store(words: list[str]) -> None:
@@ -92,11 +92,11 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    """The script is there and knows the options; one in a shell hands its words to lars-train."""
+    """The script is there and knows the options; one in a shell hands settings to lars-train."""
     path = ROOT / (words[1] if words[0] == "python" else words[0])
     assert path.is_file(), path
     if path.suffix != ".py":
-        composes(words[1:])
+        composes([word for word in words[1:] if "=" in word])
         return
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     adds = [c.args for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"]
@@ -120,7 +120,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 
 def check(words: list[str]) -> None:
-    words = [word for word in words if not ELLIPSIS.fullmatch(word)]
+    # A variable of the shell stands for a number.
+    words = [re.sub(r"\$(\{[A-Z_]+\}|[A-Z_]+)", "1", word) for word in words if not ELLIPSIS.fullmatch(word)]
     line = " ".join(words)
     if words[0] in ("srun", "sbatch", "bash"):
         flags = 1 + sum(1 for word in words[1:] if word.startswith("-"))
@@ -172,7 +173,7 @@ def small(words: list[str], folder: Path, store: int) -> list[str]:
         str(stands_for.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in (w.strip("[]") for w in words)
     ]
     given = {word.partition("=")[0] for word in words}
-    if words[0] == "lars-train" and "--help" not in given and "checkpoint.path" not in given:
+    if words[0] == "lars-train" and given.isdisjoint(("--help", "checkpoint.path", "--config-file")):
         added = {"model": "tiny"} if "mode=plan" in words else SMALL
         words += [f"{key}={value}" for key, value in added.items() if key not in given]
     return words

@@ -11,11 +11,11 @@ import pytest
 from program import environment
 
 import lars_train
-from lars_train.data import native
+from lars_train.data.decode import native
 from lars_train.optim import fused_sgd
 
 ASK = (
-    "import lars_train; from lars_train.data import native; from lars_train.extensions import built;"
+    "import lars_train; from lars_train.data.decode import native; from lars_train.extensions import built;"
     "print(lars_train.__file__); print(native.is_there()); print(built('lars_train.optim.kernels') is not None)"
 )
 
@@ -44,7 +44,7 @@ def test_a_checkout_in_the_current_folder_takes_the_built_parts_of_the_installed
     where, decoder, kernels = asked(checkout, installed)
     assert Path(where).is_relative_to(checkout)
     assert (decoder, kernels) == ("True", "True")
-    for source, expected in (("data/jpeg.c", ["False", "True"]), ("optim/kernels.c", ["False", "False"])):
+    for source, expected in (("data/decode/jpeg.c", ["False", "True"]), ("optim/kernels.c", ["False", "False"])):
         with (checkout / "lars_train" / source).open("a") as file:
             file.write("/* Another one. */\n")
         assert asked(checkout, installed)[1:] == expected

@@ -17,8 +17,7 @@ from program import ALONE, TINY, TORCHRUN, alive_in_group, children, environment
 pytestmark = pytest.mark.slow
 
 CURVE = [*TINY, "data.augment=pad_crop", "data.workers=1", "epochs=12", "log_every=4"]
-# So long that compiling it might be tried.
-LONG = "epochs=100000 compile=false checkpoint.every_updates=15 launch.nproc=1 run.name=killed".split()
+LONG = "epochs=100000 checkpoint.every_updates=15 launch.nproc=1 run.name=killed".split()
 
 
 def wait_for_checkpoint(folder: Path, update: int, process: subprocess.Popen[Any]) -> None:
@@ -136,7 +135,7 @@ def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(unbroken: Callable
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        ([*ALONE, "launch.nproc=1"], signal.SIGTERM),
+        ([*ALONE, "launch.nproc=1"], signal.SIGUSR2),
         ([*ALONE, "launch.nproc=2"], signal.SIGUSR1),
         # One rank alone is told, as when one node is to be given back; the others end with it.
         (TORCHRUN, signal.SIGTERM),

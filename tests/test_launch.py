@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from lars_train.config import Config
 from lars_train.errors import ConfigError
-from lars_train.launch import Ranks, adopt, export_slurm, first_host, processes
-from lars_train.spawn import WorkerError
+from lars_train.launch import Ranks, WorkerError, adopt, export_slurm, first_host, processes, share_cores
 
 # As torchrun sets it on the second of two machines with two processes each.
 TORCHRUN = {
@@ -164,13 +163,30 @@ def test_torchs_rendezvous_variables_are_derived_from_the_step() -> None:
     exported = export_slurm(SRUN)
     port = exported.pop("MASTER_PORT")
     assert exported == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07"}
-    assert 1024 < int(port) < 65536
+    assert 20_000 <= int(port) < 32_768
     # The same on every task of the step, and another one for the next step and the next job.
     others = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     assert export_slurm({**SRUN, **others})["MASTER_PORT"] == port
     for key, value in (("SLURM_STEP_ID", "4"), ("SLURM_JOB_ID", "4243")):
         assert export_slurm({**SRUN, key: value})["MASTER_PORT"] != port
-    assert 1024 < int(export_slurm({**SRUN, "SLURM_JOB_ID": "123456789"})["MASTER_PORT"]) < 65536
+
+
+def port_of(job: int | str, step: int | str) -> int:
+    return int(export_slurm({**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"])
+
+
+def test_a_slurm_steps_port_depends_on_job_and_step_alone() -> None:
+    # SHA-256 of "1000.1" and "1001.0" by coreutils: the first 16 digits, modulo 12,768, plus 20,000.
+    assert (port_of(1000, 1), port_of(1001, 0)) == (20_694, 22_353)
+    # `salloc` numbers the step of its own shell so.
+    assert 20_000 <= port_of(7, 4294967290) < 32_768
+
+
+def test_slurm_steps_of_one_host_rarely_share_a_port() -> None:
+    ports = [port_of(job, step) for job in range(100_000, 100_050) for step in range(2)]
+    assert all(20_000 <= port < 32_768 for port in ports)
+    # Of 100 random ports 0.4 pairs are expected to be equal; the sum of job and step gave 49.
+    assert len(set(ports)) >= 97
 
 
 def test_what_the_user_set_of_the_rendezvous_is_kept_each_on_its_own() -> None:
@@ -217,6 +233,22 @@ def test_a_failed_workers_error_is_its_own_words_where_meant_for_the_user_else_r
     bug = WorkerError(1, "KeyError: 'x'", "Traceback ...")
     assert (bug.kind, str(bug)) == ("KeyError", "rank 1: KeyError: 'x'\nTraceback ...")
     assert str(WorkerError(0, "Signal 9 (SIGKILL) received")) == "rank 0: Signal 9 (SIGKILL) received"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_how_they_wait(
+    given: dict[str, str], wanted: dict[str, str]
+) -> None:
+    environment = dict(given)
+    share_cores(environment)
+    assert environment == wanted
 
 
 def test_detecting_the_launcher_needs_no_torch() -> None:

@@ -86,6 +86,20 @@ def test_under_slurm_a_preempted_run_is_queued_again(check: str, tmp_path: Path)
     assert (code, [command[0] for command in commands]) == (2, ["srun"])
 
 
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
+def test_under_slurm_a_cancelled_run_stays_cancelled(path: Path, tmp_path: Path) -> None:
+    ended = {"SLURM_JOB_ID": "7", "CHECK": "no", "IMAGENET_DIR": "/data", "STATE": "COMPLETING"}
+    code, commands = started(path, tmp_path, "batch=32k", code=75, stops_at="32k", **ended)
+    assert (code, [command[0] for command in commands]) == (75, ["srun"])
+
+
+def test_under_slurm_one_job_of_an_array_is_queued_again(tmp_path: Path) -> None:
+    # The last job of an array has the same SLURM_JOB_ID as the array.
+    ids = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "CHECK": "no"}
+    _, commands = started(SLURM, tmp_path, "batch=32k", code=75, stops_at="32k", **ids)
+    assert commands[-1] == ["scontrol", "requeue", "7_2"]
+
+
 def test_slurm_signals_the_steps_and_keeps_the_log(tmp_path: Path) -> None:
     text = SLURM.read_text()
     directives = dict(re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?$", text, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""scripts/measure_performance.py: what the scripts judge comes into one table, and each part between its markers."""
+"""scripts/measure_performance.py: what each script finds comes between its markers of the page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 FOUND = {
-    "bench_step": ["- small: (d) is 1.20 times (a); 4.0 wanted: **not met**", "- left out: small: (b) timm: why"],
-    "bench_startup": ["| a | 1 |", "", "- `lars-train --help`: 0.50 s; 1 s wanted: met"],
+    "bench_step": ["| (d) | 1.20 |", "", "- left out: small: (b) timm: why"],
+    "bench_startup": ["| a | 1 |"],
 }
 
 
@@ -23,7 +23,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("measure_performance")
 
 
-def test_the_targets_of_all_parts_stand_in_one_table(
+def test_what_a_part_finds_replaces_what_it_found_before(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(command: list[str], **_: Any) -> int:
@@ -36,7 +36,7 @@ def test_the_targets_of_all_parts_stand_in_one_table(
 
     page = tmp_path / "page.md"
     names = ("measure_performance", *script.PARTS)
-    before = "- it grew by 1; at most 2 wanted: met"
+    before = "- it grew by 1"
     page.write_text("".join(f"<!-- {name}: begin -->\n{before}\n<!-- {name}: end -->\n" for name in names))
     monkeypatch.setattr(script, "run", run)
     arguments = ["--only", *FOUND, "long_haul", "--write", str(page)]
@@ -45,17 +45,10 @@ def test_the_targets_of_all_parts_stand_in_one_table(
     text = page.read_text()
     for part, lines in FOUND.items():
         assert script.within(text, part) == lines
-    assert script.within(text, "long_haul") == [before]
-    rows = [line for line in script.within(text, "measure_performance") if line.startswith("| ")]
     # Those that were not measured now, or failed, stand as they were found before.
-    assert rows[1:] == [
-        "| small: (d) is 1.20 times (a) | 4.0 | **not met** | `bench_step.py` |",
-        "| it grew by 1 | at most 2 | met | `bench_trainer.py` |",
-        "| it grew by 1 | at most 2 | met | `profile_step.py` |",
-        "| it grew by 1 | at most 2 | met | `bench_reduction.py` |",
-        "| `lars-train --help`: 0.50 s | 1 s | met | `bench_startup.py` |",
-        "| it grew by 1 | at most 2 | met | `long_haul.py` |",
-    ]
+    for part in set(script.PARTS) - FOUND.keys():
+        assert script.within(text, part) == [before]
+    assert before not in script.within(text, "measure_performance")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -58,3 +59,17 @@ def test_the_readmes_lars_runs_as_it_stands_there() -> None:
     names["scheduler"].step()
     assert not torch.equal(before, names["model"].fc.weight)
     assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(29.0 * (1 - 1 / 3510) ** 2)
+
+
+def test_the_folder_of_lars_works_in_another_package(tmp_path: Path) -> None:
+    package, copy = Path(lars_train.__file__).parent, tmp_path / "another"
+    shutil.copytree(package / "optim", copy / "optim", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(package / "extensions.py", copy)
+    code = (
+        "import sys, torch; from another.optim.lars import LARS\n"
+        "weight = torch.nn.Parameter(torch.ones(2)); weight.grad = torch.ones(2)\n"
+        "LARS.preset('mlperf', torch.optim.SGD([weight], lr=1.0)).step()\n"
+        "print([name for name in sys.modules if name.startswith('lars_train')], 0.99 < weight[0].item() < 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] True"

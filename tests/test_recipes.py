@@ -10,11 +10,12 @@ Sources and formulas: configs/recipe/*.yaml. W and I are a row's updates in the 
 
 from __future__ import annotations
 
+import inspect
 import re
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -23,17 +24,21 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from lars_train.cli import explain, prepare_arguments
+from lars_train.cli import explain
 from lars_train.config import Config, config_dir, nominal_batch, published_top1, register, resolve
-from lars_train.config.lars_options import options_of
+from lars_train.config.arguments import prepare_arguments
+from lars_train.config.lars_options import LARS_OPTIONS, options_of
+from lars_train.config.recipe_schema import RowConfig
+from lars_train.config.schema import OptimizerConfig
+from lars_train.data.dataset import Inventory
 from lars_train.errors import ConfigError
 from lars_train.models.factory import build_model
 from lars_train.monitoring.summary import experiment
-from lars_train.optim.factory import build_optimizer
 from lars_train.optim.lars import LARS
-from lars_train.optim.presets import DEFAULTS, PRESETS
+from lars_train.optim.options import DEFAULTS, PRESETS, Options
 from lars_train.optim.rule import Rule
-from lars_train.plan import make_plan, make_schedule, policy
+from lars_train.plan import describe_decay, make_plan, make_schedule
+from lars_train.training.assemble import build_optimizer
 
 IMAGES = 1_281_167
 
@@ -195,7 +200,7 @@ def test_a_row_has_the_values_of_its_source(recipe: str, batch: str) -> None:
     found = (opt.momentum, opt.weight_decay, opt.eps, config.epochs, ghost, published_top1(config))
     assert found == VALUES[recipe, batch]
     flags = (opt.nesterov, opt.decay_norm_bias, opt.adapt_norm_bias if opt.name == "lars" else True)
-    shared = (config.label_smoothing, config.model.zero_gamma, config.data.min_crop, *flags, policy(config))
+    shared = (config.label_smoothing, config.model.zero_gamma, config.data.min_crop, *flags, describe_decay(config))
     assert shared == SHARED[recipe]
 
 
@@ -424,17 +429,27 @@ def test_64k_of_mlperf_works_on_the_embedded_pictures() -> None:
 
 def test_the_announcement_tells_whose_rule_it_is_and_what_was_changed() -> None:
     config = imagenet("nus", "32k", "optimizer.clamp=none")
-    text = "\n".join(experiment(config, make_plan(config, IMAGES)))
+    text = "\n".join(experiment(config, make_plan(config, IMAGES), Inventory()))
     assert "recipe         nus" in text
     assert "trust ratios as nus-hpc has them, but for eps=0.0, clamp=none; none for batch norm and biases" in text
     goyal = imagenet("goyal", "8k")
-    told = "\n".join(experiment(goyal, make_plan(goyal, IMAGES)))
+    told = "\n".join(experiment(goyal, make_plan(goyal, IMAGES), Inventory()))
     assert "then x0.1 at epochs 30, 60, 80" in told
     assert "trust ratios" not in told
 
 
+def test_every_option_is_a_keyword_of_lars_and_a_key_of_the_config() -> None:
+    keywords = {name: p for name, p in inspect.signature(LARS).parameters.items() if name in DEFAULTS}
+    hints = get_type_hints(Options)
+    assert {name: p.default for name, p in keywords.items()} == DEFAULTS
+    assert {name: hint for name, hint in get_type_hints(LARS.__init__).items() if name in DEFAULTS} == hints
+    for group in (OptimizerConfig, RowConfig):
+        of_lars = {f.name: f.default for f in fields(group) if f.name in LARS_OPTIONS}
+        assert of_lars == dict.fromkeys(LARS_OPTIONS)
+        assert list(of_lars) == list(LARS_OPTIONS)
+
+
 def test_the_presets_in_the_config_are_those_of_lars() -> None:
-    assert asdict(Rule()) == DEFAULTS
     for name in PRESETS:
         network = Net()
         raw = deepcopy(composed("recipe=torchlars", "data=imagenet"))

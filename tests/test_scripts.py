@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from lars_train.cli import prepare_arguments
 from lars_train.config import Config, config_dir, register, resolve
+from lars_train.config.arguments import prepare_arguments
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHELL = SCRIPTS / "reproduce_imagenet_table.sh"
@@ -32,6 +31,9 @@ def started(
         stub = folder / name
         stub.write_text(STUB)
         stub.chmod(0o755)
+    squeue = folder / "squeue"
+    squeue.write_text('#!/bin/sh\necho "${STATE:-RUNNING}"\n')
+    squeue.chmod(0o755)
     log = folder / "log"
     log.write_text("")
     settings = {"LOG": str(log), "CODE": str(code), "STOPS_AT": stops_at, **environment}
@@ -232,95 +234,3 @@ def test_a_folder_or_a_url_is_taken_whatever_its_name(root: str, tmp_path: Path)
     code, commands = started(SLURM, tmp_path, IMAGENET_DIR=root, SLURM_JOB_ID="7")
     assert code == 0
     assert {f"data.root={root}" in command for command in commands} == {True}
-
-
-def test_the_check_of_a_gpu_says_so_where_there_is_none(tmp_path: Path) -> None:
-    script, report = SCRIPTS / "gpu_check.sh", tmp_path / "report.txt"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "REPORT": str(report)}
-    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert report.read_text() == done.stdout == "torch finds no CUDA device here\n"
-
-
-def test_the_check_of_a_gpu_tells_why_it_cannot_begin(tmp_path: Path) -> None:
-    bash, report = shutil.which("bash"), tmp_path / "report.txt"
-    assert bash is not None
-    for name in ("dirname", "mktemp", "rm", "tee", "realpath"):
-        (tmp_path / name).symlink_to(shutil.which(name) or "")
-    command = [bash, str(SCRIPTS / "gpu_check.sh")]
-    done = subprocess.run(
-        command, env={"PATH": str(tmp_path), "REPORT": str(report)}, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (1, "there is no python here\n")
-    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13 is missing')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "REPORT": str(report)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stdout == "torch and torchvision cannot be imported here: libcudart.so.13 is missing\n"
-    done = subprocess.run([*command, "nowhere"], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "nowhere: there is no such folder or file\n")
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_check_of_a_gpu_tells_which_copy_of_the_program_is_measured(tmp_path: Path, installed: bool) -> None:
-    stub, copy = tmp_path / "bin", tmp_path / "copy"
-    for folder in (stub, copy / "lars_train"):
-        folder.mkdir(parents=True)
-    for name in ("pytest", "lars-train", "timeout"):
-        (stub / name).write_text("#!/bin/sh\nexit 0\n")
-        (stub / name).chmod(0o755)
-    (copy / "lars_train" / "__init__.py").write_text("__version__ = '0.0.7'\n")
-    (copy / "torchvision.py").write_text("__version__ = '2'\n")
-    (copy / "torch.py").write_text(
-        "from types import SimpleNamespace as Some\n"
-        "__version__, version = '1', Some(cuda='13')\n"
-        "cuda = Some(is_available=lambda: True, device_count=lambda: 0, nccl=Some(version=lambda: 2))\n"
-    )
-    root = SCRIPTS.parent
-    path = str(copy) if installed else f"{root}{os.pathsep}{copy}"
-    environment = {**os.environ, "PYTHONPATH": path, "PATH": f"{stub}{os.pathsep}{os.environ['PATH']}"}
-    environment["REPORT"] = str(tmp_path / "report.txt")
-    command = ["bash", str(SCRIPTS / "gpu_check.sh")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    place = copy if installed else root
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("lars_train "))
-    assert line.endswith(f" from {place / 'lars_train'}")
-    assert ("lars_train 0.0.7 " in line) is installed
-    assert ("which is not that of this checkout" in done.stdout) is installed
-    assert f"checkout: {root}, commit " in done.stdout
-
-
-def test_the_check_of_a_gpu_takes_less_than_five_minutes_at_most() -> None:
-    text = (SCRIPTS / "gpu_check.sh").read_text()
-    limits = [(int(most), int(grace)) for most, grace in re.findall(r"^ +part .*? (\d+) (\d+) \S", text, re.MULTILINE)]
-    beside, tests, *others = map(sum, limits)
-    assert len(others) == 3
-    assert max(beside, tests) + sum(others) < 300
-
-
-@pytest.mark.parametrize("pictures", [True, False])
-def test_the_check_of_a_gpu_runs_every_part_and_names_those_that_failed(tmp_path: Path, pictures: bool) -> None:
-    for name in ("python", "lars-train"):
-        stub = tmp_path / name
-        # The first thing that is asked of Python is whether there is a device.
-        stub.write_text(STUB + '[ "$1" = - ] && exit 0\ncase "$*" in *bench_step*) exit $STEP;; esac\n')
-        stub.chmod(0o755)
-    log, place = tmp_path / "log", tmp_path / "some place"
-    (place / "pictures").mkdir(parents=True)
-    settings = {"LOG": str(log), "CODE": "75", "STOPS_AT": "32k", "REPORT": "report.txt"}
-    settings["STEP"] = "3" if pictures else "0"
-    environment = {**os.environ, **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["bash", str(SCRIPTS / "gpu_check.sh"), *(["pictures"] if pictures else [])]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    # From where it was called.
-    assert (place / "report.txt").read_text() == done.stdout
-    assert done.returncode == (1 if pictures else 0)
-    lines = done.stdout.splitlines()
-    assert lines[-1] == ("== failed: training step" if pictures else "== all well, input left out")
-    assert ("== input: left out, give a folder of pictures" in lines) is not pictures
-    started = [line.split("\t")[:3] for line in log.read_text().splitlines()]
-    found = [words[1 if words[0] == "lars-train" else 2] for words in started[1:]]
-    assert found[-3:] == ["--device", "--device", "data=synthetic"]
-    # Beside one another.
-    assert sorted(found[:-3]) == [*([str(place / "pictures")] if pictures else []), "pytest"]

@@ -13,7 +13,7 @@ import at_work
 import pytest
 
 from lars_train.errors import Stopped
-from lars_train.spawn import WorkerError, start_processes
+from lars_train.launch import WorkerError, start_processes
 
 pytestmark = pytest.mark.slow
 

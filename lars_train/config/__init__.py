@@ -6,9 +6,11 @@ No torch is imported here: ``lars-train --help`` must answer at once.
 from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lars_train.config.checks import check_choices, check_values, refuse_unknown_keys
 from lars_train.config.recipe import fill_from_recipe, published_top1, with_row
+from lars_train.config.recipe_schema import RecipeConfig
 from lars_train.config.schema import (
     AUTO,
     BatchConfig,
@@ -22,7 +24,6 @@ from lars_train.config.schema import (
     OptimizerConfig,
     PlanConfig,
     PrecisionConfig,
-    RecipeConfig,
     RunConfig,
     ScheduleConfig,
     choices_of,
@@ -32,6 +33,7 @@ from lars_train.config.schema import (
 )
 from lars_train.config.stored import restore
 from lars_train.config.values import EXECUTION_KEYS, absolute_paths, experiment_settings, filled, flatten, run_hash
+from lars_train.errors import ConfigError
 
 __all__ = [
     "AUTO",
@@ -72,7 +74,11 @@ def resolve(raw: DictConfig) -> Config:
     Raises `ConfigError` for every value that can be judged without the data and without a device.
     """
     refuse_unknown_keys(raw, OmegaConf.structured(Config))
-    config = OmegaConf.to_object(raw)
+    try:
+        config = OmegaConf.to_object(raw)
+    except OmegaConfBaseException as error:
+        key, what = getattr(error, "full_key", None), str(error).partition("\n")[0]
+        raise ConfigError(f"{key}: {what}" if key else what) from None
     assert isinstance(config, Config)
     check_choices(config)
     fill_from_recipe(config)

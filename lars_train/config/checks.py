@@ -5,15 +5,70 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lars_train.config.lars_options import CHOICES, check_lars_options
+from lars_train.config.keys import is_text, suggestion
+from lars_train.config.lars_options import CHOICES, FLOAT32_MAX, FLOAT32_MIN, check_lars_options
 from lars_train.config.schema import AUTO, MODES, Config
 from lars_train.config.values import filled, flatten
 from lars_train.errors import ConfigError, nearest
-from lars_train.text import is_url
+from lars_train.fsutil import user_path
+from lars_train.messages import is_url
+
+# In bytes, of Linux: a name (NAME_MAX) and a whole path (PATH_MAX) without its terminating zero.
+_NAME_MAX, _PATH_MAX = 255, 4095
+# Keys whose value must be above 0, and those for which 0 will do.
+_POSITIVE = (
+    "epochs",
+    "max_updates",
+    "log_every",
+    "batch.size",
+    "batch.nominal",
+    "model.ghost_batch",
+    "optimizer.lr",
+    "optimizer.trust_coef",
+    "schedule.power",
+    "schedule.step_factor",
+    "launch.nodes",
+    "plan.world",
+    "check.seconds",
+    "check.samples",
+    "plan.images_per_second",
+    "plan.cores",
+    "plan.decode_rate",
+    "plan.bandwidth_gb",
+    "data.image_size",
+    "data.window_shards",
+    "data.cache_gb",
+    "data.train_count",
+    "data.val_count",
+    "data.num_classes",
+    "distributed.timeout",
+    "distributed.bucket_mb",
+    "evaluate.every_epochs",
+    "checkpoint.every_updates",
+    "checkpoint.every_minutes",
+    "checkpoint.keep",
+    "guard.max_loss",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "optimizer.eps",
+    "schedule.warmup_epochs",
+    "schedule.end_lr",
+    "data.pad",
+    "data.max_bad",
+    "plan.latency_us",
+    "plan.update_ms",
+    "guard.max_rollbacks",
+    "label_smoothing",
+)
 
 
 def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> None:
@@ -21,7 +76,7 @@ def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") 
     # Hydra's +key=value gets past the schema; a key that nothing reads would be ignored in silence.
     for key in map(str, node):
         if key not in schema:
-            raise ConfigError(f"{prefix}{key}: there is no such key.{nearest(key, map(str, schema))}")
+            raise ConfigError(f"{prefix}{key}: there is no such key.{suggestion(f'{prefix}{key}')}")
         if dataclasses.is_dataclass(OmegaConf.get_type(schema, key)):
             refuse_unknown_keys(node[key], schema[key], f"{prefix}{key}.")
 
@@ -32,16 +87,16 @@ def check_choices(config: Config) -> None:
         "mode": MODES,
         "resume": (AUTO, "never"),
         "device": (AUTO, "cpu", "cuda"),
-        "compile": (AUTO, True, False),
         "channels_last": (AUTO, True, False),
         "gradient_compression": ("none", "bf16"),
         "precision.name": (AUTO, "fp32", "fp64", "bf16", "fp16"),
         "optimizer.name": ("recipe", "lars", "sgd"),
         "data.name": ("imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
-        "data.decoder": (AUTO, "native", "library", "pillow", "gpu"),
+        "data.decoder": (AUTO, "native", "pillow"),
         "data.order": ("global", "shards"),
         "data.on_error": ("skip", "fail"),
+        "evaluate.outputs": ("subset", "all"),
         "schedule.form": ("whole", "restart", "mlperf", "steps"),
         **CHOICES,
         "guard.on_divergence": ("stop", "rollback"),
@@ -53,69 +108,77 @@ def check_choices(config: Config) -> None:
         value = leaves[key]
         if value is not None and value not in allowed:
             words = [str(word).lower() if isinstance(word, bool) else word for word in allowed]
-            raise ConfigError(f"{key}={value}: choose one of {', '.join(words)}.{nearest(str(value), words)}")
+            hint = nearest(str(value), words)
+            if key == "resume":
+                hint = f" To start from a checkpoint: checkpoint.path={value}"
+            raise ConfigError(f"{key}={value}: choose one of {', '.join(words)}.{hint}")
 
 
 def check_values(config: Config) -> None:
     """Raise `ConfigError` for a number out of its range, and for settings that do not go together."""
     leaves = flatten(config)
-    positive = (
-        "epochs",
-        "max_updates",
-        "log_every",
-        "batch.size",
-        "batch.nominal",
-        "model.ghost_batch",
-        "optimizer.lr",
-        "optimizer.trust_coef",
-        "schedule.power",
-        "schedule.step_factor",
-        "launch.nodes",
-        "plan.world",
-        "check.seconds",
-        "check.samples",
-        "plan.images_per_second",
-        "plan.cores",
-        "plan.decode_rate",
-        "plan.bandwidth_gb",
-        "data.image_size",
-        "data.window_shards",
-        "data.cache_gb",
-        "data.train_count",
-        "data.val_count",
-        "data.num_classes",
-        "distributed.timeout",
-        "distributed.bucket_mb",
-        "evaluate.every_epochs",
-        "checkpoint.every_updates",
-        "checkpoint.every_minutes",
-        "checkpoint.keep",
-        "guard.max_loss",
-    )
-    not_negative = (
-        "seed",
-        "optimizer.momentum",
-        "optimizer.weight_decay",
-        "optimizer.eps",
-        "schedule.warmup_epochs",
-        "schedule.end_lr",
-        "data.pad",
-        "data.max_bad",
-        "plan.latency_us",
-        "plan.update_ms",
-        "guard.max_rollbacks",
-        "label_smoothing",
-    )
-    for key in (*positive, *not_negative):
+    _check_ranges(leaves)
+    _check_text(leaves)
+    if not 0 <= leaves["label_smoothing"] < 1:
+        raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
+    _check_plan(config)
+    _check_data(config)
+    if config.verbosity not in (0, 1, 2):
+        raise ConfigError(f"verbosity={config.verbosity}: give 0 (quiet), 1 (a line per epoch) or 2 (every log line).")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed={config.seed}: it must be below 2**63, for the generators take 64 bits.")
+    _check_schedule(config)
+    check_lars_options(config.optimizer)
+    for key, least in (("micro_batch", 1), ("launch.nproc", 1), ("launch.threads", 1), ("data.workers", 0)):
+        value = leaves[key]
+        if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ConfigError(f"{key}={value}: give {AUTO} or a whole number of at least {least}.")
+    _check_run(config)
+    _check_mode(config)
+
+
+def _check_ranges(leaves: dict[str, Any]) -> None:
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
         value = leaves[key]
         if value is None:
             continue
-        if not math.isfinite(value) or value < 0 or (key in positive and value == 0):
-            wanted = "above 0" if key in positive else "0 or more"
+        if not math.isfinite(value) or value < 0 or (key in _POSITIVE and value == 0):
+            wanted = "above 0" if key in _POSITIVE else "0 or more"
             finite = " and finite" if math.isinf(value) else ""
             raise ConfigError(f"{key}={value}: it must be {wanted}{finite}.")
-    if not 0 <= leaves["label_smoothing"] < 1:
-        raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
+        if value > FLOAT32_MAX and isinstance(value, float):
+            raise ConfigError(f"{key}={value:g}: it is beyond {FLOAT32_MAX:.4g}, the largest float32.")
+    for key in ("optimizer.lr", "optimizer.trust_coef"):
+        value = leaves[key]
+        if value is not None and value < FLOAT32_MIN:
+            raise ConfigError(f"{key}={value:g}: it is 0 in float32, whose smallest number is {FLOAT32_MIN:.4g}.")
+
+
+def _check_text(leaves: dict[str, Any]) -> None:
+    """Raise `ConfigError` for text that no path or name can be: empty, too long, or, of a new folder, unprintable."""
+    for key, value in leaves.items():
+        if not is_text(key) or key == "recipe.source" or value is None:
+            continue
+        if not value and key not in ("run.dir", "run.name"):
+            raise ConfigError(f"{key}=: it is empty; give a value, or leave the key out.")
+        size = len(os.fsencode(value))
+        longest = max(len(os.fsencode(part)) for part in value.split("/"))
+        if not is_url(value) and (size > _PATH_MAX or longest > _NAME_MAX):
+            raise ConfigError(
+                f"{key}={value[:40]}...: it is too long ({size:,} bytes): a name takes {_NAME_MAX} bytes, a path "
+                f"{_PATH_MAX:,}."
+            )
+        if "\0" in value:
+            raise ConfigError(f"{key}={value}: no name holds a zero byte.")
+    for key in ("run.dir", "run.name"):
+        value = leaves[key]
+        if value is not None and not value.isprintable():
+            raise ConfigError(
+                f"{key}={value!r}: it holds a character that cannot be printed, such as a line break; drop that."
+            )
+
+
+def _check_plan(config: Config) -> None:
     nodes, nproc, world = config.launch.nodes, config.launch.nproc, config.plan.world
     if nodes is not None and isinstance(nproc, int) and world not in (None, nodes * nproc):
         raise ConfigError(
@@ -129,6 +192,9 @@ def check_values(config: Config) -> None:
         raise ConfigError(
             f"plan.picture={config.plan.picture}: hours need a rate; name plan.device, or give plan.images_per_second."
         )
+
+
+def _check_data(config: Config) -> None:
     if not 0 < config.data.eval_crop <= 1:
         raise ConfigError(f"data.eval_crop={config.data.eval_crop}: it must be above 0 and at most 1.")
     if config.data.min_crop is not None and not 0 < config.data.min_crop <= 1:
@@ -140,42 +206,21 @@ def check_values(config: Config) -> None:
             f"data.root={config.data.root}: what lies at a URL is fetched shard by shard, so it wants "
             "data.order=shards; a copy on a disk can be read in the global order."
         )
-    for key, least_value in (("mean", -math.inf), ("std", 0.0)):
+    for key, least_value in (("mean", -math.inf), ("std", 1 / FLOAT32_MAX)):
         values = getattr(config.data, key)
-        if len(values) != 3 or not all(math.isfinite(v) and v > least_value for v in values):
-            raise ConfigError(f"data.{key}={values}: three numbers are wanted, one per channel (std above 0).")
-    if config.verbosity not in (0, 1, 2):
-        raise ConfigError(f"verbosity={config.verbosity}: give 0 (quiet), 1 (a line per epoch) or 2 (every log line).")
-    if config.seed >= 2**63:
-        raise ConfigError(f"seed={config.seed}: it must be below 2**63, for the generators take 64 bits.")
+        if len(values) != 3 or not all(abs(v) <= FLOAT32_MAX and v > least_value for v in values):
+            raise ConfigError(
+                f"data.{key}={values}: three numbers that float32 has are wanted, one per channel (std above 0)."
+            )
+
+
+def _check_schedule(config: Config) -> None:
+    """Check the rates and epochs of a resolved config's schedule against each other."""
     if filled(config.schedule.warmup_epochs) >= filled(config.epochs):
         raise ConfigError(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs} is not shorter than the run "
             f"(epochs={config.epochs}): lower it, or train for longer."
         )
-    _check_schedule(config)
-    check_lars_options(config.optimizer)
-    for key, least in (("micro_batch", 1), ("launch.nproc", 1), ("launch.threads", 1), ("data.workers", 0)):
-        value = leaves[key]
-        if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ConfigError(f"{key}={value}: give {AUTO} or a whole number of at least {least}.")
-    name = config.run.name
-    if name is not None and (not name or "/" in name or name in (".", "..")):
-        raise ConfigError(f"run.name={name!r}: a plain folder name is wanted; use run.dir for a path.")
-    if config.run.dir is not None and Path(config.run.dir).name in ("", ".."):
-        raise ConfigError(f"run.dir={config.run.dir!r}: a run wants a folder of its own, by its name.")
-    if config.run.dir is not None and config.run.name is not None:
-        raise ConfigError("run.dir and run.name are both set: run.dir is the whole path already; drop one.")
-    if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights):
-        raise ConfigError(
-            "mode=evaluate wants checkpoint.path=PATH (a checkpoint, or a run directory) or model.weights=FILE."
-        )
-    if config.mode == "export" and not config.checkpoint.path:
-        raise ConfigError("mode=export wants checkpoint.path=PATH, a checkpoint file or a run directory.")
-
-
-def _check_schedule(config: Config) -> None:
-    """The rates and epochs of the schedule against each other; of a resolved config."""
     schedule, lr, epochs = config.schedule, filled(config.optimizer.lr), filled(config.epochs)
     start = "step" if schedule.warmup_start is None else schedule.warmup_start  # none without a warm-up
     if isinstance(start, bool) or not (start == "step" or (isinstance(start, int | float) and 0 <= start <= lr)):
@@ -201,3 +246,33 @@ def _check_schedule(config: Config) -> None:
                 f"schedule.steps={steps}: the run has no more than {epochs} epochs; set other steps, or "
                 "schedule.scale_warmup=true, with which those of a recipe's row shrink with the run."
             )
+
+
+def _check_run(config: Config) -> None:
+    name = config.run.name
+    if name is not None and (not name or "/" in name or name in (".", "..")):
+        raise ConfigError(f"run.name={name!r}: a plain folder name is wanted; use run.dir for a path.")
+    if config.run.dir is not None and user_path(config.run.dir).parts[:1] == ("~",):
+        raise ConfigError(f"run.dir={config.run.dir}: this user has no home directory; give a path without ~.")
+    if config.run.dir is not None and Path(config.run.dir).name in ("", ".."):
+        raise ConfigError(f"run.dir={config.run.dir!r}: a run wants a folder of its own, by its name.")
+    if config.run.dir is not None and config.run.name is not None:
+        raise ConfigError("run.dir and run.name are both set: run.dir is the whole path already; drop one.")
+
+
+def _check_mode(config: Config) -> None:
+    if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights):
+        raise ConfigError(
+            "mode=evaluate wants checkpoint.path=PATH (a checkpoint, or a run directory) or model.weights=FILE."
+        )
+    if config.mode == "evaluate" and config.checkpoint.path and config.model.weights:
+        raise ConfigError(
+            f"mode=evaluate: checkpoint.path={config.checkpoint.path} and model.weights={config.model.weights} are "
+            "both set; give the one to evaluate."
+        )
+    if config.model.new_head and config.mode in ("evaluate", "export"):
+        raise ConfigError(f"model.new_head=true: mode={config.mode} trains no new last layer; drop it.")
+    if config.model.new_head and config.model.weights is None:
+        raise ConfigError("model.new_head=true needs model.weights=FILE, from which all but the last layer comes.")
+    if config.mode == "export" and not config.checkpoint.path:
+        raise ConfigError("mode=export wants checkpoint.path=PATH, a checkpoint file or a run directory.")

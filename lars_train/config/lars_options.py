@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Final
 
 from lars_train.errors import ConfigError, nearest
-from lars_train.optim.presets import DEFAULTS, PRESETS
+from lars_train.optim import options
+from lars_train.optim.options import DEFAULTS, PRESETS
 
 if TYPE_CHECKING:
     from lars_train.config.schema import OptimizerConfig
 
+# IEEE 754 binary32: the largest number, and the smallest above 0.
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+FLOAT32_MIN = 2.0**-149
 NONE: Final = "none"
 """How a config says None for `clip` and `clamp`: null means "as the recipe's row says"."""
 
@@ -20,12 +23,7 @@ LARS_OPTIONS: Final = tuple(_NAMES.values())
 
 CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "optimizer.preset": tuple(PRESETS),
-    "optimizer.denominator": ("split", "combined"),
-    "optimizer.zero_norm": ("decay", "skip"),
-    "optimizer.zero_decay": ("adapt", "skip"),
-    "optimizer.decay_placement": ("coupled", "base"),
-    "optimizer.ratio_placement": ("inside", "outside"),
-    "optimizer.lr_placement": ("outside", "inside"),
+    **{f"optimizer.{_NAMES[name]}": words for name, words in options.CHOICES.items()},
 }
 
 
@@ -78,7 +76,7 @@ def _are_bounds(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
 
 
 def _as_config(value: Any) -> Any:

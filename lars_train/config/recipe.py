@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
+from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import no_row, row_name
-from lars_train.config.schema import Config, RowConfig, nominal_batch
+from lars_train.config.schema import Config, nominal_batch
 from lars_train.errors import ConfigError, nearest
 
 # Settings that only some forms of the schedule have a use for.
@@ -47,6 +48,19 @@ def fill_from_recipe(config: Config) -> None:
         opt.nesterov = row.nesterov if opt.nesterov is None else opt.nesterov
     if batch.scaled is None:
         batch.scaled = config.data.name != "imagenet" and batch.size is None
+    if config.data.name != "imagenet":
+        _forget_published(config)
+
+
+def _forget_published(config: Config) -> None:
+    """Leave the results on ImageNet out of the config, and so out of each record, of a run on other data."""
+    recipe = config.recipe
+
+    def without(row: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in row.items() if key != "published_top1"}
+
+    rows = {name: without(row) for name, row in recipe.rows.items()}
+    config.recipe = dataclasses.replace(recipe, common=without(recipe.common), rows=rows)
 
 
 def _check_use(config: Config) -> None:
@@ -122,6 +136,13 @@ def _fill_schedule(config: Config, row: RowConfig) -> None:
             )
     if schedule.warmup_epochs is None:
         schedule.warmup_epochs = row.warmup_epochs * shrink
+        if config.epochs is not None and 0 < config.epochs <= schedule.warmup_epochs:
+            raise ConfigError(
+                f"epochs={config.epochs}: the warm-up of row {config.batch.name} is not shorter "
+                f"({schedule.warmup_epochs:g} epochs). Set schedule.scale_warmup=true, with which it shrinks with the "
+                f"run to {row.warmup_epochs * config.epochs / row.epochs:.3g} epochs, or schedule.warmup_epochs, or "
+                "train for longer."
+            )
     if schedule.warmup_start is None and schedule.warmup_epochs > 0:
         schedule.warmup_start = row.warmup_start
     for key in used:

@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lars_train.config.schema import Config, RecipeConfig, RowConfig, choices_of, config_dir, nominal_batch
+from lars_train.config.recipe_schema import RecipeConfig, RowConfig
+from lars_train.config.schema import Config, choices_of, config_dir, nominal_batch
 
 
 def row_name(rows: Iterable[str], batch: str) -> str | None:

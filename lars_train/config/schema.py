@@ -1,16 +1,19 @@
-"""The schema: one dataclass per group of ``configs/``, registered with Hydra. No checks, no arithmetic.
+"""The schema: one dataclass per group of ``configs/``, registered with Hydra; a recipe's is in recipe_schema.py.
 
 `None` in a field that a recipe knows means "as the recipe's row says"; recipe.py fills those in.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+
+from lars_train.config.recipe_schema import RecipeConfig
 
 AUTO = "auto"
 MODES = ("train", "evaluate", "export", "plan", "check")
@@ -23,7 +26,7 @@ class RunConfig:
     dir: Optional[str] = None
     """The run directory's whole path."""
     name: Optional[str] = None
-    """The run directory's name below ``runs/``. Neither: named by a hash of the experiment."""
+    """The run directory's name below ``runs/``. With neither ``dir`` nor ``name``: a hash of the experiment."""
 
 
 @dataclass
@@ -31,67 +34,13 @@ class BatchConfig:
     """The samples of one update."""
 
     name: str = "32k"
-    """The row: which file of ``configs/batch/`` it is."""
+    """The row: which batch of ``configs/choices.yaml`` it is."""
     nominal: int = 32768
     """Samples of one update on ImageNet."""
     size: Optional[int] = None
     """Samples of one update, taken literally instead of a recipe's row; then ``optimizer.lr`` is wanted."""
     scaled: Optional[bool] = None
     """Shrink the nominal batch in proportion to the data set (null: for all but ImageNet)."""
-
-
-@dataclass
-class RowConfig:
-    """One row of a recipe. Every field stands, by the same name, in the group that it belongs to.
-
-    `None` for an option of LARS means "as `preset` has it".
-    """
-
-    optimizer: str = "lars"
-    lr: Optional[float] = None
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    decay_norm_bias: bool = True
-    adapt_norm_bias: bool = True
-    preset: str = "torchlars"
-    eps: Optional[float] = None
-    trust_coef: Optional[float] = None
-    denominator: Optional[str] = None
-    clip: Any = None
-    zero_norm: Optional[str] = None
-    zero_decay: Optional[str] = None
-    decay_placement: Optional[str] = None
-    ratio_placement: Optional[str] = None
-    lr_placement: Optional[str] = None
-    clamp: Any = None
-    warmup_epochs: float = 0.0
-    warmup_start: Any = "step"
-    form: str = "whole"
-    power: float = 2.0
-    end_lr: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    step_factor: float = 0.1
-    epochs: int = 90
-    label_smoothing: float = 0.0
-    zero_gamma: bool = False
-    min_crop: float = 0.08
-    ghost_batch: int = 32
-    published_top1: Optional[float] = None
-
-
-@dataclass
-class RecipeConfig:
-    """A published set of hyper-parameters: what all rows share, and one row per batch."""
-
-    name: str = "torchlars"
-    """Whose hyper-parameters."""
-    source: str = ""
-    """Where they were published."""
-    common: dict[str, Any] = field(default_factory=dict)
-    """What all rows share."""
-    rows: dict[str, Any] = field(default_factory=dict)
-    """One row for each batch, by `batch.name`."""
 
 
 @dataclass
@@ -106,6 +55,8 @@ class DataConfig:
     """Validate on this share of ``train/`` instead of ``val/``."""
     val_labels: Optional[str] = None
     """For a flat ``val/`` of ImageNet: the devkit, or a CSV of file and class."""
+    image_key: Optional[str] = None
+    """Extension of the image to read where samples in tars have several: jpg, or jpg:png to try both in turn."""
     image_size: int = 224
     """Side of the network's input, in pixels."""
     augment: str = "inception"
@@ -125,15 +76,13 @@ class DataConfig:
     workers: Union[int, str] = AUTO
     """What decodes beside each rank; auto: none on the CPU, else its share of the cores less one, at most 16."""
     decoder: str = AUTO
-    """Of JPEGs: native (in C), library (nvImageCodec), pillow, gpu (nvImageCodec on the CUDA device), or auto: native
-    where it is there, else library, else pillow.
-    """
+    """Of JPEGs: native (in C), pillow, or auto: native where every rank has it, else pillow."""
     order: str = "global"
     """Of an epoch: global (a permutation of all samples), or shards: of packed shards, a few at a time."""
     window_shards: int = 16
     """Shards among which ``order=shards`` mixes samples."""
     cache_dir: Optional[str] = None
-    """Of a root that is a URL (null: in the user's cache directory)."""
+    """The cache of shards for a root that is a URL (null: in the user's cache directory)."""
     cache_gb: float = 64.0
     """The most that the cache takes, in 10**9 bytes."""
     on_error: str = "skip"
@@ -153,9 +102,11 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet50"
-    """A file of ``configs/model/``."""
+    """A model of ``configs/choices.yaml``."""
     weights: Optional[str] = None
-    """A file of weights to start from, or to evaluate: a state_dict, or ``.safetensors``."""
+    """A file of weights to start from, or to evaluate: a state_dict, a checkpoint that holds one, ``.safetensors``."""
+    new_head: bool = False
+    """Take all but the last layer from `weights`: for other classes than the file's."""
     ghost_batch: Optional[int] = None
     """Samples per batch-norm statistics."""
     zero_gamma: Optional[bool] = None
@@ -249,7 +200,7 @@ class LaunchConfig:
     nproc: Union[int, str] = AUTO
     """Processes on this machine, when torchrun or Slurm started none; auto: one per GPU."""
     threads: Union[int, str] = AUTO
-    """CPU threads of each process."""
+    """CPU threads of each process; auto: OMP_NUM_THREADS, or its share of the cores."""
 
 
 @dataclass
@@ -270,6 +221,10 @@ class EvaluateConfig:
     """Epochs between evaluations; the last update is always evaluated."""
     report: Optional[str] = None
     """Of ``mode=evaluate``: the folder for the accuracy of each class and what was taken for what."""
+    outputs: str = "subset"
+    """Of ``mode=evaluate`` on some of the model's classes: look for the highest output among those (subset; as
+    published for ImageNet-A and -R), or among all.
+    """
 
 
 @dataclass
@@ -291,9 +246,9 @@ class GuardConfig:
     """What happens when the loss of an update is not finite or too large."""
 
     max_loss: Optional[float] = None
-    """A mean loss of an update above it counts as divergence, as one that is not finite does."""
+    """A mean loss of an update above it is a divergence, as is a training or validation loss that is not finite."""
     on_divergence: str = "stop"
-    """stop, or rollback to the last checkpoint, passing over the samples from there to the update that diverged."""
+    """stop, or rollback to the last good checkpoint, skipping the samples from there to the update that diverged."""
     max_rollbacks: int = 3
     """How often."""
 
@@ -357,7 +312,9 @@ class Config:
     epochs: Optional[int] = None
     """The schedule's length."""
     max_updates: Optional[int] = None
-    """Stop after so many updates; the schedule stays as it is."""
+    """Stop after so many updates; the schedule stays as it is. The same run continues with a larger one, and is not
+    taken for a shorter one.
+    """
     micro_batch: Union[int, str] = AUTO
     """Images at once on a device, whole ghost batches; auto: what fits."""
     label_smoothing: Optional[float] = None
@@ -366,10 +323,8 @@ class Config:
     """auto, cpu or cuda."""
     deterministic: bool = False
     """Have torch use deterministic kernels alone."""
-    compile: Union[bool, str] = AUTO
-    """The network through ``torch.compile``: true, false, or auto: where the run takes an hour or more, as a
-    pass timed at its start tells, and a trial computes the same but for rounding, and is faster.
-    """
+    compile: bool = False
+    """Train the network through ``torch.compile``."""
     channels_last: Union[bool, str] = AUTO
     """Weights and images with the channels innermost in memory: true, false, or auto: on every device."""
     gradient_compression: str = "none"
@@ -401,21 +356,34 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, as the node that ``configs/config.yaml`` starts from."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Register with Hydra the schema, which ``configs/config.yaml`` starts from, and the choices without a file."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, names in _named_choices().items():
+        for name in names:
+            nominal = {"nominal": nominal_batch(name)} if group == "batch" else {}
+            store.store(group=group, name=name, node={"name": name, **nominal})
     # For the help text: Hydra's own list of groups takes it half a second.
     OmegaConf.register_new_resolver("groups", _groups, replace=True)
 
 
 def _groups() -> str:
-    groups = sorted({path.parent.name for path in config_dir().glob("*/*.yaml")})
+    groups = sorted({path.parent.name for path in config_dir().glob("*/*.yaml")} | _named_choices().keys())
     return "\n".join(f"{group}: {', '.join(choices_of(group))}" for group in groups)
 
 
 def choices_of(group: str) -> list[str]:
-    """The names of a group's files, batches by their size."""
-    names = (path.stem for path in (config_dir() / group).glob("*.yaml"))
+    """Return the choices of a group, batches by their size."""
+    names = [path.stem for path in (config_dir() / group).glob("*.yaml")] + _named_choices().get(group, [])
     return sorted(names, key=lambda name: (nominal_batch(name), name))
+
+
+@functools.cache
+def _named_choices() -> dict[str, list[str]]:
+    """Return, by group, the choices that have no file."""
+    table = OmegaConf.to_container(OmegaConf.load(config_dir() / "choices.yaml"))
+    assert isinstance(table, dict)
+    return {str(group): names for group, names in table.items()}
 
 
 def nominal_batch(name: str) -> int:

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lars_train.config.checks import check_choices, check_values
 from lars_train.config.schema import Config
 from lars_train.errors import ConfigError
+from lars_train.messages import first_line
 
 
 def restore(values: Any) -> Config:
@@ -27,7 +28,7 @@ def restore(values: Any) -> Config:
         check_choices(config)
         check_values(config)
     except (ConfigError, OmegaConfBaseException) as error:
-        raise ConfigError(next(iter(str(error).splitlines()), type(error).__name__)) from None
+        raise ConfigError(first_line(error)) from None
     except (AssertionError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"it is not the config of a run ({type(error).__name__}).") from None
     return config

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 from lars_train.config.schema import Config
-from lars_train.text import is_url
+from lars_train.fsutil import user_path
+from lars_train.messages import is_url
 
 _T = TypeVar("_T")
 
@@ -34,11 +34,12 @@ EXECUTION_KEYS = (
     # It acts where a run would otherwise be lost; what it did stands in the run's record.
     "guard",
     "evaluate.report",
+    "evaluate.outputs",
     "export",
     "plan",
     "check",
     "data.workers",
-    # Its pixels are at most a level apart, less than another device's arithmetic comes to; the GPU's go with the GPU.
+    # Its pixels are at most a level apart, less than another device's arithmetic comes to.
     "data.decoder",
     "data.cache_dir",
     "data.cache_gb",
@@ -53,26 +54,18 @@ EXECUTION_KEYS = (
 )
 
 
-# Keys of the experiment that came later, with what runs from before them did: those still find their directories.
-LATER_KEYS = {"gradient_compression": "none"}
-
-
 def run_hash(config: Config) -> str:
     """Eight hex digits of the SHA-256 of what the run computes (not of how it is executed)."""
     plain = dataclasses.asdict(config)
-    for key in (*EXECUTION_KEYS, *LATER_KEYS):
+    for key in EXECUTION_KEYS:
         *path, leaf = key.split(".")
         node = plain
         for part in path:
             node = node[part]
-        if key not in LATER_KEYS or node[leaf] == LATER_KEYS[key]:
-            node.pop(leaf)
-    # As when it was taken for a part of what is computed: runs from then find their directories.
-    plain["compile"] = False
+        node.pop(leaf)
     if config.data.order == "global":
-        # As if there were no other: runs from before there was find their directories.
-        for key in ("order", "window_shards"):
-            plain["data"].pop(key)
+        # In that order windows have no meaning.
+        plain["data"].pop("window_shards")
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -87,7 +80,7 @@ def absolute_paths(config: Config) -> Config:
     """The config with its input paths made absolute: as a checkpoint keeps it, which may be read from any folder."""
 
     def absolute(path: Optional[str]) -> Optional[str]:
-        return path if path is None or is_url(path) else str(Path(path).expanduser().resolve())
+        return path if path is None or is_url(path) else str(user_path(path).resolve())
 
     data = dataclasses.replace(
         config.data,

@@ -1,4 +1,4 @@
-"""Data: from files to batches on the device. `open_dataset` is where it starts."""
+"""Data: from files to batches in host memory. `open_dataset` is where it starts."""
 
 from __future__ import annotations
 

@@ -54,14 +54,14 @@ def normalise(
         The output, like `input`, not a view; in float32 (2, ghosts, C) means and unbiased variances, and (ghosts, C)
         1 / sqrt(biased variance + eps).
     """
-    plan = _plan(input, ghosts)
-    chunks = input.new_empty((2, ghosts, plan.chunks, plan.channels), dtype=torch.float32)
-    statistics = input.new_empty((2, ghosts, plan.channels), dtype=torch.float32)
+    tiling = _tiling(input, ghosts)
+    chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
+    statistics = input.new_empty((2, ghosts, tiling.channels), dtype=torch.float32)
     inverse = torch.empty_like(statistics[0])
     output = torch.empty_like(input)
-    _launch(_chunk_moments, plan, input, chunks)
-    _launch(_combine_moments, plan, chunks, statistics, inverse, eps)
-    _launch(_normalise, plan, input, statistics, inverse, weight, bias, output)
+    _launch(_chunk_moments, tiling, input, chunks)
+    _launch(_combine_moments, tiling, chunks, statistics, inverse, eps)
+    _launch(_normalise, tiling, input, statistics, inverse, weight, bias, output)
     return output, statistics, inverse
 
 
@@ -80,18 +80,18 @@ def gradients(
         gradient, and of the gradient times the normalised input.
     """
     ghosts = len(mean)
-    plan = _plan(input, ghosts)
+    tiling = _tiling(input, ghosts)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    chunks = input.new_empty((2, ghosts, plan.chunks, plan.channels), dtype=torch.float32)
-    sums = input.new_empty((2, ghosts, plan.channels), dtype=torch.float32)
+    chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
+    sums = input.new_empty((2, ghosts, tiling.channels), dtype=torch.float32)
     grad_input = torch.empty_like(input)
-    _launch(_chunk_sums, plan, grad, input, mean, chunks)
-    _launch(_combine_sums, plan, chunks, inverse, sums)
-    _launch(_input_gradient, plan, grad, input, mean, inverse, sums, weight, grad_input)
+    _launch(_chunk_sums, tiling, grad, input, mean, chunks)
+    _launch(_combine_sums, tiling, chunks, inverse, sums)
+    _launch(_input_gradient, tiling, grad, input, mean, inverse, sums, weight, grad_input)
     return grad_input, sums
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """How the work on (ghosts * rows, channels) is divided; it does not depend on the number of ghost batches."""
 
     ghosts: int
@@ -107,28 +107,28 @@ class Plan(NamedTuple):
         return _ceil(self.rows, self.chunk_rows)
 
 
-def _plan(input: Tensor, ghosts: int) -> Plan:
+def _tiling(input: Tensor, ghosts: int) -> Tiling:
     channels = input.shape[1]
     rows = input.numel() // (ghosts * channels)
     tile_channels = min(TILE_CHANNELS, _power_of_2(channels))
     tile_rows = TILE_BYTES // (tile_channels * input.element_size())
     tiles = _ceil(rows * _ceil(channels, tile_channels), PROGRAMS * tile_rows)
-    return Plan(ghosts, rows, channels, tiles * tile_rows, tile_rows, tile_channels)
+    return Tiling(ghosts, rows, channels, tiles * tile_rows, tile_rows, tile_channels)
 
 
-def _launch(kernel: Any, plan: Plan, first: Tensor, *others: Tensor | float | None) -> None:
-    """Run `kernel`, which takes tensors and numbers and then those of the plan, on the current stream."""
+def _launch(kernel: Any, tiling: Tiling, first: Tensor, *others: Tensor | float | None) -> None:
+    """Run `kernel`, which takes tensors and numbers and then those of the tiling, on the current stream."""
     # Eight channels of any of the dtypes make whole loads of 16 bytes, if the compiler knows of the eight.
-    vector = 8 if plan.channels % 8 == 0 else 1
+    vector = 8 if tiling.channels % 8 == 0 else 1
     if kernel in (_combine_moments, _combine_sums):
-        chunks = _power_of_2(plan.chunks)
-        tile = (chunks, min(COMBINED // chunks, plan.tile_channels))
-        programs = plan.ghosts
+        chunks = _power_of_2(tiling.chunks)
+        tile = (chunks, min(COMBINED // chunks, tiling.tile_channels))
+        programs = tiling.ghosts
     else:
-        tile = (plan.tile_rows, plan.tile_channels)
-        programs = plan.ghosts * plan.chunks
-    programs *= _ceil(plan.channels, tile[1])
-    sizes = (plan.ghosts, plan.rows, plan.chunk_rows, plan.channels // vector)
+        tile = (tiling.tile_rows, tiling.tile_channels)
+        programs = tiling.ghosts * tiling.chunks
+    programs *= _ceil(tiling.channels, tile[1])
+    sizes = (tiling.ghosts, tiling.rows, tiling.chunk_rows, tiling.channels // vector)
     with torch.cuda.device_of(first):
         kernel[(programs,)](first, *others, *sizes, vector, *tile, num_warps=WARPS, num_stages=1)
 

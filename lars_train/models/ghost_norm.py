@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lars_train.monitoring.say import complain
+from lars_train.messages import complain
 
 LARGE = 1 << 24
 """Values from which on an H100 is busy with its passes over them for longer than the host is with launching some

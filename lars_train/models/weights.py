@@ -1,11 +1,19 @@
-"""The weights of a model as bytes: their hash."""
+"""Load weights into a model: check that they fit, match their classes. And the hash of weights."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lars_train.errors import ConfigError
+from lars_train.messages import counted
+from lars_train.models.factory import build_model, model_names
+from lars_train.models.weight_files import HEAD, Weights, few, read_weights
 
 
 def weights_sha256(network: nn.Module, rounded_to: torch.dtype | None = None) -> str:
@@ -20,3 +28,145 @@ def weights_sha256(network: nn.Module, rounded_to: torch.dtype | None = None) ->
             tensor = tensor.to(rounded_to)
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    new_head: bool = False,
+) -> tuple[str, ...]:
+    """Load the network in the file `path` into `model`, in place, and return what the user should know of it.
+
+    Every parameter and buffer must be there, by name and shape, and nothing else; only the counters
+    ``num_batches_tracked`` may be missing, as they are in old files. No code in the file is run.
+
+    Args:
+        name: the model's name; a file that says it is of another one is refused.
+        classes: the class of each output of `model`. A file that names the same ones in another order has its last
+            layer's rows moved; one that names others is refused.
+        new_head: keep the last layer that `model` has, whatever the file's is.
+
+    Raises:
+        ConfigError: the file is missing, holds no network, does not fit the model, or has values that are not finite.
+    """
+    weights = read_weights(path, model.state_dict())
+    check_name(weights, name)
+    check_finite(weights)
+    notes = list(weights.notes)
+    if new_head:
+        own = {key: value for key, value in model.state_dict().items() if key.startswith(HEAD)}
+        kept = {key: value for key, value in weights.state.items() if not key.startswith(HEAD)}
+        load_state(model, {**kept, **own}, weights.origin)
+        return (*notes, f"{weights.origin}: all but the last layer, which starts anew (model.new_head=true).")
+    known, classes = weights.classes, tuple(classes or ())
+    if known and classes:
+        _refuse_other_classes(weights.origin, known, classes)
+    load_state(model, weights.state, weights.origin)
+    if known and classes and known != classes:
+        keep_outputs(model, [known.index(label) for label in classes])
+        notes.append(f"{weights.origin}: its outputs are put into the order of the data set's classes, by name.")
+    return tuple(notes)
+
+
+def check_name(weights: Weights, name: str | None) -> None:
+    """Raise `ConfigError` when the file says that it is of another of our models."""
+    # By shape alone, tiny and small are the same.
+    if name is not None and weights.model in model_names() and weights.model != name:
+        raise ConfigError(
+            f"{weights.origin}: it is of model {weights.model}, not {name}: choose model={weights.model}."
+        )
+
+
+def _refuse_other_classes(origin: str, known: Sequence[str], classes: Sequence[str]) -> None:
+    sides = (("in the file", known, set(classes)), ("in the data set", classes, set(known)))
+    lacking = [(side, [label for label in names if label not in others]) for side, names, others in sides]
+    told = "; ".join(f"only {side}: {few(names)}" for side, names in lacking if names)
+    if told:
+        raise ConfigError(
+            f"{origin}: its {len(known):,} classes are not the data set's {len(classes):,} ({told}). Rename the "
+            "folders if they are the same, save the network without names if its outputs are the classes in their "
+            "order, or set model.new_head=true, which starts a new last layer."
+        )
+
+
+def keep_outputs(model: nn.Module, rows: Sequence[int]) -> None:
+    """Leave `model` these outputs of its last layer, in this order."""
+    head = model.get_submodule(HEAD.rstrip("."))
+    assert isinstance(head, nn.Linear)
+    index = torch.tensor(list(rows))
+    for name, value in list(head.named_parameters()):
+        setattr(head, name, nn.Parameter(value.detach()[index]))
+    head.out_features = len(index)
+
+
+def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None:
+    """Load the state dict `loaded` into `model`, in place; what must be in it, `load_weights` says.
+
+    Raises `ConfigError`, in which `origin` says where it comes from, when it does not fit.
+    """
+    wanted = model.state_dict()
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
+        raise ConfigError(
+            f"{origin}: holds no plain state dict (names to tensors); save it with "
+            "torch.save(model.state_dict(), path)."
+        )
+    both = [key for key in wanted if key in loaded]
+    faults = {
+        "missing": [key for key in wanted if key not in loaded and not key.endswith("num_batches_tracked")],
+        "not in the model": [key for key in loaded if key not in wanted],
+        "of another shape": [
+            f"{key} {tuple(loaded[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in both
+            if loaded[key].shape != wanted[key].shape
+        ],
+        "of another kind": [
+            f"{key} {loaded[key].dtype}"
+            for key in both
+            if loaded[key].is_floating_point() != wanted[key].is_floating_point()
+        ],
+    }
+    found = [f"{len(names)} {fault}: {few(names)}" for fault, names in faults.items() if names]
+    if found and all(name.startswith(HEAD) for names in faults.values() for name in names):
+        theirs, mine = loaded.get(f"{HEAD}weight"), len(wanted[f"{HEAD}weight"])
+        outputs = "no last layer" if theirs is None else f"a last layer of {len(theirs):,} outputs"
+        raise ConfigError(
+            f"{origin}: it has {outputs}, and the data set {mine:,} classes ({'; '.join(found)}). Set "
+            "model.new_head=true to start a new last layer, and to take all else from the file."
+        )
+    if found:
+        other = _model_of(loaded)
+        remedy = "Check model.name, and how it was saved" if other is None else f"It fits model={other}"
+        raise ConfigError(f"{origin}: does not fit the model; {'; '.join(found)}. {remedy}.")
+    model.load_state_dict(loaded, strict=False)
+
+
+def check_finite(weights: Weights) -> None:
+    """Raise `ConfigError` when a tensor has values that are not finite."""
+    # What else tells of bytes that have changed: a state dict has no checksum.
+    floats = {key: value for key, value in weights.state.items() if value.is_floating_point()}
+    faulty = [key for key, value in floats.items() if not value.float().isfinite().all()]
+    if faulty:
+        raise ConfigError(
+            f"{weights.origin}: {counted(len(faulty), 'tensor')} with values that are not finite: {few(faulty)}. The "
+            "file is damaged, or of a run that has diverged."
+        )
+
+
+def _model_of(state: Mapping[str, Tensor]) -> str | None:
+    """The first of our models that the state fits, but for the last layer."""
+    shapes = {key: value.shape for key, value in state.items() if _is_compared(key)}
+    if not all(value.is_floating_point() for key, value in state.items() if key in shapes):
+        return None
+    for name in model_names():
+        with torch.device("meta"):
+            model = build_model(name, num_classes=1, ghost_batch=1, zero_gamma=False)
+        if shapes == {key: value.shape for key, value in model.state_dict().items() if _is_compared(key)}:
+            return name
+    return None
+
+
+def _is_compared(key: str) -> bool:
+    return not key.startswith(HEAD) and not key.endswith("num_batches_tracked")

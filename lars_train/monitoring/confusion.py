@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lars_train.messages import printable
+
 _NAMED = 40
 """Classes whose names still fit beside a picture."""
 
@@ -21,7 +23,7 @@ def write_confusion(folder: Path, classes: Sequence[str], counts: npt.NDArray[np
     """
     folder.mkdir(parents=True, exist_ok=True)
     of_class, taken_for = counts.sum(1), counts[:, :-1].sum(0)
-    with (folder / "per_class.csv").open("w", newline="") as file:
+    with (folder / "per_class.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["class", "images", "correct", "top-1 %", "not decoded", "taken for it", "most often taken for"])
         for i, name in enumerate(classes):
@@ -30,7 +32,7 @@ def write_confusion(folder: Path, classes: Sequence[str], counts: npt.NDArray[np
             other = classes[int(wrong.argmax())] if wrong.any() else ""
             share = f"{100 * counts[i, i] / of_class[i]:.2f}" if of_class[i] else ""
             table.writerow([name, of_class[i], counts[i, i], share, counts[i, -1], taken_for[i], other])
-    with (folder / "confusion.csv").open("w", newline="") as file:
+    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["class", "taken for", "images"])
         for i, j in zip(*np.nonzero(counts), strict=True):
@@ -51,7 +53,9 @@ def _draw(path: Path, classes: Sequence[str], shares: npt.NDArray[np.float64]) -
     figure.colorbar(shown, label="share of the class's images")
     axes.set(xlabel="taken for", ylabel="class")
     if len(classes) <= _NAMED:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        # Without mathematics, which a dollar sign begins.
+        names = [printable(name) for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -12,9 +12,9 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/images_per_s": ("images/s", "samples of all ranks over wall time since the last line"),
     "train/mfu": (
         "1",
-        "model FLOP utilisation: train/images_per_s times the floating-point operations of training on an image, over "
-        "ranks times the rate of matrix products that was measured when the run started (flops_per_image and "
-        "peak_flops in run.json)",
+        "GPUs only: model FLOP utilization, train/images_per_s times the floating-point operations of training on an "
+        "image, over ranks times the rate of matrix products that was measured when the run started (flops_per_image "
+        "and peak_flops in run.json)",
     ),
     "train/wait_share": ("1", "share of that time that rank 0 waited for input"),
     "train/grad_norm": ("1", "norm of the whole gradient of the last update, before LARS"),

@@ -5,6 +5,7 @@ these numbers is in `board`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -12,9 +13,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lars_train.durable import write_whole
-from lars_train.monitoring.board import Board
+from lars_train.fsutil import naming, write_whole
 from lars_train.monitoring.fields import FIELDS, RATIO_FIELDS
+from lars_train.monitoring.tensorboard import Board
 
 RATIOS = "trust_ratios.jsonl"
 
@@ -28,7 +29,7 @@ class Lines:
 
     def __init__(self, path: Path, update: int) -> None:
         self.there = keep_up_to(path, update)
-        self.file, self._name = path.open("ab", buffering=0), path.name
+        self.file, self._path, self._name = path.open("ab", buffering=0), path, path.name
         self._whole, self._pending = path.stat().st_size, list[bytes]()
         self.reason = ""
 
@@ -58,12 +59,14 @@ class Lines:
         self.put()
         if self._pending:
             raise OSError(f"{self._name}: {self.reason}")
-        os.fsync(self.file.fileno())
+        with naming(self._path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Write out what can be, and close the file."""
         self.put()
-        self.file.close()
+        with contextlib.suppress(OSError):  # what `sync` did not put on disk, no checkpoint relies on
+            self.file.close()
 
 
 class RunLog:
@@ -81,13 +84,15 @@ class RunLog:
         if (directory / RATIOS).exists():
             self._ratios = Lines(directory / RATIOS, update)
         self._ratios_of: list[str] | None = None
-        (directory / "metrics.fields.json").write_text(json.dumps(_described(FIELDS), indent=1) + "\n")
+        self._no_ratios, self._ratios_waiting = "", list[tuple[int, list[str], list[float]]]()
+        write_whole(directory / "metrics.fields.json", [json.dumps(_described(FIELDS), indent=1).encode() + b"\n"])
         self.board = Board(directory / "tensorboard", update)
 
     @property
     def reason(self) -> str:
         """Why lines wait in memory for the disk, or why TensorBoard's events have ended; empty if all is well."""
-        return self._metrics.reason or (self._ratios.reason if self._ratios else "") or self.board.reason
+        ratios = self._no_ratios or (self._ratios.reason if self._ratios else "")
+        return self._metrics.reason or ratios or self.board.reason
 
     def write(self, update: int, epoch: float, values: dict[str, float | int]) -> None:
         """One line, and one TensorBoard point per value."""
@@ -102,18 +107,33 @@ class RunLog:
         """One line of trust ratios, one for each of the `layers`. Raises nothing for a disk that is full."""
         if update == self._start and self._ratios is not None and self._ratios.there:
             return
+        self._ratios_waiting.append((update, layers, ratios))
+        self._put_ratios()
+
+    def _put_ratios(self) -> None:
+        """Write the trust ratios that wait for their files; those that the disk refuses go on waiting."""
         try:
-            if self._ratios_of != layers:
-                described = {**_described(RATIO_FIELDS), "layers": layers}
-                (self._directory / "trust_ratios.fields.json").write_text(json.dumps(described, indent=1) + "\n")
-                self._ratios_of = layers
-            if self._ratios is None:
-                self._ratios = Lines(self._directory / RATIOS, update)
-        except OSError:
-            return  # metrics.jsonl meets the same disk, and tells of it
+            while self._ratios_waiting:
+                update, layers, ratios = self._ratios_waiting[0]
+                if self._ratios_of != layers:
+                    described = {**_described(RATIO_FIELDS), "layers": layers}
+                    text = json.dumps(described, indent=1) + "\n"
+                    write_whole(self._directory / "trust_ratios.fields.json", [text.encode()])
+                    self._ratios_of = layers
+                if self._ratios is None:
+                    self._ratios = Lines(self._directory / RATIOS, update)
+                self._add_ratios(self._ratios, update, ratios)
+                self._ratios_waiting.pop(0)
+        except OSError as error:
+            self._no_ratios = error.strerror or str(error)
+        else:
+            self._no_ratios = ""
+
+    @staticmethod
+    def _add_ratios(file: Lines, update: int, ratios: list[float]) -> None:
         # Four digits are what a picture can show, and a third of the size.
         kept = [float(f"{ratio:.4g}") if math.isfinite(ratio) else None for ratio in ratios]
-        self._ratios.add({"update": update, "trust_ratios": kept})
+        file.add({"update": update, "trust_ratios": kept})
 
     def finish(self, settings: dict[str, Any], fields: list[str]) -> None:
         """Show the run's settings in TensorBoard's hparams tab, with the last values of `fields` as its results."""
@@ -122,6 +142,9 @@ class RunLog:
     def sync(self) -> None:
         """Put what was written so far on disk: a checkpoint that follows relies on it. Raises `OSError`."""
         self._metrics.sync()
+        self._put_ratios()
+        if self._no_ratios:
+            raise OSError(f"{RATIOS}: {self._no_ratios}")
         if self._ratios is not None:
             self._ratios.sync()
         self.board.flush()

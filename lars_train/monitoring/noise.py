@@ -46,10 +46,6 @@ class NoiseScale:
             values["noise/critical_batch"] = max(1, round(trace / grad_sq))
         return values
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; ``NoiseScale(**state)`` goes on from it."""
-        return {"count": self.count, "grad_sq": self.grad_sq, "trace": self.trace}
-
 
 def estimates(small_sq: float, per_small: float, big_sq: float, per_big: float) -> tuple[float, float]:
     """Unbiased estimates of |G|^2 and tr(Sigma), from squared norms of mean gradients over two batch sizes.

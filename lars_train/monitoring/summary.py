@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lars_train.config import Config, published_top1
+from lars_train.config import Config, filled, published_top1
 from lars_train.config.lars_options import changed_options
-from lars_train.monitoring.progress import duration
-from lars_train.plan import Plan, accumulation, policy
+from lars_train.data.dataset import Inventory
+from lars_train.messages import counted, duration, operations, short
+from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
 
 FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
+
+# `lag_line`: points of top-1, and the share of its norm by which an update moves the weights.
+_FAR_BELOW, _FAST = 10.0, 0.01
 
 
 class Decided(Protocol):
@@ -24,8 +28,6 @@ class Decided(Protocol):
     def precision(self) -> str: ...
     @property
     def channels_last(self) -> bool: ...
-    @property
-    def compiled(self) -> bool: ...
     @property
     def threads(self) -> int: ...
     @property
@@ -45,14 +47,17 @@ class Evaluated(Protocol):
     def count(self) -> int: ...
 
 
-def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, resumed_at: int) -> Iterator[str]:
+def announcement(
+    config: Config, plan: Plan, decided: Decided, directory: Path, resumed_at: int, inventory: Inventory
+) -> Iterator[str]:
     """The effective values of a run, a line each."""
     most = accumulation(plan, decided.world, decided.micro_batch // plan.ghost_batch)
-    yield from experiment(config, plan)
-    yield f"world size     {decided.world} ({decided.device}, {decided.threads} CPU threads each)"
+    yield from experiment(config, plan, inventory)
+    each = " each" if decided.world > 1 else ""
+    yield f"world size     {decided.world} ({decided.device}, {counted(decided.threads, 'CPU thread')}{each})"
     yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
     layout = "channels last" if decided.channels_last else "channels first"
-    yield f"precision      {decided.precision}, {layout}, {'compiled' if decided.compiled else 'not compiled'}"
+    yield f"precision      {decided.precision}, {layout}, {'compiled' if config.compile else 'not compiled'}"
     if config.gradient_compression != "none":
         alone = "" if decided.world > 1 else ": nothing to do, one rank sends no gradients"
         yield f"compression    gradients are exchanged in {config.gradient_compression}{alone}"
@@ -61,27 +66,31 @@ def announcement(config: Config, plan: Plan, decided: Decided, directory: Path, 
         yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
 
 
-def work_line(flops_per_image: int, peak_flops: float) -> str:
-    """What ``train/mfu`` relates: operations of training on an image, and those that a device does in a second."""
-    return (
-        f"arithmetic     {flops_per_image / 1e9:.4g} GFLOP an image; train/mfu is relative to "
-        f"{peak_flops / 1e12:.4g} TFLOP/s a rank, measured here with matrix products"
+def work_line(flops_per_image: int, peak_flops: float | None) -> str:
+    """Operations of training on an image and, for ``train/mfu``, those that a device does in a second."""
+    relative = (
+        ""
+        if peak_flops is None
+        else f"; train/mfu is relative to {operations(peak_flops)}/s a rank, measured here with matrix products"
     )
+    return f"arithmetic     {operations(flops_per_image)} an image{relative}"
 
 
-def experiment(config: Config, plan: Plan) -> Iterator[str]:
-    """What a run computes, whatever it runs on; a line each."""
+def experiment(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str]:
+    """What a run computes, whatever it runs on, and what of the data set is skipped; a line each."""
     opt, schedule = config.optimizer, config.schedule
     what = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
     yield f"data           {config.data.name}: {plan.samples:,} training images"
     if config.data.holdout is not None:
         yield f"               validation: held out of the training images (data.holdout={config.data.holdout:g})"
+    for line in inventory.lines():
+        yield f"{'':<15}{line}"
     yield f"model          {config.model.name}, {config.data.image_size} pixels"
     yield f"recipe         {config.recipe.name}"
-    yield f"global batch   {plan.global_batch:,} images per update ({plan.arithmetic()})"
+    yield f"global batch   {counted(plan.global_batch, 'image')} per update ({plan.arithmetic()})"
     if plan.raised:
         yield f"               NOTE: raised to {plan.global_batch}, the least that batch norm works with; lr stays"
-    yield f"updates        {plan.updates_per_epoch:,} per epoch, {plan.updates:,} in {plan.epochs} epochs"
+    yield f"updates        {plan.updates_per_epoch:,} per epoch, {plan.updates:,} in {counted(plan.epochs, 'epoch')}"
     if plan.stop < plan.updates:
         yield f"               stops after update {plan.stop:,} (max_updates)"
     yield f"optimizer      {what}, peak lr {opt.lr:g}, weight decay {opt.weight_decay:g}"
@@ -90,34 +99,53 @@ def experiment(config: Config, plan: Plan) -> Iterator[str]:
         but = f", but for {', '.join(changed)}" if changed else ""
         without = "" if opt.adapt_norm_bias in (None, True) else "; none for batch norm and biases"
         yield f"               trust ratios as {opt.preset or 'torchlars'} has them{but}{without}"
-    yield (
-        f"schedule       warm-up {plan.warmup_updates:,} updates ({schedule.warmup_epochs:g} epochs), "
-        f"then {policy(config)}, {schedule.form} form"
-    )
+    warmup = "no warm-up, "
+    if plan.warmup_updates:
+        length = short(filled(schedule.warmup_epochs))
+        epochs = f"{length} epoch{'' if length == '1' else 's'}"
+        warmup = f"warm-up {counted(plan.warmup_updates, 'update')} ({epochs}), then "
+    yield f"schedule       {warmup}{describe_decay(config)}, {schedule.form} form"
 
 
-def epoch_line(
+def epoch_fields(
     update: int,
     plan: Plan,
     logged: dict[str, float],
     result: Evaluated | None = None,
     best_top1: float = math.nan,
     seconds_left: float | None = None,
-) -> str:
-    """One line on an epoch, from the last logged values and, where there was one, the evaluation.
+) -> Iterator[str]:
+    """The fields of an epoch's line, the most important first.
 
-    `seconds_left`: of the whole run.
+    From the last logged values and, where there was one, the evaluation. `seconds_left`: of the whole run.
     """
-    text = f"epoch {math.ceil(update / plan.updates_per_epoch)}/{plan.epochs}  update {update:,}"
-    if logged:
-        text += f"  loss {logged['train/loss']:.3f}  lr {logged['train/lr']:.3g}"
-        text += f"  {logged['train/images_per_s']:,.0f} images/s"
-        text += f"  wait {100 * logged['train/wait_share']:.0f} %  MFU {100 * logged['train/mfu']:.0f} %"
+    yield f"epoch {math.ceil(update / plan.updates_per_epoch)}/{plan.epochs}"
+    yield f"update {update:,}"
     if result is not None:
-        text += f"  top-1 {result.top1:.2f} % of {result.count:,} (best {best_top1:.2f} %)"
+        yield f"top-1 {result.top1:.2f} % of {result.count:,}"
+        yield f"best {best_top1:.2f} %"
+    if logged:
+        yield f"loss {logged['train/loss']:.3f}"
     if seconds_left is not None and update < plan.stop:
-        text += f"  {duration(seconds_left)} left"
-    return text
+        yield f"{duration(seconds_left)} left"
+    if logged:
+        yield f"{logged['train/images_per_s']:,.0f} images/s"
+        yield f"wait {100 * logged['train/wait_share']:.0f} %"
+        if "train/mfu" in logged:
+            yield f"MFU {100 * logged['train/mfu']:.0f} %"
+        yield f"lr {logged['train/lr']:.3g}"
+
+
+def lag_line(logged: dict[str, float], result: Evaluated) -> str | None:
+    """Why validation is far below training where the weights move fast; None where it is not, or they do not."""
+    moved = logged.get("train/update_ratio", 0.0)
+    if logged.get("train/top1", 0.0) - result.top1 < _FAR_BELOW or not moved >= _FAST:
+        return None
+    return (
+        f"NOTE: validation is far below training ({logged['train/top1']:.0f} %): it uses batch norm's running "
+        f"statistics, an average over about ten updates, and the weights still move by {100 * moved:.1f} % an update. "
+        "The gap usually closes as the learning rate falls (docs/troubleshooting.md)."
+    )
 
 
 def final_record(
@@ -137,14 +165,16 @@ def final_record(
 ) -> dict[str, Any]:
     """The content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
 
+    `published_top1` is that of the same experiment, or None: the recipe's row with ResNet-50 on all of ImageNet.
     `passed_over`: global batches that made no update, by rollbacks or by float16's loss scale.
     """
+    full = plan.samples == IMAGENET_TRAIN_IMAGES and not plan.scaled and config.model.name == "resnet50"
     return {
         "best_top1": best_top1,
         "final_top1": result.top1,
         "final_top5": result.top5,
         "val_count": result.count,
-        "published_top1": published_top1(config),
+        "published_top1": published_top1(config) if full else None,
         "updates": update,
         "planned_updates": plan.updates,
         "seconds": seconds,
@@ -163,7 +193,7 @@ def final_record(
         "optimizer": config.optimizer.name,
         "base": config.optimizer.base,
         "lr": config.optimizer.lr,
-        "policy": policy(config),
+        "policy": describe_decay(config),
         "power": config.schedule.power,
         "warmup_epochs": config.schedule.warmup_epochs,
         "epochs": plan.epochs,

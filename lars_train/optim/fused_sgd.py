@@ -19,15 +19,15 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from lars_train.extensions import built
-from lars_train.optim.rescale import Record, is_adapted, walk_alike
-from lars_train.optim.rule import Rule
+from ..extensions import built
+from .rescale import Record, is_adapted, walk_alike
+from .rule import Rule
 
 if TYPE_CHECKING:
-    from lars_train.optim import kernels
+    from . import kernels
 else:
     # None: no compiler was there at the install.
-    kernels = built("lars_train.optim.kernels")
+    kernels = built(f"{__package__}.kernels")
 
 # Up to as many elements torch's kernels, too, keep to one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
 _ONE_THREAD = 32768
@@ -85,8 +85,8 @@ def _fits(weight: Tensor, state: Any) -> bool:
 
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
+    taken, left = _taken(group, state)
     # What the loop needs is looked up before it: for small tensors its own time is what counts.
-    fused, f32, f64 = torch._fused_sgd_, torch.float32, torch.float64
     ours_up_to = -1.0
     if kernels is not None:
         norms, update = kernels.norms, kernels.update
@@ -95,8 +95,49 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
     adapted, decay, group_lr = is_adapted(group, rule), float(group["weight_decay"]), float(group["lr"])
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
-    ratio_of, dampens = rule.ratios_on_the_host(decay, group_lr), group["dampening"]
+    ratio_of = rule.ratios_on_the_host(decay, group_lr)
+    for weight, grad, buffer, dampening, size, wide in taken:
+        if ours := size <= ours_up_to and type(weight) in _PLAIN:
+            weight_at, grad_at = weight.data_ptr(), grad.data_ptr()
+            if grad_at == 0 and size:  # zeros that take no memory
+                weight.grad = grad = grad.clone()
+                grad_at = grad.data_ptr()
+        ratio, wd, lr = 1.0, decay, group_lr
+        if adapted:
+            if ours:
+                weight_norm, grad_norm = norms(weight_at, grad_at, size, wide)
+            else:
+                weight_norm, grad_norm = _norm(weight), _norm(grad)
+            ratio, wd = ratio_of(weight_norm, grad_norm)
+            if record is not None:
+                record.parameters.append(weight)
+                record.values.append((weight_norm, grad_norm, ratio))
+        factor = ratio
+        if ratio_outside:
+            lr, factor = lr * ratio, 1.0
+        elif lr_inside:
+            lr, factor = 1.0, lr * ratio
+        share = (1 - dampening) * factor if buffer is not None else factor
+        if ours:
+            buffer_at = 0 if buffer is None else buffer.data_ptr()
+            update(weight_at, grad_at, buffer_at, size, wide, nesterov, maximize, wd, share, momentum, lr)
+        else:
+            _update_by_torch(group, weight, grad, buffer, wd, lr, dampening, factor, share)
+        keep(weight)
+    return left
+
+
+# Weight, gradient, momentum buffer if there is momentum, dampening, elements, and whether they are float64. A plain
+# tuple, for one is made for every tensor in every step.
+_Taken = tuple[Tensor, Tensor, Tensor | None, float, int, bool]
+
+
+def _taken(group: dict[str, Any], state: Any) -> tuple[list[_Taken], bool]:
+    """Return the tensors of the group that a kernel can update, and True if others have gradients."""
+    taken: list[_Taken] = []
     left = False
+    f32, f64 = torch.float32, torch.float64
+    momentum, dampens = group["momentum"], group["dampening"]
     for weight in group["params"]:
         grad = weight.grad
         if grad is None:
@@ -128,53 +169,40 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
             ):
                 left = True
                 continue
-        if ours := size <= ours_up_to and type(weight) in _PLAIN:
-            weight_at, grad_at, wide = weight.data_ptr(), grad.data_ptr(), dtype is f64
-            if grad_at == 0 and size:  # zeros that take no memory
-                weight.grad = grad = grad.clone()
-                grad_at = grad.data_ptr()
-        ratio, wd, lr = 1.0, decay, group_lr
-        if adapted:
-            if ours:
-                weight_norm, grad_norm = norms(weight_at, grad_at, size, wide)
-            else:
-                weight_norm, grad_norm = _norm(weight), _norm(grad)
-            ratio, wd = ratio_of(weight_norm, grad_norm)
-            if record is not None:
-                record.parameters.append(weight)
-                record.values.append((weight_norm, grad_norm, ratio))
-        factor = ratio
-        if ratio_outside:
-            lr, factor = lr * ratio, 1.0
-        elif lr_inside:
-            lr, factor = 1.0, lr * ratio
-        share = (1 - dampening) * factor if buffer is not None else factor
-        if ours:
-            buffer_at = 0 if buffer is None else buffer.data_ptr()
-            update(weight_at, grad_at, buffer_at, size, wide, nesterov, maximize, wd, share, momentum, lr)
-            keep(weight)
-            continue
-        if buffer is None:
-            lr *= share
-        elif nesterov or share < _SMALLEST_IN_DAMPENING:
-            grad.mul_(factor)
-            wd *= factor
-        else:
-            dampening = 1 - share
-        fused(
-            [weight],
-            [grad],
-            [] if buffer is None else [buffer],
-            weight_decay=wd,
-            momentum=momentum,
-            lr=lr,
-            dampening=dampening,
-            nesterov=nesterov,
-            maximize=maximize,
-            is_first_step=False,
-        )
-        keep(weight)
-    return left
+        taken.append((weight, grad, buffer, dampening, size, dtype is f64))
+    return taken, left
+
+
+def _update_by_torch(
+    group: dict[str, Any],
+    weight: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    wd: float,
+    lr: float,
+    dampening: float,
+    factor: float,
+    share: float,
+) -> None:
+    if buffer is None:
+        lr *= share
+    elif group["nesterov"] or share < _SMALLEST_IN_DAMPENING:
+        grad.mul_(factor)
+        wd *= factor
+    else:
+        dampening = 1 - share
+    torch._fused_sgd_(
+        [weight],
+        [grad],
+        [] if buffer is None else [buffer],
+        weight_decay=wd,
+        momentum=group["momentum"],
+        lr=lr,
+        dampening=dampening,
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        is_first_step=False,
+    )
 
 
 def _norm(tensor: Tensor) -> float:

@@ -1,8 +1,9 @@
 """LARS, layer-wise adaptive rate scaling, around any torch optimizer.
 
 Every parameter tensor is a layer of its own. Its gradient is rescaled by the trust ratio; the base optimizer,
-which knows nothing of it, then makes the update. The ratio's arithmetic is in `rule`, its way to the
-gradients in `rescale`, the short cut for SGD on the CPU in `fused_sgd`, the rules of others in `presets`.
+which knows nothing of it, then makes the update. The options are checked in `options`, which also has those of other
+implementations; the ratio's arithmetic is in `rule`, its way to the gradients in `rescale`, the short cut for SGD on
+the CPU in `fused_sgd`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lars_train.optim import fused_sgd
-from lars_train.optim.presets import PRESETS
-from lars_train.optim.rescale import Layers, Record, apply_outside, check_gradients, copies, parts_of, rescale
-from lars_train.optim.rule import Rule
+from . import fused_sgd
+from .base import calls_closure, check_base, check_groups, is_plain, refused_for_closure
+from .options import DEFAULTS, PRESETS
+from .rescale import Layers, Record, apply_outside, check_gradients, copies, parts_of, rescale
+from .rule import Rule
 
 _NO_DECAY = 0.0
 
@@ -43,8 +45,8 @@ class LARS(Optimizer):
 
     `param_groups`, `state` and `defaults` are the base's own objects: a learning-rate scheduler that is
     built on one of the two optimizers acts on both. Step hooks are each optimizer's own; the base's run
-    within LARS's step. After a step the gradients are the rescaled ones, or in part or wholly as they were where the
-    update went without; nothing else of their size is kept. Parameters that share memory are rescaled one
+    within LARS's step. After a step `grad` holds the rescaled gradients; those that the update did not
+    rescale are unchanged. No other tensor of their size is kept. Parameters that share memory are rescaled one
     after another, in an order that is not stated.
 
     Norms and ratios are computed in float32, or float64 for float64 gradients; a gradient that is not finite
@@ -54,6 +56,7 @@ class LARS(Optimizer):
     Args:
         base_optimizer: an instance of any torch optimizer. One that calls the closure itself, and says so by a step
             that cannot do without (LBFGS), gets rescaled gradients from each call.
+        optimizer: another name for `base_optimizer`, which torchlars uses.
         eps: added to the ratio's denominator; at least 0.
         trust_coef: the trust coefficient; above 0.
         denominator: ``"split"``: |g| + wd * |w| + eps; ``"combined"``: |g + wd * w| + eps, whose zero counts as
@@ -73,7 +76,8 @@ class LARS(Optimizer):
         record: keep what `layers` tells. Off, it costs nothing.
 
     Raises:
-        TypeError: `base_optimizer` is no optimizer, or is LARS itself.
+        TypeError: `base_optimizer` is no optimizer, or is LARS itself, or is given by both names; or a keyword is
+            unknown.
         ValueError: an option is out of range or does not go with another or with the base, or the base is
             ``differentiable``.
     """
@@ -84,10 +88,11 @@ class LARS(Optimizer):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | None = None,
         eps: float = 1e-8,
         trust_coef: float = 0.001,
-        *,
+        *more: NoReturn,
+        optimizer: Optimizer | None = None,
         denominator: Literal["split", "combined"] = "split",
         clip: Literal["lr"] | tuple[float, float] | None = None,
         zero_norm: Literal["decay", "skip"] = "decay",
@@ -97,37 +102,40 @@ class LARS(Optimizer):
         lr_placement: Literal["outside", "inside"] = "outside",
         clamp: float | None = None,
         record: bool = False,
+        **unknown: NoReturn,
     ) -> None:
-        _check_base(base_optimizer)
-        if ratio_placement == "outside" and _calls_closure(base_optimizer):
-            kind = type(base_optimizer).__name__
+        given = locals()
+        if base_optimizer is not None and optimizer is not None:
+            raise TypeError("LARS: base_optimizer and optimizer are two names of one argument; give one of them")
+        base: Any = optimizer if base_optimizer is None else base_optimizer
+        if base is None:
+            base = unknown.get("params")
+        options = {name: given[name] for name in DEFAULTS}
+        changed = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+        check_base(base, LARS, changed, more, unknown)
+        if ratio_placement == "outside" and calls_closure(base):
+            kind = type(base).__name__
             raise ValueError(f"ratio_placement='outside' wants one step per closure, and {kind} makes several")
-        rule = Rule(
-            eps=eps,
-            trust_coef=trust_coef,
-            denominator=denominator,
-            clip=clip,
-            zero_norm=zero_norm,
-            zero_decay=zero_decay,
-            weight_decay=weight_decay,
-            ratio_placement=ratio_placement,
-            lr_placement=lr_placement,
-            clamp=clamp,
-        )
-        _check_groups(base_optimizer.param_groups, rule)
+        rule = Rule(**options)
+        check_groups(base.param_groups, rule)
         # Optimizer.__init__ would make parameter groups of its own; this sets up the rest (hooks, profiling).
-        self.__setstate__({"base_optimizer": base_optimizer, "rule": rule, "record": record})
+        self.__setstate__({"base_optimizer": base, "rule": rule, "record": record})
 
     @classmethod
-    def preset(cls, name: str, base_optimizer: Optimizer, **options: Any) -> LARS:
+    def preset(cls, name: str, base_optimizer: Optimizer | None = None, **options: Any) -> LARS:
         """LARS as the implementation called `name` computes it; `options` change or complete it.
 
-        The names, their options and sources: ``lars_train.optim.presets.PRESETS``. Raises `ValueError` for
+        The names, their options and sources: ``lars_train.optim.options.PRESETS``. Raises `ValueError` for
         another name.
         """
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(base_optimizer, **(PRESETS[name] | options))
+
+    @property
+    def optim(self) -> Optimizer:
+        """The base optimizer, by the name that it has in torchlars."""
+        return self.base_optimizer
 
     @property
     def eps(self) -> float:
@@ -183,15 +191,15 @@ class LARS(Optimizer):
         # A thing of its own: torch.compile keeps what a step changes in it, and not what it changes in an optimizer.
         self._last = Record()
         self._state_is_new = True
-        self._base_calls_closure = _calls_closure(self.base_optimizer)
+        self._base_calls_closure = calls_closure(self.base_optimizer)
 
     def __repr__(self) -> str:
-        changed = {k: v for k, v in asdict(self.rule).items() if k in ("eps", "trust_coef") or v != getattr(Rule(), k)}
+        changed = {k: v for k, v in asdict(self.rule).items() if k in ("eps", "trust_coef") or v != DEFAULTS[k]}
         return f"LARS({self.base_optimizer!r}, {', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer. Raises `ValueError` for a ``differentiable`` one."""
-        _check_groups([{**self.defaults, **param_group}], self.rule)
+        check_groups([{**self.defaults, **param_group}], self.rule)
         self.base_optimizer.add_param_group(param_group)
 
     def layers(self) -> Layers | None:
@@ -300,11 +308,19 @@ class LARS(Optimizer):
         before = [copies(part) for part in parts] if outside else []
         were = self._hide_what_the_gradients_have()
         try:
-            if torch.compiler.is_compiling() and _is_plain(self.base_optimizer):
+            if torch.compiler.is_compiling() and is_plain(self.base_optimizer):
                 # Without the wrapper in which torch breaks the graph, to have no_grad around it: LARS's step has that.
                 inspect.unwrap(type(self.base_optimizer).step)(self.base_optimizer)
             else:
                 self.base_optimizer.step()
+        except Exception as error:
+            if refused_for_closure(self.base_optimizer, error):
+                kind = type(self.base_optimizer).__name__
+                raise TypeError(
+                    f"LARS does not support {kind}: its step calls the closure itself, yet declares closure=None, so "
+                    f"that LARS gave it none. Let LARS be the optimizer inside {kind}, if that takes one."
+                ) from error
+            raise
         finally:
             _restore(were)
         if outside:
@@ -353,28 +369,3 @@ def _restore(were: list[tuple[dict[str, Any], str, Any, Any]]) -> None:
     for group, key, value, hidden in were:
         if group[key] is hidden:  # else a hook of the base has set it anew
             group[key] = value
-
-
-def _calls_closure(base: Optimizer) -> bool:
-    """Whether the base's step wants a closure, to call it by itself."""
-    closure = inspect.signature(type(base).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def _is_plain(base: Optimizer) -> bool:
-    """Whether a step of `base` is what torch.optim wrote: without hooks, and no scheduler counts it."""
-    of_torch = type(base).__module__.startswith("torch.optim.")
-    return of_torch and "step" not in vars(base) and not fused_sgd.has_step_hooks(base)
-
-
-def _check_base(base: Optimizer) -> None:
-    if not isinstance(base, Optimizer) or isinstance(base, LARS):
-        what = base.__name__ if isinstance(base, type) else type(base).__name__
-        raise TypeError(f"LARS wraps an instance of a torch optimizer, such as SGD(parameters), not {what}")
-
-
-def _check_groups(groups: list[dict[str, Any]], rule: Rule) -> None:
-    if any(group.get("differentiable") for group in groups):
-        raise ValueError("LARS cannot be differentiated through: set the base's differentiable=False")
-    if rule.needs_lr and any("lr" not in group for group in groups):
-        raise ValueError("clip='lr' and lr_placement='inside' want a base with an lr in its groups")

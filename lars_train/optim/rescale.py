@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lars_train.optim.rule import Rule
+from .rule import Rule
 
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
@@ -174,7 +174,14 @@ def apply_outside(part: Part, before: list[Tensor]) -> None:
 
 def copies(part: Part) -> list[Tensor]:
     """The weights of `part` as they are, this rank's share of each."""
-    return list(torch._foreach_clone([_local(w) for w in part.parameters]))
+    return clones([_local(w) for w in part.parameters])
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    """Return a copy of each tensor."""
+    if hasattr(torch, "_foreach_clone"):
+        return list(torch._foreach_clone(tensors))
+    return [tensor.clone() for tensor in tensors]  # torch before 2.12; on a GPU one launch each
 
 
 def norm_of(tensor: Tensor) -> float:
@@ -314,10 +321,10 @@ def _closed(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
 
 def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: Tensor | None) -> list[Tensor]:
     if decay == 0:
-        return list(torch._foreach_clone(grads))
+        return clones(grads)
     if decays is None:
         return list(torch._foreach_add(grads, weights, alpha=decay))
-    decayed = list(torch._foreach_clone(grads))
+    decayed = clones(grads)
     torch._foreach_addcmul_(decayed, _apart(decays.to(grads[0].dtype)), weights)
     return decayed
 

@@ -8,65 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .options import Options
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What a LARS computes; every option is described in `LARS`.
 
-    Raises:
-        ValueError: an option is none of its choices or out of range, or two do not go together.
-    """
-
-    eps: float = 1e-8
-    trust_coef: float = 0.001
-    denominator: Literal["split", "combined"] = "split"
-    clip: Literal["lr"] | tuple[float, float] | None = None
-    zero_norm: Literal["decay", "skip"] = "decay"
-    zero_decay: Literal["adapt", "skip"] = "adapt"
-    weight_decay: Literal["coupled", "base"] = "coupled"
-    ratio_placement: Literal["inside", "outside"] = "inside"
-    lr_placement: Literal["outside", "inside"] = "outside"
-    clamp: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("eps", "trust_coef", "clamp"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) and not (name == "clamp" and value is None):
-                raise ValueError(f"{name}={value!r}: it must be a number")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps={self.eps}: it must be finite and at least 0")
-        if not (math.isfinite(self.trust_coef) and self.trust_coef > 0):
-            raise ValueError(f"trust_coef={self.trust_coef}: it must be finite and above 0")
-        if self.clamp is not None and not self.clamp > 0:
-            raise ValueError(f"clamp={self.clamp}: it must be above 0, or None")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
-        self._check_clip()
-        if self.ratio_placement == "outside" and self.lr_placement == "inside":
-            raise ValueError("the ratio outside the momentum and the lr inside it: no known rule combines them so")
-        if self.weight_decay == "base" and (self.ratio_placement, self.lr_placement) != ("inside", "outside"):
-            raise ValueError("weight_decay='base' goes with ratio_placement='inside' and lr_placement='outside' only")
-
-    def _check_clip(self) -> None:
-        if self.clip is None or self.clip == "lr":
-            return
-        bounds = self.clip
-        if (
-            not isinstance(bounds, tuple | list)
-            or len(bounds) != 2
-            or not _are_numbers(bounds)
-            or not 0 <= bounds[0] <= bounds[1]
-        ):
-            raise ValueError(f"clip={bounds!r}: give None, 'lr', or a pair of bounds such as (0, 50)")
-        # State dicts and configs bring lists.
-        object.__setattr__(self, "clip", tuple(bounds))
+class Rule(Options):
+    """What a LARS with these options computes."""
 
     @property
     def needs_lr(self) -> bool:
@@ -122,17 +73,3 @@ class Rule:
         if self.zero_norm == "decay":
             return ratios, None
         return torch.where(normal, ratios, 1.0), normal.to(ratios.dtype) * decay
-
-
-def _are_numbers(values: Any) -> bool:
-    return all(isinstance(value, int | float) for value in values)
-
-
-_CHOICES = {
-    "denominator": ("split", "combined"),
-    "zero_norm": ("decay", "skip"),
-    "zero_decay": ("adapt", "skip"),
-    "weight_decay": ("coupled", "base"),
-    "ratio_placement": ("inside", "outside"),
-    "lr_placement": ("outside", "inside"),
-}

@@ -7,21 +7,24 @@ import dataclasses
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lars_train.config import EXECUTION_KEYS
 from lars_train.config.lars_options import options_of
+from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import row_name
-from lars_train.config.schema import RowConfig
 from lars_train.errors import ConfigError
 from lars_train.plan import IMAGENET_TRAIN_IMAGES
 from lars_train.report.files import as_number, shown
-from lars_train.report.read import FINISHED, Run
+from lars_train.report.read import FINISHED, RunRecord
 
 AS_RECIPE = "as the recipe's row has it"
 UNKNOWN = "not known"
+RUN = "run"
+"""The key in `Row.differs` of a run's name."""
 # They tell rows and seeds apart by themselves; what a recipe's rows hold is compared field by field.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
 
@@ -46,16 +49,16 @@ class Row:
     that is among `runs` already, and in no mean.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunRecord, ...]
     differs: dict[str, str]
-    repeats: tuple[Run, ...] = ()
+    repeats: tuple[RunRecord, ...] = ()
 
     @property
-    def first(self) -> Run:
+    def first(self) -> RunRecord:
         """The run that stands for what all have in common."""
         return self.runs[0]
 
-    def mean(self, value: Callable[[Run], float | None]) -> Mean | None:
+    def mean(self, value: Callable[[RunRecord], float | None]) -> Mean | None:
         """Of `value` over the runs that have one; None if none has."""
         values = [v for v in map(value, self.runs) if v is not None]
         if not values:
@@ -79,8 +82,7 @@ class Row:
         full = full and not run.scaled and run.samples in (None, IMAGENET_TRAIN_IMAGES)
         if not full or run.settings.get("batch.size") is not None or run.state != FINISHED:
             return None
-        value = as_number(_recipe_row(run).get("published_top1"))
-        return value if value is not None and 0 <= value <= 100 else None
+        return as_number(_recipe_row(run).get("published_top1"))
 
     @property
     def difference(self) -> float | None:
@@ -89,7 +91,7 @@ class Row:
         return None if best is None or published is None else best.value - published
 
 
-def make_rows(runs: Sequence[Run]) -> list[Row]:
+def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
     """The rows of the table that `runs` make, by batch, the finished ones first.
 
     A run whose settings are not known is a row of its own: what it would be averaged with, nobody can say.
@@ -97,18 +99,35 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
     rows = _known_rows([run for run in runs if run.recorded])
     rows += [Row((run,), {"settings": UNKNOWN}) for run in runs if not run.recorded]
     # Stable: those of one batch stay as they are, and those of which little is known come last.
-    return sorted(rows, key=lambda row: (*_place(row.first)[:2], not row.first.recorded, _place(row.first)[2]))
+    return sorted(
+        _told_apart(rows), key=lambda row: (*_place(row.first)[:2], not row.first.recorded, _place(row.first)[2])
+    )
 
 
-def _place(run: Run) -> tuple[float, str, int]:
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """`rows`; those that are alike in settings and state differ in the names of their runs."""
+
+    def kind(row: Row) -> tuple[Any, ...]:
+        return _place(row.first), tuple(row.differs.items()), row.first.state == FINISHED
+
+    alike = Counter(map(kind, rows))
+    return [
+        dataclasses.replace(row, differs={**row.differs, RUN: shown(row.first.directory.name)})
+        if alike[kind(row)] > 1
+        else row
+        for row in rows
+    ]
+
+
+def _place(run: RunRecord) -> tuple[float, str, int]:
     return run.nominal_batch if run.nominal_batch is not None else math.inf, run.batch, run.global_batch or 0
 
 
-def _known_rows(runs: Sequence[Run]) -> list[Row]:
+def _known_rows(runs: Sequence[RunRecord]) -> list[Row]:
     setups = [_setup(run) for run in runs]
     _measured(runs, setups)
     differing = differing_keys(setups)
-    groups: dict[tuple[Any, ...], list[Run]] = {}
+    groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run, setup in zip(runs, setups, strict=True):
         values = ((key, setup.get(key, "not set")) for key in differing)
         # What is as the recipe has it stands before what is not.
@@ -136,7 +155,7 @@ def differing_keys(setups: Sequence[dict[str, str]]) -> list[str]:
     return sorted(key for key in keys if len({setup.get(key) for setup in setups}) > 1)
 
 
-def _implied(runs: Sequence[Run]) -> dict[str, set[str]]:
+def _implied(runs: Sequence[RunRecord]) -> dict[str, set[str]]:
     """The optimizer's options that its name decides, each with the names for which that is so.
 
     Those are the optimizers that have no such option (it is null, or not there); and, if only one optimizer has it,
@@ -182,10 +201,10 @@ def _rounded_float(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def _finished_rows(runs: list[Run], differs: dict[str, str]) -> list[Row]:
+def _finished_rows(runs: list[RunRecord], differs: dict[str, str]) -> list[Row]:
     if not runs:
         return []
-    seeds: dict[str, Run] = {}
+    seeds: dict[str, RunRecord] = {}
     # Of several with one seed the first stands for it, but one that lacks something only where all do.
     for run in sorted(runs, key=lambda run: bool(run.problems)):
         seeds.setdefault(run.setting("seed"), run)
@@ -193,7 +212,7 @@ def _finished_rows(runs: list[Run], differs: dict[str, str]) -> list[Row]:
     return [Row(kept, differs, tuple(run for run in runs if run not in kept))]
 
 
-def _setup(run: Run) -> dict[str, str]:
+def _setup(run: RunRecord) -> dict[str, str]:
     """What the run computes, by key: of what its recipe's row gives, whether it is as there."""
     deviations, row = _deviations(run), _row_settings(run)
     setup = {"recipe": run.setting("recipe.name")}
@@ -201,13 +220,13 @@ def _setup(run: Run) -> dict[str, str]:
         if f"{key}.".startswith(tuple(f"{ignored}." for ignored in _NOT_COMPARED)):
             continue
         setup[key] = AS_RECIPE if key in row and key not in deviations else shown(value)
-    # Runs from before there was a choice have the global order, in which windows have no meaning.
-    if setup.setdefault("data.order", shown("global")) == shown("global"):
+    # In the global order windows have no meaning.
+    if setup.get("data.order") == shown("global"):
         setup.pop("data.window_shards", None)
     return setup
 
 
-def _measured(runs: Sequence[Run], setups: list[dict[str, str]]) -> None:
+def _measured(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> None:
     """Add what a run finds out when it begins; one that was ended before counts as like the others."""
     found: dict[str, list[Any]] = {
         "precision.name": [run.precision for run in runs],
@@ -222,12 +241,12 @@ def _measured(runs: Sequence[Run], setups: list[dict[str, str]]) -> None:
                 setup[key] = shown(value)
 
 
-def _deviations(run: Run) -> list[str]:
+def _deviations(run: RunRecord) -> list[str]:
     """The settings that are not as the run's row of its recipe has them; one that is null has no use in this run."""
     return [key for key, value in _row_settings(run).items() if run.settings.get(key) not in (None, value)]
 
 
-def _row_settings(run: Run) -> dict[str, Any]:
+def _row_settings(run: RunRecord) -> dict[str, Any]:
     """What the recipe's row says, and the preset that it names, by the settings that take it."""
     if run.settings.get("batch.size") is not None:
         return {}
@@ -239,13 +258,10 @@ def _row_settings(run: Run) -> dict[str, Any]:
         key = next((place for place in places if place in run.settings), None)
         if key is not None:
             found[key] = value
-    shrink, epochs, of = (
-        run.settings.get("schedule.scale_warmup"),
-        *map(as_number, (run.settings.get("epochs"), row["epochs"])),
-    )
-    if shrink is True and epochs is not None and of:
+    if run.settings.get("schedule.scale_warmup") and row.get("epochs"):
+        factor = run.settings["epochs"] / row["epochs"]
         for key in found.keys() & {"schedule.warmup_epochs", "schedule.steps"}:
-            found[key] = _times(found[key], epochs / of)
+            found[key] = _times(found[key], factor)
     return found
 
 
@@ -253,13 +269,10 @@ _GROUPS = ("optimizer", "schedule", "model", "data")
 
 
 def _times(value: Any, factor: float) -> Any:
-    if isinstance(value, list):
-        return [_times(item, factor) for item in value]
-    plain = as_number(value)
-    return value if plain is None else plain * factor
+    return [step * factor for step in value] if isinstance(value, list) else value * factor
 
 
-def _recipe_row(run: Run) -> dict[str, Any]:
+def _recipe_row(run: RunRecord) -> dict[str, Any]:
     start, batch = "recipe.rows.", run.settings.get("batch.name")
     names = dict.fromkeys(key.removeprefix(start).partition(".")[0] for key in run.settings if key.startswith(start))
     # What the recipe leaves unsaid is what the schema has for it.

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lars_train.report.compare import Row
-from lars_train.report.read import FAILED, FINISHED, Point, Ratios, Run
-from lars_train.text import printable
+from lars_train.messages import printable
+from lars_train.report.compare import RUN, Row
+from lars_train.report.read import FAILED, FINISHED, Point, Ratios, RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0,
 _MOST_POINTS = 250
 _LONGEST_LABEL = 50
 # What tells runs apart before all else.
-_FIRST = ("optimizer.name", "optimizer.lr")
+_FIRST = ("optimizer.name", "optimizer.lr", RUN)
 # What stands for the text's colour in a page's picture; any that nothing else has will do.
 _INK = "#1b1c1d"
 _STYLE = f"svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:#e6e6e6}}}}"
@@ -61,7 +61,7 @@ class Panel:
 
     title: str
     axis: str
-    values: Callable[[Run], tuple[Point, ...]]
+    values: Callable[[RunRecord], tuple[Point, ...]]
     unit: str
     bounded: bool = True
 
@@ -113,12 +113,13 @@ def curve(row: Row, panel: Panel) -> Curve | None:
 def labels(rows: Sequence[Row]) -> list[str]:
     """What the legend calls each row: no two alike, and none at length.
 
-    Of one that differs in much, optimizer and learning rate, if they tell it from all others, else its place in the
-    table.
+    Of one that differs in much, optimizer and learning rate, if they tell it from all others, else the name of its
+    (first) run, else its place in the table.
     """
     whole = [_label(row, list(_differences(row, row.differs))) for row in rows]
     short = [_label(row, list(_differences(row, _first(row) or row.differs))) for row in rows]
-    return [_called(number, row, whole, short) for number, row in enumerate(rows)]
+    named = [_label(row, [f"run {row.first.directory.name}"]) for row in rows]
+    return [_called(number, row, whole, short, named) for number, row in enumerate(rows)]
 
 
 def _first(row: Row) -> list[str]:
@@ -231,7 +232,9 @@ def _draw(axes: Axes, rows: Sequence[Row], panel: Panel, *, title: bool = True) 
     axes.set_xlabel({"epoch": "epoch", "update": "update", "seconds": f"training time ({unit_name})"}[panel.axis])
     axes.set_ylabel(panel.unit)
     axes.grid(True)
-    axes.set_ylim(bottom=0)
+    # Curves that lie close together leave a margin that is thinner than their markers.
+    highest = max((max(found.mean) for _, _, found in curves), default=0.0)
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * highest))
     if not panel.bounded:
         _cut_off(axes, [found.mean for _, _, found in curves])
     if title:

@@ -10,12 +10,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lars_train import __version__
+from lars_train.messages import printable
 from lars_train.report import curves
 from lars_train.report.compare import Row
 from lars_train.report.files import relative, shown
-from lars_train.report.read import FINISHED, Ratios, Run, read_ratios
-from lars_train.report.table import HEADER, NOTHING, batch_name, cells, duration, notes, state
-from lars_train.text import printable
+from lars_train.report.read import FINISHED, Ratios, RunRecord, read_ratios
+from lars_train.report.table import HEADER, NOTHING, batch_name, cells, elapsed_time, notes, state
 
 _MOST_HEAT_MAPS = 16
 _FILES = (
@@ -90,7 +90,7 @@ def _parts(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield "</main>\n</body>\n</html>"
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[RunRecord]) -> str:
     counts: dict[str, int] = {}
     for run in runs:
         counts[run.state] = counts.get(run.state, 0) + 1
@@ -115,9 +115,9 @@ def _figure(svg: str, caption: str, alternative: str) -> str:
 
 
 def _results(rows: Sequence[Row]) -> str:
-    """The table, the state beside the batch: a narrow window shows what a row is worth before its figures."""
-    place = HEADER.index("state")
-    order = [0, place, *(i for i in range(1, len(HEADER)) if i != place)]
+    """The table, with result and state beside the batch: a phone shows those three."""
+    first = [HEADER.index(name) for name in ("batch", "best top-1 %", "state")]
+    order = [*first, *(i for i in range(len(HEADER)) if i not in first)]
     found = [cells(row) for row in rows]
     unfinished = {number for number, row in enumerate(rows) if row.first.state != FINISHED}
     return _table("The table", [HEADER[i] for i in order], ([line[i] for i in order] for line in found), unfinished)
@@ -201,7 +201,7 @@ def _runs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
         for run in (*row.runs, *row.repeats):
             yield f"<h3>{escape(printable(run.directory.name))}</h3>"
             seed = f"seed {run.setting('seed')}, " if run.setting("seed") else ""
-            time = "" if run.seconds is None else f", {duration(run.seconds)}"
+            time = "" if run.seconds is None else f", {elapsed_time(run.seconds)}"
             told = f"{batch_name(run)}, {seed}{state(Row((run,), {}))}{time}"
             best = "" if run.best_top1 is None else f", best top-1 {run.best_top1:.2f} %"
             yield f"<p>{escape(printable(told + best))}<br>{_file_links(run, folder)}</p>"
@@ -210,7 +210,7 @@ def _runs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield "</section>"
 
 
-def _file_links(run: Run, folder: Path) -> str:
+def _file_links(run: RunRecord, folder: Path) -> str:
     there = [name for name in _FILES if (run.directory / name).exists()]
     where = relative(run.directory, folder)
     # A relative address with its colons spelt out names no scheme.

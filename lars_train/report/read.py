@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.errors import ConfigError
-from lars_train.report.files import Unreadable, as_number, number, read_lines, read_object, share, shown, text, whole
+from lars_train.report.files import Unreadable, as_number, number, read_lines, read_object, shown, text, whole
 
 FINISHED, CUT, STOPPED, FAILED, UNFINISHED = "finished", "cut short", "stopped", "failed", "unfinished"
 MOST_RUNS = 1000
 _MOST_LINES = 1_000_000
-_MOST_LAYERS = 5000
 _DEEPEST = 4
-_DIVERGED = re.compile(r"(?:Diverged: )?(diverged at update ([0-9,]{1,19}):.*)", re.DOTALL)
+_DIVERGED = re.compile(r"(?:Diverged: )?(diverged at update ([0-9,]+):.*)", re.DOTALL)
 _MOVED_ASIDE = re.compile(r"\.old\d+$")
 
 
@@ -32,8 +31,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run directory says, each value checked; None where it says nothing usable.
+class RunRecord:
+    """What a run directory says; None where it says nothing usable.
 
     `best_top1` and `final_top1` in percent (of a run that has not ended, `best_top1` is the best so far);
     `updates`: of a run that has diverged, until it did (it is found at the next log line), which is `diverged`;
@@ -129,28 +128,28 @@ def _below(path: Path) -> list[Path]:
     return runs
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> RunRecord:
     """The run in `directory`. Raises nothing: what cannot be read is told in the run's `problems`."""
     problems: list[str] = []
     record, final = (_object(directory / name, problems) for name in ("run.json", "final.json"))
     settings = {shown(k): v for k, v in _dict(record, "settings").items()}
     plan = {**final, **_dict(record, "plan")}
-    starts = record.get("started")
-    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    starts = record.get("started", [])
     top1, loss, last, seconds = _curves(directory, problems)
     state, reason, updates = _state(final, starts, last)
     diverged = _DIVERGED.fullmatch(reason) if state == FAILED else None
     if diverged is not None:
-        reason, updates = diverged[1], min(updates, int(diverged[2].replace(",", "") or 0))
-    ended = final.get("rollbacks")
+        reason, updates = diverged[1], min(updates, int(diverged[2].replace(",", "")))
     if state in (FINISHED, CUT):
         seconds = number(final, "seconds")
         problems += _missing(directory, final, updates, top1, last)
+        problems += map(shown, _dict(_dict(starts[-1] if starts else {}, "ended"), "incomplete") or ())
     elif starts:
         seconds = number(_dict(starts[-1], "ended"), "seconds") or seconds
     resolved = _dict(starts[-1] if starts else {}, "resolved")
+    result = final if state in (FINISHED, CUT) else {}
     size = settings.get("batch.size")
-    return Run(
+    return RunRecord(
         directory=directory,
         state=state,
         reason=reason,
@@ -159,15 +158,15 @@ def read_run(directory: Path) -> Run:
         nominal_batch=whole(plan, "nominal_batch") or whole(settings, "batch.nominal"),
         global_batch=whole(plan, "global_batch"),
         samples=whole(plan, "samples"),
-        raised=plan.get("raised") is True,
+        raised=plan.get("raised", False),
         updates=updates,
         diverged=diverged is not None,
         planned_updates=whole(final, "planned_updates") or whole(plan, "updates"),
         seconds=seconds,
-        best_top1=share(final, "best_top1") if state in (FINISHED, CUT) else max((p.value for p in top1), default=None),
-        final_top1=share(final, "final_top1") if state in (FINISHED, CUT) else None,
+        best_top1=number(result, "best_top1") if result else max((p.value for p in top1), default=None),
+        final_top1=number(result, "final_top1"),
         resumes=sum(whole(start, "resumed_at") != 0 for start in starts[1:]),
-        rollbacks=len(ended) if isinstance(ended, list) else 0,
+        rollbacks=len(final.get("rollbacks", [])),
         precision=text(resolved, "precision"),
         versions=_versions(starts),
         top1=top1,
@@ -183,15 +182,13 @@ def read_ratios(directory: Path, most: int = 240) -> Ratios | None:
         layers = read_object(directory / "trust_ratios.fields.json").get("layers")
     except Unreadable:
         return None
-    if not isinstance(layers, list) or not 0 < len(layers) <= _MOST_LAYERS:
+    if not layers:
         return None
     kept: list[tuple[int, tuple[float | None, ...]]] = []
     stride, seen = 1, -1
     for line in read_lines(directory / "trust_ratios.jsonl", []):
-        update, ratios = whole(line, "update"), line.get("trust_ratios")
-        if update is None or not isinstance(ratios, list) or len(ratios) != len(layers):
-            continue
-        if kept and update <= kept[-1][0]:
+        update, ratios = whole(line, "update"), line.get("trust_ratios", ())
+        if update is None or len(ratios) != len(layers):
             continue
         seen += 1
         if seen % stride:
@@ -214,8 +211,7 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _dict(found: dict[str, Any], key: str) -> dict[str, Any]:
-    value = found.get(key)
-    return value if isinstance(value, dict) else {}
+    return found.get(key) or {}
 
 
 def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tuple[str, str, int]:
@@ -244,7 +240,7 @@ def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tu
 def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[Point, ...], last: int) -> Iterator[str]:
     """What a run that has ended with a result lacks of what such a run has written."""
     for key in ("best_top1", "final_top1"):
-        if share(final, key) is None:
+        if number(final, key) is None:
             yield f"final.json: no usable {key}"
     # A result that was copied without its record was not meant to be a whole run directory.
     if not updates or not (directory / "run.json").exists():
@@ -257,7 +253,7 @@ def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[P
         )
     elif last < updates:
         yield f"metrics.jsonl: ends at update {last:,} of {updates:,}, and the curves with it"
-    elif share(final, "final_top1") is not None and (not top1 or top1[-1].update < updates):
+    elif number(final, "final_top1") is not None and (not top1 or top1[-1].update < updates):
         yield f"metrics.jsonl: without the top-1 of the last update, {updates:,}"
 
 
@@ -271,11 +267,11 @@ def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tu
             problems.append(f"metrics.jsonl: what is beyond {_MOST_LINES:,} lines is left out")
             break
         update, epoch, seconds = whole(line, "update"), number(line, "epoch"), number(line, "run/seconds")
-        if update is None or epoch is None or epoch < 0:
+        if update is None or epoch is None:
             continue
         last = max(last, update)
         passed = seconds if seconds is not None and seconds >= (passed or 0) else passed
-        accuracy, nats = share(line, "val/top1"), number(line, "train/loss")
+        accuracy, nats = number(line, "val/top1"), number(line, "train/loss")
         if accuracy is not None:
             top1[update] = Point(update, epoch, passed, accuracy)
         if nats is not None:

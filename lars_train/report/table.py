@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lars_train.report.compare import Mean, Row
-from lars_train.report.files import as_number, as_setting, relative, shown
-from lars_train.report.read import CUT, FAILED, FINISHED, Run
-from lars_train.text import printable
+from lars_train.messages import columns, folded, printable, short
+from lars_train.report.compare import RUN, Mean, Row
+from lars_train.report.curves import labels
+from lars_train.report.files import as_number, relative, shown
+from lars_train.report.read import CUT, FAILED, FINISHED, RunRecord
 
 HEADER = (
     "batch",
@@ -35,6 +38,26 @@ _SAYS_NOTHING = {
     "state": {FINISHED},
     "differs in": {NOTHING},
 }
+# What a narrow terminal keeps, the first ones before all others.
+_KEPT = (
+    "batch",
+    "best top-1 %",
+    "state",
+    "LR policy",
+    "lr",
+    "published",
+    "difference",
+    "final top-1 %",
+    "differs in",
+    "time",
+    "epochs",
+    "images/s",
+    "warm-up epochs",
+    "updates",
+)
+_RESULTS = {"best top-1 %", "final top-1 %", "time", "images/s", "difference", "state"}
+# Characters of a cell on a terminal.
+_LONGEST_BATCH = 30
 # A backslash would not do for all of them: behind one that the text has itself, it is taken literally.
 _ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[`"})
 
@@ -48,12 +71,12 @@ def cells(row: Row) -> tuple[str, ...]:
         batch_name(run),
         policy(run),
         _short(run, "optimizer.lr"),
-        _short(run, "schedule.warmup_epochs"),
+        _epochs(run, "schedule.warmup_epochs"),
         _short(run, "epochs"),
         _updates(run),
         _percent(row.mean(lambda run: run.best_top1), row),
         _percent(row.mean(lambda run: run.final_top1), row),
-        NOTHING if seconds is None else duration(seconds.value),
+        NOTHING if seconds is None else elapsed_time(seconds.value),
         NOTHING if rate is None else f"{rate.value:,.0f}",
         _published(row),
         NOTHING if difference is None else f"{difference:+.2f}",
@@ -62,14 +85,14 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def batch_name(run: Run) -> str:
+def batch_name(run: RunRecord) -> str:
     """The batch as its row is called, and what became of it on this data set."""
     if not run.scaled:
         return run.batch
     return f"{run.batch} (scaled: {run.global_batch:,}{', raised' if run.raised else ''})"
 
 
-def policy(run: Run) -> str:
+def policy(run: RunRecord) -> str:
     """How the learning rate comes about: ``LARS + poly(2)``."""
     base = run.setting("optimizer.base")
     parts = ["LARS"] if run.settings.get("optimizer.name") == "lars" else []
@@ -77,10 +100,9 @@ def policy(run: Run) -> str:
     return " + ".join([*parts, _decay(run)])
 
 
-def _decay(run: Run) -> str:
-    steps = run.settings.get("schedule.steps")
-    if run.settings.get("schedule.form") == "steps" and isinstance(steps, list):
-        epochs = ", ".join("?" if (epoch := as_number(step)) is None else f"{epoch:.3g}" for step in steps[:20])
+def _decay(run: RunRecord) -> str:
+    if run.settings.get("schedule.form") == "steps":
+        epochs = ", ".join(f"{epoch:.3g}" for epoch in run.settings["schedule.steps"])
         return f"x{_short(run, 'schedule.step_factor')} at epochs {epochs}"
     return f"poly({_short(run, 'schedule.power')})"
 
@@ -109,7 +131,7 @@ def state(row: Row) -> str:
     return text
 
 
-def duration(seconds: float) -> str:
+def elapsed_time(seconds: float) -> str:
     """Seconds as a person would say them: ``1 h 23 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -124,7 +146,7 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
     """What must be said below the table, a sentence or two each; `brief`: without what no figure depends on."""
     runs = [run for row in rows for run in row.runs]
     told: list[str] = []
-    differing = list(dict.fromkeys(key for row in rows if row.first.recorded for key in row.differs))
+    differing = list(dict.fromkeys(key for row in rows if row.first.recorded for key in row.differs if key != RUN))
     if differing:
         told.append(f"The runs differ in more than batch and recipe row: {', '.join(differing)}.")
     versions = list(dict.fromkeys(version for run in runs for version in run.versions))
@@ -179,12 +201,43 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
     return [printable(note) for note in told]
 
 
-def terminal(rows: Sequence[Row]) -> str:
-    """The table and its notes for a terminal, without the columns that say nothing here."""
-    lines = [cells(row) for row in rows]
-    kept = [i for i, name in enumerate(HEADER) if any(line[i] not in _SAYS_NOTHING.get(name, set()) for line in lines)]
-    text = markdown_table([HEADER[i] for i in kept], [[line[i] for i in kept] for line in lines])
-    return "\n".join([text, *notes(rows, brief=True)])
+def terminal(rows: Sequence[Row], width: int | None = None) -> str:
+    """The table and its notes for a terminal: the columns that say something here and fit, and what they leave out.
+
+    `width`: of the lines; None: the terminal's, or 80 where standard output is none.
+    """
+    width = columns(sys.stdout) if width is None else width
+    lines = [dict(zip(HEADER, cells(row), strict=True)) for row in rows]
+    # A row's label names its state.
+    reasons = [
+        "" if row.first.state == FINISHED else re.sub(rf"^{row.first.state}\W*", "", line["state"])
+        for row, line in zip(rows, lines, strict=True)
+    ]
+    for row, line in zip(rows, lines, strict=True):
+        line["state"] = row.first.state
+        if len(line["batch"]) > _LONGEST_BATCH:
+            line["batch"] = f"{line['batch'][:_LONGEST_BATCH]}..."
+    telling = [name for name in HEADER if any(line[name] not in _SAYS_NOTHING.get(name, set()) for line in lines)]
+    shown, room = list[str](), width - len("|")
+    for name in sorted(telling, key=_KEPT.index):
+        size = len(" |") + 1 + max(len(escaped(cell)) for cell in (name, *(line[name] for line in lines)))
+        if size <= room or not shown:
+            shown.append(name)
+            room -= size
+    shown.sort(key=HEADER.index)
+    text = [markdown_table(shown, [[line[name] for name in shown] for line in lines])]
+    # What a row is, beside its results: where two are alike in it, what sets them apart stands below.
+    kinds = [tuple(line[name] for name in shown if name not in _RESULTS) for line in lines]
+    for label, kind, line, reason in zip(labels(rows), kinds, lines, reasons, strict=True):
+        apart = line["differs in"] if "differs in" not in shown and kinds.count(kind) > 1 else NOTHING
+        told = "; ".join(part for part in (reason, apart) if part not in ("", NOTHING))
+        text += folded(f"  {label}: {told}", width) if told else []
+    left_out = [name for name in telling if name not in shown]
+    if left_out:
+        text += folded(f"Left out in {width} columns: {', '.join(left_out)}; lars-report's table.md has them.", width)
+    for note in notes(rows, brief=True):
+        text += folded(note, width)
+    return "\n".join(text)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -231,7 +284,7 @@ def csv_text(rows: Sequence[Row], folder: Path) -> str:
             "raised": str(run.raised).lower(),
             "recipe": _cell(run.setting("recipe.name")),
             "lr_policy": _cell(policy(run)),
-            "lr": as_setting(run.settings.get("optimizer.lr")),
+            "lr": as_number(run.settings.get("optimizer.lr")),
             "warmup_epochs": as_number(run.settings.get("schedule.warmup_epochs")),
             "epochs": as_number(run.settings.get("epochs")),
             "updates": run.updates,
@@ -268,12 +321,17 @@ def _cell(text: str) -> str:
     return f"'{printable(text)}" if text[:1] in ("=", "+", "-", "@") else printable(text)
 
 
-def _short(run: Run, key: str) -> str:
-    value = as_setting(run.settings.get(key))
+def _short(run: RunRecord, key: str) -> str:
+    value = as_number(run.settings.get(key))
     return NOTHING if value is None else f"{value:g}"
 
 
-def _updates(run: Run) -> str:
+def _epochs(run: RunRecord, key: str) -> str:
+    value = as_number(run.settings.get(key))
+    return NOTHING if value is None else short(value)
+
+
+def _updates(run: RunRecord) -> str:
     if run.planned_updates is None or (run.planned_updates == run.updates and run.state == FINISHED):
         return f"{run.updates:,}"
     return f"{run.updates:,} of {run.planned_updates:,}"

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lars_train.errors import ConfigError
+from lars_train.fsutil import discard
+from lars_train.messages import utf8
 from lars_train.report.compare import Row
 from lars_train.report.curves import overview
 from lars_train.report.page import page
@@ -24,19 +26,23 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     """
     check_folder(folder)
     contents = {
-        "table.md": markdown(rows).encode(),
-        "table.csv": csv_text(rows, folder).encode(),
+        "table.md": utf8(markdown(rows)),
+        "table.csv": utf8(csv_text(rows, folder)),
         **{f"curves.{kind}": data for kind, data in overview(rows).items()},
-        "report.html": page(rows, folder).encode(),
+        "report.html": utf8(page(rows, folder)),
     }
+    partial = {name: folder / f".{name}.partial" for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).write_text("lars-report writes here, over its own files.\n")
         for name, data in contents.items():
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(data)
-            partial.replace(folder / name)
+            partial[name].write_bytes(data)
+        # Only now, so that no report is new in one file and old in another.
+        for name, path in partial.items():
+            path.replace(folder / name)
     except OSError as error:
+        for path in partial.values():
+            discard(path)
         raise ConfigError(f"{folder}: the report cannot be written there ({error}); choose another --out.") from None
     return [folder / name for name in contents]
 

@@ -2,27 +2,38 @@
 
 A file is a ``torch.save`` archive of plain values and tensors, so that it loads with ``weights_only=True``,
 and behind it a line with the SHA-256 of all its bytes, which readers of archives pass over. (The archive's own
-checksums cover its records, but not the headers that say where they lie.)
+checksums cover its records, but not the headers that say where they lie.) `Run._save` puts into it:
+
+- `Trainer.state`: ``update``, ``skipped``, ``model`` (with batch norm's buffers), ``optimizer``, ``scaler``, ``meter``
+- `RunState`: ``best_top1``, ``best_update``, ``seconds``, ``bad``, ``rollbacks``, ``noise``
+- what the run is: ``config``, ``plan``, ``resolved`` (decisions for the machine), ``classes``, ``fingerprint`` and
+  ``layout`` of the data
+
+No generator has a state to keep: order and augmentation are functions of the seed (data/order.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
 import re
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
-from lars_train.durable import sync_folder
 from lars_train.errors import ConfigError
-from lars_train.text import printable
+from lars_train.fsutil import discard, naming, sync_folder, user_path
+from lars_train.messages import first_line, printable, unread
+from lars_train.monitoring.noise import NoiseScale
 
 FORMAT = 1
 # What every reader of a checkpoint relies on.
@@ -37,7 +48,48 @@ _ENTRIES = {
 }
 _MARK = b"\nsha256 of the bytes before this line: "
 _TRAILER = len(_MARK) + 64 + 1
+SET_ASIDE = "diverged-"
+"""How the names of checkpoints begin that no start and no export may take."""
 _NAME = re.compile(r"update-(\d{9})\.pt")
+
+
+@dataclass
+class RunState:
+    """The state of a run that a checkpoint holds beside that of its trainer, each field by its name."""
+
+    best_top1: float = -math.inf
+    best_update: int | None = None
+    seconds: float = 0.0
+    """Wall time of training over the earlier starts; time that a kill undid does not count. In a checkpoint, of all."""
+    bad: dict[str, str] = field(default_factory=dict)
+    """The images that cannot be decoded: place and reason."""
+    rollbacks: list[dict[str, int]] = field(default_factory=list)
+    noise: NoiseScale = field(default_factory=NoiseScale)
+
+    def __post_init__(self) -> None:
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count the time of this start from now on."""
+        self._started = time.perf_counter()
+
+    def total_seconds(self) -> float:
+        """Wall time of training over all starts, this one included."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def stored(self) -> dict[str, Any]:
+        """The fields as plain values, for a checkpoint."""
+        return {**asdict(self), "seconds": self.total_seconds()}
+
+    def restore(self, content: dict[str, Any], *, rollback: bool = False) -> None:
+        """Take the fields from the `content` of a checkpoint. Raises `ConfigError` if one is missing.
+
+        A `rollback` undoes neither the time that has passed nor the bad images and rollbacks so far.
+        """
+        for each in fields(self):
+            if not (rollback and each.name in ("seconds", "bad", "rollbacks")):
+                found = value(content, each.name)
+                setattr(self, each.name, NoiseScale(**found) if each.name == "noise" else found)
 
 
 class DamagedCheckpoint(Exception):
@@ -48,8 +100,8 @@ class NewerCheckpoint(DamagedCheckpoint):
     """A newer version of this program wrote the file; to this one it is as good as damaged."""
 
 
-def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `update` and remove all but the last `keep`. Returns its path.
+def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: int | None = None) -> Path:
+    """Write the checkpoint of `update` and remove all but the last `keep` and that of `spare`. Returns its path.
 
     The file appears under its name only when it is whole on disk and its checksums hold.
     """
@@ -57,9 +109,14 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
     path = path_of(folder, update)
     partial = path.with_suffix(".partial")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             hashing = _Hashing(file)
-            torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
+            try:
+                torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
+            except RuntimeError:
+                if hashing.error is not None:  # which torch has turned into words about its own source
+                    raise hashing.error from None
+                raise
             file.write(_MARK + hashing.digest.hexdigest().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -68,11 +125,12 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int) -> Path:
         partial.replace(path)
     except Exception:
         # On a full disk it would take the room of what comes next.
-        partial.unlink(missing_ok=True)
+        discard(partial)
         raise
     sync_folder(folder)
     for old in listing(folder)[:-keep]:
-        old.unlink()
+        if _update_of(old) != spare:
+            old.unlink()
     return path
 
 
@@ -83,11 +141,41 @@ def keep_best(folder: Path, update: int) -> None:
     try:
         os.link(path_of(folder, update), partial)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path_of(folder, update), partial)
+        try:
+            shutil.copyfile(path_of(folder, update), partial)
+        except OSError:
+            discard(partial)
+            raise
     partial.replace(best)
     # Nothing is renamed where both are the same file already.
     partial.unlink(missing_ok=True)
     sync_folder(folder)
+
+
+def take_back_best(folder: Path, update: int, best_update: int | None) -> None:
+    """Remove a ``best.pt`` from after `update`; make it the checkpoint of `best_update`, where that is still there."""
+    best = folder / "best.pt"
+    if best.exists():
+        try:
+            later = load(best)["update"] > update
+        except DamagedCheckpoint:
+            later = True
+        if not later:
+            return
+        best.unlink()
+    restore_best(folder, best_update)
+
+
+def restore_best(folder: Path, best_update: int | None) -> None:
+    """Make ``best.pt`` again where it is missing, as after a full disk, and its checkpoint is still there."""
+    if best_update is not None and not (folder / "best.pt").exists() and path_of(folder, best_update).exists():
+        keep_best(folder, best_update)
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Rename the checkpoints after update `after`, of a run that has diverged, so that no start takes them."""
+    later = [path for path in listing(folder) if _update_of(path) > after]
+    return [path.replace(path.with_name(path.name.replace("update-", SET_ASIDE))) for path in later]
 
 
 def path_of(folder: Path, update: int) -> Path:
@@ -100,14 +188,17 @@ def listing(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("update-*.pt") if _NAME.fullmatch(path.name))
 
 
+def _update_of(path: Path) -> int:
+    return int(path.stem.removeprefix("update-"))
+
+
 def remove_later(folder: Path, update: int) -> None:
     """Remove the checkpoints after `update`, which a run that goes on from an earlier one replaces, and what a kill has
     left half written. Those of a newer version of this program stay."""
     for path in folder.glob("*.partial"):
         path.unlink(missing_ok=True)
     for path in listing(folder):
-        match = _NAME.fullmatch(path.name)
-        if match and int(match.group(1)) > update and not _is_newer(path):
+        if _update_of(path) > update and not _is_newer(path):
             path.unlink()
 
 
@@ -127,10 +218,15 @@ class _Hashing:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -155,7 +251,7 @@ def verify(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # a damaged archive can raise anything: zlib.error, struct.error, RuntimeError
-        raise DamagedCheckpoint(f"it is not a whole archive ({_told(error)})") from None
+        raise DamagedCheckpoint(f"it is not a whole archive ({first_line(error)})") from None
     if broken is not None:
         raise DamagedCheckpoint(f"the checksum of its record {broken} does not hold")
     return False
@@ -185,7 +281,7 @@ def load(path: Path) -> dict[str, Any]:
             "torch cannot read it as plain values and tensors, and nothing else is loaded"
         ) from None
     except Exception as error:
-        raise DamagedCheckpoint(f"torch cannot read it ({_told(error)})") from None
+        raise DamagedCheckpoint(f"torch cannot read it ({first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise DamagedCheckpoint("it is no checkpoint of lars-train; a file of weights alone goes in model.weights")
     if content["format"] > FORMAT:
@@ -214,9 +310,13 @@ def value(content: dict[str, Any], *keys: str) -> Any:
 
 
 def latest(
-    folder: Path, *, warn: bool = True, check: Callable[[dict[str, Any]], None] = lambda content: None
+    folder: Path,
+    *,
+    warn: bool = True,
+    check: Callable[[dict[str, Any]], None] = lambda content: None,
+    last: int | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run, or None if the run has none at all.
+    """The newest whole checkpoint of a run (of update `last` or before it), or None if there is none at all.
 
     A damaged one, and one for which `check` raises `ConfigError`, is named on stderr (with `warn`) and passed over.
     Raises `ConfigError` if that leaves none: a run that has lost its state is not silently started anew.
@@ -225,6 +325,8 @@ def latest(
     newer = False
     unfit: ConfigError | None = None
     for path in reversed(listing(folder)):
+        if last is not None and _update_of(path) > last:
+            continue
         try:
             content = load(path)
             check(content)
@@ -238,7 +340,8 @@ def latest(
             unfit = unfit or ConfigError(f"{path}: {error}")
             text = f"WARNING: checkpoint {path} does not fit: {error} Trying the one before it."
         if warn:
-            print(printable(text), file=sys.stderr)
+            with unread():
+                print(printable(text), file=sys.stderr, flush=True)
     if unfit is not None:
         raise unfit
     if damaged:
@@ -254,7 +357,7 @@ def find(text: str) -> tuple[Path, dict[str, Any]]:
 
     Raises `ConfigError` if there is none, or if it is damaged.
     """
-    path = Path(text).expanduser()
+    path = user_path(text)
     if not path.exists():
         raise ConfigError(f"checkpoint.path={text}: there is no such file or run directory.")
     if path.is_dir():
@@ -267,7 +370,3 @@ def find(text: str) -> tuple[Path, dict[str, Any]]:
         return path, load(path)
     except DamagedCheckpoint as error:
         raise ConfigError(f"checkpoint.path={text}: the file is damaged: {error}.") from None
-
-
-def _told(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

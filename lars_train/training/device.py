@@ -1,17 +1,23 @@
-"""What the run computes on and in which precision, decided once and printed. Nothing is allocated here."""
+"""The device of a rank: which one, its precision and memory, and the micro-batch that fits it."""
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import os
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from lars_train.config import AUTO, Config
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
-from lars_train.training.host_memory import keep_freed_memory
+from lars_train.messages import counted
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
         return torch.device("cuda", 0)
     if ranks.local_rank >= count:
         raise ConfigError(
-            f"local rank {ranks.local_rank} has no device: this machine has {count} CUDA device(s); "
+            f"local rank {ranks.local_rank} has no device: this machine has {counted(count, 'CUDA device')}; "
             "start fewer processes (--nproc-per-node), or use device=cpu."
         )
     return torch.device("cuda", ranks.local_rank)
@@ -111,9 +117,13 @@ def set_up(config: Config, device: torch.device, threads: int) -> None:
 
 
 def choose_threads(config: Config, ranks: Ranks) -> int:
-    """CPU threads of this process: as asked for, or its share of the cores it may run on."""
+    """CPU threads of this process: as asked for, by OMP_NUM_THREADS too, or its share of the cores it may run on."""
     if config.launch.threads != AUTO:
         return int(config.launch.threads)
+    # torchrun sets it to 1 by itself, whatever the cores.
+    number = os.environ.get("OMP_NUM_THREADS", "")
+    if number.isdecimal() and int(number) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return int(number)
     return max(1, available_cores() // ranks.local_world)
 
 
@@ -142,4 +152,173 @@ def _cuda_has_bf16(device: torch.device) -> bool:
 
 
 def _cpu_has(*flags: str) -> bool:
-    return any(torch.cpu.get_capabilities().get(flag, False) for flag in flags)
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+    else:  # torch before 2.11, which knows these of x86 and none of ARM
+        capabilities = {
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+            "amx_bf16": torch.cpu._is_amx_tile_supported(),
+            "amx_fp16": torch.cpu._is_amx_fp16_supported(),
+        }
+    return any(capabilities.get(flag, False) for flag in flags)
+
+
+# malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_GROW_BY = 64 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep what is freed for the next tensor, instead of giving it back; whether that could be arranged.
+
+    By default glibc maps each block of more than 32 MiB anew and unmaps it when it is freed, and gives back the top of
+    its heap: the activations of each pass are then new pages, which the kernel has to clear and enter one by one
+    (https://man7.org/linux/man-pages/man3/mallopt.3.html). Nothing is arranged where the environment has settings for
+    malloc, and under another C library.
+    """
+    named = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
+    if named or not _is_glibc():
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: _GROW_BY}
+    return all(mallopt(parameter, value) == 1 for parameter, value in wanted.items())
+
+
+def _is_glibc() -> bool:
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+# More samples than this at once gain no speed on any device measured so far, and cost memory.
+MOST_SAMPLES = 256
+# The share of the free memory that activations may take: gradients, the optimizer's state, the loader's
+# buffers and the allocator's slack need the rest.
+SHARE_OF_FREE_MEMORY = 0.4
+# The share of a GPU's memory that stays free when a micro-batch is tried: for NCCL, cuDNN's workspaces and fragments.
+SHARE_LEFT_FREE = 0.08
+
+
+def ghosts_by_trying(attempt: Callable[[int], None], *, ghost_batch: int, ghosts: int) -> int:
+    """Ghost batches per micro-batch: the most for which `attempt`, of so many, does not run out of memory.
+
+    `ghosts`: the most that a rank has to do in an update. Raises `ConfigError` if not even one fits.
+    """
+    fits, too_many = 0, max(1, min(MOST_SAMPLES // ghost_batch, ghosts)) + 1
+    candidate = too_many - 1
+    while fits < candidate < too_many:
+        try:
+            attempt(candidate)
+        except torch.OutOfMemoryError:
+            too_many = candidate
+        else:
+            fits = candidate
+        candidate = (fits + too_many) // 2
+    if fits == 0:
+        raise ConfigError(
+            f"one ghost batch of {ghost_batch} images does not fit into the device's memory: choose a smaller "
+            "model.ghost_batch or data.image_size."
+        )
+    return fits
+
+
+def try_micro_batch(
+    model: nn.Module,
+    samples: int,
+    image_size: int,
+    precision: Precision,
+    device: torch.device,
+    layout: torch.memory_format = torch.channels_last,
+) -> None:
+    """A forward and backward pass of `samples` images on `device`, with all else there that training keeps there.
+
+    The model itself stays as it is. Raises `torch.OutOfMemoryError`.
+    """
+    try:
+        shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=layout)
+        kept = [torch.empty_like(p) for p in shadow.parameters() for _ in range(2)]  # momentum, DDP's buckets
+        if device.type == "cuda":
+            spare = int(SHARE_LEFT_FREE * torch.cuda.get_device_properties(device).total_memory)
+            kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
+        images = torch.zeros(samples, 3, image_size, image_size, dtype=precision.weights, device=device)
+        with precision.autocast(device):
+            logits = shadow.train()(images.contiguous(memory_format=layout))
+        torch.autograd.backward(logits.to(precision.weights).sum())
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    finally:
+        shadow = kept = images = logits = None  # type: ignore[assignment]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def ghosts_that_fit(
+    model: nn.Module, *, ghost_batch: int, image_size: int, ghosts: int, free: int, local_world: int
+) -> int:
+    """Ghost batches per micro-batch: as many as fit in this rank's share of `free` bytes, at least one.
+
+    `ghosts`: the most that a rank has to do in an update; `local_world`: ranks that share `free`.
+    """
+    per_ghost = activation_bytes(model, ghost_batch, image_size)
+    budget = SHARE_OF_FREE_MEMORY * free / local_world
+    fitting = int(budget // max(per_ghost, 1))
+    return max(1, min(fitting, MOST_SAMPLES // ghost_batch, ghosts))
+
+
+def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
+    """Bytes that the backward pass of `samples` float32 images keeps: those of a forward pass of two, times as many.
+
+    Autocast keeps about half; the count is the safe side for every precision.
+    """
+    return sum(kept_tensors(model, samples, image_size))
+
+
+def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
+    """Of each tensor that `activation_bytes` counts, its bytes."""
+    # Not on the meta device, where torch imports its compiler: that takes seconds, and this takes tenths of one.
+    shadow, tried = copy.deepcopy(model).to("cpu").float().train(), min(samples, 2)
+    # By where they lie: the last layer keeps its weight as another tensor, transposed.
+    parameters = {p.data_ptr() for p in shadow.parameters()}
+    seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    sizes: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and storage not in seen:
+            seen.add(storage)
+            sizes.append(storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = shadow(torch.zeros(tried, 3, image_size, image_size))
+    del output
+    return [size * samples // tried for size in sizes]
+
+
+def free_memory() -> int:
+    """Bytes free in host memory, within what the system and the control group leave."""
+    return min(_system_available(), _control_group_available())
+
+
+def _system_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30
+
+
+def _control_group_available() -> int:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        details = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62
+    # Pages of files that were read count as used, and are given back when memory is wanted.
+    used -= int(details.get("inactive_file", 0))
+    return (1 << 62) if limit == "max" else max(0, int(limit) - used)

@@ -6,29 +6,33 @@ With a world size of 1 no process group is made and every collective is the iden
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
-from lars_train.launch import Ranks, adopt, export_slurm
-from lars_train.text import printable_lines
-from lars_train.training.interface import choose_interface
+from lars_train.launch import Ranks, adopt, export_slurm, step_name
+from lars_train.messages import printable_lines, unread
+from lars_train.rendezvous import choose_interface, open_job_store
 
+T = TypeVar("T")
 _base_store: Store | None = None
 _jobs = _groups = 0
 _FAILURE = "failure"
@@ -50,12 +54,12 @@ class Group:
         """True on the one process that writes and prints."""
         return self.ranks.first
 
-    def sum(self, values: Tensor) -> None:
+    def all_reduce_sum(self, values: Tensor) -> None:
         """Replace `values` (any shape, on the job's device) by their sum over the ranks."""
         if self.ranks.world > 1:
             dist.all_reduce(values)
 
-    def minimum(self, value: int, device: torch.device) -> int:
+    def all_reduce_min(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""
         if self.ranks.world == 1:
             return value
@@ -63,7 +67,7 @@ class Group:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor)
 
-    def highest(self, values: list[int]) -> list[int]:
+    def all_reduce_max(self, values: list[int]) -> list[int]:
         """The largest of the ranks' values at each place. They are the host's: no device is waited for."""
         if self.ranks.world == 1:
             return values
@@ -72,7 +76,7 @@ class Group:
         largest: list[int] = tensor.tolist()
         return largest
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_from_rank0(self, value: Any) -> Any:
         """Rank 0's `value` (anything that pickles), on every rank."""
         if self.ranks.world == 1:
             return value
@@ -80,7 +84,7 @@ class Group:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank."""
         if self.ranks.world == 1:
             return [value]
@@ -88,9 +92,20 @@ class Group:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, error: Exception | None) -> None:
+    def on_rank0(self, work: Callable[[], T]) -> T | None:
+        """Do `work` on rank 0 alone and return its result there; its `ConfigError` is raised on every rank."""
+        found, error = None, None
+        if self.first:
+            try:
+                found = work()
+            except ConfigError as failure:
+                error = failure
+        self.raise_on_all_ranks(error)
+        return found
+
+    def raise_on_all_ranks(self, error: Exception | None) -> None:
         """Raise on every rank the first rank's error, if any rank has one: nobody is left waiting."""
-        for found in self.gather(error):
+        for found in self.all_gather(error):
             if found is not None:
                 raise found
 
@@ -122,11 +137,17 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
     importlib.import_module("torch._dynamo")
     limit = timedelta(seconds=timeout)
     if _base_store is None:
+        # Ranks that were set by hand may lie in several steps.
+        job = "-"
         if "RANK" not in os.environ:
+            job = step_name()
             os.environ.update(export_slurm(), LOCAL_WORLD_SIZE=str(ranks.local_world))
-        _base_store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _base_store = PrefixStore(_agree_on_start(_base_store, ranks, limit), _base_store)
+            store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))
+            _base_store = PrefixStore(_agree_on_start(store, ranks, limit), store)
+        else:
+            with open_job_store(job, ranks, limit) as store:
+                _base_store = PrefixStore(_agree_on_start(store, ranks, limit), store)
     _groups += 1
     store = PrefixStore(f"job{_jobs}.{_groups}", _base_store)
     choose_interface(PrefixStore("interface", store), ranks)
@@ -165,7 +186,7 @@ def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exce
         if not others:
             return error
         silent = ", ".join(f"{rank} on {store.get(f'host{rank}').decode()}" for rank in sorted(others)[:8])
-        more = f" and {len(others) - 8} others" if len(others) > 8 else ""
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
     except RuntimeError:  # the store went with the process that held it
         return error
     found = RuntimeError(
@@ -174,7 +195,8 @@ def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exce
     )
     if ranks.first:
         # At once, for the launcher waits for the rank that hangs before it tells of anything.
-        print(f"lars-train: {found}", file=sys.stderr, flush=True)
+        with unread():
+            print(f"lars-train: {found}", file=sys.stderr, flush=True)
     return found
 
 
@@ -202,9 +224,9 @@ def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
         if not missing:
             return mine
         if time.monotonic() > end:
+            late = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, sorted(missing)))}"
             raise RuntimeError(
-                f"rank(s) {', '.join(map(str, sorted(missing)))} of {ranks.world} did not come within "
-                f"distributed.timeout={limit.total_seconds():g} s."
+                f"{late} of {ranks.world} did not come within distributed.timeout={limit.total_seconds():g} s."
             )
         time.sleep(0.01)
 
@@ -218,7 +240,41 @@ def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
         return error
     if rank == ranks.rank:
         if not ranks.first:
-            print(f"lars-train: rank {rank} on {platform.node()}: {printable_lines(text)}", file=sys.stderr, flush=True)
+            told = f"lars-train: rank {rank} on {platform.node()}: {printable_lines(text)}"
+            with unread():
+                print(told, file=sys.stderr, flush=True)
         return error
     known: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, DataError, Diverged)}
     return known[kind](text) if kind in known else RuntimeError(f"rank {rank} failed: {kind}: {text}")
+
+
+NONE, BF16 = "none", "bf16"
+
+
+def over_ranks(
+    network: Any, device: torch.device, *, bucket_mb: float = 25.0, compression: str = NONE
+) -> DistributedDataParallel:
+    """`network` with gradients that are means over the ranks; within `no_sync` they are this rank's alone.
+
+    Each gradient is a view of its bucket, so that reducing needs no second copy of them in memory.
+
+    Args:
+        network: a module, compiled or not, on `device`.
+        bucket_mb: MiB of gradients that travel together.
+        compression: ``bf16``: each rank's gradient is rounded to bfloat16 and summed in it, at half the bytes.
+    """
+    # RunningStatistics makes the buffers the same on every rank, from all ranks' data. torch 2.13 renamed the argument.
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    no_sync: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False
+    }
+    made = DistributedDataParallel(
+        network,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=bucket_mb,
+        **no_sync,
+    )
+    if compression == BF16:
+        made.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
+    return made

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lars_train.data.decode import PILLOW
-from lars_train.data.loader import BadSample, Batch, View, eval_loader
+from lars_train.data.dataset import Source
+from lars_train.data.decode.pillow import PILLOW
+from lars_train.data.loading.loader import BadSample, Batch, View, eval_loader
 from lars_train.data.order import checksum, eval_run
-from lars_train.data.source import Source
+from lars_train.errors import DataError
 from lars_train.monitoring.progress import Progress
 from lars_train.training.device import Precision
+from lars_train.training.device_prefetch import DevicePrefetcher
 from lars_train.training.distributed import Group
-from lars_train.training.feed import Feed
 
 # Evaluation keeps no activations, so a micro-batch smaller than this would only waste time.
 SMALLEST_BATCH = 64
@@ -79,10 +80,11 @@ def evaluate_split(
 ) -> Result | None:
     """Evaluate `model` on the whole split, this rank on its part of it. Collective.
 
-    `decoder`: see `data.loader.train_loader`; `by_shards`: see `data.loader.eval_loader`; `classes`: count confusions
-    of so many classes, too. None if `ended`, asked before each batch, said so on any rank.
+    `decoder`: see `loader.LoaderSpec`; `by_shards`: see `loader.eval_loader`; `classes`: count confusions of so many
+    classes, too. None if `ended`, asked before each batch, said so on any rank.
 
-    Raises `RuntimeError` if the samples that were counted are not those of the split, each once.
+    Raises `DataError` if no sample can be decoded, and `RuntimeError` if the samples that were counted are not those of
+    the split, each once.
     """
     ranks = group.ranks
     start, stop = eval_run(len(split), ranks.rank, ranks.world)
@@ -97,11 +99,14 @@ def evaluate_split(
         decoder=decoder,
         by_shards=by_shards,
     )
-    with progress.counting("evaluation", stop - start) as on_batch, closing(Feed(batches, device)) as feed:
+    with progress.counting("evaluation", stop - start) as on_batch, closing(DevicePrefetcher(batches, device)) as feed:
         autocast = partial(precision.autocast, device)
         result = evaluate(model, feed, normalise, autocast, device, group, on_batch, ended, classes)
     if result is None:
         return None
+    if not result.decoded:
+        first = f" ({result.bad[0].where}: {result.bad[0].reason})" if result.bad else ""
+        raise DataError(f"none of the {result.count:,} validation images can be decoded{first}; mend the data set.")
     if (result.count, result.checksum) != (len(split), checksum(np.arange(len(split)))):
         raise RuntimeError(
             f"the evaluation counted {result.count:,} samples with the checksum {result.checksum}; the split has "
@@ -151,10 +156,10 @@ def evaluate(
         samples += batch.checksum
         on_batch(len(labels))
     model.train(was_training)
-    group.sum(totals)
+    group.all_reduce_sum(totals)
     if confusion is not None:
-        group.sum(confusion)
-    found = group.gather((bad, samples, stopped))
+        group.all_reduce_sum(confusion)
+    found = group.all_gather((bad, samples, stopped))
     if any(part for _, _, part in found):
         return None
     everyone = [sample for part, _, _ in found for sample in part]

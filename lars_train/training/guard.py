@@ -1,33 +1,52 @@
-"""Watches the training loss for divergence, without a wait for the device, and says what led to it."""
+"""Watch a run: its loss for divergence, without a wait for the device, and the images that cannot be decoded.
+
+`Guard` finds a divergence, `RollbackPolicy` decides what the run does about it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lars_train.config.schema import GuardConfig
+from lars_train.data.loading.loader import BadSample
+from lars_train.errors import ConfigError, DataError, Diverged
+from lars_train.fsutil import user_path, write_whole
+from lars_train.messages import counted, is_url
 from lars_train.optim.lars import LARS
 from lars_train.optim.rescale import Layers
+from lars_train.training import checkpoint
+from lars_train.training.distributed import Group
 
+DIVERGENCES = "divergence.jsonl"
+"""Of a run: its divergences, and what was done about each. Only rank 0 writes it."""
 _SHOWN = 5
-# Between two looks, which come with log lines and checkpoints, there are rarely so many updates.
+# Between two checks, which come with log lines and checkpoints, there are rarely so many updates.
 _MOST_LOSSES = _MOST_LAYERS = 1024
+# float16: so many batches in a row without an update that the loss scale (from 2**16 on) cannot be what is wrong.
+_MOST_SKIPPED = 60
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first `update` whose training loss was not finite or above the limit.
+    """The first `update` whose loss was not finite or above the limit.
 
-    `layers`: per adapted parameter (name, |w|, |g|, trust ratio) of `layers_of`, the update before it, whose weights
-    made that loss; of that update itself, where it is the first since the run was started or rolled back. Empty
-    for an optimizer other than LARS, and where more than a thousand updates came between two looks.
+    `quantity`: ``train/loss``, which the weights before that update gave, or ``val/loss``, of those after it.
+
+    `layers`: per adapted parameter (name, |w|, |g|, trust ratio) at update `layers_of`: the one before, whose weights
+    gave that loss, or the same one if it is the first since a start or rollback. Empty for an optimizer other than
+    LARS, and if more than a thousand updates passed between two checks.
     """
 
     update: int
@@ -35,11 +54,19 @@ class Divergence:
     lr: float
     layers: tuple[tuple[str, float, float, float], ...]
     layers_of: int
+    quantity: str = "train/loss"
+
+    @property
+    def sound(self) -> int:
+        """The last update whose weights may be good. Weights that gave an infinite or NaN loss are not."""
+        gave_it = self.update if self.quantity == "val/loss" else self.update - 1
+        return gave_it if math.isfinite(self.loss) else gave_it - 1
 
     def record(self) -> dict[str, Any]:
-        """As values for JSON; the layers with the largest trust ratios and gradients."""
+        """Return values for JSON, with the layers of the largest trust ratios and gradients."""
         return {
             "update": self.update,
+            "quantity": self.quantity,
             "loss": self.loss if math.isfinite(self.loss) else None,
             "lr": self.lr,
             "layers_of_update": self.layers_of,
@@ -48,8 +75,9 @@ class Divergence:
         }
 
     def lines(self) -> list[str]:
-        """The same for people."""
-        lines = [f"diverged at update {self.update:,}: loss {self.loss:g}, lr {self.lr:.4g}."]
+        """Return the same as lines for people."""
+        what = "validation loss" if self.quantity == "val/loss" else "loss"
+        lines = [f"diverged at update {self.update:,}: {what} {self.loss:g}, lr {self.lr:.4g}."]
         if self.layers:
             for what, column in (("trust ratios", 3), ("gradient norms", 2)):
                 shown = ", ".join(f"{layer[0]} {layer[column]:.3g}" for layer in self._largest(column))
@@ -65,10 +93,10 @@ class Divergence:
 
 
 class Guard:
-    """Keeps on the device the loss of each update until the host looks at them, with what the layers were like.
+    """Keeps each update's loss on the device until the host checks them, with the norms of its layers.
 
-    `max_loss`: the mean loss of a global batch above which an update counts as diverged; None: only if it is
-    not finite. What is found is the same on all ranks if the losses that they give are.
+    `max_loss`: the mean loss of a global batch above which an update counts as diverged; None: only a loss that is not
+    finite does. All ranks find the same if they pass the same losses.
     """
 
     def __init__(self, max_loss: float | None) -> None:
@@ -77,14 +105,14 @@ class Guard:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
-        # Of consecutive updates, the last of which is `_last`; those before `_seen` have been looked at.
+        """Drop what was noted, as after a restore."""
+        # Of consecutive updates, the last of which is `_last`; those before `_seen` have been checked.
         self._losses: list[Tensor] = []
         self._began = self._seen = self._last = 0
         self._layers: deque[Callable[[], Layers] | None] = deque(maxlen=_MOST_LAYERS)
 
     def watch(self, update: int, loss: Tensor, optimizer: Optimizer) -> None:
-        """Note the mean `loss` (one element, on the device) of `update`, which `optimizer` has just made."""
+        """Note the mean `loss` (one element, on the device) of `update`, the last one of `optimizer`."""
         if not self._began:
             self._began = self._seen = update
         self._last = update
@@ -95,9 +123,9 @@ class Guard:
         self._layers.append(optimizer.recorded() if isinstance(optimizer, LARS) else None)
 
     def found(self, network: nn.Module, lr_of: Any) -> Divergence | None:
-        """The first divergence since the start, if there was one; here the host waits for the device.
+        """Return the first divergence since the last check, if there is one. The host waits for the device.
 
-        `lr_of`: the learning rate of an update, by its number.
+        `lr_of`: the function from an update's number to its learning rate.
         """
         losses = self._all_losses().tolist() if self._losses else []
         for update, loss in enumerate(losses, start=self._seen):
@@ -113,7 +141,7 @@ class Guard:
         return torch.cat([loss.reshape(-1) for loss in self._losses])
 
     def _layers_of(self, update: int, network: nn.Module) -> tuple[tuple[str, float, float, float], ...]:
-        """Nothing where that is too long ago."""
+        """Return the layers at `update`; nothing if that is too long ago."""
         place = update - (self._last - len(self._layers) + 1)
         layers = self._layers[place] if place >= 0 else None
         if layers is None:
@@ -121,3 +149,211 @@ class Guard:
         names = {id(parameter): name for name, parameter in network.named_parameters()}
         parameters, values = layers()
         return tuple((names[id(p)], *column) for p, column in zip(parameters, values.T.tolist(), strict=True))
+
+
+class RollbackPolicy:
+    """Decides what a run does about a divergence: resume from an earlier checkpoint, or stop. Records it on rank 0.
+
+    `directory`: the run's. `newest` loads the newest usable checkpoint of an update or before it, and raises
+    `ConfigError` if all are damaged; it is collective, as `decide` is. `say` prints a line.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        directory: Path,
+        group: Group,
+        newest: Callable[[int], dict[str, Any] | None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._directory, self._group, self._newest, self._say = config, directory, group, newest, say
+
+    def decide(
+        self, divergence: Divergence, rollbacks: list[dict[str, int]], skipped: int
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        """Return the content of the checkpoint to resume from, and the record of this rollback.
+
+        `rollbacks`: the records of earlier ones; `skipped`: global batches skipped before `divergence`. Raises
+        `Diverged` with the report if a rollback is not wanted, was done too often, or has no checkpoint to go to.
+        """
+        start, lines = None, divergence.lines()
+        if self._config.on_divergence == "rollback" and len(rollbacks) < self._config.max_rollbacks:
+            start = self._target(divergence.sound, rollbacks)
+            if start is None:
+                lines.append("No checkpoint from before it is left (checkpoint.keep, checkpoint.every_updates).")
+        if start is None:
+            self._stop(divergence, lines, len(rollbacks))
+        first = start["update"] + start["skipped"]
+        count = divergence.update + skipped - first
+        step = {"from_update": divergence.update, "to_update": start["update"], "passed_over_from": first}
+        step["passed_over"] = count
+        self._record(divergence, {"action": "rollback", **step})
+        lines.append(
+            f"Going on from update {start['update']:,} without the {counted(count, 'batch', 'batches')} from "
+            f"there on: rollback {len(rollbacks) + 1} of at most {self._config.max_rollbacks}."
+        )
+        for line in lines:
+            self._say(f"WARNING: {line}")
+        return start, step
+
+    def _target(self, sound: int, rollbacks: list[dict[str, int]]) -> dict[str, Any] | None:
+        """Return the newest checkpoint of update `sound` or before that may be good; None if there is none.
+
+        Each rollback that made no progress since the last one goes further back than that one.
+        """
+
+        def newest(last: int) -> dict[str, Any] | None:
+            try:
+                return self._newest(min(last, sound))
+            except ConfigError:  # all are damaged
+                return None
+
+        found = newest(sound)
+        if found is None or found["update"] > max((step["to_update"] for step in rollbacks), default=-1):
+            return found
+        before = rollbacks[-1]["to_update"]
+        return newest(before - 1) or newest(before) or found
+
+    def _stop(self, divergence: Divergence, lines: list[str], rollbacks: int) -> NoReturn:
+        """Record it, rename the checkpoints of weights that gave no finite loss, and raise `Diverged`."""
+        self._record(divergence, {"action": "stop"})
+        after = f" after {counted(rollbacks, 'rollback')}" if rollbacks else ""
+        if self._group.first:
+            with contextlib.suppress(OSError):
+                renamed = checkpoint.set_aside(self._directory / "checkpoints", divergence.sound)
+                lines += [f"Set aside: {path}" for path in renamed]
+        lines.append(
+            f"Stopped{after}; divergence.jsonl in {self._directory} has the report. "
+            "Lower optimizer.lr, raise schedule.warmup_epochs, or go on from the last checkpoint without the "
+            "samples that came before the divergence (guard.on_divergence=rollback, guard.max_rollbacks)."
+        )
+        raise Diverged("\n".join(lines))
+
+    def _record(self, divergence: Divergence, action: dict[str, Any]) -> None:
+        if self._group.first:
+            try:
+                record_divergence(self._directory, divergence, action)
+            except OSError as error:  # the report is printed in any case
+                self._say(f"WARNING: {DIVERGENCES} cannot be written ({error.strerror}).")
+
+
+def check_skipped(in_a_row: int, update: int) -> None:
+    """Raise `Diverged` if more batches `in_a_row` after `update` made no update than float16's loss scale explains."""
+    if in_a_row > _MOST_SKIPPED:
+        raise Diverged(
+            f"after update {update:,} the gradients of {in_a_row} batches in a row were not finite in float16, at any "
+            "loss scale: choose precision=bf16, or lower optimizer.lr."
+        )
+
+
+def record_divergence(directory: Path, divergence: Divergence, action: dict[str, Any]) -> None:
+    """Append a line with `action`: what the run does, and where it resumes. Atomic; raises OSError."""
+    path = directory / DIVERGENCES
+    before = path.read_bytes() if path.exists() else b""
+    write_whole(path, [before, json.dumps({**divergence.record(), **action}).encode() + b"\n"])
+
+
+def take_back_divergences(directory: Path, rollbacks: int) -> None:
+    """Keep the lines of the first `rollbacks` rollbacks; a resumed run repeats later ones, which a kill undid.
+
+    Drop a line that a kill cut short, too.
+    """
+    path = directory / DIVERGENCES
+    if not path.exists():
+        return
+    kept, found, whole = [], 0, path.read_bytes()
+    for line in whole.splitlines(keepends=True):
+        is_rollback = b'"action": "rollback"' in line
+        found += is_rollback
+        if line.endswith(b"\n") and not (is_rollback and found > rollbacks):
+            kept.append(line)
+    if b"".join(kept) != whole:
+        write_whole(path, kept)
+
+
+def told_in(path: Path) -> set[str]:
+    """Return the images that ``bad_images.jsonl`` lists; a line that a kill cut short lists none."""
+    told = set()
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            told.add(json.loads(line)["image"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return told
+
+
+def moved(known: dict[str, str], before: str | None, root: str | None) -> dict[str, str]:
+    """Return the `known` images by their current places: the data set has moved from `before` (absolute) to `root`."""
+    if before is None or root is None:
+        return known
+    here = root if is_url(root) else str(user_path(root))
+    places = {place: place if is_url(place) else str(Path(place).resolve()) for place in known}
+    return {
+        here + places[place].removeprefix(before) if places[place].startswith(before) else place: reason
+        for place, reason in known.items()
+    }
+
+
+class BadImages:
+    """The images that cannot be decoded, in `known`: place and reason. The same on every rank after `collect`.
+
+    `known` begins with those of earlier starts; new ones are added to that dict.
+    """
+
+    def __init__(self, limit: int, group: Group, known: dict[str, str] | None = None) -> None:
+        self._limit, self._group = limit, group
+        self.known: dict[str, str] = {} if known is None else known
+        self._found: dict[str, str] = {}
+        self._unwritten: list[str] = []
+
+    def note(self, samples: Iterable[BadSample]) -> None:
+        """Note what this rank has found."""
+        for sample in samples:
+            self._found[sample.where] = sample.reason
+
+    def collect(self) -> dict[str, str]:
+        """Combine what the ranks have found; return the new images, by place. Collective.
+
+        Raises `DataError` on every rank when there are more than the limit.
+        """
+        everyone = self._group.all_gather(self._found)
+        self._found = {}
+        new = {w: r for part in everyone for w, r in sorted(part.items()) if w not in self.known}
+        self.known.update(new)
+        if len(self.known) > self._limit:
+            shown = "; ".join(f"{where} ({reason})" for where, reason in list(self.known.items())[:5])
+            count = counted(len(self.known), "image")
+            raise DataError(
+                f"{count} cannot be decoded, more than data.max_bad={self._limit}: {shown}. Fix the data set, or raise "
+                "data.max_bad."
+            )
+        return new
+
+    def report(self, path: Path, update: int, say: Callable[[str], None]) -> None:
+        """`collect`; rank 0 prints the new images and lists them in `path`, even if that raises. Collective.
+
+        Args:
+            path: ``bad_images.jsonl``, which lists an image once however often the run resumes.
+            update: the run's last update.
+            say: prints a line.
+        """
+        before = len(self.known)
+        try:
+            self.collect()
+        finally:
+            if self._group.first:
+                told = told_in(path)
+                for where, reason in list(self.known.items())[before:]:
+                    if where in told:
+                        continue
+                    say(f"WARNING: image {where} cannot be decoded: {reason}")
+                    self._unwritten.append(json.dumps({"image": where, "reason": reason, "update": update}) + "\n")
+                with contextlib.suppress(OSError):  # `write` raises it before the next checkpoint
+                    self.write(path)
+
+    def write(self, path: Path) -> None:
+        """Write the lines that the disk has refused so far; the next checkpoint relies on them. Raises OSError."""
+        if self._unwritten:
+            there = path.read_bytes() if path.exists() else b""
+            write_whole(path, [there, "".join(self._unwritten).encode()])
+            self._unwritten.clear()

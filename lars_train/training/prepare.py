@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.data.open import GLOBAL, SHARDS, open_dataset
-from lars_train.data.source import Dataset
+from lars_train.data.dataset import Dataset
+from lars_train.data.open import SHARDS, open_dataset
 from lars_train.errors import ConfigError
 from lars_train.models.factory import model_names
-from lars_train.optim.factory import check_optimizer
 from lars_train.plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
-from lars_train.training.cache import check_cache
-from lars_train.training.decoder import check_decoder
-from lars_train.training.network import check_single_samples, make_network
-from lars_train.training.run_directory import run_directory
+from lars_train.training.assemble import check_optimizer, check_single_samples, start_network, text_order
+from lars_train.training.distributed import Group
+from lars_train.training.resolve import check_cache, check_decoder
+from lars_train.training.run_directory import run_directory, runs_of_moved_images
 
 SAVED = ".saved"
 """The file of a run directory which says that there were checkpoints."""
@@ -32,6 +31,8 @@ class Prepared:
     plan: Plan
     directory: Path
     start_from: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
+    """What the user should know of the classes, the weights and other runs."""
 
 
 def prepare(config: Config) -> Prepared:
@@ -47,8 +48,15 @@ def prepare(config: Config) -> Prepared:
     directory = run_directory(config)
     if config.micro_batch != AUTO:
         check_micro_batch(plan, int(config.micro_batch))
+    warning = text_order(dataset.classes)
+    notes: tuple[str, ...] = () if warning is None else (warning,)
+    if config.run.dir is None and config.run.name is None and not directory.exists():
+        notes += tuple(
+            f"NOTE: {there} holds the same run with its images in another place; run.dir={there} continues it."
+            for there in runs_of_moved_images(directory, config, dataset.fingerprint)
+        )
     if config.model.weights is not None or config.model.name not in model_names():
-        make_network(config, len(dataset.classes))
+        notes += start_network(config, dataset.classes)[1]
     if plan.ghost_batch == 1:
         check_single_samples(config, len(dataset.classes))
     start_from = None
@@ -59,11 +67,15 @@ def prepare(config: Config) -> Prepared:
         _check_same_order(start_from, config, dataset)
         _check_position(start_from, config, plan)
         _check_optimizer_state(start_from, config)
-    return Prepared(config, dataset, plan, directory, start_from)
+    return Prepared(config, dataset, plan, directory, start_from, notes)
 
 
-def continuation(prepared: Prepared, *, warn: bool = True) -> tuple[Path, dict[str, Any]] | None:
+def continuation(
+    prepared: Prepared, *, warn: bool = True, last: int | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of this run, which fits its model and data; None for a new run. Reads only.
+
+    With `last`, the newest of that update or before it, and None if there is none.
 
     Raises `ConfigError` when none fits, when all are damaged, or when they are gone; `warn`: name on stderr those that
     are passed over.
@@ -72,19 +84,31 @@ def continuation(prepared: Prepared, *, warn: bool = True) -> tuple[Path, dict[s
     def check(content: dict[str, Any]) -> None:
         check_compatible(content, prepared.config.model.name, prepared.dataset)
         check_same_images(content, prepared.dataset)
-        if content.get("layout", "") != prepared.dataset.layout:
+        if checkpoint.value(content, "layout") != prepared.dataset.layout:
             raise ConfigError(
                 "the store's pictures lie in other shards than those it was trained on, so data.order=shards means "
                 "another order; restore that store, or start anew with resume=never."
             )
 
-    found = checkpoint.latest(prepared.directory / "checkpoints", warn=warn, check=check)
-    if found is None and (prepared.directory / SAVED).exists():
-        raise ConfigError(
-            f"{prepared.directory / 'checkpoints'}: the run's checkpoints are gone; put them back, or start anew with "
-            "resume=never."
-        )
+    folder = prepared.directory / "checkpoints"
+    found = checkpoint.latest(folder, warn=warn, check=check, last=last)
+    if found is None and last is None and (prepared.directory / SAVED).exists():
+        if any(folder.glob(f"{checkpoint.SET_ASIDE}*.pt")):
+            raise ConfigError(
+                f"{folder}: the run diverged, and no checkpoint from before that is left; lower optimizer.lr, or start "
+                "anew with resume=never."
+            )
+        raise ConfigError(f"{folder}: the run's checkpoints are gone; put them back, or start anew with resume=never.")
     return found
+
+
+def load_continuation(prepared: Prepared, group: Group, last: int | None = None) -> dict[str, Any] | None:
+    """Return the content of the `continuation` that rank 0 finds, on every rank. Collective."""
+    found = group.on_rank0(lambda: continuation(prepared, last=last))
+    path = group.broadcast_from_rank0(found and found[0])
+    if path is None:
+        return None
+    return found[1] if found is not None else checkpoint.load(path)
 
 
 def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> None:
@@ -105,29 +129,25 @@ def check_same_images(content: dict[str, Any], dataset: Dataset) -> None:
     """Raise `ConfigError` when the data set's file names or labels are not those the checkpoint was trained on."""
     if content["fingerprint"] != dataset.fingerprint:
         raise ConfigError(
-            "the data set is not the one that the checkpoint was trained on (its file names or labels differ); "
-            "restore it, or start anew with resume=never."
+            "the data set is not the one that the checkpoint was trained on (its file names or labels differ, or this "
+            "version reads files that an earlier one skipped, such as .jfif); restore it, or start anew with "
+            "resume=never."
         )
 
 
 def _check_same_order(content: dict[str, Any], config: Config, dataset: Dataset) -> None:
     """Raise `ConfigError` where the rest of an epoch that was begun would be in another order."""
-    theirs, mine = checkpoint.value(content, "config", "data"), config.data
-    order = theirs.get("order", GLOBAL)
-    same = order == mine.order and content.get("layout", "") == dataset.layout
-    if mine.order == SHARDS:
-        same = same and theirs.get("window_shards") == mine.window_shards
-    done = content["update"] + content.get("skipped", 0)
+    order, window = (checkpoint.value(content, "config", "data", key) for key in ("order", "window_shards"))
+    same = order == config.data.order and checkpoint.value(content, "layout") == dataset.layout
+    if order == SHARDS:
+        same = same and window == config.data.window_shards
+    done = content["update"] + checkpoint.value(content, "skipped")
     if not same and done % checkpoint.value(content, "plan", "updates_per_epoch"):
         raise ConfigError(
             f"checkpoint.path={config.checkpoint.path}: it stands within an epoch of data.order={order}"
-            f"{_windows(theirs) if order == SHARDS else ''}; choose the same, of the same shards, or a checkpoint at "
-            "the end of an epoch."
+            f"{f' with data.window_shards={window}' if order == SHARDS else ''}; choose the same, of the same shards, "
+            "or a checkpoint at the end of an epoch."
         )
-
-
-def _windows(data: dict[str, Any]) -> str:
-    return f" with data.window_shards={data.get('window_shards')}"
 
 
 def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None:
@@ -142,16 +162,12 @@ def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None
 
 def _check_optimizer_state(content: dict[str, Any], config: Config) -> None:
     # Of the settings, these decide what the optimizer's state looks like.
-    theirs_all = checkpoint.value(content, "config", "optimizer")
-    # What a checkpoint that is older than a key was made with.
-    older = {"adapt_norm_bias": True, "lr_placement": "outside"}
     keys: tuple[str, ...] = ("base", "decay_norm_bias")
     if config.optimizer.name == "lars":
         # With the lr inside the momentum, that holds steps and not gradients.
         keys = (*keys, "adapt_norm_bias", "lr_placement")
     for key in keys:
-        mine = getattr(config.optimizer, key)
-        theirs = theirs_all[key] if key in theirs_all else older.get(key)
+        mine, theirs = getattr(config.optimizer, key), checkpoint.value(content, "config", "optimizer", key)
         if theirs != mine:
             raise ConfigError(
                 f"checkpoint.path={config.checkpoint.path}: it has the optimizer state of optimizer.{key}={theirs}, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -25,14 +26,17 @@ import torch
 from omegaconf import OmegaConf
 
 from lars_train.config import AUTO, EXECUTION_KEYS, Config, flatten, run_hash
-from lars_train.durable import write_whole
-from lars_train.errors import ConfigError
-from lars_train.monitoring.say import say
+from lars_train.data.dataset import Dataset
+from lars_train.errors import ConfigError, DataError
+from lars_train.fsutil import discard, naming, stage, sync_folder, user_path, wait_for, write_whole
+from lars_train.messages import say, utf8
 from lars_train.plan import Plan
 from lars_train.training.distributed import Group
 
 # What a start that was killed before its record was whole can have left.
-_BEFORE_RECORD = (".lock", ".run.json.*")
+_BEFORE_RECORD = (".lock", ".reserve", "..reserve.*", ".run.json.*")
+# Room for the last words of a run on a full disk: its record with how it ended, and its result.
+_RESERVE, _RESERVE_BYTES = ".reserve", 64 << 10
 _VERSIONED = ("lars-train", "torch", "torchvision", "hydra-core", "numpy", "pillow", "tensorboard")
 
 
@@ -49,7 +53,7 @@ class Invocation:
 def run_directory(config: Config) -> Path:
     """Where this config's run lives."""
     if config.run.dir is not None:
-        return Path(config.run.dir).expanduser()
+        return user_path(config.run.dir)
     if config.run.name is not None:
         return Path("runs") / config.run.name
     batch = config.batch.name if config.batch.size is None else f"n{config.batch.size}"
@@ -80,8 +84,11 @@ def holds_run_of(directory: Path, config: Config) -> bool:
     return isinstance(found, dict) and found.get("hash") == run_hash(config)
 
 
-def check_same_experiment(directory: Path, config: Config) -> None:
-    """Raise `ConfigError` when the directory holds a run of another config. Reads only."""
+def check_same_experiment(directory: Path, config: Config, fingerprint: str = "") -> None:
+    """Raise `ConfigError` when the directory holds a run of another config. Reads only.
+
+    The run may have read the same images elsewhere. `fingerprint`: of this config's data set.
+    """
     record = directory / "run.json"
     if not record.exists() or config.resume != AUTO:
         return
@@ -90,7 +97,7 @@ def check_same_experiment(directory: Path, config: Config) -> None:
         theirs, settings = stored["hash"], dict(stored["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{record} cannot be read ({error}); start anew with resume=never.") from None
-    if theirs == run_hash(config):
+    if theirs == run_hash(config) or _moved(stored, config, fingerprint):
         return
     mine = flatten(config)
     told = [
@@ -102,6 +109,24 @@ def check_same_experiment(directory: Path, config: Config) -> None:
         f"{directory} holds a run of another config ({'; '.join(told[:5]) or 'an older schema'}). "
         "Choose another run.name, or start anew there with resume=never (the old run is moved aside)."
     )
+
+
+def runs_of_moved_images(directory: Path, config: Config, fingerprint: str) -> list[Path]:
+    """The runs beside `directory`, which is named by the config's hash, that differ by where the images are alone."""
+    found = []
+    for record in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*/run.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            if record.parent != directory and _moved(json.loads(record.read_text()), config, fingerprint):
+                found.append(record.parent)
+    return sorted(found)
+
+
+def _moved(record: dict[str, Any], config: Config, fingerprint: str) -> bool:
+    """Return True if the record is of this config's run with the same images in another place."""
+    settings, data = record["settings"], record.get("data") or {}
+    there = {key: settings.get(f"data.{key}") for key in ("root", "val_labels")}
+    then = dataclasses.replace(config, data=dataclasses.replace(config.data, **there))
+    return bool(fingerprint) and data.get("fingerprint") == fingerprint and record["hash"] == run_hash(then)
 
 
 def check_usable(directory: Path) -> None:
@@ -125,23 +150,32 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
     Returns, on rank 0, the lock that keeps a second start out; it goes with the process. Collective.
     """
     lock, error, token = None, None, uuid.uuid4().hex
+    recorded = False
     if group.first:
         try:
             if config.resume == "never":
                 _move_aside(directory)
             directory.mkdir(parents=True, exist_ok=True)
             lock = _lock(directory)
+            _reserve(directory)
             _write_record(directory, config, invocation)
-            (directory / ".shared").write_text(token)
+            recorded = True
+            _write_settings(directory, config, invocation)
+            with naming(directory / ".shared"):
+                (directory / ".shared").write_text(token)
         except OSError as failure:
             error = ConfigError(f"run directory {directory}: it cannot be written ({failure}).")
+            if recorded:
+                note_end(directory, "failed", str(error))
+            if lock is not None:
+                discard(directory / _RESERVE)
         except ConfigError as failure:
             error = failure
     try:
-        group.together(error)
-        token = group.from_first(token)
+        group.raise_on_all_ranks(error)
+        token = group.broadcast_from_rank0(token)
         seen = wait_for(directory / ".shared", token)
-        group.together(
+        group.raise_on_all_ranks(
             None
             if seen
             else ConfigError(
@@ -156,34 +190,94 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
     return lock
 
 
-def note_start(directory: Path, *, plan: Plan, **start: Any) -> None:
-    """Add to the record what is known only when a run begins: its `plan`, and what belongs to this start.
+def data_record(dataset: Dataset) -> dict[str, Any]:
+    """What the record says of the data set: counts, fingerprint, where the splits were found and what was skipped."""
+    return {
+        "train_images": len(dataset.train),
+        "val_images": len(dataset.val),
+        "classes": len(dataset.classes),
+        "fingerprint": dataset.fingerprint,
+        **dataset.inventory.record(),
+    }
 
-    As `note_end`, it leaves the record as it was where that cannot be written: a run does not end for it.
+
+def note_start(directory: Path, *, plan: Plan, data: dict[str, Any], **start: Any) -> None:
+    """Add to the record what is known only when a run begins: its `plan`, its `data`, and what belongs to this start.
+
+    Raises OSError.
     """
-    _note(directory, {"plan": dataclasses.asdict(plan)}, start)
+    _put_record(directory / "run.json", _noted(directory, {"plan": dataclasses.asdict(plan), "data": data}, start))
 
 
 def note_end(directory: Path, how: str, reason: str = "", **values: Any) -> None:
-    """Add to the record how this start has ended: ``finished``, ``stopped`` (by a signal) or ``failed``.
+    """Add to the record how this start has ended: ``stopped`` (by a signal) or ``failed``.
 
-    A start without it was killed, or goes on.
+    A start without it was killed, or goes on. A record that cannot be written stays as it was.
     """
+    discard(directory / _RESERVE)
+    with contextlib.suppress(OSError):
+        _put_record(directory / "run.json", _noted(directory, {}, _ended(how, reason, values)))
+
+
+def conclude(directory: Path, final: dict[str, Any], **values: Any) -> None:
+    """Write ``final.json``, and in the record that this start has finished: both, or neither. Raises OSError."""
+    discard(directory / _RESERVE)
+    record = _noted(directory, {}, _ended("finished", "", values))
+    contents = {directory / "final.json": final, directory / "run.json": record}
+    staged: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            staged[path] = stage(path, [_as_json(content)])
+        for path, temporary in staged.items():
+            temporary.replace(path)
+        sync_folder(directory)
+    except BaseException:
+        for path in (*staged.values(), directory / "final.json"):
+            discard(path)
+        raise
+
+
+def disk_error(directory: Path, error: OSError) -> DataError:
+    """`error`, of what a run writes in `directory`, as the user is told of it."""
+    if not directory.is_dir():
+        return DataError(f"run directory {directory}: it was removed while the run was on.")
+    what = f"{error.filename} cannot be written" if error.filename else "it cannot be written"
+    return DataError(
+        f"run directory {directory}: {what} ({error.strerror or error}). Make room, or make it writable, and give the "
+        "same command again: it goes on from the last checkpoint."
+    )
+
+
+def _ended(how: str, reason: str, values: dict[str, Any]) -> dict[str, Any]:
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    _note(directory, {}, {"ended": {"how": how, "reason": reason, "time": now, **values}})
+    return {"ended": {"how": how, "reason": reason, "time": now, **values}}
 
 
-def _note(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> None:
+def _noted(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+    """The record with more values of the run and of its last start. Raises OSError, too where it is none."""
     path = directory / "run.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        record = json.loads(path.read_text())
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
         record.update(run)
         record["started"][-1].update(start)
-        _put_record(path, record)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise OSError(errno.EINVAL, "it is not what a run writes", str(path)) from None
+    return record
+
+
+def _as_json(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, default=str) + "\n").encode()
 
 
 def _put_record(path: Path, record: dict[str, Any]) -> None:
-    write_whole(path, [(json.dumps(record, indent=1, default=str) + "\n").encode()])
+    write_whole(path, [_as_json(record)])
+
+
+def _reserve(directory: Path) -> None:
+    # Random, for some file systems keep no room for zeros.
+    path = directory / _RESERVE
+    if not path.exists() or path.stat().st_size != _RESERVE_BYTES:
+        write_whole(path, [os.urandom(_RESERVE_BYTES)])
 
 
 def _move_aside(directory: Path) -> None:
@@ -204,46 +298,44 @@ def _lock(directory: Path) -> IO[str]:
     file = (directory / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Before it was locked, another process with `resume=never` may have moved the directory aside.
+        still_there = os.path.samestat(os.fstat(file.fileno()), (directory / ".lock").stat())
+    except (BlockingIOError, FileNotFoundError):
+        still_there = False
+    if not still_there:
         file.close()
-        raise ConfigError(f"run directory {directory}: another process is running it now; wait for it.") from None
+        raise ConfigError(f"run directory {directory}: another process is running it now; wait for it.")
     return file
-
-
-def wait_for(path: Path, token: str, seconds: float = 15.0) -> bool:
-    """Whether the file at `path`, which another machine may have written, comes to hold `token` within `seconds`."""
-    # Network file systems show a new file to other nodes only after their attribute cache expires.
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            os.listdir(path.parent)
-            if path.read_text() == token:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
 
 
 def _write_record(directory: Path, config: Config, invocation: Invocation) -> None:
     # First of all: it is what tells a run directory from a folder of other files.
     path = directory / "run.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    root = before.get("settings", {}).get("data.root", config.data.root)
+    if root != config.data.root:
+        say(f"data.root      was {root} in the run so far; the images are the same (their names and labels)")
     record = {
-        **({"plan": before["plan"]} if "plan" in before else {}),
+        **{key: before[key] for key in ("plan", "data") if key in before},
         "hash": run_hash(config),
         "settings": flatten(config),
         "seed": config.seed,
         "started": [*before.get("started", []), _start_entry(invocation)],
     }
     _put_record(path, record)
+
+
+def _write_settings(directory: Path, config: Config, invocation: Invocation) -> None:
     hydra = directory / ".hydra"
     hydra.mkdir(exist_ok=True)
-    (hydra / "config.yaml").write_text(invocation.composed_yaml)
-    (hydra / "hydra.yaml").write_text(invocation.hydra_yaml)
-    (hydra / "overrides.yaml").write_text(OmegaConf.to_yaml(list(invocation.overrides)))
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    texts = {
+        hydra / "config.yaml": invocation.composed_yaml,
+        hydra / "hydra.yaml": invocation.hydra_yaml,
+        hydra / "overrides.yaml": OmegaConf.to_yaml(list(invocation.overrides)),
+        directory / "config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)),
+    }
+    for path, text in texts.items():
+        write_whole(path, [utf8(text)])
 
 
 def versions() -> dict[str, str]:

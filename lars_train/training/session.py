@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lars_train.config import AUTO, Config, restore
-from lars_train.data.augment import View
-from lars_train.data.directory import user_path
-from lars_train.data.open import SHARDS, open_dataset
-from lars_train.data.source import Dataset
-from lars_train.errors import ConfigError, Stopped
+from lars_train.data.dataset import Dataset
+from lars_train.data.open import SHARDS, open_validation
+from lars_train.data.transforms import View
+from lars_train.errors import ConfigError, Diverged, Stopped
+from lars_train.fsutil import user_path
 from lars_train.launch import Ranks
-from lars_train.models.factory import load_state
+from lars_train.messages import complain, first_line, say
 from lars_train.monitoring.confusion import write_confusion
 from lars_train.monitoring.progress import Progress
-from lars_train.monitoring.say import complain, say
 from lars_train.monitoring.summary import FINISHED
 from lars_train.plan import check_world
 from lars_train.training import checkpoint
-from lars_train.training.cache import check_cache
-from lars_train.training.decoder import choose_decoder, decoder_lines
+from lars_train.training.assemble import network_to_evaluate
 from lars_train.training.device import (
     choose_device,
     choose_layout,
@@ -32,16 +33,19 @@ from lars_train.training.device import (
     choose_workers,
     set_up,
 )
+from lars_train.training.device_prefetch import normaliser
 from lars_train.training.distributed import Group, process_group
 from lars_train.training.evaluation import SMALLEST_BATCH, Result, evaluate_split
-from lars_train.training.feed import normaliser
-from lars_train.training.network import make_network
-from lars_train.training.prepare import Prepared, check_compatible, continuation
+from lars_train.training.prepare import Prepared, continuation
+from lars_train.training.resolve import check_cache, choose_decoder, decoder_lines
 from lars_train.training.run import Run
 from lars_train.training.run_directory import (
     Invocation,
     check_same_experiment,
     check_usable,
+    conclude,
+    data_record,
+    disk_error,
     finished,
     note_end,
     note_start,
@@ -50,26 +54,30 @@ from lars_train.training.run_directory import (
 
 
 def find_finished(prepared: Prepared) -> dict[str, Any] | None:
-    """What the run directory holds of this run, if it is finished; reads only.
+    """What the run directory holds of this run, if it has ended at the update that is asked for; reads only.
 
-    Raises `ConfigError` when the directory cannot be used, holds a run of another config, or a checkpoint that
-    the run cannot go on from.
+    Raises `ConfigError` when the directory cannot be used, holds a run of another config or one that is beyond that
+    update, or a checkpoint that the run cannot go on from.
     """
     config, directory = prepared.config, prepared.directory
     check_usable(directory)
-    check_same_experiment(directory, config)
+    check_same_experiment(directory, config, prepared.dataset.fingerprint)
     if config.resume != AUTO:
         return None
-    final = finished(directory)
-    if final is not None and final["updates"] >= prepared.plan.stop:
+    final, stop = finished(directory), prepared.plan.stop
+    if final is not None and final["updates"] == stop:
         return final
-    found = continuation(prepared, warn=False)
-    if found is not None and found[1]["update"] > prepared.plan.stop:
-        raise ConfigError(
-            f"max_updates={config.max_updates}: the run in {directory} stands at update {found[1]['update']:,} "
-            "already; leave it out, or give a larger one."
-        )
-    return None
+    if final is not None and final["updates"] > stop:
+        stands = f"has ended at update {final['updates']:,}"
+    else:
+        found = continuation(prepared, warn=False)
+        if found is None or found[1]["update"] <= stop:
+            return None
+        stands = f"stands at update {found[1]['update']:,} already"
+    raise ConfigError(
+        f"max_updates={config.max_updates}: the run in {directory} {stands}; leave max_updates out or give a larger "
+        "one to continue it, or choose another run.name for a shorter one."
+    )
 
 
 def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
     choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
         # Rank 0 alone looks, so that all do the same however late a shared file system shows a file.
-        final: dict[str, Any] | None = group.from_first(find_finished(prepared) if group.first else None)
+        final: dict[str, Any] | None = group.broadcast_from_rank0(find_finished(prepared) if group.first else None)
         if final is not None:
             say(FINISHED)
             return final
@@ -97,26 +105,40 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
 
 def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[str, Any]:
     """The run, and in its record how it began and how it ended."""
-    run = None
+    run, directory = None, prepared.directory
     try:
         run = Run(prepared, group, device)
         if group.first:
             resolved = dataclasses.asdict(run.resolved)
             arithmetic = {"flops_per_image": run.flops_per_image, "peak_flops": run.peak_flops}
             began = {"resumed_at": run.resumed_at, "resolved": resolved, **arithmetic}
-            note_start(prepared.directory, plan=prepared.plan, **began)
             # Of an earlier end, by max_updates, which this start goes beyond.
-            (prepared.directory / "final.json").unlink(missing_ok=True)
+            (directory / "final.json").unlink(missing_ok=True)
+            note_start(directory, plan=prepared.plan, data=data_record(prepared.dataset), **began)
         final = run.train()
-    except Exception as error:
+        failure = None
         if group.first:
-            told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            where = {} if run is None else {"update": run.trainer.update, "seconds": run.seconds()}
-            note_end(prepared.directory, "stopped" if isinstance(error, Stopped) else "failed", told, **where)
+            try:
+                ended = {"update": final["updates"], "seconds": final["seconds"]}
+                conclude(directory, final, **ended, **({"incomplete": run.incomplete} if run.incomplete else {}))
+            except OSError as error:
+                failure = disk_error(directory, error)
+        group.raise_on_all_ranks(failure)
+    except Exception as error:
+        cause = disk_error(directory, error) if isinstance(error, OSError) and _is_in(directory, error) else error
+        if group.first:
+            told = f"{type(cause).__name__}: {first_line(str(cause))}"
+            where = {} if run is None else {"update": run.trainer.update, "seconds": run.state.total_seconds()}
+            note_end(directory, "stopped" if isinstance(cause, Stopped) else "failed", told, **where)
+        if cause is not error:
+            raise cause from error
         raise
-    if group.first:
-        note_end(prepared.directory, "finished", update=final["updates"], seconds=final["seconds"])
     return final
+
+
+def _is_in(directory: Path, error: OSError) -> bool:
+    name = error.filename
+    return isinstance(name, str) and directory.absolute() in Path(name).absolute().parents
 
 
 def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Config, dict[str, Any] | None]:
@@ -150,19 +172,17 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
 
 def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
     """Evaluate a checkpoint, or ``model.weights``, on the whole validation set; its values by name. Collective."""
-    dataset = open_dataset(config.data)
-    if content is not None:
-        check_compatible(content, config.model.name, dataset)
+    dataset = open_validation(config.data)
+    for line in dataset.inventory.lines():
+        say(f"{'data':<15}{line}")
     batch = SMALLEST_BATCH if config.micro_batch == AUTO else int(config.micro_batch)
     check_cache(config, dataset, None, micro_batch=batch, ranks=ranks)
+    evaluated = network_to_evaluate(config, content, dataset.classes, dataset.numbers)
     device = choose_device(config, ranks)
     precision = choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
         set_up(config, device, choose_threads(config, ranks))
-        network = make_network(config, len(dataset.classes))
-        if content is not None and config.model.weights is None:
-            load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
-        network = network.to(device=device, dtype=precision.weights).to(memory_format=choose_layout(config))
+        network = evaluated.network.to(device=device, dtype=precision.weights).to(memory_format=choose_layout(config))
         decoder = choose_decoder(config, None, group, device)
         for line in decoder_lines(config.data.decoder, decoder, None, dataset.val):
             complain(line)
@@ -178,23 +198,37 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             workers=choose_workers(config, device, ranks),
             progress=Progress(shown=group.first, epochs=1, verbosity=config.verbosity),
             decoder=decoder,
-            classes=None if config.evaluate.report is None else len(dataset.classes),
+            classes=None if config.evaluate.report is None else len(evaluated.classes),
             by_shards=config.data.order == SHARDS,
         )
+        assert result is not None
+        if not math.isfinite(result.loss):
+            raise Diverged(
+                f"val/loss is {result.loss}: the network's outputs are not finite, and its top-1 means nothing. The "
+                "checkpoint is of a run that has diverged (take an earlier one), or precision is too low for it."
+            )
         if group.first and config.evaluate.report is not None:
-            _report(config.evaluate.report, result, dataset)
-    assert result is not None
-    where = [f"{sample.where}: {sample.reason}" for sample in result.bad]
-    return {**result.values(), "data": config.data.name, "model": config.model.name, "undecodable": where}
+            _report(config.evaluate.report, result, dataset, evaluated.classes)
+    return {
+        **result.values(),
+        "data": config.data.name,
+        "model": config.model.name,
+        "classes": len(dataset.classes),
+        "outputs": len(evaluated.classes),
+        "trained_outputs": evaluated.trained,
+        "notes": list(evaluated.notes),
+        "read": dataset.inventory.record(),
+        "undecodable": [f"{sample.where}: {sample.reason}" for sample in result.bad],
+    }
 
 
-def _report(path: str, result: Result | None, dataset: Dataset) -> None:
+def _report(path: str, result: Result | None, dataset: Dataset, classes: Sequence[str]) -> None:
     assert result is not None
     assert result.confusion is not None
-    counts = np.concatenate([result.confusion.numpy(), np.zeros((len(dataset.classes), 1), np.int64)], axis=1)
+    counts = np.concatenate([result.confusion.numpy(), np.zeros((len(classes), 1), np.int64)], axis=1)
     for sample in result.bad:
         counts[dataset.val.labels[sample.sample], -1] += 1
     try:
-        write_confusion(user_path(path), dataset.classes, counts)
+        write_confusion(user_path(path), classes, counts)
     except OSError as error:
         raise ConfigError(f"evaluate.report={path}: it cannot be written ({error.strerror}).") from None

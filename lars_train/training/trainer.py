@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lars_train.data.loader import BadSample, Batch
+from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.models.batchnorm import RunningStatistics
 from lars_train.plan import Plan
-from lars_train.training.compiler import compiled_of
 from lars_train.training.device import Precision
-from lars_train.training.distributed import Group
+from lars_train.training.distributed import NONE, Group, over_ranks
 from lars_train.training.guard import Divergence, Guard
-from lars_train.training.measures import FirstGradient, Measures, small_batch
-from lars_train.training.reduction import NONE, over_ranks
+from lars_train.training.metrics import FirstGradient, Measures, small_batch
+from lars_train.training.resolve import compiled_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Meter:
 
     def total(self, group: Group) -> Tensor:
         """The sums over all ranks; rank 0 keeps them and the others start from zero. Collective."""
-        group.sum(self.sums)
+        group.all_reduce_sum(self.sums)
         total = self.sums.clone()
         if not group.first:
             self.sums.zero_()
@@ -70,7 +69,7 @@ class Meter:
 
     def take_bad(self, group: Group) -> bool:
         """After `total`: whether any rank found bad images since they were last counted; forgets them. Collective."""
-        found: bool = group.from_first(bool(self.sums[3]))
+        found: bool = group.broadcast_from_rank0(bool(self.sums[3]))
         self.sums[3] = 0
         return found
 
@@ -137,7 +136,7 @@ class Trainer:
         if loss is None:
             loss = torch.zeros((), dtype=self.precision.weights, device=self.device)
         total = self.running_statistics.update(
-            self.group.sum if self.group.ranks.world > 1 else None, also=loss.reshape(1)
+            self.group.all_reduce_sum if self.group.ranks.world > 1 else None, also=loss.reshape(1)
         )
         self.scaler.unscale_(self.optimizer)
         if measure:
@@ -214,7 +213,7 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self.scaler.load_state_dict(state["scaler"])
-        self.update, self.skipped = state["update"], state.get("skipped", 0)
+        self.update, self.skipped = state["update"], state["skipped"]
         self.guard.forget()
         self.meter.sums.zero_()
         if self.group.first:

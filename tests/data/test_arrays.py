@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torchvision.datasets as torchvision_datasets
 
-from lars_train.data.arrays import default_root, open_arrays
-from lars_train.data.source import fingerprint
+from lars_train.data.dataset import fingerprint
+from lars_train.data.sources.builtin import default_root, open_arrays
 from lars_train.errors import ConfigError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

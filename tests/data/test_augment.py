@@ -14,7 +14,7 @@ from scipy import stats
 from torchvision import transforms
 
 from lars_train.config import DataConfig
-from lars_train.data.augment import UNIFORMS, Geometry, View, eval_geometry, train_geometry
+from lars_train.data.transforms import UNIFORMS, Geometry, View
 
 AUGMENTS = ["inception", "scale_crop", "pad_crop", "none"]
 LARGEST = 1 - 2**-53
@@ -24,7 +24,11 @@ DRAWS = st.lists(UNIT, min_size=UNIFORMS, max_size=UNIFORMS)
 
 def draw(augment: str, width: int, height: int, uniforms: list[float], **changes: Any) -> Geometry:
     options: dict[str, Any] = {"size": 32, "flip": True, "pad": 4, "eval_crop": 0.875, **changes}
-    return train_geometry(augment, width, height, uniforms, **options)
+    return View(augment, **options).train(width, height, uniforms)
+
+
+def evaluated(width: int, height: int, *, size: int, eval_crop: float) -> Geometry:
+    return View("none", size, False, 0, eval_crop).evaluate(width, height)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -45,18 +49,18 @@ def test_evaluation_view_is_torchvisions_resize_and_centre_crop(
 ) -> None:
     picture = noise(width, height)
     pipeline = transforms.Compose([transforms.Resize(round(size / eval_crop)), transforms.CenterCrop(size)])
-    view = eval_geometry(width, height, size=size, eval_crop=eval_crop)
+    view = evaluated(width, height, size=size, eval_crop=eval_crop)
     np.testing.assert_array_equal(look(picture, view, size), pipeline(picture))
 
 
 def test_imagenet_evaluation_resizes_to_256_and_crops_224() -> None:
-    view = eval_geometry(500, 375, size=224, eval_crop=0.875)
+    view = evaluated(500, 375, size=224, eval_crop=0.875)
     assert view == Geometry((0, 0, 500, 375), (341, 256), 0, (58, 16), False)
 
 
 @given(st.integers(1, 300))
 def test_full_evaluation_crop_keeps_a_picture_of_the_right_size(size: int) -> None:
-    view = eval_geometry(size, size, size=size, eval_crop=1.0)
+    view = evaluated(size, size, size=size, eval_crop=1.0)
     assert view == Geometry((0, 0, size, size), (size, size), 0, (0, 0), False)
 
 
@@ -128,7 +132,7 @@ def test_scale_crop_reaches_all_of_the_resized_picture() -> None:
 
 @given(DRAWS, st.integers(1, 500), st.integers(1, 500))
 def test_no_augmentation_is_the_evaluation_view_mirrored_or_not(uniforms: list[float], width: int, height: int) -> None:
-    expected = eval_geometry(width, height, size=32, eval_crop=0.875)
+    expected = evaluated(width, height, size=32, eval_crop=0.875)
     assert draw("none", width, height, uniforms, flip=False) == expected
     view = draw("none", width, height, uniforms)
     assert (view.box, view.size, view.crop) == (expected.box, expected.size, expected.crop)

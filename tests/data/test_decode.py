@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional
 
-from lars_train.data.augment import UNIFORMS, Geometry, View, eval_geometry
-from lars_train.data.decode import MAX_PIXELS, BadImage, decode
+from lars_train.data.decode.pillow import MAX_PIXELS, BadImage, decode, whole_image
+from lars_train.data.transforms import UNIFORMS, Geometry, View
 
 Pixels = npt.NDArray[np.uint8]
 BILINEAR = functional.InterpolationMode.BILINEAR
@@ -70,7 +70,7 @@ def test_evaluation_pixels_equal_torchvisions(width: int, height: int) -> None:
     pixels = noise(width, height)
     expected = functional.center_crop(functional.resize(Image.fromarray(pixels), 36, BILINEAR), 32)
     for item in (pixels, encode(pixels)):
-        found = decode(item, lambda w, h: eval_geometry(w, h, size=32, eval_crop=8 / 9), 32)
+        found = decode(item, View("none", 32, False, 0, 8 / 9).evaluate, 32)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -101,7 +101,7 @@ def test_result_is_an_own_writable_contiguous_array() -> None:
 def test_read_only_pixels_are_accepted() -> None:
     pixels = noise(40, 30)
     pixels.flags.writeable = False
-    assert decode(pixels, lambda w, h: eval_geometry(w, h, size=24, eval_crop=1.0), 24).shape == (24, 24, 3)
+    assert decode(pixels, View("none", 24, False, 0, 1.0).evaluate, 24).shape == (24, 24, 3)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "YCbCr"])
@@ -118,17 +118,102 @@ def test_transparent_palette_gives_the_palettes_colours() -> None:
     np.testing.assert_array_equal(as_it_is(data), expected)
 
 
+def tiff(values: npt.NDArray[Any], bits: int = 0, sample_format: int = 1, photometric: int = 1) -> bytes:
+    """A grey TIFF, little-endian, of these (H, W) values; with `bits` they are the rows' bytes, in that many bits."""
+    height, width = values.shape
+    bits, width = (bits, width * 8 // bits) if bits else (8 * values.itemsize, width)
+    entries = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 130, 277: 1, 278: height}
+    entries |= {279: values.nbytes, 339: sample_format}
+    directory = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, v) for tag, v in entries.items())
+    return struct.pack("<4sIH", b"II*\0", 8, len(entries)) + directory.ljust(120, b"\0") + values.tobytes()
+
+
+SIXTEEN = np.random.default_rng(0).integers(0, 2**16, (24, 24, 4), dtype=np.uint16)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bit_grey_is_scaled_to_eight(kind: str) -> None:
-    values = np.random.default_rng(0).integers(0, 2**16, (24, 24), dtype=np.uint16)
+    values = SIXTEEN[..., 0]
     data = encode(Image.fromarray(values), kind)
-    np.testing.assert_array_equal(as_it_is(data)[..., 1], (values // 256).astype(np.uint8))
+    found = as_it_is(data)[..., 1]
+    np.testing.assert_array_equal(found, (values // 256).astype(np.uint8))
+    assert np.abs(found - values / 257).max() < 1
 
 
-def test_floating_point_picture_is_bad() -> None:
-    data = encode(Image.fromarray(np.linspace(0, 1, 24 * 24, dtype=np.float32).reshape(24, 24)), "TIFF")
-    with pytest.raises(BadImage, match="floating-point"):
-        as_it_is(data)
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_colour_and_alpha_give_the_upper_bytes(colour_type: int, channels: int) -> None:
+    values = SIXTEEN[..., :channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = png_of_size(24, 24, rows, depth=16, colour_type=colour_type)
+    expected = (values[..., :3] if channels > 2 else values[..., :1]) // 256
+    np.testing.assert_array_equal(as_it_is(data), np.broadcast_to(expected, (24, 24, 3)))
+
+
+def test_a_tiff_of_twelve_bits_or_with_white_as_zero_is_neither_dark_nor_inverted() -> None:
+    values = SIXTEEN[..., 0]
+    np.testing.assert_array_equal(as_it_is(tiff(values, photometric=0))[..., 0], (65535 - values) // 256)
+    packed = noise(36, 24, 1)
+    first, middle, last = packed[:, ::3].astype(int), packed[:, 1::3], packed[:, 2::3]
+    twelve = np.stack([first << 4 | middle >> 4, (middle & 15).astype(int) << 8 | last], 2).reshape(24, 24)
+    np.testing.assert_array_equal(as_it_is(tiff(packed, bits=12))[..., 0], twelve // 16)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff(np.full((24, 24), 100_000, np.int32), sample_format=2), r"32-bit signed integer pixels \(mode I\)"),
+        (tiff(np.full((24, 24), 100_000, np.uint32)), r"32-bit unsigned integer pixels \(mode I\)"),
+        (tiff(np.full((24, 24), -1000, np.int16), sample_format=2), r"16-bit signed integer pixels \(mode I\)"),
+        (tiff(np.full((24, 24), -1, np.int8), sample_format=2), r"8-bit signed integer pixels \(mode L\)"),
+        (tiff(np.full((24, 24), 0.5, np.float32), sample_format=3), r"floating-point pixels \(mode F\)"),
+        (b"Pf 24 24 -1.0\n" + np.full((24, 24), 0.5, np.float32).tobytes(), r"floating-point pixels \(mode F\)"),
+        (tiff(np.full((24, 24), 0.5, np.float64), sample_format=3), "a TIFF that is damaged, or of pixels that"),
+    ],
+    ids=["int32", "uint32", "int16", "int8", "float32", "PFM", "float64"],
+)
+def test_pixels_that_have_no_white_are_bad_and_the_reason_says_what_to_do(data: bytes, reason: str) -> None:
+    for read in (as_it_is, whole_image):
+        with pytest.raises(BadImage, match=f"^{reason}.*; convert it to 8 or 16 unsigned bits$"):
+            read(data)
+
+
+def test_transparency_is_dropped_and_one_bit_is_black_and_white() -> None:
+    for channels in (2, 4):
+        values = noise(24, 24, channels)
+        grey = values[..., :1] if channels == 2 else values[..., :3]
+        np.testing.assert_array_equal(as_it_is(encode(values)), np.broadcast_to(grey, (24, 24, 3)))
+    bits = noise(24, 24, 1) > 127
+    for kind in ("PNG", "TIFF", "BMP"):
+        np.testing.assert_array_equal(as_it_is(encode(Image.fromarray(bits), kind))[..., 0], bits * np.uint8(255))
+
+
+@pytest.mark.parametrize("ycck", [False, True])
+def test_inks_of_a_jpeg_become_the_colours_that_they_print(ycck: bool) -> None:
+    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 255, 0), (0, 0, 0, 255), (40, 90, 160, 30)]
+    # Whole blocks of one colour, which JPEG keeps.
+    cells = np.array([*inks, (200, 10, 60, 100), (5, 5, 5, 5), (128, 128, 128, 128)], np.uint8).reshape(3, 3, 4)
+    cmyk = cells.repeat(8, axis=0).repeat(8, axis=1)
+    data = encode(Image.fromarray(cmyk, "CMYK"), "JPEG", quality=100, subsampling=0)
+    # Adobe's convention: a JPEG stores 255 less each ink; and YCCK is YCbCr of 255 less the first three of those.
+    stored = 255.0 - cmyk
+    bright = stored[..., :3]
+    if ycck:
+        at = data.index(b"Adobe") + 11
+        data = data[:at] + b"\x02" + data[at + 1 :]
+        luma, blue, red = np.moveaxis(bright, 2, 0) - [[[0]], [[128]], [[128]]]
+        channels = [luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue]
+        bright = 255 - np.stack(channels, axis=2).clip(0, 255)
+    expected = bright * stored[..., 3:] / 255
+    assert np.abs(as_it_is(data) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_gives_its_first_frame(kind: str) -> None:
+    first, second = (noise(24, 24, 1, seed) // 16 * 16 for seed in (0, 1))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(first, kind, save_all=True, append_images=[Image.fromarray(second)], duration=100, **options)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
+    np.testing.assert_array_equal(as_it_is(data), np.broadcast_to(first[..., None], (24, 24, 3)))
 
 
 def test_exif_orientation_is_not_applied() -> None:
@@ -168,12 +253,12 @@ def test_what_is_no_picture_is_bad_for_a_stated_reason(data: bytes, reason: str)
     assert "0x" not in str(caught.value)  # an address in memory would differ between runs
 
 
-def png_of_size(width: int, height: int) -> bytes:
+def png_of_size(width: int, height: int, rows: bytes = b"\x00" * 1000, depth: int = 8, colour_type: int = 0) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\x00" * 1000)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -190,12 +275,12 @@ def test_bomb_limit_is_pillows_default() -> None:
 
 def test_picture_that_resizing_would_blow_up_is_bad() -> None:
     with pytest.raises(BadImage, match="1x2000000 pixels, too elongated to be resized to 256x512000000"):
-        decode(noise(1, 2_000_000, 1), lambda w, h: eval_geometry(w, h, size=224, eval_crop=0.875), 224)
+        decode(noise(1, 2_000_000, 1), View("none", 224, False, 0, 0.875).evaluate, 224)
 
 
 def pixels_or_reason(data: bytes) -> Pixels | str:
     try:
-        return decode(data, lambda w, h: eval_geometry(w, h, size=24, eval_crop=1.0), 24)
+        return decode(data, View("none", 24, False, 0, 1.0).evaluate, 24)
     except BadImage as error:
         return str(error)
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_train.data.folder import open_folder
-from lars_train.data.listing import held_out
-from lars_train.data.source import Source
+from lars_train.data.dataset import Source
+from lars_train.data.sources.folder import open_folder
+from lars_train.data.sources.tree import held_out
 from lars_train.errors import ConfigError
 
 MakeTree = Callable[[Mapping[Any, bytes]], str]
@@ -76,6 +76,14 @@ def test_names_that_are_no_text_keep_their_bytes(make_directory: MakeTree) -> No
     assert os.fsencode(data.train.name(2)) == b"cat/\xff\xfe.jpg"
     assert data.train.read(2) == b"odd"
     data.train.where(2).encode()
+
+
+def test_classes_that_would_be_shown_alike_are_refused(make_directory: MakeTree) -> None:
+    files = {
+        b"%s/%s/1.jpg" % (split, c): b"" for split in (b"train", b"val") for c in (b"caf\xe9", rb"caf\xe9", b"tea")
+    }
+    with pytest.raises(ConfigError, match=r"train has two classes .* both shown as caf\\xe9"):
+        open_folder(make_directory(files), None)
 
 
 def test_only_visible_images_count(make_tree: MakeTree) -> None:
@@ -199,6 +207,7 @@ MANY = {f"train/c{i}/": b"" for i in range(7)}
     ("files", "holdout", "message"),
     [
         ({}, None, r"data\.root=.*has no train/ folder; it holds no folders at all"),
+        ({"train.zip": b"", "val.zip": b""}, None, r"no train/ folder; train\.zip in it is not read; unzip it"),
         ({"cat/1.jpg": b"", "dog/1.jpg": b""}, None, r"no train/.*found cat/, dog/.*data\.holdout=0\.1"),
         ({"deep/pets/train/cat/1.jpg": b"", "other/x.jpg": b""}, None, r"data\.root=.*found deep/, other/"),
         (
@@ -210,13 +219,13 @@ MANY = {f"train/c{i}/": b"" for i in range(7)}
         (
             {"train/1.jpg": b"", "val/a/1.jpg": b""},
             None,
-            r"data\.root.*no class folders \(1 images lie directly",
+            r"data\.root.*no class folders \(1 image directly in it",
         ),
         ({"train/a/1.jpg": b"", "val/": b""}, None, r"data\.root.*val has no class folders"),
         (
             {**TWO, "train/b/x.txt": b""},
             None,
-            r"data\.root.*train has class folders without images: b/; remove",
+            r"data\.root.*train has class folders without images: b/ \(skipped: 1 \.txt file\); remove",
         ),
         ({**TWO, "val/b/": b""}, None, r"data\.root.*val has class folders without images: b/; remove"),
         ({**TWO, **MANY}, None, r"without images: c0/, c1/, c2/, c3/, c4/ and 2 more"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from lars_train.data.imagenet import open_imagenet
+from lars_train.data.sources.imagenet import open_imagenet
 from lars_train.errors import ConfigError
 
 MakeTree = Callable[[Mapping[Any, bytes]], str]
@@ -154,7 +154,7 @@ ROWS = [f"{n},{w}" for n, w in zip(IMAGES, TRUTH, strict=True)]
         ),
         (
             {f"{DEVKIT}/{TEXT}": LINES + b"1\n", f"{DEVKIT}/meta.mat": meta_mat()},
-            r"data\.val_labels: .*has 5 lines, but there are 4 images.*give a CSV",
+            r"data\.val_labels: .*has 5 lines, and val/ 4 images.*give a CSV",
         ),
         (
             {f"{DEVKIT}/{TEXT}": b"2\n3\n3\n77\n", f"{DEVKIT}/meta.mat": meta_mat()},

@@ -22,14 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lars_train.data import decode as decode_module
-from lars_train.data import loader, native
-from lars_train.data import workers as workers_module
-from lars_train.data.augment import UNIFORMS, eval_geometry
-from lars_train.data.decode import GPU, LIBRARY, NATIVE, PILLOW, decode
-from lars_train.data.loader import BadSample, Batch, Stream, View, eval_loader, train_loader
+from lars_train.data.decode import native
+from lars_train.data.decode import pillow as decode_module
+from lars_train.data.decode.pillow import NATIVE, PILLOW, decode
+from lars_train.data.loading import stream as stream_module
+from lars_train.data.loading import workers as workers_module
+from lars_train.data.loading.loader import BadSample, Batch, LoaderSpec, Stream, View, eval_loader, train_loader
 from lars_train.data.order import epoch_order, sample_uniforms
+from lars_train.data.transforms import UNIFORMS
 from lars_train.errors import DataError
+from lars_train.signals import TERMINATION_SIGNALS
 
 SIZE = 12
 KINDS = ["processes", "threads"] if sys.platform == "linux" else ["threads"]
@@ -83,15 +85,13 @@ class Pictures:
         return file.getvalue()
 
 
-def train(source: Pictures, **changes: Any) -> Stream:
-    options = {
+def train(source: Pictures, start_update: int = 0, stop_update: int = 5, **changes: Any) -> Stream:
+    options: dict[str, Any] = {
         "seed": 7,
         "batch": 10,
         "ghost_batch": 4,
         "ghosts_per_micro": 2,
         "updates_per_epoch": 2,
-        "start_update": 0,
-        "stop_update": 5,
         "rank": 0,
         "world": 1,
         "workers": 0,
@@ -99,7 +99,7 @@ def train(source: Pictures, **changes: Any) -> Stream:
         "on_error": "skip",
         **changes,
     }
-    return train_loader(source, VIEW, **options)
+    return train_loader(LoaderSpec(source=source, view=VIEW, **options), start_update, stop_update)
 
 
 def evaluate(source: Pictures, **changes: Any) -> Stream:
@@ -160,13 +160,13 @@ def test_batches_are_uint8_channels_last_and_int64() -> None:
 def test_order_and_content_do_not_depend_on_the_number_and_kind_of_workers(
     encoded: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "PIECE", 3)  # several workers in a micro-batch of 8
+    monkeypatch.setattr(stream_module, "PIECE", 3)  # several workers in a micro-batch of 8
     source = Pictures(23, encoded, empty={3, 4}, missing={11})
     alone = list(train(source))
     assert any(b.bad for b in alone)
     assert same(alone, list(train(source, workers=2, kind=kind)))
     assert same(list(evaluate(source)), list(evaluate(source, workers=3, kind=kind)))
-    monkeypatch.setattr(loader, "PIECE", 100)
+    monkeypatch.setattr(stream_module, "PIECE", 100)
     assert same(alone, list(train(source)))
 
 
@@ -177,7 +177,7 @@ def test_a_buffer_is_used_again_but_never_while_a_tensor_refers_to_it(kind: str)
     stream = train(Pictures(23), **options)
     held = []
     for number, batch in enumerate(stream):
-        # Longer than the ring is; a part of the pixels, or the labels alone.
+        # Longer than the pool is; a part of the pixels, or the labels alone.
         held.append((number, batch.images[:, 1:], None) if number % 2 else (number, None, batch.labels[1:]))
         if number % 20 == 19:
             time.sleep(0.02)  # what was free is full again
@@ -190,19 +190,19 @@ def test_a_buffer_is_used_again_but_never_while_a_tensor_refers_to_it(kind: str)
         del batch
     assert number == 79
     stream = train(Pictures(23), **options)
-    slots = loader.ring_slots(8, int(options["workers"] or 0))
+    slots = stream_module.pool_slots(8, int(options["workers"] or 0))
     assert len({next(stream).images.data_ptr() for _ in range(80)}) <= slots
     assert slots == (4 if kind == "none" else 8)
 
 
-def test_a_ring_holds_two_pieces_for_each_worker_and_little_more() -> None:
+def test_a_pool_holds_two_pieces_for_each_worker_and_little_more() -> None:
     for batch in (1, 8, 32, 100, 256, 2048, 50_000):
         for count in (1, 2, 16, 64, 128):
-            filled = loader.ring_slots(batch, count) - loader.LENT
-            pieces = -(-batch // loader.piece_of(batch))
+            filled = stream_module.pool_slots(batch, count) - stream_module.LENT
+            pieces = -(-batch // stream_module.piece_of(batch))
             # One of the buffers is the one that is waited for.
-            assert (filled - 1) * pieces >= 2 * count or filled == loader.AHEAD
-            assert (filled - 2) * pieces < 2 * count or filled == loader.AHEAD
+            assert (filled - 1) * pieces >= 2 * count or filled == stream_module.AHEAD
+            assert (filled - 2) * pieces < 2 * count or filled == stream_module.AHEAD
             assert filled * pieces <= 4096  # what a pipe holds of them
 
 
@@ -210,16 +210,14 @@ def test_a_ring_holds_two_pieces_for_each_worker_and_little_more() -> None:
     ("suffix", "decoder", "kind"),
     [
         ("JPEG", NATIVE, "threads"),
-        ("JPEG", LIBRARY, "threads"),
         ("JPEG", PILLOW, KINDS[0]),
         ("png", NATIVE, KINDS[0]),
-        ("png", GPU, "threads"),
     ],
 )
 def test_threads_are_for_decoders_that_leave_the_interpreter_to_others(suffix: str, decoder: str, kind: str) -> None:
     source = Pictures(5)
     source.name = lambda sample: f"class/{sample}.{suffix}"  # type: ignore[method-assign]
-    assert loader.worker_kind(source, decoder) == kind
+    assert stream_module.worker_kind(source, decoder) == kind
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 5])
@@ -300,7 +298,7 @@ def test_evaluation_shows_every_sample_once_in_order(world: int) -> None:
     assert labels.tolist() == source.labels.tolist()
     assert all(len(b.labels) <= 4 for b in batches)
     for sample, image in enumerate(images):
-        view = decode(source.pixels(sample), partial(eval_geometry, size=SIZE, eval_crop=1.0), SIZE)
+        view = decode(source.pixels(sample), VIEW.evaluate, SIZE)
         assert torch.equal(image, torch.tensor(view).permute(2, 0, 1))
 
 
@@ -366,8 +364,7 @@ def test_a_worker_without_memory_or_with_a_defect_ends_the_stream_and_tells(kind
 
 
 def ask_for_interrupts(sample: int) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    if any(signal.getsignal(number) is not signal.SIG_IGN for number in numbers):
+    if any(signal.getsignal(number) is not signal.SIG_IGN for number in TERMINATION_SIGNALS):
         raise FileNotFoundError(2, "a worker that Ctrl-C would end")
 
 
@@ -435,7 +432,7 @@ def test_stream_computes_each_epochs_order_once(monkeypatch: pytest.MonkeyPatch)
         epochs.append(epoch)
         return epoch_order(seed, epoch, count)
 
-    monkeypatch.setattr("lars_train.data.loader.epoch_order", counted)
+    monkeypatch.setattr("lars_train.data.loading.loader.epoch_order", counted)
     stream = train(Pictures(23))
     assert epochs == []
     list(stream)
@@ -637,8 +634,8 @@ def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int,
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 def test_the_native_decoder_decodes_what_it_is_asked_to_and_pillow_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[bytes] = []
-    whole = decode_module._picture
-    monkeypatch.setattr(decode_module, "_picture", lambda data: opened.append(data) or whole(data))
+    whole = decode_module._image
+    monkeypatch.setattr(decode_module, "_image", lambda data: opened.append(data) or whole(data))
     source = Photographs(23)
     list(evaluate(source, decoder=NATIVE))
     assert opened == [source.read(sample) for sample in (3, 5, 7, 8)]

@@ -25,6 +25,7 @@ from jpegs import (
     encode,
     in_one_step,
     made_up,
+    many_scans,
     not_for_it,
     outcome,
     same_outcome,
@@ -34,10 +35,11 @@ from jpegs import (
 )
 from PIL import Image
 
-from lars_train.data import decode as decode_module
-from lars_train.data import native
-from lars_train.data.augment import UNIFORMS, Geometry, View
-from lars_train.data.decode import NATIVE, PILLOW, BadImage, decode
+from lars_train.data.decode import native
+from lars_train.data.decode import pillow as decode_module
+from lars_train.data.decode.pillow import NATIVE, PILLOW, BadImage, decode
+from lars_train.data.loading.reader import EvalReader
+from lars_train.data.transforms import UNIFORMS, Geometry, View
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +61,7 @@ def by_native(data: bytes, view: Geometry, size: int) -> Pixels:
     out = np.full((size, size, 3), 77, np.uint8)
     found = native.size_of(data)
     assert found is not None
-    assert native.decode(data, found, view, out)
+    assert native.decode_jpeg(data, found, view, out)
     return out
 
 
@@ -102,6 +104,15 @@ def test_a_tiny_picture_can_become_a_large_view_and_a_large_one_a_pixel() -> Non
         np.testing.assert_array_equal(by_native(jpeg, view, size), columns_first(whole_picture(jpeg), view, size))
 
 
+def test_a_pixel_made_of_thousands_in_a_row_is_left_to_pillow() -> None:
+    for width, done in ((15_000, True), (20_000, False)):
+        jpeg = made_up("4:2:0", width, 1)
+        view, out = Geometry((0, 0, width, 1), (1, 1), 0, (0, 0), False), np.empty((1, 1, 3), np.uint8)
+        assert native.decode_jpeg(jpeg, (width, 1), view, out) == done
+        pixels = decode(jpeg, lambda w, h, view=view: view, 1, decoder=NATIVE)
+        np.testing.assert_array_equal(pixels, columns_first(whole_picture(jpeg), view, 1))
+
+
 def test_scans_that_do_not_interleave_components_are_decoded() -> None:
     jpeg = separate_scans(3)
     view = Geometry((3, 5, 30, 29), (16, 16), 0, (0, 0), False)
@@ -117,7 +128,7 @@ def test_a_progressive_picture_without_its_last_scans_is_pillows_which_smooths_i
         # Up to where the segments before the next scan begin: tables, if there are any.
         end = jpeg.rfind(b"\xff\xc4", starts[number - 1], starts[number])
         data = jpeg[: end if end > 0 else starts[number]] + b"\xff\xd9"
-        assert not native.decode(data, (100, 90), view, np.empty((16, 16, 3), np.uint8))
+        assert not native.decode_jpeg(data, (100, 90), view, np.empty((16, 16, 3), np.uint8))
         pixels = decode(data, lambda w, h: view, 16, decoder=NATIVE)
         np.testing.assert_array_equal(pixels, in_one_step(whole_picture(data), view, 16))
 
@@ -128,12 +139,64 @@ def test_a_jpeg_of_too_many_scans_is_bad_for_either_decoder() -> None:
     view = Geometry((0, 0, 40, 33), (16, 16), 0, (0, 0), False)
     by_native(most, view, 16)
     out = np.ones((16, 16, 3), np.uint8)
-    assert not native.decode(more, (40, 33), view, out)
+    assert not native.decode_jpeg(more, (40, 33), view, out)
     assert not out.any()
     for choice in (PILLOW, NATIVE):
         decode(most, lambda w, h: view, 16, decoder=choice)
-        with pytest.raises(BadImage, match="more than 500 scans"):
+        with pytest.raises(BadImage, match=r"of 501 scans on 40x33 pixels; at most 500 scans .* Save it again with"):
             decode(more, lambda w, h: view, 16, decoder=choice)
+
+
+def test_scans_times_pixels_are_bounded_alike_by_either_decoder() -> None:
+    most = decode_module.MAX_SCANNED // (4000 * 4000)
+    assert most == 178
+    view = Geometry((0, 0, 4000, 4000), (16, 16), 0, (0, 0), False)
+    out = np.empty((16, 16, 3), np.uint8)
+    # jpeg.c itself draws the line at the same scan: what it decodes then lacks bits, and is Pillow's.
+    assert native.jpeg.decode(*arguments(many_scans(4000, 4000, most), 4000, view, out)) == 1
+    more = many_scans(4000, 4000, most + 1)
+    assert native.jpeg.decode(*arguments(more, 4000, view, out)) == 4
+    for choice in (PILLOW, NATIVE):
+        with pytest.raises(BadImage, match=r"of 179 scans on 4000x4000 pixels; at most 178 scans"):
+            decode(more, lambda w, h: view, 16, decoder=choice)
+    assert not isinstance(outcome(many_scans(4000, 4000, most), view, 16, PILLOW), str)
+
+
+def arguments(data: bytes, side: int, view: Geometry, out: Pixels) -> tuple[object, ...]:
+    return (data, len(data), out.ctypes.data, side, side, *view.box, *view.size, 0, 0, False, len(out))
+
+
+def test_what_looks_like_scans_but_is_none_of_the_image_is_not_counted() -> None:
+    whole = made_up("4:2:0", 40, 33)
+    comment = b"\xff\xfe\x0f\xa2" + b"\xff\xda" * 2000
+    jpeg = whole[:2] + comment + whole[2:] + b"\xff\xda\x00\x02" * 1000
+    view = Geometry((3, 5, 30, 29), (16, 16), 0, (0, 0), False)
+    expected = columns_first(whole_picture(whole), view, 16)
+    for choice in (PILLOW, NATIVE):
+        found = decode(jpeg, lambda w, h: view, 16, decoder=choice)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "jpe", "jfif", "JPEG", "png", "bmp", ""])
+def test_a_jpeg_goes_to_the_native_decoder_by_any_name(extension: str) -> None:
+    class Named:
+        labels = np.zeros(1, np.int32)
+
+        def __len__(self) -> int:
+            return 1
+
+        def name(self, sample: int) -> str:
+            return f"1.{extension}"
+
+        where = name
+
+        def read(self, sample: int) -> bytes:
+            return made_up("4:2:0", 40, 33)
+
+    reader = EvalReader(Named(), View("none", 16, False, 0, 1.0), NATIVE)
+    outcome = reader.fill(0, [0], np.empty((1, 16, 16, 3), np.uint8), np.empty(1, np.int64))
+    assert (outcome.fast, outcome.bad) == (1, ())
+    assert native.has_jpegs(Named()) == (extension not in ("png", "bmp", ""))
 
 
 def test_exif_orientation_is_not_applied() -> None:
@@ -152,7 +215,7 @@ def test_what_is_not_for_it_is_refused_and_judged_by_pillow(name: str, data: byt
     if size is not None:
         out = np.ones((16, 16, 3), np.uint8)
         whole = Geometry((0, 0, *size), (16, 16), 0, (0, 0), False)
-        assert not native.decode(data, size, whole, out)
+        assert not native.decode_jpeg(data, size, whole, out)
         assert not out.any()
     assert same_outcome(data, view, 16, NATIVE)
 
@@ -185,16 +248,16 @@ def test_a_view_or_buffer_that_makes_no_sense_is_an_error_and_touches_no_memory(
     data, out = made_up("4:2:0", 40, 40), np.zeros((16, 16, 3), np.uint8)
     for box in [(-1, 0, 9, 9), (0, 0, 41, 9), (0, 0, 9, 41), (5, 5, 5, 9), (5, 9, 9, 5)]:
         with pytest.raises(ValueError, match="view"):
-            native.decode(data, (40, 40), Geometry(box, (16, 16), 0, (0, 0), False), out)
+            native.decode_jpeg(data, (40, 40), Geometry(box, (16, 16), 0, (0, 0), False), out)
     view = Geometry((0, 0, 40, 40), (16, 16), 0, (0, 0), False)
     for wide, high in [(0, 16), (16, -1), (2**40, 16)]:
         with pytest.raises((ValueError, OverflowError)):
-            native.decode(data, (40, 40), Geometry(view.box, (wide, high), 0, (0, 0), False), out)
+            native.decode_jpeg(data, (40, 40), Geometry(view.box, (wide, high), 0, (0, 0), False), out)
     # The size is not that of the header.
-    assert not native.decode(data, (30, 40), Geometry((0, 0, 30, 40), (16, 16), 0, (0, 0), False), out)
+    assert not native.decode_jpeg(data, (30, 40), Geometry((0, 0, 30, 40), (16, 16), 0, (0, 0), False), out)
     for buffer in [out[:, ::-1], out[:8], out.astype(np.int8), out[..., :2]]:
         with pytest.raises(ValueError, match="out"):
-            native.decode(data, (40, 40), view, buffer)
+            native.decode_jpeg(data, (40, 40), view, buffer)
     with pytest.raises(TypeError):
         native.jpeg.decode(data)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="length"):
@@ -263,7 +326,7 @@ def test_without_vectors_the_pixels_are_the_same(tmp_path: Path, monkeypatch: py
     if compiler is None or not (include / "Python.h").is_file():
         pytest.skip("no C compiler or no Python.h is here")
     target = tmp_path / "jpeg.abi3.so"
-    source = ROOT / "lars_train" / "data" / "jpeg.c"
+    source = ROOT / "lars_train" / "data" / "decode" / "jpeg.c"
     flags = ["-O2", "-shared", "-fPIC", "-DLARS_PLAIN_C", "-Wall", "-Wextra", "-Werror", f"-I{include}"]
     subprocess.run([compiler, *flags, str(source), "-ljpeg", "-o", str(target)], check=True)
     spec = importlib.util.spec_from_file_location("jpeg", target)
@@ -298,8 +361,8 @@ def test_a_library_that_it_cannot_use_counts_as_none(monkeypatch: pytest.MonkeyP
 
 def test_a_package_without_it_decodes_by_pillow() -> None:
     code = (
-        "import sys; sys.modules['lars_train.data.jpeg'] = None\n"
-        "from lars_train.data import native; assert not native.is_there() and native.size_of(b'') is None"
+        "import sys; sys.modules['lars_train.data.decode.jpeg'] = None\n"
+        "from lars_train.data.decode import native; assert not native.is_there() and native.size_of(b'') is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lars_train.data.folder import open_folder
-from lars_train.data.imagenet import open_imagenet
+from lars_train.data.sources.folder import open_folder
+from lars_train.data.sources.imagenet import open_imagenet
 from lars_train.errors import ConfigError
 
 DATA = Path(os.environ.get("LARS_TEST_DATA", ""))

@@ -21,18 +21,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lars_train.data import ahead, objects, shard_cache
-from lars_train.data.folder import open_folder
-from lars_train.data.imagenet import open_imagenet
-from lars_train.data.loader import Stream, View, eval_loader, train_loader
-from lars_train.data.mapped import read_mapped, write_mapped
+from lars_train.config import DataConfig
+from lars_train.data.dataset import Dataset, shards_of
+from lars_train.data.loading import shard_prefetch
+from lars_train.data.loading.loader import LoaderSpec, Stream, View, eval_loader, train_loader
+from lars_train.data.loading.shard_windows import training_room, training_windows
+from lars_train.data.open import open_validation
 from lars_train.data.order import shard_order
-from lars_train.data.remote import CacheSettings, RemoteSource
-from lars_train.data.source import Dataset, shards_of
-from lars_train.data.windows import training_room, training_windows
+from lars_train.data.sources import remote, shard_cache
+from lars_train.data.sources.folder import open_folder
+from lars_train.data.sources.imagenet import open_imagenet
+from lars_train.data.sources.index_files import read_mapped, write_mapped
+from lars_train.data.sources.remote import CacheSettings, RemoteSource
 from lars_train.errors import ConfigError, DataError
-from lars_train.stores.encode import Encoding
-from lars_train.stores.pack import Request, pack, silent
+from lars_train.pack.encode import Encoding
+from lars_train.pack.packing import Request, pack, silent
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -73,8 +76,8 @@ def local(packed: Path) -> Dataset:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(objects, "PIECE", 3000)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(remote, "PIECE", 3000)
     monkeypatch.setattr(shard_cache, "PATIENCE_S", 5.0)
 
 
@@ -155,6 +158,7 @@ def opened(url: str, tmp_path: Path, limit: int = PLENTY) -> Dataset:
 
 def same(one: Dataset, other: Dataset) -> bool:
     assert (one.fingerprint, one.classes) == (other.fingerprint, other.classes)
+    assert one.inventory == other.inventory
     for mine, theirs in ((one.train, other.train), (one.val, other.val)):
         assert [mine.name(i) for i in range(len(mine))] == [theirs.name(i) for i in range(len(theirs))]
         assert mine.labels.tolist() == theirs.labels.tolist()
@@ -163,13 +167,13 @@ def same(one: Dataset, other: Dataset) -> bool:
     return True
 
 
-def stream(source: Any, **changes: Any) -> Stream:
+def stream(source: Any, start_update: int = 0, stop_update: int = 18, **changes: Any) -> Stream:
     options: dict[str, Any] = {
         **{"seed": 3, "batch": 12, "ghost_batch": 4, "ghosts_per_micro": 1, "updates_per_epoch": 6},
-        **{"start_update": 0, "stop_update": 18, "rank": 0, "world": 1, "workers": 0, "pin_memory": False},
-        **{"on_error": "fail", "window": 2},
+        **{"rank": 0, "world": 1, "workers": 0, "pin_memory": False, "on_error": "fail", "window": 2},
     }
-    return train_loader(source, VIEW, **{**options, **changes})
+    spec = LoaderSpec(source=source, view=VIEW, **{**options, **changes})
+    return train_loader(spec, start_update, stop_update)
 
 
 def drawn(batches: Stream) -> list[tuple[bytes, list[int]]]:
@@ -194,6 +198,22 @@ def test_a_store_at_a_url_is_the_store_that_was_copied_there(
     where: str, request: pytest.FixtureRequest, tmp_path: Path, local: Dataset
 ) -> None:
     assert same(opened(request.getfixturevalue(where), tmp_path), local)
+
+
+def test_validation_images_at_a_url_are_evaluated_alone(packed: Path, tmp_path: Path, local: Dataset) -> None:
+    shutil.copytree(packed.parent / "data" / "val", tmp_path / "data" / "val")
+    shutil.copytree(packed.parent / "data" / "val", tmp_path / "classes")
+    for name in ("data", "classes"):
+        pack(Request(str(tmp_path / name), str(tmp_path / f"{name}-store"), Encoding()), silent)
+        for place in (str(tmp_path / f"{name}-store"), f"file://{tmp_path}/{name}-store", f"file://{packed}"):
+            cache_dir = str(tmp_path / "cache") if place.startswith("file:") else None
+            data = open_validation(DataConfig(name="folder", root=place, cache_dir=cache_dir))
+            assert len(data.train) == 0
+            assert [(data.val.name(i), data.val.read(i)) for i in range(24)] == [
+                (local.val.name(i), local.val.read(i)) for i in range(24)
+            ]
+            assert data.val.labels.tolist() == local.val.labels.tolist()
+            assert data.classes == local.classes
 
 
 def test_data_imagenet_opens_it_too(packed: Path, tmp_path: Path, local: Dataset) -> None:
@@ -333,8 +353,8 @@ def test_a_server_that_never_answers_ends_the_stream(
     flaky: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(flaky, tmp_path)
-    monkeypatch.setattr(ahead, "PATIENCE_S", 0.5)
-    monkeypatch.setattr(ahead, "_END_S", 0.1)
+    monkeypatch.setattr(shard_prefetch, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(shard_prefetch, "_END_S", 0.1)
     answer = threading.Event()
     Flaky.before = staticmethod(lambda path: answer.wait(30))
     with pytest.raises(DataError, match=r"flaky://bucket: no answer"):
@@ -387,7 +407,7 @@ def test_what_is_no_store_is_bad_input(flaky: str, store: Path, tmp_path: Path) 
     for url, message in (
         ("flaky://elsewhere", r"index\.lars cannot be read \(FileNotFoundError.*lars-data pack"),
         ("nonsense://bucket", r"nonsense://bucket cannot be used .*nonsense"),
-        (f"file://{store}/train", r"index\.lars cannot be read"),
+        (f"file://{store}/train", r"index\.lars cannot be read .*Only packed stores are read from URLs"),
     ):
         with pytest.raises(ConfigError, match=message):
             opened(url, tmp_path)

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lars_train.data import shards
-from lars_train.data.folder import open_folder
-from lars_train.data.mapped import read_mapped, write_mapped
-from lars_train.data.source import Source
-from lars_train.data.tars import END, BadTar, entry, members
+from lars_train.data.dataset import Source
+from lars_train.data.sources import shards
+from lars_train.data.sources.folder import open_folder
+from lars_train.data.sources.index_files import read_mapped, write_mapped
+from lars_train.data.sources.tars import END, BadTar, entry, members
 from lars_train.errors import ConfigError
-from lars_train.stores.encode import Encoding
-from lars_train.stores.pack import Request, pack, silent
+from lars_train.pack.encode import Encoding
+from lars_train.pack.packing import Request, pack, silent
 
 RANDOM = np.random.default_rng(0)
 CONTENT = {
@@ -217,6 +217,15 @@ def entry_of(key: str, value: object) -> Edit:
         entry_of("kind", "folder"),
         entry_of("version", 2),
         entry_of("splits", None),
+        entry_of("inventory", None),
+        entry_of("inventory", {"train": "train", "val": "val"}),
+        entry_of("inventory", {"train": 1, "val": "val", "unused": [], "skipped": {}}),
+        entry_of("inventory", {"train": "x" * 2000, "val": "val", "unused": [], "skipped": {}}),
+        entry_of("inventory", {"train": "train", "val": "val", "unused": ["x"] * 200, "skipped": {}}),
+        entry_of("inventory", {"train": "train", "val": "val", "unused": [], "skipped": [1]}),
+        lambda meta, arrays: meta["splits"]["train"].update(skipped={"x": -1}),
+        lambda meta, arrays: meta["splits"]["train"].update(skipped={"x": 1.5}),
+        lambda meta, arrays: meta["splits"]["train"].update(skipped={str(i): 1 for i in range(1000)}),
     ],
 )
 def test_an_index_that_lies_is_refused_in_one_line(store: Path, edit: Edit) -> None:
@@ -227,6 +236,13 @@ def test_an_index_that_lies_is_refused_in_one_line(store: Path, edit: Edit) -> N
     with pytest.raises(ConfigError, match=r"(index\.lars|x\.tar) cannot be (used|read)") as told:
         open_folder(str(store), None)
     assert str(told.value).isprintable()
+
+
+def test_what_an_index_says_was_skipped_is_shown_as_plain_text(store: Path) -> None:
+    meta, arrays = read_mapped(store / "index.lars")
+    meta["inventory"] = {"train": "\x1b[31m", "val": "\n", "unused": ["\u202e"], "skipped": {"\x07 files": 3}}
+    write_mapped(store / "index.lars", meta, arrays)
+    assert all(line.isprintable() for line in open_folder(str(store), None).inventory.lines())
 
 
 def test_names_in_an_index_never_become_paths(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_train.data.source import Names, NamesBuilder, fingerprint, numbered, numbered_runs
-from lars_train.text import printable
+from lars_train.data.dataset import Names, NamesBuilder, fingerprint, numbered, numbered_runs
+from lars_train.messages import printable
 
 PATHS = st.lists(st.binary(max_size=20).map(lambda raw: raw.replace(b"\0", b"")), max_size=30)
 
@@ -84,4 +84,4 @@ def test_fingerprint_tells_apart_whatever_it_covers() -> None:
 
 
 def test_a_path_that_is_not_utf8_can_be_printed() -> None:
-    assert printable(b"caf\xe9/1.jpg").encode() == "caf\ufffd/1.jpg".encode()
+    assert printable(b"caf\xe9/1.jpg") == printable("caf\udce9/1.jpg") == r"caf\xe9/1.jpg"

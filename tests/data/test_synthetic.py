@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from lars_train.data.source import fingerprint
-from lars_train.data.synthetic import class_colours, open_synthetic
+from lars_train.data.dataset import fingerprint
+from lars_train.data.sources.builtin import class_colours, open_synthetic
 
 
 def test_imagenet_can_be_rehearsed_at_full_count() -> None:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lars_train.data import webdataset
-from lars_train.data.folder import open_folder
-from lars_train.data.imagenet import open_imagenet
-from lars_train.data.source import Dataset
+from lars_train.config import DataConfig
+from lars_train.data.dataset import Dataset
+from lars_train.data.open import open_dataset, open_validation
+from lars_train.data.sources import tar_samples
+from lars_train.data.sources.folder import open_folder
+from lars_train.data.sources.imagenet import open_imagenet
 from lars_train.errors import ConfigError
-from lars_train.stores.encode import Encoding
-from lars_train.stores.pack import Request, pack, silent
+from lars_train.pack.encode import Encoding
+from lars_train.pack.packing import Request, pack, silent
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +32,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lars_train" / "index"
 
 
-def tar(path: Path, files: Mapping[str, bytes], **options: Any) -> None:
+def tar(path: Path, files: Mapping[str, bytes] | Sequence[tuple[str, bytes]], **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as archive:
-        for name, content in files.items():
+        for name, content in files.items() if isinstance(files, Mapping) else files:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
@@ -84,11 +88,434 @@ def test_shards_in_one_folder_are_told_apart_by_their_names(tmp_path: Path) -> N
     assert (len(held.train), len(held.val)) == (6, 2)
 
 
-def test_of_several_pictures_in_a_sample_the_one_with_the_shortest_extension_counts(tmp_path: Path) -> None:
-    files = {"a/1.mask.png": b"mask", "a/1.jpg": b"picture", "a/1.cls": b"0", "a/2.txt": b"no picture", "a/.x.jpg": b""}
+def both(root: Path, files: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> str:
+    """The same shard for training and for validation."""
     for split in ("train", "val"):
-        tar(tmp_path / "data" / split / "0.tar", files)
-    assert everything(open_folder(str(tmp_path / "data"), None))[0] == [("a/1.jpg", "a", b"picture")]
+        tar(root / split / "0.tar", files)
+    return str(root)
+
+
+def test_digits_after_a_dot_belong_to_the_name(tmp_path: Path) -> None:
+    dots = {f"{c}/{c}.{i}.jpg": b"%d" % i for c in ("cat", "dog") for i in range(10)}
+    data = open_folder(both(tmp_path / "dots", dots), None)
+    assert [(name, c) for name, c, _ in everything(data)[0]] == sorted((name, name[:3]) for name in dots)
+    labelled = {f"x.{i}.{kind}": b"%d" % (i % 3) for i in range(6) for kind in ("jpg", "cls")}
+    assert everything(open_folder(both(tmp_path / "cls", labelled), None))[0] == [
+        (f"x.{i}.jpg", str(i % 3), b"%d" % (i % 3)) for i in range(6)
+    ]
+    # A label without a number is that of all numbers.
+    shared = {"a.0.jpg": b"", "a.1.jpg": b"", "a.cls": b"7", "b.0.jpg": b"", "b.cls": b"8"}
+    data = open_folder(both(tmp_path / "shared", shared), None)
+    assert [(name, c) for name, c, _ in everything(data)[0]] == [("a.0.jpg", "7"), ("a.1.jpg", "7"), ("b.0.jpg", "8")]
+    assert data.inventory.skipped == {}
+
+
+def test_of_several_images_in_a_sample_the_user_names_the_one(tmp_path: Path) -> None:
+    files = {f"{c}/1.{kind}": kind.encode() for c in "ab" for kind in ("mask.png", "jpg", "cls")}
+    root = both(tmp_path / "data", files | {"a/1.cls": b"0", "b/1.cls": b"1"})
+    with pytest.raises(ConfigError, match=r"sample a/1 has several images \(mask\.png, jpg\).*data\.image_key=jpg,"):
+        open_folder(root, None)
+    for key, kind in (("jpg", b"jpg"), ("mask.png", b"mask.png"), ("tif:JPG", b"jpg")):
+        data = open_folder(root, None, image_key=key)
+        assert [content for _, _, content in everything(data)[0]] == [kind] * 2
+        # Two in each split.
+        assert data.inventory.skipped == {"images beside that of data.image_key": 4}
+    with pytest.raises(ConfigError, match=r"none of data\.image_key=tif \(mask.*data\.image_key=tif:jpg,"):
+        open_imagenet(root, None, None, image_key="tif")
+    # What numbers its images, or has many, is no sample.
+    for names in (
+        [f"ILSVRC2012.val.{i}" for i in range(1000)],
+        [f"ILSVRC2012.val_{i}" for i in range(1000)],
+        ["ILSVRC2012.val.0", "ILSVRC2012.val.1"],
+    ):
+        dotted = both(tmp_path / "dotted", {f"cat/{name}.jpg": b"" for name in names})
+        for key in (None, "jpg"):
+            with pytest.raises(ConfigError, match=r"cat/ILSVRC2012 has several.*, as in cat/ILSVRC2012_val_0") as error:
+                open_folder(dotted, None, image_key=key)
+            assert "image_key" not in str(error.value)
+            assert len(str(error.value)) < len(dotted) + 400
+    # A sample with one image has no need of it.
+    one = both(tmp_path / "one", {"a/1.png": b"", "b/1.png": b""})
+    assert len(open_folder(one, None, image_key="jpg").train) == 2
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [("cat/0.jpg", b"1"), ("cat/0.jpeg", b"2"), ("dog/0.jpg", b"3")],
+        [("cat/0.jpg", b"1")] * 3 + [("dog/0.jpg", b"3")],
+        [("cat/0.jpg", b"1"), ("dog/0.jpg", b"3"), ("cat/0.jpg", b"1")],
+        [("0.jpg", b""), ("0.cls", b"0"), ("0.cls", b"1"), ("1.jpg", b""), ("1.cls", b"1")],
+    ],
+)
+def test_members_that_would_be_one_sample_are_an_error(tmp_path: Path, files: list[tuple[str, bytes]]) -> None:
+    with pytest.raises(ConfigError, match=r"0\.(jpg|cls) is in it twice|cat/0 has several images \(jpg, jpeg\)"):
+        open_folder(both(tmp_path / "data", files), None)
+
+
+def test_the_class_is_the_folder_below_what_all_names_share(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        tar(tmp_path / "a" / f"{split}-0.tar", {f"ILSVRC/Data/{split}/{c}/x/1.jpg": b"" for c in ("cat", "dog")})
+    tar(tmp_path / "one" / "train-0.tar", {f"Data/train/{c}/1.jpg": b"" for c in ("cat", "dog")})
+    tar(tmp_path / "one" / "val-0.tar", {"Data/val/cat/1.jpg": b"", "Data/val/cat/2.jpg": b""})
+    # Here the validation set shares more than it should.
+    tar(tmp_path / "below" / "train-0.tar", {f"{c}/1.jpg": b"" for c in ("cat", "dog")})
+    tar(tmp_path / "below" / "val-0.tar", {"cat/a/1.jpg": b"", "cat/b/1.jpg": b""})
+    for name, labels in (("a", [0, 1]), ("one", [0, 0]), ("below", [0, 0])):
+        data = open_folder(str(tmp_path / name), None)
+        assert data.classes == ("cat", "dog")
+        assert data.train.labels.tolist() == [0, 1]
+        assert data.val.labels.tolist() == labels
+
+
+def test_labels_that_contradict_the_folders_of_training_are_told(tmp_path: Path) -> None:
+    def shard(labels: Mapping[str, int], more: Mapping[str, bytes]) -> dict[str, bytes]:
+        files = {f"{c}/{i}.{kind}": b"%d" % n for c, n in labels.items() for i in "12" for kind in ("jpg", "cls")}
+        return files | more
+
+    root = tmp_path / "data"
+    tar(root / "train.tar", shard({"cat": 0, "dog": 1}, {}))
+    # A folder that is no class of the training set says nothing.
+    tar(root / "val.tar", shard({"cat": 0, "dog": 1, "more": 1}, {}))
+    assert open_folder(str(root), None).classes == ("cat", "dog")
+    tar(root / "val.tar", shard({"cat": 0, "dog": 1}, {"cat/3.jpg": b"", "cat/3.cls": b"1"}))
+    with pytest.raises(ConfigError, match=r"cat/3\.jpg .* in the folder cat, and its label is that of dog"):
+        open_folder(str(root), None)
+
+
+@pytest.mark.parametrize(
+    ("cls", "about", "wrong"),
+    [
+        (b"0", b'{"label": 1}', "0 and .*json 1"),
+        (b"0", b'{"cls": "1"}', "0 and .*json 1"),
+        (b"cat", b'{"label": "dog"}', "cat and .*json dog"),
+        (b"1", b'{"label": "1"}', ""),
+        (b"1", b'{"class": "dog"}', ""),
+        (b"1", b'{"label": [1]}', ""),
+        (b"1", b"no JSON", ""),
+    ],
+)
+def test_labels_of_a_sample_that_contradict_each_other_are_told(
+    tmp_path: Path, cls: bytes, about: bytes, wrong: str
+) -> None:
+    tar(tmp_path / "data" / "0.tar", {"a.jpg": b"", "a.cls": cls, "a.json": about, "b.jpg": b"", "b.cls": cls})
+    if wrong:
+        with pytest.raises(ConfigError, match=rf"a\.cls holds the label {wrong}; correct one"):
+            open_validation(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=0.5))
+    else:
+        assert open_folder(str(tmp_path / "data"), 0.5).classes == (cls.decode(),)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path) -> None:
+    files = {"a.jpg": b"", "a.cls": b"\xef\xbb\xbf1\r\n", "b.jpg": b"", "b.cls": b"0"}
+    assert open_folder(both(tmp_path / "data", files), None).classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    [("cls", text) for text in ("-1", "1.0", "+1", "1e3", "-0.5")]
+    + [("json", text) for text in ('{"label": -1}', '{"cls": 1.5}', '{"label": true}', '{"label": "-1"}', "-1")],
+)
+def test_a_number_that_is_no_class_is_an_error(tmp_path: Path, kind: str, label: str) -> None:
+    files = {"c/a.jpg": b"", f"c/a.{kind}": label.encode(), "d/b.jpg": b"", "d/b.cls": b"0"}
+    with pytest.raises(ConfigError, match=rf"train/0\.tar: c/a\.{kind} holds the label .*; a label is the number"):
+        open_folder(both(tmp_path / "data", files), None)
+
+
+def test_members_that_are_no_images_and_links_are_counted(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    files = {"a/1.jpg": b"", "a/1.txt": b"of a sample", "b/1.jpg": b"", "b/2.avif": b"", "b/2.cls": b"1"}
+    odd = {
+        "a/._1.jpg": b"",
+        "@eaDir/a/1.jpg": b"",
+        "@eaDir/a/2.jpg": b"",
+        "../x.jpg": b"",
+        "a/./x.jpg": b"",
+        "README": b"",
+    }
+    both(root, files | odd)
+    with tarfile.open(root / "val" / "0.tar", "a") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE):
+            link = tarfile.TarInfo("a/link.jpg")
+            link.type, link.linkname = kind, "a/1.jpg"
+            archive.addfile(link)
+    (root / "train" / "0.idx").write_bytes(b"")
+    (root / "train" / "loose.jpg").write_bytes(b"")
+    (root / "train" / "1.tar.gz").write_bytes(b"")
+    counts = {".avif files": 2, ".cls files": 2, ".txt files": 2, "hidden files": 2, "@eaDir folders": 2}
+    counts |= {
+        "entries with unsafe names": 4,
+        "files without a suffix": 2,
+        "symbolic links": 1,
+        "hard links": 1,
+        ".idx files": 1,
+        "images beside tar files": 1,
+        "compressed tar files": 1,
+    }
+    for _ in range(2):  # the second time from the index
+        data = open_folder(str(root), None)
+        assert dict(data.inventory.skipped) == counts
+        assert (len(data.train), len(data.val)) == (2, 2)
+    store = tmp_path / "store"
+    pack(Request(str(root), str(store), Encoding()), silent)
+    assert open_folder(str(store), None).inventory == data.inventory
+
+
+def test_other_members_of_a_sample_are_counted(tmp_path: Path) -> None:
+    files = dict.fromkeys(("cat/1.jpg", "cat/1.avif", "cat/1.seg.npy", "cat/1.txt", "dog/2.0.jpg", "dog/2.jp2"), b"")
+    data = open_folder(both(tmp_path / "data", files), None)
+    assert data.inventory.skipped == {".avif files": 2, ".jp2 files": 2, ".npy files": 2, ".txt files": 2}
+
+
+def chunk(labelled: Any, count: int = 4) -> dict[str, bytes]:
+    """Images of the classes 0 and 1 by turns, two in a folder that is no class."""
+    files = {}
+    for i in range(count):
+        files |= {f"chunk{i // 2}/{i}.{kind}": content for kind, content in labelled(i % 2).items()}
+        files |= {f"chunk{i // 2}/{i}.jpg": b"%d" % (i % 2)}
+    return files
+
+
+def said(data: Dataset) -> list[str]:
+    """What a run says of the labels, and of what is skipped."""
+    return [line for line in data.inventory.lines() if "labels" in line or "skipped" in line]
+
+
+def about(**values: Any) -> bytes:
+    return json.dumps(values).encode()
+
+
+CAT, DOG = "cat", "dog"
+
+
+@pytest.mark.parametrize(
+    ("labelled", "classes", "told"),
+    [
+        (lambda c: {"json": about(url="x", category=(DOG, CAT)[c])}, (CAT, DOG), [".json (category)"]),
+        (lambda c: {"json": about(class_id=c + 8), "txt": b"a cat"}, ("8", "9"), [".json (class_id)", "8 .txt files"]),
+        (lambda c: {"json": about(Class=(DOG, CAT)[c])}, (CAT, DOG), [".json (Class)"]),
+        (lambda c: {"label": b"%d\n" % (c + 9)}, ("9", "10"), [".label"]),
+        (lambda c: {"lbl": (b"dog", b"cat")[c], "json": about(caption="x")}, (CAT, DOG), [".lbl", "8 .json files"]),
+        (lambda c: {"txt": b"%d" % (c + 9)}, ("9", "10"), [".txt"]),
+        # One division into classes, and numbers have an order.
+        (
+            lambda c: {"json": about(category_name=(DOG, CAT)[c], category_id=c)},
+            ("0", "1"),
+            [".json (category_id)"],
+        ),
+    ],
+)
+def test_labels_by_other_keys_and_extensions_are_read_and_told(
+    tmp_path: Path, labelled: Any, classes: tuple[str, ...], told: list[str]
+) -> None:
+    data = open_folder(both(tmp_path / "data", chunk(labelled)), None)
+    assert data.classes == classes
+    names = [classes.index(c) if classes != (CAT, DOG) else (DOG, CAT).index(c) for _, c, _ in everything(data)[0]]
+    assert names == [int(content) for *_, content in everything(data)[0]] == [0, 1, 0, 1]
+    source, *skipped = told
+    assert said(data) == [f"NOTE: labels from {source}", *(f"skipped: {counts}" for counts in skipped)]
+    # From the index, and from a store: the same.
+    assert open_folder(str(tmp_path / "data"), None).inventory == data.inventory
+    pack(Request(str(tmp_path / "data"), str(tmp_path / "store"), Encoding()), silent)
+    assert open_folder(str(tmp_path / "store"), None).inventory == data.inventory
+
+
+@pytest.mark.parametrize(
+    ("labelled", "told"),
+    [
+        # img2dataset's own.
+        (
+            lambda c: {"txt": b"a cat", "json": about(caption="a cat", url="x", key="0")},
+            [".json (caption, url, key), .txt", "8 .json files, 8 .txt files"],
+        ),
+        (
+            lambda c: {"json": about(target=c, category="pet")},
+            [".json (target, category)", "8 .json files"],
+        ),
+        (lambda c: {"json": about(category=[c])}, [".json (category)", "8 .json files"]),
+        (lambda c: {"txt": b"%d" % c if c else b"a cat"}, [".txt", "8 .txt files"]),
+        (lambda c: {"label": b"1\n2"}, [".label", "8 .label files"]),
+        (lambda c: {"label": b"\xff\x00"}, [".label", "8 .label files"]),
+        (
+            lambda c: {"json": json.dumps({"": 0} | {f"{i:02}": i for i in range(9)}).encode()},
+            [".json (00, 01, 02, 03, 04, 05, ...)", "8 .json files"],
+        ),
+        (lambda c: {}, []),
+    ],
+)
+def test_what_may_be_a_label_is_told_where_the_folder_is_the_class(
+    tmp_path: Path, labelled: Any, told: list[str]
+) -> None:
+    data = open_folder(both(tmp_path / "data", chunk(labelled)), None)
+    assert data.classes == ("chunk0", "chunk1")
+    places, *counts = told or [""]
+    note = [f"NOTE: labels from folders in the names, not from {places}"] if told else []
+    assert said(data) == note + [f"skipped: {count}" for count in counts]
+
+
+def test_folders_that_are_the_classes_of_a_key_keep_their_names(tmp_path: Path) -> None:
+    labels = {"cat": 7, "dog": 3}
+    files = {
+        f"{c}/{i}.{kind}": about(category_id=n) for c, n in labels.items() for i in "12" for kind in ("jpg", "json")
+    }
+    data = open_folder(both(tmp_path / "data", files), None)
+    assert data.classes == ("cat", "dog")
+    assert said(data) == [
+        "NOTE: labels from folders in the names, not from .json (category_id)",
+        "skipped: 8 .json files",
+    ]
+
+
+def test_members_beside_a_labelled_image_are_counted(tmp_path: Path) -> None:
+    files = chunk(lambda c: {"cls": b"%d" % c, "txt": b"a cat", "json": about(caption="a cat"), "label": b"x"})
+    data = open_folder(both(tmp_path / "data", files), None)
+    assert said(data) == ["skipped: 8 .json files, 8 .label files, 8 .txt files"]
+    assert said(open_folder(both(tmp_path / "two", chunk(lambda c: {"json": about(label=c, x=1)})), None)) == []
+
+
+def test_images_that_alone_have_no_label_are_told(tmp_path: Path) -> None:
+    named = chunk(lambda c: {"cls": b"chunk%d" % c})
+    tar(tmp_path / "data" / "train.tar", named | {"chunk0/x.jpg": b"", "chunk1/y.jpg": b"", "chunk1/y.txt": b"a cat"})
+    tar(tmp_path / "data" / "val.tar", named)
+    assert said(open_folder(str(tmp_path / "data"), None)) == [
+        "NOTE: train: labels of 2 images from folders in the names, not from .txt",
+        "skipped: 1 .txt file",
+    ]
+    tar(tmp_path / "data" / "train.tar", {"0.jpg": b"", "0.label": b"1", "1.jpg": b"", "1.json": about(target=2)})
+    with pytest.raises(
+        ConfigError, match=r"0\.jpg has no label: .*, and none is clear from \.json \(target\), \.label; add"
+    ):
+        open_folder(str(tmp_path / "data"), 0.5)
+
+
+def apart(layout: str, kind: str) -> list[tuple[str, bytes]]:
+    """Four images in the folders part0 and part1, and four members of `kind` that are not of their samples."""
+    picture, label = {
+        "longer": ("part{}/{}.front.jpg", f"part{{}}/{{}}.front.{kind}"),
+        "later": ("part{}/{}.jpg", f"part{{}}/{{}}.{kind}"),
+        "elsewhere": ("images/part{}/{}.jpg", f"labels/part{{}}/{{}}.{kind}"),
+        "appended": ("part{}/{}.jpg", f"part{{}}/{{}}.jpg.{kind}"),
+    }[layout]
+    pairs = [[(name.format(i // 2, i), b"%d" % (i % 2)) for name in (picture, label)] for i in range(4)]
+    return (
+        [pair[of] for of in (0, 1) for pair in pairs] if layout == "later" else [one for pair in pairs for one in pair]
+    )
+
+
+@pytest.mark.parametrize("layout", ["longer", "later", "elsewhere", "appended"])
+def test_labels_that_belong_to_no_image_are_told(tmp_path: Path, layout: str) -> None:
+    files = apart(layout, "cls")
+    label = next(name for name, _ in files if name.endswith(".cls"))
+    told = f"its shards hold 4 .cls files belonging to no image, such as {label}, and {files[0][0]} has no label; the"
+    with pytest.raises(ConfigError, match=f"{re.escape(told)}.* one name up to the first dot and stand one after the"):
+        open_folder(both(tmp_path / "data", files), None)
+    for kind in ("json", "npy", "label"):
+        data = open_folder(both(tmp_path / kind, apart(layout, kind)), None)
+        assert data.classes == ("part0", "part1")
+        assert said(data) == [
+            f"NOTE: labels from folders in the names, not from .{kind}",
+            f"skipped: 8 .{kind} files",
+        ]
+
+
+def test_labels_of_no_image_are_no_matter_where_each_image_has_its_own(tmp_path: Path) -> None:
+    more = {"chunk0/9.cls": b"1", "chunk0/8.json": b"1"}
+    data = open_folder(both(tmp_path / "data", chunk(lambda c: {"cls": b"%d" % c}) | more), None)
+    assert (data.classes, said(data)) == (("0", "1"), ["skipped: 2 .cls files, 2 .json files"])
+
+
+def test_imagenets_training_archive_unpacked_once_is_told_with_the_command(tmp_path: Path) -> None:
+    root = tmp_path / "my cat's $data"
+    for wnid in ("n01440764", "n01443537"):
+        tar(root / "train" / f"{wnid}.tar", {f"{wnid}_{i}.JPEG": b"" for i in range(3)})
+    with pytest.raises(
+        ConfigError, match=r"n01440764_0\.JPEG has no label.*as in ImageNet's training archive"
+    ) as error:
+        open_imagenet(str(root), 0.3, None)
+    command = str(error.value).partition("unpack them: ")[2]
+    # Some of it was done already, and the user stays where they are. Nothing is removed, so it can be done again.
+    (root / "train" / "n01440764").mkdir()
+    for shell in ("sh", "bash"):
+        done = subprocess.run([shell, "-ec", f"{command}\npwd"], check=True, cwd=tmp_path, stdout=subprocess.PIPE)
+        assert done.stdout == os.fsencode(tmp_path) + b"\n"
+    data = open_imagenet(str(root), 0.3, None)
+    assert data.classes == ("n01440764", "n01443537")
+    assert data.inventory.skipped == {".tar files": 2}
+
+
+def test_class_tars_in_both_splits_are_unpacked_by_commands(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for c in ("cat", "dog", "emu"):
+            tar(root / split / f"{c}.tar", {"1.jpg": b""})
+    with pytest.raises(ConfigError, match="has no label") as error:
+        open_folder(str(root), None)
+    both_at_once = str(error.value).partition("unpack them: ")[2]
+    (root / "train" / "cat").mkdir()
+    (root / "train" / "cat" / "1.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"val has no class folders .*\.tar files.*unpack them: \(cd .*val"):
+        open_folder(str(root), None)
+    subprocess.run(["sh", "-ec", both_at_once], check=True)
+    assert open_folder(str(root), None).classes == ("cat", "dog", "emu")
+
+
+def test_a_tar_of_tars_is_unpacked_by_the_command(tmp_path: Path) -> None:
+    root = tmp_path / "my data"
+    for wnid in ("n01440764", "n01443537"):
+        tar(tmp_path / f"{wnid}.tar", {f"{wnid}_{i}.JPEG": b"" for i in range(2)})
+    inner = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    tar(root / "ILSVRC2012_img_train.tar", inner)
+    with pytest.raises(ConfigError, match=r"hold no pictures \(skipped: 2 \.tar files\)") as error:
+        open_folder(str(root), 0.5)
+    subprocess.run(["sh", "-ec", str(error.value).partition("each of them: ")[2]], check=True)
+    assert open_folder(str(root), 0.5).classes == ("n01440764", "n01443537")
+
+
+@pytest.mark.parametrize("names", [("train-0", "val-0"), ("0000", "0001", "0002", "0003"), ("a", "b"), ("train/a",)])
+def test_tars_that_are_no_classes_are_not_to_be_unpacked(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        tar(tmp_path / "data" / f"{name}.tar", {f"{name[-1]}.jpg": b""})
+    with pytest.raises(ConfigError, match=r"has no label.*; add its label, or leave it out") as error:
+        open_folder(str(tmp_path / "data"), 0.5)
+    assert "tar -x" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["", "test/", "test/images/", "images/"])
+def test_a_test_set_without_labels_keeps_no_run_from_its_training(tmp_path: Path, folder: str) -> None:
+    root = tmp_path / "data"
+    tar(root / "train.tar", {f"train/{c}/{i}.jpg": b"" for c in ("cat", "dog") for i in range(2)})
+    tar(root / "test.tar", {f"{folder}{i}.jpg": b"" for i in range(2)})
+    data = open_folder(str(root), 0.5)
+    assert (data.classes, data.inventory.unused) == (("cat", "dog"), ("test",))
+    with pytest.raises(ConfigError, match=r"no validation set .*test cannot serve as one"):
+        open_folder(str(root), None)
+
+
+def test_a_held_out_part_needs_the_training_shards_alone(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    tar(root / "train.tar", {f"{c}/{i}.jpg": b"" for c in ("cat", "dog") for i in range(2)})
+    # A test set with labels for some of its images.
+    tar(root / "test.tar", {"cat/1.jpg": b"", "2.jpg": b""})
+    with pytest.raises(ConfigError, match=r"2\.jpg has no label"):
+        open_folder(str(root), None)
+    for _ in range(2):  # the second time from the index
+        data = open_folder(str(root), 0.5)
+        assert (data.classes, len(data.train), len(data.val)) == (("cat", "dog"), 2, 2)
+        assert data.inventory.unused == ("test",)
+    # Nor do classes of its own matter, and an index of both splits serves as well as one of training.
+    tar(root / "test.tar", {"emu/1.jpg": b""})
+    assert open_imagenet(str(root), 0.5, None).fingerprint == data.fingerprint
+    tar(root / "test.tar", {"cat/1.jpg": b"", "cat/1.txt": b"x"})
+    assert len(open_folder(str(root), None).val) == 1
+    assert open_folder(str(root), 0.5).inventory == data.inventory
+
+
+def test_folders_of_splits_in_a_shard_are_no_classes(tmp_path: Path) -> None:
+    names = [f"ILSVRC/Data/{split}/{c}/1.jpg" for split in ("train", "val") for c in "ab"]
+    tar(tmp_path / "data" / "ILSVRC.tar", dict.fromkeys(names, b""))
+    for opened in (open_dataset, open_validation):
+        with pytest.raises(ConfigError, match=r"are splits and no classes \(train, val\); unpack the shards"):
+            opened(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=0.5))
 
 
 def test_names_that_begin_anew_in_each_shard_are_told_apart_by_the_shard(tmp_path: Path) -> None:
@@ -129,8 +556,8 @@ def test_the_index_is_built_once_and_anew_when_a_shard_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read: list[int] = []
-    members = webdataset.members
-    monkeypatch.setattr(webdataset, "members", lambda handle: (read.append(handle), members(handle))[1])
+    members = tar_samples.members
+    monkeypatch.setattr(tar_samples, "members", lambda handle, *more: (read.append(handle), members(handle, *more))[1])
     root = tmp_path / "data"
     for split in ("train", "val"):
         tar(root / split / "0.tar", {"a/1.jpg": b"one"})
@@ -166,6 +593,7 @@ def test_tars_beside_class_folders_are_no_shards(tmp_path: Path) -> None:
     ("files", "told"),
     [
         ({"1.jpg": b"x"}, r"1\.jpg has no label: neither a \.cls"),
+        ({"1.jpg": b"x", "2.jpg": b"x", "2.cls": b"0"}, r"1\.jpg has no label: .*; add its label, or leave it out"),
         ({"a/1.txt": b"x"}, "hold no pictures"),
         ({}, "hold no pictures"),
         ({"a/1.jpg": b"x", "a/1.cls": b""}, "0.tar cannot be used .*holds no label"),
@@ -173,7 +601,10 @@ def test_tars_beside_class_folders_are_no_shards(tmp_path: Path) -> None:
         ({"a/1.jpg": b"x", "a/1.cls": b"1" * 5000}, "holds no label"),
         ({"a/1.jpg": b"x", "a/1.json": b"{"}, "is no JSON"),
         ({"a/1.jpg": b"x", "a/1.json": b"[" * 100_000}, "is no JSON"),
-        ({"a/1.jpg": b"x", "a/1.cls": b"1", "a/2.jpg": b"x", "a/2.cls": b"cat"}, "some labels are numbers"),
+        (
+            {"a/1.jpg": b"x", "a/1.cls": b"1", "a/2.jpg": b"x", "a/2.cls": b"cat"},
+            r"names \(a/1\.jpg has 1, a/2\.jpg has cat\)",
+        ),
         ({"a/1.jpg": b"x", "b/1.jpg": b"y", "./a/1.jpg": b"z"}, r"a/1\.jpg is in it twice"),
     ],
 )
@@ -188,7 +619,7 @@ def test_shards_that_cannot_be_used_are_told_apart(tmp_path: Path, files: dict[s
 def test_classes_of_the_validation_set_alone_are_told(tmp_path: Path) -> None:
     tar(tmp_path / "data/train/0.tar", {"a/1.jpg": b"x", "c/1.jpg": b"x"})
     tar(tmp_path / "data/val/0.tar", {"b/1.jpg": b"x", "a/1.jpg": b"x"})
-    with pytest.raises(ConfigError, match="has 1 classes that the training set has not, such as b'b'"):
+    with pytest.raises(ConfigError, match="has 1 class that the training set has not, such as b;"):
         open_folder(str(tmp_path / "data"), None)
     # The other way round a class is without pictures to validate on.
     tar(tmp_path / "data/val/0.tar", {"a/1.jpg": b"x"})
@@ -207,6 +638,57 @@ def test_compressed_and_cut_shards_are_told(tmp_path: Path) -> None:
         open_folder(str(tmp_path / "data"), None)
 
 
+@pytest.mark.parametrize(
+    ("names", "lacking", "told"),
+    [
+        (
+            ("train.tar", "val.TAR.gz"),
+            "no validation set",
+            r"\(.*; val\.TAR\.gz cannot serve as one\); val\.TAR\.gz is",
+        ),
+        (("val-0.tar", "train-0.tgz", "train-1.tgz"), "no train/ folder", r"train-0\.tgz is"),
+    ],
+)
+def test_a_compressed_split_beside_plain_ones_is_named(
+    tmp_path: Path, names: tuple[str, ...], lacking: str, told: str
+) -> None:
+    for name in names:
+        tar(tmp_path / "data" / name, {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
+    with pytest.raises(ConfigError, match=rf"has {lacking}.* ?{told} compressed, .*make such shards plain") as error:
+        open_folder(str(tmp_path / "data"), None)
+    assert "holdout" not in str(error.value)
+    holdout = 0.5 if "train.tar" in names else None
+    data = open_validation(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=holdout))
+    assert data.inventory.unused == (names[1],)
+    assert data.inventory.skipped == {"compressed tar files": len(names) - 1}
+
+
+def test_tars_beside_other_folders_are_not_read_and_the_remedy_reads_them(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for name in ("train-0", "val-0"):
+        tar(root / f"{name}.tar", {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
+    (root / "meta").mkdir()
+    (root / "meta" / "notes.txt").write_bytes(b"")
+    told = r"tars are not read beside folders \(train-0\.tar, val-0\.tar beside meta/\): to read them, move the folders"
+    for holdout in (None, 0.5):
+        for opened in (open_dataset, open_validation):
+            with pytest.raises(ConfigError, match=told) as error:
+                opened(DataConfig(name="folder", root=str(root), holdout=holdout))
+            assert "set data.holdout" not in str(error.value)
+    (root / "meta").rename(tmp_path / "meta")
+    assert len(open_folder(str(root), None).train) == 4
+
+
+@pytest.mark.parametrize("shard", ["test-0.tar", "test/0.tar"])
+def test_a_share_of_validation_tars_alone_is_not_held_out(tmp_path: Path, shard: str) -> None:
+    tar(tmp_path / "data" / shard, {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
+    for holdout in (None, 0.5):
+        with pytest.raises(
+            ConfigError, match=r"its tars are of test alone\. .* train-\*\.tar; mode=evaluate needs none"
+        ):
+            open_folder(str(tmp_path / "data"), holdout)
+
+
 def test_links_and_odd_names_in_a_shard_lead_nowhere(tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
@@ -222,3 +704,46 @@ def test_links_and_odd_names_in_a_shard_lead_nowhere(tmp_path: Path) -> None:
     assert everything(data)[0] == [("a/\x1b[31m.jpg", "a", b"red")]
     assert data.train.where(0).isprintable()
     assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["0.tar", "0.tar", "train", "val"]
+
+
+@pytest.mark.parametrize("shard", ["{}.tar", "val-{}.tar", "val/{}.tar", "Test/{}.tar", "set-valid-{}.tar"])
+def test_validation_shards_alone_are_evaluated(tmp_path: Path, shard: str) -> None:
+    for number in range(2):
+        tar(tmp_path / "data" / shard.format(number), {f"{c}/{number}.jpg": b"%d" % number for c in "ab"})
+    (tmp_path / "data" / shard.format("x")).with_suffix(".txt").write_bytes(b"")
+    root = str(tmp_path / "data")
+    expected = [(f"{c}/{number}.jpg", c, b"%d" % number) for c in "ab" for number in range(2)]
+    for place in (root, str(tmp_path / "store")):
+        for name in ("folder", "imagenet"):
+            data = open_validation(DataConfig(name=name, root=place, order="shards"))
+            assert everything(data) == [[], expected]
+            assert dict(data.inventory.skipped) == {".txt files": 1}
+        if place == root:
+            pack(Request(root, str(tmp_path / "store"), Encoding()), silent)
+        elif shard != "{}.tar":
+            with pytest.raises(ConfigError, match=r"has no train/ folder; found val/.*mode=evaluate needs no train/"):
+                open_folder(place, None)
+
+
+def test_validation_labels_alone_are_numbers_in_their_own_order(tmp_path: Path) -> None:
+    files = {f"{c}.{kind}": b"%d" % c for c in (10, 9, 7) for kind in ("jpg", "cls")}
+    tar(tmp_path / "data" / "val-0.tar", files)
+    data = open_validation(DataConfig(name="folder", root=str(tmp_path / "data")))
+    assert (data.classes, data.val.labels.tolist()) == (("7", "9", "10"), [2, 0, 1])
+    tar(tmp_path / "data" / "val-1.tar", {"x.jpg": b""})
+    with pytest.raises(ConfigError, match=r"x\.jpg has no label"):
+        open_validation(DataConfig(name="folder", root=str(tmp_path / "data")))
+
+
+def test_training_shards_alone_are_no_validation_set(tmp_path: Path) -> None:
+    tar(tmp_path / "data" / "train-0.tar", {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(4)})
+    with pytest.raises(ConfigError, match=r"has no validation set .*; data\.holdout=S evaluates the share"):
+        open_validation(DataConfig(name="folder", root=str(tmp_path / "data")))
+    assert len(open_validation(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=0.25)).val) == 2
+
+
+def test_what_lies_beside_the_shards_is_counted_whatever_the_first_split(tmp_path: Path) -> None:
+    for name in ("test", "train", "val"):
+        tar(tmp_path / "data" / f"{name}-0.tar", {f"{c}/{name}.jpg": b"" for c in "ab"})
+    (tmp_path / "data" / "notes.txt").write_bytes(b"")
+    assert dict(open_folder(str(tmp_path / "data"), None).inventory.skipped) == {".txt files": 1}

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lars_train.data.order import eval_run, micro_batches, micro_bounds, shard_order
-from lars_train.data.windows import (
+from lars_train.data.loading.shard_windows import (
     Span,
     Windows,
     by_shard,
@@ -22,6 +21,7 @@ from lars_train.data.windows import (
     training_room,
     training_windows,
 )
+from lars_train.data.order import eval_run, micro_batches, micro_bounds, shard_order
 
 
 def shards_in(windows: Windows, first: int, last: int) -> set[int]:

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
-from lars_train.data.folder import open_folder
-from lars_train.data.source import Source
+from lars_train.data.dataset import Source
+from lars_train.data.sources.folder import open_folder
 from lars_train.errors import ConfigError
 
 MakeTree = Callable[[Mapping[Any, bytes]], str]
@@ -94,6 +94,17 @@ def test_one_folder_around_everything_is_looked_through(tmp_path: Path) -> None:
     assert source.where(0) == f"{path}!pets/train/a/0.jpg"
     classes = pack(tmp_path / "y.zip", 0, {n.replace("train/", "pets/"): b"" for n in CONTENT if "val" not in n})
     assert open_folder(classes, 0.1).classes == ("a", "b")
+
+
+def test_names_that_begin_with_a_dot_and_a_slash_are_plain_names(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.zip", 0, {"./": b"", **{f"./{name}": data for name, data in CONTENT.items()}})
+    data = open_folder(path, None)
+    assert agrees(data.train)
+    assert data.inventory.skipped == {}
+    assert data.fingerprint == open_folder(pack(tmp_path / "y.zip", 0), None).fingerprint
+    # Only once: what follows is no plain name.
+    path = pack(tmp_path / "x.zip", 0, {"././train/a/x.jpg": b"", **CONTENT})
+    assert open_folder(path, None).inventory.skipped == {"entries with unsafe names": 1}
 
 
 def test_hostile_names_are_passed_over(tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
-"""Models by name are torchvision's, or the paper's; weights load whole or not at all."""
+"""Models by name are torchvision's, or the paper's."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 
 from lars_train.errors import ConfigError
 from lars_train.models.batchnorm import GhostBatchNorm2d
-from lars_train.models.factory import build_model, load_weights, model_names
+from lars_train.models.factory import build_model, model_names
 
 CIFAR = {"tiny": 8, "small": 8, "resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
 
@@ -86,78 +84,3 @@ def test_names_are_listed_without_importing_torchvision() -> None:
         "sys.exit('torchvision' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_saved_weights_come_back(tmp_path: Path) -> None:
-    source, model = build("small"), build("small", zero_gamma=True)
-    torch.save(source.state_dict(), tmp_path / "w.pt")
-    load_weights(model, tmp_path / "w.pt")
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
-
-
-def test_old_files_without_batch_counters_load(tmp_path: Path) -> None:
-    state = {k: v for k, v in build("small").state_dict().items() if "num_batches" not in k}
-    torch.save(state, tmp_path / "w.pt")
-    load_weights(build("small"), str(tmp_path / "w.pt"))
-
-
-def test_weights_that_do_not_fit_are_refused_by_name_and_nothing_is_loaded(tmp_path: Path) -> None:
-    state = build("small").state_dict()
-    state["fc.weight"] = torch.zeros(3, 64)
-    state["extra"] = state.pop("conv1.weight")
-    torch.save(state, tmp_path / "w.pt")
-    model = build("small", zero_gamma=True)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ConfigError) as caught:
-        load_weights(model, tmp_path / "w.pt")
-    message = str(caught.value)
-    for part in (
-        "model.weights=",
-        "w.pt",
-        "1 missing: conv1.weight",
-        "1 not in the model: extra",
-        "fc.weight (3, 64) instead of (10, 64)",
-    ):
-        assert part in message
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
-    model = build_model("tiny", num_classes=4, ghost_batch=2, zero_gamma=False)
-    state = model.state_dict()
-    state["fc.weight"][1, 2] = value
-    torch.save(state, tmp_path / "net.pth")
-    with pytest.raises(ConfigError, match=r"1 tensor\(s\) hold values that are not finite: fc\.weight\."):
-        load_weights(model, tmp_path / "net.pth")
-
-
-def test_long_lists_of_faults_are_cut(tmp_path: Path) -> None:
-    torch.save({}, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"\d+ missing: conv1\.weight, bn1\.weight, bn1\.bias, \.\.\."):
-        load_weights(build("small"), tmp_path / "w.pt")
-
-
-def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "w.pt"
-    with pytest.raises(ConfigError, match="No such file"):
-        load_weights(build("small"), path)
-    for content in (b"", b"hello", bytes(range(256)), b"PK\x03\x04" + b"\0" * 40, b"}h\x80\xff."):
-        path.write_bytes(content)
-        with pytest.raises(ConfigError, match="not a file of plain tensors"):
-            load_weights(build("small"), path)
-    for thing in ({"model": build("small").state_dict()}, [torch.ones(2)], {"lr": math.pi}):
-        torch.save(thing, path)
-        with pytest.raises(ConfigError, match="no plain state dict"):
-            load_weights(build("small"), path)
-
-
-def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[Path]]:
-            return Path.touch, (tmp_path / "ran",)
-
-    torch.save({"conv1.weight": Evil()}, tmp_path / "w.pt")
-    with pytest.raises(ConfigError):
-        load_weights(build("small"), tmp_path / "w.pt")
-    assert not (tmp_path / "ran").exists()

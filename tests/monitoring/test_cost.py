@@ -72,8 +72,7 @@ def updates(folder: Path, log_every: int, count: int) -> list[Update]:
     import bench_monitoring
 
     run = bench_monitoring.made(folder, log_every, count, SETTINGS)
-    assert run.log is not None
-    assert run.writer is not None
+    assert run.logger.log is not None
     found, lines = [], folder / "metrics.jsonl"
     with closing(run._batches()) as batches:
         run.begin()
@@ -82,8 +81,7 @@ def updates(folder: Path, log_every: int, count: int) -> list[Update]:
             with Operators() as operators, Reads() as reads:
                 run._one_update(batches)
             found.append(Update(operators.calls, reads.count, lines.stat().st_size - before))
-    run.log.close()
-    run.writer.close()
+    run.close()
     return found
 
 

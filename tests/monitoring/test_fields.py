@@ -6,8 +6,8 @@ import html
 import re
 from pathlib import Path
 
-from lars_train.monitoring.board import layout
 from lars_train.monitoring.fields import FIELDS, OF_THE_CLOCK, OF_THE_LAYOUT
+from lars_train.monitoring.tensorboard import layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def test_the_page_has_every_field_with_its_unit_and_meaning_and_no_other() -> No
 def test_no_field_is_documented_that_nothing_writes() -> None:
     """That none is written without being documented, `RunLog.write` sees to; see test_log.py."""
     sources = "".join(
-        p.read_text() for p in (ROOT / "lars_train").rglob("*.py") if p.name not in ("fields.py", "board.py")
+        p.read_text() for p in (ROOT / "lars_train").rglob("*.py") if p.name not in ("fields.py", "tensorboard.py")
     )
     unwritten = {name for name in FIELDS if f'"{name}"' not in sources}
     assert unwritten == set()
@@ -40,3 +40,11 @@ def test_every_chart_of_the_page_shows_something_that_is_logged() -> None:
             assert kind == "Multiline"
             for tag in tags:
                 assert any(re.match(tag, name) for name in (*FIELDS, *stages)), (title, tag)
+
+
+def test_no_chart_draws_two_fields_in_one_color_on_one_scale() -> None:
+    charts = [
+        chart for heading, charts in layout().items() if heading != "Layers, by stage" for chart in charts.values()
+    ]
+    for _, tags in charts:
+        assert len([name for name in FIELDS if any(re.match(tag, name) for tag in tags)]) == 1, tags

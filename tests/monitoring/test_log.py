@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from lars_train.monitoring import board as board_module
+from lars_train.monitoring import tensorboard as board_module
 from lars_train.monitoring.fields import FIELDS
 from lars_train.monitoring.layers import LayerValues
 from lars_train.monitoring.log import RunLog, keep_up_to

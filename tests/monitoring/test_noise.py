@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_the_scale_is_the_ratio_of_averages_and_not_the_average_of_ratios() -> N
 def test_a_stored_average_goes_on_to_the_bit() -> None:
     unbroken = NoiseScale()
     unbroken.add(7.0, 1 / 8, 4.5, 1 / 48)
-    resumed = NoiseScale(**unbroken.state())
+    resumed = NoiseScale(**asdict(unbroken))
     for noise in (unbroken, resumed):
         noise.add(6.0, 1 / 8, 4.0, 1 / 48)
     assert resumed.values() == unbroken.values()

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from screen import Screen, terminal
 
-from lars_train.monitoring.progress import EVERY_LINE, NORMAL, QUIET, Progress, duration
-from lars_train.monitoring.say import complain
+from lars_train.messages import complain
+from lars_train.monitoring.progress import EVERY_LINE, NORMAL, QUIET, Progress, bar_line
 
 LOGGED = {
     "train/loss": 1.23456,
@@ -85,16 +89,97 @@ def test_closing_twice_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.close()
 
 
-def test_the_bar_shows_the_values_and_the_time_left_of_epoch_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    progress = Progress(shown=True, epochs=90)
-    progress.start_epoch(2, 4, 0)
-    for _ in range(3):
-        time.sleep(0.11)  # tqdm draws no more often
-        progress.advance(LOGGED, run_left=7500.0)
-    progress.close()
-    for part in ("epoch 3/90", " left, run 2:05:00] loss 1.235 top1 45.7% lr 0.1 12,346 img/s wait 3% MFU 42%", "/4 ["):
-        assert part in terminal.getvalue()
+VALUES = ("loss 1.235", "top-1 45.7 %", "12,346 images/s", "lr 0.1", "wait 3 %", "MFU 42 %")
+"""Behind the bar, the most important first."""
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(60, 0), (80, 1), (120, 4), (200, 6)])
+def test_a_bar_has_room_for_itself_and_for_whole_values(
+    columns: int, shown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with terminal(columns, monkeypatch) as screen:
+        progress = Progress(shown=True, epochs=90)
+        progress.start_epoch(2, 1251, 0)
+        for _ in range(2):
+            time.sleep(0.11)  # tqdm draws no more often
+            progress.advance(LOGGED, run_left=7500.0)
+        (line,) = screen.read()
+        found = re.fullmatch(r"epoch 3/90 \|([^|]{10,40})\| 2/1,251  [0-9hmins ]+ left  run 2 h 05 min(.*)", line)
+        assert found
+        assert found[2] == "".join(f"  {value}" for value in VALUES[:shown])
+        assert len(line) < columns
+        progress.close()
+
+
+@pytest.mark.parametrize(
+    ("done", "width", "line"),
+    [
+        (0, 30, "t |            | 0/4  5 s left"),
+        (1, 19, "t |##7        | 1/4"),
+        (3, 20, "t |#########   | 3/4"),
+        (4, 20, "t |############| 4/4"),
+        (4, 8, "t 4/4"),
+        (4, 4, "t 4/"),
+    ],
+)
+def test_a_bar_is_cut_to_its_terminal(done: int, width: int, line: str) -> None:
+    assert bar_line("t ", done, 4, ["5 s left"], width, " 123456789#") == line
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_an_epochs_end_leaves_its_line_alone_on_the_screen(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(columns, monkeypatch) as screen:
+        progress = Progress(shown=True, epochs=2)
+        said = []
+        for epoch in range(2):
+            progress.start_epoch(epoch, 3, 0)
+            for _ in range(2):
+                time.sleep(0.11)
+                progress.advance(LOGGED, run_left=7500.0)
+            with progress.counting("evaluation", 2000) as on_batch:
+                time.sleep(0.11)
+                on_batch(512)
+                *before, bar = screen.read()
+                assert before == said
+                assert bar.startswith("evaluation |")
+                assert "| 512/2,000" in bar
+            progress.end_epoch(f"epoch {epoch + 1} is over")
+            said.append(f"epoch {epoch + 1} is over")
+            assert screen.read() == said
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(16, 1), (17, 2), (80, 2), (94, 3), (95, 4)])
+def test_a_line_of_an_epoch_leaves_out_what_its_terminal_has_no_room_for(
+    columns: int, shown: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = ("epoch 1/2", "loss 1", "x" * 70, "lr 2")
+    with terminal(columns, monkeypatch) as screen:
+        for progress in (Progress(shown=True, epochs=2), Progress(shown=True, epochs=2, verbosity=EVERY_LINE)):
+            progress.log_line(*fields)
+            progress.end_epoch(*fields)
+        assert screen.read() == 3 * ["  ".join(fields[:shown])]
+    Progress(shown=True, epochs=2).end_epoch(*fields)
+    assert capsys.readouterr().out == "  ".join(fields) + "\n"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_an_echo_or_a_complaint_spoils_no_bar(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(columns, monkeypatch) as screen:
+        progress = Progress(shown=True, epochs=1)
+        progress.start_epoch(0, 9, 0)
+        time.sleep(0.11)
+        progress.advance(LOGGED)
+        assert screen.read()[0].startswith("epoch 1/1 |")
+        screen.file.write("^C")  # as a terminal echoes the key
+        assert len(screen.read()) == 1
+        complain("a fault")
+        assert screen.read() == ["lars-train: a fault"]
+        time.sleep(0.11)
+        progress.advance(LOGGED)
+        told, bar = screen.read()
+        assert (told, bar[:11]) == ("lars-train: a fault", "epoch 1/1 |")
+        progress.close()
+        assert screen.read() == ["lars-train: a fault"]
 
 
 @pytest.mark.parametrize("term", ["dumb", "xterm"])
@@ -150,21 +235,55 @@ def test_only_a_terminal_gets_colours(
     complain("a fault")
     told = [stream.getvalue() for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.StringIO)]
     if coloured:
-        assert told == ["\x1b[33mWARNING:\x1b[0m hot \\x1b[2J\n", "\x1b[31mlars-train:\x1b[0m a fault\n"]
+        assert told == ["\x1b[33mWARNING:\x1b[0m hot \\x1b[2J\n", "\r\x1b[K\x1b[31mlars-train:\x1b[0m a fault\n"]
     else:
-        assert told == ["WARNING: hot \\x1b[2J\n", "lars-train: a fault\n"]
+        erased = "\r\x1b[K" if terminal else ""
+        assert told == ["WARNING: hot \\x1b[2J\n", f"{erased}lars-train: a fault\n"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0.4, "0 s"),
-        (89.0, "89 s"),
-        (91.0, "2 min"),
-        (3599.0, "1 h 00 min"),
-        (7500.0, "2 h 05 min"),
-        (273_600.0, "3 d 4 h"),
-    ],
-)
-def test_times_are_said_in_their_largest_units(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+NOTEBOOK = f"""
+import time
+from lars_train.monitoring.progress import Progress
+from lars_train.messages import complain, say
+progress = Progress(shown=True, epochs=2)
+say('a line')
+progress.start_epoch(0, 3, 0)
+time.sleep(0.11)
+progress.advance({LOGGED})
+with progress.counting('evaluation', 10) as on_batch: on_batch(10)
+progress.end_epoch('epoch 1 is over')
+complain('a fault')
+"""
+
+
+def test_a_notebook_and_its_commands_show_lines_and_no_remains(tmp_path: Path) -> None:
+    pytest.importorskip("ipykernel")
+    from jupyter_client.manager import start_new_kernel
+
+    (tmp_path / "command.py").write_text(NOTEBOOK)
+    manager, client = start_new_kernel()
+    try:
+
+        def shown(code: str) -> dict[str, str]:
+            found = {"stdout": "", "stderr": ""}
+
+            def collect(message: dict[str, Any]) -> None:
+                if message["msg_type"] == "stream":
+                    found[message["content"]["name"]] += message["content"]["text"]
+
+            reply = client.execute_interactive(code, timeout=60, output_hook=collect)
+            assert reply["content"]["status"] == "ok"
+            return found
+
+        of_a_cell = shown(NOTEBOOK)
+        # Behind a pseudo-terminal, which the notebook does not show.
+        of_a_command = shown(f"get_ipython().system('{sys.executable} {tmp_path / 'command.py'}')")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert of_a_cell == {"stdout": "a line\nepoch 1 is over\n", "stderr": "lars-train: a fault\n"}
+    screen = Screen(80)
+    # Of the sequences a notebook knows those for colors alone.
+    screen.feed(re.sub(r"\x1b\[[0-9]*[^0-9m]", "", "".join(of_a_command.values())))
+    assert "epoch 1/2 |" in of_a_command["stdout"]
+    assert screen.lines == ["a line", "epoch 1 is over", "lars-train: a fault"]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lars_train.config import BatchConfig, Config, ModelConfig, OptimizerConfig, RecipeConfig, ScheduleConfig
-from lars_train.monitoring.summary import announcement, epoch_line, final_record
+from lars_train.data.dataset import Inventory
+from lars_train.monitoring.summary import announcement, epoch_fields, final_record, lag_line
 from lars_train.plan import Plan
 
 PLAN = Plan(
@@ -39,7 +40,6 @@ class Decided:
     micro_batch: int = 256
     precision: str = "bf16"
     channels_last: bool = True
-    compiled: bool = False
     threads: int = 4
     world: int = 3
     device: str = "cuda"
@@ -53,7 +53,7 @@ class Evaluated:
 
 
 def told(plan: Plan = PLAN, config: Config = CONFIG, decided: Any = None, resumed_at: int = 0) -> str:
-    return "\n".join(announcement(config, plan, decided or Decided(), Path("runs/x"), resumed_at))
+    return "\n".join(announcement(config, plan, decided or Decided(), Path("runs/x"), resumed_at, Inventory()))
 
 
 def test_the_effective_values_are_told_before_training() -> None:
@@ -85,6 +85,17 @@ def test_what_is_unusual_is_told_too() -> None:
     assert "optimizer      SGD, peak lr 0.2" in told(config=plain)
 
 
+def test_one_of_a_kind_is_told_in_the_singular_and_figures_in_few_digits() -> None:
+    one = replace(PLAN, epochs=1, updates=39, stop=39, warmup_updates=1)
+    text = told(one, replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=1.0)), Decided(threads=1, world=1))
+    for part in ("39 in 1 epoch\n", "warm-up 1 update (1 epoch), then", "1 (cuda, 1 CPU thread)\n"):
+        assert part in text
+    part = replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=5 / 9))
+    assert "warm-up 22 updates (0.56 epochs), then" in told(replace(PLAN, warmup_updates=22), part)
+    none = replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=0.0))
+    assert "schedule       no warm-up, poly(2)" in told(replace(PLAN, warmup_updates=0), none)
+
+
 def test_the_compression_of_gradients_is_told_and_where_there_are_none_to_send() -> None:
     compressed = replace(CONFIG, gradient_compression="bf16")
     assert "compression    gradients are exchanged in bf16\n" in told(config=compressed)
@@ -100,19 +111,42 @@ def test_an_epochs_line_tells_what_there_is() -> None:
         "train/wait_share": 0.034,
         "train/mfu": 0.418,
     }
-    assert epoch_line(78, PLAN, {}) == "epoch 2/20  update 78"
-    line = epoch_line(79, PLAN, logged)
-    assert line == "epoch 3/20  update 79  loss 1.235  lr 12.3  4,322 images/s  wait 3 %  MFU 42 %"
-    assert epoch_line(79, PLAN, {}, seconds_left=7500.0) == "epoch 3/20  update 79  2 h 05 min left"
-    assert epoch_line(780, PLAN, {}, seconds_left=3.0) == "epoch 20/20  update 780"  # it is over
-    line = epoch_line(78, PLAN, logged, Evaluated(), 62.5)
-    assert line.endswith("top-1 61.23 % of 10,000 (best 62.50 %)")
+
+    def line(update: int, *given: Any, **more: Any) -> str:
+        return "  ".join(epoch_fields(update, PLAN, *given, **more))
+
+    assert line(78, {}) == "epoch 2/20  update 78"
+    training = "loss 1.235  4,322 images/s  wait 3 %  MFU 42 %  lr 12.3"
+    assert line(79, logged) == f"epoch 3/20  update 79  {training}"
+    on_a_cpu = {name: value for name, value in logged.items() if name != "train/mfu"}
+    assert line(79, on_a_cpu) == f"epoch 3/20  update 79  {training.replace('  MFU 42 %', '')}"
+    assert line(79, {}, seconds_left=7500.0) == "epoch 3/20  update 79  2 h 05 min left"
+    assert line(780, {}, seconds_left=3.0) == "epoch 20/20  update 780"  # it is over
+    whole = line(78, logged, Evaluated(), 62.5, 42.0)
+    # The most important first, for terminals that have not the width for all.
+    assert whole == (
+        "epoch 2/20  update 78  top-1 61.23 % of 10,000  best 62.50 %  loss 1.235  42 s left  "
+        "4,322 images/s  wait 3 %  MFU 42 %  lr 12.3"
+    )
 
 
-def test_the_final_record_tells_the_result_and_what_it_is_of() -> None:
-    record = final_record(
-        CONFIG,
-        PLAN,
+@pytest.mark.parametrize(
+    ("top1", "moved", "told"),
+    [(72.0, 0.035, True), (70.0, 0.035, False), (72.0, 0.009, False), (72.0, float("nan"), False)],
+)
+def test_low_validation_is_explained_where_weights_move_fast(top1: float, moved: float, told: bool) -> None:
+    line = lag_line({"train/top1": top1, "train/update_ratio": moved}, Evaluated(top1=61.0))
+    assert (line is not None) is told
+    assert lag_line({}, Evaluated(top1=61.0)) is None
+    if line is not None:
+        assert "training (72 %)" in line
+        assert "move by 3.5 % an update" in line
+
+
+def recorded(config: Config, plan: Plan) -> dict[str, Any]:
+    return final_record(
+        config,
+        plan,
         directory=Path("runs/x"),
         update=100,
         best_top1=62.5,
@@ -124,6 +158,22 @@ def test_the_final_record_tells_the_result_and_what_it_is_of() -> None:
         weights_sha256="ab" * 32,
         weights_sha256_float32="cd" * 32,
     )
+
+
+def test_a_published_result_stands_in_the_record_of_its_own_experiment_alone() -> None:
+    config = replace(CONFIG, model=ModelConfig(name="resnet50"))
+    full = replace(PLAN, samples=1_281_167, global_batch=32768, scaled=False)
+    assert recorded(config, full)["published_top1"] == 72.26
+    for other, plan in (
+        (CONFIG, full),
+        (config, replace(full, samples=1_281_166)),
+        (config, replace(full, scaled=True)),
+    ):
+        assert recorded(other, plan)["published_top1"] is None
+
+
+def test_the_final_record_tells_the_result_and_what_it_is_of() -> None:
+    record = recorded(CONFIG, PLAN)
     assert json.loads(json.dumps(record)) == record
     expected = {
         "best_top1": 62.5,
@@ -143,6 +193,6 @@ def test_the_final_record_tells_the_result_and_what_it_is_of() -> None:
         "optimizer": "lars",
         "lr": 29.0,
         "warmup_epochs": 2.0,
-        "published_top1": 72.26,
+        "published_top1": None,
     }
     assert expected.items() <= {k: v for k, v in record.items() if k in expected}.items()

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import nn
 from lars_train.config import OptimizerConfig
-from lars_train.optim.factory import build_optimizer
+from lars_train.training.assemble import build_optimizer
 
 model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
 flags = {"decay_norm_bias": True, "adapt_norm_bias": True}

@@ -10,8 +10,8 @@ from torch import nn
 
 from lars_train.config import OptimizerConfig
 from lars_train.errors import ConfigError
-from lars_train.optim.factory import build_optimizer, check_optimizer
 from lars_train.optim.lars import LARS
+from lars_train.training.assemble import build_optimizer, check_optimizer
 
 
 def config(**values: Any) -> OptimizerConfig:
@@ -84,3 +84,37 @@ def test_sgd_stands_without_lars_and_keeps_its_momentum() -> None:
     optimizer = build_optimizer(config(name="sgd", momentum=0.9, nesterov=True), nn.Linear(2, 2))
     assert type(optimizer) is torch.optim.SGD
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
+
+
+@pytest.mark.parametrize(
+    ("base", "keywords", "words"),
+    [
+        ("AdamW", {"betas": 0.9}, "betas=0.9: torch.optim.AdamW takes a list of 2 numbers (its default: (0.9, 0.999))"),
+        ("AdamW", {"betas": [0.9]}, "a list of 2 numbers"),
+        ("AdamW", {"betas": [0.9, 0.99, 0.9]}, "a list of 2 numbers"),
+        ("AdamW", {"betas": ["a", "b"]}, "a list of 2 numbers"),
+        ("AdamW", {"betas": None}, "a list of 2 numbers"),
+        ("AdamW", {"eps": "abc"}, "eps=abc: torch.optim.AdamW takes a number"),
+        ("AdamW", {"eps": True}, "a number"),
+        ("AdamW", {"eps": 1e39}, "a number"),
+        ("AdamW", {"fused": "yes"}, "fused=yes: torch.optim.AdamW takes null, true or false"),
+        ("AdamW", {"amsgrad": 1}, "true or false"),
+        ("Rprop", {"etas": [0.5]}, "a list of 2 numbers"),
+    ],
+)
+def test_a_keyword_of_another_kind_is_refused_before_the_first_step(
+    base: str, keywords: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_optimizer(config(base=base, kwargs=keywords))
+    assert words in str(caught.value)
+
+
+def test_keywords_of_the_right_kind_are_taken() -> None:
+    check_optimizer(config(base="AdamW", kwargs={"betas": [0.9, 0.99], "eps": 1e-6, "foreach": None, "amsgrad": True}))
+    check_optimizer(config(base="Adafactor", kwargs={"eps": [None, 1e-3]}))
+    check_optimizer(config(base="SGD", kwargs={"dampening": 0.1, "fused": True}))
+    # Whether there is a device for it is known later.
+    check_optimizer(config(base="AdamW", kwargs={"capturable": True}))
+    with pytest.raises(ConfigError, match="capturable=true: it is for CUDA"):
+        build_optimizer(config(base="AdamW", kwargs={"capturable": True}), nn.Linear(1, 1))

@@ -299,7 +299,7 @@ def test_layers_tells_norms_and_ratios_of_the_last_step(way: str, options: dict[
         ({"clip": "ratio"}, "clip"),
         ({"zero_norm": "one"}, "zero_norm"),
         ({"zero_decay": ""}, "zero_decay"),
-        ({"weight_decay": 0.1}, "weight_decay"),
+        ({"weight_decay": "none"}, "weight_decay"),
         ({"clamp": 0.0}, "clamp"),
         ({"ratio_placement": "outside", "lr_placement": "inside"}, "momentum"),
         ({"weight_decay": "base", "lr_placement": "inside"}, "weight_decay='base'"),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lars_train.optim.lars import LARS
-from lars_train.optim.presets import PRESETS
+from lars_train.optim.options import PRESETS
 
 Array = NDArray[np.float64]
 RATES = (0.5, 2.0, 29.0, 1.5, 0.25)

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from lars_train.config import choices_of, config_dir, flatten, published_top1, register, resolve
 from lars_train.config.rows import row_name
 from lars_train.report.compare import Row, make_rows
-from lars_train.report.read import Run, read_run
+from lars_train.report.read import RunRecord, read_run
 from lars_train.report.table import notes
 
 Made = Callable[..., Path]
@@ -76,7 +76,7 @@ def test_a_run_whose_settings_are_not_known_is_in_no_mean_and_parts_no_other_row
         (directory / "run.json").write_text(content)
     found = rows(lost[0], *known, lost[1])
     assert [[run.directory.name for run in row.runs] for row in found] == [["a1", "a2"], ["b3"], ["b4"]]
-    assert [row.differs for row in found] == [{}, *[{"settings": "not known"}] * 2]
+    assert [row.differs for row in found] == [{}, *({"settings": "not known", "run": name} for name in ("b3", "b4"))]
     assert [row.published for row in found] == [72.26, None, None]
     (told,) = [note for note in notes(found) if "not known" in note]
     assert "run.json" in told
@@ -171,15 +171,12 @@ def test_names_places_and_pace_part_no_rows(made: Made) -> None:
     assert len(row.runs) == 2
 
 
-def test_runs_from_before_there_was_another_order_are_as_those_in_the_global_one(made: Made) -> None:
-    now = {"data__order": "global", "data__window_shards": 16}
-    one, other = made("a", seed=1), made("b", seed=2, **now)
-    assert [len(row.runs) for row in rows(one, other)] == [2]
-    by_shards = made("c", seed=3, **{**now, "data__order": "shards"})
-    assert [row.differs for row in rows(one, other, by_shards)] == [
-        {"data.order": "global", "data.window_shards": "not set"},
-        {"data.order": "shards", "data.window_shards": "16"},
-    ]
+def test_windows_part_rows_in_the_order_by_shards_alone(made: Made) -> None:
+    def pair(order: str) -> list[Row]:
+        return rows(*(made(f"{order}{w}", seed=w, data__order=order, data__window_shards=w) for w in (3, 16)))
+
+    assert [len(row.runs) for row in pair("global")] == [2]
+    assert [row.differs for row in pair("shards")] == [{"data.window_shards": "16"}, {"data.window_shards": "3"}]
 
 
 def test_a_run_that_ended_before_it_knew_its_precision_counts_as_the_others(made: Made) -> None:
@@ -234,8 +231,8 @@ def test_the_rows_of_a_shipped_recipe_differ_in_nothing_else(recipe: str) -> Non
             for data, settings in {"imagenet": ["data=imagenet", "data.root=/d"], "mini": ["data=mini"]}.items()
         }
     for data, found in configs.items():
-        made_of = [Run(Path(), "finished", settings=flatten(config), batch=config.batch.name) for config in found]
+        made_of = [RunRecord(Path(), "finished", settings=flatten(config), batch=config.batch.name) for config in found]
         assert [row.differs for row in make_rows(made_of)] == [{} for _ in names], data
     for config in configs["imagenet"]:
-        (row,) = make_rows([Run(Path(), "finished", settings=flatten(config))])
+        (row,) = make_rows([RunRecord(Path(), "finished", settings=flatten(config))])
         assert row.published == published_top1(config)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lars_train.report import curves
 from lars_train.report.compare import Row, make_rows
 from lars_train.report.read import Ratios, read_run
+from lars_train.report.table import notes
 
 Made = Callable[..., Path]
 EPOCHS, UPDATES, TIME, LOSS = curves.PANELS
@@ -73,10 +75,26 @@ def test_no_two_rows_are_called_alike_and_none_at_length(made: Made) -> None:
     found = rows(made("a", "8k"), made("b", ended=None), made("c", ended=None), made("d", **many))
     told = curves.labels(found)
     assert len(set(told)) == 4
-    assert told[1] == "32k (row 2 of the table)"
+    assert told[1] == "32k (run d)"
     alike = rows(made("e", ended=None), made("f", ended=None))
-    assert curves.labels(alike) == [f"32k (unfinished, row {n} of the table)" for n in (1, 2)]
+    assert curves.labels(alike) == [f"32k (unfinished, run {name})" for name in "ef"]
     assert max(map(len, told)) < 60
+    # As different as their names: in colour, marker and line, and in the table.
+    assert [look.style for look in curves._looks(alike)] == [0, 1]
+    assert [row.differs for row in alike] == [{"run": "e"}, {"run": "f"}]
+    assert not [note for note in notes(alike) if "differ in more" in note]
+    long = rows(*(made(f"g{n}{'x' * 60}", ended=None) for n in (1, 2)))
+    assert curves.labels(long) == [f"32k (unfinished, row {n} of the table)" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("top1", [(88.1, 88.2, 88.3), (100.0,)])
+def test_no_marker_is_cut_at_the_edge_of_its_axes(made: Made, top1: tuple[float, ...]) -> None:
+    figure = Figure(figsize=(4.6, 3.5))
+    for number, panel in enumerate(curves.PANELS[:3], 1):
+        curves._draw(axes := figure.add_subplot(1, 3, number), rows(made(f"a{number}", top1=top1)), panel)
+        bottom, top = axes.get_ylim()
+        assert bottom == 0
+        assert top >= 1.04 * max(top1)
 
 
 def test_of_what_differs_in_much_the_optimizer_and_its_rate_are_told_where_they_are_enough(made: Made) -> None:
@@ -85,7 +103,7 @@ def test_of_what_differs_in_much_the_optimizer_and_its_rate_are_told_where_they_
     sgd = ["32k (optimizer sgd, lr 1.5)", "32k (optimizer sgd, lr 2.5)"]
     assert curves.labels(rows(*runs)) == ["32k", *sgd]
     other = made("other", optimizer__lr=2.5, **{**much, "schedule__warmup_epochs": 2.66667})
-    assert curves.labels(rows(*runs, other)) == ["32k", sgd[0], *(f"32k (row {n} of the table)" for n in (3, 4))]
+    assert curves.labels(rows(*runs, other)) == ["32k", sgd[0], "32k (run sgd2.5)", "32k (run other)"]
 
 
 def luminance(colour: str) -> float:

@@ -70,11 +70,15 @@ def test_the_page_has_table_curves_differences_ratios_and_runs_under_headings_in
     assert all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
 
 
-def test_the_state_stands_beside_the_batch_and_marks_the_rows_that_are_not_finished(made: Made, tmp_path: Path) -> None:
+def test_result_and_state_stand_beside_the_batch_which_marks_the_rows_that_are_not_finished(
+    made: Made, tmp_path: Path
+) -> None:
     text = page(make_rows([read_run(made("a", "8k")), read_run(made("b", ended="failed", reason="x"))]), tmp_path)
     table = text[text.index("<table>") : text.index("</table>")]
-    assert re.findall("<th scope=.col.[^>]*>([^<]*)", table)[:3] == ["batch", "state", "LR policy"]
-    rows = re.findall(r'<tr([^>]*)><th scope="row">([^<]*)</th><td class="state">([^<]*)</td>', table)
+    assert re.findall("<th scope=.col.[^>]*>([^<]*)", table)[:3] == ["batch", "best top-1 %", "state"]
+    rows = re.findall(
+        r'<tr([^>]*)><th scope="row">([^<]*)</th><td [^>]*>[^<]*</td><td class="state">([^<]*)</td>', table
+    )
     assert rows == [("", "8k", "finished"), (' class="open"', "32k", "failed at update 12: x")]
 
 

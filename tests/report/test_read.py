@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from lars_train.report import files, read
 from lars_train.report.read import find_runs, read_ratios, read_run
 
 Made = Callable[..., Path]
-DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 def change(path: Path, **values: Any) -> None:
@@ -59,7 +57,7 @@ def test_a_run_is_what_its_record_says_of_its_end(
     assert run.final_top1 == (20.0 if state in ("finished", "cut short") else None)
 
 
-@pytest.mark.parametrize("start", [{"resumed_at": 12}, {}], ids=["", "of an older version"])
+@pytest.mark.parametrize("start", [{"resumed_at": 12}, {}], ids=["resumed", "not resumed yet"])
 def test_a_result_that_the_log_has_gone_beyond_is_not_the_run_s(start: dict[str, int], made: Made) -> None:
     directory = made("a", planned=5)
     with (directory / "metrics.jsonl").open("a") as file:
@@ -128,19 +126,11 @@ def test_damaged_lines_are_passed_over_and_counted(made: Made) -> None:
     directory = made("a", top1=(10.0, 20.0))
     expected = read_run(directory)
     whole = (directory / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    odd = [b"\x00\xff\n", b"{\n", b"17\n", b"null\n", DEEP + b"\n", b'{"update": 9' + b"0" * 6000 + b"}\n", b"\n"]
-    odd[-2] = b"x" * (files.LARGEST_LINE + 5) + b"\n"
+    odd = [b"\x00\xff\n", b"\x00" * 4096 + b"\n", b"{\n", b"17\n", b"null\n", b"\n"]
     usable = [
-        b'{"update": "9", "epoch": 1, "val/top1": 99}\n',
         b'{"update": NaN, "epoch": 1, "val/top1": 99}\n',
-        b'{"update": -4, "epoch": 1, "val/top1": 99}\n',
-        b'{"update": 2.5, "epoch": 1, "val/top1": 99}\n',
-        b'{"update": true, "epoch": 1, "val/top1": 99}\n',
-        b'{"update": 1e300, "epoch": 1, "val/top1": 99}\n',
         b'{"update": 8, "epoch": null, "val/top1": 99}\n',
-        b'{"update": 3, "epoch": 1, "val/top1": 100.1, "train/loss": Infinity}\n',
-        b'{"update": 3, "epoch": 1, "val/top1": [50], "train/loss": "1", "run/seconds": -Infinity}\n',
-        b'{"update": 3, "epoch": 1, "val/top1": {"a": 1}, "train/loss": true}\n',
+        b'{"update": 3, "epoch": 1, "val/top1": null, "train/loss": Infinity, "run/seconds": NaN}\n',
     ]
     torn = b'{"update": 9, "epoch": 2.25, "val/to'
     (directory / "metrics.jsonl").write_bytes(b"".join([*odd, *whole[:3], *usable, *whole[3:]]) + torn)
@@ -152,10 +142,10 @@ def test_damaged_lines_are_passed_over_and_counted(made: Made) -> None:
 @pytest.mark.parametrize("name", ["run.json", "final.json", "metrics.jsonl", "trust_ratios.fields.json"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", DEEP, b'{"settings": [], "started": 5, "plan": "x"}', b"NaN"],
-    ids=["empty", "torn", "list", "null", "text", "bytes", "deep", "other types", "nan"],
+    [b"", b"{", b'{"settings": {"seed": 0', b"null", b"\xff\xfe", bytes(512), b"{}"],
+    ids=["empty", "begun", "torn", "null", "bytes", "zeros", "no keys"],
 )
-def test_a_file_that_is_not_what_a_run_writes_ends_nothing(name: str, content: bytes, made: Made) -> None:
+def test_a_damaged_or_cut_file_ends_nothing(name: str, content: bytes, made: Made) -> None:
     directory = made("a")
     (directory / name).write_bytes(content)
     run = read_run(directory)
@@ -165,33 +155,6 @@ def test_a_file_that_is_not_what_a_run_writes_ends_nothing(name: str, content: b
     if name == "metrics.jsonl":
         assert run.state == "finished"
     assert all(map(str.isprintable, run.problems))
-
-
-@pytest.mark.parametrize("value", [None, "x", [], {}, True, -1, 1e400, float("nan"), 10**400, "9" * 5000])
-def test_values_of_other_kinds_count_as_missing(value: Any, made: Made) -> None:
-    directory = made("a")
-    for name, keys in {
-        "final.json": ("best_top1", "final_top1", "updates", "planned_updates", "seconds", "rollbacks"),
-        "run.json": ("plan", "started", "seed"),
-    }.items():
-        before = (directory / name).read_text()
-        for key in keys:
-            change(directory / name, **{key: value})
-            run = read_run(directory)
-            assert run.best_top1 is None or 0 <= run.best_top1 <= 100
-            assert run.seconds is None or abs(run.seconds) < 1e16
-        (directory / name).write_text(before)
-
-
-@pytest.mark.parametrize("name", ["run.json", "final.json", "metrics.jsonl"])
-def test_what_is_no_regular_file_is_not_waited_for(name: str, made: Made) -> None:
-    directory = made("a")
-    (directory / name).unlink()
-    os.mkfifo(directory / name)
-    assert any("no regular file" in problem for problem in read_run(directory).problems)
-    (directory / name).unlink()
-    (directory / name).symlink_to("/dev/zero")
-    assert any("no regular file" in problem for problem in read_run(directory).problems)
 
 
 def test_files_far_too_large_are_not_read_whole(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,14 +211,12 @@ def test_trust_ratios_are_read_and_thinned_evenly(made: Made) -> None:
     assert found.values == tuple((u / 10, None) for u in found.updates)
 
 
-def test_trust_ratios_of_other_forms_are_left_out(made: Made) -> None:
+def test_trust_ratios_that_are_not_finite_are_none_and_without_layers_there_are_none(made: Made) -> None:
     directory = made("a")
-    good = {"update": 5, "trust_ratios": [0.5, float("nan")]}
-    odd: list[Any] = [{"update": 4, "trust_ratios": [1]}, {"update": "4", "trust_ratios": [1, 2]}, {"update": 4}, 3]
-    ratios(directory, ["a", {"b": 1}], [*odd, good, {"update": 3, "trust_ratios": [1, 2]}, good])
+    line = {"update": 5, "trust_ratios": [0.5, float("nan")]}
+    ratios(directory, ["a", "b"], [{"update": 4}, 3, line])
     found = read_ratios(directory)
     assert found is not None
-    assert (found.layers, found.updates, found.values) == (("a", '{"b": 1}'), (5,), ((0.5, None),))
-    for layers in ([], "ab", None, 7):
-        ratios(directory, layers, [good])
-        assert read_ratios(directory) is None
+    assert (found.layers, found.updates, found.values) == (("a", "b"), (5,), ((0.5, None),))
+    ratios(directory, [], [line])
+    assert read_ratios(directory) is None

@@ -67,6 +67,24 @@ def test_a_folder_that_cannot_be_written_is_told_of(rows: list[Row], tmp_path: P
         write_report(rows, closed / "report")
 
 
+def test_a_full_disk_leaves_the_former_report_whole(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        if "curves" in path.name:
+            whole(path, data[:10])
+            raise OSError(28, "No space left on device")
+        return whole(path, data)
+
+    write_report(rows, tmp_path / "out")
+    before, whole = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}, Path.write_bytes
+    monkeypatch.setattr(write, "csv_text", lambda *arguments: "another")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match=r"cannot be written there \(.*No space left"):
+        write_report(rows, tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_file_in_the_way_is_told_of(rows: list[Row], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be"):

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lars_train.data.loader import BadSample
+from lars_train.data.loading.loader import BadSample
 from lars_train.errors import DataError
 from lars_train.launch import Ranks
-from lars_train.training.bad_images import BadImages
+from lars_train.training import guard
 from lars_train.training.distributed import Group
+from lars_train.training.guard import BadImages
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Three(Group):
 
     others: tuple[dict[str, str], ...] = ({}, {})
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [value, *self.others]
 
 
@@ -64,7 +67,7 @@ def test_a_limit_of_zero_allows_none() -> None:
 
 
 def test_what_an_earlier_start_knew_counts_and_is_not_told_again() -> None:
-    images = BadImages(1, Group(Ranks()), known=[("a", "a is broken")])
+    images = BadImages(1, Group(Ranks()), known={"a": "a is broken"})
     images.note(bad("a"))
     assert images.collect() == {}
     images.note(bad("b"))
@@ -78,3 +81,25 @@ def test_the_message_stays_short() -> None:
     with pytest.raises(DataError, match="500 images") as error:
         images.collect()
     assert str(error.value).count("image-") == 2 * 5
+
+
+def test_lines_that_the_disk_refuses_are_written_before_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    images, path, told = BadImages(5, Group(Ranks())), tmp_path / "bad_images.jsonl", list[str]()
+    path.write_text('{"image": "/before.png", "reason": "torn", "update": 1}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "write_whole", full)
+        for update in (2, 3):
+            images.note(bad(f"/{update}.png"))
+            images.report(path, update, told.append)
+        with pytest.raises(OSError, match="No space"):
+            images.write(path)
+    assert len(told) == 2
+    images.write(path)
+    images.write(path)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["image"], line["update"]) for line in found] == [("/before.png", 1), ("/2.png", 2), ("/3.png", 3)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import zipfile
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,19 @@ import pytest
 import torch
 
 from lars_train.errors import ConfigError
+from lars_train.monitoring.noise import NoiseScale
 from lars_train.training import checkpoint
-from lars_train.training.checkpoint import DamagedCheckpoint, find, latest, listing, load, remove_later, save, verify
+from lars_train.training.checkpoint import (
+    DamagedCheckpoint,
+    RunState,
+    find,
+    latest,
+    listing,
+    load,
+    remove_later,
+    save,
+    verify,
+)
 
 
 def content(update: int) -> dict[str, Any]:
@@ -48,6 +60,32 @@ def test_what_is_saved_is_loaded_as_it_was(tmp_path: Path) -> None:
     assert loaded.pop("format") == checkpoint.FORMAT
     assert same(loaded, content(120))
     assert same(torch.load(path, weights_only=True)["model"], content(120)["model"])
+
+
+def run_state() -> RunState:
+    return RunState(50.0, 7, 3.0, {"a.jpg": "torn"}, [{"to_update": 4}], NoiseScale(2, 1.0, 3.0))
+
+
+def test_a_run_state_is_stored_and_restored_whole(tmp_path: Path) -> None:
+    stored = load(save(tmp_path, 1, {**content(1), **run_state().stored()}, keep=1))
+    restored = RunState()
+    restored.restore(stored)
+    assert restored.seconds >= 3.0
+    assert replace(restored, seconds=3.0) == run_state()
+
+
+def test_a_rollback_keeps_time_bad_images_and_rollbacks() -> None:
+    state = run_state()
+    state.restore(RunState(40.0, 6, 1.0).stored(), rollback=True)
+    assert state == replace(run_state(), best_top1=40.0, best_update=6, noise=NoiseScale())
+
+
+@pytest.mark.parametrize("key", [each.name for each in fields(RunState)])
+def test_a_missing_part_of_the_run_state_is_named(key: str) -> None:
+    stored = run_state().stored()
+    del stored[key]
+    with pytest.raises(ConfigError, match=f"the checkpoint has no {key}:"):
+        RunState().restore(stored)
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:

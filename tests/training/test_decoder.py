@@ -15,15 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from lars_train.config import Config, DataConfig, resolve
-from lars_train.data import gpu, library, native
-from lars_train.data.source import Source
+from lars_train.data.dataset import Source
+from lars_train.data.decode import native
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.training import checkpoint, session
-from lars_train.training import decoder as decoder_module
-from lars_train.training.decoder import check_decoder, choose_decoder, decoder_lines
+from lars_train.training import resolve as resolve_module
 from lars_train.training.distributed import Group
 from lars_train.training.prepare import prepare
+from lars_train.training.resolve import check_decoder, choose_decoder, decoder_lines
 from lars_train.training.run_directory import Invocation
 
 CPU = torch.device("cpu")
@@ -35,16 +35,13 @@ class Among(Group):
 
     everywhere: bool = True
 
-    def minimum(self, value: int, device: torch.device) -> int:
+    def all_reduce_min(self, value: int, device: torch.device) -> int:
         return value if self.everywhere else 0
 
 
-def have(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Have these decoders be here, beside Pillow, and no others."""
-    monkeypatch.setattr(native, "is_there", lambda: "native" in names)
-    monkeypatch.setattr(library, "is_there", lambda: "library" in names)
-    monkeypatch.setattr(gpu, "is_possible", lambda: "gpu" in names)
-    monkeypatch.setattr(decoder_module, "_fault_of_gpu", lambda device: None if "gpu" in names else "there is none.")
+def have(monkeypatch: pytest.MonkeyPatch, native_there: bool) -> None:
+    """Have the decoder in C be available, or not."""
+    monkeypatch.setattr(native, "is_there", lambda: native_there)
 
 
 class Named:
@@ -71,149 +68,78 @@ class Named:
 JPEGS: Source = Named("class/x.JPEG")
 
 
-BOTH = ("native", "library")
-
-
 @pytest.mark.parametrize(
     ("wanted", "stored", "here", "everywhere", "expected"),
     [
-        ("auto", None, BOTH, True, "native"),
-        ("auto", None, ("library",), True, "library"),
-        ("auto", None, ("library", "gpu"), True, "library"),
-        ("auto", None, (), True, "pillow"),
-        ("auto", None, BOTH, False, "pillow"),
-        ("auto", "pillow", BOTH, True, "pillow"),
-        ("auto", "native", BOTH, True, "native"),
-        ("auto", "library", BOTH, True, "library"),
-        ("auto", "native", ("library",), True, "library"),
-        ("auto", "library", ("native",), True, "native"),
-        ("auto", "native", (), True, "pillow"),
-        ("auto", "gpu", ("native", "gpu"), True, "gpu"),
-        ("auto", "gpu", ("native",), True, "native"),
-        ("auto", "of a later version", BOTH, True, "native"),
-        ("pillow", "native", BOTH, True, "pillow"),
-        ("native", "pillow", BOTH, True, "native"),
-        ("library", "native", BOTH, True, "library"),
-        ("gpu", "native", ("gpu",), True, "gpu"),
+        ("auto", None, True, True, "native"),
+        ("auto", None, False, True, "pillow"),
+        ("auto", None, True, False, "pillow"),
+        ("auto", "pillow", True, True, "pillow"),
+        ("auto", "native", True, True, "native"),
+        ("auto", "native", False, True, "pillow"),
+        ("auto", "native", True, False, "pillow"),
+        ("auto", "one that is unknown here", True, True, "native"),
+        ("auto", "one that is unknown here", False, True, "pillow"),
+        ("pillow", "native", True, True, "pillow"),
+        ("one that is unknown here", None, True, True, "native"),
+        ("native", "pillow", True, True, "native"),
     ],
 )
-def test_the_decoder_is_the_config_s_then_the_run_s_first_one_then_the_fastest_and_one_for_all_ranks(
-    wanted: str,
-    stored: str | None,
-    here: tuple[str, ...],
-    everywhere: bool,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
+def test_config_then_run_then_speed_decide_the_decoder(
+    wanted: str, stored: str | None, here: bool, everywhere: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    have(monkeypatch, *here)
+    have(monkeypatch, here)
     config = Config(data=DataConfig(decoder=wanted))
-    # All have Pillow.
-    group = Among(Ranks(), everywhere or expected == wanted == "pillow")
-    assert choose_decoder(config, stored, group, CPU) == expected
+    assert choose_decoder(config, stored, Among(Ranks(), everywhere), CPU) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "remedy"),
-    [
-        ("native", r"libjpeg-dev.*pip install"),
-        ("library", r"pip install 'lars-train\[decode\]'"),
-        ("gpu", r"device=cuda and pip install 'lars-train\[decode\]'"),
-    ],
-)
-def test_a_decoder_that_is_wanted_and_not_there_is_refused_with_the_remedy(
-    name: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = Config(data=DataConfig(decoder=name))
-    have(monkeypatch, name)
-    with pytest.raises(ConfigError, match=rf"data\.decoder={name}: another rank .*{remedy}"):
+def test_a_missing_native_decoder_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(data=DataConfig(decoder="native"))
+    have(monkeypatch, True)
+    with pytest.raises(ConfigError, match=r"data\.decoder=native: another rank .*libjpeg-dev.*pip install"):
         choose_decoder(config, None, Among(Ranks(), False), CPU)
-    have(monkeypatch)
-    with pytest.raises(ConfigError, match=rf"data\.decoder={name}: .*{remedy}"):
+    have(monkeypatch, False)
+    with pytest.raises(ConfigError, match=r"data\.decoder=native: .*libjpeg-dev.*pip install"):
         check_decoder(config)
-
-
-def test_the_gpu_is_no_decoder_for_a_run_on_the_cpu_or_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "is_possible", lambda: True)
-    config = Config(data=DataConfig(decoder="gpu"), device="cpu")
-    with pytest.raises(ConfigError, match=r"data\.decoder=gpu: no GPU can decode here"):
-        check_decoder(config)
-    config.device = "auto"
-    with pytest.raises(ConfigError, match=r"data\.decoder=gpu: no GPU can decode here"):
-        choose_decoder(config, None, Group(Ranks()), CPU)
-    monkeypatch.setattr(gpu, "fault", lambda device: "it refuses a common JPEG")
-    decoder_module._fault_of_gpu.cache_clear()
-    monkeypatch.setattr(Among, "minimum", lambda self, value, device: value)
-    with pytest.raises(ConfigError, match=r"data\.decoder=gpu: cuda:3 cannot decode: it refuses a common JPEG\. "):
-        choose_decoder(config, None, Among(Ranks()), torch.device("cuda", 3))
-    decoder_module._fault_of_gpu.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("wanted", "decided", "stored", "here", "said"),
     [
-        ("auto", "native", None, BOTH, []),
-        ("auto", "native", "native", BOTH, []),
-        ("pillow", "pillow", None, (), []),
-        ("pillow", "pillow", "pillow", BOTH, []),
-        ("library", "library", None, ("library",), []),
-        ("gpu", "gpu", None, ("gpu",), []),
-        (
-            "auto",
-            "library",
-            None,
-            ("library",),
-            ["NOTE: JPEGs are decoded by nvImageCodec; the decoder in C is faster"],
-        ),
-        (
-            "auto",
-            "library",
-            "library",
-            BOTH,
-            ["NOTE: JPEGs are decoded by nvImageCodec, as this run began; data.decoder=na"],
-        ),
-        ("auto", "library", None, BOTH, ["NOTE: JPEGs are decoded by nvImageCodec, for another rank"]),
-        ("auto", "library", "native", ("library",), ["WARNING: this run's JPEGs were decoded by native", "NOTE: "]),
-        ("auto", "pillow", None, (), ["NOTE: JPEGs are decoded by Pillow, at under half the speed"]),
-        ("auto", "pillow", None, BOTH, ["NOTE: JPEGs are decoded by Pillow, for another rank"]),
+        ("auto", "native", None, True, []),
+        ("auto", "native", "native", True, []),
+        ("pillow", "pillow", None, False, []),
+        ("pillow", "pillow", "pillow", True, []),
+        ("auto", "pillow", None, False, ["NOTE: JPEGs are decoded by Pillow, at under half the speed"]),
+        ("auto", "pillow", "pillow", False, ["NOTE: JPEGs are decoded by Pillow, at under half the speed"]),
+        ("auto", "pillow", None, True, ["NOTE: JPEGs are decoded by Pillow, because another rank"]),
         (
             "auto",
             "pillow",
             "pillow",
-            BOTH,
+            True,
             ["NOTE: JPEGs are decoded by Pillow, as this run began; data.decoder=native"],
         ),
-        (
-            "auto",
-            "pillow",
-            "pillow",
-            ("library",),
-            ["NOTE: JPEGs are decoded by Pillow, as this run began; data.decoder=li"],
-        ),
-        ("auto", "pillow", "native", (), ["WARNING: this run's JPEGs were decoded by native", "NOTE: "]),
-        ("pillow", "pillow", "native", BOTH, ["WARNING: this run's JPEGs were decoded by native"]),
-        ("native", "native", "pillow", BOTH, ["WARNING: this run's JPEGs were decoded by pillow"]),
-        ("gpu", "gpu", "native", (*BOTH, "gpu"), ["WARNING: this run's JPEGs were decoded by native"]),
-        ("auto", "native", "gpu", BOTH, ["WARNING: this run's JPEGs were decoded by gpu"]),
+        ("auto", "pillow", "native", False, ["WARNING: this run's JPEGs were decoded by native", "NOTE: "]),
+        ("pillow", "pillow", "native", True, ["WARNING: this run's JPEGs were decoded by native"]),
+        ("native", "native", "pillow", True, ["WARNING: this run's JPEGs were decoded by pillow"]),
     ],
 )
 def test_what_changes_or_is_missing_is_said_once_a_start_and_only_of_jpegs(
     wanted: str,
     decided: str,
     stored: str | None,
-    here: tuple[str, ...],
+    here: bool,
     said: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    have(monkeypatch, *here)
+    have(monkeypatch, here)
     lines = list(decoder_lines(wanted, decided, stored, JPEGS))
     assert len(lines) == len(said)
     assert all(line.startswith(start) and "\n" not in line for line, start in zip(lines, said, strict=True))
     told = "".join(lines)
-    fastest_here = decided == (here[0] if here else "pillow")
-    assert ("libjpeg-dev" in told) == ("native" not in here and wanted == "auto" and fastest_here)
-    assert ("lars-train[decode]" in told) == (not here and wanted == "auto")
-    changed_on_the_cpu = stored not in (None, decided) and "gpu" not in (stored, decided)
-    assert ("at most 1 level" in told) == changed_on_the_cpu
+    assert ("libjpeg-dev" in told) == (not here and wanted == "auto")
+    assert ("at most 1 level" in told) == (stored not in (None, decided))
     assert list(decoder_lines(wanted, decided, stored, Named("class/x.png"))) == []
 
 
@@ -276,15 +202,14 @@ def test_an_evaluation_alone_uses_the_decoder_that_the_config_names(
     monkeypatch.setattr(session, "evaluate_split", seen)
     config = small_run(photographs, tmp_path / "run", mode="evaluate", checkpoint__path=str(tmp_path / "run"))
     capsys.readouterr()
-    cases = [(BOTH, "auto", "native"), (BOTH, "pillow", "pillow"), ((), "auto", "pillow"), (BOTH, "library", "library")]
-    for here, wanted, expected in cases:
-        have(monkeypatch, *here)
+    for here, wanted, expected in [(True, "auto", "native"), (True, "pillow", "pillow"), (False, "auto", "pillow")]:
+        have(monkeypatch, here)
         chosen, content = session.evaluation_config(config, ())
         chosen.data.decoder = wanted
         session.evaluate_only(chosen, content, Ranks())
         assert asked.pop() == expected
         assert capsys.readouterr().err.count("libjpeg-dev") == (not here)
-    have(monkeypatch)
+    have(monkeypatch, False)
     chosen.data.decoder = "native"
     with pytest.raises(ConfigError, match=r"data\.decoder=native"):
         session.evaluate_only(chosen, content, Ranks())
@@ -308,7 +233,7 @@ def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cann
     train(photographs, same)
     assert decoders(same) == ["native", "native"]
     assert all(torch.equal(value, weights(unbroken)[key]) for key, value in weights(same).items())
-    have(monkeypatch)
+    have(monkeypatch, False)
     capsys.readouterr()
     train(photographs, other)
     said = capsys.readouterr().out
@@ -320,30 +245,31 @@ def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cann
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 def test_a_run_that_began_with_pillow_goes_on_with_it(photographs: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        have(patch)
+        have(patch, False)
         train(photographs, tmp_path / "run", max_updates=2)
     train(photographs, tmp_path / "run")
     assert decoders(tmp_path / "run") == ["pillow", "pillow"]
 
 
-@pytest.mark.skipif(library.nvimgcodec() is None, reason="nvImageCodec is not installed")
-def test_a_run_by_the_library_goes_on_with_it_and_tells_of_its_share(
+def test_a_missing_decoder_is_found_before_anything_is_written(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "is_there", lambda: False)
-        train(photographs, tmp_path / "run", max_updates=2)
-    train(photographs, tmp_path / "run")
-    assert decoders(tmp_path / "run") == ["library", "library"]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {line["loader/fast_share"] for line in lines if "loader/fast_share" in line} == {1.0}
-
-
-@pytest.mark.parametrize("name", ["native", "library", "gpu"])
-def test_a_decoder_wanted_and_not_there_is_found_before_anything_is_written(
-    name: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    have(monkeypatch)
-    with pytest.raises(ConfigError, match=rf"data\.decoder={name}"):
-        train(photographs, tmp_path / "run", data__decoder=name)
+    have(monkeypatch, False)
+    with pytest.raises(ConfigError, match=r"data\.decoder=native"):
+        train(photographs, tmp_path / "run", data__decoder="native")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
+def test_a_run_by_an_unknown_decoder_resumes_and_says_so(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(resolve_module, "choose_decoder", lambda *arguments: "library")
+        train(photographs, tmp_path / "run", max_updates=2)
+    capsys.readouterr()
+    train(photographs, tmp_path / "run")
+    assert (
+        capsys.readouterr().out.count("WARNING: this run's JPEGs were decoded by library so far and are by native") == 1
+    )
+    assert decoders(tmp_path / "run") == ["library", "native"]

@@ -21,7 +21,7 @@ from lars_train.training.device import (
     cuda_devices,
     set_up,
 )
-from lars_train.training.feed import normaliser
+from lars_train.training.device_prefetch import normaliser
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -41,7 +41,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: in
 
 
 def cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True) | {"avx512_vnni": True})
+    found = dict.fromkeys(flags, True) | {"avx512_vnni": True}
+    # raising=False: torch before 2.11 has no such function.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,19 @@ def test_auto_on_a_cpu_is_bfloat16_where_the_hardware_has_it(
     flags: tuple[str, ...], fastest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu(monkeypatch, *flags)
+    assert choose_precision("auto", CPU).name == fastest
+
+
+@pytest.mark.parametrize(
+    ("has", "fastest"), [((False, False), "fp32"), ((True, False), "bf16"), ((False, True), "bf16")]
+)
+def test_auto_on_a_cpu_needs_no_recent_torch(
+    has: tuple[bool, bool], fastest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    functions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
+    for function, value in zip(functions, (*has, True), strict=True):
+        monkeypatch.setattr(torch.cpu, function, lambda value=value: value)
     assert choose_precision("auto", CPU).name == fastest
 
 
@@ -118,7 +133,7 @@ def test_every_rank_has_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch
     for wanted in ("auto", "cuda"):
         assert choose_device(Config(device=wanted), Ranks(5, 8, 1, 2)) == torch.device("cuda", 1)
     assert choose_device(Config(device="cpu"), Ranks(5, 8, 1, 2)) == CPU
-    with pytest.raises(ConfigError, match=r"local rank 2 has no device: .* 2 CUDA device\(s\).*device=cpu"):
+    with pytest.raises(ConfigError, match=r"local rank 2 has no device: .* 2 CUDA devices.*device=cpu"):
         choose_device(Config(), Ranks(2, 3, 2, 3))
 
 
@@ -142,9 +157,16 @@ def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.Mo
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads = [choose_threads(Config(), Ranks(0, n, 0, n)) for n in (1, 2, 3, 8, 20)]
     assert threads == [8, 4, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert choose_threads(Config(), Ranks()) == 3
     assert choose_threads(Config(launch=LaunchConfig(threads=5)), Ranks()) == 5
+    # As torchrun has it for each of several processes.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert choose_threads(Config(), Ranks()) == threads[0]
     workers = [choose_workers(Config(), CUDA, Ranks(0, n, 0, n)) for n in (1, 2, 8)]
     assert workers == [7, 3, 1]
     monkeypatch.setattr(module, "available_cores", lambda: 96)

@@ -119,7 +119,7 @@ def waited_in_vain(ranks: Ranks, folder: Path) -> str:
                 while len(list(folder.glob("gave-up-*"))) < 2:
                     time.sleep(0.05)
             else:
-                group.highest([0])
+                group.all_reduce_max([0])
     except RuntimeError as error:
         (folder / f"gave-up-{ranks.rank}").touch()
         return str(error)
@@ -129,19 +129,19 @@ def waited_in_vain(ranks: Ranks, folder: Path) -> str:
 def collectives(group: Group) -> dict[str, Any]:
     rank = group.ranks.rank
     values = torch.tensor([1.0, 10.0 * rank])
-    group.sum(values)
+    group.all_reduce_sum(values)
     outcome: dict[str, Any] = {
         "sum": values.tolist(),
-        "minimum": group.minimum(5 - rank, CPU),
-        "from_first": group.from_first({"token": rank}),
-        "gather": group.gather([rank]),
+        "minimum": group.all_reduce_min(5 - rank, CPU),
+        "from_first": group.broadcast_from_rank0({"token": rank}),
+        "gather": group.all_gather([rank]),
         "first": group.first,
     }
-    group.together(None)
+    group.raise_on_all_ranks(None)
     for error in (ConfigError("rank 1 has no data"), DataError("rank 2 met a bad image")):
         who = 1 if isinstance(error, ConfigError) else 2
         try:
-            group.together(error if rank == who else None)
+            group.raise_on_all_ranks(error if rank == who else None)
         except (ConfigError, DataError) as raised:
             outcome[type(raised).__name__] = str(raised)
     return outcome
@@ -349,15 +349,15 @@ def test_one_rank_alone_needs_no_process_group() -> None:
     with process_group(Ranks(), CPU, 1.0) as group:
         assert not dist.is_initialized()
         values = torch.ones(2)
-        group.sum(values)
+        group.all_reduce_sum(values)
         assert values.tolist() == [1, 1]
-        assert group.minimum(7, CPU) == 7
-        assert group.from_first("x") == "x"
-        assert group.gather("x") == ["x"]
+        assert group.all_reduce_min(7, CPU) == 7
+        assert group.broadcast_from_rank0("x") == "x"
+        assert group.all_gather("x") == ["x"]
         assert group.first
-        group.together(None)
+        group.raise_on_all_ranks(None)
         with pytest.raises(DataError, match="mine"):
-            group.together(DataError("mine"))
+            group.raise_on_all_ranks(DataError("mine"))
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lars_train.data.augment import View
-from lars_train.data.loader import BadSample, Batch
+from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.data.order import checksum
+from lars_train.data.transforms import View
+from lars_train.errors import DataError
 from lars_train.launch import Ranks
 from lars_train.monitoring.progress import Progress
 from lars_train.training import evaluation
@@ -65,11 +66,11 @@ class Rehearsal(Group):
     brought: list[Any] = field(default_factory=list)
     everyone: list[list[Any]] = field(default_factory=list)
 
-    def sum(self, values: Tensor) -> None:
-        together = self.gather(values.clone())
+    def all_reduce_sum(self, values: Tensor) -> None:
+        together = self.all_gather(values.clone())
         values.copy_(torch.stack(together).sum(0))
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.brought.append(value)
         return [part[len(self.brought) - 1] for part in self.everyone] or [value]
 
@@ -169,9 +170,11 @@ def test_a_bad_image_counts_as_wrong_and_leaves_the_loss_alone(world: int) -> No
         assert result.values()["val/bad_images"] == 4
 
 
-def test_images_that_are_all_bad_give_zero_and_no_error() -> None:
-    (result,) = split_result(Pictures(3, 7, bad=(0, 1, 2)), network(7))
-    assert (result.top1, result.top5, result.loss, result.count, result.decoded) == (0, 0, 0, 3, 0)
+def test_images_that_are_all_bad_give_no_result() -> None:
+    with pytest.raises(
+        DataError, match=r"none of the 3 validation images can be decoded \(/val/0\.png: no such luck\)"
+    ):
+        split_result(Pictures(3, 7, bad=(0, 1, 2)), network(7))
 
 
 def test_with_fewer_than_five_classes_top5_takes_them_all() -> None:

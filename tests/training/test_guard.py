@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from tiny import tiny
 from torch import nn, optim
 
 from lars_train import LARS
-from lars_train.config import Config, resolve
+from lars_train.config import Config
 from lars_train.errors import ConfigError, Diverged
+from lars_train.export import export
 from lars_train.launch import Ranks
 from lars_train.training import checkpoint, device, session
 from lars_train.training import guard as guard_module
@@ -27,26 +29,14 @@ from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Trainer
 
 # 4 updates an epoch, 12 in all; a checkpoint every second update.
-TINY: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "epochs": 3,
     "log_every": 2,
-    "device": "cpu",
     "batch": {"size": 24},
-    "recipe": {"rows": {"32k": {}}},
-    "data": {
-        "name": "synthetic",
-        "image_size": 16,
-        "augment": "pad_crop",
-        "train_count": 100,
-        "val_count": 22,
-        "num_classes": 4,
-        "workers": 0,
-    },
-    "model": {"name": "small", "ghost_batch": 8},
-    "optimizer": {"lr": 1.0, "trust_coef": 0.01, "weight_decay": 0.001},
+    "data": {"image_size": 16, "augment": "pad_crop", "train_count": 100, "val_count": 22},
+    "model": {"ghost_batch": 8},
+    "optimizer": {"trust_coef": 0.01, "weight_decay": 0.001},
     "schedule": {"warmup_epochs": 1},
-    "precision": {"name": "fp32"},
-    "launch": {"threads": 1},
     "checkpoint": {"every_updates": 2},
     "evaluate": {"every_epochs": 3},
 }
@@ -65,11 +55,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def settings(**changes: Any) -> Config:
+    return tiny(SETTINGS, changes)
+
+
 def train(directory: Path, precision: str = "fp32", **guard: Any) -> dict[str, Any]:
     changes = {"run": {"dir": str(directory)}, "guard": guard, "precision": {"name": precision}}
-    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, changes)
-    assert isinstance(raw, DictConfig)
-    return session.train(prepare(resolve(raw)), Ranks(), Invocation(("lars-train",)))
+    return session.train(prepare(settings(**changes)), Ranks(), Invocation(("lars-train",)))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -104,6 +96,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pyte
     with pytest.raises(Diverged, match=r"diverged at update 6: loss nan, lr 0\.[0-9]+") as caught:
         train(tmp_path / "run")
     assert "largest gradient norms at update 5: conv1.weight nan" in str(caught.value)
+    assert "\nStopped; divergence.jsonl in " in str(caught.value)
     (record,) = lines(tmp_path / "run/divergence.jsonl")
     assert record["update"] == 6
     assert record["loss"] is None
@@ -157,9 +150,63 @@ def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(
 
 def test_rollbacks_end_after_as_many_as_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Spoiled(monkeypatch, *range(4, 100))
-    with pytest.raises(Diverged, match="after 2 rollbacks"):
+    with pytest.raises(Diverged, match="Stopped after 2 rollbacks; "):
         train(tmp_path / "run", on_divergence="rollback", max_rollbacks=2)
-    assert [line["action"] for line in lines(tmp_path / "run/divergence.jsonl")] == ["rollback", "rollback", "stop"]
+    # A repeated divergence goes one checkpoint further back.
+    records = [(line["action"], line.get("to_update")) for line in lines(tmp_path / "run/divergence.jsonl")]
+    assert records == [("rollback", 4), ("rollback", 2), ("stop", None)]
+
+
+def test_no_rollback_goes_to_weights_that_gave_no_finite_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The first step is too large by far: its loss is finite, and that of the next update is not.
+    exploding = {"name": "sgd", "lr": 3e38, "trust_coef": None, "weight_decay": 0.0}
+    monkeypatch.setitem(SETTINGS, "optimizer", exploding)
+    monkeypatch.setitem(SETTINGS, "schedule", {"warmup_epochs": 0})
+    monkeypatch.setitem(SETTINGS, "checkpoint", {"every_updates": 1})
+    with pytest.raises(Diverged, match="after 3 rollbacks"):
+        train(tmp_path / "run", on_divergence="rollback", max_rollbacks=3)
+    records = [(line["update"], line.get("to_update")) for line in lines(tmp_path / "run/divergence.jsonl")]
+    assert records == [(2, 0), (2, 0), (2, 0), (2, None)]
+    # What the next start finds, and what is left to look at.
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["diverged-000000001.pt", "update-000000000.pt"]
+    # Where only the last one is kept, there is none to go on from, and the next start says so.
+    monkeypatch.setitem(SETTINGS, "checkpoint", {"every_updates": 1, "keep": 1})
+    with pytest.raises(Diverged, match="No checkpoint from before it is left"):
+        train(tmp_path / "one", on_divergence="rollback")
+    with pytest.raises(ConfigError, match=r"the run diverged, and no checkpoint .*resume=never"):
+        train(tmp_path / "one", on_divergence="rollback")
+
+
+def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The last step spoils the weights: no training loss is made with them.
+    Spoiled(monkeypatch, 11)
+    directory = tmp_path / "run"
+    with pytest.raises(Diverged, match="diverged at update 12: validation loss nan"):
+        train(directory)
+    (record,) = lines(directory / "divergence.jsonl")
+    assert (record["quantity"], record["update"], record["action"]) == ("val/loss", 12, "stop")
+    names = [f"update-{update:09d}.pt" for update in (8, 10)]
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["diverged-000000012.pt", *names]
+    assert not (directory / "final.json").exists()
+    assert not any("val/top1" in line for line in lines(directory / "metrics.jsonl"))
+    (start,) = json.loads((directory / "run.json").read_text())["started"]
+    assert start["ended"]["how"] == "failed"
+    # Its weights are neither exported nor evaluated as a result.
+    aside, copy = directory / "checkpoints/diverged-000000012.pt", tmp_path / "copy.pt"
+    with pytest.raises(ConfigError, match="the run has diverged with these weights, and has set them aside"):
+        export(settings(mode="export", checkpoint={"path": str(aside)}))
+    shutil.copyfile(aside, copy)
+    spoiled = {"checkpoint": {"path": str(copy)}}
+    with pytest.raises(ConfigError, match=r"values that are not finite .*the run has diverged"):
+        export(settings(mode="export", **spoiled))
+    with pytest.raises(Diverged, match="val/loss is nan"):
+        session.evaluate_only(*session.evaluation_config(settings(mode="evaluate", **spoiled), ()), Ranks())
+    # The same run goes on from the good one, and around the samples where that is asked for.
+    final = train(directory, on_divergence="rollback")
+    assert final["rollbacks"] == [{"from_update": 12, "to_update": 10, "passed_over_from": 10, "passed_over": 2}]
+    assert math.isfinite(lines(directory / "metrics.jsonl")[-1]["val/loss"])
+    assert checkpoint.load(directory / "checkpoints/best.pt")["update"] == 12
 
 
 def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(
@@ -175,6 +222,18 @@ def test_a_loss_above_the_limit_is_a_divergence(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="diverged at update 1: loss"):
         train(tmp_path / "low", max_loss=0.01)
     assert train(tmp_path / "high", max_loss=100.0)["updates"] == 12
+
+
+def test_a_report_that_cannot_be_written_hides_no_divergence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(guard_module, "write_whole", full)
+    with pytest.raises(Diverged, match="diverged at update 1: loss"):
+        train(tmp_path / "run", max_loss=0.01)
+    assert "WARNING: divergence.jsonl cannot be written (No space left on device)" in capsys.readouterr().out
 
 
 def test_bad_settings_of_the_guard_are_refused(tmp_path: Path) -> None:
@@ -212,7 +271,7 @@ def test_steps_that_float16_skips_do_not_advance_the_schedule(monkeypatch: pytes
 
 @pytest.mark.usefixtures("float16")
 def test_float16_that_never_makes_a_step_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run_module, "_MOST_SKIPPED", 5)
+    monkeypatch.setattr(guard_module, "_MOST_SKIPPED", 5)
     original = Trainer._step
     monkeypatch.setattr(Trainer, "_step", lambda trainer: original(trainer) and False)
     with pytest.raises(Diverged, match="6 batches in a row"):
@@ -289,7 +348,7 @@ def test_a_rollback_that_a_kill_took_back_is_recorded_once(monkeypatch: pytest.M
         original = run_module.Run._save
 
         def save(run: run_module.Run) -> None:
-            if run.rollbacks:
+            if run.state.rollbacks:
                 raise KeyboardInterrupt
             original(run)
 
@@ -321,8 +380,21 @@ def test_a_rollback_keeps_the_best_result_of_an_evaluation_after_its_checkpoint(
         return replace(result, top1=next(scores))
 
     monkeypatch.setattr(run_module, "evaluate_split", scored)
-    monkeypatch.setitem(TINY, "evaluate", {"every_epochs": 1})
+    monkeypatch.setitem(SETTINGS, "evaluate", {"every_epochs": 1})
     final = train(tmp_path / "run", on_divergence="rollback")
     assert final["best_top1"] == 90.0
     best = checkpoint.load(tmp_path / "run/checkpoints/best.pt")
     assert best["update"] == 4
+
+
+def test_a_rollback_beyond_the_best_takes_it_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Two divergences after the evaluation at update 8: back to 8, then to 6, and past the samples.
+    Spoiled(monkeypatch, 8, 10)
+    scores = iter([50.0, 90.0, 90.0, 10.0, 10.0])
+    whole = run_module.evaluate_split
+    monkeypatch.setattr(run_module, "evaluate_split", lambda *a, **k: replace(whole(*a, **k), top1=next(scores)))  # type: ignore[type-var]
+    monkeypatch.setitem(SETTINGS, "evaluate", {"every_epochs": 1})
+    final = train(tmp_path / "run", on_divergence="rollback")
+    assert [step["to_update"] for step in final["rollbacks"]] == [8, 6]
+    assert final["best_top1"] == 50.0
+    assert checkpoint.load(tmp_path / "run/checkpoints/best.pt")["update"] == 4

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from lars_train.training import host_memory
+from lars_train.training import device
 
 PAGES_OF_A_SECOND_BLOCK = """
 import ctypes, resource, sys
-from lars_train.training.host_memory import keep_freed_memory
+from lars_train.training.device import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "asked" else False
 c = ctypes.CDLL(None)
 c.malloc.restype = ctypes.c_void_p
@@ -69,6 +69,6 @@ def test_another_c_library_is_left_alone(answer: str | Exception | None, monkeyp
 
     for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(host_memory.os, "confstr", confstr)
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", no_library)
-    assert not host_memory.keep_freed_memory()
+    monkeypatch.setattr(device.os, "confstr", confstr)
+    monkeypatch.setattr(device.ctypes, "CDLL", no_library)
+    assert not device.keep_freed_memory()

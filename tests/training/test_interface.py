@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from lars_train.launch import Ranks
-from lars_train.training.interface import NAMED, choose_interface, interface_of
+from lars_train.rendezvous import NAMED, choose_interface, interface_of
 
 HERE = Ranks(rank=0, world=2, local_rank=0, local_world=1)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lars_train.training.interval import Interval
+from lars_train.training.metrics import Interval
 
 
 def test_a_log_line_tells_the_rate_of_the_updates_since_the_one_before() -> None:
@@ -13,6 +13,8 @@ def test_a_log_line_tells_the_rate_of_the_updates_since_the_one_before() -> None
     assert values["train/mfu"] == pytest.approx(160 * 2e9 / 1e12)
     assert values["train/wait_share"] == 2 / 16
     assert values["checkpoint/wait_seconds"] == 0
+    values = interval.values(40, 116.0, global_batch=256, flops_per_image=2e9, peak_flops=None)
+    assert "train/mfu" not in values
 
 
 def test_evaluations_and_checkpoints_are_left_out_of_the_rate() -> None:

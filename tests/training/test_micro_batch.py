@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lars_train.models.factory import build_model
-from lars_train.training import micro_batch
-from lars_train.training.device import choose_precision
-from lars_train.training.micro_batch import (
+from lars_train.training import device
+from lars_train.training.device import (
     MOST_SAMPLES,
     activation_bytes,
+    choose_precision,
     free_memory,
     ghosts_that_fit,
     try_micro_batch,
@@ -74,7 +74,7 @@ def test_the_micro_batch_is_bounded_on_every_side() -> None:
 def test_the_micro_batch_follows_the_free_memory_that_ranks_share() -> None:
     model = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False)
     ghost = activation_bytes(model, 4, 16)
-    share = micro_batch.SHARE_OF_FREE_MEMORY
+    share = device.SHARE_OF_FREE_MEMORY
     assert fitting(free=int(10.5 * ghost / share)) == 10
     assert fitting(free=int(10.5 * ghost / share), local_world=2) == 5
     assert fitting(free=int(10.5 * ghost / share), local_world=100) == 1

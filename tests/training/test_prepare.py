@@ -6,45 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from tiny import tiny
 
-from lars_train.config import Config, resolve
-from lars_train.data.source import fingerprint
+from lars_train.config import Config
+from lars_train.data.dataset import fingerprint
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
-from lars_train.training import checkpoint, session
+from lars_train.training import session
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 from lars_train.training.session import find_finished
 
-TINY: dict[str, Any] = {
-    "epochs": 2,
-    "max_updates": 1,
-    "device": "cpu",
-    "batch": {"size": 8},
-    "recipe": {"rows": {"32k": {}}},
-    "data": {
-        "name": "synthetic",
-        "image_size": 8,
-        "augment": "none",
-        "eval_crop": 1.0,
-        "train_count": 24,
-        "val_count": 4,
-        "num_classes": 4,
-    },
-    "model": {"name": "small", "ghost_batch": 4},
-    "optimizer": {"lr": 1.0},
-    "precision": {"name": "fp32"},
-    "launch": {"threads": 1},
-}
-
 
 def config(directory: Path, **changes: Any) -> Config:
-    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, {"run": {"dir": str(directory)}})
-    for key, value in changes.items():
-        OmegaConf.update(raw, key.replace("__", "."), value)
-    assert isinstance(raw, DictConfig)
-    return resolve(raw)
+    return tiny({"max_updates": 1, "run": {"dir": str(directory)}}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +47,6 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
     prepare(config(tmp_path / "run", checkpoint__path=str(trained), optimizer__clip="lr", optimizer__nesterov=True))
 
 
-def test_a_checkpoint_of_an_older_version_which_had_fewer_options_is_read(trained: Path, tmp_path: Path) -> None:
-    path = next((trained / "checkpoints").glob("update-*.pt"))
-    content = checkpoint.load(path)
-    for key in ("adapt_norm_bias", "lr_placement", "preset", "nesterov"):
-        del content["config"]["optimizer"][key]
-    del content["config"]["schedule"]["warmup_start"]
-    older = checkpoint.save(tmp_path / "checkpoints", 1, content, keep=1)
-    assert prepare(config(tmp_path / "run", checkpoint__path=str(older))).start_from is not None
-    asked = config(tmp_path / "run", mode="evaluate", checkpoint__path=str(older))
-    assert session.evaluation_config(asked, ())[0].optimizer.eps == asked.optimizer.eps
-    with pytest.raises(ConfigError, match=r"optimizer\.adapt_norm_bias=True"):
-        prepare(config(tmp_path / "run", checkpoint__path=str(older), optimizer__adapt_norm_bias=False))
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -109,7 +70,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 def test_a_run_whose_data_have_changed_does_not_go_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The config is the same and so is the directory; the files are not.
-    monkeypatch.setattr("lars_train.data.synthetic.fingerprint", lambda *given: fingerprint(*given)[::-1])
+    monkeypatch.setattr("lars_train.data.sources.builtin.fingerprint", lambda *given: fingerprint(*given)[::-1])
     prepared = prepare(config(trained, max_updates=2))
     before = contents(trained)
     with pytest.raises(ConfigError, match=r"file names or labels differ.*resume=never"):
@@ -139,6 +100,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(trained: Path,
         ({"data__root": "/x"}, r"data\.root=/x has no meaning with data=synthetic"),
         ({"batch__size": 10}, r"no multiple of the ghost batch"),
         ({"micro_batch": 6}, r"micro_batch=6 is no multiple"),
+        (
+            {"batch__size": 1, "batch__scaled": False, "optimizer__lr": 1.0, "data__image_size": 4},
+            r"^batch\.size=1: .* one pixel .* at least 2",
+        ),
         ({"model__ghost_batch": 1, "data__image_size": 4}, r"model\.ghost_batch=1: .* one pixel .* at least 2"),
         ({"model__name": "resnet51"}, r"resnet51"),
         ({"model__weights": "/missing.pth"}, r"model\.weights=/missing\.pth"),

@@ -23,12 +23,12 @@ from PIL import Image
 from program import ALONE, environment, final, losses, ran
 
 from lars_train.config import Config, config_dir, register, resolve
-from lars_train.data.remote import RemoteSource
+from lars_train.data.sources.remote import RemoteSource
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
 from lars_train.monitoring.fields import OF_THE_CLOCK
-from lars_train.stores.encode import Encoding
-from lars_train.stores.pack import Request, pack, silent
+from lars_train.pack.encode import Encoding
+from lars_train.pack.packing import Request, pack, silent
 from lars_train.training import session
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation

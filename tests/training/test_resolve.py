@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lars_train.config import Config, DataConfig, LaunchConfig, PrecisionConfig
-from lars_train.data import library, native
+from lars_train.data.decode import native
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
@@ -16,7 +16,7 @@ from lars_train.plan import Plan
 from lars_train.training import device as device_module
 from lars_train.training import resolve as module
 from lars_train.training.distributed import Group
-from lars_train.training.resolve import Resolved, resolve
+from lars_train.training.resolve import Resolved, resolve_execution
 
 CPU = torch.device("cpu")
 GHOST = 4
@@ -45,8 +45,7 @@ def config(**settings: Any) -> Config:
 @pytest.fixture(autouse=True)
 def a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
-    for decoder in (native, library):
-        monkeypatch.setattr(decoder, "is_there", lambda: False)
+    monkeypatch.setattr(native, "is_there", lambda: False)
     monkeypatch.setattr(device_module, "available_cores", lambda: 8)
     monkeypatch.setattr(device_module, "_cpu_has", lambda *flags: "bf16" in flags)
 
@@ -62,20 +61,24 @@ class Among(Group):
 
     least: int = 1 << 62
 
-    def minimum(self, value: int, device: torch.device) -> int:
+    def all_reduce_min(self, value: int, device: torch.device) -> int:
         return min(value, self.least)
+
+
+def of_pillow(micro_batch: int, precision: str, threads: int, world: int, device: str) -> Resolved:
+    return Resolved(micro_batch, precision, threads, world, device, decoder="pillow", channels_last=True)
 
 
 def decide(network: nn.Module, c: Config, stored: Resolved | None = None, **how: Any) -> Resolved:
     ranks, least = how.get("ranks", Ranks()), how.get("least", 1 << 62)
     kept = None if stored is None else asdict(stored)
-    return resolve(c, how.get("plan", plan()), network, CPU, Among(ranks, least), kept)
+    return resolve_execution(c, how.get("plan", plan()), network, CPU, Among(ranks, least), kept)
 
 
 def test_left_open_everything_is_decided_for_this_machine(network: nn.Module) -> None:
-    assert decide(network, config()) == Resolved(40, "bf16", 8, 1, "cpu")
+    assert decide(network, config()) == of_pillow(40, "bf16", 8, 1, "cpu")
     two = Ranks(1, 2, 1, 2)
-    assert decide(network, config(), ranks=two) == Resolved(20, "bf16", 4, 2, "cpu")
+    assert decide(network, config(), ranks=two) == of_pillow(20, "bf16", 4, 2, "cpu")
 
 
 def test_the_micro_batch_is_never_more_than_a_rank_has_to_do(network: nn.Module) -> None:
@@ -101,26 +104,26 @@ def test_no_memory_at_all_still_gives_one_ghost_batch(network: nn.Module, monkey
 
 
 def test_a_continuation_keeps_what_was_decided_at_first(network: nn.Module) -> None:
-    first = Resolved(8, "fp32", 3, 1, "cpu")
+    first = of_pillow(8, "fp32", 3, 1, "cpu")
     assert decide(network, config(), first) == first
 
 
 def test_what_the_config_says_wins_over_what_was_decided_at_first(network: nn.Module) -> None:
-    first = Resolved(8, "bf16", 3, 1, "cpu")
+    first = of_pillow(8, "bf16", 3, 1, "cpu")
     c = config(micro_batch=16, precision=PrecisionConfig("fp64"), launch=LaunchConfig(threads=2))
-    assert decide(network, c, first) == Resolved(16, "fp64", 2, 1, "cpu")
+    assert decide(network, c, first) == of_pillow(16, "fp64", 2, 1, "cpu")
 
 
 def test_threads_are_decided_anew_where_the_ranks_are_others(network: nn.Module) -> None:
-    first = Resolved(8, "fp32", 3, 1, "cpu")
-    assert decide(network, config(), first, ranks=Ranks(0, 2, 0, 2)) == Resolved(8, "fp32", 4, 2, "cpu")
+    first = of_pillow(8, "fp32", 3, 1, "cpu")
+    assert decide(network, config(), first, ranks=Ranks(0, 2, 0, 2)) == of_pillow(8, "fp32", 4, 2, "cpu")
     assert decide(network, config(), replace(first, device="cuda")).threads == 8
 
 
 def test_a_kept_micro_batch_that_no_longer_fits_is_decided_anew(network: nn.Module) -> None:
     # More ranks: less to do for each. Another ghost batch (a checkpoint of another run): no whole number of them.
-    assert decide(network, config(), Resolved(40, "fp32", 1, 1, "cpu"), ranks=Ranks(0, 5, 0, 5)).micro_batch == 8
-    assert decide(network, config(), Resolved(6, "fp32", 1, 1, "cpu")).micro_batch == 40
+    assert decide(network, config(), of_pillow(40, "fp32", 1, 1, "cpu"), ranks=Ranks(0, 5, 0, 5)).micro_batch == 8
+    assert decide(network, config(), of_pillow(6, "fp32", 1, 1, "cpu")).micro_batch == 40
 
 
 def test_a_precision_that_the_device_cannot_do_is_refused(network: nn.Module) -> None:
@@ -142,9 +145,9 @@ def test_on_a_gpu_the_micro_batch_is_the_largest_that_was_tried_with_success(
             raise torch.OutOfMemoryError("there is no more")
 
     monkeypatch.setattr(module, "try_micro_batch", attempt)
-    stored = None if kept is None else asdict(Resolved(kept * GHOST, "fp32", 8, 1, "cuda"))
+    stored = None if kept is None else asdict(of_pillow(kept * GHOST, "fp32", 8, 1, "cuda"))
     settings = config(precision=PrecisionConfig(name="fp32"))
-    found = resolve(settings, plan(), network, torch.device("cuda"), Group(Ranks()), stored)
+    found = resolve_execution(settings, plan(), network, torch.device("cuda"), Group(Ranks()), stored)
     assert found.micro_batch == expected * GHOST
     assert len(tried) == len(set(tried)) <= 5
 
@@ -156,4 +159,4 @@ def test_a_gpu_without_room_for_one_ghost_batch_is_told_of(network: nn.Module, m
     monkeypatch.setattr(module, "try_micro_batch", attempt)
     settings = config(precision=PrecisionConfig(name="fp32"))
     with pytest.raises(ConfigError, match=r"one ghost batch of 4 images .* model\.ghost_batch"):
-        resolve(settings, plan(), network, torch.device("cuda"), Group(Ranks()), None)
+        resolve_execution(settings, plan(), network, torch.device("cuda"), Group(Ranks()), None)

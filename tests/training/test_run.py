@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,48 +10,36 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from tiny import tiny
 from torch import Tensor
 
-from lars_train.config import Config, resolve
+from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError, Stopped
-from lars_train.export.command import export
+from lars_train.export import export
 from lars_train.launch import Ranks
 from lars_train.monitoring.fields import FIELDS, OF_THE_CLOCK
 from lars_train.monitoring.log import RunLog
+from lars_train.monitoring.progress import Progress
 from lars_train.optim.lars import LARS
-from lars_train.training import checkpoint, session
+from lars_train.signals import SignalHandler
+from lars_train.training import checkpoint, metrics_logger, session
 from lars_train.training import run as run_module
-from lars_train.training.notice import Notice
 from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
 from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Trainer
 
 # 4 updates an epoch, 3 ghost batches an update, micro-batches of 2 and 1 ghost batches.
-TINY: dict[str, Any] = {
+CHANGES: dict[str, Any] = {
     "epochs": 3,
     "log_every": 3,
     "micro_batch": 16,
-    "device": "cpu",
     "batch": {"size": 24},
-    "recipe": {"rows": {"32k": {}}},
-    "data": {
-        "name": "synthetic",
-        "image_size": 16,
-        "augment": "pad_crop",
-        "pad": 2,
-        "eval_crop": 1.0,
-        "train_count": 100,
-        "val_count": 22,
-        "num_classes": 4,
-    },
-    "model": {"name": "small", "ghost_batch": 8},
-    "optimizer": {"lr": 1.0, "trust_coef": 0.01, "weight_decay": 0.001},
+    "data": {"image_size": 16, "augment": "pad_crop", "pad": 2, "train_count": 100, "val_count": 22, "workers": "auto"},
+    "model": {"ghost_batch": 8},
+    "optimizer": {"trust_coef": 0.01, "weight_decay": 0.001},
     "schedule": {"warmup_epochs": 1},
-    "precision": {"name": "fp32"},
-    "launch": {"threads": 1},
     "checkpoint": {"every_updates": 3},
 }
 
@@ -66,11 +55,7 @@ def process_state() -> Iterator[None]:
 
 def config(directory: Path, **changes: Any) -> Config:
     """The tiny run in `directory`; `changes` are keys with ``__`` for the dot."""
-    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, {"run": {"dir": str(directory)}})
-    for key, value in changes.items():
-        OmegaConf.update(raw, key.replace("__", "."), value)
-    assert isinstance(raw, DictConfig)
-    return resolve(raw)
+    return tiny(CHANGES, {"run": {"dir": str(directory)}}, **changes)
 
 
 def train(directory: Path, **changes: Any) -> dict[str, Any]:
@@ -289,16 +274,34 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     assert_same_outcome(tmp_path / "run", unbroken)
 
 
-def test_a_run_that_stops_early_goes_on_to_the_same_weights(unbroken: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "run"
+def test_a_run_that_stops_early_goes_on_to_the_same_weights(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, bars = tmp_path / "run", list[tuple[int, ...]]()
+    monkeypatch.setattr(Progress, "start_epoch", lambda _, *bar: bars.append(bar))
     for stop in (2, 5, 8):
         final = train(directory, max_updates=stop)
         assert (final["updates"], final["planned_updates"]) == (stop, 12)
         # Stopping early leaves the schedule as it is.
         assert [v for v in lines(directory) if "val/top1" in v][-1]["update"] == stop
+    # Epoch, updates that the run makes in it, and those made before: a bar ends where the run does.
+    assert bars == [(0, 2, 0), (0, 4, 2), (1, 1, 0), (1, 4, 1)]
     assert train(directory)["updates"] == 12
     assert_equal(state(directory)["model"], state(unbroken)["model"])
     assert json.loads((directory / "final.json").read_text())["weights_sha256"] == state_hash(unbroken)
+
+
+def test_low_validation_is_explained_at_the_first_evaluation_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        metrics_logger, "lag_line", lambda logged, result: f"NOTE: {logged['train/top1']:g} {result.top1:g}"
+    )
+    for stop in (4, 8):
+        train(tmp_path / "run", max_updates=stop)
+    values = {name: line[name] for line in lines(tmp_path / "run")[:3] for name in line}
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE: ")]
+    assert told == [f"NOTE: {values['train/top1']:g} {values['val/top1']:g}"]
 
 
 def state_hash(directory: Path) -> str:
@@ -312,7 +315,11 @@ def test_a_finished_run_is_told_and_not_trained_again(
     before = (unbroken / "run.json").read_text()
     monkeypatch.setattr(Run, "train", None)
     assert train(unbroken) == json.loads((unbroken / "final.json").read_text())
-    assert train(unbroken, max_updates=3)["updates"] == 12
+    # All of it, as far as it goes.
+    assert train(unbroken, max_updates=13) == train(unbroken)
+    for prepared in (prepare(config(unbroken, max_updates=n)) for n in (3, 11)):
+        with pytest.raises(ConfigError, match=r"max_updates=\d+: the run in .* has ended at update 12; .*run\.name"):
+            session.find_finished(prepared)
     assert (unbroken / "run.json").read_text() == before
 
 
@@ -463,6 +470,36 @@ def test_bad_images_are_named_once_and_counted(
     assert max(v["val/top1"] for v in evaluations) <= 100 * 7 / 8
 
 
+def test_a_run_goes_on_where_its_images_were_moved_to(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [tmp_path / name for name in ("here", "there", "others")]
+    for place in places:
+        shutil.copytree(photographs, place)
+    (places[2] / "train/class0/00.png").rename(places[2] / "train/class1/new.png")
+    monkeypatch.chdir(tmp_path)
+    here, there, others = ({"data__root": str(place), **FOLDER} for place in places)
+    # In the directory that the config names.
+    by_default = config(tmp_path, run__dir=None, max_updates=3, **here)
+    session.train(prepare(by_default), Ranks(), Invocation())
+    (directory,) = (tmp_path / "runs").iterdir()
+    (note,) = prepare(config(tmp_path, run__dir=None, **there)).notes
+    assert f"run.dir={directory.relative_to(tmp_path)} continues it" in note
+    assert not prepare(config(tmp_path, run__dir=None, **others)).notes
+    with pytest.raises(ConfigError, match=r"another config \(data\.root: .*here' there, .*others' now\)"):
+        train(directory, **others)
+    capsys.readouterr()
+    final = train(directory, **there)
+    told = capsys.readouterr().out
+    assert f"data.root      was {places[0]} in the run so far" in told
+    assert "resumed        at update 3" in told
+    assert final["weights_sha256"] == train(tmp_path / "unbroken", **here)["weights_sha256"]
+    assert json.loads((directory / "run.json").read_text())["settings"]["data.root"] == str(places[1])
+    # None of the three bad images is counted twice.
+    assert final["bad_images"] == 3
+    assert train(directory, **there) == final
+
+
 def test_more_bad_images_than_allowed_fail_the_run(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.max_bad=1"):
         train(tmp_path / "run", data__root=str(photographs), data__max_bad=1, **FOLDER)
@@ -483,22 +520,22 @@ def test_a_resumed_run_does_not_tell_known_bad_images_again(photographs: Path, t
     assert len(told) == 3
 
 
-def test_a_notice_within_an_evaluation_ends_the_run_with_the_checkpoint_before_it(
+def test_a_signal_within_an_evaluation_ends_the_run_with_the_checkpoint_before_it(
     unbroken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    noted: list[Notice] = []
-    enter, whole = Notice.__enter__, run_module.evaluate_split
+    noted: list[SignalHandler] = []
+    enter, whole = SignalHandler.__enter__, run_module.evaluate_split
 
-    def entered(notice: Notice) -> Notice:
-        noted.append(notice)
-        return enter(notice)
+    def entered(handler: SignalHandler) -> SignalHandler:
+        noted.append(handler)
+        return enter(handler)
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
-        noted[-1].given = signal.SIGTERM
+        noted[-1].received = signal.SIGTERM
         return whole(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Notice, "__enter__", entered)
+        patch.setattr(SignalHandler, "__enter__", entered)
         patch.setattr(run_module, "evaluate_split", interrupted)
         with pytest.raises(Stopped, match="SIGTERM: stopped after update 4, with a checkpoint"):
             train(tmp_path / "run")

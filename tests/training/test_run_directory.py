@@ -118,12 +118,13 @@ def test_every_start_is_recorded(tmp_path: Path) -> None:
 def test_what_is_known_later_of_a_start_stands_with_it(tmp_path: Path) -> None:
     directory, plan = tmp_path / "run", make_plan(config(), 1000)
     open_here(directory).close()
-    note_start(directory, plan=plan, resumed_at=0)
+    note_start(directory, plan=plan, data={"classes": 2}, resumed_at=0)
     note_end(directory, "stopped", "SIGTERM", update=7)
     open_here(directory).close()
-    note_start(directory, plan=plan, resumed_at=7)
+    note_start(directory, plan=plan, data={"classes": 2}, resumed_at=7)
     record = json.loads((directory / "run.json").read_text())
     assert record["plan"] == asdict(plan)
+    assert record["data"] == {"classes": 2}
     assert record["settings"]["optimizer.lr"] == 0.5
     first, second = record["started"]
     assert (first["resumed_at"], second["resumed_at"]) == (0, 7)
@@ -223,6 +224,26 @@ def test_a_second_start_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     open_here(directory).close()
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_lock_in_a_directory_that_was_moved_aside_locks_nothing(
+    begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, flock = tmp_path / "run", fcntl.flock
+    open_here(directory).close()
+
+    def late(file: Any, how: int) -> None:
+        # Another process, with resume=never, is quicker, and may have begun anew.
+        directory.rename(tmp_path / "aside")
+        if begun:
+            directory.mkdir()
+            (directory / ".lock").touch()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ConfigError, match="another process is running it now"):
+        open_here(directory)
+
+
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     open_here(directory).close()
@@ -264,10 +285,10 @@ class Elsewhere(Group):
 
     token: str = "rank 0's"
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_from_rank0(self, value: Any) -> Any:
         return self.token
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [None, value]
 
 
@@ -303,7 +324,7 @@ def test_a_file_that_other_nodes_see_late_is_waited_for(tmp_path: Path, monkeypa
 def test_a_failed_start_frees_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
     class Failing(Group):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return [value, None if value is None else ConfigError("rank 1 sees nothing")]
 
     def late(path: Path, token: str) -> bool:

@@ -14,19 +14,19 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lars_train.config import Config, OptimizerConfig, ScheduleConfig
-from lars_train.data.loader import BadSample, Batch
+from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.factory import build_model
 from lars_train.models.resnet_cifar import CifarResNet
 from lars_train.monitoring.noise import estimates
 from lars_train.optim import fused_sgd, rescale
-from lars_train.optim.factory import build_optimizer
 from lars_train.optim.lars import LARS
 from lars_train.plan import Plan, make_schedule
+from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, choose_precision
+from lars_train.training.device_prefetch import normaliser
 from lars_train.training.distributed import Group
-from lars_train.training.feed import normaliser
 from lars_train.training.trainer import Hyper, Meter, Trainer
 
 CPU = torch.device("cpu")

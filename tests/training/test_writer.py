@@ -13,7 +13,7 @@ import torch
 
 from lars_train.training import checkpoint
 from lars_train.training.checkpoint import listing, load
-from lars_train.training.writer import CheckpointWriter, host_copy
+from lars_train.training.checkpoint_writer import CheckpointWriter, host_copy
 
 
 def content(update: int) -> dict[str, Any]:
@@ -105,3 +105,27 @@ def test_a_host_copy_shares_no_memory() -> None:
     tensor.zero_()
     assert copied["a"][0].tolist() == copied["b"][0].tolist() == [1.0, 1.0]
     assert (copied["a"][1], copied["b"][1], copied["c"]) == (1, "x", None)
+
+
+def test_a_best_that_the_disk_refuses_is_kept_as_soon_as_it_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "keep_best", full)
+        writer.save(1, content(1))
+        writer.keep_best(1)
+        writer.save(2, content(2))
+        writer.wait()
+        assert writer.reason == "best.pt cannot be written: No space left on device"
+        # It waits for its turn beside the last one.
+        assert [load(path)["update"] for path in listing(tmp_path)] == [1, 2]
+    writer.save(3, content(3))
+    writer.save(4, content(4))
+    writer.close()
+    assert (writer.reason, writer.best_lost) == ("", None)
+    assert load(tmp_path / "best.pt")["update"] == 1
+    assert [load(path)["update"] for path in listing(tmp_path)] == [4]

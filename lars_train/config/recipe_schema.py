@@ -1,0 +1,60 @@
+"""The schema of a recipe, and of the rows in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass
+class RowConfig:
+    """One row of a recipe. Every field stands, by the same name, in the group that it belongs to.
+
+    `None` for an option of LARS means "as `preset` has it".
+    """
+
+    optimizer: str = "lars"
+    lr: Optional[float] = None
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decay_norm_bias: bool = True
+    adapt_norm_bias: bool = True
+    preset: str = "torchlars"
+    eps: Optional[float] = None
+    trust_coef: Optional[float] = None
+    denominator: Optional[str] = None
+    clip: Any = None
+    zero_norm: Optional[str] = None
+    zero_decay: Optional[str] = None
+    decay_placement: Optional[str] = None
+    ratio_placement: Optional[str] = None
+    lr_placement: Optional[str] = None
+    clamp: Any = None
+    warmup_epochs: float = 0.0
+    warmup_start: Any = "step"
+    form: str = "whole"
+    power: float = 2.0
+    end_lr: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    step_factor: float = 0.1
+    epochs: int = 90
+    label_smoothing: float = 0.0
+    zero_gamma: bool = False
+    min_crop: float = 0.08
+    ghost_batch: int = 32
+    published_top1: Optional[float] = None
+
+
+@dataclass
+class RecipeConfig:
+    """A published set of hyper-parameters: what all rows share, and one row per batch."""
+
+    name: str = "torchlars"
+    """Whose hyper-parameters."""
+    source: str = ""
+    """The publication that they are from."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Values that all rows share."""
+    rows: dict[str, Any] = field(default_factory=dict)
+    """One row for each batch, by `batch.name`."""

@@ -1,0 +1,112 @@
+"""A whole config from a file, such as the ``config.yaml`` of a run: what ``lars-train --config-file`` starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lars_train.config import AUTO, Config, RunConfig, config_dir, resolve, run_hash
+from lars_train.config.checks import refuse_unknown_keys
+from lars_train.config.keys import GROUPS, leaf_keys, section_keys
+from lars_train.errors import ConfigError
+from lars_train.messages import first_line
+
+NAME = "from_file"
+"""The name of the config that Hydra has registered."""
+_PLACES = ("run.dir", "run.name")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedConfig:
+    """The hash of the file's experiment, and whether the command line places the run itself."""
+
+    hash: str | None
+    placed: bool
+
+    def place(self, config: Config) -> Config:
+        """The config with the file's run directory if it is the file's experiment; another has a directory of its own.
+
+        So the seeds of a sweep do not meet in the directory of the run that they vary.
+        """
+        if self.placed or run_hash(config) == self.hash:
+            return config
+        return dataclasses.replace(config, run=RunConfig())
+
+
+def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
+    """Register the config in `file`, or in the run directory `file`, with Hydra, for the prepared `settings` to change.
+
+    Raises `ConfigError` for a file that is no whole config and for settings that choose groups: the file holds what its
+    own choices came to.
+    """
+    path = file / "config.yaml" if file.is_dir() else file
+    where = f"--config-file {path}"
+    keys = {setting.partition("=")[0].lstrip("+") for setting in settings}
+    for group in GROUPS:
+        if group in keys:
+            write = {"model": "model.name=", "precision": "precision.name="}.get(group, "")
+            hint = f"write {write}... instead" if write else "set single keys, or start without the file"
+            raise ConfigError(f"{group}=...: {where} has the values of its own {group} already; {hint}.")
+    content = _read(path, where)
+    missing = [key for key in leaf_keys() if key not in keys and not _holds(content, key)]
+    if missing:
+        few = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ConfigError(
+            f"{where}: it lacks {few}. Take a whole config, as runs write it (runs/RUN/config.yaml), or give those "
+            "keys on the command line."
+        )
+    placed = not keys.isdisjoint(_PLACES)
+    if placed:
+        content["run"] = {"dir": None, "name": None}
+    # Whether a run is moved aside is a word about one start.
+    content["resume"] = AUTO
+    try:
+        whole = OmegaConf.merge(OmegaConf.structured(Config), content)
+        assert isinstance(whole, DictConfig)
+        own = run_hash(resolve(whole))
+    except ConfigError:
+        # The line may hold what is wrong with it.
+        own = None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {error.full_key}: {first_line(error)}") from None
+    base = OmegaConf.load(config_dir() / "config.yaml")
+    overrides = [entry for entry in base.defaults if isinstance(entry, DictConfig) and "override" in str(entry)]
+    defaults = ["schema", "_self_", *map(OmegaConf.to_container, overrides)]
+    node = {"defaults": defaults, "hydra": OmegaConf.to_container(base.hydra), **content}
+    ConfigStore.instance().store(name=NAME, node=node)
+    return SavedConfig(own, placed)
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    try:
+        content = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{where}: it cannot be read ({error.strerror or error}).") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: it is no YAML ({first_line(error)}).") from None
+    plain: Any = OmegaConf.to_container(content)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{where}: it is no config, which is a mapping of keys.")
+    for key, value in plain.items():
+        if section_keys(str(key)) and not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} is no mapping of keys.")
+    try:
+        refuse_unknown_keys(OmegaConf.create(plain), OmegaConf.structured(Config))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return {str(key): value for key, value in plain.items()}
+
+
+def _holds(content: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True

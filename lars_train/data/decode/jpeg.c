@@ -1,0 +1,624 @@
+/* One view of one JPEG on libjpeg-turbo: decode what the view needs of it, resize on the way, write uint8 RGB rows.
+
+   Pixels are those of Pillow's full decode, crop and antialiased bilinear resize: the same filter weights in 22-bit
+   fixed point, columns first, each pass rounded to 8 bits. What libjpeg warns of or fails at, and what is not 8-bit
+   gray, YCbCr or RGB by Huffman coding, is refused with a code; the caller then asks Pillow. EXIF is not looked at.
+
+   Built at install where there are a C compiler and libjpeg-turbo's headers; pillow.py does without. No static state.
+   For tests: with LARS_WITHOUT_PYTHON there is no Python in it, with LARS_PLAIN_C no vectors. */
+
+#ifndef LARS_WITHOUT_PYTHON
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#endif
+#include <limits.h>
+#include <setjmp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+
+#if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000090
+#error "libjpeg-turbo 2.1 or newer is wanted"
+#endif
+
+/* One build runs on every x86-64 and uses what each has. */
+#ifdef __GNUC__
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(LARS_PLAIN_C)
+#define HAVE_AVX2
+#define AVX2 __attribute__((target("avx2")))
+#include <immintrin.h>
+#endif
+
+/* pillow.py has these numbers, too. */
+#define MAX_PIXELS ((1u << 30) / 12)
+#define MAX_SCANS 500
+#define MAX_SCANNED ((uint64_t)32 * MAX_PIXELS)
+/* Of libjpeg, for the coefficients of a picture in several scans: 6 bytes a pixel at most, 44 million pixels. */
+#define MAX_MEMORY (256L << 20)
+
+/* Pillow's: an 8-bit pixel times a weight of 22 bits, and sums of them, fit into 32. */
+#define WEIGHT_BITS 22
+#define HALF (1 << (WEIGHT_BITS - 1))
+/* Bytes behind each row of pixels that vectors may read or write. */
+#define SLACK 32
+/* Columns of a result's row that are made at a time. */
+#define BLOCK 32
+/* With more weights the errors of their rounding could add up to a level above 255. */
+#define MAX_TAPS 16000
+/* Rows that libjpeg is asked for at a time: with 4:2:0 it makes two. */
+#define ROWS 2
+/* Results in a row that vectors make at a time. */
+#define GROUP 4
+/* Results whose weights are made at a time; a multiple of the above. */
+#define STRIP 8
+
+enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
+
+/* The picture's size as the caller knows it; the box that is cut out; the size to which that is resized; the left and
+   top corner of the window that is kept of it, zeros where it hangs over; and the window's side. */
+typedef struct {
+    int width, height, left, top, right, bottom, wide, high, x, y, flip, size;
+} View;
+
+/* How one axis is resized: for each output pixel of the window, in the order of the result, the first input pixel and
+   `taps` weights (the last ones can be zeros). The window shows the output pixels from `from` to `from + count`. */
+typedef struct {
+    int count, from, taps, begin, end;
+    int *first;
+    int32_t *weights;
+    /* As vectors want them, where there are any. */
+    int32_t *spread;
+} Axis;
+
+/* `in` pixels along an axis, how many of them make one of the result, how far a triangle reaches, and 1 / that. */
+typedef struct {
+    int in;
+    double scale, support, inverse;
+} Filter;
+
+typedef struct {
+    struct jpeg_decompress_struct jpeg;
+    struct jpeg_error_mgr errors;
+    struct jpeg_progress_mgr progress;
+    jmp_buf back;
+    int code;
+    const uint8_t *data;
+    size_t length;
+    const View *view;
+    uint8_t *out;
+    Axis across, down;
+    void *memory[6];
+    void (*weigh)(const Filter *, int, int, const int *, const int *, int, int, double *, int32_t *);
+    void (*resize_across)(const Axis *, int, const uint8_t *const *, uint8_t *const *);
+    void (*resize_down)(const uint8_t *const *, const int32_t *, int, int, uint8_t *);
+} Job;
+
+static Job *job_of(j_common_ptr jpeg) { return (Job *)jpeg->client_data; }
+
+static void leave(Job *job, int code) {
+    job->code = code;
+    longjmp(job->back, 1);
+}
+
+static void on_error(j_common_ptr jpeg) { leave(job_of(jpeg), DAMAGED); }
+
+static void on_message(j_common_ptr jpeg, int level) {
+    /* A warning, of data that end early or make no sense. */
+    if (level < 0) leave(job_of(jpeg), DAMAGED);
+}
+
+static void be_silent(j_common_ptr jpeg) { (void)jpeg; }
+
+static void on_progress(j_common_ptr jpeg) {
+    /* A few bytes can ask for any number of scans over the whole picture. */
+    const j_decompress_ptr reader = (j_decompress_ptr)jpeg;
+    const uint64_t scans = (uint64_t)reader->input_scan_number, pixels = (uint64_t)reader->image_width * reader->image_height;
+    if (scans > MAX_SCANS || scans * pixels > MAX_SCANNED) leave(job_of(jpeg), TOO_MUCH);
+}
+
+static void *take(Job *job, int slot, size_t count, size_t bytes) {
+    if (bytes && count > (size_t)PTRDIFF_MAX / 2 / bytes) leave(job, TOO_MUCH);
+    job->memory[slot] = malloc(count * bytes + 1);
+    if (!job->memory[slot]) leave(job, TOO_MUCH);
+    return job->memory[slot];
+}
+
+static int lesser(int a, int b) { return a < b ? a : b; }
+static int greater(int a, int b) { return a > b ? a : b; }
+
+/* As many results as the axis has, in whole strips. */
+static int with_last_strip(const Axis *axis) { return (axis->count + STRIP - 1) / STRIP * STRIP; }
+
+/* The first input pixel under the filter of output pixel `at`, and how many: as Pillow rounds them. */
+static INLINE int reach(const Filter *filter, int at, int *count) {
+    const double center = (at + 0.5) * filter->scale;
+    const int first = greater((int)(center - filter->support + 0.5), 0);
+    *count = lesser((int)(center + filter->support + 0.5), filter->in) - first;
+    return first;
+}
+
+/* The weights of STRIP results, `taps` for each, as Pillow computes them: in [0, 1], 1 in sum, then rounded. Of the
+   results, output pixels `at`, `at + step` and so on, `kept` are written. `scratch`: STRIP times `taps` numbers. */
+static INLINE void weigh(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
+                         double *scratch, int32_t *weights) {
+    double center[STRIP], sum[STRIP];
+    for (int s = 0; s < STRIP; s++) center[s] = (at + s * step + 0.5) * filter->scale, sum[s] = 0;
+    for (int t = 0; t < taps; t++)
+        for (int s = 0; s < STRIP; s++) {
+            const double distance = (t + first[s] - center[s] + 0.5) * filter->inverse;
+            const double away = distance < 0 ? -distance : distance, weight = away < 1 ? 1 - away : 0;
+            sum[s] += scratch[t * STRIP + s] = t < n[s] ? weight : 0;
+        }
+    for (int s = 0; s < STRIP; s++) sum[s] = sum[s] != 0 ? sum[s] : 1;
+    for (int t = 0; t < taps; t++) {
+        int32_t rounded[STRIP];
+        for (int s = 0; s < STRIP; s++)
+            rounded[s] = (int32_t)(0.5 + scratch[t * STRIP + s] / sum[s] * (1 << WEIGHT_BITS));
+        for (int s = 0; s < kept; s++) weights[(size_t)s * taps + t] = rounded[s];
+    }
+}
+
+static void weigh_plain(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
+                        double *scratch, int32_t *weights) {
+    weigh(filter, at, step, first, n, taps, kept, scratch, weights);
+}
+
+/* `in` pixels from `offset` on are resized to `out` of them; the window begins at `start`. `even`: an even number of
+   weights for each. */
+static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, int start, int flip, int even) {
+    const int size = job->view->size, low = greater(start, 0), high = lesser(start + size, out);
+    const double scale = (double)in / out, support = scale > 1 ? scale : 1;
+    const Filter filter = {in, scale, support, 1 / support};
+    const int at = flip ? high - 1 : low, step = flip ? -1 : 1;
+    axis->count = greater(high - low, 0);
+    axis->from = flip ? size - (high - start) : low - start;
+    if (!axis->count) return;
+    /* Those behind the last result are it once more: its weights are not written, its first pixel is. */
+    const int room = with_last_strip(axis);
+    int *first = axis->first = take(job, slot, room, sizeof(int)), *n = take(job, 4, room, sizeof(int)), most = 0;
+    for (int i = 0; i < room; i++) {
+        first[i] = reach(&filter, at + step * lesser(i, axis->count - 1), n + i);
+        most = greater(most, n[i]);
+    }
+    if (most > MAX_TAPS) leave(job, REFUSED);
+    const int left = flip ? axis->count - 1 : 0, right = axis->count - 1 - left;
+    axis->begin = offset + first[left], axis->end = offset + first[right] + n[right];
+    axis->taps = even ? (most + 1) / 2 * 2 : most;
+    axis->weights = take(job, slot + 1, (size_t)axis->count * axis->taps, sizeof(int32_t));
+    double *scratch = take(job, 5, (size_t)STRIP * axis->taps, sizeof(double));
+    for (int i = 0; i < axis->count; i += STRIP)
+        job->weigh(&filter, at + step * i, step, first + i, n + i, axis->taps, lesser(STRIP, axis->count - i), scratch,
+                   axis->weights + (size_t)i * axis->taps);
+    for (int i = 0; i < room; i++) first[i] += offset;
+    for (int i = 4; i < 6; i++) free(job->memory[i]), job->memory[i] = NULL;
+}
+
+/* `count` rows of 4-byte pixels, of which `first` tells, to 3-byte pixels of the window. */
+static void resize_across(const Axis *axis, int count, const uint8_t *const *rows, uint8_t *const *results) {
+    for (int row = 0; row < count; row++) {
+        const int32_t *weights = axis->weights;
+        uint8_t *to = results[row];
+        for (int i = 0; i < axis->count; i++, weights += axis->taps, to += 3) {
+            const uint8_t *from = rows[row] + 4 * (size_t)axis->first[i];
+            int32_t red = HALF, green = HALF, blue = HALF;
+            for (int t = 0; t < axis->taps; t++, from += 4)
+                red += from[0] * weights[t], green += from[1] * weights[t], blue += from[2] * weights[t];
+            to[0] = red >> WEIGHT_BITS, to[1] = green >> WEIGHT_BITS, to[2] = blue >> WEIGHT_BITS;
+        }
+    }
+}
+
+/* One row of the result: rows of `count` bytes, each with its weight. */
+static void resize_down(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
+    for (int i = 0; i < count; i += BLOCK) {
+        int32_t sums[BLOCK];
+        const int columns = lesser(BLOCK, count - i);
+        for (int c = 0; c < BLOCK; c++) sums[c] = HALF;
+        for (int t = 0; t < taps; t++) {
+            const uint8_t *row = rows[t] + i;
+            for (int c = 0; c < BLOCK; c++) sums[c] += row[c] * weights[t];
+        }
+        for (int c = 0; c < columns; c++) to[i + c] = sums[c] >> WEIGHT_BITS;
+    }
+}
+
+#ifdef HAVE_AVX2
+/* The same, with vectors of 16-bit numbers: a weight is its upper part, times 2048, and 11 lower bits. What overflows in
+   the two sums of products is gone again in their total. */
+#define LOWER_BITS 11
+#define LOWER ((1 << LOWER_BITS) - 1)
+/* Two weights, for two neighbours in a vector of pixels. */
+static inline int32_t two(int32_t first, int32_t second) { return first | (int32_t)((uint32_t)second << 16); }
+
+AVX2 static void weigh_avx2(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
+                            double *scratch, int32_t *weights) {
+    weigh(filter, at, step, first, n, taps, kept, scratch, weights);
+}
+
+/* For each group of results and each pair of weights one vector: upper and lower parts for the first result, then for the
+   second; in its other half those for the third and fourth. */
+static void spread_weights(Job *job, Axis *axis, int slot) {
+    const int groups = (axis->count + GROUP - 1) / GROUP, pairs = axis->taps / 2;
+    int32_t *to = axis->spread = take(job, slot, (size_t)groups * pairs * 2 * GROUP, sizeof(int32_t));
+    for (int g = 0; g < groups; g++)
+        for (int pair = 0; pair < pairs; pair++)
+            for (int i = g * GROUP; i < (g + 1) * GROUP; i++, to += 2) {
+                const int32_t *weights = axis->weights + (size_t)i * axis->taps + 2 * pair;
+                const int32_t a = i < axis->count ? weights[0] : 0, b = i < axis->count ? weights[1] : 0;
+                to[0] = two(a >> LOWER_BITS, b >> LOWER_BITS), to[1] = two(a & LOWER, b & LOWER);
+            }
+}
+
+/* Sums of products, upper and lower, to results; `half` of a level is in the lower ones. */
+AVX2 static INLINE __m256i level(__m256i upper, __m256i lower) {
+    return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(upper, LOWER_BITS), lower), WEIGHT_BITS);
+}
+
+/* `count` rows, one or two, with the same weights. */
+AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
+                                                                       const uint8_t *const *rows, uint8_t *const *to) {
+    /* Two pixels of four channels, to 16 bits, the first and the second pixel's in turn. */
+    const __m256i beside = _mm256_set_epi8(-1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0,  //
+                                           -1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0);
+    const __m256i three = _mm256_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0,  //
+                                          -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0);
+    const __m256i half = _mm256_set1_epi32(HALF);
+    const __m256i zero = _mm256_setzero_si256();
+    const int32_t *weights = axis->spread;
+    const int *first = axis->first;
+    for (int i = 0; i < axis->count; i += GROUP, first += GROUP) {
+        /* For the first and third result, for the second and fourth. */
+        __m256i upper[ROWS][2] = {{zero, zero}, {zero, zero}}, lower[ROWS][2] = {{half, half}, {half, half}};
+        for (int pair = 0; pair < pairs; pair++, weights += 2 * GROUP) {
+            const __m256i all = _mm256_loadu_si256((const void *)weights);
+            const __m256i above[2] = {_mm256_shuffle_epi32(all, 0x00), _mm256_shuffle_epi32(all, 0xAA)};
+            const __m256i below[2] = {_mm256_shuffle_epi32(all, 0x55), _mm256_shuffle_epi32(all, 0xFF)};
+            for (int row = 0; row < count; row++)
+                for (int k = 0; k < 2; k++) {
+                    const uint8_t *from = rows[row] + 8 * pair;
+                    const __m128i one = _mm_loadu_si128((const void *)(from + 4 * (ptrdiff_t)first[k]));
+                    const __m128i other = _mm_loadu_si128((const void *)(from + 4 * (ptrdiff_t)first[k + 2]));
+                    __m256i pixels = _mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1);
+                    pixels = _mm256_shuffle_epi8(pixels, beside);
+                    upper[row][k] = _mm256_add_epi32(upper[row][k], _mm256_madd_epi16(pixels, above[k]));
+                    lower[row][k] = _mm256_add_epi32(lower[row][k], _mm256_madd_epi16(pixels, below[k]));
+                }
+        }
+        for (int row = 0; row < count; row++) {
+            const __m256i evens = level(upper[row][0], lower[row][0]), odds = level(upper[row][1], lower[row][1]);
+            const __m256i words = _mm256_packs_epi32(evens, odds);
+            const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), three);
+            /* What is written beyond six bytes is where the next pixels begin, or the row's slack. */
+            _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i), _mm256_castsi256_si128(bytes));
+            _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i + 6), _mm256_extracti128_si256(bytes, 1));
+        }
+    }
+}
+
+AVX2 static void resize_across_avx2(const Axis *axis, int count, const uint8_t *const *rows, uint8_t *const *to) {
+    const int pairs = axis->taps / 2;
+    if (count == 2 && pairs == 1) across_in_pairs(axis, 1, 2, rows, to);
+    else if (count == 2 && pairs == 2) across_in_pairs(axis, 2, 2, rows, to);
+    else if (count == 2) across_in_pairs(axis, pairs, 2, rows, to);
+    else across_in_pairs(axis, pairs, 1, rows, to);
+}
+
+AVX2 static INLINE void down_in_pairs(const uint8_t *const *rows, const int32_t *weights,
+                                                                     int taps, int pairs, int count, uint8_t *to) {
+    const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(HALF);
+    for (int i = 0; i < count; i += BLOCK) {
+        __m256i upper[4] = {zero, zero, zero, zero}, lower[4] = {half, half, half, half};
+        for (int pair = 0; pair < pairs; pair++) {
+            /* An odd last row goes with itself, at weight 0. */
+            const int t = 2 * pair, next = t + 1 < taps ? t + 1 : t;
+            const int32_t a = weights[t], b = next > t ? weights[next] : 0;
+            const __m256i above = _mm256_set1_epi32(two(a >> LOWER_BITS, b >> LOWER_BITS));
+            const __m256i below = _mm256_set1_epi32(two(a & LOWER, b & LOWER));
+            const __m256i first = _mm256_loadu_si256((const void *)(rows[t] + i));
+            const __m256i second = _mm256_loadu_si256((const void *)(rows[next] + i));
+            const __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
+            const __m256i both[4] = {_mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
+                                     _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
+            for (int k = 0; k < 4; k++) {
+                upper[k] = _mm256_add_epi32(upper[k], _mm256_madd_epi16(both[k], above));
+                lower[k] = _mm256_add_epi32(lower[k], _mm256_madd_epi16(both[k], below));
+            }
+        }
+        const __m256i left = _mm256_packs_epi32(level(upper[0], lower[0]), level(upper[1], lower[1]));
+        const __m256i right = _mm256_packs_epi32(level(upper[2], lower[2]), level(upper[3], lower[3]));
+        const __m256i bytes = _mm256_packus_epi16(left, right);
+        /* The row that comes next: what is written there has been pushed out of the near caches. */
+        _mm_prefetch((const void *)(to + i + count), _MM_HINT_T0);
+        if (i + BLOCK <= count) {
+            _mm256_storeu_si256((void *)(to + i), bytes);
+        } else {
+            uint8_t rest[BLOCK];
+            _mm256_storeu_si256((void *)rest, bytes);
+            memcpy(to + i, rest, count - i);
+        }
+    }
+}
+
+AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
+    if (taps == 2) down_in_pairs(rows, weights, 2, 1, count, to);
+    else if (taps == 3) down_in_pairs(rows, weights, 3, 2, count, to);
+    else if (taps == 4) down_in_pairs(rows, weights, 4, 2, count, to);
+    else down_in_pairs(rows, weights, taps, (taps + 1) / 2, count, to);
+}
+#endif
+
+/* Only what is tested for equality with a full decode; all else is Pillow's. */
+static int is_known(const struct jpeg_decompress_struct *jpeg) {
+    if (jpeg->data_precision != 8 || jpeg->arith_code) return 0;
+    const jpeg_component_info *c = jpeg->comp_info;
+    const int whole = c[0].h_samp_factor == 1 && c[0].v_samp_factor == 1;
+    if (jpeg->num_components == 1) return jpeg->jpeg_color_space == JCS_GRAYSCALE && whole;
+    if (jpeg->num_components != 3) return 0;
+    for (int i = 1; i < 3; i++)
+        if (c[i].h_samp_factor != 1 || c[i].v_samp_factor != 1) return 0;
+    if (jpeg->jpeg_color_space == JCS_RGB) return whole;
+    return jpeg->jpeg_color_space == JCS_YCbCr && c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= 2;
+}
+
+/* Whether a progressive picture has all bits of all coefficients. libjpeg smooths one that has not, from the blocks all
+   around, which are not all there when it decodes a part. */
+static int is_complete(const struct jpeg_decompress_struct *jpeg) {
+    if (!jpeg->progressive_mode || !jpeg->coef_bits) return 1;
+    for (int c = 0; c < jpeg->num_components; c++)
+        for (int i = 0; i < DCTSIZE2; i++)
+            if (jpeg->coef_bits[c][i]) return 0;
+    return 1;
+}
+
+/* Whether the scan whose last rows were not wanted goes on to the end of the picture and no other marker: a file that
+   was cut off is told from a whole one without decoding the rest. */
+static int ends_well(struct jpeg_decompress_struct *jpeg) {
+    /* Of those all was read before the first row. */
+    if (jpeg_has_multiple_scans(jpeg)) return 1;
+    int marker = jpeg->unread_marker;
+    const uint8_t *at = jpeg->src->next_input_byte, *end = at + jpeg->src->bytes_in_buffer;
+    while (marker == 0 || (marker >= JPEG_RST0 && marker <= JPEG_RST0 + 7)) {
+        at = memchr(at, 0xFF, end - at);
+        if (!at) return 0;
+        while (at < end && *at == 0xFF) at++;
+        if (at == end) return 0;
+        marker = *at++;
+    }
+    return marker == JPEG_EOI;
+}
+
+static void read_header(Job *job) {
+    struct jpeg_decompress_struct *jpeg = &job->jpeg;
+    const View *view = job->view;
+    jpeg_create_decompress(jpeg);
+    jpeg->client_data = job;
+    jpeg->mem->max_memory_to_use = MAX_MEMORY;
+    jpeg_mem_src(jpeg, job->data, job->length);
+    jpeg_read_header(jpeg, TRUE);
+    if (jpeg->image_width != (JDIMENSION)view->width || jpeg->image_height != (JDIMENSION)view->height)
+        leave(job, REFUSED);
+    if ((uint64_t)jpeg->image_width * jpeg->image_height > MAX_PIXELS) leave(job, TOO_MUCH);
+    if (!is_known(jpeg)) leave(job, REFUSED);
+    job->progress.progress_monitor = on_progress;
+    jpeg->progress = &job->progress;
+    jpeg->out_color_space = JCS_EXT_RGBX;
+}
+
+/* Have libjpeg decode columns `begin` to `end` of the picture or some more; the first of them. The two next to the
+   ones wanted have a share in the chroma of these. */
+static int narrow(struct jpeg_decompress_struct *jpeg, int begin, int end) {
+    const int width = (int)jpeg->output_width;
+    begin = greater(begin - 2, 0), end = lesser(end + 2, width);
+    if (begin == 0 && end == width) return 0;
+    JDIMENSION first = (JDIMENSION)begin, columns = (JDIMENSION)(end - begin);
+    jpeg_crop_scanline(jpeg, &first, &columns);
+    return (int)first;
+}
+
+/* The rows of the result for which the last `kept` rows, up to `have`, are enough. `at`: the next row. */
+static int rows_of_result(Job *job, const uint8_t *kept, size_t stride, int slots, int have, int at, const uint8_t **rows) {
+    const Axis *down = &job->down, *across = &job->across;
+    const View *view = job->view;
+    for (; at < down->count; at++) {
+        const int32_t *weights = down->weights + (size_t)at * down->taps;
+        int taps = lesser(down->taps, down->end - down->first[at]);
+        while (taps > 1 && !weights[taps - 1]) taps--;
+        if (down->first[at] + taps > have) break;
+        for (int t = 0; t < taps; t++) rows[t] = kept + (size_t)((down->first[at] + t) % slots) * stride;
+        uint8_t *to = job->out + 3 * ((size_t)(down->from + at) * view->size + across->from);
+        job->resize_down(rows, weights, taps, 3 * across->count, to);
+    }
+    return at;
+}
+
+static void decode(Job *job) {
+    struct jpeg_decompress_struct *jpeg = &job->jpeg;
+    const View *view = job->view;
+    Axis *across = &job->across, *down = &job->down;
+    read_header(job);
+    plan(job, across, 0, view->left, view->right - view->left, view->wide, view->x, view->flip, 1);
+    plan(job, down, 2, view->top, view->bottom - view->top, view->high, view->y, 0, 0);
+    jpeg_start_decompress(jpeg);
+    if (!is_complete(jpeg)) leave(job, REFUSED);
+    if (across->count && down->count) {
+        const int first = narrow(jpeg, across->begin, across->end);
+        for (int i = 0; i < with_last_strip(across); i++) across->first[i] -= first;
+#ifdef HAVE_AVX2
+        if (job->resize_across == resize_across_avx2) spread_weights(job, across, 5);
+#endif
+        /* From the first row on, and by an even number of rows: what is not so has been wrong in some versions. */
+        JDIMENSION skipped = (JDIMENSION)(down->begin / 2 * 2);
+        if (skipped && jpeg_skip_scanlines(jpeg, skipped) != skipped) leave(job, REFUSED);
+        const int slots = down->taps + ROWS;
+        const size_t stride = 3 * (size_t)across->count + SLACK;
+        /* At the right edge weights of 0 lie on pixels that are none. */
+        const size_t wide = 4 * ((size_t)jpeg->output_width + (size_t)across->taps) + SLACK;
+        const size_t pointers = sizeof(uint8_t *) * (size_t)slots;
+        /* libjpeg-turbo writes rows that begin at a multiple of 32 bytes past the cache: 16 bytes on it does not. */
+        const size_t apart = (wide + 31) / 32 * 32;
+        uint8_t *memory = take(job, 4, 1, pointers + slots * stride + ROWS * apart + 64);
+        const uint8_t **rows = (const uint8_t **)memory;
+        uint8_t *kept = memory + pointers, *decoded = kept + slots * stride;
+        decoded += 16 + (32 - (uintptr_t)decoded % 32);
+        memset(decoded, 0, ROWS * apart);
+        JSAMPROW lines[ROWS];
+        for (int i = 0; i < ROWS; i++) lines[i] = decoded + i * apart;
+        int at = 0;
+        while (at < down->count) {
+            const int row = (int)jpeg->output_scanline, read = (int)jpeg_read_scanlines(jpeg, lines, ROWS);
+            if (read < 1) leave(job, DAMAGED);
+            const int above = lesser(greater(down->begin - row, 0), read);
+            const uint8_t *from[ROWS];
+            uint8_t *to[ROWS];
+            for (int i = above; i < read; i++)
+                from[i - above] = lines[i], to[i - above] = kept + (size_t)((row + i) % slots) * stride;
+            if (above < read) job->resize_across(across, read - above, from, to);
+            at = rows_of_result(job, kept, stride, slots, row + read, at, rows);
+        }
+    }
+    if (!ends_well(jpeg)) leave(job, CUT_SHORT);
+}
+
+/* Not in the function below: what that has in its own variables would be lost at the jump. */
+static int tried(Job *job) {
+    if (setjmp(job->back)) return job->code;
+    decode(job);
+    return OK;
+}
+
+/* The view of the picture in `length` bytes, uint8 (size, size, 3), written to `out`; a code, and zeros unless it is OK.
+   The view must be sane: a box within the picture, all sizes above 0. */
+static int decode_view(const uint8_t *data, size_t length, const View *view, uint8_t *out) {
+    Job job;
+    memset(&job, 0, sizeof job);
+    job.data = data, job.length = length, job.view = view, job.out = out;
+    job.jpeg.err = jpeg_std_error(&job.errors);
+    job.jpeg.client_data = &job;
+    job.errors.error_exit = on_error;
+    job.errors.emit_message = on_message;
+    job.errors.output_message = be_silent;
+    job.weigh = weigh_plain, job.resize_across = resize_across, job.resize_down = resize_down;
+#ifdef HAVE_AVX2
+    if (__builtin_cpu_supports("avx2"))
+        job.weigh = weigh_avx2, job.resize_across = resize_across_avx2, job.resize_down = resize_down_avx2;
+#endif
+    const size_t bytes = 3 * (size_t)view->size * view->size;
+    if (view->x < 0 || view->y < 0 || view->x + view->size > view->wide || view->y + view->size > view->high)
+        memset(out, 0, bytes);
+    const int code = tried(&job);
+    jpeg_destroy_decompress(&job.jpeg);
+    for (size_t i = 0; i < sizeof job.memory / sizeof *job.memory; i++) free(job.memory[i]);
+    if (code != OK) memset(out, 0, bytes);
+    return code;
+}
+
+/* Width and height by the frame header of a Huffman-coded JPEG with 8 bits; 0 if none is where it should be. */
+static int frame_size(const uint8_t *data, size_t length, int *width, int *height) {
+    if (length < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
+    size_t at = 2;
+    while (at + 10 <= length) {
+        if (data[at] != 0xFF) return 0;
+        const int marker = data[at + 1];
+        if (marker == 0xFF) {
+            at++;
+            continue;
+        }
+        if (marker >= 0xC0 && marker <= 0xC2) {
+            *height = data[at + 5] << 8 | data[at + 6], *width = data[at + 7] << 8 | data[at + 8];
+            return data[at + 4] == 8 && *width > 0 && *height > 0;
+        }
+        /* Tables, application data and comments. All else, a scan say, comes after the frame header or is not known. */
+        if (marker != 0xC4 && marker != 0xDB && marker != 0xDD && marker != 0xFE && (marker < 0xE0 || marker > 0xEF))
+            return 0;
+        at += 2 + (size_t)(data[at + 2] << 8 | data[at + 3]);
+    }
+    return 0;
+}
+
+static int is_sane(const View *v) {
+    const int most = 1 << 28;
+    return 0 <= v->left && v->left < v->right && v->right <= v->width && 0 <= v->top && v->top < v->bottom &&
+           v->bottom <= v->height && 0 < v->wide && v->wide < INT_MAX - most && 0 < v->high &&
+           v->high < INT_MAX - most && -most < v->x && v->x < INT_MAX - most && -most < v->y &&
+           v->y < INT_MAX - most && 0 < v->size && v->size <= 65535;
+}
+
+#ifndef LARS_WITHOUT_PYTHON
+
+/* The bytes of a bytes object, or `length` of them at an address. */
+static const uint8_t *bytes_at(PyObject *given, PyObject *length, size_t *count) {
+    *count = PyLong_AsSize_t(length);
+    if (PyErr_Occurred()) return NULL;
+    if (!PyBytes_Check(given)) return PyLong_AsVoidPtr(given);
+    if (*count == (size_t)PyBytes_Size(given)) return (const uint8_t *)PyBytes_AsString(given);
+    PyErr_SetString(PyExc_ValueError, "the length is not that of the bytes");
+    return NULL;
+}
+
+static int wanted(const char *name, Py_ssize_t given, Py_ssize_t takes) {
+    if (given != takes) PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, takes, given);
+    return given == takes;
+}
+
+static PyObject *size_of(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    if (!wanted("size", given, 2)) return NULL;
+    size_t length;
+    const uint8_t *data = bytes_at(args[0], args[1], &length);
+    if (PyErr_Occurred()) return NULL;
+    int width = 0, height = 0;
+    if (!frame_size(data, length, &width, &height)) Py_RETURN_NONE;
+    return Py_BuildValue("ii", width, height);
+}
+
+static PyObject *decoded(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    if (!wanted("decode", given, 15)) return NULL;
+    size_t length;
+    const uint8_t *data = bytes_at(args[0], args[1], &length);
+    uint8_t *out = PyLong_AsVoidPtr(args[2]);
+    int numbers[12];
+    for (int i = 0; i < 12 && !PyErr_Occurred(); i++) {
+        const long number = PyLong_AsLong(args[3 + i]);
+        if (number < INT_MIN || number > INT_MAX) PyErr_SetString(PyExc_OverflowError, "a length is not an int");
+        numbers[i] = (int)number;
+    }
+    if (PyErr_Occurred()) return NULL;
+    View view;
+    memcpy(&view, numbers, sizeof view);
+    if (!out || !is_sane(&view)) {
+        PyErr_SetString(PyExc_ValueError, "the view does not lie in the picture");
+        return NULL;
+    }
+    PyThreadState *others = PyEval_SaveThread();
+    const int code = decode_view(data, length, &view, out);
+    PyEval_RestoreThread(others);
+    return PyLong_FromLong(code);
+}
+
+static PyMethodDef methods[] = {
+    {"size", (PyCFunction)(void (*)(void))size_of, METH_FASTCALL,
+     "size(data, length): (width, height) by the frame header, or None. data: bytes, or an address."},
+    {"decode", (PyCFunction)(void (*)(void))decoded, METH_FASTCALL,
+     "decode(data, length, out, width, height, left, top, right, bottom, wide, high, x, y, flip, size): 0, and uint8\n"
+     "(size, size, 3) at the address `out`; or another number, and zeros there. The picture's size, the box that is\n"
+     "cut out, the size to which it is resized, the corner of the window that is kept, and its side."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "jpeg", "Views of JPEGs, by libjpeg-turbo.", 0, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_jpeg(void) {
+    return PyModuleDef_Init(&module);
+}
+#endif

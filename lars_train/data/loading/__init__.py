@@ -1,0 +1,1 @@
+"""From a `Source` to batches: order, workers, buffers, and shards fetched ahead."""

@@ -1,0 +1,237 @@
+"""Streams of batches, for a whole training run and for one evaluation: which samples come when, and from where.
+
+How workers fill the batches is in stream.py. Nothing here normalises, moves anything to a device, or decides how many
+bad images a run may meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.data.dataset import Labels, Source, shards_of
+from lars_train.data.decode.pillow import PILLOW
+from lars_train.data.loading.reader import BadSample, EvalReader, TrainReader
+from lars_train.data.loading.shard_prefetch import ShardPrefetcher
+from lars_train.data.loading.shard_windows import Span, by_shard, evaluation_windows, training_windows
+from lars_train.data.loading.stream import Batch, BatchRequest, LoaderStatistics, Stream, worker_kind
+from lars_train.data.open import SHARDS
+from lars_train.data.order import checksum, epoch_order, eval_run, micro_batches, micro_bounds, shard_order
+from lars_train.data.sources.remote import RemoteSource
+from lars_train.data.transforms import View
+
+if TYPE_CHECKING:
+    from lars_train.config import Config
+    from lars_train.launch import Ranks
+    from lars_train.plan import Plan
+
+__all__ = ["BadSample", "Batch", "LoaderSpec", "LoaderStatistics", "Stream", "View", "eval_loader", "train_loader"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSpec:
+    """The source, order and workers of the micro-batches of a training run, on one rank.
+
+    Raises ValueError where an epoch's updates need more samples than there are, for another `on_error`, and for a
+    remote source that is not read by shards.
+    """
+
+    source: Source
+    view: View
+    seed: int
+    batch: int
+    """The global batch: samples of an update on all ranks together."""
+    ghost_batch: int
+    ghosts_per_micro: int
+    """Ghost batches in a micro-batch."""
+    updates_per_epoch: int
+    rank: int
+    world: int
+    workers: int
+    """With 0 the calling thread does the work."""
+    pin_memory: bool
+    """Lock the buffers' pages for copies to a CUDA device."""
+    on_error: str
+    """The treatment of an image that cannot be read or decoded. "fail": the stream ends with `DataError`.
+
+    "skip": the next sample id that can be decoded takes its place, with that sample's label and the augmentation of the
+    id it stands in for. Ids follow the paths, so the neighbor nearly always has the same class and the balance of the
+    classes stays. The bad image is recorded each time; after 1,000 of them in a row the stream ends with `DataError`.
+    """
+    decoder: str = PILLOW
+    """See `pillow.decode_into`."""
+    kind: str | None = None
+    """The workers: "processes" (on Linux) or "threads"; None: `stream.worker_kind` decides."""
+    window: int | None = None
+    """Shards in a window of `order.shard_order`; the next sample id of the same shard takes a bad image's place, and of
+    a remote source the shards are fetched and held as they are needed. None: `order.epoch_order`."""
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("skip", "fail"):
+            raise ValueError(f"on_error is {self.on_error!r}; it can be 'skip' or 'fail'")
+        if self.updates_per_epoch * self.batch > len(self.source):
+            needed = f"{self.updates_per_epoch} updates of {self.batch}"
+            raise ValueError(f"{needed} need more than {len(self.source)} samples")
+        _check_order(self.source, self.window is not None)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        plan: Plan,
+        source: Source,
+        ranks: Ranks,
+        *,
+        ghosts_per_micro: int,
+        workers: int,
+        pin_memory: bool,
+        decoder: str,
+    ) -> LoaderSpec:
+        """The loader of the run that `config` and `plan` describe, on the rank `ranks.rank`."""
+        return cls(
+            source=source,
+            view=View.from_config(config.data),
+            seed=config.seed,
+            batch=plan.global_batch,
+            ghost_batch=plan.ghost_batch,
+            ghosts_per_micro=ghosts_per_micro,
+            updates_per_epoch=plan.updates_per_epoch,
+            rank=ranks.rank,
+            world=ranks.world,
+            workers=workers,
+            pin_memory=pin_memory,
+            on_error=config.data.on_error,
+            decoder=decoder,
+            window=config.data.window_shards if config.data.order == SHARDS else None,
+        )
+
+    @property
+    def shard(self) -> Labels | None:
+        """The shard of every sample, where the order depends on it."""
+        return None if self.window is None else shards_of(self.source)
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The sample ids of an epoch in their order."""
+        if self.shard is None or self.window is None:
+            return epoch_order(self.seed, epoch, len(self.source))
+        return shard_order(self.seed, epoch, self.shard, self.window)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """Return the (start, stop) of this rank's micro-batches in an update's samples."""
+        return micro_bounds(self.batch, self.ghost_batch, self.ghosts_per_micro, self.rank, self.world)
+
+    def spans(self, update: int) -> list[Span]:
+        """Return the spans of this rank's micro-batches in the samples of the whole run."""
+        # Ranks are at most an update apart, and what the next one needs must be on its way by then.
+        first, last = update * self.batch, (update + 2) * self.batch - 1
+        return [Span(first + i, first + j, last) for i, j in self.bounds()]
+
+
+def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Stream:
+    """The micro-batches of one rank for the updates [start_update, stop_update), across epochs.
+
+    An update has as many micro-batches as order.micro_bounds says, the same number each time and none for a rank
+    without ghost batches. A stream that starts at update k equals the rest of one that started at 0.
+    """
+    source, updates = spec.source, range(start_update, stop_update)
+
+    def ahead(source: RemoteSource) -> ShardPrefetcher:
+        assert spec.shard is not None
+        assert spec.window is not None
+        windows = training_windows(
+            spec.shard,
+            spec.window,
+            seed=spec.seed,
+            batch=spec.batch,
+            updates_per_epoch=spec.updates_per_epoch,
+            updates=stop_update,
+        )
+        every = (span for update in updates for span in spec.spans(update))
+        return ShardPrefetcher(source.split.hold, windows, every, spec.rank, source.split.objects.url)
+
+    return Stream(
+        _requests(spec, updates),
+        TrainReader(_for_workers(source), spec.view, spec.decoder, spec.seed, spec.on_error, spec.shard),
+        max((j - i for i, j in spec.bounds()), default=1),
+        spec.workers,
+        spec.pin_memory,
+        spec.kind or worker_kind(source, spec.decoder),
+        partial(ahead, source) if isinstance(source, RemoteSource) else None,
+    )
+
+
+def _requests(spec: LoaderSpec, updates: range) -> Iterator[BatchRequest]:
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    for update in updates:
+        if update // spec.updates_per_epoch != epoch:
+            epoch = update // spec.updates_per_epoch
+            order = spec.order(epoch)
+        micros = micro_batches(
+            order,
+            update,
+            batch=spec.batch,
+            updates_per_epoch=spec.updates_per_epoch,
+            ghost_batch=spec.ghost_batch,
+            ghosts_per_micro=spec.ghosts_per_micro,
+            rank=spec.rank,
+            world=spec.world,
+        )
+        for samples, span in zip(micros, spec.spans(update), strict=True):
+            yield BatchRequest(epoch, samples, span)
+
+
+def _check_order(source: Source, by_shards: bool) -> None:
+    if isinstance(source, RemoteSource) and not by_shards:
+        raise ValueError("a remote source can be read shard by shard alone")
+
+
+def _for_workers(source: Source) -> Source:
+    """The source that workers read from: of a remote one, the shards are held for them."""
+    return source.held if isinstance(source, RemoteSource) else source
+
+
+def eval_loader(
+    source: Source,
+    view: View,
+    *,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    workers: int,
+    pin_memory: bool,
+    decoder: str = PILLOW,
+    kind: str | None = None,
+    by_shards: bool = False,
+) -> Stream:
+    """The samples of one rank, `micro_batch` at a time, each once; the last batch may be smaller.
+
+    They come in order, or with `by_shards` shard by shard. An image that cannot be read or decoded keeps its place,
+    with zeros for pixels and -1 for a label.
+    """
+    _check_order(source, by_shards)
+    start, stop = eval_run(len(source), rank, world)
+    shard = shards_of(source) if by_shards else None
+    order = np.arange(len(source)) if shard is None else by_shard(shard)
+    spans = [
+        Span(first, min(first + micro_batch, stop), min(first + 2 * micro_batch, stop) - 1)
+        for first in range(start, stop, micro_batch)
+    ]
+
+    def ahead(source: RemoteSource) -> ShardPrefetcher:
+        assert shard is not None
+        return ShardPrefetcher(source.split.hold, evaluation_windows(shard), spans, rank, source.split.objects.url)
+
+    return Stream(
+        (BatchRequest(0, part := order[span.start : span.stop], span, checksum(part)) for span in spans),
+        EvalReader(_for_workers(source), view, decoder),
+        max(1, min(micro_batch, stop - start)),
+        workers,
+        pin_memory,
+        kind or worker_kind(source, decoder),
+        partial(ahead, source) if isinstance(source, RemoteSource) else None,
+    )

@@ -1,0 +1,143 @@
+"""Read samples, decode their views into a batch's buffers, and report bad ones: what a loader's worker does.
+
+Nothing here depends on batches, workers or their order: the view and label of a sample follow from its id and epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.data.dataset import Labels, Source
+from lars_train.data.decode.pillow import BadImage, decode_into
+from lars_train.data.order import batch_uniforms
+from lars_train.data.transforms import UNIFORMS, Geometry, View
+from lars_train.messages import printable
+
+_MAX_TRIES = 1000  # neighbours tried in place of a bad image: more in a row is a broken data set
+
+
+class BadSample(NamedTuple):
+    """An image that was asked for and cannot be read or decoded."""
+
+    sample: int
+    where: str
+    reason: str
+
+
+class Outcome(NamedTuple):
+    """The result of reading some samples."""
+
+    bad: tuple[BadSample, ...] = ()
+    """The bad images met on the way, in order."""
+    fast: int = 0
+    """Views that another decoder than Pillow decoded."""
+    failure: str | None = None
+    """Why the stream ends with these samples."""
+
+
+class Reader(Protocol):
+    """Fills a part of a batch."""
+
+    size: int
+    """The side of a view in pixels."""
+
+    def fill(
+        self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
+    ) -> Outcome:
+        """Write the views to `images`, uint8 (n, S, S, 3), and `labels`, int64 (n,)."""
+        ...
+
+
+class _Reader:
+    def __init__(self, source: Source, view: View, decoder: str) -> None:
+        self.size = view.size
+        self._source, self._view, self._decoder = source, view, decoder
+
+    def _load(
+        self, sample: int, geometry: Callable[[int, int], Geometry], out: npt.NDArray[np.uint8]
+    ) -> BadSample | bool:
+        """Decode into `out`; return True if another decoder than Pillow did. A bad sample leaves zeros there."""
+        try:
+            return decode_into(out, self._source.read(sample), geometry, decoder=self._decoder)
+        except BadImage as error:
+            reason = str(error)
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        out[:] = 0
+        return BadSample(sample, self._source.where(sample), printable(reason))
+
+
+class TrainReader(_Reader):
+    """Augmented views; `on_error` and what stands in for a bad image: see `loader.LoaderSpec`."""
+
+    def __init__(
+        self, source: Source, view: View, decoder: str, seed: int, on_error: str, shard: Labels | None = None
+    ) -> None:
+        super().__init__(source, view, decoder)
+        self._seed, self._on_error, self._shard = seed, on_error, shard
+
+    def fill(
+        self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
+    ) -> Outcome:
+        uniforms = batch_uniforms(self._seed, epoch, samples, UNIFORMS).tolist()
+        geometries = [partial(self._view.train, uniforms=one) for one in uniforms]
+        bad: list[BadSample] = []
+        fast = 0
+        for slot, wanted in enumerate(samples):
+            before = len(bad)
+            for sample in self._candidates(wanted):
+                found = self._load(sample, geometries[slot], images[slot])
+                if not isinstance(found, BadSample):
+                    fast += found
+                    labels[slot] = self._source.labels[sample]
+                    break
+                bad.append(found)
+                if self._on_error == "fail":
+                    failure = (
+                        f"{found.where}: {found.reason.rstrip('.')}. Mend or remove the file, or set "
+                        "data.on_error=skip to put the next sample in its place."
+                    )
+                    return Outcome(tuple(bad), fast, failure)
+            else:
+                failure = (
+                    f"{bad[-1].where}: {bad[-1].reason.rstrip('.')}. It is the last of {len(bad) - before} samples "
+                    "in a row that cannot be read; see whether the data set is whole and data.root reachable."
+                )
+                return Outcome(tuple(bad), fast, failure)
+        return Outcome(tuple(bad), fast)
+
+    def _candidates(self, wanted: int) -> Iterator[int]:
+        """Yield the sample itself, then those that may stand in for it."""
+        yield wanted
+        if self._shard is None:
+            count = len(self._source)
+            yield from ((wanted + step) % count for step in range(1, min(_MAX_TRIES, count)))
+        else:
+            # Other shards may not be in the cache.
+            near = np.flatnonzero(self._shard == self._shard[wanted])
+            after = int(np.searchsorted(near, wanted)) + 1
+            yield from [*near[after:].tolist(), *near[: after - 1].tolist()][: _MAX_TRIES - 1]
+
+
+class EvalReader(_Reader):
+    """Views for evaluation; a bad image is zeros with the label -1."""
+
+    def fill(
+        self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
+    ) -> Outcome:
+        bad: list[BadSample] = []
+        fast = 0
+        for slot, sample in enumerate(samples):
+            found = self._load(sample, self._view.evaluate, images[slot])
+            if isinstance(found, BadSample):
+                bad.append(found)
+                labels[slot] = -1
+            else:
+                fast += found
+                labels[slot] = self._source.labels[sample]
+        return Outcome(tuple(bad), fast)

@@ -1,0 +1,245 @@
+"""A stream of batches: workers fill them ahead in the buffers of a pool, and the stream returns them in order.
+
+loader.py decides which samples a batch holds. The content and the order of the batches do not depend on the
+number or the kind of workers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lars_train.data.dataset import Source
+from lars_train.data.decode.native import has_jpegs
+from lars_train.data.decode.pillow import PILLOW
+from lars_train.data.loading.buffers import BufferPool
+from lars_train.data.loading.reader import BadSample, Outcome, Reader
+from lars_train.data.loading.shard_prefetch import ShardPrefetcher
+from lars_train.data.loading.shard_windows import Span
+from lars_train.data.loading.workers import Done, NoWorkers, Piece, Processes, Threads, Workers
+from lars_train.errors import DataError
+
+PIECE = 32
+"""Samples in a piece of work. Several workers share a micro-batch, so that few buffers keep all of them busy."""
+
+MOST_PIECES = 64
+"""Pieces of a micro-batch, at most; those of a very large one have more samples."""
+
+AHEAD = 4
+"""Micro-batches that are being filled or wait, at least."""
+
+LENT = 3
+"""Micro-batches that a consumer may hold: computed on, being copied, and not yet known to be copied."""
+
+PROCESSES, THREADS = "processes", "threads"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch. Its memory is reused when no tensor refers to it any more."""
+
+    images: Tensor
+    """uint8 (n, 3, S, S), RGB, in channels-last memory."""
+    labels: Tensor
+    """int64 (n,); in evaluation -1 marks an image that cannot be decoded, whose pixels are zeros."""
+    bad: tuple[BadSample, ...]
+    """The bad images met on the way, in order."""
+    checksum: int = 0
+    """In evaluation: `order.checksum` of the samples."""
+
+
+class LoaderStatistics(NamedTuple):
+    """Counts and time of filling the batches that a stream returned."""
+
+    images: int = 0
+    seconds: float = 0.0
+    """Wall time, summed over the workers, without waiting for free buffers."""
+    fast: int = 0
+    """Images that another decoder than Pillow decoded."""
+
+
+class Stream(Iterator[Batch]):
+    """An iterator of batches whose workers start with it and end with it, or with `close`.
+
+    It holds `slots` (see `pool_slots`) buffers of a micro-batch each. A consumer that holds more than `LENT` batches
+    gets copies.
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[BatchRequest],
+        reader: Reader,
+        batch: int,
+        workers: int,
+        pin_memory: bool,
+        kind: str,
+        ahead: Callable[[], ShardPrefetcher] | None = None,
+    ) -> None:
+        self._requests, self._batch = iter(requests), batch
+        self._request: BatchRequest | None = None
+        self._pool = BufferPool(
+            pool_slots(batch, workers), batch, reader.size, shared=kind == PROCESSES and workers > 0
+        )
+        self._pending: deque[_Pending] = deque()
+        self._by_slot: dict[int, _Pending] = {}
+        self._most_pending = self._pool.slots - LENT
+        self._statistics = LoaderStatistics()
+        self._workers: Workers | None = _workers(kind, reader, self._pool, workers)
+        if pin_memory:
+            self._pool.pin()
+        # After all forks: a forked worker would keep files open that are to make room.
+        self._ahead = ahead() if ahead is not None else None
+
+    def __next__(self) -> Batch:
+        if self._workers is None:
+            raise StopIteration
+        try:
+            if not self._head_is_there(None):
+                raise StopIteration
+            return self._handed_on(self._pending.popleft())
+        except BaseException:
+            self.close()
+            raise
+
+    def ready(self) -> bool:
+        """Return True if the next batch is filled, so that `next` returns at once."""
+        if self._workers is None:
+            return False
+        try:
+            return self._head_is_there(0)
+        except BaseException:
+            self.close()
+            raise
+
+    def statistics(self) -> LoaderStatistics:
+        """Return the statistics of the batches since the last call."""
+        found, self._statistics = self._statistics, LoaderStatistics()
+        return found
+
+    def close(self) -> None:
+        """End the workers and the stream. Closing twice does no harm."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+            self._pending.clear()
+            if self._ahead is not None:
+                self._ahead.close()
+
+    def _ask(self, wait: bool) -> None:
+        """Request as many batches as free buffers and held shards allow; `wait` for the shards of the next batch."""
+        assert self._workers is not None
+        while len(self._pending) < self._most_pending:
+            self._request = request = self._request or next(self._requests, None)
+            if request is None or not self._shards_are_there(request, wait and not self._pending):
+                return
+            slot = self._pool.take()
+            if slot is None:
+                return
+            self._request = None
+            count = len(request.samples)
+            self._pool.ask(slot, request.epoch, request.samples)
+            piece = piece_of(self._batch)
+            pending = _Pending(slot, request, -(-count // piece))
+            self._pending.append(pending)
+            self._by_slot[slot] = pending
+            for start in range(0, count, piece):
+                self._workers.put(Piece(slot, start, min(start + piece, count)))
+
+    def _shards_are_there(self, request: BatchRequest, wait: bool) -> bool:
+        if self._ahead is None:
+            return True
+        oldest = self._pending[0].request if self._pending else request
+        return self._ahead.holds(oldest.span, request.span, wait=wait)
+
+    def _head_is_there(self, timeout: float | None) -> bool:
+        assert self._workers is not None
+        self._ask(wait=timeout is None)
+        while self._pending and self._pending[0].left:
+            done = self._workers.get(timeout)
+            if done is None:
+                return False
+            self._note(done)
+        return bool(self._pending)
+
+    def _note(self, done: Done) -> None:
+        pending = self._by_slot[done.piece.slot]
+        pending.left -= 1
+        pending.outcomes[done.piece.start] = done.outcome
+        pending.seconds += done.seconds
+
+    def _handed_on(self, pending: _Pending) -> Batch:
+        outcomes = [pending.outcomes[start] for start in sorted(pending.outcomes)]
+        for outcome in outcomes:
+            if outcome.failure is not None:
+                raise DataError(outcome.failure)
+        bad = tuple(sample for outcome in outcomes for sample in outcome.bad)
+        self._count(pending, outcomes)
+        lent = self._pool.slots - self._pool.free() - len(self._pending) - 1
+        images, labels = self._pool.lend(pending.slot, len(pending.request.samples))
+        if lent >= LENT:
+            images, labels = images.clone(), labels.clone()
+        return Batch(images, labels, bad, pending.request.checksum)
+
+    def _count(self, pending: _Pending, outcomes: list[Outcome]) -> None:
+        images, seconds, fast = self._statistics
+        images, seconds = images + len(pending.request.samples), seconds + pending.seconds
+        self._statistics = LoaderStatistics(images, seconds, fast + sum(outcome.fast for outcome in outcomes))
+
+
+def piece_of(batch: int) -> int:
+    """Samples in a piece of a micro-batch of `batch`."""
+    return max(PIECE, -(-batch // MOST_PIECES))
+
+
+def pool_slots(batch: int, workers: int) -> int:
+    """Buffers of a stream of micro-batches of `batch` samples: enough for two pieces for each worker, `AHEAD` at least.
+
+    A buffer takes about batch * 3 * S**2 bytes: 8 of them with 256 samples of 224 x 224 are 0.3 GB.
+    """
+    if workers == 0:
+        return LENT + 1
+    return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // piece_of(batch))))
+
+
+def worker_kind(source: Source, decoder: str) -> str:
+    """Return `THREADS` where a decoder in C does the work, without the interpreter's lock; else `PROCESSES`.
+
+    Threads need no fork, which is a risk beside the threads of NCCL and gloo and takes memory for each worker. Outside
+    of Linux, where fork is unsafe or missing, the answer is always `THREADS`.
+    """
+    if sys.platform != "linux":
+        return THREADS
+    return THREADS if decoder != PILLOW and has_jpegs(source) else PROCESSES
+
+
+def _workers(kind: str, reader: Reader, pool: BufferPool, workers: int) -> Workers:
+    if workers == 0:
+        return NoWorkers(reader, pool)
+    return Processes(reader, pool, workers) if kind == PROCESSES else Threads(reader, pool, workers)
+
+
+class BatchRequest(NamedTuple):
+    """The samples of one batch, and where they lie in the order of the run."""
+
+    epoch: int
+    samples: npt.NDArray[np.int64]
+    span: Span
+    checksum: int = 0
+
+
+@dataclass
+class _Pending:
+    """A batch that was asked for; `left` of its pieces are not there yet."""
+
+    slot: int
+    request: BatchRequest
+    left: int
+    seconds: float = 0.0
+    outcomes: dict[int, Outcome] = field(default_factory=dict)

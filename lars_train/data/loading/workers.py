@@ -1,0 +1,332 @@
+"""The workers of a stream: forked processes, threads, or none. They fill pieces of batches in a pool's buffers.
+
+Pieces go out in order, each to a free worker; a result names its piece. Requests are short, because the pool holds the
+sample ids. Workers share no lock, so one that is killed leaves none waiting.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import queue
+import select
+import signal
+import struct
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import NamedTuple, Protocol
+
+from lars_train.data.loading.buffers import BufferPool
+from lars_train.data.loading.reader import Outcome, Reader
+from lars_train.errors import DataError
+from lars_train.signals import handle_termination
+
+BEGIN_S = 20.0  # for all processes to begin
+STARTS = 4  # of a process that does not begin
+_LOOK_S = 5.0  # between a worker's checks that its parent is alive
+# A piece in a pipe: of a length that divides a page's, so that no piece is ever read in two parts.
+_PIECE = struct.Struct("=IIIxxxx")
+_MEMORY = "it ran out of memory; take a smaller data.workers, or give the job more memory"
+
+
+class Piece(NamedTuple):
+    """The samples from `start` to `stop` of what a slot of the pool is to hold."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+class Done(NamedTuple):
+    """A filled piece, and the `seconds` of wall time that it took."""
+
+    piece: Piece
+    outcome: Outcome
+    seconds: float
+
+
+class Workers(Protocol):
+    """Workers that fill pieces."""
+
+    def put(self, piece: Piece) -> None:
+        """Request that a piece is filled."""
+        ...
+
+    def get(self, timeout: float | None = None) -> Done | None:
+        """Return a filled piece, in any order; None if there is none within `timeout` seconds.
+
+        Raises `DataError` for a worker that is gone, `RuntimeError` with the traceback for one that failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """End them at once; they write to no buffer afterwards."""
+        ...
+
+
+def fill(reader: Reader, pool: BufferPool, piece: Piece) -> Done:
+    """Fill a piece in the calling thread."""
+    started = time.perf_counter()
+    outcome = reader.fill(*pool.asked(*piece), *pool.part(*piece))
+    return Done(piece, outcome, time.perf_counter() - started)
+
+
+class NoWorkers:
+    """No workers: the calling thread fills a piece when `get` is called."""
+
+    def __init__(self, reader: Reader, pool: BufferPool) -> None:
+        self._reader, self._pool = reader, pool
+        self._pieces: deque[Piece] = deque()
+
+    def put(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+
+    def get(self, timeout: float | None = None) -> Done | None:
+        if timeout == 0 or not self._pieces:
+            return None
+        return fill(self._reader, self._pool, self._pieces.popleft())
+
+    def close(self) -> None:
+        self._pieces.clear()
+
+
+class Threads:
+    """Threads of this process."""
+
+    def __init__(self, reader: Reader, pool: BufferPool, count: int) -> None:
+        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        arguments = (reader, pool, self._pieces, self._done, self._ended)
+        threads = [threading.Thread(target=_thread, args=arguments, daemon=True) for _ in range(count)]
+        started: list[threading.Thread] = []
+        # A finalizer must not refer to its object.
+        self._end = weakref.finalize(self, _end_threads, started, self._pieces, self._ended)
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+        except RuntimeError as error:
+            self.close()
+            raise DataError(f"a loader's worker cannot be started ({error}): take a smaller data.workers.") from None
+
+    def put(self, piece: Piece) -> None:
+        self._pieces.put(piece)
+
+    def get(self, timeout: float | None = None) -> Done | None:
+        try:
+            found = self._done.get(timeout=timeout) if timeout != 0 else self._done.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(found, MemoryError):
+            raise DataError(f"a loader's worker: {_MEMORY}.")
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def close(self) -> None:
+        self._end()
+
+
+def _thread(
+    reader: Reader,
+    pool: BufferPool,
+    pieces: queue.SimpleQueue[Piece | None],
+    done: queue.SimpleQueue[Done | BaseException],
+    ended: threading.Event,
+) -> None:
+    while (piece := pieces.get()) is not None and not ended.is_set():
+        try:
+            done.put(fill(reader, pool, piece))
+        except BaseException as error:
+            done.put(error)
+
+
+def _end_threads(
+    threads: list[threading.Thread], pieces: queue.SimpleQueue[Piece | None], ended: threading.Event
+) -> None:
+    ended.set()
+    for _ in threads:
+        pieces.put(None)
+    for thread in threads:
+        # A thread that waits for storage writes to no buffer, and must not delay the end.
+        thread.join(_LOOK_S)
+
+
+class Processes:
+    """Forked processes, which share the memory of the source and of the pool.
+
+    The constructor returns when all have begun. Before Python 3.12 a forked process hangs if another thread (of gloo or
+    NCCL, whose calls into Python register threads) held the lock of the interpreter's list of threads at the fork. Such
+    processes are ended and replaced.
+    """
+
+    def __init__(self, reader: Reader, pool: BufferPool, count: int) -> None:
+        self._work: Callable[[Piece], Done] = lambda piece: fill(reader, pool, piece)
+        self._pieces, self._give = os.pipe()
+        # Several workers wait for one piece, and only one gets it.
+        os.set_blocking(self._pieces, False)
+        self._workers: dict[Connection[object, object], int] = {}
+        self._arrived: deque[Done] = deque()
+        self._end = weakref.finalize(self, _end_processes, self._workers, (self._pieces, self._give), os.getpid())
+        try:
+            self._begin(count)
+        except OSError as error:
+            self.close()
+            reason = f"({error.strerror}): take a smaller data.workers"
+            raise DataError(f"a loader's worker cannot be started {reason}.") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, count: int) -> None:
+        for _ in range(STARTS):
+            fresh = [self._fork() for _ in range(count - len(self._workers))]
+            end = time.monotonic() + BEGIN_S
+            silent = set(fresh)
+            while silent and (heard := wait(list(silent), max(0.0, end - time.monotonic()))):
+                for results in heard:
+                    assert isinstance(results, Connection)
+                    with suppress(EOFError):  # `_received` reports a worker that died
+                        results.recv()
+                    silent.remove(results)
+            for results in silent:
+                _kill(self._workers.pop(results))
+                results.close()
+            if not silent:
+                return
+        raise DataError(f"of {count} loader workers, {count - len(self._workers)} did not begin; use data.workers=0.")
+
+    def _fork(self) -> Connection[object, object]:
+        results, answer = _pipe()
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            # A worker touches none of the parent's threads.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                results.close()
+                os.close(self._give)
+                _process(self._work, self._pieces, answer, parent)
+                code = 0
+            finally:
+                os._exit(code)
+        answer.close()
+        self._workers[results] = process
+        return results
+
+    def put(self, piece: Piece) -> None:
+        # Short writes to a pipe are whole, and stream.py asks for far fewer pieces than one holds (4096).
+        os.write(self._give, _PIECE.pack(*piece))
+
+    def get(self, timeout: float | None = None) -> Done | None:
+        if not self._arrived:
+            for results in wait(list(self._workers), timeout):
+                assert isinstance(results, Connection)
+                self._arrived.append(self._received(results))
+        return self._arrived.popleft() if self._arrived else None
+
+    def _received(self, results: Connection[object, object]) -> Done:
+        try:
+            found = results.recv()
+        except (EOFError, OSError):
+            process = self._workers.pop(results)
+            results.close()
+            raise DataError(f"a loader's worker (process {process}) {_reason(process)}.") from None
+        if isinstance(found, Done):
+            return found
+        if isinstance(found, DataError):
+            raise found
+        raise DataError(f"a loader's worker: {_MEMORY}.") if found is None else RuntimeError(str(found))
+
+    def close(self) -> None:
+        self._end()
+
+
+def _pipe() -> tuple[Connection[object, object], Connection[object, object]]:
+    read, write = os.pipe()
+    return Connection(read, writable=False), Connection(write, readable=False)
+
+
+def _process(work: Callable[[Piece], Done], pieces: int, answer: Connection[object, object], parent: int) -> None:
+    """Run a forked process to its end."""
+    # Ctrl-C reaches the whole process group, and Slurm's signal all processes of a step. The parent decides how to
+    # end and ends the workers, which also end when the parent is gone.
+    handle_termination(signal.SIG_IGN)
+    # What the parent left for the collector must not be finalized here.
+    gc.freeze()
+    answer.send(None)
+    try:
+        while (piece := _next_piece(pieces, parent)) is not None:
+            answer.send(work(piece))
+    except MemoryError:
+        answer.send(None)
+    except DataError as error:
+        answer.send(error)
+    except BrokenPipeError:
+        pass
+    except BaseException:
+        answer.send(f"a loader's worker failed:\n{traceback.format_exc()}")
+
+
+def _next_piece(pieces: int, parent: int) -> Piece | None:
+    """Wait for the next piece; None when there are no more."""
+    ready = select.poll()
+    ready.register(pieces, select.POLLIN)
+    while os.getppid() == parent:
+        if not ready.poll(1000 * _LOOK_S):
+            continue
+        with suppress(BlockingIOError):
+            data = os.read(pieces, _PIECE.size)
+            return Piece(*_PIECE.unpack(data)) if data else None
+    return None
+
+
+def _reason(process: int) -> str:
+    """Describe how a process ended."""
+    try:
+        _, status = os.waitpid(process, 0)
+    except ChildProcessError:
+        return "is gone"
+    number = -os.waitstatus_to_exitcode(status)
+    if number <= 0:
+        return f"ended with code {-number}"
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        name = f"signal {number}"
+    if number == signal.SIGKILL:
+        return (
+            f"was killed by {name}, as the system does where memory runs out (its log, dmesg, tells): take a smaller "
+            "data.workers, or give the job more memory; the same command goes on from the last checkpoint"
+        )
+    return f"was killed by {name}: a fault in a library or in the machine; see whether data.decoder=pillow is spared it"
+
+
+def _kill(process: int) -> None:
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def _end_processes(workers: dict[Connection[object, object], int], pipe: tuple[int, int], owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    for process in workers.values():
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    for results, process in workers.items():
+        _kill(process)
+        results.close()
+    workers.clear()
+    for end in pipe:
+        os.close(end)

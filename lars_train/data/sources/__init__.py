@@ -1,0 +1,1 @@
+"""Where images lie: folders, zips, tar shards, URLs, the embedded set. Each makes a `Dataset`."""

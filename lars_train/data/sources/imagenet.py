@@ -1,0 +1,270 @@
+"""ImageNet (ILSVRC 2012) as it lies on disks: a folder per class, or all validation images in one folder.
+
+The labels of a flat validation folder are found and read here. Subsets are fine.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lars_train.data.dataset import LOOSE, Dataset, NamesBuilder, of_suffix
+from lars_train.data.sources.directory import DirectoryTree, is_file
+from lars_train.data.sources.folder import dataset, open_tree, validation_alone
+from lars_train.data.sources.remote import CacheSettings
+from lars_train.data.sources.split_folders import (
+    Folders,
+    Split,
+    collect,
+    find_splits,
+    find_validation,
+    hold_out,
+    matched,
+)
+from lars_train.data.sources.tree import Tree, is_image, join
+from lars_train.errors import ConfigError
+from lars_train.fsutil import user_path
+from lars_train.messages import counted, printable
+
+_KAGGLE = b"LOC_val_solution.csv"
+_DEVKIT = b"ILSVRC2012_devkit_t12/data"
+_GROUND_TRUTH = b"ILSVRC2012_validation_ground_truth.txt"
+_META = b"meta.mat"
+# How many folders above the root are searched for Kaggle's CSV (its images lie in ILSVRC/Data/CLS-LOC).
+_PARENTS = 3
+# A table of labels: from image names to the wnid of each.
+_Table = Callable[[list[bytes]], list[bytes]]
+
+
+def open_imagenet(
+    root: str | None,
+    holdout: float | None,
+    val_labels: str | None,
+    cache: CacheSettings | None = None,
+    image_key: str | None = None,
+) -> Dataset:
+    """The data set below `root`: ``train/<wnid>/`` and ``val/<wnid>/``, or all images directly in ``val/``.
+
+    For the latter, `val_labels` names a CSV of image and wnid, or the devkit; by default they are looked
+    for in and above `root`. `holdout`, `cache` and `image_key`: see `open_folder`. Raises `ConfigError`.
+    """
+    tree = open_tree(root, cache, image_key, train_alone=holdout is not None)
+    folders = find_splits(tree, holdout)
+    if holdout is not None:
+        if val_labels is not None:
+            raise _labelled(val_labels)
+        return dataset(tree, folders, *hold_out(tree, folders.train, holdout))
+    return dataset(tree, folders, *both_splits(tree, folders, val_labels))
+
+
+def both_splits(tree: Tree, folders: Folders, val_labels: str | None) -> tuple[Split, Split]:
+    """Training and validation set, whose labels come from its class folders or, where it has none, from a table."""
+    assert folders.val is not None
+    flat = is_flat(tree, folders)
+    if val_labels is not None and not flat:
+        raise _labelled(val_labels)
+    training = collect(tree, folders.train)
+    if not flat:
+        return matched(tree, training, collect(tree, folders.val))
+    table = _found(tree, folders.val) if val_labels is None else _given(val_labels)
+    return training, _flat(tree, folders.val, training.classes, table)
+
+
+def is_flat(tree: Tree, folders: Folders) -> bool:
+    """Return True where the validation images lie in no class folders."""
+    inside = folders.val
+    return inside is not None and not tree.folders(inside) and any(map(is_image, tree.files(inside)))
+
+
+def _labelled(val_labels: str) -> ConfigError:
+    return ConfigError(
+        f"data.val_labels={val_labels}, but the images lie in class folders, which label them: drop data.val_labels."
+    )
+
+
+def open_imagenet_validation(
+    root: str | None, val_labels: str | None, cache: CacheSettings | None = None, image_key: str | None = None
+) -> Dataset:
+    """The validation images alone, as `open_folder_validation`, or all directly in ``val/`` (see `open_imagenet`)."""
+    tree = open_tree(root, cache, image_key)
+    folders, inside = find_validation(tree)
+    return validation_alone(tree, folders, only_validation(tree, folders, inside, val_labels))
+
+
+def only_validation(tree: Tree, folders: Folders, inside: bytes, val_labels: str | None) -> Split:
+    """The validation set in `inside`, labelled as in `both_splits`; its classes are those that it has."""
+    if is_flat(tree, folders):
+        return _flat(tree, inside, None, _found(tree, inside) if val_labels is None else _given(val_labels))
+    if val_labels is not None:
+        raise _labelled(val_labels)
+    return collect(tree, inside)
+
+
+def _flat(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _Table) -> Split:
+    """The images directly in `inside`, labelled by `table`; `classes`: None for those in it."""
+    images = [name for name in tree.files(inside) if is_image(name)]
+    # The images lie where they should, and a table may lie beside them.
+    skipped = {
+        why: count for why, count in tree.listing(inside).skipped.items() if why not in (LOOSE, of_suffix(_KAGGLE))
+    }
+    wnids = table(images)
+    if classes is None:
+        classes = tuple(sorted(set(wnids)))
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+    for image, wnid in zip(images, wnids, strict=True):
+        if wnid not in labels:
+            raise ConfigError(
+                f"data.val_labels: {printable(image)} is of class {printable(wnid)}, which has no folder in "
+                f"{tree.place}/train; remove the image, or add the class."
+            )
+    builder = NamesBuilder()
+    builder.extend(images)
+    ids = np.array([labels[wnid] for wnid in wnids], np.int32)
+    return Split(inside, builder.build(), ids, classes, skipped=skipped)
+
+
+def _given(val_labels: str) -> _Table:
+    """The table at the path `val_labels`: a CSV, the devkit's text file, or a folder that has it."""
+    path = user_path(val_labels)
+    for folder in (b"", b"data", _DEVKIT):
+        if is_file(inside := path / os.fsdecode(join(folder, _GROUND_TRUTH))):
+            path = inside
+    if not is_file(path):
+        raise ConfigError(
+            f"data.val_labels={val_labels} is neither a file nor a folder with {printable(_GROUND_TRUTH)}; "
+            "give a CSV of image and wnid, or the unpacked devkit."
+        )
+    return _table(DirectoryTree(path.parent), os.fsencode(path.name))
+
+
+def _found(tree: Tree, val: bytes) -> _Table:
+    """Kaggle's CSV in the tree or above it, else the devkit in the tree, else a lone CSV in it."""
+    for folder in (b"", val):
+        if _KAGGLE in tree.files(folder):
+            return _table(tree, join(folder, _KAGGLE))
+    for above in list(tree.path.resolve().parents)[:_PARENTS]:
+        if is_file(above / os.fsdecode(_KAGGLE)):
+            return _table(DirectoryTree(above), _KAGGLE)
+    if _GROUND_TRUTH in tree.files(_DEVKIT):
+        return _table(tree, join(_DEVKIT, _GROUND_TRUTH))
+    for folder in (val, b""):
+        tables = [name for name in tree.files(folder) if name.lower().endswith(b".csv")]
+        if len(tables) == 1:
+            return _table(tree, join(folder, tables[0]))
+    raise ConfigError(
+        f"data.root={tree.place}: the images in {printable(val)}/ lie in no class folders, and there is neither a "
+        f"{printable(_KAGGLE)} nor a {printable(_DEVKIT)}/ to label them; set data.val_labels=PATH to a CSV "
+        "of image and wnid, or to the unpacked devkit."
+    )
+
+
+def _table(tree: Tree, path: bytes) -> _Table:
+    place = f"{tree.place}/{printable(path)}"
+    try:
+        content = tree.read(path)
+        if path.lower().endswith(b".csv"):
+            return lambda images: from_csv(place, content, images)
+        meta = tree.read(join(path.rpartition(b"/")[0], _META))
+    except OSError as error:
+        raise ConfigError(
+            f"data.val_labels: {place} cannot be used ({error}); a CSV wants the ending .csv, the devkit's "
+            f"text file wants {printable(_META)} beside it."
+        ) from error
+    return lambda images: from_devkit(place, content, meta, images)
+
+
+_SHOWN = 5
+
+
+@functools.cache
+def wnids() -> tuple[str, ...]:
+    """The 1,000 classes of ILSVRC 2012 (https://image-net.org/challenges/LSVRC/2012/) in bytewise order.
+
+    That is the order of the outputs of torchvision's and timm's networks for it.
+    """
+    return tuple((Path(__file__).parents[1] / "embedded" / "imagenet_wnids.txt").read_text().split())
+
+
+def from_csv(place: str, content: bytes, images: list[bytes]) -> list[bytes]:
+    """Labels from rows ``image,wnid``; header, suffix and folder of the image are optional.
+
+    What follows the wnid after a blank is skipped: Kaggle's ``LOC_val_solution.csv`` has the bounding
+    boxes there (https://www.kaggle.com/c/imagenet-object-localization-challenge/data). Rows for images that
+    are not there are fine. Raises `ConfigError` when an image has no row, or two that differ.
+    """
+    wnids: dict[bytes, bytes] = {}
+    text = content.decode("utf-8-sig", "surrogateescape")
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ConfigError(f"data.val_labels: {place} is no table of image and wnid ({error}); give another.") from None
+    for row in rows:
+        words = row[1].split() if len(row) > 1 else []
+        if not words:
+            continue
+        image, wnid = _stem(os.fsencode(row[0].strip())), os.fsencode(words[0])
+        if wnids.setdefault(image, wnid) != wnid:
+            raise ConfigError(
+                f"data.val_labels: {place} gives {printable(image)} two classes, "
+                f"{printable(wnids[image])} and {printable(wnid)}; delete one of the two rows."
+            )
+    missing = [image for image in images if _stem(image) not in wnids]
+    if missing:
+        shown = ", ".join(printable(image) for image in missing[:_SHOWN])
+        raise ConfigError(
+            f"data.val_labels: {place} has no row for {len(missing)} of {len(images)} images, such as "
+            f"{shown}; set data.val_labels to the table that belongs to these images (rows of image,wnid)."
+        )
+    return [wnids[_stem(image)] for image in images]
+
+
+def from_devkit(place: str, content: bytes, meta: bytes, images: list[bytes]) -> list[bytes]:
+    """Labels from ``ILSVRC2012_validation_ground_truth.txt`` and the content of ``meta.mat``.
+
+    Line k of the text is the ILSVRC2012_ID of the k-th image by name; `meta` says which wnid that is
+    (readme.txt of the devkit, section 2.2). Raises `ConfigError` when lines and images differ in number.
+    """
+    lines = content.split()
+    if len(lines) != len(images):
+        raise ConfigError(
+            f"data.val_labels: {place} has {counted(len(lines), 'line')}, and val/ {counted(len(images), 'image')}; "
+            "they go together by position, so complete val/, or give a CSV of image and wnid."
+        )
+    wnids = _wnids(place, meta)
+    unknown = sorted({line for line in lines if line not in wnids})
+    if unknown:
+        raise ConfigError(
+            f"data.val_labels: {place} has the ID {printable(unknown[0])}, which meta.mat beside it does not "
+            "know; take both files from the same devkit (ILSVRC2012_devkit_t12)."
+        )
+    return [wnids[line] for line in lines]
+
+
+def _wnids(place: str, meta: bytes) -> dict[bytes, bytes]:
+    """ILSVRC2012_ID, as decimal digits: wnid."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ConfigError(
+            f"data.val_labels: the meta.mat beside {place} is read with scipy, which is not installed; "
+            "`pip install scipy`, or set data.val_labels to a CSV of image and wnid."
+        ) from error
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        return {str(int(s["ILSVRC2012_ID"])).encode(): str(s["WNID"]).encode() for s in synsets}
+    # A damaged file shows itself as almost any kind of error.
+    except Exception as error:
+        raise ConfigError(
+            f"data.val_labels: the meta.mat beside {place} is damaged ({error}); unpack the devkit again."
+        ) from error
+
+
+def _stem(image: bytes) -> bytes:
+    name = image.rpartition(b"/")[2]
+    return name.rpartition(b".")[0] if is_image(name) else name

@@ -1,0 +1,187 @@
+"""Index files: named numpy arrays and a little JSON, written whole and read by mapping; and where they are cached.
+
+Mapped, the pages are shared by all processes of a machine. A reader takes no pickle and no object arrays, and checks
+every bound: such a file may lie in a store that somebody else made. What an index holds, and whether it is still
+right, its owner knows (directory.py, webdataset.py). safetensors has such a file, too: it would be one more required
+package, and has no checksum of its header.
+
+Layout, little-endian: magic (8 bytes), CRC-32 of the header (u4), its length (u4), the header (JSON), then the arrays,
+each at a multiple of 64 bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.fsutil import cache_folder, write_whole
+from lars_train.messages import complain, printable
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_MAGIC = b"LARSARR1"
+_HEAD = struct.Struct("<8sII")
+_ALIGN = 64
+_DTYPES = ("|u1", "<u4", "<i4", "<i8", "<u8")
+
+
+class Damaged(Exception):
+    """The file is not what `write_mapped` writes; str(e) is the reason, in one line."""
+
+
+def write_mapped(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write `meta` (JSON) and `arrays` (1-D, of `_DTYPES`) to `path`, which is there whole or not. Raises OSError."""
+    described, offset, crc = {}, 0, 0
+    pieces: list[bytes | memoryview] = []
+    for name, array in arrays.items():
+        if array.dtype.str not in _DTYPES or array.ndim != 1:
+            raise ValueError(f"{name}: {array.dtype.str} of {array.ndim} dimensions cannot be kept")
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        described[name] = [array.dtype.str, len(array), offset]
+        for piece in (data, bytes(-len(data) % _ALIGN)):
+            pieces.append(piece)
+            crc = zlib.crc32(piece, crc)
+            offset += len(piece)
+    header = json.dumps({"meta": meta, "arrays": described, "bytes": offset, "crc": crc}).encode()
+    header += b" " * (-(_HEAD.size + len(header)) % _ALIGN)
+    head = _HEAD.pack(_MAGIC, zlib.crc32(header), len(header))
+    write_whole(path, [head, header, *pieces])
+
+
+def read_mapped(path: Path) -> tuple[dict[str, Any], Arrays]:
+    """The meta data and the arrays, read-only views of the mapped file. Raises OSError, and `Damaged`."""
+    with path.open("rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        if length < _HEAD.size:
+            raise Damaged("it is empty or cut short")
+        whole = np.frombuffer(mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ), np.uint8)
+    try:
+        magic, crc, size = _HEAD.unpack(whole[: _HEAD.size].tobytes())
+        header = whole[_HEAD.size : _HEAD.size + size].tobytes()
+        if magic != _MAGIC or len(header) != size or zlib.crc32(header) != crc:
+            raise Damaged("its header does not hold together")
+        content = json.loads(header)
+        body = whole[_HEAD.size + size :]
+        if len(body) != content["bytes"] or zlib.crc32(body.data) != content["crc"]:
+            raise Damaged("its length or its CRC-32 is wrong")
+        meta = content["meta"]
+        if not isinstance(meta, dict):
+            raise Damaged("its header is of another form")
+        return meta, {name: _view(body, *where) for name, where in content["arrays"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"its header is of another form ({type(error).__name__})") from None
+
+
+def _view(body: npt.NDArray[np.uint8], dtype: str, count: int, offset: int) -> npt.NDArray[Any]:
+    if dtype not in _DTYPES or type(count) is not int or type(offset) is not int:
+        raise Damaged("its header asks for arrays of another kind")
+    end = offset + count * np.dtype(dtype).itemsize
+    if not 0 <= offset <= end <= len(body) or offset % _ALIGN:
+        raise Damaged("its header asks for more than there is")
+    return body[offset:end].view(dtype)
+
+
+T = TypeVar("T")
+# Indexes kept of one path. More than one: nodes with copies of their own may share a cache directory; and the file that
+# another run has mapped is not taken away from it at once.
+_KEPT = 4
+
+
+class Outdated(Exception):
+    """Another version of this program made the index, and read the data in another way."""
+
+
+def cache_directory() -> Path:
+    """Return the folder where indexes are kept."""
+    return cache_folder() / "index"
+
+
+def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -> T | None:
+    """Return what `use` makes of the newest index of `place` for which it does not return None.
+
+    Reports an index on stderr and removes it where it is damaged, or where `use` fails on odd values.
+    """
+    for path in _files(place):
+        try:
+            found = use(*read_mapped(path))
+        except FileNotFoundError:
+            continue
+        except Outdated:
+            complain(f"NOTE: {path}: another version made the index of {_shown(place)}; it is made again.")
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            continue
+        except (Damaged, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            complain(f"NOTE: {path}: the index of {_shown(place)} is damaged ({error}); it is rebuilt.")
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def keep_index(place: Path, meta: dict[str, Any], arrays: Arrays) -> None:
+    """Keep an index of `place`, and remove old ones; call it under `index_lock`. Reports what prevents it."""
+    key = _key(place)
+    try:
+        write_mapped(cache_directory() / f"{key}-{time.time_ns():x}.index", meta, arrays)
+        # And what a kill has left half written.
+        for old in (*_files(place)[_KEPT:], *cache_directory().glob(f".{key}-*")):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        _cannot_keep(place, error)
+
+
+@contextlib.contextmanager
+def index_lock(place: Path) -> Iterator[None]:
+    """Hold the lock of the index of `place`. Reports where that fails, and continues without it."""
+    from filelock import FileLock
+
+    lock = FileLock(cache_directory() / f"{_key(place)}.lock")
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        _cannot_keep(place, error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _key(place: Path) -> str:
+    return hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:16]
+
+
+def _files(place: Path) -> list[Path]:
+    """The indexes of one path, the newest first."""
+    try:
+        return sorted(cache_directory().glob(f"{_key(place)}-*.index"), key=lambda path: path.name, reverse=True)
+    except OSError:
+        return []
+
+
+def _cannot_keep(place: Path, error: Exception) -> None:
+    complain(
+        f"no index of {_shown(place)} can be kept in {cache_directory()} ({error}): the folder is read at every start; "
+        "set XDG_CACHE_HOME to a folder that can be written to."
+    )
+
+
+def _shown(place: Path) -> str:
+    return printable(os.fsencode(place))

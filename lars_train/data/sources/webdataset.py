@@ -1,0 +1,363 @@
+"""Tar shards that others made, in webdataset's layout, as a store: their index is built once and kept.
+
+tar_samples.py finds the samples of a tar and their labels. The class of one without a label is the folder in its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lars_train.data.dataset import NamesBuilder, listed_counts, merged
+from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
+from lars_train.data.sources.shards import Packed, Places, Shard, ShardTree, index_of, splits_of
+from lars_train.data.sources.split_files import Shards, unpacking, unpacking_twice
+from lars_train.data.sources.splits import TEST, TRAIN, VAL, no_classes
+from lars_train.data.sources.tar_samples import (
+    LABEL_KEYS,
+    Label,
+    Place,
+    TarSample,
+    Unclear,
+    label_place,
+    samples_of,
+    shown_label,
+)
+from lars_train.data.sources.tars import BadTar
+from lars_train.data.sources.tree import Listing
+from lars_train.errors import ConfigError
+from lars_train.messages import counted, first_process, printable
+
+# 2: names with digits, several images in a sample, labels and folders are read in another way; counts.
+# 3: names like those of splits, contradictions between labels, and all that is skipped.
+# 4: labels by other keys and in other members, and where labels come from.
+# 5: labels that belong to no image.
+_VERSION = 5
+# Keys of JSON in a message.
+_SHOWN = 6
+
+
+class WebdatasetTree(ShardTree):
+    """A store of tars that others made."""
+
+    numbers: tuple[int, ...] = ()
+    """The number that labels each class; empty where names do."""
+
+
+def open_webdataset(
+    root: Path, shards: Shards, image_key: str | None = None, train_alone: bool = False
+) -> WebdatasetTree:
+    """The store that `shards` of `root` are. Raises `ConfigError` for shards that cannot be used.
+
+    `train_alone`: leave a validation set out, so that nothing in it matters; without a training set it is read.
+    `image_key`: of a sample with several images, the extension of the one to read; several extensions are separated
+    by ``:``, and the first that a sample has counts. Of several processes, one makes the index, and the others wait. It
+    holds while the shards' names, lengths and times of their last change are what they were.
+    """
+    if train_alone and TRAIN in shards.files:
+        shards = shards._replace(files={TRAIN: shards.files[TRAIN]})
+    files = shards.files
+    state: dict[str, Any] = {split: [[name, *_state(root / name)] for name in names] for split, names in files.items()}
+    state["image_key"] = image_key
+
+    def use(meta: dict[str, Any], arrays: Arrays) -> WebdatasetTree | None:
+        if meta["kind"] != "webdataset":
+            raise Damaged("it is of another kind")
+        if meta.get("version", 1) != _VERSION:
+            raise Outdated
+        # An index of both splits has that of the training set.
+        known = {key: meta["state"].get(key) for key in state} if TRAIN in files else meta["state"]
+        if known != state:
+            return None
+        wanted = {split: parts for split, parts in meta["splits"].items() if split in files}
+        splits, read = splits_of(root, meta | {"splits": wanted}, arrays), shards.inventory
+        if read.val and VAL not in splits:
+            read = replace(read, val="", unused=(read.val, *read.unused))
+        notes = {split: str(meta["splits"][split]["labels"]) for split in splits}
+        if len(set(notes.values())) > 1:
+            notes = {split: note and f"{split}: {note}" for split, note in notes.items()}
+        read = replace(read, labels=tuple(dict.fromkeys(filter(None, notes.values()))))
+        tree = WebdatasetTree(root, splits, inventory=read)
+        tree.numbers = tuple(map(int, meta["numbers"]))
+        return tree
+
+    known = load_index(root, use)
+    if known is None:
+        with index_lock(root):
+            known = load_index(root, use)
+            if known is None:
+                meta, arrays = _index(root, shards, tuple((image_key or "").lower().split(":")) if image_key else ())
+                meta |= {"version": _VERSION, "state": state}
+                known = use(meta, arrays)
+                assert known is not None
+                keep_index(root, meta, arrays)
+    return known
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ConfigError(f"data.root: {path} cannot be read ({error.strerror}).") from error
+    return found.st_size, found.st_mtime_ns
+
+
+@dataclass
+class _Split:
+    """The tars of a split, and what they hold."""
+
+    name: str
+    files: list[str]
+    called: bool
+    """True if the tars are of this split by name; tars of no split count as training."""
+    samples: list[TarSample] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Counts of what belongs to no sample or is not read, by reason."""
+    beside: Counter[Place] = field(default_factory=Counter)
+    """Counts of the members that may hold the label of a sample without one."""
+    loose: Counter[bytes] = field(default_factory=Counter)
+    """Under the name of the first, those ``.cls`` that belong to no image."""
+    note: str = ""
+    """The source of its labels, if the user should know."""
+
+    def places_beside(self) -> list[Place]:
+        """The places in `beside`, the most frequent first."""
+        return [place for place, _ in self.beside.most_common()]
+
+
+def _index(root: Path, shards: Shards, keys: tuple[str, ...]) -> tuple[dict[str, Any], Arrays]:
+    from tqdm import tqdm
+
+    read = shards.inventory
+    splits = [
+        _Split(name, files, bool(read.train if name == TRAIN else read.val)) for name, files in shards.files.items()
+    ]
+    total = sum(len(split.files) for split in splits)
+    quiet = None if first_process() else True
+    with tqdm(total=total, desc="reading shards", unit="shard", leave=False, delay=1, disable=quiet) as bar:
+        for split in splits:
+            _read(root, split, keys, bar)
+    _read_hints(splits)
+    if read.val.lower() == TEST and len(splits) > 1 and _without_labels(splits[1].samples, splits[0].samples):
+        # The images of a competition: nothing to validate on.
+        del splits[1]
+    classes, numbers = _classes(root, splits)
+    index, arrays = index_of(root, {split.name: _packed(root, split, classes, numbers) for split in splits})
+    for split in splits:
+        index["splits"][split.name]["labels"] = split.note
+    numbered = [label for label in numbers if isinstance(label, int)]
+    return {"kind": "webdataset", **index, "numbers": numbered}, arrays
+
+
+def _read(root: Path, split: _Split, keys: tuple[str, ...], bar: Any) -> None:
+    """Read all samples of a split, ranked by name. Names that are not unique get their shard's in front."""
+    samples: list[TarSample] = []
+    for number, shard in enumerate(split.files):
+        shown = printable(os.fsencode(shard))
+        try:
+            handle = os.open(root / shard, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                samples += samples_of(handle, number, keys, split.skipped, split.beside, split.loose)
+            finally:
+                os.close(handle)
+        except (BadTar, OSError) as error:
+            raise ConfigError(f"data.root={root}: {shown} cannot be used ({error}); get it again.") from error
+        except Unclear as error:
+            raise ConfigError(f"data.root={root}: {shown}: {error}.") from None
+        bar.update()
+    if len({sample.name for sample in samples}) < len(samples):
+        stems = [os.fsencode(Path(shard).stem) + b"/" for shard in split.files]
+        samples = [sample._replace(name=stems[sample.shard] + sample.name) for sample in samples]
+    samples.sort(key=lambda sample: sample.name)
+    twice = next((a for a, b in pairwise(samples) if a.name == b.name), None)
+    if twice is not None:
+        raise ConfigError(f"data.root={root}: {printable(twice.name)} is in it twice; make these shards again.")
+    split.samples = samples
+
+
+def _read_hints(splits: Sequence[_Split]) -> None:
+    """Give samples without a label the one that `label_place` finds, and count the members that are not read.
+
+    Notes for each split where its labels come from. A validation set is read as the training set is, where that has
+    samples without a label. Folders stay the classes where they are the same ones.
+    """
+    lacking = next((few for split in splits if (few := [s for s in split.samples if s.label is None])), [])
+    place = label_place(lacking)
+    if place is not None:
+        folders = _class_folders(lacking, set())
+        pairs = {(dict(sample.hints)[place], folders[sample.folder]) for sample in lacking}
+        if all(len(set(side)) == len(pairs) and b"" not in side for side in zip(*pairs, strict=True)):
+            # The folders are the same classes, by their names.
+            place = None
+    for split in splits:
+        samples = split.samples
+        before = sum(sample.label is None for sample in samples)
+        if place is not None:
+            samples[:] = [
+                sample if sample.label is not None else sample._replace(label=dict(sample.hints).get(place))
+                for sample in samples
+            ]
+        after = sum(sample.label is None for sample in samples)
+        read = place.extension if place is not None and after < before else ""
+        for (extension, key), count in split.beside.items():
+            if not key and extension != read:
+                split.skipped[f".{extension} files"] += count
+        unread = _listed_places(other for other in split.places_beside() if other != place)
+        parts = []
+        if place is not None and after < before:
+            some = "" if before == len(samples) else f"of {counted(before - after, 'image')} "
+            parts.append(f"labels {some}from {_listed_places([place])}")
+        if after and (unread or after < len(samples)):
+            some = "" if after == len(samples) else f"of {counted(after, 'image')} "
+            parts.append(f"labels {some}from folders in the names{unread and f', not from {unread}'}")
+        split.note = "; ".join(parts)
+
+
+def _listed_places(places: Iterable[Place]) -> str:
+    """The places of labels for a message: ``.json (caption, url), .txt``."""
+    keys: dict[str, list[str]] = {}
+    for extension, key in places:
+        keys.setdefault(extension, []).extend([key] if key else [])
+    shown = {
+        extension: ", ".join((*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])))
+        for extension, names in sorted(keys.items())
+    }
+    return ", ".join(f".{extension}{names and f' ({names})'}" for extension, names in shown.items())
+
+
+def _without_labels(test: Sequence[TarSample], train: Sequence[TarSample]) -> bool:
+    """Return True if no sample of a test set has a label or lies in a folder named like a class of `train`."""
+    known = set(_class_folders(train, set()).values()) if train else set()
+    return not any(
+        sample.label is not None or not known.isdisjoint(sample.folder.split(b"/") if sample.folder else ())
+        for sample in test
+    )
+
+
+def _packed(root: Path, split: _Split, classes: Sequence[bytes], numbers: Mapping[Label, int]) -> Packed:
+    samples = split.samples
+    names = NamesBuilder()
+    names.extend(sample.name for sample in samples)
+    labels = np.array([numbers[sample.label] for sample in samples], np.int32)
+    places = Places(
+        np.array([sample.shard for sample in samples], np.int32),
+        np.array([sample.offset for sample in samples], np.int64),
+        np.array([sample.size for sample in samples], np.int64),
+    )
+    shards = tuple(Shard(root / name, (root / name).stat().st_size) for name in split.files)
+    listing = Listing(tuple(classes), names.build(), labels, split.name == TRAIN, merged(split.skipped))
+    return Packed(shards, listing, places, np.zeros(0, np.uint64))
+
+
+def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[Label, int]]:
+    """The class names, and the index of each label. Samples without a label are given their folder's."""
+    for split in splits:
+        if not split.samples:
+            others = f" (skipped: {listed_counts(split.skipped)})" if split.skipped else ""
+            twice = split.skipped.get(".tar files")
+            remedy = f" {unpacking_twice(root, split.name, split.files)}" if twice else ""
+            raise ConfigError(f"data.root={root}: its shards hold no pictures{others}.{remedy}")
+    tars = [tar for split in splits for tar in split.files]
+    known: set[Label] = set()
+    for split in splits:
+        _label_by_folder(root, split, known, tars)
+        known = known or {sample.label for sample in split.samples}
+    kinds = {type(sample.label): sample for split in splits for sample in split.samples}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{printable(sample.name)} has {shown_label(sample.label)}" for sample in kinds.values())
+        raise ConfigError(
+            f"data.root={root}: some labels are numbers and others are names ({shown}); make these shards again."
+        )
+    first, second = splits[0].samples, splits[1].samples if len(splits) > 1 else []
+    every: list[set[Any]] = [{sample.label for sample in samples} for samples in (first, second)]
+    labels, strange = sorted(every[0]), sorted(every[1] - every[0])
+    if strange:
+        raise ConfigError(
+            f"data.root={root}: the validation set has {counted(len(strange), 'class', 'classes')} that the training "
+            f"set has not, such as {shown_label(strange[0])}; make them fit."
+        )
+    names = [label if isinstance(label, bytes) else b"%d" % label for label in labels]
+    numbers = {label: index for index, label in enumerate(labels)}
+    by_folder = classes_by_folder({(sample.label, sample.folder or None) for sample in first}, labels)
+    for sample in second if by_folder else []:
+        name = by_folder[numbers[sample.label]]
+        if sample.folder != name and sample.folder in by_folder:
+            raise ConfigError(
+                f"data.root={root}: {printable(sample.name)} of the validation set lies in the folder "
+                f"{printable(sample.folder)}, and its label is that of {printable(name)} in the training set; "
+                "make these shards again."
+            )
+    return by_folder or names, numbers
+
+
+def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequence[str]) -> None:
+    """Give the samples of a split that have no label their class folder's; `known`: the labels of the training set.
+
+    Raises `ConfigError` where one has neither; `tars`: all of the data set, for what to do then.
+    """
+    samples = split.samples
+    without = next((sample for sample in samples if sample.label is None), None)
+    if without is not None and split.loose:
+        ((name, count),) = split.loose.items()
+        raise ConfigError(
+            f"data.root={root}: its shards hold {counted(count, '.cls file')} belonging to no image, such as "
+            f"{printable(name)}, and {printable(without.name)} has no label; the members of a sample have one name "
+            "up to the first dot and stand one after the other: make these shards again, or leave these files out."
+        )
+    folders = _class_folders(samples, known)
+    named = sorted({folders[sample.folder] for sample in samples if sample.label is None})
+    parts = no_classes(list(map(os.fsdecode, named)), split=split.called) if len(named) > 1 else []
+    if parts:
+        raise ConfigError(
+            f"data.root={root}: folders in its shards are splits and no classes ({printable(', '.join(parts))}); "
+            "unpack the shards, and give the folder above train/; if these are classes, call the shards "
+            "train-*.tar and val-*.tar."
+        )
+    any_label = any(sample.label is not None or sample.folder for sample in samples)
+    samples[:] = [
+        sample._replace(label=folder if sample.label is None else sample.label, folder=folder)
+        for sample, folder in ((sample, folders[sample.folder]) for sample in samples)
+    ]
+    lacking = next((sample for sample in samples if not sample.label and sample.label != 0), None)
+    if lacking is not None:
+        remedy = ("" if any_label else unpacking(root, tars)) or "add its label, or leave it out."
+        unread = _listed_places(split.places_beside())
+        raise ConfigError(
+            f"data.root={root}: {printable(lacking.name)} has no label: neither a .cls nor a .json with one of "
+            f"{', '.join(LABEL_KEYS)}, nor a folder in its name{unread and f', and none is clear from {unread}'}; "
+            f"{remedy}"
+        )
+
+
+def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[bytes, bytes]:
+    """For the folders in the names of a split's samples the one of them that is the class; empty where there is none.
+
+    It is the first below all that the samples share, so far as each keeps one. `known`: the classes of the training
+    set. A validation set of one class shares more folders than it should: then as many count as make known classes.
+    """
+    parts = {folder: folder.split(b"/") if folder else [] for folder in {sample.folder for sample in samples}}
+    levels = zip(*parts.values(), strict=False)
+    common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    shared = min(common, max(0, min(map(len, parts.values())) - 1))
+    for depth in (*reversed(range(shared + 1)), shared):
+        found = {folder: path[depth] if path else b"" for folder, path in parts.items()}
+        if not known or known >= set(found.values()):
+            break
+    return found
+
+
+def classes_by_folder(pairs: Collection[tuple[Label, bytes | None]], labels: Sequence[Label]) -> list[bytes]:
+    """The folders in the order of `labels`, where each label has one to itself in that order; empty where not.
+
+    `pairs`: each different pair of a sample's label and folder.
+    """
+    folders = dict(pairs)
+    named = [folder for folder in (folders[label] for label in labels) if folder is not None]
+    return named if len(pairs) == len(labels) == len(named) and named == sorted(set(named)) else []

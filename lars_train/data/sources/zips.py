@@ -1,0 +1,311 @@
+"""A zip file as a `Tree`, and its samples as a `Source`, read in place.
+
+Nothing is extracted, and a name in the zip never becomes a path on disk: it is only looked up. Entries may
+be stored or deflated. The directory of the zip is read once; a source keeps 29 bytes and the name of each
+of its samples, so a worker process need not read the directory again. A `zipfile.ZipFile` in each thread would hold the
+whole directory: 650 bytes an entry, 0.8 GB for ImageNet.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import threading
+import weakref
+import zipfile
+import zlib
+from bisect import bisect_left
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.data.dataset import LOOSE, UNSAFE, Inventory, Labels, Names, NamesBuilder, Source, merged
+from lars_train.data.sources.splits import is_split
+from lars_train.data.sources.tree import (
+    HiddenPaths,
+    Listing,
+    Ranks,
+    count_skipped,
+    is_hidden,
+    is_image,
+    join,
+    listing_of,
+)
+from lars_train.errors import ConfigError
+from lars_train.messages import printable
+
+_ENTRY = np.dtype([("header", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("deflated", "?")])
+# Local file header (APPNOTE.TXT 4.3.7): signature, 22 bytes that the directory repeats, two lengths.
+_HEADER = struct.Struct("<4s22xHH")
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+# Deflate cannot shrink data more than this (https://zlib.net/zlib_tech.html, "Maximum Compression Factor").
+_RATIO = 1032
+# Bytes that a deflated image may come to. Nothing but a bomb does: images are packed already, and one that is
+# stored takes no more memory than it takes in the zip.
+_DEFLATED = 128 << 20
+# Bytes of what `read` reads: tables of labels (ImageNet's longest has 2 MB).
+_SMALL = 64 << 20
+# The byte that follows the slash: every path in the folder x sorts before x0.
+_AFTER_SLASH = b"0"
+_LINKS = "symbolic links"
+
+
+class ZipSource:
+    """Samples that are entries of the zip at `path`, below the folder `inside`.
+
+    `entries`: one `_ENTRY` record per sample. Safe to use from several threads.
+    """
+
+    def __init__(self, path: Path, inside: bytes, names: Names, labels: Labels, entries: npt.NDArray[np.void]) -> None:
+        self.labels = labels
+        self._file = _File(path)
+        self._inside = inside
+        self._names = names
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, sample: int) -> str:
+        return os.fsdecode(self._names[sample])
+
+    def where(self, sample: int) -> str:
+        return printable(f"{self._file.path}!") + printable(join(self._inside, self._names[sample]))
+
+    def read(self, sample: int) -> bytes:
+        header, packed, size, crc, deflated = self._entries[sample].item()
+        try:
+            data = self._file.entry(header, packed)
+            if deflated:
+                # One byte more than promised is enough to see that the promise is broken.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise OSError(f"{self.where(sample)}: cannot be read: {error}") from error
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise OSError(f"{self.where(sample)}: damaged: size or CRC-32 differs from the zip's directory")
+        return data
+
+
+class ZipTree:
+    """The folders and files in the zip at `path`; one folder around everything is looked through.
+
+    Raises `ConfigError` when the file is no zip, or its images are encrypted, duplicate, or packed by a
+    method other than store or deflate.
+    """
+
+    variant = ""
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
+        self.path = path
+        self._base = b""
+        members, self._hidden, unsafe = _members(path)
+        self.inventory = Inventory(skipped=unsafe)
+        _check(path, members)
+        self._members = dict(members)
+        self._sorted = [name for name, _ in members]
+        top = self.folders(b"")
+        if len(top) == 1 and not is_split(os.fsdecode(top[0])) and self.folders(top[0]):
+            loose = sum(map(is_image, self.files(b"")))
+            self.inventory = Inventory(skipped=merged(unsafe, {LOOSE: loose} if loose else {}, self.hidden()))
+            self._base = top[0]
+            self.place = f"{path}!{printable(top[0])}"
+
+    def folders(self, inside: bytes) -> list[bytes]:
+        return self._list(inside)[0]
+
+    def files(self, inside: bytes) -> list[bytes]:
+        return self._list(inside)[1]
+
+    def hidden(self) -> Counter[str]:
+        skipped: Counter[str] = Counter()
+        paths = HiddenPaths(skipped)
+        for path in _below(self._hidden, self._prefix(b"")):
+            if is_hidden(path.partition(b"/")[0]):
+                paths.hides(path)
+            elif b"/" not in path:
+                skipped[_LINKS] += 1
+        return skipped
+
+    def listing(self, inside: bytes) -> Listing:
+        classes = self.folders(inside)
+        return listing_of(classes, [self._images(join(inside, name)) for name in classes], self._skipped(inside))
+
+    def read(self, path: bytes) -> bytes:
+        info = self._members.get(join(self._base, path))
+        problem = "is not there" if info is None else _problem(info, self.path.stat().st_size)
+        if info is not None and info.file_size > _SMALL:
+            problem = f"is larger than {_SMALL >> 20} MiB"
+        if problem:
+            raise OSError(f"{printable(path)} {problem}")
+        name = NamesBuilder()
+        name.extend([path])
+        data = self.source(b"", name.build(), np.zeros(1, np.int32)).read(0)
+        assert isinstance(data, bytes)
+        return data
+
+    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+        inside = join(self._base, inside)
+        entries = np.empty(len(names), _ENTRY)
+        for sample in range(len(names)):
+            info = self._members[join(inside, names[sample])]
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            entries[sample] = (info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
+        return ZipSource(self.path, inside, names, labels, entries)
+
+    def _images(self, inside: bytes) -> list[bytes]:
+        """Paths, relative to `inside`, of all images in it and below it, in bytewise order."""
+        return [path for path in _below(self._sorted, self._prefix(inside)) if is_image(path)]
+
+    def _skipped(self, inside: bytes) -> Counter[str]:
+        """Count the files below `inside` that are no images, or lie in no class folder."""
+        skipped: Counter[str] = Counter()
+        prefix, hidden = self._prefix(inside), HiddenPaths(skipped)
+        for path in _below(self._hidden, prefix):
+            if not hidden.hides(path):
+                skipped[_LINKS] += 1
+        for path in _below(self._sorted, prefix):
+            if not is_image(path):
+                if path and not path.endswith(b"/"):
+                    count_skipped(skipped, path.rpartition(b"/")[2])
+            elif b"/" not in path:
+                skipped[LOOSE] += 1
+        return skipped
+
+    def _list(self, inside: bytes) -> tuple[list[bytes], list[bytes]]:
+        """The folders and the files directly in `inside`; what lies in those folders is leapt over."""
+        prefix = self._prefix(inside)
+        folders, files = [], []
+        index = bisect_left(self._sorted, prefix)
+        while index < len(self._sorted) and self._sorted[index].startswith(prefix):
+            name, slash, _ = self._sorted[index][len(prefix) :].partition(b"/")
+            if slash:
+                folders.append(name)
+                index = bisect_left(self._sorted, prefix + name + _AFTER_SLASH)
+            else:
+                files.append(name)
+                index += 1
+        return sorted(folders), [name for name in files if name]
+
+    def _prefix(self, inside: bytes) -> bytes:
+        folder = join(self._base, inside)
+        return folder + b"/" if folder else b""
+
+
+class _File:
+    """The zip file, read with ``pread``: there is no file position for threads and forked processes to share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+        self._opening = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_File], tuple[Path]]:
+        return _File, (self.path,)
+
+    def entry(self, header: int, packed: int) -> bytes:
+        """The `packed` bytes of the entry whose local header lies at `header`."""
+        signature, name_length, extra_length = _HEADER.unpack(self._exactly(_HEADER.size, header))
+        if signature != b"PK\x03\x04":
+            raise OSError("no entry where the zip's directory says; was the file replaced during the run?")
+        return self._exactly(packed, header + _HEADER.size + name_length + extra_length)
+
+    def _exactly(self, count: int, offset: int) -> bytes:
+        handle = self._open()
+        pieces = []
+        while count:
+            piece = os.pread(handle, count, offset)
+            if not piece:
+                raise EOFError("the zip ends early")
+            pieces.append(piece)
+            count -= len(piece)
+            offset += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._handle is None:
+                self._handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                weakref.finalize(self, os.close, self._handle)
+            return self._handle
+
+
+def _below(paths: list[bytes], prefix: bytes) -> list[bytes]:
+    """The rests of the `paths`, which are sorted, that begin with `prefix`."""
+    first = bisect_left(paths, prefix)
+    end = bisect_left(paths, True, lo=first, key=lambda path: not path.startswith(prefix))
+    return [path[len(prefix) :] for path in paths[first:end]]
+
+
+def _members(path: Path) -> tuple[list[tuple[bytes, zipfile.ZipInfo]], list[bytes], Counter[str]]:
+    """Every entry that is not hidden by name, then the names of the hidden ones and of links, both in bytewise order.
+
+    Folders end in ``/``. A link counts as the entry of its folder. Last, the count of entries whose names lead out of
+    the zip, and are skipped.
+    """
+    skipped: Counter[str] = Counter()
+    shown, concealed = [], []
+    hidden = HiddenPaths(skipped)
+    try:
+        with zipfile.ZipFile(path) as opened:
+            for info in opened.infolist():
+                name = _raw_name(info)
+                unsafe = skipped[UNSAFE]
+                if not name or not hidden.hides(name):
+                    if stat.S_ISLNK(info.external_attr >> 16):
+                        concealed.append(name)
+                        name = name[: name.rfind(b"/") + 1]
+                    if name:
+                        shown.append((name, info))
+                elif skipped[UNSAFE] == unsafe:
+                    concealed.append(name)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, UnicodeError, struct.error) as error:
+        raise ConfigError(
+            f"data.root={path} is not a valid zip ({error}); make or download it again, or give the folder "
+            "that it was made from."
+        ) from error
+    shown.sort(key=lambda member: member[0])
+    unsafe = skipped[UNSAFE]
+    return shown, sorted(concealed), Counter({UNSAFE: unsafe} if unsafe else {})
+
+
+def _raw_name(info: zipfile.ZipInfo) -> bytes:
+    """The name's bytes as they stand in the zip (zipfile decodes unmarked ones as code page 437).
+
+    Some programs on Windows write ``\\`` where the format has ``/`` (APPNOTE.TXT 4.4.17.1), and some begin with ``./``.
+    """
+    name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+    return name.replace(b"\\", b"/").removeprefix(b"./")
+
+
+def _check(path: Path, members: list[tuple[bytes, zipfile.ZipInfo]]) -> None:
+    """Raises `ConfigError` for the first image that `ZipSource` could not read."""
+    length = path.stat().st_size
+    before = b""
+    for name, info in members:
+        if not is_image(name):
+            continue
+        problem = "is in it twice" if name == before else _problem(info, length)
+        if problem:
+            raise ConfigError(
+                f"data.root={path}: {printable(name)} {problem}; pack the zip again (`zip -r -0` will do)."
+            )
+        before = name
+
+
+def _problem(info: zipfile.ZipInfo, length: int) -> str:
+    """Why `ZipSource` could not read this entry of a zip of `length` bytes, or an empty string."""
+    if info.flag_bits & _ENCRYPTED:
+        return "is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is neither stored nor deflated"
+    if info.header_offset + info.compress_size > length:
+        return "lies beyond the end of the file"
+    if info.file_size > _RATIO * info.compress_size:
+        return "claims to be larger than it can be"
+    if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > _DEFLATED:
+        return f"is deflated, and {info.file_size:,} bytes when it is not"
+    return ""

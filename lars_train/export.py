@@ -1,0 +1,374 @@
+"""``mode=export``: from a checkpoint to a file whose suffix says its format, whole or not there, and its card."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Collection
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lars_train.config import Config
+from lars_train.errors import ConfigError, DataError
+from lars_train.fsutil import user_path, write_whole
+from lars_train.messages import first_line, utf8
+from lars_train.models.factory import build_model, is_torchvisions
+from lars_train.models.weight_files import KEY
+from lars_train.models.weights import load_state
+from lars_train.report.files import Unreadable, read_lines, read_object
+from lars_train.training import checkpoint
+
+CARD = "MODEL.md"
+MARK = "<!-- written by lars-train mode=export -->"
+"""The first line of a card, and of the part of each file in it; a MODEL.md without it is somebody's own."""
+
+_OF_TORCHVISION = "from torchvision.models import get_model\n\nmodel = get_model({model!r}, num_classes={classes})\n"
+_OF_OURS = (
+    "from lars_train.models.factory import build_model  # pip install lars-train; torchvision has no such network\n\n"
+    "model = build_model({model!r}, num_classes={classes}, ghost_batch=1, zero_gamma=False)\n"
+)
+
+_USES = {
+    ".pth": ("import torch\n", "model.load_state_dict(torch.load({file!r}, weights_only=True))"),
+    ".safetensors": (
+        "from safetensors.torch import load_file\n",
+        "model.load_state_dict(load_file({file!r}))",
+    ),
+    ".onnx": (
+        "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file!r})\n"
+        'logits = session.run(None, {{"images": images}})[0]  # float32 (n, 3, {image_size}, {image_size})',
+    ),
+}
+
+TOLERANCE = 1e-4
+"""How far the graph's logits may be from the network's, relative to the largest of them and at least absolutely."""
+
+_EXTRA = "install it with: pip install 'lars-train[export]'"
+_CHECKED = 2  # images that the two are compared on
+
+
+def export(config: Config) -> tuple[Path, str]:
+    """Write the checkpoint's network, weights in float32, and ``MODEL.md`` beside it; the file, and a word on it.
+
+    ``export.path`` is a ``.pth``, ``.pt``, ``.safetensors`` or ``.onnx`` file; without it a ``.pth`` beside the
+    checkpoint. Raises `ConfigError`, and `DataError` for a graph that does not compute what the network does.
+    """
+    assert config.checkpoint.path is not None
+    source, content = checkpoint.find(config.checkpoint.path)
+    name = str(checkpoint.value(content, "config", "model", "name"))
+    # First of all, for the name becomes part of a file's.
+    network = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False)
+    load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
+    if source.name.startswith(checkpoint.SET_ASIDE):
+        raise ConfigError(
+            f"checkpoint.path={config.checkpoint.path}: the run has diverged with these weights, and has set them "
+            "aside; choose an earlier checkpoint, or the run directory."
+        )
+    broken = [key for key, value in network.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ConfigError(
+            f"checkpoint.path={config.checkpoint.path}: {source.name} holds values that are not finite "
+            f"({broken[0]}{f' and {len(broken) - 1} more' if broken[1:] else ''}): the run has diverged. Choose an "
+            "earlier checkpoint."
+        )
+    target = (
+        user_path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
+    )
+    _check_target(target, source, config)
+    about = origin(source, content)
+    if target.suffix == ".onnx" and not isinstance(about["image_size"], int):
+        raise ConfigError(f"checkpoint.path={config.checkpoint.path}: it does not say the size of the images.")
+    # The suffix tells some writers the format.
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        check = WRITERS[target.suffix](partial, network, about)
+        # Some writers leave a file that its owner alone can read.
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
+        partial.replace(target)
+        _describe(target, about)
+    except DataError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch reports a file that it cannot write as RuntimeError
+        raise ConfigError(f"export.path={target}: it cannot be written ({first_line(error)}).") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return target, check
+
+
+def _describe(target: Path, about: dict[str, Any]) -> None:
+    path = target.with_name(CARD)
+    text = card(target.name, about, torchvision=is_torchvisions(about["model"]))
+    former = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    write_whole(path, [utf8(beside(text, former, {file.name for file in target.parent.iterdir()}))])
+
+
+def _check_target(target: Path, source: Path, config: Config) -> None:
+    if target.suffix not in WRITERS:
+        raise ConfigError(
+            f"export.path={config.export.path}: its suffix says the format; choose one of {', '.join(WRITERS)}."
+        )
+    if target.resolve() in {path.resolve() for path in (source, *checkpoint.listing(source.parent))}:
+        raise ConfigError(
+            f"export.path={config.export.path}: it is a checkpoint of the run; give another file to write."
+        )
+    if target.is_dir():
+        raise ConfigError(f"export.path={config.export.path}: it is a folder; give the file to write.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"export.path={target}: the folder {target.parent} does not exist.")
+    there = target.with_name(CARD)
+    if there.exists() and not _is_ours(there):
+        raise ConfigError(
+            f"export.path={target}: {there} is not lars-train's, which writes one there; choose another folder."
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.is_file() and path.read_bytes().startswith(MARK.encode())
+    except OSError:
+        return False
+
+
+def write_torch(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
+    """Write the state dict in float32; a line for the user (empty)."""
+    state: Any = _state(network)
+    state._metadata[KEY] = json.dumps(about)
+    torch.save(state, path)
+    return ""
+
+
+def write_safetensors(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
+    """Write the tensors of the state dict in float32; a line for the user (empty). Raises `ConfigError`."""
+    _need("safetensors", ".safetensors")
+    module = importlib.import_module("safetensors.torch")
+    module.save_file(dict(_state(network)), path, metadata={"format": "pt", KEY: json.dumps(about)})
+    return ""
+
+
+def write_onnx(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
+    """Write the graph of the network in evaluation; how it was checked, for the user.
+
+    Raises `ConfigError` without the libraries, `DataError` if onnxruntime's logits are not the network's.
+    """
+    _need("onnx", ".onnx")
+    _need("onnxscript", ".onnx")
+    network = network.float().eval()
+    size = int(about["image_size"])
+    images = torch.randn(_CHECKED, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        # The exporter's own, of deprecations within torch and onnxscript.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props[KEY] = json.dumps(about)
+    program.save(str(path), external_data=False)
+    return _compared(path, network, images)
+
+
+def _compared(path: Path, network: nn.Module, images: Tensor) -> str:
+    try:
+        runtime = importlib.import_module("onnxruntime")
+    except ImportError:
+        return f"not compared with the network, for onnxruntime is not there: {_EXTRA}"
+    session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = network(images)
+    # Another number of images than the graph was made with.
+    found = torch.cat([torch.from_numpy(session.run(None, {"images": image[None].numpy()})[0]) for image in images])
+    apart = float((found - expected).abs().max())
+    if not apart <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise DataError(
+            f"export.path: onnxruntime's logits are {apart:.2g} away from the network's, more than {TOLERANCE:g} "
+            "allows; nothing was written. Another version of onnxruntime or torch may do better."
+        )
+    return f"onnxruntime's logits are the network's to {apart:.1g}"
+
+
+WRITERS: dict[str, Callable[[Path, nn.Module, dict[str, Any]], str]] = {
+    ".pth": write_torch,
+    ".pt": write_torch,
+    ".safetensors": write_safetensors,
+    ".onnx": write_onnx,
+}
+"""By the suffix of the file."""
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    state = network.state_dict()
+    for name, tensor in state.items():
+        state[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+    return state
+
+
+def _need(name: str, suffix: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"export.path: a file of {suffix} wants the package {name}; {_EXTRA}") from None
+
+
+def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
+    """The text, in Markdown, for the file of that name whose `origin` is `about`.
+
+    `torchvision`: its network is one of torchvision's.
+    """
+    optimizer = about["optimizer"]
+    what = f"LARS over {optimizer['base']}" if optimizer["name"] == "lars" else str(optimizer["base"])
+    suffix = "." + file.rpartition(".")[2]
+    first, *rest = _USES[".pth" if suffix == ".pt" else suffix]
+    network = [_OF_TORCHVISION if torchvision else _OF_OURS] if rest else []
+    usage = "".join([first, *network, *rest]).format(file=file, **{**about, "classes": len(about["classes"])})
+    epochs = f"{about['epochs']} epoch{'' if about['epochs'] == 1 else 's'}"
+    rows = [
+        ("network", about["model"]),
+        ("classes", f"{len(about['classes']):,}"),
+        ("top-1", _percent(about, "top1")),
+        ("top-5", _percent(about, "top5")),
+        (
+            "trained on",
+            f"{about['data']}, {_number(about['training_images'])} images (fingerprint {about['fingerprint']})",
+        ),
+        ("recipe", f"{about['recipe']}, batch {about['batch']}"),
+        ("global batch", f"{_number(about['global_batch'])}, in ghost batches of {_number(about['ghost_batch'])}"),
+        ("optimizer", f"{what}, peak lr {optimizer['lr']}, weight decay {optimizer['weight_decay']}"),
+        ("length", f"update {_number(about['update'])} of {_number(about['updates'])} ({epochs})"),
+        ("seed, precision", f"{about['seed']}, {about['precision']}"),
+        ("made by", _maker(about)),
+    ]
+    if about.get("command"):
+        rows.append(("command", f"`{about['command']}`"))
+    lines = [
+        MARK,
+        "",
+        f"# {file}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {_cell(value)} |" for key, value in rows),
+        "",
+    ]
+    lines += [
+        "## Input",
+        "",
+        f"RGB images, resized so that the shorter side is {_resized(about)} (bilinear, antialiased), the middle "
+        f"{about['image_size']} x {about['image_size']} cut out, scaled to 0 to 1, less the mean {about['mean']}, over "
+        f"the standard deviation {about['std']}, channel by channel. The output are logits, in the order of the "
+        "classes, which are listed in the file's metadata (`lars_train`, JSON).",
+        "",
+        "```python",
+        usage,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def beside(card: str, other: str, files: Collection[str]) -> str:
+    """`card` and, behind it, what a former text says of those of `files` that `card` is not of."""
+    parts = {}
+    for part in other.split(MARK)[1:]:
+        if (of := re.search("^# (.+)$", part, re.MULTILINE)) and f"# {of[1]}\n" not in card and of[1] in files:
+            parts[of[1]] = MARK + part.rstrip("\n") + "\n"
+    return "\n".join([card, *parts.values()])
+
+
+def _percent(about: dict[str, Any], key: str) -> str:
+    if about[key] is None:
+        return "not evaluated at this update"
+    return f"{about[key]:.2f} % of {about['evaluated']:,} validation images"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "unknown"
+
+
+def _resized(about: dict[str, Any]) -> str:
+    size, crop = about["image_size"], about["eval_crop"]
+    return str(round(size / crop)) if size and crop else "unknown"
+
+
+def _maker(about: dict[str, Any]) -> str:
+    versions, git = about.get("versions") or {}, about.get("git") or {}
+    parts = [about["program"], *(f"{name} {number}" for name, number in versions.items() if name != "lars-train")]
+    if git.get("commit"):
+        parts.append(f"commit {git['commit'][:12]}{' with changes' if git.get('dirty') else ''}")
+    return ", ".join(parts)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the checkpoint `content`, read from the file `source`; values for JSON, None for the unknown.
+
+    ``top1``, ``top5`` (percent) and ``evaluated`` (images) are those of its update in the run's metrics.jsonl; unknown
+    where it was not evaluated or the file does not lie in a run directory. Machines and folders are left out.
+    """
+    run = source.resolve().parent.parent
+    evaluated = _evaluation(run / "metrics.jsonl", content["update"])
+    data, optimizer, plan = (_part(content, *keys) for keys in (("config", "data"), ("config", "optimizer"), ("plan",)))
+    batch = _part(content, "config", "batch")
+    return {
+        "program": f"lars-train {version('lars-train')}",
+        "model": _part(content, "config", "model").get("name"),
+        "classes": list(content["classes"]),
+        **{key: data.get(key) for key in ("image_size", "eval_crop", "mean", "std")},
+        "top1": evaluated.get("val/top1"),
+        "top5": evaluated.get("val/top5"),
+        "evaluated": evaluated.get("val/count"),
+        "data": data.get("name"),
+        "fingerprint": content["fingerprint"],
+        "training_images": plan.get("samples"),
+        "recipe": _part(content, "config", "recipe").get("name"),
+        # A size of one's own is in place of the row's.
+        "batch": batch.get("name") if batch.get("size") is None else str(batch["size"]),
+        **{key: plan.get(key) for key in ("global_batch", "ghost_batch", "updates", "epochs")},
+        "update": content["update"],
+        "seed": _part(content, "config").get("seed"),
+        "optimizer": {key: optimizer.get(key) for key in ("name", "base", "lr", "weight_decay")},
+        "precision": _part(content, "resolved").get("precision"),
+        **_record(run / "run.json"),
+    }
+
+
+def _part(content: dict[str, Any], *keys: str) -> dict[str, Any]:
+    found: Any = content
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _evaluation(metrics: Path, update: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for line in read_lines(metrics, []):
+        # After a rollback there may be two; the last one is of the checkpoint's weights.
+        if line.get("update") == update and "val/top1" in line:
+            found = line
+    return found
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Command, versions and git state of the run's last start; nothing where there is no record that can be read."""
+    try:
+        last = read_object(path)["started"][-1]
+        return {key: last[key] for key in ("command", "versions", "git")}
+    except (Unreadable, KeyError, IndexError, TypeError):
+        return {}

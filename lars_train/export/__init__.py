@@ -1,1 +1,0 @@
-"""A checkpoint's network as a file for others: weights or a graph, with its origin inside and a card beside it."""

@@ -1,0 +1,116 @@
+"""Files that are whole or missing, also after a power failure, and paths of the user: ``~`` and the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+def write_whole(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write a file that is there with all its content or not there, also after a power failure. Raises OSError."""
+    temporary = stage(path, pieces)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        discard(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def stage(path: Path, pieces: Sequence[bytes | memoryview]) -> Path:
+    """Put the content of `path` on disk under a temporary name beside it, and return that. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with naming(path), temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        discard(temporary)
+        raise
+    return temporary
+
+
+def discard(path: Path) -> None:
+    """Remove a file where that can be done."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file, as that of a write, the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def wait_for(path: Path, token: str, seconds: float = 15.0) -> bool:
+    """Return True once the file at `path`, written by any machine, holds `token`; False if not within `seconds`."""
+    # Network file systems show a new file to other nodes only after their attribute cache expires.
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            os.listdir(path.parent)
+            if path.read_text() == token:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+
+
+def user_path(text: str) -> Path:
+    """Return the path `text` with ``~`` expanded; without a home directory, the path as given."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def cache_folder() -> Path:
+    """Return the folder for caches: ``$XDG_CACHE_HOME/lars_train``, else ``~/.cache/lars_train``.
+
+    Without a home directory it is a folder of the user's own in the folder for temporary files.
+    """
+    if found := os.environ.get("XDG_CACHE_HOME"):
+        return Path(found) / "lars_train"
+    try:
+        return Path.home() / ".cache" / "lars_train"
+    except RuntimeError:
+        return _temporary() / "lars_train"
+
+
+@functools.cache
+def _temporary() -> Path:
+    """A folder that no other user can write to: caches hold compiled code, and all users share the parent."""
+    folder = Path(tempfile.gettempdir(), f"lars-train-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lars-train-"))

@@ -1,0 +1,128 @@
+"""Whether a store holds what its index says, byte for byte, and what the original holds. Nothing is changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lars_train.data.dataset import Source
+from lars_train.data.sources.shards import Packed, ShardTree
+from lars_train.data.sources.tars import BadTar, members
+from lars_train.pack.encode import BadImage, check_decodable, digest
+from lars_train.pack.names import image_path, label_name
+from lars_train.pack.processes import Tick
+
+# Problems that one shard tells of.
+_SHOWN = 100
+
+
+@dataclass(frozen=True)
+class ShardProblem:
+    """What is wrong with a shard, or with one picture in it (`sample`)."""
+
+    split: str
+    shard: int
+    sample: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardChecker:
+    """Checks shards of a store against its index and, where they are given, the original's `sources`, by split."""
+
+    splits: dict[str, Packed]
+    sources: dict[str, Source]
+    decode: bool
+
+    def __call__(self, task: tuple[str, int], tick: Tick) -> list[ShardProblem]:
+        """The problems of one shard, at most `_SHOWN`: names, labels and places of all members, then every picture."""
+        split, shard = task
+        packed = self.splits[split]
+        samples = np.flatnonzero(packed.places.shard == shard)
+        samples = samples[np.argsort(packed.places.offset[samples])]
+        try:
+            handle = os.open(packed.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            return [ShardProblem(split, shard, None, f"it cannot be read ({error.strerror})")]
+        try:
+            found = self._layout(handle, split, samples.tolist())
+            problems = [ShardProblem(split, shard, None, found)] if found else []
+            for sample in samples.tolist():
+                reason = self._picture(handle, split, sample)
+                if reason and len(problems) < _SHOWN:
+                    problems.append(ShardProblem(split, shard, sample, reason))
+                tick()
+        finally:
+            os.close(handle)
+        return problems
+
+    def _layout(self, handle: int, split: str, samples: list[int]) -> str:
+        packed = self.splits[split]
+        expected = iter(samples)
+        try:
+            listed = list(members(handle))
+            for picture, label in zip(listed[::2], listed[1::2], strict=True):
+                sample = next(expected, None)
+                if sample is None:
+                    return "it holds more than the index says"
+                place = (int(packed.places.offset[sample]), int(packed.places.size[sample]))
+                own = packed.listing.names[sample]
+                named = image_path(picture.name) == own and label.name == label_name(picture.name)
+                if not named or picture[1:] != place:
+                    return "what lies in it is not what the index says"
+                if os.pread(handle, min(label.size, 20), label.offset) != b"%d" % packed.listing.labels[sample]:
+                    return "a label in it is not what the index says"
+        except BadTar as error:
+            return str(error)
+        except (OSError, ValueError):
+            return "what lies in it is not what the index says"
+        return "" if next(expected, None) is None else "it holds less than the index says"
+
+    def _picture(self, handle: int, split: str, sample: int) -> str:
+        packed = self.splits[split]
+        try:
+            data = os.pread(handle, int(packed.places.size[sample]), int(packed.places.offset[sample]))
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if digest(data) != int(packed.sums[sample]):
+            return "damaged: its checksum is wrong"
+        if self.decode:
+            try:
+                check_decodable(data)
+            except BadImage as error:
+                return f"cannot be decoded: {error}"
+        if split in self.sources:
+            try:
+                if self.sources[split].read(sample) != data:
+                    return "differs from the original"
+            except OSError as error:
+                return f"the original cannot be read ({error.strerror or error})"
+        return ""
+
+
+def tasks_of(tree: ShardTree) -> list[tuple[str, int]]:
+    """The shards of a store, as `ShardChecker` takes them."""
+    return [(split, shard) for split, packed in tree.splits.items() for shard in range(len(packed.shards))]
+
+
+def checker(tree: ShardTree, sources: dict[str, Source]) -> ShardChecker:
+    """For a whole store; `sources`: what its pictures must equal byte for byte, id by id."""
+    return ShardChecker(tree.splits, sources, bool(tree.variant))
+
+
+def class_checksums(packed: Packed) -> list[str]:
+    """For each class: SHA-256, 16 hex digits, over path, NUL and digest (8 bytes, little-endian) of each picture."""
+    digests = [hashlib.sha256() for _ in packed.listing.classes]
+    sums = packed.sums.astype("<u8")
+    for sample, label in enumerate(packed.listing.labels.tolist()):
+        digests[label].update(packed.listing.names[sample] + b"\0" + sums[sample].tobytes())
+    return [found.hexdigest()[:16] for found in digests]
+
+
+def store_of(problem: ShardProblem, tree: ShardTree) -> Path:
+    """The shard that a problem is in."""
+    return tree.splits[problem.split].shards[problem.shard].path

@@ -1,0 +1,315 @@
+"""Forecast a run for ``mode=plan``: memory per device, bytes on disk, and hours; as values and in words.
+
+The network is built and counted on the CPU; no other device is touched, and nothing is measured. Rates come from the
+config (``plan.*``) or from the figures that time_model.py cites.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lars_train.config import AUTO, Config, with_row
+from lars_train.data.order import eval_run
+from lars_train.errors import ConfigError
+from lars_train.messages import duration, size
+from lars_train.models.factory import build_model
+from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
+from lars_train.preflight.disk_volume import evaluations, volume
+from lars_train.preflight.time_model import CITED, CPU, Machine, Update, update_seconds
+from lars_train.training.assemble import build_optimizer
+from lars_train.training.device import MOST_SAMPLES, cuda_devices, kept_tensors
+from lars_train.training.metrics import flops_per_image
+
+MOST_DEVICES = 4096
+_CITED_MODEL, _CITED_SIZE, _CITED_CLASSES = "resnet50", 224, 1000
+# A forward pass is a third of forward and backward (training/metrics.py).
+_FORWARD = 3
+# What a process that trains on a CPU takes at most: so much for Python, torch and the libraries, and of weights and
+# activations so many times as much, for what those beyond the allocator's count need (workspaces, gradients of
+# activations, kept memory, checkpoints). Fitted to measured runs, and some percent above each: docs/plan.md.
+_PROCESS = 640 << 20
+_TIMES_WEIGHTS, _TIMES_ACTIVATIONS, _TIMES_LARGEST = 2.0, 1.7, 4.5
+
+
+def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int) -> dict[str, Any]:
+    """Memory, disk and, where ``plan.device`` or ``plan.images_per_second`` tell a rate, hours, as plain values.
+
+    Sizes are bytes, times seconds unless a key says hours. Raises `ConfigError` for a device without a cited figure
+    in this precision.
+    """
+    network = _network(config.model.name, len(classes), plan.ghost_batch)
+    width = {"fp64": 8}.get(_precision(config), 4)
+    weights = width * sum(p.numel() for p in network.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in network.buffers())
+    slots = _slots(config)
+    several = world > 1 or accumulation(plan, world, _micro_batch(config, plan) // plan.ghost_batch) > 1
+    disk = functools.partial(volume, network=network, classes=classes, slots=slots, several=several)
+    found: dict[str, Any] = {
+        "precision": _precision(config),
+        "weight_bytes": weights,
+        "gradient_bytes": weights,
+        "optimizer_bytes": slots * weights,
+        "memory_per_device": list(_memory(config, plan, network, world, fixed=2 * weights + buffers + slots * weights)),
+        "disk": disk(config, plan),
+    }
+    machine = _machine(config, network, plan.ghost_batch)
+    sent = weights // 2 if config.gradient_compression == "bf16" else weights
+    found["rows"] = list(_rows(config, plan, disk, machine=machine, sent=sent, world=world, val_count=val_count))
+    if machine is None:
+        return found
+    found["rate"] = {
+        "images_per_second": machine.rate,
+        "source": "plan.images_per_second" if config.plan.images_per_second else CITED[str(config.plan.device)].source,
+        "input_images_per_second": machine.input_rate,
+        "latency": machine.latency,
+        "bandwidth": machine.bandwidth,
+        "all_reduce": machine.algorithm,
+        "overlap": machine.overlap,
+        "overhead": machine.overhead,
+        "reads": machine.reads,
+    }
+    hours = _Hours(config, plan, machine, sent, val_count)
+    found["scaling"] = list(hours.scaling(world))
+    found["expected"] = hours.at(world)
+    return found
+
+
+@dataclass(frozen=True)
+class _Hours:
+    """Of a run by how many devices it has."""
+
+    config: Config
+    plan: Plan
+    machine: Machine
+    sent: int
+    val_count: int
+
+    def at(self, devices: int) -> dict[str, Any]:
+        """Hours, efficiency, and the parts of an update."""
+        update = self._update(devices)
+        start, stop = eval_run(self.val_count, 0, devices)
+        machine = self.machine
+        forward = (stop - start) / (_FORWARD * machine.rate)
+        read = (stop - start) / machine.input_rate if machine.input_rate else 0.0
+        evaluation = forward + read if machine.reads else max(forward, read)
+        seconds = self.plan.stop * update.seconds + evaluations(self.config, self.plan) * evaluation
+        efficiency = self._update(1).seconds / devices / update.seconds
+        return {"devices": devices, "hours": seconds / 3600, "efficiency": efficiency, **vars(update)}
+
+    def scaling(self, world: int) -> Iterator[dict[str, Any]]:
+        """`at` of 1, 2, 4, ... devices and of `world`, as long as there are ghost batches."""
+        most = min(MOST_DEVICES, self.plan.ghosts)
+        for devices in sorted({world, most, *(2**k for k in range(most.bit_length()))}):
+            yield self.at(devices)
+
+    def _update(self, devices: int) -> Update:
+        micro = _micro_batch(self.config, self.plan)
+        samples = math.ceil(self.plan.ghosts / devices) * self.plan.ghost_batch
+        last = samples - (math.ceil(samples / micro) - 1) * micro
+        return update_seconds(self.machine, devices, samples=samples, last=last, size=self.sent)
+
+
+def _rows(
+    config: Config,
+    plan: Plan,
+    disk: Callable[[Config, Plan], dict[str, Any]],
+    *,
+    machine: Machine | None,
+    sent: int,
+    world: int,
+    val_count: int,
+) -> Iterator[dict[str, Any]]:
+    """What each row of the recipe takes on `world` devices, or on as many as it has ghost batches."""
+    for name in config.recipe.rows:
+        try:
+            moved = with_row(config, name)
+            row = make_plan(moved, plan.samples)
+        except ConfigError as error:
+            yield {"row": name, "problem": str(error)}
+            continue
+        devices = min(world, row.ghosts)
+        entry = {
+            "row": name,
+            "global_batch": row.global_batch,
+            "updates": row.stop,
+            "most_devices": row.ghosts,
+            "disk_bytes": disk(moved, row)["bytes"],
+        }
+        if machine is not None:
+            hours = _Hours(moved, row, machine, sent, val_count)
+            entry |= {"expected": hours.at(devices), "scaling": list(hours.scaling(devices))}
+        yield entry
+
+
+def _slots(config: Config) -> int:
+    """How often the optimizer keeps the size of the weights: found by one step of it on a small layer."""
+    layer = nn.Linear(8, 8, bias=False)
+    optimizer = build_optimizer(config.optimizer, layer)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    held = {id(v): v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)}
+    return sum(v.numel() for v in held.values()) // layer.weight.numel()
+
+
+def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: int) -> Iterator[dict[str, int]]:
+    """Bytes of a device at each micro-batch: what is always there, and what the backward pass needs kept. Where that
+    device is a CPU, also what the whole process takes at most.
+    """
+    # Under autocast about half (training/device.py); float64 is twice as wide.
+    share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(_precision(config), 1.0)
+    kept = _kept(network, plan.ghost_batch, config.data.image_size)
+    per_ghost, largest = share * sum(kept), share * max(kept)
+    most = max(1, min(MOST_SAMPLES // plan.ghost_batch, plan.ghosts))
+    sizes = {2**k for k in range(most.bit_length())}
+    if config.micro_batch != AUTO:
+        sizes.add(min(check_micro_batch(plan, int(config.micro_batch)), plan.ghosts))
+    for ghosts in sorted(sizes):
+        saved = round(per_ghost * ghosts)
+        entry = {
+            "micro_batch": ghosts * plan.ghost_batch,
+            "activation_bytes": saved,
+            "bytes": fixed + saved,
+            "accumulation": accumulation(plan, world, ghosts),
+        }
+        if _on_a_cpu(config):
+            transient = _TIMES_LARGEST * largest * ghosts
+            entry["process_bytes"] = round(_PROCESS + _TIMES_WEIGHTS * fixed + _TIMES_ACTIVATIONS * saved + transient)
+        yield entry
+
+
+def _on_a_cpu(config: Config) -> bool:
+    """Whether the planned devices are; where none is named, as a run on this machine would have it."""
+    if config.plan.device is not None:
+        return bool(config.plan.device == CPU)
+    return config.device == CPU or (config.device == AUTO and cuda_devices(config) == 0)
+
+
+def _precision(config: Config) -> str:
+    """As a run would choose it on the planned device; ``auto`` where none is named, which is reckoned as float32."""
+    if config.precision.name != AUTO or config.plan.device is None:
+        return str(config.precision.name)
+    known = CITED[config.plan.device].rates
+    return next(name for name in ("bf16", "fp16", "fp32") if name in known)
+
+
+def _micro_batch(config: Config, plan: Plan) -> int:
+    if config.micro_batch != AUTO:
+        return int(config.micro_batch)
+    return max(1, MOST_SAMPLES // plan.ghost_batch) * plan.ghost_batch
+
+
+def _machine(config: Config, network: nn.Module, ghost_batch: int) -> Machine | None:
+    asked = config.plan
+    rate = asked.images_per_second
+    if rate is None:
+        if asked.device is None:
+            return None
+        cited = CITED[asked.device].rates
+        precision = _precision(config)
+        if precision not in cited:
+            raise ConfigError(
+                f"plan.device={asked.device}: there is no cited figure for precision={precision}; "
+                "give plan.images_per_second."
+            )
+        known = _network(_CITED_MODEL, _CITED_CLASSES, ghost_batch)
+        rate = cited[precision] * flops_per_image(known, _CITED_SIZE) / flops_per_image(network, config.data.image_size)
+    # As training does: on the CPU the cores are busy already, and the process that trains reads, too.
+    reads = config.data.workers == 0 or (config.data.workers == AUTO and asked.device == CPU)
+    decoded = None if asked.decode_rate is None else asked.decode_rate * (1 if reads else asked.cores)
+    return Machine(
+        rate,
+        decoded,
+        asked.latency_us / 1e6,
+        asked.bandwidth_gb * 1e9,
+        0.0 if asked.device == CPU else asked.overlap,
+        asked.all_reduce,
+        asked.update_ms / 1e3,
+        reads,
+    )
+
+
+@functools.cache
+def _network(name: str, classes: int, ghost_batch: int) -> nn.Module:
+    return build_model(name, num_classes=classes, ghost_batch=ghost_batch, zero_gamma=False)
+
+
+@functools.cache
+def _kept(network: nn.Module, ghost_batch: int, image_size: int) -> list[int]:
+    return kept_tensors(network, ghost_batch, image_size)
+
+
+def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
+    """What `forecast` found, in words."""
+    disk = found["disk"]
+    least, most = disk["checkpoints_kept_bytes"]
+    log = sum(disk["log_bytes"].values())
+    yield (
+        f"disk           {size(disk['checkpoint_bytes'])} a checkpoint: {size(disk['checkpoints_written_bytes'])} "
+        f"written in all, {size(most)} at the end ({size(least)} if the best is among the last)"
+    )
+    files = ", ".join(f"{name} {size(count)}" for name, count in disk["log_bytes"].items())
+    yield f"               {size(sum(disk['log_line_bytes'].values()))} a log line: {size(log)} in all ({files})"
+    precision = found["precision"]
+    yield f"precision      {'not known here: memory as in fp32' if precision == 'auto' else precision}"
+    yield from _memory_table(found["memory_per_device"])
+    expected = found.get("expected")
+    if expected is None:
+        yield "time           not known: name plan.device, or give plan.images_per_second"
+    else:
+        rate = found["rate"]
+        yield f"rate           {rate['images_per_second']:,.4g} images/s per device ({rate['source']})"
+        yield (
+            f"update         {expected['seconds']:.3g} s: compute {expected['compute']:.3g}, "
+            f"input {expected['input']:.3g}, "
+            f"network {expected['network']:.3g} (of {expected['reduction']:.3g}); limited by {expected['limit']}"
+        )
+        share = 100 * expected["efficiency"]
+        yield f"time           {_time(expected['hours'])}, at {share:.0f} % of one device's efficiency"
+    yield from _told_rows(found["rows"])
+
+
+def _memory_table(entries: list[dict[str, Any]]) -> Iterator[str]:
+    on_a_cpu = "process_bytes" in entries[0]
+    yield f"memory         micro-batch  accumulation  per device{'  per process' if on_a_cpu else ''}"
+    for entry in entries:
+        process = f"{size(entry['process_bytes']):>13}" if on_a_cpu else ""
+        yield f"{'':<15}{entry['micro_batch']:>11,}{entry['accumulation']:>14,}{size(entry['bytes']):>12}{process}"
+    if on_a_cpu:
+        yield "               per device: what torch's allocator holds"
+        yield "               per process: all that it takes on a CPU, at most, with Python,"
+        yield "               libraries and workspaces: what to ask of Slurm, for each rank"
+
+
+def _told_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "rows           batch     devices         time  limited by       disk"
+    hours = 0.0
+    for row in rows:
+        if "problem" in row:
+            yield f"               {row['row']:<6}  not on these images: {row['problem']}"
+            continue
+        expected, disk = row.get("expected"), size(row["disk_bytes"])
+        if expected is None:
+            yield f"               {row['row']:<6}{'':>11}{'?':>13}  {'?':<10}{disk:>11}"
+            continue
+        hours += expected["hours"]
+        most = "*" if expected["devices"] == row["most_devices"] else " "
+        yield (
+            f"               {row['row']:<6}{expected['devices']:>11,}{most}{_time(expected['hours']):>12}  "
+            f"{expected['limit']:<10}{disk:>11}"
+        )
+    if hours:
+        disk = size(sum(row.get("disk_bytes", 0) for row in rows))
+        yield f"               {'all':<6}{'':>11}{_time(hours):>13}  {'':<10}{disk:>11}"
+    if any(row["expected"]["devices"] == row["most_devices"] for row in rows if row.get("expected")):
+        yield "               * a device for each ghost batch: no more can take part"
+
+
+def _time(hours: float) -> str:
+    return duration(3600 * hours)

@@ -1,0 +1,152 @@
+"""A whole run's arithmetic without training: what ``mode=plan`` prints and writes.
+
+It asks the functions that a run asks (plan.py, optim/schedule.py, data/order.py) about every update, and opens the
+data set; no network is made, no image read, no run directory written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lars_train.config import AUTO, Config
+from lars_train.data.order import eval_run, ghost_run
+from lars_train.messages import counted
+from lars_train.plan import (
+    Plan,
+    accumulation,
+    check_micro_batch,
+    check_world,
+    checkpoint_is_due,
+    describe_decay,
+    evaluation_is_due,
+    log_is_due,
+    make_schedule,
+)
+
+FORMAT = 1
+_LINES = 10
+_CURVE = 60
+
+
+def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[str, Any]:
+    """The run of a resolved config on `world` ranks as plain values, for JSON.
+
+    Updates are counted from 1, as checkpoints and logs count them; ``lr_first`` and ``lr_last`` are the rates of an
+    epoch's first and last update; ``checkpoints`` are those that no clock, signal or divergence asks for. Raises
+    `ConfigError` for more ranks than ghost batches, and a micro-batch that is not made of whole ones.
+    """
+    check_world(plan, world)
+    evaluations = [u for u in range(1, plan.stop + 1) if evaluation_is_due(config, plan, u)]
+    # A run makes sure that an evaluation has its checkpoint.
+    saved = set(evaluations).union(u for u in range(1, plan.stop + 1) if checkpoint_is_due(config, plan, u))
+    counts = [stop - start for start, stop in (eval_run(val_count, rank, world) for rank in range(world))]
+    ghosts = [stop - start for start, stop in (ghost_run(plan.ghosts, rank, world) for rank in range(world))]
+    return {
+        "format": FORMAT,
+        "recipe": config.recipe.name,
+        "batch": config.batch.name if config.batch.size is None else str(config.batch.size),
+        "data": config.data.name,
+        "model": config.model.name,
+        "samples": plan.samples,
+        "global_batch": plan.global_batch,
+        "ghost_batch": plan.ghost_batch,
+        "ghost_batches": plan.ghosts,
+        "raised": plan.raised,
+        "world": world,
+        "ghost_batches_per_rank": [min(ghosts), max(ghosts)],
+        "accumulation": _accumulation(config, plan, world),
+        "epochs": plan.epochs,
+        "updates_per_epoch": plan.updates_per_epoch,
+        "updates": plan.updates,
+        "stop": plan.stop,
+        "warmup_updates": plan.warmup_updates,
+        "samples_per_epoch": plan.updates_per_epoch * plan.global_batch,
+        "samples_in_all": plan.stop * plan.global_batch,
+        "optimizer": config.optimizer.name,
+        "lr": config.optimizer.lr,
+        "policy": describe_decay(config),
+        "lr_per_epoch": list(_epochs(config, plan)),
+        "lr_curve": list(_curve(config, plan)),
+        "log_lines": sum(log_is_due(config, plan, u) for u in range(1, plan.stop + 1)),
+        "checkpoints": sorted(saved),
+        "checkpoints_kept": min(len(saved), config.checkpoint.keep) + 1,
+        "evaluations": evaluations,
+        "evaluated_images": sum(counts),
+        "evaluated_images_per_rank": [min(counts), max(counts)],
+    }
+
+
+def _epochs(config: Config, plan: Plan) -> Iterator[dict[str, float]]:
+    rate = make_schedule(plan, config)
+    for epoch in range(math.ceil(plan.stop / plan.updates_per_epoch)):
+        first = epoch * plan.updates_per_epoch
+        last = min(first + plan.updates_per_epoch, plan.stop) - 1
+        yield {
+            "epoch": epoch + 1,
+            "first_update": first + 1,
+            "last_update": last + 1,
+            "lr_first": rate(first),
+            "lr_last": rate(last),
+        }
+
+
+def _curve(config: Config, plan: Plan) -> Iterator[list[float]]:
+    """Update and rate, evenly from the first update to the last, and on both sides of the warm-up's end."""
+    rate = make_schedule(plan, config)
+    even = {round(k * (plan.stop - 1) / (_CURVE - 1)) for k in range(_CURVE)}
+    bend = {u for u in (plan.warmup_updates - 1, plan.warmup_updates) if 0 <= u < plan.stop}
+    for update in sorted(even | bend):
+        yield [update + 1, rate(update)]
+
+
+def _accumulation(config: Config, plan: Plan, world: int) -> int | None:
+    """None: the micro-batch is whatever fits the device."""
+    if config.micro_batch == AUTO:
+        return None
+    return accumulation(plan, world, check_micro_batch(plan, int(config.micro_batch)))
+
+
+def describe_rehearsal(rehearsed: dict[str, Any]) -> Iterator[str]:
+    """What `rehearse` found, in words."""
+    few, many = rehearsed["ghost_batches_per_rank"]
+    ghosts = counted(few, "ghost batch", "ghost batches") if few == many else f"{few} or {many} ghost batches"
+    yield f"world size     {rehearsed['world']}, {ghosts}{' each' if rehearsed['world'] > 1 else ''} in an update"
+    if rehearsed["accumulation"] is not None:
+        yield f"accumulation   {rehearsed['accumulation']}"
+    epochs = rehearsed["lr_per_epoch"]
+    step = math.ceil(len(epochs) / _LINES)
+    for entry in epochs:
+        if (entry["epoch"] - 1) % step == 0 or entry is epochs[-1]:
+            yield f"lr             epoch {entry['epoch']:>3}: {entry['lr_first']:.3g} to {entry['lr_last']:.3g}"
+    for line in text_plot([(x, y) for x, y in rehearsed["lr_curve"]], ("update 1", f"update {rehearsed['stop']:,}")):
+        yield f"     {line}"
+    yield f"images         {rehearsed['samples_per_epoch']:,} in an epoch, {rehearsed['samples_in_all']:,} in all"
+    yield f"checkpoints    {len(rehearsed['checkpoints']):,} written, {rehearsed['checkpoints_kept']} kept at the end"
+    yield f"evaluations    {len(rehearsed['evaluations']):,} of {counted(rehearsed['evaluated_images'], 'image')}"
+    yield f"log lines      {rehearsed['log_lines']:,}"
+
+
+_WIDTH, _HEIGHT = 60, 8
+
+
+def text_plot(points: Sequence[tuple[float, float]], ends: tuple[str, str]) -> Iterator[str]:
+    """Lines that show `points` (x, y), x rising: y from 0 or the least upwards, labelled; below, `ends` of x.
+
+    Every point has a star. Points that share a column have all of theirs.
+    """
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(0.0, *ys), max(ys)
+    height, width = (high - low) or 1.0, (xs[-1] - xs[0]) or 1.0
+    raster = [[" "] * _WIDTH for _ in range(_HEIGHT)]
+    for x, y in points:
+        column = round((x - xs[0]) / width * (_WIDTH - 1))
+        row = round((high - y) / height * (_HEIGHT - 1))
+        raster[row][column] = "*"
+    for number, row_of in enumerate(raster):
+        value = high - number / (_HEIGHT - 1) * height
+        label = f"{value:.3g}" if number in (0, _HEIGHT // 2, _HEIGHT - 1) else ""
+        yield f"{label:>8} |{''.join(row_of).rstrip()}".rstrip()
+    yield f"{'':8} +{'-' * _WIDTH}"
+    yield f"{'':8}  {ends[0]}{ends[1]:>{_WIDTH - len(ends[0])}}"

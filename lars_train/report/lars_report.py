@@ -1,0 +1,77 @@
+"""``lars-report``: a report of run directories; and what ``lars-train -m`` does at its end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lars_train.errors import ConfigError
+from lars_train.messages import complain, not_empty, open_standard_streams, say, unread
+from lars_train.report.compare import Row, make_rows
+from lars_train.report.files import relative
+from lars_train.report.read import find_runs, read_run
+from lars_train.report.table import terminal
+from lars_train.report.write import check_folder, sweep_folder, write_report
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``lars-report``; ends the process with 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="lars-report",
+        description="Table, curves and a page from run directories, which are only read.",
+    )
+    parser.add_argument("directory", nargs="+", type=not_empty, help="a run directory, or a folder of them")
+    parser.add_argument(
+        "--out",
+        type=not_empty,
+        help="the folder to write (default: report/ in the given directory, or here for several)",
+    )
+    open_standard_streams()
+    args = parser.parse_args(arguments)
+    given = list(map(Path, args.directory))
+    out = Path(args.out) if args.out else (given[0] if len(given) == 1 else Path()) / "report"
+    try:
+        directories = find_runs(given)
+        check_folder(out)
+        rows = rows_of(directories)
+        files = write_report(rows, out)
+    except ConfigError as error:
+        with unread():
+            print(f"lars-report: {error}", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)
+    say(f"{terminal(rows)}\n\n{' '.join(path.name for path in files)}\nwritten to {out}/")
+
+
+def rows_of(directories: Sequence[Path]) -> list[Row]:
+    """The rows of the table that the runs in `directories` make."""
+    return make_rows([read_run(directory) for directory in directories])
+
+
+def report_sweep(runs: Mapping[Path, str]) -> None:
+    """Print the table of a sweep's runs, and write their report beside them; `runs`: how each directory is called.
+
+    What prevents it is told, and no more: the runs are done.
+    """
+    rows: list[Row] = []
+    with _tolerated("the table was not made"):
+        rows = rows_of(list(runs))
+        say(terminal(rows))
+    for directory, label in runs.items():
+        say(f"{directory}  {label}")
+    with _tolerated("the report was not written"):
+        folder = sweep_folder(list(runs))
+        write_report(rows, folder)
+        say(f"report         {relative(folder / 'report.html', Path())}")
+
+
+@contextlib.contextmanager
+def _tolerated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        complain(f"{what}: {type(error).__name__}: {error}")

@@ -1,1 +1,0 @@
-"""Stores: folders of pictures packed into tar shards, verified, described. What ``lars-data`` does."""

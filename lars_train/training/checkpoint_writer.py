@@ -1,0 +1,135 @@
+"""Write checkpoints in the background: the run waits for a copy to host memory, not for the disk."""
+
+from __future__ import annotations
+
+import errno
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lars_train.messages import first_line
+from lars_train.training import checkpoint
+from lars_train.training.checkpoint import DamagedCheckpoint
+from lars_train.training.prepare import SAVED
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run, one after another, in a thread. Other ranks only `begin` them.
+
+    A failure to write does not end the run: `failures` counts it, and the last whole checkpoint stays. `last_failure`
+    says why, even if a later one could be written. `reason` says why the newest, or ``best.pt``, could not be written;
+    empty if both could. `seconds`: the time that the newest whole one took to write and verify; None before the first.
+    `best_lost`: the update whose checkpoint ``best.pt`` should be, if that could not be written.
+    `saved_update`: the last one whose checkpoint was begun.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[Future[None]] = []
+        self.failures, self.last_failure, self._reason, self._best_reason = 0, "", "", ""
+        self._best: int | None = None
+        self.best_lost: int | None = None
+        self.seconds: float | None = None
+        self._directory = _identity(folder.parent)
+        self.begin(0)
+
+    @property
+    def reason(self) -> str:
+        """Why the newest checkpoint, or ``best.pt``, is not on disk."""
+        return self._reason or self._best_reason
+
+    def begin(self, update: int) -> None:
+        """Note, on every rank, that the checkpoint of `update` begins now, or that training goes on from it."""
+        self.saved_update, self._began_at = update, time.perf_counter()
+
+    def is_overdue(self, every_minutes: float | None) -> bool:
+        """Return True if the last checkpoint, or the start, is longer ago than that."""
+        return every_minutes is not None and time.perf_counter() - self._began_at > 60 * every_minutes
+
+    def save(self, update: int, content: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of `update`, after waiting for the one before."""
+        self.wait()
+        self._pending.append(self._thread.submit(self._write, update, host_copy(content)))
+
+    def refuse(self, update: int, reason: str) -> None:
+        """Count the checkpoint of `update` as one that could not be written."""
+        self.wait()
+        self._reason = self._failed(f"the checkpoint of update {update} cannot be written: {reason}")
+
+    def keep_best(self, update: int) -> None:
+        """Keep the checkpoint of `update`, which was given to `save`, as ``best.pt`` too."""
+        self._pending.append(self._thread.submit(self._keep_best, update))
+
+    def wait(self) -> None:
+        """Wait until every checkpoint that was begun is on disk, or has failed."""
+        for future in self._pending:
+            future.result()
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(self, update: int, content: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        try:
+            if _identity(self._folder.parent) != self._directory:
+                raise OSError(errno.ENOENT, "the run directory was removed or replaced")
+            checkpoint.save(self._folder, update, content, self._keep, self._best)
+            (self._folder.parent / SAVED).touch()
+        except (OSError, RuntimeError, DamagedCheckpoint) as error:
+            self._reason = self._failed(f"the checkpoint of update {update} cannot be written: {_told(error)}")
+        else:
+            self._reason, self.seconds = "", time.perf_counter() - started
+            self._put_best()
+
+    def _failed(self, reason: str) -> str:
+        self.last_failure, self.failures = reason, self.failures + 1
+        return reason
+
+    def _keep_best(self, update: int) -> None:
+        self._best = update
+        self._put_best()
+
+    def _put_best(self) -> None:
+        """Make ``best.pt`` the best checkpoint; if the disk refuses, the next checkpoint tries again."""
+        if self._best is None:
+            return
+        if not checkpoint.path_of(self._folder, self._best).exists():
+            self.best_lost, self._best, self._best_reason = self._best, None, ""
+            return
+        try:
+            checkpoint.keep_best(self._folder, self._best)
+        except OSError as error:
+            self._best_reason = self._failed(f"best.pt cannot be written: {_told(error)}")
+        else:
+            self._best, self.best_lost, self._best_reason = None, None, ""
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _told(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) else None
+    return text or first_line(error)
+
+
+def host_copy(value: Any) -> Any:
+    """Return `value` with its tensors copied to host memory, also those within dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: host_copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(host_copy(item) for item in value)
+    return value

@@ -1,0 +1,136 @@
+"""The way of a loader's batches onto the device, and their normalisation there.
+
+On CUDA the next batch is copied while the device computes on the current one. On the CPU batches pass as they are.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lars_train.data.loading.buffers import lend
+from lars_train.data.loading.loader import Batch, LoaderStatistics, Stream
+from lars_train.training.device import Precision
+
+
+def normaliser(
+    mean: list[float],
+    std: list[float],
+    device: torch.device,
+    precision: Precision,
+    layout: torch.memory_format = torch.channels_last,
+) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 images (n, 3, S, S) to normalised ones on `device`: in `precision.compute`, as `layout`.
+
+    (pixel / 255 - mean) / std is computed in `precision.weights` as one multiply-add, on CUDA by one kernel that also
+    converts.
+    """
+    factor = 1 / (torch.tensor(std, dtype=precision.weights) * 255)
+    offset = -torch.tensor(mean, dtype=precision.weights) * 255 * factor
+    factor, offset = factor.to(device), offset.to(device)
+    memory = _Memory()
+
+    def normalise(images: Tensor) -> Tensor:
+        count, channels, height, width = images.shape
+        # Rows of pixels: in channels_last memory whole vectors are worked on then, not three values at a time.
+        rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).reshape(-1, width * channels)
+        scale, shift = factor.repeat(width), offset.repeat(width)
+        if device.type == "cpu":
+            # Here one kernel for mixed types would make copies of all of its inputs.
+            out = memory.empty(rows.shape, precision.weights).copy_(rows)
+            out = torch.addcmul(shift, out, scale, out=out).to(precision.compute)
+        else:
+            out = torch.empty(rows.shape, dtype=precision.compute, device=device)
+            torch.addcmul(shift, rows, scale, out=out)
+        return out.view(count, height, width, channels).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+
+    return normalise
+
+
+class _Memory:
+    """Host memory, used again when no tensor refers to it any more: fresh pages cost more than what fills them."""
+
+    def __init__(self) -> None:
+        self._free: queue.SimpleQueue[npt.NDArray[np.uint8]] = queue.SimpleQueue()
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """As torch.empty."""
+        size = shape.numel() * dtype.itemsize
+        try:
+            memory = self._free.get_nowait()
+        except queue.Empty:
+            memory = np.empty(size, np.uint8)
+        if memory.nbytes < size:
+            memory = np.empty(size, np.uint8)
+        (found,) = lend([memory[:size]], lambda: self._free.put(memory))
+        return found.view(dtype).view(shape)
+
+
+class DevicePrefetcher(Iterator[Batch]):
+    """A stream's batches on `device`, in order.
+
+    A batch's tensors may be used on the stream that is current when it is asked for. What they were copied from is held
+    until the copy is known to be done.
+    """
+
+    def __init__(self, batches: Stream, device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._copies = _side_stream(device) if device.type == "cuda" else None
+        self._ahead: deque[Batch | BaseException] = deque()
+        self._copied: deque[tuple[torch.cuda.Event, Batch]] = deque()
+
+    def __next__(self) -> Batch:
+        if self._copies is None:
+            return next(self._batches)
+        found = self._ahead.popleft() if self._ahead else self._begin_copy(self._copies)
+        if isinstance(found, BaseException):
+            raise found
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        for tensor in (found.images, found.labels):
+            tensor.record_stream(current)
+        self._copy_ahead(self._copies)
+        return found
+
+    def statistics(self) -> LoaderStatistics:
+        """As `Stream.statistics`."""
+        return self._batches.statistics()
+
+    def close(self) -> None:
+        """As `Stream.close`."""
+        self._batches.close()
+        self._ahead.clear()
+        for event, _ in self._copied:
+            event.synchronize()
+        self._copied.clear()
+
+    def _copy_ahead(self, copies: torch.cuda.Stream) -> None:
+        """Begin with the next batch, if that is there: the computation is not held up by the loader."""
+        try:
+            if self._batches.ready():
+                self._ahead.append(self._begin_copy(copies))
+        except BaseException as error:
+            # What came before it is still to be computed on.
+            self._ahead.append(error)
+
+    def _begin_copy(self, copies: torch.cuda.Stream) -> Batch:
+        batch = next(self._batches)
+        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
+            self._copied.popleft()
+        with torch.cuda.stream(copies):
+            images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (batch.images, batch.labels))
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(copies)
+        self._copied.append((event, batch))
+        return replace(batch, images=images, labels=labels)
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

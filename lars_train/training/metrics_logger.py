@@ -1,0 +1,212 @@
+"""Log a run: values of its updates and evaluations in files and TensorBoard, bad images, and lines for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from lars_train.config import Config, experiment_settings
+from lars_train.data.loading.loader import Batch, LoaderStatistics
+from lars_train.monitoring.log import RunLog
+from lars_train.monitoring.memory import memory
+from lars_train.monitoring.progress import Progress
+from lars_train.monitoring.summary import epoch_fields, lag_line
+from lars_train.plan import evaluation_is_due
+from lars_train.training.checkpoint import RunState
+from lars_train.training.checkpoint_writer import CheckpointWriter
+from lars_train.training.evaluation import Result
+from lars_train.training.guard import BadImages
+from lars_train.training.metrics import Interval, Measures
+from lars_train.training.trainer import Trainer, UpdateInfo
+
+_SHOWN_IMAGES = 32
+
+
+class MetricsLogger:
+    """Computes a run's values on every rank, writes them on rank 0, and shows them through `progress`.
+
+    `log`: rank 0's files and TensorBoard events. `interval`: the time since the last log line. `values`: those of the
+    last log line. `run_left`: seconds to the end of the run, as of then. `peak_flops`: of one rank, if known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        trainer: Trainer,
+        state: RunState,
+        *,
+        progress: Progress,
+        writer: CheckpointWriter,
+        bad: BadImages,
+        workers: int,
+        flops_per_image: int,
+        peak_flops: float | None,
+    ) -> None:
+        self._config, self._directory, self._trainer, self._state = config, directory, trainer, state
+        self._progress, self._writer, self._bad, self._workers = progress, writer, bad, workers
+        self._flops_per_image = flops_per_image
+        self._peak_flops = None if peak_flops is None else peak_flops * trainer.group.ranks.world
+        self._parameter_names = {id(p): name for name, p in trainer.network.named_parameters()}
+        self._bad_path = directory / "bad_images.jsonl"
+        self._evaluation_seconds = 0.0
+        self._told_reason, self._told_failures = "", 0
+        self._images: Tensor | None = None
+        self.log = RunLog(directory, trainer.update) if trainer.group.first else None
+        self.values: dict[str, float] = {}
+        self.run_left: float | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Measure the updates' time from now on."""
+        self.interval = Interval(self._trainer.update)
+
+    def roll_back(self) -> None:
+        """Take back what was logged after the trainer's update, and continue there."""
+        self.begin()
+        if self.log is not None:
+            self.log.close()
+            self.log = RunLog(self._directory, self._trainer.update)
+
+    def keep_images(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield `batches`; copy the run's first images, for TensorBoard at the first log line."""
+        for batch in batches:
+            if self._images is None:
+                self._images = batch.images[:_SHOWN_IMAGES].clone()
+            yield batch
+
+    def log_update(self, info: UpdateInfo, loaded: LoaderStatistics) -> None:
+        """Log the trainer's last update, and what its meter has summed since the last log line. Collective."""
+        trainer = self._trainer
+        # Here, once per log line, the host waits for the device.
+        loss, hits, count, bad = trainer.meter.total(trainer.group).tolist()
+        trainer.meter.sums.zero_()
+        if bad:
+            self.report_bad()
+        now = time.perf_counter()
+        self._warn_of_failures()
+        values = {
+            "train/loss": loss / max(count, 1),
+            "train/top1": 100 * hits / max(count, 1),
+            "train/lr": info.lr,
+            **self.interval.values(
+                trainer.update,
+                now,
+                global_batch=trainer.plan.global_batch,
+                flops_per_image=self._flops_per_image,
+                peak_flops=self._peak_flops,
+            ),
+            "train/bad_images": len(self._state.bad),
+            "train/checkpoint_failures": self._told_failures,
+            **memory(trainer.device),
+        }
+        if self._writer.seconds is not None:
+            values["checkpoint/write_seconds"] = self._writer.seconds
+        if info.measures is not None:
+            values.update(self._update_values(info, info.measures))
+        values.update(self._loader_values(loaded))
+        if trainer.precision.scales_loss:
+            values["train/loss_scale"] = trainer.scaler.get_scale()
+        self.interval = Interval(trainer.update, now)
+        self.values = values
+        self._write(values)
+        self.run_left = self._time_left(values["train/images_per_s"])
+        self._progress.log_line(*epoch_fields(trainer.update, trainer.plan, values, seconds_left=self.run_left))
+        if info.measures is not None:
+            self._write_layers(info.lr, info.measures)
+
+    def log_evaluation(self, result: Result, seconds: float) -> None:
+        """Log `result`, which took so many seconds; `state` has the best one already."""
+        self._evaluation_seconds = seconds
+        self.interval.leave_out(seconds)
+        self._write({**result.values(), "val/best_top1": self._state.best_top1, "val/seconds": seconds})
+
+    def report_bad(self) -> None:
+        """Print the images that were found bad since the last time, and list them in a file. Collective."""
+        self._bad.report(self._bad_path, self._trainer.update, self._progress.say)
+
+    def end_epoch(self, result: Result | None = None, *, first: bool = False) -> None:
+        """Print the epoch's line, with the evaluation's `result` if there is one, `first` if it is the run's first."""
+        update, plan, best = self._trainer.update, self._trainer.plan, self._state.best_top1
+        self._progress.end_epoch(*epoch_fields(update, plan, self.values, result, best, self.run_left))
+        if first and result is not None and (note := lag_line(self.values, result)):
+            self._progress.say(note)
+
+    def finish(self) -> str:
+        """Write the run's settings and results to TensorBoard. Return why events are missing, or an empty string."""
+        if self.log is None:
+            return ""
+        settings = experiment_settings(self._config, self._trainer.plan.global_batch)
+        self.log.finish(settings, ["val/best_top1", "val/top1"])
+        self.log.board.flush()
+        return self.log.board.reason
+
+    def sync(self) -> None:
+        """Put the log and the list of bad images on disk. Raises `OSError`."""
+        if self.log is not None:
+            self.log.sync()
+            self._bad.write(self._bad_path)
+
+    def close(self) -> None:
+        """Write out what can be, and close the files."""
+        if self.log is not None:
+            self.log.close()
+
+    def _update_values(self, info: UpdateInfo, measures: Measures) -> dict[str, float]:
+        values, noise, group = measures.values(), self._state.noise, self._trainer.group
+        if info.first is not None:
+            group.all_reduce_sum(info.first)
+            small_sq, per_small, ranks = info.first.tolist()
+            per_big = 1 / self._trainer.plan.global_batch
+            noise.add(small_sq / ranks, per_small / ranks, values["train/grad_norm"] ** 2, per_big)
+        return {**values, **noise.values()}
+
+    def _loader_values(self, loaded: LoaderStatistics) -> dict[str, float]:
+        if not loaded.seconds:
+            return {}  # fewer ghost batches than ranks
+        rate = loaded.images / loaded.seconds * max(1, self._workers) * self._trainer.group.ranks.world
+        return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
+
+    def _time_left(self, images_per_s: float) -> float:
+        """Seconds to the end of the run, at this rate and with evaluations as long as the last one."""
+        plan, update = self._trainer.plan, self._trainer.update
+        evaluations = sum(
+            evaluation_is_due(self._config, plan, end)
+            for end in {plan.stop, *range(plan.updates_per_epoch, plan.stop + 1, plan.updates_per_epoch)}
+            if end >= update
+        )
+        return (plan.stop - update) * plan.global_batch / images_per_s + evaluations * self._evaluation_seconds
+
+    def _write(self, values: dict[str, float]) -> None:
+        if self.log is not None:
+            update = self._trainer.update
+            timed = {**values, "run/seconds": round(self._state.total_seconds(), 3)}
+            self.log.write(update, update / self._trainer.plan.updates_per_epoch, timed)
+
+    def _write_layers(self, lr: float, measures: Measures) -> None:
+        if self.log is None:
+            return
+        update = self._trainer.update
+        layers = measures.layers(self._parameter_names, self._trainer.optimizer, lr)
+        if layers.ratios:
+            self.log.write_ratios(update, list(layers.ratios), list(layers.ratios.values()))
+        self.log.board.layers(layers, update)
+        if self._images is not None:
+            self.log.board.images(self._images.cpu(), update)
+            self._images = None
+
+    def _warn_of_failures(self) -> None:
+        """Print what the disk has refused since the last log line."""
+        if self.log is not None and self.log.reason != self._told_reason:
+            self._told_reason = self.log.reason
+            if self._told_reason:
+                self._progress.say(f"WARNING: the log cannot be written: {self._told_reason}; the training goes on.")
+        failures = self._writer.failures
+        if failures > self._told_failures:
+            self._told_failures = failures
+            self._progress.say(
+                f"WARNING: {self._writer.last_failure}; the training goes on. {self._told_failures} so far."
+            )

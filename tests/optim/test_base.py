@@ -1,0 +1,147 @@
+"""The calls that users of other implementations write: they work, or the error shows the line to write."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytorch_optimizer import SAM
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from lars_train import LARS
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([3.0, 4.0]))
+
+
+def test_the_example_of_torchlars_trains_by_its_formula() -> None:
+    weight = parameter()
+    base_optimizer = SGD([weight], lr=0.5)
+    optimizer = LARS(optimizer=base_optimizer, eps=1e-8, trust_coef=0.001)
+    optimizer.zero_grad()
+    (weight @ torch.tensor([0.0, 2.0])).backward()
+    optimizer.step()
+    # |w| is 5, |g| is 2.
+    torch.testing.assert_close(weight.data, torch.tensor([3.0, 4.0 - 0.5 * (0.001 * 5 / 2) * 2]))
+    assert optimizer.optim is optimizer.base_optimizer is base_optimizer
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda lars: pickle.loads(pickle.dumps(lars))])
+def test_copies_have_base_and_options_under_the_names_of_torchlars(duplicate: Callable[[LARS], LARS]) -> None:
+    twin = duplicate(LARS(SGD([parameter()], lr=0.1), trust_coef=0.42, eps=0.5))
+    assert type(twin.optim) is SGD
+    assert (twin.optim.param_groups[0]["lr"], twin.trust_coef, twin.eps) == (0.1, 0.42, 0.5)
+
+
+def test_a_preset_takes_both_names_of_the_base() -> None:
+    base = SGD([parameter()], lr=0.1)
+    assert repr(LARS.preset("timm", optimizer=base)) == repr(LARS.preset("timm", base))
+
+
+@pytest.mark.parametrize(
+    ("form", "line"),
+    [
+        (
+            {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "trust_coefficient": 0.02, "eps": 1e-6},
+            "LARS(torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-06), eps=1e-06, trust_coef=0.02)",
+        ),
+        ({"lr": 0.3, "momentum": 0.9, "trust_coeff": 0.2}, "SGD(params, lr=0.3, momentum=0.9), trust_coef=0.2)"),
+        ({"lr": 0.3, "eta": 0.2, "clip_lr": True}, "LARS(torch.optim.SGD(params, lr=0.3), trust_coef=0.2, clip='lr')"),
+        ({"lr": torch.tensor(0.25), "always_adapt": False}, "SGD(params, lr=0.25), zero_decay='skip')"),
+        ((3.2, 0.9), "LARS(torch.optim.SGD(params, lr=3.2, momentum=0.9))"),
+        ((3.2, 0.9, 0.0, 1e-4, True), "SGD(params, lr=3.2, momentum=0.9, dampening=0.0, weight_decay=0.0001, nesterov"),
+        ((), "LARS(torch.optim.SGD(params, lr=0.1))"),
+    ],
+    ids=["lightning-bolts", "timm", "solo-learn", "a tensor", "two by position", "all by position", "alone"],
+)
+def test_parameters_in_place_of_a_base_get_the_right_line(form: dict[str, Any] | tuple[Any, ...], line: str) -> None:
+    params = [parameter()]
+    call: Callable[..., LARS] = LARS
+    positional, named = ((), form) if isinstance(form, dict) else (form, {})
+    with pytest.raises(TypeError, match=f"not generator. Write .*{re.escape(line)}") as refused:
+        call((p for p in params), *positional, **named)
+    # What the message shows is a line that runs.
+    shown = str(refused.value).partition("Write ")[2].rstrip(".")
+    assert isinstance(eval(shown, {"LARS": LARS, "torch": torch, "params": params}), LARS)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"lr": 0.1}, "lr is an option of the base: add lr=0.1 to Adam(…)."),
+        ({"weight_decay": 1e-4}, "weight_decay is an option of the base: add weight_decay=0.0001 to Adam(…)."),
+        ({"trust_coeff": 0.1}, "Instead of trust_coeff=0.1 write trust_coef=0.1."),
+        ({"trust_clip": True}, "Instead of trust_clip=True write clip='lr'."),
+        ({"clip": True}, "Instead of clip=True write clip='lr'."),
+        ({"always_adapt": True}, "Instead of always_adapt=True write nothing, it is the default."),
+        ({"exclude_bias": True}, "LARS has no option 'exclude_bias'."),
+        ({"optimizer": Adam([parameter()])}, "LARS: base_optimizer and optimizer are two names of one argument"),
+    ],
+)
+def test_a_keyword_in_the_wrong_place_is_named(keywords: dict[str, Any], said: str) -> None:
+    call: Callable[..., LARS] = LARS
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}"):
+        call(Adam([parameter()]), **keywords)
+
+
+@pytest.mark.parametrize("base", [None, SGD, LARS(SGD([parameter()])), nn.Linear(2, 2)])
+def test_what_is_no_base_is_refused_when_lars_is_built(base: Any) -> None:
+    with pytest.raises(TypeError, match=r"wraps an instance of a torch optimizer, not (nothing|the class|LARS|Lin)"):
+        LARS(base)
+
+
+@pytest.mark.parametrize("gives_closure", [True, False])
+def test_a_base_that_hides_its_need_for_a_closure_is_named(gives_closure: bool) -> None:
+    weight = parameter()
+    lars = LARS(SAM([weight], base_optimizer=SGD, lr=0.1, weight_decay=0.1))
+
+    def closure() -> Tensor:
+        weight.grad = torch.ones_like(weight)
+        return weight.sum()
+
+    closure()
+    with pytest.raises(TypeError, match="does not support SAM: its step calls the closure itself"):
+        lars.step(closure) if gives_closure else lars.step()
+    assert lars.param_groups[0]["weight_decay"] == 0.1
+    torch.testing.assert_close(weight.data, torch.tensor([3.0, 4.0]))
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "said"),
+    [
+        (lambda closure: closure(), TypeError, "does not support Broken"),
+        (lambda closure: 1 / 0, ZeroDivisionError, "division"),
+        (lambda closure: [].index("a disclosure"), ValueError, "list"),
+    ],
+)
+def test_other_errors_of_a_base_are_its_own(fails: Callable[[Any], Any], error: type[Exception], said: str) -> None:
+    class Broken(SGD):
+        def step(self, closure: Any = None) -> None:
+            fails(closure)
+
+    weight = parameter()
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(error, match=said):
+        LARS(Broken([weight])).step(lambda: 0.0)
+
+
+def test_lars_steps_inside_sharpness_aware_minimization() -> None:
+    weight, seen = parameter(), []
+    sam = SAM([weight], base_optimizer=lambda params, **keywords: LARS(SGD(params, **keywords)), lr=0.1, rho=0.05)
+
+    def closure() -> Tensor:
+        seen.append(weight.detach().clone())
+        weight.grad = torch.tensor([0.0, 2.0])
+        return weight.sum()
+
+    closure()
+    sam.step(closure)
+    torch.testing.assert_close(seen[1], torch.tensor([3.0, 4.0 + 0.05]))
+    torch.testing.assert_close(weight.data, torch.tensor([3.0, 4.0 - 0.1 * (0.001 * 5 / 2) * 2]))

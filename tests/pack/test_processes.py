@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lars_train.errors import DataError
+from lars_train.pack.processes import each
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def square(task: int, tick: Callable[[], None]) -> int:
+    for _ in range(task):
+        tick()
+    return task * task
+
+
+@pytest.mark.parametrize("jobs", [1, 3, 20])
+def test_every_task_is_done_once_and_every_picture_counted(jobs: int) -> None:
+    counts: list[int] = []
+    assert sorted(each(range(12), square, jobs, counts.append)) == [k * k for k in range(12)]
+    assert sum(counts) == sum(range(12))
+
+
+def fail(task: int, tick: Callable[[], None]) -> int:
+    if task == 3:
+        raise PermissionError(13, "Permission denied", "x.jpg")
+    return task
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_a_task_fails_of_is_told(jobs: int) -> None:
+    with pytest.raises(DataError, match=r"x\.jpg: Permission denied"):
+        list(each(range(9), fail, jobs, lambda count: None))
+
+
+def die(task: Path, tick: Callable[[], None]) -> None:
+    if task.name == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3)
+    task.touch()
+
+
+def children() -> set[str]:
+    """The processes that this one has started; none where the system does not tell."""
+    path = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    return set(path.read_text().split()) if path.exists() else set()
+
+
+def test_a_process_that_dies_is_told_of_and_no_other_goes_on(tmp_path: Path) -> None:
+    before = children()
+    with pytest.raises(DataError, match="a worker process ended by signal 9"):
+        list(each([tmp_path / "goes on", tmp_path / "dies"], die, 2, lambda count: None))
+    assert not list(tmp_path.iterdir())
+    assert children() <= before

@@ -1,0 +1,382 @@
+"""What a plan foretells, against a message-by-message simulation, torch's own allocation record, and real runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+from program import environment
+from torch.profiler import ProfilerActivity, profile
+
+from lars_train import commands
+from lars_train.config import Config, config_dir, register, resolve, with_row
+from lars_train.config.arguments import prepare_arguments
+from lars_train.errors import ConfigError
+from lars_train.launch import Ranks, check_nodes
+from lars_train.models.factory import build_model
+from lars_train.plan import Plan, checkpoint_is_due, evaluation_is_due, log_is_due
+from lars_train.preflight import disk_volume
+from lars_train.preflight.forecast import describe_forecast
+from lars_train.preflight.plan_figure import draw
+from lars_train.preflight.rehearsal import text_plot
+from lars_train.preflight.time_model import CITED, Machine, all_reduce_seconds, update_seconds
+from lars_train.training import session
+from lars_train.training.assemble import build_optimizer
+from lars_train.training.device import activation_bytes
+from lars_train.training.prepare import prepare
+from lars_train.training.run_directory import Invocation
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "data=synthetic model=small data.image_size=16 data.num_classes=10 data.train_count=1024 data.val_count=64 "
+    "batch.size=32 batch.scaled=false model.ghost_batch=16 optimizer.lr=1 precision=fp32 device=cpu launch.threads=1 "
+    "epochs=2 schedule.warmup_epochs=0 log_every=1 verbosity=0"
+)
+
+
+def composed(settings: str) -> Config:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return resolve(compose("config", prepare_arguments(settings.split(), None)))
+
+
+def planned(settings: str) -> dict[str, Any]:
+    return commands.run(composed(f"mode=plan {settings}"), Invocation())
+
+
+@pytest.mark.parametrize("samples", [16, 64])
+def test_activations_are_those_that_the_allocator_holds_after_a_forward_pass(samples: int) -> None:
+    network = build_model("small", num_classes=10, ghost_batch=16, zero_gamma=False).train()
+    images = torch.zeros(samples, 3, 32, 32)
+    network(images)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        output = network(images)
+    held = sum(event.self_cpu_memory_usage for event in recorded.events())
+    del output
+    # The images are kept for the backward pass, too, and were there before.
+    held += images.numel() * images.element_size()
+    assert activation_bytes(network, samples, 32) == pytest.approx(held, rel=0.15)
+
+
+@given(world=st.integers(2, 40), size=st.integers(1, 10**9))
+def test_a_ring_is_what_its_messages_take_one_after_another(world: int, size: int) -> None:
+    machine = Machine(1.0, None, latency=1e-5, bandwidth=1e9, algorithm="ring")
+    seconds = 0.0
+    for _phase in ("scatter", "gather"):
+        for _step in range(world - 1):
+            seconds += 1e-5 + size / world / 1e9
+    assert all_reduce_seconds(machine, world, size) == pytest.approx(seconds)
+
+
+def test_many_devices_are_summed_by_a_tree_and_few_by_a_ring() -> None:
+    ring, tree, either = (Machine(1.0, None, 1e-5, 1e10, algorithm=name) for name in ("ring", "tree", "auto"))
+    for world, best in ((8, ring), (4096, tree)):
+        assert all_reduce_seconds(either, world, 10**8) == all_reduce_seconds(best, world, 10**8)
+    # By hand: 2 x 12 messages of 10 microseconds, and 2 x 0.1 GB at 10 GB/s.
+    assert all_reduce_seconds(tree, 4096, 10**8) == pytest.approx(24e-5 + 0.02)
+
+
+def test_what_takes_longest_is_named() -> None:
+    def update(input_rate: float | None, bandwidth: float, overlap: float) -> tuple[str, float]:
+        machine = Machine(100.0, input_rate, 0.0, bandwidth, overlap, "ring")
+        found = update_seconds(machine, 2, samples=200, last=100, size=10**6)
+        return found.limit, found.seconds
+
+    assert update(None, 1e6, 0.0) == ("compute", pytest.approx(2 + 1))
+    assert update(None, 1e6, 1.0) == ("compute", pytest.approx(2 + 1 - 2 / 3))
+    assert update(None, 1e5, 0.0) == ("network", pytest.approx(2 + 10))
+    assert update(40.0, 1e6, 0.0) == ("input", pytest.approx(5))
+
+
+def test_a_process_that_reads_itself_does_one_after_the_other_and_a_step_counts_once() -> None:
+    def seconds(**more: Any) -> float:
+        machine = Machine(100.0, 50.0, 0.0, 1e6, 0.0, "ring", **more)
+        return update_seconds(machine, 1, samples=200, last=100, size=10**6).seconds
+
+    assert seconds() == pytest.approx(200 / 50)
+    assert seconds(reads=True) == pytest.approx(200 / 100 + 200 / 50)
+    assert seconds(reads=True, overhead=0.5) == pytest.approx(200 / 100 + 0.5 + 200 / 50)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A plan, and the directory of the run that it is of."""
+    directory = tmp_path_factory.mktemp("planned") / "run"
+    config = composed(f"{SMALL} micro_batch=16 checkpoint.every_updates=20 run.dir={directory}")
+    threads = torch.get_num_threads()
+    session.train(prepare(config), Ranks(), Invocation())
+    torch.set_num_threads(threads)
+    return planned(f"{SMALL} micro_batch=16 checkpoint.every_updates=20 plan.world=1")["forecast"]["disk"], directory
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trust_ratios.jsonl", "tensorboard"])
+def test_a_run_s_log_has_the_bytes_that_were_planned(both: tuple[dict[str, Any], Path], name: str) -> None:
+    disk, directory = both
+    path = directory / name
+    files = path.iterdir() if path.is_dir() else [path]
+    assert disk["log_bytes"][name] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.2)
+
+
+def test_a_run_s_checkpoints_have_the_bytes_that_were_planned(both: tuple[dict[str, Any], Path]) -> None:
+    disk, directory = both
+    # 64 updates: every 20th, the end of each epoch of 32, and so four times; the last three stay.
+    sizes = [path.stat().st_size for path in (directory / "checkpoints").glob("update-*.pt")]
+    assert len(sizes) == 3
+    assert disk["checkpoint_bytes"] == pytest.approx(sizes[-1], rel=0.2)
+    assert disk["checkpoints_written_bytes"] == 5 * disk["checkpoint_bytes"]
+    files = {path.stat().st_ino: path.stat().st_size for path in (directory / "checkpoints").glob("*.pt")}
+    least, most = disk["checkpoints_kept_bytes"]
+    assert 0.8 * least <= sum(files.values()) <= 1.2 * most
+
+
+def test_memory_at_a_micro_batch_is_what_the_allocator_holds_in_training() -> None:
+    config = composed(f"{SMALL} micro_batch=32")
+    (memory,) = (
+        m for m in planned(f"{SMALL} micro_batch=32")["forecast"]["memory_per_device"] if m["micro_batch"] == 32
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        network = build_model("small", num_classes=10, ghost_batch=16, zero_gamma=False).train()
+        optimizer = build_optimizer(config.optimizer, network)
+        images = torch.zeros(32, 3, 16, 16)
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=False)
+            network(images).sum().backward()
+            optimizer.step()
+        output = network(images)
+    held = sum(event.self_cpu_memory_usage for event in recorded.events())
+    del output
+    assert memory["bytes"] == pytest.approx(held, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 224, 16)])
+def test_a_process_on_a_cpu_takes_no_more_than_was_planned_and_not_much_less(
+    model: str, size: int, micro_batch: int, tmp_path: Path
+) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc/self/status tells the most memory of a process")
+    settings = (
+        f"data=synthetic model={model} data.image_size={size} data.num_classes=1000 model.ghost_batch=16 "
+        f"data.train_count={4 * micro_batch} data.val_count={micro_batch} micro_batch={micro_batch} "
+        f"batch.size={2 * micro_batch} batch.scaled=false optimizer.lr=1 precision=fp32 device=cpu launch.threads=1 "
+        "epochs=1 schedule.warmup_epochs=0 max_updates=2 log_every=1 verbosity=0"
+    )
+    memory = planned(f"{settings} plan.world=1")["forecast"]["memory_per_device"]
+    (process,) = (m["process_bytes"] for m in memory if m["micro_batch"] == micro_batch)
+    # Not getrusage, whose figure begins with that of the process that started this one.
+    program = (
+        "from lars_train.cli import main\n"
+        "try: main()\n"
+        "finally: print('most', *(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *settings.split(), "launch.nproc=1", f"run.dir={tmp_path}"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    most = 1024 * int(done.stdout.split("most ")[1])
+    assert most <= process <= 1.5 * most  # torch built for CPUs alone takes less than that for CUDA
+
+
+def test_what_a_process_takes_is_told_where_it_is_on_a_cpu_alone() -> None:
+    def told_of(settings: str) -> tuple[bool, str]:
+        found = planned(f"{SMALL} plan.world=1 {settings}")["forecast"]
+        return "process_bytes" in found["memory_per_device"][0], "\n".join(describe_forecast(found))
+
+    for settings in ("", "plan.device=cpu", "device=auto plan.device=cpu"):
+        there, words = told_of(settings)
+        assert there
+        assert re.search(r"micro-batch  accumulation  per device  per process\n +16 +2 +[\d.]+ MB +\d{3} MB\n", words)
+        assert "what to ask of Slurm" in words
+    there, words = told_of("device=auto plan.device=a100")
+    assert not there
+    assert "process" not in words
+
+
+def test_each_row_has_the_hours_worked_out_by_hand() -> None:
+    found = planned("data=imagenet precision=bf16 plan.images_per_second=1000 plan.world=1")["forecast"]
+    per_epoch = {"256": 5004, "8k": 156, "16k": 78, "32k": 39}
+    assert [row["row"] for row in found["rows"]] == list(per_epoch)
+    for row in found["rows"]:
+        size = row["global_batch"]
+        seconds = 90 * (per_epoch[row["row"]] * size / 1000 + 50_000 / 3000)
+        assert row["expected"]["hours"] == pytest.approx(seconds / 3600)
+        assert (row["expected"]["limit"], row["most_devices"]) == ("compute", size // 32)
+    assert found["expected"]["hours"] == found["rows"][-1]["expected"]["hours"]
+    found["rows"][0]["most_devices"] = 1
+    words = "\n".join(describe_forecast(found))
+    assert "256             1* 32 h 27 min" in words
+    assert "* a device for each ghost batch" in words
+    # 115.2 million images and 90 evaluations: 32.4 hours.
+    for part in ("time           32 h 22 min, at 100 % of", "32k             1  32 h 22 min  compute", "5 d 10 h"):
+        assert part in words
+
+
+def test_a_row_keeps_what_is_not_its_own_row_s() -> None:
+    moved = with_row(composed("batch=32k data=imagenet epochs=10 schedule.scale_warmup=true"), "256")
+    assert (moved.epochs, moved.optimizer.name, moved.schedule.warmup_epochs) == (10, "sgd", 0)
+    assert (moved.batch.nominal, moved.model.ghost_batch) == (256, 32)
+
+
+@pytest.mark.parametrize("name", CITED)
+def test_a_cited_device_has_a_rate_and_where_it_was_read(name: str) -> None:
+    cited = CITED[name]
+    assert cited.rates
+    assert re.match(r"https://\S+, |docs/plan\.md, ", cited.source)
+    for rate in cited.rates.values():
+        assert f"{rate:,}" in (ROOT / "docs" / "plan.md").read_text()
+
+
+def test_a_run_is_told_when_it_is_on_other_machines_than_its_config_says() -> None:
+    config = composed(f"{SMALL} launch.nodes=2")
+    check_nodes(config, Ranks(3, 8, 3, 4))
+    check_nodes(composed(SMALL), Ranks(0, 12, 0, 4))
+    for ranks in (None, Ranks(0, 12, 0, 4)):
+        with pytest.raises(ConfigError, match=r"launch\.nodes=2"):
+            check_nodes(config, ranks)
+
+
+def test_nodes_times_processes_are_planned_for() -> None:
+    assert planned(f"{SMALL} batch.size=128 launch.nodes=2 launch.nproc=4")["world"] == 8
+
+
+def test_who_has_no_imagenet_is_told_that_a_plan_needs_none() -> None:
+    with pytest.raises(ConfigError, match=r"/nowhere cannot be opened .* without data\.root"):
+        planned("data=imagenet data.root=/nowhere batch=32k")
+
+
+def test_a_cluster_that_the_embedded_pictures_are_too_few_for_is_told_of_imagenet() -> None:
+    with pytest.raises(ConfigError, match=r"start at most \d+ in all .* data=imagenet plans for ImageNet"):
+        planned("batch=32k launch.nodes=4 launch.nproc=8")
+    assert planned("batch=32k launch.nodes=4 launch.nproc=8 data=imagenet model=small")["world"] == 32
+
+
+def test_memory_and_rate_are_of_one_precision() -> None:
+    whole, half = (planned(f"{SMALL} precision={name}")["forecast"] for name in ("fp32", "bf16"))
+    with pytest.raises(ConfigError, match=r"plan\.device=v100: there is no cited figure for precision=bf16"):
+        planned(f"{SMALL} precision=bf16 plan.device=v100")
+    assert planned(f"{SMALL} precision=auto plan.device=v100")["forecast"]["precision"] == "fp16"
+    for device, expected in (("h100", half), ("cpu", whole)):
+        found = planned(f"{SMALL} precision=auto plan.device={device}")["forecast"]
+        got, wanted = ([m["bytes"] for m in one["memory_per_device"]] for one in (found, expected))
+        assert got == wanted
+        assert found["precision"] == expected["precision"]
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.integers(1, 5), st.none() | st.integers(1, 60), st.integers(1, 60))
+def test_what_is_due_in_a_run_is_counted_without_asking_for_each_update(
+    stop: int, per_epoch: int, every_epochs: int, every_updates: int | None, log_every: int
+) -> None:
+    config = Config(log_every=log_every)
+    config.evaluate.every_epochs, config.checkpoint.every_updates = every_epochs, every_updates
+    plan = Plan(640, 64, 64, 8, False, False, 1, per_epoch, stop, stop, 0)
+    updates = range(1, stop + 1)
+    evaluated = {u for u in updates if evaluation_is_due(config, plan, u)}
+    assert disk_volume.evaluations(config, plan) == len(evaluated)
+    assert disk_volume.log_lines(config, plan) == sum(log_is_due(config, plan, u) for u in updates)
+    saved = evaluated | {u for u in updates if checkpoint_is_due(config, plan, u)}
+    assert disk_volume.checkpoints(config, plan) == len(saved)
+
+
+def test_a_text_plot_shows_every_point() -> None:
+    lines = list(text_plot([(0, 0.0), (1, 4.0), (2, 8.0), (3, 0.0)], ("first", "last")))
+    curve = [line.partition("|")[2] for line in lines if "|" in line]
+    assert [line.partition("|")[0].strip() for line in lines if "|" in line and line[7] != " "] == ["8", "3.43", "0"]
+    assert (curve[0], curve[-1]) == (" " * 39 + "*", "*" + " " * 58 + "*")
+    assert sum(line.count("*") for line in curve) == 4
+    assert lines[-1].split() == ["first", "last"]
+
+
+def test_every_field_of_the_json_stands_on_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(f"{SMALL} plan.images_per_second=100 plan.decode_rate=100 plan.path={path}")
+    page = (ROOT / "docs" / "plan.md").read_text()
+    files = {"metrics.jsonl", "trust_ratios.jsonl", "tensorboard"}
+
+    def untold(values: Any) -> set[str]:
+        if isinstance(values, list):
+            return set().union(*map(untold, values))
+        if not isinstance(values, dict):
+            return set()
+        return {k for k in values if k not in files and f"`{k}`" not in page}.union(*map(untold, values.values()))
+
+    assert untold(json.loads(path.read_text())) == set()
+
+
+@pytest.fixture(scope="module")
+def check_plan() -> ModuleType:
+    path = ROOT / "scripts" / "check_plan.py"
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def test_the_check_of_plans_tells_the_middle_error_and_its_spread(check_plan: ModuleType) -> None:
+    took, one = check_plan.Took, check_plan.Round
+    parts = {"compute": 1.0, "input": 0.5, "network": 0.25}
+    rounds = [one(took(p, 1.0), took(1.0, m), parts) for p, m in ((1.1, 1.0), (0.9, 2.0), (1.2, 0.8))]
+    cells = check_plan.told("small", 2, rounds).strip("| ").split(" | ")
+    assert cells[:3] == ["small", "2", "1.000, 0.500, 0.250"]
+    assert cells[3:] == ["1.100, 1.000", "+10 (-10 to +20)", "1.000, 1.000", "+0 (-50 to +25)"]
+
+
+def test_the_check_of_plans_plans_and_runs(check_plan: ModuleType, tmp_path: Path) -> None:
+    settings = "data.image_size=8 model=tiny batch.size=16 micro_batch=8 model.ghost_batch=8".split()
+    (first, second) = check_plan.rounds_of(check_plan.composed(tmp_path / "run", settings, 2), 2, 2)
+    for found in (first, second):
+        assert found.planned.wall > 0
+        assert found.measured.wall > 0
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    # Three updates to warm up, and two rounds of two; a line for every second one.
+    assert [json.loads(line)["update"] for line in logged] == [2, 4, 6]
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    part = {"compute": 1.0, "input": 0.0, "reduction": 0.5, "seconds": 1.0}
+    points = [
+        {"devices": n, "hours": 8 / n, "efficiency": 1.0, "limit": limit, **part}
+        for n, limit in ((1, "compute"), (2, "network"), (4, "input"))
+    ]
+    rows = [{"row": "32k", "scaling": points}, {"row": "64k", "problem": "larger than the set"}]
+    found = {"scaling": points, "expected": deepcopy(points[0]), "rows": rows}
+    draw(found, [[1, 0.1], [9, 1.0]], tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("row", ["256", "8k"])
+def test_the_page_of_the_imagenet_table_has_the_plans_own_memory_and_disk(row: str) -> None:
+    page = (ROOT / "docs" / "imagenet_table.md").read_text()
+    found = planned(f"batch={row} data=synthetic batch.scaled=false plan.world=8")
+    lines, disk = found["log_lines"], found["forecast"]["disk"]
+    cells = next(line for line in page.splitlines() if re.match(rf"\| {row} \| {lines:,} \|", line)).split(" | ")
+    kilobytes, logs, kept = (float(cell.split()[0].strip("|")) for cell in cells[2:5])
+    assert kilobytes == pytest.approx(sum(disk["log_line_bytes"].values()) / 1e3, rel=0.01)
+    assert logs == pytest.approx(sum(disk["log_bytes"].values()) / 1e6, rel=0.01)
+    assert kept * (1e9 if "GB" in cells[4] else 1e6) == pytest.approx(disk["bytes"], rel=0.01)
+    for memory in found["forecast"]["memory_per_device"]:
+        if memory["micro_batch"] in (32, 256):
+            each = memory["activation_bytes"] / memory["micro_batch"] / 1e6
+            told = f"{memory['micro_batch']} \u00d7 {each:.1f} MB + 307 MB = {memory['bytes'] / 1e9:.2f} GB"
+            assert told in page.replace("\n", " ")

@@ -1,0 +1,152 @@
+"""Commands end well whatever the terminal, the names of the data, and the user's home directory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from program import ALONE, environment
+
+SHELL = [sys.executable, str(Path(__file__).with_name("shell.py"))]
+SETTINGS = (
+    "data=folder data.root=images data.image_size=8 data.workers=0 model=small model.ghost_batch=4 batch=32k "
+    "batch.size=4 epochs=1 optimizer.lr=1.0 precision=fp32 device=cpu schedule.warmup_epochs=0 launch.threads=1"
+).split()
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+CLASSES = (b"caf\xe9", b"dog")
+SPELT = r"caf\xe9"
+
+
+def make_images(root: Path) -> None:
+    for split in (b"train", b"val"):
+        for name in CLASSES:
+            folder = os.fsencode(root) + b"/" + split + b"/" + name
+            try:
+                Path(os.fsdecode(folder)).mkdir(parents=True)
+            except OSError:
+                pytest.skip("this file system takes no names that are not UTF-8")
+            for i in range(4):
+                Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(os.fsdecode(folder + b"/%d.png" % i))
+        with open(folder + b"/b\xc3\xa4d.png", "wb") as file:  # noqa: PTH123
+            file.write(b"no image")
+
+
+def shell(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra: str) -> list[str]:
+    """What the commands said; all of them ended well."""
+    env = {name: value for name, value in environment(**extra).items() if not (user and name == "HOME")}
+    lines = json.dumps([[*command] for command in commands])
+    done = subprocess.run(
+        [*user, *SHELL, str(folder)], cwd=folder, env=env, input=lines, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert [code for code, _ in outcomes] == [0] * len(commands), outcomes
+    said = [text for _, text in outcomes]
+    assert not any("Traceback" in text for text in said)
+    return said
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that any user can write to, with images below a class whose name is not UTF-8."""
+    path = Path(tempfile.mkdtemp(prefix="lars-terminal-"))
+    try:
+        make_images(path / "images")
+        for place in (path, *path.rglob("*")):
+            place.chmod(0o777)
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def test_no_name_of_a_class_or_file_ends_a_command_on_an_ascii_terminal(folder: Path) -> None:
+    run = folder / "runs" / "a"
+    said = shell(
+        folder,
+        ["lars-train", *SETTINGS, "mode=plan"],
+        ["lars-train", *SETTINGS, "data.on_error=skip", "run.name=a"],
+        ["lars-train", *SETTINGS, "mode=evaluate", "checkpoint.path=runs/a", "evaluate.report=mistakes"],
+        ["lars-train", "mode=export", "checkpoint.path=runs/a"],
+        ["lars-data", "pack", "images", "store", "--on-error", "skip"],
+        XDG_CACHE_HOME=str(folder / "cache"),
+        **ASCII,
+    )
+    assert r"images/val/dog/b\xe4d.png cannot be decoded" in said[1]
+    record = [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
+    assert {Path(line["image"]).name for line in record} == {"bäd.png"} or SPELT in str(record)
+    for name in ("per_class.csv", "confusion.csv"):
+        with (folder / "mistakes" / name).open(encoding="utf-8", newline="") as file:
+            assert {row[0] for row in csv.reader(file)} == {"class", SPELT, "dog"}
+    assert (folder / "mistakes" / "confusion.png").stat().st_size > 0
+    # A run directory whose own name is not UTF-8.
+    odd = os.fsdecode(os.fsencode(folder / "runs") + b"/caf\xe9")
+    shutil.copytree(run, odd)
+    shell(folder, ["lars-report", odd, "runs", "--out", "out"], **ASCII)
+    for name in ("table.csv", "table.md", "report.html"):
+        (folder / "out" / name).read_text(encoding="utf-8")
+    assert SPELT in (folder / "out" / "table.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_output_that_nobody_can_read_ends_no_command(closed: bool, folder: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    training = [[*SETTINGS, "data.on_error=skip", "run.name=b"]] if closed else []
+    for arguments in (["--version"], ["--help"], *training):
+        reader, pipe = os.pipe()
+        os.close(reader)
+        with open("/dev/full", "w") as full:  # noqa: PTH123
+            stdout = pipe if closed else full
+            done = subprocess.run([*ALONE, *arguments], cwd=folder, env=environment(), stdout=stdout, stderr=-1)
+        os.close(pipe)
+        assert (done.returncode, done.stderr) == (0, b""), arguments
+    assert (folder / "runs" / "b" / "final.json").exists() == closed
+
+
+def nobody() -> tuple[str, ...]:
+    """What runs a command as a user who is in no list of users."""
+    for command in (
+        ("unshare", "--user", "--map-user=12345"),
+        ("setpriv", "--reuid", "12345", "--clear-groups"),
+    ):
+        check = [*command, sys.executable, "-c", "import os, lars_train; os._exit(os.getuid() != 12345)"]
+        if shutil.which(command[0]) and not subprocess.run(check, capture_output=True, check=False).returncode:
+            return command
+    pytest.skip("neither unshare nor setpriv can start a process of another user here")
+
+
+def test_a_user_without_a_home_directory_can_do_everything(folder: Path) -> None:
+    user = nobody()
+    run = [*SETTINGS, "data.on_error=skip"]
+    commands = [
+        ["lars-train", *run, "mode=plan"],
+        ["lars-train", *run, "run.name=a"],
+        ["lars-train", *run, "mode=evaluate", "checkpoint.path=runs/a"],
+        ["lars-report", "runs/a"],
+        ["lars-data", "pack", "images", "store", "--on-error", "skip"],
+        ["lars-data", "verify", "store"],
+    ]
+    (folder / "tmp").mkdir()
+    (folder / "tmp").chmod(0o777)
+    shell(folder, *commands, user=user, XDG_CACHE_HOME="", TMPDIR=str(folder / "tmp"))
+    assert (folder / "tmp" / "lars-train-12345").is_dir()
+    done = subprocess.run(
+        [*user, *ALONE, *run, "run.dir=~/b"],
+        cwd=folder,
+        env={name: value for name, value in environment().items() if name != "HOME"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "lars-train: run.dir=~/b: this user has no home directory; give a path without ~.\n"
+    assert not (folder / "~").exists()

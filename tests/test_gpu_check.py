@@ -1,0 +1,201 @@
+"""scripts/gpu_check.sh: its commands are right, its stages short, and nothing that it printed is lost."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from program import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+STAGES = ["tests", "step", "lars", "training", "more"]
+# A python that runs none of the stages. The tests fail, compiling takes too long, the trainings leave equal weights.
+STUB = r"""#!/bin/sh
+for folder; do :; done
+folder=${folder#run.dir=}
+echo "ran $*"
+case "$*" in
+    -m\ pytest*) exit 1 ;;
+    *--sweep*compiled*) exec sleep 60 ;;
+    *run.dir=*stopped)
+        if [ ! -e "$folder/checkpoints" ]; then
+            trap 'exit 75' TERM
+            mkdir -p "$folder/checkpoints"
+            touch "$folder/checkpoints/1.pt"
+            sleep 20 & wait
+        fi ;;
+esac
+case "$*" in *run.dir=*) mkdir -p "$folder" && echo '"sha256_float32": "c0ffee"' >"$folder/final.json" ;; esac
+"""
+
+
+def run(*arguments: str, script: Path = SCRIPT, folder: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(script), *arguments]
+    variables = environment(**{"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **extra})
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
+
+
+def changed(folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of the script, with changes, in a copy of the checkout."""
+    (folder / "scripts").mkdir()
+    beside = [ROOT / name for name in ("lars_train", "configs", "tests", "pyproject.toml")]
+    for path in [*ROOT.glob("scripts/*"), *beside]:
+        (folder / path.relative_to(ROOT)).symlink_to(path)
+    text = SCRIPT.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    copy = folder / "scripts" / SCRIPT.name
+    copy.unlink()
+    copy.write_text(text)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def dry() -> subprocess.CompletedProcess[str]:
+    return run("--dry-run")
+
+
+@pytest.mark.slow
+def test_every_command_is_right_so_far_as_no_gpu_is_needed(dry: subprocess.CompletedProcess[str]) -> None:
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    printed = [line.partition(": ")[2].strip() for line in dry.stdout.splitlines() if line.startswith("== ")]
+    assert [line.removeprefix("right: ") for line in dry.stdout.splitlines() if line.startswith("right: ")] == printed
+    (collected,) = re.findall(r"(\d+)(?:/\d+)? tests? collected", dry.stdout)
+    assert int(collected) > 20
+
+
+@pytest.mark.slow
+def test_no_stage_takes_more_than_four_minutes(dry: subprocess.CompletedProcess[str]) -> None:
+    sums: dict[str, int] = {}
+    limits = []
+    for line in dry.stdout.splitlines():
+        if found := re.match(r"== .*?, at most (\d+) s: ", line):
+            limits.append(int(found[1]))
+        elif found := re.match(r"=== (\w+): (\d+) s at most", line):
+            sums[found[1]] = int(found[2])
+            assert sum(limits) == int(found[2]) <= 240
+            limits = []
+    assert list(sums) == STAGES
+
+
+@pytest.mark.slow
+def test_a_dry_run_finds_commands_that_are_wrong(tmp_path: Path) -> None:
+    script = changed(
+        tmp_path,
+        ("--rounds 20", "--runds 20"),
+        ("batch=32k", "batch=33k"),
+        ("--ghost 32", "--ghost 48"),
+        ('compiled" 140', 'compiled" 150'),
+    )
+    done = run("--dry-run", "step", "lars", "training", script=script)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    wrong = [number for number, line in enumerate(lines) if line.startswith("WRONG: ")]
+    whys = "\n".join(lines[number + 1] for number in wrong)
+    assert len(wrong) == 4
+    assert "unrecognized arguments: --runds 20" in whys
+    assert "lars-train: batch=33k: " in whys
+    assert whys.count("--ghost 48: does not divide 256 images") == 2
+    assert sum(line.startswith("right: ") for line in lines) == 3
+    assert lines[-1] == "=== failed: step, 250 s instead of 240;a command"
+
+
+@pytest.mark.slow
+def test_a_stage_whose_packages_are_missing_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['hydra'] = None\n")
+    done = run("--dry-run", "training", "lars", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[0] == "stage training needs packages that are not installed: hydra-core"
+    assert "=== training: left out, because packages are missing: hydra-core" in lines
+    assert lines[-2:] == ["=== left out: training", "=== all that ran is well"]
+    assert sum(line.startswith("right: ") for line in lines) == 1
+
+
+def test_all_stages_run_and_the_report_keeps_what_was_printed(tmp_path: Path) -> None:
+    script = changed(tmp_path, ('"step, compiled" 140', '"step, compiled" 9'))
+    stub = tmp_path / "stub"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    report = tmp_path / "here" / "report.txt"
+    report.parent.mkdir()
+    report.write_text("an earlier stage\n")
+    # The report is named relative to where the script is called from.
+    done = run("--report", "report.txt", script=script, folder=report.parent, PYTHON=str(stub))
+    assert report.read_text() == "an earlier stage\n" + done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines if line.endswith(" s at most")] == STAGES
+    starts = [line for line in lines if line.startswith("ran ")]
+    assert len([line for line in lines if line.startswith("== ") and ", at most " in line]) == len(starts) - 1 == 10
+    assert any(re.match("== step, compiled: exit code 143 after . s, cut at its limit", line) for line in lines)
+    assert any("the resumed run has the weights of the one that was not stopped" in line for line in lines)
+    assert lines[-1] == "=== failed: tests"
+    assert done.returncode == 1
+
+
+def test_a_signal_ends_the_part_and_keeps_the_report(tmp_path: Path) -> None:
+    stub, report, started = (tmp_path / name for name in ("stub", "report.txt", "started"))
+    stub.write_text(f'#!/bin/sh\n[ "$1" = - ] && exit\necho "a row"\necho $$ >{started}\nexec sleep 60\n')
+    stub.chmod(0o755)
+    with subprocess.Popen(
+        ["bash", str(SCRIPT), "lars", "--report", str(report)],
+        env=environment(PYTHON=str(stub)),
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        end = time.monotonic() + 30
+        while not (started.exists() and started.read_text()) and time.monotonic() < end:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == 143
+    assert report.read_text().splitlines()[-2:] == ["a row", "== stopped by a signal"]
+    assert not Path(f"/proc/{started.read_text().strip()}").exists()
+
+
+def test_weights_that_differ_are_a_failure(tmp_path: Path) -> None:
+    stub = tmp_path / "stub"
+    stub.write_text(STUB.replace('"c0ffee"', "\"'$folder'\""))
+    stub.chmod(0o755)
+    done = run("training", "--report", str(tmp_path / "report.txt"), PYTHON=str(stub))
+    assert done.returncode == 1
+    assert "WEIGHTS DIFFER" in done.stdout
+    assert done.stdout.splitlines()[-1] == "=== failed: training, equal weights"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "told"),
+    [
+        (["nope"], {}, f"nope: unknown stage or option; the stages are {' '.join(STAGES)}"),
+        (["--dry"], {}, "--dry: unknown stage or option"),
+        (["--report"], {}, "--report: name a file"),
+        (["--report", "/proc/none/report"], {}, "/proc/none/report: cannot be written"),
+        ([], {"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: there is no such program"),
+    ],
+)
+def test_what_cannot_begin_is_one_line_and_exit_code_2(arguments: list[str], extra: dict[str, str], told: str) -> None:
+    done = run(*arguments, **extra)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gpu_check.sh: {told}")
+
+
+def test_the_report_says_why_nothing_could_begin(tmp_path: Path) -> None:
+    report = tmp_path / "report.txt"
+    done = run("lars", "--report", str(report))
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[1:] == ["torch finds no CUDA device here"]
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13 is missing')")
+    done = run("lars", "--report", str(report), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert report.read_text().endswith("one cannot be imported: libcudart.so.13 is missing\n")
+
+
+def test_help_names_every_stage_and_option() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    assert {"--dry-run", "--report", *STAGES} <= set(re.findall(r"[\w-]+", done.stdout))

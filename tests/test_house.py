@@ -1,0 +1,159 @@
+"""The layout: floors, sizes of modules, functions and folders, names that are unique, public names that are documented.
+
+The table of floors is the one of CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import Counter, defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lars_train"
+# A room imports from floors below its own, and from rooms of its own floor as long as no circle comes of it.
+FLOORS = (
+    {"errors", "extensions", "fsutil", "messages", "optim", "signals"},
+    {"config", "models"},
+    {"data", "launch", "plan", "rendezvous"},
+    {"monitoring", "pack", "report"},
+    {"training"},
+    {"export", "preflight"},
+    {"commands"},
+    {"__main__", "cli"},
+)
+LINES, FUNCTION_LINES, MODULES = 400, 60, 16
+
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+# The root's own __init__ is the public face, and imports what it shows.
+MODULES_OF_ROOMS = [name for name in SOURCES if "." in name]
+
+
+def named(name: str) -> set[str]:
+    """Return what a module imports, by whole names, also within functions."""
+    package = name if SOURCES[name].name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{source}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported(name: str) -> set[str]:
+    """Return the modules of the package that a module imports."""
+    modules = {whole if whole in SOURCES else whole.rpartition(".")[0] for whole in named(name)}
+    return {module for module in modules if module in SOURCES and module != name}
+
+
+IMPORTS = {name: imported(name) for name in SOURCES}
+
+
+def room(name: str) -> str:
+    """Return the room of a module; the root is the public face, above all rooms."""
+    return name.split(".")[1] if "." in name else name
+
+
+def test_every_room_has_its_floor_and_imports_nothing_from_above() -> None:
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    assert set(floor) == {room(name) for name in MODULES_OF_ROOMS}
+    # The report's page and the command line show the version, which the public face has.
+    floor["lars_train"] = floor["report"]
+    upward = [
+        f"{name} imports {other}"
+        for name in MODULES_OF_ROOMS
+        for other in IMPORTS[name]
+        if floor[room(other)] > floor[room(name)]
+    ]
+    assert not upward
+
+
+def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
+    rooms = defaultdict(set)
+    for name in MODULES_OF_ROOMS:
+        rooms[room(name)] |= {room(other) for other in IMPORTS[name] if "." in other} - {room(name)}
+    for graph in (IMPORTS, rooms):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_lars_and_the_models_know_no_config() -> None:
+    for name in MODULES_OF_ROOMS:
+        if room(name) == "optim":
+            assert {other for other in IMPORTS[name] if room(other) != "optim"} <= {"lars_train.extensions"}, name
+            roots = {whole.partition(".")[0] for whole in named(name)}
+            assert roots - {"lars_train", "torch"} <= sys.stdlib_module_names, name
+        if room(name) == "models":
+            assert not {other for other in IMPORTS[name] if room(other) == "config"}, name
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_module_is_read_in_one_sitting(name: str) -> None:
+    assert len(SOURCES[name].read_text().splitlines()) <= LINES
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno
+        and node.end_lineno - node.lineno >= FUNCTION_LINES
+    ]
+    assert not long
+
+
+def test_no_folder_has_more_modules_than_one_sees_at_once() -> None:
+    counts = Counter(path.parent for path in SOURCES.values() if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in counts.items() if count > MODULES} == {}
+
+
+def test_no_two_modules_and_no_two_public_classes_have_one_name() -> None:
+    modules = Counter(path.stem for path in SOURCES.values() if path.stem != "__init__")
+    classes = Counter(
+        node.name
+        for tree in TREES.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for names in (modules, classes) for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_public_names_are_documented(name: str) -> None:
+    tree = TREES[name]
+    assert ast.get_docstring(tree) or name.endswith("__main__")
+    bare = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not bare
+
+
+def test_contributing_shows_these_floors() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = re.findall(r"^\| (\d) \| (.+) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _ in table] == list(range(1, len(FLOORS) + 1))
+    assert [set(re.findall(r"`(\w+)`", names)) for _, names in table] == list(FLOORS)
+    assert f"at most {LINES} lines, a function {FUNCTION_LINES}, a folder {MODULES} modules" in text
+
+
+def test_contributing_names_files_that_exist() -> None:
+    there = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    paths = re.findall(r"`((?:\w+/)+\w*(?:\.\w+)?)`", there)
+    assert len(paths) > 20
+    assert [path for path in paths if not any((root / path).exists() for root in (ROOT, PACKAGE))] == []

@@ -1,0 +1,136 @@
+"""A run from a saved file: the same config and hash, in a directory that fits the experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from lars_train.config import Config, config_dir, register, resolve, run_hash
+from lars_train.config.arguments import prepare_arguments
+from lars_train.config.saved import NAME, SavedConfig, register_saved
+from lars_train.errors import ConfigError
+
+
+def composed(name: str, *settings: str) -> Config:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return resolve(compose(name, prepare_arguments(list(settings), None)))
+
+
+def from_file(path: Path, *settings: str) -> tuple[Config, SavedConfig]:
+    saved = register_saved(path, prepare_arguments(list(settings), None))
+    return saved.place(composed(NAME, *settings)), saved
+
+
+def written(folder: Path, config: Config, **changed: Any) -> Path:
+    """As a run writes it."""
+    plain = OmegaConf.structured(config)
+    for key, value in changed.items():
+        OmegaConf.update(plain, key.replace("__", "."), value, force_add=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(plain))
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "",
+        "batch=256",
+        "data=cifar10 batch=8k recipe=goyal model=resnet20",
+        "recipe=mlperf batch=4k data=imagenet data.root=/data/café",
+        "recipe=nus batch=32k data=imagenet data.root=007 data.order=shards",
+        "batch.size=640 optimizer.lr=2 optimizer.base=AdamW optimizer.kwargs.betas=[0.9,0.99]",
+        "optimizer.preset=larc optimizer.clip=none schedule.warmup_start=0.1 precision=fp64 micro_batch=32",
+        "run.name=12_34",
+        "run.name=1e5",
+        "run.name=true",
+        "run.name=2012-10-31",
+        "run.dir=/x/0x1f",
+        "run.name='null'",
+    ],
+)
+def test_a_saved_config_composes_to_itself(settings: str, tmp_path: Path) -> None:
+    config = composed("config", *settings.split())
+    again, saved = from_file(written(tmp_path, config))
+    assert again == config
+    assert saved.hash == run_hash(config)
+    assert from_file(tmp_path)[0] == config
+
+
+def test_the_directory_of_the_file_is_that_of_its_experiment(tmp_path: Path) -> None:
+    path = written(tmp_path, composed("config", "run.name=mine", "resume=never", "max_updates=3"))
+    for settings, run in (
+        ((), (None, "mine")),
+        (("log_every=3", "launch.nproc=2", "max_updates=null"), (None, "mine")),
+        (("seed=1",), (None, None)),
+        (("seed=1", "run.name=other"), (None, "other")),
+        (("run.dir=else/where",), ("else/where", None)),
+    ):
+        config, _ = from_file(path, *settings)
+        assert (config.run.dir, config.run.name) == run, settings
+        # Moving a run aside is a word about one start.
+        assert config.resume == "auto"
+    assert from_file(path, "resume=never")[0].resume == "never"
+
+
+def test_keys_of_the_line_replace_those_of_the_file(tmp_path: Path) -> None:
+    config, _ = from_file(
+        written(tmp_path, composed("config")), "optimizer.lr=3", "data.root=12_34", "data.name=folder"
+    )
+    assert (config.optimizer.lr, config.data.root) == (3, "12_34")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("batch=8k", "batch"),
+        ("data=cifar10", "data"),
+        ("precision=fp64", "precision.name="),
+        ("model=tiny", "model.name="),
+    ],
+)
+def test_a_group_is_refused_beside_a_file(setting: str, words: str, tmp_path: Path) -> None:
+    path = written(tmp_path, composed("config"))
+    with pytest.raises(ConfigError) as caught:
+        from_file(path, setting)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("seed: 1\n", "it lacks mode, epochs"),
+        ("- a\n", "no config"),
+        ("a: [\n", "no YAML"),
+        ("\xff", "no YAML"),
+        ("run: x\n", "run is no mapping"),
+        ("sede: 1\n", "sede: there is no such key. Did you mean 'seed'?"),
+        ("run: {nam: x}\n", "run.nam: there is no such key. Did you mean 'run.name'?"),
+    ],
+)
+def test_a_file_that_is_no_whole_config_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError) as caught:
+        from_file(path)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing: it cannot be read"):
+        from_file(tmp_path / "missing")
+    text = written(tmp_path, composed("config")).read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("seed: 0", "seed: many"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: seed: .*many"):
+        from_file(tmp_path)
+    # What a later version adds can be given.
+    (tmp_path / "config.yaml").write_text(text.replace("seed: 0\n", ""))
+    with pytest.raises(ConfigError, match="it lacks seed"):
+        from_file(tmp_path)
+    assert from_file(tmp_path, "seed=4")[0].seed == 4

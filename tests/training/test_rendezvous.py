@@ -1,0 +1,121 @@
+"""The ranks of a job find rank 0 at MASTER_PORT, and no other program there."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from program import ALONE, TINY, environment
+
+from lars_train import rendezvous
+from lars_train.errors import ConfigError
+from lars_train.launch import Ranks, export_slurm
+from lars_train.rendezvous import open_job_store
+
+LIMIT = timedelta(seconds=60)
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_JOB_ID": "1000",
+    "SLURM_STEP_ID": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A free port, which MASTER_PORT names."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found = int(probe.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(found))
+    return found
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_line_that_names_master_port(tmp_path: Path) -> None:
+    port = int(export_slurm(STEP)["MASTER_PORT"])
+    with socket.create_server(("127.0.0.1", port)):
+        ranks = [
+            subprocess.Popen(
+                [*ALONE, *TINY, "run.name=taken"],
+                cwd=tmp_path,
+                env=environment(**STEP | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        # The other rank waits 10 s for an answer; the rest is for the start on a machine under load.
+        told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], told
+    assert told[0].startswith(f"lars-train: MASTER_PORT={port}: this port is in use on "), told[0]
+    assert told[0].count("\n") == 1
+    assert told[1] == ""
+
+
+def test_a_rank_waits_for_its_own_rank_0_at_a_port_that_others_use(port: int) -> None:
+    values = {}
+
+    def join(job: str, rank: int) -> None:
+        with open_job_store(job, Ranks(rank, 2), LIMIT) as store:
+            values[job, rank] = store.get("whose").decode()
+
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(open_job_store("1000.1", Ranks(0, 2), LIMIT)).set("whose", "1000.1")
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: this port is in use"):
+            second.enter_context(open_job_store("1001.0", Ranks(0, 2), LIMIT))
+        others = [threading.Thread(target=join, args=(job, 1)) for job in ("1001.0", "1000.1")]
+        for other in others:
+            other.start()
+        others[1].join(30)
+        assert values == {("1000.1", 1): "1000.1"}
+        # All ranks of the first job have come: it no longer needs the port.
+        first.close()
+        second.enter_context(open_job_store("1001.0", Ranks(0, 2), LIMIT)).set("whose", "1001.0")
+        others[0].join(30)
+    assert values == {("1000.1", 1): "1000.1", ("1001.0", 1): "1001.0"}
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"lars-train 7.0 29500\n", None])
+def test_a_rank_that_another_program_answers_ends_soon(
+    answer: bytes | None, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "_WRONG_S", 0.5)
+    with socket.create_server(("127.0.0.1", port)) as server:
+        if answer is not None:
+            threading.Thread(target=rendezvous._answer, args=(server, answer), daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: another program"):  # noqa: SIM117
+            with open_job_store("7.1", Ranks(1, 2), LIMIT):
+                pass
+        assert time.monotonic() - began < 10
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_rank_whose_rank_0_never_comes_says_where_it_looked(port: int) -> None:
+    with (
+        pytest.raises(RuntimeError, match=rf"localhost, port {port} \(MASTER_ADDR, .*distributed\.timeout=0\.5 s"),
+        open_job_store("7.1", Ranks(1, 2), timedelta(seconds=0.5)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "-1", "ssh", "٣"])
+def test_what_is_no_port_is_refused(text: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", text)
+    with (
+        pytest.raises(ConfigError, match=f"MASTER_PORT={text}: this is no port"),
+        open_job_store("-", Ranks(0, 2), LIMIT),
+    ):
+        pass
