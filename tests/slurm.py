@@ -20,9 +20,9 @@ import pytest
 from program import environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
-# https://slurm.schedmd.com/slurm.conf.html. cred_expire is also the delay before a requeued job starts. For
-# a machine with much else to do: daemons may take long to answer and to start a job (by themselves 10 s, after which
-# Slurm takes it for lost), and with MinJobAge 0 the record of one that has ended stays (by itself 300 s).
+# https://slurm.schedmd.com/slurm.conf.html. cred_expire is also the delay before a requeued job starts. The limits
+# suit a busy machine: daemons may take long to answer and to start a job (10 s by default, after which Slurm takes the
+# job for lost). A record of a job that has ended is kept for MinJobAge; Slurm reads 0 as 2 s, which the tests would miss.
 CONFIG = """
 ClusterName=loopback
 SlurmctldHost=localhost
@@ -34,7 +34,7 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 MpiDefault=none
-MinJobAge=0
+MinJobAge=3600
 MessageTimeout=60
 BatchStartTimeout=120
 ProctrackType=proctrack/linuxproc
@@ -140,7 +140,7 @@ class Slurm:
     def describe(self, job: str) -> str:
         """Return what the controller knows of a job, the commands that failed so far, and the end of its log."""
         log = (self.folder / "slurmctld.log").read_text(errors="replace")
-        return f"{self.command('scontrol', 'show', 'job', job)}\n{self._trouble[-4000:]}\n{log[-4000:]}"
+        return f"{self.command('scontrol', 'show', 'job', job)}\n{self._trouble[:2000]}\n{log[-8000:]}"
 
     def submit(self, folder: Path, *words: str, **variables: str) -> str:
         """Return the id of the job that `sbatch` submits from `folder`."""
