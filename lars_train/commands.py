@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lars_train.config import AUTO, Config
-from lars_train.data.open import SHARDS
+from lars_train.data.order import SHARDS
 from lars_train.errors import ConfigError, NotReady
 from lars_train.export import CARD, export
 from lars_train.fsutil import user_path

@@ -22,7 +22,7 @@ from program import environment
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 # https://slurm.schedmd.com/slurm.conf.html. cred_expire is also the delay before a requeued job starts. The limits
 # suit a busy machine: daemons may take long to answer and to start a job (10 s by default, after which Slurm takes the
-# job for lost). A record of a job that has ended is kept for MinJobAge; Slurm reads 0 as 2 s, which the tests would miss.
+# job for lost). Slurm keeps the record of an ended job for MinJobAge, and reads 0 as 2 s, too short for the tests.
 CONFIG = """
 ClusterName=loopback
 SlurmctldHost=localhost

@@ -27,6 +27,8 @@ FLOORS = (
     {"commands"},
     {"__main__", "cli"},
 )
+# The floors within data; the modules at its top are the lowest.
+DATA_FLOORS = ("", "decode", "sources", "loading", "open")
 LINES, FUNCTION_LINES, MODULES = 400, 60, 16
 
 SOURCES = {
@@ -77,6 +79,22 @@ def test_every_room_has_its_floor_and_imports_nothing_from_above() -> None:
         for other in IMPORTS[name]
         if floor[room(other)] > floor[room(name)]
     ]
+    assert not upward
+
+
+def test_within_data_no_module_imports_from_a_folder_above() -> None:
+    def floor(name: str) -> int:
+        part = name.split(".")[2]
+        return DATA_FLOORS.index(part) if part in DATA_FLOORS else 0
+
+    inside = [name for name in SOURCES if name.startswith("lars_train.data.")]
+    upward = [
+        f"{name} imports {other}"
+        for name in inside
+        for other in IMPORTS[name].intersection(inside)
+        if floor(other) > floor(name)
+    ]
+    assert len(inside) > 20
     assert not upward
 
 

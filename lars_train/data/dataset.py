@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.sources.splits import TEST, VALIDATION
+from lars_train.data.splits import TEST, VALIDATION
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, printable
 

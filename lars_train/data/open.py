@@ -7,6 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from lars_train.data.dataset import Dataset, Sharded, check_classes, shards_of
+from lars_train.data.order import SHARDS
 from lars_train.data.sources.remote import CacheSettings
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, is_url
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 IMAGENET_CLASSES = 1_000
 """Of ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/."""
-
-GLOBAL, SHARDS = "global", "shards"
-"""The orders of an epoch, see order.py: of all samples, or shards in windows."""
 
 _TREES = ("folder", "imagenet")
 _COUNTS = ("train_count", "val_count", "num_classes")

@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_ORDER, _AUGMENTATION, _SHARDS = 0, 1, 2  # domains: the last counter word
+_ORDER, _AUGMENTATION, _SHARD_ORDER = 0, 1, 2  # domains: the last counter word
 _UNIT = 2.0**-53  # between neighbours of 53 random bits in [0, 1)
+
+SHARDS = "shards"
+"""The value of data.order that shuffles whole shards and the samples within windows of them (`shard_order`)."""
 
 
 def _philox(seed: int, epoch: int, domain: int) -> np.random.Philox:
@@ -42,7 +45,7 @@ def shard_windows(seed: int, epoch: int, shards: int, window: int) -> list[npt.N
 
     The windows' lengths differ by at most one. The order is the stable argsort of raw 64-bit words.
     """
-    words = _philox(seed, epoch, _SHARDS).random_raw(shards)
+    words = _philox(seed, epoch, _SHARD_ORDER).random_raw(shards)
     return np.array_split(np.argsort(words, kind="stable").astype(np.int64, copy=False), max(1, -(-shards // window)))
 
 

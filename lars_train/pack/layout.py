@@ -14,8 +14,8 @@ from lars_train.data.sources.folder import inventory, open_tree
 from lars_train.data.sources.imagenet import both_splits, is_flat, only_validation
 from lars_train.data.sources.split_files import parquet_folders, the_one
 from lars_train.data.sources.split_folders import Split, collect, find_splits
-from lars_train.data.sources.splits import TRAIN, VAL
 from lars_train.data.sources.tree import Tree
+from lars_train.data.splits import TRAIN, VAL
 from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
 from lars_train.pack.names import member_names

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from lars_train.data.dataset import Labels, NamesBuilder, Source, check_classes, fingerprint, merged
 from lars_train.data.sources.index_files import write_mapped
 from lars_train.data.sources.shards import INDEX, PACKING, VERSION, Packed, Places, Shard, ShardTree, index_of
-from lars_train.data.sources.splits import SPLITS, TRAIN
 from lars_train.data.sources.tree import Listing
+from lars_train.data.splits import SPLITS, TRAIN
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import user_path, write_whole
 from lars_train.messages import counted, printable

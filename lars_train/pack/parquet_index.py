@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from lars_train.data.dataset import Inventory, NamesBuilder, Source, merged
 from lars_train.data.sources.split_files import OF_NO_SPLIT, ParquetFolder
-from lars_train.data.sources.splits import TEST, TRAIN, VAL, choose, no_classes
 from lars_train.data.sources.tar_samples import Label, is_odd_number
 from lars_train.data.sources.tree import is_hidden, is_image
 from lars_train.data.sources.webdataset import classes_by_folder
+from lars_train.data.splits import TEST, TRAIN, VAL, choose, no_classes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, first_process, printable
 from lars_train.pack.parquet import ParquetSource, RowGroups, batches, one_line, open_file, pyarrow

@@ -12,7 +12,7 @@ import numpy as np
 from lars_train.data.dataset import Source, alike, class_names, fingerprint, merged
 from lars_train.data.sources.folder import open_tree
 from lars_train.data.sources.shards import ShardTree
-from lars_train.data.sources.splits import VAL
+from lars_train.data.splits import VAL
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import user_path
 from lars_train.messages import counted, printable, say, size

@@ -8,7 +8,8 @@ from typing import Any
 
 from lars_train.config import AUTO, Config
 from lars_train.data.dataset import Dataset
-from lars_train.data.open import SHARDS, open_dataset
+from lars_train.data.open import open_dataset
+from lars_train.data.order import SHARDS
 from lars_train.errors import ConfigError
 from lars_train.models.factory import model_names
 from lars_train.plan import Plan, check_micro_batch, make_plan

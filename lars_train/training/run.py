@@ -14,8 +14,7 @@ import torch
 
 from lars_train.config import absolute_paths
 from lars_train.data.loading.loader import LoaderSpec, View, train_loader
-from lars_train.data.open import SHARDS
-from lars_train.data.order import micro_bounds
+from lars_train.data.order import SHARDS, micro_bounds
 from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.messages import first_line
 from lars_train.models.weights import weights_sha256

@@ -13,7 +13,8 @@ import torch
 
 from lars_train.config import AUTO, Config, restore
 from lars_train.data.dataset import Dataset
-from lars_train.data.open import SHARDS, open_validation
+from lars_train.data.open import open_validation
+from lars_train.data.order import SHARDS
 from lars_train.data.transforms import View
 from lars_train.errors import ConfigError, Diverged, Stopped
 from lars_train.fsutil import user_path

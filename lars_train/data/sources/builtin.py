@@ -17,8 +17,8 @@ import numpy.typing as npt
 from lars_train.data.dataset import Dataset, Source, fingerprint, numbered, numbered_runs
 from lars_train.data.decode.pillow import whole_image
 from lars_train.data.sources.folder import open_folder
-from lars_train.data.sources.splits import TRAIN, VAL
 from lars_train.data.sources.tree import held_out
+from lars_train.data.splits import TRAIN, VAL
 from lars_train.errors import ConfigError
 from lars_train.fsutil import cache_folder, user_path
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from lars_train.data.dataset import BESIDE, LOOSE, Inventory, Labels, Names, Source, merged, skipped_from
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
-from lars_train.data.sources.splits import is_split
 from lars_train.data.sources.tree import Listing, Ranks, count_skipped, is_hidden, is_image, join, listing_of, ranked
+from lars_train.data.splits import is_split
 from lars_train.errors import ConfigError
 from lars_train.messages import first_process, printable
 

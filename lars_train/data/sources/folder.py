@@ -25,10 +25,10 @@ from lars_train.data.sources.split_folders import (
     hold_out,
     matched,
 )
-from lars_train.data.sources.splits import TRAIN, VAL, is_like_split, is_split
 from lars_train.data.sources.tree import Tree, is_image
 from lars_train.data.sources.webdataset import WebdatasetTree, open_webdataset
 from lars_train.data.sources.zips import ZipTree
+from lars_train.data.splits import TRAIN, VAL, is_like_split, is_split
 from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
 from lars_train.messages import is_url, printable

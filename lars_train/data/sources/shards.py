@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from lars_train.data.dataset import Inventory, Labels, Names, Source, names_from, skipped_from
 from lars_train.data.sources.index_files import Arrays, Damaged, read_mapped
-from lars_train.data.sources.splits import SPLITS, is_split
 from lars_train.data.sources.tree import Listing, Ranks
+from lars_train.data.splits import SPLITS, is_split
 from lars_train.errors import ConfigError
 from lars_train.messages import printable
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from lars_train.data.dataset import BESIDE, Inventory, merged
 from lars_train.data.sources.directory import beside_splits
-from lars_train.data.sources.splits import (
+from lars_train.data.sources.tree import count_skipped, is_hidden, is_image
+from lars_train.data.splits import (
     TRAIN,
     VAL,
     choose,
@@ -30,7 +31,6 @@ from lars_train.data.sources.splits import (
     refuse_twins,
     split_word,
 )
-from lars_train.data.sources.tree import count_skipped, is_hidden, is_image
 from lars_train.errors import ConfigError
 from lars_train.messages import printable
 

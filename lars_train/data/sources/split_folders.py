@@ -19,7 +19,9 @@ from lars_train.data.dataset import Labels, Names, class_names, listed_counts
 from lars_train.data.sources.directory import DirectoryTree
 from lars_train.data.sources.shards import ShardTree
 from lars_train.data.sources.split_files import decompressing, unpacking
-from lars_train.data.sources.splits import (
+from lars_train.data.sources.tree import Listing, Ranks, Tree, divide, is_image, join
+from lars_train.data.sources.webdataset import WebdatasetTree
+from lars_train.data.splits import (
     TEST,
     TRAIN,
     VALIDATION,
@@ -33,8 +35,6 @@ from lars_train.data.sources.splits import (
     split_word,
     with_splits,
 )
-from lars_train.data.sources.tree import Listing, Ranks, Tree, divide, is_image, join
-from lars_train.data.sources.webdataset import WebdatasetTree
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, printable
 

@@ -19,7 +19,6 @@ from lars_train.data.dataset import NamesBuilder, listed_counts, merged
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
 from lars_train.data.sources.shards import Packed, Places, Shard, ShardTree, index_of, splits_of
 from lars_train.data.sources.split_files import Shards, unpacking, unpacking_twice
-from lars_train.data.sources.splits import TEST, TRAIN, VAL, no_classes
 from lars_train.data.sources.tar_samples import (
     LABEL_KEYS,
     Label,
@@ -32,6 +31,7 @@ from lars_train.data.sources.tar_samples import (
 )
 from lars_train.data.sources.tars import BadTar
 from lars_train.data.sources.tree import Listing
+from lars_train.data.splits import TEST, TRAIN, VAL, no_classes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, first_process, printable
 

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lars_train.data.dataset import LOOSE, UNSAFE, Inventory, Labels, Names, NamesBuilder, Source, merged
-from lars_train.data.sources.splits import is_split
 from lars_train.data.sources.tree import (
     HiddenPaths,
     Listing,
@@ -34,6 +33,7 @@ from lars_train.data.sources.tree import (
     join,
     listing_of,
 )
+from lars_train.data.splits import is_split
 from lars_train.errors import ConfigError
 from lars_train.messages import printable
 
