@@ -19,8 +19,7 @@ from lars_train.data.splits import TRAIN, VAL
 from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
 from lars_train.pack.names import member_names
-from lars_train.pack.parquet import ParquetSource
-from lars_train.pack.parquet_index import open_parquet
+from lars_train.pack.parquet import ParquetSource, open_parquet
 
 PICTURES = 4000
 """Pictures of a shard where the number of shards is not given: 440 MB of ImageNet as it is."""

@@ -170,7 +170,7 @@ def test_each_row_group_is_decoded_once_to_pack_and_once_to_verify(
 ) -> None:
     decoded: list[tuple[str, int]] = []
     rows_at_a_time: list[int] = []
-    batches = parquet.batches
+    batches = parquet.image_batches
 
     def watched(path: Path, group: int, column: str) -> Any:
         decoded.append((path.name, group))
@@ -178,7 +178,7 @@ def test_each_row_group_is_decoded_once_to_pack_and_once_to_verify(
             rows_at_a_time.append(len(batch))
             yield batch
 
-    monkeypatch.setattr(parquet, "batches", watched)
+    monkeypatch.setattr(parquet, "image_batches", watched)
     write(tmp_path / "hub" / "train-a.parquet", [(b"%d" % i, f"{i:03d}.jpg", i % 4) for i in range(300)], group=50)
     write(tmp_path / "hub" / "train-b.parquet", [(b"%d" % i, f"{i:03d}.jpg", i % 4) for i in range(300, 450)], group=50)
     pack(request(str(tmp_path / "hub"), tmp_path / "one", shards=1), silent)
@@ -296,12 +296,12 @@ def test_classes_called_like_splits_are_refused_as_folders_are(file: str, tmp_pa
         rows = [(b"%d" % i, f"{i}.jpg", i % len(classes)) for i in range(6)]
         write(path, rows, classes=classes)
         if refused:
-            with pytest.raises(ConfigError, match=rf"parts of a data set and no classes \({refused}\)"):
+            with pytest.raises(ConfigError, match=rf"its classes \({refused}\) are parts of a data set"):
                 open_original(str(tmp_path / "hub"), None)
         else:
             assert open_original(str(tmp_path / "hub"), None).classes == classes
     write(path, [(b"x", None, "train"), (b"y", None, "val")], classes=None, label_type=pa.string())
-    with pytest.raises(ConfigError, match=r"no classes \(train, val\)"):
+    with pytest.raises(ConfigError, match=r"its classes \(train, val\) are parts of a data set"):
         open_original(str(tmp_path / "hub"), None)
 
 
@@ -339,7 +339,7 @@ def test_parquet_without_labels_or_training_rows_is_refused(tmp_path: Path) -> N
     write(tmp_path / "b" / "validation.parquet", rows)
     write(tmp_path / "b" / "train.parquet", rows)
     pq.write_table(pq.read_table(tmp_path / "b" / "train.parquet").slice(0, 0), tmp_path / "b" / "train.parquet")
-    for folder, told in (("a", "; test has no labels or no rows"), ("b", r"or none with rows in them\.$")):
+    for folder, told in (("a", "; test has no labels or no rows"), ("b", r"or none with rows\.$")):
         with pytest.raises(ConfigError, match=rf"no parquet files for training, .*{told}"):
             open_original(str(tmp_path / folder), None)
 
@@ -413,9 +413,7 @@ def test_a_picture_that_is_null_ends_it_or_is_left_out_and_listed(tmp_path: Path
     rows[5] = (None, "5.jpg", 0)
     write(tmp_path / "hub" / "train.parquet", rows)
     asked = request(str(tmp_path / "hub"), tmp_path / "store")
-    with pytest.raises(
-        DataError, match=r"train\.parquet, row 5 \(.*/5\.jpg\): it has no bytes \(null\).*--on-error skip"
-    ):
+    with pytest.raises(DataError, match=r"train\.parquet, row 5 \(.*/5\.jpg\): the image is null.*--on-error skip"):
         pack(asked, silent)
     summary = pack(request(asked.source, tmp_path / "store", skip=True), silent)
     assert [left["image"] for left in summary["skipped"]] == ["tench, Tinca tinca/5.jpg"]
@@ -497,24 +495,26 @@ def refused(tmp_path: Path, **columns: Any) -> str:
 
 def test_columns_that_cannot_be_used_are_told_apart(tmp_path: Path) -> None:
     image = pa.array([{"bytes": b"x", "path": "1.jpg"}])
-    assert "which column holds the labels? Wanted is one of type ClassLabel, or called label" in refused(
+    assert "which column holds the labels? Expected a column of type ClassLabel, or one called label" in refused(
         tmp_path, image=image
     )
-    assert "which column holds the pictures?" in refused(tmp_path, label=[1], picture=[b"x"])
-    assert "it has label, pic\\u202eture" in refused(tmp_path, label=[1], **{"pic\u202eture": [b"x"]})
+    assert "which column holds the images?" in refused(tmp_path, label=[1], picture=[b"x"])
+    assert "the columns are label, pic\\u202eture" in refused(tmp_path, label=[1], **{"pic\u202eture": [b"x"]})
     for elsewhere in (
         pa.array([{"bytes": None, "path": "/data/1.jpg"}], image.type),
         pa.array([{"bytes": None, "path": "/data/1.jpg"}]),
         pa.array([{"path": "/data/1.jpg"}]),
         pa.array(["/data/1.jpg"]),
     ):
-        assert "has only paths of pictures that lie elsewhere" in refused(tmp_path, image=elsewhere, label=[0])
-    assert "image is of type list" in refused(tmp_path, image=pa.array([[1, 2]]), label=[0])
-    assert "label is of type double" in refused(tmp_path, image=image, label=[0.5])
+        assert "holds only the paths of images that lie elsewhere" in refused(tmp_path, image=elsewhere, label=[0])
+    assert "column image is of type list" in refused(tmp_path, image=pa.array([[1, 2]]), label=[0])
+    assert "column label is of type double" in refused(tmp_path, image=image, label=[0.5])
     for meta in (b"{", b"[]", b'{"info": {"features": 3}}', b"[" * 100_000):
-        assert "its metadata for Hugging Face" in refused(tmp_path, image=image, label=[0], meta={b"huggingface": meta})
+        assert "its Hugging Face metadata is damaged" in refused(
+            tmp_path, image=image, label=[0], meta={b"huggingface": meta}
+        )
     no_list = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}})
-    assert "cannot be used" in refused(tmp_path, image=image, label=[0], meta={b"huggingface": no_list})
+    assert "cannot be read" in refused(tmp_path, image=image, label=[0], meta={b"huggingface": no_list})
     assert "none with rows" in refused(tmp_path, image=image[:0], label=pa.array([], pa.int64()))
 
 
@@ -525,7 +525,7 @@ def test_a_label_that_is_no_class_is_told_with_its_row(tmp_path: Path, label: in
     for split, own in (("train", rows), ("validation", rows[:4])):
         write(tmp_path / "hub" / f"{split}-00000-of-00001.parquet", own)
     with pytest.raises(
-        ConfigError, match=f"train-00000-of-00001.parquet: row 6 has the label {told}, .* its 4 classes"
+        ConfigError, match=f"train-00000-of-00001.parquet, row 6: the label {told} is not one of the 4 classes"
     ):
         open_original(str(tmp_path / "hub"), None)
 
@@ -538,7 +538,7 @@ def test_a_number_as_text_that_is_no_class_is_told_with_its_row(tmp_path: Path, 
         classes=None,
         label_type=pa.string(),
     )
-    with pytest.raises(ConfigError, match=r"train\.parquet: row 1 has the label .*, which is none"):
+    with pytest.raises(ConfigError, match=r"train\.parquet, row 1: the label .* is not a class number or name"):
         open_original(str(tmp_path / "hub"), None)
 
 
@@ -579,9 +579,9 @@ def test_sets_of_files_that_do_not_fit_together_are_told_apart(tmp_path: Path) -
     fails("mixed", r"train-b\.parquet has other columns or classes than train-a\.parquet")
     write(tmp_path / "split" / "train.parquet", rows)
     write(tmp_path / "split" / "val.parquet", rows, classes=ENGLISH[::-1])
-    fails("split", "training and validation set have different classes")
+    fails("split", "the training and the validation set have different classes")
     write(tmp_path / "split" / "val.parquet", [(b"x", "1.jpg", 3)])
-    fails("split", "validation set has 1 class that the training set has not, such as 3")
+    fails("split", "the training set lacks 1 class of the validation set, such as 3")
 
 
 def test_without_pyarrow_the_remedy_is_named_and_folders_are_packed_still(folder: str, tmp_path: Path) -> None:

@@ -1,0 +1,277 @@
+"""Read parquet files of images as the Hugging Face Hub stores them: columns, labels, paths and encoded images.
+
+Images lie in a column of type Image (https://huggingface.co/docs/datasets/about_dataset_features), which is a struct of
+``bytes`` and ``path``, or in a plain binary column; labels lie in a column of type ClassLabel. These types and the
+class names are JSON in the schema's metadata; without it, the names of the columns decide. Only this module uses
+pyarrow (https://arrow.apache.org/docs/python/parquet.html), and imports it on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lars_train.data.sources.tar_samples import Label
+from lars_train.errors import ConfigError
+from lars_train.messages import first_line, printable
+
+# Column names that are recognized without metadata, in order of preference.
+_IMAGES = ("image", "img")
+_LABELS = ("label", "labels", "fine_label", "cls", "class")
+
+# Bytes read at a time; rows per batch when images are read, and when labels and paths are.
+_BUFFER = 1 << 20
+_IMAGE_ROWS, _LABEL_ROWS = 16, 1 << 16
+
+
+class NoLabels(ConfigError):
+    """No column holds labels."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The leaves of a schema that hold images, paths and labels, and the class names."""
+
+    image: str
+    """The leaf of the encoded images, such as ``image.bytes``."""
+    path: tuple[str, str] | None
+    """The column and the field of the images' paths; None without paths."""
+    label: str
+    classes: tuple[str, ...] | None
+    """The class names in the metadata; None without."""
+    others: int = 0
+    """Other columns that could be the images or the labels."""
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """The row groups of several files, in order. All arrays are int64."""
+
+    files: tuple[Path, ...]
+    file: npt.NDArray[np.int64]
+    """Shape (G,): the index in `files` of each group's file, ascending."""
+    number: npt.NDArray[np.int64]
+    """Shape (G,): the number of each group in its file."""
+    first: npt.NDArray[np.int64]
+    """Shape (G + 1,): the rows before each group, earlier files included; the last entry counts all rows."""
+
+    def of_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the row group of each of `rows`."""
+        return np.searchsorted(self.first, rows, "right") - 1
+
+    def places(self, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the index in `files` of each row's file, and the row's number in that file, from 0."""
+        files = self.file[self.of_rows(rows)]
+        return files, rows - self.first[np.searchsorted(self.file, files)]
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """Return the file of a row, and the row's number in that file, from 0."""
+        files, numbers = self.places(np.array([row]))
+        return self.files[files[0]], int(numbers[0])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, in the order of its files."""
+
+    groups: RowGroups
+    columns: Columns
+    labels: list[Label]
+    """The label of each row; None where it is null."""
+    paths: list[bytes | None]
+    """The last component of each image's path; None without a path."""
+
+    def images(self) -> Iterator[bytes | None]:
+        """Yield the encoded images from the first row until the end, or until the first row that cannot be read."""
+        with contextlib.suppress(OSError):
+            for file, number in zip(self.groups.file, self.groups.number, strict=True):
+                for images in image_batches(self.groups.files[file], int(number), self.columns.image):
+                    yield from images.to_pylist()
+
+
+def pyarrow() -> Any:
+    """Import and return pyarrow. Raises `ConfigError` if it is not installed."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(
+            "Reading parquet requires pyarrow, which is not installed: pip install 'lars-train[parquet]', or pyarrow."
+        ) from error
+    return pyarrow
+
+
+def read_rows(files: Sequence[Path], file_done: Callable[[], object]) -> Rows | None:
+    """Read the labels and paths of one split; return None if it has no rows. Call `file_done` after each file.
+
+    Raises `ConfigError` for a damaged file and for files that differ in columns or classes; `NoLabels`.
+    """
+    columns: Columns | None = None
+    labels: list[Label] = []
+    paths: list[bytes | None] = []
+    groups: list[tuple[int, int, int]] = []
+    for number, path in enumerate(files):
+        with _refusing_damage(path):
+            opened = _open(path)
+            own = _columns_of(path, opened.schema_arrow)
+            columns = columns or own
+            if own != columns:
+                raise ConfigError(
+                    f"{path} has other columns or classes than {files[0].name}; keep them in two folders."
+                )
+            counts = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+            before = len(paths)
+            for more_labels, more_paths in _read(opened, columns):
+                labels += more_labels
+                paths += more_paths
+            if len(paths) - before != sum(counts):
+                raise ConfigError(f"{path} does not hold as many rows as its footer says; download it again.")
+            groups += [(number, group, count) for group, count in enumerate(counts)]
+        file_done()
+    if columns is None or not paths:
+        return None
+    file, group, count = np.array(groups, np.int64).T
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
+    return Rows(RowGroups(tuple(files), file, group, first), columns, labels, paths)
+
+
+def image_batches(path: Path, group: int, column: str) -> Iterator[Any]:
+    """Yield the images of a row group as binary arrays of at most 16 rows. Raises OSError for damage."""
+    arrow = pyarrow()
+    try:
+        opened = _open(path)
+        for batch in opened.iter_batches(_IMAGE_ROWS, row_groups=[group], columns=[column], use_threads=False):
+            images = batch.column(0)
+            yield images.flatten()[0] if arrow.types.is_struct(images.type) else images
+    except MemoryError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError, IndexError, KeyError) as error:
+        raise OSError(f"cannot be read: {_one_line(error)}") from error
+
+
+def only_paths(path: Path, column: str) -> ConfigError:
+    """Return the error for a file whose `column` holds paths but no images."""
+    return ConfigError(
+        f"{path}: {column} holds only the paths of images that lie elsewhere. Get those images and pass their folder, "
+        "or a version of the data set that contains them."
+    )
+
+
+def _open(path: Path) -> Any:
+    """Return a ``pyarrow.parquet.ParquetFile``. Raises OSError and Arrow's exceptions."""
+    pyarrow()
+    from pyarrow.parquet import ParquetFile
+
+    # No other threads (pre_buffer): worker processes are forked. No memory map: a file that is truncated while it is
+    # read would raise SIGBUS.
+    return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    arrow = pyarrow()
+    try:
+        yield
+    except (ConfigError, MemoryError):
+        raise
+    except (arrow.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({_one_line(error)}); download it again.") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return printable(first_line(str(error).strip() or type(error).__name__))
+
+
+def _read(opened: Any, columns: Columns) -> Iterator[tuple[list[Label], list[bytes | None]]]:
+    """Yield the labels and paths of a file, 65,536 rows at a time."""
+    arrow = pyarrow()
+    leaves = [columns.label, *([".".join(columns.path)] if columns.path else [])]
+    for batch in opened.iter_batches(_LABEL_ROWS, columns=leaves, use_threads=False):
+        found = batch.column(columns.label)
+        labels = (found if arrow.types.is_integer(found.type) else _as_binary(found)).to_pylist()
+        paths: list[bytes | None] = [None] * len(batch)
+        if columns.path is not None:
+            found = _as_binary(batch.column(columns.path[0]).flatten()[0]).to_pylist()
+            paths = [None if path is None else path.replace(b"\\", b"/").rpartition(b"/")[2] for path in found]
+        yield labels, paths
+
+
+def _as_binary(text: Any) -> Any:
+    """Return an array of strings as binary: they may not be valid UTF-8."""
+    arrow = pyarrow()
+    if arrow.types.is_dictionary(text.type):
+        text = text.dictionary_decode()
+    return text.cast(arrow.binary() if arrow.types.is_string(text.type) else arrow.large_binary())
+
+
+def _columns_of(path: Path, schema: Any) -> Columns:
+    """Return the columns to read from the file `path` with this Arrow schema. Raises `ConfigError`, `NoLabels`."""
+    types = pyarrow().types
+    features = _features(path, schema)
+    images = _candidates(schema.names, features, "Image", _IMAGES)
+    column = _pick(images, _IMAGES)
+    if column is None:
+        raise ConfigError(f"{path}: which column holds the images? {_expected('Image', _IMAGES, schema)}")
+    kind, path_leaf = schema.field(column).type, None
+    image = column
+    if types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        image, kind = f"{column}.bytes", fields.get("bytes", pyarrow().string())
+        if "path" in fields and _is_text(fields["path"]):
+            path_leaf = (column, "path")
+    if _is_text(kind) or types.is_null(kind):
+        raise only_paths(path, column)
+    if not (types.is_binary(kind) or types.is_large_binary(kind)):
+        raise ConfigError(f"{path}: column {column} is of type {kind}; encoded images are of type binary.")
+    labels = _candidates(schema.names, features, "ClassLabel", _LABELS)
+    label = _pick(labels, _LABELS)
+    if label is None:
+        raise NoLabels(f"{path}: which column holds the labels? {_expected('ClassLabel', _LABELS, schema)}")
+    kind = schema.field(label).type
+    if not (types.is_integer(kind) or _is_text(kind)):
+        raise ConfigError(f"{path}: column {label} is of type {kind}; a label is an integer or a string.")
+    classes = features.get(label, {}).get("names")
+    others = len(images) + len(labels) - 2
+    return Columns(image, path_leaf, label, None if classes is None else tuple(map(str, classes)), others)
+
+
+def _features(path: Path, schema: Any) -> dict[str, dict[str, Any]]:
+    """Return the entry of each column in Hugging Face's metadata; empty without metadata."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    if text is None:
+        return {}
+    try:
+        features = json.loads(text)["info"]["features"]
+        return {str(name): about for name, about in features.items() if isinstance(about, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{path}: its Hugging Face metadata is damaged; download it again.") from None
+
+
+def _candidates(
+    names: Sequence[str], features: dict[str, dict[str, Any]], kind: str, usual: Sequence[str]
+) -> list[str]:
+    """Return the columns of a type; if no column has it, those with a usual name."""
+    typed = [name for name in names if features.get(name, {}).get("_type") == kind]
+    return typed or [name for name in names if name in usual]
+
+
+def _pick(found: Sequence[str], usual: Sequence[str]) -> str | None:
+    return next((name for name in usual if name in found), found[0] if len(found) == 1 else None)
+
+
+def _is_text(kind: Any) -> bool:
+    types = pyarrow().types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind))
+
+
+def _expected(kind: str, usual: Sequence[str], schema: Any) -> str:
+    shown = ", ".join(schema.names) or "none"
+    return f"Expected a column of type {kind}, or one called {' or '.join(usual)}; the columns are {shown}."
