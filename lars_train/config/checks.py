@@ -30,7 +30,6 @@ _POSITIVE = (
     "batch.nominal",
     "model.ghost_batch",
     "optimizer.lr",
-    "optimizer.trust_coef",
     "schedule.power",
     "schedule.step_factor",
     "launch.nodes",
@@ -59,7 +58,6 @@ _NOT_NEGATIVE = (
     "seed",
     "optimizer.momentum",
     "optimizer.weight_decay",
-    "optimizer.eps",
     "schedule.warmup_epochs",
     "schedule.end_lr",
     "data.pad",
@@ -150,7 +148,7 @@ def _check_ranges(leaves: dict[str, Any]) -> None:
             raise ConfigError(f"{key}={value:g}: it is beyond {FLOAT32_MAX:.4g}, the largest float32.")
     for key in ("optimizer.lr", "optimizer.trust_coef"):
         value = leaves[key]
-        if value is not None and value < FLOAT32_MIN:
+        if value is not None and 0 < value < FLOAT32_MIN:
             raise ConfigError(f"{key}={value:g}: it is 0 in float32, whose smallest number is {FLOAT32_MIN:.4g}.")
 
 

@@ -53,30 +53,22 @@ def changed_options(config: OptimizerConfig) -> list[str]:
 
 
 def check_lars_options(config: OptimizerConfig) -> None:
-    """Raise `ConfigError` for a `clip` or `clamp` that is none, and for options that do not go together."""
-    clip, clamp = config.clip, config.clamp
-    if clip is not None and clip not in (NONE, "lr") and not _are_bounds(clip):
-        raise ConfigError(f"optimizer.clip={clip}: give {NONE}, lr, or two bounds such as [0,50].")
-    if clamp is not None and clamp != NONE and not (_is_number(clamp) and clamp > 0):
-        raise ConfigError(f"optimizer.clamp={clamp}: give {NONE}, or a number above 0.")
-    if config.ratio_placement == "outside" and config.lr_placement == "inside":
-        raise ConfigError(
-            "optimizer.ratio_placement=outside does not go with optimizer.lr_placement=inside: "
-            "no known rule combines them so; change one of them."
-        )
-    if config.decay_placement == "base" and (config.ratio_placement, config.lr_placement) != ("inside", "outside"):
-        raise ConfigError(
-            "optimizer.decay_placement=base goes with optimizer.ratio_placement=inside and "
-            "optimizer.lr_placement=outside only; change one of them."
-        )
+    """Raise `ConfigError` for options that `LARS` would refuse, and for numbers beyond float32."""
+    keywords = {**DEFAULTS, **lars_keywords(config)}
+    try:
+        options.check_options(keywords, _setting)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    for name in ("eps", "trust_coef", "clip", "clamp"):
+        value = keywords[name]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int | float) and number > FLOAT32_MAX for number in numbers):
+            raise ConfigError(f"{_setting(name, value)}: it is beyond {FLOAT32_MAX:.4g}, the largest float32.")
 
 
-def _are_bounds(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and 0 <= value[0] <= value[1]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
+def _setting(name: str, value: Any) -> str:
+    """Return an option as the command line takes it: ``optimizer.clip=[0,50]``."""
+    return f"optimizer.{_NAMES[name]}={_as_config(value)}".replace(" ", "")
 
 
 def _as_config(value: Any) -> Any:

@@ -7,6 +7,7 @@ and `RowConfig`. No torch is imported.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
@@ -31,42 +32,63 @@ class Options:
     clamp: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("eps", "trust_coef", "clamp"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) and not (name == "clamp" and value is None):
-                raise ValueError(f"{name}={value!r}: it must be a number")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps={self.eps}: it must be finite and at least 0")
-        if not (math.isfinite(self.trust_coef) and self.trust_coef > 0):
-            raise ValueError(f"trust_coef={self.trust_coef}: it must be finite and above 0")
-        if self.clamp is not None and not self.clamp > 0:
-            raise ValueError(f"clamp={self.clamp}: it must be above 0, or None")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
-        self._check_clip()
-        if self.ratio_placement == "outside" and self.lr_placement == "inside":
-            raise ValueError("the ratio outside the momentum and the lr inside it: no known rule combines them so")
-        if self.weight_decay == "base" and (self.ratio_placement, self.lr_placement) != ("inside", "outside"):
-            raise ValueError("weight_decay='base' goes with ratio_placement='inside' and lr_placement='outside' only")
-
-    def _check_clip(self) -> None:
-        if self.clip is None or self.clip == "lr":
-            return
-        bounds = self.clip
-        if (
-            not isinstance(bounds, tuple | list)
-            or len(bounds) != 2
-            or not _are_numbers(bounds)
-            or not 0 <= bounds[0] <= bounds[1]
-        ):
-            raise ValueError(f"clip={bounds!r}: give None, 'lr', or a pair of bounds such as (0, 50)")
-        # State dicts and configs bring lists.
-        object.__setattr__(self, "clip", tuple(bounds))
+        check_options(vars(self))
+        clip: Any = self.clip
+        if isinstance(clip, list):  # from a state dict or a config
+            object.__setattr__(self, "clip", tuple(clip))
 
 
-def _are_numbers(values: Any) -> bool:
-    return all(isinstance(value, int | float) for value in values)
+# Pairs of options that no known rule combines.
+_CONFLICTS = (
+    (("ratio_placement", "outside"), ("lr_placement", "inside")),
+    (("weight_decay", "base"), ("ratio_placement", "outside")),
+    (("weight_decay", "base"), ("lr_placement", "inside")),
+)
+
+
+def _as_keyword(name: str, value: Any) -> str:
+    return f"{name}={value!r}"
+
+
+def check_options(options: Mapping[str, Any], setting: Callable[[str, Any], str] = _as_keyword) -> None:
+    """Raise `ValueError` for an option that is none of its choices or out of range, or for two that conflict.
+
+    Args:
+        options: the value of every option, by name.
+        setting: formats an option and its value for messages, as the user writes them.
+    """
+    for name in ("eps", "trust_coef", "clamp"):
+        value = options[name]
+        if not _is_number(value) and not (name == "clamp" and value is None):
+            raise ValueError(f"{setting(name, value)}: it must be a number")
+    eps, trust_coef, clamp = options["eps"], options["trust_coef"], options["clamp"]
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{setting('eps', eps)}: it must be finite and at least 0")
+    if not (math.isfinite(trust_coef) and trust_coef > 0):
+        raise ValueError(f"{setting('trust_coef', trust_coef)}: it must be finite and above 0")
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"{setting('clamp', clamp)}: give a number above 0, or {setting('clamp', None)}")
+    for name, choices in CHOICES.items():
+        if options[name] not in choices:
+            raise ValueError(f"{setting(name, options[name])}: choose one of {', '.join(map(repr, choices))}")
+    clip = options["clip"]
+    if clip is not None and clip != "lr" and not _are_bounds(clip):
+        raise ValueError(
+            f"{setting('clip', clip)}: give {setting('clip', None)}, {setting('clip', 'lr')}, or two bounds such as "
+            f"{setting('clip', (0, 50))}"
+        )
+    for pair in _CONFLICTS:
+        if all(options[name] == value for name, value in pair):
+            one, other = (setting(name, value) for name, value in pair)
+            raise ValueError(f"{one} conflicts with {other}: no known rule combines them; change one of them")
+
+
+def _are_bounds(clip: Any) -> bool:
+    return isinstance(clip, tuple | list) and len(clip) == 2 and all(map(_is_number, clip)) and 0 <= clip[0] <= clip[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 CHOICES: Final[dict[str, tuple[str, ...]]] = {

@@ -301,7 +301,7 @@ def test_layers_tells_norms_and_ratios_of_the_last_step(way: str, options: dict[
         ({"zero_decay": ""}, "zero_decay"),
         ({"weight_decay": "none"}, "weight_decay"),
         ({"clamp": 0.0}, "clamp"),
-        ({"ratio_placement": "outside", "lr_placement": "inside"}, "momentum"),
+        ({"ratio_placement": "outside", "lr_placement": "inside"}, "lr_placement='inside'"),
         ({"weight_decay": "base", "lr_placement": "inside"}, "weight_decay='base'"),
     ],
 )
