@@ -30,7 +30,7 @@ from lars_train.config.arguments import prepare_arguments
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.schema import OptimizerConfig
-from lars_train.data.dataset import Inventory
+from lars_train.data.inventory import Inventory
 from lars_train.errors import ConfigError
 from lars_train.models.factory import build_model
 from lars_train.monitoring.summary import experiment

@@ -7,33 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import unicodedata
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.splits import TEST, VALIDATION
+from lars_train.data.inventory import Inventory
 from lars_train.errors import ConfigError
-from lars_train.messages import counted, printable
+from lars_train.messages import printable
 
 Labels = npt.NDArray[np.int32]
 # Numbered names are made in runs of this many, so that their memory does not grow with the split.
 _RUN = 65536
-
-BESIDE = "folders beside the splits"
-LOOSE = "images outside class folders"
-UNSAFE = "entries with unsafe names"
-
-# Reasons in a line, reasons that are kept, and characters of a suffix that is shown.
-_SHOWN, _KEPT, _SUFFIX = 5, 30, 12
-_OTHERS = "others"
-_PLURALS = re.compile(r"\b(file|image|folder|link|shard|column|group|entrie)s\b")
 
 
 class Source(Protocol):
@@ -202,56 +190,6 @@ def fingerprint(
 
 
 @dataclass(frozen=True)
-class Inventory:
-    """The splits that a reader takes from a data set, and counts of what it skips. Empty by default."""
-
-    train: str = ""
-    """The name of the training set; empty where the class folders lie in the root."""
-    val: str = ""
-    """The name of the validation set; empty where it is held out of the training set."""
-    unused: tuple[str, ...] = ()
-    """Names of other splits that exist and are not read."""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Counts of the skipped entries, by reason: ``{".txt files": 3}``."""
-    unvalidated: int = 0
-    """Classes without validation images."""
-    alike: tuple[str, ...] = ()
-    """Some classes whose names look like one another's, by `alike`."""
-    labels: tuple[str, ...] = ()
-    """Notes on the source of labels, for tars where it is not obvious: ``labels from .json (category)``."""
-
-    def lines(self) -> Iterator[str]:
-        """Yield lines for the log: the validation split, notes, and what is skipped; none for what is as usual."""
-        unused = f"; not used: {', '.join(map(printable, self.unused))}" if self.unused else ""
-        if self.val.lower() == TEST:
-            others = ", ".join(VALIDATION[:-1])
-            yield f"NOTE: {printable(self.val)} is used for validation, for there is none of {others}{unused}"
-        elif self.val:
-            yield f"validation: {printable(self.val)}{unused}"
-        elif unused:
-            yield unused[2:]
-        if self.unvalidated:
-            yield f"NOTE: classes without validation images: {self.unvalidated:,}"
-        if self.alike:
-            yield f"NOTE: classes whose names look alike: {', '.join(map(printable, self.alike))}"
-        yield from (f"NOTE: {note}" for note in self.labels)
-        if self.skipped:
-            yield f"skipped: {listed_counts(self.skipped)}"
-
-    def record(self) -> dict[str, Any]:
-        """Return the inventory as plain values, for JSON."""
-        return {
-            "train": printable(self.train),
-            "val": printable(self.val),
-            "unused": list(map(printable, self.unused)),
-            "skipped": dict(self.skipped),
-            "classes_without_validation": self.unvalidated,
-            "classes_alike": list(map(printable, self.alike)),
-            "labels": list(map(printable, self.labels)),
-        }
-
-
-@dataclass(frozen=True)
 class Dataset:
     """A training and a validation split over the same classes (label = index into `classes`)."""
 
@@ -266,65 +204,3 @@ class Dataset:
     """The number that labels each class in the files, where they have numbers."""
     inventory: Inventory = field(default_factory=Inventory)
     """The names of the splits, and counts of what was skipped."""
-
-
-def alike(classes: Sequence[str]) -> tuple[str, ...]:
-    """Some of the `classes` that differ from others in case, in spaces around them or in Unicode's form alone."""
-    keys = [unicodedata.normalize("NFC", name).casefold().strip() for name in classes]
-    count = Counter(keys)
-    return tuple(name for name, key in zip(classes, keys, strict=True) if count[key] > 1)[:_SHOWN]
-
-
-def listed_counts(skipped: Mapping[str, int]) -> str:
-    """The most frequent reasons with their counts, and the sum of the rest: ``12 .txt files, 1 hidden folder``."""
-    named = sorted(skipped.keys() - {_OTHERS}, key=lambda reason: (-skipped[reason], reason))[:_SHOWN]
-    shown = [_counted(skipped[reason], reason) for reason in named]
-    rest = sum(skipped.values()) - sum(skipped[reason] for reason in named)
-    return ", ".join([*shown, *([counted(rest, "other")] if rest else [])])
-
-
-def _counted(count: int, reason: str) -> str:
-    if count == 1:
-        reason = _PLURALS.sub(lambda match: "entry" if match[1] == "entrie" else match[1], reason, count=1)
-    return f"{count:,} {reason}"
-
-
-def merged(*parts: Mapping[str, int]) -> dict[str, int]:
-    """The sum of several counts, in bytewise order of their reasons; rare reasons beyond a bound become one."""
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    kept = dict(sorted(total.items(), key=lambda pair: (pair[0] == _OTHERS, -pair[1], pair[0]))[:_KEPT])
-    rest = sum(total.values()) - sum(kept.values())
-    if rest:
-        kept[_OTHERS] = kept.get(_OTHERS, 0) + rest
-    return dict(sorted(kept.items()))
-
-
-def of_suffix(name: bytes) -> str:
-    """The reason for a file that is no image, by its suffix."""
-    stem, dot, suffix = name.rpartition(b"/")[2].rpartition(b".")
-    if not dot or not stem or not suffix:
-        return "files without a suffix"
-    text = printable(suffix).lower()
-    return f".{text} files" if len(text) <= _SUFFIX else "files of other kinds"
-
-
-def skipped_from(found: Any) -> dict[str, int]:
-    """Counts out of a file that a stranger may have written. Raises ValueError for anything else."""
-    if not isinstance(found, dict) or len(found) > _KEPT + 1:
-        raise ValueError("the counts of skipped files are damaged")
-    for reason, count in found.items():
-        if not (isinstance(reason, str) and len(reason) <= 100 and type(count) is int and 0 <= count < 1 << 62):
-            raise ValueError("the counts of skipped files are damaged")
-    return {printable(reason): count for reason, count in found.items()}
-
-
-def names_from(found: Any) -> Inventory:
-    """The splits' names out of such a file. Raises ValueError."""
-    # A store of an earlier version has no notes.
-    names, notes = [found["train"], found["val"], *found["unused"]], [*found.get("labels", ())]
-    if len(names) + len(notes) > 100 or not all(isinstance(text, str) and len(text) <= 1000 for text in names + notes):
-        raise ValueError("the names of its splits are none")
-    train, val, *unused = map(printable, names)
-    return Inventory(train, val, tuple(unused), skipped_from(found["skipped"]), labels=tuple(map(printable, notes)))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lars_train.config import Config, filled, published_top1
 from lars_train.config.lars_options import changed_options
-from lars_train.data.dataset import Inventory
+from lars_train.data.inventory import Inventory
 from lars_train.messages import counted, duration, operations, short
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Inventory, Source, fingerprint
-from lars_train.data.sources.folder import inventory, open_tree
+from lars_train.data.dataset import Source, fingerprint
+from lars_train.data.inventory import Inventory
+from lars_train.data.sources.folder import open_tree, take_inventory
 from lars_train.data.sources.imagenet import both_splits, is_flat, only_validation
 from lars_train.data.sources.split_files import parquet_folders, the_one
 from lars_train.data.sources.split_folders import Split, collect, find_splits
@@ -91,7 +92,7 @@ def _splits(
     else:
         parts[TRAIN], parts[VAL] = both_splits(tree, folders, val_labels)
     # Each split counts its own.
-    beside = inventory(tree, folders, *(replace(part, skipped={}) for part in parts.values()))
+    beside = take_inventory(tree, folders, *(replace(part, skipped={}) for part in parts.values()))
     return (
         {split: tree.source(part.inside, part.names, part.labels) for split, part in parts.items()},
         tuple(map(os.fsdecode, next(iter(parts.values())).classes)),

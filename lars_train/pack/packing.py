@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from lars_train.data.dataset import Labels, NamesBuilder, Source, check_classes, fingerprint, merged
+from lars_train.data.dataset import Labels, NamesBuilder, Source, check_classes, fingerprint
+from lars_train.data.inventory import merge_counts
 from lars_train.data.sources.index_files import write_mapped
 from lars_train.data.sources.shards import INDEX, PACKING, VERSION, Packed, Places, Shard, ShardTree, index_of
 from lars_train.data.sources.tree import Listing
@@ -234,7 +235,7 @@ def _assembled(
         labels = np.ascontiguousarray(source.labels[ids])
         # Of a validation set whose labels came from a table, a class may be without pictures.
         left_out = sum(len(record.skipped) for record in own)
-        skipped = merged(original.skipped.get(split, {}), {LEFT_OUT: left_out} if left_out else {})
+        skipped = merge_counts(original.skipped.get(split, {}), {LEFT_OUT: left_out} if left_out else {})
         listing = Listing(classes, names.build(), labels, split == TRAIN, skipped)
         places = Places(shard.astype(np.int32), np.ascontiguousarray(offset), np.ascontiguousarray(size))
         shards = tuple(Shard(shard_path(store, plan), records[plan.name].size) for plan in plans if plan.split == split)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Inventory, Labels, Names, NamesBuilder, Source, merged
+from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
+from lars_train.data.inventory import Inventory, merge_counts
 from lars_train.data.sources.split_files import OF_NO_SPLIT, ParquetFolder
 from lars_train.data.sources.tar_samples import Label, is_odd_number
 from lars_train.data.sources.tree import is_hidden, is_image
@@ -158,7 +159,7 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
         OF_NO_SPLIT: len(left.get("", ())) if name else 0,
         "other columns of images or labels": first.columns.others,
     }
-    skipped = merged(folder.skipped, {reason: count for reason, count in counts.items() if count})
+    skipped = merge_counts(folder.skipped, {reason: count for reason, count in counts.items() if count})
     return sources, names, Inventory(name, chosen.val or "", (*empty, *chosen.unused), skipped)
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lars_train.data.dataset import Source, alike, class_names, fingerprint, merged
+from lars_train.data.dataset import Source, class_names, fingerprint
+from lars_train.data.inventory import find_lookalikes, merge_counts
 from lars_train.data.sources.folder import open_tree
 from lars_train.data.sources.shards import ShardTree
 from lars_train.data.splits import VAL
@@ -133,11 +134,11 @@ def _describe(store: ShardTree) -> None:
             f"{counted(len(packed.listing.classes), 'class', 'classes')}, "
             f"{size(stored)} in {counted(len(packed.shards), 'shard')}"
         )
-    skipped = merged(store.inventory.skipped, *(packed.listing.skipped for packed in store.splits.values()))
+    skipped = merge_counts(store.inventory.skipped, *(packed.listing.skipped for packed in store.splits.values()))
     val = store.splits.get(VAL)
     lacking = 0 if val is None else int(np.count_nonzero(val.listing.counts() == 0))
     named = class_names(next(iter(store.splits.values())).listing.classes)
-    lines += replace(store.inventory, skipped=skipped, unvalidated=lacking, alike=alike(named)).lines()
+    lines += replace(store.inventory, skipped=skipped, unvalidated=lacking, lookalikes=find_lookalikes(named)).lines()
     runs = [(packed.listing.names.runs(), packed.listing.labels) for packed in store.splits.values()]
     classes = [os.fsdecode(name) for name in next(iter(store.splits.values())).listing.classes]
     lines.append(f"fingerprint {fingerprint(classes, *runs, variant=store.variant)}")

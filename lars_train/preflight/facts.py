@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lars_train.data.dataset import Inventory
+from lars_train.data.inventory import Inventory
 
 
 @dataclass(frozen=True)

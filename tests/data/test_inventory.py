@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lars_train.data.dataset import Inventory, listed_counts, merged
+from lars_train.data.inventory import Inventory, format_counts, merge_counts
 from lars_train.data.sources import directory
 from lars_train.data.sources.folder import open_folder
 from lars_train.data.sources.imagenet import open_imagenet
@@ -129,7 +129,7 @@ def test_a_store_reports_what_its_original_does(make_tree: MakeTree, tmp_path: P
     assert packed.inventory.val == ("" if holdout else "Valid")
     kept = json.loads((store / "store.json").read_text())
     parts = [kept["original"]["skipped"], *(kept["splits"][split]["not_read"] for split in ("train", "val"))]
-    assert merged(*parts) == COUNTS
+    assert merge_counts(*parts) == COUNTS
     assert kept["original"] == summary["original"]
     # The next store says the same.
     pack(Request(str(store), str(tmp_path / "again"), Encoding()), silent)
@@ -198,13 +198,13 @@ def test_classes_that_look_like_one_another_are_told(make_tree: MakeTree) -> Non
 
 def test_a_line_names_five_reasons_and_sums_the_rest() -> None:
     counts = {f".{c} files": number for number, c in enumerate("abcdefgh", 1)}
-    assert listed_counts(counts) == "8 .h files, 7 .g files, 6 .f files, 5 .e files, 4 .d files, 6 others"
-    assert listed_counts({"entries with unsafe names": 1, ".txt files": 1234}) == (
+    assert format_counts(counts) == "8 .h files, 7 .g files, 6 .f files, 5 .e files, 4 .d files, 6 others"
+    assert format_counts({"entries with unsafe names": 1, ".txt files": 1234}) == (
         "1,234 .txt files, 1 entry with unsafe names"
     )
-    assert listed_counts(dict.fromkeys([f".{c} files" for c in "abcdef"], 1)).endswith("1 .e file, 1 other")
-    assert listed_counts({"others": 1}) == "1 other"
+    assert format_counts(dict.fromkeys([f".{c} files" for c in "abcdef"], 1)).endswith("1 .e file, 1 other")
+    assert format_counts({"others": 1}) == "1 other"
     # Any number of suffixes makes a bounded record.
-    many = merged({f".{i} files": 1 for i in range(1000)})
+    many = merge_counts({f".{i} files": 1 for i in range(1000)})
     assert (len(many), sum(many.values())) == (31, 1000)
-    assert sum(merged(many, many).values()) == 2000
+    assert sum(merge_counts(many, many).values()) == 2000

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lars_train.data.dataset import Inventory
+from lars_train.data.inventory import Inventory
 from lars_train.data.sources.folder import open_folder, open_folder_validation
 from lars_train.errors import ConfigError
 from lars_train.pack.layout import open_original

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lars_train.config import BatchConfig, Config, ModelConfig, OptimizerConfig, RecipeConfig, ScheduleConfig
-from lars_train.data.dataset import Inventory
+from lars_train.data.inventory import Inventory
 from lars_train.monitoring.summary import announcement, epoch_fields, final_record, lag_line
 from lars_train.plan import Plan
 

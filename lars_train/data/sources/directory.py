@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_train.data.dataset import BESIDE, LOOSE, Inventory, Labels, Names, Source, merged, skipped_from
+from lars_train.data.dataset import Labels, Names, Source
+from lars_train.data.inventory import BESIDE, LOOSE, Inventory, merge_counts, parse_counts
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
 from lars_train.data.sources.tree import Listing, Ranks, count_skipped, is_hidden, is_image, join, listing_of, ranked
 from lars_train.data.splits import is_split
@@ -105,7 +106,7 @@ class DirectoryTree:
         found = listing_by_index(
             self._path(inside), sorted(classes), lambda name: self._found(join(inside, name), above)
         )
-        return replace(found, skipped=merged(found.skipped, skipped))
+        return replace(found, skipped=merge_counts(found.skipped, skipped))
 
     def read(self, path: bytes) -> bytes:
         return self._path(path).read_bytes()
@@ -274,7 +275,7 @@ def _read(
             found.append(part)
             folders += [folder._replace(path=name + b"/" + folder.path) for folder in part.folders]
             bar.update()
-    skipped = merged(*(part.skipped for part in found))
+    skipped = merge_counts(*(part.skipped for part in found))
     listing = listing_of(classes, [[path for path, _ in part.images] for part in found], skipped)
     sizes = [size for label in ranked(classes) for _, size in found[label].images]
     return listing, sizes, folders
@@ -315,7 +316,7 @@ def _listing(meta: dict[str, Any], arrays: Arrays) -> Listing:
         raise Damaged("its parts do not fit together")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise Damaged("a label has no class")
-    return Listing(classes, names, labels, skipped=skipped_from(meta["skipped"]))
+    return Listing(classes, names, labels, skipped=parse_counts(meta["skipped"]))
 
 
 def _unchanged(split: Path, folders: Sequence[Sequence[Any]]) -> bool:

@@ -11,7 +11,8 @@ import stat
 
 import numpy as np
 
-from lars_train.data.dataset import BESIDE, LOOSE, Dataset, Inventory, alike, class_names, fingerprint, merged
+from lars_train.data.dataset import Dataset, class_names, fingerprint
+from lars_train.data.inventory import BESIDE, LOOSE, Inventory, find_lookalikes, merge_counts
 from lars_train.data.sources.directory import DirectoryTree
 from lars_train.data.sources.remote import CacheSettings, open_remote
 from lars_train.data.sources.shards import ShardTree, is_store, open_shard_store
@@ -50,9 +51,9 @@ def open_folder(
     tree = open_tree(root, cache, image_key, train_alone=holdout is not None)
     folders = find_splits(tree, holdout)
     if holdout is not None:
-        return dataset(tree, folders, *hold_out(tree, folders.train, holdout))
+        return make_dataset(tree, folders, *hold_out(tree, folders.train, holdout))
     assert folders.val is not None
-    return dataset(tree, folders, *matched(tree, collect(tree, folders.train), collect(tree, folders.val)))
+    return make_dataset(tree, folders, *matched(tree, collect(tree, folders.train), collect(tree, folders.val)))
 
 
 def open_folder_validation(
@@ -72,7 +73,7 @@ def open_folder_validation(
 def validation_alone(tree: Tree, folders: Folders, val: Split) -> Dataset:
     """The `Dataset` of `val` and an empty training split."""
     none = np.zeros(0, np.int64)
-    return dataset(tree, folders, Split(val.inside, val.names.take(none), val.labels[:0], val.classes, none), val)
+    return make_dataset(tree, folders, Split(val.inside, val.names.take(none), val.labels[:0], val.classes, none), val)
 
 
 def open_tree(
@@ -116,7 +117,7 @@ def _open_tree(root: str | None, cache: CacheSettings | None, image_key: str | N
     return ZipTree(path)
 
 
-def dataset(tree: Tree, folders: Folders, train: Split, val: Split) -> Dataset:
+def make_dataset(tree: Tree, folders: Folders, train: Split, val: Split) -> Dataset:
     """The `Dataset` of two splits that share `train.classes`."""
     return Dataset(
         train=tree.source(train.inside, train.names, train.labels, train.ranks),
@@ -129,11 +130,11 @@ def dataset(tree: Tree, folders: Folders, train: Split, val: Split) -> Dataset:
             variant=tree.variant,
         ),
         numbers=tree.numbers if isinstance(tree, WebdatasetTree) else (),
-        inventory=inventory(tree, folders, train, val),
+        inventory=take_inventory(tree, folders, train, val),
     )
 
 
-def inventory(tree: Tree, folders: Folders, *splits: Split) -> Inventory:
+def take_inventory(tree: Tree, folders: Folders, *splits: Split) -> Inventory:
     """Return what is read of the tree and what is skipped, each folder counted once."""
     own, beside, alike_splits = tree.inventory, {}, list[str]()
     # A store calls its splits train and val, and knows what they were called in its original.
@@ -145,7 +146,7 @@ def inventory(tree: Tree, folders: Folders, *splits: Split) -> Inventory:
         ]
         alike_splits = [name for name in map(os.fsdecode, others) if is_like_split(name)][:_SHOWN]
         counts = {LOOSE: sum(map(is_image, tree.files(b""))), BESIDE: len(others) - len(alike_splits)}
-        beside = merged({reason: count for reason, count in counts.items() if count}, tree.hidden())
+        beside = merge_counts({reason: count for reason, count in counts.items() if count}, tree.hidden())
     held_out = folders.val == folders.train
     val = b"" if held_out or folders.val is None else folders.val
     unused = [called.get(os.fsencode(name), name) for name in folders.unused] + alike_splits
@@ -155,8 +156,8 @@ def inventory(tree: Tree, folders: Folders, *splits: Split) -> Inventory:
         train=called.get(folders.train, printable(folders.train)),
         val=called.get(val, printable(val)),
         unused=(*unused, *own.unused),
-        skipped=merged(own.skipped, beside, *skipped.values()),
+        skipped=merge_counts(own.skipped, beside, *skipped.values()),
         unvalidated=lacking,
-        alike=alike(class_names(splits[0].classes)),
-        labels=own.labels,
+        lookalikes=find_lookalikes(class_names(splits[0].classes)),
+        label_notes=own.label_notes,
     )

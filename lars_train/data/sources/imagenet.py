@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lars_train.data.dataset import LOOSE, Dataset, NamesBuilder, of_suffix
+from lars_train.data.dataset import Dataset, NamesBuilder
+from lars_train.data.inventory import LOOSE, suffix_reason
 from lars_train.data.sources.directory import DirectoryTree, is_file
-from lars_train.data.sources.folder import dataset, open_tree, validation_alone
+from lars_train.data.sources.folder import make_dataset, open_tree, validation_alone
 from lars_train.data.sources.remote import CacheSettings
 from lars_train.data.sources.split_folders import (
     Folders,
@@ -59,8 +60,8 @@ def open_imagenet(
     if holdout is not None:
         if val_labels is not None:
             raise _labelled(val_labels)
-        return dataset(tree, folders, *hold_out(tree, folders.train, holdout))
-    return dataset(tree, folders, *both_splits(tree, folders, val_labels))
+        return make_dataset(tree, folders, *hold_out(tree, folders.train, holdout))
+    return make_dataset(tree, folders, *both_splits(tree, folders, val_labels))
 
 
 def both_splits(tree: Tree, folders: Folders, val_labels: str | None) -> tuple[Split, Split]:
@@ -111,7 +112,7 @@ def _flat(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _
     images = [name for name in tree.files(inside) if is_image(name)]
     # The images lie where they should, and a table may lie beside them.
     skipped = {
-        why: count for why, count in tree.listing(inside).skipped.items() if why not in (LOOSE, of_suffix(_KAGGLE))
+        why: count for why, count in tree.listing(inside).skipped.items() if why not in (LOOSE, suffix_reason(_KAGGLE))
     }
     wnids = table(images)
     if classes is None:

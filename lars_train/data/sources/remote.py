@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Inventory, Labels, Names, Source
+from lars_train.data.dataset import Labels, Names, Source
+from lars_train.data.inventory import Inventory
 from lars_train.data.sources.index_files import Damaged, read_mapped
 from lars_train.data.sources.shard_cache import Entry, Held, ShardCache, Wait
 from lars_train.data.sources.shards import (

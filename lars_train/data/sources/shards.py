@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Inventory, Labels, Names, Source, names_from, skipped_from
+from lars_train.data.dataset import Labels, Names, Source
+from lars_train.data.inventory import Inventory, parse_counts, parse_inventory
 from lars_train.data.sources.index_files import Arrays, Damaged, read_mapped
 from lars_train.data.sources.tree import Listing, Ranks
 from lars_train.data.splits import SPLITS, is_split
@@ -191,7 +192,7 @@ def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays, *, elsewhere: bo
         parts = {
             part: arrays[f"{name}.{part}"] for part in ("names", "starts", "labels", "shard", "offset", "size", "sums")
         }
-        found[name] = _packed(classes, shards, bool(split["complete"]), parts, skipped_from(split["skipped"]))
+        found[name] = _packed(classes, shards, bool(split["complete"]), parts, parse_counts(split["skipped"]))
     return found
 
 
@@ -216,7 +217,7 @@ def inventory_of(meta: dict[str, Any]) -> Inventory:
 
     Raises ValueError and what comes of values that are of another kind.
     """
-    return names_from(meta["inventory"])
+    return parse_inventory(meta["inventory"])
 
 
 def _shard(path: Path, where: str, size: int, elsewhere: bool) -> Shard:

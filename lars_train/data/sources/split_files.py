@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lars_train.data.dataset import BESIDE, Inventory, merged
+from lars_train.data.inventory import BESIDE, Inventory, merge_counts
 from lars_train.data.sources.directory import beside_splits
 from lars_train.data.sources.tree import count_skipped, is_hidden, is_image
 from lars_train.data.splits import (
@@ -97,7 +97,7 @@ def shard_files(root: Path) -> Shards | None:
         beside["shards of no split"] += words.count("")
     files = {TRAIN: by_split.get(train, []), VAL: by_split.get(chosen.val or "-", [])}
     files = {split: tars for split, tars in files.items() if tars}
-    counts = merged(+beside, *(skipped[name] for name in (train, chosen.val) if name in skipped))
+    counts = merge_counts(+beside, *(skipped[name] for name in (train, chosen.val) if name in skipped))
     return Shards(files, Inventory(train, chosen.val or "", unused, counts))
 
 

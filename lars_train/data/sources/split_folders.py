@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lars_train.data.dataset import Labels, Names, class_names, listed_counts
+from lars_train.data.dataset import Labels, Names, class_names
+from lars_train.data.inventory import format_counts
 from lars_train.data.sources.directory import DirectoryTree
 from lars_train.data.sources.shards import ShardTree
 from lars_train.data.sources.split_files import decompressing, unpacking
@@ -317,7 +318,7 @@ def _parts(found: Sequence[bytes], *, split: bool = False) -> list[bytes]:
 
 def _but(skipped: Mapping[str, int]) -> str:
     """Describe what lies there in place of images."""
-    return f" (skipped: {listed_counts(skipped)})" if skipped else ""
+    return f" (skipped: {format_counts(skipped)})" if skipped else ""
 
 
 def _listed(names: Sequence[bytes], end: str = "/") -> str:

@@ -17,7 +17,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import UNSAFE, Inventory, Labels, Names, NamesBuilder, Source, of_suffix
+from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
+from lars_train.data.inventory import UNSAFE, Inventory, suffix_reason
 
 # What Pillow decodes wherever it is installed: AVIF and JPEG 2000 depend on how it was built, and sample ids must not.
 _SUFFIXES = (
@@ -112,7 +113,7 @@ def count_skipped(skipped: Counter[str], name: bytes, *, folder: bool = False) -
     elif name.startswith(b"."):
         reason = "hidden folders" if folder else "hidden files"
     else:
-        reason = of_suffix(name)
+        reason = suffix_reason(name)
     skipped[reason] += 1
 
 

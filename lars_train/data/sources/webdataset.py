@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lars_train.data.dataset import NamesBuilder, listed_counts, merged
+from lars_train.data.dataset import NamesBuilder
+from lars_train.data.inventory import format_counts, merge_counts
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
 from lars_train.data.sources.shards import Packed, Places, Shard, ShardTree, index_of, splits_of
 from lars_train.data.sources.split_files import Shards, unpacking, unpacking_twice
@@ -83,7 +84,7 @@ def open_webdataset(
         notes = {split: str(meta["splits"][split]["labels"]) for split in splits}
         if len(set(notes.values())) > 1:
             notes = {split: note and f"{split}: {note}" for split, note in notes.items()}
-        read = replace(read, labels=tuple(dict.fromkeys(filter(None, notes.values()))))
+        read = replace(read, label_notes=tuple(dict.fromkeys(filter(None, notes.values()))))
         tree = WebdatasetTree(root, splits, inventory=read)
         tree.numbers = tuple(map(int, meta["numbers"]))
         return tree
@@ -252,7 +253,7 @@ def _packed(root: Path, split: _Split, classes: Sequence[bytes], numbers: Mappin
         np.array([sample.size for sample in samples], np.int64),
     )
     shards = tuple(Shard(root / name, (root / name).stat().st_size) for name in split.files)
-    listing = Listing(tuple(classes), names.build(), labels, split.name == TRAIN, merged(split.skipped))
+    listing = Listing(tuple(classes), names.build(), labels, split.name == TRAIN, merge_counts(split.skipped))
     return Packed(shards, listing, places, np.zeros(0, np.uint64))
 
 
@@ -260,7 +261,7 @@ def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[La
     """The class names, and the index of each label. Samples without a label are given their folder's."""
     for split in splits:
         if not split.samples:
-            others = f" (skipped: {listed_counts(split.skipped)})" if split.skipped else ""
+            others = f" (skipped: {format_counts(split.skipped)})" if split.skipped else ""
             twice = split.skipped.get(".tar files")
             remedy = f" {unpacking_twice(root, split.name, split.files)}" if twice else ""
             raise ConfigError(f"data.root={root}: its shards hold no pictures{others}.{remedy}")

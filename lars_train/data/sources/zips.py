@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import LOOSE, UNSAFE, Inventory, Labels, Names, NamesBuilder, Source, merged
+from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
+from lars_train.data.inventory import LOOSE, UNSAFE, Inventory, merge_counts
 from lars_train.data.sources.tree import (
     HiddenPaths,
     Listing,
@@ -110,7 +111,7 @@ class ZipTree:
         top = self.folders(b"")
         if len(top) == 1 and not is_split(os.fsdecode(top[0])) and self.folders(top[0]):
             loose = sum(map(is_image, self.files(b"")))
-            self.inventory = Inventory(skipped=merged(unsafe, {LOOSE: loose} if loose else {}, self.hidden()))
+            self.inventory = Inventory(skipped=merge_counts(unsafe, {LOOSE: loose} if loose else {}, self.hidden()))
             self._base = top[0]
             self.place = f"{path}!{printable(top[0])}"
 
