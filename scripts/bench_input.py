@@ -47,7 +47,7 @@ from PIL import features
 from lars_train.data.dataset import Source
 from lars_train.errors import ConfigError
 from lars_train.pack.encode import Encoding
-from lars_train.pack.packing import Kept
+from lars_train.pack.packing import SourceSubset
 
 PARTS = 4
 COMPARED = 200  # pictures at most whose pixels are compared
@@ -68,7 +68,7 @@ def compare(contenders: list[Contender], stores: dict[str, Source], skipped: lis
     """How far views are from Pillow's full decode. Peers that fail at a picture are taken out of the list."""
     apart: dict[Key, Apart] = {}
     for store, source in stores.items():
-        pictures = Kept(source, np.arange(min(len(source), COMPARED)))
+        pictures = SourceSubset(source, np.arange(min(len(source), COMPARED)))
         for task in TASKS:
             wanted = list(full_decode(task, pictures, 0))
             for contender in [one for one in contenders if task in one.tasks]:
@@ -103,7 +103,7 @@ def measure(contenders: list[Contender], stores: dict[str, Source], rounds: int)
     found: dict[Key, list[float]] = {}
     # What other machines' work takes from this one changes within seconds: who is compared goes through a few pictures
     # in turn, and so on.
-    parts = {store: [Kept(source, ids) for ids in pieces(len(source))] for store, source in stores.items()}
+    parts = {store: [SourceSubset(source, ids) for ids in pieces(len(source))] for store, source in stores.items()}
     groups = [(store, task) for store in stores for task in TASKS]
     # What the libraries hold is not gone through again before each turn.
     gc.collect()

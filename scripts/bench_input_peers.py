@@ -21,7 +21,7 @@ import numpy as np
 from bench_input_contenders import Contender, MakeView, of_bytes
 
 from lars_train.data.dataset import Source
-from lars_train.pack.packing import Kept
+from lars_train.pack.packing import SourceSubset
 
 BY_VIEW: dict[str, tuple[str, Callable[[], MakeView]]] = {
     "torchvision v2, Pillow": ("torchvision", decoders.v2_pillow),
@@ -68,7 +68,7 @@ def line_up(folder: Path, pictures: Source, simd: Path | None, skipped: list[str
     else:
         skipped.append(f"{SIMD}: give --pillow-simd DIR, from pip install --no-deps --target DIR pillow-simd")
     found = []
-    few = Kept(pictures, np.arange(min(2, len(pictures))))
+    few = SourceSubset(pictures, np.arange(min(2, len(pictures))))
     for name, (package, made) in makers.items():
         try:
             peer = made()

@@ -22,7 +22,7 @@ from lars_train.data.sources.tree import Tree
 from lars_train.data.sources.zips import ZipTree
 from lars_train.errors import ConfigError
 from lars_train.pack.encode import Encoding
-from lars_train.pack.packing import Kept, Request, pack, silent
+from lars_train.pack.packing import Request, SourceSubset, pack, silent
 
 _SUFFIXES = (".jpg", ".jpeg")
 
@@ -86,7 +86,7 @@ def _chosen(source: Source, path: Path, most: int) -> Source:
     ids = [i for i in named[:: ceil(len(named) / most) or 1] if _is_whole(source, i)]
     if not ids:
         raise ConfigError(f"{path}: there is no JPEG in it that Pillow decodes.")
-    return Kept(source, np.array(ids, np.int64))
+    return SourceSubset(source, np.array(ids, np.int64))
 
 
 def _is_whole(source: Source, sample: int) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,12 @@ from lars_train.data.sources.tree import Tree
 from lars_train.data.splits import TRAIN, VAL
 from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
-from lars_train.pack.names import member_names
 from lars_train.pack.parquet import ParquetSource, open_parquet
 
 PICTURES = 4000
 """Pictures of a shard where the number of shards is not given: 440 MB of ImageNet as it is."""
+
+_LABEL = b".cls"
 
 # The key of the generator that says in which order pictures lie in the shards of a split: mixed, so that who reads
 # shards from end to end meets all classes. Rows of parquet stay beside those of their row group.
@@ -122,6 +124,37 @@ def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
     return plans
 
 
-def members_of(source: Source) -> Sequence[bytes]:
-    """The name in the tar of every sample of a split."""
-    return member_names(os.fsencode(source.name(sample)) for sample in range(len(source)))
+def key_of(member: bytes) -> tuple[bytes, bytes]:
+    """webdataset's key of a member, and its extension without the first dot."""
+    folder, slash, base = member.rpartition(b"/")
+    stem, _, extension = base.partition(b".")
+    return folder + slash + stem, extension
+
+
+def member_names(names: Iterable[bytes]) -> list[bytes]:
+    """The names in the tar of pictures at these paths, none of which may be hidden: each with a key of its own.
+
+    A path stands for itself but for percent signs, and dots before that of the suffix, which become ``%25`` and
+    ``%2E``. Where some differ in the suffix alone, the later ones lie in ``%2E/``, ``%2E/%2E/`` and so on.
+    """
+    taken: set[bytes] = set()
+    members = []
+    for name in names:
+        folder, slash, base = name.replace(b"%", b"%25").rpartition(b"/")
+        stem, _, suffix = base.rpartition(b".")
+        folder, plain = folder + slash, stem.replace(b".", b"%2E")
+        while (key := folder + plain) in taken:
+            folder += b"%2E/"
+        taken.add(key)
+        members.append(key + b"." + suffix)
+    return members
+
+
+def image_path(member: bytes) -> bytes:
+    """The path of the picture that a name of `member_names` stands for."""
+    return b"/".join(part for part in unquote_to_bytes(member).split(b"/") if part != b".")
+
+
+def label_name(member: bytes) -> bytes:
+    """The name of the member beside it that has its label."""
+    return key_of(member)[0] + _LABEL

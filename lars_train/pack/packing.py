@@ -25,7 +25,7 @@ from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import user_path, write_whole
 from lars_train.messages import counted, printable
 from lars_train.pack.encode import Encoding
-from lars_train.pack.layout import Original, ShardPlan, members_of, open_original, shard_plans
+from lars_train.pack.layout import Original, ShardPlan, member_names, open_original, shard_plans
 from lars_train.pack.processes import each
 from lars_train.pack.verify import ShardProblem, checker, class_checksums, store_of, tasks_of
 from lars_train.pack.writer import ShardRecord, ShardWriter, read_record, record_path, shard_path
@@ -39,7 +39,7 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int]
 """Given what is done and how many pictures there are, a context with what is called for pictures that are done."""
 
 
-class Kept:
+class SourceSubset:
     """The samples `ids` of a source as samples 0, 1, ... of their own: what is in a store when some were left out."""
 
     def __init__(self, source: Source, ids: npt.NDArray[np.int64]) -> None:
@@ -116,7 +116,10 @@ def _pack(
 ) -> dict[str, Any]:
     _tidy(store)
     todo = [plan for plan in plans if read_record(store, plan) is None]
-    members = {split: members_of(source) for split, source in original.splits.items()}
+    members = {
+        split: member_names(os.fsencode(source.name(sample)) for sample in range(len(source)))
+        for split, source in original.splits.items()
+    }
     writer = ShardWriter(store, original.splits, members, request.encoding, request.skip)
     with progress("packing", sum(len(plan.samples) for plan in todo)) as tick:
         for _ in each(todo, writer, request.jobs, tick):
@@ -240,7 +243,7 @@ def _assembled(
         places = Places(shard.astype(np.int32), np.ascontiguousarray(offset), np.ascontiguousarray(size))
         shards = tuple(Shard(shard_path(store, plan), records[plan.name].size) for plan in plans if plan.split == split)
         splits[split] = Packed(shards, listing, places, sums[order])
-        kept[split] = Kept(source, ids)
+        kept[split] = SourceSubset(source, ids)
     return ShardTree(store, splits, encoding.variant, original.inventory), kept
 
 

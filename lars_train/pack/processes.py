@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
 
 from lars_train.errors import DataError
+from lars_train.signals import blocked
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,7 +58,9 @@ def each(tasks: Sequence[T], work: Callable[[T, Tick], R], jobs: int, tick: Call
         for _ in range(jobs):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_run, args=(theirs, tasks, work, taken, done, os.getpid()), daemon=True)
-            process.start()
+            # Ctrl-C reaches all processes of the terminal; the parent alone decides what becomes of its workers.
+            with blocked(signal.SIGINT):
+                process.start()
             theirs.close()
             pipes[mine] = process
         while pipes:
@@ -83,9 +86,6 @@ def each(tasks: Sequence[T], work: Callable[[T, Tick], R], jobs: int, tick: Call
 def _run(
     pipe: Connection, tasks: Sequence[T], work: Callable[[T, Tick], R], taken: Any, done: Any, parent: int
 ) -> None:
-    # Ctrl-C reaches all processes of the terminal; the first one decides what becomes of the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
     def tick() -> None:
         with done.get_lock():
             done.value += 1

@@ -19,7 +19,7 @@ from lars_train.fsutil import user_path
 from lars_train.messages import counted, printable, say, size
 from lars_train.pack.encode import Encoding
 from lars_train.pack.layout import open_original
-from lars_train.pack.packing import SUMMARY, Kept, Progress, Request, describe_problem, pack
+from lars_train.pack.packing import SUMMARY, Progress, Request, SourceSubset, describe_problem, pack
 from lars_train.pack.processes import cores, each
 from lars_train.pack.verify import ShardProblem, checker, tasks_of
 
@@ -103,7 +103,7 @@ def _originals(store: ShardTree, source: str, val_labels: str | None, image_key:
             raise DataError(
                 f"{source} lacks {counted(len(missing), 'picture')} of {split}, such as {printable(missing[0])}."
             )
-        found[split] = Kept(theirs, np.array([ids[names[i]] for i in range(len(names))], np.int64))
+        found[split] = SourceSubset(theirs, np.array([ids[names[i]] for i in range(len(names))], np.int64))
         if tuple(map(os.fsencode, original.classes)) != packed.listing.classes or not np.array_equal(
             found[split].labels, packed.listing.labels
         ):

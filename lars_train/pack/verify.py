@@ -13,7 +13,7 @@ from lars_train.data.dataset import Source
 from lars_train.data.sources.shards import Packed, ShardTree
 from lars_train.data.sources.tars import BadTar, members
 from lars_train.pack.encode import BadImage, check_decodable, digest
-from lars_train.pack.names import image_path, label_name
+from lars_train.pack.layout import image_path, label_name
 from lars_train.pack.processes import Tick
 
 # Problems that one shard tells of.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from lars_train.errors import DataError
 from lars_train.fsutil import sync_folder, write_whole
 from lars_train.messages import printable
 from lars_train.pack.encode import BadImage, Encoding, digest
-from lars_train.pack.layout import ShardPlan
-from lars_train.pack.names import label_name
+from lars_train.pack.layout import ShardPlan, label_name
 from lars_train.pack.processes import Tick
 
 
@@ -37,7 +35,7 @@ class ShardWriter:
 
     store: Path
     sources: dict[str, Source]
-    members: dict[str, Sequence[bytes]]
+    members: dict[str, list[bytes]]
     encoding: Encoding
     skip: bool
 

@@ -58,3 +58,12 @@ def test_a_process_that_dies_is_told_of_and_no_other_goes_on(tmp_path: Path) -> 
         list(each([tmp_path / "goes on", tmp_path / "dies"], die, 2, lambda count: None))
     assert not list(tmp_path.iterdir())
     assert children() <= before
+
+
+def interrupted(task: int, tick: Callable[[], None]) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return task
+
+
+def test_a_worker_ignores_ctrl_c() -> None:
+    assert sorted(each(range(3), interrupted, 2, lambda count: None)) == [0, 1, 2]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_train.pack.names import image_path, key_of, label_name, member_names
+from lars_train.pack.layout import image_path, key_of, label_name, member_names
 
 PART = st.binary(min_size=1, max_size=6).filter(lambda raw: b"/" not in raw and b"\0" not in raw and raw[:1] != b".")
 SUFFIX = st.sampled_from([b".jpg", b".JPG", b".jpeg", b".png"])
