@@ -35,9 +35,17 @@ from lars_train.config.arguments import HELP, SWEEP, prepare_arguments, quoted, 
 from lars_train.config.keys import GROUPS, suggestion
 from lars_train.config.rows import no_row, row_name
 from lars_train.config.saved import NAME, SavedConfig, register_saved
-from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, nearest
+from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, did_you_mean
 from lars_train.launch import share_cores
-from lars_train.messages import complain, first_line, first_process, open_standard_streams, printable_lines, say, unread
+from lars_train.messages import (
+    complain,
+    first_line,
+    ignore_closed_output,
+    is_rank0,
+    open_standard_streams,
+    printable_lines,
+    say,
+)
 from lars_train.signals import handle_termination
 
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130
@@ -120,7 +128,7 @@ def main() -> None:
 
     def job(raw: DictConfig) -> None:
         _run_job(raw, command, jobs, sweeping, saved)
-        if elsewhere is not None and first_process():
+        if elsewhere is not None and is_rank0():
             jobs.leave(elsewhere)
 
     try:
@@ -134,7 +142,7 @@ def main() -> None:
         sys.exit(FAILED)
     except Exception as error:
         if error is jobs.crash:
-            with unread():
+            with ignore_closed_output():
                 print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
             sys.exit(FAILED)
         # What a job meets it handles itself: this is Hydra's word on the command line, in several classes.
@@ -145,7 +153,7 @@ def main() -> None:
     if sweeping:
         _report_sweep(jobs)
     # In a sweep the first rank speaks for all: a launcher that sees another rank fail ends it before it is done.
-    sys.exit(jobs.exit_code() if not sweeping or first_process() else 0)
+    sys.exit(jobs.exit_code() if not sweeping or is_rank0() else 0)
 
 
 def _choose_sweep_folder() -> Path | None:
@@ -194,7 +202,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
             if nominal_batch(name):
                 return no_row(config)
             choices = list(config.recipe.rows)
-        return f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{nearest(name, choices)}"
+        return f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{did_you_mean(name, choices)}"
     several = re.match(r"Ambiguous value for argument '(\w+)=(.*)'$", first_line(text))
     if several and several[1] in GROUPS:
         # Without the quotes that were put around its values.
@@ -288,7 +296,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         if not sweeping:
             jobs.crash = error
             raise
-        with unread():
+        with ignore_closed_output():
             print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
         jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
     finally:
@@ -300,7 +308,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
 
 def _report_sweep(jobs: _Jobs) -> None:
     say(f"\n=== sweep: {jobs.done} of {jobs.done + len(jobs.failures)} jobs done")
-    if jobs.directories and first_process():
+    if jobs.directories and is_rank0():
         from lars_train.report.lars_report import report_sweep
 
         report_sweep(jobs.directories)

@@ -18,13 +18,13 @@ from lars_train.errors import ConfigError, NotReady
 from lars_train.export import CARD, export
 from lars_train.fsutil import user_path
 from lars_train.launch import Ranks, adopt, check_nodes, end_with, processes, restarts, shield_tracker, start_processes
-from lars_train.messages import complain, counted, first_process, printable, say
-from lars_train.monitoring.summary import FINISHED, experiment
-from lars_train.monitoring.tensorboard import PAGE
+from lars_train.messages import complain, counted, is_rank0, printable, say
+from lars_train.monitoring.summary import ALREADY_FINISHED, experiment_lines
+from lars_train.monitoring.tensorboard import CUSTOM_SCALARS_TAB
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
 from lars_train.preflight.check import check
 from lars_train.preflight.rehearsal import describe_rehearsal, rehearse
-from lars_train.report.lars_report import rows_of
+from lars_train.report.lars_report import read_rows
 from lars_train.report.table import elapsed_time, terminal
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
@@ -71,13 +71,13 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
     done = find_finished(prepared) if ranks is None else None
     final: dict[str, Any]
     if done is not None:
-        say(FINISHED)
+        say(ALREADY_FINISHED)
         final = done
     elif count > 1:
         final = start_processes(_train_worker, (config, invocation), count)
     else:
         final = train(prepared, ranks or Ranks(), invocation)
-    if first_process():
+    if is_rank0():
         say(f"\n{_told(final, prepared.directory)}")
     return final
 
@@ -87,9 +87,9 @@ def _told(final: dict[str, Any], directory: Path) -> str:
         f"{counted(final['updates'], 'update')} in {elapsed_time(final['seconds'])}",
         f"run directory  {directory}",
         f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}",
-        f"               http://localhost:6006/#{PAGE}",
+        f"               http://localhost:6006/#{CUSTOM_SCALARS_TAB}",
     ]
-    return "\n".join([terminal(rows_of([directory])), *map(printable, told)])
+    return "\n".join([terminal(read_rows([directory])), *map(printable, told)])
 
 
 def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
 
 
 def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
-    if not first_process():
+    if not is_rank0():
         return {}
     path, told = export(config)
     say(f"written: {path}{f' ({told})' if told else ''}")
@@ -131,7 +131,7 @@ def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
 
 def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Walk through the run's arithmetic; starts nothing, and writes ``plan.path`` and ``plan.picture`` alone."""
-    if not first_process():
+    if not is_rank0():
         return {}
     try:
         prepared = prepare(_without_files(config))
@@ -159,7 +159,7 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
     if prepared.config is not config:
         say("data.root is not set: ImageNet is planned for by its published numbers of images, and not opened.")
     for line in (
-        *experiment(config, plan, dataset.inventory),
+        *experiment_lines(config, plan, dataset.inventory),
         *describe_rehearsal(rehearsed),
         *describe_forecast(rehearsed["forecast"]),
     ):
@@ -219,7 +219,7 @@ def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
         say(line)
     problems = found["problems"]
     if problems:
-        if not first_process():
+        if not is_rank0():
             # The launcher ends them when the first rank fails.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             return found

@@ -72,7 +72,7 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     return begun[0] if len(begun) == 1 else None
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the `closest` choice, or an empty string."""
     close = closest(word, choices)
     return f" Did you mean {close!r}?" if close else ""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
-from lars_train.fsutil import user_path, write_whole
+from lars_train.fsutil import user_path, write_atomic
 from lars_train.messages import first_line, utf8
 from lars_train.models.factory import build_model, is_torchvisions
 from lars_train.models.weight_files import KEY
@@ -109,7 +109,7 @@ def _describe(target: Path, about: dict[str, Any]) -> None:
     path = target.with_name(CARD)
     text = card(target.name, about, torchvision=is_torchvisions(about["model"]))
     former = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    write_whole(path, [utf8(beside(text, former, {file.name for file in target.parent.iterdir()}))])
+    write_atomic(path, [utf8(beside(text, former, {file.name for file in target.parent.iterdir()}))])
 
 
 def _check_target(target: Path, source: Path, config: Config) -> None:

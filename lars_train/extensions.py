@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 
-def built(name: str) -> ModuleType | None:
+def load_extension(name: str) -> ModuleType | None:
     """The module in C called `name`, ``lars_train.FOLDER.MODULE``; None where it was not built.
 
     A checkout in the current folder hides the installed package from ``python -m lars_train``, and has no built parts

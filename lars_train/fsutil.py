@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
-def write_whole(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+def write_atomic(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
     """Write a file that is there with all its content or not there, also after a power failure. Raises OSError."""
     temporary = stage(path, pieces)
     try:
@@ -27,7 +27,7 @@ def stage(path: Path, pieces: Sequence[bytes | memoryview]) -> Path:
     """Put the content of `path` on disk under a temporary name beside it, and return that. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with naming(path), temporary.open("wb") as file:
+        with name_in_errors(path), temporary.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
             file.flush()
@@ -45,7 +45,7 @@ def discard(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Give an OSError that names no file, as that of a write, the name of `path`."""
     try:
         yield
@@ -59,7 +59,7 @@ def sync_folder(folder: Path) -> None:
     """Make the names in `folder` last."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with naming(folder):
+        with name_in_errors(folder):
             os.fsync(handle)
     finally:
         os.close(handle)

@@ -21,23 +21,23 @@ _COLUMNS = 80
 _NAME = "lars-train:"
 
 
-def first_process() -> bool:
+def is_rank0() -> bool:
     """Whether this is the process that speaks, as far as the launcher's environment tells."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def say(text: str) -> None:
     """Print `text` once over all processes."""
-    if first_process():
-        with unread():
-            print(f"{_fresh_line(sys.stdout)}{fold(printable_lines(text), sys.stdout)}", flush=True)
+    if is_rank0():
+        with ignore_closed_output():
+            print(f"{_fresh_line(sys.stdout)}{wrap_text(printable_lines(text), sys.stdout)}", flush=True)
 
 
 def complain(text: str) -> None:
     """Print `text` to stderr once on each machine: what is wrong may be wrong on one of them only."""
-    if first_process() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-        with unread():
-            line = fold(f"{_NAME} {printable_lines(text)}", sys.stderr).removeprefix(_NAME)
+    if is_rank0() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        with ignore_closed_output():
+            line = wrap_text(f"{_NAME} {printable_lines(text)}", sys.stderr).removeprefix(_NAME)
             print(f"{_fresh_line(sys.stderr)}{paint(_NAME, 'red', sys.stderr)}{line}", file=sys.stderr, flush=True)
 
 
@@ -56,7 +56,7 @@ def obeys(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def columns(stream: TextIO) -> int:
+def terminal_width(stream: TextIO) -> int:
     """Return the width of the terminal that `stream` writes to; 80 where it has none."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
@@ -64,12 +64,12 @@ def columns(stream: TextIO) -> int:
         return _COLUMNS
 
 
-def fold(text: str, stream: TextIO) -> str:
+def wrap_text(text: str, stream: TextIO) -> str:
     """`text` with its lines folded to the width of `stream` where that is a terminal."""
     if not stream.isatty():
         return text
-    width = columns(stream)
-    return "\n".join(part for line in text.split("\n") for part in folded(line, width))
+    width = terminal_width(stream)
+    return "\n".join(part for line in text.split("\n") for part in wrap_line(line, width))
 
 
 def _fresh_line(stream: TextIO) -> str:
@@ -78,7 +78,7 @@ def _fresh_line(stream: TextIO) -> str:
 
 
 @contextmanager
-def unread() -> Iterator[None]:
+def ignore_closed_output() -> Iterator[None]:
     """What is printed within it may be lost: to a pipe or terminal that is gone nothing is printed any more."""
     try:
         yield
@@ -142,7 +142,7 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def folded(line: str, width: int) -> list[str]:
+def wrap_line(line: str, width: int) -> list[str]:
     """`line` in lines of at most `width` columns, folded between words; the rest stands below the text of a label.
 
     Words, such as paths, and settings in a row stay whole, to be copied. Rows of tables (``|``) are not folded.
@@ -209,12 +209,12 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
-def short(value: float) -> str:
+def format_number(value: float) -> str:
     """A figure that was worked out, in three digits, or in two below 1: ``5``, ``2.22``, ``0.56``."""
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time as people say it, in its two largest units: ``3 d 4 h``, ``2 h 05 min``, ``7 min``, ``42 s``."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if hours >= 48:

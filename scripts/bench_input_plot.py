@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lars_train.report.curves import COLOURS, MARKERS
+from lars_train.report.curves import COLORS, MARKERS
 
 TITLES = {TRAIN: "Training: random resized crop, flip", EVAL: "Evaluation: resize, centre crop"}
 _SETTINGS: Any = {
@@ -46,7 +46,7 @@ def draw(results: Results, stem: Path) -> tuple[Path, Path]:
         )
         handles = [
             Line2D([], [], color=colour, marker=marker, linestyle="none", label=f"pictures {store}")
-            for store, colour, marker in zip(results.stores, COLOURS, MARKERS, strict=False)
+            for store, colour, marker in zip(results.stores, COLORS, MARKERS, strict=False)
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
         figure.savefig(paths[0], dpi=160, metadata={"Software": None})
@@ -57,7 +57,7 @@ def draw(results: Results, stem: Path) -> tuple[Path, Path]:
 def _panel(axes: Axes, results: Results, names: list[str], task: str) -> None:
     # From the top: the stores of one contender lie a little below each other, so that none hides another.
     below = np.linspace(0.22, -0.22, len(results.stores)) if len(results.stores) > 1 else [0.0]
-    for store, colour, marker, offset in zip(results.stores, COLOURS, MARKERS, below, strict=False):
+    for store, colour, marker, offset in zip(results.stores, COLORS, MARKERS, below, strict=False):
         rows, medians, beside = [], [], []
         for row, name in enumerate(names):
             if (name, task, store) in results.rates:

@@ -33,7 +33,7 @@ from typing import Any
 from child import end_on_signals, started
 from page import between_markers, writable_page
 
-from lars_train.monitoring.fields import OF_THE_CLOCK
+from lars_train.monitoring.fields import TIMING_FIELDS
 
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
@@ -201,7 +201,7 @@ def compare(alone: Path, killed: Path) -> str:
 def lines(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without times and rates."""
     read = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in OF_THE_CLOCK} for line in read]
+    return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in read]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import between_markers, cpu_name, writable_page
 
-from lars_train.report.curves import COLOURS, LINES, MARKERS
+from lars_train.report.curves import COLORS, LINES, MARKERS
 from lars_train.report.read import FINISHED, Ratios, RunRecord, read_ratios, read_run
 
 ROOT = Path(__file__).parents[1]
@@ -106,12 +106,10 @@ def draw_ratios(ratios: Ratios, per_epoch: float) -> Figure:
         for number, (label, suffix) in enumerate((("scales", "weight"), ("shifts", "bias"))):
             several = [series(ratios, layer, per_epoch) for layer in rest if re.search(rf"bn\d\.{suffix}$", layer)]
             x, columns = several[0][0], list(zip(*(values for _, values in several), strict=True))
-            right.fill_between(
-                x, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS[number], alpha=0.2
-            )
-            look = {"color": COLOURS[number], "linestyle": LINES[number]}
+            right.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=COLORS[number], alpha=0.2)
+            look = {"color": COLORS[number], "linestyle": LINES[number]}
             right.plot(x, [median(c) for c in columns], **look, label=f"{label} of batch norm: median, range")
-        right.plot(*series(ratios, "fc.bias", per_epoch), color=COLOURS[2], linestyle=LINES[2], label="fc.bias")
+        right.plot(*series(ratios, "fc.bias", per_epoch), color=COLORS[2], linestyle=LINES[2], label="fc.bias")
         left.set(title="convolutions and the last layer", ylabel="trust ratio", xlabel="epoch")
         right.set(title="batch norm and the last bias", xlabel="epoch", ylim=(1e-3, 3), yscale="log")
         for axes in (left, right):
@@ -125,7 +123,7 @@ def draw_curves(runs: dict[str, RunRecord]) -> Figure:
         figure = Figure(figsize=(9.5, 3.6), layout="constrained")
         loss, top1 = figure.subplots(1, 2, sharex=True)
         for number, (label, run) in enumerate(runs.items()):
-            look: Any = {"color": COLOURS[number], "linestyle": LINES[number], "linewidth": 1.4}
+            look: Any = {"color": COLORS[number], "linestyle": LINES[number], "linewidth": 1.4}
             shown = label if run.state == FINISHED else f"{label}: {run.state}"
             _line(loss, [(p.epoch, p.value) for p in run.loss], **look, label=shown)
             _line(top1, [(p.epoch, p.value) for p in run.top1], **look, marker=MARKERS[number], markersize=4)

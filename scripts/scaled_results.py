@@ -15,7 +15,7 @@ from typing import Any
 from page import between_markers, cpu_name
 
 from lars_train.errors import ConfigError
-from lars_train.report.lars_report import rows_of
+from lars_train.report.lars_report import read_rows
 from lars_train.report.read import read_run
 from lars_train.report.write import check_folder, write_report
 
@@ -219,7 +219,7 @@ def publish(
     records = folder / RECORDS_FOLDER
     table = [records / run for run in runs if run.startswith("table-")]
     if table:
-        write_report(rows_of(table), folder / REPORT_FOLDER)
+        write_report(read_rows(table), folder / REPORT_FOLDER)
         drawn = {title: [[records / run for run in cell] for cell in cells] for title, cells in panels.items()}
         draw_curves(drawn, folder / "curves")
     where = f"{cpu_name()}, Python {platform.python_version()}, torch {version('torch')}"

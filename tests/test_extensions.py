@@ -15,8 +15,9 @@ from lars_train.data.decode import native
 from lars_train.optim import fused_sgd
 
 ASK = (
-    "import lars_train; from lars_train.data.decode import native; from lars_train.extensions import built;"
-    "print(lars_train.__file__); print(native.is_there()); print(built('lars_train.optim.kernels') is not None)"
+    "import lars_train; from lars_train.data.decode import native; from lars_train.extensions import load_extension;"
+    "print(lars_train.__file__); print(native.is_there());"
+    "print(load_extension('lars_train.optim.kernels') is not None)"
 )
 
 

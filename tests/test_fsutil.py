@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lars_train import fsutil
-from lars_train.fsutil import cache_folder, user_path, write_whole
+from lars_train.fsutil import cache_folder, user_path, write_atomic
 
 
 def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
@@ -30,7 +30,7 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", replaced)
-    write_whole(path, [b"ab", memoryview(b"cde")])
+    write_atomic(path, [b"ab", memoryview(b"cde")])
     assert steps == ["content 5", "name", "folder"]
     assert path.read_bytes() == b"abcde"
 
@@ -39,14 +39,14 @@ def test_what_cannot_be_written_leaves_the_file_that_was_there_and_nothing_besid
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "record.json"
-    write_whole(path, [b"before"])
+    write_atomic(path, [b"before"])
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, [b"after"])
+        write_atomic(path, [b"after"])
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("record.json", b"before")]
 
 

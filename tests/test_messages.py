@@ -16,13 +16,13 @@ import lars_train
 from lars_train.messages import (
     complain,
     counted,
-    duration,
     first_line,
-    first_process,
+    format_duration,
+    format_number,
+    is_rank0,
     operations,
     rate,
     say,
-    short,
     size,
 )
 from lars_train.monitoring.progress import Progress
@@ -56,7 +56,7 @@ def test_one_process_speaks_and_one_on_each_machine_complains(
     say("a line")
     complain("a fault")
     said = capsys.readouterr()
-    assert first_process() is says
+    assert is_rank0() is says
     assert said.out == ("a line\n" if says else "")
     assert said.err == ("lars-train: a fault\n" if complains else "")
 
@@ -186,7 +186,7 @@ def test_rates_are_whole_where_that_is_enough(per_s: float, shown: str) -> None:
     ],
 )
 def test_times_are_said_in_their_largest_units(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert format_duration(seconds) == said
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_count_takes_the_noun_that_people_say(count: int, words: tuple[str, ..
     ("value", "shown"), [(5.0, "5"), (20 / 9, "2.22"), (5 / 9, "0.56"), (0.0, "0"), (1.0, "1"), (0.001234, "0.0012")]
 )
 def test_what_was_worked_out_has_two_or_three_digits(value: float, shown: str) -> None:
-    assert short(value) == shown
+    assert format_number(value) == shown
 
 
 def test_no_message_leaves_the_plural_to_its_reader() -> None:

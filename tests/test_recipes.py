@@ -33,7 +33,7 @@ from lars_train.config.schema import OptimizerConfig
 from lars_train.data.inventory import Inventory
 from lars_train.errors import ConfigError
 from lars_train.models.factory import build_model
-from lars_train.monitoring.summary import experiment
+from lars_train.monitoring.summary import experiment_lines
 from lars_train.optim.lars import LARS
 from lars_train.optim.options import DEFAULTS, PRESETS, Options
 from lars_train.optim.rule import Rule
@@ -429,11 +429,11 @@ def test_64k_of_mlperf_works_on_the_embedded_pictures() -> None:
 
 def test_the_announcement_tells_whose_rule_it_is_and_what_was_changed() -> None:
     config = imagenet("nus", "32k", "optimizer.clamp=none")
-    text = "\n".join(experiment(config, make_plan(config, IMAGES), Inventory()))
+    text = "\n".join(experiment_lines(config, make_plan(config, IMAGES), Inventory()))
     assert "recipe         nus" in text
     assert "trust ratios as nus-hpc has them, but for eps=0.0, clamp=none; none for batch norm and biases" in text
     goyal = imagenet("goyal", "8k")
-    told = "\n".join(experiment(goyal, make_plan(goyal, IMAGES), Inventory()))
+    told = "\n".join(experiment_lines(goyal, make_plan(goyal, IMAGES), Inventory()))
     assert "then x0.1 at epochs 30, 60, 80" in told
     assert "trust ratios" not in told
 

@@ -15,7 +15,7 @@ from lars_train.config.keys import is_text, suggestion
 from lars_train.config.lars_options import CHOICES, FLOAT32_MAX, FLOAT32_MIN, check_lars_options
 from lars_train.config.schema import AUTO, MODES, Config
 from lars_train.config.values import filled, flatten
-from lars_train.errors import ConfigError, nearest
+from lars_train.errors import ConfigError, did_you_mean
 from lars_train.fsutil import user_path
 from lars_train.messages import is_url
 
@@ -106,7 +106,7 @@ def check_choices(config: Config) -> None:
         value = leaves[key]
         if value is not None and value not in allowed:
             words = [str(word).lower() if isinstance(word, bool) else word for word in allowed]
-            hint = nearest(str(value), words)
+            hint = did_you_mean(str(value), words)
             if key == "resume":
                 hint = f" To start from a checkpoint: checkpoint.path={value}"
             raise ConfigError(f"{key}={value}: choose one of {', '.join(words)}.{hint}")

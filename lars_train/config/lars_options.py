@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from lars_train.errors import ConfigError, nearest
+from lars_train.errors import ConfigError, did_you_mean
 from lars_train.optim import options
 from lars_train.optim.options import DEFAULTS, PRESETS
 
@@ -31,7 +31,7 @@ def options_of(preset: str, where: str) -> dict[str, Any]:
     """All options of the preset by their config keys, as config values. Raises `ConfigError`, which names `where`."""
     if preset not in PRESETS:
         raise ConfigError(
-            f"{where}: there is no such preset; there are {', '.join(PRESETS)}.{nearest(preset, PRESETS)}"
+            f"{where}: there is no such preset; there are {', '.join(PRESETS)}.{did_you_mean(preset, PRESETS)}"
         )
     return {_NAMES[name]: _as_config(value) for name, value in {**DEFAULTS, **PRESETS[preset]}.items()}
 

@@ -11,7 +11,7 @@ from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import no_row, row_name
 from lars_train.config.schema import Config, nominal_batch
-from lars_train.errors import ConfigError, nearest
+from lars_train.errors import ConfigError, did_you_mean
 
 # Settings that only some forms of the schedule have a use for.
 _POLYNOMIAL, _STEPS = ("power", "end_lr"), ("steps", "step_factor")
@@ -161,7 +161,7 @@ def _recipe_row(config: Config) -> RowConfig:
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"recipe {recipe.name}, row {name}: {key!r} is not a field of a row.{nearest(key, known)}"
+                f"recipe {recipe.name}, row {name}: {key!r} is not a field of a row.{did_you_mean(key, known)}"
             )
     row = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RowConfig), values))
     assert isinstance(row, RowConfig)

@@ -6,7 +6,7 @@ import functools
 
 from torch import nn
 
-from lars_train.errors import ConfigError, nearest
+from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.resnet_cifar import CifarResNet
 
@@ -70,7 +70,8 @@ def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bo
         model = get_model(name, weights=None, num_classes=num_classes, norm_layer=norm_layer)
     else:
         raise ConfigError(
-            f"model.name={name}: no such model.{nearest(name, model_names())} Choose one of {', '.join(model_names())}."
+            f"model.name={name}: no such model.{did_you_mean(name, model_names())} "
+            f"Choose one of {', '.join(model_names())}."
         )
     if zero_gamma:
         _zero_last_gammas(model)

@@ -62,7 +62,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "val/seconds": ("s", "wall time of the evaluation"),
 }
 
-OF_THE_CLOCK = frozenset(
+TIMING_FIELDS = frozenset(
     (
         "run/seconds",
         "train/images_per_s",
@@ -78,7 +78,7 @@ OF_THE_CLOCK = frozenset(
 )
 """The fields that differ between two runs with the same results."""
 
-OF_THE_LAYOUT = OF_THE_CLOCK | {"noise/grad_sq", "noise/trace", "noise/scale", "noise/critical_batch"}
+LAYOUT_DEPENDENT_FIELDS = TIMING_FIELDS | {"noise/grad_sq", "noise/trace", "noise/scale", "noise/critical_batch"}
 """Those that differ or are absent with other ranks or another micro-batch, whose gradients they are estimated from."""
 
 RATIO_FIELDS: dict[str, tuple[str, str]] = {

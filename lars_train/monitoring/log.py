@@ -13,14 +13,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lars_train.fsutil import naming, write_whole
+from lars_train.fsutil import name_in_errors, write_atomic
 from lars_train.monitoring.fields import FIELDS, RATIO_FIELDS
-from lars_train.monitoring.tensorboard import Board
+from lars_train.monitoring.tensorboard import TensorBoardWriter
 
-RATIOS = "trust_ratios.jsonl"
+RATIOS_FILE = "trust_ratios.jsonl"
 
 
-class Lines:
+class JsonLinesFile:
     """A file of JSON lines that goes on at `update`: lines of later ones are taken back.
 
     Lines that the disk refuses wait in memory until it takes them; `reason` says why they do, and is empty if none do.
@@ -28,7 +28,7 @@ class Lines:
     """
 
     def __init__(self, path: Path, update: int) -> None:
-        self.there = keep_up_to(path, update)
+        self.there = drop_lines_after(path, update)
         self.file, self._path, self._name = path.open("ab", buffering=0), path, path.name
         self._whole, self._pending = path.stat().st_size, list[bytes]()
         self.reason = ""
@@ -59,7 +59,7 @@ class Lines:
         self.put()
         if self._pending:
             raise OSError(f"{self._name}: {self.reason}")
-        with naming(self._path):
+        with name_in_errors(self._path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -79,14 +79,14 @@ class RunLog:
 
     def __init__(self, directory: Path, update: int) -> None:
         self._directory, self._start = directory, update
-        self._metrics = Lines(directory / "metrics.jsonl", update)
-        self._ratios: Lines | None = None
-        if (directory / RATIOS).exists():
-            self._ratios = Lines(directory / RATIOS, update)
+        self._metrics = JsonLinesFile(directory / "metrics.jsonl", update)
+        self._ratios: JsonLinesFile | None = None
+        if (directory / RATIOS_FILE).exists():
+            self._ratios = JsonLinesFile(directory / RATIOS_FILE, update)
         self._ratios_of: list[str] | None = None
         self._no_ratios, self._ratios_waiting = "", list[tuple[int, list[str], list[float]]]()
-        write_whole(directory / "metrics.fields.json", [json.dumps(_described(FIELDS), indent=1).encode() + b"\n"])
-        self.board = Board(directory / "tensorboard", update)
+        write_atomic(directory / "metrics.fields.json", [json.dumps(_described(FIELDS), indent=1).encode() + b"\n"])
+        self.board = TensorBoardWriter(directory / "tensorboard", update)
 
     @property
     def reason(self) -> str:
@@ -118,10 +118,10 @@ class RunLog:
                 if self._ratios_of != layers:
                     described = {**_described(RATIO_FIELDS), "layers": layers}
                     text = json.dumps(described, indent=1) + "\n"
-                    write_whole(self._directory / "trust_ratios.fields.json", [text.encode()])
+                    write_atomic(self._directory / "trust_ratios.fields.json", [text.encode()])
                     self._ratios_of = layers
                 if self._ratios is None:
-                    self._ratios = Lines(self._directory / RATIOS, update)
+                    self._ratios = JsonLinesFile(self._directory / RATIOS_FILE, update)
                 self._add_ratios(self._ratios, update, ratios)
                 self._ratios_waiting.pop(0)
         except OSError as error:
@@ -130,7 +130,7 @@ class RunLog:
             self._no_ratios = ""
 
     @staticmethod
-    def _add_ratios(file: Lines, update: int, ratios: list[float]) -> None:
+    def _add_ratios(file: JsonLinesFile, update: int, ratios: list[float]) -> None:
         # Four digits are what a picture can show, and a third of the size.
         kept = [float(f"{ratio:.4g}") if math.isfinite(ratio) else None for ratio in ratios]
         file.add({"update": update, "trust_ratios": kept})
@@ -144,7 +144,7 @@ class RunLog:
         self._metrics.sync()
         self._put_ratios()
         if self._no_ratios:
-            raise OSError(f"{RATIOS}: {self._no_ratios}")
+            raise OSError(f"{RATIOS_FILE}: {self._no_ratios}")
         if self._ratios is not None:
             self._ratios.sync()
         self.board.flush()
@@ -166,7 +166,7 @@ def _finite(values: dict[str, float | int]) -> dict[str, float | int | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def keep_up_to(path: Path, update: int) -> set[str]:
+def drop_lines_after(path: Path, update: int) -> set[str]:
     """Drop the lines of later updates and a line that a kill cut short; atomically.
 
     Returns the names of what stands there for `update` itself.
@@ -184,5 +184,5 @@ def keep_up_to(path: Path, update: int) -> set[str]:
                 names.update(values)
         except (ValueError, KeyError, TypeError):
             continue
-    write_whole(path, ["".join(line + "\n" for line in kept).encode()])
+    write_atomic(path, ["".join(line + "\n" for line in kept).encode()])
     return names

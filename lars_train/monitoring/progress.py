@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lars_train.messages import columns, duration, fold, paint, printable, unread
+from lars_train.messages import format_duration, ignore_closed_output, paint, printable, terminal_width, wrap_text
 
 QUIET, NORMAL, EVERY_LINE = 0, 1, 2
 """Levels of ``verbosity``: warnings and results; a line per epoch as well; one per log line as well."""
@@ -37,7 +37,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     """Seconds until the whole run is done."""
 
     def display(self, *arguments: Any, **keywords: Any) -> None:
-        with unread():
+        with ignore_closed_output():
             super().display(*arguments, **keywords)
 
     @staticmethod
@@ -60,7 +60,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
             state["n"],
             state["total"],
             (*self._times(state), *self.fields),
-            columns(self.fp) - 1,
+            terminal_width(self.fp) - 1,
             _ASCII if state["ascii"] else _BLOCKS,
         )
 
@@ -68,9 +68,9 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         made = state["n"] - state["initial"]
         rate = state["rate"] or (made / state["elapsed"] if made and state["elapsed"] else None)
         if rate:
-            yield f"{duration((state['total'] - state['n']) / rate)} left"
+            yield f"{format_duration((state['total'] - state['n']) / rate)} left"
         if self.run_left is not None:
-            yield f"run {duration(self.run_left)}"
+            yield f"run {format_duration(self.run_left)}"
 
 
 def bar_line(title: str, done: int, total: int, fields: Iterable[str], width: int, cells: str = _BLOCKS) -> str:
@@ -117,10 +117,10 @@ class Progress:
         warns = text.startswith(_WARNING)
         if self._shown and (warns or self._verbosity >= NORMAL):
             self._said = time.monotonic()
-            line = fold(printable(text), sys.stdout)
+            line = wrap_text(printable(text), sys.stdout)
             if warns:
                 line = paint(_WARNING.rstrip(), "yellow", sys.stdout) + " " + line.removeprefix(_WARNING)
-            with unread():
+            with ignore_closed_output():
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
@@ -164,7 +164,7 @@ class Progress:
 
     def _say_fields(self, fields: Sequence[str]) -> None:
         first, *others = fields
-        room = columns(sys.stdout) if sys.stdout.isatty() else sys.maxsize
+        room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
         self.say(first + first_fields(others, room - len(first)))
 
     @contextmanager

@@ -10,17 +10,17 @@ from typing import Any, Protocol
 from lars_train.config import Config, filled, published_top1
 from lars_train.config.lars_options import changed_options
 from lars_train.data.inventory import Inventory
-from lars_train.messages import counted, duration, operations, short
+from lars_train.messages import counted, format_duration, format_number, operations
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
 
-FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
+ALREADY_FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
 
-# `lag_line`: points of top-1, and the share of its norm by which an update moves the weights.
+# `validation_gap_note`: points of top-1, and the share of its norm by which an update moves the weights.
 _FAR_BELOW, _FAST = 10.0, 0.01
 
 
-class Decided(Protocol):
-    """What `announcement` needs of the decisions for this machine."""
+class MachineSettings(Protocol):
+    """What `startup_lines` needs of the decisions for this machine."""
 
     @property
     def micro_batch(self) -> int: ...
@@ -36,7 +36,7 @@ class Decided(Protocol):
     def device(self) -> str: ...
 
 
-class Evaluated(Protocol):
+class EvaluationResult(Protocol):
     """What is told of an evaluation: percent, and samples."""
 
     @property
@@ -47,12 +47,12 @@ class Evaluated(Protocol):
     def count(self) -> int: ...
 
 
-def announcement(
-    config: Config, plan: Plan, decided: Decided, directory: Path, resumed_at: int, inventory: Inventory
+def startup_lines(
+    config: Config, plan: Plan, decided: MachineSettings, directory: Path, resumed_at: int, inventory: Inventory
 ) -> Iterator[str]:
     """The effective values of a run, a line each."""
     most = accumulation(plan, decided.world, decided.micro_batch // plan.ghost_batch)
-    yield from experiment(config, plan, inventory)
+    yield from experiment_lines(config, plan, inventory)
     each = " each" if decided.world > 1 else ""
     yield f"world size     {decided.world} ({decided.device}, {counted(decided.threads, 'CPU thread')}{each})"
     yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
@@ -66,7 +66,7 @@ def announcement(
         yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
 
 
-def work_line(flops_per_image: int, peak_flops: float | None) -> str:
+def flops_line(flops_per_image: int, peak_flops: float | None) -> str:
     """Operations of training on an image and, for ``train/mfu``, those that a device does in a second."""
     relative = (
         ""
@@ -76,7 +76,7 @@ def work_line(flops_per_image: int, peak_flops: float | None) -> str:
     return f"arithmetic     {operations(flops_per_image)} an image{relative}"
 
 
-def experiment(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str]:
+def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str]:
     """What a run computes, whatever it runs on, and what of the data set is skipped; a line each."""
     opt, schedule = config.optimizer, config.schedule
     what = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
@@ -101,7 +101,7 @@ def experiment(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str
         yield f"               trust ratios as {opt.preset or 'torchlars'} has them{but}{without}"
     warmup = "no warm-up, "
     if plan.warmup_updates:
-        length = short(filled(schedule.warmup_epochs))
+        length = format_number(filled(schedule.warmup_epochs))
         epochs = f"{length} epoch{'' if length == '1' else 's'}"
         warmup = f"warm-up {counted(plan.warmup_updates, 'update')} ({epochs}), then "
     yield f"schedule       {warmup}{describe_decay(config)}, {schedule.form} form"
@@ -111,7 +111,7 @@ def epoch_fields(
     update: int,
     plan: Plan,
     logged: dict[str, float],
-    result: Evaluated | None = None,
+    result: EvaluationResult | None = None,
     best_top1: float = math.nan,
     seconds_left: float | None = None,
 ) -> Iterator[str]:
@@ -127,7 +127,7 @@ def epoch_fields(
     if logged:
         yield f"loss {logged['train/loss']:.3f}"
     if seconds_left is not None and update < plan.stop:
-        yield f"{duration(seconds_left)} left"
+        yield f"{format_duration(seconds_left)} left"
     if logged:
         yield f"{logged['train/images_per_s']:,.0f} images/s"
         yield f"wait {100 * logged['train/wait_share']:.0f} %"
@@ -136,7 +136,7 @@ def epoch_fields(
         yield f"lr {logged['train/lr']:.3g}"
 
 
-def lag_line(logged: dict[str, float], result: Evaluated) -> str | None:
+def validation_gap_note(logged: dict[str, float], result: EvaluationResult) -> str | None:
     """Why validation is far below training where the weights move fast; None where it is not, or they do not."""
     moved = logged.get("train/update_ratio", 0.0)
     if logged.get("train/top1", 0.0) - result.top1 < _FAR_BELOW or not moved >= _FAST:
@@ -155,7 +155,7 @@ def final_record(
     directory: Path,
     update: int,
     best_top1: float,
-    result: Evaluated,
+    result: EvaluationResult,
     seconds: float,
     bad_images: int,
     passed_over: int,

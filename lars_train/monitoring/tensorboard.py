@@ -16,7 +16,7 @@ import numpy as np
 from lars_train.messages import printable
 from lars_train.monitoring.layers import LayerValues
 
-PAGE = "custom_scalars"
+CUSTOM_SCALARS_TAB = "custom_scalars"
 """The page that shows the run at a glance: ``http://localhost:6006/#custom_scalars``."""
 
 _FILE_BYTES = 16 << 20
@@ -37,7 +37,7 @@ _BY_STAGE = {
 
 
 def layout() -> dict[str, dict[str, list[Any]]]:
-    """The charts of `PAGE`, by heading; the first heading is the one to begin with. Tags are regular expressions.
+    """Return the charts of `CUSTOM_SCALARS_TAB` by heading, the first to read first. Tags are regular expressions.
 
     A chart has one curve for each run: its colors are the runs', and a second curve would share them and the scale. The
     stages are the exception.
@@ -76,7 +76,7 @@ def layout() -> dict[str, dict[str, list[Any]]]:
     }
 
 
-class Board:
+class TensorBoardWriter:
     """The events in `folder`, of which those after `update` are taken back.
 
     They are in several files, each begun when the one before it has passed `_FILE_BYTES` or by a run that goes on.

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from ..extensions import built
+from ..extensions import load_extension
 from .rescale import Record, is_adapted, walk_alike
 from .rule import Rule
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from . import kernels
 else:
     # None: no compiler was there at the install.
-    kernels = built(f"{__package__}.kernels")
+    kernels = load_extension(f"{__package__}.kernels")
 
 # Up to as many elements torch's kernels, too, keep to one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
 _ONE_THREAD = 32768

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from lars_train.errors import ConfigError, DataError
-from lars_train.messages import not_empty, open_standard_streams, printable, unread
+from lars_train.messages import ignore_closed_output, not_empty, open_standard_streams, printable
 
 BAD_INPUT, BAD_DATA, INTERRUPTED = 2, 1, 130
 
@@ -109,6 +109,6 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _end(message: str, code: int) -> None:
-    with unread():
+    with ignore_closed_output():
         print(f"lars-data: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -22,7 +22,7 @@ from lars_train.data.sources.shards import INDEX, PACKING, VERSION, Packed, Plac
 from lars_train.data.sources.tree import Listing
 from lars_train.data.splits import SPLITS, TRAIN
 from lars_train.errors import ConfigError, DataError
-from lars_train.fsutil import user_path, write_whole
+from lars_train.fsutil import user_path, write_atomic
 from lars_train.messages import counted, printable
 from lars_train.pack.encode import Encoding
 from lars_train.pack.layout import Original, ShardPlan, member_names, open_original, shard_plans
@@ -131,7 +131,7 @@ def _pack(
     if open_original(request.source, request.val_labels, request.image_key).fingerprint != original.fingerprint:
         raise DataError(f"{request.source}: files came or went while it was packed; remove {store} and pack it anew.")
     summary = _summary(request, tree, original, plans, records) | {"plan": plan}
-    write_whole(store / SUMMARY, [(json.dumps(summary, indent=1) + "\n").encode()])
+    write_atomic(store / SUMMARY, [(json.dumps(summary, indent=1) + "\n").encode()])
     _write_index(tree)
     return summary
 
@@ -191,7 +191,7 @@ def _begin(store: Path, plan: dict[str, Any]) -> None:
             raise ConfigError(f"{store} is not empty; give the path of a folder that is not there.")
         for folder in (PACKING, *dict.fromkeys(split for split, _, _ in plan["shards"])):
             (store / folder).mkdir(parents=True, exist_ok=True)
-        write_whole(path, [json.dumps(plan).encode()])
+        write_atomic(path, [json.dumps(plan).encode()])
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise

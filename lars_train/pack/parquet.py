@@ -24,7 +24,7 @@ from lars_train.data.sources.tree import is_hidden, is_image
 from lars_train.data.sources.webdataset import classes_by_folder
 from lars_train.data.splits import TEST, TRAIN, VAL, choose, no_classes
 from lars_train.errors import ConfigError
-from lars_train.messages import counted, first_process, printable
+from lars_train.messages import counted, is_rank0, printable
 from lars_train.pack.parquet_files import NoLabels, RowGroups, Rows, image_batches, only_paths, pyarrow, read_rows
 
 # A WordNet id at the end of a name, as in the Hub's ImageNet (n01440764_10026_n01440764.JPEG), or at its beginning, as
@@ -126,7 +126,7 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
 
     pyarrow()
     total = sum(map(len, folder.files.values()))
-    quiet = None if first_process() else True
+    quiet = None if is_rank0() else True
     with tqdm(total=total, desc="reading labels", unit="file", leave=False, delay=1, disable=quiet) as bar:
         left = dict(folder.files)
         name = choose(left).train or ""

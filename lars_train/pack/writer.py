@@ -13,7 +13,7 @@ from lars_train.data.dataset import Source
 from lars_train.data.sources.shards import PACKING
 from lars_train.data.sources.tars import END, entry
 from lars_train.errors import DataError
-from lars_train.fsutil import sync_folder, write_whole
+from lars_train.fsutil import sync_folder, write_atomic
 from lars_train.messages import printable
 from lars_train.pack.encode import BadImage, Encoding, digest
 from lars_train.pack.layout import ShardPlan, label_name
@@ -68,7 +68,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
             text = json.dumps({"size": at, "rows": rows, "skipped": skipped}).encode()
-            write_whole(record_path(self.store, plan), [text])
+            write_atomic(record_path(self.store, plan), [text])
             temporary.replace(shard_path(self.store, plan))
             sync_folder(shard_path(self.store, plan).parent)
         except OSError as error:

@@ -14,7 +14,7 @@ from torch import nn
 from lars_train.config import Config
 from lars_train.monitoring.fields import FIELDS
 from lars_train.monitoring.layers import stage_of
-from lars_train.monitoring.log import RATIOS
+from lars_train.monitoring.log import RATIOS_FILE
 from lars_train.plan import Plan
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -53,7 +53,7 @@ def volume(
     training, validation = (_fields(config, several, val=val) for val in (False, True))
     line = {
         METRICS: _json_line(training),
-        RATIOS: _LINE_BYTES + _RATIO_BYTES * len(names) if config.optimizer.name == "lars" else 0,
+        RATIOS_FILE: _LINE_BYTES + _RATIO_BYTES * len(names) if config.optimizer.name == "lars" else 0,
         TENSORBOARD: _scalars(training) + _layers(config, names),
     }
     log = {name: log_lines(config, plan) * size for name, size in line.items()}

@@ -18,7 +18,7 @@ from torch import nn
 from lars_train.config import AUTO, Config, with_row
 from lars_train.data.order import eval_run
 from lars_train.errors import ConfigError
-from lars_train.messages import duration, size
+from lars_train.messages import format_duration, size
 from lars_train.models.factory import build_model
 from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
 from lars_train.preflight.disk_volume import evaluations, volume
@@ -312,4 +312,4 @@ def _told_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _time(hours: float) -> str:
-    return duration(3600 * hours)
+    return format_duration(3600 * hours)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.preflight.time_model import COMPUTE, INPUT, NETWORK
-from lars_train.report.curves import COLOURS, LINES
+from lars_train.report.curves import COLORS, LINES
 
 # A point by what limits it: filled where devices compute, hollow where they wait.
 _MARKERS = {COMPUTE: ("o", True), NETWORK: ("s", False), INPUT: ("^", False)}
@@ -23,8 +23,8 @@ def draw(found: dict[str, Any], curve: Sequence[Sequence[float]], path: Path) ->
     (hours, efficiency), (parts, schedule) = figure.subplots(2, 2)
     rows = [row for row in found["rows"] if "scaling" in row]
     for number, row in enumerate(rows):
-        again, place = divmod(number, len(COLOURS))
-        colour, line = COLOURS[place], LINES[(place + again) % len(LINES)]
+        again, place = divmod(number, len(COLORS))
+        colour, line = COLORS[place], LINES[(place + again) % len(LINES)]
         for axes, key, factor in ((hours, "hours", 1), (efficiency, "efficiency", 100)):
             points = row["scaling"]
             devices = [p["devices"] for p in points]
@@ -64,7 +64,7 @@ def draw(found: dict[str, Any], curve: Sequence[Sequence[float]], path: Path) ->
         axes.set_xticks([4**k for k in range(7)], [f"{4**k:,}" for k in range(7)])
         axes.minorticks_off()
         axes.grid(color="#DDDDDD", linewidth=0.6)
-    schedule.plot(*zip(*curve, strict=True), color=COLOURS[0])
+    schedule.plot(*zip(*curve, strict=True), color=COLORS[0])
     schedule.set(xlabel="update", ylabel="learning rate", title="Learning rate of this run", ylim=(0, None))
     schedule.grid(color="#DDDDDD", linewidth=0.6)
     figure.savefig(path, format="png", dpi=120)
@@ -83,7 +83,7 @@ def _parts(axes: Any, points: list[dict[str, Any]], devices: int) -> None:
     ):
         values = [p[key] or float("nan") for p in points]
         thick = key == "seconds"
-        colour = "#1b1c1d" if thick else COLOURS[number]
+        colour = "#1b1c1d" if thick else COLORS[number]
         if any(p[key] for p in points):
             axes.plot(
                 counts,

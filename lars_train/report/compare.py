@@ -18,7 +18,7 @@ from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import row_name
 from lars_train.errors import ConfigError
 from lars_train.plan import IMAGENET_TRAIN_IMAGES
-from lars_train.report.files import as_number, shown
+from lars_train.report.files import as_line, as_number
 from lars_train.report.read import FINISHED, RunRecord
 
 AS_RECIPE = "as the recipe's row has it"
@@ -112,7 +112,7 @@ def _told_apart(rows: Sequence[Row]) -> list[Row]:
 
     alike = Counter(map(kind, rows))
     return [
-        dataclasses.replace(row, differs={**row.differs, RUN: shown(row.first.directory.name)})
+        dataclasses.replace(row, differs={**row.differs, RUN: as_line(row.first.directory.name)})
         if alike[kind(row)] > 1
         else row
         for row in rows
@@ -166,10 +166,10 @@ def _implied(runs: Sequence[RunRecord]) -> dict[str, set[str]]:
     for run in runs:
         for key in keys:
             of_key = values.setdefault(key, {}).setdefault(run.setting("optimizer.name"), set())
-            of_key.add(shown(run.settings.get(key)))
+            of_key.add(as_line(run.settings.get(key)))
     found = {}
     for key, by_name in values.items():
-        without = {name for name, have in by_name.items() if have == {shown(None)}}
+        without = {name for name, have in by_name.items() if have == {as_line(None)}}
         having = by_name.keys() - without
         if without:
             alone = having if len(having) == 1 and all(len(by_name[name]) == 1 for name in having) else set()
@@ -219,9 +219,9 @@ def _setup(run: RunRecord) -> dict[str, str]:
     for key, value in run.settings.items():
         if f"{key}.".startswith(tuple(f"{ignored}." for ignored in _NOT_COMPARED)):
             continue
-        setup[key] = AS_RECIPE if key in row and key not in deviations else shown(value)
+        setup[key] = AS_RECIPE if key in row and key not in deviations else as_line(value)
     # In the global order windows have no meaning.
-    if setup.get("data.order") == shown("global"):
+    if setup.get("data.order") == as_line("global"):
         setup.pop("data.window_shards", None)
     return setup
 
@@ -236,9 +236,9 @@ def _measured(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> None:
         known = set(values) - {None}
         for value, setup in zip(values, setups, strict=True):
             if len(known) == 1:
-                setup[key] = shown(next(iter(known)))
+                setup[key] = as_line(next(iter(known)))
             elif value is not None:
-                setup[key] = shown(value)
+                setup[key] = as_line(value)
 
 
 def _deviations(run: RunRecord) -> list[str]:

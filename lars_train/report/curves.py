@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito, "Color Universal Design", https://jfly.uni-koeln.de/color/; without yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 _MOST_POINTS = 250
@@ -258,9 +258,9 @@ def _cut_off(axes: Axes, curves: list[list[float]]) -> None:
 
 
 def _draw_curve(axes: Axes, x: list[float], found: Curve, row: Row, look: _Look, *, markers: bool) -> None:
-    colour, finished = COLOURS[look.style % len(COLOURS)], row.first.state == FINISHED
+    colour, finished = COLORS[look.style % len(COLORS)], row.first.state == FINISHED
     # With more experiments than colours, a colour comes again with another marker and line.
-    other = (look.style + look.style // len(COLOURS)) % len(COLOURS)
+    other = (look.style + look.style // len(COLORS)) % len(COLORS)
     every = max(1, len(x) // 10)
     axes.plot(
         x,

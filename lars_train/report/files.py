@@ -85,7 +85,7 @@ def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def whole(found: dict[str, Any], key: str) -> int | None:
+def integer(found: dict[str, Any], key: str) -> int | None:
     """The whole number that `found` has there, or None."""
     value = found.get(key)
     return value if isinstance(value, int) else None
@@ -94,16 +94,16 @@ def whole(found: dict[str, Any], key: str) -> int | None:
 def text(found: dict[str, Any], key: str) -> str | None:
     """The string that `found` has there, printable and not too long, or None."""
     value = found.get(key)
-    return shown(value) if isinstance(value, str) else None
+    return as_line(value) if isinstance(value, str) else None
 
 
-def shown(value: Any) -> str:
+def as_line(value: Any) -> str:
     """Any value of a stored config as one short line."""
     line = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     line = printable(line[:LONGEST_TEXT])
     return line if len(line) < LONGEST_TEXT else line[: LONGEST_TEXT - 3] + "..."
 
 
-def relative(path: Path, folder: Path) -> str:
+def relative_path(path: Path, folder: Path) -> str:
     """`path` as seen from `folder`, with forward slashes."""
     return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lars_train.errors import ConfigError
-from lars_train.messages import complain, not_empty, open_standard_streams, say, unread
+from lars_train.messages import complain, ignore_closed_output, not_empty, open_standard_streams, say
 from lars_train.report.compare import Row, make_rows
-from lars_train.report.files import relative
+from lars_train.report.files import relative_path
 from lars_train.report.read import find_runs, read_run
 from lars_train.report.table import terminal
 from lars_train.report.write import check_folder, sweep_folder, write_report
@@ -38,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         directories = find_runs(given)
         check_folder(out)
-        rows = rows_of(directories)
+        rows = read_rows(directories)
         files = write_report(rows, out)
     except ConfigError as error:
-        with unread():
+        with ignore_closed_output():
             print(f"lars-report: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     say(f"{terminal(rows)}\n\n{' '.join(path.name for path in files)}\nwritten to {out}/")
 
 
-def rows_of(directories: Sequence[Path]) -> list[Row]:
+def read_rows(directories: Sequence[Path]) -> list[Row]:
     """The rows of the table that the runs in `directories` make."""
     return make_rows([read_run(directory) for directory in directories])
 
@@ -59,14 +59,14 @@ def report_sweep(runs: Mapping[Path, str]) -> None:
     """
     rows: list[Row] = []
     with _tolerated("the table was not made"):
-        rows = rows_of(list(runs))
+        rows = read_rows(list(runs))
         say(terminal(rows))
     for directory, label in runs.items():
         say(f"{directory}  {label}")
     with _tolerated("the report was not written"):
         folder = sweep_folder(list(runs))
         write_report(rows, folder)
-        say(f"report         {relative(folder / 'report.html', Path())}")
+        say(f"report         {relative_path(folder / 'report.html', Path())}")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from lars_train import __version__
 from lars_train.messages import printable
 from lars_train.report import curves
 from lars_train.report.compare import Row
-from lars_train.report.files import relative, shown
+from lars_train.report.files import as_line, relative_path
 from lars_train.report.read import FINISHED, Ratios, RunRecord, read_ratios
 from lars_train.report.table import HEADER, NOTHING, batch_name, cells, elapsed_time, notes, state
 
@@ -206,12 +206,12 @@ def _runs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
             best = "" if run.best_top1 is None else f", best top-1 {run.best_top1:.2f} %"
             yield f"<p>{escape(printable(told + best))}<br>{_file_links(run, folder)}</p>"
             if run.versions:
-                yield f"<p class=faint>{escape(printable(' / '.join(map(shown, run.versions))))}</p>"
+                yield f"<p class=faint>{escape(printable(' / '.join(map(as_line, run.versions))))}</p>"
     yield "</section>"
 
 
 def _file_links(run: RunRecord, folder: Path) -> str:
     there = [name for name in _FILES if (run.directory / name).exists()]
-    where = relative(run.directory, folder)
+    where = relative_path(run.directory, folder)
     # A relative address with its colons spelt out names no scheme.
     return " · ".join(f'<a href="{quote(f"{where}/{name}", errors="surrogateescape")}">{name}</a>' for name in there)

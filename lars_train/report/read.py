@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.errors import ConfigError
-from lars_train.report.files import Unreadable, as_number, number, read_lines, read_object, shown, text, whole
+from lars_train.report.files import Unreadable, as_line, as_number, integer, number, read_lines, read_object, text
 
-FINISHED, CUT, STOPPED, FAILED, UNFINISHED = "finished", "cut short", "stopped", "failed", "unfinished"
+FINISHED, CUT_SHORT, STOPPED, FAILED, UNFINISHED = "finished", "cut short", "stopped", "failed", "unfinished"
 MOST_RUNS = 1000
 _MOST_LINES = 1_000_000
 _DEEPEST = 4
@@ -83,7 +83,7 @@ class RunRecord:
     def setting(self, key: str) -> str:
         """A setting as text; empty if there is none."""
         value = self.settings.get(key)
-        return "" if value is None else f"{value:.7g}" if isinstance(value, float) else shown(value)
+        return "" if value is None else f"{value:.7g}" if isinstance(value, float) else as_line(value)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def read_run(directory: Path) -> RunRecord:
     """The run in `directory`. Raises nothing: what cannot be read is told in the run's `problems`."""
     problems: list[str] = []
     record, final = (_object(directory / name, problems) for name in ("run.json", "final.json"))
-    settings = {shown(k): v for k, v in _dict(record, "settings").items()}
+    settings = {as_line(k): v for k, v in _dict(record, "settings").items()}
     plan = {**final, **_dict(record, "plan")}
     starts = record.get("started", [])
     top1, loss, last, seconds = _curves(directory, problems)
@@ -140,32 +140,32 @@ def read_run(directory: Path) -> RunRecord:
     diverged = _DIVERGED.fullmatch(reason) if state == FAILED else None
     if diverged is not None:
         reason, updates = diverged[1], min(updates, int(diverged[2].replace(",", "")))
-    if state in (FINISHED, CUT):
+    if state in (FINISHED, CUT_SHORT):
         seconds = number(final, "seconds")
         problems += _missing(directory, final, updates, top1, last)
-        problems += map(shown, _dict(_dict(starts[-1] if starts else {}, "ended"), "incomplete") or ())
+        problems += map(as_line, _dict(_dict(starts[-1] if starts else {}, "ended"), "incomplete") or ())
     elif starts:
         seconds = number(_dict(starts[-1], "ended"), "seconds") or seconds
     resolved = _dict(starts[-1] if starts else {}, "resolved")
-    result = final if state in (FINISHED, CUT) else {}
+    result = final if state in (FINISHED, CUT_SHORT) else {}
     size = settings.get("batch.size")
     return RunRecord(
         directory=directory,
         state=state,
         reason=reason,
         settings=settings or _settings_of(final),
-        batch=shown(size) if size is not None else text(settings, "batch.name") or text(final, "batch") or "?",
-        nominal_batch=whole(plan, "nominal_batch") or whole(settings, "batch.nominal"),
-        global_batch=whole(plan, "global_batch"),
-        samples=whole(plan, "samples"),
+        batch=as_line(size) if size is not None else text(settings, "batch.name") or text(final, "batch") or "?",
+        nominal_batch=integer(plan, "nominal_batch") or integer(settings, "batch.nominal"),
+        global_batch=integer(plan, "global_batch"),
+        samples=integer(plan, "samples"),
         raised=plan.get("raised", False),
         updates=updates,
         diverged=diverged is not None,
-        planned_updates=whole(final, "planned_updates") or whole(plan, "updates"),
+        planned_updates=integer(final, "planned_updates") or integer(plan, "updates"),
         seconds=seconds,
         best_top1=number(result, "best_top1") if result else max((p.value for p in top1), default=None),
         final_top1=number(result, "final_top1"),
-        resumes=sum(whole(start, "resumed_at") != 0 for start in starts[1:]),
+        resumes=sum(integer(start, "resumed_at") != 0 for start in starts[1:]),
         rollbacks=len(final.get("rollbacks", [])),
         precision=text(resolved, "precision"),
         versions=_versions(starts),
@@ -187,7 +187,7 @@ def read_ratios(directory: Path, most: int = 240) -> Ratios | None:
     kept: list[tuple[int, tuple[float | None, ...]]] = []
     stride, seen = 1, -1
     for line in read_lines(directory / "trust_ratios.jsonl", []):
-        update, ratios = whole(line, "update"), line.get("trust_ratios", ())
+        update, ratios = integer(line, "update"), line.get("trust_ratios", ())
         if update is None or len(ratios) != len(layers):
             continue
         seen += 1
@@ -199,7 +199,7 @@ def read_ratios(directory: Path, most: int = 240) -> Ratios | None:
     kept = kept[:: len(kept) // most + 1]
     if not kept:
         return None
-    return Ratios(tuple(map(shown, layers)), tuple(u for u, _ in kept), tuple(v for _, v in kept))
+    return Ratios(tuple(map(as_line, layers)), tuple(u for u, _ in kept), tuple(v for _, v in kept))
 
 
 def _object(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -219,14 +219,14 @@ def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tu
     start = starts[-1] if starts else {}
     ended = _dict(start, "ended")
     how = text(ended, "how")
-    done, planned = whole(final, "updates"), whole(final, "planned_updates")
+    done, planned = integer(final, "updates"), integer(final, "planned_updates")
     if done is not None and planned is not None and done >= last:
         if done >= planned:
             return FINISHED, "", done
         # A later start of a run that max_updates has ended leaves that end's record until its own.
         if how == "finished" or "resumed_at" not in start:
-            return CUT, "by max_updates", done
-    update = max(last, whole(ended, "update") or 0)
+            return CUT_SHORT, "by max_updates", done
+    update = max(last, integer(ended, "update") or 0)
     reason = text(ended, "reason") or ""
     if how == "finished":
         return UNFINISHED, "it has finished, but its final.json is missing or damaged", update
@@ -266,7 +266,7 @@ def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tu
         if count >= _MOST_LINES:
             problems.append(f"metrics.jsonl: what is beyond {_MOST_LINES:,} lines is left out")
             break
-        update, epoch, seconds = whole(line, "update"), number(line, "epoch"), number(line, "run/seconds")
+        update, epoch, seconds = integer(line, "update"), number(line, "epoch"), number(line, "run/seconds")
         if update is None or epoch is None:
             continue
         last = max(last, update)

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lars_train.messages import columns, folded, printable, short
+from lars_train.messages import format_number, printable, terminal_width, wrap_line
 from lars_train.report.compare import RUN, Mean, Row
 from lars_train.report.curves import labels
-from lars_train.report.files import as_number, relative, shown
-from lars_train.report.read import CUT, FAILED, FINISHED, RunRecord
+from lars_train.report.files import as_line, as_number, relative_path
+from lars_train.report.read import CUT_SHORT, FAILED, FINISHED, RunRecord
 
 HEADER = (
     "batch",
@@ -112,8 +112,8 @@ def state(row: Row) -> str:
     run, parts = row.first, [row.first.state]
     if run.state == FINISHED and len(row.runs) > 1:
         parts = [f"{FINISHED}, {len(row.runs)} seeds"]
-    if run.state == CUT:
-        parts = [f"{CUT} {run.reason}"]
+    if run.state == CUT_SHORT:
+        parts = [f"{CUT_SHORT} {run.reason}"]
     elif run.diverged:
         # The reason names the update.
         parts = [f"{FAILED}: {run.reason.rstrip('.')}"]
@@ -197,7 +197,7 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
             "kill made undone; images/s: training images over that time"
             + (", of several seeds the mean." if any(len(row.runs) > 1 for row in rows) else ".")
         )
-    told += [f"{shown(run.directory.name)}: {problem}." for run in runs for problem in run.problems]
+    told += [f"{as_line(run.directory.name)}: {problem}." for run in runs for problem in run.problems]
     return [printable(note) for note in told]
 
 
@@ -206,7 +206,7 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> str:
 
     `width`: of the lines; None: the terminal's, or 80 where standard output is none.
     """
-    width = columns(sys.stdout) if width is None else width
+    width = terminal_width(sys.stdout) if width is None else width
     lines = [dict(zip(HEADER, cells(row), strict=True)) for row in rows]
     # A row's label names its state.
     reasons = [
@@ -218,25 +218,27 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> str:
         if len(line["batch"]) > _LONGEST_BATCH:
             line["batch"] = f"{line['batch'][:_LONGEST_BATCH]}..."
     telling = [name for name in HEADER if any(line[name] not in _SAYS_NOTHING.get(name, set()) for line in lines)]
-    shown, room = list[str](), width - len("|")
+    kept, room = list[str](), width - len("|")
     for name in sorted(telling, key=_KEPT.index):
         size = len(" |") + 1 + max(len(escaped(cell)) for cell in (name, *(line[name] for line in lines)))
-        if size <= room or not shown:
-            shown.append(name)
+        if size <= room or not kept:
+            kept.append(name)
             room -= size
-    shown.sort(key=HEADER.index)
-    text = [markdown_table(shown, [[line[name] for name in shown] for line in lines])]
+    kept.sort(key=HEADER.index)
+    text = [markdown_table(kept, [[line[name] for name in kept] for line in lines])]
     # What a row is, beside its results: where two are alike in it, what sets them apart stands below.
-    kinds = [tuple(line[name] for name in shown if name not in _RESULTS) for line in lines]
+    kinds = [tuple(line[name] for name in kept if name not in _RESULTS) for line in lines]
     for label, kind, line, reason in zip(labels(rows), kinds, lines, reasons, strict=True):
-        apart = line["differs in"] if "differs in" not in shown and kinds.count(kind) > 1 else NOTHING
+        apart = line["differs in"] if "differs in" not in kept and kinds.count(kind) > 1 else NOTHING
         told = "; ".join(part for part in (reason, apart) if part not in ("", NOTHING))
-        text += folded(f"  {label}: {told}", width) if told else []
-    left_out = [name for name in telling if name not in shown]
+        text += wrap_line(f"  {label}: {told}", width) if told else []
+    left_out = [name for name in telling if name not in kept]
     if left_out:
-        text += folded(f"Left out in {width} columns: {', '.join(left_out)}; lars-report's table.md has them.", width)
+        text += wrap_line(
+            f"Left out in {width} columns: {', '.join(left_out)}; lars-report's table.md has them.", width
+        )
     for note in notes(rows, brief=True):
-        text += folded(note, width)
+        text += wrap_line(note, width)
     return "\n".join(text)
 
 
@@ -303,7 +305,7 @@ def csv_text(rows: Sequence[Row], folder: Path) -> str:
             "resumes": sum(r.resumes for r in row.runs),
             "rollbacks": sum(r.rollbacks for r in row.runs),
             "differs_in": _cell("; ".join(f"{key}: {value}" for key, value in row.differs.items())),
-            "directories": _cell(";".join(_in_list(relative(r.directory, folder)) for r in row.runs)),
+            "directories": _cell(";".join(_in_list(relative_path(r.directory, folder)) for r in row.runs)),
         }
         if not header:
             header = list(values)
@@ -328,7 +330,7 @@ def _short(run: RunRecord, key: str) -> str:
 
 def _epochs(run: RunRecord, key: str) -> str:
     value = as_number(run.settings.get(key))
-    return NOTHING if value is None else short(value)
+    return NOTHING if value is None else format_number(value)
 
 
 def _updates(run: RunRecord) -> str:

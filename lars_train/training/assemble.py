@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lars_train.config import Config, OptimizerConfig, filled
 from lars_train.config.lars_options import FLOAT32_MAX, lars_keywords
 from lars_train.data.sources.imagenet import wnids
-from lars_train.errors import ConfigError, nearest
+from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.factory import build_model
 from lars_train.models.weight_files import Weights, few, read_weights
 from lars_train.models.weights import check_finite, check_name, keep_outputs, load_state, load_weights
@@ -281,7 +281,7 @@ def optimizer_class(name: str) -> Any:
     if name not in choices:
         raise ConfigError(
             f"optimizer.base={name}: torch.optim has no such class; it has {', '.join(choices)}."
-            f"{nearest(name, choices)}"
+            f"{did_you_mean(name, choices)}"
         )
     return getattr(torch.optim, name)
 
@@ -294,7 +294,7 @@ def _keywords(config: OptimizerConfig, base_class: Any) -> dict[str, Any]:
             raise ConfigError(f"optimizer.kwargs.{key}: use optimizer.{key} for it.")
         if key not in known:
             raise ConfigError(
-                f"optimizer.kwargs.{key}: torch.optim.{config.base} has no such keyword.{nearest(key, known)}"
+                f"optimizer.kwargs.{key}: torch.optim.{config.base} has no such keyword.{did_you_mean(key, known)}"
             )
         if wanted := _wanted(keywords[key], known[key]):
             raise ConfigError(

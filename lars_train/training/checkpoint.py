@@ -31,8 +31,8 @@ from typing import IO, Any, cast
 import torch
 
 from lars_train.errors import ConfigError
-from lars_train.fsutil import discard, naming, sync_folder, user_path
-from lars_train.messages import first_line, printable, unread
+from lars_train.fsutil import discard, name_in_errors, sync_folder, user_path
+from lars_train.messages import first_line, ignore_closed_output, printable
 from lars_train.monitoring.noise import NoiseScale
 
 FORMAT = 1
@@ -109,7 +109,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: i
     path = path_of(folder, update)
     partial = path.with_suffix(".partial")
     try:
-        with naming(path), partial.open("wb") as file:
+        with name_in_errors(path), partial.open("wb") as file:
             hashing = _Hashing(file)
             try:
                 torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
@@ -340,7 +340,7 @@ def latest(
             unfit = unfit or ConfigError(f"{path}: {error}")
             text = f"WARNING: checkpoint {path} does not fit: {error} Trying the one before it."
         if warn:
-            with unread():
+            with ignore_closed_output():
                 print(printable(text), file=sys.stderr, flush=True)
     if unfit is not None:
         raise unfit

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.launch import Ranks, adopt, export_slurm, step_name
-from lars_train.messages import printable_lines, unread
+from lars_train.messages import ignore_closed_output, printable_lines
 from lars_train.rendezvous import choose_interface, open_job_store
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exce
     )
     if ranks.first:
         # At once, for the launcher waits for the rank that hangs before it tells of anything.
-        with unread():
+        with ignore_closed_output():
             print(f"lars-train: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -241,7 +241,7 @@ def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
     if rank == ranks.rank:
         if not ranks.first:
             told = f"lars-train: rank {rank} on {platform.node()}: {printable_lines(text)}"
-            with unread():
+            with ignore_closed_output():
                 print(told, file=sys.stderr, flush=True)
         return error
     known: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, DataError, Diverged)}

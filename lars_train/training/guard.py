@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lars_train.config.schema import GuardConfig
 from lars_train.data.loading.loader import BadSample
 from lars_train.errors import ConfigError, DataError, Diverged
-from lars_train.fsutil import user_path, write_whole
+from lars_train.fsutil import user_path, write_atomic
 from lars_train.messages import counted, is_url
 from lars_train.optim.lars import LARS
 from lars_train.optim.rescale import Layers
@@ -250,7 +250,7 @@ def record_divergence(directory: Path, divergence: Divergence, action: dict[str,
     """Append a line with `action`: what the run does, and where it resumes. Atomic; raises OSError."""
     path = directory / DIVERGENCES
     before = path.read_bytes() if path.exists() else b""
-    write_whole(path, [before, json.dumps({**divergence.record(), **action}).encode() + b"\n"])
+    write_atomic(path, [before, json.dumps({**divergence.record(), **action}).encode() + b"\n"])
 
 
 def take_back_divergences(directory: Path, rollbacks: int) -> None:
@@ -268,7 +268,7 @@ def take_back_divergences(directory: Path, rollbacks: int) -> None:
         if line.endswith(b"\n") and not (is_rollback and found > rollbacks):
             kept.append(line)
     if b"".join(kept) != whole:
-        write_whole(path, kept)
+        write_atomic(path, kept)
 
 
 def told_in(path: Path) -> set[str]:
@@ -355,5 +355,5 @@ class BadImages:
         """Write the lines that the disk has refused so far; the next checkpoint relies on them. Raises OSError."""
         if self._unwritten:
             there = path.read_bytes() if path.exists() else b""
-            write_whole(path, [there, "".join(self._unwritten).encode()])
+            write_atomic(path, [there, "".join(self._unwritten).encode()])
             self._unwritten.clear()

@@ -13,7 +13,7 @@ from lars_train.data.loading.loader import Batch, LoaderStatistics
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.memory import memory
 from lars_train.monitoring.progress import Progress
-from lars_train.monitoring.summary import epoch_fields, lag_line
+from lars_train.monitoring.summary import epoch_fields, validation_gap_note
 from lars_train.plan import evaluation_is_due
 from lars_train.training.checkpoint import RunState
 from lars_train.training.checkpoint_writer import CheckpointWriter
@@ -132,7 +132,7 @@ class MetricsLogger:
         """Print the epoch's line, with the evaluation's `result` if there is one, `first` if it is the run's first."""
         update, plan, best = self._trainer.update, self._trainer.plan, self._state.best_top1
         self._progress.end_epoch(*epoch_fields(update, plan, self.values, result, best, self.run_left))
-        if first and result is not None and (note := lag_line(self.values, result)):
+        if first and result is not None and (note := validation_gap_note(self.values, result)):
             self._progress.say(note)
 
     def finish(self) -> str:

@@ -19,7 +19,7 @@ from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.messages import first_line
 from lars_train.models.weights import weights_sha256
 from lars_train.monitoring.progress import Progress
-from lars_train.monitoring.summary import announcement, final_record, work_line
+from lars_train.monitoring.summary import final_record, flops_line, startup_lines
 from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.signals import SignalHandler
 from lars_train.training import checkpoint
@@ -132,8 +132,8 @@ class Run:
         """Print the effective values of the run."""
         config, resolved = self.config, self.resolved
         lines = [
-            *announcement(config, self.plan, resolved, self.directory, self.resumed_at, self.dataset.inventory),
-            work_line(self.flops_per_image, self.peak_flops),
+            *startup_lines(config, self.plan, resolved, self.directory, self.resumed_at, self.dataset.inventory),
+            flops_line(self.flops_per_image, self.peak_flops),
             *decoder_lines(config.data.decoder, resolved.decoder, self.decoded_so_far, self.dataset.train),
         ]
         for line in lines:

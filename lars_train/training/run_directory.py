@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from lars_train.config import AUTO, EXECUTION_KEYS, Config, flatten, run_hash
 from lars_train.data.dataset import Dataset
 from lars_train.errors import ConfigError, DataError
-from lars_train.fsutil import discard, naming, stage, sync_folder, user_path, wait_for, write_whole
+from lars_train.fsutil import discard, name_in_errors, stage, sync_folder, user_path, wait_for, write_atomic
 from lars_train.messages import say, utf8
 from lars_train.plan import Plan
 from lars_train.training.distributed import Group
@@ -161,7 +161,7 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
             _write_record(directory, config, invocation)
             recorded = True
             _write_settings(directory, config, invocation)
-            with naming(directory / ".shared"):
+            with name_in_errors(directory / ".shared"):
                 (directory / ".shared").write_text(token)
         except OSError as failure:
             error = ConfigError(f"run directory {directory}: it cannot be written ({failure}).")
@@ -270,14 +270,14 @@ def _as_json(record: dict[str, Any]) -> bytes:
 
 
 def _put_record(path: Path, record: dict[str, Any]) -> None:
-    write_whole(path, [_as_json(record)])
+    write_atomic(path, [_as_json(record)])
 
 
 def _reserve(directory: Path) -> None:
     # Random, for some file systems keep no room for zeros.
     path = directory / _RESERVE
     if not path.exists() or path.stat().st_size != _RESERVE_BYTES:
-        write_whole(path, [os.urandom(_RESERVE_BYTES)])
+        write_atomic(path, [os.urandom(_RESERVE_BYTES)])
 
 
 def _move_aside(directory: Path) -> None:
@@ -335,7 +335,7 @@ def _write_settings(directory: Path, config: Config, invocation: Invocation) -> 
         directory / "config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)),
     }
     for path, text in texts.items():
-        write_whole(path, [utf8(text)])
+        write_atomic(path, [utf8(text)])
 
 
 def versions() -> dict[str, str]:

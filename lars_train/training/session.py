@@ -22,7 +22,7 @@ from lars_train.launch import Ranks
 from lars_train.messages import complain, first_line, say
 from lars_train.monitoring.confusion import write_confusion
 from lars_train.monitoring.progress import Progress
-from lars_train.monitoring.summary import FINISHED
+from lars_train.monitoring.summary import ALREADY_FINISHED
 from lars_train.plan import check_world
 from lars_train.training import checkpoint
 from lars_train.training.assemble import network_to_evaluate
@@ -94,7 +94,7 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
         # Rank 0 alone looks, so that all do the same however late a shared file system shows a file.
         final: dict[str, Any] | None = group.broadcast_from_rank0(find_finished(prepared) if group.first else None)
         if final is not None:
-            say(FINISHED)
+            say(ALREADY_FINISHED)
             return final
         lock = open_directory(directory, config, invocation, group)
         try:

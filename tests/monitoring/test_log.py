@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from lars_train.monitoring import tensorboard as board_module
 from lars_train.monitoring.fields import FIELDS
 from lars_train.monitoring.layers import LayerValues
-from lars_train.monitoring.log import RunLog, keep_up_to
+from lars_train.monitoring.log import RunLog, drop_lines_after
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -272,12 +272,12 @@ def test_later_and_torn_lines_are_dropped(tmp_path: Path) -> None:
     kept = ['{"update": 1, "train/loss": 3.0}', '{"update": 2, "val/top1": NaN}', '{"update": 2, "train/loss": 2.0}']
     dropped = ['{"update": 3, "train/loss": 1.0}', '{"update": 1, "tra', "", "17", "null", '{"loss": 1}', "\0\0\0\0"]
     path.write_text("\n".join([kept[0], dropped[0], *kept[1:], *dropped[1:]]))
-    keep_up_to(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text().splitlines() == kept
     assert path.read_text().endswith("\n")
-    keep_up_to(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text().splitlines() == kept
-    keep_up_to(path, 0)
+    drop_lines_after(path, 0)
     assert path.read_text() == ""
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -292,7 +292,7 @@ def test_a_complete_last_line_without_its_newline_is_kept_whole(tmp_path: Path) 
 
 
 def test_no_log_yet_is_no_error(tmp_path: Path) -> None:
-    keep_up_to(tmp_path / "metrics.jsonl", 5)
+    drop_lines_after(tmp_path / "metrics.jsonl", 5)
     assert list(tmp_path.iterdir()) == []
 
 

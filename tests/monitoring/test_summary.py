@@ -9,7 +9,7 @@ import pytest
 
 from lars_train.config import BatchConfig, Config, ModelConfig, OptimizerConfig, RecipeConfig, ScheduleConfig
 from lars_train.data.inventory import Inventory
-from lars_train.monitoring.summary import announcement, epoch_fields, final_record, lag_line
+from lars_train.monitoring.summary import epoch_fields, final_record, startup_lines, validation_gap_note
 from lars_train.plan import Plan
 
 PLAN = Plan(
@@ -53,7 +53,7 @@ class Evaluated:
 
 
 def told(plan: Plan = PLAN, config: Config = CONFIG, decided: Any = None, resumed_at: int = 0) -> str:
-    return "\n".join(announcement(config, plan, decided or Decided(), Path("runs/x"), resumed_at, Inventory()))
+    return "\n".join(startup_lines(config, plan, decided or Decided(), Path("runs/x"), resumed_at, Inventory()))
 
 
 def test_the_effective_values_are_told_before_training() -> None:
@@ -135,9 +135,9 @@ def test_an_epochs_line_tells_what_there_is() -> None:
     [(72.0, 0.035, True), (70.0, 0.035, False), (72.0, 0.009, False), (72.0, float("nan"), False)],
 )
 def test_low_validation_is_explained_where_weights_move_fast(top1: float, moved: float, told: bool) -> None:
-    line = lag_line({"train/top1": top1, "train/update_ratio": moved}, Evaluated(top1=61.0))
+    line = validation_gap_note({"train/top1": top1, "train/update_ratio": moved}, Evaluated(top1=61.0))
     assert (line is not None) is told
-    assert lag_line({}, Evaluated(top1=61.0)) is None
+    assert validation_gap_note({}, Evaluated(top1=61.0)) is None
     if line is not None:
         assert "training (72 %)" in line
         assert "move by 3.5 % an update" in line

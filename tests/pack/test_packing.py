@@ -500,7 +500,7 @@ def test_a_disk_that_is_full_is_told_in_one_line_and_loses_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "write_whole", full)
+        patched.setattr(writer, "write_atomic", full)
         with pytest.raises(DataError, match=r"000000\.tar: .*No space left on device.*the same command goes on"):
             pack(request(root, tmp_path / "store"), silent)
     assert not list((tmp_path / "store").rglob("*.tmp"))

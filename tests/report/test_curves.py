@@ -114,8 +114,8 @@ def luminance(colour: str) -> float:
 
 
 def test_every_colour_comes_with_a_marker_and_a_line_of_its_own_and_is_seen_on_white_and_on_black() -> None:
-    assert len(set(curves.COLOURS)) == len(set(curves.MARKERS)) == len(set(map(str, curves.LINES))) == 7
-    for colour in curves.COLOURS:
+    assert len(set(curves.COLORS)) == len(set(curves.MARKERS)) == len(set(map(str, curves.LINES))) == 7
+    for colour in curves.COLORS:
         on_white, on_dark = (
             1.05 / (luminance(colour) + 0.05),
             (luminance(colour) + 0.05) / (luminance("#16181a") + 0.05),

@@ -110,7 +110,7 @@ def test_a_sweep_s_results_are_told_even_if_no_report_can_be_made(
     assert "(failed): at update 12: Diverged: x" in out
     assert [line.split()[-1] for line in out.splitlines() if line.startswith(str(tmp_path))] == list(runs.values())
     assert err == "lars-train: the report was not written: RuntimeError: no fonts\n"
-    monkeypatch.setattr(lars_report, "rows_of", fail)
+    monkeypatch.setattr(lars_report, "read_rows", fail)
     report_sweep(runs)
     out, err = capsys.readouterr()
     assert [line.split()[-1] for line in out.splitlines()] == list(runs.values())

@@ -92,7 +92,7 @@ def test_lines_that_the_disk_refuses_are_written_before_the_next_checkpoint(
     images, path, told = BadImages(5, Group(Ranks())), tmp_path / "bad_images.jsonl", list[str]()
     path.write_text('{"image": "/before.png", "reason": "torn", "update": 1}\n')
     with monkeypatch.context() as patch:
-        patch.setattr(guard, "write_whole", full)
+        patch.setattr(guard, "write_atomic", full)
         for update in (2, 3):
             images.note(bad(f"/{update}.png"))
             images.report(path, update, told.append)

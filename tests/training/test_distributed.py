@@ -31,7 +31,7 @@ from lars_train.data.order import epoch_order
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
 from lars_train.models.resnet_cifar import CifarResNet
-from lars_train.monitoring.fields import OF_THE_LAYOUT
+from lars_train.monitoring.fields import LAYOUT_DEPENDENT_FIELDS
 from lars_train.training import checkpoint, distributed, session
 from lars_train.training.distributed import Group, begin_job, process_group
 from lars_train.training.prepare import prepare
@@ -307,8 +307,8 @@ def test_ranks_together_log_the_curve_of_one(together: Path, alone: Path) -> Non
     )
     assert len(got) == len(expected) > UPDATES // 2
     for ours, theirs in zip(got, expected, strict=True):
-        assert ours.keys() - OF_THE_LAYOUT == theirs.keys() - OF_THE_LAYOUT
-        for key in ours.keys() - OF_THE_LAYOUT:
+        assert ours.keys() - LAYOUT_DEPENDENT_FIELDS == theirs.keys() - LAYOUT_DEPENDENT_FIELDS
+        for key in ours.keys() - LAYOUT_DEPENDENT_FIELDS:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-10), key
     evaluations = [line for line in got if "val/count" in line]
     assert [line["val/count"] for line in evaluations] == [23, 23]

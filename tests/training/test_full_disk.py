@@ -20,7 +20,7 @@ from tiny import tiny
 
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
-from lars_train.monitoring.fields import OF_THE_CLOCK
+from lars_train.monitoring.fields import TIMING_FIELDS
 from lars_train.report.read import read_run
 from lars_train.training import checkpoint, session
 from lars_train.training.prepare import prepare
@@ -109,7 +109,7 @@ def train(directory: Path) -> dict[str, Any]:
 
 def logged(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (directory / name).read_text().splitlines()]
-    left_out = {*OF_THE_CLOCK, "train/checkpoint_failures"}
+    left_out = {*TIMING_FIELDS, "train/checkpoint_failures"}
     return [{k: v for k, v in line.items() if k not in left_out} for line in found]
 
 

@@ -230,7 +230,7 @@ def test_a_report_that_cannot_be_written_hides_no_divergence(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(guard_module, "write_whole", full)
+    monkeypatch.setattr(guard_module, "write_atomic", full)
     with pytest.raises(Diverged, match="diverged at update 1: loss"):
         train(tmp_path / "run", max_loss=0.01)
     assert "WARNING: divergence.jsonl cannot be written (No space left on device)" in capsys.readouterr().out

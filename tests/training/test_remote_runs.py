@@ -26,7 +26,7 @@ from lars_train.config import Config, config_dir, register, resolve
 from lars_train.data.sources.remote import RemoteSource
 from lars_train.errors import ConfigError, DataError
 from lars_train.launch import Ranks
-from lars_train.monitoring.fields import OF_THE_CLOCK
+from lars_train.monitoring.fields import TIMING_FIELDS
 from lars_train.pack.encode import Encoding
 from lars_train.pack.packing import Request, pack, silent
 from lars_train.training import session
@@ -98,7 +98,7 @@ def train(directory: Path, root: object, **changes: Any) -> dict[str, Any]:
 def results(directory: Path) -> list[dict[str, Any]]:
     """The log, without what a clock has measured."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in OF_THE_CLOCK} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in lines]
 
 
 @pytest.fixture(scope="module")

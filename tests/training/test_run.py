@@ -18,7 +18,7 @@ from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.export import export
 from lars_train.launch import Ranks
-from lars_train.monitoring.fields import FIELDS, OF_THE_CLOCK
+from lars_train.monitoring.fields import FIELDS, TIMING_FIELDS
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.progress import Progress
 from lars_train.optim.lars import LARS
@@ -65,7 +65,7 @@ def train(directory: Path, **changes: Any) -> dict[str, Any]:
 def lines(directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl, without what a clock has measured."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in OF_THE_CLOCK} for line in found]
+    return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in found]
 
 
 def state(directory: Path) -> dict[str, Any]:

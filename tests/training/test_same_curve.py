@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lars_train.monitoring.fields import OF_THE_LAYOUT
+from lars_train.monitoring.fields import LAYOUT_DEPENDENT_FIELDS
 from lars_train.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -136,8 +136,8 @@ def test_in_float64_the_curve_is_that_of_one_process_anywhere(
 ) -> None:
     got, expected = runs.of("fp64", world, micro_batch, workers), runs.of("fp64", 1, 4, 0)
     for ours, theirs in zip(got.metrics, expected.metrics, strict=True):
-        assert ours.keys() - OF_THE_LAYOUT == theirs.keys() - OF_THE_LAYOUT
-        for key in ours.keys() - OF_THE_LAYOUT:
+        assert ours.keys() - LAYOUT_DEPENDENT_FIELDS == theirs.keys() - LAYOUT_DEPENDENT_FIELDS
+        for key in ours.keys() - LAYOUT_DEPENDENT_FIELDS:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-10, abs=0), (key, ours["update"])
     for kind in ("weights", "statistics", "momenta"):
         assert largest_difference(got.tensors(kind), expected.tensors(kind)) <= 1e-10, kind

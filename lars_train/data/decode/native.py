@@ -17,13 +17,13 @@ from PIL import Image
 
 from lars_train.data.dataset import Source
 from lars_train.data.transforms import Geometry
-from lars_train.extensions import built
+from lars_train.extensions import load_extension
 
 if TYPE_CHECKING:
     from lars_train.data.decode import jpeg
 else:
     # None: no compiler or no libjpeg was there at the install, or the library is gone since.
-    jpeg = built("lars_train.data.decode.jpeg")
+    jpeg = load_extension("lars_train.data.decode.jpeg")
 
 # Names that are looked at for what kind of files a data set has.
 _LOOKED_AT = 100

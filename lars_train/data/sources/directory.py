@@ -28,7 +28,7 @@ from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index
 from lars_train.data.sources.tree import Listing, Ranks, count_skipped, is_hidden, is_image, join, listing_of, ranked
 from lars_train.data.splits import is_split
 from lars_train.errors import ConfigError
-from lars_train.messages import first_process, printable
+from lars_train.messages import is_rank0, printable
 
 WORTH = 10_000
 """Images, by estimate, from which an index is kept; fewer are read as quickly."""
@@ -268,7 +268,7 @@ def _read(
     # disable=None: no bar where stderr is no terminal.
     bar = tqdm(
         total=len(classes), desc=f"reading {printable(split.name)}", unit="folder", leave=False, delay=1,
-        disable=None if first_process() else True,
+        disable=None if is_rank0() else True,
     )  # fmt: skip
     with bar, ThreadPoolExecutor(_THREADS) as pool:
         for name, part in zip(classes, pool.map(read, classes), strict=True):

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.fsutil import cache_folder, write_whole
+from lars_train.fsutil import cache_folder, write_atomic
 from lars_train.messages import complain, printable
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -57,7 +57,7 @@ def write_mapped(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.N
     header = json.dumps({"meta": meta, "arrays": described, "bytes": offset, "crc": crc}).encode()
     header += b" " * (-(_HEAD.size + len(header)) % _ALIGN)
     head = _HEAD.pack(_MAGIC, zlib.crc32(header), len(header))
-    write_whole(path, [head, header, *pieces])
+    write_atomic(path, [head, header, *pieces])
 
 
 def read_mapped(path: Path) -> tuple[dict[str, Any], Arrays]:

@@ -34,7 +34,7 @@ from lars_train.data.sources.tars import BadTar
 from lars_train.data.sources.tree import Listing
 from lars_train.data.splits import TEST, TRAIN, VAL, no_classes
 from lars_train.errors import ConfigError
-from lars_train.messages import counted, first_process, printable
+from lars_train.messages import counted, is_rank0, printable
 
 # 2: names with digits, several images in a sample, labels and folders are read in another way; counts.
 # 3: names like those of splits, contradictions between labels, and all that is skipped.
@@ -141,7 +141,7 @@ def _index(root: Path, shards: Shards, keys: tuple[str, ...]) -> tuple[dict[str,
         _Split(name, files, bool(read.train if name == TRAIN else read.val)) for name, files in shards.files.items()
     ]
     total = sum(len(split.files) for split in splits)
-    quiet = None if first_process() else True
+    quiet = None if is_rank0() else True
     with tqdm(total=total, desc="reading shards", unit="shard", leave=False, delay=1, disable=quiet) as bar:
         for split in splits:
             _read(root, split, keys, bar)
