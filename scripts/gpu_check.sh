@@ -15,7 +15,7 @@
 # The package of this checkout is measured; it need not be installed. PYTHON names the interpreter, and packages can
 # lie in a folder that PYTHONPATH names. A stage whose packages are missing is left out.
 #
-# --dry-run needs no GPU: it prints the commands and checks them by scripts/check_commands.py.
+# --dry-run needs no GPU: it prints the commands and checks them by scripts/dev/check_commands.py.
 #
 # Exit codes: 0 all well, 1 a part failed or a stage was left out, 2 nothing could begin.
 set -uo pipefail
@@ -103,7 +103,7 @@ stage_tests() {
 }
 
 stage_step() {
-    local sweep=("$python" scripts/bench_step.py --device cuda --case resnet50 --ghost 32 --sweep 256 128 64 32
+    local sweep=("$python" scripts/bench/bench_step.py --device cuda --case resnet50 --ghost 32 --sweep 256 128 64 32
         --rounds 7 --seconds 0.3)
     part "step, eager" 100 "${sweep[@]}" --only "(d) lars-train" "(c) best bare, eager"
     # Compiling takes minutes.
@@ -111,7 +111,7 @@ stage_step() {
 }
 
 stage_lars() {
-    part lars 240 "$python" scripts/bench_lars.py --device cuda --rounds 20
+    part lars 240 "$python" scripts/bench/bench_lars.py --device cuda --rounds 20
 }
 
 stage_training() {
@@ -141,7 +141,7 @@ same_weights() {
 }
 
 stage_more() {
-    local turns=("$python" scripts/bench_step.py --device cuda --starts 1 --rounds 7 --seconds 0.5)
+    local turns=("$python" scripts/bench/bench_step.py --device cuda --starts 1 --rounds 7 --seconds 0.5)
     part "more, eager" 120 "${turns[@]}" --only "(a) bare, fp32 NCHW" "(b) timm" "(c) best bare, eager" \
         "(d) lars-train" "(d) without the trainer"
     may_be_cut=yes part "more, compiled" 120 "${turns[@]}" --only "(c) best bare, eager" "(c) best bare, compiled" \
@@ -225,7 +225,7 @@ for stage in "${stages[@]}"; do
     [ "$total" -le "$most" ] || failed+=("$stage, $total s instead of $most")
 done
 if [ -s "$scratch/commands" ]; then
-    "$python" scripts/check_commands.py <"$scratch/commands" || failed+=("a command")
+    "$python" scripts/dev/check_commands.py <"$scratch/commands" || failed+=("a command")
 fi
 join() { local IFS=';' && echo "$*"; }
 out=$(join "${left_out[@]}") wrong=$(join "${failed[@]}")

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+SCRIPTS = Path(__file__).resolve().parent
+
 
 def cpu_name() -> str:
     """The processor's name, as well as the system tells it."""
@@ -28,7 +30,7 @@ def command_line(script: str, arguments: Sequence[str] | None = None, *, takes_p
         arguments: by default those that this process was started with.
         takes_page: whether its ``--write`` is followed by a page.
     """
-    words = [f"scripts/{Path(script).name}"]
+    words = [f"scripts/{Path(script).resolve().relative_to(SCRIPTS)}"]
     rest = iter(sys.argv[1:] if arguments is None else arguments)
     for word in rest:
         name, equals, _ = word.partition("=")

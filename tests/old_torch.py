@@ -1,6 +1,6 @@
 """Tests that fail in an older torch itself, or count what it does otherwise: they skip there and say so.
 
-Seen with torch 2.6.0 and 2.11.0 (scripts/test_torch.sh); what fails on 2.11 was not tried on 2.12.
+Seen with torch 2.6.0 and 2.11.0 (scripts/dev/test_torch.sh); what fails on 2.11 was not tried on 2.12.
 """
 
 from __future__ import annotations

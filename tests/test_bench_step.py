@@ -1,4 +1,4 @@
-"""scripts/bench_step.py, bench_reduction.py and profile_step.py: every contender takes part; the shares are whole."""
+"""bench_step.py, bench_reduction.py and profile_step.py: every contender takes part; the shares are whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from program import environment, start
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_step.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "bench_step.py"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""scripts/bench_trainer.py: what is done around a step counts, and nothing of the step."""
+"""scripts/bench/bench_trainer.py: what is done around a step counts, and nothing of the step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAUSE = 0.02
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
     return importlib.import_module("bench_trainer")
 
 

@@ -1,4 +1,4 @@
-"""scripts/bench_workers.py measures every contender, whose batched views are the loader's own."""
+"""scripts/bench/bench_workers.py measures every contender, whose batched views are the loader's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def test_its_philox_draws_the_loaders_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(SCRIPTS / "bench")
     uniforms = importlib.import_module("bench_workers").uniforms
     samples = [0, 1, 77, 2**40]
     expected = batch_uniforms(2**62 + 5, 3, samples, 23)[:, 20:]
@@ -31,7 +31,7 @@ def test_every_contender_has_a_row(tmp_path: Path) -> None:
     page.write_text("<!-- bench_workers: begin -->\n<!-- bench_workers: end -->\n")
     command = [
         sys.executable,
-        str(SCRIPTS / "bench_workers.py"),
+        str(SCRIPTS / "bench" / "bench_workers.py"),
         *"--workers 1 --rounds 1 --seconds 0.2 --write".split(),
         str(page),
     ]

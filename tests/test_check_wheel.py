@@ -1,4 +1,4 @@
-"""scripts/check_wheel.py: a wheel that setuptools built without an extension is no wheel for a release."""
+"""scripts/dev/check_wheel.py: a wheel that setuptools built without an extension is no wheel for a release."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "check_wheel.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "dev" / "check_wheel.py"
 FILES = (
     "lars_train/__init__.py",
     "lars_train/data/decode/jpeg.abi3.so",

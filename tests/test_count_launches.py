@@ -1,4 +1,4 @@
-"""scripts/count_launches.py: what it counts, and that ghost batches and LARS do not multiply it."""
+"""scripts/bench/count_launches.py: what it counts, and that ghost batches and LARS do not multiply it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
     return importlib.import_module("count_launches")
 
 

@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    path = ROOT / "scripts" / "make_config_reference.py"
+    path = ROOT / "scripts" / "dev" / "make_config_reference.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -29,7 +29,9 @@ def reference() -> ModuleType:
 
 
 def test_the_configuration_page_is_what_the_schema_says(reference: ModuleType) -> None:
-    assert (ROOT / "docs" / "configuration.md").read_text() == reference.page(), "run scripts/make_config_reference.py"
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference.page(), (
+        "run scripts/dev/make_config_reference.py"
+    )
 
 
 def test_every_key_has_a_meaning(reference: ModuleType) -> None:

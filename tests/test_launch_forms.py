@@ -303,7 +303,7 @@ def test_the_wheel_works_from_any_folder_with_the_checkout_gone(tmp_path: Path) 
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
     if find_spec("lars_train.data.decode.jpeg"):
-        ran([sys.executable, str(checkout / "scripts" / "check_wheel.py"), str(wheel)], tmp_path)
+        ran([sys.executable, str(checkout / "scripts" / "dev" / "check_wheel.py"), str(wheel)], tmp_path)
     assert (
         start([*pip, "install", "--no-deps", "--no-index", "-q", "-t", str(target), str(wheel)], tmp_path).returncode
         == 0

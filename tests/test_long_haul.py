@@ -1,4 +1,4 @@
-"""scripts/long_haul.py, a short one: what a run holds does not grow with its updates and evaluations."""
+"""scripts/verify/long_haul.py, a short one: what a run holds does not grow with its updates and evaluations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_GROWTH = 6.0
 
 @pytest.fixture
 def long_haul(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "verify"))
     return importlib.import_module("long_haul")
 
 
@@ -82,7 +82,7 @@ def test_a_run_too_short_to_be_judged_is_refused_beforehand(
     options: str,
     told: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["long_haul.py", *options.split()])
+    monkeypatch.setattr(sys, "argv", ["verify/long_haul.py", *options.split()])
     with pytest.raises(SystemExit) as ended:
         long_haul.main()
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""scripts/measure_performance.py: what each script finds comes between its markers of the page."""
+"""scripts/bench/measure_performance.py: what each script finds comes between its markers of the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOUND = {
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
     return importlib.import_module("measure_performance")
 
 
@@ -40,7 +40,7 @@ def test_what_a_part_finds_replaces_what_it_found_before(
     page.write_text("".join(f"<!-- {name}: begin -->\n{before}\n<!-- {name}: end -->\n" for name in names))
     monkeypatch.setattr(script, "run", run)
     arguments = ["--only", *FOUND, "long_haul", "--write", str(page)]
-    monkeypatch.setattr(sys, "argv", ["measure_performance.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench/measure_performance.py", *arguments])
     assert script.main() == 1
     text = page.read_text()
     for part, lines in FOUND.items():
@@ -56,7 +56,7 @@ def test_what_a_part_finds_replaces_what_it_found_before(
 )
 def test_each_part_is_a_script_and_has_its_markers_in_the_page(script: ModuleType, part: str) -> None:
     assert part in script.PARTS
-    assert (SCRIPTS / f"{part}.py").exists()
+    assert list(SCRIPTS.glob(f"*/{part}.py"))
     page = (SCRIPTS.parent / "docs" / "performance.md").read_text()
     script.between_markers(page, part, [])
 
@@ -68,7 +68,7 @@ def test_a_page_without_the_markers_of_a_part_is_refused_before_anything_runs(
     names = ("measure_performance", *script.PARTS[:-1])
     page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in names))
     monkeypatch.setattr(script, "run", lambda *_, **__: pytest.fail("a part was started"))
-    monkeypatch.setattr(sys, "argv", ["measure_performance.py", "--write", str(page)])
+    monkeypatch.setattr(sys, "argv", ["bench/measure_performance.py", "--write", str(page)])
     with pytest.raises(SystemExit) as ended:
         script.main()
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""scripts/reproduce_scaled_table.py: a small study from end to end, and one that goes on from its records elsewhere."""
+"""reproduce_scaled_table.py: a small study from end to end, and one that goes on from its records elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from program import environment
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "reproduce_scaled_table.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "results" / "reproduce_scaled_table.py"
 RUNS = {"table-256-sgd-recipe-seed0", *(f"table-{row}-lars-recipe-seed0" for row in ("8k", "16k", "32k"))}
 RUNS.add("table-32k-sgd-12.8-seed0")
 

@@ -41,13 +41,13 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_command_is_told_with_its_options_but_without_the_page(
     page: ModuleType, monkeypatch: pytest.MonkeyPatch, given: list[str], told: str
 ) -> None:
-    assert page.command_line("/anywhere/scripts/bench.py", given) == f"python scripts/bench.py{told}"
+    assert page.command_line(f"{SCRIPTS}/bench/bench.py", given) == f"python scripts/bench/bench.py{told}"
     monkeypatch.setattr(sys, "argv", ["bench.py", *given])
-    assert page.command_line("bench.py") == f"python scripts/bench.py{told}"
+    assert page.command_line(f"{SCRIPTS}/bench/bench.py") == f"python scripts/bench/bench.py{told}"
 
 
 def test_a_flag_that_writes_takes_no_word_with_it(page: ModuleType) -> None:
-    told = page.command_line("bench.py", ["--write", "seed=1"], takes_page=False)
+    told = page.command_line(f"{SCRIPTS}/bench.py", ["--write", "seed=1"], takes_page=False)
     assert told == "python scripts/bench.py seed=1"
 
 
@@ -86,18 +86,18 @@ def test_counts_and_seconds_are_what_their_names_say(arguments: ModuleType) -> N
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("bench_reduction.py --images 0", "argument --images: 0"),
-        ("bench_reduction.py --seconds nan", "argument --seconds: nan"),
-        ("bench_startup.py --model nope", "argument --model: invalid choice: 'nope'"),
-        ("bench_startup.py --write README.md", "argument --write: README.md: <!-- bench_startup: begin -->"),
-        ("bench_trainer.py sede=1", "there is no key or group 'sede'. Did you mean 'seed'?"),
-        ("bench_monitoring.py model=resnet51", "model=resnet51: there is no such choice"),
-        ("bench_monitoring.py batch.size=7", "micro_batch=16 is no multiple of the ghost batch"),
-        ("count_launches.py --model nope", "argument --model: invalid choice: 'nope'"),
-        ("profile_step.py --threads 0", "argument --threads: 0"),
-        ("profile_step.py --write nowhere/page.md", "argument --write: nowhere/page.md: No such file"),
-        ("chaos.py --write README.md", "argument --write: README.md: <!-- chaos: begin -->"),
-        ("measure_float32_bound.py --write README.md", "<!-- measure_float32_bound: begin -->"),
+        ("bench/bench_reduction.py --images 0", "argument --images: 0"),
+        ("bench/bench_reduction.py --seconds nan", "argument --seconds: nan"),
+        ("bench/bench_startup.py --model nope", "argument --model: invalid choice: 'nope'"),
+        ("bench/bench_startup.py --write README.md", "argument --write: README.md: <!-- bench_startup: begin -->"),
+        ("bench/bench_trainer.py sede=1", "there is no key or group 'sede'. Did you mean 'seed'?"),
+        ("bench/bench_monitoring.py model=resnet51", "model=resnet51: there is no such choice"),
+        ("bench/bench_monitoring.py batch.size=7", "micro_batch=16 is no multiple of the ghost batch"),
+        ("bench/count_launches.py --model nope", "argument --model: invalid choice: 'nope'"),
+        ("bench/profile_step.py --threads 0", "argument --threads: 0"),
+        ("bench/profile_step.py --write nowhere/page.md", "argument --write: nowhere/page.md: No such file"),
+        ("verify/chaos.py --write README.md", "argument --write: README.md: <!-- chaos: begin -->"),
+        ("verify/measure_float32_bound.py --write README.md", "<!-- measure_float32_bound: begin -->"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(command: str, told: str) -> None:

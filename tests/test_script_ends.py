@@ -62,7 +62,11 @@ def ended(command: list[str], number: int, folder: Path, sign: str) -> tuple[int
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     "command",
-    [["long_haul.py"], ["measure_performance.py", "--only", "long_haul"], ["bench_startup.py", "--model", "tiny"]],
+    [
+        ["verify/long_haul.py"],
+        ["bench/measure_performance.py", "--only", "long_haul"],
+        ["bench/bench_startup.py", "--model", "tiny"],
+    ],
     ids=lambda command: command[0],
 )
 def test_a_signal_to_a_script_ends_what_it_started_and_leaves_no_folder(
@@ -79,7 +83,7 @@ def test_two_ranks_end_with_their_script_and_nothing_is_said_of_checkpoints(tmp_
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two cores are wanted")
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "bench_reduction.py"), "--case", "small", "--rounds", "1000"],
+        [sys.executable, str(SCRIPTS / "bench" / "bench_reduction.py"), "--case", "small", "--rounds", "1000"],
         env=environment(TMPDIR=str(tmp_path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -14,8 +14,8 @@ from lars_train.config import Config, config_dir, register, resolve
 from lars_train.config.arguments import prepare_arguments
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-SHELL = SCRIPTS / "reproduce_imagenet_table.sh"
-SLURM = SCRIPTS / "slurm_imagenet_table.sbatch"
+SHELL = SCRIPTS / "results" / "reproduce_imagenet_table.sh"
+SLURM = SCRIPTS / "cluster" / "slurm_imagenet_table.sbatch"
 # Writes its own name and arguments as one line, tab between them; lars-train ends with a code that a file holds.
 STUB = """#!/bin/sh
 { printf '%s' "${0##*/}"; printf '\\t%s' "$@"; echo; } >> "$LOG"
@@ -66,7 +66,9 @@ def kinds_of(commands: list[list[str]]) -> list[tuple[str, str, int]]:
     return [(config.batch.name, config.mode, config.seed) for config in configs]
 
 
-@pytest.mark.parametrize("path", sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch")]), ids=lambda path: path.name
+)
 def test_every_shell_script_parses_and_quotes_its_variables(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     text = path.read_text()

@@ -19,7 +19,7 @@ from lars_train.launch import step_port
 pytestmark = pytest.mark.slow
 skip_without_slurm()
 
-SCRIPT = str(SCRIPTS / "slurm_run.sbatch")
+SCRIPT = str(SCRIPTS / "cluster" / "slurm_run.sbatch")
 SMALL = (
     "data=synthetic data.train_count=640 data.val_count=64 data.num_classes=4 data.image_size=16 model=tiny "
     "model.ghost_batch=8 precision=fp32 optimizer.lr=2 schedule.warmup_epochs=0.5 launch.threads=1 device=cpu "

@@ -34,7 +34,7 @@ _NVIDIA = (
 )
 
 
-# Measured by scripts/check_plan.py --cpu, see docs/plan.md.
+# Measured by scripts/verify/check_plan.py --cpu, see docs/plan.md.
 CPU_RATE = 2.16
 
 CITED = {
@@ -50,7 +50,7 @@ CITED = {
     ),
     CPU: Cited(
         {"fp32": CPU_RATE},
-        "docs/plan.md, this program on one thread of an AMD EPYC (scripts/check_plan.py --cpu); fp32",
+        "docs/plan.md, this program on one thread of an AMD EPYC (scripts/verify/check_plan.py --cpu); fp32",
     ),
 }
 

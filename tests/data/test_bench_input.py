@@ -1,4 +1,4 @@
-"""scripts/bench_input.py: from end to end on a few made-up pictures, and its parts one by one."""
+"""scripts/bench/input/bench_input.py: from end to end on a few made-up pictures, and its parts one by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STORES = ("as they are", "packed, longer side at most 500", "packed, shorter sid
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench" / "input"))
 
 
 def photograph(number: int, size: tuple[int, int] = (400, 300)) -> bytes:
@@ -72,7 +72,14 @@ def test_one_command_measures_every_contender_and_writes_page_and_plot(tmp_path:
         (tmp_path / "in" / f"{number}.jpg").write_bytes(photograph(number, (400, 300 + number)))
     (tmp_path / "in" / "broken.jpg").write_bytes(photograph(3)[:-300])
     (tmp_path / "page.md").write_text("before\n<!-- bench_input: begin -->\nold\n<!-- bench_input: end -->\nafter\n")
-    command = [sys.executable, str(SCRIPTS / "bench_input.py"), str(tmp_path / "in"), "--rounds", "1", "--peers"]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "bench" / "input" / "bench_input.py"),
+        str(tmp_path / "in"),
+        "--rounds",
+        "1",
+        "--peers",
+    ]
     command += ["--write", str(tmp_path / "page.md"), "--plot", str(tmp_path / "results" / "input")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     page = (tmp_path / "page.md").read_text()

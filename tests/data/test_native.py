@@ -48,7 +48,7 @@ pytestmark = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C wa
 
 @pytest.fixture(scope="module")
 def fuzz_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_jpeg", ROOT / "scripts" / "fuzz_jpeg.py")
+    spec = importlib.util.spec_from_file_location("fuzz_jpeg", ROOT / "scripts" / "verify" / "fuzz_jpeg.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

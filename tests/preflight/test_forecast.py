@@ -320,7 +320,7 @@ def test_every_field_of_the_json_stands_on_the_page(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def check_plan() -> ModuleType:
-    path = ROOT / "scripts" / "check_plan.py"
+    path = ROOT / "scripts" / "verify" / "check_plan.py"
     sys.path.insert(0, str(path.parent))
     try:
         spec = importlib.util.spec_from_file_location(path.stem, path)

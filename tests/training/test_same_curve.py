@@ -1,7 +1,7 @@
 """One experiment on 1 to 4 ranks, with two micro-batches, with and without loader workers: the curve is the same.
 
-scripts/measure_float32_bound.py makes all the runs in one start of four processes; what is compared here is what their
-run directories hold.
+scripts/verify/measure_float32_bound.py makes all the runs in one start of four processes; what is compared here is what
+their run directories hold.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "measure_float32_bound.py"),
+        str(ROOT / "scripts" / "verify" / "measure_float32_bound.py"),
         "--seeds",
         "1",
         "--keep",

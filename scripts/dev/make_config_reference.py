@@ -1,0 +1,141 @@
+"""Writes docs/configuration.md from the schema (lars_train/config/schema.py) and the files of configs/.
+
+python scripts/dev/make_config_reference.py            # write it
+python scripts/dev/make_config_reference.py --check    # exit with 1 if what is there is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lars_train.config import config_dir, schema
+from lars_train.config.recipe_schema import RowConfig
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+HEAD = """# Configuration
+
+Every key of `lars-train`, from the schema in `lars_train/config/schema.py`; `scripts/dev/make_config_reference.py`
+writes this page. `key=value` on the command line sets a key, `group=choice` takes a file of `configs/`. `null`: as the
+recipe's row says, or not set. `lars-train --cfg job …` prints what a command line composes to.
+"""
+TYPES = {"str": "text", "int": "whole number", "float": "number", "bool": "true, false", "Any": "any"}
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """By field, the string that stands below it in the class."""
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, after in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
+            found[field.target.id] = inspect.cleandoc(after.value.value)
+    return found
+
+
+def type_name(hint: Any) -> str:
+    """As a reader would say it."""
+    arguments = [one for one in typing.get_args(hint) if one is not type(None)]
+    if typing.get_origin(hint) is typing.Union:
+        return " or ".join(type_name(one) for one in arguments)
+    if typing.get_origin(hint) is list:
+        return f"list of {type_name(arguments[0])}s"
+    if typing.get_origin(hint) is dict:
+        return "mapping"
+    name = getattr(hint, "__name__", str(hint))
+    return TYPES.get(name, name)
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """The value without any file and command line."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value) or '""'
+
+
+def table(kind: type, prefix: str) -> list[str]:
+    """The fields of a class that are no groups themselves."""
+    hints, told = typing.get_type_hints(kind), meanings(kind)
+    lines = ["| key | type | default | |", "|---|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        if not dataclasses.is_dataclass(hints[field.name]):
+            meaning = " ".join(told.get(field.name, "").split()).replace("``", "`").replace("|", "\\|")
+            key, value = f"`{prefix}{field.name}`", f"`{default(field)}`"
+            lines.append(f"| {key} | {type_name(hints[field.name])} | {value} | {meaning} |")
+    return lines
+
+
+def untold() -> list[str]:
+    """Keys without a meaning, but for a row's, which are told where each of them belongs."""
+    kinds = {
+        field.name: typing.get_type_hints(schema.Config)[field.name] for field in dataclasses.fields(schema.Config)
+    }
+    groups: dict[str, Any] = {
+        "": schema.Config,
+        **{f"{name}.": kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)},
+    }
+    return [
+        f"{prefix}{field.name}"
+        for prefix, kind in groups.items()
+        for field in dataclasses.fields(kind)
+        if field.name not in meanings(kind) and not dataclasses.is_dataclass(kinds.get(f"{prefix}{field.name}"))
+    ]
+
+
+def intro(kind: type) -> str:
+    """A class's docstring as a paragraph or more."""
+    return inspect.cleandoc(kind.__doc__ or "").replace("``", "`")
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD, *table(schema.Config, "")]
+    for field in dataclasses.fields(schema.Config):
+        kind = typing.get_type_hints(schema.Config)[field.name]
+        if not dataclasses.is_dataclass(kind):
+            continue
+        lines += ["", f"## {field.name}", "", intro(typing.cast(type, kind)), ""]
+        if names := schema.choices_of(field.name):
+            lines += [f"`{field.name}=` {', '.join(f'`{name}`' for name in names)}", ""]
+        lines += table(typing.cast(type, kind), f"{field.name}.")
+    keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(RowConfig))
+    lines += ["", "## A row of a recipe", "", intro(RowConfig), "", f"{keys}."]
+    config = OmegaConf.load(config_dir() / "config.yaml")
+    chosen = ", ".join(
+        f"`{key}={value}`"
+        for one in config.defaults
+        if not isinstance(one, str)
+        for key, value in one.items()
+        if " " not in str(key)
+    )
+    lines += ["", "## What a bare `lars-train` chooses", "", f"{chosen}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page is not up to date")
+    if parser.parse_args().check:
+        sys.exit(PAGE.read_text() != page())
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

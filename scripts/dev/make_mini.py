@@ -1,0 +1,143 @@
+"""Makes the embedded data set: 10,000 training and 2,000 test images of Fashion-MNIST in one zip.
+
+    python scripts/dev/make_mini.py             # writes lars_train/data/embedded/fashion_mnist_mini.zip
+    python scripts/dev/make_mini.py --check     # builds it in memory; exit code 1 if the file differs
+
+The source is a directory with the four IDX files, plain or gzipped. Two ways to get it:
+the Debian package `dataset-fashion-mnist` (/usr/share/datasets/fashion-mnist), or
+`torchvision.datasets.FashionMNIST(DIR, download=True)`, then `--source DIR`.
+
+The images are drawn with a fixed key, evenly per class, and keep their index in the IDX file as their
+name. The same source and the same Pillow give the same bytes. This script downloads nothing and is not
+needed to use the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, features
+
+TARGET = Path(__file__).resolve().parents[2] / "lars_train/data/embedded/fashion_mnist_mini.zip"
+LAYOUTS = (".", "raw", "FashionMNIST/raw")
+# Index = Zalando's label.
+CLASSES = (
+    "t-shirt-top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
+# Split in the zip: prefix of the IDX files, images per class, Philox key.
+SPLITS = {"train": ("train", 1000, 1), "val": ("t10k", 200, 2)}
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The uint8 array in an IDX file, gzipped or not (format: http://yann.lecun.com/exdb/mnist/)."""
+    raw = path.read_bytes()
+    data = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    zeros, kind, ndim = struct.unpack(">HBB", data[:4])
+    if zeros != 0 or kind != 8:
+        raise SystemExit(f"{path}: not an IDX file of unsigned bytes")
+    shape = struct.unpack(f">{ndim}I", data[4 : 4 + 4 * ndim])
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def find_idx(source: Path, stem: str) -> Path:
+    """The IDX file `stem` in one of the known layouts below `source`."""
+    for layout in LAYOUTS:
+        for name in (f"{stem}.gz", stem):
+            if (path := source / layout / name).is_file():
+                return path
+    raise SystemExit(f"{source}: no {stem}[.gz]; install dataset-fashion-mnist, or give --source DIR")
+
+
+def choose(labels: np.ndarray, per_class: int, key: int) -> np.ndarray:
+    """`per_class` indices of each class: the first of the class in a keyed permutation of all of them."""
+    order = np.argsort(np.random.Philox(key=key).random_raw(len(labels)), kind="stable")
+    return np.concatenate([order[labels[order] == k][:per_class] for k in range(len(CLASSES))])
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A grayscale PNG of uint8 (H, W)."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def encoder() -> str:
+    """What the PNG bytes depend on besides the pixels; kept as the zip's comment."""
+    zlib = f"zlib-ng {ng}" if (ng := features.version("zlib_ng")) else f"zlib {features.version('zlib')}"
+    return f"Pillow {features.version('pil')}, {zlib}"
+
+
+def build(source: Path) -> bytes:
+    """The bytes of the zip."""
+    entries: dict[str, bytes] = {}
+    for split, (prefix, per_class, key) in SPLITS.items():
+        images = read_idx(find_idx(source, f"{prefix}-images-idx3-ubyte"))
+        labels = read_idx(find_idx(source, f"{prefix}-labels-idx1-ubyte"))
+        for index in choose(labels, per_class, key):
+            entries[f"{split}/{CLASSES[labels[index]]}/{index:05d}.png"] = encode_png(images[index])
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = encoder().encode()
+        for name in sorted(entries):
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system = 3
+            info.external_attr = 0o100644 << 16
+            archive.writestr(info, entries[name])
+    return out.getvalue()
+
+
+def pixels_of(archive: bytes) -> dict[str, bytes]:
+    """Raw pixels of every entry: what must agree whatever wrote the PNG files."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        return {n: Image.open(io.BytesIO(opened.read(n))).tobytes() for n in opened.namelist()}
+
+
+def check(built: bytes, target: Path) -> int:
+    """Compares `built` with the file; the exit code."""
+    if not target.is_file():
+        print(f"{target} is missing")
+        return 1
+    present = target.read_bytes()
+    if built == present:
+        print(f"{target} is what this script makes")
+        return 0
+    if pixels_of(built) == pixels_of(present):
+        print(f"{target} has the same images, but was compressed otherwise; here: {encoder()}")
+    else:
+        print(f"{target} has other images")
+    return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--check", action="store_true", help="compare only; write nothing")
+    args = parser.parse_args(argv)
+    built = build(args.source)
+    if args.check:
+        return check(built, args.target)
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    args.target.write_bytes(built)
+    print(f"{args.target}: {len(built):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
