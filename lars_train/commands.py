@@ -26,6 +26,7 @@ from lars_train.preflight.check import check
 from lars_train.preflight.rehearsal import describe_rehearsal, rehearse
 from lars_train.report.lars_report import read_rows
 from lars_train.report.table import elapsed_time, terminal
+from lars_train.signals import handle_termination
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
 from lars_train.training.distributed import begin_job, current_ranks
@@ -221,7 +222,7 @@ def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
     if problems:
         if not is_rank0():
             # The launcher ends them when the first rank fails.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            handle_termination(signal.SIG_IGN, [signal.SIGTERM])
             return found
         raise NotReady(f"not ready: {len(problems)} to mend.")
     return found

@@ -29,7 +29,7 @@ from typing import Any
 from lars_train.config import AUTO, Config
 from lars_train.errors import ConfigError, Stopped
 from lars_train.messages import counted, open_standard_streams
-from lars_train.signals import blocked, handle_termination, restore_handlers
+from lars_train.signals import blocked, handle_termination, termination_handler
 
 # Of an empty loop: docs/performance.md has the speeds that this was chosen by.
 _SPINS = "1000"
@@ -234,7 +234,7 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
     shield_tracker()
     # The ranks meet here and leave here their result or error, which outlives them.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    with _passed_on() as (ranks, passed_on):
+    with _forward_signals() as (ranks, passed_on):
         # Until a rank is ready for it, an interrupt waits: its imports would end with a traceback.
         with blocked(signal.SIGINT):
             context = torch_processes.start_processes(
@@ -294,8 +294,7 @@ def _rank(
     end_with(launcher)
     # An interrupt at the terminal reaches every process; before and after training, which takes note of it, the
     # launcher tells of it and this one just ends.
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    handle_termination(signal.SIG_DFL, [signal.SIGINT])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
@@ -312,8 +311,8 @@ def _rank(
 
 
 @contextmanager
-def _passed_on() -> Iterator[tuple[list[BaseProcess], list[int]]]:
-    """Within it signals go to the processes of the first list, and are noted in the second."""
+def _forward_signals() -> Iterator[tuple[list[BaseProcess], list[int]]]:
+    """Forward signals to the processes of the first list within the context, and record them in the second."""
     ranks: list[BaseProcess] = []
     passed_on: list[int] = []
 
@@ -321,11 +320,8 @@ def _passed_on() -> Iterator[tuple[list[BaseProcess], list[int]]]:
         passed_on.append(number)
         _signal(ranks, number)
 
-    before = handle_termination(handler)
-    try:
+    with termination_handler(handler):
         yield ranks, passed_on
-    finally:
-        restore_handlers(before)
 
 
 def _signal(ranks: list[BaseProcess], number: int) -> None:

@@ -1,4 +1,4 @@
-"""Termination signals: which ones ask a run to end, and how a process notes, handles or delays them.
+"""Handle termination signals, the signals that ask a run to end. The only module that installs signal handlers.
 
 A signal that was ignored when the program started (``nohup``) stays ignored.
 """
@@ -9,35 +9,41 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-"""The signals that ask a run to end: of schedulers (Slurm, submitit, Kubernetes, spot machines), Ctrl-C, a closed
-terminal."""
-# A terminal and a launcher may both deliver the same signal: one that follows so soon is not a second one.
+"""Sent by schedulers (Slurm, submitit, Kubernetes, spot machines), by Ctrl-C, and when a terminal closes."""
+# A terminal and a launcher may both deliver the same signal: one that arrives this soon is not a second signal.
 _SAME_SIGNAL_S = 1.0
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
 
-def handle_termination(handler: Handler) -> dict[signal.Signals, Any]:
-    """Handle termination signals with `handler`, except ignored ones; return the handlers that it replaces."""
-    heard = [number for number in TERMINATION_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+def handle_termination(
+    handler: Handler, numbers: Iterable[signal.Signals] = TERMINATION_SIGNALS
+) -> dict[signal.Signals, Any]:
+    """Install `handler` for each of these signals that is not ignored. Return the handlers that it replaces."""
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
 
 
-def restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
-    """Undo `handle_termination`, which returned `handlers`."""
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+@contextmanager
+def termination_handler(handler: Handler) -> Iterator[None]:
+    """Handle termination signals with `handler` within the context, then restore the previous handlers."""
+    previous = handle_termination(handler)
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @contextmanager
 def blocked(*numbers: signal.Signals) -> Iterator[None]:
-    """Delay these signals within the context; a process that is started there begins with them blocked."""
+    """Block these signals within the context. A process started within it begins with them blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -46,28 +52,28 @@ def blocked(*numbers: signal.Signals) -> Iterator[None]:
 
 
 class SignalHandler:
-    """Note the first termination signal within the context in `received` (its number, or 0).
+    """Record the first termination signal within the context in `received` (its number, or 0).
 
-    The run ends after its current update, with a checkpoint. A second signal ends the process at once. Outside the main
-    thread, where Python handles no signals, nothing is noted.
+    The run then ends after its current update, with a checkpoint. A second signal ends the process at once. Outside
+    the main thread, where Python handles no signals, nothing is recorded.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self._at = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._received_at = 0.0
+        self._stack = ExitStack()
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            self._before = handle_termination(self._note)
+            self._stack.enter_context(termination_handler(self._record))
         return self
 
     def __exit__(self, *error: object) -> None:
-        restore_handlers(self._before)
+        self._stack.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.received:
-            self.received, self._at = number, now
-        elif now - self._at > _SAME_SIGNAL_S:
+            self.received, self._received_at = number, now
+        elif now - self._received_at > _SAME_SIGNAL_S:
             os._exit(128 + number)

@@ -119,6 +119,11 @@ def test_lars_and_the_models_know_no_config() -> None:
             assert not {other for other in IMPORTS[name] if room(other) == "config"}, name
 
 
+def test_signal_handlers_are_installed_in_signals_alone() -> None:
+    installing = {name for name, path in SOURCES.items() if re.search(r"\bsignal\.signal\(", path.read_text())}
+    assert installing - {"lars_train.pack.processes"} == {"lars_train.signals"}
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_module_is_read_in_one_sitting(name: str) -> None:
     assert len(SOURCES[name].read_text().splitlines()) <= LINES
