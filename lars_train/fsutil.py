@@ -55,6 +55,20 @@ def name_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def read_at(handle: int, count: int, offset: int) -> bytes:
+    """Read `count` bytes at `offset` of an open file, or fewer where the file ends.
+
+    `os.pread` may return fewer bytes at any place.
+    """
+    data = os.pread(handle, count, offset)
+    while len(data) < count:
+        more = os.pread(handle, count - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` last."""
     handle = os.open(folder, os.O_RDONLY)

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -111,6 +111,7 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+_LISTED = 5
 _LABEL = 15
 """Characters of the label before a line of facts."""
 # A command stays whole: no line ends before a setting or a flag, or between a short flag, or --logdir, and its value.
@@ -207,6 +208,12 @@ def rate(per_s: float) -> str:
 def counted(count: int, noun: str, plural: str = "") -> str:
     """``1 epoch``, ``12 epochs``; `plural`: of a noun that takes more than an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def listed(names: Sequence[str | bytes], end: str = "") -> str:
+    """Return the first five of `names`, each followed by `end`, and the number of the rest: ``a, b and 3 more``."""
+    shown = ", ".join(f"{printable(name)}{end}" for name in names[:_LISTED])
+    return f"{shown} and {len(names) - _LISTED:,} more" if len(names) > _LISTED else shown
 
 
 def format_number(value: float) -> str:

@@ -120,6 +120,21 @@ class Names:
         yield self._blob.data
 
 
+class NamedSource:
+    """Base of sources that keep the names and labels of all samples in memory."""
+
+    def __init__(self, names: Names, labels: Labels) -> None:
+        self.labels = labels
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, sample: int) -> str:
+        """Return the path of a sample within its split."""
+        return os.fsdecode(self._names[sample])
+
+
 class NamesBuilder:
     """Collects names one after the other; `build` gives the `Names`."""
 

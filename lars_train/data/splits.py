@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from lars_train.errors import ConfigError
-from lars_train.messages import printable
+from lars_train.messages import listed, printable
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
@@ -22,8 +22,6 @@ _WORDS = frozenset((TRAIN, *VALIDATION, *_OTHERS, "trainset", "valset", "testset
 _TRAINING, _UNLABELLED = frozenset((TRAIN, "training", "trainval", "trainset")), frozenset(("unlabeled", "unlabelled"))
 # Beside these, they make no class of a part.
 _FILLERS = frozenset(("set", "split", "images", "data"))
-
-_SHOWN = 5
 
 
 class Choice(NamedTuple):
@@ -121,8 +119,9 @@ def refuse_other_words(where: str, names: Iterable[str]) -> None:
     """Raise `ConfigError` where files of no split have a name of a part of a data set that is not read as a split."""
     wrong = [name for name in names if has_split_word(name)]
     if wrong:
-        shown = ", ".join(map(printable, wrong[:_SHOWN])) + (" ..." if len(wrong) > _SHOWN else "")
-        raise ConfigError(f"{where}: the names look like those of splits ({shown}); call the splits train and val.")
+        raise ConfigError(
+            f"{where}: the names look like those of splits ({listed(wrong)}); name the splits train and val."
+        )
 
 
 def other_word(name: str) -> str:

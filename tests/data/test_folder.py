@@ -13,7 +13,7 @@ import pytest
 
 from lars_train.data.dataset import Source
 from lars_train.data.sources.folder import open_folder
-from lars_train.data.sources.tree import held_out
+from lars_train.data.sources.tree import holdout_mask
 from lars_train.errors import ConfigError
 
 MakeTree = Callable[[Mapping[Any, bytes]], str]
@@ -184,11 +184,11 @@ def test_held_out_images_are_the_share_of_each_class_and_no_longer_trained_on(ma
 
 def test_the_held_out_ranks_never_change() -> None:
     # Written down once: a change would leak training images into the validation set of older runs.
-    assert np.flatnonzero(held_out(20, 0.25)).tolist() == [0, 5, 9, 10, 13]
-    assert held_out(2, 0.001).sum() == 1
-    assert held_out(2, 0.999).sum() == 1
+    assert np.flatnonzero(holdout_mask(20, 0.25)).tolist() == [0, 5, 9, 10, 13]
+    assert holdout_mask(2, 0.001).sum() == 1
+    assert holdout_mask(2, 0.999).sum() == 1
     # No preference for a part of the class: 1 in 10 of the first and of the last thousand, within 4 sigma.
-    for half in np.split(held_out(2000, 0.1), 2):
+    for half in np.split(holdout_mask(2000, 0.1), 2):
         assert abs(half.sum() - 100) < 4 * np.sqrt(1000 * 0.1 * 0.9)
 
 

@@ -191,7 +191,7 @@ def test_files_named_after_other_splits_are_never_read_as_one(tmp_path: Path, na
     for name in names:
         tar(tmp_path / "tars" / f"{name}.tar", b"x")
     for opened in (lambda root: open_folder(root, 0.5), open_folder_validation, lambda root: open_original(root, None)):
-        with pytest.raises(ConfigError, match="call the splits train and val"):
+        with pytest.raises(ConfigError, match="name the splits train and val"):
             opened(str(tmp_path / "tars"))
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -199,7 +199,7 @@ def test_files_named_after_other_splits_are_never_read_as_one(tmp_path: Path, na
     for name in names:
         parquet.write_table(arrow.table({"image": [b"x"], "label": [0]}), tmp_path / f"{name}.parquet")
     (tmp_path / "tars").rename(tmp_path.parent / f"{tmp_path.name}-tars")
-    with pytest.raises(ConfigError, match="call the splits train and val"):
+    with pytest.raises(ConfigError, match="name the splits train and val"):
         open_original(str(tmp_path), None)
 
 

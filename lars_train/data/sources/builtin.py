@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lars_train.data.dataset import Dataset, Source, fingerprint, numbered, numbered_runs
 from lars_train.data.decode.pillow import whole_image
 from lars_train.data.sources.folder import open_folder
-from lars_train.data.sources.tree import held_out
+from lars_train.data.sources.tree import split_holdout
 from lars_train.data.splits import TRAIN, VAL
 from lars_train.errors import ConfigError
 from lars_train.fsutil import cache_folder, user_path
@@ -224,13 +224,8 @@ def open_arrays(name: str, root: str | None, holdout: float | None = None) -> Da
         training = ArraySource(name, TRAIN, images, labels)
         validation = ArraySource(name, VAL, np.asarray(test.data), test.targets)
     else:
-        out = np.zeros(len(labels), bool)
-        for label in range(len(classes)):
-            of_class = np.flatnonzero(labels == label)
-            out[of_class] = held_out(len(of_class), holdout)
         training, validation = (
-            ArraySource(name, TRAIN, images[chosen], labels[chosen], chosen)
-            for chosen in (np.flatnonzero(~out), np.flatnonzero(out))
+            ArraySource(name, TRAIN, images[ranks], labels[ranks], ranks) for ranks in split_holdout(labels, holdout)
         )
     splits = ((source.names(), source.labels) for source in (training, validation))
     return Dataset(training, validation, classes, fingerprint(classes, *splits))

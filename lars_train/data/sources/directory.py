@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_train.data.dataset import Labels, Names, Source
+from lars_train.data.dataset import Labels, NamedSource, Names, Source
 from lars_train.data.inventory import BESIDE, LOOSE, Inventory, merge_counts, parse_counts
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
 from lars_train.data.sources.tree import Listing, Ranks, count_skipped, is_hidden, is_image, join, listing_of, ranked
@@ -42,19 +42,12 @@ _SETTLED_NS = 2_000_000_000
 _THREADS = 8  # they wait for the file system
 
 
-class FileSource:
+class FileSource(NamedSource):
     """Samples that are files below `root`."""
 
     def __init__(self, root: Path, names: Names, labels: Labels) -> None:
-        self.labels = labels
+        super().__init__(names, labels)
         self._root = root
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, sample: int) -> str:
-        return os.fsdecode(self._names[sample])
 
     def where(self, sample: int) -> str:
         return printable(os.fsencode(self._root / self.name(sample)))

@@ -31,7 +31,7 @@ from lars_train.data.sources.split_folders import (
 from lars_train.data.sources.tree import Tree, is_image, join
 from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
-from lars_train.messages import counted, printable
+from lars_train.messages import counted, listed, printable
 
 _KAGGLE = b"LOC_val_solution.csv"
 _DEVKIT = b"ILSVRC2012_devkit_t12/data"
@@ -180,9 +180,6 @@ def _table(tree: Tree, path: bytes) -> _Table:
     return lambda images: from_devkit(place, content, meta, images)
 
 
-_SHOWN = 5
-
-
 @functools.cache
 def wnids() -> tuple[str, ...]:
     """The 1,000 classes of ILSVRC 2012 (https://image-net.org/challenges/LSVRC/2012/) in bytewise order.
@@ -217,10 +214,9 @@ def from_csv(place: str, content: bytes, images: list[bytes]) -> list[bytes]:
             )
     missing = [image for image in images if _stem(image) not in wnids]
     if missing:
-        shown = ", ".join(printable(image) for image in missing[:_SHOWN])
         raise ConfigError(
             f"data.val_labels: {place} has no row for {len(missing)} of {len(images)} images, such as "
-            f"{shown}; set data.val_labels to the table that belongs to these images (rows of image,wnid)."
+            f"{listed(missing)}; set data.val_labels to the table that belongs to these images (rows of image,wnid)."
         )
     return [wnids[_stem(image)] for image in images]
 

@@ -41,6 +41,15 @@ class Damaged(Exception):
     """The file is not what `write_mapped` writes; str(e) is the reason, in one line."""
 
 
+MALFORMED = (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError)
+"""The exceptions that reading an index raises, whatever its JSON and arrays hold."""
+
+
+def describe_damage(error: Exception) -> str:
+    """Return the reason for an error in `MALFORMED`, in one line."""
+    return str(error) if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
+
+
 def write_mapped(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write `meta` (JSON) and `arrays` (1-D, of `_DTYPES`) to `path`, which is there whole or not. Raises OSError."""
     described, offset, crc = {}, 0, 0
@@ -123,7 +132,7 @@ def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             continue
-        except (Damaged, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (OSError, *MALFORMED) as error:
             complain(f"NOTE: {path}: the index of {_shown(place)} is damaged ({error}); it is rebuilt.")
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)

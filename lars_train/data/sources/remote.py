@@ -21,22 +21,22 @@ import numpy.typing as npt
 
 from lars_train.data.dataset import Labels, Names, Source
 from lars_train.data.inventory import Inventory
-from lars_train.data.sources.index_files import Damaged, read_mapped
+from lars_train.data.sources.index_files import MALFORMED, Damaged, describe_damage, read_mapped
 from lars_train.data.sources.shard_cache import Entry, Held, ShardCache, Wait
 from lars_train.data.sources.shards import (
     INDEX,
-    VERSION,
     Packed,
     Shard,
     ShardSource,
     ShardTree,
     digest,
     inventory_of,
+    read_index,
     splits_of,
 )
 from lars_train.data.sources.tree import Ranks
 from lars_train.errors import ConfigError, DataError
-from lars_train.fsutil import cache_folder, user_path
+from lars_train.fsutil import cache_folder, read_at, user_path
 from lars_train.messages import complain, first_line, printable
 
 ATTEMPTS_AT_OPEN = 4
@@ -105,7 +105,7 @@ class RemoteSplit:
         places = self.packed.places
         samples = np.flatnonzero(places.shard == number)
         for sample in samples[np.argsort(places.offset[samples])].tolist():
-            data = os.pread(handle, int(places.size[sample]), int(places.offset[sample]))
+            data = read_at(handle, int(places.size[sample]), int(places.offset[sample]))
             if digest(data) != int(self.packed.sums[sample]):
                 return f"the checksum of {printable(self.packed.listing.names[sample])} in it is wrong"
         return ""
@@ -177,9 +177,7 @@ def open_remote(url: str, settings: CacheSettings) -> RemoteTree:
     name = f"store-{hashlib.sha256(objects.url.encode()).hexdigest()[:16]}"
     try:
         held, path = _index(objects, cache, name)
-        meta, arrays = read_mapped(path)
-        if meta["kind"] != "store" or meta["version"] != VERSION:
-            raise Damaged(f"it is of kind {meta['kind']}, version {meta['version']}")
+        meta, arrays = read_index(path)
         splits = splits_of(cache.folder / name, meta, arrays, elsewhere=True)
         if any(len(packed.sums) != len(packed.listing.names) for packed in splits.values()):
             raise Damaged("it has no checksums")
@@ -191,9 +189,10 @@ def open_remote(url: str, settings: CacheSettings) -> RemoteTree:
         ) from error
     except DataError as error:
         raise ConfigError(f"data.root={url}: {error}") from error
-    except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = error if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"data.root={url}: {INDEX} cannot be used ({reason}); copy the store again.") from error
+    except MALFORMED as error:
+        raise ConfigError(
+            f"data.root={url}: {INDEX} cannot be used ({describe_damage(error)}); copy the store again."
+        ) from error
 
 
 def _index(objects: Objects, cache: ShardCache, name: str) -> tuple[Held, Path]:

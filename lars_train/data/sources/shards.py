@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Labels, Names, Source
+from lars_train.data.dataset import Labels, NamedSource, Names, Source
 from lars_train.data.inventory import Inventory, parse_counts, parse_inventory
-from lars_train.data.sources.index_files import Arrays, Damaged, read_mapped
+from lars_train.data.sources.index_files import MALFORMED, Arrays, Damaged, describe_damage, read_mapped
 from lars_train.data.sources.tree import Listing, Ranks
 from lars_train.data.splits import SPLITS, is_split
 from lars_train.errors import ConfigError
+from lars_train.fsutil import read_at
 from lars_train.messages import printable
 
 INDEX = "index.lars"
@@ -73,7 +74,7 @@ class Packed:
     """Shape (N,): the digest of each image (`digest`); empty in an index of shards made by others."""
 
 
-class ShardSource:
+class ShardSource(NamedSource):
     """Samples that are members of tar shards. Safe to use from several threads.
 
     `keep_open`: shards that are read stay open, as far as the system allows.
@@ -82,17 +83,10 @@ class ShardSource:
     def __init__(
         self, shards: tuple[Shard, ...], names: Names, labels: Labels, places: Places, keep_open: bool = True
     ) -> None:
-        self.labels = labels
+        super().__init__(names, labels)
         self.shard = places.shard
         self._files = _Files(shards, keep_open)
-        self._names = names
         self._places = places
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, sample: int) -> str:
-        return os.fsdecode(self._names[sample])
 
     def where(self, sample: int) -> str:
         name = self._names[sample]
@@ -157,21 +151,27 @@ def open_shard_store(path: Path) -> ShardTree:
     if not (path / INDEX).exists():
         raise ConfigError(f"data.root={path} is a store that is not finished; run its `lars-data pack` again.")
     try:
-        meta, arrays = read_mapped(path / INDEX)
-        if meta["kind"] != "store" or meta["version"] != VERSION:
-            raise Damaged(f"it is of kind {meta['kind']}, version {meta['version']}")
+        meta, arrays = read_index(path / INDEX)
         return ShardTree(path, splits_of(path, meta, arrays), str(meta["variant"]), inventory_of(meta))
     except OSError as error:
         where = path / INDEX if error.filename is None else Path(error.filename)
         name = where.relative_to(path) if where.is_relative_to(path) else where
         raise ConfigError(
-            f"data.root={path}: {name} cannot be read ({error.strerror}); get the store again, or pack it anew."
+            f"data.root={path}: {name} cannot be read ({error.strerror}); copy the store again, or pack it again."
         ) from error
-    except (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = error if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
+    except MALFORMED as error:
         raise ConfigError(
-            f"data.root={path}: {INDEX} cannot be used ({reason}); get the store again, or pack it anew."
+            f"data.root={path}: {INDEX} cannot be used ({describe_damage(error)}); copy the store again, or pack it "
+            "again."
         ) from error
+
+
+def read_index(path: Path) -> tuple[dict[str, Any], Arrays]:
+    """Return the metadata and the arrays of a store's index file. Raises OSError, and `MALFORMED` if it is damaged."""
+    meta, arrays = read_mapped(path)
+    if meta["kind"] != "store" or meta["version"] != VERSION:
+        raise Damaged(f"it is of kind {meta['kind']}, version {meta['version']}")
+    return meta, arrays
 
 
 def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays, *, elsewhere: bool = False) -> dict[str, Packed]:
@@ -295,16 +295,16 @@ class _Files:
         """`count` bytes, or fewer where the file ends."""
         handle = self._handles.get(shard)
         if handle is not None:
-            return _read(handle, count, offset)
+            return read_at(handle, count, offset)
         with self._opening:
             if shard not in self._handles and len(self._handles) < self._most:
                 self._handles[shard] = _open(self.shards[shard].path)
             handle = self._handles.get(shard)
         if handle is not None:
-            return _read(handle, count, offset)
+            return read_at(handle, count, offset)
         handle = _open(self.shards[shard].path)
         try:
-            return _read(handle, count, offset)
+            return read_at(handle, count, offset)
         finally:
             os.close(handle)
 
@@ -317,13 +317,3 @@ def _close(handles: dict[int, int]) -> None:
 def _open(path: Path) -> int:
     # Without waiting: a pipe in the place of a shard would hold the run for good.
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-
-
-def _read(handle: int, count: int, offset: int) -> bytes:
-    data = os.pread(handle, count, offset)
-    while len(data) < count:
-        more = os.pread(handle, count - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data

@@ -20,7 +20,7 @@ from lars_train.data.inventory import format_counts
 from lars_train.data.sources.directory import DirectoryTree
 from lars_train.data.sources.shards import ShardTree
 from lars_train.data.sources.split_files import decompressing, unpacking
-from lars_train.data.sources.tree import Listing, Ranks, Tree, divide, is_image, join
+from lars_train.data.sources.tree import Listing, Ranks, Tree, is_image, join, split_holdout
 from lars_train.data.sources.webdataset import WebdatasetTree
 from lars_train.data.splits import (
     TEST,
@@ -37,9 +37,8 @@ from lars_train.data.splits import (
     with_splits,
 )
 from lars_train.errors import ConfigError
-from lars_train.messages import counted, printable
+from lars_train.messages import counted, listed, printable
 
-_SHOWN = 5
 # The first two folders of a name in a list where each is followed by a NUL byte.
 _TWO_FOLDERS = re.compile(rb"(?:\A|\0)([^/\0]+)/([^/\0]+)/")
 
@@ -157,7 +156,7 @@ def collect(tree: Tree, inside: bytes) -> Split:
 def hold_out(tree: Tree, inside: bytes, share: float) -> tuple[Split, Split]:
     """Training and validation samples from one tree of class folders.
 
-    Which ones go to validation: see `divide`.
+    Which ones go to validation: see `split_holdout`.
     """
     listing = _listing(tree, inside)
     lacking = _with_fewer(listing, 2)
@@ -171,7 +170,7 @@ def hold_out(tree: Tree, inside: bytes, share: float) -> tuple[Split, Split]:
         )
     train, val = (
         Split(inside, listing.names.take(ranks), listing.labels[ranks], listing.classes, ranks, listing.skipped)
-        for ranks in divide(listing, share)
+        for ranks in split_holdout(listing.labels, share)
     )
     return train, val
 
@@ -306,7 +305,7 @@ def _tars_beside(tree: Tree, folders: Sequence[bytes]) -> str:
     if not tars:
         return ""
     return (
-        f"tars are not read beside folders ({_listed(tars, '')} beside {_listed(folders)}): to read them, move the "
+        f"tars are not read beside folders ({listed(tars)} beside {_listed(folders)}): to read them, move the "
         "folders elsewhere."
     )
 
@@ -321,6 +320,5 @@ def _but(skipped: Mapping[str, int]) -> str:
     return f" (skipped: {format_counts(skipped)})" if skipped else ""
 
 
-def _listed(names: Sequence[bytes], end: str = "/") -> str:
-    shown = ", ".join(f"{printable(name)}{end}" for name in names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+def _listed(folders: Sequence[bytes]) -> str:
+    return listed(folders, "/")

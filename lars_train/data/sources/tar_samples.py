@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from lars_train.data.sources.tars import BadTar, Member, members
 from lars_train.data.sources.tree import HiddenPaths, count_skipped, is_image
-from lars_train.messages import printable
+from lars_train.messages import listed, printable
 
 LABEL_KEYS = ("label", "cls", "class")
 """The keys of a label in JSON."""
@@ -40,8 +40,8 @@ _MAY_LABEL = frozenset(word.encode() for word in (*_HINTS, "txt", "json"))
 _LIKE_LABELS = _MAY_LABEL | {b"npy"}
 # Different keys of JSON that are remembered, and characters of one.
 _MOST_KEYS, _LONGEST_KEY = 1000, 40
-# Extensions in a message.
-_SHOWN = 5
+# Images in a sample above which dots in the names of images are the likely cause.
+_MANY_IMAGES = 5
 
 Label = int | bytes | None
 """A class by its number or its name; None without a label."""
@@ -167,12 +167,11 @@ def _image(parts: Sequence[Member], keys: tuple[str, ...], skipped: Counter[str]
         return next(iter(images.values()), None)
     chosen = next((images[key] for key in keys if key in images), None)
     if chosen is None:
-        sample, some = printable(_long_key(parts[0])), list(images)[:_SHOWN]
-        shown = printable(", ".join(some)) + (", ..." if len(images) > len(some) else "")
+        sample, shown = printable(_long_key(parts[0])), listed(list(images))
         wrong = f"several images, none of data.image_key={':'.join(keys)}" if keys else "several images"
         # A plain extension first: x.jpg before x.mask.png.
         plain = min(images, key=lambda extension: extension.count("."))
-        if "." in plain and (len(images) > _SHOWN or any(map(str.isdigit, plain.split(".")))):
+        if "." in plain and (len(images) > _MANY_IMAGES or any(map(str.isdigit, plain.split(".")))):
             folder, slash, base = _plain(images[plain]).rpartition(b"/")
             stem, dot, suffix = base.rpartition(b".")
             better = folder + slash + stem.replace(b".", b"_") + dot + suffix

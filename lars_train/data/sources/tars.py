@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lars_train.fsutil import read_at
+
 BLOCK = 512
 # Bytes of a pax header or of a long name: a path has at most 4,096 bytes on Linux.
 _MOST_EXTRA = 1 << 20
@@ -46,7 +48,7 @@ def members(handle: int, skipped: Counter[str] | None = None) -> Iterator[Member
     length = os.fstat(handle).st_size
     at, path, size = 0, None, None
     while True:
-        header = _at(handle, at, BLOCK)
+        header = read_at(handle, BLOCK, at)
         if header == _END:
             return
         if len(header) < BLOCK:
@@ -56,7 +58,7 @@ def members(handle: int, skipped: Counter[str] | None = None) -> Iterator[Member
         if kind in (b"x", b"L"):
             if stated > min(_MOST_EXTRA, length - begin):
                 raise BadTar(f"the header at byte {at:,} is followed by {stated:,} bytes of names")
-            extra = _at(handle, begin, stated)
+            extra = read_at(handle, stated, begin)
             if kind == b"L":
                 path = extra.rstrip(b"\0")
             else:
@@ -100,17 +102,6 @@ def entry(name: bytes, content: bytes) -> tuple[bytes, bytes]:
 
 END = _END * 2
 """The end of a tar."""
-
-
-def _at(handle: int, offset: int, count: int) -> bytes:
-    pieces = []
-    while count:
-        piece = os.pread(handle, count, offset)
-        if not piece:
-            break
-        pieces.append(piece)
-        count, offset = count - len(piece), offset + len(piece)
-    return b"".join(pieces)
 
 
 def _next(begin: int, size: int) -> int:

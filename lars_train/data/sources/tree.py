@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -192,29 +192,24 @@ def listing_of(
     return Listing(tuple(classes), builder.build(), labels, skipped=dict(skipped or {}))
 
 
-def held_out(count: int, share: float) -> np.ndarray:
-    """Return the mask of held-out images among `count`, at least 2: bool (count,)."""
-    wanted = min(max(math.floor(count * share + 0.5), 1), count - 1)
+def split_holdout(labels: Labels, share: float) -> tuple[Ranks, Ranks]:
+    """Return the ranks to train on and the ranks to hold out, both ascending. Each class must have two images.
+
+    `labels`, (N,): the label of each rank. Of each class, the nearest whole number to `share` of its images is held
+    out, but at least one and not all. Which ones depends only on their rank within the class and the size of the class.
+    """
+    held_out = np.zeros(len(labels), bool)
+    # A stable sort by label keeps the ranks of a class in order.
+    by_class = np.argsort(labels, kind="stable")
+    for ranks in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        held_out[ranks] = holdout_mask(len(ranks), share)
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def holdout_mask(count: int, share: float) -> npt.NDArray[np.bool_]:
+    """Return which of the `count` images of a class are held out: bool (count,); `count` is at least 2."""
+    size = min(max(math.floor(count * share + 0.5), 1), count - 1)
     draws = np.random.Philox(key=_HOLDOUT_KEY).random_raw(count)
     mask = np.zeros(count, bool)
-    mask[np.argsort(draws, kind="stable")[:wanted]] = True
+    mask[np.argsort(draws, kind="stable")[:size]] = True
     return mask
-
-
-def divide(listing: Listing, share: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The ranks to train on and those to hold out, both int64 in ascending order; each class must have two images.
-
-    Of each class, the nearest whole number to `share` of its images is held out, but at least one and not all. Which
-    ones depends on nothing but their rank within the class and the size of the class.
-    """
-    out = np.zeros(len(listing.names), bool)
-    # A stable sort by label keeps the ranks of a class in order.
-    by_class = np.argsort(listing.labels, kind="stable")
-    for ranks in _runs(by_class, listing.counts()):
-        out[ranks] = held_out(len(ranks), share)
-    return np.flatnonzero(~out), np.flatnonzero(out)
-
-
-def _runs(values: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-    ends = np.cumsum(counts)
-    return (values[end - count : end] for count, end in zip(counts.tolist(), ends.tolist(), strict=True))

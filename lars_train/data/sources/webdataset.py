@@ -34,15 +34,13 @@ from lars_train.data.sources.tars import BadTar
 from lars_train.data.sources.tree import Listing
 from lars_train.data.splits import TEST, TRAIN, VAL, no_classes
 from lars_train.errors import ConfigError
-from lars_train.messages import counted, is_rank0, printable
+from lars_train.messages import counted, is_rank0, listed, printable
 
 # 2: names with digits, several images in a sample, labels and folders are read in another way; counts.
 # 3: names like those of splits, contradictions between labels, and all that is skipped.
 # 4: labels by other keys and in other members, and where labels come from.
 # 5: labels that belong to no image.
 _VERSION = 5
-# Keys of JSON in a message.
-_SHOWN = 6
 
 
 class WebdatasetTree(ShardTree):
@@ -226,11 +224,9 @@ def _listed_places(places: Iterable[Place]) -> str:
     keys: dict[str, list[str]] = {}
     for extension, key in places:
         keys.setdefault(extension, []).extend([key] if key else [])
-    shown = {
-        extension: ", ".join((*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])))
-        for extension, names in sorted(keys.items())
-    }
-    return ", ".join(f".{extension}{names and f' ({names})'}" for extension, names in shown.items())
+    return ", ".join(
+        f".{extension} ({listed(names)})" if names else f".{extension}" for extension, names in sorted(keys.items())
+    )
 
 
 def _without_labels(test: Sequence[TarSample], train: Sequence[TarSample]) -> bool:

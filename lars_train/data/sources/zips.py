@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
+from lars_train.data.dataset import Labels, NamedSource, Names, NamesBuilder, Source
 from lars_train.data.inventory import LOOSE, UNSAFE, Inventory, merge_counts
 from lars_train.data.sources.tree import (
     HiddenPaths,
@@ -36,6 +36,7 @@ from lars_train.data.sources.tree import (
 )
 from lars_train.data.splits import is_split
 from lars_train.errors import ConfigError
+from lars_train.fsutil import read_at
 from lars_train.messages import printable
 
 _ENTRY = np.dtype([("header", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("deflated", "?")])
@@ -54,24 +55,17 @@ _AFTER_SLASH = b"0"
 _LINKS = "symbolic links"
 
 
-class ZipSource:
+class ZipSource(NamedSource):
     """Samples that are entries of the zip at `path`, below the folder `inside`.
 
     `entries`: one `_ENTRY` record per sample. Safe to use from several threads.
     """
 
     def __init__(self, path: Path, inside: bytes, names: Names, labels: Labels, entries: npt.NDArray[np.void]) -> None:
-        self.labels = labels
+        super().__init__(names, labels)
         self._file = _File(path)
         self._inside = inside
-        self._names = names
         self._entries = entries
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, sample: int) -> str:
-        return os.fsdecode(self._names[sample])
 
     def where(self, sample: int) -> str:
         return printable(f"{self._file.path}!") + printable(join(self._inside, self._names[sample]))
@@ -215,16 +209,10 @@ class _File:
         return self._exactly(packed, header + _HEADER.size + name_length + extra_length)
 
     def _exactly(self, count: int, offset: int) -> bytes:
-        handle = self._open()
-        pieces = []
-        while count:
-            piece = os.pread(handle, count, offset)
-            if not piece:
-                raise EOFError("the zip ends early")
-            pieces.append(piece)
-            count -= len(piece)
-            offset += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        data = read_at(self._open(), count, offset)
+        if len(data) < count:
+            raise EOFError("the zip ends early")
+        return data
 
     def _open(self) -> int:
         with self._opening:
