@@ -8,6 +8,9 @@ from collections import Counter
 import old_torch
 import pytest
 
+# The optimizers' tests share it, asserts included.
+pytest.register_assert_rewrite("bases")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

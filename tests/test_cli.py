@@ -1,6 +1,6 @@
 """The command line: how it answers bad arguments, what a sweep reports, and what it needs for ``--help``.
 
-The commands themselves are tested where their work is done, and every form of starting them in test_launch_forms.py.
+The commands are tested where their work is done, and every form of starting them in runs/test_launch_forms.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The ranks of a job find rank 0 at MASTER_PORT, and no other program there; gloo uses the interface that reaches it.
 
-That the interface works between hosts is tested in test_two_hosts.py.
+That the interface works between hosts is tested in runs/test_two_hosts.py.
 """
 
 from __future__ import annotations

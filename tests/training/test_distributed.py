@@ -1,6 +1,6 @@
 """Two, three or four processes with gloo work together; started by the tests below, this file is their program.
 
-That runs make the same curve on any number of ranks is tested in test_same_curve.py.
+That runs make the same curve on any number of ranks is tested in runs/test_same_curve.py.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from lars_train.data.decode.pillow import NATIVE, PILLOW, BadImage, decode
 from lars_train.data.loading.reader import EvalReader
 from lars_train.data.transforms import UNIFORMS, Geometry, View
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from program import ALONE, environment
 
-SHELL = [sys.executable, str(Path(__file__).with_name("shell.py"))]
+SHELL = [sys.executable, str(Path(__file__).parents[1] / "shell.py")]
 SETTINGS = (
     "data=folder data.root=images data.image_size=8 data.workers=0 model=small model.ghost_batch=4 batch=32k "
     "batch.size=4 epochs=1 optimizer.lr=1.0 precision=fp32 device=cpu schedule.warmup_epochs=0 launch.threads=1"

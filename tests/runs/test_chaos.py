@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "verify" / "chaos.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "verify" / "chaos.py"
 
 
 @pytest.mark.slow

@@ -290,7 +290,7 @@ def test_real_photographs_train_from_a_zip(tmp_path: Path) -> None:
 def test_the_wheel_works_from_any_folder_with_the_checkout_gone(tmp_path: Path) -> None:
     import shutil
 
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     copy, target, elsewhere = tmp_path / "copy", tmp_path / "site", tmp_path / "elsewhere"
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "runs", "build", "*.egg-info", ".venv"))
     elsewhere.mkdir()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lars_train.data.sources.builtin import ARCHIVE, open_mini
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "dev" / "make_mini.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "dev" / "make_mini.py"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 

@@ -1,0 +1,213 @@
+"""LARS over DTensors and FSDP2: shards step like the whole, with one collective for all norms.
+
+The tests start this file as the program of two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from bases import (
+    BASES,
+    DECAYS,
+    OPTIONS,
+    UPDATES,
+    Base,
+    Matrices,
+    assert_close,
+    by_hand,
+    every_base,
+    groups_of,
+    rescaled,
+    sharded_weights,
+    wide,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from lars_train import LARS
+
+# No step of ours may warn, about a deprecation or anything else.
+# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
+pytestmark = pytest.mark.filterwarnings(
+    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def stepped(optimizer: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def closure() -> Tensor:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.clone()
+        return torch.tensor(1.0)
+
+    optimizer.step(closure)
+
+
+def on_two_ranks(base: Base, mesh: Any, wrap: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """The weights after some updates of shards, and the collectives of each update; or the error."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    def shard(tensor: Tensor) -> Tensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    weights, grads = sharded_weights()
+    params = [Parameter(shard(w)) for w in weights]
+    optimizer: Any = base.build(groups_of(base, params))
+    if wrap:
+        optimizer = LARS(optimizer, **(OPTIONS | options))
+    counts = []
+    try:
+        for update in range(UPDATES):
+            shards = [shard(grad) for grad in grads[update]]
+            with CommDebugMode() as seen:
+                stepped(optimizer, params, shards)
+            counts.append({str(k): v for k, v in seen.get_comm_counts().items()})
+    except Exception as error:
+        decays = [g.get("weight_decay", 0.0) for g in optimizer.param_groups]
+        return {"error": type(error).__name__, "decays": decays}
+    full: list[Any] = [p.full_tensor() for p in params]  # type: ignore[attr-defined]
+    return {"weights": [w.detach().tolist() for w in full], "counts": counts}
+
+
+def fsdp_on_two_ranks(base: Base, mesh: Any, rank: int) -> dict[str, Any]:
+    """Training of a model whose parameters FSDP2 shards, each rank on its half of the batch."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = Matrices()
+    fully_shard(model, mesh=mesh)
+    lars = base.lars(model.parameters())
+    counts = []
+    for update in range(UPDATES):
+        lars.zero_grad()
+        model(fsdp_batch(update)[rank::2]).square().sum().backward()
+        with CommDebugMode() as seen:
+            lars.step()
+        counts.append({str(k): v for k, v in seen.get_comm_counts().items()})
+    full: list[Any] = [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]
+    return {"weights": [w.detach().tolist() for w in full], "counts": counts}
+
+
+def fsdp_batch(update: int) -> Tensor:
+    return torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3) * (1 + update)
+
+
+SHARDED_OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "lr-inside": {"lr_placement": "inside"}}
+
+
+def program(rank: int, folder: Path) -> None:
+    """What each of the two processes does."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=60), world_size=2, rank=rank)
+    told: dict[str, Any] = {}
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for base in BASES:
+            told[base.name] = {"alone": on_two_ranks(base, mesh, False, {})}
+            for name, options in SHARDED_OPTIONS.items():
+                told[base.name][name] = on_two_ranks(base, mesh, True, options)
+            if "error" not in told[base.name]["alone"]:
+                told[base.name]["fsdp"] = fsdp_on_two_ranks(base, mesh, rank)
+    finally:
+        dist.destroy_process_group()
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        ranks = []
+        for rank in range(2):
+            errors = stack.enter_context((folder / f"{rank}.txt").open("w"))
+            command = [sys.executable, __file__, str(rank), str(folder)]
+            ranks.append(subprocess.Popen(command, env=environment, stderr=errors))
+            stack.callback(ranks[-1].wait)
+            stack.callback(ranks[-1].kill)
+        codes = [rank.wait(timeout=180) for rank in ranks]
+    assert codes == [0, 0], "\n".join((folder / f"{rank}.txt").read_text()[-4000:] for rank in range(2))
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
+
+
+ALL_REDUCE = "c10d.allreduce_"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", SHARDED_OPTIONS)
+@every_base
+def test_shards_of_a_dtensor_step_like_the_whole_with_one_collective_for_all_norms(
+    two_ranks: list[dict[str, Any]], base: Base, options: str
+) -> None:
+    alone, seen = two_ranks[0][base.name]["alone"], two_ranks[0][base.name][options]
+    assert seen == two_ranks[1][base.name][options]
+    if "error" in alone:
+        # torch itself cannot step these shards: no worse with LARS, and no setting is lost.
+        assert seen == alone
+        return
+    weights, grads = sharded_weights()
+    plain = [Parameter(w) for w in weights]
+    reference = base.alone(groups_of(base, plain))
+    for group in reference.param_groups:
+        group |= {"weight_decay": 0.0} if base.takes("weight_decay") else {}
+        group["lr"] = 1.0 if options == "lr-inside" else group["lr"]
+    for update in range(UPDATES):
+        by_rule = [
+            torch.from_numpy(rescaled(wide(p), wide(g), decay if base.takes("weight_decay") else 0.0))
+            for p, g, decay in zip(plain, grads[update], DECAYS, strict=True)
+        ]
+        inside = base.keywords["lr"] if options == "lr-inside" else 1.0
+        stepped(reference, plain, [inside * grad for grad in by_rule])
+    assert_close([torch.tensor(w, dtype=torch.float64) for w in seen["weights"]], plain, base.tolerance)
+    for with_lars, without in zip(seen["counts"], alone["counts"], strict=True):
+        assert with_lars == without | {ALL_REDUCE: without.get(ALL_REDUCE, 0) + 1}
+
+
+@pytest.mark.slow
+def test_torch_can_step_shards_of_most_bases(two_ranks: list[dict[str, Any]]) -> None:
+    stepped = {name for name, told in two_ranks[0].items() if "error" not in told["alone"]}
+    assert {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "ASGD", "RMSprop"} <= stepped
+
+
+@pytest.mark.slow
+@every_base
+def test_fsdp2_shards_train_like_one_process_with_one_collective_for_all_norms(
+    two_ranks: list[dict[str, Any]], base: Base
+) -> None:
+    if "error" in two_ranks[0][base.name]["alone"]:
+        pytest.skip(f"torch itself cannot step shards with {base.name}")
+    seen = two_ranks[0][base.name]["fsdp"]
+    assert seen["weights"] == two_ranks[1][base.name]["fsdp"]["weights"]
+    model = Matrices()
+    reference = base.alone(model.parameters())
+    for update in range(UPDATES):
+        reference.zero_grad()
+        # FSDP2 averages the gradients of the ranks.
+        (model(fsdp_batch(update)).square().sum() / 2).backward()
+        by_hand(reference, [base.decay])
+        reference.step()
+    assert_close(
+        [torch.tensor(w, dtype=torch.float64) for w in seen["weights"]], list(model.parameters()), base.tolerance
+    )
+    assert [count[ALL_REDUCE] for count in seen["counts"]] == [1] * UPDATES
+
+
+if __name__ == "__main__":
+    program(int(sys.argv[1]), Path(sys.argv[2]))

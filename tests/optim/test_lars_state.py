@@ -1,0 +1,208 @@
+"""Copies, state dicts and distributed checkpoints of LARS over every dense optimizer of torch.optim."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from bases import (
+    DECAY,
+    EPS,
+    ONE_GRADIENT,
+    TRUST,
+    UPDATES,
+    Base,
+    Matrices,
+    Problem,
+    assert_close,
+    assert_same,
+    every_base,
+    over,
+    rescaled,
+    run,
+    wide,
+)
+from torch import nn, optim
+from torch.nn import Parameter
+from torch.optim import Optimizer, lr_scheduler
+
+from lars_train import LARS
+
+# No step of ours may warn, about a deprecation or anything else.
+# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
+pytestmark = pytest.mark.filterwarnings(
+    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def saved_whole(pair: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "save": saved_whole,
+}
+
+
+@over(ONE_GRADIENT)
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("with_schedule", [False, True], ids=["plain", "scheduled"])
+def test_a_copy_goes_on_like_the_original_and_apart_from_it(base: Base, how: str, with_schedule: bool) -> None:
+    problem = Problem(base)
+    params = problem.parameters()
+    lars = base.lars(params)
+    if with_schedule:
+        # It replaces the step of the instance by a closure, which cannot be pickled.
+        lr_scheduler.ExponentialLR(lars, 0.9)
+        lr_scheduler.ExponentialLR(lars.base_optimizer, 0.9)
+    run(lars, params, problem, range(2))
+    before = [p.detach().clone() for p in params]
+    params2, lars2 = COPIES[how]((params, lars))
+    run(lars2, params2, problem, range(2, UPDATES))
+    assert_same(params, before)
+    run(lars, params, problem, range(2, UPDATES))
+    assert_same(params2, params)
+    assert lars2.rule == lars.rule
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_lbfgs_which_torch_makes_unusable_is_so_over_lars_too(how: str) -> None:
+    for wrap in (lambda base: base, LARS):
+        optimizer = COPIES[how](wrap(optim.LBFGS([Parameter(torch.ones(2))])))
+        with pytest.raises(AttributeError, match="_params"):
+            optimizer.step(lambda: torch.tensor(1.0))
+
+
+@every_base
+def test_a_shallow_copy_shares_the_base(base: Base) -> None:
+    lars = base.lars(Problem(base).parameters())
+    twin = copy.copy(lars)
+    assert twin.base_optimizer is lars.base_optimizer
+    assert twin.param_groups is lars.param_groups
+    twin.eps = 0.25
+    assert (twin.eps, lars.eps) == (0.25, EPS)
+
+
+UNUSUAL = {
+    "eps": 0.5,
+    "trust_coef": 0.25,
+    "denominator": "combined",
+    "clip": (0.0, 50.0),
+    "zero_norm": "skip",
+    "zero_decay": "skip",
+    "clamp": 5.0,
+}
+
+
+@every_base
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_saved_state_dict_brings_settings_and_state_into_a_fresh_lars(base: Base, weights_only: bool) -> None:
+    problem = Problem(base, [torch.float32])
+    params = problem.parameters()
+    lars = LARS(base.build(params), **UNUSUAL)
+    run(lars, params, problem, range(2))
+    file = io.BytesIO()
+    torch.save(lars.state_dict(), file)
+    file.seek(0)
+    params2 = [Parameter(p.detach().clone()) for p in params]
+    lars2 = LARS(base.build(params2, lr=0.125))
+    lars2.load_state_dict(torch.load(file, weights_only=weights_only))
+    assert {key: getattr(lars2.rule, key) for key in UNUSUAL} == UNUSUAL
+    assert lars2.param_groups[0]["lr"] == base.keywords["lr"]
+    run(lars, params, problem, range(2, UPDATES))
+    run(lars2, params2, problem, range(2, UPDATES))
+    assert_same(params2, params)
+
+
+@over(ONE_GRADIENT)
+def test_the_bases_own_state_dict_loads_and_settings_and_exclude_stay(base: Base) -> None:
+    problem = Problem(base)
+    params, plain = problem.parameters(), problem.parameters()
+    decay = {"weight_decay": DECAY} if base.takes("weight_decay") else {}
+    alone = base.build([{"params": plain[:1]}, {"params": plain[1:]}], **decay)
+    run(alone, plain, problem, range(2))
+
+    groups = [{"params": params[:1]}, {"params": params[1:], "exclude": True}]
+    lars = base.lars(groups, lr=0.125)
+    for p, q in zip(params, plain, strict=True):
+        p.data.copy_(q)
+    lars.load_state_dict(copy.deepcopy(alone.state_dict()))
+    assert (lars.eps, lars.trust_coef) == (EPS, TRUST)
+    assert [g.get("exclude") for g in lars.param_groups] == [None, True]
+    assert [g["lr"] for g in lars.param_groups] == [base.keywords["lr"]] * 2
+
+    # Excluded parameters are the base's own, weight decay included. Loading casts some states, here as there.
+    alone.load_state_dict(copy.deepcopy(alone.state_dict()))
+    alone.param_groups[0] |= {"weight_decay": 0.0} if decay else {}
+    run(lars, params, problem, range(2, UPDATES))
+    for update in range(2, UPDATES):
+        alone.zero_grad()
+        problem.loss(plain, update).backward()
+        assert plain[0].grad is not None
+        plain[0].grad.copy_(torch.from_numpy(rescaled(wide(plain[0]), wide(plain[0].grad), base.decay)))
+        alone.step()
+    assert_close(params, plain, base.tolerance)
+
+
+@every_base
+def test_a_state_dict_of_lars_loads_into_the_base_alone(base: Base) -> None:
+    problem = Problem(base, [torch.float32])
+    params, plain = problem.parameters(), problem.parameters()
+    lars = base.lars(params)
+    run(lars, params, problem, range(2))
+    alone = base.build(plain, lr=0.125)
+    alone.load_state_dict(copy.deepcopy(lars.state_dict()))
+    assert alone.state_dict()["param_groups"] == lars.base_optimizer.state_dict()["param_groups"]
+    torch.testing.assert_close(alone.state_dict()["state"], lars.base_optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+def train(model: nn.Module, optimizer: Optimizer, updates: Iterable[int]) -> None:
+    for update in updates:
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 15).view(5, 3) * (1 + update)).square().sum().backward()
+        optimizer.step()
+
+
+@over(ONE_GRADIENT)
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+def test_distributed_checkpoints_optimizer_state_dict_is_had_and_set(base: Base, flatten: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, other = Matrices(torch.float32), Matrices(torch.float32)
+    lars = base.lars([{"params": [model.first]}, {"params": [model.second], "exclude": True}])
+    train(model, lars, range(2))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, lars, options=options))
+
+    other.load_state_dict(model.state_dict())
+    loaded = base.lars([{"params": [other.first]}, {"params": [other.second], "exclude": True}], lr=0.125)
+    set_optimizer_state_dict(other, loaded, saved, options=options)
+    # torch fills an empty state by a step with zero gradients and lr 0; that must not move a weight.
+    assert_same(list(other.parameters()), list(model.parameters()))
+    assert [g["lr"] for g in loaded.param_groups] == [base.keywords["lr"]] * 2
+    train(model, lars, range(2, UPDATES))
+    train(other, loaded, range(2, UPDATES))
+    assert_same(list(other.parameters()), list(model.parameters()))
+
+
+def test_distributed_checkpoint_refuses_a_fresh_lbfgs_alone_as_it_does_over_lars() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    for wrap in (lambda base: base, LARS):
+        model = Matrices()
+        with pytest.raises(TypeError):
+            get_optimizer_state_dict(model, wrap(optim.LBFGS(model.parameters())))
