@@ -23,7 +23,7 @@ from lars_train.messages import first_line, utf8
 from lars_train.models.factory import build_model, is_torchvisions
 from lars_train.models.weight_files import KEY
 from lars_train.models.weights import load_state
-from lars_train.report.files import Unreadable, read_lines, read_object
+from lars_train.report.files import Unreadable, commit_of, read_lines, read_object
 from lars_train.training import checkpoint
 
 CARD = "MODEL.md"
@@ -307,8 +307,8 @@ def _resized(about: dict[str, Any]) -> str:
 def _maker(about: dict[str, Any]) -> str:
     versions, git = about.get("versions") or {}, about.get("git") or {}
     parts = [about["program"], *(f"{name} {number}" for name, number in versions.items() if name != "lars-train")]
-    if git.get("commit"):
-        parts.append(f"commit {git['commit'][:12]}{' with changes' if git.get('dirty') else ''}")
+    if commit := commit_of(git):
+        parts.append(commit)
     return ", ".join(parts)
 
 

@@ -186,18 +186,18 @@ def is_url(text: str | None) -> bool:
 
 def size(count: float) -> str:
     """Bytes, in three digits and a unit of 10**3, 10**6, 10**9 or 10**12 of them."""
-    for unit, of_it in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= 0.9995 * of_it:  # what rounds to it
-            return f"{count / of_it:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
+    return _in_largest_unit(count, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3})
 
 
 def operations(count: float) -> str:
     """Floating-point operations, in three digits and a unit of 10**6, 10**9 or 10**12 of them."""
-    for unit, of_it in (("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if count >= 0.9995 * of_it:
-            return f"{count / of_it:.3g} {unit}"
-    return f"{count / 1e6:.3g} MFLOP"
+    return _in_largest_unit(count, {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6})
+
+
+def _in_largest_unit(count: float, units: dict[str, float]) -> str:
+    # A count that three digits round up to a unit is shown in that unit.
+    unit = next((unit for unit, of_it in units.items() if count >= 0.9995 * of_it), [*units][-1])
+    return f"{count / units[unit]:.3g} {unit}"
 
 
 def rate(per_s: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 FIELDS: dict[str, tuple[str, str]] = {
     "update": ("updates", "optimizer steps done when the line was written"),
     "epoch": ("epochs", "update / updates per epoch"),
@@ -89,3 +91,17 @@ RATIO_FIELDS: dict[str, tuple[str, str]] = {
         "null: not finite",
     ),
 }
+
+_ON_A_LINE: dict[str, Callable[[float], str]] = {
+    "train/loss": "loss {:.3f}".format,
+    "train/top1": "top-1 {:.1f} %".format,
+    "train/lr": "lr {:.3g}".format,
+    "train/images_per_s": "{:,.0f} images/s".format,
+    "train/wait_share": lambda share: f"wait {100 * share:.0f} %",
+    "train/mfu": lambda share: f"MFU {100 * share:.0f} %",
+}
+
+
+def on_a_line(logged: dict[str, float], *names: str) -> Iterator[str]:
+    """Yield the text, for a line of progress, of each of these fields that was logged."""
+    return (_ON_A_LINE[name](logged[name]) for name in names if name in logged)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lars_train.messages import format_duration, ignore_closed_output, paint, printable, terminal_width, wrap_text
+from lars_train.monitoring.fields import on_a_line
 
 QUIET, NORMAL, EVERY_LINE = 0, 1, 2
 """Levels of ``verbosity``: warnings and results; a line per epoch as well; one per log line as well."""
@@ -19,6 +20,7 @@ QUIET, NORMAL, EVERY_LINE = 0, 1, 2
 _SILENCE_S = 600.0
 """Where there is no bar, a run that goes on says so after so many seconds."""
 _WARNING = "WARNING: "
+_BEHIND_BAR = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "train/wait_share", "train/mfu")
 _LEAST_CELLS, _MOST_CELLS = 10, 40
 # From an empty to a full cell.
 _BLOCKS, _ASCII = " ▏▎▍▌▋▊▉█", " 123456789#"
@@ -138,14 +140,7 @@ class Progress:
             return
         if logged:
             self._bar.run_left = run_left
-            self._bar.fields = (
-                f"loss {logged['train/loss']:.3f}",
-                f"top-1 {logged['train/top1']:.1f} %",
-                f"{logged['train/images_per_s']:,.0f} images/s",
-                f"lr {logged['train/lr']:.3g}",
-                f"wait {100 * logged['train/wait_share']:.0f} %",
-                *([f"MFU {100 * logged['train/mfu']:.0f} %"] if "train/mfu" in logged else []),
-            )
+            self._bar.fields = tuple(on_a_line(logged, *_BEHIND_BAR))
         self._bar.update()
 
     def log_line(self, *fields: str) -> None:

@@ -11,6 +11,7 @@ from lars_train.config import Config, filled, published_top1
 from lars_train.config.lars_options import changed_options
 from lars_train.data.inventory import Inventory
 from lars_train.messages import counted, format_duration, format_number, operations
+from lars_train.monitoring.fields import on_a_line
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
 
 ALREADY_FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
@@ -124,16 +125,10 @@ def epoch_fields(
     if result is not None:
         yield f"top-1 {result.top1:.2f} % of {result.count:,}"
         yield f"best {best_top1:.2f} %"
-    if logged:
-        yield f"loss {logged['train/loss']:.3f}"
+    yield from on_a_line(logged, "train/loss")
     if seconds_left is not None and update < plan.stop:
         yield f"{format_duration(seconds_left)} left"
-    if logged:
-        yield f"{logged['train/images_per_s']:,.0f} images/s"
-        yield f"wait {100 * logged['train/wait_share']:.0f} %"
-        if "train/mfu" in logged:
-            yield f"MFU {100 * logged['train/mfu']:.0f} %"
-        yield f"lr {logged['train/lr']:.3g}"
+    yield from on_a_line(logged, "train/images_per_s", "train/wait_share", "train/mfu", "train/lr")
 
 
 def validation_gap_note(logged: dict[str, float], result: EvaluationResult) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lars_train.messages import first_line, printable
+from lars_train.messages import counted, first_line, printable
 
 LARGEST_RECORD = 16 << 20
 """Bytes of a file that is read whole."""
@@ -72,7 +72,7 @@ def _objects(file: IO[bytes], path: Path, problems: list[str]) -> Iterator[dict[
         else:
             bad += 1
     if bad:
-        problems.append(str(Unreadable(path, f"{bad:,} damaged line{'s' if bad > 1 else ''} left out")))
+        problems.append(str(Unreadable(path, f"{counted(bad, 'damaged line')} left out")))
 
 
 def number(found: dict[str, Any], key: str) -> float | None:
@@ -95,6 +95,12 @@ def text(found: dict[str, Any], key: str) -> str | None:
     """The string that `found` has there, printable and not too long, or None."""
     value = found.get(key)
     return as_line(value) if isinstance(value, str) else None
+
+
+def commit_of(git: dict[str, Any]) -> str | None:
+    """The commit in a record of a run's start, and whether the checkout had changes; None where none is recorded."""
+    commit = text(git, "commit")
+    return f"commit {commit[:12]}{' with changes' if git.get('dirty') else ''}" if commit else None
 
 
 def as_line(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lars_train import __version__
-from lars_train.messages import printable
+from lars_train.messages import counted, printable
 from lars_train.report import curves
 from lars_train.report.compare import Row
 from lars_train.report.files import as_line, relative_path
@@ -95,7 +95,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
     for run in runs:
         counts[run.state] = counts.get(run.state, 0) + 1
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return escape(f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {told}. Written by lars-train {__version__}.")
+    return escape(f"{counted(len(runs), 'run')}: {told}. Written by lars-train {__version__}.")
 
 
 def _bands(rows: Sequence[Row]) -> str:

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.errors import ConfigError
-from lars_train.report.files import Unreadable, as_line, as_number, integer, number, read_lines, read_object, text
+from lars_train.report.files import (
+    Unreadable,
+    as_line,
+    as_number,
+    commit_of,
+    integer,
+    number,
+    read_lines,
+    read_object,
+    text,
+)
 
 FINISHED, CUT_SHORT, STOPPED, FAILED, UNFINISHED = "finished", "cut short", "stopped", "failed", "unfinished"
 MOST_RUNS = 1000
@@ -303,8 +313,8 @@ def _versions(starts: list[dict[str, Any]]) -> tuple[str, ...]:
     for start in starts:
         versions, git = _dict(start, "versions"), _dict(start, "git")
         parts = [f"{name} {text(versions, name)}" for name in ("lars-train", "torch") if text(versions, name)]
-        if text(git, "commit"):
-            parts.append(f"commit {(text(git, 'commit') or '')[:12]}{' with changes' if git.get('dirty') else ''}")
+        if commit := commit_of(git):
+            parts.append(commit)
         if parts:
             told.append(", ".join(parts))
     return tuple(dict.fromkeys(told))

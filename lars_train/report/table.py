@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lars_train.messages import format_number, printable, terminal_width, wrap_line
@@ -70,9 +70,9 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         batch_name(run),
         policy(run),
-        _short(run, "optimizer.lr"),
-        _epochs(run, "schedule.warmup_epochs"),
-        _short(run, "epochs"),
+        _number(run, "optimizer.lr"),
+        _number(run, "schedule.warmup_epochs", format_number),
+        _number(run, "epochs"),
         _updates(run),
         _percent(row.mean(lambda run: run.best_top1), row),
         _percent(row.mean(lambda run: run.final_top1), row),
@@ -103,8 +103,8 @@ def policy(run: RunRecord) -> str:
 def _decay(run: RunRecord) -> str:
     if run.settings.get("schedule.form") == "steps":
         epochs = ", ".join(f"{epoch:.3g}" for epoch in run.settings["schedule.steps"])
-        return f"x{_short(run, 'schedule.step_factor')} at epochs {epochs}"
-    return f"poly({_short(run, 'schedule.power')})"
+        return f"x{_number(run, 'schedule.step_factor')} at epochs {epochs}"
+    return f"poly({_number(run, 'schedule.power')})"
 
 
 def state(row: Row) -> str:
@@ -323,14 +323,9 @@ def _cell(text: str) -> str:
     return f"'{printable(text)}" if text[:1] in ("=", "+", "-", "@") else printable(text)
 
 
-def _short(run: RunRecord, key: str) -> str:
+def _number(run: RunRecord, key: str, to_text: Callable[[float], str] = "{:g}".format) -> str:
     value = as_number(run.settings.get(key))
-    return NOTHING if value is None else f"{value:g}"
-
-
-def _epochs(run: RunRecord, key: str) -> str:
-    value = as_number(run.settings.get(key))
-    return NOTHING if value is None else format_number(value)
+    return NOTHING if value is None else to_text(value)
 
 
 def _updates(run: RunRecord) -> str:
