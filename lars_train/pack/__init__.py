@@ -1,1 +1,1 @@
-"""What ``lars-data`` does: pack data sets into tar shards, verify and describe them."""
+"""Pack data sets into stores of tar shards, verify and describe them: the command ``lars-data``."""

@@ -1,4 +1,4 @@
-"""One picture on its way into a store: as it is, or smaller and encoded anew. No files."""
+"""Encode an image for a store: its original bytes, or a smaller JPEG."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lars_train.data.sources.shards import digest
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are stored. Sides in pixels; without `short` and `longest` they are stored byte for byte.
+    """The encoding of stored images. Without `short` and `longest`, the original bytes are stored.
 
-    `short`: the shorter side is at most that; `longest`: the longer one is. `quality`: of the JPEGs, Pillow's scale.
+    `short`, `longest`: upper bounds for the shorter and the longer side, in pixels. `quality`: of JPEGs, on Pillow's
+    scale.
     """
 
     short: int | None = None
@@ -23,54 +24,54 @@ class Encoding:
     quality: int = 90
 
     @property
-    def anew(self) -> bool:
-        """Whether pictures are encoded anew."""
+    def reencodes(self) -> bool:
+        """Return True if images are re-encoded."""
         return self.short is not None or self.longest is not None
 
     @property
     def variant(self) -> str:
-        """What the fingerprint says of it; empty where the bytes are as they were."""
-        if not self.anew:
+        """Return the encoding as the fingerprint and the index record it; empty for original bytes."""
+        if not self.reencodes:
             return ""
         side = f"short={self.short}" if self.short is not None else f"max={self.longest}"
         return f"{side} quality={self.quality}"
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """The size that a picture of this one gets: never larger, the proportions kept, no side below 1."""
+        """Return the stored size of an image of this size: never larger, in the same proportions, no side below 1."""
         if self.short is not None:
-            wanted, side = self.short, min(width, height)
+            limit, side = self.short, min(width, height)
         elif self.longest is not None:
-            wanted, side = self.longest, max(width, height)
+            limit, side = self.longest, max(width, height)
         else:
             return width, height
-        if side <= wanted:
+        if side <= limit:
             return width, height
-        return max(1, round(width * wanted / side)), max(1, round(height * wanted / side))
+        return max(1, round(width * limit / side)), max(1, round(height * limit / side))
 
     def apply(self, data: bytes) -> bytes:
-        """The bytes to store for a picture of these. Raises `BadImage` where they have to be decoded and cannot be.
+        """Return the bytes to store for the image in `data`. Raises `BadImage` if it must be decoded and cannot be.
 
-        All become JPEGs of 8 bits, grey or YCbCr 4:2:0, resized by Pillow's Lanczos filter, from the pixels that
-        training would see: CMYK is converted, transparency, EXIF data and colour profiles are dropped. A grey or RGB
-        JPEG of that size already stays as it is where it would not become shorter.
+        All become 8-bit JPEGs, gray or YCbCr 4:2:0, resized with Pillow's Lanczos filter, from the pixels that training
+        would see: CMYK is converted; transparency, EXIF data and color profiles are dropped. A gray or RGB JPEG that
+        is small enough already is stored unchanged if re-encoding would not make it shorter.
         """
-        if not self.anew:
+        if not self.reencodes:
             return data
         decoded = whole_image(data)
         size = self.size(*decoded.size)
         plain = size == decoded.size and _is_plain_jpeg(data)
         if size != decoded.size:
             decoded = decoded.resize(size, Image.Resampling.LANCZOS)
-        # Comments and the like would be written again.
+        # Otherwise Pillow writes comments and other metadata again.
         decoded.info.clear()
         file = io.BytesIO()
         decoded.save(file, "JPEG", quality=self.quality)
-        anew = file.getvalue()
-        return data if plain and len(data) <= len(anew) else anew
+        encoded = file.getvalue()
+        return data if plain and len(data) <= len(encoded) else encoded
 
 
 def check_decodable(data: bytes) -> None:
-    """Raise `BadImage` unless the picture can be decoded."""
+    """Raise `BadImage` unless the image can be decoded."""
     whole_image(data)
 
 

@@ -1,4 +1,11 @@
-"""What goes into which shard, decided before anything is written, and the same whenever it is asked."""
+"""Plan the content of a store: splits, shards, the order of samples in each, and the names of tar members.
+
+The plan depends only on the original and the settings, so an interrupted run can be resumed.
+
+webdataset splits the last component of a member's name at its first dot into key and extension, and takes neighbors
+with the same key for one sample (https://github.com/webdataset/webdataset, "WebDataset Format"). So each image has
+its own key, without a dot after its last slash.
+"""
 
 from __future__ import annotations
 
@@ -22,33 +29,33 @@ from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
 from lars_train.pack.parquet import ParquetSource, open_parquet
 
-PICTURES = 4000
-"""Pictures of a shard where the number of shards is not given: 440 MB of ImageNet as it is."""
+IMAGES_PER_SHARD = 4000
+"""Images in a shard unless the number of shards is given: 440 MB of ImageNet's original files."""
 
 _LABEL = b".cls"
 
-# The key of the generator that says in which order pictures lie in the shards of a split: mixed, so that who reads
-# shards from end to end meets all classes. Rows of parquet stay beside those of their row group.
+# The key of the generator that draws the order of images in the shards of a split. It is random so that a reader of
+# whole shards meets all classes. Rows of parquet stay next to the others of their row group.
 _ORDER_KEY = 20170814
 
 
 @dataclass(frozen=True)
 class Original:
-    """What is packed: `splits` by the names that the store gives them, over the same classes."""
+    """The data set to pack: `splits` by their names in the store, over the same classes."""
 
     classes: tuple[str, ...]
     splits: dict[str, Source]
     fingerprint: str
-    """Of the splits that are there."""
+    """The fingerprint of the splits that exist."""
     inventory: Inventory
-    """What their original calls the splits, and what lies beside them and is skipped."""
+    """The names of the splits in the original, and counts of what lies beside them and is skipped."""
     skipped: Mapping[str, Mapping[str, int]]
-    """What is skipped in each split, by reason."""
+    """Counts of what is skipped in each split, by reason."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard: its split, its file name, and the ids of its samples in the order in which they lie there."""
+    """One shard: its split, its file name, and the ids of its samples in their order in the file."""
 
     split: str
     name: str
@@ -56,21 +63,21 @@ class ShardPlan:
 
 
 def open_original(root: str, val_labels: str | None, image_key: str | None = None) -> Original:
-    """The pictures below `root`, in parquet or any layout that ``data=folder`` or ``data=imagenet`` opens.
+    """Open the images below `root`: parquet, or any layout that ``data=folder`` or ``data=imagenet`` opens.
 
     One of ``train/`` and ``val/`` may be missing. Raises `ConfigError`.
     """
     path = user_path(root)
     skipped: dict[str, Mapping[str, int]] = {}
     if folders := parquet_folders(path):
-        for flag, value, where in (("val-labels", val_labels, "labels"), ("image-key", image_key, "images")):
+        for flag, value, what in (("val-labels", val_labels, "labels"), ("image-key", image_key, "images")):
             if value is not None:
-                raise ConfigError(f"--{flag}={value}: the {where} are in the parquet files; drop it.")
+                raise ConfigError(f"--{flag}={value}: the {what} are in the parquet files; omit the flag.")
         splits, classes, read = open_parquet(the_one(path, folders))
     else:
         tree = open_tree(root, image_key=image_key)
         if tree.variant:
-            raise ConfigError(f"{root}: its pictures were encoded anew already; pack the original.")
+            raise ConfigError(f"{root} holds re-encoded images; pack the original.")
         splits, classes, read, skipped = _splits(tree, val_labels)
     names = [[os.fsencode(source.name(i)) for i in range(len(source))] for source in splits.values()]
     runs = [
@@ -85,7 +92,7 @@ def _splits(
 ) -> tuple[dict[str, Source], tuple[str, ...], Inventory, dict[str, Mapping[str, int]]]:
     folders = find_splits(tree, None, alone=True)
     if val_labels is not None and not is_flat(tree, folders):
-        raise ConfigError(f"--val-labels={val_labels}: there is no flat val/ to label; drop it.")
+        raise ConfigError(f"--val-labels={val_labels}: there is no flat val/ to label; omit the flag.")
     parts: dict[str, Split] = {}
     if folders.val is None:
         parts[TRAIN] = collect(tree, folders.train)
@@ -93,7 +100,7 @@ def _splits(
         parts[VAL] = only_validation(tree, folders, folders.val, val_labels)
     else:
         parts[TRAIN], parts[VAL] = both_splits(tree, folders, val_labels)
-    # Each split counts its own.
+    # Each split counts its own skipped files.
     beside = take_inventory(tree, folders, *(replace(part, skipped={}) for part in parts.values()))
     return (
         {split: tree.source(part.inside, part.names, part.labels) for split, part in parts.items()},
@@ -104,13 +111,13 @@ def _splits(
 
 
 def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
-    """All shards; `shards`: of the first split, the validation split after it gets as many in proportion."""
+    """Return the plan of every shard. `shards`: shards of the first split; the other gets a proportional number."""
     plans = []
     name, first = next((split, len(source)) for split, source in original.splits.items())
     if shards is not None and shards > first:
-        raise ConfigError(f"--shards={shards}: {name}/ has {first:,} images, and a shard has one at least.")
+        raise ConfigError(f"--shards={shards}: {name}/ has {first:,} images, and a shard holds at least one.")
     for split, source in original.splits.items():
-        count = -(-len(source) // PICTURES) if shards is None else round(shards * len(source) / first)
+        count = -(-len(source) // IMAGES_PER_SHARD) if shards is None else round(shards * len(source) / first)
         count = min(max(1, count), len(source))
         draws = np.random.Philox(key=_ORDER_KEY)
         if isinstance(source, ParquetSource):
@@ -125,17 +132,17 @@ def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
 
 
 def key_of(member: bytes) -> tuple[bytes, bytes]:
-    """webdataset's key of a member, and its extension without the first dot."""
+    """Return webdataset's key of a member, and the extension without its first dot."""
     folder, slash, base = member.rpartition(b"/")
     stem, _, extension = base.partition(b".")
     return folder + slash + stem, extension
 
 
 def member_names(names: Iterable[bytes]) -> list[bytes]:
-    """The names in the tar of pictures at these paths, none of which may be hidden: each with a key of its own.
+    """Return the tar members' names for images at these paths, none of which may be hidden, each with a distinct key.
 
-    A path stands for itself but for percent signs, and dots before that of the suffix, which become ``%25`` and
-    ``%2E``. Where some differ in the suffix alone, the later ones lie in ``%2E/``, ``%2E/%2E/`` and so on.
+    A path is its own name, except that percent signs and dots before the suffix become ``%25`` and ``%2E``. If paths
+    differ only in the suffix, the later ones get the folder ``%2E/``, ``%2E/%2E/`` and so on.
     """
     taken: set[bytes] = set()
     members = []
@@ -151,10 +158,10 @@ def member_names(names: Iterable[bytes]) -> list[bytes]:
 
 
 def image_path(member: bytes) -> bytes:
-    """The path of the picture that a name of `member_names` stands for."""
+    """Return the path that `member_names` turned into `member`."""
     return b"/".join(part for part in unquote_to_bytes(member).split(b"/") if part != b".")
 
 
 def label_name(member: bytes) -> bytes:
-    """The name of the member beside it that has its label."""
+    """Return the name of the member that holds the label of the image `member`."""
     return key_of(member)[0] + _LABEL

@@ -1,4 +1,4 @@
-"""From a folder of pictures to a store: plan, shards, verification, index. What is begun can be gone on with."""
+"""Pack a data set into a store: plan, shards, verification, index. Interrupted packing resumes."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from lars_train.fsutil import user_path, write_atomic
 from lars_train.messages import counted, printable
 from lars_train.pack.encode import Encoding
 from lars_train.pack.layout import Original, ShardPlan, member_names, open_original, shard_plans
-from lars_train.pack.processes import each
-from lars_train.pack.verify import ShardProblem, checker, class_checksums, store_of, tasks_of
+from lars_train.pack.processes import run_tasks
+from lars_train.pack.verify import ShardProblem, checker, class_checksums, shard_of, tasks_of
 from lars_train.pack.writer import ShardRecord, ShardWriter, read_record, record_path, shard_path
 
 SUMMARY = "store.json"
-"""The file of a store that tells people what it is. Nothing is read from it when the store is opened."""
+"""The file that describes a store to people. Opening the store does not read it."""
 LEFT_OUT = "images left out by lars-data pack"
 _SHOWN = 5
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
-"""Given what is done and how many pictures there are, a context with what is called for pictures that are done."""
+"""Given an activity and a number of images, a context manager whose value is called with counts of finished images."""
 
 
 class SourceSubset:
-    """The samples `ids` of a source as samples 0, 1, ... of their own: what is in a store when some were left out."""
+    """The samples `ids` of a source, numbered from 0."""
 
     def __init__(self, source: Source, ids: npt.NDArray[np.int64]) -> None:
         self.labels: Labels = source.labels[ids]
@@ -62,7 +62,7 @@ class SourceSubset:
 
 @dataclass(frozen=True)
 class Request:
-    """What ``lars-data pack`` was asked for. `shards`: of the training split; `jobs`: processes."""
+    """The settings of ``lars-data pack``. `shards`: shards of the training split; `jobs`: processes."""
 
     source: str
     store: str
@@ -75,14 +75,14 @@ class Request:
 
 
 def pack(request: Request, progress: Progress) -> dict[str, Any]:
-    """Pack the pictures; the store's summary, with ``already`` in it where the store was there.
+    """Pack the images and return the store's summary, with the key ``already`` if the store existed.
 
-    The original is only read. Raises `ConfigError` for what cannot be packed, or not to there; `DataError` for a
-    picture that is broken (but with `skip`), a store that differs from the original, and what the file system refuses:
-    the same request then goes on from the shards that are whole.
+    The original is only read. Raises `ConfigError` for an original that cannot be packed, or a store that cannot be
+    made there; `DataError` for a broken image (unless `skip`), a store that differs from the original, and errors of
+    the file system. The same request then resumes from the complete shards.
     """
     store = user_path(request.store)
-    _check_apart(user_path(request.source), store)
+    _check_separate(user_path(request.source), store)
     original = open_original(request.source, request.val_labels, request.image_key)
     check_classes(request.source, original.classes)
     plans = shard_plans(original, request.shards)
@@ -93,13 +93,13 @@ def pack(request: Request, progress: Progress) -> dict[str, Any]:
     }
     plan = json.loads(json.dumps(plan))
     if (store / INDEX).exists():
-        return _already(store, plan)
-    _begin(store, plan)
+        return _existing(store, plan)
+    _prepare(store, plan)
     try:
         with FileLock(store / PACKING / "lock", timeout=0):
             summary = _pack(request, store, original, plans, plan, progress)
     except Timeout:
-        raise ConfigError(f"{store}: another lars-data packs it; wait for that one.") from None
+        raise ConfigError(f"{store}: another lars-data is packing it; wait for that to end.") from None
     except OSError as error:
         raise DataError(f"{error.filename or store}: {error.strerror or error}") from error
     shutil.rmtree(store / PACKING, ignore_errors=True)
@@ -114,7 +114,7 @@ def _pack(
     plan: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
-    _tidy(store)
+    _remove_temporary_files(store)
     todo = [plan for plan in plans if read_record(store, plan) is None]
     members = {
         split: member_names(os.fsencode(source.name(sample)) for sample in range(len(source)))
@@ -122,27 +122,27 @@ def _pack(
     }
     writer = ShardWriter(store, original.splits, members, request.encoding, request.skip)
     with progress("packing", sum(len(plan.samples) for plan in todo)) as tick:
-        for _ in each(todo, writer, request.jobs, tick):
+        for _ in run_tasks(todo, writer, request.jobs, tick):
             pass
     records = {plan.name: _record(store, plan) for plan in plans}
-    tree, kept = _assembled(store, original, plans, records, request.encoding)
+    tree, kept = _assemble(store, original, plans, records, request.encoding)
     _check_classes(store, original, tree, records)
     _verify(request, tree, kept, plans, progress)
     if open_original(request.source, request.val_labels, request.image_key).fingerprint != original.fingerprint:
-        raise DataError(f"{request.source}: files came or went while it was packed; remove {store} and pack it anew.")
+        raise DataError(f"{request.source}: files appeared or vanished during packing; remove {store} and pack again.")
     summary = _summary(request, tree, original, plans, records) | {"plan": plan}
     write_atomic(store / SUMMARY, [(json.dumps(summary, indent=1) + "\n").encode()])
     _write_index(tree)
     return summary
 
 
-def _check_apart(source: Path, store: Path) -> None:
-    one, other = source.resolve(), store.resolve()
-    if one == other or one in other.parents or other in one.parents:
-        raise ConfigError(f"{store}: the store must lie outside of {source}, which is not written to.")
+def _check_separate(source: Path, store: Path) -> None:
+    original, target = source.resolve(), store.resolve()
+    if original == target or original in target.parents or target in original.parents:
+        raise ConfigError(f"{store}: the store must lie outside {source}, which is only read.")
 
 
-def _already(store: Path, plan: dict[str, Any]) -> dict[str, Any]:
+def _existing(store: Path, plan: dict[str, Any]) -> dict[str, Any]:
     summary: Any = None
     try:
         summary = json.loads((store / SUMMARY).read_bytes())
@@ -150,45 +150,45 @@ def _already(store: Path, plan: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise ConfigError(f"{store} is another store already{_apart(summary, plan)}; give another folder.")
-    _tidy(store)
+        raise ConfigError(f"{store} already holds another store{_differences(summary, plan)}; choose another folder.")
+    _remove_temporary_files(store)
     shutil.rmtree(store / PACKING, ignore_errors=True)
     return {**summary, "already": True}
 
 
-def _apart(there: Any, asked: dict[str, Any]) -> str:
-    """What differs between the plan of a store and the one that is asked for, as far as the former can be read."""
+def _differences(existing: Any, requested: dict[str, Any]) -> str:
+    """Describe how the plan of an existing store differs from the requested one; empty if it cannot be read."""
     try:
         before, now = (
-            {**plan["encoding"], "shards of all splits": len(plan["shards"])} for plan in (there["plan"], asked)
+            {**plan["encoding"], "shards of all splits": len(plan["shards"])} for plan in (existing["plan"], requested)
         )
-        other = ["other pictures"] if there["plan"]["fingerprint"] != asked["fingerprint"] else []
+        found = ["other images"] if existing["plan"]["fingerprint"] != requested["fingerprint"] else []
         keys = [key for key in now if before[key] != now[key]]
-        told = other + [f"{key}: {before[key] or 'none'} there, {now[key] or 'none'} asked for" for key in keys]
+        found += [f"{key}: {before[key] or 'none'} there, {now[key] or 'none'} requested" for key in keys]
     except (KeyError, TypeError):
         return ""
-    return f" ({'; '.join(told)})" if told else ""
+    return f" ({'; '.join(found)})" if found else ""
 
 
-def _tidy(store: Path) -> None:
-    """Take away what a kill has left half written."""
+def _remove_temporary_files(store: Path) -> None:
+    """Remove the unfinished files that a killed process left."""
     for folder, pattern in ((store / PACKING, "*.tmp"), (store, f".{INDEX}.*"), (store, f".{SUMMARY}.*")):
-        for left in folder.glob(pattern):
-            left.unlink(missing_ok=True)
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
-def _begin(store: Path, plan: dict[str, Any]) -> None:
-    """The folders and the plan of a new store; or of one that was begun by the same plan."""
+def _prepare(store: Path, plan: dict[str, Any]) -> None:
+    """Make the folders of a store and write its plan. The store is new, or its packing began with the same plan."""
     path = store / PACKING / "plan.json"
     try:
         if path.exists():
-            if (begun := json.loads(path.read_bytes())) != plan:
+            if (existing := json.loads(path.read_bytes())) != plan:
                 raise ConfigError(
-                    f"{store} was begun in another way{_apart({'plan': begun}, plan)}; give the same pictures and "
-                    "settings, or remove it."
+                    f"{store}: packing began with other settings{_differences({'plan': existing}, plan)}. "
+                    "Pass the same images and settings, or remove the folder."
                 )
         elif not _is_unused(store):
-            raise ConfigError(f"{store} is not empty; give the path of a folder that is not there.")
+            raise ConfigError(f"{store} is not empty; choose a folder that does not exist.")
         for folder in (PACKING, *dict.fromkeys(split for split, _, _ in plan["shards"])):
             (store / folder).mkdir(parents=True, exist_ok=True)
         write_atomic(path, [json.dumps(plan).encode()])
@@ -197,11 +197,11 @@ def _begin(store: Path, plan: dict[str, Any]) -> None:
             raise
         raise ConfigError(f"{path} is damaged; remove {store}.") from None
     except OSError as error:
-        raise ConfigError(f"{store}: it cannot be written to ({error.strerror}).") from error
+        raise ConfigError(f"{store} cannot be written to ({error.strerror}).") from error
 
 
 def _is_unused(store: Path) -> bool:
-    """Whether the folder is not there, or has nothing in it but what a start that was cut short leaves."""
+    """Return True if the folder does not exist, or holds only what an interrupted start leaves."""
     if not store.exists():
         return True
     folders = [store / split for split in SPLITS if (store / split).exists()]
@@ -211,18 +211,18 @@ def _is_unused(store: Path) -> bool:
 def _record(store: Path, plan: ShardPlan) -> ShardRecord:
     record = read_record(store, plan)
     if record is None:
-        raise DataError(f"{shard_path(store, plan)} is not what was written; run the same command again.")
+        raise DataError(f"{shard_path(store, plan)} has changed since it was written; run the same command again.")
     return record
 
 
-def _assembled(
+def _assemble(
     store: Path,
     original: Original,
     plans: list[ShardPlan],
     records: dict[str, ShardRecord],
     encoding: Encoding,
 ) -> tuple[ShardTree, dict[str, Source]]:
-    """The store as it is when it is opened, and its pictures in the original."""
+    """Return the store as a run opens it, and the original's images that it holds."""
     splits: dict[str, Packed] = {}
     kept: dict[str, Source] = {}
     classes = tuple(map(os.fsencode, original.classes))
@@ -236,7 +236,7 @@ def _assembled(
         names = NamesBuilder()
         names.extend(os.fsencode(source.name(sample)) for sample in ids.tolist())
         labels = np.ascontiguousarray(source.labels[ids])
-        # Of a validation set whose labels came from a table, a class may be without pictures.
+        # In a validation set whose labels came from a table, a class may have no images.
         left_out = sum(len(record.skipped) for record in own)
         skipped = merge_counts(original.skipped.get(split, {}), {LEFT_OUT: left_out} if left_out else {})
         listing = Listing(classes, names.build(), labels, split == TRAIN, skipped)
@@ -248,7 +248,7 @@ def _assembled(
 
 
 def _check_classes(store: Path, original: Original, tree: ShardTree, records: dict[str, ShardRecord]) -> None:
-    """Raise `DataError` where a split, or a class to train on, has lost its last picture: no run could use that."""
+    """Raise `DataError` if a split or a training class has lost its last image: no run could use the store."""
     for split, packed in tree.splits.items():
         labels = packed.listing.labels
         before = np.bincount(original.splits[split].labels, minlength=len(original.classes))
@@ -259,23 +259,23 @@ def _check_classes(store: Path, original: Original, tree: ShardTree, records: di
         example = f", the first because: {reasons[0]}" if reasons else ""
         what = f"of class {original.classes[lost[0]]}, " if len(labels) else ""
         raise DataError(
-            f"{store}: no picture {what}of {split}/ can be packed ({len(reasons):,} were left out{example}). Mend the "
-            "pictures, or remove the class, and pack anew."
+            f"{store}: no image {what}of {split}/ can be packed ({len(reasons):,} were left out{example}). Fix the "
+            "images, or remove the class, and pack again."
         )
 
 
 def _verify(
     request: Request, tree: ShardTree, kept: dict[str, Source], plans: list[ShardPlan], progress: Progress
 ) -> None:
-    """Raise `DataError` unless what was written can be read again and is right; shards that are not are removed."""
-    check = checker(tree, {} if request.encoding.anew else kept)
+    """Read the shards again. Remove those with problems, and raise `DataError` for them."""
+    check = checker(tree, {} if request.encoding.reencodes else kept)
     problems: list[ShardProblem] = []
     with progress("verifying", sum(map(len, kept.values()))) as tick:
-        for found in each(tasks_of(tree), check, request.jobs, tick):
+        for found in run_tasks(tasks_of(tree), check, request.jobs, tick):
             problems += found
     if not problems:
         return
-    bad = {store_of(problem, tree) for problem in problems}
+    bad = {shard_of(problem, tree) for problem in problems}
     for plan in plans:
         if shard_path(tree.path, plan) in bad:
             record_path(tree.path, plan).unlink(missing_ok=True)
@@ -288,8 +288,8 @@ def _verify(
 
 
 def describe_problem(problem: ShardProblem, tree: ShardTree) -> str:
-    """One line for a problem."""
-    where = printable(os.fsencode(store_of(problem, tree)))
+    """Describe a problem in one line."""
+    where = printable(os.fsencode(shard_of(problem, tree)))
     if problem.sample is not None:
         where += f"!{printable(tree.splits[problem.split].listing.names[problem.sample])}"
     return f"{where}: {printable(problem.reason)}"
@@ -311,7 +311,7 @@ def _summary(
     return {
         "format": f"lars-train store, version {VERSION}",
         "made_from": printable(request.source),
-        "encoding": asdict(request.encoding) if request.encoding.anew else "as the files are",
+        "encoding": asdict(request.encoding) if request.encoding.reencodes else "as the files are",
         "fingerprint": fingerprint(original.classes, *runs, variant=tree.variant),
         "original": tree.inventory.record(),
         "splits": {
@@ -347,5 +347,5 @@ def _write_index(tree: ShardTree) -> None:
 
 @contextlib.contextmanager
 def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress that nobody is told of."""
+    """Report no progress."""
     yield lambda count: None

@@ -1,4 +1,4 @@
-"""What each command of ``lars-data`` does, and what it prints."""
+"""Run the commands of ``lars-data`` and print their results."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from lars_train.messages import counted, printable, say, size
 from lars_train.pack.encode import Encoding
 from lars_train.pack.layout import open_original
 from lars_train.pack.packing import SUMMARY, Progress, Request, SourceSubset, describe_problem, pack
-from lars_train.pack.processes import cores, each
+from lars_train.pack.processes import cores, run_tasks
 from lars_train.pack.verify import ShardProblem, checker, tasks_of
 
+# Problems and classes that are listed.
 _SHOWN = 20
 
 
 def run_pack(args: argparse.Namespace, progress: Progress) -> None:
-    """``lars-data pack``."""
+    """Run ``lars-data pack``."""
     if args.quality is not None and args.short is None and args.max is None:
-        raise ConfigError("--quality has no meaning without --short or --max: pictures are stored as they are.")
+        raise ConfigError("--quality requires --short or --max: without them, the original bytes are stored.")
     request = Request(
         source=args.source,
         store=args.store,
@@ -44,72 +45,74 @@ def run_pack(args: argparse.Namespace, progress: Progress) -> None:
     for left in summary["skipped"]:
         say(printable(f"left out: {left['split']}/{left['image']}: {left['reason']}"))
     if summary["skipped"]:
-        say(f"{counted(len(summary['skipped']), 'picture')} left out.")
+        say(f"{counted(len(summary['skipped']), 'image')} left out.")
     _describe(_store(args.store))
     if summary.get("already"):
-        say("It was there already, packed in this way; lars-data verify reads it from end to end.")
+        say("The store existed already, packed with these settings; lars-data verify checks all of it.")
     else:
-        say(printable(f"verified; the checksums of its classes are in {user_path(args.store) / SUMMARY}"))
+        say(printable(f"verified; the checksums of the classes are in {user_path(args.store) / SUMMARY}"))
 
 
 def run_verify(args: argparse.Namespace, progress: Progress) -> None:
-    """``lars-data verify``: raises `DataError` after it has printed what is wrong."""
+    """Run ``lars-data verify``: print the problems, and raise `DataError` if there are any."""
     store = _store(args.store)
     if any(len(packed.sums) != len(packed.listing.names) for packed in store.splits.values()):
-        raise ConfigError(f"{args.store}: these shards were made by others, without checksums; pack them to have some.")
+        raise ConfigError(
+            f"{args.store}: another program made these shards, without checksums; pack them to add checksums."
+        )
     sources: dict[str, Source] = {}
     if args.source is not None:
         if store.variant:
             raise ConfigError(
-                f"--source: {args.store} was encoded anew ({store.variant}), so it differs from all originals."
+                f"--source: {args.store} holds re-encoded images ({store.variant}), which differ from any original."
             )
         sources = _originals(store, args.source, args.val_labels, args.image_key)
     problems: list[ShardProblem] = []
     with progress("verifying", sum(len(packed.listing.names) for packed in store.splits.values())) as tick:
-        for found in each(tasks_of(store), checker(store, sources), args.jobs or cores(), tick):
+        for found in run_tasks(tasks_of(store), checker(store, sources), args.jobs or cores(), tick):
             problems += found
     for problem in problems[:_SHOWN]:
         say(describe_problem(problem, store))
     if problems:
         raise DataError(f"{args.store}: {counted(len(problems), 'problem')}: {_tally(problems, store)}.")
     _describe(store)
-    say("whole" if args.source is None else printable(f"whole, and equal to {args.source}"))
+    say("intact" if args.source is None else printable(f"intact, and equal to {args.source}"))
 
 
 def run_info(args: argparse.Namespace, progress: Progress) -> None:
-    """``lars-data info``."""
+    """Run ``lars-data info``."""
     _describe(_store(args.store))
 
 
 def _store(path: str) -> ShardTree:
     tree = open_tree(path)
     if not isinstance(tree, ShardTree):
-        raise ConfigError(f"{path} is no store; `lars-data pack {path} STORE` makes one of it.")
+        raise ConfigError(f"{path} is not a store; `lars-data pack {path} STORE` makes one from it.")
     return tree
 
 
 def _originals(store: ShardTree, source: str, val_labels: str | None, image_key: str | None) -> dict[str, Source]:
-    """For each split of the store its pictures in the original, by their names."""
+    """Return for each split of the store its images in the original, matched by name."""
     original = open_original(source, val_labels, image_key)
     found: dict[str, Source] = {}
     for split, packed in store.splits.items():
-        theirs = original.splits.get(split)
-        if theirs is None:
-            raise DataError(f"{source} has nothing to compare {split} with.")
-        ids = {os.fsencode(theirs.name(i)): i for i in range(len(theirs))}
+        unpacked = original.splits.get(split)
+        if unpacked is None:
+            raise DataError(f"{source} has no split to compare {split} with.")
+        ids = {os.fsencode(unpacked.name(i)): i for i in range(len(unpacked))}
         names = packed.listing.names
         missing = [names[i] for i in range(len(names)) if names[i] not in ids]
         if missing:
             raise DataError(
-                f"{source} lacks {counted(len(missing), 'picture')} of {split}, such as {printable(missing[0])}."
+                f"{source} lacks {counted(len(missing), 'image')} of {split}, such as {printable(missing[0])}."
             )
-        found[split] = SourceSubset(theirs, np.array([ids[names[i]] for i in range(len(names))], np.int64))
+        found[split] = SourceSubset(unpacked, np.array([ids[names[i]] for i in range(len(names))], np.int64))
         if tuple(map(os.fsencode, original.classes)) != packed.listing.classes or not np.array_equal(
             found[split].labels, packed.listing.labels
         ):
-            raise DataError(f"{source}: its classes or labels are not those of {split} in the store.")
-        if len(names) < len(theirs):
-            say(printable(f"{split}: not in the store: {counted(len(theirs) - len(names), 'picture')} of {source}"))
+            raise DataError(f"{source}: its classes or labels differ from those of {split} in the store.")
+        if len(names) < len(unpacked):
+            say(printable(f"{split}: not in the store: {counted(len(unpacked) - len(names), 'image')} of {source}"))
     return found
 
 
@@ -126,19 +129,21 @@ def _tally(problems: list[ShardProblem], store: ShardTree) -> str:
 
 
 def _describe(store: ShardTree) -> None:
-    lines = [f"{store.place}: pictures {f'encoded anew, {store.variant}' if store.variant else 'as the files were'}"]
+    lines = [f"{store.place}: {f're-encoded images, {store.variant}' if store.variant else 'original images'}"]
     for split, packed in store.splits.items():
         stored = int(packed.places.size.sum())
         lines.append(
-            f"{split}: {counted(len(packed.listing.names), 'picture')}, "
+            f"{split}: {counted(len(packed.listing.names), 'image')}, "
             f"{counted(len(packed.listing.classes), 'class', 'classes')}, "
             f"{size(stored)} in {counted(len(packed.shards), 'shard')}"
         )
     skipped = merge_counts(store.inventory.skipped, *(packed.listing.skipped for packed in store.splits.values()))
     val = store.splits.get(VAL)
-    lacking = 0 if val is None else int(np.count_nonzero(val.listing.counts() == 0))
+    unvalidated = 0 if val is None else int(np.count_nonzero(val.listing.counts() == 0))
     named = class_names(next(iter(store.splits.values())).listing.classes)
-    lines += replace(store.inventory, skipped=skipped, unvalidated=lacking, lookalikes=find_lookalikes(named)).lines()
+    lines += replace(
+        store.inventory, skipped=skipped, unvalidated=unvalidated, lookalikes=find_lookalikes(named)
+    ).lines()
     runs = [(packed.listing.names.runs(), packed.listing.labels) for packed in store.splits.values()]
     classes = [os.fsdecode(name) for name in next(iter(store.splits.values())).listing.classes]
     lines.append(f"fingerprint {fingerprint(classes, *runs, variant=store.variant)}")

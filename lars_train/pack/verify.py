@@ -1,4 +1,4 @@
-"""Whether a store holds what its index says, byte for byte, and what the original holds. Nothing is changed."""
+"""Check that a store holds what its index says and, byte for byte, what the original holds. Change nothing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from lars_train.pack.encode import BadImage, check_decodable, digest
 from lars_train.pack.layout import image_path, label_name
 from lars_train.pack.processes import Tick
 
-# Problems that one shard tells of.
-_SHOWN = 100
+# Problems reported for one shard.
+_MOST_PROBLEMS = 100
+_DIFFERS = "its content differs from the index"
 
 
 @dataclass(frozen=True)
 class ShardProblem:
-    """What is wrong with a shard, or with one picture in it (`sample`)."""
+    """A problem with a shard, or with one image in it (`sample`)."""
 
     split: str
     shard: int
@@ -32,14 +33,14 @@ class ShardProblem:
 
 @dataclass(frozen=True)
 class ShardChecker:
-    """Checks shards of a store against its index and, where they are given, the original's `sources`, by split."""
+    """Check shards of a store against its index and, where given, the original's `sources`, by split."""
 
     splits: dict[str, Packed]
     sources: dict[str, Source]
     decode: bool
 
     def __call__(self, task: tuple[str, int], tick: Tick) -> list[ShardProblem]:
-        """The problems of one shard, at most `_SHOWN`: names, labels and places of all members, then every picture."""
+        """Return the problems of one shard, at most 100: names, labels and places of all members, then every image."""
         split, shard = task
         packed = self.splits[split]
         samples = np.flatnonzero(packed.places.shard == shard)
@@ -47,49 +48,49 @@ class ShardChecker:
         try:
             handle = os.open(packed.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            return [ShardProblem(split, shard, None, f"it cannot be read ({error.strerror})")]
+            return [ShardProblem(split, shard, None, f"cannot be read ({error.strerror})")]
         try:
-            found = self._layout(handle, split, samples.tolist())
+            found = self._check_layout(handle, split, samples.tolist())
             problems = [ShardProblem(split, shard, None, found)] if found else []
             for sample in samples.tolist():
-                reason = self._picture(handle, split, sample)
-                if reason and len(problems) < _SHOWN:
+                reason = self._check_image(handle, split, sample)
+                if reason and len(problems) < _MOST_PROBLEMS:
                     problems.append(ShardProblem(split, shard, sample, reason))
                 tick()
         finally:
             os.close(handle)
         return problems
 
-    def _layout(self, handle: int, split: str, samples: list[int]) -> str:
+    def _check_layout(self, handle: int, split: str, samples: list[int]) -> str:
         packed = self.splits[split]
         expected = iter(samples)
         try:
             listed = list(members(handle))
-            for picture, label in zip(listed[::2], listed[1::2], strict=True):
+            for image, label in zip(listed[::2], listed[1::2], strict=True):
                 sample = next(expected, None)
                 if sample is None:
-                    return "it holds more than the index says"
+                    return "it holds more samples than the index says"
                 place = (int(packed.places.offset[sample]), int(packed.places.size[sample]))
                 own = packed.listing.names[sample]
-                named = image_path(picture.name) == own and label.name == label_name(picture.name)
-                if not named or picture[1:] != place:
-                    return "what lies in it is not what the index says"
+                named = image_path(image.name) == own and label.name == label_name(image.name)
+                if not named or image[1:] != place:
+                    return _DIFFERS
                 if os.pread(handle, min(label.size, 20), label.offset) != b"%d" % packed.listing.labels[sample]:
-                    return "a label in it is not what the index says"
+                    return "a label differs from the index"
         except BadTar as error:
             return str(error)
         except (OSError, ValueError):
-            return "what lies in it is not what the index says"
-        return "" if next(expected, None) is None else "it holds less than the index says"
+            return _DIFFERS
+        return "" if next(expected, None) is None else "it holds fewer samples than the index says"
 
-    def _picture(self, handle: int, split: str, sample: int) -> str:
+    def _check_image(self, handle: int, split: str, sample: int) -> str:
         packed = self.splits[split]
         try:
             data = os.pread(handle, int(packed.places.size[sample]), int(packed.places.offset[sample]))
         except OSError as error:
             return f"cannot be read ({error.strerror})"
         if digest(data) != int(packed.sums[sample]):
-            return "damaged: its checksum is wrong"
+            return "damaged: the checksum is wrong"
         if self.decode:
             try:
                 check_decodable(data)
@@ -105,17 +106,17 @@ class ShardChecker:
 
 
 def tasks_of(tree: ShardTree) -> list[tuple[str, int]]:
-    """The shards of a store, as `ShardChecker` takes them."""
+    """Return the split and number of every shard of a store: the tasks of a `ShardChecker`."""
     return [(split, shard) for split, packed in tree.splits.items() for shard in range(len(packed.shards))]
 
 
 def checker(tree: ShardTree, sources: dict[str, Source]) -> ShardChecker:
-    """For a whole store; `sources`: what its pictures must equal byte for byte, id by id."""
+    """Return the checker of a whole store. `sources`: what its images must equal byte for byte, id by id."""
     return ShardChecker(tree.splits, sources, bool(tree.variant))
 
 
 def class_checksums(packed: Packed) -> list[str]:
-    """For each class: SHA-256, 16 hex digits, over path, NUL and digest (8 bytes, little-endian) of each picture."""
+    """Return 16 hex digits per class: SHA-256 over path, NUL and digest (8 bytes, little-endian) of each image."""
     digests = [hashlib.sha256() for _ in packed.listing.classes]
     sums = packed.sums.astype("<u8")
     for sample, label in enumerate(packed.listing.labels.tolist()):
@@ -123,6 +124,6 @@ def class_checksums(packed: Packed) -> list[str]:
     return [found.hexdigest()[:16] for found in digests]
 
 
-def store_of(problem: ShardProblem, tree: ShardTree) -> Path:
-    """The shard that a problem is in."""
+def shard_of(problem: ShardProblem, tree: ShardTree) -> Path:
+    """Return the path of the shard that has a problem."""
     return tree.splits[problem.split].shards[problem.shard].path

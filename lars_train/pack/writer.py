@@ -1,4 +1,4 @@
-"""One shard: written from its plan, and what was written told in a record beside it until the store is whole."""
+"""Write one shard from its plan, and a record of its content that is kept until the store is complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from lars_train.pack.processes import Tick
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a shard of `size` bytes holds: (sample, offset, bytes, digest) of each; and what was left out, and why."""
+    """The content of a shard: (sample, offset, bytes, digest) of each image, and the images left out with the reason.
+
+    `size`: bytes of the shard.
+    """
 
     size: int
     rows: list[tuple[int, int, int, int]]
@@ -31,7 +34,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes shards of a store; `sources` and `members` (names in the tar) by split. Can be sent to a process."""
+    """Write shards of a store. `sources` and `members` (names in the tar): by split. It can be pickled."""
 
     store: Path
     sources: dict[str, Source]
@@ -40,7 +43,7 @@ class ShardWriter:
     skip: bool
 
     def __call__(self, plan: ShardPlan, tick: Tick) -> None:
-        """Write one shard, which is there under its name when all of it, and its record, are. Raises `DataError`."""
+        """Write one shard, which gets its name when all of it and its record are on disk. Raises `DataError`."""
         rows, skipped = [], []
         temporary = self.store / PACKING / f"{plan.name}.{os.getpid()}.tmp"
         at = 0
@@ -48,11 +51,11 @@ class ShardWriter:
             with temporary.open("wb") as file:
                 for sample in plan.samples.tolist():
                     try:
-                        data = self._picture(plan.split, sample)
+                        data = self._encoded(plan.split, sample)
                     except BadImage as error:
                         if not self.skip:
                             where = self.sources[plan.split].where(sample)
-                            remedy = "Mend it, or leave such pictures out with --on-error skip."
+                            remedy = "Fix it, or leave such images out with --on-error skip."
                             raise DataError(f"{where}: {error}. {remedy}") from None
                         skipped.append((sample, str(error)))
                         tick()
@@ -73,13 +76,13 @@ class ShardWriter:
             sync_folder(shard_path(self.store, plan).parent)
         except OSError as error:
             raise DataError(
-                f"{shard_path(self.store, plan)}: it cannot be written ({error.strerror or error}); the same command "
-                "goes on from the shards that are whole."
+                f"{shard_path(self.store, plan)}: cannot be written ({error.strerror or error}); the same command "
+                "resumes from the complete shards."
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _picture(self, split: str, sample: int) -> bytes:
+    def _encoded(self, split: str, sample: int) -> bytes:
         source = self.sources[split]
         try:
             data = source.read(sample)
@@ -98,25 +101,25 @@ def _member(name: bytes, content: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def shard_path(store: Path, plan: ShardPlan) -> Path:
-    """Where the shard lies."""
+    """Return the path of a shard."""
     return store / plan.split / plan.name
 
 
 def record_path(store: Path, plan: ShardPlan) -> Path:
-    """Where its record lies."""
+    """Return the path of a shard's record."""
     return store / PACKING / f"{plan.name}.json"
 
 
 def read_record(store: Path, plan: ShardPlan) -> ShardRecord | None:
-    """The record of a shard that is there whole; None where it has to be written (again)."""
+    """Return the record of a complete shard; None if the shard must be written (again)."""
     try:
         content = json.loads(record_path(store, plan).read_bytes())
         rows = [(int(sample), int(offset), int(size), int(sums)) for sample, offset, size, sums in content["rows"]]
         record = ShardRecord(
             int(content["size"]), rows, [(int(sample), str(why)) for sample, why in content["skipped"]]
         )
-        whole = shard_path(store, plan).stat().st_size == record.size
+        complete = shard_path(store, plan).stat().st_size == record.size
     except (OSError, ValueError, KeyError, TypeError):
         return None
     present = [row[0] for row in record.rows] + [sample for sample, _ in record.skipped]
-    return record if whole and np.array_equal(np.sort(present), np.sort(plan.samples)) else None
+    return record if complete and np.array_equal(np.sort(present), np.sort(plan.samples)) else None

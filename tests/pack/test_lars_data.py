@@ -59,20 +59,20 @@ def test_packing_verifying_and_describing_load_no_torch(root: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("train: 8 pictures, 2 classes") == 3
+    assert done.stdout.count("train: 8 images, 2 classes") == 3
 
 
 def test_a_store_is_packed_verified_and_described(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("pack", "data", "store", "--shards", "2", "--jobs", "1") == 0
     out = capsys.readouterr().out
     stored = sum(path.stat().st_size for path in Path("data/train").glob("*/*"))
-    assert f"train: 8 pictures, 2 classes, {stored / 1e3:.3g} kB in 2 shards" in out
+    assert f"train: 8 images, 2 classes, {stored / 1e3:.3g} kB in 2 shards" in out
     assert "verified" in out
     fingerprint = next(line for line in out.splitlines() if line.startswith("fingerprint"))
     assert ended("pack", "data", "store", "--shards", "2", "--jobs", "1") == 0
-    assert "there already" in capsys.readouterr().out
+    assert "existed already" in capsys.readouterr().out
     assert ended("verify", "store", "--source", "data", "--jobs", "1") == 0
-    assert "whole, and equal to data" in capsys.readouterr().out
+    assert "intact, and equal to data" in capsys.readouterr().out
     assert ended("info", "store") == 0
     assert fingerprint in capsys.readouterr().out
 
@@ -87,7 +87,7 @@ def test_each_picture_left_out_has_one_line_whatever_its_name(root: Path, capsys
     out = capsys.readouterr().out
     assert "left out: train/a/bro\\nken.png: " in out
     assert out.count("NOTE: classes whose names look alike: A, a\n") == 2
-    assert out.count("\nst\\nore: pictures encoded anew") == 2
+    assert out.count("\nst\\nore: re-encoded images") == 2
     assert "st\\nore/store.json\n" in out
 
 
@@ -116,7 +116,7 @@ def test_labels_and_names_that_changed_are_found(root: Path, capsys: pytest.Capt
     raw[label] = ord("1") if raw[label] == ord("0") else ord("0")
     shard.write_bytes(raw)
     assert ended("verify", "store", "--jobs", "1") == 1
-    assert "a label in it is not what the index says" in capsys.readouterr().out
+    assert "a label differs from the index" in capsys.readouterr().out
 
 
 def test_a_store_that_differs_from_the_original_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,21 +126,21 @@ def test_a_store_that_differs_from_the_original_is_told(root: Path, capsys: pyte
     assert ended("verify", "store", "--source", "data", "--jobs", "1") == 1
     out, err = capsys.readouterr()
     assert "b/2.png: differs from the original" in out
-    assert "val: not in the store: 1 picture of data\n" in out
+    assert "val: not in the store: 1 image of data\n" in out
     assert "1 problem: 1 in val/b" in err
     (root / "data/val/b/2.png").unlink()
     assert ended("verify", "store", "--source", "data", "--jobs", "1") == 1
-    assert "data lacks 1 picture of val, such as b/2.png" in capsys.readouterr().err
+    assert "data lacks 1 image of val, such as b/2.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (("pack", "nowhere", "store"), "data.root=nowhere cannot be opened"),
-        (("pack", "data", "data/store"), "must lie outside of data"),
-        (("pack", "data", "store", "--quality", "90"), "--quality has no meaning without"),
+        (("pack", "data", "data/store"), "must lie outside data"),
+        (("pack", "data", "store", "--quality", "90"), "--quality requires"),
         (("pack", "data", "store", "--val-labels", "x.csv"), "no flat val/ to label"),
-        (("verify", "data"), "data is no store; `lars-data pack data STORE`"),
+        (("verify", "data"), "data is not a store; `lars-data pack data STORE`"),
         (("info", "nowhere"), "nowhere cannot be opened"),
     ],
 )

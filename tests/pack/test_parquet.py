@@ -242,14 +242,14 @@ def test_the_command_packs_describes_and_verifies_against_parquet_and_folder(
     monkeypatch.chdir(tmp_path)
     hub(tmp_path / "hub")
     assert ended("pack", "hub", "store", "--shards", "2", "--jobs", "1") == 0
-    assert "train: 44 pictures, 4 classes" in capsys.readouterr().out
+    assert "train: 44 images, 4 classes" in capsys.readouterr().out
     for source in ("hub", "hub/data", folder):
         assert ended("verify", "store", "--source", source, "--jobs", "1") == 0
-        assert f"whole, and equal to {source}" in capsys.readouterr().out
+        assert f"intact, and equal to {source}" in capsys.readouterr().out
     assert ended("info", "store") == 0
     assert f"fingerprint {open_folder(folder, None).fingerprint}" in capsys.readouterr().out
     assert ended("pack", "hub", "store", "--shards", "2", "--jobs", "1") == 0
-    assert "there already" in capsys.readouterr().out
+    assert "existed already" in capsys.readouterr().out
     assert ended("pack", folder, "store2", "--jobs", "1") == 0
     assert ended("verify", "store2", "--source", "hub", "--jobs", "1") == 0
     rows = hub_rows(FILES["train"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lars_train.errors import DataError
-from lars_train.pack.processes import each
+from lars_train.pack.processes import run_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -23,7 +23,7 @@ def square(task: int, tick: Callable[[], None]) -> int:
 @pytest.mark.parametrize("jobs", [1, 3, 20])
 def test_every_task_is_done_once_and_every_picture_counted(jobs: int) -> None:
     counts: list[int] = []
-    assert sorted(each(range(12), square, jobs, counts.append)) == [k * k for k in range(12)]
+    assert sorted(run_tasks(range(12), square, jobs, counts.append)) == [k * k for k in range(12)]
     assert sum(counts) == sum(range(12))
 
 
@@ -36,7 +36,7 @@ def fail(task: int, tick: Callable[[], None]) -> int:
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_a_task_fails_of_is_told(jobs: int) -> None:
     with pytest.raises(DataError, match=r"x\.jpg: Permission denied"):
-        list(each(range(9), fail, jobs, lambda count: None))
+        list(run_tasks(range(9), fail, jobs, lambda count: None))
 
 
 def die(task: Path, tick: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ def children() -> set[str]:
 def test_a_process_that_dies_is_told_of_and_no_other_goes_on(tmp_path: Path) -> None:
     before = children()
     with pytest.raises(DataError, match="a worker process ended by signal 9"):
-        list(each([tmp_path / "goes on", tmp_path / "dies"], die, 2, lambda count: None))
+        list(run_tasks([tmp_path / "goes on", tmp_path / "dies"], die, 2, lambda count: None))
     assert not list(tmp_path.iterdir())
     assert children() <= before
 
@@ -66,4 +66,4 @@ def interrupted(task: int, tick: Callable[[], None]) -> int:
 
 
 def test_a_worker_ignores_ctrl_c() -> None:
-    assert sorted(each(range(3), interrupted, 2, lambda count: None)) == [0, 1, 2]
+    assert sorted(run_tasks(range(3), interrupted, 2, lambda count: None)) == [0, 1, 2]
