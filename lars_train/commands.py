@@ -224,7 +224,7 @@ def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
             # The launcher ends them when the first rank fails.
             handle_termination(signal.SIG_IGN, [signal.SIGTERM])
             return found
-        raise NotReady(f"not ready: {len(problems)} to mend.")
+        raise NotReady(f"not ready: {len(problems)} to fix.")
     return found
 
 

@@ -1,13 +1,16 @@
-"""``mode=check`` on one rank: measure in turn what a run will use, put all ranks' findings together, and judge them.
+"""Check the machines for ``mode=check``: each rank measures what a run will use, and all findings are judged together.
 
-It writes nothing that stays. What is wrong with one thing keeps it from no other, as far as that can be measured.
+Leaves nothing on disk. A failed measurement does not stop the others, where they do not depend on it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,19 +19,28 @@ from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import wait_for
 from lars_train.launch import Ranks
-from lars_train.messages import counted, first_line, printable, say
-from lars_train.messages import size as readable
+from lars_train.messages import counted, first_line, printable, say, size
 from lars_train.plan import Plan, check_world
-from lars_train.preflight.budget import Budget
-from lars_train.preflight.compute import train_for
-from lars_train.preflight.disk import MOST_WRITTEN, checkpoint_folder, existing, mark, shard_cache_folder
-from lars_train.preflight.facts import Demands, Findings, OutputFolder, Rank
-from lars_train.preflight.findings import describe_findings
-from lars_train.preflight.interconnect import clocks, exchange
-from lars_train.preflight.judge import Problem, agreement, data, devices, machines, room
-from lars_train.preflight.machine import device_of, host, version_facts
-from lars_train.preflight.pace import disk_pace, input_pace, network_pace
-from lars_train.preflight.samples import counts, loader_rate, try_sample
+from lars_train.preflight.findings import Demands, Findings, OutputFolder, Rank, describe_findings
+from lars_train.preflight.judge import format_verdict, judge
+from lars_train.preflight.measure_compute import (
+    collect_versions,
+    inspect_device,
+    inspect_host,
+    measure_clocks,
+    measure_exchange,
+    measure_step,
+)
+from lars_train.preflight.measure_io import (
+    MAX_WRITTEN,
+    count_images,
+    inspect_checkpoint_folder,
+    inspect_shard_cache,
+    marker_file,
+    measure_loader,
+    nearest_existing,
+    read_sample,
+)
 from lars_train.training.assemble import make_network
 from lars_train.training.device import choose_device, choose_precision, choose_threads, choose_workers, set_up
 from lars_train.training.distributed import Group, process_group
@@ -39,95 +51,124 @@ from lars_train.training.session import find_finished
 
 _T = TypeVar("_T")
 
-# For a model that is not known: about the size of ResNet-50's weights, and of its checkpoint.
+# If the model is unknown: about the size of ResNet-50's weights, and of its checkpoint.
 _GRADIENT_BYTES, _CHECKPOINT_BYTES = 102_000_000, 205_000_000
+
+PARTS = {"sample": 2.0, "step": 4.0, "input": 2.0, "exchange": 2.0, "disk": 2.0}
+"""The parts in order, and the most time that each takes, in units of `check.seconds`."""
+
+TOTAL = 18.0
+"""The time of a check from the start of its process, in the same unit: 90 s of the promised two minutes if
+`check.seconds` is 5. The rest of them is for the launcher and the end."""
+
+MIN_PART = 0.2
+"""The time that a part gets however late it starts, in the same unit."""
+
+
+class Budget:
+    """Divides the time of a check, from `started` (`time.monotonic`; default: the start of this process), among parts.
+
+    A part reads the clock between its steps and measures less when its time is up, so it overruns by one step at most.
+    """
+
+    def __init__(self, seconds: float, started: float | None = None) -> None:
+        self.seconds = seconds
+        self._end = (_process_start() if started is None else started) + TOTAL * seconds
+
+    def seconds_for(self, part: str) -> float:
+        """Return the time for `part`, which starts now: less than in `PARTS` if earlier parts took too long."""
+        names = list(PARTS)
+        remaining = sum(PARTS[name] for name in names[names.index(part) :])
+        left = self._end - time.monotonic()
+        return max(MIN_PART * self.seconds, PARTS[part] * min(self.seconds, left / remaining))
+
+
+def _process_start() -> float:
+    now = time.monotonic()
+    try:
+        # Field 22 of proc_pid_stat(5): clock ticks since the system's start, as is uptime.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return now
+    return now - max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def check(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """``lines`` to print, ``problems`` (a text each; none: ready) and all ``findings``, on every rank. Collective.
+    """Return the ``lines`` to print, the ``problems`` (texts; none: ready) and all ``findings``, on every rank.
 
-    Raises `ConfigError` where a rank has no device.
+    Collective. Raises `ConfigError` if a rank has no device.
     """
     device = choose_device(config, ranks)
     with process_group(ranks, device, config.distributed.timeout) as group:
         say(f"Checking {counted(ranks.world, 'rank')}, for a minute or two.\n")
-        findings, notes = _Check(config, group, device).findings()
+        findings, notes = _Check(config, group, device).run()
         problems = list(map(str, judge(findings)))
-        told = [*describe_findings(findings), *notes, "", *verdict(problems)]
-        # No rank ends before all have all: a launcher that sees one end may end the others.
+        lines = [*describe_findings(findings), *notes, "", *format_verdict(problems)]
+        # No rank ends before all have the findings: a launcher may end the others when it sees one end.
         group.all_reduce_max([0])
-    return {"lines": told, "problems": problems, "findings": dataclasses.asdict(findings)}
-
-
-def judge(findings: Findings) -> list[Problem]:
-    """All that is to be mended, what keeps a run from its start first."""
-    judges = (data, machines, devices, agreement, room, input_pace, network_pace, disk_pace)
-    return [problem for one in judges for problem in one(findings)]
-
-
-def verdict(problems: list[str]) -> list[str]:
-    """The last lines."""
-    if not problems:
-        return ["ready"]
-    return ["To mend:", *(f"{number}. {printable(text)}" for number, text in enumerate(problems, 1))]
+    return {"lines": lines, "problems": problems, "findings": dataclasses.asdict(findings)}
 
 
 class _Check:
-    """One rank's measurements, and what has gone wrong on the way."""
+    """The measurements of one rank, and the errors on the way."""
 
     def __init__(self, config: Config, group: Group, device: torch.device) -> None:
         self.config, self.group, self.device = config, group, device
         self.budget = Budget(config.check.seconds)
-        self.refused: list[str] = []
+        self.errors: list[str] = []
         self.notes: list[str] = []
 
-    def findings(self) -> tuple[Findings, list[str]]:
-        """Everything of all ranks, and what is worth a word. Collective."""
+    def run(self) -> tuple[Findings, list[str]]:
+        """Return the findings of all ranks, and notes to print. Collective."""
         config, group, ranks = self.config, self.group, self.group.ranks
-        facts = host()
-        device = device_of(self.device, choose_threads(config, ranks))
-        prepared = self._try(self._prepared)
-        everyone_is = all(group.all_gather(prepared is not None))
-        ahead = clocks(group)
-        rank = Rank(ranks.rank, ranks.local_rank, facts, version_facts(config, self.device), device)
+        host = inspect_host()
+        device = inspect_device(self.device, choose_threads(config, ranks))
+        prepared = self._try(self._prepare)
+        all_prepared = all(group.all_gather(prepared is not None))
+        clocks = measure_clocks(group)
+        rank = Rank(ranks.rank, ranks.local_rank, host, collect_versions(config, self.device), device)
         if prepared is not None:
             dataset = prepared.dataset
             share = -(-config.check.samples // ranks.local_world)
-            sample = self._try(lambda: try_sample(config, dataset, ranks.rank, share, self.budget.of("sample")))
+            seconds = self.budget.seconds_for("sample")
+            sample = self._try(lambda: read_sample(config, dataset, ranks.rank, share, seconds))
             if sample is not None and sample.images < sample.drawn:
-                self._bounded(f"{sample.images:,} pictures tried of {sample.drawn:,}")
-            rank = dataclasses.replace(rank, counts=counts(config, dataset), sample=sample)
-            if everyone_is:
-                rank = self._paces(prepared, rank)
+                self._note_time_up(f"{sample.images:,} of {sample.drawn:,} sampled images read")
+            rank = dataclasses.replace(rank, counts=count_images(config, dataset), sample=sample)
+            if all_prepared:
+                rank = self._measure_speeds(prepared, rank)
         step = rank.step
-        size = group.broadcast_from_rank0(_GRADIENT_BYTES if step is None else step.gradient_bytes)
-        took = exchange(group, self.device, size, config.check.seconds, self.budget.of("exchange"))
-        if took is not None and took.sent < took.bytes:
-            self._bounded(f"all-reduces of {readable(took.sent)}, and the time of {readable(took.bytes)} in proportion")
-        held = _CHECKPOINT_BYTES if step is None else step.checkpoint_bytes
-        folders = [self._try(lambda: self._checkpoints(prepared, held))] if group.first else []
+        gradients = group.broadcast_from_rank0(_GRADIENT_BYTES if step is None else step.gradient_bytes)
+        limit = self.budget.seconds_for("exchange")
+        exchange = measure_exchange(group, self.device, gradients, config.check.seconds, limit)
+        if exchange is not None and exchange.sent < exchange.bytes:
+            self._note_time_up(f"all-reduces of {size(exchange.sent)}, scaled up to {size(exchange.bytes)}")
+        checkpoint = _CHECKPOINT_BYTES if step is None else step.checkpoint_bytes
+        folders = [self._try(lambda: self._inspect_checkpoints(prepared, checkpoint))] if group.first else []
         if prepared is not None and ranks.local_rank == 0:
-            folders.append(self._try(lambda: shard_cache_folder(config, prepared.dataset)))
+            folders.append(self._try(lambda: inspect_shard_cache(config, prepared.dataset)))
         rank = dataclasses.replace(
             rank,
             folders=tuple(folder for folder in folders if folder is not None),
-            unseen=self._unseen(),
-            refused=tuple(self.refused),
+            unshared_folder=self._find_unshared(),
+            errors=tuple(self.errors),
         )
         demands = None if prepared is None else _demands(config, prepared.plan)
-        return Findings(tuple(group.all_gather(rank)), ahead, took, group.broadcast_from_rank0(demands)), self.notes
+        gathered = tuple(group.all_gather(rank))
+        return Findings(gathered, clocks, exchange, group.broadcast_from_rank0(demands)), self.notes
 
     def _try(self, measure: Callable[[], _T]) -> _T | None:
-        """What it gives; where it cannot be measured, the reason is one of those that keep a run from its start."""
+        """Return the measurement; if it fails, add the reason to the errors that would end a run."""
         try:
             return measure()
         except (ConfigError, DataError) as error:
-            self.refused.append(str(error))
+            self.errors.append(str(error))
         except (OSError, RuntimeError) as error:
-            self.refused.append(printable(first_line(error)))
+            self.errors.append(printable(first_line(error)))
         return None
 
-    def _prepared(self) -> Prepared:
+    def _prepare(self) -> Prepared:
         config = self.config
         choose_precision(config.precision.name, self.device)
         prepared = prepare(config)
@@ -135,59 +176,62 @@ class _Check:
         self.notes += prepared.notes
         return prepared
 
-    def _paces(self, prepared: Prepared, rank: Rank) -> Rank:
-        """`rank` with what its device and its loader do, each on all ranks at once. Collective."""
+    def _measure_speeds(self, prepared: Prepared, rank: Rank) -> Rank:
+        """Return `rank` with the speeds of its device and its loader, measured on all ranks at once. Collective."""
         config, plan, dataset, ranks = self.config, prepared.plan, prepared.dataset, self.group.ranks
         classes = len(dataset.classes)
         set_up(config, self.device, choose_threads(config, ranks))
         resolved = resolve_execution(config, plan, make_network(config, classes), self.device, self.group, None)
         workers = choose_workers(config, self.device, ranks)
-        batch = resolved.micro_batch
-        self._try(lambda: check_cache(config, dataset, plan, micro_batch=batch, ranks=ranks))
+        micro_batch = resolved.micro_batch
+        self._try(lambda: check_cache(config, dataset, plan, micro_batch=micro_batch, ranks=ranks))
         self.notes += decoder_lines(config.data.decoder, resolved.decoder, None, dataset.train)
         seconds = config.check.seconds
         self.group.all_reduce_max([0])
-        most = self.budget.of("step")
-        step = self._try(lambda: train_for(config, plan, resolved, classes, self.device, seconds, most))
+        limit = self.budget.seconds_for("step")
+        step = self._try(lambda: measure_step(config, plan, resolved, classes, self.device, seconds, limit))
         if step is not None and step.samples < plan.ghost_batch:
-            self._bounded(f"updates of {counted(step.samples, 'image')}, where a ghost batch has {plan.ghost_batch}")
+            self._note_time_up(f"updates of {counted(step.samples, 'image')}; a ghost batch has {plan.ghost_batch}")
         self.group.all_reduce_max([0])
-        half = min(seconds, self.budget.of("input") / 2)
-        found = self._try(lambda: loader_rate(config, plan, resolved, dataset.train, ranks, self.device, workers, half))
-        return dataclasses.replace(rank, step=step, input=found)
+        half = min(seconds, self.budget.seconds_for("input") / 2)
+        loader = self._try(
+            lambda: measure_loader(config, plan, resolved, dataset.train, ranks, self.device, workers, half)
+        )
+        return dataclasses.replace(rank, step=step, input=loader)
 
-    def _checkpoints(self, prepared: Prepared | None, held: int) -> OutputFolder:
-        """Where they go, which is this run's to write to. Raises `ConfigError`."""
+    def _inspect_checkpoints(self, prepared: Prepared | None, checkpoint_bytes: int) -> OutputFolder:
+        """Return the folder for checkpoints. Raises `ConfigError` if this run cannot write there."""
         directory = run_directory(self.config)
         if prepared is not None:
             find_finished(prepared)
+        seconds = self.budget.seconds_for("disk")
         try:
-            folder = checkpoint_folder(self.config, directory, held, self.budget.of("disk"))
+            folder = inspect_checkpoint_folder(self.config, directory, checkpoint_bytes, seconds)
         except OSError as error:
             raise ConfigError(f"run directory {directory}: it cannot be written ({error.strerror}).") from None
-        if 0 < folder.written < min(held, MOST_WRITTEN):
-            self._bounded(f"{readable(folder.written)} written of a checkpoint's {readable(held)}")
+        if 0 < folder.written < min(checkpoint_bytes, MAX_WRITTEN):
+            self._note_time_up(f"{size(folder.written)} of a checkpoint's {size(checkpoint_bytes)} written")
         return folder
 
-    def _bounded(self, what: str) -> None:
-        """Tell of what there was no time for."""
-        self.notes.append(f"{'time was up':<15}{what}")
+    def _note_time_up(self, measured: str) -> None:
+        """Note what was measured in place of the whole."""
+        self.notes.append(f"{'time was up':<15}{measured}")
 
-    def _unseen(self) -> str | None:
-        """The folder, where this rank should see what the first one writes and does not. Collective."""
-        folder = existing(run_directory(self.config))
+    def _find_unshared(self) -> str | None:
+        """Return the run directory if this machine does not see what rank 0 writes there. Collective."""
+        folder = nearest_existing(run_directory(self.config))
         with ExitStack() as stack:
-            left = None
+            marker = None
             if self.group.first:
-                with suppress(OSError):  # that it cannot be written to is known by now
-                    left = stack.enter_context(mark(folder))
-            left = self.group.broadcast_from_rank0(left)
-            mine = self.group.ranks.local_rank == 0 and not self.group.first
-            seen = not mine or left is None or wait_for(folder / left[0], left[1])
+                with suppress(OSError):  # a folder that cannot be written is among the errors already
+                    marker = stack.enter_context(marker_file(folder))
+            marker = self.group.broadcast_from_rank0(marker)
+            looks = self.group.ranks.local_rank == 0 and not self.group.first
+            seen = not looks or marker is None or wait_for(folder / marker[0], marker[1])
             self.group.all_reduce_max([0])
         return None if seen else str(folder)
 
 
 def _demands(config: Config, plan: Plan) -> Demands:
     every = config.checkpoint.every_updates or plan.updates_per_epoch
-    return Demands(plan.global_batch, every, config.checkpoint.every_minutes, config.data.max_bad, plan.samples)
+    return Demands(plan.global_batch, every, config.checkpoint.every_minutes, config.data.max_bad)

@@ -18,8 +18,8 @@ from lars_train.config.arguments import prepare_arguments
 from lars_train.config.schema import CheckConfig
 from lars_train.launch import Ranks
 from lars_train.plan import Plan
-from lars_train.preflight import budget, check, compute, disk, interconnect, samples
-from lars_train.preflight.budget import LEAST, PARTS, TOTAL, Budget
+from lars_train.preflight import check, measure_compute, measure_io
+from lars_train.preflight.check import MIN_PART, PARTS, TOTAL, Budget
 from lars_train.training.assemble import make_network
 from lars_train.training.distributed import Group
 from lars_train.training.prepare import prepare
@@ -45,7 +45,7 @@ def config() -> Config:
 def _begins_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lars_train.preflight.check.say", lambda text: None)
-    monkeypatch.setattr(budget, "_process_began", time.monotonic)
+    monkeypatch.setattr(check, "_process_start", time.monotonic)
 
 
 def slow_training(
@@ -58,7 +58,7 @@ def slow_training(
         made.append(len(next(batches).labels))
         sleep(seconds_per_image * made[-1])
 
-    monkeypatch.setattr(compute.Trainer, "run_update", run_update)
+    monkeypatch.setattr(measure_compute.Trainer, "run_update", run_update)
     return made
 
 
@@ -85,9 +85,9 @@ def test_a_device_of_any_speed_is_measured_within_the_time(
         now += seconds
 
     # A clock of its own: what else this machine does would count on the fast device.
-    monkeypatch.setattr(compute, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(measure_compute, "time", SimpleNamespace(perf_counter=lambda: now))
     slow_training(monkeypatch, seconds_per_image, sleep)
-    step = compute.train_for(*decided, 10, CPU, SECONDS, 1.0)
+    step = measure_compute.measure_step(*decided, 10, CPU, SECONDS, 1.0)
     # One step over it at most.
     assert now < 1.0 + seconds_per_image * step.samples
     assert step.samples == samples
@@ -96,10 +96,10 @@ def test_a_device_of_any_speed_is_measured_within_the_time(
 
 def test_a_check_of_a_machine_that_is_slow_in_everything_keeps_within_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow_training(monkeypatch, 0.2)
-    read, fsync = samples.EvalReader.fill, os.fsync
-    monkeypatch.setattr(samples.EvalReader, "fill", lambda *given: (time.sleep(0.02), read(*given))[1])
-    monkeypatch.setattr(disk, "_CHUNK", 1 << 10)
-    monkeypatch.setattr(disk.os, "fsync", lambda file: (time.sleep(0.1), fsync(file))[1])
+    read, fsync = measure_io.EvalReader.fill, os.fsync
+    monkeypatch.setattr(measure_io.EvalReader, "fill", lambda *given: (time.sleep(0.02), read(*given))[1])
+    monkeypatch.setattr(measure_io, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(measure_io.os, "fsync", lambda file: (time.sleep(0.1), fsync(file))[1])
     started = time.monotonic()
     found = check.check(config(), Ranks())
     # One step over it at most, and what is no measurement takes its time on a busy machine.
@@ -109,19 +109,19 @@ def test_a_check_of_a_machine_that_is_slow_in_everything_keeps_within_its_time(m
     assert 1 <= rank["sample"]["images"] < 256
     told = [line for line in found["lines"] if line.startswith("time was up")]
     assert any("updates of 2 images" in line for line in told)
-    assert any("pictures tried of 256" in line for line in told)
-    assert any("written of a checkpoint's" in line for line in told)
+    assert any("of 256 sampled images read" in line for line in told)
+    assert any("of a checkpoint's" in line for line in told)
 
 
 def test_what_is_late_shortens_what_comes_after_it() -> None:
     now = time.monotonic()
     in_time, late, too_late = (Budget(5, now - age) for age in (0, 75, 1000))
     for part, share in PARTS.items():
-        assert in_time.of(part) == pytest.approx(5 * share)
-        assert too_late.of(part) == LEAST * 5
-    assert late.of("sample") == pytest.approx(15 * PARTS["sample"] / sum(PARTS.values()), rel=0.01)
+        assert in_time.seconds_for(part) == pytest.approx(5 * share)
+        assert too_late.seconds_for(part) == MIN_PART * 5
+    assert late.seconds_for("sample") == pytest.approx(15 * PARTS["sample"] / sum(PARTS.values()), rel=0.01)
     # The last one has what is left to itself.
-    assert late.of("disk") == pytest.approx(10)
+    assert late.seconds_for("disk") == pytest.approx(10)
     # What is left of the two minutes promised is for the launcher, the end, and steps that are long.
     assert TOTAL * CheckConfig().seconds <= 90
     assert sum(PARTS.values()) <= TOTAL
@@ -143,7 +143,7 @@ class SlowGroup(Group):
 @pytest.mark.parametrize(("count", "whole"), [(400_000, True), (100_000_000, False)])
 def test_a_slow_network_is_measured_by_what_there_is_time_for(count: int, whole: bool) -> None:
     started = time.monotonic()
-    found = interconnect.exchange(SlowGroup(Ranks(0, 2, 0, 1)), CPU, count, 0.2, 1.5)
+    found = measure_compute.measure_exchange(SlowGroup(Ranks(0, 2, 0, 1)), CPU, count, 0.2, 1.5)
     assert time.monotonic() - started < 2.5
     assert found is not None
     assert (found.sent == found.bytes) == whole

@@ -22,8 +22,8 @@ from lars_train.config import Config, config_dir, register, resolve
 from lars_train.config.arguments import prepare_arguments
 from lars_train.errors import NotReady
 from lars_train.launch import Ranks
-from lars_train.preflight import budget, check, disk
-from lars_train.preflight.disk import existing, mark, write_speed
+from lars_train.preflight import check, measure_io
+from lars_train.preflight.measure_io import marker_file, measure_write_speed, nearest_existing
 from lars_train.training.run_directory import Invocation
 
 QUICK = ["mode=check", "check.seconds=0.05", "check.samples=40", "precision=fp32", "launch.threads=1", "device=cpu"]
@@ -66,8 +66,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lars_train.preflight.check.say", lambda text: None)
     # This process is that of all the tests, and `check.seconds` of a test are few.
-    monkeypatch.setattr(budget, "_process_began", lambda: time.monotonic() + 60)
-    monkeypatch.setitem(budget.PARTS, "sample", 1e6)
+    monkeypatch.setattr(check, "_process_start", lambda: time.monotonic() + 60)
+    monkeypatch.setitem(check.PARTS, "sample", 1e6)
     return tmp_path
 
 
@@ -101,7 +101,7 @@ def test_broken_pictures_are_found_with_their_files(folder: Path) -> None:
     root = tree(folder / "data", broken=2)
     found = checked("data=folder", f"data.root={root}", *SMALL, "check.samples=64")
     (problem,) = found["problems"]
-    assert "2 of 32 pictures" in problem
+    assert "2 of 32 sampled images" in problem
     for name in ("00", "01"):
         assert str(root / "train" / "n1" / f"{name}.JPEG") in problem
 
@@ -115,9 +115,9 @@ def test_what_would_end_a_run_is_listed_and_the_rest_measured_all_the_same(folde
 
 def test_a_full_disk_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr(measure_io.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     (problem,) = checked("data=mini")["problems"]
-    assert "10 kB are free" in problem
+    assert "a disk has 10 kB free" in problem
     assert "run.dir" in problem
 
 
@@ -144,11 +144,11 @@ def test_another_run_in_the_directory_is_found(folder: Path) -> None:
 def test_what_is_to_be_mended_is_printed_and_the_command_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = {"lines": ["machine        x", "", "To mend:", "1. this", "2. that"], "problems": ["this", "that"]}
+    told = {"lines": ["machine        x", "", "To fix:", "1. this", "2. that"], "problems": ["this", "that"]}
     monkeypatch.setattr(commands, "check", lambda config, ranks: told)
-    with pytest.raises(NotReady, match="not ready: 2 to mend"):
+    with pytest.raises(NotReady, match="not ready: 2 to fix"):
         commands.run(config("data=mini"), Invocation())
-    assert capsys.readouterr().out.endswith("To mend:\n1. this\n2. that\n")
+    assert capsys.readouterr().out.endswith("To fix:\n1. this\n2. that\n")
 
 
 @pytest.mark.slow
@@ -174,26 +174,26 @@ def test_two_ranks_compare_themselves_and_the_first_ends_with_code_1(folder: Pat
     assert "ms" in lines["all-reduce"]
     # They have one clock.
     assert float(lines["clocks"].split()[1]) < 0.5
-    problems = done.stdout.partition("To mend:\n")[2].splitlines()
+    problems = done.stdout.partition("To fix:\n")[2].splitlines()
     assert len(problems) == 1
     assert "mine: it holds other files" in problems[0]
     assert done.stderr.count("lars-train: ") == 1
-    assert "lars-train: not ready: 1 to mend." in done.stderr
+    assert "lars-train: not ready: 1 to fix." in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["data", "mine"]
     assert os.listdir(taken) == ["letters.txt"]
 
 
 def test_written_bytes_are_counted_and_gone(folder: Path) -> None:
-    written, seconds = write_speed(folder, 50_000_000, 60)
+    written, seconds = measure_write_speed(folder, 50_000_000, 60)
     assert written == 50_000_000
     assert seconds > 0
     assert list(folder.iterdir()) == []
-    assert write_speed(folder, 1 << 40, 0.0)[0] == 0
+    assert measure_write_speed(folder, 1 << 40, 0.0)[0] == 0
 
 
 def test_a_mark_is_there_for_others_and_gone_afterwards(folder: Path) -> None:
-    place = existing(folder / "runs" / "deep" / "er")
+    place = nearest_existing(folder / "runs" / "deep" / "er")
     assert place == folder
-    with mark(place) as (name, token):
+    with marker_file(place) as (name, token):
         assert (folder / name).read_text() == token
     assert list(folder.iterdir()) == []

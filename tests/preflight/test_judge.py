@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_train.preflight.check import judge, verdict
-from lars_train.preflight.facts import (
+from lars_train.preflight.findings import (
     Clock,
     Counts,
     Demands,
@@ -25,8 +24,8 @@ from lars_train.preflight.facts import (
     Step,
     TrialRead,
 )
-from lars_train.preflight.interconnect import offsets
-from lars_train.preflight.pace import achieved, exchange_share
+from lars_train.preflight.judge import format_verdict, judge
+from lars_train.preflight.measure_compute import clock_offsets
 
 GB = 10**9
 HOST = Host("alpha", 96, 400 * GB, 65536, 65536, 64 * GB)
@@ -53,7 +52,7 @@ def findings(*changed: Rank, **other: Any) -> Findings:
         tuple(ranks[number] for number in range(4)),
         (Clock(0.0, 0.001),) * 4,
         Exchange(102_000_000, 0.02, 0.0001),
-        Demands(32_768, 39, 15.0, 100, 1_281_167),
+        Demands(32_768, 39, 15.0, 100),
     )
     return dataclasses.replace(made, **other)
 
@@ -82,7 +81,7 @@ def on_device(number: int, **other: Any) -> Rank:
 def test_machines_with_nothing_wrong_are_ready() -> None:
     found = findings()
     assert told(found) == []
-    assert verdict(told(found)) == ["ready"]
+    assert format_verdict(told(found)) == ["ready"]
     assert pickle.loads(pickle.dumps(found)) == found
 
 
@@ -111,12 +110,12 @@ def test_held_out_images_count_as_those_of_train_and_other_data_sets_have_any_co
 def test_pictures_that_cannot_be_decoded_are_named() -> None:
     bad = tuple(f"/data/train/n01/{number}.JPEG (broken)" for number in range(6))
     found = findings(rank(3, sample=TrialRead(256, 1, 0.1, bad)))
-    only(found, "beta", "6 of 1,024", "/data/train/n01/0.JPEG (broken)", "and 2 more", "max_bad=100")
+    only(found, "beta", "6 of 1,024", "/data/train/n01/0.JPEG (broken)", "and 2 more", "max_bad: a run ends at 100")
 
 
 def test_an_error_that_would_end_a_run_is_told_once_for_all_machines_that_have_it() -> None:
     error = "data.root=/d cannot be opened; give the folder."
-    found = findings(*(rank(number, refused=(error,), counts=None, sample=None) for number in range(4)))
+    found = findings(*(rank(number, errors=(error,), counts=None, sample=None) for number in range(4)))
     only(found, "alpha, beta", error)
 
 
@@ -127,7 +126,7 @@ def test_few_open_files_are_told(limit: int, fine: bool) -> None:
         assert told(found) == []
     else:
         only(found, "beta", "1,023 files", "ulimit -n 65536")
-    hard = findings(on_host(2, open_files=256, most_open_files=512))
+    hard = findings(on_host(2, open_files=256, max_open_files=512))
     assert limit == 1024 or "root" in told(hard)[0]
 
 
@@ -143,11 +142,11 @@ def test_buffers_that_fill_the_memory_are_told() -> None:
 
 
 def test_a_machine_that_does_not_see_the_run_directory_is_told() -> None:
-    only(findings(rank(2, unseen="/home/me/runs")), "beta", "/home/me/runs", "share")
+    only(findings(rank(2, unshared_folder="/home/me/runs")), "beta", "/home/me/runs", "share")
 
 
 def test_devices_that_are_shared_taken_slow_or_wrong_are_told() -> None:
-    only(findings(on_device(1, identity="GPU-0")), "alpha", "2 ranks", "same device")
+    only(findings(on_device(1, identity="GPU-0")), "alpha", "2 ranks use the same device")
     only(findings(on_device(3, memory_taken=9 * GB)), "rank 3", "number 1 of beta", "9 GB of 80 GB")
     only(findings(rank(1, step=dataclasses.replace(STEP, finite=False))), "rank 1", "not finite")
     only(findings(rank(1, step=dataclasses.replace(STEP, images_per_s=1900.0))), "rank 1", "1,900", "2,500")
@@ -157,9 +156,9 @@ def test_devices_that_are_shared_taken_slow_or_wrong_are_told() -> None:
 def test_other_versions_configs_and_data_on_a_machine_are_told() -> None:
     beta = [rank(number, versions={**VERSIONS, "torch": "2.12.1"}) for number in (2, 3)]
     only(findings(*beta), "beta", "torch is 2.12.1", "2.13.0 on alpha")
-    only(findings(rank(2, versions={**VERSIONS, "NCCL": "2.30"})), "beta", "NCCL is 2.30", "not there on alpha")
+    only(findings(rank(2, versions={**VERSIONS, "NCCL": "2.30"})), "beta", "NCCL is 2.30", "missing on alpha")
     only(findings(rank(2, versions={**VERSIONS, "config": "9"})), "beta", "same settings")
-    only(findings(*(rank(n, counts=dataclasses.replace(WHOLE, fingerprint="b")) for n in (2, 3))), "beta", "another")
+    only(findings(*(rank(n, counts=dataclasses.replace(WHOLE, fingerprint="b")) for n in (2, 3))), "beta", "differs")
 
 
 @given(st.floats(-100, 100), st.floats(0, 3))
@@ -167,7 +166,7 @@ def test_a_clock_is_told_only_where_it_is_surely_more_than_a_second_off(ahead: f
     found = told(findings(clocks=(Clock(0.0, 0.0),) * 2 + (Clock(ahead, error),) * 2))
     if abs(ahead) - error > 1:
         assert len(found) == 1
-        assert found[0].startswith("beta: its clock is")
+        assert found[0].startswith("beta: the clock is")
         assert ("ahead of" in found[0]) == (ahead > 0)
     else:
         assert found == []
@@ -179,7 +178,7 @@ def test_clocks_are_found_to_be_as_far_apart_as_they_are(skews: list[float], jit
         late = random.uniform(0, jitter)  # each leaves the meeting a little later than the first
         return start + skew + late, jitter
 
-    found = offsets([[reading(1e9 + 5 * turn, skew) for skew in [0.0, *skews]] for turn in range(9)])
+    found = clock_offsets([[reading(1e9 + 5 * turn, skew) for skew in [0.0, *skews]] for turn in range(9)])
     assert len(found) == len(skews) + 1
     for skew, clock in zip([0.0, *skews], found, strict=True):
         assert abs(clock.ahead - skew) <= clock.error + 1e-5
@@ -200,18 +199,18 @@ def test_an_input_that_is_too_slow_is_told_with_the_cores_that_it_wants() -> Non
     # 5,000 images/s at 600 a core: 8.3 cores, and 14 workers had that many.
     only(findings(*slow), "beta", "4,000 images/s", "consume 5,000", "9 cores")
     few = [rank(n, input=dataclasses.replace(INPUT, images_per_s=1200.0, workers=2)) for n in (2, 3)]
-    only(findings(*few), "raise data.workers to 5 a rank")
+    only(findings(*few), "raise data.workers to 5 per rank")
     assert told(findings(*(rank(n, input=dataclasses.replace(INPUT, images_per_s=2300.0)) for n in (2, 3)))) == []
 
 
 def test_without_workers_reading_and_training_take_turns() -> None:
     alone = rank(0, input=dataclasses.replace(INPUT, images_per_s=2500.0, workers=0))
-    assert achieved(alone) == pytest.approx(1250)
-    assert achieved(rank(0)) == 2500
+    assert alone.images_per_s == pytest.approx(1250)
+    assert rank(0).images_per_s == 2500
     assert told(findings(alone, rank(1, input=alone.input))) == []
     unknown = rank(0, input=dataclasses.replace(INPUT, images_per_s=0.0, per_core=0.0))
     # Of a data set of one batch.
-    assert achieved(rank(0, input=dataclasses.replace(INPUT, images_per_s=0.0, per_core=0.0, workers=0))) is None
+    assert dataclasses.replace(unknown, input=dataclasses.replace(unknown.input, workers=0)).images_per_s is None
     assert told(findings(unknown, rank(1, input=unknown.input))) == []
     slow = [rank(n, input=dataclasses.replace(INPUT, images_per_s=600.0, workers=0)) for n in (0, 1)]
     only(findings(*slow), "alpha", "1,200 images/s")
@@ -219,7 +218,7 @@ def test_without_workers_reading_and_training_take_turns() -> None:
 
 def test_an_exchange_that_takes_longer_than_the_computation_is_told() -> None:
     # 32,768 images at 4 x 2,500 a second: 3.2768 s of computation.
-    share = exchange_share(findings(exchange=Exchange(102_000_000, 1.6384, 0.001)))
+    share = findings(exchange=Exchange(102_000_000, 1.6384, 0.001)).exchange_share
     assert share == pytest.approx(0.5)
     only(findings(exchange=Exchange(102_000_000, 4.0, 0.001)), "4 s", "3.28 s", "NCCL_SOCKET_IFNAME")
 
@@ -237,4 +236,4 @@ def test_a_disk_too_slow_for_the_checkpoints_is_told() -> None:
 
 
 def test_the_list_is_numbered_and_names_only_what_terminals_can_show() -> None:
-    assert verdict(["one", "two\x1b[2J"]) == ["To mend:", "1. one", "2. two\\x1b[2J"]
+    assert format_verdict(["one", "two\x1b[2J"]) == ["To fix:", "1. one", "2. two\\x1b[2J"]

@@ -18,7 +18,7 @@ from lars_train import commands
 from lars_train.config import Config, resolve
 from lars_train.errors import NotReady
 from lars_train.pack.lars_data import main as stores
-from lars_train.preflight import budget
+from lars_train.preflight import check
 from lars_train.report.lars_report import main as report
 from lars_train.training.run_directory import Invocation
 
@@ -118,7 +118,7 @@ def test_a_plan_tells_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_check_tells_it(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(budget.PARTS, "sample", 1e6)
+    monkeypatch.setitem(check.PARTS, "sample", 1e6)
     try:
         findings = run(folder, "check")["findings"]
         assert findings["ranks"][0]["counts"]["inventory"]["skipped"] == SKIPPED
