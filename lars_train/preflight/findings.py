@@ -183,7 +183,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a run needs of its machines, all ranks together."""
+    """A run's needs, all ranks together."""
 
     global_batch: int
     updates_between_checkpoints: int
