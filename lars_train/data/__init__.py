@@ -1,4 +1,4 @@
-"""Data: from files to batches in host memory. `open_dataset` is where it starts."""
+"""Read images and load them as batches in host memory. `open_dataset` is the entry point."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A data set as the rest of the package sees it: two `Source`s, class names, a fingerprint, and skipped entries.
+"""Define `Dataset`, the `Source` protocol of its splits, and `Names`, which stores millions of paths compactly.
 
-Also the compact containers that sources keep their names in. Nothing here opens files or decodes images.
+Nothing here opens files or decodes images.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lars_train.errors import ConfigError
 from lars_train.messages import printable
 
 Labels = npt.NDArray[np.int32]
-# Numbered names are made in runs of this many, so that their memory does not grow with the split.
-_RUN = 65536
+# Names are built and copied in chunks of this many, so that temporary memory does not grow with the split.
+_CHUNK = 65536
 
 
 class Source(Protocol):
     """Samples of one split, addressed by sample id.
 
-    Sources can be pickled, and used after a fork: file handles are opened on first use in each process.
+    Sources can be pickled, and used after a fork: each process opens its file handles on first use.
     """
 
     labels: Labels
@@ -36,47 +36,42 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, sample: int) -> str:
-        """Path within the split's root, such as ``n01440764/x.JPEG``."""
+        """Return the path of a sample within its split, such as ``n01440764/x.JPEG``."""
         ...
 
-    def where(self, sample: int) -> str:
-        """The whole place, for a human: ``/data/train/cat/1.jpg`` or ``pets.zip!train/cat/1.jpg``."""
+    def location(self, sample: int) -> str:
+        """Return the full path, for messages: ``/data/train/cat/1.jpg`` or ``pets.zip!train/cat/1.jpg``."""
         ...
 
     def read(self, sample: int) -> bytes | npt.NDArray[np.uint8]:
-        """Encoded image, or decoded uint8 (H, W) or (H, W, 3). Raises OSError when it cannot be read."""
+        """Return the encoded image, or decoded pixels: uint8 (H, W) or (H, W, 3). Raises OSError if reading fails."""
         ...
 
 
 @runtime_checkable
 class Sharded(Source, Protocol):
-    """A source whose samples lie in shards."""
+    """A source whose samples are stored in shards."""
 
     shard: Labels
-    """Shape (N,): the number of the shard of every sample."""
+    """Shape (N,): the shard number of every sample."""
 
 
-def shards_of(source: Source) -> Labels:
-    """The number of the shard of every sample, int32 (N,). Raises ValueError for a source without shards."""
+def sample_shards(source: Source) -> Labels:
+    """Return the shard number of every sample, int32 (N,). Raises ValueError for a source without shards."""
     if not isinstance(source, Sharded):
-        raise ValueError("its samples do not lie in shards")
+        raise ValueError("the samples of this source are not stored in shards")
     return source.shard
 
 
 class Names:
-    """A read-only sequence of byte strings in two numpy arrays: about 8 bytes a name more than its text.
+    """A read-only sequence of byte strings in two numpy arrays: the text plus about 8 bytes per name.
 
-    Reading a name touches no Python object that a forked worker shares, so it copies no memory page.
+    Reading a name changes no reference count of a shared Python object, so forked workers copy no memory pages.
     """
 
     def __init__(self, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> None:
         self._blob = blob
         self._starts = starts
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._blob.nbytes + self._starts.nbytes
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -87,36 +82,36 @@ class Names:
         return self._blob[self._starts[index] : self._starts[index + 1] - 1].tobytes()
 
     @classmethod
-    def of(cls, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
-        """The names in two arrays out of a file, which should be what `arrays` gave. Raises ValueError."""
+    def from_arrays(cls, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
+        """Return the names in two arrays of an untrusted file. Raises ValueError unless they are as from `arrays`."""
         if blob.dtype != np.uint8 or starts.dtype != np.int64:
-            raise ValueError("the names are of another kind")
-        whole = len(starts) > 0 and starts[0] == 0 and starts[-1] == len(blob)
-        if not whole or np.any(starts[1:] <= starts[:-1]) or np.any(blob[starts[1:] - 1]):
-            raise ValueError("the names do not fit together")
+            raise ValueError(f"the names are {blob.dtype} and {starts.dtype} instead of uint8 and int64")
+        complete = len(starts) > 0 and starts[0] == 0 and starts[-1] == len(blob)
+        if not complete or np.any(starts[1:] <= starts[:-1]) or np.any(blob[starts[1:] - 1]):
+            raise ValueError("the text and the offsets of the names do not match")
         if np.count_nonzero(blob == 0) != len(starts) - 1:
             raise ValueError("a name holds a NUL byte")
         return cls(blob, starts)
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """All names in order, each with a NUL byte: uint8; where each begins, and the end: int64 (N + 1,)."""
+        """The text of all names, each followed by a NUL byte, uint8; and their offsets and the end, int64 (N + 1,)."""
         return self._blob, self._starts
 
     def take(self, rows: npt.NDArray[np.int64]) -> Names:
-        """The names at `rows`, int64 (M,), in that order."""
+        """Return the names at `rows`, int64 (M,), in that order."""
         lengths = self._starts[rows + 1] - self._starts[rows]
         starts = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(lengths, out=starts[1:])
         blob = np.empty(starts[-1], np.uint8)
-        for first in range(0, len(rows), _RUN):
-            stop = min(first + _RUN, len(rows))
+        for first in range(0, len(rows), _CHUNK):
+            stop = min(first + _CHUNK, len(rows))
             shift = np.repeat(self._starts[rows[first:stop]] - starts[first:stop], lengths[first:stop])
             blob[starts[first] : starts[stop]] = self._blob[np.arange(starts[first], starts[stop]) + shift]
         return Names(blob, starts)
 
-    def runs(self) -> Iterator[bytes | memoryview]:
-        """All names in order, each followed by a NUL byte, in pieces: what `fingerprint` hashes."""
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the text of all names in order, each followed by a NUL byte, as `fingerprint` hashes it."""
         yield self._blob.data
 
 
@@ -136,47 +131,49 @@ class NamedSource:
 
 
 class NamesBuilder:
-    """Collects names one after the other; `build` gives the `Names`."""
+    """A growing list of names in compact form; `build` returns the `Names`."""
 
     def __init__(self) -> None:
         self._blob = bytearray()
         self._starts = array("q", [0])
 
     def extend(self, names: Iterable[bytes]) -> None:
+        """Append `names`."""
         for name in names:
             self._blob += name
             self._blob.append(0)
             self._starts.append(len(self._blob))
 
     def build(self) -> Names:
+        """Return all names that were appended."""
         return Names(np.array(self._blob, np.uint8), np.array(self._starts, np.int64))
 
 
 def check_classes(place: str, classes: Sequence[str]) -> None:
-    """Raise `ConfigError` for a single class: a network with one output learns nothing, and is right every time."""
+    """Raise `ConfigError` for fewer than two classes: a network with one output is always right and learns nothing."""
     if len(classes) < 2:
-        called = printable(classes[0]) if classes else "none"
+        found = f"one class ({printable(classes[0])})" if classes else "no class"
         raise ConfigError(
-            f"{place}: there is a single class ({called}), where two or more are needed; check that the folders or "
-            "labels below it are the classes."
+            f"{place}: found {found}, but training needs at least two; check that the folders or labels below it are "
+            "the classes."
         )
 
 
 def class_names(classes: Iterable[bytes]) -> tuple[str, ...]:
-    """The names of class folders as text that any file can hold: bytes that are no UTF-8 become ``\\xff``."""
+    """Decode the names of class folders; bytes that are not UTF-8 become escapes such as ``\\xff``."""
     return tuple(name.decode("utf-8", "backslashreplace") for name in classes)
 
 
-def numbered(prefix: str, sample: int) -> str:
-    """The name of a sample that has no file: zero-padded, so that bytewise order is the order of ids."""
+def numbered_name(prefix: str, sample: int) -> str:
+    """Return a name for a sample without a file: zero-padded, so that bytewise order is the order of ids."""
     return f"{prefix}/{sample:08d}"
 
 
-def numbered_runs(prefix: str, count: int) -> Iterator[bytes]:
-    """`Names.runs` for the names ``numbered(prefix, 0..count-1)``."""
-    for start in range(0, count, _RUN):
-        stop = min(start + _RUN, count)
-        yield "".join(f"{numbered(prefix, i)}\0" for i in range(start, stop)).encode()
+def numbered_name_chunks(prefix: str, count: int) -> Iterator[bytes]:
+    """Yield what `Names.chunks` would, for the names ``numbered_name(prefix, 0)`` to ``count - 1``."""
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        yield "".join(f"{numbered_name(prefix, i)}\0" for i in range(start, stop)).encode()
 
 
 def fingerprint(
@@ -184,20 +181,21 @@ def fingerprint(
     *splits: tuple[Iterable[bytes | memoryview], npt.NDArray[np.integer]],
     variant: str = "",
 ) -> str:
-    """16 hex digits of the SHA-256 over class names and, for each split, its names and labels.
+    """Return 16 hex digits of the SHA-256 over the class names and the names and labels of each split.
 
-    `splits`: the runs of NUL-terminated names (see `Names.runs`) and the labels, shape (N,). It does not
-    depend on the kind of store: a folder and a zip of it have the same fingerprint. `variant`: how the images were
-    re-encoded, if they were: that is other data by the same names.
+    A folder and a zip of it have the same fingerprint: how the data is stored does not matter.
+
+    `splits`: pairs of names (see `Names.chunks`) and labels, shape (N,). `variant`: how the images were re-encoded,
+    empty if they were not. Re-encoded images are different data with the same names.
     """
     digest = hashlib.sha256()
     for name in classes:
         digest.update(os.fsencode(name) + b"\0")
-    for runs, labels in splits:
-        # An empty name and the count: no other division into splits gives the same stream.
+    for chunks, labels in splits:
+        # The empty name and the count separate splits, so that another division into splits hashes differently.
         digest.update(b"\0" + len(labels).to_bytes(8, "little"))
-        for run in runs:
-            digest.update(run)
+        for chunk in chunks:
+            digest.update(chunk)
         digest.update(labels.astype("<i4").tobytes())
     if variant:
         digest.update(b"\0\0" + variant.encode())
@@ -206,7 +204,7 @@ def fingerprint(
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a validation split over the same classes (label = index into `classes`)."""
+    """A training and a validation split with the same classes. A label is an index into `classes`."""
 
     train: Source
     val: Source
@@ -214,8 +212,8 @@ class Dataset:
     fingerprint: str
     """16 hex digits of the SHA-256 over the classes, and the names and labels of both splits."""
     layout: str = ""
-    """16 hex digits of the SHA-256 over the training samples' shards, where the order of an epoch depends on them."""
+    """16 hex digits of the SHA-256 over the shard numbers of the training samples; empty unless the order uses them."""
     numbers: tuple[int, ...] = ()
-    """The number that labels each class in the files, where they have numbers."""
+    """The number of each class in the labels of the files; empty if those are names."""
     inventory: Inventory = field(default_factory=Inventory)
-    """The names of the splits, and counts of what was skipped."""
+    """The names of the splits, and counts of skipped entries."""

@@ -1,4 +1,4 @@
-"""From the config group `data` to a `Dataset`: which opener, and which settings it does not know."""
+"""Open the data set that the config group `data` describes, and refuse settings that it does not support."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
-from lars_train.data.dataset import Dataset, Sharded, check_classes, shards_of
+from lars_train.data.dataset import Dataset, Sharded, check_classes, sample_shards
 from lars_train.data.order import SHARDS
 from lars_train.data.sources.remote import CacheSettings
 from lars_train.errors import ConfigError
@@ -16,47 +16,47 @@ if TYPE_CHECKING:
     from lars_train.config import DataConfig
 
 IMAGENET_CLASSES = 1_000
-"""Of ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/."""
+"""Classes of ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/."""
 
 _TREES = ("folder", "imagenet")
 _COUNTS = ("train_count", "val_count", "num_classes")
-# Setting: the data sets that know it, and what to do with one that does not.
-_KNOWN_BY = {
-    "root": ((*_TREES, "cifar10", "fashion_mnist"), "for images of your own, set data=folder"),
+# By setting: the data sets that support it, and the remedy for others.
+_SUPPORTED_BY = {
+    "root": ((*_TREES, "cifar10", "fashion_mnist"), "to read your own images, set data=folder"),
     "holdout": ((*_TREES, "mini", "cifar10", "fashion_mnist"), "choose data.train_count and data.val_count instead"),
     "image_key": (_TREES, "only tars may have several images in a sample"),
     "val_labels": (("imagenet",), "only data=imagenet has validation images without class folders"),
-    **dict.fromkeys(_COUNTS, (("synthetic",), "only data=synthetic is made to measure")),
+    **dict.fromkeys(_COUNTS, (("synthetic",), "only data=synthetic has adjustable counts")),
 }
 
 
 def open_dataset(data: DataConfig) -> Dataset:
-    """The data set that `data.name` asks for.
+    """Open the data set `data.name`.
 
-    Raises `ConfigError` when it is not there or not as it should be, or has no use for a setting in `data`.
+    Raises `ConfigError` if it is missing or malformed, or does not support a setting in `data`.
     """
     dataset = _open(data)
     check_classes(_place(data), dataset.classes)
     if data.name == "imagenet" and len(dataset.classes) != IMAGENET_CLASSES:
-        # Imported here: it brings torch in.
+        # Imported here because it imports torch.
         from lars_train.plan import IMAGENET_TRAIN_IMAGES
 
         raise ConfigError(
             f"data=imagenet: {data.root} is not ImageNet: it has {len(dataset.classes):,} classes and "
             f"{len(dataset.train):,} training images, where ImageNet has {IMAGENET_CLASSES:,} and "
-            f"{IMAGENET_TRAIN_IMAGES:,}; for a data set of your own set data=folder."
+            f"{IMAGENET_TRAIN_IMAGES:,}; for another data set, set data=folder."
         )
     if data.order != SHARDS:
         return dataset
     _need_shards(data, dataset)
-    layout = hashlib.sha256(shards_of(dataset.train).astype("<i4").tobytes()).hexdigest()[:16]
+    layout = hashlib.sha256(sample_shards(dataset.train).astype("<i4").tobytes()).hexdigest()[:16]
     return dataclasses.replace(dataset, layout=layout)
 
 
 def open_validation(data: DataConfig) -> Dataset:
-    """The data set for an evaluation alone: the training split may be empty, and the classes those of validation.
+    """Open the data set for an evaluation only: the training split may be empty, and validation defines the classes.
 
-    With `data.holdout` they are what is held out of the training set. Raises `ConfigError`, as `open_dataset` does.
+    With `data.holdout`, the validation images are held out of the training set. Raises `ConfigError` as `open_dataset`.
     """
     if data.name not in _TREES:
         return open_dataset(data)
@@ -79,7 +79,7 @@ def open_validation(data: DataConfig) -> Dataset:
 
 
 def _without_holdout(data: DataConfig) -> str:
-    """Return the advice for a ``data.holdout`` without a training set to hold it out of; empty for other faults."""
+    """Return the remedy for a ``data.holdout`` without a training set to hold images out of; empty for other errors."""
     try:
         alone = open_validation(dataclasses.replace(data, holdout=None))
     except ConfigError:
@@ -87,16 +87,16 @@ def _without_holdout(data: DataConfig) -> str:
     if alone.inventory.train:
         return ""
     return (
-        f" To evaluate all {counted(len(alone.val), 'image')} in it, set data.holdout=null (it is {data.holdout:g}, "
-        "the checkpoint's unless given)."
+        f" To evaluate all {counted(len(alone.val), 'image')} in it, set data.holdout=null (now {data.holdout:g}, the "
+        "checkpoint's value unless you set it)."
     )
 
 
 def _need_shards(data: DataConfig, dataset: Dataset) -> None:
     if not (isinstance(dataset.train, Sharded) and isinstance(dataset.val, Sharded)):
         raise ConfigError(
-            f"data.order={SHARDS}: {_place(data)} does not lie in tar shards; choose data.order=global, or make a "
-            "store of it (lars-data pack)."
+            f"data.order={SHARDS}: {_place(data)} is not stored in tar shards; set data.order=global, or pack it "
+            "into a store (lars-data pack)."
         )
 
 
@@ -105,12 +105,12 @@ def _place(data: DataConfig) -> str:
 
 
 def _check_settings(data: DataConfig) -> None:
-    for key, (known_by, remedy) in _KNOWN_BY.items():
+    for key, (names, remedy) in _SUPPORTED_BY.items():
         value = getattr(data, key)
-        if value is not None and data.name not in known_by:
+        if value is not None and data.name not in names:
             raise ConfigError(f"data.{key}={value} has no meaning with data={data.name}; {remedy}.")
     if data.cache_dir is not None and not is_url(data.root):
-        raise ConfigError(f"data.cache_dir={data.cache_dir} has no meaning but for a data.root that is a URL; drop it.")
+        raise ConfigError(f"data.cache_dir={data.cache_dir} has no meaning unless data.root is a URL; drop it.")
 
 
 def _open(data: DataConfig) -> Dataset:
@@ -131,15 +131,15 @@ def _open(data: DataConfig) -> Dataset:
         from lars_train.data.sources.builtin import open_synthetic
 
         if data.train_count is None or data.val_count is None or data.num_classes is None:
-            raise ConfigError(f"data.name=synthetic wants data.{', data.'.join(_COUNTS)}: data=synthetic has them.")
+            raise ConfigError(f"data.name=synthetic needs data.{', data.'.join(_COUNTS)}; data=synthetic sets them.")
         return open_synthetic(data.train_count, data.val_count, data.num_classes, data.image_size)
     if data.name in ("cifar10", "fashion_mnist"):
         from lars_train.data.sources.builtin import open_arrays
 
         return open_arrays(data.name, data.root, data.holdout)
-    raise ConfigError(f"data.name={data.name} is no data set; see the files in configs/data.")
+    raise ConfigError(f"data.name={data.name} does not exist; see the files in configs/data.")
 
 
 def cache_settings(data: DataConfig) -> CacheSettings:
-    """The cache of shards as the config has it."""
+    """Return the settings of the shard cache in the config."""
     return CacheSettings(data.cache_dir, round(data.cache_gb * 1e9))

@@ -1,8 +1,7 @@
-"""The place of an augmented view in an image: sizes and positions only.
+"""Compute the geometry of augmentation: which box of an image is cut, resized, padded, cropped and flipped.
 
-No pixel is touched here (decode/ does that) and no random number is drawn: the caller brings uniform
-numbers in [0, 1). Each number has a fixed position, so that a sample's flip does not depend on how many
-tries its crop needed.
+The modules in decode/ apply it to pixels. The caller passes uniform random numbers in [0, 1). Each number has a fixed
+position, so a sample's flip does not depend on how many tries its crop took.
 """
 
 from __future__ import annotations
@@ -16,19 +15,18 @@ if TYPE_CHECKING:
     from lars_train.config import DataConfig
 
 _TRIES = 10
-_X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # before them: (area, ratio) of each try
+_X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # positions below these hold the (area, ratio) of each try
 UNIFORMS = 2 * _TRIES + 3
-"""Uniform numbers that `View.train` takes for one sample."""
+"""Number of uniform numbers that `View.train` takes per sample."""
 
 MIN_CROP = 0.08  # of the image's area
 _RATIO = (3 / 4, 4 / 3)  # width / height
 
 
 class Geometry(NamedTuple):
-    """The way from an image to a view, in this order: cut `box`, resize, pad, cut the window, mirror.
+    """The steps from an image to a view, in this order: cut the box, resize, pad, crop the window, flip.
 
-    All lengths are whole pixels. The box is cut out before resizing, so what lies outside it has no
-    influence on the view.
+    All lengths are whole pixels. The box is cut out before resizing, so pixels outside it do not affect the view.
     """
 
     box: tuple[int, int, int, int]
@@ -38,14 +36,14 @@ class Geometry(NamedTuple):
     pad: int
     """Zeros added on each side after resizing."""
     crop: tuple[int, int]
-    """Left and top corner, in the padded image, of the square window that is kept."""
+    """Left and top of the square window that is kept, in the padded image."""
     flip: bool
-    """True if the window is mirrored left to right."""
+    """True if the window is flipped left to right."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The part of an image that a model sees: the fields of the data config that decide it, and its geometry."""
+    """The settings that decide which part of an image a model sees; `train` and `evaluate` compute the geometry."""
 
     augment: str
     size: int
@@ -56,48 +54,48 @@ class View:
 
     @classmethod
     def from_config(cls, data: DataConfig) -> View:
-        """The view that the config group `data` describes."""
+        """Return the view that the config group `data` describes."""
         min_crop = MIN_CROP if data.min_crop is None else data.min_crop
         return cls(data.augment, data.image_size, data.flip, data.pad, data.eval_crop, min_crop)
 
     def train(self, width: int, height: int, uniforms: Sequence[float]) -> Geometry:
-        """The view of a width x height image for training, drawn with `UNIFORMS` uniform numbers.
+        """Return the view of a width x height image for training, drawn with `UNIFORMS` uniform numbers.
 
         - `inception`: a random box of `min_crop` to 1 of the area with a width / height ratio of 3/4 to 4/3, resized
           to size x size (Szegedy et al. 2015, arXiv:1409.4842, section 6). Draws, rounding, the ten tries and
-          the fallback to the center are those of torchvision's RandomResizedCrop,
+          the fallback to the center follow torchvision's RandomResizedCrop,
           https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.RandomResizedCrop.html
         - `scale_crop`: the short side resized to round(size / eval_crop), then a random size x size window.
         - `pad_crop`: the central square resized to size x size, `pad` zeros on each side, then a random
           size x size window (He et al. 2016, arXiv:1512.03385, section 4.2).
         - `none`: the view for evaluation.
 
-        With `flip`, half of the views are mirrored. Raises ValueError for an unknown `augment`.
+        With `flip`, half of the views are flipped. Raises ValueError for an unknown `augment`.
         """
         size = self.size
-        mirrored = self.flip and uniforms[_FLIP] < 0.5
+        flipped = self.flip and uniforms[_FLIP] < 0.5
         if self.augment == "inception":
             box = _random_box(width, height, uniforms, self.min_crop)
-            return Geometry(box, (size, size), 0, (0, 0), mirrored)
+            return Geometry(box, (size, size), 0, (0, 0), flipped)
         if self.augment == "pad_crop":
             short = min(width, height)
             left, top = (width - short) // 2, (height - short) // 2
             crop = (_pick(uniforms[_X], 2 * self.pad + 1), _pick(uniforms[_Y], 2 * self.pad + 1))
-            return Geometry((left, top, left + short, top + short), (size, size), self.pad, crop, mirrored)
+            return Geometry((left, top, left + short, top + short), (size, size), self.pad, crop, flipped)
         if self.augment == "scale_crop":
             wide, high = _short_side_to(width, height, round(size / self.eval_crop))
             crop = (_pick(uniforms[_X], wide - size + 1), _pick(uniforms[_Y], high - size + 1))
-            return Geometry((0, 0, width, height), (wide, high), 0, crop, mirrored)
+            return Geometry((0, 0, width, height), (wide, high), 0, crop, flipped)
         if self.augment == "none":
-            return self.evaluate(width, height)._replace(flip=mirrored)
+            return self.evaluate(width, height)._replace(flip=flipped)
         raise ValueError(f"unknown augmentation {self.augment!r}")
 
     def evaluate(self, width: int, height: int) -> Geometry:
-        """The view of a width x height image for evaluation: the center, at a fixed scale.
+        """Return the view of a width x height image for evaluation: the center, at a fixed scale.
 
-        The short side is resized to round(size / eval_crop) and the central size x size window kept, with the
-        arithmetic of torchvision's Resize and CenterCrop. `eval_crop` lies in (0, 1]; at 1 a size x size
-        image is kept as it is.
+        The short side is resized to round(size / eval_crop), and the central size x size window is kept, with the
+        arithmetic of torchvision's Resize and CenterCrop. `eval_crop` lies in (0, 1]; at 1 a size x size image stays
+        unchanged.
         """
         wide, high = _short_side_to(width, height, round(self.size / self.eval_crop))
         crop = (round((wide - self.size) / 2), round((high - self.size) / 2))
@@ -125,7 +123,7 @@ def _random_box(width: int, height: int, uniforms: Sequence[float], min_crop: fl
             left = _pick(uniforms[_X], width - wide + 1)
             top = _pick(uniforms[_Y], height - high + 1)
             return left, top, left + wide, top + high
-    # The largest central box whose ratio is allowed; torchvision's has no lower bound of one pixel.
+    # The largest central box with an allowed ratio. Unlike torchvision's, it is at least one pixel wide and high.
     wide = max(1, min(width, round(height * _RATIO[1])))
     high = max(1, min(height, round(width / _RATIO[0])))
     left, top = (width - wide) // 2, (height - high) // 2

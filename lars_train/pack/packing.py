@@ -53,8 +53,8 @@ class SourceSubset:
     def name(self, sample: int) -> str:
         return self._source.name(int(self._ids[sample]))
 
-    def where(self, sample: int) -> str:
-        return self._source.where(int(self._ids[sample]))
+    def location(self, sample: int) -> str:
+        return self._source.location(int(self._ids[sample]))
 
     def read(self, sample: int) -> bytes | npt.NDArray[np.uint8]:
         return self._source.read(int(self._ids[sample]))
@@ -307,7 +307,7 @@ def _summary(
         for plan in plans
         for sample, reason in records[plan.name].skipped
     ]
-    runs = [(packed.listing.names.runs(), packed.listing.labels) for packed in tree.splits.values()]
+    runs = [(packed.listing.names.chunks(), packed.listing.labels) for packed in tree.splits.values()]
     return {
         "format": f"lars-train store, version {VERSION}",
         "made_from": printable(request.source),

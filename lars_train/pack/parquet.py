@@ -22,7 +22,7 @@ from lars_train.data.sources.split_files import OF_NO_SPLIT, ParquetFolder
 from lars_train.data.sources.tar_samples import Label, is_odd_number
 from lars_train.data.sources.tree import is_hidden, is_image
 from lars_train.data.sources.webdataset import classes_by_folder
-from lars_train.data.splits import TEST, TRAIN, VAL, choose, no_classes
+from lars_train.data.splits import TEST, TRAIN, VAL, choose_splits, find_non_classes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, is_rank0, printable
 from lars_train.pack.parquet_files import NoLabels, RowGroups, Rows, image_batches, only_paths, pyarrow, read_rows
@@ -61,7 +61,7 @@ class ParquetSource:
         """Return the path of a sample within the split: class folder and file name."""
         return os.fsdecode(self._names[sample])
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         """Return the file, the row and the name of a sample, for a message."""
         path, row = self._groups.place(int(self._rows[sample]))
         return f"{printable(os.fsencode(path))}, row {row} ({printable(self._names[sample])})"
@@ -129,10 +129,10 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
     quiet = None if is_rank0() else True
     with tqdm(total=total, desc="reading labels", unit="file", leave=False, delay=1, disable=quiet) as bar:
         left = dict(folder.files)
-        name = choose(left).train or ""
+        name = choose_splits(left).train or ""
         train = read_rows(left.get(name, ()), bar.update)
         val, empty = None, []
-        while (chosen := choose(left)).val is not None:
+        while (chosen := choose_splits(left)).val is not None:
             val = _validation(left[chosen.val], chosen.val, bar.update)
             if val is not None:
                 break
@@ -149,7 +149,7 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
     classes, numbers, by_wnid = _classes(folder.path, first, val)
     names = tuple(map(os.fsdecode, classes))
     # As for folders within a split: with files of no split, a class may well be called train.
-    if parts := no_classes(names, split=True):
+    if parts := find_non_classes(names, split=True):
         raise ConfigError(
             f"{folder.path}: its classes ({printable(', '.join(parts))}) are parts of a data set. Write a parquet file "
             "per part, with the names of the class folders as labels, or pack the folders."

@@ -54,7 +54,7 @@ class ShardWriter:
                         data = self._encoded(plan.split, sample)
                     except BadImage as error:
                         if not self.skip:
-                            where = self.sources[plan.split].where(sample)
+                            where = self.sources[plan.split].location(sample)
                             remedy = "Fix it, or leave such images out with --on-error skip."
                             raise DataError(f"{where}: {error}. {remedy}") from None
                         skipped.append((sample, str(error)))

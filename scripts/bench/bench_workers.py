@@ -59,7 +59,7 @@ class Images:
     def name(self, sample: int) -> str:
         return str(sample)
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return str(sample)
 
     def read(self, sample: int) -> bytes | npt.NDArray[np.uint8]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_train.data.dataset import Names, NamesBuilder, fingerprint, numbered, numbered_runs
+from lars_train.data.dataset import Names, NamesBuilder, fingerprint, numbered_name, numbered_name_chunks
 from lars_train.messages import printable
 
 PATHS = st.lists(st.binary(max_size=20).map(lambda raw: raw.replace(b"\0", b"")), max_size=30)
@@ -26,7 +26,7 @@ def build(names: list[bytes]) -> Names:
 def test_names_come_back_as_they_went_in(names: list[bytes]) -> None:
     held = build(names)
     assert [held[i] for i in range(len(held))] == names
-    assert b"".join(held.runs()) == b"".join(name + b"\0" for name in names)
+    assert b"".join(held.chunks()) == b"".join(name + b"\0" for name in names)
     again = pickle.loads(pickle.dumps(held))
     assert [again[i] for i in range(len(again))] == names
 
@@ -48,9 +48,9 @@ def test_the_names_of_imagenet_fit_in_150_mb() -> None:
 
 
 def test_numbered_names_are_in_bytewise_order_and_in_runs_alike() -> None:
-    names = [numbered("train", i).encode() for i in range(70_000)]
+    names = [numbered_name("train", i).encode() for i in range(70_000)]
     assert names == sorted(names)
-    assert b"".join(numbered_runs("train", 70_000)) == b"".join(name + b"\0" for name in names)
+    assert b"".join(numbered_name_chunks("train", 70_000)) == b"".join(name + b"\0" for name in names)
 
 
 def test_fingerprint_is_the_sha256_of_classes_names_and_labels() -> None:
@@ -60,8 +60,8 @@ def test_fingerprint_is_the_sha256_of_classes_names_and_labels() -> None:
     stream += b"\0" + (0).to_bytes(8, "little")
     value = fingerprint(
         ["cat", "dog"],
-        (build([b"cat/1", b"dog/1"]).runs(), labels),
-        (build([]).runs(), np.zeros(0, np.int32)),
+        (build([b"cat/1", b"dog/1"]).chunks(), labels),
+        (build([]).chunks(), np.zeros(0, np.int32)),
     )
     assert value == hashlib.sha256(stream).hexdigest()[:16]
 
@@ -69,7 +69,9 @@ def test_fingerprint_is_the_sha256_of_classes_names_and_labels() -> None:
 def test_fingerprint_tells_apart_whatever_it_covers() -> None:
     def of(classes: list[str], train: list[bytes], val: list[bytes], labels: list[int]) -> str:
         both = np.array(labels, np.int64)
-        return fingerprint(classes, (build(train).runs(), both[: len(train)]), (build(val).runs(), both[len(train) :]))
+        return fingerprint(
+            classes, (build(train).chunks(), both[: len(train)]), (build(val).chunks(), both[len(train) :])
+        )
 
     values = [
         of(["a", "b"], [b"x", b"y"], [b"z"], [0, 1, 0]),

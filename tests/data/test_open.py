@@ -48,9 +48,9 @@ def test_a_single_class_is_an_error(tmp_path: Path) -> None:
         DataConfig(name="imagenet", root=str(tmp_path), holdout=0.5),
         DataConfig(name="synthetic", train_count=30, val_count=20, num_classes=1),
     ):
-        with pytest.raises(ConfigError, match=r"there is a single class \((cat|class-0)\)"):
+        with pytest.raises(ConfigError, match=r"found one class \((cat|class-0)\)"):
             open_dataset(data)
-    with pytest.raises(ConfigError, match=r"there is a single class \(cat\)"):
+    with pytest.raises(ConfigError, match=r"found one class \(cat\)"):
         pack(Request(str(tmp_path), str(tmp_path) + "-store", Encoding()), silent)
 
 
@@ -92,7 +92,7 @@ def test_arrays_are_looked_for_in_the_root(pets: str, name: str) -> None:
         ({"name": "folder", "root": ".", "image_key": "jpg"}, r"image_key=jpg: .* is no folder of tars"),
         ({"name": "mini", "train_count": 100}, r"data\.train_count=100 has no meaning with data=mini"),
         ({"name": "folder", "num_classes": 5}, r"data\.num_classes=5 has no meaning with data=folder"),
-        ({"name": "synthetic", "train_count": 100}, r"data\.name=synthetic wants .*data\.val_count"),
+        ({"name": "synthetic", "train_count": 100}, r"data\.name=synthetic needs .*data\.val_count"),
         ({"name": "folder"}, r"data\.root is not set"),
         ({"name": "imagenet"}, r"data\.root is not set"),
         ({"name": "minni"}, r"data\.name=minni"),
@@ -146,8 +146,8 @@ def test_an_evaluation_without_validation_images_is_refused(make_directory: Make
     for settings, told in (
         ({"root": f"{root}/t"}, rf"has no validation set .*; data\.root={root}/t/train evaluates the training images"),
         ({"root": f"{root}/v"}, "v/val has no class folders"),
-        ({"root": f"{root}/o"}, r"a single class \(cat\)"),
-        ({"root": f"{root}/c", "order": "shards"}, "does not lie in tar shards"),
+        ({"root": f"{root}/o"}, r"one class \(cat\)"),
+        ({"root": f"{root}/c", "order": "shards"}, "is not stored in tar shards"),
         ({"root": f"{root}/c", "name": "imagenet", "val_labels": "x.csv"}, r"drop data\.val_labels"),
     ):
         with pytest.raises(ConfigError, match=told):
@@ -155,8 +155,8 @@ def test_an_evaluation_without_validation_images_is_refused(make_directory: Make
     assert len(open_validation(DataConfig(name="folder", root=f"{root}/t/train")).val) == 2
     # A share that the checkpoint held out is no validation set of its own.
     for settings, remedy in (
-        ({"root": f"{root}/s"}, "To evaluate all 2 images in it, set data.holdout=null (it is 0.1, the checkpoint's"),
-        ({"root": f"{root}/c"}, "To evaluate all 2 images in it, set data.holdout=null (it is 0.1, the checkpoint's"),
+        ({"root": f"{root}/s"}, "To evaluate all 2 images in it, set data.holdout=null (now 0.1, the checkpoint's"),
+        ({"root": f"{root}/c"}, "To evaluate all 2 images in it, set data.holdout=null (now 0.1, the checkpoint's"),
         ({"root": f"{root}/t"}, ""),
         ({"root": f"{root}/v"}, ""),
     ):

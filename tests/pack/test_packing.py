@@ -73,7 +73,7 @@ def test_a_store_is_the_data_set_of_its_folder_under_the_same_fingerprint(
     assert store.classes == folder.classes
     assert store.fingerprint == folder.fingerprint
     assert open_imagenet(str(tmp_path / "store"), holdout, None).fingerprint == store.fingerprint
-    where = store.train.where(0)
+    where = store.train.location(0)
     assert where.startswith(f"{tmp_path / 'store' / 'train'}/train-00000")
     assert where.endswith(f"!{store.train.name(0)}")
 

@@ -379,7 +379,7 @@ def test_pictures_without_paths_are_named_by_file_and_row(tmp_path: Path, png: b
         }
         name = f"{ENGLISH[0]}/train-1_0000002.{suffix}"
         assert source.name(9) == name
-        assert source.where(9) == f"{tmp_path}/hub/train-1.parquet, row 2 ({name})"
+        assert source.location(9) == f"{tmp_path}/hub/train-1.parquet, row 2 ({name})"
 
 
 PATHS = st.none() | st.sampled_from(["a.jpg", "x/a.jpg", "..", ".jpg", "a", "a\0.jpg", "n00000001_1_n00000001.JPEG"])

@@ -631,7 +631,7 @@ def test_names_of_classes_are_shown_as_plain_text_by_an_error(
 def test_a_place_in_a_zip_is_one_line_of_plain_text(tmp_path: Path) -> None:
     path = packed(tmp_path / "x\x1b.zip", {**GOOD, f"train/a/{NAME}.png": b"x"})
     source = open_folder(path, None).train
-    places = [source.where(i) for i in range(len(source))]
+    places = [source.location(i) for i in range(len(source))]
     assert all(place.isprintable() for place in places)
     assert sum(printable(NAME) in place for place in places) == 1
 

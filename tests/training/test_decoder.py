@@ -58,7 +58,7 @@ class Named:
     def name(self, sample: int) -> str:
         return self._name
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return self._name
 
     def read(self, sample: int) -> bytes:

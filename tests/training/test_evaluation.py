@@ -47,7 +47,7 @@ class Pictures:
     def name(self, sample: int) -> str:
         return f"{sample}.png"
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return f"/val/{sample}.png"
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:

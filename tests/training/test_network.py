@@ -116,7 +116,7 @@ def reported(folder: Path) -> dict[str, tuple[int, int]]:
     return {row["class"]: (int(row["images"]), int(row["correct"])) for row in rows if int(row["images"])}
 
 
-def numbered(count: int) -> dict[str, int]:
+def numbered_name(count: int) -> dict[str, int]:
     return {str(label): label for label in range(count)}
 
 
@@ -221,7 +221,7 @@ def test_folders_that_are_numbers_are_the_outputs_of_those_numbers(
     weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
     # As in ImageNet-V2: 10 and 11 come before 2 by text, and are outputs 10 and 11.
-    root = folders(tmp_path / "data", numbered(12))
+    root = folders(tmp_path / "data", numbered_name(12))
     for names in (NAMES, None):
         result = evaluate(data__root=root, model__weights=weights(names))
         assert result["val/top1"] == 100.0
@@ -229,7 +229,7 @@ def test_folders_that_are_numbers_are_the_outputs_of_those_numbers(
         assert note.startswith("WARNING: the data set's classes are numbers")
         assert f"10 is {'output 10' if names is None else 'n10'}" in note
     # The model's own names, in the order of text, as a run on such folders has them.
-    in_order = sorted(numbered(12))
+    in_order = sorted(numbered_name(12))
     shutil.rmtree(root)
     folders(Path(root), {name: label for label, name in enumerate(in_order)})
     result = evaluate(data__root=root, model__weights=weights(in_order))
@@ -294,9 +294,9 @@ def test_numbers_in_the_order_of_text_are_warned_of_with_that_order(tmp_path: Pa
     for fine in (["0", "1", "2"], ["00", "01", "10"], ["a", "b"], ["0", "1", "10", "2x"]):
         assert text_order(fine) is None
     for split in ("train", "val"):
-        folders(tmp_path / "data" / split, numbered(12))
+        folders(tmp_path / "data" / split, numbered_name(12))
     changes = {"data__root": str(tmp_path / "data"), "run__dir": str(tmp_path / "run")}
-    assert prepare(config(**changes)).notes == (text_order(sorted(numbered(12))),)
+    assert prepare(config(**changes)).notes == (text_order(sorted(numbered_name(12))),)
 
 
 def test_a_new_head_is_the_seeds_and_all_else_the_files(

@@ -199,7 +199,7 @@ def test_a_cache_that_is_too_small_is_bad_input(store: Path, tmp_path: Path) -> 
 def test_settings_that_would_be_ignored_are_errors(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.cache_dir=/x has no meaning"):
         prepare(config(tmp_path / "run", store, data__cache_dir="/x"))
-    with pytest.raises(ConfigError, match=r"data\.order=shards: data\.root=.* does not lie in tar shards"):
+    with pytest.raises(ConfigError, match=r"data\.order=shards: data\.root=.* is not stored in tar shards"):
         prepare(config(tmp_path / "run", store.parent / "data"))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Labels, Source, shards_of
+from lars_train.data.dataset import Labels, Source, sample_shards
 from lars_train.data.decode.pillow import PILLOW
 from lars_train.data.loading.reader import BadSample, EvalReader, TrainReader
 from lars_train.data.loading.shard_prefetch import ShardPrefetcher
@@ -112,7 +112,7 @@ class LoaderSpec:
     @property
     def shard(self) -> Labels | None:
         """The shard of every sample, where the order depends on it."""
-        return None if self.window is None else shards_of(self.source)
+        return None if self.window is None else sample_shards(self.source)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """The sample ids of an epoch in their order."""
@@ -214,7 +214,7 @@ def eval_loader(
     """
     _check_order(source, by_shards)
     start, stop = eval_run(len(source), rank, world)
-    shard = shards_of(source) if by_shards else None
+    shard = sample_shards(source) if by_shards else None
     order = np.arange(len(source)) if shard is None else by_shard(shard)
     spans = [
         Span(first, min(first + micro_batch, stop), min(first + 2 * micro_batch, stop) - 1)

@@ -69,7 +69,7 @@ class _Reader:
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
         out[:] = 0
-        return BadSample(sample, self._source.where(sample), printable(reason))
+        return BadSample(sample, self._source.location(sample), printable(reason))
 
 
 class TrainReader(_Reader):

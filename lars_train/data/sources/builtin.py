@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.dataset import Dataset, Source, fingerprint, numbered, numbered_runs
+from lars_train.data.dataset import Dataset, Source, fingerprint, numbered_name, numbered_name_chunks
 from lars_train.data.decode.pillow import whole_image
 from lars_train.data.sources.folder import open_folder
 from lars_train.data.sources.tree import split_holdout
@@ -45,8 +45,8 @@ class _Decoded:
     def name(self, sample: int) -> str:
         return self._source.name(sample)
 
-    def where(self, sample: int) -> str:
-        return self._source.where(sample)
+    def location(self, sample: int) -> str:
+        return self._source.location(sample)
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:
         image: npt.NDArray[np.uint8] = self._images[sample]
@@ -92,9 +92,9 @@ class SyntheticSource:
         return len(self.labels)
 
     def name(self, sample: int) -> str:
-        return numbered(self._prefix, sample)
+        return numbered_name(self._prefix, sample)
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return f"synthetic {self.name(sample)}"
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:
@@ -126,8 +126,8 @@ def open_synthetic(train_count: int, val_count: int, num_classes: int, image_siz
         classes,
         fingerprint(
             classes,
-            (numbered_runs(TRAIN, train_count), train.labels),
-            (numbered_runs(VAL, val_count), val.labels),
+            (numbered_name_chunks(TRAIN, train_count), train.labels),
+            (numbered_name_chunks(VAL, val_count), val.labels),
         ),
     )
 
@@ -178,9 +178,9 @@ class ArraySource:
         return len(self.labels)
 
     def name(self, sample: int) -> str:
-        return numbered(self._split, int(self._numbers[sample]))
+        return numbered_name(self._split, int(self._numbers[sample]))
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return f"{self._dataset} {self.name(sample)}"
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:

@@ -26,7 +26,7 @@ from lars_train.data.dataset import Labels, NamedSource, Names, Source
 from lars_train.data.inventory import BESIDE, LOOSE, Inventory, merge_counts, parse_counts
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
 from lars_train.data.sources.tree import Listing, Ranks, count_skipped, is_hidden, is_image, join, listing_of, ranked
-from lars_train.data.splits import is_split
+from lars_train.data.splits import is_split_name
 from lars_train.errors import ConfigError
 from lars_train.messages import is_rank0, printable
 
@@ -49,7 +49,7 @@ class FileSource(NamedSource):
         super().__init__(names, labels)
         self._root = root
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return printable(os.fsencode(self._root / self.name(sample)))
 
     def read(self, sample: int) -> bytes:
@@ -190,7 +190,7 @@ def beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
             if is_hidden(entry.name):
                 count_skipped(skipped, entry.name, folder=_is_folder(entry))
             elif _is_folder(entry):
-                skipped[BESIDE] += not is_split(os.fsdecode(entry.name))
+                skipped[BESIDE] += not is_split_name(os.fsdecode(entry.name))
             elif entry.name.lower().endswith(suffix.encode()):
                 skipped[reason] += 1
             elif is_image(entry.name):
@@ -304,7 +304,7 @@ def _listing(meta: dict[str, Any], arrays: Arrays) -> Listing:
     if meta.get("version", 1) != _VERSION:
         raise Outdated
     classes = tuple(name.encode("latin-1") for name in meta["classes"])
-    names, labels, sizes = Names.of(arrays["names"], arrays["starts"]), arrays["labels"], arrays["sizes"]
+    names, labels, sizes = Names.from_arrays(arrays["names"], arrays["starts"]), arrays["labels"], arrays["sizes"]
     if meta["kind"] != "folder" or not len(names) == len(labels) == len(sizes) or labels.dtype != np.int32:
         raise Damaged("its parts do not fit together")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):

@@ -29,7 +29,7 @@ from lars_train.data.sources.split_folders import (
 from lars_train.data.sources.tree import Tree, is_image
 from lars_train.data.sources.webdataset import WebdatasetTree, open_webdataset
 from lars_train.data.sources.zips import ZipTree
-from lars_train.data.splits import TRAIN, VAL, is_like_split, is_split
+from lars_train.data.splits import TRAIN, VAL, is_split_name, looks_like_split
 from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
 from lars_train.messages import is_url, printable
@@ -125,8 +125,8 @@ def make_dataset(tree: Tree, folders: Folders, train: Split, val: Split) -> Data
         classes=class_names(train.classes),
         fingerprint=fingerprint(
             map(os.fsdecode, train.classes),
-            (train.names.runs(), train.labels),
-            (val.names.runs(), val.labels),
+            (train.names.chunks(), train.labels),
+            (val.names.chunks(), val.labels),
             variant=tree.variant,
         ),
         numbers=tree.numbers if isinstance(tree, WebdatasetTree) else (),
@@ -142,9 +142,9 @@ def take_inventory(tree: Tree, folders: Folders, *splits: Split) -> Inventory:
     if folders.train or folders.val:
         # A devkit is not for reading images.
         others = [
-            name for name in tree.folders(b"") if not is_split(os.fsdecode(name)) and not name.startswith(_DEVKIT)
+            name for name in tree.folders(b"") if not is_split_name(os.fsdecode(name)) and not name.startswith(_DEVKIT)
         ]
-        alike_splits = [name for name in map(os.fsdecode, others) if is_like_split(name)][:_SHOWN]
+        alike_splits = [name for name in map(os.fsdecode, others) if looks_like_split(name)][:_SHOWN]
         counts = {LOOSE: sum(map(is_image, tree.files(b""))), BESIDE: len(others) - len(alike_splits)}
         beside = merge_counts({reason: count for reason, count in counts.items() if count}, tree.hidden())
     held_out = folders.val == folders.train

@@ -121,7 +121,7 @@ class HeldSource(ShardSource):
         super().__init__(packed.shards, names, labels, places, keep_open=False)
         self.split = split
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         shard = self.split.packed.shards[int(self.shard[sample])]
         return f"{self.split.objects.place(self.split.inside(shard))}!{printable(self._names[sample])}"
 
@@ -131,7 +131,7 @@ class HeldSource(ShardSource):
         except OSError as error:
             # Not the image is bad, so nothing may stand in for it.
             raise DataError(
-                f"{self.where(sample)}: it cannot be read in the cache {self.split.cache.folder} "
+                f"{self.location(sample)}: it cannot be read in the cache {self.split.cache.folder} "
                 f"({error.strerror or error}); was something removed there? The same command goes on."
             ) from error
 

@@ -26,7 +26,7 @@ from lars_train.data.dataset import Labels, NamedSource, Names, Source
 from lars_train.data.inventory import Inventory, parse_counts, parse_inventory
 from lars_train.data.sources.index_files import MALFORMED, Arrays, Damaged, describe_damage, read_mapped
 from lars_train.data.sources.tree import Listing, Ranks
-from lars_train.data.splits import SPLITS, is_split
+from lars_train.data.splits import SPLITS, is_split_name
 from lars_train.errors import ConfigError
 from lars_train.fsutil import read_at
 from lars_train.messages import printable
@@ -88,7 +88,7 @@ class ShardSource(NamedSource):
         self._files = _Files(shards, keep_open)
         self._places = places
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         name = self._names[sample]
         path = self._files.shards[int(self._places.shard[sample])].path
         return f"{printable(os.fsencode(path))}!{printable(name)}"
@@ -223,7 +223,7 @@ def inventory_of(meta: dict[str, Any]) -> Inventory:
 def _shard(path: Path, where: str, size: int, elsewhere: bool) -> Shard:
     folder, _, name = where.rpartition("/")
     plain = name.lower().endswith(".tar") and not name.startswith(".") and "\0" not in name
-    if (folder and not is_split(folder)) or not plain or type(size) is not int or size < 0:
+    if (folder and not is_split_name(folder)) or not plain or type(size) is not int or size < 0:
         raise Damaged("a shard's name is none")
     shard = Shard(path / folder / name, size)
     if elsewhere:
@@ -237,7 +237,7 @@ def _shard(path: Path, where: str, size: int, elsewhere: bool) -> Shard:
 def _packed(
     classes: tuple[bytes, ...], shards: tuple[Shard, ...], complete: bool, parts: Arrays, skipped: dict[str, int]
 ) -> Packed:
-    names, labels = Names.of(parts["names"], parts["starts"]), parts["labels"]
+    names, labels = Names.from_arrays(parts["names"], parts["starts"]), parts["labels"]
     places = Places(parts["shard"], parts["offset"], parts["size"])
     kinds = [labels.dtype, places.shard.dtype, places.offset.dtype, places.size.dtype, parts["sums"].dtype]
     lengths = {len(names), len(labels), len(places.shard), len(places.offset), len(places.size)}

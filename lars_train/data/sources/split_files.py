@@ -22,14 +22,14 @@ from lars_train.data.sources.tree import count_skipped, is_hidden, is_image
 from lars_train.data.splits import (
     TRAIN,
     VAL,
-    choose,
+    choose_splits,
     has_split_word,
-    is_like_split,
-    is_split,
-    other_word,
-    refuse_other_words,
-    refuse_twins,
+    is_split_name,
+    looks_like_split,
+    refuse_case_twins,
+    refuse_unread_splits,
     split_word,
+    unread_split_word,
 )
 from lars_train.errors import ConfigError
 from lars_train.messages import printable
@@ -69,30 +69,30 @@ def shard_files(root: Path) -> Shards | None:
     others: list[str] = []
     folders = _visible_folders(root)
     packed: dict[str, str] = {}
-    if any(map(is_split, folders)):
-        for name in filter(is_split, folders):
+    if any(map(is_split_name, folders)):
+        for name in filter(is_split_name, folders):
             by_split[name], _, skipped[name] = _tars_in(root, f"{name}/")
         beside = beside_splits(root, ".tar", "shards of no split")
-        others = [name for name in sorted(folders) if is_like_split(name) and not is_split(name)][:_SHOWN]
+        others = [name for name in sorted(folders) if looks_like_split(name) and not is_split_name(name)][:_SHOWN]
         beside[BESIDE] -= len(others)
     else:
         tars, compressed, beside = _tars_in(root, "")
         for name in tars:
             by_split.setdefault(split_word(name), []).append(name)
         packed = {word: name for name in reversed(compressed) if (word := split_word(name)) and word not in by_split}
-    chosen = choose(name for name, tars in by_split.items() if tars)
+    chosen = choose_splits(name for name, tars in by_split.items() if tars)
     # A training set without tars is class folders.
-    if choose(by_split).train != chosen.train or not any(by_split.values()):
+    if choose_splits(by_split).train != chosen.train or not any(by_split.values()):
         return None
     train = "" if chosen.train is None else chosen.train
     # Without tars, a folder that could be a split is one that is not read.
     empty = [name for name, tars in by_split.items() if name and not tars]
     unused = (*chosen.unused, *empty, *others, *packed.values())
-    refuse_twins(f"data.root={root}", chosen)
+    refuse_case_twins(f"data.root={root}", chosen)
     if not train:
-        refuse_other_words(f"data.root={root}", by_split.get("", ()))
+        refuse_unread_splits(f"data.root={root}", by_split.get("", ()))
     else:
-        words = [other_word(name) for name in by_split.get("", ())]
+        words = [unread_split_word(name) for name in by_split.get("", ())]
         unused = (*unused, *sorted({word for word in words if word}))
         beside["shards of no split"] += words.count("")
     files = {TRAIN: by_split.get(train, []), VAL: by_split.get(chosen.val or "-", [])}
@@ -208,8 +208,8 @@ def the_one(root: Path, folders: Sequence[ParquetFolder]) -> ParquetFolder:
     if len(folders) > 1:
         shown = ", ".join(str(folder.path) for folder in folders)
         raise ConfigError(f"{root} holds several data sets of parquet files; give the folder of one: {shown}.")
-    if choose(folders[0].files).train is None:
-        refuse_other_words(str(folders[0].path), (file.name for file in folders[0].files.get("", ())))
+    if choose_splits(folders[0].files).train is None:
+        refuse_unread_splits(str(folders[0].path), (file.name for file in folders[0].files.get("", ())))
     for files in folders[0].files.values():
         _check_complete(folders[0].path, files)
     return folders[0]
@@ -232,7 +232,7 @@ def refuse_parquet(path: Path) -> None:
 
 
 def _has_class_folders(root: Path) -> bool:
-    train = choose(_folders_in(root)).train
+    train = choose_splits(_folders_in(root)).train
     return train is not None and bool(_folders_in(root / train))
 
 
@@ -252,10 +252,10 @@ def _search_parquet(folder: Path, depth: int) -> list[ParquetFolder]:
             by_word.setdefault(split_word(file.name), []).append(file)
         by_split = {word: tuple(found) for word, found in by_word.items()}
         return [ParquetFolder(folder, by_split, _beside_parquet(folder))]
-    splits = {name: _parquet_in(folder / name) for name in filter(is_split, folders)}
+    splits = {name: _parquet_in(folder / name) for name in filter(is_split_name, folders)}
     by_folder = {name: tuple(inside) for name, (inside, below) in splits.items() if inside and not below}
     # Other folders may hold the training set.
-    if choose(by_folder).train is not None or (by_folder and len(by_folder) == len(folders)):
+    if choose_splits(by_folder).train is not None or (by_folder and len(by_folder) == len(folders)):
         return [ParquetFolder(folder, by_folder, beside_splits(folder, _PARQUET, OF_NO_SPLIT))]
     if not depth or len(folders) > _MANY_FOLDERS:
         return []

@@ -27,14 +27,14 @@ from lars_train.data.splits import (
     TRAIN,
     VALIDATION,
     Choice,
-    choose,
-    is_like_training,
-    is_like_validation,
-    is_split,
-    no_classes,
-    refuse_twins,
+    choose_splits,
+    find_nested_splits,
+    find_non_classes,
+    is_split_name,
+    looks_like_training,
+    looks_like_validation,
+    refuse_case_twins,
     split_word,
-    with_splits,
 )
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, listed, printable
@@ -78,11 +78,11 @@ def find_splits(tree: Tree, holdout: float | None, *, alone: bool = False) -> Fo
         raise ConfigError(f"data.holdout={holdout}: it must be between 0 and 1; try data.holdout=0.1.")
     found = tree.folders(b"")
     train, val, unused = choice = _chosen(tree)
-    refuse_twins(f"data.root={tree.place}", choice if holdout is None else choice._replace(val=None))
+    refuse_case_twins(f"data.root={tree.place}", choice if holdout is None else choice._replace(val=None))
     if train is None:
         if (holdout is not None or alone) and val is None and found and not _parts(found):
             return Folders(b"", b"" if holdout is not None else None)
-        if alone and val is not None and all(is_split(os.fsdecode(name)) for name in found):
+        if alone and val is not None and all(is_split_name(os.fsdecode(name)) for name in found):
             return Folders(b"", os.fsencode(val), unused)
         raise ConfigError(f"data.root={tree.place} has no train/ folder; {_instead(tree, found)}")
     inside = os.fsencode(train)
@@ -97,7 +97,7 @@ def find_splits(tree: Tree, holdout: float | None, *, alone: bool = False) -> Fo
 def find_validation(tree: Tree) -> tuple[Folders, bytes]:
     """Find the splits, of which the training set may be missing, and the folder of the validation images."""
     train, val, unused = choice = _chosen(tree)
-    refuse_twins(f"data.root={tree.place}", choice)
+    refuse_case_twins(f"data.root={tree.place}", choice)
     if train is None:
         found = tree.folders(b"")
         if val is None and _parts(found):
@@ -130,14 +130,14 @@ def _training_images(tree: Tree, train: str) -> str:
 
 def _is_other_validation(name: bytes) -> bool:
     """Return True for a name that suggests a validation set, but that no split is read by."""
-    return is_like_validation(os.fsdecode(name)) and not is_split(os.fsdecode(name))
+    return looks_like_validation(os.fsdecode(name)) and not is_split_name(os.fsdecode(name))
 
 
 def _chosen(tree: Tree) -> Choice:
     found = tree.folders(b"")
     # Without class folders, test/ holds the unlabelled images of a competition: nothing to validate on.
     usable = {name for name in map(os.fsdecode, found) if name.lower() != TEST or tree.folders(os.fsencode(name))}
-    return choose(map(os.fsdecode, found), usable.__contains__)
+    return choose_splits(map(os.fsdecode, found), usable.__contains__)
 
 
 def collect(tree: Tree, inside: bytes) -> Split:
@@ -230,8 +230,8 @@ def _refuse_data_sets(tree: Tree, listing: Listing) -> None:
     folders: dict[str, set[str]] = {}
     for name, folder in {match.groups() for match in _TWO_FOLDERS.finditer(blob.data)}:
         folders.setdefault(os.fsdecode(name), set()).add(os.fsdecode(folder))
-    if found := with_splits(folders, len(listing.classes)):
-        train = min(filter(is_like_training, folders[found]))
+    if found := find_nested_splits(folders, len(listing.classes)):
+        train = min(filter(looks_like_training, folders[found]))
         raise ConfigError(
             f"data.root={tree.place} has no class folders, for there are splits in them; "
             f"{_split_below(tree, os.fsencode(found), os.fsencode(train))}"
@@ -264,7 +264,7 @@ def _instead(tree: Tree, found: Sequence[bytes]) -> str:
             "needs none, and no data.holdout."
         )
     for name in found:
-        inner = choose(map(os.fsdecode, tree.folders(name))).train
+        inner = choose_splits(map(os.fsdecode, tree.folders(name))).train
         if inner is not None:
             return _split_below(tree, name, os.fsencode(inner))
     loose = sum(map(is_image, tree.files(b"")))
@@ -311,8 +311,8 @@ def _tars_beside(tree: Tree, folders: Sequence[bytes]) -> str:
 
 
 def _parts(found: Sequence[bytes], *, split: bool = False) -> list[bytes]:
-    """The folders that are parts of the data set and no classes, see `no_classes`."""
-    return [os.fsencode(name) for name in no_classes(list(map(os.fsdecode, found)), split=split)]
+    """The folders that are parts of the data set and no classes, see `find_non_classes`."""
+    return [os.fsencode(name) for name in find_non_classes(list(map(os.fsdecode, found)), split=split)]
 
 
 def _but(skipped: Mapping[str, int]) -> str:

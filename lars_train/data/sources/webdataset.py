@@ -32,7 +32,7 @@ from lars_train.data.sources.tar_samples import (
 )
 from lars_train.data.sources.tars import BadTar
 from lars_train.data.sources.tree import Listing
-from lars_train.data.splits import TEST, TRAIN, VAL, no_classes
+from lars_train.data.splits import TEST, TRAIN, VAL, find_non_classes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, is_rank0, listed, printable
 
@@ -310,7 +310,7 @@ def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequenc
         )
     folders = _class_folders(samples, known)
     named = sorted({folders[sample.folder] for sample in samples if sample.label is None})
-    parts = no_classes(list(map(os.fsdecode, named)), split=split.called) if len(named) > 1 else []
+    parts = find_non_classes(list(map(os.fsdecode, named)), split=split.called) if len(named) > 1 else []
     if parts:
         raise ConfigError(
             f"data.root={root}: folders in its shards are splits and no classes ({printable(', '.join(parts))}); "

@@ -34,7 +34,7 @@ from lars_train.data.sources.tree import (
     join,
     listing_of,
 )
-from lars_train.data.splits import is_split
+from lars_train.data.splits import is_split_name
 from lars_train.errors import ConfigError
 from lars_train.fsutil import read_at
 from lars_train.messages import printable
@@ -67,7 +67,7 @@ class ZipSource(NamedSource):
         self._inside = inside
         self._entries = entries
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return printable(f"{self._file.path}!") + printable(join(self._inside, self._names[sample]))
 
     def read(self, sample: int) -> bytes:
@@ -78,9 +78,9 @@ class ZipSource(NamedSource):
                 # One byte more than promised is enough to see that the promise is broken.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise OSError(f"{self.where(sample)}: cannot be read: {error}") from error
+            raise OSError(f"{self.location(sample)}: cannot be read: {error}") from error
         if len(data) != size or zlib.crc32(data) != crc:
-            raise OSError(f"{self.where(sample)}: damaged: size or CRC-32 differs from the zip's directory")
+            raise OSError(f"{self.location(sample)}: damaged: size or CRC-32 differs from the zip's directory")
         return data
 
 
@@ -103,7 +103,7 @@ class ZipTree:
         self._members = dict(members)
         self._sorted = [name for name, _ in members]
         top = self.folders(b"")
-        if len(top) == 1 and not is_split(os.fsdecode(top[0])) and self.folders(top[0]):
+        if len(top) == 1 and not is_split_name(os.fsdecode(top[0])) and self.folders(top[0]):
             loose = sum(map(is_image, self.files(b"")))
             self.inventory = Inventory(skipped=merge_counts(unsafe, {LOOSE: loose} if loose else {}, self.hidden()))
             self._base = top[0]

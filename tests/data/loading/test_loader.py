@@ -65,7 +65,7 @@ class Pictures:
     def name(self, sample: int) -> str:
         return f"class/{sample}.png"
 
-    def where(self, sample: int) -> str:
+    def location(self, sample: int) -> str:
         return f"/data/class/{sample}.png"
 
     def pixels(self, sample: int) -> npt.NDArray[np.uint8]:
@@ -75,7 +75,7 @@ class Pictures:
         if self.on_read:
             self.on_read(sample)
         if sample in self.missing:
-            raise FileNotFoundError(2, "No such file or directory", self.where(sample))
+            raise FileNotFoundError(2, "No such file or directory", self.location(sample))
         if sample in self.empty:
             return b""
         if not self.encoded:

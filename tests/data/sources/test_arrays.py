@@ -71,7 +71,7 @@ def test_cifar10_is_what_its_files_say(cifar: str) -> None:
             assert source.labels[sample] == 7 * (sample % 20) % 10
         assert source.labels.dtype == np.int32
     assert data.train.name(17) == "train/00000017"
-    assert data.val.where(3) == "cifar10 val/00000003"
+    assert data.val.location(3) == "cifar10 val/00000003"
     copy = pickle.loads(pickle.dumps(data.val))
     assert np.array_equal(copy.read(5), data.val.read(5))
 

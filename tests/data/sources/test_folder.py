@@ -45,8 +45,8 @@ def test_every_image_comes_once_with_its_bytes_and_its_label(make_tree: MakeTree
 
 def test_a_place_is_given_in_full(make_directory: MakeTree, make_zip: MakeTree) -> None:
     directory, archive = make_directory(PETS), make_zip(PETS)
-    assert open_folder(directory, None).train.where(2) == f"{directory}/train/dog/1.jpg"
-    assert open_folder(archive, None).train.where(2) == f"{archive}!train/dog/1.jpg"
+    assert open_folder(directory, None).train.location(2) == f"{directory}/train/dog/1.jpg"
+    assert open_folder(archive, None).train.location(2) == f"{archive}!train/dog/1.jpg"
 
 
 def test_a_directory_and_a_zip_of_it_are_the_same_data_set(make_directory: MakeTree, make_zip: MakeTree) -> None:
@@ -75,7 +75,7 @@ def test_names_that_are_no_text_keep_their_bytes(make_directory: MakeTree) -> No
     data = open_folder(make_directory({**PETS, b"train/cat/\xff\xfe.jpg": b"odd"}), None)
     assert os.fsencode(data.train.name(2)) == b"cat/\xff\xfe.jpg"
     assert data.train.read(2) == b"odd"
-    data.train.where(2).encode()
+    data.train.location(2).encode()
 
 
 def test_classes_that_would_be_shown_alike_are_refused(make_directory: MakeTree) -> None:
@@ -130,17 +130,17 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path, make_directory: M
 
 def test_a_file_that_cannot_be_read_is_an_oserror_that_names_it(make_directory: MakeTree) -> None:
     source = open_folder(make_directory(PETS), None).train
-    Path(source.where(1)).unlink()
+    Path(source.location(1)).unlink()
     with pytest.raises(OSError, match=r"cat/2\.jpg") as caught:
         source.read(1)
-    assert source.where(1) in str(caught.value)
+    assert source.location(1) in str(caught.value)
     assert source.read(0) == b"c1"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_among_the_images_is_an_oserror_and_not_a_wait(make_directory: MakeTree) -> None:
     source = open_folder(make_directory(PETS), None).train
-    path = Path(source.where(1))
+    path = Path(source.location(1))
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(OSError, match="not a regular file"):

@@ -65,7 +65,7 @@ def test_the_embedded_set_opens() -> None:
             # Decoded once, and then kept.
             for _ in range(2):
                 assert np.array_equal(data.train.read(sample), np.asarray(image))
-            assert data.train.where(sample) == f"{ARCHIVE}!train/{name}"
+            assert data.train.location(sample) == f"{ARCHIVE}!train/{name}"
     assert np.array_equal(pickle.loads(pickle.dumps(data.val)).read(7), data.val.read(7))
 
 

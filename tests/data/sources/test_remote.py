@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from lars_train.config import DataConfig
-from lars_train.data.dataset import Dataset, shards_of
+from lars_train.data.dataset import Dataset, sample_shards
 from lars_train.data.loading import shard_prefetch
 from lars_train.data.loading.loader import LoaderSpec, Stream, View, eval_loader, train_loader
 from lars_train.data.loading.shard_windows import training_room, training_windows
@@ -162,7 +162,7 @@ def same(one: Dataset, other: Dataset) -> bool:
     for mine, theirs in ((one.train, other.train), (one.val, other.val)):
         assert [mine.name(i) for i in range(len(mine))] == [theirs.name(i) for i in range(len(theirs))]
         assert mine.labels.tolist() == theirs.labels.tolist()
-        assert shards_of(mine).tolist() == shards_of(theirs).tolist()
+        assert sample_shards(mine).tolist() == sample_shards(theirs).tolist()
         assert all(mine.read(i) == theirs.read(i) for i in range(len(mine)))
     return True
 
@@ -269,7 +269,7 @@ def test_ranks_that_share_the_least_cache_take_the_samples_of_one_alone(
     parts: list[list[tuple[bytes, list[int]]]] = [[], [], []]
     alone = drawn(stream(local.train, window=1))
     together = threading.Barrier(3, timeout=20)
-    shard = shards_of(local.train)
+    shard = sample_shards(local.train)
     windows = training_windows(shard, 1, seed=3, batch=12, updates_per_epoch=6, updates=18)
 
     def run(rank: int) -> None:
@@ -292,7 +292,7 @@ def test_ranks_that_share_the_least_cache_take_the_samples_of_one_alone(
 
 def test_the_order_is_that_of_the_shards(local: Dataset) -> None:
     labels = [label for _, part in drawn(stream(local.train, stop_update=6)) for label in part]
-    order = shard_order(3, 0, shards_of(local.train), 2)
+    order = shard_order(3, 0, sample_shards(local.train), 2)
     assert labels == local.train.labels[order].tolist()
 
 
@@ -447,7 +447,7 @@ def test_the_next_picture_of_the_same_shard_stands_in_for_a_bad_one(packed: Path
         (root / "train" / name).write_bytes(b"no picture")
     pack(Request(str(root), str(tmp_path / "store"), Encoding(), shards=6), silent)
     local, remote = open_folder(str(tmp_path / "store"), None), opened(f"file://{tmp_path}/store", tmp_path)
-    shard = shards_of(local.train).tolist()
+    shard = sample_shards(local.train).tolist()
     names = {local.train.name(i): i for i in range(72)}
     bad = {names[name] for name in ("a/3.png", "b/7.png", "b/8.png")}
 
@@ -456,7 +456,7 @@ def test_the_next_picture_of_the_same_shard_stands_in_for_a_bad_one(packed: Path
         place = own.index(sample)
         return next(i for i in own[place:] + own[:place] if i not in bad)
 
-    order = shard_order(3, 0, shards_of(local.train), 2).tolist()
+    order = shard_order(3, 0, sample_shards(local.train), 2).tolist()
     expected = [int(local.train.labels[stand_in(sample)]) for sample in order]
     found = drawn(stream(local.train, on_error="skip", stop_update=6))
     assert [label for _, part in found for label in part] == expected

@@ -116,7 +116,7 @@ def test_a_shard_that_changes_or_goes_is_told(store: Path) -> None:
     source = open_folder(str(store), None).train
     kept = pickle.dumps(source)
     shard = store / "train" / "train-000001.tar"
-    sample = next(i for i in range(len(source)) if shard.name in source.where(i) and len(bytes(source.read(i))) > 0)
+    sample = next(i for i in range(len(source)) if shard.name in source.location(i) and len(bytes(source.read(i))) > 0)
     raw = shard.read_bytes()
     os.truncate(shard, 10)
     with pytest.raises(OSError, match="ends early"):
@@ -257,7 +257,7 @@ def test_names_in_an_index_never_become_paths(store: Path, tmp_path: Path, monke
     monkeypatch.setattr(os, "open", lambda path, *a, **k: (opened.append(os.fspath(path)), real(path, *a, **k))[1])
     source = open_folder(str(store), None).train
     assert {bytes(source.read(i)) for i in range(len(source))} == {c for n, c in CONTENT.items() if n[0] == "t"}
-    assert all(source.where(i).isprintable() for i in range(len(source)))
+    assert all(source.location(i).isprintable() for i in range(len(source)))
     assert opened
     assert all(Path(path).parent == store / "train" and path.endswith(".tar") for path in opened)
 

@@ -72,6 +72,6 @@ def test_names_and_fingerprint_are_those_of_any_other_source() -> None:
     assert data.classes == tuple(sorted(data.classes))
     names = [[s.name(i).encode() for i in range(len(s))] for s in (data.train, data.val)]
     assert names[0] == sorted(names[0])
-    assert data.train.where(3) == "synthetic train/00000003"
+    assert data.train.location(3) == "synthetic train/00000003"
     runs = [[name + b"\0" for name in split] for split in names]
     assert data.fingerprint == fingerprint(data.classes, (runs[0], data.train.labels), (runs[1], data.val.labels))

@@ -80,7 +80,7 @@ def test_shards_in_one_folder_are_told_apart_by_their_names(tmp_path: Path) -> N
         tar(tmp_path / "data" / f"imagenet1k-{name}.tar", {f"a/{data.decode()}.jpg": data})
     data = open_folder(str(tmp_path / "data"), None)
     assert everything(data) == [[("a/t0.jpg", "a", b"t0"), ("a/t1.jpg", "a", b"t1")], [("a/v.jpg", "a", b"v")]]
-    assert data.train.where(1) == f"{tmp_path}/data/imagenet1k-train-001.tar!a/t1.jpg"
+    assert data.train.location(1) == f"{tmp_path}/data/imagenet1k-train-001.tar!a/t1.jpg"
     assert open_imagenet(str(tmp_path / "data"), None, None).fingerprint == data.fingerprint
     for name in ("one", "two"):
         tar(tmp_path / "other" / f"{name}.tar", {f"a/{name}{i}.jpg": b"%d" % i for i in range(4)})
@@ -586,7 +586,7 @@ def test_tars_beside_class_folders_are_no_shards(tmp_path: Path) -> None:
     tar(root / "train" / "n1.tar", {"1.jpg": b"x"})
     tar(root / "ILSVRC2012_img_train.tar", {"1.jpg": b"x"})
     data = open_folder(str(root), None)
-    assert data.train.where(0) == f"{root}/train/n1/1.jpg"
+    assert data.train.location(0) == f"{root}/train/n1/1.jpg"
 
 
 @pytest.mark.parametrize(
@@ -702,7 +702,7 @@ def test_links_and_odd_names_in_a_shard_lead_nowhere(tmp_path: Path) -> None:
                 archive.addfile(link)
     data = open_folder(str(tmp_path / "data"), None)
     assert everything(data)[0] == [("a/\x1b[31m.jpg", "a", b"red")]
-    assert data.train.where(0).isprintable()
+    assert data.train.location(0).isprintable()
     assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["0.tar", "0.tar", "train", "val"]
 
 

@@ -91,7 +91,7 @@ def test_one_folder_around_everything_is_looked_through(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.zip", 0, {f"pets/{n}": c for n, c in CONTENT.items()} | {"README": b""})
     source = open_folder(path, None).train
     assert agrees(source)
-    assert source.where(0) == f"{path}!pets/train/a/0.jpg"
+    assert source.location(0) == f"{path}!pets/train/a/0.jpg"
     classes = pack(tmp_path / "y.zip", 0, {n.replace("train/", "pets/"): b"" for n in CONTENT if "val" not in n})
     assert open_folder(classes, 0.1).classes == ("a", "b")
 
@@ -145,7 +145,7 @@ def test_a_damaged_entry_is_an_oserror_that_names_it(tmp_path: Path) -> None:
         source = open_folder(str(path), None).train
         with pytest.raises(OSError, match=r"damaged|cannot be read") as caught:
             source.read(3)
-        assert source.where(3) in str(caught.value)
+        assert source.location(3) in str(caught.value)
         assert source.read(4) == CONTENT["train/a/4.jpg"]
 
 

@@ -307,7 +307,7 @@ def test_splits_that_differ_in_case_alone_are_an_error(
     root = tmp_path / "data"
     root.mkdir()
     other = next(name for name in names if name.lower() == twins != name)
-    with pytest.raises(ConfigError, match=f"the names {twins}/ and {other}/ differ in the case of letters alone"):
+    with pytest.raises(ConfigError, match=f"the names {twins}/ and {other}/ differ only in case"):
         source(root, names)
 
 
