@@ -235,9 +235,9 @@ def test_a_command_that_needs_nothing_does_what_the_page_says(
 
 
 @pytest.mark.slow
-def test_the_readmes_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_the_pages_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     sessions = [block for block in BLOCKS if is_a_session(block.commands[0])]
-    assert [block.page.name for block in sessions] == ["README.md"]
+    assert [block.page.name for block in sessions] == ["same_curve.md"]
     program = tmp_path / "bin" / "lars-train"
     program.parent.mkdir()
     program.write_text(
