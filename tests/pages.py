@@ -14,7 +14,7 @@ PAGES = [ROOT / "docs" / "getting_started.md", ROOT / "README.md", ROOT / "CONTR
 PAGES += sorted(path for path in ROOT.glob("docs/*.md") if path not in PAGES)
 # What a page can say that a command needs: in the command's comment, or in the paragraph before its block.
 _MARK = re.compile(r"\b(needs (?:ImageNet|a cluster|a GPU|object storage|your photographs)|takes (?:hours|minutes))\b")
-# What a command says itself; docs/index.md tells so.
+# What a command itself says; docs/index.md lists these words.
 _SAYS_ITSELF = re.compile(r"imagenet\b|--nnodes|\bsrun\b|\bsbatch\b|\bkubectl\b|submitit_slurm")
 _FORMULA = re.compile(r"\S+\s+[=≈] ")
 _KEYWORDS = {"until", "do", "done", "while", "if", "then", "fi"}
