@@ -51,12 +51,15 @@ class SourceSubset:
         return len(self._ids)
 
     def name(self, sample: int) -> str:
+        """Return the sample's path within the split."""
         return self._source.name(int(self._ids[sample]))
 
     def location(self, sample: int) -> str:
+        """Return the sample's location, for a message."""
         return self._source.location(int(self._ids[sample]))
 
     def read(self, sample: int) -> bytes | npt.NDArray[np.uint8]:
+        """Return the sample's image, as `Source.read`."""
         return self._source.read(int(self._ids[sample]))
 
 

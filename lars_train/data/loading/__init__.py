@@ -1,1 +1,1 @@
-"""From a `Source` to batches: order, workers, buffers, and shards fetched ahead."""
+"""Load batches from a `Source`: order, workers, buffers, and prefetched shards."""

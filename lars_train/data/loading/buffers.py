@@ -1,7 +1,7 @@
-"""The buffers of a stream's batches: allocated once and reused, but never while something still refers to a batch.
+"""A pool of batch buffers: allocated once, and reused when nothing refers to a batch any more.
 
-Threads share them and, on request, processes that are forked later (anonymous memory, so no limit of /dev/shm counts).
-stream.py and workers.py decide what is written there, and when.
+Threads share the pool; on request, so do processes that are forked later. The memory is anonymous, so the limit of
+/dev/shm does not apply. stream.py and workers.py decide what to write, and when.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 
 class BufferPool:
-    """`slots` buffers for a batch of at most `batch` views of `size` x `size` pixels each.
+    """`slots` buffers, each for a batch of at most `batch` views of `size` x `size` pixels.
 
-    It takes slots * batch * (3 * size**2 + 16) bytes of memory, as far as they are written to. `shared`: processes that
-    are forked later share it.
+    The pool takes slots * batch * (3 * size**2 + 16) bytes of memory when all are in use. `shared`: share the memory
+    with processes that are forked later.
     """
 
     def __init__(self, slots: int, batch: int, size: int, *, shared: bool) -> None:
@@ -39,7 +39,7 @@ class BufferPool:
             self._free.put(slot)
 
     def pin(self) -> None:
-        """Lock the pages, so that a CUDA device can copy from them while the host continues. Call after all forks."""
+        """Page-lock the memory, so that copies to a CUDA device are asynchronous. Call after all forks."""
         self._pages.pin()
 
     def take(self) -> int | None:
@@ -49,47 +49,46 @@ class BufferPool:
         except queue.Empty:
             return None
 
-    def free(self) -> int:
+    def free_count(self) -> int:
         """Return the number of free slots."""
         return self._free.qsize()
 
-    def ask(self, slot: int, epoch: int, samples: npt.NDArray[np.int64]) -> None:
-        """Write the epoch and the sample ids that a slot is to hold."""
+    def assign(self, slot: int, epoch: int, samples: npt.NDArray[np.int64]) -> None:
+        """Store the epoch and the sample ids of the batch that a slot will hold."""
         self._epochs[slot], self._samples[slot, : len(samples)] = epoch, samples
 
-    def asked(self, slot: int, start: int, stop: int) -> tuple[int, list[int]]:
-        """Return the epoch, and the sample ids from `start` to `stop`, that `ask` wrote."""
+    def assigned(self, slot: int, start: int, stop: int) -> tuple[int, list[int]]:
+        """Return the epoch and the sample ids from `start` to `stop` that `assign` stored."""
         samples: list[int] = self._samples[slot, start:stop].tolist()
         return int(self._epochs[slot]), samples
 
     def part(self, slot: int, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Return the images, uint8 (n, S, S, 3), and labels, int64 (n,), to write to."""
+        """Return the buffers of a part of a batch: images, uint8 (n, S, S, 3), and labels, int64 (n,)."""
         return self._images[slot, start:stop], self._labels[slot, start:stop]
 
     def lend(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` images and labels of a slot, which becomes free when nothing refers to them any more."""
+        """Return the first `count` images and labels of a slot, which becomes free when nothing refers to them."""
         images, labels = lend(self.part(slot, 0, count), lambda: self._free.put(slot))
         return images.permute(0, 3, 1, 2), labels
 
 
 def lend(arrays: Iterable[npt.NDArray[Any]], give_back: Callable[[], None]) -> tuple[Tensor, ...]:
-    """Tensors on the arrays' memory; `give_back` is called when nothing refers to any of them any more.
+    """Return tensors on the arrays' memory. Call `give_back` when nothing refers to any of them any more.
 
-    It may be called in the garbage collector, so it can put something into a `queue.SimpleQueue`, which is made for
-    that, and not do much else.
+    The garbage collector may be the caller, so `give_back` must be reentrant, as `queue.SimpleQueue.put` is.
     """
     lease = _Lease()
     weakref.finalize(lease, give_back).atexit = False
-    # A tensor, and all views of it, keep the lease alive; of an array numpy would let views refer past it.
+    # A tensor and all views of it keep the lease alive. A view of a numpy array would refer to the base array instead.
     return tuple(torch.from_numpy(np.asarray(_Held(array, lease))) for array in arrays)
 
 
 class _Lease:
-    """Lives as long as what is lent."""
+    """An object that lives as long as the tensors that `lend` returned."""
 
 
 class _Held:
-    """An array's memory, in the possession of a lease."""
+    """An array's memory, which keeps a lease alive."""
 
     def __init__(self, array: npt.NDArray[Any], lease: _Lease) -> None:
         self._array, self._lease = array, lease
@@ -97,7 +96,7 @@ class _Held:
 
 
 class _Pages(mmap.mmap):
-    """Memory that forked processes share, page-locked on demand until it is freed."""
+    """Anonymous memory that can be page-locked until it is freed."""
 
     _pinned: int = 0
 
@@ -105,12 +104,12 @@ class _Pages(mmap.mmap):
         view = np.frombuffer(self, np.uint8)
         code = int(_cuda().cudaHostRegister(view.ctypes.data, view.nbytes, 0))
         if code:
-            # CUDA keeps the error, and the next kernel would be blamed for it.
+            # CUDA keeps the error and would report it at the next kernel.
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")
             warnings.warn(
                 f"{view.nbytes >> 20} MiB of the loader's buffers could not be page-locked (CUDA error {code}): copies "
-                "to the device are slower and hold up the host.",
+                "to the device are slower and block the host.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -127,7 +126,7 @@ def _pages(size: int, shared: bool) -> _Pages:
         return _Pages(-1, size)
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Memory that is shared has large pages on few systems; with small ones, first use costs a tenth of a decoding.
+        # Few systems have huge pages for shared memory. With small pages, first use costs a tenth of the decoding time.
         with suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

@@ -1,7 +1,7 @@
-"""Streams of batches, for a whole training run and for one evaluation: which samples come when, and from where.
+"""Make the streams of batches of a training run and of an evaluation: which samples, in which order.
 
-How workers fill the batches is in stream.py. Nothing here normalises, moves anything to a device, or decides how many
-bad images a run may meet.
+stream.py has the workers fill the batches. Batches stay on the host and are not normalized. The trainer decides how
+many bad images end a run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["BadSample", "Batch", "LoaderSpec", "LoaderStatistics", "Stream", "Vi
 class LoaderSpec:
     """The source, order and workers of the micro-batches of a training run, on one rank.
 
-    Raises ValueError where an epoch's updates need more samples than there are, for another `on_error`, and for a
+    Raises ValueError if an epoch's updates need more samples than there are, for an unknown `on_error`, and for a
     remote source that is not read by shards.
     """
 
@@ -52,27 +52,30 @@ class LoaderSpec:
     rank: int
     world: int
     workers: int
-    """With 0 the calling thread does the work."""
+    """With 0, the calling thread fills the batches."""
     pin_memory: bool
-    """Lock the buffers' pages for copies to a CUDA device."""
+    """Page-lock the buffers, for asynchronous copies to a CUDA device."""
     on_error: str
-    """The treatment of an image that cannot be read or decoded. "fail": the stream ends with `DataError`.
+    """The treatment of an image that cannot be read or decoded. "fail": end the stream with `DataError`.
 
-    "skip": the next sample id that can be decoded takes its place, with that sample's label and the augmentation of the
-    id it stands in for. Ids follow the paths, so the neighbor nearly always has the same class and the balance of the
-    classes stays. The bad image is recorded each time; after 1,000 of them in a row the stream ends with `DataError`.
+    "skip": replace the image by the next sample that can be decoded, with that sample's label and the augmentation of
+    the bad one's id. Ids follow the paths, so the neighbor nearly always has the same class, and the balance of classes
+    is preserved. The bad image is recorded each time. After 1,000 in a row the stream ends with `DataError`.
     """
     decoder: str = PILLOW
     """See `pillow.decode_into`."""
     kind: str | None = None
-    """The workers: "processes" (on Linux) or "threads"; None: `stream.worker_kind` decides."""
+    """The kind of workers: "processes" (on Linux) or "threads"; None: `stream.worker_kind` decides."""
     window: int | None = None
-    """Shards in a window of `order.shard_order`; the next sample id of the same shard takes a bad image's place, and of
-    a remote source the shards are fetched and held as they are needed. None: `order.epoch_order`."""
+    """Shards in a window of `order.shard_order`; None: `order.epoch_order`.
+
+    With a window, the next sample of the same shard replaces a bad image, and a remote source's shards are fetched, and
+    held in the cache, when needed.
+    """
 
     def __post_init__(self) -> None:
         if self.on_error not in ("skip", "fail"):
-            raise ValueError(f"on_error is {self.on_error!r}; it can be 'skip' or 'fail'")
+            raise ValueError(f"on_error must be 'skip' or 'fail', not {self.on_error!r}")
         if self.updates_per_epoch * self.batch > len(self.source):
             needed = f"{self.updates_per_epoch} updates of {self.batch}"
             raise ValueError(f"{needed} need more than {len(self.source)} samples")
@@ -91,7 +94,7 @@ class LoaderSpec:
         pin_memory: bool,
         decoder: str,
     ) -> LoaderSpec:
-        """The loader of the run that `config` and `plan` describe, on the rank `ranks.rank`."""
+        """Return the spec of the run that `config` and `plan` describe, for rank `ranks.rank`."""
         return cls(
             source=source,
             view=View.from_config(config.data),
@@ -111,11 +114,11 @@ class LoaderSpec:
 
     @property
     def shard(self) -> Labels | None:
-        """The shard of every sample, where the order depends on it."""
+        """Return the shard of every sample; None if the order does not depend on shards."""
         return None if self.window is None else sample_shards(self.source)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The sample ids of an epoch in their order."""
+        """Return the sample ids of an epoch in order."""
         if self.shard is None or self.window is None:
             return epoch_order(self.seed, epoch, len(self.source))
         return shard_order(self.seed, epoch, self.shard, self.window)
@@ -126,20 +129,20 @@ class LoaderSpec:
 
     def spans(self, update: int) -> list[Span]:
         """Return the spans of this rank's micro-batches in the samples of the whole run."""
-        # Ranks are at most an update apart, and what the next one needs must be on its way by then.
+        # Ranks are at most one update apart; by then, the shards of the next update must be on their way.
         first, last = update * self.batch, (update + 2) * self.batch - 1
         return [Span(first + i, first + j, last) for i, j in self.bounds()]
 
 
 def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Stream:
-    """The micro-batches of one rank for the updates [start_update, stop_update), across epochs.
+    """Return the stream of one rank's micro-batches for the updates [start_update, stop_update), across epochs.
 
-    An update has as many micro-batches as order.micro_bounds says, the same number each time and none for a rank
-    without ghost batches. A stream that starts at update k equals the rest of one that started at 0.
+    `order.micro_bounds` gives the micro-batches of an update: the same number each time, and none for a rank without
+    ghost batches. A stream that starts at update k equals the rest of one that started at 0.
     """
     source, updates = spec.source, range(start_update, stop_update)
 
-    def ahead(source: RemoteSource) -> ShardPrefetcher:
+    def prefetcher(source: RemoteSource) -> ShardPrefetcher:
         assert spec.shard is not None
         assert spec.window is not None
         windows = training_windows(
@@ -150,8 +153,8 @@ def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Strea
             updates_per_epoch=spec.updates_per_epoch,
             updates=stop_update,
         )
-        every = (span for update in updates for span in spec.spans(update))
-        return ShardPrefetcher(source.split.hold, windows, every, spec.rank, source.split.objects.url)
+        spans = (span for update in updates for span in spec.spans(update))
+        return ShardPrefetcher(source.split.hold, windows, spans, spec.rank, source.split.objects.url)
 
     return Stream(
         _requests(spec, updates),
@@ -160,7 +163,7 @@ def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Strea
         spec.workers,
         spec.pin_memory,
         spec.kind or worker_kind(source, spec.decoder),
-        partial(ahead, source) if isinstance(source, RemoteSource) else None,
+        partial(prefetcher, source) if isinstance(source, RemoteSource) else None,
     )
 
 
@@ -186,11 +189,11 @@ def _requests(spec: LoaderSpec, updates: range) -> Iterator[BatchRequest]:
 
 def _check_order(source: Source, by_shards: bool) -> None:
     if isinstance(source, RemoteSource) and not by_shards:
-        raise ValueError("a remote source can be read shard by shard alone")
+        raise ValueError("a remote source can only be read by shards")
 
 
 def _for_workers(source: Source) -> Source:
-    """The source that workers read from: of a remote one, the shards are held for them."""
+    """Return the source that workers read: for a remote one, the shards that the prefetcher holds."""
     return source.held if isinstance(source, RemoteSource) else source
 
 
@@ -207,10 +210,10 @@ def eval_loader(
     kind: str | None = None,
     by_shards: bool = False,
 ) -> Stream:
-    """The samples of one rank, `micro_batch` at a time, each once; the last batch may be smaller.
+    """Return the stream of one rank's samples, `micro_batch` at a time, each once; the last batch may be smaller.
 
-    They come in order, or with `by_shards` shard by shard. An image that cannot be read or decoded keeps its place,
-    with zeros for pixels and -1 for a label.
+    Samples come in the order of ids or, with `by_shards`, shard by shard. An image that cannot be read or decoded
+    keeps its place, with zeros for pixels and the label -1.
     """
     _check_order(source, by_shards)
     start, stop = eval_run(len(source), rank, world)
@@ -221,7 +224,7 @@ def eval_loader(
         for first in range(start, stop, micro_batch)
     ]
 
-    def ahead(source: RemoteSource) -> ShardPrefetcher:
+    def prefetcher(source: RemoteSource) -> ShardPrefetcher:
         assert shard is not None
         return ShardPrefetcher(source.split.hold, evaluation_windows(shard), spans, rank, source.split.objects.url)
 
@@ -232,5 +235,5 @@ def eval_loader(
         workers,
         pin_memory,
         kind or worker_kind(source, decoder),
-        partial(ahead, source) if isinstance(source, RemoteSource) else None,
+        partial(prefetcher, source) if isinstance(source, RemoteSource) else None,
     )

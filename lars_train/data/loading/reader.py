@@ -1,6 +1,6 @@
-"""Read samples, decode their views into a batch's buffers, and report bad ones: what a loader's worker does.
+"""Read samples, decode their views into a batch's buffers, and report bad images: the work of a loader's worker.
 
-Nothing here depends on batches, workers or their order: the view and label of a sample follow from its id and epoch.
+The view and the label of a sample depend on its id and the epoch only, not on batches, workers or their order.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lars_train.data.order import batch_uniforms
 from lars_train.data.transforms import UNIFORMS, Geometry, View
 from lars_train.messages import printable
 
-_MAX_TRIES = 1000  # neighbours tried in place of a bad image: more in a row is a broken data set
+_MAX_TRIES = 1000  # samples tried in place of a bad image; with more in a row, the data set is broken
 
 
 class BadSample(NamedTuple):
-    """An image that was asked for and cannot be read or decoded."""
+    """An image that cannot be read or decoded."""
 
     sample: int
     where: str
@@ -33,11 +33,11 @@ class Outcome(NamedTuple):
     """The result of reading some samples."""
 
     bad: tuple[BadSample, ...] = ()
-    """The bad images met on the way, in order."""
+    """The bad images encountered, in order."""
     fast: int = 0
-    """Views that another decoder than Pillow decoded."""
+    """Views decoded by another decoder than Pillow."""
     failure: str | None = None
-    """Why the stream ends with these samples."""
+    """The reason to end the stream with these samples; None to continue."""
 
 
 class Reader(Protocol):
@@ -61,7 +61,7 @@ class _Reader:
     def _load(
         self, sample: int, geometry: Callable[[int, int], Geometry], out: npt.NDArray[np.uint8]
     ) -> BadSample | bool:
-        """Decode into `out`; return True if another decoder than Pillow did. A bad sample leaves zeros there."""
+        """Decode a sample into `out`; zeros for a bad one. Return True if another decoder than Pillow decoded it."""
         try:
             return decode_into(out, self._source.read(sample), geometry, decoder=self._decoder)
         except BadImage as error:
@@ -73,7 +73,7 @@ class _Reader:
 
 
 class TrainReader(_Reader):
-    """Augmented views; `on_error` and what stands in for a bad image: see `loader.LoaderSpec`."""
+    """Fill batches with augmented views. `loader.LoaderSpec` describes `on_error` and the replacement of bad images."""
 
     def __init__(
         self, source: Source, view: View, decoder: str, seed: int, on_error: str, shard: Labels | None = None
@@ -84,13 +84,14 @@ class TrainReader(_Reader):
     def fill(
         self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
     ) -> Outcome:
+        """Write augmented views to `images`; see `Reader.fill`."""
         uniforms = batch_uniforms(self._seed, epoch, samples, UNIFORMS).tolist()
         geometries = [partial(self._view.train, uniforms=one) for one in uniforms]
         bad: list[BadSample] = []
         fast = 0
-        for slot, wanted in enumerate(samples):
+        for slot, requested in enumerate(samples):
             before = len(bad)
-            for sample in self._candidates(wanted):
+            for sample in self._candidates(requested):
                 found = self._load(sample, geometries[slot], images[slot])
                 if not isinstance(found, BadSample):
                     fast += found
@@ -99,37 +100,38 @@ class TrainReader(_Reader):
                 bad.append(found)
                 if self._on_error == "fail":
                     failure = (
-                        f"{found.where}: {found.reason.rstrip('.')}. Mend or remove the file, or set "
-                        "data.on_error=skip to put the next sample in its place."
+                        f"{found.where}: {found.reason.rstrip('.')}. Fix or remove the file, or set "
+                        "data.on_error=skip to use the next sample instead."
                     )
                     return Outcome(tuple(bad), fast, failure)
             else:
                 failure = (
-                    f"{bad[-1].where}: {bad[-1].reason.rstrip('.')}. It is the last of {len(bad) - before} samples "
-                    "in a row that cannot be read; see whether the data set is whole and data.root reachable."
+                    f"{bad[-1].where}: {bad[-1].reason.rstrip('.')}. This is the last of {len(bad) - before} samples "
+                    "in a row that cannot be read; check that the data set is complete and data.root reachable."
                 )
                 return Outcome(tuple(bad), fast, failure)
         return Outcome(tuple(bad), fast)
 
-    def _candidates(self, wanted: int) -> Iterator[int]:
-        """Yield the sample itself, then those that may stand in for it."""
-        yield wanted
+    def _candidates(self, sample: int) -> Iterator[int]:
+        """Yield the sample, then its possible replacements."""
+        yield sample
         if self._shard is None:
             count = len(self._source)
-            yield from ((wanted + step) % count for step in range(1, min(_MAX_TRIES, count)))
+            yield from ((sample + step) % count for step in range(1, min(_MAX_TRIES, count)))
         else:
-            # Other shards may not be in the cache.
-            near = np.flatnonzero(self._shard == self._shard[wanted])
-            after = int(np.searchsorted(near, wanted)) + 1
+            # Within the shard: others may not be in the cache.
+            near = np.flatnonzero(self._shard == self._shard[sample])
+            after = int(np.searchsorted(near, sample)) + 1
             yield from [*near[after:].tolist(), *near[: after - 1].tolist()][: _MAX_TRIES - 1]
 
 
 class EvalReader(_Reader):
-    """Views for evaluation; a bad image is zeros with the label -1."""
+    """Fill batches with evaluation views. A bad image becomes zeros with the label -1."""
 
     def fill(
         self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
     ) -> Outcome:
+        """Write evaluation views to `images`; see `Reader.fill`."""
         bad: list[BadSample] = []
         fast = 0
         for slot, sample in enumerate(samples):

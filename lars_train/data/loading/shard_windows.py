@@ -1,7 +1,7 @@
-"""The shards that a stream needs, in order, as a row of windows: pure arithmetic on sample counts.
+"""Compute which shards a stream needs, in order, as a sequence of windows: pure arithmetic on sample counts.
 
-A window is a set of shards that are needed together. Training takes those of order.shard_order, one epoch after the
-other; an evaluation takes one shard after the other. shard_prefetch.py brings shards into the cache.
+A window is a set of shards that are needed together. Training takes the windows of `order.shard_order`, epoch after
+epoch; an evaluation takes one shard after the other. shard_prefetch.py fetches the shards into the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shards = npt.NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """The positions [start, stop) that a request takes its samples from; what lies up to `soon` is needed soon."""
+    """The positions [start, stop) of a request's samples. Those up to `soon` are needed soon."""
 
     start: int
     stop: int
@@ -29,25 +29,23 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows that a stream passes through, in order, as far as samples are taken from them.
-
-    Positions count the samples that are taken: `ends`, int64 (K,), is where each window ends, and `shards` are those of
-    each that hold samples.
-    """
+    """The windows of a stream, in order. Positions count the samples that the stream takes from them."""
 
     ends: npt.NDArray[np.int64]
+    """Shape (K,): the position at which each window ends."""
     shards: list[Shards]
+    """The shards of each window that hold samples."""
 
     def at(self, position: int) -> int:
-        """The number of the window in which a position lies; the last one for positions beyond the end."""
+        """Return the number of the window that holds a position; for a position beyond the end, of the last window."""
         return min(int(self.numbers(np.array(position))), len(self.shards) - 1)
 
     def numbers(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The same for many positions, with the number of windows for those beyond the end."""
+        """Return the number of each position's window; for positions beyond the end, the number of windows."""
         return np.searchsorted(self.ends, positions, side="right").astype(np.int64, copy=False)
 
     def most_bytes(self, firsts: npt.NDArray[np.int64], lasts: npt.NDArray[np.int64], sizes: Shards) -> int:
-        """The most bytes that the windows from first to last take, over all pairs; `sizes`: bytes of all shards."""
+        """Return the most bytes that the windows from first to last take, over all pairs. `sizes`: of all shards."""
         total = np.cumsum([0, *(int(sizes[inside].sum()) for inside in self.shards)])
         beyond = len(self.shards)
         return int((total[np.minimum(lasts + 1, beyond)] - total[np.minimum(firsts, beyond)]).max(initial=0))
@@ -56,9 +54,9 @@ class Windows:
 def training_windows(
     shard: Labels, window: int, *, seed: int, batch: int, updates_per_epoch: int, updates: int
 ) -> Windows:
-    """Those of a run's first `updates` updates; position p is sample p % batch of update p // batch.
+    """Return the windows of a run's first `updates` updates. Position p is sample p % batch of update p // batch.
 
-    `shard`, (N,): the shard that each sample lies in. `window`: see `order.shard_windows`.
+    `shard`, (N,): the shard of each sample. `window`: see `order.shard_windows`.
     """
     counts = np.bincount(shard).astype(np.int64)
     taken = updates_per_epoch * batch
@@ -77,19 +75,19 @@ def training_windows(
 
 
 def evaluation_windows(shard: Labels) -> Windows:
-    """One for each shard that holds samples, in ascending order; position p is the p-th sample of `by_shard`."""
+    """Return a window per shard that holds samples, in ascending order. Position p is the p-th sample of `by_shard`."""
     counts = np.bincount(shard).astype(np.int64)
     held = np.flatnonzero(counts)
     return Windows(np.cumsum(counts[held]), [held[i : i + 1] for i in range(len(held))])
 
 
 def by_shard(shard: Labels) -> npt.NDArray[np.int64]:
-    """The sample ids shard by shard, ascending in each: int64 (N,)."""
+    """Return the sample ids shard by shard, ascending in each: int64 (N,)."""
     return np.argsort(shard, kind="stable").astype(np.int64, copy=False)
 
 
-def passed(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
-    """The numbers of the windows that a row of spans, in ascending order, passes through, each once."""
+def window_numbers(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
+    """Yield the numbers of the windows that ascending spans overlap, each once."""
     following = 0
     for span in spans:
         for number in range(max(windows.at(span.start), following), windows.at(span.stop - 1) + 1):
@@ -97,16 +95,16 @@ def passed(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
             following = number + 1
 
 
-def reach(windows: Windows, span: Span) -> int:
-    """The last window that may be held by who is at `span`: of what it needs soon, and at least the next one."""
+def last_to_hold(windows: Windows, span: Span) -> int:
+    """Return the last window that a stream at `span` may hold: of what it needs soon, and at least the next one."""
     return max(windows.at(span.soon), windows.at(span.start) + 1)
 
 
 def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
-    """Bytes that the ranks of a machine need at once in training, and the most that they hold at once.
+    """Return the bytes that the ranks of a machine need at once in training, which is the most that they hold at once.
 
-    All ranks agree on each update's end, and each has taken at most one micro-batch more by then: one is in update u or
-    later, none beyond u + 2, and that one holds what `reach` says for the end of u + 3.
+    All ranks agree at the end of each update, and each has taken at most one micro-batch more by then. So if the
+    slowest rank is in update u, none is beyond u + 2, and none holds more than `last_to_hold` at the end of u + 3.
     """
     updates = np.arange(int(windows.ends[-1]) // batch if len(windows.ends) else 0)
     firsts = windows.numbers(updates * batch)
@@ -115,7 +113,7 @@ def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
 
 
 def evaluation_room(shard: Labels, micro_batch: int, local_world: int, world: int, sizes: Shards) -> int:
-    """The same for an evaluation by `local_world` ranks of this machine, of `world` in all, by `micro_batch` each."""
+    """Return the same for an evaluation by `local_world` of `world` ranks, `micro_batch` samples at a time."""
     windows = evaluation_windows(shard)
     most = 0
     for rank in range(world):

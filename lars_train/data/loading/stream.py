@@ -1,7 +1,7 @@
-"""A stream of batches: workers fill them ahead in the buffers of a pool, and the stream returns them in order.
+"""A stream of batches: workers fill a pool's buffers ahead, and the stream returns the batches in order.
 
-loader.py decides which samples a batch holds. The content and the order of the batches do not depend on the
-number or the kind of workers.
+loader.py decides which samples a batch holds. The content and the order of the batches do not depend on the number or
+the kind of workers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from lars_train.data.loading.workers import Done, NoWorkers, Piece, Processes, T
 from lars_train.errors import DataError
 
 PIECE = 32
-"""Samples in a piece of work. Several workers share a micro-batch, so that few buffers keep all of them busy."""
+"""Samples in a piece of work. Several workers share a micro-batch, so that few buffers keep all workers busy."""
 
 MOST_PIECES = 64
-"""Pieces of a micro-batch, at most; those of a very large one have more samples."""
+"""The most pieces of a micro-batch; in a very large one, a piece has more samples."""
 
 AHEAD = 4
-"""Micro-batches that are being filled or wait, at least."""
+"""The least number of micro-batches that are being filled or are ready."""
 
 LENT = 3
-"""Micro-batches that a consumer may hold: computed on, being copied, and not yet known to be copied."""
+"""Micro-batches that a consumer may hold: one in use, one being copied, one whose copy has not been confirmed."""
 
 PROCESSES, THREADS = "processes", "threads"
 
@@ -48,28 +48,27 @@ class Batch:
     images: Tensor
     """uint8 (n, 3, S, S), RGB, in channels-last memory."""
     labels: Tensor
-    """int64 (n,); in evaluation -1 marks an image that cannot be decoded, whose pixels are zeros."""
+    """int64 (n,). In evaluation, -1 marks an image that cannot be decoded; its pixels are zeros."""
     bad: tuple[BadSample, ...]
-    """The bad images met on the way, in order."""
+    """The bad images encountered, in order."""
     checksum: int = 0
-    """In evaluation: `order.checksum` of the samples."""
+    """In evaluation, `order.checksum` of the samples."""
 
 
 class LoaderStatistics(NamedTuple):
-    """Counts and time of filling the batches that a stream returned."""
+    """Images and times of the batches that a stream returned."""
 
     images: int = 0
     seconds: float = 0.0
-    """Wall time, summed over the workers, without waiting for free buffers."""
+    """Wall time of filling them, summed over the workers, without waits for free buffers."""
     fast: int = 0
-    """Images that another decoder than Pillow decoded."""
+    """Images decoded by another decoder than Pillow."""
 
 
 class Stream(Iterator[Batch]):
-    """An iterator of batches whose workers start with it and end with it, or with `close`.
+    """An iterator of batches. Its workers start with it, and end with it or with `close`.
 
-    It holds `slots` (see `pool_slots`) buffers of a micro-batch each. A consumer that holds more than `LENT` batches
-    gets copies.
+    It holds `pool_slots` buffers of a micro-batch each. A consumer that holds more than `LENT` batches gets copies.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class Stream(Iterator[Batch]):
         workers: int,
         pin_memory: bool,
         kind: str,
-        ahead: Callable[[], ShardPrefetcher] | None = None,
+        prefetcher: Callable[[], ShardPrefetcher] | None = None,
     ) -> None:
         self._requests, self._batch = iter(requests), batch
-        self._request: BatchRequest | None = None
+        self._next_request: BatchRequest | None = None
         self._pool = BufferPool(
             pool_slots(batch, workers), batch, reader.size, shared=kind == PROCESSES and workers > 0
         )
@@ -94,16 +93,16 @@ class Stream(Iterator[Batch]):
         self._workers: Workers | None = _workers(kind, reader, self._pool, workers)
         if pin_memory:
             self._pool.pin()
-        # After all forks: a forked worker would keep files open that are to make room.
-        self._ahead = ahead() if ahead is not None else None
+        # After all forks: a forked worker would keep files open that the cache removes to make room.
+        self._prefetcher = prefetcher() if prefetcher is not None else None
 
     def __next__(self) -> Batch:
         if self._workers is None:
             raise StopIteration
         try:
-            if not self._head_is_there(None):
+            if not self._wait_for_next(None):
                 raise StopIteration
-            return self._handed_on(self._pending.popleft())
+            return self._finish(self._pending.popleft())
         except BaseException:
             self.close()
             raise
@@ -113,38 +112,38 @@ class Stream(Iterator[Batch]):
         if self._workers is None:
             return False
         try:
-            return self._head_is_there(0)
+            return self._wait_for_next(0)
         except BaseException:
             self.close()
             raise
 
     def statistics(self) -> LoaderStatistics:
-        """Return the statistics of the batches since the last call."""
+        """Return the statistics of the batches returned since the last call."""
         found, self._statistics = self._statistics, LoaderStatistics()
         return found
 
     def close(self) -> None:
-        """End the workers and the stream. Closing twice does no harm."""
+        """End the workers and the stream. Repeated calls have no effect."""
         if self._workers is not None:
             self._workers.close()
             self._workers = None
             self._pending.clear()
-            if self._ahead is not None:
-                self._ahead.close()
+            if self._prefetcher is not None:
+                self._prefetcher.close()
 
-    def _ask(self, wait: bool) -> None:
+    def _request_batches(self, wait: bool) -> None:
         """Request as many batches as free buffers and held shards allow; `wait` for the shards of the next batch."""
         assert self._workers is not None
         while len(self._pending) < self._most_pending:
-            self._request = request = self._request or next(self._requests, None)
-            if request is None or not self._shards_are_there(request, wait and not self._pending):
+            self._next_request = request = self._next_request or next(self._requests, None)
+            if request is None or not self._shards_are_held(request, wait and not self._pending):
                 return
             slot = self._pool.take()
             if slot is None:
                 return
-            self._request = None
+            self._next_request = None
             count = len(request.samples)
-            self._pool.ask(slot, request.epoch, request.samples)
+            self._pool.assign(slot, request.epoch, request.samples)
             piece = piece_of(self._batch)
             pending = _Pending(slot, request, -(-count // piece))
             self._pending.append(pending)
@@ -152,15 +151,16 @@ class Stream(Iterator[Batch]):
             for start in range(0, count, piece):
                 self._workers.put(Piece(slot, start, min(start + piece, count)))
 
-    def _shards_are_there(self, request: BatchRequest, wait: bool) -> bool:
-        if self._ahead is None:
+    def _shards_are_held(self, request: BatchRequest, wait: bool) -> bool:
+        if self._prefetcher is None:
             return True
         oldest = self._pending[0].request if self._pending else request
-        return self._ahead.holds(oldest.span, request.span, wait=wait)
+        return self._prefetcher.holds(oldest.span, request.span, wait=wait)
 
-    def _head_is_there(self, timeout: float | None) -> bool:
+    def _wait_for_next(self, timeout: float | None) -> bool:
+        """Return True once the next batch is filled; False after `timeout` seconds, or at the end of the stream."""
         assert self._workers is not None
-        self._ask(wait=timeout is None)
+        self._request_batches(wait=timeout is None)
         while self._pending and self._pending[0].left:
             done = self._workers.get(timeout)
             if done is None:
@@ -174,14 +174,14 @@ class Stream(Iterator[Batch]):
         pending.outcomes[done.piece.start] = done.outcome
         pending.seconds += done.seconds
 
-    def _handed_on(self, pending: _Pending) -> Batch:
+    def _finish(self, pending: _Pending) -> Batch:
         outcomes = [pending.outcomes[start] for start in sorted(pending.outcomes)]
         for outcome in outcomes:
             if outcome.failure is not None:
                 raise DataError(outcome.failure)
         bad = tuple(sample for outcome in outcomes for sample in outcome.bad)
         self._count(pending, outcomes)
-        lent = self._pool.slots - self._pool.free() - len(self._pending) - 1
+        lent = self._pool.slots - self._pool.free_count() - len(self._pending) - 1
         images, labels = self._pool.lend(pending.slot, len(pending.request.samples))
         if lent >= LENT:
             images, labels = images.clone(), labels.clone()
@@ -194,14 +194,14 @@ class Stream(Iterator[Batch]):
 
 
 def piece_of(batch: int) -> int:
-    """Samples in a piece of a micro-batch of `batch`."""
+    """Return the samples in a piece of a micro-batch of `batch` samples."""
     return max(PIECE, -(-batch // MOST_PIECES))
 
 
 def pool_slots(batch: int, workers: int) -> int:
-    """Buffers of a stream of micro-batches of `batch` samples: enough for two pieces for each worker, `AHEAD` at least.
+    """Return the buffers of a stream of micro-batches of `batch` samples: two pieces per worker, and at least `AHEAD`.
 
-    A buffer takes about batch * 3 * S**2 bytes: 8 of them with 256 samples of 224 x 224 are 0.3 GB.
+    A buffer takes about batch * 3 * S**2 bytes: 8 buffers of 256 samples of 224 x 224 take 0.3 GB.
     """
     if workers == 0:
         return LENT + 1
@@ -209,10 +209,10 @@ def pool_slots(batch: int, workers: int) -> int:
 
 
 def worker_kind(source: Source, decoder: str) -> str:
-    """Return `THREADS` where a decoder in C does the work, without the interpreter's lock; else `PROCESSES`.
+    """Return `THREADS` if the C decoder, which releases the GIL, does the work; else `PROCESSES`.
 
-    Threads need no fork, which is a risk beside the threads of NCCL and gloo and takes memory for each worker. Outside
-    of Linux, where fork is unsafe or missing, the answer is always `THREADS`.
+    Threads avoid the fork, which is a risk beside the threads of NCCL and gloo, and the memory of each process. Outside
+    Linux, where fork is unsafe or missing, the answer is always `THREADS`.
     """
     if sys.platform != "linux":
         return THREADS
@@ -226,7 +226,7 @@ def _workers(kind: str, reader: Reader, pool: BufferPool, workers: int) -> Worke
 
 
 class BatchRequest(NamedTuple):
-    """The samples of one batch, and where they lie in the order of the run."""
+    """The samples of one batch, and their span in the order of the run."""
 
     epoch: int
     samples: npt.NDArray[np.int64]
@@ -236,7 +236,7 @@ class BatchRequest(NamedTuple):
 
 @dataclass
 class _Pending:
-    """A batch that was asked for; `left` of its pieces are not there yet."""
+    """A requested batch, of which `left` pieces are not filled yet."""
 
     slot: int
     request: BatchRequest

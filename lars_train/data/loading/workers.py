@@ -1,7 +1,7 @@
 """The workers of a stream: forked processes, threads, or none. They fill pieces of batches in a pool's buffers.
 
-Pieces go out in order, each to a free worker; a result names its piece. Requests are short, because the pool holds the
-sample ids. Workers share no lock, so one that is killed leaves none waiting.
+Each piece goes to a free worker, in order; a result names its piece. Requests are short because the pool holds the
+sample ids. Workers share no lock, so the death of a worker blocks no other.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from lars_train.data.loading.reader import Outcome, Reader
 from lars_train.errors import DataError
 from lars_train.signals import handle_termination
 
-BEGIN_S = 20.0  # for all processes to begin
-STARTS = 4  # of a process that does not begin
-_LOOK_S = 5.0  # between a worker's checks that its parent is alive
-# A piece in a pipe: of a length that divides a page's, so that no piece is ever read in two parts.
+START_S = 20.0  # for all processes to start
+START_ATTEMPTS = 4  # for a process that does not start
+_CHECK_S = 5.0  # between a worker's checks that its parent is alive
+# A piece in a pipe. Its length divides a page's, so that a read never returns a part of a piece.
 _PIECE = struct.Struct("=IIIxxxx")
-_MEMORY = "it ran out of memory; take a smaller data.workers, or give the job more memory"
+_MEMORY = "out of memory; reduce data.workers, or give the job more memory"
 
 
 class Piece(NamedTuple):
-    """The samples from `start` to `stop` of what a slot of the pool is to hold."""
+    """The samples from `start` to `stop` of the batch in a slot of the pool."""
 
     slot: int
     start: int
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A filled piece, and the `seconds` of wall time that it took."""
+    """A filled piece, and the wall time of filling it in seconds."""
 
     piece: Piece
     outcome: Outcome
@@ -56,49 +56,52 @@ class Workers(Protocol):
     """Workers that fill pieces."""
 
     def put(self, piece: Piece) -> None:
-        """Request that a piece is filled."""
+        """Queue a piece."""
         ...
 
     def get(self, timeout: float | None = None) -> Done | None:
-        """Return a filled piece, in any order; None if there is none within `timeout` seconds.
+        """Return a filled piece, in any order; None if no piece is filled within `timeout` seconds.
 
-        Raises `DataError` for a worker that is gone, `RuntimeError` with the traceback for one that failed.
+        Raises `DataError` for a worker that died, `RuntimeError` with the traceback for one that failed.
         """
         ...
 
     def close(self) -> None:
-        """End them at once; they write to no buffer afterwards."""
+        """End the workers at once. They write to no buffer afterwards."""
         ...
 
 
 def fill(reader: Reader, pool: BufferPool, piece: Piece) -> Done:
     """Fill a piece in the calling thread."""
     started = time.perf_counter()
-    outcome = reader.fill(*pool.asked(*piece), *pool.part(*piece))
+    outcome = reader.fill(*pool.assigned(*piece), *pool.part(*piece))
     return Done(piece, outcome, time.perf_counter() - started)
 
 
 class NoWorkers:
-    """No workers: the calling thread fills a piece when `get` is called."""
+    """No workers: `get` fills a piece in the calling thread."""
 
     def __init__(self, reader: Reader, pool: BufferPool) -> None:
         self._reader, self._pool = reader, pool
         self._pieces: deque[Piece] = deque()
 
     def put(self, piece: Piece) -> None:
+        """Queue a piece."""
         self._pieces.append(piece)
 
     def get(self, timeout: float | None = None) -> Done | None:
+        """Fill and return the next piece; None if there is none, or with a `timeout` of 0."""
         if timeout == 0 or not self._pieces:
             return None
         return fill(self._reader, self._pool, self._pieces.popleft())
 
     def close(self) -> None:
+        """Drop the queued pieces."""
         self._pieces.clear()
 
 
 class Threads:
-    """Threads of this process."""
+    """Worker threads of this process."""
 
     def __init__(self, reader: Reader, pool: BufferPool, count: int) -> None:
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
@@ -115,23 +118,26 @@ class Threads:
                 started.append(thread)
         except RuntimeError as error:
             self.close()
-            raise DataError(f"a loader's worker cannot be started ({error}): take a smaller data.workers.") from None
+            raise DataError(f"a loader worker cannot be started ({error}); reduce data.workers.") from None
 
     def put(self, piece: Piece) -> None:
+        """Queue a piece."""
         self._pieces.put(piece)
 
     def get(self, timeout: float | None = None) -> Done | None:
+        """Return a filled piece; see `Workers.get`."""
         try:
             found = self._done.get(timeout=timeout) if timeout != 0 else self._done.get_nowait()
         except queue.Empty:
             return None
         if isinstance(found, MemoryError):
-            raise DataError(f"a loader's worker: {_MEMORY}.")
+            raise DataError(f"a loader worker: {_MEMORY}.")
         if isinstance(found, BaseException):
             raise found
         return found
 
     def close(self) -> None:
+        """End the threads."""
         self._end()
 
 
@@ -156,43 +162,42 @@ def _end_threads(
     for _ in threads:
         pieces.put(None)
     for thread in threads:
-        # A thread that waits for storage writes to no buffer, and must not delay the end.
-        thread.join(_LOOK_S)
+        # A thread that waits for storage writes to no buffer, so it need not delay the end.
+        thread.join(_CHECK_S)
 
 
 class Processes:
-    """Forked processes, which share the memory of the source and of the pool.
+    """Forked worker processes, which share the memory of the source and of the pool.
 
-    The constructor returns when all have begun. Before Python 3.12 a forked process hangs if another thread (of gloo or
-    NCCL, whose calls into Python register threads) held the lock of the interpreter's list of threads at the fork. Such
-    processes are ended and replaced.
+    The constructor returns when all have started. Before Python 3.12, a forked process hangs if another thread (of gloo
+    or NCCL, whose calls into Python register threads) held the lock of the interpreter's list of threads at the fork.
+    Such processes are killed and replaced.
     """
 
     def __init__(self, reader: Reader, pool: BufferPool, count: int) -> None:
         self._work: Callable[[Piece], Done] = lambda piece: fill(reader, pool, piece)
-        self._pieces, self._give = os.pipe()
-        # Several workers wait for one piece, and only one gets it.
+        self._pieces, self._requests = os.pipe()
+        # Several workers poll for a piece, and only one reads it.
         os.set_blocking(self._pieces, False)
         self._workers: dict[Connection[object, object], int] = {}
         self._arrived: deque[Done] = deque()
-        self._end = weakref.finalize(self, _end_processes, self._workers, (self._pieces, self._give), os.getpid())
+        self._end = weakref.finalize(self, _end_processes, self._workers, (self._pieces, self._requests), os.getpid())
         try:
-            self._begin(count)
+            self._start(count)
         except OSError as error:
             self.close()
-            reason = f"({error.strerror}): take a smaller data.workers"
-            raise DataError(f"a loader's worker cannot be started {reason}.") from None
+            raise DataError(f"a loader worker cannot be started ({error.strerror}); reduce data.workers.") from None
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, count: int) -> None:
-        for _ in range(STARTS):
+    def _start(self, count: int) -> None:
+        for _ in range(START_ATTEMPTS):
             fresh = [self._fork() for _ in range(count - len(self._workers))]
-            end = time.monotonic() + BEGIN_S
+            end = time.monotonic() + START_S
             silent = set(fresh)
-            while silent and (heard := wait(list(silent), max(0.0, end - time.monotonic()))):
-                for results in heard:
+            while silent and (ready := wait(list(silent), max(0.0, end - time.monotonic()))):
+                for results in ready:
                     assert isinstance(results, Connection)
                     with suppress(EOFError):  # `_received` reports a worker that died
                         results.recv()
@@ -202,20 +207,20 @@ class Processes:
                 results.close()
             if not silent:
                 return
-        raise DataError(f"of {count} loader workers, {count - len(self._workers)} did not begin; use data.workers=0.")
+        raise DataError(f"{count - len(self._workers)} of {count} loader workers did not start; use data.workers=0.")
 
     def _fork(self) -> Connection[object, object]:
         results, answer = _pipe()
         parent = os.getpid()
         with warnings.catch_warnings():
-            # A worker touches none of the parent's threads.
+            # A worker uses none of the parent's threads.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             process = os.fork()
         if process == 0:
             code = 1
             try:
                 results.close()
-                os.close(self._give)
+                os.close(self._requests)
                 _process(self._work, self._pieces, answer, parent)
                 code = 0
             finally:
@@ -225,10 +230,12 @@ class Processes:
         return results
 
     def put(self, piece: Piece) -> None:
-        # Short writes to a pipe are whole, and stream.py asks for far fewer pieces than one holds (4096).
-        os.write(self._give, _PIECE.pack(*piece))
+        """Queue a piece."""
+        # Short writes to a pipe are atomic, and stream.py requests far fewer pieces than a pipe holds (4096).
+        os.write(self._requests, _PIECE.pack(*piece))
 
     def get(self, timeout: float | None = None) -> Done | None:
+        """Return a filled piece; see `Workers.get`."""
         if not self._arrived:
             for results in wait(list(self._workers), timeout):
                 assert isinstance(results, Connection)
@@ -241,14 +248,15 @@ class Processes:
         except (EOFError, OSError):
             process = self._workers.pop(results)
             results.close()
-            raise DataError(f"a loader's worker (process {process}) {_reason(process)}.") from None
+            raise DataError(f"a loader worker (process {process}) {_reason(process)}.") from None
         if isinstance(found, Done):
             return found
         if isinstance(found, DataError):
             raise found
-        raise DataError(f"a loader's worker: {_MEMORY}.") if found is None else RuntimeError(str(found))
+        raise DataError(f"a loader worker: {_MEMORY}.") if found is None else RuntimeError(str(found))
 
     def close(self) -> None:
+        """Kill the processes."""
         self._end()
 
 
@@ -258,11 +266,11 @@ def _pipe() -> tuple[Connection[object, object], Connection[object, object]]:
 
 
 def _process(work: Callable[[Piece], Done], pieces: int, answer: Connection[object, object], parent: int) -> None:
-    """Run a forked process to its end."""
-    # Ctrl-C reaches the whole process group, and Slurm's signal all processes of a step. The parent decides how to
-    # end and ends the workers, which also end when the parent is gone.
+    """Run a worker process until no pieces are left."""
+    # Ctrl-C reaches the whole process group, and Slurm's signal all processes of a step. Only the parent handles them,
+    # and it ends the workers, which also end when the parent is gone.
     handle_termination(signal.SIG_IGN)
-    # What the parent left for the collector must not be finalized here.
+    # Do not finalize here what the parent left for the garbage collector.
     gc.freeze()
     answer.send(None)
     try:
@@ -275,15 +283,15 @@ def _process(work: Callable[[Piece], Done], pieces: int, answer: Connection[obje
     except BrokenPipeError:
         pass
     except BaseException:
-        answer.send(f"a loader's worker failed:\n{traceback.format_exc()}")
+        answer.send(f"a loader worker failed:\n{traceback.format_exc()}")
 
 
 def _next_piece(pieces: int, parent: int) -> Piece | None:
-    """Wait for the next piece; None when there are no more."""
+    """Wait for the next piece; return None when there are no more."""
     ready = select.poll()
     ready.register(pieces, select.POLLIN)
     while os.getppid() == parent:
-        if not ready.poll(1000 * _LOOK_S):
+        if not ready.poll(1000 * _CHECK_S):
             continue
         with suppress(BlockingIOError):
             data = os.read(pieces, _PIECE.size)
@@ -292,7 +300,7 @@ def _next_piece(pieces: int, parent: int) -> Piece | None:
 
 
 def _reason(process: int) -> str:
-    """Describe how a process ended."""
+    """Return how a process ended, for a message."""
     try:
         _, status = os.waitpid(process, 0)
     except ChildProcessError:
@@ -306,10 +314,10 @@ def _reason(process: int) -> str:
         name = f"signal {number}"
     if number == signal.SIGKILL:
         return (
-            f"was killed by {name}, as the system does where memory runs out (its log, dmesg, tells): take a smaller "
-            "data.workers, or give the job more memory; the same command goes on from the last checkpoint"
+            f"was killed by {name}, as the system does when memory runs out (see dmesg); reduce data.workers, or give "
+            "the job more memory. The same command resumes from the last checkpoint"
         )
-    return f"was killed by {name}: a fault in a library or in the machine; see whether data.decoder=pillow is spared it"
+    return f"was killed by {name}: a fault in a library or in the machine; try data.decoder=pillow"
 
 
 def _kill(process: int) -> None:

@@ -326,7 +326,7 @@ def test_a_killed_worker_is_named_with_its_reason_and_nobody_waits(number: int, 
 
     before = workers_of_this_test()
     stream = train(Pictures(20, on_read=die), workers=2)
-    with pytest.raises(DataError, match=rf"^a loader's worker \(process \d+\) {reason}"):
+    with pytest.raises(DataError, match=rf"^a loader worker \(process \d+\) {reason}"):
         list(stream)
     assert workers_of_this_test() == before
     assert next(stream, None) is None
@@ -356,7 +356,7 @@ def breaks(sample: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_without_memory_or_with_a_defect_ends_the_stream_and_tells(kind: str) -> None:
     before = workers_of_this_test()
-    with pytest.raises(DataError, match=r"a loader's worker: it ran out of memory; take a smaller data\.workers"):
+    with pytest.raises(DataError, match=r"a loader worker: out of memory; reduce data\.workers"):
         list(train(Pictures(20, on_read=runs_out_of_memory), workers=2, kind=kind))
     with pytest.raises((ZeroDivisionError, RuntimeError), match="in the source"):
         list(train(Pictures(20, on_read=breaks), workers=2, kind=kind))
@@ -401,7 +401,7 @@ def test_exhausted_and_forgotten_streams_have_no_workers(kind: str) -> None:
 
 @forked
 def test_workers_end_when_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers_module, "_LOOK_S", 0.1)
+    monkeypatch.setattr(workers_module, "_CHECK_S", 0.1)
     read, write = os.pipe()
     parent = os.fork()
     if parent == 0:
@@ -566,7 +566,7 @@ def test_workers_that_never_begin_are_replaced(stuck: tuple[int, ...], monkeypat
 
     before = workers_of_this_test()
     monkeypatch.setattr(workers_module, "_process", late)
-    monkeypatch.setattr(workers_module, "BEGIN_S", 1.0)
+    monkeypatch.setattr(workers_module, "START_S", 1.0)
     assert same(list(evaluate(Pictures(23), workers=2)), expected)
     assert forks[0] == 2 + len(stuck)
     assert workers_of_this_test() == before
@@ -587,10 +587,10 @@ def test_workers_that_cannot_be_started_are_told_of(monkeypatch: pytest.MonkeyPa
 
     if sys.platform == "linux":
         monkeypatch.setattr(os, "fork", fork)
-        with pytest.raises(DataError, match=r"cannot be started \(Resource temporarily unavailable\): .*data\.workers"):
+        with pytest.raises(DataError, match=r"cannot be started \(Resource temporarily unavailable\); .*data\.workers"):
             evaluate(Pictures(23), workers=2, kind="processes")
     monkeypatch.setattr(threading.Thread, "start", start_one)
-    with pytest.raises(DataError, match=r"cannot be started \(can't start new thread\): .*data\.workers"):
+    with pytest.raises(DataError, match=r"cannot be started \(can't start new thread\); .*data\.workers"):
         evaluate(Pictures(23), workers=2, kind="threads")
     assert workers_of_this_test() == before
 
@@ -599,8 +599,8 @@ def test_workers_that_cannot_be_started_are_told_of(monkeypatch: pytest.MonkeyPa
 def test_workers_that_never_begin_at_all_end_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     before = workers_of_this_test()
     monkeypatch.setattr(workers_module, "_process", lambda *arguments: time.sleep(600))
-    monkeypatch.setattr(workers_module, "BEGIN_S", 0.1)
-    with pytest.raises(DataError, match="of 2 loader workers, 2 did not begin"):
+    monkeypatch.setattr(workers_module, "START_S", 0.1)
+    with pytest.raises(DataError, match="2 of 2 loader workers did not start"):
         evaluate(Pictures(23), workers=2)
     assert workers_of_this_test() == before
 

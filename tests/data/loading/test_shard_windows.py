@@ -16,10 +16,10 @@ from lars_train.data.loading.shard_windows import (
     by_shard,
     evaluation_room,
     evaluation_windows,
-    passed,
-    reach,
+    last_to_hold,
     training_room,
     training_windows,
+    window_numbers,
 )
 from lars_train.data.order import eval_run, micro_batches, micro_bounds, shard_order
 
@@ -59,16 +59,19 @@ def test_training_finds_its_samples_in_the_windows_of_its_spans_and_never_holds_
             for span, micro in zip(spans(update, rank), micros, strict=True):
                 first, last = windows.at(span.start), windows.at(span.stop - 1)
                 assert set(shard[micro].tolist()) <= shards_in(windows, first, last)
-                assert last <= reach(windows, span)
+                assert last <= last_to_hold(windows, span)
         # One rank at any place of this update, another two updates further.
         slow = min((s for rank in range(world) for s in spans(update, rank)), key=lambda s: s.start)
         ahead = [s for u in (update, update + 1, update + 2) if u < updates for r in range(world) for s in spans(u, r)]
-        held = [set(range(windows.at(slow.start), min(reach(windows, s), len(windows.shards) - 1) + 1)) for s in ahead]
+        held = [
+            set(range(windows.at(slow.start), min(last_to_hold(windows, s), len(windows.shards) - 1) + 1))
+            for s in ahead
+        ]
         # A shard that is in two windows, of two epochs, takes its bytes once; it may be counted twice.
         taken = sum(sizes[list(shards_in(windows, n, n))].sum() for n in set().union(*held))
         assert taken <= room
     everything = [span for update in range(updates) for span in spans(update, 0)]
-    numbers = list(passed(windows, everything))
+    numbers = list(window_numbers(windows, everything))
     touched = {windows.at(p) for span in everything for p in range(span.start, span.stop)}
     assert numbers == sorted(touched)
 
@@ -98,7 +101,7 @@ def test_an_evaluation_takes_every_sample_once_shard_by_shard_within_the_room_th
             span = Span(first, min(first + micro, stop), min(first + 2 * micro, stop) - 1)
             inside = shards_in(windows, windows.at(span.start), windows.at(span.stop - 1))
             assert inside == set(shard[order[span.start : span.stop]].tolist())
-            held.append(sum(sizes[list(shards_in(windows, windows.at(span.start), reach(windows, span)))]))
+            held.append(sum(sizes[list(shards_in(windows, windows.at(span.start), last_to_hold(windows, span)))]))
         most.append(max(held))
     every = int(sizes[np.unique(shard)].sum())
     for here in range(1, world + 1):

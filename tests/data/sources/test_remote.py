@@ -354,10 +354,10 @@ def test_a_server_that_never_answers_ends_the_stream(
 ) -> None:
     dataset = opened(flaky, tmp_path)
     monkeypatch.setattr(shard_prefetch, "PATIENCE_S", 0.5)
-    monkeypatch.setattr(shard_prefetch, "_END_S", 0.1)
+    monkeypatch.setattr(shard_prefetch, "_CLOSE_S", 0.1)
     answer = threading.Event()
     Flaky.before = staticmethod(lambda path: answer.wait(30))
-    with pytest.raises(DataError, match=r"flaky://bucket: no answer"):
+    with pytest.raises(DataError, match=r"flaky://bucket: no response"):
         drawn(stream(dataset.train))
     answer.set()
 
