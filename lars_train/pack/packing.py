@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from lars_train.data.dataset import Labels, NamesBuilder, Source, check_classes, fingerprint
 from lars_train.data.inventory import merge_counts
 from lars_train.data.sources.index_files import write_mapped
-from lars_train.data.sources.shards import INDEX, PACKING, VERSION, Packed, Places, Shard, ShardTree, index_of
+from lars_train.data.sources.shards import INDEX, PACKING, VERSION, Packed, Places, Shard, ShardTree, make_index
 from lars_train.data.sources.tree import Listing
 from lars_train.data.splits import SPLITS, TRAIN
 from lars_train.errors import ConfigError, DataError
@@ -337,7 +337,7 @@ def _summary(
 
 
 def _write_index(tree: ShardTree) -> None:
-    index, arrays = index_of(tree.path, tree.splits)
+    index, arrays = make_index(tree.path, tree.splits)
     meta = {
         "kind": "store",
         "version": VERSION,

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lars_train.data.sources import directory
-from lars_train.data.sources.directory import FolderState, Found, listing_by_index
+from lars_train.data.sources.directory import FolderContent, FolderState, indexed_listing
 from lars_train.data.sources.imagenet import open_imagenet
 from lars_train.data.sources.index_files import cache_directory
 
@@ -39,11 +39,11 @@ def make(root: Path, images: int) -> None:
         bounds = np.linspace(0, count, len(CLASSES) + 1).astype(int).tolist()
         share = {name: bounds[label : label + 2] for label, name in enumerate(CLASSES)}
 
-        def read(name: bytes, split: Path = root / split, share: dict[bytes, list[int]] = share) -> Found:
+        def read(name: bytes, split: Path = root / split, share: dict[bytes, list[int]] = share) -> FolderContent:
             images = [(b"%s_%08d.JPEG" % (name, number), 110_000) for number in range(*share[name])]
-            return Found(images, [FolderState.at(split / os.fsdecode(name), b"")])
+            return FolderContent(images, [FolderState.at(split / os.fsdecode(name), b"")])
 
-        listing_by_index(root / split, CLASSES, read)
+        indexed_listing(root / split, CLASSES, read)
 
 
 def proportional() -> int:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--processes", type=int, default=8)
     args = parser.parse_args()
-    directory.WORTH = 0
+    directory.MIN_INDEXED = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
         make(Path(folder) / "imagenet", args.images)

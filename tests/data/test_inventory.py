@@ -139,21 +139,21 @@ def test_a_store_reports_what_its_original_does(make_tree: MakeTree, tmp_path: P
 def test_an_index_of_a_folder_keeps_the_counts(
     make_directory: MakeTree, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory, "WORTH", 1)
+    monkeypatch.setattr(directory, "MIN_INDEXED", 1)
     root = make_directory({**PETS, **dict.fromkeys(SKIPPED, b"x")})
     for path in (Path(root), *Path(root).rglob("*")):
         if path.is_dir():
             os.utime(path, (1_000_000_000, 1_000_000_000))
     first = open_folder(root, None).inventory
     assert len(list(cache.glob("*.index"))) == 2
-    monkeypatch.setattr(directory, "listing_of", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(directory, "make_listing", lambda *_: pytest.fail("it was read again"))
     assert open_folder(root, None).inventory == first == Inventory("train", "Valid", (), COUNTS)
 
 
 def test_an_index_of_an_earlier_version_is_made_again_and_told(
     make_directory: MakeTree, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(directory, "WORTH", 1)
+    monkeypatch.setattr(directory, "MIN_INDEXED", 1)
     root = make_directory(PETS)
     for path in (Path(root), *Path(root).rglob("*")):
         if path.is_dir():

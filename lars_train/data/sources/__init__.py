@@ -1,1 +1,1 @@
-"""Where images lie: folders, zips, tar shards, URLs, the embedded set. Each makes a `Dataset`."""
+"""Sources of images: folders, zips, tar shards, URLs, embedded and downloaded sets. Each makes a `Dataset`."""

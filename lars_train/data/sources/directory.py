@@ -1,10 +1,9 @@
-"""A directory on disk as a `Tree`, and its samples as a `Source`: one file per sample.
+"""Read a directory as a `Tree`, and its samples as a `Source`: one file per sample.
 
-The listing of its class folders is kept in the cache directory, so that 1.28 million names are not read at each start.
-Such an index holds paths, labels and sizes, and of every folder that was read the time of its last change (mtime) and
-its own size. It is used while all of these are as they were. So files that come, go or are renamed are noticed; files
-whose content alone changes are not, and need not be: content is read from the file itself. The data folder is only
-read.
+The listing of the class folders is cached, so that a start does not read 1.28 million names. Such an index holds paths,
+labels and file sizes, and the modification time (mtime) and size of every folder. It is valid until a folder changes,
+which happens when files are added, removed or renamed. New content in a file does not matter, because content is read
+from the file itself. Nothing is written to the data folder.
 """
 
 from __future__ import annotations
@@ -24,22 +23,31 @@ import numpy as np
 
 from lars_train.data.dataset import Labels, NamedSource, Names, Source
 from lars_train.data.inventory import BESIDE, LOOSE, Inventory, merge_counts, parse_counts
-from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
-from lars_train.data.sources.tree import Listing, Ranks, count_skipped, is_hidden, is_image, join, listing_of, ranked
+from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, load_index, save_index
+from lars_train.data.sources.tree import (
+    Listing,
+    Ranks,
+    count_skipped,
+    is_hidden,
+    is_image,
+    join,
+    make_listing,
+    rank_classes,
+)
 from lars_train.data.splits import is_split_name
 from lars_train.errors import ConfigError
 from lars_train.messages import is_rank0, printable
 
-WORTH = 10_000
-"""Images, by estimate, from which an index is kept; fewer are read as quickly."""
+MIN_INDEXED = 10_000
+"""Estimated number of images from which an index is saved; fewer are listed as quickly without one."""
 
-# 2: what is skipped is counted, and more suffixes are images. 3: more folders of systems.
+# 2: skipped files are counted, and more suffixes are images. 3: more folders made by systems are hidden.
 _VERSION = 3
 
-# A folder that changed less than this before it was read may change again without another mtime: the kernel's clock for
-# them ticks in milliseconds, that of some network file systems in seconds.
+# A folder that changed less than this before it was read may change again with the same mtime: the kernel's clock for
+# mtimes ticks in milliseconds, that of some network file systems in seconds.
 _SETTLED_NS = 2_000_000_000
-_THREADS = 8  # they wait for the file system
+_THREADS = 8  # more than cores, because they wait for the file system
 
 
 class FileSource(NamedSource):
@@ -50,10 +58,12 @@ class FileSource(NamedSource):
         self._root = root
 
     def location(self, sample: int) -> str:
+        """Return the path of the file, for messages."""
         return printable(os.fsencode(self._root / self.name(sample)))
 
     def read(self, sample: int) -> bytes:
-        # Opened without waiting: a pipe among the images would hold the run for good.
+        """Return the content of the file. Raises OSError."""
+        # O_NONBLOCK: opening a pipe among the images would block forever.
         handle = os.open(self._root / self.name(sample), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -62,7 +72,7 @@ class FileSource(NamedSource):
 
 
 class DirectoryTree:
-    """The folders and files below the directory `root`. Symbolic links are followed, but not in circles."""
+    """The folders and files below the directory `root`. Follows symbolic links, but not in circles."""
 
     variant = ""
     inventory = Inventory()
@@ -95,11 +105,11 @@ class DirectoryTree:
                 skipped[LOOSE] += 1
             else:
                 count_skipped(skipped, entry.name, folder=folder)
-        above = (self.path.resolve(), self._path(inside).resolve())
-        found = listing_by_index(
-            self._path(inside), sorted(classes), lambda name: self._found(join(inside, name), above)
+        ancestors = (self.path.resolve(), self._path(inside).resolve())
+        listing = indexed_listing(
+            self._path(inside), sorted(classes), lambda name: self._read_class(join(inside, name), ancestors)
         )
-        return replace(found, skipped=merge_counts(found.skipped, skipped))
+        return replace(listing, skipped=merge_counts(listing.skipped, skipped))
 
     def read(self, path: bytes) -> bytes:
         return self._path(path).read_bytes()
@@ -126,35 +136,35 @@ class DirectoryTree:
     def _shown(self, inside: bytes) -> Iterator[os.DirEntry[bytes]]:
         return (entry for entry in self._entries(inside) if not is_hidden(entry.name))
 
-    def _found(self, inside: bytes, above: tuple[Path, ...]) -> Found:
-        found = Found([], [])
-        self._walk(inside, b"", above, found)
-        found.images.sort()
-        return found
+    def _read_class(self, inside: bytes, ancestors: tuple[Path, ...]) -> FolderContent:
+        content = FolderContent([], [])
+        self._walk(inside, b"", ancestors, content)
+        content.images.sort()
+        return content
 
-    def _walk(self, inside: bytes, below: bytes, above: tuple[Path, ...], found: Found) -> None:
+    def _walk(self, inside: bytes, below: bytes, ancestors: tuple[Path, ...], content: FolderContent) -> None:
         path = self._path(join(inside, below))
-        here = path.resolve()
-        if here in above:
-            found.skipped["links to a folder around them"] += 1
+        resolved = path.resolve()
+        if resolved in ancestors:
+            content.skipped["links to a folder around them"] += 1
             return
-        # Before its entries are read: what comes in between is seen as a change.
-        found.folders.append(FolderState.at(path, below))
+        # Taken before the entries are read, so that a change in between invalidates the index.
+        content.folders.append(FolderState.at(path, below))
         for entry in self._entries(join(inside, below)):
             if is_hidden(entry.name):
-                count_skipped(found.skipped, entry.name, folder=_is_folder(entry))
+                count_skipped(content.skipped, entry.name, folder=_is_folder(entry))
             elif _is_folder(entry):
-                self._walk(inside, join(below, entry.name), (*above, here), found)
+                self._walk(inside, join(below, entry.name), (*ancestors, resolved), content)
             elif is_image(entry.name) and _is_special(entry):
-                found.skipped["pipes, sockets and devices"] += 1
+                content.skipped["pipes, sockets and devices"] += 1
             elif is_image(entry.name):
-                found.images.append((join(below, entry.name), _size(entry)))
+                content.images.append((join(below, entry.name), _size(entry)))
             else:
-                count_skipped(found.skipped, entry.name)
+                count_skipped(content.skipped, entry.name)
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    """Return False also where that cannot be found out, as for a link to itself."""
+    """Return True if `entry` is a folder; False if that cannot be determined, as for a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -162,12 +172,12 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 
 def _is_special(entry: os.DirEntry[bytes]) -> bool:
-    """Return True for what is neither a file nor a link: reading it could block forever."""
+    """Return True if `entry` is neither a file nor a link: reading it could block forever."""
     return not entry.is_symlink() and not entry.is_file(follow_symlinks=False)
 
 
 def _size(entry: os.DirEntry[bytes]) -> int:
-    """Bytes of a file; -1 where they are unknown, as for a link that leads nowhere."""
+    """Return the size of a file in bytes; -1 if it is unknown, as for a broken link."""
     try:
         return entry.stat().st_size
     except OSError:
@@ -175,15 +185,15 @@ def _size(entry: os.DirEntry[bytes]) -> int:
 
 
 def is_file(path: Path) -> bool:
-    """Return True if `path` is a visible file; no error where permissions forbid to look."""
+    """Return True if `path` is a file; False if permissions do not allow finding out."""
     try:
         return path.is_file()
     except OSError:
         return False
 
 
-def beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
-    """Count what lies beside the folders of splits in `root` and is not read: `reason` counts files with `suffix`."""
+def count_beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
+    """Count the entries of `root` beside the split folders, which are not read; `reason` counts files with `suffix`."""
     skipped: Counter[str] = Counter()
     with os.scandir(os.fsencode(root)) as entries:
         for entry in entries:
@@ -199,7 +209,7 @@ def beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
 
 
 class FolderState(NamedTuple):
-    """A folder as it was when it was read. `path` is relative to the class folder, or to the split for that itself."""
+    """The mtime and size of a folder when it was read. `path` is relative to the class folder; empty for the split."""
 
     path: bytes
     changed_ns: int
@@ -207,75 +217,75 @@ class FolderState(NamedTuple):
 
     @classmethod
     def at(cls, path: Path, name: bytes) -> FolderState:
-        """The state of the folder at `path`; -1 for one that cannot be looked at."""
+        """Return the state of the folder at `path`; -1 for both numbers if it cannot be read."""
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:
             return cls(name, -1, -1)
-        return cls(name, found.st_mtime_ns, found.st_size)
+        return cls(name, status.st_mtime_ns, status.st_size)
 
 
 @dataclass(frozen=True)
-class Found:
-    """The content of a class folder: images (path within it, bytes) in bytewise order, and the folders read for it."""
+class FolderContent:
+    """The content of a class folder: images (path, size in bytes) in bytewise order, and the states of its folders."""
 
     images: list[tuple[bytes, int]]
     folders: list[FolderState]
     skipped: Counter[str] = field(default_factory=Counter)
-    """Files and folders that were skipped, by reason."""
+    """Counts of skipped files and folders, by reason."""
 
 
-def listing_by_index(split: Path, classes: Sequence[bytes], read: Callable[[bytes], Found]) -> Listing:
-    """The listing of the folder `split`, whose class folders are `classes`: from its index, which is made if need be.
+def indexed_listing(split: Path, classes: Sequence[bytes], read: Callable[[bytes], FolderContent]) -> Listing:
+    """Return the listing of the folder `split` with the class folders `classes`, from its index if that is valid.
 
-    `read` gives what lies in a class folder. Of several processes, one makes the index and the others wait. A damaged
-    index is reported on stderr and made again; where none can be kept, that is reported, and the folder read.
+    Otherwise `read` is called for each class folder, and the index is rebuilt: one process rebuilds it, and the others
+    wait. Damaged indexes, and failures to save one, are reported on stderr.
     """
 
     def use(meta: dict[str, Any], arrays: Arrays) -> Listing | None:
-        listing = _listing(meta, arrays)
+        listing = _parse_listing(meta, arrays)
         return listing if list(listing.classes) == list(classes) and _unchanged(split, meta["folders"]) else None
 
-    known = load_index(split, use)
-    if known is not None:
-        return known
-    if _estimate(split, classes) < WORTH:
+    cached = load_index(split, use)
+    if cached is not None:
+        return cached
+    if _estimate(split, classes) < MIN_INDEXED:
         return _read(split, classes, read)[0]
     with index_lock(split):
-        known = load_index(split, use)
-        if known is not None:
-            return known
-        began = time.time_ns()
+        cached = load_index(split, use)
+        if cached is not None:
+            return cached
+        started = time.time_ns()
         listing, sizes, folders = _read(split, classes, read)
-        _keep(split, listing, sizes, folders, began)
+        _save(split, listing, sizes, folders, started)
         return listing
 
 
 def _read(
-    split: Path, classes: Sequence[bytes], read: Callable[[bytes], Found]
+    split: Path, classes: Sequence[bytes], read: Callable[[bytes], FolderContent]
 ) -> tuple[Listing, list[int], list[FolderState]]:
     from tqdm import tqdm
 
     folders = [FolderState.at(split, b"")]
-    found = []
-    # disable=None: no bar where stderr is no terminal.
+    contents = []
+    # disable=None shows no bar if stderr is not a terminal.
     bar = tqdm(
         total=len(classes), desc=f"reading {printable(split.name)}", unit="folder", leave=False, delay=1,
         disable=None if is_rank0() else True,
     )  # fmt: skip
     with bar, ThreadPoolExecutor(_THREADS) as pool:
-        for name, part in zip(classes, pool.map(read, classes), strict=True):
-            found.append(part)
-            folders += [folder._replace(path=name + b"/" + folder.path) for folder in part.folders]
+        for name, content in zip(classes, pool.map(read, classes), strict=True):
+            contents.append(content)
+            folders += [folder._replace(path=name + b"/" + folder.path) for folder in content.folders]
             bar.update()
-    skipped = merge_counts(*(part.skipped for part in found))
-    listing = listing_of(classes, [[path for path, _ in part.images] for part in found], skipped)
-    sizes = [size for label in ranked(classes) for _, size in found[label].images]
+    skipped = merge_counts(*(content.skipped for content in contents))
+    listing = make_listing(classes, [[path for path, _ in content.images] for content in contents], skipped)
+    sizes = [size for label in rank_classes(classes) for _, size in contents[label].images]
     return listing, sizes, folders
 
 
 def _estimate(split: Path, classes: Sequence[bytes]) -> int:
-    """Estimate the number of images from three of the folders."""
+    """Estimate the number of images from three of the class folders."""
     most = 0
     for index in {0, len(classes) // 2, len(classes) - 1} if classes else ():
         with contextlib.suppress(OSError), os.scandir(split / os.fsdecode(classes[index])) as entries:
@@ -283,9 +293,9 @@ def _estimate(split: Path, classes: Sequence[bytes]) -> int:
     return most * len(classes)
 
 
-def _keep(split: Path, listing: Listing, sizes: Sequence[int], folders: Sequence[FolderState], began: int) -> None:
-    if max(folder.changed_ns for folder in folders) > began - _SETTLED_NS or any(f.changed_ns < 0 for f in folders):
-        # It is still being filled, it seems.
+def _save(split: Path, listing: Listing, sizes: Sequence[int], folders: Sequence[FolderState], started: int) -> None:
+    if max(folder.changed_ns for folder in folders) > started - _SETTLED_NS or any(f.changed_ns < 0 for f in folders):
+        # The folder may still be changing.
         return
     blob, starts = listing.names.arrays
     meta: dict[str, Any] = {
@@ -297,16 +307,16 @@ def _keep(split: Path, listing: Listing, sizes: Sequence[int], folders: Sequence
         "folders": [(folder.path.decode("latin-1"), folder.changed_ns, folder.size) for folder in folders],
     }
     arrays: Arrays = {"names": blob, "starts": starts, "labels": listing.labels, "sizes": np.array(sizes, np.int64)}
-    keep_index(split, meta, arrays)
+    save_index(split, meta, arrays)
 
 
-def _listing(meta: dict[str, Any], arrays: Arrays) -> Listing:
+def _parse_listing(meta: dict[str, Any], arrays: Arrays) -> Listing:
     if meta.get("version", 1) != _VERSION:
         raise Outdated
     classes = tuple(name.encode("latin-1") for name in meta["classes"])
     names, labels, sizes = Names.from_arrays(arrays["names"], arrays["starts"]), arrays["labels"], arrays["sizes"]
     if meta["kind"] != "folder" or not len(names) == len(labels) == len(sizes) or labels.dtype != np.int32:
-        raise Damaged("its parts do not fit together")
+        raise Damaged("its arrays do not match")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise Damaged("a label has no class")
     return Listing(classes, names, labels, skipped=parse_counts(meta["skipped"]))

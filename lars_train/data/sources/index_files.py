@@ -1,9 +1,9 @@
-"""Index files: named numpy arrays and a little JSON, written whole and read by mapping; and where they are cached.
+"""Write and memory-map index files (named numpy arrays and a little JSON), and cache them per data set.
 
-Mapped, the pages are shared by all processes of a machine. A reader takes no pickle and no object arrays, and checks
-every bound: such a file may lie in a store that somebody else made. What an index holds, and whether it is still
-right, its owner knows (directory.py, webdataset.py). safetensors has such a file, too: it would be one more required
-package, and has no checksum of its header.
+All processes of a machine share the mapped pages. The reader accepts no pickles and no object arrays, and checks every
+bound, because an index may come with a store that somebody else made. directory.py and webdataset.py decide what an
+index holds and whether it is up to date. safetensors is a similar format, but would be one more required package and
+has no checksum of its header.
 
 Layout, little-endian: magic (8 bytes), CRC-32 of the header (u4), its length (u4), the header (JSON), then the arrays,
 each at a multiple of 64 bytes.
@@ -38,11 +38,11 @@ _DTYPES = ("|u1", "<u4", "<i4", "<i8", "<u8")
 
 
 class Damaged(Exception):
-    """The file is not what `write_mapped` writes; str(e) is the reason, in one line."""
+    """The file is not one that `write_mapped` wrote; str(e) is the reason, in one line."""
 
 
 MALFORMED = (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError)
-"""The exceptions that reading an index raises, whatever its JSON and arrays hold."""
+"""The exceptions that parsing an index raises if its JSON or its arrays are malformed."""
 
 
 def describe_damage(error: Exception) -> str:
@@ -51,12 +51,12 @@ def describe_damage(error: Exception) -> str:
 
 
 def write_mapped(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write `meta` (JSON) and `arrays` (1-D, of `_DTYPES`) to `path`, which is there whole or not. Raises OSError."""
+    """Write `meta` (as JSON) and `arrays` (1-D, of `_DTYPES`) to `path` atomically. Raises OSError."""
     described, offset, crc = {}, 0, 0
     pieces: list[bytes | memoryview] = []
     for name, array in arrays.items():
         if array.dtype.str not in _DTYPES or array.ndim != 1:
-            raise ValueError(f"{name}: {array.dtype.str} of {array.ndim} dimensions cannot be kept")
+            raise ValueError(f"{name}: {array.dtype.str} of {array.ndim} dimensions cannot be stored")
         data = np.ascontiguousarray(array).view(np.uint8).data
         described[name] = [array.dtype.str, len(array), offset]
         for piece in (data, bytes(-len(data) % _ALIGN)):
@@ -70,7 +70,7 @@ def write_mapped(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.N
 
 
 def read_mapped(path: Path) -> tuple[dict[str, Any], Arrays]:
-    """The meta data and the arrays, read-only views of the mapped file. Raises OSError, and `Damaged`."""
+    """Return the metadata and the arrays, read-only views of the mapped file. Raises OSError and `Damaged`."""
     with path.open("rb") as file:
         length = os.fstat(file.fileno()).st_size
         if length < _HEAD.size:
@@ -80,55 +80,55 @@ def read_mapped(path: Path) -> tuple[dict[str, Any], Arrays]:
         magic, crc, size = _HEAD.unpack(whole[: _HEAD.size].tobytes())
         header = whole[_HEAD.size : _HEAD.size + size].tobytes()
         if magic != _MAGIC or len(header) != size or zlib.crc32(header) != crc:
-            raise Damaged("its header does not hold together")
+            raise Damaged("the magic number or the checksum of its header is wrong")
         content = json.loads(header)
         body = whole[_HEAD.size + size :]
         if len(body) != content["bytes"] or zlib.crc32(body.data) != content["crc"]:
             raise Damaged("its length or its CRC-32 is wrong")
         meta = content["meta"]
         if not isinstance(meta, dict):
-            raise Damaged("its header is of another form")
+            raise Damaged("its header is malformed")
         return meta, {name: _view(body, *where) for name, where in content["arrays"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"its header is of another form ({type(error).__name__})") from None
+        raise Damaged(f"its header is malformed ({type(error).__name__})") from None
 
 
 def _view(body: npt.NDArray[np.uint8], dtype: str, count: int, offset: int) -> npt.NDArray[Any]:
     if dtype not in _DTYPES or type(count) is not int or type(offset) is not int:
-        raise Damaged("its header asks for arrays of another kind")
+        raise Damaged("its header describes arrays of an unsupported type")
     end = offset + count * np.dtype(dtype).itemsize
     if not 0 <= offset <= end <= len(body) or offset % _ALIGN:
-        raise Damaged("its header asks for more than there is")
+        raise Damaged("its header describes arrays beyond the end of the file")
     return body[offset:end].view(dtype)
 
 
 T = TypeVar("T")
-# Indexes kept of one path. More than one: nodes with copies of their own may share a cache directory; and the file that
-# another run has mapped is not taken away from it at once.
+# Indexes kept per path. Several, because nodes with separate copies of the data may share a cache directory, and
+# another run may still have mapped an older one.
 _KEPT = 4
 
 
 class Outdated(Exception):
-    """Another version of this program made the index, and read the data in another way."""
+    """The index was made by another version of this program, which read the data differently."""
 
 
 def cache_directory() -> Path:
-    """Return the folder where indexes are kept."""
+    """Return the folder of cached indexes."""
     return cache_folder() / "index"
 
 
 def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -> T | None:
-    """Return what `use` makes of the newest index of `place` for which it does not return None.
+    """Return the result of `use` for the newest index of `place` for which it is not None.
 
-    Reports an index on stderr and removes it where it is damaged, or where `use` fails on odd values.
+    Removes outdated indexes, and those that are damaged or make `use` raise one of `MALFORMED`, with a note on stderr.
     """
-    for path in _files(place):
+    for path in _index_files(place):
         try:
             found = use(*read_mapped(path))
         except FileNotFoundError:
             continue
         except Outdated:
-            complain(f"NOTE: {path}: another version made the index of {_shown(place)}; it is made again.")
+            complain(f"NOTE: {path}: another version made the index of {_shown(place)}; it is rebuilt.")
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             continue
@@ -142,21 +142,21 @@ def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -
     return None
 
 
-def keep_index(place: Path, meta: dict[str, Any], arrays: Arrays) -> None:
-    """Keep an index of `place`, and remove old ones; call it under `index_lock`. Reports what prevents it."""
+def save_index(place: Path, meta: dict[str, Any], arrays: Arrays) -> None:
+    """Save an index of `place` in the cache, and remove old ones. Call under `index_lock`. Only reports failures."""
     key = _key(place)
     try:
         write_mapped(cache_directory() / f"{key}-{time.time_ns():x}.index", meta, arrays)
-        # And what a kill has left half written.
-        for old in (*_files(place)[_KEPT:], *cache_directory().glob(f".{key}-*")):
+        # Also removes temporary files of killed processes.
+        for old in (*_index_files(place)[_KEPT:], *cache_directory().glob(f".{key}-*")):
             old.unlink(missing_ok=True)
     except OSError as error:
-        _cannot_keep(place, error)
+        _report_unsaved(place, error)
 
 
 @contextlib.contextmanager
 def index_lock(place: Path) -> Iterator[None]:
-    """Hold the lock of the index of `place`. Reports where that fails, and continues without it."""
+    """Hold the lock of the index of `place`. If locking fails, reports that and continues without the lock."""
     from filelock import FileLock
 
     lock = FileLock(cache_directory() / f"{_key(place)}.lock")
@@ -164,7 +164,7 @@ def index_lock(place: Path) -> Iterator[None]:
         cache_directory().mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        _cannot_keep(place, error)
+        _report_unsaved(place, error)
         yield
         return
     try:
@@ -177,18 +177,18 @@ def _key(place: Path) -> str:
     return hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:16]
 
 
-def _files(place: Path) -> list[Path]:
-    """The indexes of one path, the newest first."""
+def _index_files(place: Path) -> list[Path]:
+    """Return the indexes of `place`, newest first."""
     try:
         return sorted(cache_directory().glob(f"{_key(place)}-*.index"), key=lambda path: path.name, reverse=True)
     except OSError:
         return []
 
 
-def _cannot_keep(place: Path, error: Exception) -> None:
+def _report_unsaved(place: Path, error: Exception) -> None:
     complain(
-        f"no index of {_shown(place)} can be kept in {cache_directory()} ({error}): the folder is read at every start; "
-        "set XDG_CACHE_HOME to a folder that can be written to."
+        f"no index of {_shown(place)} can be saved in {cache_directory()} ({error}), so the folder is read at every "
+        "start; set XDG_CACHE_HOME to a writable folder."
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lars_train.data.dataset import Labels, Names, Source
-from lars_train.data.inventory import Inventory
+from lars_train.data.inventory import Inventory, parse_inventory
 from lars_train.data.sources.index_files import MALFORMED, Damaged, describe_damage, read_mapped
 from lars_train.data.sources.shard_cache import Entry, Held, ShardCache, Wait
 from lars_train.data.sources.shards import (
@@ -30,9 +30,8 @@ from lars_train.data.sources.shards import (
     ShardSource,
     ShardTree,
     digest,
-    inventory_of,
+    parse_splits,
     read_index,
-    splits_of,
 )
 from lars_train.data.sources.tree import Ranks
 from lars_train.errors import ConfigError, DataError
@@ -178,11 +177,13 @@ def open_remote(url: str, settings: CacheSettings) -> RemoteTree:
     try:
         held, path = _index(objects, cache, name)
         meta, arrays = read_index(path)
-        splits = splits_of(cache.folder / name, meta, arrays, elsewhere=True)
+        splits = parse_splits(cache.folder / name, meta, arrays, check_files=False)
         if any(len(packed.sums) != len(packed.listing.names) for packed in splits.values()):
             raise Damaged("it has no checksums")
         remote = {split: RemoteSplit(objects, cache, name, packed, held) for split, packed in splits.items()}
-        return RemoteTree(objects.url, cache.folder / name, remote, str(meta["variant"]), inventory_of(meta))
+        return RemoteTree(
+            objects.url, cache.folder / name, remote, str(meta["variant"]), parse_inventory(meta["inventory"])
+        )
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir: {cache.folder} cannot be used ({error.strerror or error}); give a folder on a local disk."

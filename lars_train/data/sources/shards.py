@@ -1,8 +1,8 @@
-"""Tar shards as a `Tree`, and their samples as a `Source`: an index says where each image lies, ``pread`` reads it.
+"""Read tar shards as a `Tree`, and their samples as a `Source`: an index locates each image, ``pread`` reads it.
 
-The index holds names, labels and places, and is mapped into memory. It may come from a stranger with the store: every
-number in it is checked against the shards when it is opened, and a name in it never becomes a path on disk, but for the
-shards' own, which are plain file names. How a store is made is the business of lars_train.pack.
+The index holds names, labels and positions, and is memory-mapped. Since a store may come from somebody else, opening it
+checks every number in the index against the shards. No name in the index becomes a path on disk, except the names of
+the shards, which must be plain file names. lars_train.pack makes stores.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from lars_train.fsutil import read_at
 from lars_train.messages import printable
 
 INDEX = "index.lars"
-"""The file of a store that makes it one; it is written last."""
+"""The index file of a store. It is written last, so a store with an index is complete."""
 
 PACKING = ".packing"
-"""The folder in a store that is not finished."""
+"""A folder that exists in a store while it is being packed."""
 
 VERSION = 1
-# Shards that stay open, at most and as a share of what the system allows a process; others are opened for each read.
+# At most this many shards stay open, and at most one file in this many that the system allows a process. Further shards
+# are opened for each read.
 _HANDLES, _SHARE = 512, 4
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file: its path, and the bytes that it must have."""
+    """A tar file: its path, and the size in bytes that it must have."""
 
     path: Path
     size: int
@@ -52,14 +53,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Places:
-    """The places of samples: the shard (int32), the first byte in it (int64), and the size (int64). Each (N,)."""
+    """The positions of samples: shard number (int32), first byte in the shard (int64), and size (int64). Each (N,)."""
 
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
 
     def take(self, ranks: Ranks) -> Places:
-        """Return the places at `ranks`."""
+        """Return the positions of the samples at `ranks`."""
         return Places(self.shard[ranks], self.offset[ranks], self.size[ranks])
 
 
@@ -71,13 +72,13 @@ class Packed:
     listing: Listing
     places: Places
     sums: npt.NDArray[np.uint64]
-    """Shape (N,): the digest of each image (`digest`); empty in an index of shards made by others."""
+    """Shape (N,): the `digest` of each image; empty in an index of shards made by other programs."""
 
 
 class ShardSource(NamedSource):
     """Samples that are members of tar shards. Safe to use from several threads.
 
-    `keep_open`: shards that are read stay open, as far as the system allows.
+    `keep_open`: keep shards open after a read, as far as the system allows.
     """
 
     def __init__(
@@ -85,24 +86,26 @@ class ShardSource(NamedSource):
     ) -> None:
         super().__init__(names, labels)
         self.shard = places.shard
-        self._files = _Files(shards, keep_open)
+        self._files = _ShardFiles(shards, keep_open)
         self._places = places
 
     def location(self, sample: int) -> str:
+        """Return ``SHARD!NAME`` for messages."""
         name = self._names[sample]
         path = self._files.shards[int(self._places.shard[sample])].path
         return f"{printable(os.fsencode(path))}!{printable(name)}"
 
     def read(self, sample: int) -> bytes:
+        """Return the encoded image. Raises OSError."""
         count = int(self._places.size[sample])
         data = self._files.read(int(self._places.shard[sample]), count, int(self._places.offset[sample]))
         if len(data) != count:
-            raise OSError("the shard ends early; was it replaced during the run?")
+            raise OSError("the shard is too short; was it replaced during the run?")
         return data
 
 
 class ShardTree:
-    """A store of tar shards: splits as folders, classes as folders in them. What is not in its index is not there."""
+    """A store of tar shards: splits are folders, and classes are folders in them. Only what the index lists exists."""
 
     def __init__(
         self, path: Path, splits: dict[str, Packed], variant: str = "", inventory: Inventory | None = None
@@ -129,7 +132,7 @@ class ShardTree:
         return self.splits[os.fsdecode(inside)].listing
 
     def read(self, path: bytes) -> bytes:
-        raise FileNotFoundError(f"{printable(path)} is not there")
+        raise FileNotFoundError(f"{printable(path)} does not exist")
 
     def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
         split = self.splits[os.fsdecode(inside)]
@@ -137,22 +140,24 @@ class ShardTree:
 
 
 def digest(data: bytes) -> int:
-    """The checksum of an image, 64 bits: BLAKE2b's (RFC 7693), for a digest of 8 bytes, little-endian."""
+    """Return the 64-bit checksum of an image: BLAKE2b (RFC 7693) with a digest of 8 bytes, little-endian."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def is_store(path: Path) -> bool:
-    """Return True if the folder `path` is a store, or is becoming one."""
+    """Return True if the folder `path` is a store, or one is being packed there."""
     return (path / INDEX).exists() or (path / PACKING).is_dir()
 
 
 def open_shard_store(path: Path) -> ShardTree:
-    """The store at `path`. Raises `ConfigError` where it is not finished, damaged, or not as its index says."""
+    """Open the store at `path`. Raises `ConfigError` if it is incomplete, damaged, or does not match its index."""
     if not (path / INDEX).exists():
-        raise ConfigError(f"data.root={path} is a store that is not finished; run its `lars-data pack` again.")
+        raise ConfigError(f"data.root={path} is an incomplete store; run its `lars-data pack` command again.")
     try:
         meta, arrays = read_index(path / INDEX)
-        return ShardTree(path, splits_of(path, meta, arrays), str(meta["variant"]), inventory_of(meta))
+        return ShardTree(
+            path, parse_splits(path, meta, arrays), str(meta["variant"]), parse_inventory(meta["inventory"])
+        )
     except OSError as error:
         where = path / INDEX if error.filename is None else Path(error.filename)
         name = where.relative_to(path) if where.is_relative_to(path) else where
@@ -174,30 +179,29 @@ def read_index(path: Path) -> tuple[dict[str, Any], Arrays]:
     return meta, arrays
 
 
-def splits_of(path: Path, meta: dict[str, Any], arrays: Arrays, *, elsewhere: bool = False) -> dict[str, Packed]:
-    """The splits that an index describes, every number in it checked against the shards.
+def parse_splits(path: Path, meta: dict[str, Any], arrays: Arrays, *, check_files: bool = True) -> dict[str, Packed]:
+    """Return the splits that an index describes, after checking every number in it against the shards.
 
-    `elsewhere`: the shards are not there (yet), and are not looked at.
-
-    Raises `Damaged`, OSError, and what comes of values that are of another kind.
+    `check_files`: check that the shards exist and have the right size; False if they are not downloaded yet. Raises
+    OSError, and `MALFORMED`.
     """
     classes = tuple(name.encode("latin-1") for name in meta["classes"])
     if len(classes) != len(set(classes)) or any(b"\0" in name for name in classes):
-        raise Damaged("a class is in it twice")
-    found = {}
+        raise Damaged("a class is listed twice")
+    splits = {}
     for name, split in meta["splits"].items():
         if name not in SPLITS:
-            raise Damaged("it has a split by another name")
-        shards = tuple(_shard(path, where, size, elsewhere) for where, size in split["shards"])
+            raise Damaged(f"it has a split named {printable(name)}")
+        shards = tuple(_parse_shard(path, file, size, check_files) for file, size in split["shards"])
         parts = {
             part: arrays[f"{name}.{part}"] for part in ("names", "starts", "labels", "shard", "offset", "size", "sums")
         }
-        found[name] = _packed(classes, shards, bool(split["complete"]), parts, parse_counts(split["skipped"]))
-    return found
+        splits[name] = _parse_split(classes, shards, bool(split["complete"]), parts, parse_counts(split["skipped"]))
+    return splits
 
 
-def index_of(path: Path, splits: Mapping[str, Packed]) -> tuple[dict[str, Any], Arrays]:
-    """The classes and the `splits` of the store at `path` for an index file, from which `splits_of` has them again."""
+def make_index(path: Path, splits: Mapping[str, Packed]) -> tuple[dict[str, Any], Arrays]:
+    """Return the metadata and the arrays of an index of `splits`, which are stored at `path`; see `parse_splits`."""
     described: dict[str, Any] = {}
     arrays: Arrays = {}
     for name, split in splits.items():
@@ -212,29 +216,20 @@ def index_of(path: Path, splits: Mapping[str, Packed]) -> tuple[dict[str, Any], 
     return {"classes": classes, "splits": described}, arrays
 
 
-def inventory_of(meta: dict[str, Any]) -> Inventory:
-    """Return the inventory of the data set that the store was made from.
-
-    Raises ValueError and what comes of values that are of another kind.
-    """
-    return parse_inventory(meta["inventory"])
-
-
-def _shard(path: Path, where: str, size: int, elsewhere: bool) -> Shard:
-    folder, _, name = where.rpartition("/")
-    plain = name.lower().endswith(".tar") and not name.startswith(".") and "\0" not in name
+def _parse_shard(path: Path, name: str, size: int, check_file: bool) -> Shard:
+    folder, _, file = name.rpartition("/")
+    plain = file.lower().endswith(".tar") and not file.startswith(".") and "\0" not in file
     if (folder and not is_split_name(folder)) or not plain or type(size) is not int or size < 0:
-        raise Damaged("a shard's name is none")
-    shard = Shard(path / folder / name, size)
-    if elsewhere:
-        return shard
-    found = shard.path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-        raise Damaged(f"{where} is not the file of {size:,} bytes that it should be")
+        raise Damaged("the name or the size of a shard is invalid")
+    shard = Shard(path / folder / file, size)
+    if check_file:
+        status = shard.path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            raise Damaged(f"{name} is not a file of {size:,} bytes")
     return shard
 
 
-def _packed(
+def _parse_split(
     classes: tuple[bytes, ...], shards: tuple[Shard, ...], complete: bool, parts: Arrays, skipped: dict[str, int]
 ) -> Packed:
     names, labels = Names.from_arrays(parts["names"], parts["starts"]), parts["labels"]
@@ -242,9 +237,9 @@ def _packed(
     kinds = [labels.dtype, places.shard.dtype, places.offset.dtype, places.size.dtype, parts["sums"].dtype]
     lengths = {len(names), len(labels), len(places.shard), len(places.offset), len(places.size)}
     if kinds != [np.int32, np.int32, np.int64, np.int64, np.uint64] or len(lengths) != 1:
-        raise Damaged("its parts do not fit together")
+        raise Damaged("its arrays do not match")
     if len(parts["sums"]) not in (0, len(names)):
-        raise Damaged("its parts do not fit together")
+        raise Damaged("its arrays do not match")
     if len(labels):
         if not 0 <= labels.min() <= labels.max() < len(classes):
             raise Damaged("a label has no class")
@@ -253,51 +248,51 @@ def _packed(
 
 
 def _check_places(places: Places, lengths: npt.NDArray[np.int64]) -> None:
-    """Raise `Damaged` unless each place lies within its shard, and no two overlap."""
+    """Raise `Damaged` unless each image lies within its shard, and no two overlap."""
     if not 0 <= places.shard.min() <= places.shard.max() < len(lengths):
-        raise Damaged("a picture lies in a shard that is not there")
-    room = lengths[places.shard]
+        raise Damaged("an image lies in a shard that does not exist")
+    length = lengths[places.shard]
     # Written so that no sum can overflow.
-    if np.any(places.offset < 0) or np.any(places.size < 0) or np.any(places.offset > room):
-        raise Damaged("a picture lies outside of its shard")
-    if np.any(places.size > room - places.offset):
-        raise Damaged("a picture reaches beyond the end of its shard")
+    if np.any(places.offset < 0) or np.any(places.size < 0) or np.any(places.offset > length):
+        raise Damaged("an image lies outside its shard")
+    if np.any(places.size > length - places.offset):
+        raise Damaged("an image extends beyond the end of its shard")
     if sum(lengths.tolist()) >= 1 << 62:
         raise Damaged("its shards are larger than any disk")
-    # As if all shards were one file: sorting one number is several times as fast as sorting pairs.
+    # Positions as if all shards were one file: sorting single numbers is several times as fast as sorting pairs.
     begin = (np.cumsum(lengths) - lengths)[places.shard] + places.offset
     order = np.argsort(begin)
     begin, size = begin[order], places.size[order]
     if np.any(begin[:-1] + size[:-1] > begin[1:]):
-        raise Damaged("two pictures overlap")
+        raise Damaged("two images overlap")
 
 
-class _Files:
-    """The shards' files, read with ``pread``: there is no file position for threads and forked processes to share.
+class _ShardFiles:
+    """The shards of a source. ``pread`` reads them, so threads and forked processes share no file position.
 
-    An open file is never closed while the source lives, for another thread may be reading from it.
+    An open file stays open while the source lives, because another thread may be reading from it.
     """
 
     def __init__(self, shards: tuple[Shard, ...], keep_open: bool) -> None:
         self.shards, self._keep_open = shards, keep_open
         self._handles: dict[int, int] = {}
         self._opening = threading.Lock()
-        weakref.finalize(self, _close, self._handles)
+        weakref.finalize(self, _close_all, self._handles)
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = _HANDLES if allowed == resource.RLIM_INFINITY else min(_HANDLES, allowed // _SHARE)
+        self._max_open = _HANDLES if allowed == resource.RLIM_INFINITY else min(_HANDLES, allowed // _SHARE)
         if not keep_open:
-            self._most = 0
+            self._max_open = 0
 
-    def __reduce__(self) -> tuple[type[_Files], tuple[tuple[Shard, ...], bool]]:
-        return _Files, (self.shards, self._keep_open)
+    def __reduce__(self) -> tuple[type[_ShardFiles], tuple[tuple[Shard, ...], bool]]:
+        return _ShardFiles, (self.shards, self._keep_open)
 
     def read(self, shard: int, count: int, offset: int) -> bytes:
-        """`count` bytes, or fewer where the file ends."""
+        """Read `count` bytes, or fewer where the file ends."""
         handle = self._handles.get(shard)
         if handle is not None:
             return read_at(handle, count, offset)
         with self._opening:
-            if shard not in self._handles and len(self._handles) < self._most:
+            if shard not in self._handles and len(self._handles) < self._max_open:
                 self._handles[shard] = _open(self.shards[shard].path)
             handle = self._handles.get(shard)
         if handle is not None:
@@ -309,11 +304,11 @@ class _Files:
             os.close(handle)
 
 
-def _close(handles: dict[int, int]) -> None:
+def _close_all(handles: dict[int, int]) -> None:
     for handle in handles.values():
         os.close(handle)
 
 
 def _open(path: Path) -> int:
-    # Without waiting: a pipe in the place of a shard would hold the run for good.
+    # O_NONBLOCK: opening a pipe in place of a shard would block forever.
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))

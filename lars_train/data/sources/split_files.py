@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lars_train.data.inventory import BESIDE, Inventory, merge_counts
-from lars_train.data.sources.directory import beside_splits
+from lars_train.data.sources.directory import count_beside_splits
 from lars_train.data.sources.tree import count_skipped, is_hidden, is_image
 from lars_train.data.splits import (
     TRAIN,
@@ -72,7 +72,7 @@ def shard_files(root: Path) -> Shards | None:
     if any(map(is_split_name, folders)):
         for name in filter(is_split_name, folders):
             by_split[name], _, skipped[name] = _tars_in(root, f"{name}/")
-        beside = beside_splits(root, ".tar", "shards of no split")
+        beside = count_beside_splits(root, ".tar", "shards of no split")
         others = [name for name in sorted(folders) if looks_like_split(name) and not is_split_name(name)][:_SHOWN]
         beside[BESIDE] -= len(others)
     else:
@@ -256,7 +256,7 @@ def _search_parquet(folder: Path, depth: int) -> list[ParquetFolder]:
     by_folder = {name: tuple(inside) for name, (inside, below) in splits.items() if inside and not below}
     # Other folders may hold the training set.
     if choose_splits(by_folder).train is not None or (by_folder and len(by_folder) == len(folders)):
-        return [ParquetFolder(folder, by_folder, beside_splits(folder, _PARQUET, OF_NO_SPLIT))]
+        return [ParquetFolder(folder, by_folder, count_beside_splits(folder, _PARQUET, OF_NO_SPLIT))]
     if not depth or len(folders) > _MANY_FOLDERS:
         return []
     return [found for name in folders for found in _search_parquet(folder / name, depth - 1)]

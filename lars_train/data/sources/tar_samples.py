@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from lars_train.data.sources.tars import BadTar, Member, members
-from lars_train.data.sources.tree import HiddenPaths, count_skipped, is_image
+from lars_train.data.sources.tree import HiddenFilter, count_skipped, is_image
 from lars_train.messages import listed, printable
 
 LABEL_KEYS = ("label", "cls", "class")
@@ -96,7 +96,7 @@ def samples_of(
     belongs to no sample or is not read, `beside` what may hold the label of one without, `loose` under the name of the
     first those ``.cls`` that belong to no image. Raises `BadTar`, `Unclear`, OSError.
     """
-    hidden = HiddenPaths(skipped)
+    hidden = HiddenFilter(skipped)
     shown = (member for member in members(handle, skipped) if not hidden.hides(_plain(member)))
     same: dict[Hints, Hints] = {}  # as many as there are labels: memory for one of each
     for _, group in groupby(shown, key=_key):

@@ -1,7 +1,7 @@
-"""The interface of a place that holds files in folders (directory, zip or shards), and the listing of one split.
+"""Define `Tree`, the interface of a directory, zip or store of shards, and `Listing`, the images of one split.
 
-It says which files count as images, and under which reason the others are counted; a listing has every image by its
-rank, with its label, and which to hold out. It opens no file itself.
+Also decides which files are images, under which reason the others are counted, and which images are held out. Opens
+no files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
 from lars_train.data.inventory import UNSAFE, Inventory, suffix_reason
 
-# What Pillow decodes wherever it is installed: AVIF and JPEG 2000 depend on how it was built, and sample ids must not.
+# Formats that every build of Pillow decodes. AVIF and JPEG 2000 depend on the build, and sample ids must not.
 _SUFFIXES = (
     b".jpg",
     b".jpeg",
@@ -38,11 +38,11 @@ _SUFFIXES = (
     b".gif",
 )
 
-# Folders of systems and their tools, in lower case: macOS, Synology, Windows, ext4.
+# Folders made by operating systems and their tools, in lower case: macOS, Synology, Windows, ext4.
 _FOLDERS = (b"__macosx", b"@eadir", b"#recycle", b"$recycle.bin", b"system volume information", b"lost+found")
-# A path without it has no hidden part.
+# A quick test: paths that do not match have no hidden part.
 _SUSPECT = re.compile(rb"\0|(?:^|/)(?:[./]|$|" + b"|".join(map(re.escape, _FOLDERS)) + rb")", re.IGNORECASE)
-# What systems strew into every folder: not worth a number.
+# Files and folders that systems create everywhere. They are skipped without being counted.
 _UNCOUNTED = (b".ds_store", b"thumbs.db", b"desktop.ini", b"__macosx")
 
 Ranks = npt.NDArray[np.int64]
@@ -51,61 +51,61 @@ Ranks = npt.NDArray[np.int64]
 class Tree(Protocol):
     """Files in folders. Paths are bytes, relative to the tree's root, with ``/``; ``b""`` is the root.
 
-    Hidden files and folders are not shown, and a folder that is not there is empty.
+    Hidden files and folders are left out, and a missing folder counts as empty.
     """
 
     place: str
     """The root, for messages."""
 
     path: Path
-    """The directory or the zip itself."""
+    """The directory or the zip file."""
 
     variant: str
-    """How its images were re-encoded, see `fingerprint`; empty where they were not."""
+    """How the images were re-encoded, see `fingerprint`; empty if they were not."""
 
     inventory: Inventory
-    """What no listing has: the original names of a store's splits, and counts of skipped entries."""
+    """What the listings lack: the original names of a store's splits, and counts of further skipped entries."""
 
     def folders(self, inside: bytes) -> list[bytes]:
-        """Names of the folders directly in `inside`, in bytewise order."""
+        """Return the names of the folders directly in `inside`, in bytewise order."""
         ...
 
     def files(self, inside: bytes) -> list[bytes]:
-        """Names of the files directly in `inside`, in bytewise order."""
+        """Return the names of the files directly in `inside`, in bytewise order."""
         ...
 
     def hidden(self) -> Counter[str]:
-        """Counts of hidden entries directly in the root, by reason."""
+        """Count the hidden entries directly in the root, by reason."""
         ...
 
     def listing(self, inside: bytes) -> Listing:
-        """All images in and below the folders of `inside`, its class folders."""
+        """List all images in and below the folders in `inside`, which are the class folders."""
         ...
 
     def read(self, path: bytes) -> bytes:
-        """The content of one small file. Raises OSError."""
+        """Return the content of a small file. Raises OSError."""
         ...
 
     def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
-        """The samples `names` (paths relative to `inside`) with `labels`, int32 (N,).
+        """Return a source of the samples `names` (paths relative to `inside`) with `labels`, int32 (N,).
 
-        `ranks`: which of ``listing(inside)`` they are, where they are not all of it.
+        `ranks`: their ranks in ``listing(inside)``; None if they are all of it, or not in it.
         """
         ...
 
 
 def is_hidden(part: bytes) -> bool:
-    """Return True for a file or folder name that is skipped: dot files, and folders of systems and their tools."""
+    """Return True if a file or folder of this name is skipped: dot files, and folders made by systems."""
     return not part or part.startswith(b".") or part.lower() in _FOLDERS
 
 
 def is_image(name: bytes) -> bool:
-    """Return True for a name with the suffix of an image format, in any case."""
+    """Return True if `name` has the suffix of an image format, ignoring case."""
     return name.lower().endswith(_SUFFIXES)
 
 
 def count_skipped(skipped: Counter[str], name: bytes, *, folder: bool = False) -> None:
-    """Count a file or folder that is skipped by the reason in its name; nothing for what is not worth a number."""
+    """Count a skipped file or folder under the reason that its name gives, unless systems create it everywhere."""
     if name.lower() in _UNCOUNTED:
         return
     if name.lower() in _FOLDERS:
@@ -117,15 +117,15 @@ def count_skipped(skipped: Counter[str], name: bytes, *, folder: bool = False) -
     skipped[reason] += 1
 
 
-class HiddenPaths:
-    """Finds the paths that are hidden, in a list of files without folders, and counts each hidden thing once."""
+class HiddenFilter:
+    """Finds the hidden paths among the paths of files, and counts each hidden file or folder once in `skipped`."""
 
     def __init__(self, skipped: Counter[str]) -> None:
         self._skipped = skipped
         self._seen: set[bytes] = set()
 
     def hides(self, path: bytes) -> bool:
-        """Return True where a part of `path` is hidden, or leads out of the tree."""
+        """Return True if a part of `path` is hidden, or leads out of the tree."""
         if _SUSPECT.search(path) is None:
             return False
         parts = path.rstrip(b"/").split(b"/")
@@ -143,48 +143,48 @@ class HiddenPaths:
 
 
 def join(*parts: bytes) -> bytes:
-    """The path made of `parts`, of which any may be empty."""
+    """Join the non-empty `parts` with slashes."""
     return b"/".join(part for part in parts if part)
 
 
-# The one key of the generator that says which images are held out: the split must never change.
+# The key of the generator that chooses held-out images. It never changes, so that the split never changes.
 _HOLDOUT_KEY = 20170813
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images below a folder of class folders, in bytewise order of their paths (rank = sample id)."""
+    """The images below a folder of class folders, in bytewise order of their paths. A rank is an index into them."""
 
     classes: tuple[bytes, ...]
-    """Names of the class folders in bytewise order (label = index), those without images among them."""
+    """Names of all class folders in bytewise order, with or without images. A label is an index into them."""
     names: Names
-    """Paths, class folder included."""
+    """Paths, including the class folder."""
     labels: Labels
     """Shape (N,)."""
     complete: bool = True
-    """True if each class must have an image; False where a table or the samples themselves give the labels."""
+    """True if each class must have an image; False if a table or the samples themselves give the labels."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Counts of skipped files and folders, by reason."""
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """Images of each class: int64 (classes,)."""
+        """Return the number of images of each class: int64 (classes,)."""
         return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
 
 
-def ranked(classes: Sequence[bytes]) -> list[int]:
-    """The labels in the order of their samples.
+def rank_classes(classes: Sequence[bytes]) -> list[int]:
+    """Return the labels in the order of their samples.
 
-    Samples are ranked by their whole path, in which a slash follows the class: ``a-b/`` comes before ``a/``.
+    Samples are ordered by their whole path, in which a slash follows the class: ``a-b/`` comes before ``a/``.
     """
     return sorted(range(len(classes)), key=lambda label: classes[label] + b"/")
 
 
-def listing_of(
+def make_listing(
     classes: Sequence[bytes], images: Sequence[Sequence[bytes]], skipped: Mapping[str, int] | None = None
 ) -> Listing:
-    """The listing of class folders that hold `images`: for each class, paths within its folder in bytewise order."""
+    """Return the listing of class folders. `images`: for each class, paths within its folder in bytewise order."""
     builder = NamesBuilder()
-    order = ranked(classes)
+    order = rank_classes(classes)
     for label in order:
         builder.extend(join(classes[label], image) for image in images[label])
     counts = np.array([len(images[label]) for label in order], np.int64)

@@ -17,8 +17,8 @@ import numpy as np
 
 from lars_train.data.dataset import NamesBuilder
 from lars_train.data.inventory import format_counts, merge_counts
-from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, keep_index, load_index
-from lars_train.data.sources.shards import Packed, Places, Shard, ShardTree, index_of, splits_of
+from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, load_index, save_index
+from lars_train.data.sources.shards import Packed, Places, Shard, ShardTree, make_index, parse_splits
 from lars_train.data.sources.split_files import Shards, unpacking, unpacking_twice
 from lars_train.data.sources.tar_samples import (
     LABEL_KEYS,
@@ -76,7 +76,7 @@ def open_webdataset(
         if known != state:
             return None
         wanted = {split: parts for split, parts in meta["splits"].items() if split in files}
-        splits, read = splits_of(root, meta | {"splits": wanted}, arrays), shards.inventory
+        splits, read = parse_splits(root, meta | {"splits": wanted}, arrays), shards.inventory
         if read.val and VAL not in splits:
             read = replace(read, val="", unused=(read.val, *read.unused))
         notes = {split: str(meta["splits"][split]["labels"]) for split in splits}
@@ -96,7 +96,7 @@ def open_webdataset(
                 meta |= {"version": _VERSION, "state": state}
                 known = use(meta, arrays)
                 assert known is not None
-                keep_index(root, meta, arrays)
+                save_index(root, meta, arrays)
     return known
 
 
@@ -148,7 +148,7 @@ def _index(root: Path, shards: Shards, keys: tuple[str, ...]) -> tuple[dict[str,
         # The images of a competition: nothing to validate on.
         del splits[1]
     classes, numbers = _classes(root, splits)
-    index, arrays = index_of(root, {split.name: _packed(root, split, classes, numbers) for split in splits})
+    index, arrays = make_index(root, {split.name: _packed(root, split, classes, numbers) for split in splits})
     for split in splits:
         index["splits"][split.name]["labels"] = split.note
     numbered = [label for label in numbers if isinstance(label, int)]

@@ -25,14 +25,14 @@ import numpy.typing as npt
 from lars_train.data.dataset import Labels, NamedSource, Names, NamesBuilder, Source
 from lars_train.data.inventory import LOOSE, UNSAFE, Inventory, merge_counts
 from lars_train.data.sources.tree import (
-    HiddenPaths,
+    HiddenFilter,
     Listing,
     Ranks,
     count_skipped,
     is_hidden,
     is_image,
     join,
-    listing_of,
+    make_listing,
 )
 from lars_train.data.splits import is_split_name
 from lars_train.errors import ConfigError
@@ -117,7 +117,7 @@ class ZipTree:
 
     def hidden(self) -> Counter[str]:
         skipped: Counter[str] = Counter()
-        paths = HiddenPaths(skipped)
+        paths = HiddenFilter(skipped)
         for path in _below(self._hidden, self._prefix(b"")):
             if is_hidden(path.partition(b"/")[0]):
                 paths.hides(path)
@@ -127,7 +127,7 @@ class ZipTree:
 
     def listing(self, inside: bytes) -> Listing:
         classes = self.folders(inside)
-        return listing_of(classes, [self._images(join(inside, name)) for name in classes], self._skipped(inside))
+        return make_listing(classes, [self._images(join(inside, name)) for name in classes], self._skipped(inside))
 
     def read(self, path: bytes) -> bytes:
         info = self._members.get(join(self._base, path))
@@ -158,7 +158,7 @@ class ZipTree:
     def _skipped(self, inside: bytes) -> Counter[str]:
         """Count the files below `inside` that are no images, or lie in no class folder."""
         skipped: Counter[str] = Counter()
-        prefix, hidden = self._prefix(inside), HiddenPaths(skipped)
+        prefix, hidden = self._prefix(inside), HiddenFilter(skipped)
         for path in _below(self._hidden, prefix):
             if not hidden.hides(path):
                 skipped[_LINKS] += 1
@@ -237,7 +237,7 @@ def _members(path: Path) -> tuple[list[tuple[bytes, zipfile.ZipInfo]], list[byte
     """
     skipped: Counter[str] = Counter()
     shown, concealed = [], []
-    hidden = HiddenPaths(skipped)
+    hidden = HiddenFilter(skipped)
     try:
         with zipfile.ZipFile(path) as opened:
             for info in opened.infolist():

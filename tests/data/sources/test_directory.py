@@ -41,7 +41,7 @@ def put(path: Path, content: bytes = b"") -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache directory, in which any folder's index is worth keeping."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(directory, "WORTH", 1)
+    monkeypatch.setattr(directory, "MIN_INDEXED", 1)
     return tmp_path / "cache" / "lars_train" / "index"
 
 
@@ -93,7 +93,7 @@ def test_an_index_gives_the_data_set_that_reading_the_folder_gives(
     put(root / "train" / "a-b" / "y.png")
     old(root)
     with monkeypatch.context() as none:
-        none.setattr(directory, "WORTH", 10**9)
+        none.setattr(directory, "MIN_INDEXED", 10**9)
         plain = open_folder(str(root), holdout)
     assert not cache.exists()
     made = open_folder(str(root), holdout)
@@ -306,7 +306,7 @@ def test_where_no_index_can_be_kept_the_folder_is_read_and_that_is_told(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert open_folder(str(root), None).fingerprint == by_walk(root)
-    assert "can be kept in" in capsys.readouterr().err
+    assert "can be saved in" in capsys.readouterr().err
 
 
 def test_the_data_folder_is_not_written_to(cache: Path, root: Path) -> None:
