@@ -1,1 +1,1 @@
-"""What is known before a run: ``mode=plan`` (forecast.py, rehearsal.py) and ``mode=check`` (check.py)."""
+"""Forecast a run (``mode=plan``: forecast.py, rehearsal.py) and check its machines (``mode=check``: check.py)."""

@@ -1,7 +1,7 @@
-"""How many bytes a run leaves on disk: its checkpoints and its log, by sums over the network's tensors and layers.
+"""Compute the bytes that a run leaves on disk: its checkpoints and logs, summed over the network's tensors and layers.
 
-The formats of the files give most of each sum; constants that no format gives are from the files of real runs. Files of
-a few kilobytes that a run has once (config, record, results) are not counted.
+Most of each sum follows from the file formats; the other constants were measured on the files of real runs. Files of a
+few kilobytes that a run has once (config, record, results) are not counted.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lars_train.monitoring.log import RATIOS_FILE
 from lars_train.plan import Plan
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-# torch.save: a tensor's record (header, padding, directory entry, pickle); config and plan; around the name of a class.
+# torch.save: a tensor's record (header, padding, directory entry, pickle); config and plan; per class name.
 _TENSOR_BYTES, _SETTINGS_BYTES, _CLASS_BYTES = 300, 8_000, 7
-# JSON: what is around a value's name; the digits of a float; a trust ratio of four digits; a line without its values.
+# JSON: punctuation around a name; the digits of a float; a trust ratio of four digits; a line without values.
 _NAME_BYTES, _FLOAT_BYTES, _RATIO_BYTES, _LINE_BYTES = 6, 16, 9, 36
 _WHOLE = {"train/bad_images", "train/checkpoint_failures", "noise/critical_batch", "val/count", "val/bad_images"}
-# TensorBoard: an event without its values; a scalar without its tag; a histogram without tag and bins; the page.
+# TensorBoard: an event without values; a scalar without its tag; a histogram without tag and bins; the layout.
 _EVENT_BYTES, _SCALAR_BYTES, _HISTOGRAM_BYTES, _PAGE_BYTES = 31, 9, 60, 1_500
-# 32 training images, once. As PNG a photograph takes two thirds of its pixels, a drawing a third: here half of them.
-_SHOWN = 32 * 3 / 2
-# A histogram has a bin of two float64 for each factor of 1.1 between the least and the greatest layer: here factors of
-# ten between those, by what is shown.
+# 32 training images, once. As PNG, photographs take two thirds of their bytes, drawings a third: assume half.
+_SAMPLE_IMAGES = 32 * 3 / 2
+# A histogram has a bin of two float64 for each factor of 1.1 between the smallest and the largest layer. `_DECADES`
+# has the factors of ten between the two, by quantity.
 _BYTES_PER_DECADE = 16 / math.log10(1.1)
 _DECADES = {
     "lars": {"weight_norm": 2.0, "grad_norm": 1.7, "update_ratio": 0.5, "trust_ratio": 2.2, "layer_lr": 2.2},
@@ -39,12 +39,12 @@ _DECADES = {
 def volume(
     config: Config, plan: Plan, network: nn.Module, classes: tuple[str, ...], *, slots: int, several: bool
 ) -> dict[str, Any]:
-    """Return the bytes of a run, by what they are for, as plain values.
+    """Return the bytes of a run by purpose, as plain values.
 
-    At its end there are `keep` checkpoints and the best one, which may be one of them and takes no room then.
+    At the end there are `keep` checkpoints and the best one, which takes no extra space if it is one of them.
 
-    `slots`: how often the optimizer keeps the size of the weights. `several`: an update has more than one micro-batch,
-    of whose gradients the noise is estimated.
+    `slots`: the size of the optimizer's state in multiples of the weights. `several`: an update has more than one
+    micro-batch, so that the gradient noise is logged.
     """
     saved = checkpoints(config, plan)
     kept = min(saved, config.checkpoint.keep)
@@ -59,7 +59,7 @@ def volume(
     log = {name: log_lines(config, plan) * size for name, size in line.items()}
     log[METRICS] += evaluations(config, plan) * _json_line(validation)
     log[TENSORBOARD] += evaluations(config, plan) * _scalars(validation)
-    log[TENSORBOARD] += _PAGE_BYTES + round(_SHOWN * config.data.image_size**2)
+    log[TENSORBOARD] += _PAGE_BYTES + round(_SAMPLE_IMAGES * config.data.image_size**2)
     return {
         "checkpoint_bytes": checkpoint,
         "checkpoints_written_bytes": saved * checkpoint,
@@ -96,7 +96,7 @@ def _scalars(tags: list[str]) -> int:
 
 
 def _layers(config: Config, names: list[str]) -> int:
-    """Return the bytes of the event that has histograms over the layers and a scalar for each stage."""
+    """Return the bytes of the event with histograms over the layers and a scalar for each stage."""
     decades, stages = _DECADES[config.optimizer.name], set(map(stage_of, names))
     histograms = sum(
         _HISTOGRAM_BYTES + len(f"layers/{what}") + round(_BYTES_PER_DECADE * count) for what, count in decades.items()
@@ -105,24 +105,24 @@ def _layers(config: Config, names: list[str]) -> int:
 
 
 def log_lines(config: Config, plan: Plan) -> int:
-    """Log lines of the whole run, without asking for each update (`plan.log_is_due`)."""
+    """Return the number of log lines of the whole run (`plan.log_is_due`)."""
     return _due(plan, config.log_every, plan.updates_per_epoch)
 
 
 def evaluations(config: Config, plan: Plan) -> int:
-    """Evaluations of the whole run (`plan.evaluation_is_due`)."""
+    """Return the number of evaluations of the whole run (`plan.evaluation_is_due`)."""
     each = plan.updates_per_epoch * config.evaluate.every_epochs
     return _due(plan, each, each)
 
 
 def checkpoints(config: Config, plan: Plan) -> int:
-    """Checkpoints of the whole run that no clock asks for (`plan.checkpoint_is_due`), those of evaluations included."""
+    """Return the number of checkpoints of the whole run, without those by the clock (`plan.checkpoint_is_due`)."""
     every = config.checkpoint.every_updates or plan.updates_per_epoch
     return _due(plan, every, plan.updates_per_epoch * config.evaluate.every_epochs)
 
 
 def _due(plan: Plan, one: int, other: int) -> int:
-    """How many updates are the last one or a multiple of either step; counted, for a run may have many millions."""
+    """Count the updates that are the last or a multiple of either step, in closed form: a run may have millions."""
     last = plan.stop
     multiples = last // one + last // other - last // math.lcm(one, other)
     return multiples + (last % one != 0 and last % other != 0)

@@ -1,6 +1,6 @@
-"""Forecast a run for ``mode=plan``: memory per device, bytes on disk, and hours; as values and in words.
+"""Forecast a run for ``mode=plan``: memory per device, bytes on disk, and hours, as values and as lines to print.
 
-The network is built and counted on the CPU; no other device is touched, and nothing is measured. Rates come from the
+The network is built and counted on the CPU. No other device is touched, and nothing is measured: rates come from the
 config (``plan.*``) or from the figures that time_model.py cites.
 """
 
@@ -29,26 +29,26 @@ from lars_train.training.metrics import flops_per_image
 
 MOST_DEVICES = 4096
 _CITED_MODEL, _CITED_SIZE, _CITED_CLASSES = "resnet50", 224, 1000
-# A forward pass is a third of forward and backward (training/metrics.py).
-_FORWARD = 3
-# What a process that trains on a CPU takes at most: so much for Python, torch and the libraries, and of weights and
-# activations so many times as much, for what those beyond the allocator's count need (workspaces, gradients of
-# activations, kept memory, checkpoints). Fitted to measured runs, and some percent above each: docs/plan.md.
-_PROCESS = 640 << 20
-_TIMES_WEIGHTS, _TIMES_ACTIVATIONS, _TIMES_LARGEST = 2.0, 1.7, 4.5
+# A training step takes as long as three forward passes (training/metrics.py).
+_FORWARDS_PER_STEP = 3
+# Upper bound on the memory of a process that trains on a CPU: bytes of Python, torch and the libraries, and multiples
+# of weights, activations and the largest activation, which cover what the allocator does not count (workspaces,
+# gradients of activations, kept memory, checkpoints). Fitted to measured runs, some percent above each: docs/plan.md.
+_PROCESS_BYTES = 640 << 20
+_WEIGHTS_FACTOR, _ACTIVATIONS_FACTOR, _LARGEST_FACTOR = 2.0, 1.7, 4.5
 
 
 def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int) -> dict[str, Any]:
-    """Memory, disk and, where ``plan.device`` or ``plan.images_per_second`` tell a rate, hours, as plain values.
+    """Return memory, disk, and hours if ``plan.device`` or ``plan.images_per_second`` gives a rate, as plain values.
 
-    Sizes are bytes, times seconds unless a key says hours. Raises `ConfigError` for a device without a cited figure
-    in this precision.
+    Sizes are in bytes, times in seconds unless a key says hours. Raises `ConfigError` for a device without a cited
+    figure in this precision.
     """
     network = _network(config.model.name, len(classes), plan.ghost_batch)
     width = {"fp64": 8}.get(_precision(config), 4)
     weights = width * sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
-    slots = _slots(config)
+    slots = _optimizer_slots(config)
     several = world > 1 or accumulation(plan, world, _micro_batch(config, plan) // plan.ghost_batch) > 1
     disk = functools.partial(volume, network=network, classes=classes, slots=slots, several=several)
     found: dict[str, Any] = {
@@ -60,8 +60,10 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
         "disk": disk(config, plan),
     }
     machine = _machine(config, network, plan.ghost_batch)
-    sent = weights // 2 if config.gradient_compression == "bf16" else weights
-    found["rows"] = list(_rows(config, plan, disk, machine=machine, sent=sent, world=world, val_count=val_count))
+    sent_bytes = weights // 2 if config.gradient_compression == "bf16" else weights
+    found["rows"] = list(
+        _rows(config, plan, disk, machine=machine, sent_bytes=sent_bytes, world=world, val_count=val_count)
+    )
     if machine is None:
         return found
     found["rate"] = {
@@ -75,7 +77,7 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
         "overhead": machine.overhead,
         "reads": machine.reads,
     }
-    hours = _Hours(config, plan, machine, sent, val_count)
+    hours = _Hours(config, plan, machine, sent_bytes, val_count)
     found["scaling"] = list(hours.scaling(world))
     found["expected"] = hours.at(world)
     return found
@@ -83,28 +85,28 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
 
 @dataclass(frozen=True)
 class _Hours:
-    """Of a run by how many devices it has."""
+    """The hours of a run as a function of its devices."""
 
     config: Config
     plan: Plan
     machine: Machine
-    sent: int
+    sent_bytes: int
     val_count: int
 
     def at(self, devices: int) -> dict[str, Any]:
-        """Hours, efficiency, and the parts of an update."""
+        """Return hours, efficiency, and the parts of an update."""
         update = self._update(devices)
         start, stop = eval_run(self.val_count, 0, devices)
         machine = self.machine
-        forward = (stop - start) / (_FORWARD * machine.rate)
-        read = (stop - start) / machine.input_rate if machine.input_rate else 0.0
-        evaluation = forward + read if machine.reads else max(forward, read)
+        forward = (stop - start) / (_FORWARDS_PER_STEP * machine.rate)
+        decoding = (stop - start) / machine.input_rate if machine.input_rate else 0.0
+        evaluation = forward + decoding if machine.reads else max(forward, decoding)
         seconds = self.plan.stop * update.seconds + evaluations(self.config, self.plan) * evaluation
         efficiency = self._update(1).seconds / devices / update.seconds
         return {"devices": devices, "hours": seconds / 3600, "efficiency": efficiency, **vars(update)}
 
     def scaling(self, world: int) -> Iterator[dict[str, Any]]:
-        """`at` of 1, 2, 4, ... devices and of `world`, as long as there are ghost batches."""
+        """Yield `at` for 1, 2, 4, ... devices and for `world`, up to one ghost batch per device."""
         most = min(MOST_DEVICES, self.plan.ghosts)
         for devices in sorted({world, most, *(2**k for k in range(most.bit_length()))}):
             yield self.at(devices)
@@ -113,7 +115,7 @@ class _Hours:
         micro = _micro_batch(self.config, self.plan)
         samples = math.ceil(self.plan.ghosts / devices) * self.plan.ghost_batch
         last = samples - (math.ceil(samples / micro) - 1) * micro
-        return update_seconds(self.machine, devices, samples=samples, last=last, size=self.sent)
+        return update_seconds(self.machine, devices, samples=samples, last=last, size=self.sent_bytes)
 
 
 def _rows(
@@ -122,15 +124,15 @@ def _rows(
     disk: Callable[[Config, Plan], dict[str, Any]],
     *,
     machine: Machine | None,
-    sent: int,
+    sent_bytes: int,
     world: int,
     val_count: int,
 ) -> Iterator[dict[str, Any]]:
-    """What each row of the recipe takes on `world` devices, or on as many as it has ghost batches."""
+    """Yield the forecast of each row of the recipe on `world` devices, or one per ghost batch if those are fewer."""
     for name in config.recipe.rows:
         try:
-            moved = with_row(config, name)
-            row = make_plan(moved, plan.samples)
+            row_config = with_row(config, name)
+            row = make_plan(row_config, plan.samples)
         except ConfigError as error:
             yield {"row": name, "problem": str(error)}
             continue
@@ -140,16 +142,16 @@ def _rows(
             "global_batch": row.global_batch,
             "updates": row.stop,
             "most_devices": row.ghosts,
-            "disk_bytes": disk(moved, row)["bytes"],
+            "disk_bytes": disk(row_config, row)["bytes"],
         }
         if machine is not None:
-            hours = _Hours(moved, row, machine, sent, val_count)
+            hours = _Hours(row_config, row, machine, sent_bytes, val_count)
             entry |= {"expected": hours.at(devices), "scaling": list(hours.scaling(devices))}
         yield entry
 
 
-def _slots(config: Config) -> int:
-    """How often the optimizer keeps the size of the weights: found by one step of it on a small layer."""
+def _optimizer_slots(config: Config) -> int:
+    """Return the size of the optimizer's state in multiples of the weights, by one step on a small layer."""
     layer = nn.Linear(8, 8, bias=False)
     optimizer = build_optimizer(config.optimizer, layer)
     layer.weight.grad = torch.ones_like(layer.weight)
@@ -159,40 +161,45 @@ def _slots(config: Config) -> int:
 
 
 def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: int) -> Iterator[dict[str, int]]:
-    """Bytes of a device at each micro-batch: what is always there, and what the backward pass needs kept. Where that
-    device is a CPU, also what the whole process takes at most.
+    """Yield the bytes of a device at each micro-batch: a `fixed` part, and what the backward pass keeps.
+
+    On a CPU, add an upper bound on the bytes of the whole process.
     """
-    # Under autocast about half (training/device.py); float64 is twice as wide.
+    # Under autocast about half (training/device.py); in float64 twice as much.
     share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(_precision(config), 1.0)
-    kept = _kept(network, plan.ghost_batch, config.data.image_size)
+    kept = _kept_tensors(network, plan.ghost_batch, config.data.image_size)
     per_ghost, largest = share * sum(kept), share * max(kept)
     most = max(1, min(MOST_SAMPLES // plan.ghost_batch, plan.ghosts))
     sizes = {2**k for k in range(most.bit_length())}
     if config.micro_batch != AUTO:
         sizes.add(min(check_micro_batch(plan, int(config.micro_batch)), plan.ghosts))
     for ghosts in sorted(sizes):
-        saved = round(per_ghost * ghosts)
+        activations = round(per_ghost * ghosts)
         entry = {
             "micro_batch": ghosts * plan.ghost_batch,
-            "activation_bytes": saved,
-            "bytes": fixed + saved,
+            "activation_bytes": activations,
+            "bytes": fixed + activations,
             "accumulation": accumulation(plan, world, ghosts),
         }
         if _on_a_cpu(config):
-            transient = _TIMES_LARGEST * largest * ghosts
-            entry["process_bytes"] = round(_PROCESS + _TIMES_WEIGHTS * fixed + _TIMES_ACTIVATIONS * saved + transient)
+            entry["process_bytes"] = round(
+                _PROCESS_BYTES
+                + _WEIGHTS_FACTOR * fixed
+                + _ACTIVATIONS_FACTOR * activations
+                + _LARGEST_FACTOR * largest * ghosts
+            )
         yield entry
 
 
 def _on_a_cpu(config: Config) -> bool:
-    """Whether the planned devices are; where none is named, as a run on this machine would have it."""
+    """Return True if the planned devices are CPUs; without ``plan.device``, those of a run on this machine."""
     if config.plan.device is not None:
         return bool(config.plan.device == CPU)
     return config.device == CPU or (config.device == AUTO and cuda_devices(config) == 0)
 
 
 def _precision(config: Config) -> str:
-    """As a run would choose it on the planned device; ``auto`` where none is named, which is reckoned as float32."""
+    """Return what a run would choose on ``plan.device``; without one, ``auto``, whose memory is computed as float32."""
     if config.precision.name != AUTO or config.plan.device is None:
         return str(config.precision.name)
     known = CITED[config.plan.device].rates
@@ -206,31 +213,31 @@ def _micro_batch(config: Config, plan: Plan) -> int:
 
 
 def _machine(config: Config, network: nn.Module, ghost_batch: int) -> Machine | None:
-    asked = config.plan
-    rate = asked.images_per_second
+    settings = config.plan
+    rate = settings.images_per_second
     if rate is None:
-        if asked.device is None:
+        if settings.device is None:
             return None
-        cited = CITED[asked.device].rates
+        cited = CITED[settings.device].rates
         precision = _precision(config)
         if precision not in cited:
             raise ConfigError(
-                f"plan.device={asked.device}: there is no cited figure for precision={precision}; "
+                f"plan.device={settings.device}: there is no cited figure for precision={precision}; "
                 "give plan.images_per_second."
             )
-        known = _network(_CITED_MODEL, _CITED_CLASSES, ghost_batch)
-        rate = cited[precision] * flops_per_image(known, _CITED_SIZE) / flops_per_image(network, config.data.image_size)
-    # As training does: on the CPU the cores are busy already, and the process that trains reads, too.
-    reads = config.data.workers == 0 or (config.data.workers == AUTO and asked.device == CPU)
-    decoded = None if asked.decode_rate is None else asked.decode_rate * (1 if reads else asked.cores)
+        measured = flops_per_image(_network(_CITED_MODEL, _CITED_CLASSES, ghost_batch), _CITED_SIZE)
+        rate = cited[precision] * measured / flops_per_image(network, config.data.image_size)
+    # As in training: a CPU's cores are busy computing, so the training process reads the images.
+    reads = config.data.workers == 0 or (config.data.workers == AUTO and settings.device == CPU)
+    cores = 1 if reads else settings.cores
     return Machine(
         rate,
-        decoded,
-        asked.latency_us / 1e6,
-        asked.bandwidth_gb * 1e9,
-        0.0 if asked.device == CPU else asked.overlap,
-        asked.all_reduce,
-        asked.update_ms / 1e3,
+        None if settings.decode_rate is None else settings.decode_rate * cores,
+        settings.latency_us / 1e6,
+        settings.bandwidth_gb * 1e9,
+        0.0 if settings.device == CPU else settings.overlap,
+        settings.all_reduce,
+        settings.update_ms / 1e3,
         reads,
     )
 
@@ -241,38 +248,39 @@ def _network(name: str, classes: int, ghost_batch: int) -> nn.Module:
 
 
 @functools.cache
-def _kept(network: nn.Module, ghost_batch: int, image_size: int) -> list[int]:
+def _kept_tensors(network: nn.Module, ghost_batch: int, image_size: int) -> list[int]:
     return kept_tensors(network, ghost_batch, image_size)
 
 
 def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
-    """What `forecast` found, in words."""
+    """Yield the lines that print the result of `forecast`."""
     disk = found["disk"]
     least, most = disk["checkpoints_kept_bytes"]
     log = sum(disk["log_bytes"].values())
     yield (
-        f"disk           {size(disk['checkpoint_bytes'])} a checkpoint: {size(disk['checkpoints_written_bytes'])} "
-        f"written in all, {size(most)} at the end ({size(least)} if the best is among the last)"
+        f"disk           {size(disk['checkpoint_bytes'])} per checkpoint: {size(disk['checkpoints_written_bytes'])} "
+        f"written in total, {size(most)} at the end ({size(least)} if the best is among the last)"
     )
     files = ", ".join(f"{name} {size(count)}" for name, count in disk["log_bytes"].items())
-    yield f"               {size(sum(disk['log_line_bytes'].values()))} a log line: {size(log)} in all ({files})"
+    yield f"               {size(sum(disk['log_line_bytes'].values()))} per log line: {size(log)} in total ({files})"
     precision = found["precision"]
-    yield f"precision      {'not known here: memory as in fp32' if precision == 'auto' else precision}"
+    yield f"precision      {'chosen on the device; memory computed for fp32' if precision == 'auto' else precision}"
     yield from _memory_table(found["memory_per_device"])
     expected = found.get("expected")
     if expected is None:
-        yield "time           not known: name plan.device, or give plan.images_per_second"
+        yield "time           unknown: set plan.device or plan.images_per_second"
     else:
         rate = found["rate"]
         yield f"rate           {rate['images_per_second']:,.4g} images/s per device ({rate['source']})"
         yield (
             f"update         {expected['seconds']:.3g} s: compute {expected['compute']:.3g}, "
             f"input {expected['input']:.3g}, "
-            f"network {expected['network']:.3g} (of {expected['reduction']:.3g}); limited by {expected['limit']}"
+            f"network {expected['network']:.3g} (not hidden, of {expected['reduction']:.3g}); "
+            f"limited by {expected['limit']}"
         )
         share = 100 * expected["efficiency"]
-        yield f"time           {_time(expected['hours'])}, at {share:.0f} % of one device's efficiency"
-    yield from _told_rows(found["rows"])
+        yield f"time           {_time(expected['hours'])}, at {share:.0f} % scaling efficiency"
+    yield from _rows_table(found["rows"])
 
 
 def _memory_table(entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -283,16 +291,16 @@ def _memory_table(entries: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{'':<15}{entry['micro_batch']:>11,}{entry['accumulation']:>14,}{size(entry['bytes']):>12}{process}"
     if on_a_cpu:
         yield "               per device: what torch's allocator holds"
-        yield "               per process: all that it takes on a CPU, at most, with Python,"
-        yield "               libraries and workspaces: what to ask of Slurm, for each rank"
+        yield "               per process: the most that a rank needs on a CPU, with Python,"
+        yield "               libraries and workspaces; request this from Slurm per rank"
 
 
-def _told_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _rows_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "rows           batch     devices         time  limited by       disk"
     hours = 0.0
     for row in rows:
         if "problem" in row:
-            yield f"               {row['row']:<6}  not on these images: {row['problem']}"
+            yield f"               {row['row']:<6}  cannot run on this data set: {row['problem']}"
             continue
         expected, disk = row.get("expected"), size(row["disk_bytes"])
         if expected is None:
@@ -308,7 +316,7 @@ def _told_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
         disk = size(sum(row.get("disk_bytes", 0) for row in rows))
         yield f"               {'all':<6}{'':>11}{_time(hours):>13}  {'':<10}{disk:>11}"
     if any(row["expected"]["devices"] == row["most_devices"] for row in rows if row.get("expected")):
-        yield "               * a device for each ghost batch: no more can take part"
+        yield "               * one device per ghost batch: more devices cannot be used"
 
 
 def _time(hours: float) -> str:

@@ -1,4 +1,4 @@
-"""``plan.picture``: hours and efficiency of every row on 1 to 4,096 devices, why they bend, and the learning rate."""
+"""Draw the figure of ``plan.picture``: hours, efficiency and the parts of an update by devices, and the schedule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from lars_train.preflight.time_model import COMPUTE, INPUT, NETWORK
 from lars_train.report.curves import COLORS, LINES
 
-# A point by what limits it: filled where devices compute, hollow where they wait.
+# The marker of a point by its limit: filled if devices compute, hollow if they wait.
 _MARKERS = {COMPUTE: ("o", True), NETWORK: ("s", False), INPUT: ("^", False)}
 _LEFT, _RIGHT = 0.8, 5200
 
 
 def draw(found: dict[str, Any], curve: Sequence[Sequence[float]], path: Path) -> None:
-    """Draw a forecast with hours as a PNG. `curve`: rehearsal's ``lr_curve``. Raises `OSError`."""
+    """Draw the forecast `found`, which has hours, as a PNG. `curve`: the rehearsal's ``lr_curve``. Raises `OSError`."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -23,42 +23,43 @@ def draw(found: dict[str, Any], curve: Sequence[Sequence[float]], path: Path) ->
     (hours, efficiency), (parts, schedule) = figure.subplots(2, 2)
     rows = [row for row in found["rows"] if "scaling" in row]
     for number, row in enumerate(rows):
-        again, place = divmod(number, len(COLORS))
-        colour, line = COLORS[place], LINES[(place + again) % len(LINES)]
+        cycle, index = divmod(number, len(COLORS))
+        color, line = COLORS[index], LINES[(index + cycle) % len(LINES)]
         for axes, key, factor in ((hours, "hours", 1), (efficiency, "efficiency", 100)):
             points = row["scaling"]
             devices = [p["devices"] for p in points]
-            axes.plot(devices, [factor * p[key] for p in points], color=colour, linestyle=line, label=row["row"])
+            axes.plot(devices, [factor * p[key] for p in points], color=color, linestyle=line, label=row["row"])
             for point in points:
                 marker, filled = _MARKERS[point["limit"]]
                 axes.plot(
                     point["devices"],
                     factor * point[key],
                     marker=marker,
-                    color=colour,
-                    markerfacecolor=colour if filled else "white",
+                    color=color,
+                    markerfacecolor=color if filled else "white",
                     markersize=6,
                 )
     hours.set(
-        yscale="log", ylabel="hours of the run", title="Hours, by batch (a curve ends at one ghost batch a device)"
+        yscale="log", ylabel="hours of the run", title="Hours, by batch (a curve ends at one ghost batch per device)"
     )
     efficiency.set(ylim=(0, 105), ylabel="% of one device's images/s", title="Efficiency of a device")
-    shown = [limit for limit in _MARKERS if any(p["limit"] == limit for row in rows for p in row["scaling"])]
+    limits = {point["limit"] for row in rows for point in row["scaling"]}
     marks = [
         Line2D(
             [],
             [],
             color="#444444",
             linestyle="",
-            marker=m,
-            markerfacecolor="#444444" if f else "white",
+            marker=marker,
+            markerfacecolor="#444444" if filled else "white",
             label=f"limited by {limit}",
         )
-        for limit, (m, f) in ((limit, _MARKERS[limit]) for limit in shown)
+        for limit, (marker, filled) in _MARKERS.items()
+        if limit in limits
     ]
     hours.add_artist(hours.legend(loc="upper right", title="batch"))
     efficiency.legend(handles=marks, loc="lower left")
-    _parts(parts, found["scaling"], found["expected"]["devices"])
+    _draw_parts(parts, found["scaling"], found["expected"]["devices"])
     for axes in (hours, efficiency, parts):
         axes.set(xscale="log", xlim=(_LEFT, _RIGHT), xlabel="devices")
         axes.set_xticks([4**k for k in range(7)], [f"{4**k:,}" for k in range(7)])
@@ -70,8 +71,8 @@ def draw(found: dict[str, Any], curve: Sequence[Sequence[float]], path: Path) ->
     figure.savefig(path, format="png", dpi=120)
 
 
-def _parts(axes: Any, points: list[dict[str, Any]], devices: int) -> None:
-    """Why it bends: the parts of an update, of which the longest counts."""
+def _draw_parts(axes: Any, points: list[dict[str, Any]], devices: int) -> None:
+    """Plot the parts of an update, which explain where the curves bend."""
     counts = [p["devices"] for p in points]
     for number, (key, label) in enumerate(
         (
@@ -82,20 +83,19 @@ def _parts(axes: Any, points: list[dict[str, Any]], devices: int) -> None:
         )
     ):
         values = [p[key] or float("nan") for p in points]
-        thick = key == "seconds"
-        colour = "#1b1c1d" if thick else COLORS[number]
+        total = key == "seconds"
         if any(p[key] for p in points):
             axes.plot(
                 counts,
                 values,
-                color=colour,
+                color="#1b1c1d" if total else COLORS[number],
                 linestyle=LINES[number],
-                linewidth=1 if thick else 2.2,
-                marker="o" if thick else None,
+                linewidth=1 if total else 2.2,
+                marker="o" if total else None,
                 markersize=3,
                 label=label,
             )
     axes.axvline(devices, color="#8A8A8A", linewidth=0.8)
     axes.annotate(f" {devices:,} planned", (devices, 0.02), xycoords=("data", "axes fraction"), color="#555555")
-    axes.set(yscale="log", ylabel="seconds", title="Why it bends: an update of this run, and its parts")
+    axes.set(yscale="log", ylabel="seconds", title="Why the curves bend: the parts of an update of this run")
     axes.legend()

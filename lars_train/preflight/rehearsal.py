@@ -1,7 +1,7 @@
-"""A whole run's arithmetic without training: what ``mode=plan`` prints and writes.
+"""Compute the updates, learning rates, checkpoints and evaluations of a whole run for ``mode=plan``, without training.
 
-It asks the functions that a run asks (plan.py, optim/schedule.py, data/order.py) about every update, and opens the
-data set; no network is made, no image read, no run directory written.
+The functions that a run calls (plan.py, optim/schedule.py, data/order.py) are called here for every update. No network
+is built, no image read, no run directory written.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from lars_train.plan import (
 )
 
 FORMAT = 1
-_LINES = 10
-_CURVE = 60
+_LR_LINES = 10
+_CURVE_POINTS = 60
+_PLOT_WIDTH, _PLOT_HEIGHT = 60, 8
 
 
 def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[str, Any]:
-    """The run of a resolved config on `world` ranks as plain values, for JSON.
+    """Return the run of a resolved config on `world` ranks as plain values, for JSON.
 
-    Updates are counted from 1, as checkpoints and logs count them; ``lr_first`` and ``lr_last`` are the rates of an
-    epoch's first and last update; ``checkpoints`` are those that no clock, signal or divergence asks for. Raises
-    `ConfigError` for more ranks than ghost batches, and a micro-batch that is not made of whole ones.
+    Updates are counted from 1, as in checkpoints and logs. ``lr_first`` and ``lr_last`` are the rates of an epoch's
+    first and last update. ``checkpoints`` leaves out those that a clock, a signal or a divergence causes. Raises
+    `ConfigError` for more ranks than ghost batches, and for a micro-batch that is not made of whole ghost batches.
     """
     check_world(plan, world)
     evaluations = [u for u in range(1, plan.stop + 1) if evaluation_is_due(config, plan, u)]
-    # A run makes sure that an evaluation has its checkpoint.
+    # A run writes a checkpoint with each evaluation.
     saved = set(evaluations).union(u for u in range(1, plan.stop + 1) if checkpoint_is_due(config, plan, u))
     counts = [stop - start for start, stop in (eval_run(val_count, rank, world) for rank in range(world))]
     ghosts = [stop - start for start, stop in (ghost_run(plan.ghosts, rank, world) for rank in range(world))]
@@ -93,60 +94,57 @@ def _epochs(config: Config, plan: Plan) -> Iterator[dict[str, float]]:
 
 
 def _curve(config: Config, plan: Plan) -> Iterator[list[float]]:
-    """Update and rate, evenly from the first update to the last, and on both sides of the warm-up's end."""
+    """Yield update and rate, evenly spaced over the run, and on both sides of the warm-up's end."""
     rate = make_schedule(plan, config)
-    even = {round(k * (plan.stop - 1) / (_CURVE - 1)) for k in range(_CURVE)}
+    even = {round(k * (plan.stop - 1) / (_CURVE_POINTS - 1)) for k in range(_CURVE_POINTS)}
     bend = {u for u in (plan.warmup_updates - 1, plan.warmup_updates) if 0 <= u < plan.stop}
     for update in sorted(even | bend):
         yield [update + 1, rate(update)]
 
 
 def _accumulation(config: Config, plan: Plan, world: int) -> int | None:
-    """None: the micro-batch is whatever fits the device."""
+    """Return the accumulation; None if the micro-batch is chosen to fit the device."""
     if config.micro_batch == AUTO:
         return None
     return accumulation(plan, world, check_micro_batch(plan, int(config.micro_batch)))
 
 
 def describe_rehearsal(rehearsed: dict[str, Any]) -> Iterator[str]:
-    """What `rehearse` found, in words."""
+    """Yield the lines that print the result of `rehearse`."""
     few, many = rehearsed["ghost_batches_per_rank"]
     ghosts = counted(few, "ghost batch", "ghost batches") if few == many else f"{few} or {many} ghost batches"
-    yield f"world size     {rehearsed['world']}, {ghosts}{' each' if rehearsed['world'] > 1 else ''} in an update"
+    yield f"world size     {rehearsed['world']}, {ghosts}{' each' if rehearsed['world'] > 1 else ''} per update"
     if rehearsed["accumulation"] is not None:
         yield f"accumulation   {rehearsed['accumulation']}"
     epochs = rehearsed["lr_per_epoch"]
-    step = math.ceil(len(epochs) / _LINES)
+    step = math.ceil(len(epochs) / _LR_LINES)
     for entry in epochs:
         if (entry["epoch"] - 1) % step == 0 or entry is epochs[-1]:
             yield f"lr             epoch {entry['epoch']:>3}: {entry['lr_first']:.3g} to {entry['lr_last']:.3g}"
     for line in text_plot([(x, y) for x, y in rehearsed["lr_curve"]], ("update 1", f"update {rehearsed['stop']:,}")):
         yield f"     {line}"
-    yield f"images         {rehearsed['samples_per_epoch']:,} in an epoch, {rehearsed['samples_in_all']:,} in all"
+    yield f"images         {rehearsed['samples_per_epoch']:,} per epoch, {rehearsed['samples_in_all']:,} in total"
     yield f"checkpoints    {len(rehearsed['checkpoints']):,} written, {rehearsed['checkpoints_kept']} kept at the end"
     yield f"evaluations    {len(rehearsed['evaluations']):,} of {counted(rehearsed['evaluated_images'], 'image')}"
     yield f"log lines      {rehearsed['log_lines']:,}"
 
 
-_WIDTH, _HEIGHT = 60, 8
-
-
 def text_plot(points: Sequence[tuple[float, float]], ends: tuple[str, str]) -> Iterator[str]:
-    """Lines that show `points` (x, y), x rising: y from 0 or the least upwards, labelled; below, `ends` of x.
+    """Yield the lines of a plot of `points` (x, y), sorted by x, with `ends` as the labels of the x axis.
 
-    Every point has a star. Points that share a column have all of theirs.
+    The y axis begins at 0, or at the least y if that is negative. Each point is a star.
     """
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(0.0, *ys), max(ys)
     height, width = (high - low) or 1.0, (xs[-1] - xs[0]) or 1.0
-    raster = [[" "] * _WIDTH for _ in range(_HEIGHT)]
+    raster = [[" "] * _PLOT_WIDTH for _ in range(_PLOT_HEIGHT)]
     for x, y in points:
-        column = round((x - xs[0]) / width * (_WIDTH - 1))
-        row = round((high - y) / height * (_HEIGHT - 1))
+        column = round((x - xs[0]) / width * (_PLOT_WIDTH - 1))
+        row = round((high - y) / height * (_PLOT_HEIGHT - 1))
         raster[row][column] = "*"
     for number, row_of in enumerate(raster):
-        value = high - number / (_HEIGHT - 1) * height
-        label = f"{value:.3g}" if number in (0, _HEIGHT // 2, _HEIGHT - 1) else ""
+        value = high - number / (_PLOT_HEIGHT - 1) * height
+        label = f"{value:.3g}" if number in (0, _PLOT_HEIGHT // 2, _PLOT_HEIGHT - 1) else ""
         yield f"{label:>8} |{''.join(row_of).rstrip()}".rstrip()
-    yield f"{'':8} +{'-' * _WIDTH}"
-    yield f"{'':8}  {ends[0]}{ends[1]:>{_WIDTH - len(ends[0])}}"
+    yield f"{'':8} +{'-' * _PLOT_WIDTH}"
+    yield f"{'':8}  {ends[0]}{ends[1]:>{_PLOT_WIDTH - len(ends[0])}}"

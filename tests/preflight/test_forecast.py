@@ -202,7 +202,7 @@ def test_what_a_process_takes_is_told_where_it_is_on_a_cpu_alone() -> None:
         there, words = told_of(settings)
         assert there
         assert re.search(r"micro-batch  accumulation  per device  per process\n +16 +2 +[\d.]+ MB +\d{3} MB\n", words)
-        assert "what to ask of Slurm" in words
+        assert "request this from Slurm per rank" in words
     there, words = told_of("device=auto plan.device=a100")
     assert not there
     assert "process" not in words
@@ -221,9 +221,13 @@ def test_each_row_has_the_hours_worked_out_by_hand() -> None:
     found["rows"][0]["most_devices"] = 1
     words = "\n".join(describe_forecast(found))
     assert "256             1* 32 h 27 min" in words
-    assert "* a device for each ghost batch" in words
+    assert "* one device per ghost batch" in words
     # 115.2 million images and 90 evaluations: 32.4 hours.
-    for part in ("time           32 h 22 min, at 100 % of", "32k             1  32 h 22 min  compute", "5 d 10 h"):
+    for part in (
+        "time           32 h 22 min, at 100 % scaling efficiency",
+        "32k             1  32 h 22 min  compute",
+        "5 d 10 h",
+    ):
         assert part in words
 
 

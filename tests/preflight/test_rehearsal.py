@@ -115,7 +115,7 @@ def test_a_plan_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         "epoch  46: 7.25 to",
         "epoch  90: 0.00358 to 2.35e-06\n",
         "world size     256, 4 ghost batches each",
-        "1,277,952 in an epoch, 115,015,680 in all",
+        "1,277,952 per epoch, 115,015,680 in total",
         "90 of 50,000 images",
     ):
         assert part in told
