@@ -17,7 +17,7 @@ SETTINGS = (
     "model.ghost_batch=16 precision=fp64 schedule.warmup_epochs=0.5 log_every=2 batch.size=64 optimizer.lr=2 "
     "epochs=6 checkpoint.every_updates=5 evaluate.every_epochs=6 launch.threads=1 run.dir=run"
 ).split()
-# See docs/elastic.md.
+# See docs/recovery.md.
 NODE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 KEEP_ALIVE = "keep_alive_interval=2,keep_alive_max_attempt=4"
 

@@ -5,7 +5,7 @@
 #
 # HEAD is one of them, by a name or address that all reach (port 29400, or PORT); JOB is the run's name, new for each run.
 # ADDRESS is this machine's own, where the others cannot look its name up. NODES=1:4 takes machines that come and go
-# (docs/elastic.md). GPUS is how many of a machine's to use (all). The current folder must be on a file system that all
+# (docs/recovery.md). GPUS is how many of a machine's to use (all). The current folder must be on a file system that all
 # share: the run lives in ./runs/JOB, and the same command goes on with it.
 # First: the same with mode=check behind it.
 set -euo pipefail
@@ -19,7 +19,7 @@ if [ -n "${ADDRESS:-}" ]; then
     address=(--local-addr "$ADDRESS")
 fi
 
-# So that a machine that joins late is told where the ranks' store is now (docs/elastic.md).
+# So that a machine that joins late is told where the ranks' store is now (docs/recovery.md).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-100}" \
     --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29400}" --rdzv-id "$job" \

@@ -2,7 +2,7 @@
 
     python scripts/verify/chaos.py                 # 50 kills, about 10 minutes on two cores
     python scripts/verify/chaos.py --kills 5       # the short form
-    python scripts/verify/chaos.py --write docs/chaos.md
+    python scripts/verify/chaos.py --write docs/same_curve.md
 
 A run is two processes on the CPU, with made-up images, random augmentation, and more checkpoints than it needs. A
 kill is, by lot: SIGKILL of one rank, of all ranks, of the process that has started them, of everything at once, or
