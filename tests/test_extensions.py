@@ -16,7 +16,7 @@ from lars_train.optim import fused_sgd
 
 ASK = (
     "import lars_train; from lars_train.data.decode import native; from lars_train.extensions import load_extension;"
-    "print(lars_train.__file__); print(native.is_there());"
+    "print(lars_train.__file__); print(native.is_available());"
     "print(load_extension('lars_train.optim.kernels') is not None)"
 )
 
@@ -36,7 +36,7 @@ def asked(checkout: Path, installed: Path) -> list[str]:
 def test_a_checkout_in_the_current_folder_takes_the_built_parts_of_the_installed_package_made_from_its_source(
     tmp_path: Path,
 ) -> None:
-    if not native.is_there() or fused_sgd.kernels is None:
+    if not native.is_available() or fused_sgd.kernels is None:
         pytest.skip("the parts in C are not built here")
     package, checkout, installed = Path(lars_train.__file__).parent, tmp_path / "checkout", tmp_path / "installed"
     kept = shutil.ignore_patterns("__pycache__", "embedded")

@@ -119,7 +119,7 @@ def collect_versions(config: Config, device: torch.device) -> dict[str, str]:
     found = {
         **versions(),
         "the commit": "an installed package" if git is None else git["commit"][:12] + (" + changes" * git["dirty"]),
-        "the decoder in C": "built" if native.is_there() else "missing",
+        "the decoder in C": "built" if native.is_available() else "missing",
         "config": run_hash(config),
     }
     if device.type == "cuda":

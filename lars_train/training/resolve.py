@@ -112,7 +112,7 @@ def resolve_execution(
 
 def check_decoder(config: Config) -> None:
     """Raise `ConfigError` if the decoder that the config names is not available. No device is touched."""
-    if config.data.decoder == NATIVE and not native.is_there():
+    if config.data.decoder == NATIVE and not native.is_available():
         raise _missing("the decoder in C is not available.")
 
 
@@ -126,7 +126,7 @@ def choose_decoder(config: Config, stored: str | None, group: Group, device: tor
     wanted = config.data.decoder
     if wanted == PILLOW or (wanted == AUTO and stored == PILLOW):
         return PILLOW
-    if group.all_reduce_min(int(native.is_there()), device):
+    if group.all_reduce_min(int(native.is_available()), device):
         return NATIVE
     if wanted == NATIVE:
         raise _missing("another rank lacks the decoder in C.")
@@ -144,7 +144,7 @@ def decoder_lines(wanted: str, decided: str, stored: str | None, split: Source) 
         )
     if wanted != AUTO or decided == NATIVE:
         return
-    if not native.is_there():
+    if not native.is_available():
         yield (
             "NOTE: JPEGs are decoded by Pillow, at under half the speed: the decoder in C is not available. "
             f"{native.REMEDY}"

@@ -99,7 +99,7 @@ def leak(count: int) -> int:
     from lars_train.data.decode import native
     from lars_train.data.transforms import Geometry
 
-    if not native.is_there():
+    if not native.is_available():
         print(f"the decoder in C is not there. {native.REMEDY}")
         return 1
     rng = np.random.default_rng(0)

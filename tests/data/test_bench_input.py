@@ -89,7 +89,7 @@ def test_one_command_measures_every_contender_and_writes_page_and_plot(tmp_path:
     assert (tmp_path / "results" / "input.png").stat().st_size > 0
     assert " 3 pictures, files, " in page
     rows = rows_of(page)
-    ours = ["ours, Pillow", *(["ours, native"] if native.is_there() else [])]
+    ours = ["ours, Pillow", *(["ours, native"] if native.is_available() else [])]
     names = ["reference", *ours, "torchvision v2, Pillow", "torchvision v2, tensor", "Pillow, draft"]
     for store in STORES:
         for name in [*names, *([] if "skipped: floor" in page else ["floor"])]:
@@ -102,7 +102,7 @@ def test_one_command_measures_every_contender_and_writes_page_and_plot(tmp_path:
     for kind in ["reference", *(f"{name}, {kind}" for name in ours for kind in ("threads", "processes"))]:
         for workers in ("1", "2"):
             assert all(number_in(cell) > 0 for cell in rows["end to end", f"{kind}, {workers}"])
-    if native.is_there():
+    if native.is_available():
         assert page.count(" times the fastest of the ") == 6
         assert page.count("of 6 views by ours, native differ from Pillow's, by at most") == 3
 

@@ -41,7 +41,7 @@ class Among(Group):
 
 def have(monkeypatch: pytest.MonkeyPatch, native_there: bool) -> None:
     """Have the decoder in C be available, or not."""
-    monkeypatch.setattr(native, "is_there", lambda: native_there)
+    monkeypatch.setattr(native, "is_available", lambda: native_there)
 
 
 class Named:

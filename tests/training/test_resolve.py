@@ -45,7 +45,7 @@ def config(**settings: Any) -> Config:
 @pytest.fixture(autouse=True)
 def a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda: 1 << 40)
-    monkeypatch.setattr(native, "is_there", lambda: False)
+    monkeypatch.setattr(native, "is_available", lambda: False)
     monkeypatch.setattr(device_module, "available_cores", lambda: 8)
     monkeypatch.setattr(device_module, "_cpu_has", lambda *flags: "bf16" in flags)
 

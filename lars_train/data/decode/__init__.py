@@ -1,1 +1,1 @@
-"""From the bytes of an image to pixels: Pillow, and libjpeg-turbo in C where it could be built."""
+"""Decode the bytes of an image to pixels: Pillow, and libjpeg-turbo in C where it could be built."""

@@ -1,11 +1,11 @@
-/* One view of one JPEG on libjpeg-turbo: decode what the view needs of it, resize on the way, write uint8 RGB rows.
+/* Decode one view of a JPEG with libjpeg-turbo: only the part that the view needs, resized on the way, to uint8 RGB.
 
-   Pixels are those of Pillow's full decode, crop and antialiased bilinear resize: the same filter weights in 22-bit
-   fixed point, columns first, each pass rounded to 8 bits. What libjpeg warns of or fails at, and what is not 8-bit
-   gray, YCbCr or RGB by Huffman coding, is refused with a code; the caller then asks Pillow. EXIF is not looked at.
+   The pixels are those of Pillow's full decode, crop and antialiased bilinear resize: the same filter weights in 22-bit
+   fixed point, columns first, each pass rounded to 8 bits. An image that libjpeg warns of or fails at, or that is not
+   8-bit gray, YCbCr or RGB in Huffman coding, is refused with a code; the caller then uses Pillow. EXIF is ignored.
 
-   Built at install where there are a C compiler and libjpeg-turbo's headers; pillow.py does without. No static state.
-   For tests: with LARS_WITHOUT_PYTHON there is no Python in it, with LARS_PLAIN_C no vectors. */
+   Built at install if a C compiler and libjpeg-turbo's headers are available; pillow.py works without it. No static
+   state. For tests: LARS_WITHOUT_PYTHON compiles without Python, LARS_PLAIN_C without vectors. */
 
 #ifndef LARS_WITHOUT_PYTHON
 #define Py_LIMITED_API 0x030A0000
@@ -22,10 +22,10 @@
 #include <jpeglib.h>
 
 #if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000090
-#error "libjpeg-turbo 2.1 or newer is wanted"
+#error "libjpeg-turbo 2.1 or newer is required"
 #endif
 
-/* One build runs on every x86-64 and uses what each has. */
+/* One build runs on every x86-64 processor and uses AVX2 where available. */
 #ifdef __GNUC__
 #define INLINE inline __attribute__((always_inline))
 #else
@@ -37,48 +37,49 @@
 #include <immintrin.h>
 #endif
 
-/* pillow.py has these numbers, too. */
+/* The same numbers as in pillow.py. */
 #define MAX_PIXELS ((1u << 30) / 12)
 #define MAX_SCANS 500
 #define MAX_SCANNED ((uint64_t)32 * MAX_PIXELS)
-/* Of libjpeg, for the coefficients of a picture in several scans: 6 bytes a pixel at most, 44 million pixels. */
+/* For libjpeg, for the coefficients of an image in several scans: at most 6 bytes per pixel, so 44 million pixels. */
 #define MAX_MEMORY (256L << 20)
 
-/* Pillow's: an 8-bit pixel times a weight of 22 bits, and sums of them, fit into 32. */
+/* As in Pillow: sums of products of an 8-bit pixel and a 22-bit weight fit into 32 bits. */
 #define WEIGHT_BITS 22
 #define HALF (1 << (WEIGHT_BITS - 1))
-/* Bytes behind each row of pixels that vectors may read or write. */
+/* Bytes after each row of pixels that vectors may read or write. */
 #define SLACK 32
-/* Columns of a result's row that are made at a time. */
+/* Columns of an output row computed at a time. */
 #define BLOCK 32
-/* With more weights the errors of their rounding could add up to a level above 255. */
+/* With more weights, their rounding errors could add up to a level above 255. */
 #define MAX_TAPS 16000
-/* Rows that libjpeg is asked for at a time: with 4:2:0 it makes two. */
+/* Rows read from libjpeg at a time: with 4:2:0 it produces two. */
 #define ROWS 2
-/* Results in a row that vectors make at a time. */
+/* Output pixels of a row computed at a time with vectors. */
 #define GROUP 4
-/* Results whose weights are made at a time; a multiple of the above. */
+/* Output pixels whose weights are computed at a time; a multiple of GROUP. */
 #define STRIP 8
 
 enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
 
-/* The picture's size as the caller knows it; the box that is cut out; the size to which that is resized; the left and
-   top corner of the window that is kept of it, zeros where it hangs over; and the window's side. */
+/* The image's size as known to the caller; the crop box; the size that the crop is resized to; the left and top corner
+   of the window that is kept of it, with zeros where the window extends beyond it; and the window's side. */
 typedef struct {
     int width, height, left, top, right, bottom, wide, high, x, y, flip, size;
 } View;
 
-/* How one axis is resized: for each output pixel of the window, in the order of the result, the first input pixel and
-   `taps` weights (the last ones can be zeros). The window shows the output pixels from `from` to `from + count`. */
+/* The resizing of one axis: for each output pixel of the window, in output order, the first input pixel and `taps`
+   weights (the last ones may be zeros). In the window, the output pixels lie from `from` to `from + count`. The input
+   pixels needed are those from `begin` to `end`. */
 typedef struct {
     int count, from, taps, begin, end;
     int *first;
     int32_t *weights;
-    /* As vectors want them, where there are any. */
+    /* The weights in the order for vectors, if vectors are used. */
     int32_t *spread;
 } Axis;
 
-/* `in` pixels along an axis, how many of them make one of the result, how far a triangle reaches, and 1 / that. */
+/* Input pixels along an axis, input pixels per output pixel, half the width of the triangle filter, and its inverse. */
 typedef struct {
     int in;
     double scale, support, inverse;
@@ -111,14 +112,14 @@ static void leave(Job *job, int code) {
 static void on_error(j_common_ptr jpeg) { leave(job_of(jpeg), DAMAGED); }
 
 static void on_message(j_common_ptr jpeg, int level) {
-    /* A warning, of data that end early or make no sense. */
+    /* A warning: the data end early or are invalid. */
     if (level < 0) leave(job_of(jpeg), DAMAGED);
 }
 
 static void be_silent(j_common_ptr jpeg) { (void)jpeg; }
 
 static void on_progress(j_common_ptr jpeg) {
-    /* A few bytes can ask for any number of scans over the whole picture. */
+    /* A few bytes can request any number of scans over the whole image. */
     const j_decompress_ptr reader = (j_decompress_ptr)jpeg;
     const uint64_t scans = (uint64_t)reader->input_scan_number, pixels = (uint64_t)reader->image_width * reader->image_height;
     if (scans > MAX_SCANS || scans * pixels > MAX_SCANNED) leave(job_of(jpeg), TOO_MUCH);
@@ -134,10 +135,10 @@ static void *take(Job *job, int slot, size_t count, size_t bytes) {
 static int lesser(int a, int b) { return a < b ? a : b; }
 static int greater(int a, int b) { return a > b ? a : b; }
 
-/* As many results as the axis has, in whole strips. */
+/* The output pixels of an axis, rounded up to whole strips. */
 static int with_last_strip(const Axis *axis) { return (axis->count + STRIP - 1) / STRIP * STRIP; }
 
-/* The first input pixel under the filter of output pixel `at`, and how many: as Pillow rounds them. */
+/* Return the first input pixel under the filter of output pixel `at`, and set their number; rounded as in Pillow. */
 static INLINE int reach(const Filter *filter, int at, int *count) {
     const double center = (at + 0.5) * filter->scale;
     const int first = greater((int)(center - filter->support + 0.5), 0);
@@ -145,8 +146,8 @@ static INLINE int reach(const Filter *filter, int at, int *count) {
     return first;
 }
 
-/* The weights of STRIP results, `taps` for each, as Pillow computes them: in [0, 1], 1 in sum, then rounded. Of the
-   results, output pixels `at`, `at + step` and so on, `kept` are written. `scratch`: STRIP times `taps` numbers. */
+/* Compute the weights of STRIP output pixels (`at`, `at + step`, ...), `taps` for each, as Pillow does: in [0, 1] with
+   sum 1, then rounded. Write those of the first `kept` pixels. `scratch`: STRIP times `taps` numbers. */
 static INLINE void weigh(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
                          double *scratch, int32_t *weights) {
     double center[STRIP], sum[STRIP];
@@ -171,8 +172,8 @@ static void weigh_plain(const Filter *filter, int at, int step, const int *first
     weigh(filter, at, step, first, n, taps, kept, scratch, weights);
 }
 
-/* `in` pixels from `offset` on are resized to `out` of them; the window begins at `start`. `even`: an even number of
-   weights for each. */
+/* Plan the resizing of `in` pixels, from `offset` on, to `out` pixels; the window begins at `start`. `even`: use an
+   even number of weights per pixel. */
 static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, int start, int flip, int even) {
     const int size = job->view->size, low = greater(start, 0), high = lesser(start + size, out);
     const double scale = (double)in / out, support = scale > 1 ? scale : 1;
@@ -181,7 +182,7 @@ static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, in
     axis->count = greater(high - low, 0);
     axis->from = flip ? size - (high - start) : low - start;
     if (!axis->count) return;
-    /* Those behind the last result are it once more: its weights are not written, its first pixel is. */
+    /* The last strip repeats the last pixel: its first input pixel is stored again, its weights are not. */
     const int room = with_last_strip(axis);
     int *first = axis->first = take(job, slot, room, sizeof(int)), *n = take(job, 4, room, sizeof(int)), most = 0;
     for (int i = 0; i < room; i++) {
@@ -201,7 +202,7 @@ static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, in
     for (int i = 4; i < 6; i++) free(job->memory[i]), job->memory[i] = NULL;
 }
 
-/* `count` rows of 4-byte pixels, of which `first` tells, to 3-byte pixels of the window. */
+/* Resize `count` rows of 4-byte pixels to 3-byte pixels of the window. */
 static void resize_across(const Axis *axis, int count, const uint8_t *const *rows, uint8_t *const *results) {
     for (int row = 0; row < count; row++) {
         const int32_t *weights = axis->weights;
@@ -216,7 +217,7 @@ static void resize_across(const Axis *axis, int count, const uint8_t *const *row
     }
 }
 
-/* One row of the result: rows of `count` bytes, each with its weight. */
+/* Compute one output row as the weighted sum of rows of `count` bytes. */
 static void resize_down(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
     for (int i = 0; i < count; i += BLOCK) {
         int32_t sums[BLOCK];
@@ -231,11 +232,11 @@ static void resize_down(const uint8_t *const *rows, const int32_t *weights, int 
 }
 
 #ifdef HAVE_AVX2
-/* The same, with vectors of 16-bit numbers: a weight is its upper part, times 2048, and 11 lower bits. What overflows in
-   the two sums of products is gone again in their total. */
+/* The same with vectors of 16-bit numbers: a weight is its upper part times 2048 plus 11 lower bits. Overflows in the
+   two sums of products cancel in their total. */
 #define LOWER_BITS 11
 #define LOWER ((1 << LOWER_BITS) - 1)
-/* Two weights, for two neighbours in a vector of pixels. */
+/* Two weights for two neighbors in a vector of pixels. */
 static inline int32_t two(int32_t first, int32_t second) { return first | (int32_t)((uint32_t)second << 16); }
 
 AVX2 static void weigh_avx2(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
@@ -243,8 +244,8 @@ AVX2 static void weigh_avx2(const Filter *filter, int at, int step, const int *f
     weigh(filter, at, step, first, n, taps, kept, scratch, weights);
 }
 
-/* For each group of results and each pair of weights one vector: upper and lower parts for the first result, then for the
-   second; in its other half those for the third and fourth. */
+/* Store one vector for each group of output pixels and each pair of weights: the upper and lower parts for the first
+   pixel, then for the second; in the other half, those for the third and the fourth. */
 static void spread_weights(Job *job, Axis *axis, int slot) {
     const int groups = (axis->count + GROUP - 1) / GROUP, pairs = axis->taps / 2;
     int32_t *to = axis->spread = take(job, slot, (size_t)groups * pairs * 2 * GROUP, sizeof(int32_t));
@@ -257,15 +258,15 @@ static void spread_weights(Job *job, Axis *axis, int slot) {
             }
 }
 
-/* Sums of products, upper and lower, to results; `half` of a level is in the lower ones. */
+/* Combine the upper and lower sums of products to levels. The lower sums include half a level, for rounding. */
 AVX2 static INLINE __m256i level(__m256i upper, __m256i lower) {
     return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(upper, LOWER_BITS), lower), WEIGHT_BITS);
 }
 
-/* `count` rows, one or two, with the same weights. */
+/* Resize one or two rows (`count`) with the same weights. */
 AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
                                                                        const uint8_t *const *rows, uint8_t *const *to) {
-    /* Two pixels of four channels, to 16 bits, the first and the second pixel's in turn. */
+    /* Widen two pixels of four channels to 16 bits, with the first and the second pixel's channels in turn. */
     const __m256i beside = _mm256_set_epi8(-1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0,  //
                                            -1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0);
     const __m256i three = _mm256_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0,  //
@@ -275,7 +276,7 @@ AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
     const int32_t *weights = axis->spread;
     const int *first = axis->first;
     for (int i = 0; i < axis->count; i += GROUP, first += GROUP) {
-        /* For the first and third result, for the second and fourth. */
+        /* For the first and the third pixel, and for the second and the fourth. */
         __m256i upper[ROWS][2] = {{zero, zero}, {zero, zero}}, lower[ROWS][2] = {{half, half}, {half, half}};
         for (int pair = 0; pair < pairs; pair++, weights += 2 * GROUP) {
             const __m256i all = _mm256_loadu_si256((const void *)weights);
@@ -296,7 +297,7 @@ AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
             const __m256i evens = level(upper[row][0], lower[row][0]), odds = level(upper[row][1], lower[row][1]);
             const __m256i words = _mm256_packs_epi32(evens, odds);
             const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), three);
-            /* What is written beyond six bytes is where the next pixels begin, or the row's slack. */
+            /* Bytes written beyond the six lie where the next pixels begin, or in the row's slack. */
             _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i), _mm256_castsi256_si128(bytes));
             _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i + 6), _mm256_extracti128_si256(bytes, 1));
         }
@@ -317,7 +318,7 @@ AVX2 static INLINE void down_in_pairs(const uint8_t *const *rows, const int32_t 
     for (int i = 0; i < count; i += BLOCK) {
         __m256i upper[4] = {zero, zero, zero, zero}, lower[4] = {half, half, half, half};
         for (int pair = 0; pair < pairs; pair++) {
-            /* An odd last row goes with itself, at weight 0. */
+            /* An odd last row is paired with itself, at weight 0. */
             const int t = 2 * pair, next = t + 1 < taps ? t + 1 : t;
             const int32_t a = weights[t], b = next > t ? weights[next] : 0;
             const __m256i above = _mm256_set1_epi32(two(a >> LOWER_BITS, b >> LOWER_BITS));
@@ -335,7 +336,7 @@ AVX2 static INLINE void down_in_pairs(const uint8_t *const *rows, const int32_t 
         const __m256i left = _mm256_packs_epi32(level(upper[0], lower[0]), level(upper[1], lower[1]));
         const __m256i right = _mm256_packs_epi32(level(upper[2], lower[2]), level(upper[3], lower[3]));
         const __m256i bytes = _mm256_packus_epi16(left, right);
-        /* The row that comes next: what is written there has been pushed out of the near caches. */
+        /* Prefetch the next output row, which has been evicted from the near caches. */
         _mm_prefetch((const void *)(to + i + count), _MM_HINT_T0);
         if (i + BLOCK <= count) {
             _mm256_storeu_si256((void *)(to + i), bytes);
@@ -355,7 +356,7 @@ AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *wei
 }
 #endif
 
-/* Only what is tested for equality with a full decode; all else is Pillow's. */
+/* Return 1 for the kinds that are tested for equality with a full decode; Pillow decodes all others. */
 static int is_known(const struct jpeg_decompress_struct *jpeg) {
     if (jpeg->data_precision != 8 || jpeg->arith_code) return 0;
     const jpeg_component_info *c = jpeg->comp_info;
@@ -368,8 +369,8 @@ static int is_known(const struct jpeg_decompress_struct *jpeg) {
     return jpeg->jpeg_color_space == JCS_YCbCr && c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= 2;
 }
 
-/* Whether a progressive picture has all bits of all coefficients. libjpeg smooths one that has not, from the blocks all
-   around, which are not all there when it decodes a part. */
+/* Return 1 if a progressive image has all bits of all coefficients. libjpeg smooths an incomplete one, using the blocks
+   around each block, which are missing when it decodes a part. */
 static int is_complete(const struct jpeg_decompress_struct *jpeg) {
     if (!jpeg->progressive_mode || !jpeg->coef_bits) return 1;
     for (int c = 0; c < jpeg->num_components; c++)
@@ -378,10 +379,10 @@ static int is_complete(const struct jpeg_decompress_struct *jpeg) {
     return 1;
 }
 
-/* Whether the scan whose last rows were not wanted goes on to the end of the picture and no other marker: a file that
-   was cut off is told from a whole one without decoding the rest. */
+/* Return 1 if the scan, whose last rows were not decoded, continues up to the end-of-image marker. This
+   distinguishes a truncated file from a complete one without decoding the rest. */
 static int ends_well(struct jpeg_decompress_struct *jpeg) {
-    /* Of those all was read before the first row. */
+    /* libjpeg has read all scans before the first row. */
     if (jpeg_has_multiple_scans(jpeg)) return 1;
     int marker = jpeg->unread_marker;
     const uint8_t *at = jpeg->src->next_input_byte, *end = at + jpeg->src->bytes_in_buffer;
@@ -412,8 +413,8 @@ static void read_header(Job *job) {
     jpeg->out_color_space = JCS_EXT_RGBX;
 }
 
-/* Have libjpeg decode columns `begin` to `end` of the picture or some more; the first of them. The two next to the
-   ones wanted have a share in the chroma of these. */
+/* Restrict decoding to columns `begin` to `end`, and a few around them, and return the first one decoded. Two more
+   columns on each side contribute to the chroma of the requested ones. */
 static int narrow(struct jpeg_decompress_struct *jpeg, int begin, int end) {
     const int width = (int)jpeg->output_width;
     begin = greater(begin - 2, 0), end = lesser(end + 2, width);
@@ -423,7 +424,7 @@ static int narrow(struct jpeg_decompress_struct *jpeg, int begin, int end) {
     return (int)first;
 }
 
-/* The rows of the result for which the last `kept` rows, up to `have`, are enough. `at`: the next row. */
+/* Write the output rows from `at` on that need only the rows in `kept`, up to `have`; return the next output row. */
 static int rows_of_result(Job *job, const uint8_t *kept, size_t stride, int slots, int have, int at, const uint8_t **rows) {
     const Axis *down = &job->down, *across = &job->across;
     const View *view = job->view;
@@ -454,15 +455,15 @@ static void decode(Job *job) {
 #ifdef HAVE_AVX2
         if (job->resize_across == resize_across_avx2) spread_weights(job, across, 5);
 #endif
-        /* From the first row on, and by an even number of rows: what is not so has been wrong in some versions. */
+        /* Skip from the first row, and an even number of rows: anything else has been wrong in some versions. */
         JDIMENSION skipped = (JDIMENSION)(down->begin / 2 * 2);
         if (skipped && jpeg_skip_scanlines(jpeg, skipped) != skipped) leave(job, REFUSED);
         const int slots = down->taps + ROWS;
         const size_t stride = 3 * (size_t)across->count + SLACK;
-        /* At the right edge weights of 0 lie on pixels that are none. */
+        /* At the right edge, weights of 0 apply to bytes beyond the last pixel. */
         const size_t wide = 4 * ((size_t)jpeg->output_width + (size_t)across->taps) + SLACK;
         const size_t pointers = sizeof(uint8_t *) * (size_t)slots;
-        /* libjpeg-turbo writes rows that begin at a multiple of 32 bytes past the cache: 16 bytes on it does not. */
+        /* libjpeg-turbo writes rows aligned to 32 bytes past the cache; it does not at an offset of 16 bytes. */
         const size_t apart = (wide + 31) / 32 * 32;
         uint8_t *memory = take(job, 4, 1, pointers + slots * stride + ROWS * apart + 64);
         const uint8_t **rows = (const uint8_t **)memory;
@@ -487,15 +488,15 @@ static void decode(Job *job) {
     if (!ends_well(jpeg)) leave(job, CUT_SHORT);
 }
 
-/* Not in the function below: what that has in its own variables would be lost at the jump. */
+/* A separate function: the jump would lose the local variables of decode_view. */
 static int tried(Job *job) {
     if (setjmp(job->back)) return job->code;
     decode(job);
     return OK;
 }
 
-/* The view of the picture in `length` bytes, uint8 (size, size, 3), written to `out`; a code, and zeros unless it is OK.
-   The view must be sane: a box within the picture, all sizes above 0. */
+/* Write the view of the image in `data` to `out`, uint8 (size, size, 3). Return a code; unless it is OK, `out` is
+   zeros. The view must be sane: a box within the image, all sizes above 0. */
 static int decode_view(const uint8_t *data, size_t length, const View *view, uint8_t *out) {
     Job job;
     memset(&job, 0, sizeof job);
@@ -520,7 +521,7 @@ static int decode_view(const uint8_t *data, size_t length, const View *view, uin
     return code;
 }
 
-/* Width and height by the frame header of a Huffman-coded JPEG with 8 bits; 0 if none is where it should be. */
+/* Read width and height from the frame header of an 8-bit Huffman-coded JPEG; return 0 if there is none in place. */
 static int frame_size(const uint8_t *data, size_t length, int *width, int *height) {
     if (length < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
     size_t at = 2;
@@ -535,7 +536,7 @@ static int frame_size(const uint8_t *data, size_t length, int *width, int *heigh
             *height = data[at + 5] << 8 | data[at + 6], *width = data[at + 7] << 8 | data[at + 8];
             return data[at + 4] == 8 && *width > 0 && *height > 0;
         }
-        /* Tables, application data and comments. All else, a scan say, comes after the frame header or is not known. */
+        /* Skip tables, application data and comments. All other segments follow the frame header or are unknown. */
         if (marker != 0xC4 && marker != 0xDB && marker != 0xDD && marker != 0xFE && (marker < 0xE0 || marker > 0xEF))
             return 0;
         at += 2 + (size_t)(data[at + 2] << 8 | data[at + 3]);
@@ -553,24 +554,24 @@ static int is_sane(const View *v) {
 
 #ifndef LARS_WITHOUT_PYTHON
 
-/* The bytes of a bytes object, or `length` of them at an address. */
+/* Return the data of a bytes object, or of `length` bytes at an address. */
 static const uint8_t *bytes_at(PyObject *given, PyObject *length, size_t *count) {
     *count = PyLong_AsSize_t(length);
     if (PyErr_Occurred()) return NULL;
     if (!PyBytes_Check(given)) return PyLong_AsVoidPtr(given);
     if (*count == (size_t)PyBytes_Size(given)) return (const uint8_t *)PyBytes_AsString(given);
-    PyErr_SetString(PyExc_ValueError, "the length is not that of the bytes");
+    PyErr_SetString(PyExc_ValueError, "the length differs from that of the bytes");
     return NULL;
 }
 
-static int wanted(const char *name, Py_ssize_t given, Py_ssize_t takes) {
+static int check_count(const char *name, Py_ssize_t given, Py_ssize_t takes) {
     if (given != takes) PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, takes, given);
     return given == takes;
 }
 
 static PyObject *size_of(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
-    if (!wanted("size", given, 2)) return NULL;
+    if (!check_count("size", given, 2)) return NULL;
     size_t length;
     const uint8_t *data = bytes_at(args[0], args[1], &length);
     if (PyErr_Occurred()) return NULL;
@@ -581,7 +582,7 @@ static PyObject *size_of(PyObject *self, PyObject *const *args, Py_ssize_t given
 
 static PyObject *decoded(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
-    if (!wanted("decode", given, 15)) return NULL;
+    if (!check_count("decode", given, 15)) return NULL;
     size_t length;
     const uint8_t *data = bytes_at(args[0], args[1], &length);
     uint8_t *out = PyLong_AsVoidPtr(args[2]);
@@ -595,7 +596,7 @@ static PyObject *decoded(PyObject *self, PyObject *const *args, Py_ssize_t given
     View view;
     memcpy(&view, numbers, sizeof view);
     if (!out || !is_sane(&view)) {
-        PyErr_SetString(PyExc_ValueError, "the view does not lie in the picture");
+        PyErr_SetString(PyExc_ValueError, "the view does not lie in the image");
         return NULL;
     }
     PyThreadState *others = PyEval_SaveThread();
@@ -606,16 +607,16 @@ static PyObject *decoded(PyObject *self, PyObject *const *args, Py_ssize_t given
 
 static PyMethodDef methods[] = {
     {"size", (PyCFunction)(void (*)(void))size_of, METH_FASTCALL,
-     "size(data, length): (width, height) by the frame header, or None. data: bytes, or an address."},
+     "size(data, length): return (width, height) from the frame header, or None. data: bytes, or an address."},
     {"decode", (PyCFunction)(void (*)(void))decoded, METH_FASTCALL,
-     "decode(data, length, out, width, height, left, top, right, bottom, wide, high, x, y, flip, size): 0, and uint8\n"
-     "(size, size, 3) at the address `out`; or another number, and zeros there. The picture's size, the box that is\n"
-     "cut out, the size to which it is resized, the corner of the window that is kept, and its side."},
+     "decode(data, length, out, width, height, left, top, right, bottom, wide, high, x, y, flip, size): write uint8\n"
+     "(size, size, 3) to the address `out` and return 0; or write zeros and return another number. The arguments are\n"
+     "the image's size, the crop box, the size it is resized to, the corner of the window that is kept, and its side."},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "jpeg", "Views of JPEGs, by libjpeg-turbo.", 0, methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "jpeg", "Decode views of JPEGs with libjpeg-turbo.", 0, methods, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit_jpeg(void) {

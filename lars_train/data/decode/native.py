@@ -1,7 +1,7 @@
-"""The JPEG decoder in C (jpeg.c), where it could be built: whether it is there, and one view of one JPEG by it.
+"""Decode views of JPEGs with the C decoder (jpeg.c), if it was built.
 
-It makes the pixels of pillow.py (at most 1 level away), several times as fast, and lets other threads
-run meanwhile. It is never needed, and it judges no file: what it does not decode is Pillow's to decode or to refuse.
+It makes the pixels of pillow.py, at most 1 level apart, several times as fast, and releases the GIL. It is optional and
+rejects no file: Pillow decodes or refuses what it does not decode.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from lars_train.extensions import load_extension
 if TYPE_CHECKING:
     from lars_train.data.decode import jpeg
 else:
-    # None: no compiler or no libjpeg was there at the install, or the library is gone since.
+    # None: a compiler or libjpeg was missing at the install, or the library has been removed since.
     jpeg = load_extension("lars_train.data.decode.jpeg")
 
-# Names that are looked at for what kind of files a data set has.
-_LOOKED_AT = 100
+# Names that are checked for the suffix of a JPEG.
+_CHECKED_NAMES = 100
 
 REMEDY = (
     "Install a Linux wheel of this package, which contains it; or a C compiler and libjpeg-turbo 2.1 or newer with its "
     "headers (Debian, Ubuntu: apt-get install gcc libjpeg-dev; Fedora, RHEL: dnf install gcc libjpeg-turbo-devel), "
     "then this package again: pip install --force-reinstall --no-deps --no-cache-dir with what it was installed from."
 )
-"""The remedy where `is_there` returns False, in one line."""
+"""What to do if `is_available` returns False, in one line."""
 
 
 @functools.cache
-def is_there() -> bool:
-    """Return True if this process can decode with it: it was built, and can use the libjpeg found at run time."""
+def is_available() -> bool:
+    """Return True if this process can use the decoder: it was built, and works with the libjpeg found at run time."""
     return jpeg is not None and _decodes()
 
 
@@ -51,21 +51,21 @@ def _decodes() -> bool:
 
 
 def has_jpegs(split: Source) -> bool:
-    """Return True if one of the names of a split, of which 100 at most are read, is that of a JPEG."""
-    step = max(1, len(split) // _LOOKED_AT)
+    """Return True if one of a split's names, of which at most 100 are checked, has the suffix of a JPEG."""
+    step = max(1, len(split) // _CHECKED_NAMES)
     return any(split.name(i).lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for i in range(0, len(split), step))
 
 
 def size_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG of a kind that may be decoded here, by its header alone; None for all else."""
+    """Return width and height from the header of a JPEG that this decoder may decode; None for anything else."""
     return jpeg.size(data, len(data)) if jpeg is not None else None
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[np.uint8]) -> bool:
-    """Write the view of the JPEG in `data`, whose `size_of` is given, to `out`; whether that could be done.
+    """Write the view of the JPEG in `data` to `out`. `size`: its `size_of`. Return True if that succeeded.
 
-    `out`: uint8 (S, S, 3), contiguous, RGB; zeros where it could not. That is for a file which libjpeg warns of, which
-    is cut short, or which is not 8-bit grey, YCbCr or RGB.
+    `out`: uint8 (S, S, 3), contiguous, RGB; zeros after a failure. The decoder fails for a file that libjpeg warns of,
+    that is truncated, or that is not 8-bit gray, YCbCr or RGB.
     """
     if not (out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8 and out.ndim == 3):
         raise ValueError("out must be contiguous, writeable uint8 (S, S, 3)")
@@ -73,6 +73,6 @@ def decode_jpeg(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDA
     if out.shape != (side, side, 3):
         raise ValueError(f"out has the shape {out.shape}, not (S, S, 3)")
     x, y = view.crop[0] - view.pad, view.crop[1] - view.pad
-    # A third of the time of `out.ctypes.data`. To mypy an array is no buffer before Python 3.12.
+    # A third of the time of `out.ctypes.data`. For mypy, an array is not a buffer before Python 3.12.
     address = ctypes.addressof(ctypes.c_char.from_buffer(out))  # type: ignore[arg-type]
     return jpeg.decode(data, len(data), address, *size, *view.box, *view.size, x, y, view.flip, side) == 0

@@ -1,8 +1,8 @@
-"""From the bytes of one image to the pixels of one view. Nothing is drawn here.
+"""Decode the bytes of an image to the pixels of one view.
 
-Pillow decodes and resizes; JPEGs may go to native.py first. Both give the same pixels but for one level here and there.
-Images are taken as torchvision's image folder takes them: decoded in full, not turned by EXIF, an alpha channel
-dropped. Reading the bytes is the source's business, and choosing the view is transforms.py's.
+Pillow decodes and resizes; native.py may decode JPEGs instead, to the same pixels except for single levels. Images are
+treated as in torchvision's ImageFolder: decoded in full, not rotated by EXIF, the alpha channel dropped. Sources read
+the bytes, and transforms.py chooses the view.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The image formats that are read, by Pillow's names."""
 
 MAX_PIXELS = 2**30 // 12
-"""The largest image in pixels, before and after resizing: Pillow's default for suspecting a bomb."""
+"""The largest image in pixels, before and after resizing: Pillow's default limit for decompression bombs."""
 
 MAX_SCANS = 500
 MAX_SCANNED = 32 * MAX_PIXELS
-"""The most scans of a JPEG, and the most pixels summed over its scans: a few bytes ask for a scan of the whole image.
+"""The most scans of a JPEG, and the most pixels summed over them: a few bytes can request a scan of the whole image.
 
 Cameras and encoders write about 10 scans.
 """
@@ -46,12 +46,12 @@ _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 
 _CONVERT = "convert it to 8 or 16 unsigned bits"
 
-# As an entry of warnings.filters. What is suspected to be a bomb is refused below.
+# An entry of warnings.filters. Decompression bombs are refused below.
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class BadImage(Exception):
-    """The bytes of one sample cannot be decoded; str(e) is the reason, in one line."""
+    """The image cannot be decoded. The message is the reason, in one line."""
 
 
 def decode(
@@ -62,10 +62,7 @@ def decode(
     decoder: str = PILLOW,
     out: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """The view of one image: uint8 (size, size, 3), RGB, written to `out` where that is given (contiguous).
-
-    As `decode_into`, which it calls.
-    """
+    """Return the view of one image: uint8 (size, size, 3), RGB, in `out` if given (contiguous). See `decode_into`."""
     if out is None:
         out = np.empty((size, size, 3), dtype=np.uint8)
     decode_into(out, item, geometry, decoder=decoder)
@@ -81,14 +78,13 @@ def decode_into(
 ) -> bool:
     """Write the view of one image to `out`, uint8 (S, S, 3), RGB, contiguous. Return True if `decoder` decoded it.
 
-    `item` is an encoded image or decoded uint8 pixels, (H, W) or (H, W, 3). `geometry` is called with
-    its width and height in pixels, and must always give the same for the same. Resizing is Pillow's antialiased
-    bilinear, on 8-bit channels. `decoder`: NATIVE, which must be available, for JPEGs as far as it can, or PILLOW.
+    `item`: an encoded image, or decoded uint8 pixels, (H, W) or (H, W, 3). `geometry`: a pure function of width and
+    height in pixels. Resizing is Pillow's antialiased bilinear, on 8-bit channels. `decoder`: PILLOW; or NATIVE, which
+    must be available, for the JPEGs that it can decode.
 
-    Raises BadImage where no whole image can be had from the bytes; `out` may hold anything then. Whether there is one
-    is for Pillow to say: it has all files that the other refuses. Of a JPEG that it does not refuse, the rows below the
-    view may not be decoded; damage there that leaves the file's structure whole goes unnoticed, as it is by Pillow in
-    most cases.
+    Raises BadImage if the bytes hold no complete image; `out` may hold anything then. Pillow decides this: it decodes
+    all files that NATIVE refuses. NATIVE may not decode the rows below the view, so damage there that keeps the file's
+    structure intact goes unnoticed; Pillow does not notice most of such damage either.
     """
     if decoder == NATIVE and isinstance(item, bytes):
         found = native.size_of(item)
@@ -116,7 +112,7 @@ def decode_into(
 
 
 def _window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray[np.uint8]) -> None:
-    """Write the window of a view, (S, S, 3), of the resized image (H, W) or (H, W, 3); zeros where it hangs over."""
+    """Write the window of a view, (S, S, 3), of the resized image (H, W) or (H, W, 3); zeros beyond the image."""
     size = len(out)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
@@ -129,61 +125,61 @@ def _window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray[np.u
         out[rows, columns] = pixels[y0:y1, x0:x1]
         return
     for channel in range(3):
-        # One after the other: numpy is six times as slow at turning rows of three bytes each.
+        # Channel by channel: numpy is six times as slow at reversing rows of 3-byte pixels.
         out[:, ::-1, channel][rows, columns] = pixels[y0:y1, x0:x1, channel % pixels.shape[2]]
 
 
 def _silence() -> None:
-    """Have this process ignore Pillow's warnings: of bombs, and of damaged EXIF data, which no pixel suffers from.
+    """Ignore Pillow's warnings in this process: about bombs, and about damaged EXIF data, which affects no pixel.
 
-    For the decoding alone it could not be done: `warnings.catch_warnings` is not for several threads.
+    A filter for the decoding only is not possible: `warnings.catch_warnings` is not thread-safe.
     """
     if list(warnings.filters[:1]) != [_QUIET]:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
 
 
 def whole_image(data: bytes) -> Image.Image:
-    """The whole image in `data` by Pillow: 8-bit grey (L) as it is, all else as RGB. Raises BadImage."""
-    return _image(data, keep_grey=True)
+    """Decode the whole image in `data` with Pillow: 8-bit gray (L) as L, all else as RGB. Raises BadImage."""
+    return _image(data, keep_gray=True)
 
 
 def _check_size(size: tuple[int, int], view: Geometry) -> None:
     if view.size != size and view.size[0] * view.size[1] > MAX_PIXELS:
         (width, height), (wide, high) = size, view.size
-        raise BadImage(f"{width}x{height} pixels, too elongated to be resized to {wide}x{high}")
+        raise BadImage(f"{width}x{height} pixels, too elongated to resize to {wide}x{high}")
 
 
-def _image(data: bytes, *, keep_grey: bool = False) -> Image.Image:
+def _image(data: bytes, *, keep_gray: bool = False) -> Image.Image:
     if not data:
         raise BadImage("the file is empty")
     _silence()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+            raise BadImage(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
         if data.startswith(b"\xff\xd8"):
             _check_scans(data, *image.size)
         _check_kind(image)
-        if keep_grey and image.mode == "L":
+        if keep_gray and image.mode == "L":
             image.load()
             return image
         return _to_rgb(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        # Pillow's own text holds an address in memory, different in each process.
+        # Pillow's message holds a memory address, which differs between processes.
         if data.startswith((b"II*\0", b"MM\0*")):
-            raise BadImage(f"a TIFF that is damaged, or of pixels that Pillow cannot read; {_CONVERT}") from None
-        raise BadImage(f"not a picture in a known format ({', '.join(FORMATS)})") from None
+            raise BadImage(f"a damaged TIFF, or one with pixels that Pillow cannot read; {_CONVERT}") from None
+        raise BadImage(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # plugins raise OSError, SyntaxError, struct.error, KeyError and more
         text = " ".join(str(error).split())
         raise BadImage(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
 
 
 def _check_scans(data: bytes, width: int, height: int) -> None:
-    """Raise `BadImage` for a JPEG of too many scans. jpeg.c refuses the same files."""
+    """Raise `BadImage` for a JPEG with too many scans. jpeg.c refuses the same files."""
     most = min(MAX_SCANS, MAX_SCANNED // (width * height))
-    # The cheap count includes thumbnails and what follows the image, the exact one does not.
+    # The cheap count includes thumbnails and data after the image; the exact count does not.
     if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
         raise BadImage(
             f"a JPEG of {scans} scans on {width}x{height} pixels; at most {most} scans are decoded at this size "
@@ -200,16 +196,15 @@ def _count_scans(data: bytes) -> int:
 
 
 def _check_kind(image: Image.Image) -> None:
-    """Raise `BadImage` for pixels whose black and white are not defined, or that Pillow reads as others."""
+    """Raise `BadImage` for pixels whose black and white are undefined, or that Pillow reads as another kind."""
     if image.mode == "F":
-        raise BadImage(f"floating-point pixels (mode F), whose black and white are not defined; {_CONVERT}")
+        raise BadImage(f"floating-point pixels (mode F), whose black and white are undefined; {_CONVERT}")
     if isinstance(image, TiffImageFile):
         bits, format_ = (max(image.tag_v2.get(tag) or (1,)) for tag in (_BITS, _SAMPLE_FORMAT))
         if format_ == _SIGNED or (image.mode == "I" and format_ == _UNSIGNED):
             kind = "signed" if format_ == _SIGNED else "unsigned"
             raise BadImage(
-                f"{bits}-bit {kind} integer pixels (mode {image.mode}), whose black and white are not defined; "
-                f"{_CONVERT}"
+                f"{bits}-bit {kind} integer pixels (mode {image.mode}), whose black and white are undefined; {_CONVERT}"
             )
 
 
@@ -218,11 +213,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     if image.mode.startswith("I"):
-        # 16 bits of grey, or 12 in a TIFF. As of 16-bit RGB, which Pillow reduces itself, the upper 8 bits are taken.
+        # 16-bit gray, or 12-bit in a TIFF. Keep the upper 8 bits, as Pillow itself does for 16-bit RGB.
         tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
         bits = max(tags.get(_BITS, (16,)))
-        grey = np.asarray(image).astype(np.int64) >> (bits - 8)
+        gray = np.asarray(image).astype(np.int64) >> (bits - 8)
         if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-            grey = 255 - grey
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+            gray = 255 - gray
+        image = Image.fromarray(gray.clip(0, 255).astype(np.uint8))
     return image.convert("RGB")

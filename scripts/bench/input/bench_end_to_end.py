@@ -107,7 +107,7 @@ def line_up() -> dict[str, Stream]:
     """All that can run here."""
     found: dict[str, Stream] = {REFERENCE: reference}
     for name, decoder, there in (
-        ("native", NATIVE, native.is_there()),
+        ("native", NATIVE, native.is_available()),
         ("Pillow", PILLOW, True),
     ):
         if there:

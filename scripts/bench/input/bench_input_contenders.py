@@ -216,7 +216,7 @@ def compiled_floor(folder: Path) -> Callable[..., int]:
 def line_up(folder: Path, skipped: list[str]) -> list[Contender]:
     """All that can run here; the others go to `skipped`, with the reason."""
     found = [Contender(REFERENCE, reference, full_decode), ours(PILLOW, decoders.PILLOW)]
-    if native.is_there():
+    if native.is_available():
         found.append(ours(NATIVE, decoders.NATIVE))
     else:
         skipped.append(f"{NATIVE}: {native.REMEDY}")

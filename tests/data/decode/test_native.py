@@ -346,23 +346,23 @@ def test_without_vectors_the_pixels_are_the_same(tmp_path: Path, monkeypatch: py
 
 
 def test_it_is_used_where_it_was_built() -> None:
-    assert native.is_there()
+    assert native.is_available()
 
 
 def test_a_library_that_it_cannot_use_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     # Another libjpeg at run time than at the build refuses every call.
     monkeypatch.setattr(native.jpeg, "decode", lambda *arguments: 2)
-    native.is_there.cache_clear()
+    native.is_available.cache_clear()
     try:
-        assert not native.is_there()
+        assert not native.is_available()
     finally:
-        native.is_there.cache_clear()
+        native.is_available.cache_clear()
 
 
 def test_a_package_without_it_decodes_by_pillow() -> None:
     code = (
         "import sys; sys.modules['lars_train.data.decode.jpeg'] = None\n"
-        "from lars_train.data.decode import native; assert not native.is_there() and native.size_of(b'') is None"
+        "from lars_train.data.decode import native; assert not native.is_available() and native.size_of(b'') is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
