@@ -224,7 +224,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_store(tmp_path: Path) -> Non
         assert process.exitcode == -signal.SIGKILL
         kills += 1
         if not (tmp_path / "store" / "index.lars").exists() and (tmp_path / "store").exists():
-            with pytest.raises(ConfigError, match=r"not finished; run its `lars-data pack` again"):
+            with pytest.raises(ConfigError, match=r"is an incomplete store; run its `lars-data pack` command again"):
                 open_folder(str(tmp_path / "store"), None)
     assert kills > 15
     assert tree(tmp_path / "store") == tree(tmp_path / "undisturbed")
@@ -441,7 +441,7 @@ def test_without_a_picture_left_of_a_class_to_train_on_there_is_no_store(tmp_pat
     with pytest.raises(DataError, match=r"no image of train/ can be packed"):
         pack(request(none, tmp_path / "other", **small), silent)
     for store in ("one", "other"):
-        with pytest.raises(ConfigError, match="not finished"):
+        with pytest.raises(ConfigError, match="is an incomplete store"):
             open_folder(str(tmp_path / store), None)
     # Of a class to evaluate alone there may be none.
     val = put(tmp_path / "val", files | {f"val/b/{i}.jpg": bad for i in range(2)})
