@@ -55,7 +55,7 @@ def test_what_is_done_around_a_step_counts_and_what_the_step_does_does_not(
 
     def slow(trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
         init(trainer, *arguments, **keywords)
-        trainer.forward, trainer.normalise = later(trainer.forward), later(trainer.normalise)
+        trainer.forward, trainer.normalize = later(trainer.forward), later(trainer.normalize)
 
     monkeypatch.setattr(Trainer, "__init__", slow)
     assert around(script) < PAUSE

@@ -28,13 +28,8 @@ from lars_train.launch import Ranks
 from lars_train.plan import Plan
 from lars_train.preflight.findings import Clock, Device, Exchange, Host, Step
 from lars_train.training.assemble import build_trainer, make_network
-from lars_train.training.device import (
-    PRECISIONS,
-    available_cores,
-    choose_layout,
-    choose_precision,
-    free_memory,
-)
+from lars_train.training.device import PRECISIONS, available_cores, choose_precision, free_memory
+from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import Group
 from lars_train.training.metrics import peak_flops
 from lars_train.training.resolve import Resolved, check_compiler
@@ -141,11 +136,10 @@ def measure_step(
     if config.compile:
         check_compiler(device)
     precision = choose_precision(resolved.precision, device)
-    network = make_network(config, classes).to(device=device, dtype=precision.weights)
-    network = network.to(memory_format=choose_layout(config)).train()
+    context = RankContext.from_config(config, device, Group(Ranks()), precision)
+    network = context.place(make_network(config, classes)).train()
     sizes = _update_sizes(plan.ghost_batch, resolved.micro_batch) if device.type == "cpu" else [resolved.micro_batch]
-    alone = Group(Ranks())
-    trainer = build_trainer(config, plan, network, lambda update: _LR, precision=precision, device=device, group=alone)
+    trainer = build_trainer(config, plan, network, lambda update: _LR, context)
     samples, rate = 0, math.inf
     while sizes:
         samples = sizes[0] if samples == 0 else sizes[-1]

@@ -23,9 +23,7 @@ from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups
 from lars_train.plan import Plan
 from lars_train.training import checkpoint
-from lars_train.training.device import Precision, choose_layout
-from lars_train.training.device_prefetch import normaliser
-from lars_train.training.distributed import Group
+from lars_train.training.device_prefetch import RankContext
 from lars_train.training.trainer import Hyper, Trainer
 
 ALL, SUBSET = "all", "subset"
@@ -242,25 +240,18 @@ def build_trainer(
     plan: Plan,
     network: nn.Module,
     schedule: Callable[[int], float],
-    *,
-    precision: Precision,
-    device: torch.device,
-    group: Group,
+    context: RankContext,
 ) -> Trainer:
-    """Return the trainer of `network`, which is on `device`, with the config's optimizer. Collective."""
+    """Return the trainer of `network`, which is on the context's device, with the config's optimizer. Collective."""
     return Trainer(
         network,
         build_optimizer(config.optimizer, network),
         plan,
-        Hyper(schedule, filled(config.label_smoothing)),
-        normalise=normaliser(config.data.mean, config.data.std, device, precision, choose_layout(config)),
-        precision=precision,
-        device=device,
-        group=group,
+        Hyper(schedule, filled(config.label_smoothing), config.guard.max_loss),
+        context,
         compiled=config.compile,
         bucket_mb=config.distributed.bucket_mb,
         compression=config.gradient_compression,
-        max_loss=config.guard.max_loss,
     )
 
 

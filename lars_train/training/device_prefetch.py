@@ -1,6 +1,6 @@
-"""The way of a loader's batches onto the device, and their normalisation there.
+"""Copy a loader's batches to the device, and normalize the images there.
 
-On CUDA the next batch is copied while the device computes on the current one. On the CPU batches pass as they are.
+On CUDA the next batch is copied while the device computes on the current one. On the CPU batches pass unchanged.
 """
 
 from __future__ import annotations
@@ -8,26 +8,51 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lars_train.config import Config
 from lars_train.data.loading.buffers import lend
 from lars_train.data.loading.loader import Batch, LoaderStatistics, Stream
-from lars_train.training.device import Precision
+from lars_train.training.device import Precision, choose_layout
+from lars_train.training.distributed import Group
 
 
-def normaliser(
+@dataclass(frozen=True)
+class RankContext:
+    """Where and how this rank computes."""
+
+    device: torch.device
+    group: Group
+    precision: Precision
+    normalize: Callable[[Tensor], Tensor]
+    """From uint8 images (n, 3, S, S) to the network's input on `device`, see `normalizer`."""
+    layout: torch.memory_format = torch.channels_last
+
+    @classmethod
+    def from_config(cls, config: Config, device: torch.device, group: Group, precision: Precision) -> RankContext:
+        """Return the context with the normalization and memory format that `config` sets."""
+        layout = choose_layout(config)
+        normalize = normalizer(config.data.mean, config.data.std, device, precision, layout)
+        return cls(device, group, precision, normalize, layout)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Return `network` on the device, with its weights in the precision and memory format for them."""
+        return network.to(device=self.device, dtype=self.precision.weights).to(memory_format=self.layout)
+
+
+def normalizer(
     mean: list[float],
     std: list[float],
     device: torch.device,
     precision: Precision,
     layout: torch.memory_format = torch.channels_last,
 ) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 images (n, 3, S, S) to normalised ones on `device`: in `precision.compute`, as `layout`.
+    """Return a function from uint8 images (n, 3, S, S) to normalized ones on `device`: `precision.compute`, `layout`.
 
     (pixel / 255 - mean) / std is computed in `precision.weights` as one multiply-add, on CUDA by one kernel that also
     converts.
@@ -37,7 +62,7 @@ def normaliser(
     factor, offset = factor.to(device), offset.to(device)
     memory = _Memory()
 
-    def normalise(images: Tensor) -> Tensor:
+    def normalize(images: Tensor) -> Tensor:
         count, channels, height, width = images.shape
         # Rows of pixels: in channels_last memory whole vectors are worked on then, not three values at a time.
         rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).reshape(-1, width * channels)
@@ -51,7 +76,7 @@ def normaliser(
             torch.addcmul(shift, rows, scale, out=out)
         return out.view(count, height, width, channels).permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
-    return normalise
+    return normalize
 
 
 class _Memory:

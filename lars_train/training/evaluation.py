@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lars_train.data.dataset import Source
-from lars_train.data.decode.pillow import PILLOW
-from lars_train.data.loading.loader import BadSample, Batch, View, eval_loader
-from lars_train.data.order import checksum, eval_run
+from lars_train.data.loading.loader import BadSample, Batch, EvalSpec, eval_loader
+from lars_train.data.order import checksum
 from lars_train.errors import DataError
 from lars_train.monitoring.progress import Progress
-from lars_train.training.device import Precision
-from lars_train.training.device_prefetch import DevicePrefetcher
-from lars_train.training.distributed import Group
+from lars_train.training.device_prefetch import DevicePrefetcher, RankContext
 
 # Evaluation keeps no activations, so a micro-batch smaller than this would only waste time.
 SMALLEST_BATCH = 64
@@ -63,45 +58,24 @@ class Result:
 
 def evaluate_split(
     model: nn.Module,
-    split: Source,
-    view: View,
-    *,
-    normalise: Callable[[Tensor], Tensor],
-    precision: Precision,
-    device: torch.device,
-    group: Group,
-    batch: int,
-    workers: int,
+    spec: EvalSpec,
+    context: RankContext,
     progress: Progress,
-    decoder: str = PILLOW,
-    classes: int | None = None,
-    by_shards: bool = False,
+    *,
     ended: Callable[[], bool] = lambda: False,
+    classes: int | None = None,
 ) -> Result | None:
-    """Evaluate `model` on the whole split, this rank on its part of it. Collective.
+    """Evaluate `model` on the whole split `spec.source`, this rank on its part of it. Collective.
 
-    `decoder`: see `loader.LoaderSpec`; `by_shards`: see `loader.eval_loader`; `classes`: count confusions of so many
-    classes, too. None if `ended`, asked before each batch, said so on any rank.
+    Return None if `ended`, called before each batch, was true on any rank. `classes`: see `evaluate`.
 
     Raises `DataError` if no sample can be decoded, and `RuntimeError` if the samples that were counted are not those of
     the split, each once.
     """
-    ranks = group.ranks
-    start, stop = eval_run(len(split), ranks.rank, ranks.world)
-    batches = eval_loader(
-        split,
-        view,
-        micro_batch=evaluation_batch(batch),
-        rank=ranks.rank,
-        world=ranks.world,
-        workers=workers,
-        pin_memory=device.type == "cuda",
-        decoder=decoder,
-        by_shards=by_shards,
-    )
-    with progress.counting("evaluation", stop - start) as on_batch, closing(DevicePrefetcher(batches, device)) as feed:
-        autocast = partial(precision.autocast, device)
-        result = evaluate(model, feed, normalise, autocast, device, group, on_batch, ended, classes)
+    split, (start, stop) = spec.source, spec.bounds()
+    batches = DevicePrefetcher(eval_loader(spec), context.device)
+    with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
+        result = evaluate(model, batches, context, on_batch=on_batch, ended=ended, classes=classes)
     if result is None:
         return None
     if not result.decoded:
@@ -119,19 +93,18 @@ def evaluate_split(
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    normalise: Callable[[Tensor], Tensor],
-    autocast: Callable[[], AbstractContextManager[object]],
-    device: torch.device,
-    group: Group,
+    context: RankContext,
+    *,
     on_batch: Callable[[int], None] = lambda count: None,
     ended: Callable[[], bool] = lambda: False,
     classes: int | None = None,
 ) -> Result | None:
     """Evaluate `model` on this rank's `batches` and sum over the ranks. Collective.
 
-    `normalise`: uint8 images (n, 3, S, S) to the model's input on `device`; `on_batch` gets each batch's size.
+    `on_batch` gets each batch's size. `ended`: see `evaluate_split`. `classes`: count confusions of so many classes.
     Top-5 of a data set with fewer than 5 classes is taken over all of its classes.
     """
+    device, group = context.device, context.group
     was_training = model.training
     model.eval()
     # float64: counts up to 2^53 and losses are summed without rounding that would depend on the sharding.
@@ -146,8 +119,8 @@ def evaluate(
         if stopped:
             break
         labels = batch.labels.to(device, non_blocking=True)
-        with autocast():
-            logits = model(normalise(batch.images))
+        with context.precision.autocast(device):
+            logits = model(context.normalize(batch.images))
         totals += _count(logits, labels)
         if confusion is not None and classes is not None:
             pairs = labels % (classes + 1) * classes + logits.argmax(dim=1)

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from lars_train.config import absolute_paths
-from lars_train.data.loading.loader import LoaderSpec, View, train_loader
-from lars_train.data.order import SHARDS, micro_bounds
+from lars_train.data.loading.loader import EvalSpec, LoaderSpec, train_loader
 from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.messages import first_line
 from lars_train.models.weights import weights_sha256
@@ -26,10 +25,10 @@ from lars_train.training import checkpoint
 from lars_train.training.assemble import build_trainer, make_network
 from lars_train.training.checkpoint import RunState
 from lars_train.training.checkpoint_writer import CheckpointWriter
-from lars_train.training.device import choose_layout, choose_precision, choose_workers, set_up
-from lars_train.training.device_prefetch import DevicePrefetcher
+from lars_train.training.device import choose_precision, choose_workers, set_up
+from lars_train.training.device_prefetch import DevicePrefetcher, RankContext
 from lars_train.training.distributed import Group
-from lars_train.training.evaluation import Result, evaluate_split
+from lars_train.training.evaluation import Result, evaluate_split, evaluation_batch
 from lars_train.training.guard import BadImages, Divergence, RollbackPolicy, check_skipped, moved, take_back_divergences
 from lars_train.training.metrics import flops_per_image, peak_flops
 from lars_train.training.metrics_logger import MetricsLogger
@@ -46,7 +45,7 @@ class Run:
     def __init__(self, prepared: Prepared, group: Group, device: torch.device) -> None:
         config, plan, dataset = prepared.config, prepared.plan, prepared.dataset
         self.config, self.plan, self.dataset = config, plan, dataset
-        self.directory, self.group, self.device = prepared.directory, group, device
+        self.directory, self.group = prepared.directory, group
         self.checkpoints = self.directory / "checkpoints"
         start = load_continuation(prepared, group) or prepared.start_from
         torch.manual_seed(config.seed)
@@ -55,22 +54,20 @@ class Run:
         self.resolved = resolve_execution(config, plan, network, device, group, stored)
         self.decoded_so_far = None if stored is None else stored["decoder"]
         set_up(config, device, self.resolved.threads)
-        self.precision = choose_precision(self.resolved.precision, device)
-        self.ghosts_per_micro = check_micro_batch(plan, self.resolved.micro_batch)
-        self.workers = choose_workers(config, device, group.ranks)
+        precision = choose_precision(self.resolved.precision, device)
+        self.context = RankContext.from_config(config, device, group, precision)
+        workers = choose_workers(config, device, group.ranks)
+        self.train_spec, self.val_spec = self._loaders(workers)
         check_cache(config, dataset, plan, micro_batch=self.resolved.micro_batch, ranks=group.ranks)
-        network = network.to(device=device, dtype=self.precision.weights).to(memory_format=choose_layout(config))
+        network = self.context.place(network)
         self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
         self.flops_per_image = flops_per_image(network, config.data.image_size)
         # Other work that shares a CPU makes of its peak what one moment happens to leave.
-        self.peak_flops = None if device.type == "cpu" else peak_flops(self.precision, device, self.resolved.threads)
+        self.peak_flops = None if device.type == "cpu" else peak_flops(precision, device, self.resolved.threads)
         if config.compile:
             self.progress.say("compile        on: a minute or two for each micro-batch size, less where it is cached")
             group.on_rank0(lambda: check_compiler(device))
-        schedule = make_schedule(plan, config)
-        self.trainer = build_trainer(
-            config, plan, network, schedule, precision=self.precision, device=device, group=group
-        )
+        self.trainer = build_trainer(config, plan, network, make_schedule(plan, config), self.context)
         self.state = RunState()
         if start is not None:
             self._restore(start)
@@ -91,7 +88,7 @@ class Run:
             progress=self.progress,
             writer=self.writer,
             bad=self.bad,
-            workers=self.workers,
+            workers=workers,
             flops_per_image=self.flops_per_image,
             peak_flops=self.peak_flops,
         )
@@ -99,6 +96,20 @@ class Run:
         self.skipped_in_a_row = 0
         self.incomplete: list[str] = []
         self.result: Result | None = None
+
+    def _loaders(self, workers: int) -> tuple[LoaderSpec, EvalSpec]:
+        """Return how this rank reads the training set and the validation set."""
+        config, ranks, micro_batch = self.config, self.group.ranks, self.resolved.micro_batch
+        common: dict[str, Any] = {
+            "workers": workers,
+            "pin_memory": self.context.device.type == "cuda",
+            "decoder": self.resolved.decoder,
+        }
+        ghosts = check_micro_batch(self.plan, micro_batch)
+        return (
+            LoaderSpec.from_config(config, self.plan, self.dataset.train, ranks, ghosts_per_micro=ghosts, **common),
+            EvalSpec.from_config(config, self.dataset.val, ranks, micro_batch=evaluation_batch(micro_batch), **common),
+        )
 
     def _restore(self, start: dict[str, Any]) -> None:
         """Continue from the content of a checkpoint; raise `ConfigError` if it does not fit."""
@@ -164,20 +175,9 @@ class Run:
 
     def _batches(self) -> DevicePrefetcher:
         """Return this rank's micro-batches from the next global batch to the end."""
-        config, plan, ranks = self.config, self.plan, self.group.ranks
-        spec = LoaderSpec.from_config(
-            config,
-            plan,
-            self.dataset.train,
-            ranks,
-            ghosts_per_micro=self.ghosts_per_micro,
-            workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            decoder=self.resolved.decoder,
-        )
         skipped = self.trainer.skipped
-        stream = train_loader(spec, self.trainer.update + skipped, plan.stop + skipped)
-        return DevicePrefetcher(stream, self.device)
+        stream = train_loader(self.train_spec, self.trainer.update + skipped, self.plan.stop + skipped)
+        return DevicePrefetcher(stream, self.context.device)
 
     def _one_update(self, batches: DevicePrefetcher) -> Divergence | None:
         """Make one update, and what is due after it: log line, checkpoint, evaluation. Collective."""
@@ -189,7 +189,7 @@ class Run:
         update = self.trainer.update + 1
         log_now = log_is_due(config, self.plan, update)
         seen = self.logger.keep_images(batches) if self.trainer.update == 0 and self.group.first else batches
-        info = self.trainer.run_update(seen, self._micro_batches(), measure=log_now)
+        info = self.trainer.run_update(seen, len(self.train_spec.bounds()), measure=log_now)
         self.logger.interval.waited += info.waited
         self.bad.note(info.bad)
         self.skipped_in_a_row = 0 if info.made else self.skipped_in_a_row + 1
@@ -218,10 +218,6 @@ class Run:
             self.logger.end_epoch()
         return None
 
-    def _micro_batches(self) -> int:
-        plan, ranks = self.plan, self.group.ranks
-        return len(micro_bounds(plan.global_batch, plan.ghost_batch, self.ghosts_per_micro, ranks.rank, ranks.world))
-
     def _evaluate_in_turn(self) -> Divergence | None:
         """Evaluate after the checkpoint, and print the epoch's line. Collective."""
         if self.writer.saved_update != self.trainer.update:
@@ -241,17 +237,9 @@ class Run:
         started = time.perf_counter()
         result = evaluate_split(
             self.trainer.network,
-            self.dataset.val,
-            View.from_config(self.config.data),
-            normalise=self.trainer.normalise,
-            precision=self.precision,
-            device=self.device,
-            group=self.group,
-            batch=self.resolved.micro_batch,
-            workers=self.workers,
-            progress=self.progress,
-            decoder=self.resolved.decoder,
-            by_shards=self.config.data.order == SHARDS,
+            self.val_spec,
+            self.context,
+            self.progress,
             ended=lambda: bool(self.signals.received),
         )
         if result is None:

@@ -13,9 +13,8 @@ import torch
 
 from lars_train.config import AUTO, Config, restore
 from lars_train.data.dataset import Dataset
+from lars_train.data.loading.loader import EvalSpec
 from lars_train.data.open import open_validation
-from lars_train.data.order import SHARDS
-from lars_train.data.transforms import View
 from lars_train.errors import ConfigError, Diverged, Stopped
 from lars_train.fsutil import user_path
 from lars_train.launch import Ranks
@@ -26,17 +25,10 @@ from lars_train.monitoring.summary import ALREADY_FINISHED
 from lars_train.plan import check_world
 from lars_train.training import checkpoint
 from lars_train.training.assemble import network_to_evaluate
-from lars_train.training.device import (
-    choose_device,
-    choose_layout,
-    choose_precision,
-    choose_threads,
-    choose_workers,
-    set_up,
-)
-from lars_train.training.device_prefetch import normaliser
+from lars_train.training.device import choose_device, choose_precision, choose_threads, choose_workers, set_up
+from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import Group, process_group
-from lars_train.training.evaluation import SMALLEST_BATCH, Result, evaluate_split
+from lars_train.training.evaluation import Result, evaluate_split, evaluation_batch
 from lars_train.training.prepare import Prepared, continuation
 from lars_train.training.resolve import check_cache, choose_decoder, decoder_lines
 from lars_train.training.run import Run
@@ -176,31 +168,32 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
     dataset = open_validation(config.data)
     for line in dataset.inventory.lines():
         say(f"{'data':<15}{line}")
-    batch = SMALLEST_BATCH if config.micro_batch == AUTO else int(config.micro_batch)
+    batch = evaluation_batch(1 if config.micro_batch == AUTO else int(config.micro_batch))
     check_cache(config, dataset, None, micro_batch=batch, ranks=ranks)
     evaluated = network_to_evaluate(config, content, dataset.classes, dataset.numbers)
     device = choose_device(config, ranks)
     precision = choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
         set_up(config, device, choose_threads(config, ranks))
-        network = evaluated.network.to(device=device, dtype=precision.weights).to(memory_format=choose_layout(config))
+        context = RankContext.from_config(config, device, group, precision)
         decoder = choose_decoder(config, None, group, device)
         for line in decoder_lines(config.data.decoder, decoder, None, dataset.val):
             complain(line)
-        result = evaluate_split(
-            network,
+        spec = EvalSpec.from_config(
+            config,
             dataset.val,
-            View.from_config(config.data),
-            normalise=normaliser(config.data.mean, config.data.std, device, precision, choose_layout(config)),
-            precision=precision,
-            device=device,
-            group=group,
-            batch=batch,
+            ranks,
+            micro_batch=batch,
             workers=choose_workers(config, device, ranks),
-            progress=Progress(shown=group.first, epochs=1, verbosity=config.verbosity),
+            pin_memory=device.type == "cuda",
             decoder=decoder,
+        )
+        result = evaluate_split(
+            context.place(evaluated.network),
+            spec,
+            context,
+            Progress(shown=group.first, epochs=1, verbosity=config.verbosity),
             classes=None if config.evaluate.report is None else len(evaluated.classes),
-            by_shards=config.data.order == SHARDS,
         )
         assert result is not None
         if not math.isfinite(result.loss):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.models.batchnorm import RunningStatistics
 from lars_train.plan import Plan
-from lars_train.training.device import Precision
+from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import NONE, Group, over_ranks
 from lars_train.training.guard import Divergence, Guard
 from lars_train.training.metrics import FirstGradient, Measures, small_batch
@@ -25,10 +25,12 @@ from lars_train.training.resolve import compiled_of
 
 @dataclass(frozen=True)
 class Hyper:
-    """What the loop needs to know of the config. `schedule`: update number to learning rate."""
+    """Hyper-parameters of the loop. `schedule`: update number to learning rate."""
 
     schedule: Callable[[int], float]
     label_smoothing: float
+    max_loss: float | None = None
+    """See `Guard`."""
 
 
 class Meter:
@@ -87,29 +89,26 @@ class Trainer:
         optimizer: Optimizer,
         plan: Plan,
         hyper: Hyper,
+        context: RankContext,
         *,
-        normalise: Callable[[Tensor], Tensor],
-        precision: Precision,
-        device: torch.device,
-        group: Group,
         compiled: bool = False,
         bucket_mb: float = 25.0,
         compression: str = NONE,
-        max_loss: float | None = None,
     ) -> None:
         self.network, self.optimizer, self.plan, self.hyper = network, optimizer, plan, hyper
-        self.normalise, self.precision, self.device, self.group = normalise, precision, device, group
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scales_loss)
+        self.device, self.group = context.device, context.group
+        self.precision, self.normalize = context.precision, context.normalize
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scales_loss)
         self.running_statistics = RunningStatistics(network)
-        self.meter = Meter(device)
+        self.meter = Meter(self.device)
         self.first_gradient = FirstGradient(network)
-        self.guard = Guard(max_loss)
+        self.guard = Guard(hyper.max_loss)
         self.update = 0
         self.skipped = 0
         """Global batches that were passed over: the next one is number `update` + `skipped`."""
         self.forward: Any = compiled_of(network) if compiled else network
-        if group.ranks.world > 1:
-            self.forward = over_ranks(self.forward, device, bucket_mb=bucket_mb, compression=compression)
+        if self.group.ranks.world > 1:
+            self.forward = over_ranks(self.forward, self.device, bucket_mb=bucket_mb, compression=compression)
 
     def run_update(self, batches: Iterator[Batch], micro_batches: int, *, measure: bool) -> UpdateInfo:
         """One update from this rank's next `micro_batches` of `batches`. Collective.
@@ -166,7 +165,7 @@ class Trainer:
         return self.guard.found(self.network, lambda update: self.hyper.schedule(update - 1))
 
     def _forward_backward(self, batch: Batch) -> Tensor:
-        images, labels = self.normalise(batch.images), batch.labels.to(self.device, non_blocking=True)
+        images, labels = self.normalize(batch.images), batch.labels.to(self.device, non_blocking=True)
         with self.precision.autocast(self.device):
             logits = self.forward(images)
         logits = logits.to(self.precision.weights)

@@ -68,9 +68,9 @@ class TimedRun(Run):
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add what is done within it to `logging`."""
-        started = clock(self.device)
+        started = clock(self.context.device)
         yield
-        self.logging += clock(self.device) - started
+        self.logging += clock(self.context.device) - started
 
     @contextmanager
     def measures_timed(self) -> Iterator[None]:
@@ -144,7 +144,7 @@ def measured(every: int, pairs: int, settings: Sequence[str], command: str) -> l
             run.close()
     tenths = statistics.quantiles(ratios, n=10, method="inclusive")
     update = f"{statistics.median(blocks) / every * 1e3:,.1f} ms"
-    config, device = logs.config, logs.device
+    config, device = logs.config, logs.context.device
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -174,10 +174,10 @@ def made(directory: Path, log_every: int, updates: int, settings: Sequence[str])
 
 def block(run: TimedRun, batches: DevicePrefetcher, updates: int) -> float:
     """Seconds of `clock` that so many updates take."""
-    started = clock(run.device)
+    started = clock(run.context.device)
     for _ in range(updates):
         run._one_update(batches)
-    return clock(run.device) - started
+    return clock(run.context.device) - started
 
 
 def clock(device: torch.device) -> float:

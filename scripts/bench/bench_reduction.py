@@ -33,7 +33,7 @@ from lars_train.data.loading.loader import Batch
 from lars_train.launch import Ranks, start_processes
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
-from lars_train.training.device_prefetch import normaliser
+from lars_train.training.device_prefetch import RankContext, normalizer
 from lars_train.training.distributed import Group, process_group
 from lars_train.training.trainer import Hyper, Trainer
 
@@ -65,10 +65,7 @@ def trainer(case: Case, group: Group, micro_batches: int) -> Trainer:
         build_optimizer(settings, model),
         plan,
         Hyper(schedule, 0.0),
-        normalise=normaliser(MEAN, STD, CPU, kind),
-        precision=kind,
-        device=CPU,
-        group=group,
+        RankContext(CPU, group, kind, normalizer(MEAN, STD, CPU, kind)),
     )
 
 

@@ -65,7 +65,7 @@ from lars_train.models.factory import build_model
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, available_cores, choose_precision, set_up
-from lars_train.training.device_prefetch import DevicePrefetcher, normaliser
+from lars_train.training.device_prefetch import DevicePrefetcher, RankContext, normalizer
 from lars_train.training.distributed import Group
 from lars_train.training.trainer import Hyper, Trainer
 
@@ -112,7 +112,7 @@ def pixels(case: Case) -> tuple[Tensor, Tensor]:
 def normalised(case: Case, kind: Precision) -> tuple[Tensor, Tensor]:
     """Images as the network takes them, channels last, and labels, on the device."""
     images, labels = pixels(case)
-    return normaliser(MEAN, STD, case.device, kind)(images), labels.to(case.device)
+    return normalizer(MEAN, STD, case.device, kind)(images), labels.to(case.device)
 
 
 def network(case: Case, ghost_batch: int) -> nn.Module:
@@ -220,10 +220,7 @@ def trainer_of(case: Case, ghost: int, kind: Precision, *, compiled: bool = Fals
         build_optimizer(settings, model),
         which,
         Hyper(make_schedule(which, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole"))), 0.0),
-        normalise=normaliser(MEAN, STD, case.device, kind),
-        precision=kind,
-        device=case.device,
-        group=Group(Ranks()),
+        RankContext(case.device, Group(Ranks()), kind, normalizer(MEAN, STD, case.device, kind)),
         compiled=compiled,
     )
 
@@ -260,12 +257,12 @@ def without_trainer(case: Case) -> Step:
     kind = precision(case.device)
     model = network(case, case.ghost)
     optimizer = build_optimizer(options(), model)
-    normalise = normaliser(MEAN, STD, case.device, kind)
+    normalize = normalizer(MEAN, STD, case.device, kind)
     images, labels = (tensor.to(case.device) for tensor in pixels(case))
 
     def step() -> None:
         with kind.autocast(case.device):
-            logits = model(normalise(images))
+            logits = model(normalize(images))
         torch.autograd.backward(functional.cross_entropy(logits.to(kind.weights), labels))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

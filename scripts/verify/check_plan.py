@@ -41,7 +41,7 @@ from lars_train.config.arguments import prepare_arguments
 from lars_train.launch import start_processes
 from lars_train.preflight.time_model import Machine, update_seconds
 from lars_train.training.assemble import build_optimizer, make_network
-from lars_train.training.device_prefetch import DevicePrefetcher, normaliser
+from lars_train.training.device_prefetch import DevicePrefetcher
 from lars_train.training.distributed import Group, current_ranks, process_group
 from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
@@ -88,7 +88,7 @@ class Bare:
         config, self.run, self.pictures = run.config, run, pictures
         self.network = make_network(config, config.data.num_classes or 0).to(memory_format=torch.channels_last).train()
         self.optimizer = build_optimizer(config.optimizer, self.network)
-        self.normalise = normaliser(config.data.mean, config.data.std, run.device, run.precision)
+        self.normalize = run.context.normalize
         first = next(pictures)
         self.images, self.labels = first.images.clone(), first.labels.clone()
         self.samples = run.resolved.micro_batch
@@ -130,7 +130,7 @@ class Bare:
             self._one_pass()
 
     def _one_pass(self) -> None:
-        logits = self.network(self.normalise(self.images))
+        logits = self.network(self.normalize(self.images))
         torch.autograd.backward(F.cross_entropy(logits, self.labels, reduction="sum") / self.samples)
 
     def _step(self) -> None:

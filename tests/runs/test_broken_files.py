@@ -19,7 +19,7 @@ from PIL import Image
 
 from lars_train.config import Config, resolve
 from lars_train.data.decode import native
-from lars_train.data.loading.loader import Batch, LoaderSpec, eval_loader, train_loader
+from lars_train.data.loading.loader import Batch, EvalSpec, LoaderSpec, eval_loader, train_loader
 from lars_train.data.order import epoch_order
 from lars_train.data.transforms import View
 from lars_train.launch import Ranks
@@ -139,7 +139,7 @@ def test_of_200_broken_files_none_is_shown_and_none_that_is_whole_is_lost(decode
     count = len(good)
     assert (count, sum(good)) == (240, 40)
     common: dict[str, Any] = {"rank": 0, "world": 1, "workers": workers, "pin_memory": False, "decoder": decoder}
-    seen = list(eval_loader(source, VIEW, micro_batch=64, **common))
+    seen = list(eval_loader(EvalSpec(source=source, view=VIEW, micro_batch=64, **common)))
     assert numbers(seen) == [number if good[number] else -1 for number in range(count)]
     assert [bad.sample for batch in seen for bad in batch.bad] == [i for i in range(count) if not good[i]]
     assert all(len(bad.reason.splitlines()) == 1 for batch in seen for bad in batch.bad)

@@ -32,7 +32,7 @@ from lars_train.cli import main
 from lars_train.commands import _told
 from lars_train.config import Config, resolve
 from lars_train.data.decode.pillow import BadImage, decode
-from lars_train.data.loading.loader import View, eval_loader
+from lars_train.data.loading.loader import EvalSpec, View, eval_loader
 from lars_train.data.open import open_dataset
 from lars_train.data.sources.folder import open_folder
 from lars_train.data.sources.imagenet import open_imagenet
@@ -679,7 +679,8 @@ def test_the_reason_why_a_picture_is_bad_is_one_line_of_plain_text() -> None:
             raise OSError(EVIL.replace("\r", ""))
 
     view = View.from_config(config(Path("x")).data)
-    with closing(eval_loader(Broken(), view, micro_batch=1, rank=0, world=1, workers=0, pin_memory=False)) as batches:
+    spec = EvalSpec(source=Broken(), view=view, micro_batch=1, rank=0, world=1, workers=0, pin_memory=False)
+    with closing(eval_loader(spec)) as batches:
         ((bad,),) = (batch.bad for batch in batches)
     assert bad.reason.isprintable()
     assert r"\x1b[31mred" in bad.reason

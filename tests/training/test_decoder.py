@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torch import nn
 
 from lars_train.config import Config, DataConfig, resolve
 from lars_train.data.dataset import Source
 from lars_train.data.decode import native
+from lars_train.data.loading.loader import EvalSpec
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.training import checkpoint, session
@@ -195,9 +197,9 @@ def test_an_evaluation_alone_uses_the_decoder_that_the_config_names(
     asked: list[str] = []
     whole = session.evaluate_split
 
-    def seen(*arguments: Any, **options: Any) -> Any:
-        asked.append(options["decoder"])
-        return whole(*arguments, **{**options, "decoder": "pillow"})
+    def seen(network: nn.Module, spec: EvalSpec, *arguments: Any, **options: Any) -> Any:
+        asked.append(spec.decoder)
+        return whole(network, replace(spec, decoder="pillow"), *arguments, **options)
 
     monkeypatch.setattr(session, "evaluate_split", seen)
     config = small_run(photographs, tmp_path / "run", mode="evaluate", checkpoint__path=str(tmp_path / "run"))

@@ -21,7 +21,7 @@ from lars_train.training.device import (
     cuda_devices,
     set_up,
 )
-from lars_train.training.device_prefetch import normaliser
+from lars_train.training.device_prefetch import normalizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -205,7 +205,7 @@ def test_normalising_is_pixels_over_255_less_the_mean_over_the_deviation(
     pixels[0, 0, 0], pixels[0, 0, 1] = 0, 255
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     before = images.clone()
-    got = normaliser(mean, std, CPU, Precision("x", weights, weights))(images)
+    got = normalizer(mean, std, CPU, Precision("x", weights, weights))(images)
     expected = (pixels.astype(np.float64) / 255 - mean) / std
     np.testing.assert_allclose(got.double().permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=4 * tolerance)
     assert got.dtype == weights

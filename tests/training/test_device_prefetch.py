@@ -11,7 +11,7 @@ from lars_train.data.loading.loader import Batch, LoaderSpec, Stream, train_load
 from lars_train.data.transforms import View
 from lars_train.errors import DataError
 from lars_train.training.device import Precision
-from lars_train.training.device_prefetch import DevicePrefetcher, normaliser
+from lars_train.training.device_prefetch import DevicePrefetcher, normalizer
 
 CPU = torch.device("cpu")
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -144,7 +144,7 @@ def test_batches_before_a_failure_still_arrive_where_they_are_copied_ahead(cuda:
 
 def test_images_come_in_the_type_that_the_network_computes_in() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    got = normaliser([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], CPU, Precision("bf16", torch.float32, torch.bfloat16))(pixels)
+    got = normalizer([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], CPU, Precision("bf16", torch.float32, torch.bfloat16))(pixels)
     mean, std = (
         torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
     )
@@ -156,10 +156,10 @@ def test_images_come_in_the_type_that_the_network_computes_in() -> None:
 
 
 def test_memory_of_normalised_images_is_used_again_but_never_while_a_tensor_refers_to_it() -> None:
-    normalise = normaliser([0.5] * 3, [0.5] * 3, CPU, Precision("fp32", torch.float32, torch.float32))
+    normalize = normalizer([0.5] * 3, [0.5] * 3, CPU, Precision("fp32", torch.float32, torch.float32))
     places, held = [], []
     for level, count in [(0, 4), (51, 2), (102, 4), (153, 8), (204, 1), (255, 4)]:
-        images = normalise(torch.full((count, 3, 8, 8), level, dtype=torch.uint8))
+        images = normalize(torch.full((count, 3, 8, 8), level, dtype=torch.uint8))
         places.append(images.data_ptr())
         held.append((level, images[-1:, 1:].detach().flatten(1)[:, 5:]))
         held.append((level, images[0, 0]))
@@ -168,7 +168,7 @@ def test_memory_of_normalised_images_is_used_again_but_never_while_a_tensor_refe
     assert len(set(places)) == len(places)
     del images, part
     held.clear()
-    assert normalise(torch.zeros((1, 3, 8, 8), dtype=torch.uint8)).data_ptr() in places
+    assert normalize(torch.zeros((1, 3, 8, 8), dtype=torch.uint8)).data_ptr() in places
 
 
 @on_cuda
@@ -176,13 +176,13 @@ def test_memory_of_normalised_images_is_used_again_but_never_while_a_tensor_refe
 def test_on_cuda_batches_and_their_normalisation_are_those_of_the_cpu(name: str) -> None:
     device = torch.device("cuda")
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    normalise = normaliser([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], device, Precision(name, torch.float32, compute))
-    plain = normaliser([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], CPU, Precision(name, torch.float32, compute))
+    normalize = normalizer([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], device, Precision(name, torch.float32, compute))
+    plain = normalizer([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], CPU, Precision(name, torch.float32, compute))
     expected = list(stream(Noise()))
     feed = DevicePrefetcher(stream(Noise(), pin_memory=True), device)
     for batch, wanted in zip(feed, expected, strict=True):
         torch.cuda._sleep(1_000_000)
-        got = normalise(batch.images)
+        got = normalize(batch.images)
         assert got.dtype == compute
         assert got.is_contiguous(memory_format=torch.channels_last)
         # One rounding more or less in the multiply-add.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lars_train.data.loading.loader import BadSample, Batch
+from lars_train.data.loading.loader import BadSample, Batch, EvalSpec
 from lars_train.data.order import checksum
 from lars_train.data.transforms import View
 from lars_train.errors import DataError
@@ -19,6 +19,7 @@ from lars_train.launch import Ranks
 from lars_train.monitoring.progress import Progress
 from lars_train.training import evaluation
 from lars_train.training.device import Precision
+from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate, evaluate_split
 
@@ -90,8 +91,8 @@ def network(classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, classes)).double()
 
 
-def normalise(images: Tensor) -> Tensor:
-    return images.double() / 255
+def context(group: Group) -> RankContext:
+    return RankContext(CPU, group, FP64, lambda images: images.double() / 255)
 
 
 def split_result(
@@ -101,15 +102,17 @@ def split_result(
         world,
         lambda group: evaluate_split(
             model,
-            pictures,
-            View("none", SIZE, False, 0, 1.0),
-            normalise=normalise,
-            precision=FP64,
-            device=CPU,
-            group=group,
-            batch=batch,
-            workers=0,
-            progress=Progress(shown=False, epochs=1),
+            EvalSpec(
+                source=pictures,
+                view=View("none", SIZE, False, 0, 1.0),
+                micro_batch=batch,
+                rank=group.ranks.rank,
+                world=world,
+                workers=0,
+                pin_memory=False,
+            ),
+            context(group),
+            Progress(shown=False, epochs=1),
             classes=classes,
         ),
     )
@@ -210,7 +213,7 @@ def test_low_precision_logits_are_scored_in_float32() -> None:
 
     seen: list[int] = []
     batches = [Batch(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ()) for n in (3, 2)]
-    result = evaluate(Says(), batches, normalise, nullcontext, CPU, Group(Ranks()), seen.append)
+    result = evaluate(Says(), batches, context(Group(Ranks())), on_batch=seen.append)
     assert result.loss == pytest.approx(float(np.log1p(np.exp(-9.0))), rel=1e-3)
     assert result.loss > 0
     assert seen == [3, 2]
@@ -245,7 +248,6 @@ def test_samples_that_are_counted_twice_or_left_out_end_the_evaluation(monkeypat
         yield from [*batches[:-1], batches[0]]
 
     monkeypatch.setattr(evaluation, "eval_loader", lambda *a, **k: twice(*a, **k))
-    monkeypatch.setattr(evaluation, "SMALLEST_BATCH", 4)
     with pytest.raises(RuntimeError, match="the evaluation counted 24 samples with the checksum"):
         split_result(Pictures(24, 7), network(7), batch=4)
 

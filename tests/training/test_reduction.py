@@ -34,6 +34,7 @@ from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.optim.lars import LARS
 from lars_train.plan import Plan
 from lars_train.training.device import Precision
+from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import BF16, NONE, over_ranks, process_group
 from lars_train.training.trainer import Hyper, Trainer
 
@@ -74,10 +75,7 @@ def trained(rank: int, compression: str, base: Any) -> tuple[Trainer, list[int]]
             base(model),
             plan(),
             Hyper(lambda update: 0.1, 0.0),
-            normalise=lambda x: x.float() / 255,
-            precision=Precision("fp32", torch.float32, torch.float32),
-            device=CPU,
-            group=group,
+            RankContext(CPU, group, Precision("fp32", torch.float32, torch.float32), lambda x: x.float() / 255),
             compression=compression,
         )
         for update in range(UPDATES):

@@ -25,7 +25,7 @@ from lars_train.optim.lars import LARS
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, choose_precision
-from lars_train.training.device_prefetch import normaliser
+from lars_train.training.device_prefetch import RankContext, normalizer
 from lars_train.training.distributed import Group
 from lars_train.training.trainer import Hyper, Meter, Trainer
 
@@ -110,10 +110,7 @@ def trainer(
         build_optimizer(optimizer, model),
         which,
         Hyper(make_schedule(which, config), SMOOTHING),
-        normalise=normaliser(MEAN, STD, CPU, precision),
-        precision=precision,
-        device=CPU,
-        group=ALONE,
+        RankContext(CPU, ALONE, precision, normalizer(MEAN, STD, CPU, precision)),
         **kwargs,
     )
 
@@ -396,7 +393,7 @@ def test_an_update_needs_no_value_of_any_tensor(name: str) -> None:
     meta = torch.device("meta")
     which = plan(8, 2)
     t = trainer(network(2).to(meta), which, name=name)
-    t.device, t.meter, t.normalise = meta, Meter(meta), normaliser(MEAN, STD, meta, FP64)
+    t.device, t.meter, t.normalize = meta, Meter(meta), normalizer(MEAN, STD, meta, FP64)
     t.precision = NoAutocast("fp64", torch.float64, torch.float64)
     with Copies() as copies:
         for update in range(2):

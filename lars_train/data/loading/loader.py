@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from lars_train.launch import Ranks
     from lars_train.plan import Plan
 
-__all__ = ["BadSample", "Batch", "LoaderSpec", "LoaderStatistics", "Stream", "View", "eval_loader", "train_loader"]
+__all__ = [
+    "BadSample",
+    "Batch",
+    "EvalSpec",
+    "LoaderSpec",
+    "LoaderStatistics",
+    "Stream",
+    "View",
+    "eval_loader",
+    "train_loader",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,27 +207,67 @@ def _for_workers(source: Source) -> Source:
     return source.held if isinstance(source, RemoteSource) else source
 
 
-def eval_loader(
-    source: Source,
-    view: View,
-    *,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    workers: int,
-    pin_memory: bool,
-    decoder: str = PILLOW,
-    kind: str | None = None,
-    by_shards: bool = False,
-) -> Stream:
-    """Return the stream of one rank's samples, `micro_batch` at a time, each once; the last batch may be smaller.
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """The source and workers of the micro-batches of an evaluation, on one rank. Fields as in `LoaderSpec`.
 
-    Samples come in the order of ids or, with `by_shards`, shard by shard. An image that cannot be read or decoded
-    keeps its place, with zeros for pixels and the label -1.
+    Raises ValueError for a remote source that is not read by shards.
     """
-    _check_order(source, by_shards)
-    start, stop = eval_run(len(source), rank, world)
-    shard = sample_shards(source) if by_shards else None
+
+    source: Source
+    view: View
+    micro_batch: int
+    """Samples in a micro-batch; the last one may be smaller."""
+    rank: int
+    world: int
+    workers: int
+    pin_memory: bool
+    decoder: str = PILLOW
+    kind: str | None = None
+    by_shards: bool = False
+    """Read the samples shard by shard; False: in the order of ids."""
+
+    def __post_init__(self) -> None:
+        _check_order(self.source, self.by_shards)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        source: Source,
+        ranks: Ranks,
+        *,
+        micro_batch: int,
+        workers: int,
+        pin_memory: bool,
+        decoder: str,
+    ) -> EvalSpec:
+        """Return the spec for an evaluation on `source` as `config` describes, on the rank `ranks.rank`."""
+        return cls(
+            source=source,
+            view=View.from_config(config.data),
+            micro_batch=micro_batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            workers=workers,
+            pin_memory=pin_memory,
+            decoder=decoder,
+            by_shards=config.data.order == SHARDS,
+        )
+
+    def bounds(self) -> tuple[int, int]:
+        """Return the (start, stop) of this rank's samples."""
+        return eval_run(len(self.source), self.rank, self.world)
+
+
+def eval_loader(spec: EvalSpec) -> Stream:
+    """Return the stream of one rank's samples, `spec.micro_batch` at a time, each once.
+
+    An image that cannot be read or decoded keeps its place, with zeros for pixels and the label -1.
+    """
+    source, micro_batch = spec.source, spec.micro_batch
+    start, stop = spec.bounds()
+    shard = sample_shards(source) if spec.by_shards else None
     order = np.arange(len(source)) if shard is None else by_shard(shard)
     spans = [
         Span(first, min(first + micro_batch, stop), min(first + 2 * micro_batch, stop) - 1)
@@ -226,14 +276,14 @@ def eval_loader(
 
     def prefetcher(source: RemoteSource) -> ShardPrefetcher:
         assert shard is not None
-        return ShardPrefetcher(source.split.hold, evaluation_windows(shard), spans, rank, source.split.objects.url)
+        return ShardPrefetcher(source.split.hold, evaluation_windows(shard), spans, spec.rank, source.split.objects.url)
 
     return Stream(
         (BatchRequest(0, part := order[span.start : span.stop], span, checksum(part)) for span in spans),
-        EvalReader(_for_workers(source), view, decoder),
+        EvalReader(_for_workers(source), spec.view, spec.decoder),
         max(1, min(micro_batch, stop - start)),
-        workers,
-        pin_memory,
-        kind or worker_kind(source, decoder),
+        spec.workers,
+        spec.pin_memory,
+        spec.kind or worker_kind(source, spec.decoder),
         partial(prefetcher, source) if isinstance(source, RemoteSource) else None,
     )

@@ -34,7 +34,7 @@ from lars_train.data.decode.pillow import NATIVE, PILLOW
 from lars_train.data.loading.loader import LoaderSpec, train_loader
 from lars_train.data.loading.stream import PROCESSES, THREADS
 from lars_train.training.device import Precision, keep_freed_memory
-from lars_train.training.device_prefetch import DevicePrefetcher, normaliser
+from lars_train.training.device_prefetch import DevicePrefetcher, normalizer
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCH = 64
@@ -94,10 +94,10 @@ def ours(decoder: str, kind: str, pictures: Source, workers: int, device: torch.
         kind=kind,
     )
     stream = train_loader(spec, 0, PASSES * len(pictures) // batch)
-    normalise = normaliser(MEAN, STD, device, Precision("fp32", torch.float32, torch.float32))
+    normalize = normalizer(MEAN, STD, device, Precision("fp32", torch.float32, torch.float32))
     feed, count = DevicePrefetcher(stream, device), 0
     for found in feed:
-        images = normalise(found.images)
+        images = normalize(found.images)
         count += len(images)
     feed.close()
     return count

@@ -27,7 +27,16 @@ from lars_train.data.decode import pillow as decode_module
 from lars_train.data.decode.pillow import NATIVE, PILLOW, decode
 from lars_train.data.loading import stream as stream_module
 from lars_train.data.loading import workers as workers_module
-from lars_train.data.loading.loader import BadSample, Batch, LoaderSpec, Stream, View, eval_loader, train_loader
+from lars_train.data.loading.loader import (
+    BadSample,
+    Batch,
+    EvalSpec,
+    LoaderSpec,
+    Stream,
+    View,
+    eval_loader,
+    train_loader,
+)
 from lars_train.data.order import epoch_order, sample_uniforms
 from lars_train.data.transforms import UNIFORMS
 from lars_train.errors import DataError
@@ -104,7 +113,7 @@ def train(source: Pictures, start_update: int = 0, stop_update: int = 5, **chang
 
 def evaluate(source: Pictures, **changes: Any) -> Stream:
     options = {"micro_batch": 4, "rank": 0, "world": 1, "workers": 0, "pin_memory": False, **changes}
-    return eval_loader(source, VIEW, **options)
+    return eval_loader(EvalSpec(source=source, view=VIEW, **options))
 
 
 def workers_of_this_test() -> set[int]:

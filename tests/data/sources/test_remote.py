@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from PIL import Image
 from lars_train.config import DataConfig
 from lars_train.data.dataset import Dataset, sample_shards
 from lars_train.data.loading import shard_prefetch
-from lars_train.data.loading.loader import LoaderSpec, Stream, View, eval_loader, train_loader
+from lars_train.data.loading.loader import EvalSpec, LoaderSpec, Stream, View, eval_loader, train_loader
 from lars_train.data.loading.shard_windows import training_room, training_windows
 from lars_train.data.open import open_validation
 from lars_train.data.order import shard_order
@@ -303,12 +304,12 @@ def test_an_evaluation_sees_every_sample_once_though_the_cache_holds_a_shard_or_
     dataset = opened(f"file://{packed}", tmp_path)
     assert isinstance(dataset.val, RemoteSource)
     dataset.val.split.cache.limit = int(dataset.val.sizes.sum()) + 20_000
-    common: dict[str, Any] = {"micro_batch": 5, "world": world, "workers": 0, "pin_memory": False, "by_shards": True}
-    for rank in range(world):
-        found = drawn(eval_loader(dataset.val, VIEW, rank=rank, **common))
-        assert found == drawn(eval_loader(local.val, VIEW, rank=rank, **common))
-    seen = [b for rank in range(world) for b in eval_loader(local.val, VIEW, rank=rank, **common)]
-    everything = list(eval_loader(local.val, VIEW, rank=0, **{**common, "world": 1, "by_shards": False}))
+    common: dict[str, Any] = {"view": VIEW, "micro_batch": 5, "workers": 0, "pin_memory": False}
+    specs = [EvalSpec(source=local.val, rank=rank, world=world, by_shards=True, **common) for rank in range(world)]
+    for spec in specs:
+        assert drawn(eval_loader(replace(spec, source=dataset.val))) == drawn(eval_loader(spec))
+    seen = [b for spec in specs for b in eval_loader(spec)]
+    everything = list(eval_loader(EvalSpec(source=local.val, rank=0, world=1, **common)))
     assert sum(b.checksum for b in seen) % 2**32 == sum(b.checksum for b in everything) % 2**32
     assert sorted(im.numpy().tobytes() for b in seen for im in b.images) == sorted(
         im.numpy().tobytes() for b in everything for im in b.images
@@ -498,7 +499,7 @@ def test_a_remote_source_is_not_read_in_the_global_order(packed: Path, tmp_path:
     with pytest.raises(ValueError, match="shard by shard"):
         stream(dataset.train, window=None)
     with pytest.raises(ValueError, match="shard by shard"):
-        eval_loader(dataset.val, VIEW, micro_batch=5, rank=0, world=1, workers=0, pin_memory=False)
+        EvalSpec(source=dataset.val, view=VIEW, micro_batch=5, rank=0, world=1, workers=0, pin_memory=False)
 
 
 def test_what_comes_next_is_fetched_before_it_is_needed(flaky: str, tmp_path: Path) -> None:
