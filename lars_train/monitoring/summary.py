@@ -67,7 +67,7 @@ def startup_lines(
         yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
 
 
-def flops_line(flops_per_image: int, peak_flops: float | None) -> str:
+def flops_line(flops_per_image: float, peak_flops: float | None) -> str:
     """Operations of training on an image and, for ``train/mfu``, those that a device does in a second."""
     relative = (
         ""

@@ -24,7 +24,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -53,17 +53,21 @@ SET_ASIDE = "diverged-"
 _NAME = re.compile(r"update-(\d{9})\.pt")
 
 
+# Marks the fields of `RunState` that a rollback leaves as they are.
+_SURVIVES = {"survives_rollback": True}
+
+
 @dataclass
 class RunState:
     """The state of a run that a checkpoint holds beside that of its trainer, each field by its name."""
 
     best_top1: float = -math.inf
     best_update: int | None = None
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, metadata=_SURVIVES)
     """Wall time of training over the earlier starts; time that a kill undid does not count. In a checkpoint, of all."""
-    bad: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict, metadata=_SURVIVES)
     """The images that cannot be decoded: place and reason."""
-    rollbacks: list[dict[str, int]] = field(default_factory=list)
+    rollbacks: list[dict[str, int]] = field(default_factory=list, metadata=_SURVIVES)
     noise: NoiseScale = field(default_factory=NoiseScale)
 
     def __post_init__(self) -> None:
@@ -87,9 +91,10 @@ class RunState:
         A `rollback` undoes neither the time that has passed nor the bad images and rollbacks so far.
         """
         for each in fields(self):
-            if not (rollback and each.name in ("seconds", "bad", "rollbacks")):
-                found = value(content, each.name)
-                setattr(self, each.name, NoiseScale(**found) if each.name == "noise" else found)
+            if not (rollback and each.metadata.get("survives_rollback")):
+                current, stored = getattr(self, each.name), value(content, each.name)
+                # `asdict` has turned a field that is a dataclass into a dict.
+                setattr(self, each.name, replace(current, **stored) if is_dataclass(type(current)) else stored)
 
 
 class DamagedCheckpoint(Exception):

@@ -64,6 +64,11 @@ class CheckpointWriter:
         """Keep the checkpoint of `update`, which was given to `save`, as ``best.pt`` too."""
         self._pending.append(self._thread.submit(self._keep_best, update))
 
+    def roll_back(self, update: int, best_update: int | None) -> None:
+        """Remove the checkpoints after `update`; ``best.pt`` becomes that of `best_update`, where it still exists."""
+        checkpoint.remove_later(self._folder, update)
+        checkpoint.take_back_best(self._folder, update, best_update)
+
     def wait(self) -> None:
         """Wait until every checkpoint that was begun is on disk, or has failed."""
         for future in self._pending:

@@ -106,6 +106,7 @@ class Guard:
 
     def forget(self) -> None:
         """Drop what was noted, as after a restore."""
+        self._skipped_in_a_row = 0
         # Of consecutive updates, the last of which is `_last`; those before `_seen` have been checked.
         self._losses: list[Tensor] = []
         self._began = self._seen = self._last = 0
@@ -113,6 +114,7 @@ class Guard:
 
     def watch(self, update: int, loss: Tensor, optimizer: Optimizer) -> None:
         """Note the mean `loss` (one element, on the device) of `update`, the last one of `optimizer`."""
+        self._skipped_in_a_row = 0
         if not self._began:
             self._began = self._seen = update
         self._last = update
@@ -121,6 +123,18 @@ class Guard:
             # Each small tensor takes a block of memory.
             self._losses = [self._all_losses()]
         self._layers.append(optimizer.recorded() if isinstance(optimizer, LARS) else None)
+
+    def skip(self, update: int) -> None:
+        """Count a batch after `update` that made no update.
+
+        Raises `Diverged` if there were more in a row than float16's loss scale explains.
+        """
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > _MOST_SKIPPED:
+            raise Diverged(
+                f"after update {update:,} the gradients of {self._skipped_in_a_row} batches in a row were not finite "
+                "in float16, at any loss scale: choose precision=bf16, or lower optimizer.lr."
+            )
 
     def found(self, network: nn.Module, lr_of: Any) -> Divergence | None:
         """Return the first divergence since the last check, if there is one. The host waits for the device.
@@ -235,15 +249,6 @@ class RollbackPolicy:
                 record_divergence(self._directory, divergence, action)
             except OSError as error:  # the report is printed in any case
                 self._say(f"WARNING: {DIVERGENCES} cannot be written ({error.strerror}).")
-
-
-def check_skipped(in_a_row: int, update: int) -> None:
-    """Raise `Diverged` if more batches `in_a_row` after `update` made no update than float16's loss scale explains."""
-    if in_a_row > _MOST_SKIPPED:
-        raise Diverged(
-            f"after update {update:,} the gradients of {in_a_row} batches in a row were not finite in float16, at any "
-            "loss scale: choose precision=bf16, or lower optimizer.lr."
-        )
 
 
 def record_divergence(directory: Path, divergence: Divergence, action: dict[str, Any]) -> None:

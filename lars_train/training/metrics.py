@@ -125,6 +125,17 @@ def small_batch(norms: list[Tensor], factor: Tensor, samples: int) -> Tensor:
     return torch.stack((squared, torch.full_like(squared, 1 / samples), torch.ones_like(squared)))
 
 
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations that training on an image takes, and how many a second are possible.
+
+    `peak`: None if it is not known, and then there is no ``train/mfu``.
+    """
+
+    per_image: float
+    peak: float | None
+
+
 @dataclass
 class Interval:
     """The time since the log line of `update`, or since training resumed there. All times in seconds.
@@ -148,21 +159,18 @@ class Interval:
         self.saving += seconds
         self.leave_out(seconds)
 
-    def values(
-        self, update: int, now: float, *, global_batch: int, flops_per_image: float, peak_flops: float | None
-    ) -> dict[str, float]:
+    def values(self, update: int, now: float, *, global_batch: int, flops: Flops) -> dict[str, float]:
         """Return values for the log line of `update`, by the names of `fields.FIELDS`.
 
         Args:
             update: the last one in the interval; the device has finished it.
             now: `time.perf_counter()` of that moment.
             global_batch: images of an update.
-            flops_per_image: floating-point operations that an image takes, forward and backward.
-            peak_flops: operations a second that all ranks together could do; None: not known, and no ``train/mfu``.
+            flops: with the peak of all ranks together.
         """
         elapsed = now - self.started
         rate = (update - self.update) * global_batch / elapsed
-        mfu = {} if peak_flops is None else {"train/mfu": rate * flops_per_image / peak_flops}
+        mfu = {} if flops.peak is None else {"train/mfu": rate * flops.per_image / flops.peak}
         return {
             "train/images_per_s": rate,
             **mfu,

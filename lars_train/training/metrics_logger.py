@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from lars_train.training.checkpoint import RunState
 from lars_train.training.checkpoint_writer import CheckpointWriter
 from lars_train.training.evaluation import Result
 from lars_train.training.guard import BadImages
-from lars_train.training.metrics import Interval, Measures
+from lars_train.training.metrics import Flops, Interval, Measures
 from lars_train.training.trainer import Trainer, UpdateInfo
 
 _SHOWN_IMAGES = 32
@@ -29,7 +30,7 @@ class MetricsLogger:
     """Computes a run's values on every rank, writes them on rank 0, and shows them through `progress`.
 
     `log`: rank 0's files and TensorBoard events. `interval`: the time since the last log line. `values`: those of the
-    last log line. `run_left`: seconds to the end of the run, as of then. `peak_flops`: of one rank, if known.
+    last log line. `run_left`: seconds to the end of the run, as of then. `flops`: of one rank.
     """
 
     def __init__(
@@ -43,13 +44,12 @@ class MetricsLogger:
         writer: CheckpointWriter,
         bad: BadImages,
         workers: int,
-        flops_per_image: int,
-        peak_flops: float | None,
+        flops: Flops,
     ) -> None:
         self._config, self._directory, self._trainer, self._state = config, directory, trainer, state
-        self._progress, self._writer, self._bad, self._workers = progress, writer, bad, workers
-        self._flops_per_image = flops_per_image
-        self._peak_flops = None if peak_flops is None else peak_flops * trainer.group.ranks.world
+        self._progress, self._writer, self._workers = progress, writer, workers
+        self._flops = flops if flops.peak is None else replace(flops, peak=flops.peak * trainer.group.ranks.world)
+        self.bad = bad
         self._parameter_names = {id(p): name for name, p in trainer.network.named_parameters()}
         self._bad_path = directory / "bad_images.jsonl"
         self._evaluation_seconds = 0.0
@@ -92,13 +92,7 @@ class MetricsLogger:
             "train/loss": loss / max(count, 1),
             "train/top1": 100 * hits / max(count, 1),
             "train/lr": info.lr,
-            **self.interval.values(
-                trainer.update,
-                now,
-                global_batch=trainer.plan.global_batch,
-                flops_per_image=self._flops_per_image,
-                peak_flops=self._peak_flops,
-            ),
+            **self.interval.values(trainer.update, now, global_batch=trainer.plan.global_batch, flops=self._flops),
             "train/bad_images": len(self._state.bad),
             "train/checkpoint_failures": self._told_failures,
             **memory(trainer.device),
@@ -126,7 +120,7 @@ class MetricsLogger:
 
     def report_bad(self) -> None:
         """Print the images that were found bad since the last time, and list them in a file. Collective."""
-        self._bad.report(self._bad_path, self._trainer.update, self._progress.say)
+        self.bad.report(self._bad_path, self._trainer.update, self._progress.say)
 
     def end_epoch(self, result: Result | None = None, *, first: bool = False) -> None:
         """Print the epoch's line, with the evaluation's `result` if there is one, `first` if it is the run's first."""
@@ -148,7 +142,7 @@ class MetricsLogger:
         """Put the log and the list of bad images on disk. Raises `OSError`."""
         if self.log is not None:
             self.log.sync()
-            self._bad.write(self._bad_path)
+            self.bad.write(self._bad_path)
 
     def close(self) -> None:
         """Write out what can be, and close the files."""

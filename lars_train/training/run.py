@@ -29,8 +29,8 @@ from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split, evaluation_batch
-from lars_train.training.guard import BadImages, Divergence, RollbackPolicy, check_skipped, moved, take_back_divergences
-from lars_train.training.metrics import flops_per_image, peak_flops
+from lars_train.training.guard import BadImages, Divergence, RollbackPolicy, moved, take_back_divergences
+from lars_train.training.metrics import Flops, flops_per_image, peak_flops
 from lars_train.training.metrics_logger import MetricsLogger
 from lars_train.training.prepare import Prepared, load_continuation
 from lars_train.training.resolve import check_cache, check_compiler, decoder_lines, resolve_execution
@@ -39,14 +39,13 @@ from lars_train.training.resolve import check_cache, check_compiler, decoder_lin
 class Run:
     """A training run on one rank. Making one and `train` are collective.
 
+    `resumed_at`: the update that this start, or the last rollback, resumed from. `result`: of the last evaluation.
     `incomplete`: what the finished run lacks, beside its weights and its metrics.
     """
 
     def __init__(self, prepared: Prepared, group: Group, device: torch.device) -> None:
-        config, plan, dataset = prepared.config, prepared.plan, prepared.dataset
-        self.config, self.plan, self.dataset = config, plan, dataset
-        self.directory, self.group = prepared.directory, group
-        self.checkpoints = self.directory / "checkpoints"
+        config, plan, dataset, directory = prepared.config, prepared.plan, prepared.dataset, prepared.directory
+        self.prepared, self.config, self.plan, self.group = prepared, config, plan, group
         start = load_continuation(prepared, group) or prepared.start_from
         torch.manual_seed(config.seed)
         network = make_network(config, dataset.classes)
@@ -61,9 +60,9 @@ class Run:
         check_cache(config, dataset, plan, micro_batch=self.resolved.micro_batch, ranks=group.ranks)
         network = self.context.place(network)
         self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
-        self.flops_per_image = flops_per_image(network, config.data.image_size)
         # Other work that shares a CPU makes of its peak what one moment happens to leave.
-        self.peak_flops = None if device.type == "cpu" else peak_flops(precision, device, self.resolved.threads)
+        peak = None if device.type == "cpu" else peak_flops(precision, device, self.resolved.threads)
+        self.flops = Flops(flops_per_image(network, config.data.image_size), peak)
         if config.compile:
             self.progress.say("compile        on: a minute or two for each micro-batch size, less where it is cached")
             group.on_rank0(lambda: check_compiler(device))
@@ -71,44 +70,44 @@ class Run:
         self.state = RunState()
         if start is not None:
             self._restore(start)
-        self.bad = BadImages(config.data.max_bad, group, self.state.bad)
         newest = partial(load_continuation, prepared, group)
-        self.rollback_policy = RollbackPolicy(config.guard, self.directory, group, newest, self.progress.say)
+        self.rollback_policy = RollbackPolicy(config.guard, directory, group, newest, self.progress.say)
         self.resumed_at = self.trainer.update
+        checkpoints = directory / "checkpoints"
         if group.first:
-            checkpoint.remove_later(self.checkpoints, self.trainer.update)
-            checkpoint.restore_best(self.checkpoints, self.state.best_update)
-            take_back_divergences(self.directory, len(self.state.rollbacks))
-        self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep)
+            checkpoint.remove_later(checkpoints, self.trainer.update)
+            checkpoint.restore_best(checkpoints, self.state.best_update)
+            take_back_divergences(directory, len(self.state.rollbacks))
+        self.writer = CheckpointWriter(checkpoints, config.checkpoint.keep)
         self.logger = MetricsLogger(
             config,
-            self.directory,
+            directory,
             self.trainer,
             self.state,
             progress=self.progress,
             writer=self.writer,
-            bad=self.bad,
+            bad=BadImages(config.data.max_bad, group, self.state.bad),
             workers=workers,
-            flops_per_image=self.flops_per_image,
-            peak_flops=self.peak_flops,
+            flops=self.flops,
         )
         self.signals = SignalHandler()
-        self.skipped_in_a_row = 0
         self.incomplete: list[str] = []
         self.result: Result | None = None
 
     def _loaders(self, workers: int) -> tuple[LoaderSpec, EvalSpec]:
         """Return how this rank reads the training set and the validation set."""
-        config, ranks, micro_batch = self.config, self.group.ranks, self.resolved.micro_batch
+        config, dataset, ranks = self.config, self.prepared.dataset, self.group.ranks
         common: dict[str, Any] = {
             "workers": workers,
             "pin_memory": self.context.device.type == "cuda",
             "decoder": self.resolved.decoder,
         }
-        ghosts = check_micro_batch(self.plan, micro_batch)
+        ghosts = check_micro_batch(self.plan, self.resolved.micro_batch)
         return (
-            LoaderSpec.from_config(config, self.plan, self.dataset.train, ranks, ghosts_per_micro=ghosts, **common),
-            EvalSpec.from_config(config, self.dataset.val, ranks, micro_batch=evaluation_batch(micro_batch), **common),
+            LoaderSpec.from_config(config, self.plan, dataset.train, ranks, ghosts_per_micro=ghosts, **common),
+            EvalSpec.from_config(
+                config, dataset.val, ranks, micro_batch=evaluation_batch(self.resolved.micro_batch), **common
+            ),
         )
 
     def _restore(self, start: dict[str, Any]) -> None:
@@ -141,11 +140,11 @@ class Run:
 
     def _announce(self) -> None:
         """Print the effective values of the run."""
-        config, resolved = self.config, self.resolved
+        config, resolved, dataset = self.config, self.resolved, self.prepared.dataset
         lines = [
-            *startup_lines(config, self.plan, resolved, self.directory, self.resumed_at, self.dataset.inventory),
-            flops_line(self.flops_per_image, self.peak_flops),
-            *decoder_lines(config.data.decoder, resolved.decoder, self.decoded_so_far, self.dataset.train),
+            *startup_lines(config, self.plan, resolved, self.prepared.directory, self.resumed_at, dataset.inventory),
+            flops_line(self.flops.per_image, self.flops.peak),
+            *decoder_lines(config.data.decoder, resolved.decoder, self.decoded_so_far, dataset.train),
         ]
         for line in lines:
             self.progress.say(line)
@@ -191,9 +190,7 @@ class Run:
         seen = self.logger.keep_images(batches) if self.trainer.update == 0 and self.group.first else batches
         info = self.trainer.run_update(seen, len(self.train_spec.bounds()), measure=log_now)
         self.logger.interval.waited += info.waited
-        self.bad.note(info.bad)
-        self.skipped_in_a_row = 0 if info.made else self.skipped_in_a_row + 1
-        check_skipped(self.skipped_in_a_row, self.trainer.update)
+        self.logger.bad.note(info.bad)
         if not info.made:
             return None
         if log_now:
@@ -248,7 +245,7 @@ class Run:
             if self.config.data.on_error == "fail":
                 first = result.bad[0]
                 raise DataError(f"{first.where} cannot be decoded: {first.reason} (data.on_error=fail).")
-            self.bad.note(result.bad)
+            self.logger.bad.note(result.bad)
             self.logger.report_bad()
         if not math.isfinite(result.loss):
             update = self.trainer.update
@@ -277,15 +274,16 @@ class Run:
             except OSError as error:
                 self.writer.refuse(self.trainer.update, str(error))
                 return
+            dataset = self.prepared.dataset
             content = {
                 **state,
                 **self.state.stored(),
                 "config": asdict(absolute_paths(self.config)),
                 "plan": asdict(self.plan),
                 "resolved": asdict(self.resolved),
-                "classes": list(self.dataset.classes),
-                "fingerprint": self.dataset.fingerprint,
-                "layout": self.dataset.layout,
+                "classes": list(dataset.classes),
+                "fingerprint": dataset.fingerprint,
+                "layout": dataset.layout,
             }
             self.writer.save(self.trainer.update, content)
         self.logger.interval.save(time.perf_counter() - started)
@@ -309,8 +307,7 @@ class Run:
         self.state.restore(start, rollback=True)
         self.resumed_at = self.trainer.update
         if self.group.first:
-            checkpoint.remove_later(self.checkpoints, self.trainer.update)
-            checkpoint.take_back_best(self.checkpoints, self.trainer.update, self.state.best_update)
+            self.writer.roll_back(self.trainer.update, self.state.best_update)
         self.logger.roll_back()
         # A kill before the next checkpoint must not bring back what was passed over.
         self._save()
@@ -349,7 +346,7 @@ class Run:
         return final_record(
             self.config,
             self.plan,
-            directory=self.directory,
+            directory=self.prepared.directory,
             update=self.trainer.update,
             best_top1=self.state.best_top1,
             result=self.result,

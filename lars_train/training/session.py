@@ -103,7 +103,7 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
         run = Run(prepared, group, device)
         if group.first:
             resolved = dataclasses.asdict(run.resolved)
-            arithmetic = {"flops_per_image": run.flops_per_image, "peak_flops": run.peak_flops}
+            arithmetic = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
             began = {"resumed_at": run.resumed_at, "resolved": resolved, **arithmetic}
             # Of an earlier end, by max_updates, which this start goes beyond.
             (directory / "final.json").unlink(missing_ok=True)

@@ -150,6 +150,7 @@ class Trainer:
             self.guard.watch(self.update, total / self.plan.global_batch, self.optimizer)
         else:
             self.skipped += 1
+            self.guard.skip(self.update)
         return info
 
     def _step(self) -> bool:
