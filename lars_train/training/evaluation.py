@@ -1,4 +1,4 @@
-"""Exact evaluation: every validation sample counts once, at any world size and batch."""
+"""Evaluate exactly: every validation sample counts once, at any world size and batch."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lars_train.errors import DataError
 from lars_train.monitoring.progress import Progress
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext
 
-# Evaluation keeps no activations, so a micro-batch smaller than this would only waste time.
+# Evaluation keeps no activations, so a smaller micro-batch would only waste time.
 SMALLEST_BATCH = 64
 
 
 def evaluation_batch(micro_batch: int) -> int:
-    """The micro-batch of an evaluation in a run with `micro_batch`."""
+    """Return the micro-batch of an evaluation in a run with `micro_batch`."""
     return max(micro_batch, SMALLEST_BATCH)
 
 
 @dataclass(frozen=True)
 class Result:
-    """`top1`, `top5` in percent of all `count` samples; `loss` the mean over the `decoded` ones.
+    """`top1`, `top5` in percent of all `count` samples; `loss` is the mean over the `decoded` ones.
 
-    A sample that cannot be decoded counts as wrong and stands in `bad`.
+    A sample that cannot be decoded counts as wrong and is listed in `bad`.
     """
 
     top1: float
@@ -40,12 +40,12 @@ class Result:
     decoded: int
     bad: tuple[BadSample, ...]
     checksum: int = 0
-    """`order.checksum` of the samples that were counted."""
+    """`order.checksum` of the counted samples."""
     confusion: Tensor | None = None
-    """int64 (C, C): decoded samples of class i that were taken for class j; None where it was not asked for."""
+    """int64 (C, C): decoded samples of class i that were classified as j; None if not requested."""
 
     def values(self) -> dict[str, float]:
-        """The numbers by the names that the log has for them."""
+        """Return the values by their names in the log."""
         return {
             "val/top1": self.top1,
             "val/top5": self.top5,
@@ -69,8 +69,8 @@ def evaluate_split(
 
     Return None if `ended`, called before each batch, was true on any rank. `classes`: see `evaluate`.
 
-    Raises `DataError` if no sample can be decoded, and `RuntimeError` if the samples that were counted are not those of
-    the split, each once.
+    Raises `DataError` if no sample can be decoded, and `RuntimeError` if the counted samples are not those of the
+    split, each once.
     """
     split, (start, stop) = spec.source, spec.bounds()
     batches = DevicePrefetcher(eval_loader(spec), context.device)
@@ -80,7 +80,7 @@ def evaluate_split(
         return None
     if not result.decoded:
         first = f" ({result.bad[0].where}: {result.bad[0].reason})" if result.bad else ""
-        raise DataError(f"none of the {result.count:,} validation images can be decoded{first}; mend the data set.")
+        raise DataError(f"none of the {result.count:,} validation images can be decoded{first}; fix the data set.")
     if (result.count, result.checksum) != (len(split), checksum(np.arange(len(split)))):
         raise RuntimeError(
             f"the evaluation counted {result.count:,} samples with the checksum {result.checksum}; the split has "
@@ -107,9 +107,9 @@ def evaluate(
     device, group = context.device, context.group
     was_training = model.training
     model.eval()
-    # float64: counts up to 2^53 and losses are summed without rounding that would depend on the sharding.
+    # float64 keeps counts exact up to 2^53, and sums losses without rounding that would depend on the world size.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
-    # The last row is for samples that cannot be decoded, whose label is -1.
+    # The last row counts samples that cannot be decoded, whose label is -1.
     confusion = None if classes is None else torch.zeros((classes + 1) * classes, dtype=torch.int64, device=device)
     samples = 0
     bad: list[BadSample] = []

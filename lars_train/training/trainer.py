@@ -1,4 +1,4 @@
-"""The training loop. It reads like the algorithm; what it calls says in its name what it does."""
+"""Make the updates of a run: forward, backward, sum over the ranks, optimizer step."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from lars_train.training.resolve import compiled_of
 
 @dataclass(frozen=True)
 class Hyper:
-    """Hyper-parameters of the loop. `schedule`: update number to learning rate."""
+    """Hyper-parameters of the loop."""
 
     schedule: Callable[[int], float]
+    """From an update's number, counted from 0, to its learning rate."""
     label_smoothing: float
     max_loss: float | None = None
     """See `Guard`."""
 
 
 class Meter:
-    """Sums over the samples since the last log line: loss, hits, samples, newly found bad images.
+    """Sums over the samples since the last log line: loss, correct predictions, samples, newly found bad images.
 
-    What the device finds stays there, in float64, until a log point reads it.
+    The sums stay on the device, in float64, until a log line reads them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +47,7 @@ class Meter:
 
     @property
     def sums(self) -> Tensor:
-        """All of them, float64 (4,) on the device."""
+        """The four sums, float64 (4,) on the device."""
         if self._samples or self._bad:
             self._sums[2] += self._samples
             self._sums[3] += self._bad
@@ -62,7 +63,7 @@ class Meter:
         self._bad += bad
 
     def total(self, group: Group) -> Tensor:
-        """The sums over all ranks; rank 0 keeps them and the others start from zero. Collective."""
+        """Return the sums over all ranks. Rank 0 keeps them, the others restart from zero. Collective."""
         group.all_reduce_sum(self.sums)
         total = self.sums.clone()
         if not group.first:
@@ -70,17 +71,20 @@ class Meter:
         return total
 
     def take_bad(self, group: Group) -> bool:
-        """After `total`: whether any rank found bad images since they were last counted; forgets them. Collective."""
+        """Return True if any rank found bad images since the last count, and reset the count. Collective.
+
+        Call `total` first.
+        """
         found: bool = group.broadcast_from_rank0(bool(self.sums[3]))
         self.sums[3] = 0
         return found
 
 
 class Trainer:
-    """Model, optimizer and position of a run; `run_update` moves it one update on.
+    """Model, optimizer and position of a run; `run_update` advances it by one update.
 
-    `network` is what is saved and evaluated; `forward` is the same, perhaps compiled, inside DDP when
-    there are several ranks.
+    Checkpoints and evaluations use `network`. `forward` is the same network, compiled if `compiled`, and inside DDP if
+    there are several ranks. `bucket_mb`, `compression`: see `over_ranks`.
     """
 
     def __init__(
@@ -105,17 +109,19 @@ class Trainer:
         self.guard = Guard(hyper.max_loss)
         self.update = 0
         self.skipped = 0
-        """Global batches that were passed over: the next one is number `update` + `skipped`."""
+        """Global batches that made no update: the next one is number `update` + `skipped`."""
         self.forward: Any = compiled_of(network) if compiled else network
         if self.group.ranks.world > 1:
             self.forward = over_ranks(self.forward, self.device, bucket_mb=bucket_mb, compression=compression)
 
     def run_update(self, batches: Iterator[Batch], micro_batches: int, *, measure: bool) -> UpdateInfo:
-        """One update from this rank's next `micro_batches` of `batches`. Collective.
+        """Make one update from this rank's next `micro_batches` of `batches`. Collective.
 
-        The gradient is the sum of the samples' gradients over all ranks, divided by the global batch,
-        however unevenly the samples lie on the ranks. With `measure`, what it is measured by is computed too.
-        Where float16's loss scale was too high no update is made: `info.made` is False, and this batch is passed over.
+        The gradient is the sum of the samples' gradients over all ranks, divided by the global batch. Ranks may have
+        different numbers of samples. With `measure`, the norms for the log are computed too. If float16's loss scale
+        was too high, no update is made: `UpdateInfo.made` is False, and this batch is skipped.
+
+        Raises `Diverged` if that happens too often in a row, see `Guard.skip`.
         """
         info = UpdateInfo(self.hyper.schedule(self.update))
         loss: Tensor | None = None
@@ -130,8 +136,8 @@ class Trainer:
                 self._reduce_gradients_after(last=k == micro_batches - 1),
                 self._first_gradient(info, len(batch.labels)) if measure and first_of_several else nullcontext(),
             ):
-                more = self._forward_backward(batch)
-            loss = more if loss is None else loss + more
+                part = self._forward_backward(batch)
+            loss = part if loss is None else loss + part
         if loss is None:
             loss = torch.zeros((), dtype=self.precision.weights, device=self.device)
         total = self.running_statistics.update(
@@ -155,14 +161,14 @@ class Trainer:
 
     def _step(self) -> bool:
         scales = self.precision.scales_loss
-        # The scaler has waited for the device already, to know whether to step.
+        # No further wait: the scaler has already waited for the device to decide whether to step.
         scale = self.scaler.get_scale() if scales else 0.0
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return not scales or self.scaler.get_scale() >= scale
 
     def divergence(self) -> Divergence | None:
-        """The first update whose loss was not finite or above the limit; the host waits for the device."""
+        """Return the first update whose loss was above the limit or not finite. The host waits for the device."""
         return self.guard.found(self.network, lambda update: self.hyper.schedule(update - 1))
 
     def _forward_backward(self, batch: Batch) -> Tensor:
@@ -171,7 +177,7 @@ class Trainer:
             logits = self.forward(images)
         logits = logits.to(self.precision.weights)
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.hyper.label_smoothing)
-        # DDP takes the mean over ranks; the factor turns it into the sum over the global batch, divided by its size.
+        # DDP averages over ranks; the factor makes that the sum over the global batch, divided by its size.
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))
         self.meter.add(loss, logits, labels, len(batch.bad))
@@ -187,13 +193,13 @@ class Trainer:
     def _first_gradient(self, info: UpdateInfo, samples: int) -> Iterator[None]:
         with self.first_gradient.taken() as norms:
             yield
-        # What makes it the mean over its own samples, see `_forward_backward`; float16's scale is the device's.
+        # Undo the factor of `_forward_backward`, for the mean over these samples. float16's scale is on the device.
         scale = self.scaler.scale(torch.ones((), dtype=torch.float64, device=self.device))
         factor = self.plan.global_batch / (self.group.ranks.world * samples) / scale
         info.first = small_batch(norms, factor, samples)
 
     def state(self) -> dict[str, Any]:
-        """What the continuation needs, as plain values and tensors. Collective."""
+        """Return what a resumed run needs, as plain values and tensors. Collective."""
         self.meter.total(self.group)
         return {
             "update": self.update,
@@ -205,9 +211,9 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
         self.network.load_state_dict(state["model"])
-        # The state is the checkpoint's, the settings are this run's: a tensor among them, too, stays the one it is.
+        # Load the optimizer's state but keep this run's settings, tensors among them as the same objects.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({k: v for k, v in state["optimizer"].items() if k != "lars"})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -223,7 +229,7 @@ class Trainer:
 def _set_lr(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            # A CUDA graph reads that very tensor at each replay. The host does not wait for it to be filled.
+            # Fill in place: a CUDA graph reads this tensor at each replay. The host does not wait.
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
@@ -231,14 +237,15 @@ def _set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @dataclass
 class UpdateInfo:
-    """What one update left behind: `waited` in seconds; where it was measured, `measures`, and `first`.
-
-    `first`: `small_batch` of this rank's first micro-batch; None where that is the whole global batch.
-    """
+    """The outcome of one update."""
 
     lr: float
     made: bool = True
+    """False if float16's loss scale was too high for a step."""
     waited: float = 0.0
+    """Seconds that the update waited for batches."""
     bad: list[BadSample] = field(default_factory=list)
     measures: Measures | None = None
+    """None if the update was not measured."""
     first: Tensor | None = None
+    """`small_batch` of this rank's first micro-batch; None if not measured, or if that is the whole global batch."""
