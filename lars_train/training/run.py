@@ -1,4 +1,4 @@
-"""A training run on one rank, from where it stands to its end: updates, log lines, evaluations, checkpoints."""
+"""Run a training on one rank, from its last checkpoint to its end: updates, log lines, evaluations, checkpoints."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from lars_train.training.resolve import check_cache, check_compiler, decoder_lin
 
 
 class Run:
-    """A training run on one rank. Making one and `train` are collective.
+    """A training run on one rank. The constructor and `train` are collective.
 
     `resumed_at`: the update that this start, or the last rollback, resumed from. `result`: of the last evaluation.
-    `incomplete`: what the finished run lacks, beside its weights and its metrics.
+    `incomplete`: what the finished run lacks apart from its weights and its metrics, which are complete.
     """
 
     def __init__(self, prepared: Prepared, group: Group, device: torch.device) -> None:
@@ -60,11 +60,11 @@ class Run:
         check_cache(config, dataset, plan, micro_batch=self.resolved.micro_batch, ranks=group.ranks)
         network = self.context.place(network)
         self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
-        # Other work that shares a CPU makes of its peak what one moment happens to leave.
+        # Not on a CPU: other processes share it, so its measured peak depends on the moment.
         peak = None if device.type == "cpu" else peak_flops(precision, device, self.resolved.threads)
         self.flops = Flops(flops_per_image(network, config.data.image_size), peak)
         if config.compile:
-            self.progress.say("compile        on: a minute or two for each micro-batch size, less where it is cached")
+            self.progress.say("compile        on: a minute or two for each micro-batch size, less if it is cached")
             group.on_rank0(lambda: check_compiler(device))
         self.trainer = build_trainer(config, plan, network, make_schedule(plan, config), self.context)
         self.state = RunState()
@@ -95,7 +95,7 @@ class Run:
         self.result: Result | None = None
 
     def _loaders(self, workers: int) -> tuple[LoaderSpec, EvalSpec]:
-        """Return how this rank reads the training set and the validation set."""
+        """Return the specs of this rank's training and evaluation loaders."""
         config, dataset, ranks = self.config, self.prepared.dataset, self.group.ranks
         common: dict[str, Any] = {
             "workers": workers,
@@ -111,24 +111,24 @@ class Run:
         )
 
     def _restore(self, start: dict[str, Any]) -> None:
-        """Continue from the content of a checkpoint; raise `ConfigError` if it does not fit."""
+        """Resume from the content of a checkpoint. Raises `ConfigError` if it does not fit."""
         try:
             self.trainer.restore(start)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"the checkpoint's state does not fit this run: {first_line(str(error))}; start anew with resume=never."
+                f"the checkpoint's state does not fit this run: {first_line(str(error))}; start over with resume=never."
             ) from error
         self.state.restore(start)
         root = checkpoint.value(start, "config", "data", "root")
         self.state.bad = moved(self.state.bad, root, self.config.data.root)
 
     def train(self) -> dict[str, Any]:
-        """Train to the end; the content of ``final.json``."""
+        """Train to the end. Return the content of ``final.json``."""
         self._announce()
         self.begin()
         try:
             with self.signals:
-                if self.resumed_at and self._evaluation_is_due():  # it may have been ended before its evaluation
+                if self.resumed_at and self._evaluation_is_due():  # the run may have ended before that evaluation
                     self._roll_back(self._evaluate())
                 if self.trainer.update == 0 and self.config.guard.on_divergence == "rollback":
                     self._save()
@@ -139,7 +139,7 @@ class Run:
             self.close()
 
     def _announce(self) -> None:
-        """Print the effective values of the run."""
+        """Print the run's effective settings."""
         config, resolved, dataset = self.config, self.resolved, self.prepared.dataset
         lines = [
             *startup_lines(config, self.plan, resolved, self.prepared.directory, self.resumed_at, dataset.inventory),
@@ -157,13 +157,13 @@ class Run:
         self.trainer.network.train()
 
     def close(self) -> None:
-        """Wait for the last checkpoint, and close the log and the bar."""
+        """Wait for the last checkpoint; close the log and the progress bar."""
         self.progress.close()
         self.writer.close()
         self.logger.close()
 
     def _updates_in_order(self) -> Divergence | None:
-        """Update to the end, or until a divergence, or until skipped batches change the order of those that follow."""
+        """Make updates to the end, until a divergence, or until the loader ends early because batches were skipped."""
         last = self.plan.stop + self.trainer.skipped
         with closing(self._batches()) as batches:
             while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:
@@ -173,17 +173,17 @@ class Run:
         return None
 
     def _batches(self) -> DevicePrefetcher:
-        """Return this rank's micro-batches from the next global batch to the end."""
+        """Return this rank's micro-batches, from the next global batch to the end."""
         skipped = self.trainer.skipped
         stream = train_loader(self.train_spec, self.trainer.update + skipped, self.plan.stop + skipped)
         return DevicePrefetcher(stream, self.context.device)
 
     def _one_update(self, batches: DevicePrefetcher) -> Divergence | None:
-        """Make one update, and what is due after it: log line, checkpoint, evaluation. Collective."""
+        """Make one update, then the log line, checkpoint and evaluation that are due. Collective."""
         config, per_epoch = self.config, self.plan.updates_per_epoch
         epoch, done = divmod(self.trainer.update, per_epoch)
         if done == 0 or self.trainer.update == self.resumed_at:
-            # With max_updates, the run may end within the epoch.
+            # max_updates may end the run within the epoch.
             self.progress.start_epoch(epoch, min(per_epoch, self.plan.stop - epoch * per_epoch), done)
         update = self.trainer.update + 1
         log_now = log_is_due(config, self.plan, update)
@@ -196,11 +196,11 @@ class Run:
         if log_now:
             self.logger.log_update(info, batches.statistics())
         self.progress.advance(self.logger.values, self.logger.run_left)
-        # By the clock of rank 0.
+        # The clock of rank 0 decides.
         overdue_here = self.group.first and self.writer.is_overdue(config.checkpoint.every_minutes)
         signal_number, overdue = self.group.all_reduce_max([self.signals.received, overdue_here])
         save_now = signal_number or overdue or checkpoint_is_due(config, self.plan, update)
-        # Before a checkpoint, so that none is made of a run that has diverged.
+        # Before the checkpoint, so that a diverged run saves none.
         if log_now or save_now:
             divergence = self.trainer.divergence()
             if divergence is not None:
@@ -216,9 +216,9 @@ class Run:
         return None
 
     def _evaluate_in_turn(self) -> Divergence | None:
-        """Evaluate after the checkpoint, and print the epoch's line. Collective."""
+        """Save a checkpoint, evaluate, and print the epoch's line. Collective."""
         if self.writer.saved_update != self.trainer.update:
-            # A termination signal during the evaluation finds its checkpoint.
+            # A termination signal during the evaluation then loses no updates.
             self._save()
         first = self.state.best_top1 == -math.inf
         divergence = self._evaluate()
@@ -230,7 +230,7 @@ class Run:
         return evaluation_is_due(self.config, self.plan, self.trainer.update)
 
     def _evaluate(self) -> Divergence | None:
-        """Evaluate and keep the best; a loss that is not finite is a divergence, and no result. Collective."""
+        """Evaluate, and keep the best checkpoint. Return a divergence if the loss is not finite. Collective."""
         started = time.perf_counter()
         result = evaluate_split(
             self.trainer.network,
@@ -262,7 +262,7 @@ class Run:
         return None
 
     def _save(self) -> None:
-        """Save a checkpoint, after the log that it relies on. Collective."""
+        """Save a checkpoint, after syncing the log that a resumed run continues. Collective."""
         started = time.perf_counter()
         self.writer.begin(self.trainer.update)
         state = self.trainer.state()
@@ -289,18 +289,18 @@ class Run:
         self.logger.interval.save(time.perf_counter() - started)
 
     def _roll_back(self, divergence: Divergence | None) -> None:
-        """Resume from a checkpoint before `divergence`, if there was one; repeat until there is none. Collective.
+        """Resume from a checkpoint before `divergence`, if not None; repeat while the run diverges. Collective.
 
         Raises `Diverged` if the run must stop instead.
         """
         while divergence is not None:
             self.writer.wait()
             self._resume_at(*self.rollback_policy.decide(divergence, self.state.rollbacks, self.trainer.skipped))
-            # Its result came after that checkpoint, as for a run that is started from it.
+            # The checkpoint was saved before its evaluation, so evaluate again, as a restart from it would.
             divergence = self._evaluate() if self.trainer.update and self._evaluation_is_due() else None
 
     def _resume_at(self, start: dict[str, Any], step: dict[str, int]) -> None:
-        """Continue from the checkpoint `start`, after the samples that the rollback `step` skips. Collective."""
+        """Resume from the checkpoint `start`, after the samples that the rollback `step` skips. Collective."""
         self.state.rollbacks.append(step)
         self.trainer.restore(start)
         self.trainer.skipped = step["passed_over_from"] + step["passed_over"] - step["to_update"]
@@ -309,24 +309,24 @@ class Run:
         if self.group.first:
             self.writer.roll_back(self.trainer.update, self.state.best_update)
         self.logger.roll_back()
-        # A kill before the next checkpoint must not bring back what was passed over.
+        # Otherwise a kill before the next checkpoint would bring the skipped samples back.
         self._save()
 
     def _stop(self, number: int) -> NoReturn:
-        """End by the signal of that `number`, once the checkpoint is on disk. Collective."""
+        """Raise `Stopped` for the signal `number`, once the checkpoint is on disk. Collective."""
         name, update = signal.Signals(number).name, self.trainer.update
         error = None
         self.writer.wait()
         if self.writer.reason:
-            error = DataError(f"{name}: {self.writer.reason}; the one before it is what the same command goes on from.")
-        # No rank ends before the checkpoint is whole: a launcher that sees one end sends the others a second signal.
+            error = DataError(f"{name}: {self.writer.reason}; the same command resumes from the checkpoint before it.")
+        # No rank ends before the checkpoint is whole: a launcher that sees one rank end signals the others again.
         self.group.raise_on_all_ranks(error)
         raise Stopped(
-            f"{name}: stopped after update {update:,}, with a checkpoint; the same command goes on from there."
+            f"{name}: stopped after update {update:,}, with a checkpoint; the same command resumes from there."
         )
 
     def _finish(self) -> dict[str, Any]:
-        """Return the content of ``final.json``; raise `DataError` if the last checkpoint or the log is not on disk."""
+        """Return the content of ``final.json``. Raises `DataError` if the last checkpoint or the log is not on disk."""
         assert self.result is not None
         self.writer.wait()
         reason, error = self.writer.reason, None
@@ -335,14 +335,14 @@ class Run:
         except OSError as failure:
             reason = reason or str(failure)
         if reason:
-            error = DataError(f"{reason}. Make room, or make it writable, and give the same command again.")
+            error = DataError(f"{reason}. Free some space, or make it writable, and run the same command again.")
         self.group.raise_on_all_ranks(error)
         if reason := self.logger.finish():
             self.incomplete.append(reason)
         if self.writer.best_lost is not None:
-            self.incomplete.append(f"best.pt is not of update {self.writer.best_lost:,}, the best one")
+            self.incomplete.append(f"best.pt is not the checkpoint of update {self.writer.best_lost:,}, the best one")
         for line in self.incomplete:
-            self.progress.say(f"WARNING: the run is finished, but incomplete: {line}.")
+            self.progress.say(f"WARNING: the run has finished, but is incomplete: {line}.")
         return final_record(
             self.config,
             self.plan,

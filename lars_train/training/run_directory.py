@@ -1,6 +1,6 @@
-"""The run directory: where it is, what is in it already, and the record of what made the run.
+"""Find, lock and check the run directory, and keep the record of what made the run (run.json).
 
-The same command finds the same directory (no time stamp in its name), on one device or on a thousand.
+The same command finds the same directory, on one device or on a thousand: its name has no time stamp.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from lars_train.messages import say, utf8
 from lars_train.plan import Plan
 from lars_train.training.distributed import Group
 
-# What a start that was killed before its record was whole can have left.
+# Files that a start may leave if it is killed before its record is whole.
 _BEFORE_RECORD = (".lock", ".reserve", "..reserve.*", ".run.json.*")
-# Room for the last words of a run on a full disk: its record with how it ended, and its result.
+# Reserves space so that a run on a full disk can still write its result and, in its record, how it ended.
 _RESERVE, _RESERVE_BYTES = ".reserve", 64 << 10
 _VERSIONED = ("lars-train", "torch", "torchvision", "hydra-core", "numpy", "pillow", "tensorboard")
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """How the program was called: what ``.hydra/`` and the record hold. Plain values, so that it pickles."""
+    """The command line and its composed config, for ``.hydra/`` and the record. Plain values, so that it pickles."""
 
     command: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Invocation:
 
 
 def run_directory(config: Config) -> Path:
-    """Where this config's run lives."""
+    """Return the run directory of `config`."""
     if config.run.dir is not None:
         return user_path(config.run.dir)
     if config.run.name is not None:
@@ -62,21 +62,21 @@ def run_directory(config: Config) -> Path:
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
-    """The content of ``final.json``, or None if the run has not ended."""
+    """Return the content of ``final.json``, or None if the run has not finished. Raises `ConfigError`."""
     try:
         content = json.loads((directory / "final.json").read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         path = directory / "final.json"
-        raise ConfigError(f"{path} cannot be read ({error}); start anew with resume=never.") from None
+        raise ConfigError(f"{path} cannot be read ({error}); start over with resume=never.") from None
     if not isinstance(content, dict) or not {"updates", "planned_updates", "best_top1", "directory"} <= content.keys():
-        raise ConfigError(f"{directory / 'final.json'} is not what a run writes; start anew with resume=never.")
+        raise ConfigError(f"{directory / 'final.json'} is not what a run writes; start over with resume=never.")
     return content
 
 
 def holds_run_of(directory: Path, config: Config) -> bool:
-    """Whether the record in the directory is that of a run of this config. Raises nothing."""
+    """Return True if the directory's record is of a run of this config; False for a record that cannot be read."""
     try:
         found = json.loads((directory / "run.json").read_text())
     except (OSError, ValueError):
@@ -85,9 +85,9 @@ def holds_run_of(directory: Path, config: Config) -> bool:
 
 
 def check_same_experiment(directory: Path, config: Config, fingerprint: str = "") -> None:
-    """Raise `ConfigError` when the directory holds a run of another config. Reads only.
+    """Raise `ConfigError` if the directory holds a run of another config. Reads only.
 
-    The run may have read the same images elsewhere. `fingerprint`: of this config's data set.
+    Another place of the same images is no other config. `fingerprint`: of this config's data set.
     """
     record = directory / "run.json"
     if not record.exists() or config.resume != AUTO:
@@ -96,23 +96,26 @@ def check_same_experiment(directory: Path, config: Config, fingerprint: str = ""
         stored = json.loads(record.read_text())
         theirs, settings = stored["hash"], dict(stored["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{record} cannot be read ({error}); start anew with resume=never.") from None
+        raise ConfigError(f"{record} cannot be read ({error}); start over with resume=never.") from None
     if theirs == run_hash(config) or _moved(stored, config, fingerprint):
         return
     mine = flatten(config)
-    told = [
+    differences = [
         f"{key}: {settings.get(key)!r} there, {value!r} now"
         for key, value in mine.items()
         if settings.get(key) != value and not f"{key}.".startswith(tuple(f"{k}." for k in EXECUTION_KEYS))
     ]
     raise ConfigError(
-        f"{directory} holds a run of another config ({'; '.join(told[:5]) or 'an older schema'}). "
-        "Choose another run.name, or start anew there with resume=never (the old run is moved aside)."
+        f"{directory} holds a run of another config ({'; '.join(differences[:5]) or 'an older schema'}). "
+        "Choose another run.name, or start over there with resume=never (the old run is moved aside)."
     )
 
 
 def runs_of_moved_images(directory: Path, config: Config, fingerprint: str) -> list[Path]:
-    """The runs beside `directory`, which is named by the config's hash, that differ by where the images are alone."""
+    """Return the runs beside `directory` that differ from this config only in the place of their images.
+
+    `directory` is named by the config's hash. `fingerprint`: of this config's data set.
+    """
     found = []
     for record in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*/run.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -124,30 +127,30 @@ def runs_of_moved_images(directory: Path, config: Config, fingerprint: str) -> l
 def _moved(record: dict[str, Any], config: Config, fingerprint: str) -> bool:
     """Return True if the record is of this config's run with the same images in another place."""
     settings, data = record["settings"], record.get("data") or {}
-    there = {key: settings.get(f"data.{key}") for key in ("root", "val_labels")}
-    then = dataclasses.replace(config, data=dataclasses.replace(config.data, **there))
-    return bool(fingerprint) and data.get("fingerprint") == fingerprint and record["hash"] == run_hash(then)
+    recorded_place = {key: settings.get(f"data.{key}") for key in ("root", "val_labels")}
+    there = dataclasses.replace(config, data=dataclasses.replace(config.data, **recorded_place))
+    return bool(fingerprint) and data.get("fingerprint") == fingerprint and record["hash"] == run_hash(there)
 
 
 def check_usable(directory: Path) -> None:
-    """Raise `ConfigError` when the directory cannot be made or written to, or is no run directory. Writes nothing."""
+    """Raise `ConfigError` if the directory cannot be created or written to, or is no run directory. Writes nothing."""
     if directory.exists():
         if not directory.is_dir():
-            raise ConfigError(f"run directory {directory}: it is a file; choose another run.dir.")
+            raise ConfigError(f"run directory {directory} is a file. Choose another run.dir.")
         others = [p for p in directory.iterdir() if not any(p.match(pattern) for pattern in _BEFORE_RECORD)]
         if others and not (directory / "run.json").exists():
             raise ConfigError(
-                f"run directory {directory}: it holds other files and no run (run.json); choose another run.dir."
+                f"run directory {directory} holds other files and no run (run.json). Choose another run.dir."
             )
     parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"run directory {directory}: {parent} is not writable; choose another run.dir.")
+        raise ConfigError(f"run directory {directory}: {parent} is not writable. Choose another run.dir.")
 
 
 def open_directory(directory: Path, config: Config, invocation: Invocation, group: Group) -> IO[str] | None:
-    """Make the directory (or move an old run aside for ``resume=never``) and prove that all ranks share it.
+    """Create the directory (with ``resume=never``, move an old run aside) and check that all ranks share it.
 
-    Returns, on rank 0, the lock that keeps a second start out; it goes with the process. Collective.
+    Return, on rank 0, the lock that keeps a second start out. The lock ends with the process. Collective.
     """
     lock, error, token = None, None, uuid.uuid4().hex
     recorded = False
@@ -164,7 +167,7 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
             with name_in_errors(directory / ".shared"):
                 (directory / ".shared").write_text(token)
         except OSError as failure:
-            error = ConfigError(f"run directory {directory}: it cannot be written ({failure}).")
+            error = ConfigError(f"run directory {directory} cannot be written ({failure}).")
             if recorded:
                 note_end(directory, "failed", str(error))
             if lock is not None:
@@ -180,7 +183,7 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
             if seen
             else ConfigError(
                 f"run directory {directory.absolute()}: rank {group.ranks.rank} on {platform.node()} does not see "
-                "what rank 0 wrote there; put run.dir on a file system that all nodes share."
+                "what rank 0 wrote there. Put run.dir on a file system that all nodes share."
             )
         )
     except BaseException:
@@ -191,7 +194,7 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
 
 
 def data_record(dataset: Dataset) -> dict[str, Any]:
-    """What the record says of the data set: counts, fingerprint, where the splits were found and what was skipped."""
+    """Return the record of the data set: counts, fingerprint, where the splits were found, what was skipped."""
     return {
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
@@ -202,17 +205,14 @@ def data_record(dataset: Dataset) -> dict[str, Any]:
 
 
 def note_start(directory: Path, *, plan: Plan, data: dict[str, Any], **start: Any) -> None:
-    """Add to the record what is known only when a run begins: its `plan`, its `data`, and what belongs to this start.
-
-    Raises OSError.
-    """
+    """Add to the record the run's `plan` and `data`, and the values of this `start`. Raises OSError."""
     _put_record(directory / "run.json", _noted(directory, {"plan": dataclasses.asdict(plan), "data": data}, start))
 
 
 def note_end(directory: Path, how: str, reason: str = "", **values: Any) -> None:
-    """Add to the record how this start has ended: ``stopped`` (by a signal) or ``failed``.
+    """Record `how` this start ended: ``stopped`` (by a signal) or ``failed``.
 
-    A start without it was killed, or goes on. A record that cannot be written stays as it was.
+    A start without such an entry was killed, or is still running. If the record cannot be written, it stays unchanged.
     """
     discard(directory / _RESERVE)
     with contextlib.suppress(OSError):
@@ -220,7 +220,7 @@ def note_end(directory: Path, how: str, reason: str = "", **values: Any) -> None
 
 
 def conclude(directory: Path, final: dict[str, Any], **values: Any) -> None:
-    """Write ``final.json``, and in the record that this start has finished: both, or neither. Raises OSError."""
+    """Write ``final.json`` and record that this start has finished: both, or neither. Raises OSError."""
     discard(directory / _RESERVE)
     record = _noted(directory, {}, _ended("finished", "", values))
     contents = {directory / "final.json": final, directory / "run.json": record}
@@ -238,13 +238,13 @@ def conclude(directory: Path, final: dict[str, Any], **values: Any) -> None:
 
 
 def disk_error(directory: Path, error: OSError) -> DataError:
-    """`error`, of what a run writes in `directory`, as the user is told of it."""
+    """Return the user's message for `error`, raised by a write to `directory`."""
     if not directory.is_dir():
-        return DataError(f"run directory {directory}: it was removed while the run was on.")
+        return DataError(f"run directory {directory} was removed while the run used it.")
     what = f"{error.filename} cannot be written" if error.filename else "it cannot be written"
     return DataError(
-        f"run directory {directory}: {what} ({error.strerror or error}). Make room, or make it writable, and give the "
-        "same command again: it goes on from the last checkpoint."
+        f"run directory {directory}: {what} ({error.strerror or error}). Free some space, or make it writable, and run "
+        "the same command again: it resumes from the last checkpoint."
     )
 
 
@@ -254,14 +254,14 @@ def _ended(how: str, reason: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _noted(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    """The record with more values of the run and of its last start. Raises OSError, too where it is none."""
+    """Return the record with more values of the run and of its last start. Raises OSError, also if it is damaged."""
     path = directory / "run.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         record.update(run)
         record["started"][-1].update(start)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise OSError(errno.EINVAL, "it is not what a run writes", str(path)) from None
+        raise OSError(errno.EINVAL, "not a record that a run writes", str(path)) from None
     return record
 
 
@@ -274,7 +274,7 @@ def _put_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _reserve(directory: Path) -> None:
-    # Random, for some file systems keep no room for zeros.
+    # Random bytes, because some file systems store no blocks for zeros.
     path = directory / _RESERVE
     if not path.exists() or path.stat().st_size != _RESERVE_BYTES:
         write_atomic(path, [os.urandom(_RESERVE_BYTES)])
@@ -283,13 +283,13 @@ def _reserve(directory: Path) -> None:
 def _move_aside(directory: Path) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         return
-    # Not while another process is running it.
+    # Fails if another process is running it.
     with _lock(directory):
         number = 1
         while (aside := directory.with_name(f"{directory.name}.old{number}")).exists():
             number += 1
         directory.rename(aside)
-    say(f"resume=never: the run that was there is now {aside}")
+    say(f"resume=never: the previous run was moved to {aside}")
 
 
 def _lock(directory: Path) -> IO[str]:
@@ -298,23 +298,23 @@ def _lock(directory: Path) -> IO[str]:
     file = (directory / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Before it was locked, another process with `resume=never` may have moved the directory aside.
-        still_there = os.path.samestat(os.fstat(file.fileno()), (directory / ".lock").stat())
+        # Another process with `resume=never` may have moved the directory aside before this lock.
+        is_ours = os.path.samestat(os.fstat(file.fileno()), (directory / ".lock").stat())
     except (BlockingIOError, FileNotFoundError):
-        still_there = False
-    if not still_there:
+        is_ours = False
+    if not is_ours:
         file.close()
-        raise ConfigError(f"run directory {directory}: another process is running it now; wait for it.")
+        raise ConfigError(f"run directory {directory}: another process is running it now. Wait until it ends.")
     return file
 
 
 def _write_record(directory: Path, config: Config, invocation: Invocation) -> None:
-    # First of all: it is what tells a run directory from a folder of other files.
+    # The first file to be written: it distinguishes a run directory from a folder of other files.
     path = directory / "run.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     root = before.get("settings", {}).get("data.root", config.data.root)
     if root != config.data.root:
-        say(f"data.root      was {root} in the run so far; the images are the same (their names and labels)")
+        say(f"data.root      was {root} so far in this run; the images are the same (by names and labels)")
     record = {
         **{key: before[key] for key in ("plan", "data") if key in before},
         "hash": run_hash(config),
@@ -339,7 +339,7 @@ def _write_settings(directory: Path, config: Config, invocation: Invocation) -> 
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that matter."""
+    """Return the versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version(), "torch build": torch.__version__}
     for name in _VERSIONED:
         try:
@@ -362,9 +362,9 @@ def _start_entry(invocation: Invocation) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and cleanliness of the checkout that the code runs from; of an installed package the commit, if known.
+    """Return the commit of the checkout that the code runs from, and whether it has changes; None if not known.
 
-    pip keeps that of what it was given as ``git+URL``. None where neither is known, as after ``pip install .``.
+    For an installed package, the commit is known if pip installed it from ``git+URL``, but not after ``pip install .``.
     """
 
     def git(*arguments: str) -> str:
@@ -382,7 +382,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _installed_commit() -> dict[str, Any] | None:
-    """As https://packaging.python.org/en/latest/specifications/direct-url/ has it recorded."""
+    """Return the commit from direct_url.json, see https://packaging.python.org/en/latest/specifications/direct-url/."""
     with contextlib.suppress(PackageNotFoundError, ValueError, KeyError, TypeError):
         origin = json.loads(distribution("lars-train").read_text("direct_url.json") or "")
         return {"commit": str(origin["vcs_info"]["commit_id"]), "dirty": False}

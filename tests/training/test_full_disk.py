@@ -155,7 +155,7 @@ def test_a_start_that_cannot_write_says_so_and_leaves_the_next_free(how: str, tm
     for point in BEFORE.replace("\n", " ").split(" | "):
         raised = checked(directory, point.strip(), how)
         assert isinstance(raised, ConfigError), point
-        assert f"run directory {directory}: it cannot be written" in str(raised)
+        assert f"run directory {directory} cannot be written" in str(raised)
     assert train(directory)["updates"] == 2
     assert not (directory / ".reserve").exists()
 
@@ -197,7 +197,7 @@ def test_a_run_whose_disk_fails_tells_the_truth_and_finishes_later(
         raised = checked(directory, point.strip(), how)
         assert isinstance(raised, DataError), point
         assert "inline_container" not in str(raised)
-        assert "give the same command again" in str(raised), point
+        assert "run the same command again" in str(raised), point
         train(directory)
         assert read_run(directory).state == "finished"
         assert_whole(directory, unbroken)
@@ -217,11 +217,11 @@ def test_after_one_failure_a_run_is_whole_or_says_what_it_lacks(
         told = capsys.readouterr().out
         if "tfevents" in point:
             assert os.strerror(errno.EIO) in ended["incomplete"][0]
-            assert "WARNING: the run is finished, but incomplete: TensorBoard" in told
+            assert "WARNING: the run has finished, but is incomplete: TensorBoard" in told
         else:
             # The weights of update 1 were never on disk.
             lost = {"fsync metrics.jsonl", "fsync checkpoints/update-N.partial"}
-            expected = ["best.pt is not of update 1, the best one"] if point.strip() in lost else None
+            expected = ["best.pt is not the checkpoint of update 1, the best one"] if point.strip() in lost else None
             assert ended.get("incomplete") == expected, point
             if expected is None:
                 assert_whole(directory, unbroken)
@@ -285,6 +285,6 @@ def test_a_run_whose_directory_is_removed_ends_and_writes_nothing_there(
         return whole(run)
 
     monkeypatch.setattr(Run, "_evaluate", removes)
-    with pytest.raises(DataError, match=r"run directory was removed or replaced|was removed while the run was on"):
+    with pytest.raises(DataError, match=r"run directory was removed or replaced|was removed while the run used it"):
         train(directory)
     assert not directory.exists() or not any(directory.iterdir())

@@ -491,7 +491,7 @@ def test_a_run_goes_on_where_its_images_were_moved_to(
     capsys.readouterr()
     final = train(directory, **there)
     told = capsys.readouterr().out
-    assert f"data.root      was {places[0]} in the run so far" in told
+    assert f"data.root      was {places[0]} so far in this run" in told
     assert "resumed        at update 3" in told
     assert final["weights_sha256"] == train(tmp_path / "unbroken", **here)["weights_sha256"]
     assert json.loads((directory / "run.json").read_text())["settings"]["data.root"] == str(places[1])
