@@ -1,15 +1,15 @@
-"""Checkpoints: one file per saved update, whole or not there, verified before it is trusted.
+"""Save and load checkpoints: one file per saved update, written atomically and verified before use.
 
-A file is a ``torch.save`` archive of plain values and tensors, so that it loads with ``weights_only=True``,
-and behind it a line with the SHA-256 of all its bytes, which readers of archives pass over. (The archive's own
-checksums cover its records, but not the headers that say where they lie.) `Run._save` puts into it:
+A file is a ``torch.save`` archive of plain values and tensors, so that it loads with ``weights_only=True``, followed by
+a line with the SHA-256 of all its bytes. Readers of archives skip that line. (The archive's own checksums cover its
+records, but not the headers that locate them.) `Run._save` stores:
 
 - `Trainer.state`: ``update``, ``skipped``, ``model`` (with batch norm's buffers), ``optimizer``, ``scaler``, ``meter``
 - `RunState`: ``best_top1``, ``best_update``, ``seconds``, ``bad``, ``rollbacks``, ``noise``
-- what the run is: ``config``, ``plan``, ``resolved`` (decisions for the machine), ``classes``, ``fingerprint`` and
-  ``layout`` of the data
+- the run: ``config``, ``plan``, ``resolved`` (decisions for the machine), ``classes``, ``fingerprint`` and ``layout``
+  of the data
 
-No generator has a state to keep: order and augmentation are functions of the seed (data/order.py).
+There is no random state to save: order and augmentation are functions of the seed (data/order.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lars_train.messages import first_line, ignore_closed_output, printable
 from lars_train.monitoring.noise import NoiseScale
 
 FORMAT = 1
-# What every reader of a checkpoint relies on.
+# The entries that every reader of a checkpoint relies on.
 _ENTRIES = {
     "update": int,
     "model": dict,
@@ -49,24 +49,24 @@ _ENTRIES = {
 _MARK = b"\nsha256 of the bytes before this line: "
 _TRAILER = len(_MARK) + 64 + 1
 SET_ASIDE = "diverged-"
-"""How the names of checkpoints begin that no start and no export may take."""
+"""Prefix of the names of checkpoints that neither a start nor an export may use."""
 _NAME = re.compile(r"update-(\d{9})\.pt")
 
 
-# Marks the fields of `RunState` that a rollback leaves as they are.
+# Marks the fields of `RunState` that a rollback leaves unchanged.
 _SURVIVES = {"survives_rollback": True}
 
 
 @dataclass
 class RunState:
-    """The state of a run that a checkpoint holds beside that of its trainer, each field by its name."""
+    """The state of a run beside that of its trainer. A checkpoint holds each field by its name."""
 
     best_top1: float = -math.inf
     best_update: int | None = None
     seconds: float = field(default=0.0, metadata=_SURVIVES)
-    """Wall time of training over the earlier starts; time that a kill undid does not count. In a checkpoint, of all."""
+    """Wall time of training over earlier starts, without time that a kill undid. In a checkpoint: over all starts."""
     bad: dict[str, str] = field(default_factory=dict, metadata=_SURVIVES)
-    """The images that cannot be decoded: place and reason."""
+    """The images that cannot be decoded: path or URL, and reason."""
     rollbacks: list[dict[str, int]] = field(default_factory=list, metadata=_SURVIVES)
     noise: NoiseScale = field(default_factory=NoiseScale)
 
@@ -74,19 +74,19 @@ class RunState:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count the time of this start from now on."""
+        """Count the wall time of this start from now on."""
         self._started = time.perf_counter()
 
     def total_seconds(self) -> float:
-        """Wall time of training over all starts, this one included."""
+        """Return the wall time of training over all starts, this one included."""
         return self.seconds + time.perf_counter() - self._started
 
     def stored(self) -> dict[str, Any]:
-        """The fields as plain values, for a checkpoint."""
+        """Return the fields as plain values, for a checkpoint."""
         return {**asdict(self), "seconds": self.total_seconds()}
 
     def restore(self, content: dict[str, Any], *, rollback: bool = False) -> None:
-        """Take the fields from the `content` of a checkpoint. Raises `ConfigError` if one is missing.
+        """Read the fields from the `content` of a checkpoint. Raises `ConfigError` if one is missing.
 
         A `rollback` undoes neither the time that has passed nor the bad images and rollbacks so far.
         """
@@ -98,17 +98,17 @@ class RunState:
 
 
 class DamagedCheckpoint(Exception):
-    """The file is not a whole checkpoint of this program; the message says why."""
+    """The file is not a complete checkpoint of this program; the message says why."""
 
 
 class NewerCheckpoint(DamagedCheckpoint):
-    """A newer version of this program wrote the file; to this one it is as good as damaged."""
+    """A newer version of this program wrote the file. This version cannot use it."""
 
 
 def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: int | None = None) -> Path:
-    """Write the checkpoint of `update` and remove all but the last `keep` and that of `spare`. Returns its path.
+    """Write the checkpoint of `update`; remove all but the last `keep` and that of update `spare`. Return its path.
 
-    The file appears under its name only when it is whole on disk and its checksums hold.
+    The file gets its name only when it is complete on disk and its checksum matches.
     """
     folder.mkdir(exist_ok=True)
     path = path_of(folder, update)
@@ -119,17 +119,17 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: i
             try:
                 torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
             except RuntimeError:
-                if hashing.error is not None:  # which torch has turned into words about its own source
+                if hashing.error is not None:  # torch reports it as an error at a line of its own source
                     raise hashing.error from None
                 raise
             file.write(_MARK + hashing.digest.hexdigest().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         if not verify(partial):
-            raise DamagedCheckpoint("what was written is not there")
+            raise DamagedCheckpoint("the checksum at its end is missing")
         partial.replace(path)
     except Exception:
-        # On a full disk it would take the room of what comes next.
+        # On a full disk it would take up the space for later files.
         discard(partial)
         raise
     sync_folder(folder)
@@ -140,7 +140,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: i
 
 
 def keep_best(folder: Path, update: int) -> None:
-    """Make ``best.pt`` the checkpoint of `update`; it stays when that is removed."""
+    """Make ``best.pt`` the checkpoint of `update`. It stays when that checkpoint is removed."""
     partial, best = folder / "best.partial", folder / "best.pt"
     partial.unlink(missing_ok=True)
     try:
@@ -152,13 +152,13 @@ def keep_best(folder: Path, update: int) -> None:
             discard(partial)
             raise
     partial.replace(best)
-    # Nothing is renamed where both are the same file already.
+    # `replace` does nothing if both are already the same file.
     partial.unlink(missing_ok=True)
     sync_folder(folder)
 
 
 def take_back_best(folder: Path, update: int, best_update: int | None) -> None:
-    """Remove a ``best.pt`` from after `update`; make it the checkpoint of `best_update`, where that is still there."""
+    """Remove a ``best.pt`` from after `update`, and link the checkpoint of `best_update` instead if it still exists."""
     best = folder / "best.pt"
     if best.exists():
         try:
@@ -172,24 +172,24 @@ def take_back_best(folder: Path, update: int, best_update: int | None) -> None:
 
 
 def restore_best(folder: Path, best_update: int | None) -> None:
-    """Make ``best.pt`` again where it is missing, as after a full disk, and its checkpoint is still there."""
+    """Make ``best.pt`` again if it is missing, for example after a full disk, and its checkpoint still exists."""
     if best_update is not None and not (folder / "best.pt").exists() and path_of(folder, best_update).exists():
         keep_best(folder, best_update)
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Rename the checkpoints after update `after`, of a run that has diverged, so that no start takes them."""
+    """Rename the checkpoints after update `after` of a diverged run, so that no start uses them. Return their paths."""
     later = [path for path in listing(folder) if _update_of(path) > after]
     return [path.replace(path.with_name(path.name.replace("update-", SET_ASIDE))) for path in later]
 
 
 def path_of(folder: Path, update: int) -> Path:
-    """Where the checkpoint of `update` is."""
+    """Return the path of the checkpoint of `update`."""
     return folder / f"update-{update:09d}.pt"
 
 
 def listing(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("update-*.pt") if _NAME.fullmatch(path.name))
 
 
@@ -198,8 +198,10 @@ def _update_of(path: Path) -> int:
 
 
 def remove_later(folder: Path, update: int) -> None:
-    """Remove the checkpoints after `update`, which a run that goes on from an earlier one replaces, and what a kill has
-    left half written. Those of a newer version of this program stay."""
+    """Remove the checkpoints after `update`, which the run that resumes there replaces, and partly written files.
+
+    Checkpoints of a newer version of this program stay.
+    """
     for path in folder.glob("*.partial"):
         path.unlink(missing_ok=True)
     for path in listing(folder):
@@ -218,7 +220,7 @@ def _is_newer(path: Path) -> bool:
 
 
 class _Hashing:
-    """A file that is written from front to back, and the digest of what was written."""
+    """A file to be written sequentially, with the SHA-256 of what was written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -238,9 +240,9 @@ class _Hashing:
 
 
 def verify(path: Path) -> bool:
-    """Raise `DamagedCheckpoint` unless the file has the checksum it was written with.
+    """Return True if the file's checksum matches, False for a complete archive without one, from another program.
 
-    False for a whole archive without one, which another program wrote.
+    Raises `DamagedCheckpoint` otherwise.
     """
     with path.open("rb") as file:
         length = path.stat().st_size - _TRAILER
@@ -250,15 +252,15 @@ def verify(path: Path) -> bool:
             if trailer.startswith(_MARK):
                 file.seek(0)
                 if trailer != _MARK + _digest(file, length) + b"\n":
-                    raise DamagedCheckpoint("its checksum does not hold")
+                    raise DamagedCheckpoint("its checksum does not match")
                 return True
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # a damaged archive can raise anything: zlib.error, struct.error, RuntimeError
-        raise DamagedCheckpoint(f"it is not a whole archive ({first_line(error)})") from None
+        raise DamagedCheckpoint(f"it is not a complete archive ({first_line(error)})") from None
     if broken is not None:
-        raise DamagedCheckpoint(f"the checksum of its record {broken} does not hold")
+        raise DamagedCheckpoint(f"the checksum of its record {broken} does not match")
     return False
 
 
@@ -274,23 +276,23 @@ def _digest(file: IO[bytes], length: int) -> bytes:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, on the CPU. Raises `DamagedCheckpoint`."""
+    """Return the checkpoint at `path`, on the CPU. Raises `DamagedCheckpoint`."""
     try:
         own = verify(path)
     except OSError as error:
         raise DamagedCheckpoint(f"it cannot be read ({error.strerror})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its text is advice to load the file without that protection
+    except pickle.UnpicklingError:  # torch's message advises loading the file without that protection
         raise DamagedCheckpoint(
             "torch cannot read it as plain values and tensors, and nothing else is loaded"
         ) from None
     except Exception as error:
         raise DamagedCheckpoint(f"torch cannot read it ({first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise DamagedCheckpoint("it is no checkpoint of lars-train; a file of weights alone goes in model.weights")
+        raise DamagedCheckpoint("it is not a checkpoint of lars-train; pass a file of weights alone as model.weights")
     if content["format"] > FORMAT:
-        raise NewerCheckpoint(f"a newer lars-train wrote it (format {content['format']}, this one knows {FORMAT})")
+        raise NewerCheckpoint(f"a newer lars-train wrote it (format {content['format']}; this version reads {FORMAT})")
     missing = _ENTRIES.keys() - content.keys()
     if missing:
         raise DamagedCheckpoint(f"it lacks {', '.join(sorted(missing))}")
@@ -298,18 +300,18 @@ def load(path: Path) -> dict[str, Any]:
     if not wrong and not all(isinstance(name, str) for name in content["classes"]):
         wrong = ["classes"]
     if wrong:
-        raise DamagedCheckpoint(f"what it holds as {', '.join(wrong)} is of another kind than a run writes")
+        raise DamagedCheckpoint(f"its {', '.join(wrong)} has another type than a run writes")
     if not own:
-        raise DamagedCheckpoint("it has no checksum at its end: cut short, or written by another program")
+        raise DamagedCheckpoint("it has no checksum at its end: truncated, or written by another program")
     return content
 
 
 def value(content: dict[str, Any], *keys: str) -> Any:
-    """The value in `content` that `keys` lead to, one below the other. Raises `ConfigError` if there is none."""
+    """Return ``content[key1][key2]...``. Raises `ConfigError` if a key is missing."""
     found: Any = content
     for key in keys:
         if not isinstance(found, dict) or key not in found:
-            raise ConfigError(f"the checkpoint has no {'.'.join(keys)}: no run writes such a one; choose another.")
+            raise ConfigError(f"the checkpoint has no {'.'.join(keys)}, which every run writes; choose another.")
         found = found[key]
     return found
 
@@ -321,13 +323,13 @@ def latest(
     check: Callable[[dict[str, Any]], None] = lambda content: None,
     last: int | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run (of update `last` or before it), or None if there is none at all.
+    """Return the newest usable checkpoint of a run (of update `last` or before), or None if there is no checkpoint.
 
-    A damaged one, and one for which `check` raises `ConfigError`, is named on stderr (with `warn`) and passed over.
-    Raises `ConfigError` if that leaves none: a run that has lost its state is not silently started anew.
+    Skip a damaged one, and one for which `check` raises `ConfigError`; with `warn`, name each on stderr.
+    Raises `ConfigError` if that leaves none: a run that has lost its state does not silently start over.
     """
     damaged: list[str] = []
-    newer = False
+    any_newer = False
     unfit: ConfigError | None = None
     for path in reversed(listing(folder)):
         if last is not None and _update_of(path) > last:
@@ -338,7 +340,7 @@ def latest(
             return path, content
         except DamagedCheckpoint as error:
             damaged.append(f"{path.name}: {error}")
-            newer = newer or isinstance(error, NewerCheckpoint)
+            any_newer = any_newer or isinstance(error, NewerCheckpoint)
             what = "cannot be used" if isinstance(error, NewerCheckpoint) else "is damaged"
             text = f"WARNING: checkpoint {path} {what}: {error}. Trying the one before it."
         except ConfigError as error:
@@ -352,19 +354,19 @@ def latest(
     if damaged:
         raise ConfigError(
             f"no checkpoint in {folder} can be used ({'; '.join(damaged)}); "
-            f"{'go on with that newer lars-train, or ' if newer else ''}start anew with resume=never."
+            f"{'continue with that newer lars-train, or ' if any_newer else ''}start over with resume=never."
         )
     return None
 
 
 def find(text: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that ``checkpoint.path`` means: a file, or a run directory (its newest).
+    """Return the checkpoint that ``checkpoint.path`` names: a file, or the newest of a run directory.
 
-    Raises `ConfigError` if there is none, or if it is damaged.
+    Raises `ConfigError` if it is missing or damaged.
     """
     path = user_path(text)
     if not path.exists():
-        raise ConfigError(f"checkpoint.path={text}: there is no such file or run directory.")
+        raise ConfigError(f"checkpoint.path={text}: no such file or run directory.")
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         found = latest(folder)

@@ -1,4 +1,4 @@
-"""Write checkpoints in the background: the run waits for a copy to host memory, not for the disk."""
+"""Write checkpoints in the background: training waits for the copy to host memory, not for the disk."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from lars_train.training.prepare import SAVED
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, one after another, in a thread. Other ranks only `begin` them.
+    """Writes the checkpoints of one run, one after another, in a thread. Ranks other than 0 only call `begin`.
 
-    A failure to write does not end the run: `failures` counts it, and the last whole checkpoint stays. `last_failure`
-    says why, even if a later one could be written. `reason` says why the newest, or ``best.pt``, could not be written;
-    empty if both could. `seconds`: the time that the newest whole one took to write and verify; None before the first.
-    `best_lost`: the update whose checkpoint ``best.pt`` should be, if that could not be written.
-    `saved_update`: the last one whose checkpoint was begun.
+    A failed write does not end the run: the last complete checkpoint stays. `failures` counts the failures and
+    `last_failure` is the reason of the latest, even if a later write succeeded. `seconds`: the time to write and verify
+    the newest complete checkpoint; None before the first. `best_lost`: the update whose checkpoint ``best.pt`` should
+    be, if that could not be written. `saved_update`: the update of the last checkpoint that was begun.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -39,44 +38,44 @@ class CheckpointWriter:
 
     @property
     def reason(self) -> str:
-        """Why the newest checkpoint, or ``best.pt``, is not on disk."""
+        """The reason why the newest checkpoint, or ``best.pt``, is not on disk; empty if both are."""
         return self._reason or self._best_reason
 
     def begin(self, update: int) -> None:
-        """Note, on every rank, that the checkpoint of `update` begins now, or that training goes on from it."""
+        """Note, on every rank, that the checkpoint of `update` begins now, or that training resumes from it."""
         self.saved_update, self._began_at = update, time.perf_counter()
 
     def is_overdue(self, every_minutes: float | None) -> bool:
-        """Return True if the last checkpoint, or the start, is longer ago than that."""
+        """Return True if more than `every_minutes` have passed since the last checkpoint or the start."""
         return every_minutes is not None and time.perf_counter() - self._began_at > 60 * every_minutes
 
     def save(self, update: int, content: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of `update`, after waiting for the one before."""
+        """Wait for the previous checkpoint, then start writing that of `update`."""
         self.wait()
         self._pending.append(self._thread.submit(self._write, update, host_copy(content)))
 
     def refuse(self, update: int, reason: str) -> None:
-        """Count the checkpoint of `update` as one that could not be written."""
+        """Record that the checkpoint of `update` could not be written."""
         self.wait()
         self._reason = self._failed(f"the checkpoint of update {update} cannot be written: {reason}")
 
     def keep_best(self, update: int) -> None:
-        """Keep the checkpoint of `update`, which was given to `save`, as ``best.pt`` too."""
+        """Keep the checkpoint of `update`, which was passed to `save`, as ``best.pt`` too."""
         self._pending.append(self._thread.submit(self._keep_best, update))
 
     def roll_back(self, update: int, best_update: int | None) -> None:
-        """Remove the checkpoints after `update`; ``best.pt`` becomes that of `best_update`, where it still exists."""
+        """Remove the checkpoints and ``best.pt`` from after `update`, and restore ``best.pt`` from `best_update`."""
         checkpoint.remove_later(self._folder, update)
         checkpoint.take_back_best(self._folder, update, best_update)
 
     def wait(self) -> None:
-        """Wait until every checkpoint that was begun is on disk, or has failed."""
+        """Wait until every checkpoint that was begun is on disk or has failed."""
         for future in self._pending:
             future.result()
         self._pending.clear()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait, then end the thread."""
         self.wait()
         self._thread.shutdown()
 
@@ -88,7 +87,7 @@ class CheckpointWriter:
             checkpoint.save(self._folder, update, content, self._keep, self._best)
             (self._folder.parent / SAVED).touch()
         except (OSError, RuntimeError, DamagedCheckpoint) as error:
-            self._reason = self._failed(f"the checkpoint of update {update} cannot be written: {_told(error)}")
+            self._reason = self._failed(f"the checkpoint of update {update} cannot be written: {_reason_of(error)}")
         else:
             self._reason, self.seconds = "", time.perf_counter() - started
             self._put_best()
@@ -102,7 +101,7 @@ class CheckpointWriter:
         self._put_best()
 
     def _put_best(self) -> None:
-        """Make ``best.pt`` the best checkpoint; if the disk refuses, the next checkpoint tries again."""
+        """Make ``best.pt`` the best checkpoint. If that fails, the next checkpoint tries again."""
         if self._best is None:
             return
         if not checkpoint.path_of(self._folder, self._best).exists():
@@ -111,7 +110,7 @@ class CheckpointWriter:
         try:
             checkpoint.keep_best(self._folder, self._best)
         except OSError as error:
-            self._best_reason = self._failed(f"best.pt cannot be written: {_told(error)}")
+            self._best_reason = self._failed(f"best.pt cannot be written: {_reason_of(error)}")
         else:
             self._best, self.best_lost, self._best_reason = None, None, ""
 
@@ -124,13 +123,13 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _told(error: Exception) -> str:
+def _reason_of(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) else None
     return text or first_line(error)
 
 
 def host_copy(value: Any) -> Any:
-    """Return `value` with its tensors copied to host memory, also those within dicts, lists and tuples."""
+    """Return `value` with its tensors, also those in dicts, lists and tuples, copied to host memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -84,7 +84,7 @@ def test_a_rollback_keeps_time_bad_images_and_rollbacks() -> None:
 def test_a_missing_part_of_the_run_state_is_named(key: str) -> None:
     stored = run_state().stored()
     del stored[key]
-    with pytest.raises(ConfigError, match=f"the checkpoint has no {key}:"):
+    with pytest.raises(ConfigError, match=f"the checkpoint has no {key},"):
         RunState().restore(stored)
 
 
@@ -132,8 +132,8 @@ def test_when_none_can_be_used_each_is_told_with_its_reason(tmp_path: Path) -> N
         latest(tmp_path, warn=False)
     told = str(caught.value)
     assert "update-000000002.pt: a newer lars-train wrote it (format 99" in told
-    assert "update-000000001.pt: it is not a whole archive" in told
-    assert "go on with that newer lars-train, or start anew with resume=never" in told
+    assert "update-000000001.pt: it is not a complete archive" in told
+    assert "continue with that newer lars-train, or start over with resume=never" in told
 
 
 @pytest.mark.parametrize("step", ["fsync", "verify", "replace"])
@@ -225,7 +225,7 @@ def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path: Path) -> None
 def test_a_truncated_file_is_damaged(share: float, tmp_path: Path) -> None:
     (path,) = written(tmp_path, 3)
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(DamagedCheckpoint, match=r"not a whole archive|no checksum at its end"):
+    with pytest.raises(DamagedCheckpoint, match=r"not a complete archive|no checksum at its end"):
         load(path)
 
 
@@ -238,7 +238,7 @@ def zipped(path: Path, **records: bytes) -> None:
 def test_files_that_are_no_checkpoints_are_damaged(tmp_path: Path) -> None:
     path = tmp_path / "update-000000001.pt"
     path.write_text("this is no archive\n")
-    with pytest.raises(DamagedCheckpoint, match="not a whole archive"):
+    with pytest.raises(DamagedCheckpoint, match="not a complete archive"):
         load(path)
     zipped(path, readme=b"an archive, but not of torch")
     with pytest.raises(DamagedCheckpoint, match="torch cannot read it"):
@@ -251,7 +251,7 @@ def test_files_that_are_no_checkpoints_are_damaged(tmp_path: Path) -> None:
         load(path)
     for value in (torch.ones(3), [1, 2], {"state_dict": torch.ones(3)}, {"format": "x"}):
         torch.save(value, path)
-        with pytest.raises(DamagedCheckpoint, match="no checkpoint of lars-train"):
+        with pytest.raises(DamagedCheckpoint, match="not a checkpoint of lars-train"):
             load(path)
     torch.save({"format": checkpoint.FORMAT, "update": 3, "model": {}}, path)
     with pytest.raises(DamagedCheckpoint, match="it lacks classes, config, fingerprint, optimizer, plan"):
@@ -329,7 +329,7 @@ def test_a_path_below_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wrong_path_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint.path=.*missing: there is no such file"):
+    with pytest.raises(ConfigError, match=r"checkpoint.path=.*missing: no such file"):
         find(str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         find(str(tmp_path))
