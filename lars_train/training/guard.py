@@ -1,6 +1,6 @@
-"""Watch a run: its loss for divergence, without a wait for the device, and the images that cannot be decoded.
+"""Watch a run for divergence, without waiting for the device, and for images that cannot be decoded.
 
-`Guard` finds a divergence, `RollbackPolicy` decides what the run does about it.
+`Guard` finds a divergence, `RollbackPolicy` decides how the run responds, `BadImages` collects bad images.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from lars_train.training import checkpoint
 from lars_train.training.distributed import Group
 
 DIVERGENCES = "divergence.jsonl"
-"""Of a run: its divergences, and what was done about each. Only rank 0 writes it."""
+"""The file of a run's divergences and the response to each. Only rank 0 writes it."""
 _SHOWN = 5
-# Between two checks, which come with log lines and checkpoints, there are rarely so many updates.
+# More than the updates that usually lie between two checks, which come with log lines and checkpoints.
 _MOST_LOSSES = _MOST_LAYERS = 1024
-# float16: so many batches in a row without an update that the loss scale (from 2**16 on) cannot be what is wrong.
+# Batches in a row without an update. float16's loss scale starts at 2**16, so after this many it is not the cause.
 _MOST_SKIPPED = 60
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first `update` whose loss was not finite or above the limit.
+    """The first `update` whose loss was above the limit or not finite.
 
-    `quantity`: ``train/loss``, which the weights before that update gave, or ``val/loss``, of those after it.
+    `quantity`: ``train/loss``, computed from the weights before that update, or ``val/loss``, from those after it.
 
-    `layers`: per adapted parameter (name, |w|, |g|, trust ratio) at update `layers_of`: the one before, whose weights
-    gave that loss, or the same one if it is the first since a start or rollback. Empty for an optimizer other than
-    LARS, and if more than a thousand updates passed between two checks.
+    `layers`: per adapted parameter (name, |w|, |g|, trust ratio) at update `layers_of`. That is the update before,
+    whose weights gave that loss, or `update` itself if it is the first since a start or rollback. Empty for an
+    optimizer other than LARS, and if more than a thousand updates passed between two checks.
     """
 
     update: int
@@ -59,11 +59,11 @@ class Divergence:
     @property
     def sound(self) -> int:
         """The last update whose weights may be good. Weights that gave an infinite or NaN loss are not."""
-        gave_it = self.update if self.quantity == "val/loss" else self.update - 1
-        return gave_it if math.isfinite(self.loss) else gave_it - 1
+        weights_of = self.update if self.quantity == "val/loss" else self.update - 1
+        return weights_of if math.isfinite(self.loss) else weights_of - 1
 
     def record(self) -> dict[str, Any]:
-        """Return values for JSON, with the layers of the largest trust ratios and gradients."""
+        """Return the divergence as values for JSON, with the layers of the largest trust ratios and gradients."""
         return {
             "update": self.update,
             "quantity": self.quantity,
@@ -75,7 +75,7 @@ class Divergence:
         }
 
     def lines(self) -> list[str]:
-        """Return the same as lines for people."""
+        """Return the divergence as lines of text."""
         what = "validation loss" if self.quantity == "val/loss" else "loss"
         lines = [f"diverged at update {self.update:,}: {what} {self.loss:g}, lr {self.lr:.4g}."]
         if self.layers:
@@ -93,34 +93,34 @@ class Divergence:
 
 
 class Guard:
-    """Keeps each update's loss on the device until the host checks them, with the norms of its layers.
+    """Keeps the losses of updates on the device, with the norms of the layers, until the host checks them.
 
     `max_loss`: the mean loss of a global batch above which an update counts as diverged; None: only a loss that is not
-    finite does. All ranks find the same if they pass the same losses.
+    finite. All ranks get the same result if they pass the same losses.
     """
 
     def __init__(self, max_loss: float | None) -> None:
-        # The largest number that is finite: a loss above it, or of which no comparison is true, is not.
+        # At most the largest finite number: infinity is above it, and NaN compares false.
         self._max_loss = min(math.inf if max_loss is None else max_loss, sys.float_info.max)
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was noted, as after a restore."""
+        """Drop all records, for example after a restore."""
         self._skipped_in_a_row = 0
-        # Of consecutive updates, the last of which is `_last`; those before `_seen` have been checked.
+        # Losses of consecutive updates up to `_last`. Those before `_seen` have been checked.
         self._losses: list[Tensor] = []
         self._began = self._seen = self._last = 0
         self._layers: deque[Callable[[], Layers] | None] = deque(maxlen=_MOST_LAYERS)
 
     def watch(self, update: int, loss: Tensor, optimizer: Optimizer) -> None:
-        """Note the mean `loss` (one element, on the device) of `update`, the last one of `optimizer`."""
+        """Record the mean `loss` (one element, on the device) of `update`, the last update of `optimizer`."""
         self._skipped_in_a_row = 0
         if not self._began:
             self._began = self._seen = update
         self._last = update
         self._losses.append(loss)
         if len(self._losses) == _MOST_LOSSES:
-            # Each small tensor takes a block of memory.
+            # One tensor, because each small one takes a whole block of memory.
             self._losses = [self._all_losses()]
         self._layers.append(optimizer.recorded() if isinstance(optimizer, LARS) else None)
 
@@ -137,9 +137,9 @@ class Guard:
             )
 
     def found(self, network: nn.Module, lr_of: Any) -> Divergence | None:
-        """Return the first divergence since the last check, if there is one. The host waits for the device.
+        """Return the first divergence since the last check, or None. The host waits for the device.
 
-        `lr_of`: the function from an update's number to its learning rate.
+        `lr_of`: from an update's number to its learning rate.
         """
         losses = self._all_losses().tolist() if self._losses else []
         for update, loss in enumerate(losses, start=self._seen):
@@ -147,7 +147,7 @@ class Guard:
                 of = max(update - 1, self._began)
                 return Divergence(update, loss, lr_of(update), self._layers_of(of, network), of)
         self._losses, self._seen = [], self._last + 1
-        # The update before the next.
+        # Keep the layers of the last update, for a divergence at the next one.
         self._layers = deque(list(self._layers)[-1:], maxlen=_MOST_LAYERS)
         return None
 
@@ -155,7 +155,7 @@ class Guard:
         return torch.cat([loss.reshape(-1) for loss in self._losses])
 
     def _layers_of(self, update: int, network: nn.Module) -> tuple[tuple[str, float, float, float], ...]:
-        """Return the layers at `update`; nothing if that is too long ago."""
+        """Return the layers at `update`, or nothing if they are no longer kept."""
         place = update - (self._last - len(self._layers) + 1)
         layers = self._layers[place] if place >= 0 else None
         if layers is None:
@@ -166,10 +166,10 @@ class Guard:
 
 
 class RollbackPolicy:
-    """Decides what a run does about a divergence: resume from an earlier checkpoint, or stop. Records it on rank 0.
+    """Decides how a run responds to a divergence: resume from an earlier checkpoint, or stop. Rank 0 records it.
 
-    `directory`: the run's. `newest` loads the newest usable checkpoint of an update or before it, and raises
-    `ConfigError` if all are damaged; it is collective, as `decide` is. `say` prints a line.
+    `directory`: the run directory. `newest` loads the newest usable checkpoint of an update or before, and raises
+    `ConfigError` if all are damaged. `newest` and `decide` are collective. `say` prints a line.
     """
 
     def __init__(
@@ -187,14 +187,14 @@ class RollbackPolicy:
     ) -> tuple[dict[str, Any], dict[str, int]]:
         """Return the content of the checkpoint to resume from, and the record of this rollback.
 
-        `rollbacks`: the records of earlier ones; `skipped`: global batches skipped before `divergence`. Raises
-        `Diverged` with the report if a rollback is not wanted, was done too often, or has no checkpoint to go to.
+        `rollbacks`: the records of earlier rollbacks; `skipped`: global batches skipped before `divergence`. Raises
+        `Diverged` with the report if the config allows no rollback, or no more, or if no checkpoint is left for one.
         """
         start, lines = None, divergence.lines()
         if self._config.on_divergence == "rollback" and len(rollbacks) < self._config.max_rollbacks:
             start = self._target(divergence.sound, rollbacks)
             if start is None:
-                lines.append("No checkpoint from before it is left (checkpoint.keep, checkpoint.every_updates).")
+                lines.append("No earlier checkpoint is left (checkpoint.keep, checkpoint.every_updates).")
         if start is None:
             self._stop(divergence, lines, len(rollbacks))
         first = start["update"] + start["skipped"]
@@ -203,17 +203,17 @@ class RollbackPolicy:
         step["passed_over"] = count
         self._record(divergence, {"action": "rollback", **step})
         lines.append(
-            f"Going on from update {start['update']:,} without the {counted(count, 'batch', 'batches')} from "
-            f"there on: rollback {len(rollbacks) + 1} of at most {self._config.max_rollbacks}."
+            f"Resuming from update {start['update']:,} without the next {counted(count, 'batch', 'batches')}: "
+            f"rollback {len(rollbacks) + 1} of at most {self._config.max_rollbacks}."
         )
         for line in lines:
             self._say(f"WARNING: {line}")
         return start, step
 
     def _target(self, sound: int, rollbacks: list[dict[str, int]]) -> dict[str, Any] | None:
-        """Return the newest checkpoint of update `sound` or before that may be good; None if there is none.
+        """Return the newest checkpoint of update `sound` or before that may be good, or None.
 
-        Each rollback that made no progress since the last one goes further back than that one.
+        A rollback that has made no progress since the previous one goes further back.
         """
 
         def newest(last: int) -> dict[str, Any] | None:
@@ -229,7 +229,7 @@ class RollbackPolicy:
         return newest(before - 1) or newest(before) or found
 
     def _stop(self, divergence: Divergence, lines: list[str], rollbacks: int) -> NoReturn:
-        """Record it, rename the checkpoints of weights that gave no finite loss, and raise `Diverged`."""
+        """Record the divergence, rename the checkpoints after its last sound update, and raise `Diverged`."""
         self._record(divergence, {"action": "stop"})
         after = f" after {counted(rollbacks, 'rollback')}" if rollbacks else ""
         if self._group.first:
@@ -238,8 +238,8 @@ class RollbackPolicy:
                 lines += [f"Set aside: {path}" for path in renamed]
         lines.append(
             f"Stopped{after}; divergence.jsonl in {self._directory} has the report. "
-            "Lower optimizer.lr, raise schedule.warmup_epochs, or go on from the last checkpoint without the "
-            "samples that came before the divergence (guard.on_divergence=rollback, guard.max_rollbacks)."
+            "Lower optimizer.lr, raise schedule.warmup_epochs, or resume from the last checkpoint without the "
+            "samples before the divergence (guard.on_divergence=rollback, guard.max_rollbacks)."
         )
         raise Diverged("\n".join(lines))
 
@@ -252,16 +252,16 @@ class RollbackPolicy:
 
 
 def record_divergence(directory: Path, divergence: Divergence, action: dict[str, Any]) -> None:
-    """Append a line with `action`: what the run does, and where it resumes. Atomic; raises OSError."""
+    """Append a line with `action`: the response, and where the run resumes. Atomic. Raises OSError."""
     path = directory / DIVERGENCES
     before = path.read_bytes() if path.exists() else b""
     write_atomic(path, [before, json.dumps({**divergence.record(), **action}).encode() + b"\n"])
 
 
 def take_back_divergences(directory: Path, rollbacks: int) -> None:
-    """Keep the lines of the first `rollbacks` rollbacks; a resumed run repeats later ones, which a kill undid.
+    """Keep the lines of the first `rollbacks` rollbacks. A resumed run repeats later ones, which a kill undid.
 
-    Drop a line that a kill cut short, too.
+    A line that a kill truncated is dropped too.
     """
     path = directory / DIVERGENCES
     if not path.exists():
@@ -276,19 +276,19 @@ def take_back_divergences(directory: Path, rollbacks: int) -> None:
         write_atomic(path, kept)
 
 
-def told_in(path: Path) -> set[str]:
-    """Return the images that ``bad_images.jsonl`` lists; a line that a kill cut short lists none."""
-    told = set()
+def listed_images(path: Path) -> set[str]:
+    """Return the images that ``bad_images.jsonl`` lists. A line that a kill truncated lists none."""
+    listed = set()
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            told.add(json.loads(line)["image"])
+            listed.add(json.loads(line)["image"])
         except (ValueError, KeyError, TypeError):
             continue
-    return told
+    return listed
 
 
 def moved(known: dict[str, str], before: str | None, root: str | None) -> dict[str, str]:
-    """Return the `known` images by their current places: the data set has moved from `before` (absolute) to `root`."""
+    """Return the `known` images by their current paths, after the data set moved from `before` (absolute) to `root`."""
     if before is None or root is None:
         return known
     here = root if is_url(root) else str(user_path(root))
@@ -300,9 +300,9 @@ def moved(known: dict[str, str], before: str | None, root: str | None) -> dict[s
 
 
 class BadImages:
-    """The images that cannot be decoded, in `known`: place and reason. The same on every rank after `collect`.
+    """The images that cannot be decoded. `known`: path or URL, and reason; the same on every rank after `collect`.
 
-    `known` begins with those of earlier starts; new ones are added to that dict.
+    `known` starts with the images of earlier starts. `collect` adds new ones to that dict.
     """
 
     def __init__(self, limit: int, group: Group, known: dict[str, str] | None = None) -> None:
@@ -312,14 +312,14 @@ class BadImages:
         self._unwritten: list[str] = []
 
     def note(self, samples: Iterable[BadSample]) -> None:
-        """Note what this rank has found."""
+        """Add images that this rank has found."""
         for sample in samples:
             self._found[sample.where] = sample.reason
 
     def collect(self) -> dict[str, str]:
-        """Combine what the ranks have found; return the new images, by place. Collective.
+        """Combine what the ranks have found; return the new images, by path or URL. Collective.
 
-        Raises `DataError` on every rank when there are more than the limit.
+        Raises `DataError` on every rank if there are more than the limit.
         """
         everyone = self._group.all_gather(self._found)
         self._found = {}
@@ -335,7 +335,7 @@ class BadImages:
         return new
 
     def report(self, path: Path, update: int, say: Callable[[str], None]) -> None:
-        """`collect`; rank 0 prints the new images and lists them in `path`, even if that raises. Collective.
+        """Call `collect`. Rank 0 prints the new images and lists them in `path`, even if `collect` raises. Collective.
 
         Args:
             path: ``bad_images.jsonl``, which lists an image once however often the run resumes.
@@ -347,9 +347,9 @@ class BadImages:
             self.collect()
         finally:
             if self._group.first:
-                told = told_in(path)
+                listed = listed_images(path)
                 for where, reason in list(self.known.items())[before:]:
-                    if where in told:
+                    if where in listed:
                         continue
                     say(f"WARNING: image {where} cannot be decoded: {reason}")
                     self._unwritten.append(json.dumps({"image": where, "reason": reason, "update": update}) + "\n")
@@ -357,8 +357,8 @@ class BadImages:
                     self.write(path)
 
     def write(self, path: Path) -> None:
-        """Write the lines that the disk has refused so far; the next checkpoint relies on them. Raises OSError."""
+        """Write the lines that could not be written so far; the next checkpoint relies on them. Raises OSError."""
         if self._unwritten:
-            there = path.read_bytes() if path.exists() else b""
-            write_atomic(path, [there, "".join(self._unwritten).encode()])
+            before = path.read_bytes() if path.exists() else b""
+            write_atomic(path, [before, "".join(self._unwritten).encode()])
             self._unwritten.clear()

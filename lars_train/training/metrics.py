@@ -1,4 +1,4 @@
-"""Measure what a log line reports: gradients and updates of each layer, times, and FLOPs relative to the peak."""
+"""Measure what a log line reports: gradients and updates of each layer, times, FLOPs relative to the peak."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lars_train.training.device import Precision
 
 @dataclass
 class Measures:
-    """The norms of one update: `before_step` takes them before LARS changes the gradients, `after_step` adds the rest.
+    """The norms of one update. Call `before_step` before LARS changes the gradients, and `after_step` after the step.
 
-    `parameters`: those with gradients, n of them. All tensors are on the device.
+    `parameters`: the n parameters that have gradients. All tensors are on the device.
     """
 
     parameters: list[nn.Parameter]
     weights: Tensor
     """(n,): |w| before the update."""
     gradients: Tensor
-    """(n,): |g|, g the mean over the global batch."""
+    """(n,): |g|, where g is the mean over the global batch."""
     updates: Tensor
     """(n,): |w_after - w_before|."""
     weight_norm: Tensor
@@ -43,7 +43,7 @@ class Measures:
 
     @classmethod
     def before_step(cls, network: nn.Module) -> Measures:
-        """Measure the norms, and copy the weights until `after_step`."""
+        """Measure the norms, and keep a copy of the weights for `after_step`."""
         parameters = [p for p in network.parameters() if p.grad is not None]
         weights = [p.detach() for p in parameters]
         each = list(torch._foreach_norm(weights))
@@ -67,7 +67,7 @@ class Measures:
         self.before = []
 
     def values(self) -> dict[str, float]:
-        """Return the values over all parameters, by the names of `fields.FIELDS`."""
+        """Return the values over all parameters, by their names in `fields.FIELDS`."""
         norms = torch.stack((self.grad_norm, self.weight_norm, torch.linalg.vector_norm(self.updates)))
         gradient, weight, update = norms.double().tolist()
         return {
@@ -77,7 +77,7 @@ class Measures:
         }
 
     def layers(self, names: dict[int, str], optimizer: Optimizer, lr: float) -> LayerValues:
-        """Return the values of each parameter. `names`: by id. With trust ratios, if `optimizer` is LARS."""
+        """Return the values of each parameter, with trust ratios if `optimizer` is LARS. `names`: by parameter id."""
         ratios: dict[str, float] = {}
         if isinstance(optimizer, LARS) and (adapted := optimizer.layers()) is not None:
             of_each = adapted.values[2].tolist()
@@ -87,9 +87,9 @@ class Measures:
 
 
 class FirstGradient:
-    """|g|^2 of this rank's first micro-batch of an update, before others are added or ranks exchange gradients.
+    """Measures |g| of this rank's first micro-batch of an update, before further micro-batches or ranks are added.
 
-    Every backward pass has that gradient in the parameters' `grad` for a moment, so nothing is computed twice.
+    Hooks read that gradient from the parameters' `grad` during the backward pass, so nothing is computed twice.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -102,10 +102,10 @@ class FirstGradient:
 
     @contextmanager
     def taken(self) -> Iterator[list[Tensor]]:
-        """Yield a list that a backward pass within the context fills: |g| of each parameter, scalars on the device."""
+        """Yield a list that a backward pass in the context fills with |g| of each parameter, scalars on the device."""
         norms: list[Tensor] = []
 
-        # Autograd calls these hooks once the gradient is complete, and after them DDP's own, which sends it.
+        # Autograd calls these hooks once the gradient is complete, before those of DDP, which send it.
         hooks: list[Any] = [p.register_post_accumulate_grad_hook for p in self._parameters]
         handles = [register(lambda parameter: self.take(parameter, norms)) for register in hooks]
         try:
@@ -116,56 +116,55 @@ class FirstGradient:
 
 
 def small_batch(norms: list[Tensor], factor: Tensor, samples: int) -> Tensor:
-    """(3,) float64 for the sum over ranks: |g|^2 of the mean gradient of `samples` samples, 1 / samples, and 1.
+    """Return float64 (3,) to be summed over ranks: |g|^2 of the mean gradient of `samples`, 1 / `samples`, and 1.
 
-    `norms`: of the gradient times 1 / `factor` (a scalar on the device), by parameter.
+    `norms`: per parameter, |g / factor|. `factor` is a scalar on the device.
     """
     squared = (torch.stack(norms).double() * factor).square().sum()
-    # Filled on the device: a tensor made from numbers would be a copy that the host waits for.
+    # Filled on the device: creating a tensor from numbers would copy from the host and wait.
     return torch.stack((squared, torch.full_like(squared, 1 / samples), torch.ones_like(squared)))
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations that training on an image takes, and how many a second are possible.
-
-    `peak`: None if it is not known, and then there is no ``train/mfu``.
-    """
+    """Floating-point operations that training takes, and that the hardware can do."""
 
     per_image: float
+    """Forward and backward."""
     peak: float | None
+    """Per second; None: not known, so the log has no ``train/mfu``."""
 
 
 @dataclass
 class Interval:
-    """The time since the log line of `update`, or since training resumed there. All times in seconds.
+    """The time since the log line of `update`, or since training resumed there. All times are in seconds.
 
-    `started`: on the clock of `time.perf_counter`, later by what `leave_out` excludes.
+    `started`: on the clock of `time.perf_counter`. `leave_out` moves it forward.
     """
 
     update: int
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
-    """For input."""
+    """Time spent waiting for input."""
     saving: float = 0.0
-    """For checkpoints; excluded from the time of the updates."""
+    """Time spent saving checkpoints, which is excluded from the time of the updates."""
 
     def leave_out(self, seconds: float) -> None:
         """Exclude the time of an evaluation."""
         self.started += seconds
 
     def save(self, seconds: float) -> None:
-        """Exclude the time of a checkpoint, and report it by itself."""
+        """Exclude the time of a checkpoint, and report it separately."""
         self.saving += seconds
         self.leave_out(seconds)
 
     def values(self, update: int, now: float, *, global_batch: int, flops: Flops) -> dict[str, float]:
-        """Return values for the log line of `update`, by the names of `fields.FIELDS`.
+        """Return the values for the log line of `update`, by their names in `fields.FIELDS`.
 
         Args:
-            update: the last one in the interval; the device has finished it.
-            now: `time.perf_counter()` of that moment.
-            global_batch: images of an update.
+            update: the last update in the interval, which the device has finished.
+            now: `time.perf_counter()` at that moment.
+            global_batch: images per update.
             flops: with the peak of all ranks together.
         """
         elapsed = now - self.started
@@ -179,21 +178,22 @@ class Interval:
         }
 
 
-# A backward pass costs two forward ones: the gradients of inputs and those of weights. That is the count of "model
-# FLOPs" of Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B.
+# A backward pass costs two forward passes: the gradients of inputs and of weights. Chowdhery et al. 2022,
+# https://arxiv.org/abs/2204.02311, appendix B, count "model FLOPs" in this way.
 _PASSES = 3
-# Rows and columns: large enough to come near the most that a device does, small enough to be done at once on a CPU.
+# Rows and columns of the matrices: large enough to approach a device's peak, small enough to be quick on a CPU.
 _SIDE = {"cpu": 512, "cuda": 4096}
 _SECONDS, _LEAST = 0.03, 3
 
 
 def flops_per_image(network: nn.Module, image_size: int) -> int:
-    """Floating-point operations that training on one (3, S, S) image takes: multiplications and additions of the
-    convolutions and matrix products, forward and backward. The network stays as it is.
+    """Return the floating-point operations that training on one (3, S, S) image takes, forward and backward.
+
+    They are the multiplications and additions of convolutions and matrix products. The network stays unchanged.
     """
-    # Only the layers' shapes count, so the copy has no weights and computes little: 0.02 s for ResNet-50. Torch's
-    # FlopCounterMode counts the same in 0.15 s where torchvision is loaded, and in 1.1 s where it is not: it imports
-    # torch._dynamo (on one core; the networks of this package need no torchvision).
+    # Only the layers' shapes matter, so the copy has no weights and computes little: 0.02 s for ResNet-50. Torch's
+    # FlopCounterMode counts the same in 0.15 s if torchvision is loaded, and otherwise in 1.1 s, because it imports
+    # torch._dynamo (on one core; the networks of this package do not need torchvision).
     nothing = torch.empty(0)
     memo: dict[int, Any] = {id(p): nn.Parameter(nothing) for p in network.parameters()}
     memo |= {id(b): nothing for b in network.buffers()}
@@ -227,13 +227,13 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
 
 @functools.cache
 def peak_flops(precision: Precision, device: torch.device, threads: int) -> float:
-    """Floating-point operations per second of square matrix products in `precision.compute`, the best of a few.
+    """Return the floating-point operations per second of square matrix products in `precision.compute`, best of a few.
 
-    On the CPU with `threads` threads, which the caller has set. The host waits for the device. float32 products are in
-    TF32 where the convolutions are, as torch has those by itself: a peak without it would be one that they pass.
+    On the CPU, with `threads` threads, which the caller has set. The host waits for the device. float32 products use
+    TF32 if convolutions do, which is torch's default. Convolutions would exceed a peak measured without it.
     """
     side = _SIDE.get(device.type, _SIDE["cuda"])
-    # Of its own, so that a run draws the same numbers whether or not this was measured before.
+    # A separate generator, so that a run draws the same numbers whether or not this was measured before.
     draw = torch.Generator(device).manual_seed(0)
     a, b = (torch.rand(side, side, device=device, generator=draw).to(precision.compute) for _ in range(2))
     best, end, done = float("inf"), time.perf_counter() + _SECONDS, 0
@@ -243,23 +243,23 @@ def peak_flops(precision: Precision, device: torch.device, threads: int) -> floa
             torch.mm(a, b)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            # The first call also sets the library up.
+            # The best of several: the first call also initializes the library.
             best, done = min(best, time.perf_counter() - started), done + 1
     return 2 * side**3 / best
 
 
 @contextmanager
 def _products_as_convolutions() -> Iterator[None]:
-    """Within it, CUDA's float32 products may use TF32 exactly where cuDNN's convolutions may."""
+    """Let CUDA's float32 products use TF32 exactly if cuDNN's convolutions may."""
     products, convolutions = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
-    # torch before 2.9 has the older name alone. Newer versions raise for it in a process that has set the newer one.
+    # torch before 2.9 has only the older name. Newer versions raise for it in a process that has set the newer one.
     newer = hasattr(convolutions, "conv")
     name = "fp32_precision" if newer else "allow_tf32"
-    before, wanted = getattr(products, name), getattr(convolutions.conv if newer else convolutions, name)
-    if before == wanted:  # perhaps because both follow a setting for all, which a value of its own would end
+    before, target = getattr(products, name), getattr(convolutions.conv if newer else convolutions, name)
+    if before == target:  # perhaps because both follow a global setting, which setting one of them would end
         yield
         return
-    setattr(products, name, wanted)
+    setattr(products, name, target)
     try:
         yield
     finally:

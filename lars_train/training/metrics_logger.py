@@ -1,4 +1,4 @@
-"""Log a run: values of its updates and evaluations in files and TensorBoard, bad images, and lines for people."""
+"""Log a run: values of updates and evaluations to files and TensorBoard, bad images, and lines on the terminal."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _SHOWN_IMAGES = 32
 class MetricsLogger:
     """Computes a run's values on every rank, writes them on rank 0, and shows them through `progress`.
 
-    `log`: rank 0's files and TensorBoard events. `interval`: the time since the last log line. `values`: those of the
-    last log line. `run_left`: seconds to the end of the run, as of then. `flops`: of one rank.
+    `log`: rank 0's files and TensorBoard events. `interval`: the time since the last log line. `values`: the values of
+    the last log line. `run_left`: the estimate in it of the seconds to the end of the run. `flops`: of one rank.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MetricsLogger:
         self._parameter_names = {id(p): name for name, p in trainer.network.named_parameters()}
         self._bad_path = directory / "bad_images.jsonl"
         self._evaluation_seconds = 0.0
-        self._told_reason, self._told_failures = "", 0
+        self._reported_reason, self._reported_failures = "", 0
         self._images: Tensor | None = None
         self.log = RunLog(directory, trainer.update) if trainer.group.first else None
         self.values: dict[str, float] = {}
@@ -61,27 +61,27 @@ class MetricsLogger:
         self.begin()
 
     def begin(self) -> None:
-        """Measure the updates' time from now on."""
+        """Start measuring the time of updates."""
         self.interval = Interval(self._trainer.update)
 
     def roll_back(self) -> None:
-        """Take back what was logged after the trainer's update, and continue there."""
+        """Remove what was logged after the trainer's update, and continue from there."""
         self.begin()
         if self.log is not None:
             self.log.close()
             self.log = RunLog(self._directory, self._trainer.update)
 
     def keep_images(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield `batches`; copy the run's first images, for TensorBoard at the first log line."""
+        """Yield `batches`, and copy the run's first images for TensorBoard."""
         for batch in batches:
             if self._images is None:
                 self._images = batch.images[:_SHOWN_IMAGES].clone()
             yield batch
 
     def log_update(self, info: UpdateInfo, loaded: LoaderStatistics) -> None:
-        """Log the trainer's last update, and what its meter has summed since the last log line. Collective."""
+        """Log the trainer's last update, and the sums of its meter since the last log line. Collective."""
         trainer = self._trainer
-        # Here, once per log line, the host waits for the device.
+        # The host waits for the device here, once per log line.
         loss, hits, count, bad = trainer.meter.total(trainer.group).tolist()
         trainer.meter.sums.zero_()
         if bad:
@@ -94,7 +94,7 @@ class MetricsLogger:
             "train/lr": info.lr,
             **self.interval.values(trainer.update, now, global_batch=trainer.plan.global_batch, flops=self._flops),
             "train/bad_images": len(self._state.bad),
-            "train/checkpoint_failures": self._told_failures,
+            "train/checkpoint_failures": self._reported_failures,
             **memory(trainer.device),
         }
         if self._writer.seconds is not None:
@@ -113,24 +113,24 @@ class MetricsLogger:
             self._write_layers(info.lr, info.measures)
 
     def log_evaluation(self, result: Result, seconds: float) -> None:
-        """Log `result`, which took so many seconds; `state` has the best one already."""
+        """Log `result`, which took `seconds`. `state` already includes it."""
         self._evaluation_seconds = seconds
         self.interval.leave_out(seconds)
         self._write({**result.values(), "val/best_top1": self._state.best_top1, "val/seconds": seconds})
 
     def report_bad(self) -> None:
-        """Print the images that were found bad since the last time, and list them in a file. Collective."""
+        """Print the bad images found since the last call, and list them in a file. Collective."""
         self.bad.report(self._bad_path, self._trainer.update, self._progress.say)
 
     def end_epoch(self, result: Result | None = None, *, first: bool = False) -> None:
-        """Print the epoch's line, with the evaluation's `result` if there is one, `first` if it is the run's first."""
+        """Print the epoch's line, with the evaluation's `result` if it had one. `first`: it is the run's first one."""
         update, plan, best = self._trainer.update, self._trainer.plan, self._state.best_top1
         self._progress.end_epoch(*epoch_fields(update, plan, self.values, result, best, self.run_left))
         if first and result is not None and (note := validation_gap_note(self.values, result)):
             self._progress.say(note)
 
     def finish(self) -> str:
-        """Write the run's settings and results to TensorBoard. Return why events are missing, or an empty string."""
+        """Write the run's settings and results to TensorBoard. Return why events are missing; empty if none are."""
         if self.log is None:
             return ""
         settings = experiment_settings(self._config, self._trainer.plan.global_batch)
@@ -139,13 +139,13 @@ class MetricsLogger:
         return self.log.board.reason
 
     def sync(self) -> None:
-        """Put the log and the list of bad images on disk. Raises `OSError`."""
+        """Sync the log and the list of bad images to disk. Raises `OSError`."""
         if self.log is not None:
             self.log.sync()
             self.bad.write(self._bad_path)
 
     def close(self) -> None:
-        """Write out what can be, and close the files."""
+        """Flush and close the files."""
         if self.log is not None:
             self.log.close()
 
@@ -165,7 +165,7 @@ class MetricsLogger:
         return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 
     def _time_left(self, images_per_s: float) -> float:
-        """Seconds to the end of the run, at this rate and with evaluations as long as the last one."""
+        """Return the seconds to the end of the run, at this rate and with evaluations as long as the last one."""
         plan, update = self._trainer.plan, self._trainer.update
         evaluations = sum(
             evaluation_is_due(self._config, plan, end)
@@ -193,14 +193,14 @@ class MetricsLogger:
             self._images = None
 
     def _warn_of_failures(self) -> None:
-        """Print what the disk has refused since the last log line."""
-        if self.log is not None and self.log.reason != self._told_reason:
-            self._told_reason = self.log.reason
-            if self._told_reason:
-                self._progress.say(f"WARNING: the log cannot be written: {self._told_reason}; the training goes on.")
+        """Print the write failures since the last log line."""
+        if self.log is not None and self.log.reason != self._reported_reason:
+            self._reported_reason = self.log.reason
+            if self._reported_reason:
+                self._progress.say(f"WARNING: the log cannot be written: {self._reported_reason}. Training continues.")
         failures = self._writer.failures
-        if failures > self._told_failures:
-            self._told_failures = failures
+        if failures > self._reported_failures:
+            self._reported_failures = failures
             self._progress.say(
-                f"WARNING: {self._writer.last_failure}; the training goes on. {self._told_failures} so far."
+                f"WARNING: {self._writer.last_failure}. Training continues. Failures so far: {self._reported_failures}."
             )

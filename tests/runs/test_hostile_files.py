@@ -47,7 +47,7 @@ from lars_train.monitoring.progress import Progress
 from lars_train.report.table import HEADER, markdown_table
 from lars_train.training import checkpoint, session
 from lars_train.training.assemble import optimizer_class
-from lars_train.training.guard import told_in
+from lars_train.training.guard import listed_images
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation, check_same_experiment, run_hash
 
@@ -660,7 +660,7 @@ def test_a_crash_is_told_of_without_acting_on_the_terminal(
 def test_a_record_of_bad_images_that_another_program_wrote_is_read_past(tmp_path: Path) -> None:
     path = tmp_path / "bad_images.jsonl"
     path.write_bytes(b'{"image": "a.png"}\n\xff\xfe\n[1]\n{"image": []}\n{"image": "b.png"}\n')
-    assert told_in(path) == {"a.png", "b.png"}
+    assert listed_images(path) == {"a.png", "b.png"}
 
 
 def test_the_reason_why_a_picture_is_bad_is_one_line_of_plain_text() -> None:

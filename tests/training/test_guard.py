@@ -172,7 +172,7 @@ def test_no_rollback_goes_to_weights_that_gave_no_finite_loss(monkeypatch: pytes
     assert sorted(path.name for path in folder.iterdir()) == ["diverged-000000001.pt", "update-000000000.pt"]
     # Where only the last one is kept, there is none to go on from, and the next start says so.
     monkeypatch.setitem(SETTINGS, "checkpoint", {"every_updates": 1, "keep": 1})
-    with pytest.raises(Diverged, match="No checkpoint from before it is left"):
+    with pytest.raises(Diverged, match="No earlier checkpoint is left"):
         train(tmp_path / "one", on_divergence="rollback")
     with pytest.raises(ConfigError, match=r"the run diverged, and no checkpoint .*resume=never"):
         train(tmp_path / "one", on_divergence="rollback")
