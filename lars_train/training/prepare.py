@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the input, found before a device is touched or a file is written."""
+"""Check config, data and checkpoint before a run touches a device or writes a file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lars_train.training.resolve import check_cache, check_decoder
 from lars_train.training.run_directory import run_directory, runs_of_moved_images
 
 SAVED = ".saved"
-"""The file of a run directory which says that there were checkpoints."""
+"""The file of a run directory that records that checkpoints were saved."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the checks found: the data, the plan, where the run lives, and the checkpoint that the user named."""
+    """The result of the checks: the data, the plan, the run directory, and the checkpoint that the user named."""
 
     config: Config
     dataset: Dataset
@@ -33,14 +33,11 @@ class Prepared:
     directory: Path
     start_from: dict[str, Any] | None
     notes: tuple[str, ...] = ()
-    """What the user should know of the classes, the weights and other runs."""
+    """Messages to the user about the classes, the weights and other runs."""
 
 
 def prepare(config: Config) -> Prepared:
-    """Check config, data and checkpoint against each other; reads only.
-
-    Raises `ConfigError`.
-    """
+    """Check config, data and checkpoint against each other. Reads only. Raises `ConfigError`."""
     check_optimizer(config.optimizer)
     check_decoder(config)
     dataset = open_dataset(config.data)
@@ -53,8 +50,8 @@ def prepare(config: Config) -> Prepared:
     notes: tuple[str, ...] = () if warning is None else (warning,)
     if config.run.dir is None and config.run.name is None and not directory.exists():
         notes += tuple(
-            f"NOTE: {there} holds the same run with its images in another place; run.dir={there} continues it."
-            for there in runs_of_moved_images(directory, config, dataset.fingerprint)
+            f"NOTE: {other} holds the same run with its images in another place; run.dir={other} continues it."
+            for other in runs_of_moved_images(directory, config, dataset.fingerprint)
         )
     if config.model.weights is not None or config.model.name not in model_names():
         notes += start_network(config, dataset.classes)[1]
@@ -74,12 +71,11 @@ def prepare(config: Config) -> Prepared:
 def continuation(
     prepared: Prepared, *, warn: bool = True, last: int | None = None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of this run, which fits its model and data; None for a new run. Reads only.
+    """Return the newest usable checkpoint of this run that fits its model and data; None for a new run. Reads only.
 
-    With `last`, the newest of that update or before it, and None if there is none.
+    With `last`, return the newest of that update or before, or None. `warn`: name skipped checkpoints on stderr.
 
-    Raises `ConfigError` when none fits, when all are damaged, or when they are gone; `warn`: name on stderr those that
-    are passed over.
+    Raises `ConfigError` if none fits, if all are damaged, or if they have been deleted.
     """
 
     def check(content: dict[str, Any]) -> None:
@@ -87,8 +83,8 @@ def continuation(
         check_same_images(content, prepared.dataset)
         if checkpoint.value(content, "layout") != prepared.dataset.layout:
             raise ConfigError(
-                "the store's pictures lie in other shards than those it was trained on, so data.order=shards means "
-                "another order; restore that store, or start anew with resume=never."
+                "the store's images lie in other shards than during the training so far, so data.order=shards means "
+                "another order; restore that store, or start over with resume=never."
             )
 
     folder = prepared.directory / "checkpoints"
@@ -97,9 +93,11 @@ def continuation(
         if any(folder.glob(f"{checkpoint.SET_ASIDE}*.pt")):
             raise ConfigError(
                 f"{folder}: the run diverged, and no checkpoint from before that is left; lower optimizer.lr, or start "
-                "anew with resume=never."
+                "over with resume=never."
             )
-        raise ConfigError(f"{folder}: the run's checkpoints are gone; put them back, or start anew with resume=never.")
+        raise ConfigError(
+            f"{folder}: the run's checkpoints are missing; put them back, or start over with resume=never."
+        )
     return found
 
 
@@ -113,7 +111,7 @@ def load_continuation(prepared: Prepared, group: Group, last: int | None = None)
 
 
 def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> None:
-    """Raise `ConfigError` when a checkpoint is of another model, or was trained on other classes."""
+    """Raise `ConfigError` if a checkpoint is of another model, or was trained on other classes."""
     theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
     if theirs != model:
         raise ConfigError(f"the checkpoint is of model {theirs}, not {model}: choose model={theirs}.")
@@ -127,17 +125,17 @@ def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> N
 
 
 def check_same_images(content: dict[str, Any], dataset: Dataset) -> None:
-    """Raise `ConfigError` when the data set's file names or labels are not those the checkpoint was trained on."""
+    """Raise `ConfigError` if the data set's file names or labels are not those that the checkpoint was trained on."""
     if content["fingerprint"] != dataset.fingerprint:
         raise ConfigError(
             "the data set is not the one that the checkpoint was trained on (its file names or labels differ, or this "
-            "version reads files that an earlier one skipped, such as .jfif); restore it, or start anew with "
+            "version reads files that an earlier one skipped, such as .jfif); restore it, or start over with "
             "resume=never."
         )
 
 
 def _check_same_order(content: dict[str, Any], config: Config, dataset: Dataset) -> None:
-    """Raise `ConfigError` where the rest of an epoch that was begun would be in another order."""
+    """Raise `ConfigError` if the rest of a partly trained epoch would be in another order."""
     order, window = (checkpoint.value(content, "config", "data", key) for key in ("order", "window_shards"))
     same = order == config.data.order and checkpoint.value(content, "layout") == dataset.layout
     if order == SHARDS:
@@ -145,9 +143,9 @@ def _check_same_order(content: dict[str, Any], config: Config, dataset: Dataset)
     done = content["update"] + checkpoint.value(content, "skipped")
     if not same and done % checkpoint.value(content, "plan", "updates_per_epoch"):
         raise ConfigError(
-            f"checkpoint.path={config.checkpoint.path}: it stands within an epoch of data.order={order}"
-            f"{f' with data.window_shards={window}' if order == SHARDS else ''}; choose the same, of the same shards, "
-            "or a checkpoint at the end of an epoch."
+            f"checkpoint.path={config.checkpoint.path}: it was saved within an epoch of data.order={order}"
+            f"{f' with data.window_shards={window}' if order == SHARDS else ''}; choose the same order of the same "
+            "shards, or a checkpoint from the end of an epoch."
         )
 
 
@@ -155,23 +153,23 @@ def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None
     update, per_epoch = content["update"], checkpoint.value(content, "plan", "updates_per_epoch")
     if per_epoch != plan.updates_per_epoch or update > plan.updates:
         raise ConfigError(
-            f"checkpoint.path={config.checkpoint.path}: it stands at update {update} of a run with {per_epoch} "
-            f"updates per epoch, which is no position of this one ({plan.updates} updates, "
-            f"{plan.updates_per_epoch} per epoch); choose the same batch and at least as many epochs."
+            f"checkpoint.path={config.checkpoint.path}: it is at update {update} of a run with {per_epoch} updates per "
+            f"epoch, which does not fit this run ({plan.updates} updates, {plan.updates_per_epoch} per epoch); choose "
+            "the same batch and at least as many epochs."
         )
 
 
 def _check_optimizer_state(content: dict[str, Any], config: Config) -> None:
-    # Of the settings, these decide what the optimizer's state looks like.
+    # The settings that decide the form of the optimizer's state.
     keys: tuple[str, ...] = ("base", "decay_norm_bias")
     if config.optimizer.name == "lars":
-        # With the lr inside the momentum, that holds steps and not gradients.
+        # With the lr inside the momentum, the buffers hold steps rather than gradients.
         keys = (*keys, "adapt_norm_bias", "lr_placement")
     for key in keys:
         mine, theirs = getattr(config.optimizer, key), checkpoint.value(content, "config", "optimizer", key)
         if theirs != mine:
             raise ConfigError(
-                f"checkpoint.path={config.checkpoint.path}: it has the optimizer state of optimizer.{key}={theirs}, "
-                f"which does not fit optimizer.{key}={mine}; choose the same, or start from its weights alone "
-                "(mode=export, then model.weights=FILE)."
+                f"checkpoint.path={config.checkpoint.path}: its optimizer state is of optimizer.{key}={theirs}, which "
+                f"does not fit optimizer.{key}={mine}; choose the same, or start from its weights alone (mode=export, "
+                "then model.weights=FILE)."
             )

@@ -1,6 +1,6 @@
-"""Decide for this machine, when a run starts, what the config leaves open (micro-batch, precision, decoder, threads).
+"""Resolve the settings that the config leaves to the machine: micro-batch, precision, decoder, threads.
 
-A resumed run keeps these decisions. Also here: whether the shard cache is large enough, and torch.compile.
+A resumed run keeps these decisions. This module also checks the size of the shard cache, and sets up torch.compile.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from lars_train.training.evaluation import evaluation_batch
 
 @dataclass(frozen=True)
 class Resolved:
-    """`micro_batch` in samples; `world` and `device` (its type) say what `threads` was decided for.
+    """The resolved settings of a run. `micro_batch` is in samples.
 
-    `decoder`: NATIVE or PILLOW (data/decode/pillow.py).
+    `world` and `device` (a device type) are what `threads` was chosen for. `decoder`: NATIVE or PILLOW
+    (data/decode/pillow.py).
     """
 
     micro_batch: int
@@ -59,10 +60,10 @@ class Resolved:
 def resolve_execution(
     config: Config, plan: Plan, network: nn.Module, device: torch.device, group: Group, stored: dict[str, Any] | None
 ) -> Resolved:
-    """Decide, or keep what `stored` (a checkpoint's) says where the config leaves it open. Collective.
+    """Resolve the settings that the config leaves open, or keep those in `stored` (from a checkpoint). Collective.
 
-    Raises `ConfigError` for a precision that the device cannot do, for a decoder that is not there, or where not even
-    one ghost batch fits into it.
+    Raises `ConfigError` for a precision that the device does not support, for a decoder that is not available, or if
+    not even one ghost batch fits into the device's memory.
     """
     ranks = group.ranks
     kept = None if stored is None else Resolved(**stored)
@@ -74,7 +75,7 @@ def resolve_execution(
     if config.micro_batch != AUTO:
         ghosts = check_micro_batch(plan, int(config.micro_batch))
     elif device.type == "cuda":
-        # What was decided on another device is tried too: this one may have less memory.
+        # Try a stored micro-batch too: this device may have less memory than the one it was chosen on.
         ghosts = ghosts_by_trying(
             lambda count: try_micro_batch(
                 network, count * plan.ghost_batch, size, precision, device, choose_layout(config)
@@ -93,7 +94,7 @@ def resolve_execution(
             free=free_memory(),
             local_world=ranks.local_world,
         )
-    # Every rank the same: the slowest one sets the pace, and a record with one number can be kept.
+    # The same for every rank: the slowest one sets the pace anyway, and one number can be recorded.
     ghosts = group.all_reduce_min(min(ghosts, most), device)
     threads = choose_threads(config, ranks)
     if kept and config.launch.threads == AUTO and (kept.world, kept.device) == (ranks.world, device.type):
@@ -111,70 +112,77 @@ def resolve_execution(
 
 
 def check_decoder(config: Config) -> None:
-    """Raise `ConfigError` if the decoder that the config names is not available. No device is touched."""
+    """Raise `ConfigError` if the decoder that the config names is not available. Touches no device."""
     if config.data.decoder == NATIVE and not native.is_available():
-        raise _missing("the decoder in C is not available.")
+        raise _no_decoder("the decoder in C is not available.")
 
 
 def choose_decoder(config: Config, stored: str | None, group: Group, device: torch.device) -> str:
-    """Return the config's decoder, else `stored`, else the fastest, the same on every rank. Collective.
+    """Return the config's decoder, else `stored`, else the fastest; the same on every rank. Collective.
 
-    A name that is unknown here, from another version's checkpoint, counts as none. Raises `ConfigError` if the config
-    names a decoder that this rank or another lacks.
+    An unknown `stored` name, from another version's checkpoint, is ignored. Raises `ConfigError` if the config names a
+    decoder that any rank lacks.
     """
     check_decoder(config)
-    wanted = config.data.decoder
-    if wanted == PILLOW or (wanted == AUTO and stored == PILLOW):
+    setting = config.data.decoder
+    if setting == PILLOW or (setting == AUTO and stored == PILLOW):
         return PILLOW
     if group.all_reduce_min(int(native.is_available()), device):
         return NATIVE
-    if wanted == NATIVE:
-        raise _missing("another rank lacks the decoder in C.")
+    if setting == NATIVE:
+        raise _no_decoder("another rank lacks the decoder in C.")
     return PILLOW
 
 
-def decoder_lines(wanted: str, decided: str, stored: str | None, split: Source) -> Iterator[str]:
-    """Yield what to report of the decoder at the start of a run, a line each; nothing if `split` has no JPEGs."""
+def decoder_lines(setting: str, chosen: str, stored: str | None, split: Source) -> Iterator[str]:
+    """Yield lines about the decoder for the start of a run; none if `split` has no JPEGs.
+
+    Args:
+        setting: the config's ``data.decoder``.
+        chosen: the return value of `choose_decoder`.
+        stored: the decoder of the run so far; None for a new run.
+        split: the images to be decoded.
+    """
     if not native.has_jpegs(split):
         return
-    if stored is not None and decided != stored:
+    if stored is not None and chosen != stored:
         yield (
-            f"WARNING: this run's JPEGs were decoded by {stored} so far and are by {decided} from here on: pixels "
-            "differ by at most 1 level, and the weights will not be bit for bit those of a run without this change."
+            f"WARNING: this run has decoded JPEGs with {stored} so far, and uses {chosen} from here on: pixels differ "
+            "by at most 1 level, so the weights will not be bit-identical to those of a run without this change."
         )
-    if wanted != AUTO or decided == NATIVE:
+    if setting != AUTO or chosen == NATIVE:
         return
     if not native.is_available():
         yield (
-            "NOTE: JPEGs are decoded by Pillow, at under half the speed: the decoder in C is not available. "
+            "NOTE: Pillow decodes the JPEGs, at less than half the speed: the decoder in C is not available. "
             f"{native.REMEDY}"
         )
     elif stored == PILLOW:
         yield (
-            "NOTE: JPEGs are decoded by Pillow, as this run began; data.decoder=native is faster, and some pixels may "
-            "be 1 level apart."
+            "NOTE: Pillow decodes the JPEGs, as at the start of this run; data.decoder=native is faster, but some "
+            "pixels may differ by 1 level."
         )
     else:
-        yield "NOTE: JPEGs are decoded by Pillow, because another rank lacks the decoder in C."
+        yield "NOTE: Pillow decodes the JPEGs, because another rank lacks the decoder in C."
 
 
-def _missing(reason: str) -> ConfigError:
+def _no_decoder(reason: str) -> ConfigError:
     return ConfigError(f"data.decoder=native: {reason} {native.REMEDY} Or: data.decoder=auto.")
 
 
 def check_cache(
     config: Config, dataset: Dataset, plan: Plan | None, *, micro_batch: int = 1, ranks: Ranks | None = None
 ) -> None:
-    """Raise `ConfigError` unless all that the ranks of this machine may hold at once fits; nothing for local data.
+    """Raise `ConfigError` if the shard cache is too small for what this machine's ranks may hold at once.
 
-    `plan`: None for an evaluation alone. Before a device is chosen, `micro_batch` and `ranks` are unknown; their
-    defaults give the least that any run needs.
+    Local data needs no cache. `plan`: None for an evaluation alone. Before a device is chosen, `micro_batch` and
+    `ranks` are unknown; their defaults give the least that any run needs.
     """
     train, val, ranks = dataset.train, dataset.val, ranks or Ranks()
     if not isinstance(train, RemoteSource) or not isinstance(val, RemoteSource):
         return
     needed = train.split.index.size() + MARK_BYTES * (1 + len(train.sizes) + len(val.sizes))
-    told = []
+    uses = []
     if plan is not None:
         windows = training_windows(
             train.shard,
@@ -185,16 +193,16 @@ def check_cache(
             updates=plan.stop,
         )
         room = training_room(windows, plan.global_batch, train.sizes)
-        told.append(f"{_gb(room)} for training, by windows of data.window_shards={config.data.window_shards} shards")
+        uses.append(f"{_gb(room)} for training, by windows of data.window_shards={config.data.window_shards} shards")
         needed += room
     room = evaluation_room(val.shard, evaluation_batch(micro_batch), ranks.local_world, ranks.world, val.sizes)
-    told.append(f"{_gb(room)} for the evaluation")
+    uses.append(f"{_gb(room)} for the evaluation")
     needed += room
     if needed > config.data.cache_gb * 1e9:
-        fewer = ", or fewer shards at a time" if plan is not None else ""
+        fewer = ", or reduce data.window_shards" if plan is not None else ""
         raise ConfigError(
-            f"data.cache_gb={config.data.cache_gb:g}: up to {_gb(needed)} are in use at once ({' and '.join(told)}); "
-            f"allow data.cache_gb={_rounded_up(needed)} at least{fewer}."
+            f"data.cache_gb={config.data.cache_gb:g}: up to {_gb(needed)} are in use at once ({' and '.join(uses)}); "
+            f"set data.cache_gb={_rounded_up(needed)} or more{fewer}."
         )
 
 
@@ -206,30 +214,30 @@ def _rounded_up(count: int) -> str:
     return f"{count / 1e9 * 1.005:.3g}"
 
 
-_INSTEAD = "compile=false trains without it, to the same result but for rounding."
+_INSTEAD = "compile=false trains without it, to the same result up to rounding."
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise `ConfigError` if torch.compile does not work on the device. Compiling a line of code takes some seconds."""
+    """Raise `ConfigError` if torch.compile does not work on the device. Takes seconds, to compile a line of code."""
     missing = missing_tool(device)
     if missing is not None:
         raise ConfigError(f"compile=true: torch.compile needs {missing}, which was not found; {_INSTEAD}")
     try:
         _keep_compiled()
-        torch.compile(_little, dynamic=False)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever the compiler, or the compiler's compiler, raises
+        torch.compile(_add_relu, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # the compiler, and the C++ compiler that it calls, may raise anything
         line = first_line(str(error).strip())
         raise ConfigError(
             f"compile=true: torch.compile does not work here ({type(error).__name__}: {line}); {_INSTEAD}"
         ) from None
 
 
-def _little(values: Tensor) -> Tensor:
+def _add_relu(values: Tensor) -> Tensor:
     return values.relu() + 1
 
 
 def missing_tool(device: torch.device) -> str | None:
-    """The tool that torch.compile needs for the device and does not find on this machine, or None."""
+    """Return the tool that torch.compile needs for the device and this machine lacks, or None."""
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "triton"
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
@@ -237,14 +245,14 @@ def missing_tool(device: torch.device) -> str | None:
 
 
 def compiled_of(network: nn.Module) -> Any:
-    """The network through torch.compile: its parameters, other code. Each number of images is compiled apart.
+    """Return `network` compiled by torch.compile, with the same parameters.
 
-    Few numbers occur in a run, and code for any number of images is slower.
+    Each micro-batch size is compiled separately: a run has few sizes, and code for any size is slower.
     """
     _keep_compiled()
     return torch.compile(network, dynamic=False)
 
 
 def _keep_compiled() -> None:
-    """Keep compiled code from run to run, beside the indexes, unless ``TORCHINDUCTOR_CACHE_DIR`` says where."""
+    """Keep compiled code between runs, beside the cached indexes, unless ``TORCHINDUCTOR_CACHE_DIR`` is set."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory().parent / "compiled"))

@@ -35,7 +35,7 @@ def test_a_compiler_or_cache_that_fails_is_told_in_a_line(what: str, tmp_path: P
     done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True, check=True)
     (line,) = done.stdout.splitlines()
     assert line.startswith("compile=true: torch.compile does not work here (")
-    assert line.endswith("); compile=false trains without it, to the same result but for rounding.")
+    assert line.endswith("); compile=false trains without it, to the same result up to rounding.")
 
 
 def test_a_compiler_is_looked_for_where_torch_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,19 +112,19 @@ def test_a_missing_native_decoder_is_refused_with_the_remedy(monkeypatch: pytest
         ("auto", "native", "native", True, []),
         ("pillow", "pillow", None, False, []),
         ("pillow", "pillow", "pillow", True, []),
-        ("auto", "pillow", None, False, ["NOTE: JPEGs are decoded by Pillow, at under half the speed"]),
-        ("auto", "pillow", "pillow", False, ["NOTE: JPEGs are decoded by Pillow, at under half the speed"]),
-        ("auto", "pillow", None, True, ["NOTE: JPEGs are decoded by Pillow, because another rank"]),
+        ("auto", "pillow", None, False, ["NOTE: Pillow decodes the JPEGs, at less than half the speed"]),
+        ("auto", "pillow", "pillow", False, ["NOTE: Pillow decodes the JPEGs, at less than half the speed"]),
+        ("auto", "pillow", None, True, ["NOTE: Pillow decodes the JPEGs, because another rank"]),
         (
             "auto",
             "pillow",
             "pillow",
             True,
-            ["NOTE: JPEGs are decoded by Pillow, as this run began; data.decoder=native"],
+            ["NOTE: Pillow decodes the JPEGs, as at the start of this run; data.decoder=native"],
         ),
-        ("auto", "pillow", "native", False, ["WARNING: this run's JPEGs were decoded by native", "NOTE: "]),
-        ("pillow", "pillow", "native", True, ["WARNING: this run's JPEGs were decoded by native"]),
-        ("native", "native", "pillow", True, ["WARNING: this run's JPEGs were decoded by pillow"]),
+        ("auto", "pillow", "native", False, ["WARNING: this run has decoded JPEGs with native", "NOTE: "]),
+        ("pillow", "pillow", "native", True, ["WARNING: this run has decoded JPEGs with native"]),
+        ("native", "native", "pillow", True, ["WARNING: this run has decoded JPEGs with pillow"]),
     ],
 )
 def test_what_changes_or_is_missing_is_said_once_a_start_and_only_of_jpegs(
@@ -239,7 +239,7 @@ def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cann
     capsys.readouterr()
     train(photographs, other)
     said = capsys.readouterr().out
-    assert said.count("WARNING: this run's JPEGs were decoded by native so far") == 1
+    assert said.count("WARNING: this run has decoded JPEGs with native so far") == 1
     assert said.count("libjpeg-dev") == 1
     assert decoders(other) == ["native", "pillow"]
 
@@ -272,6 +272,6 @@ def test_a_run_by_an_unknown_decoder_resumes_and_says_so(
     capsys.readouterr()
     train(photographs, tmp_path / "run")
     assert (
-        capsys.readouterr().out.count("WARNING: this run's JPEGs were decoded by library so far and are by native") == 1
+        capsys.readouterr().out.count("WARNING: this run has decoded JPEGs with library so far, and uses native") == 1
     )
     assert decoders(tmp_path / "run") == ["library", "native"]

@@ -53,7 +53,7 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
         ({"model__name": "resnet20"}, r"the checkpoint is of model small, not resnet20: choose model=small"),
         ({"data__num_classes": 5}, r"another data set: it has 4 classes .* the chosen one 5"),
         ({"data__train_count": 25}, r"file names or labels differ"),
-        ({"batch__size": 4}, r"update 1 of a run with 3 updates per epoch, which is no position of this one"),
+        ({"batch__size": 4}, r"update 1 of a run with 3 updates per epoch, which does not fit this run"),
         ({"optimizer__base": "AdamW"}, r"state of optimizer\.base=SGD.* optimizer\.base=AdamW.* model\.weights"),
         ({"optimizer__decay_norm_bias": False}, r"optimizer\.decay_norm_bias=True.* choose the same"),
         ({"optimizer__adapt_norm_bias": False}, r"optimizer\.adapt_norm_bias=True.* choose the same"),

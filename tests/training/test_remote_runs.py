@@ -114,7 +114,7 @@ def least_cache(tmp_path: Path, store: Path, **changes: Any) -> float:
     settings = {"data__cache_dir": str(tmp_path / "cache"), "data__cache_gb": 0.00003, **changes}
     with pytest.raises(ConfigError) as caught:
         prepare(config(tmp_path / "least", f"file://{store}", **settings))
-    found = re.search(r"allow data\.cache_gb=(\S+) at least", str(caught.value))
+    found = re.search(r"set data\.cache_gb=(\S+) or more", str(caught.value))
     assert found, caught.value
     return float(found[1])
 
@@ -169,7 +169,7 @@ def test_an_epoch_that_was_begun_in_one_order_does_not_go_on_in_another(
 ) -> None:
     root = store if change else make_store(tmp_path, shards=5)
     at = {update: str(by_copy / f"checkpoints/update-{update:09d}.pt") for update in (4, 6)}
-    message = r"it stands within an epoch of data\.order=shards with data\.window_shards=2; choose the same"
+    message = r"it was saved within an epoch of data\.order=shards with data\.window_shards=2; choose the same"
     with pytest.raises(ConfigError, match=message):
         prepare(config(tmp_path / "run", root, checkpoint__path=at[4], **change))
     prepare(config(tmp_path / "run", root, checkpoint__path=at[6], **change))

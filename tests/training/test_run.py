@@ -567,7 +567,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_in_silence(tmp_path:
     train(tmp_path / "run", max_updates=3)
     for path in (tmp_path / "run/checkpoints").iterdir():
         path.unlink()
-    with pytest.raises(ConfigError, match="checkpoints are gone"):
+    with pytest.raises(ConfigError, match="checkpoints are missing"):
         train(tmp_path / "run", max_updates=5)
     assert train(tmp_path / "run", max_updates=5, resume="never")["updates"] == 5
 
