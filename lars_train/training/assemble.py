@@ -1,4 +1,4 @@
-"""Turn a config into a network, an optimizer, and the trainer of both."""
+"""Build the network, the optimizer and the trainer from a config."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from lars_train.training.device_prefetch import RankContext
 from lars_train.training.trainer import Hyper, Trainer
 
 ALL, SUBSET = "all", "subset"
-"""Of `evaluate.outputs`: the outputs that the highest logit is looked for among."""
+"""Values of `evaluate.outputs`: the outputs that the prediction is chosen from."""
 
 
 def make_network(config: Config, classes: Sequence[str] | int) -> nn.Module:
-    """The config's model for these classes, on the CPU: from its weights file if one is named, else newly drawn.
+    """Return the config's model for `classes` on the CPU, with weights from ``model.weights`` if set, else initialized.
 
     `classes`: their names, which are compared with those of the weights file, or their number.
     """
@@ -39,7 +39,7 @@ def make_network(config: Config, classes: Sequence[str] | int) -> nn.Module:
 
 
 def start_network(config: Config, classes: Sequence[str] | int) -> tuple[nn.Module, tuple[str, ...]]:
-    """`make_network`, and what the user should know of the weights file."""
+    """Return the network of `make_network`, and messages to the user about the weights file."""
     names = None if isinstance(classes, int) else classes
     network = _network(config, classes if isinstance(classes, int) else len(classes))
     if config.model.weights is None:
@@ -51,31 +51,31 @@ def start_network(config: Config, classes: Sequence[str] | int) -> tuple[nn.Modu
 
 @dataclass(frozen=True)
 class EvaluatedNetwork:
-    """A network to evaluate, and what its outputs stand for."""
+    """A network to evaluate, and the meaning of its outputs."""
 
     network: nn.Module
-    """Its first outputs are the data set's classes, in their order."""
+    """The first outputs are the data set's classes, in their order."""
     classes: tuple[str, ...]
     """The class of each output."""
     trained: int
-    """Outputs that the network was trained with, of which it may have fewer here."""
+    """The number of outputs that the network was trained with. `network` may have fewer."""
     notes: tuple[str, ...]
-    """What the user should know of how the classes were matched."""
+    """Messages to the user about how the classes were matched."""
 
 
 def network_to_evaluate(
     config: Config, content: dict[str, Any] | None, classes: Sequence[str], numbers: Sequence[int] = ()
 ) -> EvaluatedNetwork:
-    """The network of the checkpoint `content`, or of ``model.weights``, for a data set with these `classes`.
+    """Return the network of the checkpoint `content`, or of ``model.weights``, for a data set with these `classes`.
 
-    They are some or all of the network's, in any order. With ``evaluate.outputs=subset`` the network keeps their
-    outputs alone, with ``all`` the others follow. `numbers`: see `match_classes`. Raises `ConfigError` for a class that
-    the network does not have.
+    The classes are some or all of the network's, in any order. With ``evaluate.outputs=subset`` the network keeps only
+    their outputs; with ``all`` the other outputs follow. `numbers`: see `match_classes`. Raises `ConfigError` for a
+    class that the network does not have.
     """
     if config.model.weights is not None:
         with torch.device("meta"):
-            wanted = _network(config, 1).state_dict()
-        weights = read_weights(config.model.weights, wanted)
+            expected = _network(config, 1).state_dict()
+        weights = read_weights(config.model.weights, expected)
         check_finite(weights)
     else:
         assert content is not None
@@ -100,12 +100,13 @@ def network_to_evaluate(
 def match_classes(
     weights: Weights, classes: Sequence[str], numbers: Sequence[int] = ()
 ) -> tuple[Sequence[str], list[int], tuple[str, ...]]:
-    """A name for each output, the output of each of `classes`, and what the user should know of it.
+    """Return a name for each output, the output of each of `classes`, and messages to the user about the match.
 
-    By name, and by number where all names on both sides are numbers, with leading zeros or without. Other names that
-    are whole numbers below the number of outputs, and no classes of the network, are taken for the outputs' indices,
-    unless its own are numbers; so are the `numbers` that label classes by other names in the data set's files. Outputs
-    without names are ImageNet's where the numbers say so, else those of `classes` in their order. Raises `ConfigError`.
+    Classes match by name. If all names on both sides are numbers, they match by number, whatever their leading zeros.
+    Otherwise, names that are whole numbers below the number of outputs, and not classes of the network, are indices of
+    outputs, unless the network's own names are numbers. So are `numbers`, by which the data set's files label classes
+    with other names. Outputs without names are ImageNet's classes if there are 1,000 and `classes` are
+    among those, else `classes` in order. Raises `ConfigError`.
     """
     names, count = weights.classes, weights.outputs
     if names is None and count == len(wnids()) and set(classes) <= set(wnids()):
@@ -122,43 +123,44 @@ def match_classes(
         found = [by_number[_unpadded(label)] for label in classes if _unpadded(label) in by_number]
         if len({*found}) == len(classes):
             pairs = zip(classes, (own[row] for row in found), strict=True)
-            told = "; ".join([f"{label} is {name}" for label, name in pairs if label != name][:3])
-            return own, found, (f"NOTE: classes are matched by their numbers, whatever zeros lead them: {told}.",)
-    shown = names or [f"output {row}" for row in range(count)]
+            shown = "; ".join([f"{label} is {name}" for label, name in pairs if label != name][:3])
+            return own, found, (f"NOTE: classes are matched by number, ignoring leading zeros: {shown}.",)
+    outputs = names or [f"output {row}" for row in range(count)]
     rows = list(numbers) or [int(label) if label.isascii() and label.isdigit() else count for label in classes]
-    # Where the network's classes are numbers, a number is no index: output 2 of 0, 1, 10, 11, 2 is class 10.
+    # If the network's classes are numbers, a number is not an index: output 2 of 0, 1, 10, 11, 2 is class 10.
     indices = not numeric and index.keys().isdisjoint(classes)
     if indices and max(rows) < count and len({*rows}) == len(rows):
-        told = "; ".join(
-            f"{label}{f' ({row})' if numbers and label != str(row) else ''} is {shown[row]}"
+        shown = "; ".join(
+            f"{label}{f' ({row})' if numbers and label != str(row) else ''} is {outputs[row]}"
             for label, row in list(zip(classes, rows, strict=True))[:3]
         )
-        return shown, rows, (f"WARNING: the data set's classes are numbers, taken for the model's outputs: {told}.",)
+        note = f"WARNING: the data set's classes are numbers, used as indices of the model's outputs: {shown}."
+        return outputs, rows, (note,)
     if names is None and len(classes) == count:
-        note = text_order(classes)
-        return classes, list(range(count)), () if note is None else (note,)
+        warning = text_order(classes)
+        return classes, list(range(count)), () if warning is None else (warning,)
     if names is None:
         raise ConfigError(
             f"{weights.origin}: it has {count:,} outputs, the data set {len(classes):,} classes, and the file does not "
-            "say which output is which class. Name the folders by the numbers of the outputs (from 0), or give a file "
-            "with class names, as mode=export writes it."
+            "say which output is which class. Name the folders by the numbers of the outputs (from 0), or use a file "
+            "with class names, such as mode=export writes."
         )
-    strange = [label for label in classes if label not in index]
-    strange = [label for label in strange if _unpadded(label) not in by_number] or strange
+    unknown = [label for label in classes if label not in index]
+    unknown = [label for label in unknown if _unpadded(label) not in by_number] or unknown
     raise ConfigError(
-        f"{weights.origin}: {len(strange):,} of the data set's {len(classes):,} classes are none of the model's "
-        f"{count:,}: {few(strange, 5)}; the model has {few(names)}. Choose the data set that it was trained for, or "
+        f"{weights.origin}: {len(unknown):,} of the data set's {len(classes):,} classes are not among the model's "
+        f"{count:,}: {few(unknown, 5)}; the model has {few(names)}. Choose the data set that it was trained for, or "
         "give the folders the names of the model's classes."
     )
 
 
 def text_order(classes: Sequence[str]) -> str | None:
-    """A warning for classes that are numbers in the order of text: 0, 1, 10, 11, 2; None for others."""
+    """Return a warning if `classes` are numbers in text order (0, 1, 10, 11, 2), else None."""
     if not _are_numbers(classes) or list(classes) == sorted(classes, key=int):
         return None
     return (
-        f"WARNING: the classes are numbers in the order of text: output 0, 1, ... is class {few(classes, 5)}. "
-        "Names of equal length (00, 01, 02) are in the order of numbers."
+        f"WARNING: the classes are numbers in text order: output 0, 1, ... is class {few(classes, 5)}. Names of equal "
+        "length (00, 01, 02) are in numeric order."
     )
 
 
@@ -171,7 +173,7 @@ def _unpadded(label: str) -> str:
 
 
 def check_single_samples(config: Config, classes: int) -> None:
-    """Raise `ConfigError` when the model cannot take batch-norm statistics of one image: some layer sees one pixel."""
+    """Raise `ConfigError` if the model cannot take batch-norm statistics of one image: some layer sees one pixel."""
     network = _network(config, classes).to("meta").train()
     try:
         network(torch.empty(1, 3, config.data.image_size, config.data.image_size, device="meta"))
@@ -179,12 +181,12 @@ def check_single_samples(config: Config, classes: int) -> None:
         size = config.data.image_size
         if config.batch.size == 1:
             raise ConfigError(
-                f"batch.size=1: an update of one image has no variance for batch norm where {config.model.name} is "
-                f"down to one pixel (data.image_size={size}); use at least 2."
+                f"batch.size=1: an update of one image has no variance for batch norm where {config.model.name} has "
+                f"reduced it to one pixel (data.image_size={size}); use at least 2."
             ) from None
         raise ConfigError(
             f"model.ghost_batch={config.model.ghost_batch}: a ghost batch of one image has no variance where "
-            f"{config.model.name} is down to one pixel (data.image_size={size}); use at least 2."
+            f"{config.model.name} has reduced it to one pixel (data.image_size={size}); use at least 2."
         ) from None
 
 
@@ -199,21 +201,22 @@ def _network(config: Config, outputs: int) -> nn.Module:
 
 # Classes of torch.optim that cannot train these networks, with or without LARS.
 _UNFIT = {
-    "LBFGS": "it evaluates the loss again within its step, which a trainer of one pass per update does not do",
-    "Muon": "it takes matrices only, and these networks are made of convolutions",
-    "SparseAdam": "it takes sparse gradients only, and these networks have dense ones",
+    "LBFGS": "it evaluates the loss again within its step, but this trainer makes one pass per update",
+    "Muon": "it takes only matrices, and these networks consist of convolutions",
+    "SparseAdam": "it takes only sparse gradients, and those of these networks are dense",
 }
-_OURS = ("params", "lr", "momentum", "nesterov", "weight_decay")
+# Keywords that have config keys of their own.
+_OWN_KEYS = ("params", "lr", "momentum", "nesterov", "weight_decay")
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimizer over `model`'s parameters, its lr at the config's peak.
+    """Return the optimizer of `model`'s parameters, with the config's peak lr.
 
-    Raises `ConfigError` for a class that torch.optim does not have and for keywords that it does not take, or not on
-    the parameters' device.
+    Raises `ConfigError` for a class that torch.optim does not have, and for keywords that the class does not take, at
+    all or on the parameters' device.
     """
     if config.kwargs.get("capturable") and any(parameter.device.type == "cpu" for parameter in model.parameters()):
-        raise ConfigError("optimizer.kwargs.capturable=true: it is for CUDA, and this run is on the CPU; drop it.")
+        raise ConfigError("optimizer.kwargs.capturable=true: it needs CUDA, and this run is on the CPU; remove it.")
     return _optimizer(config, model)
 
 
@@ -226,7 +229,7 @@ def _optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     try:
         base: Optimizer = base_class(groups, lr=filled(config.lr), **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer.base={config.base} refuses its keywords: {error}") from None
+        raise ConfigError(f"optimizer.base={config.base} rejects its keywords: {error}") from None
     if config.name == "sgd":
         return base
     try:
@@ -261,7 +264,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 
 def optimizer_class(name: str) -> Any:
-    """The class of torch.optim called `name`. Raises `ConfigError`."""
+    """Return the class of torch.optim called `name`. Raises `ConfigError`."""
     choices = sorted(
         key
         for key, value in vars(torch.optim).items()
@@ -281,18 +284,18 @@ def _keywords(config: OptimizerConfig, base_class: Any) -> dict[str, Any]:
     known = inspect.signature(base_class).parameters
     keywords = dict(config.kwargs)
     for key in keywords:
-        if key in _OURS:
-            raise ConfigError(f"optimizer.kwargs.{key}: use optimizer.{key} for it.")
+        if key in _OWN_KEYS:
+            raise ConfigError(f"optimizer.kwargs.{key}: use optimizer.{key} instead.")
         if key not in known:
             raise ConfigError(
                 f"optimizer.kwargs.{key}: torch.optim.{config.base} has no such keyword.{did_you_mean(key, known)}"
             )
-        if wanted := _wanted(keywords[key], known[key]):
+        if expected := _expected(keywords[key], known[key]):
             raise ConfigError(
-                f"optimizer.kwargs.{key}={keywords[key]}: torch.optim.{config.base} takes {wanted} (its default: "
+                f"optimizer.kwargs.{key}={keywords[key]}: torch.optim.{config.base} takes {expected} (default: "
                 f"{known[key].default})."
             )
-    # Lists of YAML stand for the tuples that torch wants (betas).
+    # YAML has lists where torch requires tuples (betas).
     keywords = {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
     if config.momentum is not None:
         if "momentum" not in known:
@@ -305,8 +308,8 @@ def _keywords(config: OptimizerConfig, base_class: Any) -> dict[str, Any]:
     return keywords
 
 
-def _wanted(value: Any, keyword: inspect.Parameter) -> str:
-    """What `keyword` takes, judged by its default, where that is not what `value` is; else an empty string."""
+def _expected(value: Any, keyword: inspect.Parameter) -> str:
+    """Return the kind of value that `keyword` takes, judged by its default, or an empty string if `value` fits."""
     default = keyword.default
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "true or false"

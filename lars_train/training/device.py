@@ -1,4 +1,4 @@
-"""The device of a rank: which one, its precision and memory, and the micro-batch that fits it."""
+"""Choose a rank's device, precision, threads and memory layout, and the micro-batch that fits into memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lars_train.messages import counted
 
 @dataclass(frozen=True)
 class Precision:
-    """`name`: fp32, fp64, bf16 or fp16. Weights are kept in `weights`; matrix work runs in `compute`."""
+    """`name`: fp32, fp64, bf16 or fp16. Weights have dtype `weights`; matrix products run in `compute`."""
 
     name: str
     weights: torch.dtype
@@ -30,11 +30,11 @@ class Precision:
 
     @property
     def scales_loss(self) -> bool:
-        """float16 gradients underflow without loss scaling."""
+        """True for float16, whose gradients underflow without loss scaling."""
         return self.compute == torch.float16
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """The context that forward passes run in."""
+        """Return the context for forward passes."""
         return torch.autocast(device.type, dtype=self.compute, enabled=self.compute != self.weights)
 
 
@@ -50,9 +50,9 @@ PRECISIONS = tuple(_PRECISIONS)
 
 
 def cuda_devices(config: Config) -> int:
-    """CUDA devices that a run of this config may use; 0 means the CPU.
+    """Return the number of CUDA devices that a run of this config may use; 0 means the CPU.
 
-    Raises `ConfigError` for ``device=cuda`` where there is none.
+    Raises `ConfigError` for ``device=cuda`` if there is none.
     """
     if config.device == "cpu":
         return 0
@@ -63,12 +63,12 @@ def cuda_devices(config: Config) -> int:
 
 
 def choose_device(config: Config, ranks: Ranks) -> torch.device:
-    """The device of this rank. Raises `ConfigError` when the machine has fewer devices than ranks."""
+    """Return the device of this rank. Raises `ConfigError` if the machine has fewer devices than ranks."""
     count = cuda_devices(config)
     if count == 0:
         return torch.device("cpu")
     if count == 1 and "SLURM_LOCALID" in os.environ:
-        # Slurm can show each task its own device only (--gpus-per-task); NCCL refuses if it is in truth a shared one.
+        # Slurm may show each task only its own device (--gpus-per-task). If tasks in fact share one, NCCL raises.
         return torch.device("cuda", 0)
     if ranks.local_rank >= count:
         raise ConfigError(
@@ -79,9 +79,9 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision by its name; ``auto`` is the fastest that is safe on the device.
+    """Return the precision called `name`; ``auto`` is the fastest that is safe on the device.
 
-    Raises `ConfigError` for one that the device cannot do in hardware.
+    Raises `ConfigError` for a precision that the device lacks in hardware.
     """
     if name == AUTO:
         return _PRECISIONS[_fastest(device)]
@@ -96,12 +96,12 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def choose_layout(config: Config) -> torch.memory_format:
-    """How images and weights lie in memory. ``auto``: channels last, as convolutions want them on CUDA and the CPU."""
+    """Return the memory format of images and weights. ``auto``: channels last, the fastest for convolutions."""
     return torch.contiguous_format if config.channels_last is False else torch.channels_last
 
 
 def set_up(config: Config, device: torch.device, threads: int) -> None:
-    """Make the process ready: CPU threads and memory, the current device, determinism, seeds."""
+    """Set up the process: CPU threads and memory, the current device, determinism, seeds."""
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     if device.type == "cpu":
@@ -111,16 +111,16 @@ def set_up(config: Config, device: torch.device, threads: int) -> None:
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # To set what is set already would import torch's compiler.
+    # Only if it changes: this call imports torch's compiler.
     if config.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.deterministic)
 
 
 def choose_threads(config: Config, ranks: Ranks) -> int:
-    """CPU threads of this process: as asked for, by OMP_NUM_THREADS too, or its share of the cores it may run on."""
+    """Return this process's CPU threads: from the config, OMP_NUM_THREADS, or its share of the available cores."""
     if config.launch.threads != AUTO:
         return int(config.launch.threads)
-    # torchrun sets it to 1 by itself, whatever the cores.
+    # torchrun sets it to 1, regardless of the cores.
     number = os.environ.get("OMP_NUM_THREADS", "")
     if number.isdecimal() and int(number) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return int(number)
@@ -128,7 +128,7 @@ def choose_threads(config: Config, ranks: Ranks) -> int:
 
 
 def choose_workers(config: Config, device: torch.device, ranks: Ranks) -> int:
-    """Loader processes of this rank. None on the CPU: training has the cores busy already."""
+    """Return the number of this rank's loader workers. 0 on the CPU, where training already uses all cores."""
     if config.data.workers != AUTO:
         return int(config.data.workers)
     if device.type == "cpu":
@@ -137,7 +137,7 @@ def choose_workers(config: Config, device: torch.device, ranks: Ranks) -> int:
 
 
 def available_cores() -> int:
-    """The cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -154,7 +154,7 @@ def _cuda_has_bf16(device: torch.device) -> bool:
 def _cpu_has(*flags: str) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
-    else:  # torch before 2.11, which knows these of x86 and none of ARM
+    else:  # torch before 2.11 knows these flags of x86, and none of ARM
         capabilities = {
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
             "amx_bf16": torch.cpu._is_amx_tile_supported(),
@@ -163,25 +163,25 @@ def _cpu_has(*flags: str) -> bool:
     return any(capabilities.get(flag, False) for flag in flags)
 
 
-# malloc.h of glibc.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _GROW_BY = 64 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed for the next tensor, instead of giving it back; whether that could be arranged.
+    """Make malloc keep freed memory for the next tensor. Return True if it does.
 
-    By default glibc maps each block of more than 32 MiB anew and unmaps it when it is freed, and gives back the top of
-    its heap: the activations of each pass are then new pages, which the kernel has to clear and enter one by one
-    (https://man7.org/linux/man-pages/man3/mallopt.3.html). Nothing is arranged where the environment has settings for
-    malloc, and under another C library.
+    By default glibc maps each block of more than 32 MiB, unmaps it when it is freed, and returns the top of its heap to
+    the system. The activations of each pass then lie in new pages, which the kernel must clear and map one by one
+    (https://man7.org/linux/man-pages/man3/mallopt.3.html). Settings for malloc in the environment take precedence, and
+    other C libraries stay unchanged.
     """
-    named = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
-    if named or not _is_glibc():
+    set_by_user = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
+    if set_by_user or not _is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: _GROW_BY}
-    return all(mallopt(parameter, value) == 1 for parameter, value in wanted.items())
+    options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: _GROW_BY}
+    return all(mallopt(parameter, value) == 1 for parameter, value in options.items())
 
 
 def _is_glibc() -> bool:
@@ -191,19 +191,19 @@ def _is_glibc() -> bool:
         return False
 
 
-# More samples than this at once gain no speed on any device measured so far, and cost memory.
+# Larger micro-batches were no faster on any device measured so far, and need more memory.
 MOST_SAMPLES = 256
-# The share of the free memory that activations may take: gradients, the optimizer's state, the loader's
-# buffers and the allocator's slack need the rest.
+# The share of free memory for activations. Gradients, the optimizer's state, the loader's buffers and the allocator's
+# slack need the rest.
 SHARE_OF_FREE_MEMORY = 0.4
-# The share of a GPU's memory that stays free when a micro-batch is tried: for NCCL, cuDNN's workspaces and fragments.
+# The share of a GPU's memory that a trial leaves free, for NCCL, cuDNN's workspaces and fragmentation.
 SHARE_LEFT_FREE = 0.08
 
 
 def ghosts_by_trying(attempt: Callable[[int], None], *, ghost_batch: int, ghosts: int) -> int:
-    """Ghost batches per micro-batch: the most for which `attempt`, of so many, does not run out of memory.
+    """Return the ghost batches per micro-batch: the largest count for which `attempt` does not run out of memory.
 
-    `ghosts`: the most that a rank has to do in an update. Raises `ConfigError` if not even one fits.
+    `ghosts`: the most ghost batches that a rank has in an update. Raises `ConfigError` if not even one fits.
     """
     fits, too_many = 0, max(1, min(MOST_SAMPLES // ghost_batch, ghosts)) + 1
     candidate = too_many - 1
@@ -231,9 +231,9 @@ def try_micro_batch(
     device: torch.device,
     layout: torch.memory_format = torch.channels_last,
 ) -> None:
-    """A forward and backward pass of `samples` images on `device`, with all else there that training keeps there.
+    """Run a forward and backward pass of `samples` images on `device`, beside everything that training keeps there.
 
-    The model itself stays as it is. Raises `torch.OutOfMemoryError`.
+    The model stays unchanged. Raises `torch.OutOfMemoryError`.
     """
     try:
         shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=layout)
@@ -256,9 +256,9 @@ def try_micro_batch(
 def ghosts_that_fit(
     model: nn.Module, *, ghost_batch: int, image_size: int, ghosts: int, free: int, local_world: int
 ) -> int:
-    """Ghost batches per micro-batch: as many as fit in this rank's share of `free` bytes, at least one.
+    """Return the ghost batches per micro-batch that fit in this rank's share of `free` bytes, at least one.
 
-    `ghosts`: the most that a rank has to do in an update; `local_world`: ranks that share `free`.
+    `ghosts`: the most ghost batches that a rank has in an update; `local_world`: the ranks that share `free`.
     """
     per_ghost = activation_bytes(model, ghost_batch, image_size)
     budget = SHARE_OF_FREE_MEMORY * free / local_world
@@ -267,18 +267,18 @@ def ghosts_that_fit(
 
 
 def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
-    """Bytes that the backward pass of `samples` float32 images keeps: those of a forward pass of two, times as many.
+    """Return the bytes of activations for the backward pass of `samples` float32 images, scaled from a pass of two.
 
-    Autocast keeps about half; the count is the safe side for every precision.
+    Autocast keeps about half, so the count is an upper bound for every precision.
     """
     return sum(kept_tensors(model, samples, image_size))
 
 
 def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
-    """Of each tensor that `activation_bytes` counts, its bytes."""
-    # Not on the meta device, where torch imports its compiler: that takes seconds, and this takes tenths of one.
+    """Return the bytes of each tensor that `activation_bytes` counts."""
+    # Not on the meta device, where torch imports its compiler. That takes seconds, and this tenths of a second.
     shadow, tried = copy.deepcopy(model).to("cpu").float().train(), min(samples, 2)
-    # By where they lie: the last layer keeps its weight as another tensor, transposed.
+    # By address: the last layer saves its weight as another tensor, transposed.
     parameters = {p.data_ptr() for p in shadow.parameters()}
     seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
     sizes: list[int] = []
@@ -297,7 +297,7 @@ def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
 
 
 def free_memory() -> int:
-    """Bytes free in host memory, within what the system and the control group leave."""
+    """Return the bytes of host memory that are free, within the limits of the system and of the control group."""
     return min(_system_available(), _control_group_available())
 
 
@@ -319,6 +319,6 @@ def _control_group_available() -> int:
         details = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return 1 << 62
-    # Pages of files that were read count as used, and are given back when memory is wanted.
+    # Cached pages of files count as used, but the kernel frees them on demand.
     used -= int(details.get("inactive_file", 0))
     return (1 << 62) if limit == "max" else max(0, int(limit) - used)

@@ -24,13 +24,13 @@ from lars_train.training.distributed import Group
 
 @dataclass(frozen=True)
 class RankContext:
-    """Where and how this rank computes."""
+    """The device, process group, precision and normalization that this rank computes with."""
 
     device: torch.device
     group: Group
     precision: Precision
     normalize: Callable[[Tensor], Tensor]
-    """From uint8 images (n, 3, S, S) to the network's input on `device`, see `normalizer`."""
+    """Maps uint8 images (n, 3, S, S) to the network's input on `device`, see `normalizer`."""
     layout: torch.memory_format = torch.channels_last
 
     @classmethod
@@ -41,7 +41,7 @@ class RankContext:
         return cls(device, group, precision, normalize, layout)
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Return `network` on the device, with its weights in the precision and memory format for them."""
+        """Return `network` on the device, with weights in the context's precision and memory format."""
         return network.to(device=self.device, dtype=self.precision.weights).to(memory_format=self.layout)
 
 
@@ -54,21 +54,21 @@ def normalizer(
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from uint8 images (n, 3, S, S) to normalized ones on `device`: `precision.compute`, `layout`.
 
-    (pixel / 255 - mean) / std is computed in `precision.weights` as one multiply-add, on CUDA by one kernel that also
+    It computes (pixel / 255 - mean) / std in `precision.weights` as one multiply-add, on CUDA by one kernel that also
     converts.
     """
     factor = 1 / (torch.tensor(std, dtype=precision.weights) * 255)
     offset = -torch.tensor(mean, dtype=precision.weights) * 255 * factor
     factor, offset = factor.to(device), offset.to(device)
-    memory = _Memory()
+    memory = _ReusedMemory()
 
     def normalize(images: Tensor) -> Tensor:
         count, channels, height, width = images.shape
-        # Rows of pixels: in channels_last memory whole vectors are worked on then, not three values at a time.
+        # As rows of pixels: in channels_last memory, kernels then process whole vectors, not three values at a time.
         rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).reshape(-1, width * channels)
         scale, shift = factor.repeat(width), offset.repeat(width)
         if device.type == "cpu":
-            # Here one kernel for mixed types would make copies of all of its inputs.
+            # On the CPU, one kernel for mixed types would copy all of its inputs.
             out = memory.empty(rows.shape, precision.weights).copy_(rows)
             out = torch.addcmul(shift, out, scale, out=out).to(precision.compute)
         else:
@@ -79,14 +79,14 @@ def normalizer(
     return normalize
 
 
-class _Memory:
-    """Host memory, used again when no tensor refers to it any more: fresh pages cost more than what fills them."""
+class _ReusedMemory:
+    """Host memory that is reused once no tensor refers to it: fresh pages cost more than the computation on them."""
 
     def __init__(self) -> None:
         self._free: queue.SimpleQueue[npt.NDArray[np.uint8]] = queue.SimpleQueue()
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """As torch.empty."""
+        """Return an uninitialized tensor, like `torch.empty`."""
         size = shape.numel() * dtype.itemsize
         try:
             memory = self._free.get_nowait()
@@ -99,10 +99,10 @@ class _Memory:
 
 
 class DevicePrefetcher(Iterator[Batch]):
-    """A stream's batches on `device`, in order.
+    """Iterates over a stream's batches on `device`, in order.
 
-    A batch's tensors may be used on the stream that is current when it is asked for. What they were copied from is held
-    until the copy is known to be done.
+    Use a batch's tensors on the CUDA stream that is current when the batch is requested. The prefetcher keeps the
+    source of a copy until the copy is done.
     """
 
     def __init__(self, batches: Stream, device: torch.device) -> None:
@@ -125,11 +125,11 @@ class DevicePrefetcher(Iterator[Batch]):
         return found
 
     def statistics(self) -> LoaderStatistics:
-        """As `Stream.statistics`."""
+        """See `Stream.statistics`."""
         return self._batches.statistics()
 
     def close(self) -> None:
-        """As `Stream.close`."""
+        """See `Stream.close`."""
         self._batches.close()
         self._ahead.clear()
         for event, _ in self._copied:
@@ -137,12 +137,12 @@ class DevicePrefetcher(Iterator[Batch]):
         self._copied.clear()
 
     def _copy_ahead(self, copies: torch.cuda.Stream) -> None:
-        """Begin with the next batch, if that is there: the computation is not held up by the loader."""
+        """Start copying the next batch if it is ready, so that the computation does not wait for the loader."""
         try:
             if self._batches.ready():
                 self._ahead.append(self._begin_copy(copies))
         except BaseException as error:
-            # What came before it is still to be computed on.
+            # Raise it only after the batch before has been used.
             self._ahead.append(error)
 
     def _begin_copy(self, copies: torch.cuda.Stream) -> Batch:

@@ -1,6 +1,6 @@
-"""The ranks' common ground: one process group per job, and the few collectives that the trainer needs.
+"""Join the ranks in one process group per job, and run the few collectives that the trainer needs.
 
-With a world size of 1 no process group is made and every collective is the identity.
+With a world size of 1 there is no process group, and every collective is the identity.
 """
 
 from __future__ import annotations
@@ -36,31 +36,32 @@ T = TypeVar("T")
 _base_store: Store | None = None
 _jobs = _groups = 0
 _FAILURE = "failure"
-# Seconds that ranks which notice a hanging one may lie apart, and NCCL's own timeout behind the host's, which names it.
+# Seconds within which all ranks notice that a rank hangs, and seconds by which NCCL's timeout comes after gloo's, whose
+# error names that rank.
 _APART_S = 5.0
 _LATER_S = 60.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of a job. All methods but `first` are collective: every rank calls them in the same order."""
+    """The ranks of a job. All methods are collective: every rank calls them in the same order."""
 
     ranks: Ranks
     host: Any = field(default=None, kw_only=True)
-    """The process group for values in host memory; None: the job's own."""
+    """The process group for values in host memory; None: the default group."""
 
     @property
     def first(self) -> bool:
-        """True on the one process that writes and prints."""
+        """True on rank 0, which alone writes and prints."""
         return self.ranks.first
 
     def all_reduce_sum(self, values: Tensor) -> None:
-        """Replace `values` (any shape, on the job's device) by their sum over the ranks."""
+        """Replace `values` (any shape, on the rank's device) by their sum over the ranks."""
         if self.ranks.world > 1:
             dist.all_reduce(values)
 
     def all_reduce_min(self, value: int, device: torch.device) -> int:
-        """The smallest of the ranks' values."""
+        """Return the minimum over the ranks."""
         if self.ranks.world == 1:
             return value
         tensor = torch.tensor(value, device=device)
@@ -68,7 +69,7 @@ class Group:
         return int(tensor)
 
     def all_reduce_max(self, values: list[int]) -> list[int]:
-        """The largest of the ranks' values at each place. They are the host's: no device is waited for."""
+        """Return the elementwise maximum over the ranks. The values are in host memory: no device is waited for."""
         if self.ranks.world == 1:
             return values
         tensor = torch.tensor(values)
@@ -77,7 +78,7 @@ class Group:
         return largest
 
     def broadcast_from_rank0(self, value: Any) -> Any:
-        """Rank 0's `value` (anything that pickles), on every rank."""
+        """Return rank 0's `value` (anything that pickles) on every rank."""
         if self.ranks.world == 1:
             return value
         box = [value]
@@ -85,7 +86,7 @@ class Group:
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in rank order, on every rank."""
+        """Return the ranks' values, in rank order, on every rank."""
         if self.ranks.world == 1:
             return [value]
         values: list[Any] = [None] * self.ranks.world
@@ -93,7 +94,7 @@ class Group:
         return values
 
     def on_rank0(self, work: Callable[[], T]) -> T | None:
-        """Do `work` on rank 0 alone and return its result there; its `ConfigError` is raised on every rank."""
+        """Call `work` on rank 0 and return its result there, None elsewhere. Every rank raises its `ConfigError`."""
         found, error = None, None
         if self.first:
             try:
@@ -104,40 +105,40 @@ class Group:
         return found
 
     def raise_on_all_ranks(self, error: Exception | None) -> None:
-        """Raise on every rank the first rank's error, if any rank has one: nobody is left waiting."""
+        """Raise the error of the lowest rank that has one on every rank, so that no rank is left waiting."""
         for found in self.all_gather(error):
             if found is not None:
                 raise found
 
 
 def current_ranks() -> Ranks:
-    """The ranks that a launcher gave this process, or those of a lone process."""
+    """Return the ranks that a launcher set for this process, or those of a single process."""
     return adopt() or Ranks()
 
 
 def begin_job() -> None:
-    """Count a job of this process; the ranks count alike, also where one of them fails before it joins the others."""
+    """Count a new job of this process. Ranks keep equal counts, even if one fails before it joins the others."""
     global _jobs, _groups
     _jobs, _groups = _jobs + 1, 0
 
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterator[Group]:
-    """The process group of one job: NCCL on CUDA, gloo on the CPU. `timeout` in seconds.
+    """Open the process group of one job: NCCL on CUDA, gloo on the CPU. `timeout` is in seconds.
 
-    A process may make several in turn (a sweep), in the same order on every rank: each has its own
-    names in the launcher's store, so that none reads what an earlier one left there.
+    A process may open several in turn (a sweep), in the same order on every rank. Each has its own key prefix in the
+    launcher's store, so that none reads keys of an earlier one.
     """
     global _base_store, _groups
     if ranks.world == 1:
         yield Group(ranks)
         return
-    # DDP imports it. Imported while there is a group, it keeps hold of that: the connections of a rank that has failed
-    # stay open, and the others wait for it.
+    # DDP imports this module. Imported while a group exists, it keeps a reference to the group: the connections of a
+    # failed rank would then stay open, and the others would wait for it.
     importlib.import_module("torch._dynamo")
     limit = timedelta(seconds=timeout)
     if _base_store is None:
-        # Ranks that were set by hand may lie in several steps.
+        # Ranks set by hand may span several Slurm steps, so they get no step's name.
         job = "-"
         if "RANK" not in os.environ:
             job = step_name()
@@ -163,17 +164,17 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
     try:
         yield Group(ranks, host=dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None)
     except Stopped:
-        raise  # all ranks have agreed on it
+        raise  # all ranks raise it together
     except Exception as error:
-        raise _first_failure(store, ranks, _named(store, ranks, error, timeout)) from error
+        raise _first_failure(store, ranks, _name_hanging_ranks(store, ranks, error, timeout)) from error
     finally:
         dist.destroy_process_group()
 
 
-def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exception:
-    """`error`, or where it is that of a wait in vain, one that names the ranks that were waited for.
+def _name_hanging_ranks(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exception:
+    """Return `error`, or for a timeout an error that names the ranks that did not answer.
 
-    Those that answer come here themselves at about the same time, and leave a mark.
+    The other ranks time out at about the same time, and each sets a mark in the store.
     """
     if not any(words in str(error).lower() for words in ("timed out", "timeout")):
         return error
@@ -187,27 +188,27 @@ def _named(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exce
             return error
         silent = ", ".join(f"{rank} on {store.get(f'host{rank}').decode()}" for rank in sorted(others)[:8])
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-    except RuntimeError:  # the store went with the process that held it
+    except RuntimeError:  # the process that hosted the store has ended
         return error
-    found = RuntimeError(
-        f"rank {silent}{more} did not answer for {timeout:g} s (distributed.timeout) and hangs: look at what it waits "
-        "for there (storage, a device, the network); the same command goes on from the last checkpoint."
+    named = RuntimeError(
+        f"rank {silent}{more} did not answer for {timeout:g} s (distributed.timeout) and hangs: find out what it waits "
+        "for there (storage, a device, the network); the same command resumes from the last checkpoint."
     )
     if ranks.first:
-        # At once, for the launcher waits for the rank that hangs before it tells of anything.
+        # Print now: the launcher reports errors only after the hanging rank has ended.
         with ignore_closed_output():
-            print(f"lars-train: {found}", file=sys.stderr, flush=True)
-    return found
+            print(f"lars-train: {named}", file=sys.stderr, flush=True)
+    return named
 
 
 def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
-    """A name for this start of all ranks, the same on each, that no earlier start has had.
+    """Return a unique name for this start of all ranks, the same on each rank.
 
-    torchrun keeps its store over restarts, with the addresses of ended processes in it, and counts restarts on
-    each node for itself (https://github.com/pytorch/pytorch/issues/108158): no number that it gives will do. So
-    rank 0 answers every greeting, be it an ended process's, and goes on when each rank has used its answer.
+    torchrun keeps its store across restarts, with the addresses of ended processes in it, and counts restarts on each
+    node separately (https://github.com/pytorch/pytorch/issues/108158), so none of its numbers is a unique name. Instead
+    rank 0 answers every greeting, even of an ended process, and continues once each rank has used its answer.
 
-    Raises `RuntimeError` when a rank has not come within `limit`.
+    Raises `RuntimeError` if a rank does not join within `limit`.
     """
     mine = uuid.uuid4().hex
     if not ranks.first:
@@ -226,23 +227,23 @@ def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
         if time.monotonic() > end:
             late = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, sorted(missing)))}"
             raise RuntimeError(
-                f"{late} of {ranks.world} did not come within distributed.timeout={limit.total_seconds():g} s."
+                f"{late} of {ranks.world} did not join within distributed.timeout={limit.total_seconds():g} s."
             )
         time.sleep(0.01)
 
 
 def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
-    """The failure that came first: a rank that fails takes the others with it, and their errors say little."""
+    """Return the failure that came first. The others follow from it: a failing rank makes the other ranks fail."""
     mine = json.dumps([ranks.rank, type(error).__name__, str(error)])
     try:
         rank, kind, text = json.loads(store.compare_set(_FAILURE, "", mine))
-    except (RuntimeError, ValueError):  # the store went with the process that held it
+    except (RuntimeError, ValueError):  # the process that hosted the store has ended
         return error
     if rank == ranks.rank:
         if not ranks.first:
-            told = f"lars-train: rank {rank} on {platform.node()}: {printable_lines(text)}"
+            line = f"lars-train: rank {rank} on {platform.node()}: {printable_lines(text)}"
             with ignore_closed_output():
-                print(told, file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
         return error
     known: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, DataError, Diverged)}
     return known[kind](text) if kind in known else RuntimeError(f"rank {rank} failed: {kind}: {text}")
@@ -254,21 +255,21 @@ NONE, BF16 = "none", "bf16"
 def over_ranks(
     network: Any, device: torch.device, *, bucket_mb: float = 25.0, compression: str = NONE
 ) -> DistributedDataParallel:
-    """`network` with gradients that are means over the ranks; within `no_sync` they are this rank's alone.
+    """Return `network` in DDP: its gradients are means over the ranks, and within `no_sync` this rank's own.
 
-    Each gradient is a view of its bucket, so that reducing needs no second copy of them in memory.
+    Each gradient is a view of its bucket, so that all-reduce needs no second copy of it in memory.
 
     Args:
         network: a module, compiled or not, on `device`.
-        bucket_mb: MiB of gradients that travel together.
-        compression: ``bf16``: each rank's gradient is rounded to bfloat16 and summed in it, at half the bytes.
+        bucket_mb: MiB of gradients that one all-reduce sends.
+        compression: ``bf16``: round each rank's gradients to bfloat16 and sum them in it, at half the bytes.
     """
-    # RunningStatistics makes the buffers the same on every rank, from all ranks' data. torch 2.13 renamed the argument.
+    # No broadcast: RunningStatistics keeps buffers equal on every rank, from all ranks' data. torch 2.13 renamed it.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     no_sync: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False
     }
-    made = DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         network,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
@@ -276,5 +277,5 @@ def over_ranks(
         **no_sync,
     )
     if compression == BF16:
-        made.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
-    return made
+        wrapped.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
+    return wrapped

@@ -1,4 +1,4 @@
-"""The modes that compute, each on one rank: train, and evaluate a checkpoint."""
+"""Run the modes that compute, train and evaluate, on one rank."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ from lars_train.training.run_directory import (
 
 
 def find_finished(prepared: Prepared) -> dict[str, Any] | None:
-    """What the run directory holds of this run, if it has ended at the update that is asked for; reads only.
+    """Return ``final.json`` if the run has already finished at the update that the config asks for. Reads only.
 
-    Raises `ConfigError` when the directory cannot be used, holds a run of another config or one that is beyond that
-    update, or a checkpoint that the run cannot go on from.
+    Raises `ConfigError` if the directory cannot be used, holds a run of another config or one beyond that update, or
+    has only checkpoints that the run cannot resume from.
     """
     config, directory = prepared.config, prepared.directory
     check_usable(directory)
@@ -61,20 +61,20 @@ def find_finished(prepared: Prepared) -> dict[str, Any] | None:
     if final is not None and final["updates"] == stop:
         return final
     if final is not None and final["updates"] > stop:
-        stands = f"has ended at update {final['updates']:,}"
+        state = f"has finished at update {final['updates']:,}"
     else:
         found = continuation(prepared, warn=False)
         if found is None or found[1]["update"] <= stop:
             return None
-        stands = f"stands at update {found[1]['update']:,} already"
+        state = f"is already at update {found[1]['update']:,}"
     raise ConfigError(
-        f"max_updates={config.max_updates}: the run in {directory} {stands}; leave max_updates out or give a larger "
-        "one to continue it, or choose another run.name for a shorter one."
+        f"max_updates={config.max_updates}: the run in {directory} {state}; omit max_updates or increase it to "
+        "continue that run, or choose another run.name for a shorter one."
     )
 
 
 def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str, Any]:
-    """Train, go on with the run that is there, or find it finished; the content of ``final.json``. Collective.
+    """Train a new run, resume an existing one, or find it finished. Return the content of ``final.json``. Collective.
 
     Raises `ConfigError`, `DataError`.
     """
@@ -83,7 +83,7 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
     device = choose_device(config, ranks)
     choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
-        # Rank 0 alone looks, so that all do the same however late a shared file system shows a file.
+        # Only rank 0 looks, so that all ranks agree, even if a shared file system shows a file late on some nodes.
         final: dict[str, Any] | None = group.broadcast_from_rank0(find_finished(prepared) if group.first else None)
         if final is not None:
             say(ALREADY_FINISHED)
@@ -97,15 +97,15 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
 
 
 def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[str, Any]:
-    """The run, and in its record how it began and how it ended."""
+    """Run the training; record how it began and how it ended."""
     run, directory = None, prepared.directory
     try:
         run = Run(prepared, group, device)
         if group.first:
             resolved = dataclasses.asdict(run.resolved)
-            arithmetic = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
-            began = {"resumed_at": run.resumed_at, "resolved": resolved, **arithmetic}
-            # Of an earlier end, by max_updates, which this start goes beyond.
+            flops = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
+            began = {"resumed_at": run.resumed_at, "resolved": resolved, **flops}
+            # Left by an earlier end at max_updates, which this start exceeds.
             (directory / "final.json").unlink(missing_ok=True)
             note_start(directory, plan=prepared.plan, data=data_record(prepared.dataset), **began)
         final = run.train()
@@ -120,9 +120,9 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
     except Exception as error:
         cause = disk_error(directory, error) if isinstance(error, OSError) and _is_in(directory, error) else error
         if group.first:
-            told = f"{type(cause).__name__}: {first_line(str(cause))}"
-            where = {} if run is None else {"update": run.trainer.update, "seconds": run.state.total_seconds()}
-            note_end(directory, "stopped" if isinstance(cause, Stopped) else "failed", told, **where)
+            reason = f"{type(cause).__name__}: {first_line(str(cause))}"
+            progress = {} if run is None else {"update": run.trainer.update, "seconds": run.state.total_seconds()}
+            note_end(directory, "stopped" if isinstance(cause, Stopped) else "failed", reason, **progress)
         if cause is not error:
             raise cause from error
         raise
@@ -135,10 +135,10 @@ def _is_in(directory: Path, error: OSError) -> bool:
 
 
 def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Config, dict[str, Any] | None]:
-    """The config to evaluate with, and the checkpoint's content if one is named.
+    """Return the config to evaluate with, and the checkpoint's content if the config names a checkpoint.
 
-    Model, data and precision are the checkpoint's, except for what stands on the command line
-    (`overrides`). Raises `ConfigError`.
+    Model, data and precision are the checkpoint's, except for keys on the command line (`overrides`). Raises
+    `ConfigError`.
     """
     if config.checkpoint.path is None:
         return config, None
@@ -147,7 +147,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
         stored = restore(content["config"])
     except ConfigError as error:
         raise ConfigError(f"checkpoint.path={config.checkpoint.path}: its config does not fit: {error}") from None
-    # What it started from; its own weights are in it.
+    # The weights that the run started from; the checkpoint has its own.
     stored.model.weights = None
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for group in ("model", "data", "precision"):
@@ -164,7 +164,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
 
 
 def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
-    """Evaluate a checkpoint, or ``model.weights``, on the whole validation set; its values by name. Collective."""
+    """Evaluate a checkpoint, or ``model.weights``, on the whole validation set. Return values by name. Collective."""
     dataset = open_validation(config.data)
     for line in dataset.inventory.lines():
         say(f"{'data':<15}{line}")
@@ -198,8 +198,8 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
         assert result is not None
         if not math.isfinite(result.loss):
             raise Diverged(
-                f"val/loss is {result.loss}: the network's outputs are not finite, and its top-1 means nothing. The "
-                "checkpoint is of a run that has diverged (take an earlier one), or precision is too low for it."
+                f"val/loss is {result.loss}: the network's outputs are not finite, so its top-1 means nothing. Either "
+                "the checkpoint is of a run that has diverged (choose an earlier one), or precision is too low for it."
             )
         if group.first and config.evaluate.report is not None:
             _report(config.evaluate.report, result, dataset, evaluated.classes)
@@ -225,4 +225,4 @@ def _report(path: str, result: Result | None, dataset: Dataset, classes: Sequenc
     try:
         write_confusion(user_path(path), classes, counts)
     except OSError as error:
-        raise ConfigError(f"evaluate.report={path}: it cannot be written ({error.strerror}).") from None
+        raise ConfigError(f"evaluate.report={path}: cannot be written ({error.strerror}).") from None

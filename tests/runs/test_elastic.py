@@ -166,5 +166,5 @@ def test_ranks_of_one_start_agree_whatever_an_earlier_start_left_in_the_store() 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(RuntimeError, match=r"^ranks 1, 2 of 3 did not come within distributed.timeout=0.1 s"):
+    with pytest.raises(RuntimeError, match=r"^ranks 1, 2 of 3 did not join within distributed.timeout=0.1 s"):
         _agree_on_start(server, Ranks(0, 3), timedelta(seconds=0.1))

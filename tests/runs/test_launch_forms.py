@@ -199,7 +199,7 @@ def test_evaluate_and_export_need_nothing_but_the_checkpoint(tmp_path: Path) -> 
     assert again.splitlines() == told.splitlines()[:1]
     other = start([*ALONE, "mode=evaluate", "checkpoint.path=runs/r", "data=mini"], tmp_path)
     assert other.returncode == 2
-    assert "10 of the data set's 10 classes are none of the model's 4: ankle-boot" in other.stderr
+    assert "10 of the data set's 10 classes are not among the model's 4: ankle-boot" in other.stderr
     ran([*ALONE, "mode=export", "checkpoint.path=runs/r", "export.path=weights.pth"], tmp_path)
     state = torch.load(tmp_path / "weights.pth", weights_only=True)
     torchvision.models.resnet18(num_classes=4).load_state_dict(state)

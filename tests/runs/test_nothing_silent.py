@@ -139,7 +139,7 @@ def test_numbers_in_the_order_of_text_are_told_before_a_run(
     with contextlib.suppress(NotReady):
         run(tmp_path, mode)
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("numbers in the order of text: output 0, 1, ... is class 0, 1, 10, 2") == 1
+    assert (printed.out + printed.err).count("numbers in text order: output 0, 1, ... is class 0, 1, 10, 2") == 1
 
 
 def test_packing_verifying_and_describing_tell_it(

@@ -72,7 +72,7 @@ def test_a_class_that_cannot_train_these_networks_is_refused_with_its_reason(bas
         ({"base": "AdamW", "nesterov": True}, "has no such momentum"),
         ({"kwargs": {"lr": 1.0}}, "use optimizer.lr"),
         ({"base": "AdamW", "momentum": 0.9}, "has no momentum"),
-        ({"base": "Adam", "kwargs": {"betas": [2.0, 0.9]}}, "refuses its keywords"),
+        ({"base": "Adam", "kwargs": {"betas": [2.0, 0.9]}}, "rejects its keywords"),
     ],
 )
 def test_what_the_class_does_not_take_is_said(values: dict[str, object], words: str) -> None:
@@ -89,7 +89,7 @@ def test_sgd_stands_without_lars_and_keeps_its_momentum() -> None:
 @pytest.mark.parametrize(
     ("base", "keywords", "words"),
     [
-        ("AdamW", {"betas": 0.9}, "betas=0.9: torch.optim.AdamW takes a list of 2 numbers (its default: (0.9, 0.999))"),
+        ("AdamW", {"betas": 0.9}, "betas=0.9: torch.optim.AdamW takes a list of 2 numbers (default: (0.9, 0.999))"),
         ("AdamW", {"betas": [0.9]}, "a list of 2 numbers"),
         ("AdamW", {"betas": [0.9, 0.99, 0.9]}, "a list of 2 numbers"),
         ("AdamW", {"betas": ["a", "b"]}, "a list of 2 numbers"),

@@ -168,7 +168,7 @@ def test_validation_shards_alone_are_labelled_by_name_or_output(
         "number": "3 is n03; 10 is n10; 11 is n11",
         "number in a folder": "k03 (3) is n03; k10 (10) is n10; k11 (11) is n11",
     }
-    warning = f"WARNING: the data set's classes are numbers, taken for the model's outputs: {shown.get(kind)}."
+    warning = f"WARNING: the data set's classes are numbers, used as indices of the model's outputs: {shown.get(kind)}."
     assert result["notes"] == ([warning] if kind in shown else [])
 
 
@@ -265,7 +265,7 @@ def test_of_a_model_whose_classes_are_numbers_none_is_an_index(
     own: list[str], held: list[str], told: str, numbers: tuple[int, ...]
 ) -> None:
     state = {"fc.weight": torch.zeros(len(own), 1), "fc.bias": torch.zeros(len(own))}
-    with pytest.raises(ConfigError, match=f"classes are none of the model's {len(own)}: {told};"):
+    with pytest.raises(ConfigError, match=f"classes are not among the model's {len(own)}: {told};"):
         match_classes(Weights("w", state, tuple(own)), held, numbers)
 
 
@@ -273,7 +273,7 @@ def test_classes_that_the_model_has_not_are_refused_by_name(
     weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
     root = folders(tmp_path / "data", {"n03": 3, "cat": 1, "dog": 2})
-    with pytest.raises(ConfigError, match="2 of the data set's 3 classes are none of the model's 12: cat, dog; the"):
+    with pytest.raises(ConfigError, match="2 of the data set's 3 classes are not among the model's 12: cat, dog; the"):
         evaluate(data__root=root, model__weights=weights(NAMES))
     with pytest.raises(ConfigError, match=r"it has 12 outputs, the data set 3 classes, .* which output is which class"):
         evaluate(data__root=root, model__weights=weights(None))

@@ -318,7 +318,7 @@ def test_a_finished_run_is_told_and_not_trained_again(
     # All of it, as far as it goes.
     assert train(unbroken, max_updates=13) == train(unbroken)
     for prepared in (prepare(config(unbroken, max_updates=n)) for n in (3, 11)):
-        with pytest.raises(ConfigError, match=r"max_updates=\d+: the run in .* has ended at update 12; .*run\.name"):
+        with pytest.raises(ConfigError, match=r"max_updates=\d+: the run in .* has finished at update 12; .*run\.name"):
             session.find_finished(prepared)
     assert (unbroken / "run.json").read_text() == before
 
@@ -593,5 +593,5 @@ def test_a_run_that_goes_beyond_its_end_has_no_result_until_its_next(
         patched.setattr(Run, "train", cut_off)
         with pytest.raises(Stopped):
             train(directory, max_updates=7)
-    with pytest.raises(ConfigError, match=r"max_updates=3: the run in .* stands at update 5 already"):
+    with pytest.raises(ConfigError, match=r"max_updates=3: the run in .* is already at update 5"):
         train(directory, max_updates=3)
