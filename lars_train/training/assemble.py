@@ -203,9 +203,9 @@ def _network(config: Config, outputs: int) -> nn.Module:
 _UNFIT = {
     "LBFGS": "it evaluates the loss again within its step, but this trainer makes one pass per update",
     "Muon": "it takes only matrices, and these networks consist of convolutions",
-    "SparseAdam": "it takes only sparse gradients, and those of these networks are dense",
+    "SparseAdam": "it takes only sparse gradients, and these networks have dense ones",
 }
-# Keywords that have config keys of their own.
+# Keywords that have their own config keys.
 _OWN_KEYS = ("params", "lr", "momentum", "nesterov", "weight_decay")
 
 

@@ -59,7 +59,7 @@ _SURVIVES = {"survives_rollback": True}
 
 @dataclass
 class RunState:
-    """The state of a run beside that of its trainer. A checkpoint holds each field by its name."""
+    """The state of a run that is not the trainer's. A checkpoint holds each field under its name."""
 
     best_top1: float = -math.inf
     best_update: int | None = None
@@ -106,7 +106,7 @@ class NewerCheckpoint(DamagedCheckpoint):
 
 
 def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: int | None = None) -> Path:
-    """Write the checkpoint of `update`; remove all but the last `keep` and that of update `spare`. Return its path.
+    """Write the checkpoint of `update`; remove all but the last `keep` and that of `spare`. Return its path.
 
     The file gets its name only when it is complete on disk and its checksum matches.
     """
@@ -119,7 +119,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: i
             try:
                 torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
             except RuntimeError:
-                if hashing.error is not None:  # torch reports it as an error at a line of its own source
+                if hashing.error is not None:  # torch hides it behind an error in its C++ source
                     raise hashing.error from None
                 raise
             file.write(_MARK + hashing.digest.hexdigest().encode() + b"\n")

@@ -231,7 +231,7 @@ def try_micro_batch(
     device: torch.device,
     layout: torch.memory_format = torch.channels_last,
 ) -> None:
-    """Run a forward and backward pass of `samples` images on `device`, beside everything that training keeps there.
+    """Run a forward and backward pass of `samples` images on `device`, next to everything that training keeps there.
 
     The model stays unchanged. Raises `torch.OutOfMemoryError`.
     """

@@ -264,7 +264,7 @@ def over_ranks(
         bucket_mb: MiB of gradients that one all-reduce sends.
         compression: ``bf16``: round each rank's gradients to bfloat16 and sum them in it, at half the bytes.
     """
-    # No broadcast: RunningStatistics keeps buffers equal on every rank, from all ranks' data. torch 2.13 renamed it.
+    # RunningStatistics computes equal buffers on all ranks, so DDP broadcasts none. torch 2.13 renamed the argument.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     no_sync: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False

@@ -32,9 +32,9 @@ from lars_train.training.distributed import Group
 DIVERGENCES = "divergence.jsonl"
 """The file of a run's divergences and the response to each. Only rank 0 writes it."""
 _SHOWN = 5
-# More than the updates that usually lie between two checks, which come with log lines and checkpoints.
+# More updates than usual between two checks, which come with log lines and checkpoints.
 _MOST_LOSSES = _MOST_LAYERS = 1024
-# Batches in a row without an update. float16's loss scale starts at 2**16, so after this many it is not the cause.
+# Batches in a row without an update. float16's loss scale starts at 2**16: after so many halvings it is not the cause.
 _MOST_SKIPPED = 60
 
 

@@ -87,7 +87,7 @@ def holds_run_of(directory: Path, config: Config) -> bool:
 def check_same_experiment(directory: Path, config: Config, fingerprint: str = "") -> None:
     """Raise `ConfigError` if the directory holds a run of another config. Reads only.
 
-    Another place of the same images is no other config. `fingerprint`: of this config's data set.
+    The same images at another path do not count as another config. `fingerprint`: of this config's data set.
     """
     record = directory / "run.json"
     if not record.exists() or config.resume != AUTO:
@@ -112,7 +112,7 @@ def check_same_experiment(directory: Path, config: Config, fingerprint: str = ""
 
 
 def runs_of_moved_images(directory: Path, config: Config, fingerprint: str) -> list[Path]:
-    """Return the runs beside `directory` that differ from this config only in the place of their images.
+    """Return the runs beside `directory` that differ from this config only in the path of their images.
 
     `directory` is named by the config's hash. `fingerprint`: of this config's data set.
     """
