@@ -116,5 +116,5 @@ def test_keywords_of_the_right_kind_are_taken() -> None:
     check_optimizer(config(base="SGD", kwargs={"dampening": 0.1, "fused": True}))
     # Whether there is a device for it is known later.
     check_optimizer(config(base="AdamW", kwargs={"capturable": True}))
-    with pytest.raises(ConfigError, match="capturable=true: it is for CUDA"):
+    with pytest.raises(ConfigError, match="capturable=true: it needs CUDA"):
         build_optimizer(config(base="AdamW", kwargs={"capturable": True}), nn.Linear(1, 1))

@@ -54,7 +54,7 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
         ({"data__num_classes": 5}, r"another data set: it has 4 classes .* the chosen one 5"),
         ({"data__train_count": 25}, r"file names or labels differ"),
         ({"batch__size": 4}, r"update 1 of a run with 3 updates per epoch, which does not fit this run"),
-        ({"optimizer__base": "AdamW"}, r"state of optimizer\.base=SGD.* optimizer\.base=AdamW.* model\.weights"),
+        ({"optimizer__base": "AdamW"}, r"state is of optimizer\.base=SGD.* optimizer\.base=AdamW.* model\.weights"),
         ({"optimizer__decay_norm_bias": False}, r"optimizer\.decay_norm_bias=True.* choose the same"),
         ({"optimizer__adapt_norm_bias": False}, r"optimizer\.adapt_norm_bias=True.* choose the same"),
         ({"optimizer__preset": "mlperf"}, r"optimizer\.lr_placement=outside.* choose the same"),
@@ -107,7 +107,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(trained: Path,
         ({"model__ghost_batch": 1, "data__image_size": 4}, r"model\.ghost_batch=1: .* one pixel .* at least 2"),
         ({"model__name": "resnet51"}, r"resnet51"),
         ({"model__weights": "/missing.pth"}, r"model\.weights=/missing\.pth"),
-        ({"checkpoint__path": "/missing"}, r"checkpoint\.path=/missing: there is no such file"),
+        ({"checkpoint__path": "/missing"}, r"checkpoint\.path=/missing: no such file"),
     ],
 )
 def test_bad_input_is_found_before_anything_is_written(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
