@@ -1,8 +1,8 @@
-"""The command line: compose with Hydra, check, launch, and say how it went.
+"""The command line: compose the config with Hydra, run the command, and report errors.
 
-No torch is imported until a command needs it. Exit codes: 0, 1 for a run that failed and a check that found something
-to mend, 2 for bad input, 75 for a run that a signal has ended with a checkpoint (by a second signal: 128 and its
-number), 130 for an interrupt before or after training.
+torch is not imported until a command needs it. Exit codes: 0; 1 for a failed run, or a check that found a problem; 2
+for bad input; 75 for a run that a signal ended with a checkpoint (128 plus its number for a second signal); 130 for an
+interrupt before or after training.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130
 
 
 class _Jobs:
-    """The jobs of this command line: one, or several in a sweep. Filled by Hydra's callback."""
+    """The results of the command line's jobs: one, or several in a sweep."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -61,52 +61,52 @@ class _Jobs:
         self.crash: Exception | None = None
 
     def fail(self, label: str, code: int, reason: str) -> None:
-        """Note a failed job and say why at once."""
+        """Record a failed job and print the reason."""
         self.failures.append((label, code, reason))
         complain(reason)
 
-    def leave(self, folder: Path) -> None:
-        """Write down what came of the job of this process, which another one has submitted."""
-        told = {"done": self.done, "failures": self.failures}
-        told["directories"] = [[str(path), label] for path, label in self.directories.items()]
-        (folder / f"{uuid.uuid4().hex}.json").write_text(json.dumps(told))
+    def save(self, folder: Path) -> None:
+        """Write the results of a submitted job to a new file in `folder`."""
+        results = {"done": self.done, "failures": self.failures}
+        results["directories"] = [[str(path), label] for path, label in self.directories.items()]
+        (folder / f"{uuid.uuid4().hex}.json").write_text(json.dumps(results))
 
-    def collect(self, folder: Path) -> None:
-        """Count what the jobs that were submitted have left."""
+    def add_saved(self, folder: Path) -> None:
+        """Add the results that submitted jobs saved in `folder`."""
         for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
-            told = json.loads(path.read_text())
-            self.done += told["done"]
-            self.failures += [(label, code, reason) for label, code, reason in told["failures"]]
-            self.directories |= {Path(directory): label for directory, label in told["directories"]}
+            results = json.loads(path.read_text())
+            self.done += results["done"]
+            self.failures += [(label, code, reason) for label, code, reason in results["failures"]]
+            self.directories |= {Path(directory): label for directory, label in results["directories"]}
 
     def exit_code(self) -> int:
-        """2 if all that failed was bad input, 1 for any other failure."""
+        """Return 0 without failures, 2 if every failure was bad input, else 1."""
         codes = {code for _, code, _ in self.failures}
         return 0 if not codes else BAD_INPUT if codes == {BAD_INPUT} else FAILED
 
 
-# Hydra's launchers for Slurm, and for processes that are started as by Slurm.
+# Hydra's launchers that submit jobs to Slurm, or start processes as Slurm would.
 _SUBMITS = re.compile("hydra/launcher=submitit_")
 
 # Folders to remove at the end.
 _scratch: list[str] = []
 
 
-def _stopped(number: int, frame: FrameType | None) -> None:
-    """Before and after training, which has a checkpoint to write first."""
-    text = f"lars-train: {signal.Signals(number).name}: stopped; the same command goes on from the last checkpoint.\n"
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Handle a termination signal before and after training; during training `SignalHandler` does."""
+    text = f"lars-train: {signal.Signals(number).name}: stopped; the same command resumes from the last checkpoint.\n"
     os.write(2, text.encode())
     for folder in _scratch:
         shutil.rmtree(folder, ignore_errors=True)
-    # At once: an exception would take its way through whatever is being imported.
+    # Not by an exception, which could pass through an import.
     os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
 def main() -> None:
-    """Entry point of ``lars-train`` and of ``python -m lars_train``; ends the process with its exit code."""
+    """Run ``lars-train`` or ``python -m lars_train``, and exit with its code."""
     open_standard_streams()
     share_cores()
-    handle_termination(_stopped)
+    handle_termination(_exit_on_signal)
     command = (Path(sys.argv[0]).name if "__main__" not in sys.argv[0] else "python -m lars_train", *sys.argv[1:])
     try:
         arguments, file = take_config_file(sys.argv[1:])
@@ -120,7 +120,7 @@ def main() -> None:
         say(f"lars-train {__version__}")
         sys.exit(0)
     sweeping = not SWEEP.isdisjoint(sys.argv[1:])
-    elsewhere = _choose_sweep_folder() if sweeping else None
+    submitted = _choose_sweep_folder() if sweeping else None
     # Otherwise Hydra prints its errors itself and ends with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs = _Jobs()
@@ -128,8 +128,8 @@ def main() -> None:
 
     def job(raw: DictConfig) -> None:
         _run_job(raw, command, jobs, sweeping, saved)
-        if elsewhere is not None and is_rank0():
-            jobs.leave(elsewhere)
+        if submitted is not None and is_rank0():
+            jobs.save(submitted)
 
     try:
         if HELP.intersection(sys.argv[1:]):
@@ -137,7 +137,7 @@ def main() -> None:
         else:
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
     except BrokenPipeError:
-        # The reader of our output (`| head`) has had enough.
+        # The reader of the output has ended (`| head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as error:
@@ -145,27 +145,27 @@ def main() -> None:
             with ignore_closed_output():
                 print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
             sys.exit(FAILED)
-        # What a job meets it handles itself: this is Hydra's word on the command line, in several classes.
+        # `_run_job` handles the errors of jobs. Those of Hydra about the command line have several classes.
         complain(explain(error, sys.argv[1:]))
-        sys.exit(FAILED if elsewhere is not None and any(elsewhere.iterdir()) else BAD_INPUT)
-    if elsewhere is not None:
-        jobs.collect(elsewhere)
+        sys.exit(FAILED if submitted is not None and any(submitted.iterdir()) else BAD_INPUT)
+    if submitted is not None:
+        jobs.add_saved(submitted)
     if sweeping:
         _report_sweep(jobs)
-    # In a sweep the first rank speaks for all: a launcher that sees another rank fail ends it before it is done.
+    # In a sweep only rank 0 fails: a launcher that sees another rank fail ends rank 0 before it is done.
     sys.exit(jobs.exit_code() if not sweeping or is_rank0() else 0)
 
 
 def _choose_sweep_folder() -> Path | None:
-    """Name a folder to Hydra for its sweep; return the folder where jobs that run elsewhere leave what came of them."""
+    """Set ``hydra.sweep.dir``. Return the folder where submitted jobs save their results, or None if none are."""
     if any(map(_SUBMITS.match, sys.argv[1:])):
-        # Beside the runs, which all machines see.
+        # Beside the runs, where all machines see it.
         folder = Path("runs", ".sweeps", uuid.uuid4().hex[:8]).absolute()
         folder.mkdir(parents=True)
         sys.argv.insert(1, f"hydra.sweep.dir={quoted(str(folder))}")
         return folder
     if not any(argument.startswith("hydra.sweep.dir=") for argument in sys.argv[1:]):
-        # Hydra writes multirun.yaml there; each job's run directory holds all that is worth keeping.
+        # Hydra writes multirun.yaml there. The run directories have everything worth keeping.
         scratch = tempfile.mkdtemp(prefix="lars-train-")
         _scratch.append(scratch)
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
@@ -174,7 +174,7 @@ def _choose_sweep_folder() -> Path | None:
 
 
 def show_help(settings: list[str], name: str) -> None:
-    """Print ``hydra.help.template``: what Hydra's own ``--help`` does, which takes half a second more."""
+    """Print ``hydra.help.template``, as Hydra's own ``--help`` does in half a second more."""
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose(name, settings, return_hydra_config=True)
     keys = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -182,18 +182,18 @@ def show_help(settings: list[str], name: str) -> None:
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
-    """Hydra's and OmegaConf's errors on the prepared `arguments` in one or two lines, with the nearest name."""
+    """Rewrite an error of Hydra or OmegaConf about the prepared `arguments` in a line, with the nearest name."""
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override}: Hydra cannot read this; a setting is key=value, and a value with = , or brackets in "
-            """it wants quotes within the shell's: 'data.root="/a=b"'."""
+            f"{error.override}: Hydra cannot parse this. A setting is key=value; a value with = , or brackets needs "
+            """quotes inside the shell's: 'data.root="/a=b"'."""
         )
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:not in|is not in)", text)
     if unknown:
         key = unknown.group(1).split("@")[0]
         meant = suggestion(key.lstrip("+~"))
-        return f"there is no key or group {key!r}.{meant} lars-train --help lists them."
+        return f"there is no key or group {key!r}.{meant} lars-train --help lists all."
     choice = re.search(rf"Could not find '({'|'.join(GROUPS)})/([^']*)'", text)
     if choice:
         group, name = choice.groups()
@@ -202,15 +202,15 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
             if nominal_batch(name):
                 return no_row(config)
             choices = list(config.recipe.rows)
-        return f"{group}={name}: there is no such choice; there are {', '.join(choices)}.{did_you_mean(name, choices)}"
+        return f"{group}={name}: no such choice. Choose from {', '.join(choices)}.{did_you_mean(name, choices)}"
     several = re.match(r"Ambiguous value for argument '(\w+)=(.*)'$", first_line(text))
     if several and several[1] in GROUPS:
-        # Without the quotes that were put around its values.
+        # Without the quotes that `prepare_arguments` put around the values.
         setting = f"{several[1]}={several[2].replace(chr(39), '')}"
-        return f"{setting}: several values are a sweep; for a run of each: -m {setting}"
+        return f"{setting}: several values are a sweep. For a run of each: -m {setting}"
     if "Ambiguous value for argument" in text:
         return (
-            f"{first_line(text)}: several values are a sweep; add -m. A text with a comma wants quotes within the "
+            f"{first_line(text)}: several values are a sweep: add -m. A text with a comma needs quotes inside the "
             """shell's: 'data.root="/a,b"'."""
         )
     if error.__cause__ is not None:
@@ -229,13 +229,15 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
-    """What prepared `arguments` come to, unresolved, with a batch `name` that is no choice; of a sweep the first job.
-    None where they cannot be read without it, or where their recipe has such a row.
+    """Return the unresolved config of the prepared `arguments` (in a sweep, of its first job) with batch `name`.
+
+    `name` is not a choice of Hydra's. Return None if the other arguments cannot be composed, or if their recipe has a
+    row of that name.
     """
     try:
         settings = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
         overrides = [
-            # Hydra names what is missing in the first of a sweep's jobs that miss it.
+            # Hydra reports the first job of a sweep that fails.
             f"{str(override.input_line).partition('=')[0]}={next(override.sweep_string_iterator())}"
             if override.is_sweep_override()
             else str(override.input_line)
@@ -252,13 +254,13 @@ def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
 
 
 def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: bool, saved: SavedConfig | None) -> None:
-    # A scheduler's job does not come through `main`.
+    # A job that a scheduler started has not run `main`.
     open_standard_streams()
-    # Unresolved: an interpolation that leads nowhere is reported by its key.
+    # Unresolved, so that `resolve` reports a failing interpolation by its key.
     given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(given, list)
     overrides = tuple(map(str, given))
-    # Without the quotes that `prepare_arguments` has put around digits.
+    # Without the quotes that `prepare_arguments` put around digits.
     label = re.sub(r"='([\w.+-]+)'", r"=\1", " ".join(overrides)) or "(no overrides)"
     if sweeping:
         say(f"\n=== job {jobs.done + len(jobs.failures) + 1}: {label}")
@@ -266,7 +268,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         config = resolve(raw)
         if saved is not None:
             config = saved.place(config)
-        # Here torch comes in.
+        # These import torch.
         from lars_train import commands
         from lars_train.launch import WorkerError
         from lars_train.training.run_directory import Invocation, holds_run_of, run_directory
@@ -285,11 +287,15 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
     except WorkerError as error:
         jobs.fail(label, BAD_INPUT if error.kind == "ConfigError" else FAILED, str(error))
     except Stopped as stopped:
-        # Hydra would go on with the next job of a sweep, but for what is no Exception.
+        # By SystemExit: after an Exception Hydra would start the next job of a sweep.
         complain(str(stopped))
         scheduler = signal.getsignal(signal.SIGUSR2)
-        if str(stopped).startswith(f"{signal.SIGUSR2.name}:") and callable(scheduler) and scheduler is not _stopped:
-            # submitit's handler, which training replaces: it queues the job again, and ends the process.
+        if (
+            str(stopped).startswith(f"{signal.SIGUSR2.name}:")
+            and callable(scheduler)
+            and scheduler is not _exit_on_signal
+        ):
+            # submitit's handler, which training replaced: it requeues the job and ends the process.
             scheduler(signal.SIGUSR2, None)
         sys.exit(stopped.code)
     except Exception as error:
@@ -300,7 +306,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
             print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
         jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
     finally:
-        # A job that has failed has its row, too; one that was refused has none: what its directory holds is another's.
+        # A failed job has a row in the report. A refused one has none: its directory may hold another run.
         refused = (label, BAD_INPUT) in [failure[:2] for failure in jobs.failures]
         if sweeping and not refused and config.mode == "train" and holds_run_of(run_directory(config), config):
             jobs.directories[run_directory(config)] = label

@@ -1,4 +1,4 @@
-"""What the command line does with one checked config, as its ``mode`` says, in as many processes as needed."""
+"""Run one checked config by its ``mode``, in as many processes as needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from lars_train.data.order import SHARDS
 from lars_train.errors import ConfigError, NotReady
 from lars_train.export import CARD, export
 from lars_train.fsutil import user_path
-from lars_train.launch import Ranks, adopt, check_nodes, end_with, processes, restarts, shield_tracker, start_processes
+from lars_train.launch import (
+    Ranks,
+    adopt,
+    check_nodes,
+    exit_with_parent,
+    processes,
+    restarts,
+    start_processes,
+    start_resource_tracker,
+)
 from lars_train.messages import complain, counted, is_rank0, printable, say
 from lars_train.monitoring.summary import ALREADY_FINISHED, experiment_lines
 from lars_train.monitoring.tensorboard import CUSTOM_SCALARS_TAB
@@ -30,67 +40,76 @@ from lars_train.signals import handle_termination
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
 from lars_train.training.distributed import begin_job, current_ranks
-from lars_train.training.prepare import Prepared, prepare
+from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 from lars_train.training.session import evaluate_only, evaluation_config, find_finished, train
 
 
 def run(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Do what ``mode`` says; what came of it, by name. Raises `ConfigError`, `DataError`, `NotReady`, `WorkerError`."""
+    """Run the config's ``mode`` and return its results by name.
+
+    Raises `ConfigError`, `DataError`, `NotReady`, `WorkerError`.
+    """
     begin_job()
-    shield_tracker()
+    start_resource_tracker()
     commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan, "check": _check}
     return commands[config.mode](config, invocation)
 
 
-def _tell(prepared: Prepared) -> None:
-    """Print what the user should know of the classes and the weights."""
-    for note in prepared.notes:
+def _print_notes(notes: Iterable[str]) -> None:
+    """Print notes about the data set and the weights, warnings to stderr."""
+    for note in notes:
         (complain if note.startswith("WARNING") else say)(note)
+
+
+def _adopt(config: Config) -> Ranks | None:
+    """Return the ranks of a launcher, checked against the config; None without a launcher."""
+    ranks = adopt()
+    check_nodes(config, ranks)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        exit_with_parent(os.getppid())
+    return ranks
 
 
 def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
     if restarts():
-        # "never" was said to the first start; what that one has done is not to be moved aside.
+        # `resume=never` applies to the first start only: a restart must keep the directory it created.
         config = dataclasses.replace(config, resume=AUTO)
     prepared = prepare(config)
-    ranks = adopt()
-    check_nodes(config, ranks)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(os.getppid())
+    ranks = _adopt(config)
     count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
     check_world(prepared.plan, ranks.world if ranks else count)
     if cuda_devices(config) == 0:
         choose_precision(config.precision.name, torch.device("cpu"))
     if config.data.name == "mini" and config.verbosity:
         say(
-            "This trains on embedded images, 12,000 of Fashion-MNIST: the table scaled down.\n"
+            "This trains on 12,000 embedded images of Fashion-MNIST: the published table, scaled down.\n"
             "On ImageNet: lars-train batch=32k data=imagenet data.root=/path/to/imagenet\n"
         )
-    _tell(prepared)
+    _print_notes(prepared.notes)
     # Under a launcher the ranks decide together, in `train`.
-    done = find_finished(prepared) if ranks is None else None
+    finished = find_finished(prepared) if ranks is None else None
     final: dict[str, Any]
-    if done is not None:
+    if finished is not None:
         say(ALREADY_FINISHED)
-        final = done
+        final = finished
     elif count > 1:
         final = start_processes(_train_worker, (config, invocation), count)
     else:
         final = train(prepared, ranks or Ranks(), invocation)
     if is_rank0():
-        say(f"\n{_told(final, prepared.directory)}")
+        say(f"\n{_describe_results(final, prepared.directory)}")
     return final
 
 
-def _told(final: dict[str, Any], directory: Path) -> str:
-    told = [
+def _describe_results(final: dict[str, Any], directory: Path) -> str:
+    lines = [
         f"{counted(final['updates'], 'update')} in {elapsed_time(final['seconds'])}",
         f"run directory  {directory}",
         f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}",
         f"               http://localhost:6006/#{CUSTOM_SCALARS_TAB}",
     ]
-    return "\n".join([terminal(read_rows([directory])), *map(printable, told)])
+    return "\n".join([terminal(read_rows([directory])), *map(printable, lines)])
 
 
 def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
@@ -102,8 +121,7 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
         result = start_processes(_evaluate_worker, (config,), count)
     else:
         result = evaluate_only(config, content, ranks or Ranks())
-    for note in result["notes"]:
-        (complain if note.startswith("WARNING") else say)(note)
+    _print_notes(result["notes"])
     say(
         f"{result['model']} on {result['data']}: top-1 {result['val/top1']:.2f} %, top-5 {result['val/top5']:.2f} %, "
         f"loss {result['val/loss']:.4f}, {counted(result['val/count'], 'image')}"
@@ -111,11 +129,11 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
     )
     if result["classes"] < result["trained_outputs"]:
         say(
-            f"evaluate.outputs={config.evaluate.outputs}: the images are of {result['classes']:,} of the model's "
-            f"{result['trained_outputs']:,} classes, and a prediction is the highest of {result['outputs']:,} outputs"
+            f"evaluate.outputs={config.evaluate.outputs}: the images cover {result['classes']:,} of the model's "
+            f"{result['trained_outputs']:,} classes, and a prediction is the largest of {result['outputs']:,} outputs"
         )
-    for place in result["undecodable"]:
-        say(f"WARNING: counted as wrong, cannot be decoded: {place}")
+    for image in result["undecodable"]:
+        say(f"WARNING: counted as wrong, cannot be decoded: {image}")
     if config.evaluate.report is not None:
         say(f"report: {user_path(config.evaluate.report)} (per_class.csv, confusion.csv, confusion.png)")
     return result
@@ -124,14 +142,14 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
 def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
     if not is_rank0():
         return {}
-    path, told = export(config)
-    say(f"written: {path}{f' ({told})' if told else ''}")
-    say(f"         {path.with_name(CARD)} says what it is and how to use it")
+    path, detail = export(config)
+    say(f"written: {path}{f' ({detail})' if detail else ''}")
+    say(f"         {path.with_name(CARD)} describes it and how to use it")
     return {"path": str(path)}
 
 
 def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Walk through the run's arithmetic; starts nothing, and writes ``plan.path`` and ``plan.picture`` alone."""
+    """Print the plan of a run. Trains nothing, and writes only ``plan.path`` and ``plan.picture``."""
     if not is_rank0():
         return {}
     try:
@@ -140,9 +158,9 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
         if config.data.name != "imagenet" or config.data.root is None:
             raise
         raise ConfigError(
-            f"{error} To plan for ImageNet no images are needed: without data.root its published numbers are taken."
+            f"{error} To plan without the images, omit data.root: the published numbers of ImageNet are used."
         ) from None
-    _tell(prepared)
+    _print_notes(prepared.notes)
     plan, dataset = prepared.plan, prepared.dataset
     world = _planned_world(config, plan)
     try:
@@ -151,20 +169,25 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
         if config.data.name != "mini":
             raise
         raise ConfigError(
-            f"{error} This is of the embedded pictures; data=imagenet plans for ImageNet, and needs no images."
+            f"{error} This plan is for the embedded images; data=imagenet plans for ImageNet, and needs no images."
         ) from None
-    # Imported here: the other modes have no use for it.
+    # Imported here because no other mode needs it.
     from lars_train.preflight.forecast import describe_forecast, forecast
 
     rehearsed["forecast"] = forecast(config, plan, classes=dataset.classes, world=world, val_count=len(dataset.val))
     if prepared.config is not config:
-        say("data.root is not set: ImageNet is planned for by its published numbers of images, and not opened.")
+        say("data.root is not set: this plan uses the published numbers of ImageNet.")
     for line in (
         *experiment_lines(config, plan, dataset.inventory),
         *describe_rehearsal(rehearsed),
         *describe_forecast(rehearsed["forecast"]),
     ):
         say(line)
+    _write_plan(config, rehearsed)
+    return rehearsed
+
+
+def _write_plan(config: Config, rehearsed: dict[str, Any]) -> None:
     if config.plan.path is not None:
         path = user_path(config.plan.path)
         try:
@@ -180,39 +203,35 @@ def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
             draw(rehearsed["forecast"], rehearsed["lr_curve"], path)
         except OSError as error:
             raise ConfigError(f"plan.picture={path}: it cannot be written ({error.strerror}).") from None
-        say(f"picture        {path}")
-    return rehearsed
+        say(f"figure         {path}")
 
 
 def _planned_world(config: Config, plan: Plan) -> int:
     launch = config.launch
     if config.plan.world is not None:
         return config.plan.world
-    # The machines planned for need not be like this one.
-    here = processes(config, cuda_devices(config), plan.ghosts) if launch.nproc == AUTO else int(launch.nproc)
-    return here * (launch.nodes or 1)
+    # An explicit nproc is not checked against this machine's devices: the plan may be for other machines.
+    per_node = processes(config, cuda_devices(config), plan.ghosts) if launch.nproc == AUTO else int(launch.nproc)
+    return per_node * (launch.nodes or 1)
 
 
 def _without_files(config: Config) -> Config:
-    """ImageNet without a place is planned for all the same, as made-up images of the same number."""
+    """Replace ImageNet without a ``data.root`` with as many made-up images."""
     data = config.data
     if (data.name, data.root, data.holdout, data.val_labels) != ("imagenet", None, None, None) or data.order == SHARDS:
         return config
     made_up = dataclasses.replace(
         data, name="synthetic", train_count=IMAGENET_TRAIN_IMAGES, val_count=50_000, num_classes=1_000
     )
-    # A file of weights has the names of classes that made-up images do not have.
+    # The class names in a file of weights would not match those of made-up images.
     model = dataclasses.replace(config.model, weights=None, new_head=False)
     return dataclasses.replace(config, data=made_up, model=model)
 
 
 def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Measure on every rank and tell of it; `NotReady` on the first rank, which speaks for all."""
-    ranks = adopt()
-    check_nodes(config, ranks)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(os.getppid())
-    # What else is wrong with the input belongs into the list.
+    """Measure on every rank and print the findings. Rank 0 raises `NotReady` for all."""
+    ranks = _adopt(config)
+    # `check` itself lists everything else that is wrong with the config.
     count = 1 if ranks else processes(config, cuda_devices(config), ghosts=cuda_devices(config))
     found: dict[str, Any]
     found = start_processes(_check_worker, (config,), count) if count > 1 else check(config, ranks or Ranks())
@@ -221,10 +240,10 @@ def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
     problems = found["problems"]
     if problems:
         if not is_rank0():
-            # The launcher ends them when the first rank fails.
+            # The launcher ends the other ranks when rank 0 fails.
             handle_termination(signal.SIG_IGN, [signal.SIGTERM])
             return found
-        raise NotReady(f"not ready: {len(problems)} to fix.")
+        raise NotReady(f"not ready: {counted(len(problems), 'problem')} to fix.")
     return found
 
 

@@ -1,6 +1,6 @@
-"""The ranks of a run: adopt those that torchrun or Slurm started, or start one process per device of this machine.
+"""Adopt the ranks that torchrun or Slurm started, or start one process per device of this machine.
 
-No process group is made here (training/distributed.py does), and no training code is imported.
+training/distributed.py creates the process group. No training code is imported here.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from lars_train.errors import ConfigError, Stopped
 from lars_train.messages import counted, open_standard_streams
 from lars_train.signals import blocked, handle_termination, termination_handler
 
-# Of an empty loop: docs/performance.md has the speeds that this was chosen by.
+# Iterations of an empty loop, chosen by the measurements in docs/performance.md.
 _SPINS = "1000"
 _FIRST_PORT, _END_OF_PORTS = 20_000, 32_768
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of the run (`rank` of `world`) and on its machine (`local_rank` of `local_world`)."""
+    """The place of this process in the run (`rank` of `world`) and on its machine (`local_rank` of `local_world`)."""
 
     rank: int = 0
     world: int = 1
@@ -47,52 +47,52 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """True on the one process that writes and prints."""
+        """True on rank 0, which writes and prints."""
         return self.rank == 0
 
 
 def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have threads that wait for one another leave their cores to other work almost at once. Before torch is imported.
+    """Make waiting threads yield their cores almost at once. Call it before torch is imported.
 
-    By itself libgomp, by which torch's operations share their work among threads, has them spin for milliseconds
-    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html), on the core that the thread they wait for may be
-    waiting for. OMP_WAIT_POLICY and GOMP_SPINCOUNT stay as the user sets them; processes started from here inherit.
+    By default the threads of libgomp, which run torch's operations, spin for milliseconds
+    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html), perhaps on the core that the thread they wait for
+    needs. OMP_WAIT_POLICY and GOMP_SPINCOUNT set by the user are kept. Child processes inherit the setting.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def adopt(environment: Mapping[str, str] = os.environ) -> Ranks | None:
-    """The ranks that torchrun or ``srun`` gave this process; None if it was started alone.
+    """Return the ranks that torchrun or ``srun`` gave this process, or None if it was started alone.
 
-    Raises `ConfigError` when such an environment is there but incomplete.
+    Raises `ConfigError` if the launcher's environment is incomplete.
     """
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE"} <= environment.keys():
         return _from_torchrun(environment)
-    # A batch script's own shell carries SLURM_NTASKS too; only a step that srun started has several tasks.
+    # Not SLURM_NTASKS, which the shell of a batch script has too. Only a step that srun started has several tasks.
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         return _from_slurm(environment)
     return None
 
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
-    """How often torchrun has started this process again after a failure (``--max-restarts``)."""
+    """Return how often torchrun has restarted this process after a failure (``--max-restarts``)."""
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def step_name(environment: Mapping[str, str] = os.environ) -> str:
-    """Return ``JOB.STEP`` of a Slurm step, as `squeue -s` lists it, or ``-`` outside of Slurm."""
+    """Return ``JOB.STEP`` of a Slurm step, as `squeue -s` lists it, or ``-`` outside Slurm."""
     if "SLURM_STEP_ID" not in environment:
         return "-"
     return f"{environment.get('SLURM_JOB_ID', '0')}.{environment['SLURM_STEP_ID']}"
 
 
 def step_port(step: str) -> int:
-    """Return the port at which the ranks of `step` (``JOB.STEP``) meet, the same on each of them.
+    """Return the port at which the ranks of `step` (``JOB.STEP``) meet: a hash, the same on every rank.
 
-    The range 20000 to 32767 lies below the ports that Linux gives out by itself (``net.ipv4.ip_local_port_range`` in
-    https://docs.kernel.org/networking/ip-sysctl.html). A hash makes steps of one host differ: consecutive jobs, too,
-    whose steps have consecutive numbers.
+    The range 20000 to 32767 lies below the ports that Linux assigns (``net.ipv4.ip_local_port_range`` in
+    https://docs.kernel.org/networking/ip-sysctl.html). By the hash, steps on one host rarely share a port, even those
+    of consecutive jobs.
     """
     digest = hashlib.sha256(step.encode()).digest()
     return _FIRST_PORT + int.from_bytes(digest[:8], "big") % (_END_OF_PORTS - _FIRST_PORT)
@@ -101,13 +101,13 @@ def step_port(step: str) -> int:
 def export_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables of torch's ``env://`` rendezvous, derived from those of a Slurm step.
 
-    MASTER_ADDR and MASTER_PORT stay as the user sets them. Raises `ConfigError`.
+    MASTER_ADDR and MASTER_PORT set by the user are kept. Raises `ConfigError`.
     """
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     if not address:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
         if not nodes:
-            raise ConfigError("Slurm: SLURM_STEP_NODELIST is not set; set MASTER_ADDR yourself.")
+            raise ConfigError("Slurm: SLURM_STEP_NODELIST is not set. Set MASTER_ADDR.")
         address = first_host(nodes)
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -119,43 +119,42 @@ def export_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: ``gpu[07-09,12],cpu1`` gives ``gpu07``.
+    """Return the first host of a Slurm node list: ``gpu07`` of ``gpu[07-09,12],cpu1``.
 
     A name may have several ranges (``rack[0-3]_blade[0-41]``; https://slurm.schedmd.com/slurm.conf.html,
-    NodeName). Raises `ConfigError` for what is no node list.
+    NodeName). Raises `ConfigError` if `nodes` is not a node list.
     """
     entry = re.match(r"(?:[^\[\],\s]|\[\w[^\[\]]*\])+(?=,|$)", nodes.strip())
     if entry is None:
-        raise ConfigError(f"Slurm: the node list {nodes!r} cannot be read; set MASTER_ADDR yourself.")
+        raise ConfigError(f"Slurm: the node list {nodes!r} cannot be parsed. Set MASTER_ADDR.")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", entry.group())
 
 
 def processes(config: Config, devices: int, ghosts: int) -> int:
-    """Processes to start on this machine: as asked for, or one per device while each has a ghost batch.
+    """Return the processes to start on this machine: ``launch.nproc``, or one per device up to one per ghost batch.
 
-    `devices`: the accelerators of this machine (0: the CPU alone, where one process uses all cores).
-    Raises `ConfigError` when there are fewer devices than processes asked for.
+    `devices`: the accelerators of this machine (0: CPU only, where one process uses all cores).
+    Raises `ConfigError` if ``launch.nproc`` exceeds the devices.
     """
-    wanted = config.launch.nproc
-    if wanted == AUTO:
+    if config.launch.nproc == AUTO:
         return max(1, min(devices, ghosts))
-    count = int(wanted)
+    count = int(config.launch.nproc)
     if devices and count > devices and config.device != "cpu":
         raise ConfigError(
-            f"launch.nproc={count}: this machine has {counted(devices, 'CUDA device')}; use at most that many, or "
+            f"launch.nproc={count}: this machine has {counted(devices, 'CUDA device')}. Set at most that many, or "
             "device=cpu."
         )
     return count
 
 
 def check_nodes(config: Config, ranks: Ranks | None) -> None:
-    """Raise `ConfigError` where ``launch.nodes`` is not the number of machines that this start is on."""
-    wanted = config.launch.nodes
+    """Raise `ConfigError` if ``launch.nodes`` is set to another number of machines than the job runs on."""
+    expected = config.launch.nodes
     found = 1 if ranks is None else -(-ranks.world // ranks.local_world)
-    if wanted is not None and wanted != found:
-        how = "start it on each with torchrun or srun (docs/clusters.md)" if ranks is None else "mend the launcher's"
+    if expected is not None and expected != found:
+        fix = "Start it on each with torchrun or srun (docs/clusters.md)" if ranks is None else "Fix the launcher's"
         raise ConfigError(
-            f"launch.nodes={wanted}: this start is on {counted(found, 'machine')}; {how}, or drop the key."
+            f"launch.nodes={expected}: this job runs on {counted(found, 'machine')}. {fix}, or remove the key."
         )
 
 
@@ -165,23 +164,23 @@ def _from_torchrun(environment: Mapping[str, str]) -> Ranks:
         local_rank = int(environment.get("LOCAL_RANK", "0"))
         local_world = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"the launcher's environment is incomplete: {error}; start with torchrun.") from None
+        raise ConfigError(f"the launcher's environment is incomplete: {error}. Start with torchrun.") from None
     if not 0 <= rank < world or not 0 <= local_rank < max(local_world, local_rank + 1):
-        raise ConfigError(f"RANK={rank} and WORLD_SIZE={world} do not fit together; start with torchrun.")
+        raise ConfigError(f"RANK={rank} and WORLD_SIZE={world} do not fit together. Start with torchrun.")
     if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
-        raise ConfigError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not; start with torchrun.")
+        raise ConfigError("RANK and WORLD_SIZE are set, MASTER_ADDR or MASTER_PORT is not. Start with torchrun.")
     return Ranks(rank, world, local_rank, max(local_world, local_rank + 1))
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Ranks:
     missing = [k for k in ("SLURM_PROCID", "SLURM_LOCALID") if k not in environment]
     if missing:
-        raise ConfigError(f"Slurm: {', '.join(missing)} is not set; start the step with srun.")
+        raise ConfigError(f"Slurm: {', '.join(missing)} is not set. Start the step with srun.")
     numbers = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
-    odd = [f"{k}={environment[k]}" for k in numbers if not environment[k].isdigit()]
-    if odd:
-        raise ConfigError(f"Slurm: {', '.join(odd)} is no number; start the step with srun.")
-    # "4(x2),3": tasks on each node; the first number is right for all but the last node of an uneven step.
+    invalid = [f"{k}={environment[k]}" for k in numbers if not environment[k].isdigit()]
+    if invalid:
+        raise ConfigError(f"Slurm: {', '.join(invalid)} is not a number. Start the step with srun.")
+    # "4(x2),3": tasks per node. The first number is right for all but the last node of an uneven step.
     per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     local_rank = int(environment["SLURM_LOCALID"])
     return Ranks(
@@ -193,49 +192,49 @@ def _from_slurm(environment: Mapping[str, str]) -> Ranks:
 
 
 _QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
-# Exceptions whose text is meant for the user as it stands.
-_ON_PURPOSE = ("ConfigError", "DataError", "Diverged", "Stopped")
-# A rank that is killed and those that fail for want of it end within about this time; the first is the cause.
-_TOGETHER_S = 0.2
+# Exceptions with a message for the user, printed without a traceback.
+_FOR_USERS = ("ConfigError", "DataError", "Diverged", "Stopped")
+# When a rank is killed, the ranks that fail because of it end within about this time.
+_SETTLE_S = 0.2
 
 
 class WorkerError(RuntimeError):
-    """A process that `start_processes` started has failed. `kind` is the name of its exception.
+    """A process of `start_processes` failed. `kind` is the name of its exception.
 
-    The text is the exception's own where the program raised it on purpose, else its whole traceback.
+    The text is the exception's message if that is for the user, else the whole traceback.
     """
 
     def __init__(self, rank: int, message: str, traceback: str = "") -> None:
         self.kind, _, text = message.partition(": ")
-        super().__init__(text if self.kind in _ON_PURPOSE else f"rank {rank}: {message}\n{traceback}".rstrip())
+        super().__init__(text if self.kind in _FOR_USERS else f"rank {rank}: {message}\n{traceback}".rstrip())
 
 
 def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count: int) -> Any:
-    """Run `work(*arguments)` in `count` processes of this machine, its ranks; what rank 0 returned.
+    """Run `work(*arguments)` in `count` processes on this machine, the ranks, and return the result of rank 0.
 
     `work`, `arguments` and the result are pickled. When one process fails the others get SIGTERM, and 30 s later
-    SIGKILL. Signals that this process gets in the meantime are passed on, but for those that it ignored before.
+    SIGKILL. Termination signals are forwarded to the processes, except those that this process ignores.
 
     Raises:
-        WorkerError: a process has failed; the one that was killed, else the first that reported an error.
-        Stopped: the processes have ended by a signal that was passed on, or agreed on ending.
+        WorkerError: a process failed: the one that was killed, else the first that reported an error.
+        Stopped: the processes ended by a forwarded signal, or agreed to end.
     """
-    # torch.distributed.elastic could do this, but its launcher waits for ever for a process that is killed between
-    # its end of work and its exit (an Event is set there, and `Condition.notify` awaits the answer of each waiter).
+    # Not torch.distributed.elastic: its launcher hangs if a process is killed between the end of its work and its exit
+    # (an Event is set there, and `Condition.notify` waits for each waiter).
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     torch_processes: Any = import_module("torch.multiprocessing")
-    # That it ends the other processes when one has failed goes without saying.
+    # Drop its warnings that it ends the other processes when one has failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    # Semaphores that ended processes leave behind are removed by Python's tracker; it need not warn after the reason.
+    # Python's resource tracker removes the semaphores of ended processes. Its warning would follow the error message.
     filters = os.environ.get("PYTHONWARNINGS", "")
     if _QUIET_TRACKER not in filters:
         os.environ["PYTHONWARNINGS"] = f"{filters},{_QUIET_TRACKER}".lstrip(",")
-    shield_tracker()
-    # The ranks meet here and leave here their result or error, which outlives them.
+    start_resource_tracker()
+    # The ranks meet at this store and put their result or error there, which outlives them.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    with _forward_signals() as (ranks, passed_on):
-        # Until a rank is ready for it, an interrupt waits: its imports would end with a traceback.
+    with _forward_signals() as (ranks, forwarded):
+        # SIGINT stays blocked until a rank can handle it: during imports it would print a traceback.
         with blocked(signal.SIGINT):
             context = torch_processes.start_processes(
                 _rank,
@@ -245,35 +244,34 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
                 start_method="spawn",
             )
             ranks.extend(context.processes)
-        for number in passed_on:
-            _signal(ranks, number)
+        for number in forwarded:
+            _send_signal(ranks, number)
         ended = False
         while not ended:
             connection.wait(list(context.sentinels))
-            time.sleep(_TOGETHER_S)
+            time.sleep(_SETTLE_S)
             killed = [(index, -code) for index, rank in enumerate(ranks) if (code := rank.exitcode or 0) < 0]
             try:
                 ended = context.join(0)
             except torch_processes.ProcessExitedException as error:
-                raise _failure(_reported_errors(store, count), error, ranks, killed, passed_on) from None
+                raise _failure(_reported_errors(store, count), error, ranks, killed, forwarded) from None
     return pickle.loads(bytes.fromhex(store.get("result").decode()))
 
 
-def shield_tracker() -> None:
-    """Start Python's tracker of semaphores so that it outlives a signal to the whole process group.
+def start_resource_tracker() -> None:
+    """Start Python's resource tracker so that it survives a termination signal to the whole process group.
 
-    By itself it is immune to SIGINT and SIGTERM only, and another that takes its place prints tracebacks.
+    Python makes the tracker ignore SIGINT and SIGTERM only, and a tracker that replaces a killed one prints tracebacks.
     """
     with blocked(signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         resource_tracker.ensure_running()
 
 
 @functools.cache
-def end_with(launcher: int) -> None:
-    """Give this process SIGTERM when `launcher`, the id of its parent process, is gone.
+def exit_with_parent(launcher: int) -> None:
+    """Send this process SIGTERM when its parent process, whose id is `launcher`, has ended.
 
-    A rank whose launcher was killed would train on unseen, hold the run directory, and wait for ever to be asked for
-    its result.
+    Otherwise a rank whose launcher was killed would keep training, keep the run directory locked, and never end.
     """
 
     def watch() -> None:
@@ -287,13 +285,13 @@ def end_with(launcher: int) -> None:
 def _rank(
     rank: int, work: Callable[..., Any], arguments: tuple[Any, ...], count: int, port: int, launcher: int
 ) -> None:
-    """The life of one process. `port`: of the store, where it leaves its result or its error."""
+    """Run one process and put its result or error into the store at `port`."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     open_standard_streams()
-    end_with(launcher)
-    # An interrupt at the terminal reaches every process; before and after training, which takes note of it, the
-    # launcher tells of it and this one just ends.
+    exit_with_parent(launcher)
+    # Ctrl-C reaches every process of the terminal. During training `SignalHandler` records it. Before and after, this
+    # process ends without a message, because the launcher prints one.
     handle_termination(signal.SIG_DFL, [signal.SIGINT])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -314,17 +312,17 @@ def _rank(
 def _forward_signals() -> Iterator[tuple[list[BaseProcess], list[int]]]:
     """Forward signals to the processes of the first list within the context, and record them in the second."""
     ranks: list[BaseProcess] = []
-    passed_on: list[int] = []
+    forwarded: list[int] = []
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        passed_on.append(number)
-        _signal(ranks, number)
+    def forward(number: int, frame: FrameType | None) -> None:
+        forwarded.append(number)
+        _send_signal(ranks, number)
 
-    with termination_handler(handler):
-        yield ranks, passed_on
+    with termination_handler(forward):
+        yield ranks, forwarded
 
 
-def _signal(ranks: list[BaseProcess], number: int) -> None:
+def _send_signal(ranks: list[BaseProcess], number: int) -> None:
     for rank in ranks:
         if rank.is_alive() and rank.pid is not None:
             os.kill(rank.pid, number)
@@ -341,23 +339,25 @@ def _failure(
     error: Any,
     ranks: list[BaseProcess],
     killed: list[tuple[int, int]],
-    passed_on: list[int],
+    forwarded: list[int],
 ) -> Exception:
-    """What to raise. `error`: torch's, of one process; `killed`: index and signal of those ended by one by then."""
+    """Return the exception to raise. `error`: torch's, about one process. `killed`: index and signal of each rank that
+    a signal ended.
+    """
     for rank, message, _ in reported:
         kind, _, text = message.partition(": ")
-        if kind in _ON_PURPOSE:
+        if kind in _FOR_USERS:
             return Stopped(text) if kind == "Stopped" else WorkerError(rank, message)
-    at_once = [rank.exitcode - 128 for rank in ranks if rank.exitcode is not None and rank.exitcode > 128]
-    if passed_on and at_once:
-        return Stopped(f"{signal.Signals(at_once[0]).name}, the second: ended at once.", 128 + at_once[0])
-    if passed_on and (not reported or any(number in passed_on for _, number in killed)):
-        name = signal.Signals(passed_on[0]).name
-        return Stopped(f"{name}: stopped; the same command goes on from the last checkpoint.")
+    second = [rank.exitcode - 128 for rank in ranks if rank.exitcode is not None and rank.exitcode > 128]
+    if forwarded and second:
+        return Stopped(f"{signal.Signals(second[0]).name}, the second signal: ended at once.", 128 + second[0])
+    if forwarded and (not reported or any(number in forwarded for _, number in killed)):
+        name = signal.Signals(forwarded[0]).name
+        return Stopped(f"{name}: stopped; the same command resumes from the last checkpoint.")
     for index, number in killed:
         name = signal.Signals(number).name
-        hint = " (the kernel does so when memory runs out)" if name == "SIGKILL" else ""
-        return WorkerError(index, f"process {ranks[index].pid} was ended by {name}{hint}")
+        hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
+        return WorkerError(index, f"process {ranks[index].pid} was killed by {name}{hint}")
     if reported:
         return WorkerError(*reported[0])
-    return WorkerError(error.error_index, f"process {error.error_pid} has ended with exit code {error.exit_code}")
+    return WorkerError(error.error_index, f"process {error.error_pid} ended with exit code {error.exit_code}")

@@ -22,7 +22,7 @@ from program import ALONE, TINY, environment
 from lars_train import rendezvous
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks, export_slurm
-from lars_train.rendezvous import NAMED, choose_interface, interface_of, open_job_store
+from lars_train.rendezvous import GLOO_INTERFACE, choose_interface, interface_of, open_job_store
 
 HERE = Ranks(rank=0, world=2, local_rank=0, local_world=1)
 LIMIT = timedelta(seconds=60)
@@ -101,7 +101,7 @@ def test_a_rank_that_another_program_answers_ends_soon(
     monkeypatch.setattr(rendezvous, "_WRONG_S", 0.5)
     with socket.create_server(("127.0.0.1", port)) as server:
         if answer is not None:
-            threading.Thread(target=rendezvous._answer, args=(server, answer), daemon=True).start()
+            threading.Thread(target=rendezvous._greet, args=(server, answer), daemon=True).start()
         began = time.monotonic()
         with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: another program"):  # noqa: SIM117
             with open_job_store("7.1", Ranks(1, 2), LIMIT):
@@ -122,7 +122,7 @@ def test_a_rank_whose_rank_0_never_comes_says_where_it_looked(port: int) -> None
 def test_what_is_no_port_is_refused(text: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", text)
     with (
-        pytest.raises(ConfigError, match=f"MASTER_PORT={text}: this is no port"),
+        pytest.raises(ConfigError, match=f"MASTER_PORT={text}: not a port"),
         open_job_store("-", Ranks(0, 2), LIMIT),
     ):
         pass
@@ -132,8 +132,8 @@ def test_what_is_no_port_is_refused(text: str, port: int, monkeypatch: pytest.Mo
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setenv(NAMED, "x")  # so that it is taken back, whatever the test makes of it
-    monkeypatch.delenv(NAMED)
+    monkeypatch.setenv(GLOO_INTERFACE, "x")  # so that it is taken back, whatever the test makes of it
+    monkeypatch.delenv(GLOO_INTERFACE)
     return dist.HashStore()
 
 
@@ -161,20 +161,20 @@ def test_the_host_of_the_first_rank_takes_the_interface_on_which_another_found_i
 ) -> None:
     store.set("found1", outward[1])
     choose_interface(store, HERE)
-    assert os.environ[NAMED] == outward[0]
+    assert os.environ[GLOO_INTERFACE] == outward[0]
 
 
 def test_what_the_user_has_set_stays(
     store: dist.Store, outward: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(NAMED, "mine")
+    monkeypatch.setenv(GLOO_INTERFACE, "mine")
     store.set("found1", outward[1])
     choose_interface(store, HERE)
-    assert os.environ[NAMED] == "mine"
+    assert os.environ[GLOO_INTERFACE] == "mine"
 
 
 @pytest.mark.parametrize("ranks", [HERE, Ranks(0, 2, 0, 2)], ids=["agents of one host", "one agent"])
 def test_on_one_host_gloo_chooses_as_ever(ranks: Ranks, store: dist.Store) -> None:
     store.set("found1", "")
     choose_interface(store, ranks)
-    assert NAMED not in os.environ
+    assert GLOO_INTERFACE not in os.environ

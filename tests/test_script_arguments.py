@@ -91,7 +91,7 @@ def test_counts_and_seconds_are_what_their_names_say(arguments: ModuleType) -> N
         ("bench/bench_startup.py --model nope", "argument --model: invalid choice: 'nope'"),
         ("bench/bench_startup.py --write README.md", "argument --write: README.md: <!-- bench_startup: begin -->"),
         ("bench/bench_trainer.py sede=1", "there is no key or group 'sede'. Did you mean 'seed'?"),
-        ("bench/bench_monitoring.py model=resnet51", "model=resnet51: there is no such choice"),
+        ("bench/bench_monitoring.py model=resnet51", "model=resnet51: no such choice"),
         ("bench/bench_monitoring.py batch.size=7", "micro_batch=16 is no multiple of the ghost batch"),
         ("bench/count_launches.py --model nope", "argument --model: invalid choice: 'nope'"),
         ("bench/profile_step.py --threads 0", "argument --threads: 0"),

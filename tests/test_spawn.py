@@ -35,7 +35,7 @@ def test_each_rank_knows_its_place_and_the_first_one_s_result_is_returned() -> N
 
 
 def test_a_killed_rank_is_the_reason_not_the_peer_that_fails_for_want_of_it() -> None:
-    with pytest.raises(WorkerError, match=r"rank 1: process \d+ was ended by SIGKILL"):
+    with pytest.raises(WorkerError, match=r"rank 1: process \d+ was killed by SIGKILL"):
         start_processes(at_work.is_killed_and_its_peer_fails, (), 2)
 
 

@@ -146,7 +146,7 @@ def test_what_is_to_be_mended_is_printed_and_the_command_fails(
 ) -> None:
     told = {"lines": ["machine        x", "", "To fix:", "1. this", "2. that"], "problems": ["this", "that"]}
     monkeypatch.setattr(commands, "check", lambda config, ranks: told)
-    with pytest.raises(NotReady, match="not ready: 2 to fix"):
+    with pytest.raises(NotReady, match="not ready: 2 problems to fix"):
         commands.run(config("data=mini"), Invocation())
     assert capsys.readouterr().out.endswith("To fix:\n1. this\n2. that\n")
 
@@ -178,7 +178,7 @@ def test_two_ranks_compare_themselves_and_the_first_ends_with_code_1(folder: Pat
     assert len(problems) == 1
     assert "mine: it holds other files" in problems[0]
     assert done.stderr.count("lars-train: ") == 1
-    assert "lars-train: not ready: 1 to fix." in done.stderr
+    assert "lars-train: not ready: 1 problem to fix." in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["data", "mine"]
     assert os.listdir(taken) == ["letters.txt"]
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from lars_train import messages
 from lars_train.cli import main
-from lars_train.commands import _told
+from lars_train.commands import _describe_results
 from lars_train.config import Config, resolve
 from lars_train.data.decode.pillow import BadImage, decode
 from lars_train.data.loading.loader import EvalSpec, View, eval_loader
@@ -703,13 +703,13 @@ def test_what_a_finished_run_tells_of_itself_is_plain_text(tmp_path: Path) -> No
     final |= {"epochs": EVIL, "best_top1": 1.0, "final_top1": 1.0, "seconds": 1.0}
     final |= dict.fromkeys(("optimizer", "base", "data", "model", "directory"), EVIL)
     (directory / "final.json").write_text(json.dumps(final))
-    told = _told(final, directory)
+    told = _describe_results(final, directory)
     assert told.replace("\n", "").isprintable()
     # What is too long for the terminal goes on in lines that are indented.
     lines = [line for line in told.split("\n") if not line.startswith("  ")]
     assert len(lines) == 3 + len(("left out", "scaled", "raised", "updates", "run directory", "TensorBoard"))
     # Where the result cannot be read, the run has ended nevertheless.
     (directory / "final.json").write_text(EVIL)
-    told = _told(final, directory)
+    told = _describe_results(final, directory)
     assert told.replace("\n", "").isprintable()
     assert "final.json: " in told

@@ -192,6 +192,6 @@ def test_an_interrupt_ends_a_sweep_at_once_and_the_run_can_go_on(processes: int,
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75, told
     assert b"SIGINT: stopped" in told
-    assert b"the same command goes on" in told
+    assert b"the same command resumes" in told
     assert b"Traceback" not in told
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]

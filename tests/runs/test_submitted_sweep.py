@@ -51,9 +51,9 @@ def test_what_jobs_elsewhere_leave_is_counted(tmp_path: Path) -> None:
     first, second, all_of_them = _Jobs(), _Jobs(), _Jobs()
     first.done, first.directories = 1, {Path("runs/a"): "seed=1"}
     second.failures = [("seed=2", 2, "no")]
-    first.leave(tmp_path)
-    second.leave(tmp_path)
-    all_of_them.collect(tmp_path)
+    first.save(tmp_path)
+    second.save(tmp_path)
+    all_of_them.add_saved(tmp_path)
     assert (all_of_them.done, all_of_them.failures) == (1, [("seed=2", 2, "no")])
     assert all_of_them.directories == {Path("runs/a"): "seed=1"}
     assert all_of_them.exit_code() == 2
