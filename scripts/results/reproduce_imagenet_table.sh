@@ -7,7 +7,7 @@
 #
 # On several, the current folder must be on a file system that all of them share: the runs live in ./runs.
 # The same command goes on where it was, and finished rows only print themselves. What it needs (hours, disk, memory):
-# docs/imagenet_table.md. What it will do, without training: the same command with mode=plan behind it, on one machine.
+# docs/results.md. What it will do, without training: the same command with mode=plan behind it, on one machine.
 # Bad input ends it with exit code 2 before anything is started.
 set -euo pipefail
 

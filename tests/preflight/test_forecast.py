@@ -371,7 +371,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", ["256", "8k"])
 def test_the_page_of_the_imagenet_table_has_the_plans_own_memory_and_disk(row: str) -> None:
-    page = (ROOT / "docs" / "imagenet_table.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     found = planned(f"batch={row} data=synthetic batch.scaled=false plan.world=8")
     lines, disk = found["log_lines"], found["forecast"]["disk"]
     cells = next(line for line in page.splitlines() if re.match(rf"\| {row} \| {lines:,} \|", line)).split(" | ")
