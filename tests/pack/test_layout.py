@@ -1,3 +1,5 @@
+"""The names of members in a store: webdataset reads each image as a sample, and the path can be recovered."""
+
 from __future__ import annotations
 
 from hypothesis import given
@@ -13,7 +15,7 @@ NAMES = st.lists(NAME.map(lambda parts: parts[0] + b"/" + parts[1] + parts[2]), 
 
 
 @given(NAMES)
-def test_each_picture_has_a_key_of_its_own_and_gets_its_path_back(names: list[bytes]) -> None:
+def test_each_image_has_a_distinct_key_and_its_path_is_recovered(names: list[bytes]) -> None:
     members = member_names(names)
     assert [image_path(member) for member in members] == names
     keys = [member.rpartition(b"/")[2].partition(b".")[0] for member in members]
@@ -23,7 +25,7 @@ def test_each_picture_has_a_key_of_its_own_and_gets_its_path_back(names: list[by
         assert key_of(label_name(member)) == (key_of(member)[0], b"cls")
 
 
-def test_names_without_dots_and_percent_signs_stand_for_themselves() -> None:
+def test_only_dots_and_percent_signs_change_a_name() -> None:
     names = [b"n01440764/n01440764_10026.JPEG", b"a.b/c d.jpg", b"\xff\xe9/1.png"]
     assert member_names(names) == names
     assert member_names([b"a/x.y.jpg", b"a/x.z.jpg", b"a/x.jpg", b"a/x.png"]) == [

@@ -1,4 +1,4 @@
-"""A packed store is the folder that it was made from, for this program and for others, whatever happened on the way."""
+"""A store equals the folder that it was packed from, for every reader and after every interruption."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lars_train.pack.packing import Request, pack, silent
 
 RANDOM = np.random.default_rng(0)
 CLASSES = ("a", "a-b", "a0", "é")
-# Paths that sort in odd ways, and that webdataset would take for one another: dots, suffixes, percent signs.
+# Paths that sort in unusual ways, and that webdataset would confuse: dots, suffixes, percent signs.
 WITHIN = (
     "2.jpg",
     "10.JPEG",
@@ -63,25 +63,32 @@ def root(tmp_path: Path) -> str:
     return put(tmp_path / "data", FILES)
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Return a folder with `FILES`, and a store of it. Tests only read them."""
+    path = tmp_path_factory.mktemp("packed")
+    root = put(path / "data", FILES)
+    pack(request(root, path / "store"), silent)
+    return root, path / "store"
+
+
 @pytest.mark.parametrize("holdout", [None, 0.3])
-def test_a_store_is_the_data_set_of_its_folder_under_the_same_fingerprint(
-    root: str, tmp_path: Path, holdout: float | None
-) -> None:
-    pack(request(root, tmp_path / "store"), silent)
-    folder, store = (open_folder(place, holdout) for place in (root, str(tmp_path / "store")))
+def test_a_store_equals_its_folder_and_has_its_fingerprint(packed: tuple[str, Path], holdout: float | None) -> None:
+    root, path = packed
+    folder, store = open_folder(root, holdout), open_folder(str(path), holdout)
     assert everything(store) == everything(folder)
     assert store.classes == folder.classes
     assert store.fingerprint == folder.fingerprint
-    assert open_imagenet(str(tmp_path / "store"), holdout, None).fingerprint == store.fingerprint
-    where = store.train.location(0)
-    assert where.startswith(f"{tmp_path / 'store' / 'train'}/train-00000")
-    assert where.endswith(f"!{store.train.name(0)}")
+    assert open_imagenet(str(path), holdout, None).fingerprint == store.fingerprint
+    location = store.train.location(0)
+    assert location.startswith(f"{path / 'train'}/train-00000")
+    assert location.endswith(f"!{store.train.name(0)}")
 
 
-def test_a_store_of_imagenet_keeps_the_labels_of_a_flat_validation_folder(tmp_path: Path) -> None:
+def test_a_store_keeps_the_labels_of_a_flat_validation_folder(tmp_path: Path) -> None:
     files = {f"train/n{c}/n{c}_{i}.JPEG": b"%d" % i for c in range(3) for i in range(3)}
     files |= {f"val/{i}.JPEG": b"v%d" % i for i in range(5)}
-    files["LOC_val_solution.csv"] = b"0,n2\n1,n0\n2,n2\n3,n0\n4,n0\n"  # n1 has none
+    files["LOC_val_solution.csv"] = b"0,n2\n1,n0\n2,n2\n3,n0\n4,n0\n"  # no images of n1
     root = put(tmp_path / "data", files)
     pack(request(root, tmp_path / "store"), silent)
     folder = open_imagenet(root, None, None)
@@ -91,7 +98,7 @@ def test_a_store_of_imagenet_keeps_the_labels_of_a_flat_validation_folder(tmp_pa
     assert opened.val.labels.tolist() == [2, 0, 2, 0, 0]
 
 
-def test_a_folder_without_a_validation_set_is_packed_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_without_a_validation_set_is_packed(tmp_path: Path) -> None:
     for prefix in ("train/", ""):
         root = put(tmp_path / f"data{prefix}", {f"{prefix}{c}/{i}.jpg": b"x" for c in "ab" for i in range(4)})
         pack(request(root, tmp_path / f"store{len(prefix)}"), silent)
@@ -101,20 +108,22 @@ def test_a_folder_without_a_validation_set_is_packed_as_it_is(tmp_path: Path) ->
             open_folder(store, None)
 
 
-def test_a_zip_is_packed_as_the_folder_in_it(root: str, tmp_path: Path) -> None:
+def test_a_zip_is_packed_like_the_folder_in_it(packed: tuple[str, Path], tmp_path: Path) -> None:
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in FILES.items():
             archive.writestr(name, content)
-    pack(request(root, tmp_path / "one"), silent)
-    pack(request(str(tmp_path / "data.zip"), tmp_path / "two"), silent)
-    assert tree(tmp_path / "one" / "train") == tree(tmp_path / "two" / "train")
+    pack(request(str(tmp_path / "data.zip"), tmp_path / "store"), silent)
+    assert tree(tmp_path / "store" / "train") == tree(packed[1] / "train")
 
 
 def webdataset_samples(path: Path) -> list[dict[str, Any]]:
-    """The samples of a shard by webdataset's rules: neighbours whose names agree up to the first dot of the last part
-    are one sample, extensions in lower case are its fields, and a field that comes twice is an error."""
+    """Return the samples of a shard by webdataset's rules.
+
+    Neighbors whose names agree up to the first dot of the last component are one sample. Its fields are the extensions
+    in lower case; a repeated field is an error.
+    """
     samples: list[dict[str, Any]] = []
     with tarfile.open(path, "r|") as archive:
         for info in archive:
@@ -132,32 +141,30 @@ def webdataset_samples(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def test_webdataset_finds_each_picture_with_its_label_and_tarfile_reads_all(root: str, tmp_path: Path) -> None:
-    pack(request(root, tmp_path / "store"), silent)
+def test_webdataset_reads_every_image_with_its_label(packed: tuple[str, Path]) -> None:
     for split in ("train", "val"):
-        shards = sorted((tmp_path / "store" / split).glob("*.tar"))
+        shards = sorted((packed[1] / split).glob("*.tar"))
         assert len(shards) == 3
         found = [sample for path in shards for sample in webdataset_samples(path)]
         assert len({sample["__key__"] for sample in found}) == len(found)
         pairs = []
         for sample in found:
             assert set(sample) in ({"__key__", "cls", suffix} for suffix in ("jpg", "jpeg", "png"))
-            (picture,) = (value for name, value in sample.items() if name in ("jpg", "jpeg", "png"))
-            pairs.append((CLASSES[int(sample["cls"])], picture))
+            (image,) = (value for name, value in sample.items() if name in ("jpg", "jpeg", "png"))
+            pairs.append((CLASSES[int(sample["cls"])], image))
             assert sample["__key__"].split("/")[0] == CLASSES[int(sample["cls"])]
         expected = [(name.split("/")[1], content) for name, content in FILES.items() if name.startswith(f"{split}/")]
         assert sorted(pairs) == sorted(expected)
 
 
-def test_a_shard_holds_pictures_of_all_places_of_the_order(root: str, tmp_path: Path) -> None:
-    pack(request(root, tmp_path / "store"), silent)
-    for path in (tmp_path / "store" / "train").glob("*.tar"):
+def test_a_shard_mixes_the_classes(packed: tuple[str, Path]) -> None:
+    for path in (packed[1] / "train").glob("*.tar"):
         labels = [int(sample["cls"]) for sample in webdataset_samples(path)]
         assert len(set(labels)) > 2
         assert labels != sorted(labels)
 
 
-def test_the_original_is_not_touched(root: str, tmp_path: Path) -> None:
+def test_packing_does_not_change_the_original(root: str, tmp_path: Path) -> None:
     def state() -> list[tuple[str, int, int]]:
         return [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(Path(root).rglob("*"))]
 
@@ -168,7 +175,7 @@ def test_the_original_is_not_touched(root: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store", [".", "store", "..", "train/x"])
-def test_a_store_cannot_lie_in_the_original_or_around_it(root: str, store: str) -> None:
+def test_a_store_must_lie_outside_the_original(root: str, store: str) -> None:
     before = tree(Path(root))
     with pytest.raises(ConfigError, match="must lie outside"):
         pack(request(root, Path(root) / store), silent)
@@ -176,14 +183,14 @@ def test_a_store_cannot_lie_in_the_original_or_around_it(root: str, store: str) 
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_several_processes_make_the_same_store(root: str, tmp_path: Path) -> None:
-    pack(request(root, tmp_path / "one"), silent)
-    pack(request(root, tmp_path / "two", jobs=2), silent)
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+def test_the_store_does_not_depend_on_the_number_of_processes(packed: tuple[str, Path], tmp_path: Path) -> None:
+    root, store = packed
+    pack(request(root, tmp_path / "store", jobs=2), silent)
+    assert tree(tmp_path / "store") == tree(store)
 
 
-def killed_at(number: int, asked: Request) -> None:
-    """Pack, and be killed when a file is to be made lasting or gets its name for the `number`-th time."""
+def pack_until_killed(number: int, asked: Request) -> None:
+    """Pack, and kill this process at the `number`-th call of `os.fsync` or `Path.replace`."""
     calls = 0
 
     def count() -> None:
@@ -207,7 +214,7 @@ def killed_at(number: int, asked: Request) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_killed_at_any_point_it_goes_on_to_the_same_store(tmp_path: Path) -> None:
+def test_killed_at_any_point_packing_resumes_to_the_same_store(tmp_path: Path) -> None:
     root = put(
         tmp_path / "data", {f"{s}/{c}/{i}.jpg": b"%d" % i for s in ("train", "val") for c in "ab" for i in (1, 2)}
     )
@@ -215,8 +222,10 @@ def test_killed_at_any_point_it_goes_on_to_the_same_store(tmp_path: Path) -> Non
     context = multiprocessing.get_context("fork")
     kills = 0
     while True:
-        # Each time a little later, on what the kills before have left.
-        process = context.Process(target=killed_at, args=(kills % 9 + 1, request(root, tmp_path / "store", shards=2)))
+        # Each time a little later, on the files that earlier kills left.
+        process = context.Process(
+            target=pack_until_killed, args=(kills % 9 + 1, request(root, tmp_path / "store", shards=2))
+        )
         process.start()
         process.join()
         if process.exitcode == 0:
@@ -230,9 +239,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_store(tmp_path: Path) -> Non
     assert tree(tmp_path / "store") == tree(tmp_path / "undisturbed")
 
 
-def test_shards_that_are_whole_are_not_written_again(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_complete_shards_are_not_written_again(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     write = writer.ShardWriter.__call__
 
@@ -246,7 +253,7 @@ def test_shards_that_are_whole_are_not_written_again(
     with pytest.raises(KeyboardInterrupt):
         pack(request(root, tmp_path / "store"), silent)
     first, written[:] = list(written), []
-    # One that was cut short since then is.
+    # A shard that was truncated since then is written again.
     os.truncate(tmp_path / "store" / "train" / first[1], 512)
     monkeypatch.setattr(writer.ShardWriter, "__call__", lambda *a: (written.append(a[1].name), write(*a)))
     pack(request(root, tmp_path / "store"), silent)
@@ -256,7 +263,7 @@ def test_shards_that_are_whole_are_not_written_again(
     assert open_folder(str(tmp_path / "store"), None).fingerprint == open_folder(root, None).fingerprint
 
 
-def test_a_store_that_was_begun_otherwise_or_is_another_is_not_gone_on_with(
+def test_packing_neither_resumes_nor_replaces_another_store(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
@@ -277,7 +284,7 @@ def test_a_store_that_was_begun_otherwise_or_is_another_is_not_gone_on_with(
     assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["mine"]
 
 
-def test_what_was_written_wrong_is_found_and_made_anew(root: str, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_found_and_written_again(root: str, tmp_path: Path) -> None:
     replace = Path.replace
 
     def spoil(self: Path, target: Path) -> Path:
@@ -296,7 +303,7 @@ def test_what_was_written_wrong_is_found_and_made_anew(root: str, tmp_path: Path
     assert open_folder(str(tmp_path / "store"), None).fingerprint == open_folder(root, None).fingerprint
 
 
-def test_an_original_that_changes_meanwhile_is_noticed(
+def test_an_original_that_changes_during_packing_is_refused(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = packing._verify
@@ -318,9 +325,9 @@ def test_an_original_that_changes_meanwhile_is_noticed(
         pack(request(root, tmp_path / "store"), silent)
 
 
-def test_the_summary_counts_every_class_and_has_its_checksum(root: str, tmp_path: Path) -> None:
-    pack(request(root, tmp_path / "store"), silent)
-    summary = json.loads((tmp_path / "store" / "store.json").read_bytes())
+def test_the_summary_has_count_and_checksum_of_every_class(packed: tuple[str, Path]) -> None:
+    root, store = packed
+    summary = json.loads((store / "store.json").read_bytes())
     assert summary["fingerprint"] == open_folder(root, None).fingerprint
     for split in ("train", "val"):
         for entry in summary["splits"][split]["classes"]:
@@ -334,7 +341,7 @@ def test_the_summary_counts_every_class_and_has_its_checksum(root: str, tmp_path
 
 def encoded(size: tuple[int, int], kind: str, mode: str = "RGB", **options: Any) -> bytes:
     file = io.BytesIO()
-    # Colours that change slowly, so that a JPEG of them is near to what it was made of; opaque.
+    # Opaque colors that change slowly, so that a JPEG comes close to them.
     y, x = np.mgrid[: size[1], : size[0]]
     waves = [128 + 100 * np.sin(x / (40 + k) + y / 45 + k) for k in range(3)]
     pixels = np.stack([*waves, np.full(x.shape, 255)], -1).astype(np.uint8)
@@ -342,12 +349,12 @@ def encoded(size: tuple[int, int], kind: str, mode: str = "RGB", **options: Any)
     return file.getvalue()
 
 
-PICTURES = {
+IMAGES = {
     "wide.jpg": encoded((60, 40), "JPEG"),
     "high.jpg": encoded((33, 100), "JPEG"),
     "small.jpg": encoded((20, 16), "JPEG", quality=30),
     "heavy.jpg": encoded((20, 16), "JPEG", quality=100, subsampling=0),
-    "grey.jpg": encoded((50, 50), "JPEG", "L"),
+    "gray.jpg": encoded((50, 50), "JPEG", "L"),
     "cmyk.JPEG": encoded((50, 40), "JPEG", "CMYK"),
     "small_cmyk.jpg": encoded((16, 12), "JPEG", "CMYK"),
     "png.JPEG": encoded((40, 50), "PNG", "RGBA"),
@@ -356,36 +363,36 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("rule", ["short", "longest"])
-def test_pictures_encoded_anew_have_the_size_asked_for_and_their_kind(tmp_path: Path, rule: str) -> None:
-    files = {f"{split}/a/{name}": data for split in ("train", "val") for name, data in PICTURES.items()}
-    files |= {f"{split}/b/1.jpg": PICTURES["wide.jpg"] for split in ("train", "val")}
+def test_reencoded_images_have_the_requested_size_and_mode(tmp_path: Path, rule: str) -> None:
+    files = {f"{split}/a/{name}": data for split in ("train", "val") for name, data in IMAGES.items()}
+    files |= {f"{split}/b/1.jpg": IMAGES["wide.jpg"] for split in ("train", "val")}
     root = put(tmp_path / "data", files)
     encoding = Encoding(**{rule: 24}, quality=80)
     pack(request(root, tmp_path / "store", shards=1, encoding=encoding), silent)
     data, original = open_folder(str(tmp_path / "store"), None), open_folder(root, None)
     assert data.fingerprint != original.fingerprint
     assert [data.train.name(i) for i in range(len(data.train))] == [
-        *sorted(f"a/{name}" for name in PICTURES),
+        *sorted(f"a/{name}" for name in IMAGES),
         "b/1.jpg",
     ]
-    for i in range(len(PICTURES)):
+    for i in range(len(IMAGES)):
         name, found = data.train.name(i)[2:], data.train.read(i)
         assert isinstance(found, bytes)
-        before, after = (Image.open(io.BytesIO(raw)) for raw in (PICTURES[name], found))
+        before, after = (Image.open(io.BytesIO(raw)) for raw in (IMAGES[name], found))
         side = min(before.size) if rule == "short" else max(before.size)
         scale = min(1.0, 24 / side)
         assert after.size == tuple(max(1, round(length * scale)) for length in before.size)
         assert after.format == "JPEG"
-        assert after.mode == ("L" if name == "grey.jpg" else "RGB")
-        assert (found == PICTURES[name]) == (name == "small.jpg")
-        assert name not in ("small.jpg", "heavy.jpg") or len(found) <= len(PICTURES[name])
-        # The picture is the same one: as near as its JPEG has it to plain Pillow's.
+        assert after.mode == ("L" if name == "gray.jpg" else "RGB")
+        assert (found == IMAGES[name]) == (name == "small.jpg")
+        assert name not in ("small.jpg", "heavy.jpg") or len(found) <= len(IMAGES[name])
+        # The same image: as close to Pillow's resizing as the JPEG is.
         plain = before.convert("RGB").resize(after.size, Image.Resampling.LANCZOS)
         assert np.abs(np.asarray(plain, float) - np.asarray(after.convert("RGB"), float)).mean() < 8
 
 
-def test_a_store_encoded_anew_is_told_apart_by_how(tmp_path: Path) -> None:
-    root = put(tmp_path / "data", {f"{s}/{c}/1.jpg": PICTURES["wide.jpg"] for s in ("train", "val") for c in "ab"})
+def test_the_fingerprint_depends_on_the_encoding(tmp_path: Path) -> None:
+    root = put(tmp_path / "data", {f"{s}/{c}/1.jpg": IMAGES["wide.jpg"] for s in ("train", "val") for c in "ab"})
     prints = set()
     for number, encoding in enumerate(
         (Encoding(), Encoding(short=24), Encoding(longest=24), Encoding(short=24, quality=50))
@@ -399,10 +406,10 @@ def test_a_store_encoded_anew_is_told_apart_by_how(tmp_path: Path) -> None:
     assert tree(tmp_path / "again" / "train") == tree(tmp_path / "0" / "train")
 
 
-def test_a_broken_picture_ends_the_packing_or_is_left_out_and_listed(tmp_path: Path) -> None:
-    files = {f"{s}/a/{name}": data for s in ("train", "val") for name, data in PICTURES.items()}
-    files |= {"train/a/broken.jpg": PICTURES["wide.jpg"][:300], "val/a/text.png": b"text"}
-    files |= {f"{s}/b/1.jpg": PICTURES["wide.jpg"] for s in ("train", "val")}
+def test_a_broken_image_ends_packing_or_is_left_out_and_listed(tmp_path: Path) -> None:
+    files = {f"{s}/a/{name}": data for s in ("train", "val") for name, data in IMAGES.items()}
+    files |= {"train/a/broken.jpg": IMAGES["wide.jpg"][:300], "val/a/text.png": b"text"}
+    files |= {f"{s}/b/1.jpg": IMAGES["wide.jpg"] for s in ("train", "val")}
     root = put(tmp_path / "data", files)
     small = {"encoding": Encoding(short=24), "shards": 2}
     with pytest.raises(DataError, match=r"(broken\.jpg|text\.png): .*Fix it, or .*--on-error skip"):
@@ -413,14 +420,14 @@ def test_a_broken_picture_ends_the_packing_or_is_left_out_and_listed(tmp_path: P
         ("val", "a/text.png"),
     ]
     data = open_folder(str(tmp_path / "store"), None)
-    assert (len(data.train), len(data.val)) == (len(PICTURES) + 1, len(PICTURES) + 1)
+    assert (len(data.train), len(data.val)) == (len(IMAGES) + 1, len(IMAGES) + 1)
     assert data.inventory.skipped == {"images left out by lars-data pack": 2}
-    # As they are, bytes are bytes: what is no picture is for the training to judge.
+    # Original bytes are stored without decoding, so training decides whether they are an image.
     pack(request(root, tmp_path / "plain"), silent)
     assert open_folder(str(tmp_path / "plain"), None).fingerprint == open_folder(root, None).fingerprint
 
 
-def test_a_file_that_cannot_be_read_is_broken_too(tmp_path: Path) -> None:
+def test_an_unreadable_file_counts_as_broken(tmp_path: Path) -> None:
     root = put(tmp_path / "data", {f"{s}/{c}/{i}.jpg": b"x" for s in ("train", "val") for c in "ab" for i in range(3)})
     (Path(root) / "train/a/1.jpg").unlink()
     (Path(root) / "train/a/1.jpg").symlink_to("nowhere")
@@ -430,8 +437,8 @@ def test_a_file_that_cannot_be_read_is_broken_too(tmp_path: Path) -> None:
     assert len(open_folder(str(tmp_path / "store"), None).train) == 5
 
 
-def test_without_a_picture_left_of_a_class_to_train_on_there_is_no_store(tmp_path: Path) -> None:
-    good, bad = PICTURES["wide.jpg"], PICTURES["wide.jpg"][:300]
+def test_no_store_without_images_of_every_training_class(tmp_path: Path) -> None:
+    good, bad = IMAGES["wide.jpg"], IMAGES["wide.jpg"][:300]
     files = {f"{split}/{c}/{i}.jpg": good for split in ("train", "val") for c in "ab" for i in range(2)}
     small = {"encoding": Encoding(short=24), "skip": True}
     some = put(tmp_path / "some", files | {f"train/b/{i}.jpg": bad for i in range(2)})
@@ -443,17 +450,17 @@ def test_without_a_picture_left_of_a_class_to_train_on_there_is_no_store(tmp_pat
     for store in ("one", "other"):
         with pytest.raises(ConfigError, match="is an incomplete store"):
             open_folder(str(tmp_path / store), None)
-    # Of a class to evaluate alone there may be none.
+    # A class may have no validation images.
     val = put(tmp_path / "val", files | {f"val/b/{i}.jpg": bad for i in range(2)})
     pack(request(val, tmp_path / "third", **small), silent)
 
 
 @pytest.mark.parametrize("inside", ["val/", "Test/", ""])
-def test_validation_images_alone_are_packed_and_evaluated(tmp_path: Path, inside: str) -> None:
+def test_a_validation_set_alone_is_packed_and_evaluated(tmp_path: Path, inside: str) -> None:
     files = {f"{inside}{name}/{i}.jpg": f"{name}{i}".encode() for name in ("a", "b") for i in range(5)}
     root = put(tmp_path / "data", {**files, f"{inside}a/x.txt": b"", **({"loose.jpg": b""} if inside else {})})
     pack(request(root, tmp_path / "store"), silent)
-    # Class folders without a split may be either.
+    # Class folders without a split become the training split.
     split = "val" if inside else "train"
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.lars", "store.json", split]
     folder, store = (
@@ -470,7 +477,7 @@ def test_validation_images_alone_are_packed_and_evaluated(tmp_path: Path, inside
     main(["info", str(tmp_path / "store")])
 
 
-def test_a_flat_validation_folder_alone_is_packed_with_its_table(tmp_path: Path) -> None:
+def test_a_flat_validation_folder_alone_is_packed(tmp_path: Path) -> None:
     files = {f"val/{i}.JPEG": b"%d" % i for i in range(4)} | {"LOC_val_solution.csv": b"0,n2\n1,n0\n2,n2\n3,n0\n"}
     root = put(tmp_path / "data", files)
     pack(request(root, tmp_path / "store"), silent)
@@ -479,21 +486,19 @@ def test_a_flat_validation_folder_alone_is_packed_with_its_table(tmp_path: Path)
 
 
 @pytest.mark.parametrize("beside", ["cat", "training"])
-def test_folders_beside_a_lone_validation_set_end_the_packing(tmp_path: Path, beside: str) -> None:
+def test_folders_beside_a_lone_validation_set_are_refused(tmp_path: Path, beside: str) -> None:
     root = put(tmp_path / "data", {f"{name}/{c}/1.jpg": b"" for name in ("val", beside) for c in "ab"})
     with pytest.raises(ConfigError, match=r"has no train/ folder; found .*Call the folders"):
         pack(request(root, tmp_path / "store"), silent)
     assert not (tmp_path / "store").exists()
 
 
-def test_more_shards_than_pictures_are_refused(root: str, tmp_path: Path) -> None:
+def test_more_shards_than_images_are_refused(root: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--shards=1000: train/ has 40 images"):
         pack(request(root, tmp_path / "store", shards=1000), silent)
 
 
-def test_a_disk_that_is_full_is_told_in_one_line_and_loses_nothing(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_reported_and_loses_nothing(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
     def full(path: Path, pieces: list[bytes]) -> None:

@@ -1,3 +1,5 @@
+"""Tasks run in several processes: each once, with errors and deaths reported, and no process left over."""
+
 from __future__ import annotations
 
 import os
@@ -21,7 +23,7 @@ def square(task: int, tick: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("jobs", [1, 3, 20])
-def test_every_task_is_done_once_and_every_picture_counted(jobs: int) -> None:
+def test_every_task_runs_once_and_every_image_is_counted(jobs: int) -> None:
     counts: list[int] = []
     assert sorted(run_tasks(range(12), square, jobs, counts.append)) == [k * k for k in range(12)]
     assert sum(counts) == sum(range(12))
@@ -34,7 +36,7 @@ def fail(task: int, tick: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_what_a_task_fails_of_is_told(jobs: int) -> None:
+def test_the_error_of_a_task_is_raised(jobs: int) -> None:
     with pytest.raises(DataError, match=r"x\.jpg: Permission denied"):
         list(run_tasks(range(9), fail, jobs, lambda count: None))
 
@@ -47,15 +49,15 @@ def die(task: Path, tick: Callable[[], None]) -> None:
 
 
 def children() -> set[str]:
-    """The processes that this one has started; none where the system does not tell."""
+    """Return the ids of this process's children; none if the system does not list them."""
     path = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     return set(path.read_text().split()) if path.exists() else set()
 
 
-def test_a_process_that_dies_is_told_of_and_no_other_goes_on(tmp_path: Path) -> None:
+def test_the_death_of_a_worker_is_raised_and_ends_the_others(tmp_path: Path) -> None:
     before = children()
     with pytest.raises(DataError, match="a worker process ended by signal 9"):
-        list(run_tasks([tmp_path / "goes on", tmp_path / "dies"], die, 2, lambda count: None))
+        list(run_tasks([tmp_path / "sleeps", tmp_path / "dies"], die, 2, lambda count: None))
     assert not list(tmp_path.iterdir())
     assert children() <= before
 
