@@ -21,8 +21,8 @@ from lars_train.data.dataset import Source, fingerprint
 from lars_train.data.inventory import Inventory
 from lars_train.data.sources.folder import open_tree, take_inventory
 from lars_train.data.sources.imagenet import both_splits, is_flat, only_validation
-from lars_train.data.sources.split_files import parquet_folders, the_one
-from lars_train.data.sources.split_folders import Split, collect, find_splits
+from lars_train.data.sources.split_files import parquet_folders, single_parquet_folder
+from lars_train.data.sources.split_folders import Split, collect_split, find_splits
 from lars_train.data.sources.tree import Tree
 from lars_train.data.splits import TRAIN, VAL
 from lars_train.errors import ConfigError
@@ -73,7 +73,7 @@ def open_original(root: str, val_labels: str | None, image_key: str | None = Non
         for flag, value, what in (("val-labels", val_labels, "labels"), ("image-key", image_key, "images")):
             if value is not None:
                 raise ConfigError(f"--{flag}={value}: the {what} are in the parquet files; omit the flag.")
-        splits, classes, read = open_parquet(the_one(path, folders))
+        splits, classes, read = open_parquet(single_parquet_folder(path, folders))
     else:
         tree = open_tree(root, image_key=image_key)
         if tree.variant:
@@ -90,12 +90,12 @@ def open_original(root: str, val_labels: str | None, image_key: str | None = Non
 def _splits(
     tree: Tree, val_labels: str | None
 ) -> tuple[dict[str, Source], tuple[str, ...], Inventory, dict[str, Mapping[str, int]]]:
-    folders = find_splits(tree, None, alone=True)
+    folders = find_splits(tree, None, allow_missing=True)
     if val_labels is not None and not is_flat(tree, folders):
         raise ConfigError(f"--val-labels={val_labels}: there is no flat val/ to label; omit the flag.")
     parts: dict[str, Split] = {}
     if folders.val is None:
-        parts[TRAIN] = collect(tree, folders.train)
+        parts[TRAIN] = collect_split(tree, folders.train)
     elif not folders.train:
         parts[VAL] = only_validation(tree, folders, folders.val, val_labels)
     else:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
 from lars_train.data.inventory import Inventory, merge_counts
 from lars_train.data.sources.split_files import OF_NO_SPLIT, ParquetFolder
-from lars_train.data.sources.tar_samples import Label, is_odd_number
+from lars_train.data.sources.tar_samples import Label, is_invalid_number
 from lars_train.data.sources.tree import is_hidden, is_image
 from lars_train.data.sources.webdataset import classes_by_folder
 from lars_train.data.splits import TEST, TRAIN, VAL, choose_splits, find_non_classes
@@ -182,7 +182,7 @@ def _check_labels(rows: Rows) -> None:
     for row, label in enumerate(rows.labels):
         if isinstance(label, int) and label >= 0 and (classes is None or label < len(classes)):
             continue
-        if isinstance(label, bytes) and label and b"\0" not in label and not is_odd_number(label):
+        if isinstance(label, bytes) and label and b"\0" not in label and not is_invalid_number(label):
             continue
         path, number = rows.groups.place(row)
         expected = "a class number or name" if classes is None else f"one of the {len(classes)} classes"

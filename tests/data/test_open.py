@@ -89,7 +89,7 @@ def test_arrays_are_looked_for_in_the_root(pets: str, name: str) -> None:
             r"data\.val_labels=x\.csv has no meaning with data=folder",
         ),
         ({"name": "mini", "image_key": "jpg"}, r"data\.image_key=jpg has no meaning with data=mini"),
-        ({"name": "folder", "root": ".", "image_key": "jpg"}, r"image_key=jpg: .* is no folder of tars"),
+        ({"name": "folder", "root": ".", "image_key": "jpg"}, r"image_key=jpg: .* is not a folder of tars"),
         ({"name": "mini", "train_count": 100}, r"data\.train_count=100 has no meaning with data=mini"),
         ({"name": "folder", "num_classes": 5}, r"data\.num_classes=5 has no meaning with data=folder"),
         ({"name": "synthetic", "train_count": 100}, r"data\.name=synthetic needs .*data\.val_count"),

@@ -125,10 +125,10 @@ def test_names_of_splits_are_never_taken_for_classes(
 ) -> None:
     root = tmp_path / "data"
     root.mkdir()
-    with pytest.raises(ConfigError, match=r"has no train/ folder; found .*Call the folders") as error:
+    with pytest.raises(ConfigError, match=r"has no train/ folder; found .*Name the split folders") as error:
         source(root, names)
     assert "holdout" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"has no train/ folder; found .*Call the folders"):
+    with pytest.raises(ConfigError, match=r"has no train/ folder; found .*Name the split folders"):
         open_folder(str(root / "data.zip" if source is by_zip else root), 0.5)
 
 
@@ -210,7 +210,7 @@ def test_a_folder_for_each_shard_is_no_class(tmp_path: Path) -> None:
         with tarfile.open(path, "w") as archive:
             for name in below([f"train-{number}/cat", f"train-{number}/dog"]):
                 archive.addfile(tarfile.TarInfo(name))
-    with pytest.raises(ConfigError, match=r"are splits and no classes \(train-0, train-1\)"):
+    with pytest.raises(ConfigError, match=r"are splits, not classes \(train-0, train-1\)"):
         open_folder(str(tmp_path / "data"), 0.5)
 
 
@@ -237,7 +237,7 @@ def test_classes_with_the_words_of_splits_stay_classes(tmp_path: Path) -> None:
 
 def test_splits_within_a_split_are_no_classes(tmp_path: Path) -> None:
     for place in every_source(tmp_path, below(["test/train", "test/val"])):
-        with pytest.raises(ConfigError, match=r"parts of the data and no classes|splits and no classes"):
+        with pytest.raises(ConfigError, match=r"parts of the data, not classes|splits, not classes"):
             open_folder_validation(place)
 
 
@@ -263,7 +263,7 @@ def test_splits_within_classes_are_no_part_of_them(tmp_path: Path, folders: tupl
             open_folder_validation,
             lambda root: open_original(root, None),
         ):
-            with pytest.raises(ConfigError, match=f"there are splits in them; {message}"):
+            with pytest.raises(ConfigError, match=f"its folders hold splits; {message}"):
                 opened(place)
 
 

@@ -488,7 +488,7 @@ def test_a_flat_validation_folder_alone_is_packed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("beside", ["cat", "training"])
 def test_folders_beside_a_lone_validation_set_are_refused(tmp_path: Path, beside: str) -> None:
     root = put(tmp_path / "data", {f"{name}/{c}/1.jpg": b"" for name in ("val", beside) for c in "ab"})
-    with pytest.raises(ConfigError, match=r"has no train/ folder; found .*Call the folders"):
+    with pytest.raises(ConfigError, match=r"has no train/ folder; found .*Name the split folders"):
         pack(request(root, tmp_path / "store"), silent)
     assert not (tmp_path / "store").exists()
 

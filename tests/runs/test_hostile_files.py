@@ -423,7 +423,7 @@ def test_a_name_that_is_in_a_zip_twice_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
         warnings.simplefilter("ignore")
         archive.writestr("train/a/1.png", b"another")
-    with pytest.raises(ConfigError, match=r"train/a/1\.png is in it twice"):
+    with pytest.raises(ConfigError, match=r"train/a/1\.png appears twice"):
         open_folder(path, None)
 
 

@@ -1,7 +1,7 @@
-"""A tree of images with one folder per class, in a directory, a zip or tar shards, as a `Dataset`.
+"""Open a directory, zip or store of tar shards with one folder per class as a `Dataset`.
 
-Where its splits lie, and the samples of each, is in split_folders.py. How ImageNet's flat validation folder gets its
-labels is in imagenet.py; what a file is, in tree.py.
+split_folders.py finds the splits and collects their samples, imagenet.py labels ImageNet's flat validation folder, and
+tree.py decides which files are images.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lars_train.data.inventory import BESIDE, LOOSE, Inventory, find_lookalikes,
 from lars_train.data.sources.directory import DirectoryTree
 from lars_train.data.sources.remote import CacheSettings, open_remote
 from lars_train.data.sources.shards import ShardTree, is_store, open_shard_store
-from lars_train.data.sources.split_files import refuse_parquet, shard_files
+from lars_train.data.sources.split_files import find_shards, refuse_parquet
 from lars_train.data.sources.split_folders import (
-    Folders,
     Split,
-    collect,
+    SplitFolders,
+    check_same_classes,
+    collect_split,
     find_splits,
     find_validation,
     hold_out,
-    matched,
 )
 from lars_train.data.sources.tree import Tree, is_image
 from lars_train.data.sources.webdataset import WebdatasetTree, open_webdataset
@@ -41,60 +41,63 @@ _DEVKIT = b"ILSVRC2012_devkit"
 def open_folder(
     root: str | None, holdout: float | None, cache: CacheSettings | None = None, image_key: str | None = None
 ) -> Dataset:
-    """The data set below `root`, a directory, a zip or a store of tar shards.
+    """Open the data set at `root`, a directory, a zip or a store of tar shards.
 
-    `root` holds ``train/`` and a validation set by one of the names in splits.py. With
-    `holdout`, that share of each class of the training images is the validation set instead, whatever lies
-    beside ``train/``; then the class folders may also lie directly in `root`. `cache`, `image_key`: see `open_tree`.
-    Raises `ConfigError` for every other layout.
+    `root` holds ``train/`` and a validation set with one of the names in splits.py. With `holdout`, that share of each
+    class of the training images is the validation set instead, whatever lies beside ``train/``; then the class folders
+    may also lie directly in `root`. `cache`, `image_key`: see `open_tree`. Raises `ConfigError` for any other layout.
     """
-    tree = open_tree(root, cache, image_key, train_alone=holdout is not None)
+    tree = open_tree(root, cache, image_key, train_only=holdout is not None)
     folders = find_splits(tree, holdout)
     if holdout is not None:
         return make_dataset(tree, folders, *hold_out(tree, folders.train, holdout))
     assert folders.val is not None
-    return make_dataset(tree, folders, *matched(tree, collect(tree, folders.train), collect(tree, folders.val)))
+    train, val = collect_split(tree, folders.train), collect_split(tree, folders.val)
+    check_same_classes(tree, train, val)
+    return make_dataset(tree, folders, train, val)
 
 
 def open_folder_validation(
     root: str | None, cache: CacheSettings | None = None, image_key: str | None = None
 ) -> Dataset:
-    """The validation images below `root` alone, for a model that has its classes already; the training split is empty.
+    """Open only the validation images at `root`, for a model that has its classes already. The training split is empty.
 
-    Their class folders lie in a folder with one of the names in splits.py or, without one and without ``train/``,
-    directly in `root`; tar shards of no split are validation images, too. `cache`, `image_key`: see `open_tree`.
-    Raises `ConfigError` for every other layout.
+    The class folders lie in a folder with one of the names in splits.py or, without such a folder and without
+    ``train/``, directly in `root`. Tar shards of no split count as validation images, too. `cache`, `image_key`: see
+    `open_tree`. Raises `ConfigError` for any other layout.
     """
     tree = open_tree(root, cache, image_key)
     folders, inside = find_validation(tree)
-    return validation_alone(tree, folders, collect(tree, inside))
+    return validation_only(tree, folders, collect_split(tree, inside))
 
 
-def validation_alone(tree: Tree, folders: Folders, val: Split) -> Dataset:
-    """The `Dataset` of `val` and an empty training split."""
+def validation_only(tree: Tree, folders: SplitFolders, val: Split) -> Dataset:
+    """Return the `Dataset` of `val` and an empty training split."""
     none = np.zeros(0, np.int64)
     return make_dataset(tree, folders, Split(val.inside, val.names.take(none), val.labels[:0], val.classes, none), val)
 
 
 def open_tree(
-    root: str | None, cache: CacheSettings | None = None, image_key: str | None = None, *, train_alone: bool = False
+    root: str | None, cache: CacheSettings | None = None, image_key: str | None = None, *, train_only: bool = False
 ) -> Tree:
-    """The directory, zip or store of tar shards that `data.root` names; by a URL, if there is a `cache`.
+    """Open the directory, zip or store of tar shards at `root`, which may be a URL if `cache` is given.
 
-    `image_key`, `train_alone`: see `open_webdataset`.
+    `image_key`, `train_only`: see `open_webdataset`.
     """
-    tree = _open_tree(root, cache, image_key, train_alone)
+    tree = _open_tree(root, cache, image_key, train_only)
     if image_key is not None and not isinstance(tree, WebdatasetTree):
-        raise ConfigError(f"data.image_key={image_key}: {tree.place} is no folder of tars that others made; drop it.")
+        raise ConfigError(
+            f"data.image_key={image_key}: {tree.place} is not a folder of tars in webdataset's layout; drop it."
+        )
     return tree
 
 
-def _open_tree(root: str | None, cache: CacheSettings | None, image_key: str | None, train_alone: bool) -> Tree:
+def _open_tree(root: str | None, cache: CacheSettings | None, image_key: str | None, train_only: bool) -> Tree:
     if not root:
         raise ConfigError("data.root is not set: give the folder or .zip with the images, data.root=PATH.")
     if is_url(root):
         if cache is None:
-            raise ConfigError(f"{root}: only lars-train reads from URLs, as data.root; copy it to a disk.")
+            raise ConfigError(f"{root}: only lars-train's data.root can be a URL; copy the data to a disk.")
         return open_remote(root, cache)
     path = user_path(root)
     try:
@@ -106,9 +109,9 @@ def _open_tree(root: str | None, cache: CacheSettings | None, image_key: str | N
     if is_folder:
         if is_store(path):
             return open_shard_store(path)
-        shards = shard_files(path)
+        shards = find_shards(path)
         if shards is not None:
-            return open_webdataset(path, shards, image_key, train_alone)
+            return open_webdataset(path, shards, image_key, train_only)
         refuse_parquet(path)
         return DirectoryTree(path)
     if path.suffix.lower() != ".zip":
@@ -117,8 +120,8 @@ def _open_tree(root: str | None, cache: CacheSettings | None, image_key: str | N
     return ZipTree(path)
 
 
-def make_dataset(tree: Tree, folders: Folders, train: Split, val: Split) -> Dataset:
-    """The `Dataset` of two splits that share `train.classes`."""
+def make_dataset(tree: Tree, folders: SplitFolders, train: Split, val: Split) -> Dataset:
+    """Return the `Dataset` of two splits that share `train.classes`."""
     return Dataset(
         train=tree.source(train.inside, train.names, train.labels, train.ranks),
         val=tree.source(val.inside, val.names, val.labels, val.ranks),
@@ -134,27 +137,27 @@ def make_dataset(tree: Tree, folders: Folders, train: Split, val: Split) -> Data
     )
 
 
-def take_inventory(tree: Tree, folders: Folders, *splits: Split) -> Inventory:
-    """Return what is read of the tree and what is skipped, each folder counted once."""
-    own, beside, alike_splits = tree.inventory, {}, list[str]()
-    # A store calls its splits train and val, and knows what they were called in its original.
-    called = {TRAIN.encode(): own.train, VAL.encode(): own.val} if isinstance(tree, ShardTree) else {}
+def take_inventory(tree: Tree, folders: SplitFolders, *splits: Split) -> Inventory:
+    """Return which splits of the tree are read, and counts of what is skipped, each folder counted once."""
+    own, beside, unread_splits = tree.inventory, {}, list[str]()
+    # A store names its splits train and val, and records their names in the original data set.
+    original_names = {TRAIN.encode(): own.train, VAL.encode(): own.val} if isinstance(tree, ShardTree) else {}
     if folders.train or folders.val:
-        # A devkit is not for reading images.
+        # A devkit holds no images.
         others = [
             name for name in tree.folders(b"") if not is_split_name(os.fsdecode(name)) and not name.startswith(_DEVKIT)
         ]
-        alike_splits = [name for name in map(os.fsdecode, others) if looks_like_split(name)][:_SHOWN]
-        counts = {LOOSE: sum(map(is_image, tree.files(b""))), BESIDE: len(others) - len(alike_splits)}
+        unread_splits = [name for name in map(os.fsdecode, others) if looks_like_split(name)][:_SHOWN]
+        counts = {LOOSE: sum(map(is_image, tree.files(b""))), BESIDE: len(others) - len(unread_splits)}
         beside = merge_counts({reason: count for reason, count in counts.items() if count}, tree.hidden())
     held_out = folders.val == folders.train
     val = b"" if held_out or folders.val is None else folders.val
-    unused = [called.get(os.fsencode(name), name) for name in folders.unused] + alike_splits
+    unused = [original_names.get(os.fsencode(name), name) for name in folders.unused] + unread_splits
     lacking = 0 if len(splits) < 2 else len(splits[0].classes) - len(np.unique(splits[1].labels))
     skipped = {split.inside: split.skipped for split in splits}
     return Inventory(
-        train=called.get(folders.train, printable(folders.train)),
-        val=called.get(val, printable(val)),
+        train=original_names.get(folders.train, printable(folders.train)),
+        val=original_names.get(val, printable(val)),
         unused=(*unused, *own.unused),
         skipped=merge_counts(own.skipped, beside, *skipped.values()),
         unvalidated=lacking,

@@ -17,16 +17,16 @@ import numpy as np
 from lars_train.data.dataset import Dataset, NamesBuilder
 from lars_train.data.inventory import LOOSE, suffix_reason
 from lars_train.data.sources.directory import DirectoryTree, is_file
-from lars_train.data.sources.folder import make_dataset, open_tree, validation_alone
+from lars_train.data.sources.folder import make_dataset, open_tree, validation_only
 from lars_train.data.sources.remote import CacheSettings
 from lars_train.data.sources.split_folders import (
-    Folders,
     Split,
-    collect,
+    SplitFolders,
+    check_same_classes,
+    collect_split,
     find_splits,
     find_validation,
     hold_out,
-    matched,
 )
 from lars_train.data.sources.tree import Tree, is_image, join
 from lars_train.errors import ConfigError
@@ -55,7 +55,7 @@ def open_imagenet(
     For the latter, `val_labels` names a CSV of image and wnid, or the devkit; by default they are looked
     for in and above `root`. `holdout`, `cache` and `image_key`: see `open_folder`. Raises `ConfigError`.
     """
-    tree = open_tree(root, cache, image_key, train_alone=holdout is not None)
+    tree = open_tree(root, cache, image_key, train_only=holdout is not None)
     folders = find_splits(tree, holdout)
     if holdout is not None:
         if val_labels is not None:
@@ -64,20 +64,22 @@ def open_imagenet(
     return make_dataset(tree, folders, *both_splits(tree, folders, val_labels))
 
 
-def both_splits(tree: Tree, folders: Folders, val_labels: str | None) -> tuple[Split, Split]:
+def both_splits(tree: Tree, folders: SplitFolders, val_labels: str | None) -> tuple[Split, Split]:
     """Training and validation set, whose labels come from its class folders or, where it has none, from a table."""
     assert folders.val is not None
     flat = is_flat(tree, folders)
     if val_labels is not None and not flat:
         raise _labelled(val_labels)
-    training = collect(tree, folders.train)
+    training = collect_split(tree, folders.train)
     if not flat:
-        return matched(tree, training, collect(tree, folders.val))
+        validation = collect_split(tree, folders.val)
+        check_same_classes(tree, training, validation)
+        return training, validation
     table = _found(tree, folders.val) if val_labels is None else _given(val_labels)
     return training, _flat(tree, folders.val, training.classes, table)
 
 
-def is_flat(tree: Tree, folders: Folders) -> bool:
+def is_flat(tree: Tree, folders: SplitFolders) -> bool:
     """Return True where the validation images lie in no class folders."""
     inside = folders.val
     return inside is not None and not tree.folders(inside) and any(map(is_image, tree.files(inside)))
@@ -95,16 +97,16 @@ def open_imagenet_validation(
     """The validation images alone, as `open_folder_validation`, or all directly in ``val/`` (see `open_imagenet`)."""
     tree = open_tree(root, cache, image_key)
     folders, inside = find_validation(tree)
-    return validation_alone(tree, folders, only_validation(tree, folders, inside, val_labels))
+    return validation_only(tree, folders, only_validation(tree, folders, inside, val_labels))
 
 
-def only_validation(tree: Tree, folders: Folders, inside: bytes, val_labels: str | None) -> Split:
+def only_validation(tree: Tree, folders: SplitFolders, inside: bytes, val_labels: str | None) -> Split:
     """The validation set in `inside`, labelled as in `both_splits`; its classes are those that it has."""
     if is_flat(tree, folders):
         return _flat(tree, inside, None, _found(tree, inside) if val_labels is None else _given(val_labels))
     if val_labels is not None:
         raise _labelled(val_labels)
-    return collect(tree, inside)
+    return collect_split(tree, inside)
 
 
 def _flat(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _Table) -> Split:

@@ -1,8 +1,8 @@
-"""The files of a folder that hold many samples each, tars and parquet: where they lie, and of which split each is.
+"""Find files that hold many samples each, tars and parquet, and the split that each belongs to. Opens none of them.
 
-None is opened here. Tars are read by webdataset.py. Parquet is not trained on: to read one row, those before it in its
-row group are read and decoded, too, which takes longer than the image's own decoding. So parquet files are made a store
-(lars_train.pack), and what opens `data.root` says so.
+webdataset.py reads tars. Training does not read parquet: reading one row means reading and decoding the rows before it
+in its row group, which takes longer than decoding the image. lars_train.pack packs parquet files into a store, and
+`refuse_parquet` says so.
 """
 
 from __future__ import annotations
@@ -36,58 +36,62 @@ from lars_train.messages import printable
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _UNPACK = 'for t in *.tar; do mkdir -p "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done'
-# Fewer tars than these are classes only by the names of ImageNet's.
+# With fewer tars than this, each is assumed to be a class only if it is named like ImageNet's.
 _FEWEST_CLASSES = 3
 _WNID = re.compile(r"n\d{8}\.tar")
-# Folders that look like splits, in a message.
+# Most folders that look like splits in an inventory.
 _SHOWN = 6
 
 OF_NO_SPLIT = "parquet files of no split"
 _PARQUET = ".parquet"
-# The cache of huggingface_hub has the files in snapshots/REVISION/data. Where there are more folders, they are classes.
+# Depth of the search: the cache of huggingface_hub has the files in snapshots/REVISION/data. More folders than this are
+# assumed to be classes.
 _DEPTH, _MANY_FOLDERS = 3, 32
 _NUMBERED = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.parquet")
 
 
 class Shards(NamedTuple):
-    """Tars by split (`TRAIN`, `VAL`), as paths in their folder; and what the splits are called there."""
+    """Tars by split (`TRAIN`, `VAL`), as paths in the root; and the inventory, with the original split names."""
 
     files: dict[str, list[str]]
     inventory: Inventory
 
 
-def shard_files(root: Path) -> Shards | None:
-    """The shards in the folder `root`; None where it is no folder of shards.
+def find_shards(root: Path) -> Shards | None:
+    """Return the tar shards in the folder `root`; None if it is not a folder of shards.
 
-    They lie in folders that have the names of splits, or directly in `root` with the name of the split as a word in the
-    name of each. Beside folders, tars are what images were unpacked from. Shards of no split count as `TRAIN`; without
-    them and without a training set, there is `VAL` alone.
+    Shards lie in folders named after splits, or directly in `root` with the split as a word in each name. Tars beside
+    folders do not count: they are assumed to be archives that were unpacked into these folders. Shards of no split
+    count as `TRAIN`. Without those and without a training set, only `VAL` is returned.
     """
     by_split: dict[str, list[str]] = {}
     skipped: dict[str, Counter[str]] = {}
     beside: Counter[str] = Counter()
-    others: list[str] = []
+    unread_splits: list[str] = []
     folders = _visible_folders(root)
-    packed: dict[str, str] = {}
+    compressed_splits: dict[str, str] = {}
     if any(map(is_split_name, folders)):
         for name in filter(is_split_name, folders):
-            by_split[name], _, skipped[name] = _tars_in(root, f"{name}/")
+            by_split[name], _, skipped[name] = _list_tars(root, f"{name}/")
         beside = count_beside_splits(root, ".tar", "shards of no split")
-        others = [name for name in sorted(folders) if looks_like_split(name) and not is_split_name(name)][:_SHOWN]
-        beside[BESIDE] -= len(others)
+        unread_splits = [name for name in sorted(folders) if looks_like_split(name) and not is_split_name(name)]
+        unread_splits = unread_splits[:_SHOWN]
+        beside[BESIDE] -= len(unread_splits)
     else:
-        tars, compressed, beside = _tars_in(root, "")
+        tars, compressed, beside = _list_tars(root, "")
         for name in tars:
             by_split.setdefault(split_word(name), []).append(name)
-        packed = {word: name for name in reversed(compressed) if (word := split_word(name)) and word not in by_split}
+        compressed_splits = {
+            word: name for name in reversed(compressed) if (word := split_word(name)) and word not in by_split
+        }
     chosen = choose_splits(name for name, tars in by_split.items() if tars)
-    # A training set without tars is class folders.
+    # A training set without tars consists of class folders.
     if choose_splits(by_split).train != chosen.train or not any(by_split.values()):
         return None
     train = "" if chosen.train is None else chosen.train
-    # Without tars, a folder that could be a split is one that is not read.
+    # Split folders without tars are not read.
     empty = [name for name, tars in by_split.items() if name and not tars]
-    unused = (*chosen.unused, *empty, *others, *packed.values())
+    unused = (*chosen.unused, *empty, *unread_splits, *compressed_splits.values())
     refuse_case_twins(f"data.root={root}", chosen)
     if not train:
         refuse_unread_splits(f"data.root={root}", by_split.get("", ()))
@@ -101,17 +105,17 @@ def shard_files(root: Path) -> Shards | None:
     return Shards(files, Inventory(train, chosen.val or "", unused, counts))
 
 
-def decompressing(names: Iterable[str]) -> str:
-    """Return the advice for the first of `names` that is a compressed tar; empty without one."""
+def advise_decompressing(names: Iterable[str]) -> str:
+    """Return the remedy for the first of `names` that is a compressed tar; empty if there is none."""
     first = next((name for name in names if name.lower().endswith(_COMPRESSED)), None)
-    remedy = "is compressed, and cannot be read at random; make such shards plain .tar files (gzip -d)."
+    remedy = "is compressed, and so does not allow random access; decompress such shards to plain .tar files (gzip -d)."
     return "" if first is None else f"{printable(first)} {remedy}"
 
 
-def unpacking(root: Path, tars: Sequence[str]) -> str:
-    """Return the advice for unlabeled `tars` in `root` that look like one for each class; empty where they do not.
+def advise_unpacking(root: Path, tars: Sequence[str]) -> str:
+    """Return the remedy for unlabeled `tars` in `root` that look like one tar per class; empty if they do not.
 
-    The command keeps the tars: beside folders, they are what images were unpacked from.
+    The command keeps the tars, which are not read once they lie beside folders.
     """
     names = [Path(tar).name for tar in tars]
     wnids = all(map(_WNID.fullmatch, names))
@@ -119,19 +123,19 @@ def unpacking(root: Path, tars: Sequence[str]) -> str:
         return ""
     if not names or (len(names) < _FEWEST_CLASSES and not wnids):
         return ""
-    places = dict.fromkeys(shlex.quote(str(root / Path(tar).parent)) for tar in tars)
-    commands = " && ".join(f"(cd {place} && {_UNPACK})" for place in places)
+    folders = dict.fromkeys(shlex.quote(str(root / Path(tar).parent)) for tar in tars)
+    commands = " && ".join(f"(cd {folder} && {_UNPACK})" for folder in folders)
     return f"if each tar is one class, as in ImageNet's training archive, unpack them: {commands}"
 
 
-def unpacking_twice(root: Path, split: str, tars: Sequence[str]) -> str:
-    """Return the advice for a tar of tars, as ImageNet's training archive is."""
+def advise_nested_tars(root: Path, split: str, tars: Sequence[str]) -> str:
+    """Return the remedy for a tar of tars, such as ImageNet's training archive."""
     if len(tars) > 1 or "/" in tars[0]:
-        return "Unpack them, and the tars in them each into a folder of its name."
-    place, tar = shlex.quote(str(root)), shlex.quote(tars[0])
+        return "Unpack them, and each tar in them into a folder named after it."
+    folder, tar = shlex.quote(str(root)), shlex.quote(tars[0])
     return (
-        "It holds tars, as ImageNet's training archive does; unpack it and each of them: "
-        f"(cd {place} && mkdir -p {split} && tar -xf {tar} -C {split} && cd {split} && {_UNPACK})"
+        "It holds tars, as ImageNet's training archive does; unpack it, and then each of them: "
+        f"(cd {folder} && mkdir -p {split} && tar -xf {tar} -C {split} && cd {split} && {_UNPACK})"
     )
 
 
@@ -143,10 +147,10 @@ def _visible_folders(root: Path) -> list[str]:
         return []
 
 
-def _tars_in(root: Path, inside: str) -> tuple[list[str], list[str], Counter[str]]:
-    """The tars directly in a folder without visible folders, plain and compressed, and counts of what else lies there.
+def _list_tars(root: Path, inside: str) -> tuple[list[str], list[str], Counter[str]]:
+    """Return the plain and the compressed tars in a folder without visible folders, and counts of its other entries.
 
-    Names are in bytewise order. Raises `ConfigError` where all tars are compressed.
+    Names are in bytewise order. Raises `ConfigError` if all tars are compressed.
     """
     tars, compressed = [], []
     skipped: Counter[str] = Counter()
@@ -171,7 +175,7 @@ def _tars_in(root: Path, inside: str) -> tuple[list[str], list[str], Counter[str
     tars.sort(key=os.fsencode)
     compressed.sort(key=os.fsencode)
     if compressed and not tars:
-        raise ConfigError(f"data.root={root}: {decompressing(compressed)}")
+        raise ConfigError(f"data.root={root}: {advise_decompressing(compressed)}")
     if compressed:
         skipped["compressed tar files"] = len(compressed)
     return tars, compressed, skipped
@@ -179,23 +183,23 @@ def _tars_in(root: Path, inside: str) -> tuple[list[str], list[str], Counter[str
 
 @dataclass(frozen=True)
 class ParquetFolder:
-    """The files of one data set below `path`, in bytewise order, by the name of their split ("": none)."""
+    """The parquet files of one data set below `path`, in bytewise order, by split; the split "" holds the others."""
 
     path: Path
     files: dict[str, tuple[Path, ...]]
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """Counts of what lies beside the files or the folders of splits and is not read, by reason."""
+    """Counts of entries beside the files or split folders, which are not read, by reason."""
 
 
 class _HasImages(Exception):
-    """Images lie there as files, or in tars: parquet beside them is about them."""
+    """The folder holds images as files or in tars, so parquet files beside them are only metadata."""
 
 
 def parquet_folders(root: Path) -> list[ParquetFolder]:
-    """The data sets of parquet files in the folder `root` and up to three folders below it; often none.
+    """Find the data sets of parquet files in the folder `root` and up to three levels below it.
 
     The files of a data set lie in a folder without visible folders, with the split as a word in each name, as in
-    ``train-00000-of-00294.parquet``, or in folders called ``train`` and the like.
+    ``train-00000-of-00294.parquet``, or in folders named ``train`` and the like.
     """
     try:
         return _search_parquet(root, _DEPTH)
@@ -203,8 +207,8 @@ def parquet_folders(root: Path) -> list[ParquetFolder]:
         return []
 
 
-def the_one(root: Path, folders: Sequence[ParquetFolder]) -> ParquetFolder:
-    """The only one of `folders`. Raises `ConfigError` for several, and where files are not there that should be."""
+def single_parquet_folder(root: Path, folders: Sequence[ParquetFolder]) -> ParquetFolder:
+    """Return the only one of `folders`. Raises `ConfigError` if there are several, or if files of it are missing."""
     if len(folders) > 1:
         shown = ", ".join(str(folder.path) for folder in folders)
         raise ConfigError(f"{root} holds several data sets of parquet files; give the folder of one: {shown}.")
@@ -216,17 +220,17 @@ def the_one(root: Path, folders: Sequence[ParquetFolder]) -> ParquetFolder:
 
 
 def refuse_parquet(path: Path) -> None:
-    """Raise `ConfigError` where `path` is a parquet file or a folder of such; it has the command that helps."""
+    """Raise `ConfigError` with the command to pack the data if `path` is a parquet file or a folder of such files."""
     if path.suffix.lower() == _PARQUET and not path.is_dir():
-        places = [path.parent]
+        folders = [path.parent]
     else:
-        # Classes have folders: there is no need to look into those.
-        places = [] if _has_class_folders(path) else [folder.path for folder in parquet_folders(path)]
-    if not places:
+        # Class folders need not be searched.
+        folders = [] if _has_class_folders(path) else [folder.path for folder in parquet_folders(path)]
+    if not folders:
         return
-    commands = " or ".join(f"`lars-data pack {shlex.quote(str(place))} STORE`" for place in places)
+    commands = " or ".join(f"`lars-data pack {shlex.quote(str(folder))} STORE`" for folder in folders)
     raise ConfigError(
-        f"data.root={path} holds parquet, of which single rows are slow to read; make a store of it once, by "
+        f"data.root={path} holds parquet, which is slow to read by single rows; pack it into a store once, with "
         f"{commands}, and set data.root=STORE."
     )
 
@@ -245,14 +249,14 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 def _search_parquet(folder: Path, depth: int) -> list[ParquetFolder]:
-    files, folders = _parquet_in(folder, images=depth == _DEPTH)
+    files, folders = _list_parquet(folder, allow_images=depth == _DEPTH)
     if files and not folders:
         by_word: dict[str, list[Path]] = {}
         for file in files:
             by_word.setdefault(split_word(file.name), []).append(file)
         by_split = {word: tuple(found) for word, found in by_word.items()}
         return [ParquetFolder(folder, by_split, _beside_parquet(folder))]
-    splits = {name: _parquet_in(folder / name) for name in filter(is_split_name, folders)}
+    splits = {name: _list_parquet(folder / name) for name in filter(is_split_name, folders)}
     by_folder = {name: tuple(inside) for name, (inside, below) in splits.items() if inside and not below}
     # Other folders may hold the training set.
     if choose_splits(by_folder).train is not None or (by_folder and len(by_folder) == len(folders)):
@@ -263,7 +267,7 @@ def _search_parquet(folder: Path, depth: int) -> list[ParquetFolder]:
 
 
 def _beside_parquet(folder: Path) -> Counter[str]:
-    """Count what lies beside the parquet files in a folder without visible folders."""
+    """Count the other entries of a folder of parquet files, which has no visible folders."""
     skipped: Counter[str] = Counter()
     with os.scandir(os.fsencode(folder)) as entries:
         for entry in entries:
@@ -274,8 +278,11 @@ def _beside_parquet(folder: Path) -> Counter[str]:
     return skipped
 
 
-def _parquet_in(folder: Path, images: bool = False) -> tuple[list[Path], list[str]]:
-    """The parquet files in a folder, and its folders, not all where they are many. `images`: there may be some."""
+def _list_parquet(folder: Path, allow_images: bool = False) -> tuple[list[Path], list[str]]:
+    """Return the parquet files and the folders in `folder`, stopping early if there are many folders.
+
+    Raises `_HasImages` for tars, and for images unless `allow_images`.
+    """
     files, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -285,7 +292,7 @@ def _parquet_in(folder: Path, images: bool = False) -> tuple[list[Path], list[st
                 folders.append(entry.name)
             elif entry.name.lower().endswith(_PARQUET):
                 files.append(folder / entry.name)
-            elif entry.name.endswith(".tar") or (not images and is_image(os.fsencode(entry.name))):
+            elif entry.name.endswith(".tar") or (not allow_images and is_image(os.fsencode(entry.name))):
                 raise _HasImages
             if len(folders) > _MANY_FOLDERS:
                 break
@@ -293,16 +300,16 @@ def _parquet_in(folder: Path, images: bool = False) -> tuple[list[Path], list[st
 
 
 def _check_complete(place: Path, files: Sequence[Path]) -> None:
-    """Raise `ConfigError` where one of ``NAME-00000-of-00294.parquet`` and so on is not there."""
+    """Raise `ConfigError` if one of ``NAME-00000-of-00294.parquet`` and so on is missing."""
     found: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if match := _NUMBERED.fullmatch(file.name):
             found.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
     for (name, count), numbers in found.items():
         if len(numbers) < count:
-            lacking = next(number for number in range(count) if number not in numbers)
+            missing = next(number for number in range(count) if number not in numbers)
             raise ConfigError(
                 f"{place} has {len(numbers)} of {count} files {name}-...; "
-                f"{name}-{lacking:05d}-of-{count:05d}.parquet is not there: download what is missing, or, "
-                "to do without, give a folder of links by other names to these."
+                f"{name}-{missing:05d}-of-{count:05d}.parquet is missing: download the missing files or, to "
+                "use only these, give a folder of links to them with other names."
             )

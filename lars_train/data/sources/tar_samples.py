@@ -1,9 +1,10 @@
-"""The samples of one tar in webdataset's layout: which members belong together, and which of them is the image.
+"""Read the samples of one tar in webdataset's layout: group the members, and find the image and the label of each.
 
-Neighbours whose names agree up to the first dot of their last part are one sample
+Adjacent members whose names agree up to the first dot of the file name are one sample
 (https://github.com/webdataset/webdataset, "WebDataset Format"), with the label in ``.cls`` or ``.json``. A middle part
-of digits counts as a part of the name (``cat.0.jpg``, ``cat.1.jpg``); where a sample still has several images, the
-user decides. What else may be the label of a sample without one is handed on: `label_place` chooses.
+of digits belongs to the name (``cat.0.jpg``, ``cat.1.jpg``); if a sample still has several images, data.image_key
+chooses one. For samples without a label, other possible labels are collected as hints, among which `label_place`
+chooses.
 """
 
 from __future__ import annotations
@@ -23,47 +24,47 @@ from lars_train.messages import listed, printable
 LABEL_KEYS = ("label", "cls", "class")
 """The keys of a label in JSON."""
 
-# Bytes of a label: its number or name, the number alone, and a JSON with what else is known of an image.
-_MOST_CLS, _MOST_NUMBER, _MOST_JSON = 1024, 16, 1 << 20
+# Most bytes of a member with a number or name, with a number alone, and with JSON metadata.
+_MAX_CLS, _MAX_NUMBER, _MAX_JSON = 1024, 16, 1 << 20
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _BOM = b"\xef\xbb\xbf"
 
-# Other extensions and keys of a label: those that webdataset decodes as a class, and those of common data sets.
+# Further extensions and JSON keys of labels: those that webdataset decodes as a class, and those of common data sets.
 _WORDS = (
     "cls2 lbl label_id label_name class_id class_idx class_index class_name category category_id category_name target "
     "wnid synset"
 )
 _HINTS = frozenset((*LABEL_KEYS, *_WORDS.split()))
-# Members that may hold a label: captions do where each is a number.
+# Extensions of members that may hold a label; .txt usually holds a caption, but a label if it is always a number.
 _MAY_LABEL = frozenset(word.encode() for word in (*_HINTS, "txt", "json"))
-# Suffixes of members that look like labels, wherever they lie.
+# Suffixes that suggest a label, also in members that belong to no image.
 _LIKE_LABELS = _MAY_LABEL | {b"npy"}
-# Different keys of JSON that are remembered, and characters of one.
-_MOST_KEYS, _LONGEST_KEY = 1000, 40
+# Most distinct JSON keys that are counted, and the most characters of a key.
+_MAX_KEYS, _MAX_KEY_LENGTH = 1000, 40
 # Images in a sample above which dots in the names of images are the likely cause.
 _MANY_IMAGES = 5
 
 Label = int | bytes | None
-"""A class by its number or its name; None without a label."""
+"""A class, by number or by name; None without a label."""
 
 
 class Place(NamedTuple):
-    """A place where a label may stand: a member with this extension, or a key of its JSON."""
+    """A possible place of the label: a member with this extension, or a key of its JSON."""
 
     extension: str
     key: str = ""
 
 
 Hints = tuple[tuple[Place, int | bytes], ...]
-"""Candidates for the label of a sample that has none in ``.cls`` or under a key in `LABEL_KEYS`."""
+"""Possible labels of a sample that has none in ``.cls`` or under a key in `LABEL_KEYS`."""
 
 
 class Unclear(Exception):
-    """The names or labels in a shard have no meaning, or several; str(e) says what to do."""
+    """The names or labels in a shard are invalid or ambiguous; str(e) has the remedy."""
 
 
 class TarSample(NamedTuple):
-    """An image: its name, where it lies, its label as it stands there, all folders in its name, and its hints."""
+    """An image: its name, its position, its label as stored, the folder in its name, and its hints."""
 
     name: bytes
     shard: int
@@ -74,11 +75,11 @@ class TarSample(NamedTuple):
     hints: Hints = ()
 
 
-class _Reading(NamedTuple):
-    """The label beside an image, the extensions of the members that hold it, and the hints where there is none."""
+class _LabelReading(NamedTuple):
+    """The label of an image and the extensions of the members that hold it, or the hints if there is none."""
 
     label: Label = None
-    by: tuple[bytes, ...] = ()
+    extensions: tuple[bytes, ...] = ()
     hints: Hints = ()
 
 
@@ -87,18 +88,19 @@ def samples_of(
     shard: int,
     keys: tuple[str, ...],
     skipped: Counter[str],
-    beside: Counter[Place],
-    loose: Counter[bytes],
+    candidates: Counter[Place],
+    orphans: Counter[bytes],
 ) -> Iterator[TarSample]:
-    """The samples of the tar open at `handle`, the shard by the number `shard`.
+    """Yield the samples of the tar open at `handle`, which is shard number `shard`.
 
-    `keys`: extensions of the image to read where a sample has several, the first that it has. `skipped` counts what
-    belongs to no sample or is not read, `beside` what may hold the label of one without, `loose` under the name of the
-    first those ``.cls`` that belong to no image. Raises `BadTar`, `Unclear`, OSError.
+    `keys`: of a sample with several images, the first of these extensions that it has is read. `skipped` counts the
+    members that belong to no sample or are not read. `candidates` counts the members that may hold the label of a
+    sample without one. `orphans` counts the ``.cls`` members that belong to no image, under the name of the first one.
+    Raises `BadTar`, `Unclear` and OSError.
     """
     hidden = HiddenFilter(skipped)
-    shown = (member for member in members(handle, skipped) if not hidden.hides(_plain(member)))
-    same: dict[Hints, Hints] = {}  # as many as there are labels: memory for one of each
+    shown = (member for member in members(handle, skipped) if not hidden.hides(_clean_name(member)))
+    interned: dict[Hints, Hints] = {}  # so that samples of a class share their hints
     for _, group in groupby(shown, key=_key):
         parts = list(group)
         by_key: dict[bytes, list[Member]] = {}
@@ -106,45 +108,47 @@ def samples_of(
             by_key.setdefault(_long_key(part), []).append(part)
         images = {key: _image(own, keys, skipped) for key, own in by_key.items()}
         with_image = [key for key, image in images.items() if image is not None]
-        readings = {key: _read_label(handle, by_key[key], beside) for key in with_image}
+        readings = {key: _read_label(handle, by_key[key], candidates) for key in with_image}
         # A member without a number in its name may hold the label of all images in the group.
-        bare = _key(parts[0])
-        if bare in by_key and bare not in readings and any(reading.label is None for reading in readings.values()):
-            readings[bare] = _read_label(handle, by_key[bare], beside)
-        of_all = readings.get(bare, _Reading())
-        # Labels without an image: alone in the group, or with a longer name than the image's. Beside a file of another
-        # kind they are that file's.
-        apart = any(images.values()) or {_suffix(part) for part in parts} <= _LIKE_LABELS
-        apart = apart and all(reading.label is None for reading in readings.values())
+        short_key = _key(parts[0])
+        unlabeled = any(reading.label is None for reading in readings.values())
+        if short_key in by_key and short_key not in readings and unlabeled:
+            readings[short_key] = _read_label(handle, by_key[short_key], candidates)
+        shared = readings.get(short_key, _LabelReading())
+        # A label without an image is alone in its group, or has a longer name than the image. Beside a file of another
+        # kind, it is assumed to be that file's label.
+        may_be_orphans = any(images.values()) or {_suffix(part) for part in parts} <= _LIKE_LABELS
+        may_be_orphans = may_be_orphans and all(reading.label is None for reading in readings.values())
         for key, own in by_key.items():
-            reading = readings.get(key, _Reading())
-            label = of_all.label if reading.label is None else reading.label
+            reading = readings.get(key, _LabelReading())
+            label = shared.label if reading.label is None else reading.label
             for part in own:
                 extension = _short_extension(part)
-                if key in readings and (_holds_image(part) or extension in reading.by or extension == b"cls"):
+                used = _is_image_member(part) or extension in reading.extensions or extension == b"cls"
+                if key in readings and used:
                     continue
                 if key in readings and label is None and extension in _MAY_LABEL:
-                    beside[Place(extension.decode())] += 1
+                    candidates[Place(extension.decode())] += 1
                 else:
                     count_skipped(skipped, part.name.rpartition(b"/")[2])
-                    if apart and _suffix(part) == b"cls":
-                        loose[next(iter(loose), part.name)] += 1
-                    elif apart and _suffix(part) in _LIKE_LABELS:
-                        # The note on labels names it; the line on what is skipped has counted it.
-                        beside[Place(_suffix(part).decode())] += 0
+                    if may_be_orphans and _suffix(part) == b"cls":
+                        orphans[next(iter(orphans), part.name)] += 1
+                    elif may_be_orphans and _suffix(part) in _LIKE_LABELS:
+                        # Listed in the note on labels without a count: the line on skipped files has counted it.
+                        candidates[Place(_suffix(part).decode())] += 0
             image = images[key]
             if image is not None:
-                hints = reading.hints or of_all.hints
-                name = _plain(image)
+                hints = reading.hints or shared.hints
+                name = _clean_name(image)
                 folder = name.rpartition(b"/")[0]
-                yield TarSample(name, shard, *image[1:], label, folder, same.setdefault(hints, hints))
+                yield TarSample(name, shard, *image[1:], label, folder, interned.setdefault(hints, hints))
 
 
 def label_place(samples: Iterable[TarSample]) -> Place | None:
-    """The place of the label in the hints of `samples`, none of which has a label; None where it is not certain.
+    """Return the place of the label in the hints of `samples`, none of which has a label; None if that is uncertain.
 
-    Each has one there; where there are several such places, they must divide the samples into the same classes: then
-    it is the first with numbers, which have an order of their own.
+    Every sample must have a hint there. If there are several such places, they must divide the samples into the same
+    classes; then the first with numbers is chosen, because numbers define the order of the classes.
     """
     tables = [dict(hints) for hints in {sample.hints for sample in samples}]
     shared = sorted(set(tables[0]).intersection(*tables)) if tables else []
@@ -156,27 +160,27 @@ def label_place(samples: Iterable[TarSample]) -> Place | None:
 
 
 def _image(parts: Sequence[Member], keys: tuple[str, ...], skipped: Counter[str]) -> Member | None:
-    """The image of a sample; None where it has none."""
+    """Return the image of a sample; None if it has none. Raises `Unclear` for several without a matching key."""
     extensions = [_short_extension(part) for part in parts]
     times = Counter(extensions)
     twice = next((part for part, extension in zip(parts, extensions, strict=True) if times[extension] > 1), None)
     if twice is not None:
-        raise Unclear(f"{printable(twice.name)} is in it twice; make these shards again")
-    images = {_short_extension(part).decode("latin-1"): part for part in parts if _holds_image(part)}
+        raise Unclear(f"{printable(twice.name)} appears twice; make these shards again")
+    images = {_short_extension(part).decode("latin-1"): part for part in parts if _is_image_member(part)}
     if len(images) <= 1:
         return next(iter(images.values()), None)
     chosen = next((images[key] for key in keys if key in images), None)
     if chosen is None:
         sample, shown = printable(_long_key(parts[0])), listed(list(images))
         wrong = f"several images, none of data.image_key={':'.join(keys)}" if keys else "several images"
-        # A plain extension first: x.jpg before x.mask.png.
+        # Prefer a plain extension: x.jpg before x.mask.png.
         plain = min(images, key=lambda extension: extension.count("."))
         if "." in plain and (len(images) > _MANY_IMAGES or any(map(str.isdigit, plain.split(".")))):
-            folder, slash, base = _plain(images[plain]).rpartition(b"/")
+            folder, slash, base = _clean_name(images[plain]).rpartition(b"/")
             stem, dot, suffix = base.rpartition(b".")
             better = folder + slash + stem.replace(b".", b"_") + dot + suffix
             raise Unclear(
-                f"the sample {sample} has several images ({shown}), for a sample's name ends at the first dot; "
+                f"the sample {sample} has several images ({shown}), because a sample's name ends at the first dot; "
                 f"replace the other dots in the names of images and labels, as in {printable(better)}"
             )
         likely = ":".join((*keys, printable(plain)))
@@ -188,12 +192,12 @@ def _image(parts: Sequence[Member], keys: tuple[str, ...], skipped: Counter[str]
     return chosen
 
 
-def _plain(member: Member) -> bytes:
+def _clean_name(member: Member) -> bytes:
     return member.name.removeprefix(b"./")
 
 
 def _key(member: Member) -> bytes:
-    folder, slash, base = _plain(member).rpartition(b"/")
+    folder, slash, base = _clean_name(member).rpartition(b"/")
     return folder + slash + base.partition(b".")[0]
 
 
@@ -206,7 +210,7 @@ def _suffix(member: Member) -> bytes:
 
 
 def _short_extension(member: Member) -> bytes:
-    """The extension without leading parts of digits, unless there is nothing else: ``0.jpg`` is ``jpg``."""
+    """Return the extension without leading parts of digits, unless it has no others: ``jpg`` for ``0.jpg``."""
     extension = _extension(member)
     if not extension[:1].isdigit():
         return extension
@@ -217,64 +221,64 @@ def _short_extension(member: Member) -> bytes:
 
 
 def _long_key(member: Member) -> bytes:
-    """The key with those parts."""
+    """Return the key including the digits that `_short_extension` removes."""
     short = _short_extension(member)
-    return _plain(member)[: -len(short) - 1] if short else _plain(member)
+    return _clean_name(member)[: -len(short) - 1] if short else _clean_name(member)
 
 
-def _holds_image(member: Member) -> bool:
+def _is_image_member(member: Member) -> bool:
     return is_image(b"." + _extension(member))
 
 
-def _read_label(handle: int, parts: Sequence[Member], beside: Counter[Place]) -> _Reading:
-    """The label in ``.cls`` or, without one, in ``.json``. Raises `Unclear` where the two contradict each other.
+def _read_label(handle: int, parts: Sequence[Member], candidates: Counter[Place]) -> _LabelReading:
+    """Read the label in ``.cls`` or, without one, in ``.json``. Raises `Unclear` if the two contradict each other.
 
-    Without a label the hints, and `beside` counts the keys in JSON.
+    Without a label, reads the hints, and counts the keys in JSON in `candidates`.
     """
     by_extension = {_short_extension(part): part for part in parts}
-    cls, about = by_extension.get(b"cls"), by_extension.get(b"json")
+    cls, metadata = by_extension.get(b"cls"), by_extension.get(b"json")
     if cls is not None:
-        return _read_cls(handle, cls, about)
-    content = None if about is None else _json(handle, about)
-    label = None if about is None else _label_in_json(about, content)
+        return _read_cls(handle, cls, metadata)
+    content = None if metadata is None else _json(handle, metadata)
+    label = None if metadata is None else _label_in_json(metadata, content)
     if label is not None:
-        return _Reading(label, (b"json",))
+        return _LabelReading(label, (b"json",))
     hints: list[tuple[Place, int | bytes]] = []
     for extension in by_extension.keys() & _MAY_LABEL - {b"json"}:
         hint = _hint_in_text(handle, by_extension[extension], number=extension == b"txt")
         if hint is not None:
             hints.append((Place(extension.decode()), hint))
     for key, value in content.items() if isinstance(content, dict) else ():
-        place = Place("json", printable(key)[:_LONGEST_KEY])
-        if key and (place in beside or len(beside) < _MOST_KEYS):
-            beside[place] += 1
+        place = Place("json", printable(key)[:_MAX_KEY_LENGTH])
+        if key and (place in candidates or len(candidates) < _MAX_KEYS):
+            candidates[place] += 1
         hint = _as_label(value)
         if key.lower() in _HINTS and hint is not None:
             hints.append((place, hint))
-    return _Reading(hints=tuple(hints))
+    return _LabelReading(hints=tuple(hints))
 
 
-def _read_cls(handle: int, cls: Member, about: Member | None) -> _Reading:
+def _read_cls(handle: int, cls: Member, metadata: Member | None) -> _LabelReading:
     label = _label_in_cls(handle, cls)
     try:
-        other = None if about is None else _label_in_json(about, _json(handle, about))
+        other = None if metadata is None else _label_in_json(metadata, _json(handle, metadata))
     except (BadTar, Unclear):
-        # The JSON describes something else.
+        # The JSON is not about the label.
         other = None
     if isinstance(other, bytes) and other.isdigit() and len(other) < 10:
         other = int(other)
-    # A number and a name may well be the same class.
-    if about is not None and type(other) is type(label) and other != label:
+    # A number and a name may denote the same class.
+    if metadata is not None and type(other) is type(label) and other != label:
         raise Unclear(
-            f"{printable(cls.name)} holds the label {shown_label(label)} and {printable(about.name)} "
+            f"{printable(cls.name)} holds the label {shown_label(label)} and {printable(metadata.name)} "
             f"{shown_label(other)}; correct one, or leave the image out"
         )
-    return _Reading(label, (b"cls",) if other is None else (b"cls", b"json"))
+    return _LabelReading(label, (b"cls",) if other is None else (b"cls", b"json"))
 
 
 def _hint_in_text(handle: int, part: Member, *, number: bool) -> Label:
-    """The number or, unless it must be a `number`, the name in a member of text; None for what is neither."""
-    if number and part.size > _MOST_NUMBER:
+    """Return the number or, unless it must be a `number`, the name in a text member; None for anything else."""
+    if number and part.size > _MAX_NUMBER:
         return None
     try:
         label = _label_in_cls(handle, part)
@@ -284,39 +288,39 @@ def _hint_in_text(handle: int, part: Member, *, number: bool) -> Label:
 
 
 def _label_in_cls(handle: int, cls: Member) -> int | bytes:
-    text = os.pread(handle, min(cls.size, _MOST_CLS + 1), cls.offset).removeprefix(_BOM).strip()
-    if not text or len(text) > _MOST_CLS or b"\0" in text:
+    text = os.pread(handle, min(cls.size, _MAX_CLS + 1), cls.offset).removeprefix(_BOM).strip()
+    if not text or len(text) > _MAX_CLS or b"\0" in text:
         raise BadTar(f"{printable(cls.name)} holds no label")
-    if is_odd_number(text):
-        raise _odd(cls, printable(text))
+    if is_invalid_number(text):
+        raise _invalid_label(cls, printable(text))
     return int(text) if text.isdigit() and len(text) < 10 else text
 
 
-def _json(handle: int, about: Member) -> Any:
-    if about.size > _MOST_JSON:
-        raise Unclear(f"{printable(about.name)} is larger than {_MOST_JSON >> 20} MiB; put labels in .cls files")
+def _json(handle: int, metadata: Member) -> Any:
+    if metadata.size > _MAX_JSON:
+        raise Unclear(f"{printable(metadata.name)} is larger than {_MAX_JSON >> 20} MiB; put labels in .cls files")
     try:
-        return json.loads(os.pread(handle, about.size, about.offset))
+        return json.loads(os.pread(handle, metadata.size, metadata.offset))
     except (ValueError, RecursionError):
-        raise BadTar(f"{printable(about.name)} is no JSON") from None
+        raise BadTar(f"{printable(metadata.name)} is not valid JSON") from None
 
 
-def _label_in_json(about: Member, content: Any) -> Label:
+def _label_in_json(metadata: Member, content: Any) -> Label:
     if isinstance(content, list):
         return None
     values = [content.get(key) for key in LABEL_KEYS] if isinstance(content, dict) else [content]
     value = next((value for value in values if value is not None), None)
     label = _as_label(value)
     if label is None and value is not None:
-        raise _odd(about, json.dumps(value))
+        raise _invalid_label(metadata, json.dumps(value))
     return label
 
 
 def _as_label(value: Any) -> Label:
-    """The class that a value in JSON stands for; None for what is none."""
+    """Return the class that a JSON value denotes; None if it cannot be a class."""
     if isinstance(value, str):
         label = value.encode("utf-8", "surrogatepass")
-        return label if value and "\0" not in value and not is_odd_number(label) else None
+        return label if value and "\0" not in value and not is_invalid_number(label) else None
     return value if type(value) is int and 0 <= value < 10**9 else None
 
 
@@ -325,13 +329,13 @@ def shown_label(label: Label) -> str:
     return printable(label if isinstance(label, bytes) else str(label))[:80]
 
 
-def is_odd_number(label: bytes) -> bool:
-    """Return True for the text of a number that is not one of a class: negative, signed, or not whole."""
+def is_invalid_number(label: bytes) -> bool:
+    """Return True if `label` is a number, but not the number of a class: signed, or not an integer."""
     return _NUMBER.fullmatch(label) is not None and not label.isdigit()
 
 
-def _odd(member: Member, shown: str) -> Unclear:
+def _invalid_label(member: Member, shown: str) -> Unclear:
     return Unclear(
-        f"{printable(member.name)} holds the label {printable(shown)[:80]}; a label is the number of a class (0, 1, "
-        "...) or its name: correct it, or leave the image out"
+        f"{printable(member.name)} holds the label {printable(shown)[:80]}; a label must be a class number (0, 1, ...) "
+        "or a class name: correct it, or leave the image out"
     )

@@ -1,6 +1,7 @@
-"""Tar shards that others made, in webdataset's layout, as a store: their index is built once and kept.
+"""Open tar shards in webdataset's layout as a store, with an index that is built once and cached.
 
-tar_samples.py finds the samples of a tar and their labels. The class of one without a label is the folder in its name.
+tar_samples.py reads the samples of a tar and their labels. The class of a sample without a label is the folder in its
+name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lars_train.data.dataset import NamesBuilder
 from lars_train.data.inventory import format_counts, merge_counts
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, load_index, save_index
 from lars_train.data.sources.shards import Packed, Places, Shard, ShardTree, make_index, parse_splits
-from lars_train.data.sources.split_files import Shards, unpacking, unpacking_twice
+from lars_train.data.sources.split_files import Shards, advise_nested_tars, advise_unpacking
 from lars_train.data.sources.tar_samples import (
     LABEL_KEYS,
     Label,
@@ -36,31 +37,32 @@ from lars_train.data.splits import TEST, TRAIN, VAL, find_non_classes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, is_rank0, listed, printable
 
-# 2: names with digits, several images in a sample, labels and folders are read in another way; counts.
-# 3: names like those of splits, contradictions between labels, and all that is skipped.
-# 4: labels by other keys and in other members, and where labels come from.
+# 2: names with digits, several images in a sample, labels and folders are read differently; skipped files are counted.
+# 3: names like those of splits, contradictions between labels, and all kinds of skipped files.
+# 4: labels under other keys and in other members, and where labels come from.
 # 5: labels that belong to no image.
 _VERSION = 5
 
 
 class WebdatasetTree(ShardTree):
-    """A store of tars that others made."""
+    """A store of tars in webdataset's layout."""
 
     numbers: tuple[int, ...] = ()
-    """The number that labels each class; empty where names do."""
+    """The number of each class in the labels; empty if those are names."""
 
 
 def open_webdataset(
-    root: Path, shards: Shards, image_key: str | None = None, train_alone: bool = False
+    root: Path, shards: Shards, image_key: str | None = None, train_only: bool = False
 ) -> WebdatasetTree:
-    """The store that `shards` of `root` are. Raises `ConfigError` for shards that cannot be used.
+    """Open the tars `shards` in `root` as a store. Raises `ConfigError` for shards that cannot be used.
 
-    `train_alone`: leave a validation set out, so that nothing in it matters; without a training set it is read.
-    `image_key`: of a sample with several images, the extension of the one to read; several extensions are separated
-    by ``:``, and the first that a sample has counts. Of several processes, one makes the index, and the others wait. It
-    holds while the shards' names, lengths and times of their last change are what they were.
+    The index is valid as long as the names, sizes and mtimes of the shards stay the same. If it is not, one process
+    rebuilds it, and the others wait.
+
+    `image_key`: of a sample with several images, the extension of the one to read. Several extensions are separated by
+    ``:``; the first that a sample has is used. `train_only`: ignore the validation set unless there is no training set.
     """
-    if train_alone and TRAIN in shards.files:
+    if train_only and TRAIN in shards.files:
         shards = shards._replace(files={TRAIN: shards.files[TRAIN]})
     files = shards.files
     state: dict[str, Any] = {split: [[name, *_state(root / name)] for name in names] for split, names in files.items()}
@@ -68,67 +70,67 @@ def open_webdataset(
 
     def use(meta: dict[str, Any], arrays: Arrays) -> WebdatasetTree | None:
         if meta["kind"] != "webdataset":
-            raise Damaged("it is of another kind")
+            raise Damaged(f"it is of kind {meta['kind']}")
         if meta.get("version", 1) != _VERSION:
             raise Outdated
-        # An index of both splits has that of the training set.
-        known = {key: meta["state"].get(key) for key in state} if TRAIN in files else meta["state"]
-        if known != state:
+        # An index of both splits can serve the training set alone.
+        indexed = {key: meta["state"].get(key) for key in state} if TRAIN in files else meta["state"]
+        if indexed != state:
             return None
-        wanted = {split: parts for split, parts in meta["splits"].items() if split in files}
-        splits, read = parse_splits(root, meta | {"splits": wanted}, arrays), shards.inventory
-        if read.val and VAL not in splits:
-            read = replace(read, val="", unused=(read.val, *read.unused))
+        needed = {split: parts for split, parts in meta["splits"].items() if split in files}
+        splits, inventory = parse_splits(root, meta | {"splits": needed}, arrays), shards.inventory
+        if inventory.val and VAL not in splits:
+            inventory = replace(inventory, val="", unused=(inventory.val, *inventory.unused))
         notes = {split: str(meta["splits"][split]["labels"]) for split in splits}
         if len(set(notes.values())) > 1:
             notes = {split: note and f"{split}: {note}" for split, note in notes.items()}
-        read = replace(read, label_notes=tuple(dict.fromkeys(filter(None, notes.values()))))
-        tree = WebdatasetTree(root, splits, inventory=read)
+        inventory = replace(inventory, label_notes=tuple(dict.fromkeys(filter(None, notes.values()))))
+        tree = WebdatasetTree(root, splits, inventory=inventory)
         tree.numbers = tuple(map(int, meta["numbers"]))
         return tree
 
-    known = load_index(root, use)
-    if known is None:
+    tree = load_index(root, use)
+    if tree is None:
         with index_lock(root):
-            known = load_index(root, use)
-            if known is None:
+            tree = load_index(root, use)
+            if tree is None:
                 meta, arrays = _index(root, shards, tuple((image_key or "").lower().split(":")) if image_key else ())
                 meta |= {"version": _VERSION, "state": state}
-                known = use(meta, arrays)
-                assert known is not None
+                tree = use(meta, arrays)
+                assert tree is not None
                 save_index(root, meta, arrays)
-    return known
+    return tree
 
 
 def _state(path: Path) -> tuple[int, int]:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise ConfigError(f"data.root: {path} cannot be read ({error.strerror}).") from error
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass
 class _Split:
-    """The tars of a split, and what they hold."""
+    """The tars of a split, and their content."""
 
     name: str
     files: list[str]
-    called: bool
-    """True if the tars are of this split by name; tars of no split count as training."""
+    named: bool
+    """True if the tars are named after this split; False for tars of no split, which count as training."""
     samples: list[TarSample] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    """Counts of what belongs to no sample or is not read, by reason."""
-    beside: Counter[Place] = field(default_factory=Counter)
-    """Counts of the members that may hold the label of a sample without one."""
-    loose: Counter[bytes] = field(default_factory=Counter)
-    """Under the name of the first, those ``.cls`` that belong to no image."""
+    """Counts of members that belong to no sample or are not read, by reason."""
+    candidates: Counter[Place] = field(default_factory=Counter)
+    """Counts of members that may hold the label of a sample without one."""
+    orphans: Counter[bytes] = field(default_factory=Counter)
+    """The count of ``.cls`` members that belong to no image, under the name of the first one."""
     note: str = ""
-    """The source of its labels, if the user should know."""
+    """Where the labels come from, if the log should say so."""
 
-    def places_beside(self) -> list[Place]:
-        """The places in `beside`, the most frequent first."""
-        return [place for place, _ in self.beside.most_common()]
+    def candidate_places(self) -> list[Place]:
+        """Return the places in `candidates`, most frequent first."""
+        return [place for place, _ in self.candidates.most_common()]
 
 
 def _index(root: Path, shards: Shards, keys: tuple[str, ...]) -> tuple[dict[str, Any], Arrays]:
@@ -145,7 +147,7 @@ def _index(root: Path, shards: Shards, keys: tuple[str, ...]) -> tuple[dict[str,
             _read(root, split, keys, bar)
     _read_hints(splits)
     if read.val.lower() == TEST and len(splits) > 1 and _without_labels(splits[1].samples, splits[0].samples):
-        # The images of a competition: nothing to validate on.
+        # A test set without labels, as competitions have, cannot serve as validation.
         del splits[1]
     classes, numbers = _classes(root, splits)
     index, arrays = make_index(root, {split.name: _packed(root, split, classes, numbers) for split in splits})
@@ -156,18 +158,18 @@ def _index(root: Path, shards: Shards, keys: tuple[str, ...]) -> tuple[dict[str,
 
 
 def _read(root: Path, split: _Split, keys: tuple[str, ...], bar: Any) -> None:
-    """Read all samples of a split, ranked by name. Names that are not unique get their shard's in front."""
+    """Read all samples of a split, sorted by name. If names are not unique, the shard's name is prepended."""
     samples: list[TarSample] = []
     for number, shard in enumerate(split.files):
         shown = printable(os.fsencode(shard))
         try:
             handle = os.open(root / shard, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                samples += samples_of(handle, number, keys, split.skipped, split.beside, split.loose)
+                samples += samples_of(handle, number, keys, split.skipped, split.candidates, split.orphans)
             finally:
                 os.close(handle)
         except (BadTar, OSError) as error:
-            raise ConfigError(f"data.root={root}: {shown} cannot be used ({error}); get it again.") from error
+            raise ConfigError(f"data.root={root}: {shown} cannot be used ({error}); copy it again.") from error
         except Unclear as error:
             raise ConfigError(f"data.root={root}: {shown}: {error}.") from None
         bar.update()
@@ -177,23 +179,24 @@ def _read(root: Path, split: _Split, keys: tuple[str, ...], bar: Any) -> None:
     samples.sort(key=lambda sample: sample.name)
     twice = next((a for a, b in pairwise(samples) if a.name == b.name), None)
     if twice is not None:
-        raise ConfigError(f"data.root={root}: {printable(twice.name)} is in it twice; make these shards again.")
+        raise ConfigError(f"data.root={root}: {printable(twice.name)} appears twice; make these shards again.")
     split.samples = samples
 
 
 def _read_hints(splits: Sequence[_Split]) -> None:
-    """Give samples without a label the one that `label_place` finds, and count the members that are not read.
+    """Label samples without a label from the place that `label_place` finds, and count the members that are not read.
 
-    Notes for each split where its labels come from. A validation set is read as the training set is, where that has
-    samples without a label. Folders stay the classes where they are the same ones.
+    Sets the note of each split on where its labels come from. If the training set has samples without a label, they
+    decide the place for the validation set, too. If folders define the same classes as the place, they remain the
+    classes.
     """
-    lacking = next((few for split in splits if (few := [s for s in split.samples if s.label is None])), [])
-    place = label_place(lacking)
+    unlabeled = next((found for split in splits if (found := [s for s in split.samples if s.label is None])), [])
+    place = label_place(unlabeled)
     if place is not None:
-        folders = _class_folders(lacking, set())
-        pairs = {(dict(sample.hints)[place], folders[sample.folder]) for sample in lacking}
+        folders = _class_folders(unlabeled, set())
+        pairs = {(dict(sample.hints)[place], folders[sample.folder]) for sample in unlabeled}
         if all(len(set(side)) == len(pairs) and b"" not in side for side in zip(*pairs, strict=True)):
-            # The folders are the same classes, by their names.
+            # The folders are the same classes, and have names.
             place = None
     for split in splits:
         samples = split.samples
@@ -205,10 +208,10 @@ def _read_hints(splits: Sequence[_Split]) -> None:
             ]
         after = sum(sample.label is None for sample in samples)
         read = place.extension if place is not None and after < before else ""
-        for (extension, key), count in split.beside.items():
+        for (extension, key), count in split.candidates.items():
             if not key and extension != read:
                 split.skipped[f".{extension} files"] += count
-        unread = _listed_places(other for other in split.places_beside() if other != place)
+        unread = _listed_places(other for other in split.candidate_places() if other != place)
         parts = []
         if place is not None and after < before:
             some = "" if before == len(samples) else f"of {counted(before - after, 'image')} "
@@ -220,7 +223,7 @@ def _read_hints(splits: Sequence[_Split]) -> None:
 
 
 def _listed_places(places: Iterable[Place]) -> str:
-    """The places of labels for a message: ``.json (caption, url), .txt``."""
+    """Return the places of labels for a message: ``.json (caption, url), .txt``."""
     keys: dict[str, list[str]] = {}
     for extension, key in places:
         keys.setdefault(extension, []).extend([key] if key else [])
@@ -254,13 +257,13 @@ def _packed(root: Path, split: _Split, classes: Sequence[bytes], numbers: Mappin
 
 
 def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[Label, int]]:
-    """The class names, and the index of each label. Samples without a label are given their folder's."""
+    """Return the class names, and the index of each label. Samples without a label get their folder's."""
     for split in splits:
         if not split.samples:
             others = f" (skipped: {format_counts(split.skipped)})" if split.skipped else ""
-            twice = split.skipped.get(".tar files")
-            remedy = f" {unpacking_twice(root, split.name, split.files)}" if twice else ""
-            raise ConfigError(f"data.root={root}: its shards hold no pictures{others}.{remedy}")
+            nested = split.skipped.get(".tar files")
+            remedy = f" {advise_nested_tars(root, split.name, split.files)}" if nested else ""
+            raise ConfigError(f"data.root={root}: its shards hold no images{others}.{remedy}")
     tars = [tar for split in splits for tar in split.files]
     known: set[Label] = set()
     for split in splits:
@@ -274,11 +277,11 @@ def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[La
         )
     first, second = splits[0].samples, splits[1].samples if len(splits) > 1 else []
     every: list[set[Any]] = [{sample.label for sample in samples} for samples in (first, second)]
-    labels, strange = sorted(every[0]), sorted(every[1] - every[0])
-    if strange:
+    labels, extra = sorted(every[0]), sorted(every[1] - every[0])
+    if extra:
         raise ConfigError(
-            f"data.root={root}: the validation set has {counted(len(strange), 'class', 'classes')} that the training "
-            f"set has not, such as {shown_label(strange[0])}; make them fit."
+            f"data.root={root}: the validation set has {counted(len(extra), 'class', 'classes')} that the training "
+            f"set lacks, such as {shown_label(extra[0])}; make both sets with the same classes."
         )
     names = [label if isinstance(label, bytes) else b"%d" % label for label in labels]
     numbers = {label: index for index, label in enumerate(labels)}
@@ -288,33 +291,34 @@ def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[La
         if sample.folder != name and sample.folder in by_folder:
             raise ConfigError(
                 f"data.root={root}: {printable(sample.name)} of the validation set lies in the folder "
-                f"{printable(sample.folder)}, and its label is that of {printable(name)} in the training set; "
-                "make these shards again."
+                f"{printable(sample.folder)}, but its label belongs to {printable(name)} in the training set; make "
+                "these shards again."
             )
     return by_folder or names, numbers
 
 
 def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequence[str]) -> None:
-    """Give the samples of a split that have no label their class folder's; `known`: the labels of the training set.
+    """Label the samples of a split that have no label by their class folder.
 
-    Raises `ConfigError` where one has neither; `tars`: all of the data set, for what to do then.
+    Raises `ConfigError` for a sample that has neither. `known`: the labels of the training set. `tars`: all tars of the
+    data set, for the remedy.
     """
     samples = split.samples
     without = next((sample for sample in samples if sample.label is None), None)
-    if without is not None and split.loose:
-        ((name, count),) = split.loose.items()
+    if without is not None and split.orphans:
+        ((name, count),) = split.orphans.items()
         raise ConfigError(
-            f"data.root={root}: its shards hold {counted(count, '.cls file')} belonging to no image, such as "
-            f"{printable(name)}, and {printable(without.name)} has no label; the members of a sample have one name "
-            "up to the first dot and stand one after the other: make these shards again, or leave these files out."
+            f"data.root={root}: its shards hold {counted(count, '.cls file')} belonging to no image, such "
+            f"as {printable(name)}, and {printable(without.name)} has no label; the members of a sample must be "
+            "adjacent and share their name up to the first dot: make these shards again, or leave these files out."
         )
     folders = _class_folders(samples, known)
     named = sorted({folders[sample.folder] for sample in samples if sample.label is None})
-    parts = find_non_classes(list(map(os.fsdecode, named)), split=split.called) if len(named) > 1 else []
+    parts = find_non_classes(list(map(os.fsdecode, named)), split=split.named) if len(named) > 1 else []
     if parts:
         raise ConfigError(
-            f"data.root={root}: folders in its shards are splits and no classes ({printable(', '.join(parts))}); "
-            "unpack the shards, and give the folder above train/; if these are classes, call the shards "
+            f"data.root={root}: folders in its shards are splits, not classes ({printable(', '.join(parts))}); "
+            "unpack the shards, and give the folder above train/; if these are classes, name the shards "
             "train-*.tar and val-*.tar."
         )
     any_label = any(sample.label is not None or sample.folder for sample in samples)
@@ -322,22 +326,23 @@ def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequenc
         sample._replace(label=folder if sample.label is None else sample.label, folder=folder)
         for sample, folder in ((sample, folders[sample.folder]) for sample in samples)
     ]
-    lacking = next((sample for sample in samples if not sample.label and sample.label != 0), None)
-    if lacking is not None:
-        remedy = ("" if any_label else unpacking(root, tars)) or "add its label, or leave it out."
-        unread = _listed_places(split.places_beside())
+    unlabeled = next((sample for sample in samples if not sample.label and sample.label != 0), None)
+    if unlabeled is not None:
+        remedy = ("" if any_label else advise_unpacking(root, tars)) or "add its label, or leave it out."
+        unread = _listed_places(split.candidate_places())
         raise ConfigError(
-            f"data.root={root}: {printable(lacking.name)} has no label: neither a .cls nor a .json with one of "
+            f"data.root={root}: {printable(unlabeled.name)} has no label: neither a .cls nor a .json with one of "
             f"{', '.join(LABEL_KEYS)}, nor a folder in its name{unread and f', and none is clear from {unread}'}; "
             f"{remedy}"
         )
 
 
 def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[bytes, bytes]:
-    """For the folders in the names of a split's samples the one of them that is the class; empty where there is none.
+    """Map the folder of each sample of a split to the part of it that is the class; empty if it has no parts.
 
-    It is the first below all that the samples share, so far as each keeps one. `known`: the classes of the training
-    set. A validation set of one class shares more folders than it should: then as many count as make known classes.
+    The class is the first part after those that all samples share, as long as each sample has such a part. `known`: the
+    classes of the training set. The samples of a validation set with a single class also share that class; then fewer
+    parts count as shared, such that the classes are known ones.
     """
     parts = {folder: folder.split(b"/") if folder else [] for folder in {sample.folder for sample in samples}}
     levels = zip(*parts.values(), strict=False)
@@ -351,9 +356,9 @@ def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[byte
 
 
 def classes_by_folder(pairs: Collection[tuple[Label, bytes | None]], labels: Sequence[Label]) -> list[bytes]:
-    """The folders in the order of `labels`, where each label has one to itself in that order; empty where not.
+    """Return the folders in the order of `labels` if each label has its own folder, in the same order; else empty.
 
-    `pairs`: each different pair of a sample's label and folder.
+    `pairs`: the distinct pairs of a sample's label and folder.
     """
     folders = dict(pairs)
     named = [folder for folder in (folders[label] for label in labels) if folder is not None]

@@ -277,7 +277,7 @@ def _check(path: Path, members: list[tuple[bytes, zipfile.ZipInfo]]) -> None:
     for name, info in members:
         if not is_image(name):
             continue
-        problem = "is in it twice" if name == before else _problem(info, length)
+        problem = "appears twice" if name == before else _problem(info, length)
         if problem:
             raise ConfigError(
                 f"data.root={path}: {printable(name)} {problem}; pack the zip again (`zip -r -0` will do)."

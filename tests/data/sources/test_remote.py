@@ -416,7 +416,7 @@ def test_what_is_no_store_is_bad_input(flaky: str, store: Path, tmp_path: Path) 
         open_folder(flaky, None, CacheSettings("/proc/nowhere"))
     with pytest.raises(ConfigError, match=r"data\.cache_gb allows 1,000"):
         opened(flaky, tmp_path, limit=1000)
-    with pytest.raises(ConfigError, match="only lars-train reads from URLs"):
+    with pytest.raises(ConfigError, match=r"only lars-train's data\.root can be a URL"):
         open_folder(flaky, None)
 
 

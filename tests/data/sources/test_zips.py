@@ -242,7 +242,7 @@ def test_an_entry_that_cannot_be_read_is_named_when_opened(
 def test_an_image_that_is_there_twice_is_named(archive: str) -> None:
     with zipfile.ZipFile(archive, "a") as opened:
         opened.writestr("train/b/0.jpg", b"another")
-    with pytest.raises(ConfigError, match=r"data\.root=.*train/b/0\.jpg is in it twice; pack"):
+    with pytest.raises(ConfigError, match=r"data\.root=.*train/b/0\.jpg appears twice; pack"):
         open_folder(archive, None)
 
 
