@@ -1,4 +1,4 @@
-"""A store made of Hugging Face's parquet is the folder that the parquet was made of, or there is a reason why not."""
+"""A store packed from Hugging Face's parquet equals the folder that the parquet was made from, or is refused."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ RANDOM = np.random.default_rng(0)
 WNIDS = ("n01440764", "n01443537", "n02110185", "n15075141")
 ENGLISH = ("tench, Tinca tinca", "goldfish", "Siberian husky", "toilet tissue")
 Row = tuple[bytes | None, str | None, Any]
-"""Picture, path, label."""
+"""Encoded image, path, label."""
 
-# ImageNet's own names, as they lie in a folder: what the hub's names were made of.
+# ImageNet's own paths in a folder, from which the Hub made its names.
 FILES = {
     "train": {f"{w}/{w}_{i * 37}.JPEG": RANDOM.bytes(int(RANDOM.integers(1, 3000))) for w in WNIDS for i in range(11)},
     "validation": {
@@ -49,7 +49,7 @@ FILES = {
 
 
 def hub_rows(files: Mapping[str, bytes]) -> list[Row]:
-    """The rows that the hub has for these files: in no order, labels by rank of the wnid, which is in the path."""
+    """Return the Hub's rows for these files: shuffled, labels by rank of the wnid, with the wnid in the path."""
     rows = []
     for name, data in files.items():
         wnid, _, base = name.partition("/")
@@ -76,11 +76,11 @@ def write(
     **options: Any,
 ) -> None:
     binary = bytes_type or pa.binary()
-    pictures, paths, labels = zip(*rows, strict=True)
+    images, paths, labels = zip(*rows, strict=True)
     if plain:
-        column = pa.array(pictures, binary)
+        column = pa.array(images, binary)
     else:
-        both = [{"bytes": picture, "path": path} for picture, path in zip(pictures, paths, strict=True)]
+        both = [{"bytes": data, "path": path} for data, path in zip(images, paths, strict=True)]
         column = pa.array(both, pa.struct([("bytes", binary), ("path", pa.string())]))
     table = pa.table({image: column, "label": pa.array(labels, label_type or pa.int64())})
     if classes is not None:
@@ -90,7 +90,7 @@ def write(
 
 
 def hub(root: Path, count: int = 3, **options: Any) -> str:
-    """``imagenet-1k`` as it lies on the hub: files of all splits in one folder, the test set without labels."""
+    """Write ``imagenet-1k`` as on the Hub: files of all splits in one folder, the test set without labels."""
     (root / ".git").mkdir(parents=True)
     (root / "README.md").write_text("# ImageNet")
     for split, files in FILES.items():
@@ -105,7 +105,7 @@ def hub(root: Path, count: int = 3, **options: Any) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """The folder that the hub's data set was made of."""
+    """Write the folder that the Hub's data set was made from."""
     for split, place in (("train", "train"), ("validation", "val")):
         for name, data in FILES[split].items():
             path = tmp_path / "imagenet" / place / name
@@ -114,7 +114,16 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "imagenet")
 
 
-def ended(*arguments: str) -> object:
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Return ``imagenet-1k`` as on the Hub, and a store of it. Tests only read them."""
+    path = tmp_path_factory.mktemp("packed")
+    root = hub(path / "hub")
+    pack(request(root, path / "store"), silent)
+    return root, path / "store"
+
+
+def run(*arguments: str) -> object:
     try:
         main(arguments)
     except SystemExit as end:
@@ -133,9 +142,7 @@ def ended(*arguments: str) -> object:
         {"classes": None},
     ],
 )
-def test_a_store_of_the_hubs_imagenet_is_the_data_set_of_its_folder_under_the_same_fingerprint(
-    tmp_path: Path, folder: str, options: dict[str, Any]
-) -> None:
+def test_a_store_of_the_hubs_imagenet_equals_its_folder(tmp_path: Path, folder: str, options: dict[str, Any]) -> None:
     kinds = {"large": pa.large_binary(), "int16": pa.int16()}
     root = hub(tmp_path / "hub", **{k: kinds.get(v, v) if isinstance(v, str) else v for k, v in options.items()})
     before = tree(tmp_path / "hub")
@@ -147,12 +154,12 @@ def test_a_store_of_the_hubs_imagenet_is_the_data_set_of_its_folder_under_the_sa
         assert opened.fingerprint == expected.fingerprint
     assert open_folder(str(tmp_path / "store"), 0.3).fingerprint == open_folder(folder, 0.3).fingerprint
     assert tree(tmp_path / "hub") == before
-    # Also where the index is lost, from names and labels in the shards.
+    # Also without the index, from the names and labels in the shards.
     (tmp_path / "store" / "index.lars").unlink()
     assert open_folder(str(tmp_path / "store"), None).fingerprint == expected.fingerprint
 
 
-def test_a_part_of_the_classes_is_the_folder_of_that_part(tmp_path: Path) -> None:
+def test_a_subset_of_the_classes_equals_its_folder(tmp_path: Path) -> None:
     some = {name: data for name, data in FILES["train"].items() if not name.startswith(WNIDS[1])}
     write(tmp_path / "hub" / "train.parquet", hub_rows(some))
     for name, data in some.items():
@@ -165,20 +172,20 @@ def test_a_part_of_the_classes_is_the_folder_of_that_part(tmp_path: Path) -> Non
     assert store.fingerprint == data.fingerprint
 
 
-def test_each_row_group_is_decoded_once_to_pack_and_once_to_verify(
+def test_packing_decodes_each_row_group_twice_a_few_rows_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[tuple[str, int]] = []
     rows_at_a_time: list[int] = []
     batches = parquet.image_batches
 
-    def watched(path: Path, group: int, column: str) -> Any:
+    def recorded(path: Path, group: int, column: str) -> Any:
         decoded.append((path.name, group))
         for batch in batches(path, group, column):
             rows_at_a_time.append(len(batch))
             yield batch
 
-    monkeypatch.setattr(parquet, "image_batches", watched)
+    monkeypatch.setattr(parquet, "image_batches", recorded)
     write(tmp_path / "hub" / "train-a.parquet", [(b"%d" % i, f"{i:03d}.jpg", i % 4) for i in range(300)], group=50)
     write(tmp_path / "hub" / "train-b.parquet", [(b"%d" % i, f"{i:03d}.jpg", i % 4) for i in range(300, 450)], group=50)
     pack(request(str(tmp_path / "hub"), tmp_path / "one", shards=1), silent)
@@ -186,24 +193,23 @@ def test_each_row_group_is_decoded_once_to_pack_and_once_to_verify(
     assert len(first) == len(set(first)) == 9
     assert decoded == first * 2
     assert max(rows_at_a_time) <= 16
-    # Shards that end within a row group: each of those is begun twice.
+    # A row group that two shards share is decoded for each of them.
     decoded.clear()
     pack(request(str(tmp_path / "hub"), tmp_path / "four", shards=4), silent)
     assert len(decoded) <= 2 * (9 + 3)
-    # Not in the order of the files: who reads the shards from end to end should not meet one class after the other.
+    # Not in the order of the files, so that a reader of whole shards does not meet one class after the other.
     assert first != sorted(first)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_several_processes_make_the_same_store(tmp_path: Path) -> None:
-    root = hub(tmp_path / "hub")
-    pack(request(root, tmp_path / "one"), silent)
-    pack(request(root, tmp_path / "two", jobs=2), silent)
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+def test_the_store_does_not_depend_on_the_number_of_processes(packed: tuple[str, Path], tmp_path: Path) -> None:
+    root, store = packed
+    pack(request(root, tmp_path / "store", jobs=2), silent)
+    assert tree(tmp_path / "store") == tree(store)
 
 
-def killed_at(number: int, asked: Request) -> None:
-    """Pack, and be killed when a picture is read for the `number`-th time."""
+def pack_until_killed(number: int, asked: Request) -> None:
+    """Pack, and kill this process at the `number`-th read of an image."""
     read = parquet.ParquetSource.read
     calls = itertools.count(1)
 
@@ -217,15 +223,16 @@ def killed_at(number: int, asked: Request) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_killed_at_any_picture_it_goes_on_to_the_same_store(tmp_path: Path) -> None:
-    root = hub(tmp_path / "hub")
-    pack(request(root, tmp_path / "undisturbed"), silent)
-    shards = sum(name.endswith(".tar") for name in tree(tmp_path / "undisturbed"))
+def test_pack_until_killed_any_image_packing_resumes_to_the_same_store(
+    packed: tuple[str, Path], tmp_path: Path
+) -> None:
+    root, undisturbed = packed
+    shards = sum(name.endswith(".tar") for name in tree(undisturbed))
     left = []
-    # In the first shard, in the second, ...; the last two while the store is verified.
+    # In the first shard, in the second and so on; the last two during verification.
     for number in (3, 20, 33, 3, 20, 33):
         process = multiprocessing.get_context("fork").Process(
-            target=killed_at, args=(number, request(root, tmp_path / "store"))
+            target=pack_until_killed, args=(number, request(root, tmp_path / "store"))
         )
         process.start()
         process.join()
@@ -233,40 +240,40 @@ def test_killed_at_any_picture_it_goes_on_to_the_same_store(tmp_path: Path) -> N
         left.append(sum(name.endswith(".tar") for name in tree(tmp_path / "store")))
     assert left == [0, 1, 3, 3, shards, shards]
     pack(request(root, tmp_path / "store"), silent)
-    assert tree(tmp_path / "store") == tree(tmp_path / "undisturbed")
+    assert tree(tmp_path / "store") == tree(undisturbed)
 
 
-def test_the_command_packs_describes_and_verifies_against_parquet_and_folder(
+def test_the_command_packs_and_verifies_against_parquet_and_folder(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     hub(tmp_path / "hub")
-    assert ended("pack", "hub", "store", "--shards", "2", "--jobs", "1") == 0
+    assert run("pack", "hub", "store", "--shards", "2", "--jobs", "1") == 0
     assert "train: 44 images, 4 classes" in capsys.readouterr().out
     for source in ("hub", "hub/data", folder):
-        assert ended("verify", "store", "--source", source, "--jobs", "1") == 0
+        assert run("verify", "store", "--source", source, "--jobs", "1") == 0
         assert f"intact, and equal to {source}" in capsys.readouterr().out
-    assert ended("info", "store") == 0
+    assert run("info", "store") == 0
     assert f"fingerprint {open_folder(folder, None).fingerprint}" in capsys.readouterr().out
-    assert ended("pack", "hub", "store", "--shards", "2", "--jobs", "1") == 0
+    assert run("pack", "hub", "store", "--shards", "2", "--jobs", "1") == 0
     assert "existed already" in capsys.readouterr().out
-    assert ended("pack", folder, "store2", "--jobs", "1") == 0
-    assert ended("verify", "store2", "--source", "hub", "--jobs", "1") == 0
+    assert run("pack", folder, "store2", "--jobs", "1") == 0
+    assert run("verify", "store2", "--source", "hub", "--jobs", "1") == 0
     rows = hub_rows(FILES["train"])
     rows[7] = (b"other", *rows[7][1:])
     for path in (tmp_path / "hub/data").glob("train*"):
         path.unlink()
     write(tmp_path / "hub/data/train.parquet", rows)
     capsys.readouterr()
-    assert ended("verify", "store", "--source", "hub", "--jobs", "1") == 1
+    assert run("verify", "store", "--source", "hub", "--jobs", "1") == 1
     assert "differs from the original" in capsys.readouterr().out
-    assert ended("pack", "hub", "store3", "--val-labels", "x", "--jobs", "1") == 2
+    assert run("pack", "hub", "store3", "--val-labels", "x", "--jobs", "1") == 2
     assert "the labels are in the parquet files" in capsys.readouterr().err
 
 
-def test_classes_without_wnids_are_called_as_the_metadata_have_them_in_their_order(tmp_path: Path) -> None:
+def test_without_wnids_classes_are_named_after_the_metadata(tmp_path: Path) -> None:
     classes = ["z/ebra", " .hidden ", "a\u202eb", "", "never"]
-    for classes[3], called in (
+    for classes[3], expected in (
         ("dog", ("z_ebra", "_.hidden", "a_b", "dog")),
         ("z_ebra", ("0", "1", "2", "3")),
         ("", ("0", "1", "2", "3")),
@@ -275,18 +282,18 @@ def test_classes_without_wnids_are_called_as_the_metadata_have_them_in_their_ord
         for split in ("train", "test"):
             write(tmp_path / "hub" / f"{split}-00000-of-00001.parquet", rows, classes=classes, image="img")
         original = open_original(str(tmp_path / "hub"), None)
-        assert original.classes == called
+        assert original.classes == expected
         found = {
             source.name(i): (source.read(i), int(source.labels[i]))
             for source in original.splits.values()
             for i in range(12)
         }
-        assert found == {f"{called[i % 4]}/{i}.png": (b"%d" % i, i % 4) for i in range(12)}
+        assert found == {f"{expected[i % 4]}/{i}.png": (b"%d" % i, i % 4) for i in range(12)}
         assert list(original.splits) == ["train", "val"]
 
 
 @pytest.mark.parametrize("file", ["train-00000-of-00001", "0"])
-def test_classes_called_like_splits_are_refused_as_folders_are(file: str, tmp_path: Path) -> None:
+def test_classes_named_like_splits_are_refused_as_folders_are(file: str, tmp_path: Path) -> None:
     path = tmp_path / "hub" / f"{file}.parquet"
     for classes, refused in (
         (("train", "val"), "train, val"),
@@ -305,13 +312,13 @@ def test_classes_called_like_splits_are_refused_as_folders_are(file: str, tmp_pa
         open_original(str(tmp_path / "hub"), None)
 
 
-def test_a_test_set_without_labels_is_no_validation_set(tmp_path: Path) -> None:
+def test_a_test_set_without_labels_is_not_the_validation_set(tmp_path: Path) -> None:
     rows: list[Row] = [(b"%d" % i, f"{i}.jpg", i % 2) for i in range(4)]
     write(tmp_path / "hub" / "train.parquet", rows)
     test = tmp_path / "hub" / "test.parquet"
-    write(test, [(picture, path, -1) for picture, path, _ in rows])
+    write(test, [(image, path, -1) for image, path, _ in rows])
     assert list(open_original(str(tmp_path / "hub"), None).splits) == ["train"]
-    write(test, [(picture, path, None) for picture, path, _ in rows])
+    write(test, [(image, path, None) for image, path, _ in rows])
     assert list(open_original(str(tmp_path / "hub"), None).splits) == ["train"]
     pq.write_table(pq.read_table(test).drop_columns(["label"]), test)
     assert list(open_original(str(tmp_path / "hub"), None).splits) == ["train"]
@@ -320,15 +327,15 @@ def test_a_test_set_without_labels_is_no_validation_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["validation/0.parquet", "data/test-00000-of-00001.parquet", "0.parquet"])
-def test_parquet_of_a_validation_set_alone_is_packed_and_evaluated(tmp_path: Path, name: str) -> None:
+def test_a_validation_set_alone_is_packed_and_evaluated(tmp_path: Path, name: str) -> None:
     rows = [(b"%d" % i, f"{i}.jpg", (1, 3)[i % 2]) for i in range(8)]
-    for classes, called in ((ENGLISH, ("goldfish", "toilet tissue")), (None, ("1", "3"))):
+    for classes, names in ((ENGLISH, ("goldfish", "toilet tissue")), (None, ("1", "3"))):
         write(tmp_path / "hub" / name, rows, classes=classes)
-        store = tmp_path / f"store-{called[0]}"
+        store = tmp_path / f"store-{names[0]}"
         pack(request(str(tmp_path / "hub"), store), silent)
         data = open_validation(DataConfig(name="folder", root=str(store)))
         found = {(int(data.val.read(i)), data.classes[data.val.labels[i]]) for i in range(len(data.val))}
-        assert found == {(i, called[i % 2]) for i in range(8)}
+        assert found == {(i, names[i % 2]) for i in range(8)}
         assert (len(data.train), data.inventory.train) == (0, "")
         main(["verify", str(store), "--source", str(tmp_path / "hub"), "--jobs", "1"])
 
@@ -339,13 +346,13 @@ def test_parquet_without_labels_or_training_rows_is_refused(tmp_path: Path) -> N
     write(tmp_path / "b" / "validation.parquet", rows)
     write(tmp_path / "b" / "train.parquet", rows)
     pq.write_table(pq.read_table(tmp_path / "b" / "train.parquet").slice(0, 0), tmp_path / "b" / "train.parquet")
-    for folder, told in (("a", "; test has no labels or no rows"), ("b", r"or none with rows\.$")):
-        with pytest.raises(ConfigError, match=rf"no parquet files for training, .*{told}"):
+    for folder, message in (("a", "; test has no labels or no rows"), ("b", r"or none with rows\.$")):
+        with pytest.raises(ConfigError, match=rf"no parquet files for training, .*{message}"):
             open_original(str(tmp_path / folder), None)
 
 
 def test_wnids_that_contradict_the_labels_name_no_class(tmp_path: Path) -> None:
-    for label_of in (lambda i: i % 2, lambda i: 1 - i // 6):  # two in one class; not in the order of the labels
+    for label_of in (lambda i: i % 2, lambda i: 1 - i // 6):  # two wnids in one class; not in the order of the labels
         rows = [(b"%d" % i, f"n0000000{i // 6}_{i}.JPEG", label_of(i)) for i in range(12)]
         write(tmp_path / "hub" / "train.parquet", rows)
         original = open_original(str(tmp_path / "hub"), None)
@@ -356,7 +363,7 @@ def test_wnids_that_contradict_the_labels_name_no_class(tmp_path: Path) -> None:
         }
 
 
-def test_names_as_labels_are_classes(tmp_path: Path) -> None:
+def test_labels_that_are_names_are_the_classes(tmp_path: Path) -> None:
     for kind in (pa.string(), pa.dictionary(pa.int32(), pa.string()), pa.large_string()):
         rows = [(b"%d" % i, f"{i}.jpg", "cat" if i % 3 else "ant") for i in range(9)]
         write(tmp_path / "hub" / "train.parquet", rows, classes=None, label_type=kind)
@@ -366,16 +373,16 @@ def test_names_as_labels_are_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("png", [False, True])
-def test_pictures_without_paths_are_named_by_file_and_row(tmp_path: Path, png: bool) -> None:
-    pictures = [(b"\x89PNG" if png else b"\xff\xd8") + b"%d" % i for i in range(10)]
+def test_images_without_paths_are_named_after_file_and_row(tmp_path: Path, png: bool) -> None:
+    images = [(b"\x89PNG" if png else b"\xff\xd8") + b"%d" % i for i in range(10)]
     suffix = "png" if png else "jpg"
     for plain in (False, True):
         for first, name in ((0, "train-0"), (6, "train-1")):
-            rows = [(pictures[i], None, i % 2) for i in range(first, min(first + 6, 10))]
+            rows = [(images[i], None, i % 2) for i in range(first, min(first + 6, 10))]
             write(tmp_path / "hub" / f"{name}.parquet", rows, plain=plain, group=4)
         source = open_original(str(tmp_path / "hub"), None).splits["train"]
         assert {source.name(i): source.read(i) for i in range(10)} == {
-            f"{ENGLISH[i % 2]}/train-{i // 6}_{i % 6:07d}.{suffix}": pictures[i] for i in range(10)
+            f"{ENGLISH[i % 2]}/train-{i // 6}_{i % 6:07d}.{suffix}": images[i] for i in range(10)
         }
         name = f"{ENGLISH[0]}/train-1_0000002.{suffix}"
         assert source.name(9) == name
@@ -388,7 +395,7 @@ ROWS = st.lists(st.tuples(PATHS | st.text(max_size=6), st.integers(0, 3)), min_s
 
 @given(rows=ROWS)
 @settings(max_examples=25, deadline=None)
-def test_whatever_the_paths_are_each_picture_is_there_once_by_a_name_of_its_own_and_with_its_label(
+def test_each_image_has_a_distinct_name_and_its_label(
     rows: list[tuple[str | None, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.mktemp("any")
@@ -408,7 +415,7 @@ def test_whatever_the_paths_are_each_picture_is_there_once_by_a_name_of_its_own_
     assert names == sorted(set(names))
 
 
-def test_a_picture_that_is_null_ends_it_or_is_left_out_and_listed(tmp_path: Path) -> None:
+def test_a_null_image_ends_packing_or_is_left_out_and_listed(tmp_path: Path) -> None:
     rows: list[Row] = [(b"%d" % i, f"{i}.jpg", i // 6) for i in range(8)]
     rows[5] = (None, "5.jpg", 0)
     write(tmp_path / "hub" / "train.parquet", rows)
@@ -420,7 +427,7 @@ def test_a_picture_that_is_null_ends_it_or_is_left_out_and_listed(tmp_path: Path
     assert len(open_folder(str(tmp_path / "store"), 0.2).train) == 5
 
 
-def test_the_first_picture_alone_may_be_null(tmp_path: Path) -> None:
+def test_the_first_image_may_be_null(tmp_path: Path) -> None:
     rows: list[Row] = [(None, "0.jpg", 0), *((b"%d" % i, f"{i}.jpg", 0) for i in range(1, 4))]
     write(tmp_path / "hub" / "train.parquet", rows, group=1)
     source = open_original(str(tmp_path / "hub"), None).splits["train"]
@@ -439,7 +446,7 @@ def test_damage_is_never_packed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.parquet, row [4-7] .*cannot be read: .*--on-error skip"):
         pack(asked, silent)
     summary = pack(request(asked.source, tmp_path / "store", skip=True), silent)
-    # The page that is damaged is that of a row group of four.
+    # The damaged page belongs to a row group of four.
     assert {left["image"].partition("/")[2] for left in summary["skipped"]} == {f"{i}.jpg" for i in range(4, 8)}
     data = open_folder(str(tmp_path / "store"), 0.2)
     found = {data.train.read(i) for i in range(len(data.train))} | {data.val.read(i) for i in range(len(data.val))}
@@ -447,7 +454,7 @@ def test_damage_is_never_packed(tmp_path: Path) -> None:
 
 
 def outcome(root: str) -> str:
-    """What comes of opening a data set and reading all of its pictures."""
+    """Open a data set, read all of its images, and return what happened."""
     try:
         source = open_original(root, None).splits["train"]
     except ConfigError as error:
@@ -456,11 +463,11 @@ def outcome(root: str) -> str:
         try:
             source.read(sample)
         except OSError:
-            return "picture"
+            return "bad image"
     return "read"
 
 
-def test_any_damage_to_a_file_is_told_and_nothing_else_happens(tmp_path: Path) -> None:
+def test_damage_anywhere_raises_only_the_expected_errors(tmp_path: Path) -> None:
     rows = hub_rows(FILES["validation"])
     path = tmp_path / "hub" / "train.parquet"
     write(path, rows, write_page_checksum=True)
@@ -473,15 +480,16 @@ def test_any_damage_to_a_file_is_told_and_nothing_else_happens(tmp_path: Path) -
             del raw[dice.randrange(len(raw)) :]
         for _ in range(dice.randrange(1, 4)):
             if raw:
-                # The footer is a small part of the file, and the one that matters most.
+                # The footer is a small part of the file, but matters most.
                 at = dice.choice((dice.randrange(len(raw)), max(0, len(raw) - 1 - dice.randrange(1500))))
                 raw[at] = dice.randrange(256)
         path.write_bytes(raw)
         outcomes.append(outcome(str(tmp_path / "hub")))
-    assert set(outcomes) == {"read", "refused", "picture"}
+    assert set(outcomes) == {"read", "refused", "bad image"}
 
 
 def refused(tmp_path: Path, **columns: Any) -> str:
+    """Write a file with these columns and return the message with which it is refused."""
     path = tmp_path / "hub" / "train.parquet"
     path.parent.mkdir(exist_ok=True)
     meta = columns.pop("meta", None)
@@ -493,13 +501,13 @@ def refused(tmp_path: Path, **columns: Any) -> str:
     return str(error.value)
 
 
-def test_columns_that_cannot_be_used_are_told_apart(tmp_path: Path) -> None:
+def test_each_kind_of_unusable_column_has_its_message(tmp_path: Path) -> None:
     image = pa.array([{"bytes": b"x", "path": "1.jpg"}])
     assert "which column holds the labels? Expected a column of type ClassLabel, or one called label" in refused(
         tmp_path, image=image
     )
-    assert "which column holds the images?" in refused(tmp_path, label=[1], picture=[b"x"])
-    assert "the columns are label, pic\\u202eture" in refused(tmp_path, label=[1], **{"pic\u202eture": [b"x"]})
+    assert "which column holds the images?" in refused(tmp_path, label=[1], photo=[b"x"])
+    assert "the columns are label, pho\\u202eto" in refused(tmp_path, label=[1], **{"pho\u202eto": [b"x"]})
     for elsewhere in (
         pa.array([{"bytes": None, "path": "/data/1.jpg"}], image.type),
         pa.array([{"bytes": None, "path": "/data/1.jpg"}]),
@@ -518,20 +526,20 @@ def test_columns_that_cannot_be_used_are_told_apart(tmp_path: Path) -> None:
     assert "none with rows" in refused(tmp_path, image=image[:0], label=pa.array([], pa.int64()))
 
 
-@pytest.mark.parametrize(("label", "told"), [(-1, "-1"), (None, "None"), (4, "4"), (2**40, str(2**40))])
-def test_a_label_that_is_no_class_is_told_with_its_row(tmp_path: Path, label: int | None, told: str) -> None:
+@pytest.mark.parametrize("label", [-1, None, 4, 2**40])
+def test_a_label_without_a_class_is_reported_with_its_row(tmp_path: Path, label: int | None) -> None:
     rows = [(b"x", f"{i}.jpg", 0) for i in range(9)]
     rows[6] = (b"x", "6.jpg", label)  # type: ignore[assignment]
     for split, own in (("train", rows), ("validation", rows[:4])):
         write(tmp_path / "hub" / f"{split}-00000-of-00001.parquet", own)
     with pytest.raises(
-        ConfigError, match=f"train-00000-of-00001.parquet, row 6: the label {told} is not one of the 4 classes"
+        ConfigError, match=f"train-00000-of-00001.parquet, row 6: the label {label} is not one of the 4 classes"
     ):
         open_original(str(tmp_path / "hub"), None)
 
 
 @pytest.mark.parametrize("label", ["-1", "1.0", "+1"])
-def test_a_number_as_text_that_is_no_class_is_told_with_its_row(tmp_path: Path, label: str) -> None:
+def test_a_text_label_that_is_an_odd_number_is_refused(tmp_path: Path, label: str) -> None:
     write(
         tmp_path / "hub" / "train.parquet",
         [(b"x", None, "cat"), (b"y", None, label)],
@@ -542,7 +550,7 @@ def test_a_number_as_text_that_is_no_class_is_told_with_its_row(tmp_path: Path, 
         open_original(str(tmp_path / "hub"), None)
 
 
-def test_what_of_a_data_set_is_not_packed_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_packed_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[Row] = [(b"%d" % i, None, i % 2) for i in range(4)]
     for name in ("train", "valid", "extra"):
         write(tmp_path / "hub" / f"{name}-0.parquet", rows if name == "train" else rows[:1], classes=None)
@@ -550,7 +558,7 @@ def test_what_of_a_data_set_is_not_packed_is_counted(tmp_path: Path, capsys: pyt
     for path in (tmp_path / "hub").iterdir():
         table = pq.read_table(path)
         pq.write_table(table.append_column("img", table["image"]).append_column("cls", table["label"]), path)
-    assert ended("pack", str(tmp_path / "hub"), str(tmp_path / "store"), "--jobs", "1") == 0
+    assert run("pack", str(tmp_path / "hub"), str(tmp_path / "store"), "--jobs", "1") == 0
     out = capsys.readouterr().out
     assert "validation: valid; not used: test\n" in out
     assert "NOTE: classes without validation images: 1\n" in out
@@ -559,12 +567,9 @@ def test_what_of_a_data_set_is_not_packed_is_counted(tmp_path: Path, capsys: pyt
     assert (data.inventory.val, data.inventory.unused, data.inventory.unvalidated) == ("valid", ("test",), 1)
 
 
-def test_sets_of_files_that_do_not_fit_together_are_told_apart(tmp_path: Path) -> None:
-    def of(place: str) -> Any:
-        return lambda: open_original(str(tmp_path / place), None)
-
-    def fails(place: str, told: str) -> None:
-        with pytest.raises(ConfigError, match=told):
+def test_each_kind_of_mismatch_between_files_has_its_message(tmp_path: Path) -> None:
+    def fails(place: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
             open_original(str(tmp_path / place), None)
 
     hub(tmp_path / "gap")
@@ -584,7 +589,7 @@ def test_sets_of_files_that_do_not_fit_together_are_told_apart(tmp_path: Path) -
     fails("split", "the training set lacks 1 class of the validation set, such as 3")
 
 
-def test_without_pyarrow_the_remedy_is_named_and_folders_are_packed_still(folder: str, tmp_path: Path) -> None:
+def test_without_pyarrow_only_parquet_is_refused_with_the_remedy(folder: str, tmp_path: Path) -> None:
     hub(tmp_path / "hub")
     code = (
         "import sys\nsys.modules['pyarrow'] = None\nfrom lars_train.pack.lars_data import main\n"
