@@ -7,17 +7,18 @@ import itertools
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from lars_train.config.keys import is_text, suggestion
 from lars_train.config.lars_options import CHOICES, FLOAT32_MAX, FLOAT32_MIN, check_lars_options
-from lars_train.config.schema import AUTO, MODES, Config
+from lars_train.config.schema import AUTO, MODES, Config, choices_of
 from lars_train.config.values import filled, flatten
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.fsutil import user_path
 from lars_train.messages import is_url
+from lars_train.optim.schedule import Form
 
 # In bytes, of Linux: a name (NAME_MAX) and a whole path (PATH_MAX) without its terminating zero.
 _NAME_MAX, _PATH_MAX = 255, 4095
@@ -87,15 +88,15 @@ def check_choices(config: Config) -> None:
         "device": (AUTO, "cpu", "cuda"),
         "channels_last": (AUTO, True, False),
         "gradient_compression": ("none", "bf16"),
-        "precision.name": (AUTO, "fp32", "fp64", "bf16", "fp16"),
-        "optimizer.name": ("recipe", "lars", "sgd"),
-        "data.name": ("imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"),
+        "precision.name": tuple(choices_of("precision")),
+        "optimizer.name": tuple(choices_of("optimizer")),
+        "data.name": tuple(choices_of("data")),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
         "data.decoder": (AUTO, "native", "pillow"),
         "data.order": ("global", "shards"),
         "data.on_error": ("skip", "fail"),
         "evaluate.outputs": ("subset", "all"),
-        "schedule.form": ("whole", "restart", "mlperf", "steps"),
+        "schedule.form": get_args(Form),
         **CHOICES,
         "guard.on_divergence": ("stop", "rollback"),
         "plan.device": ("a100", "cpu", "h100", "v100"),

@@ -191,7 +191,7 @@ def test_a_name_in_a_stored_config_is_looked_up_in_our_lists_alone(name: str, tm
     for key in ("model.name", "data.name"):
         path = checkpoint.save(tmp_path / key, 1, content(changed(key, name)), keep=3)
         asked = config(tmp_path / "new", mode="evaluate", checkpoint__path=str(path))
-        with pytest.raises(ConfigError, match=r"no such model|choose one of imagenet"):
+        with pytest.raises(ConfigError, match=r"no such model|choose one of cifar10"):
             session.evaluate_only(*session.evaluation_config(asked, ()), Ranks())
     for key in ("optimizer.base", "model.name"):
         path = checkpoint.save(tmp_path / key, 1, content(changed(key, name)), keep=3)
