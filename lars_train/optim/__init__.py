@@ -1,5 +1,5 @@
-"""What changes the weights: LARS, the learning-rate schedule, the parameter groups.
+"""The LARS optimizer, the learning-rate schedule and the parameter groups.
 
-The folder can be copied into another package: it imports torch and itself, and `extensions` for what is built in C.
-Nothing is imported here, so that the schedule can be had without torch.
+The folder can be copied into another package: it imports only torch, itself, and `extensions` for the C kernels.
+This file imports nothing, so that the schedule can be used without torch.
 """

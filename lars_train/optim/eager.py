@@ -1,17 +1,17 @@
-"""Optimizers of torch without torch's compiler, the import of which takes up to two seconds of a start."""
+"""Step torch's optimizers without importing torch's compiler, which takes up to two seconds at start-up."""
 
 from __future__ import annotations
 
 from torch.optim import Optimizer
 
 
-def leave_compiler_out() -> None:
-    """Let the methods of torch's optimizers that are not to be compiled run as they are.
+def avoid_dynamo_import() -> None:
+    """Keep the methods of torch's optimizers that are excluded from compilation from importing ``torch._dynamo``.
 
-    torch 2.14 wraps them (`torch._disable_dynamo`), and a wrapper imports ``torch._dynamo`` at its first call, to make
-    what it then calls; that it finds here already. The steps of torch's own classes import it nevertheless; those of
-    LARS over SGD on the CPU do not come to them. For optimizers that are called outside of what is compiled. A torch
-    that does it in another way is left as it is.
+    torch 2.14 wraps these methods (`torch._disable_dynamo`). At its first call a wrapper imports ``torch._dynamo`` to
+    create the function that it calls from then on; this function provides the unwrapped method instead. The steps of
+    torch's own classes still import it, but LARS over SGD on the CPU does not call them. Use this only for optimizers
+    that are called outside of compiled code. It does nothing if torch wraps the methods in another way.
     """
     for name in dir(Optimizer):
         method = getattr(getattr(Optimizer, name), "__wrapped__", None)

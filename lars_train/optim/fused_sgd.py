@@ -1,8 +1,8 @@
-"""LARS over SGD on the CPU at the speed of memory: each tensor's norms, then at once its whole update.
+"""Step LARS over SGD on the CPU at memory speed: each tensor's norms are followed at once by its whole update.
 
-On one thread, and for short tensors, that is `kernels.c`, where a compiler built it. Elsewhere it is torch's fused
-SGD kernel, which uses all threads and, too, reads weight, gradient and momentum once and writes back what changes.
-Its scalars have room for the ratio r, so that no pass over the gradient is needed for it::
+On one thread, and for short tensors, `kernels.c` does the work if it was compiled at install. Otherwise torch's fused
+SGD kernel does. It uses all threads; like `kernels.c` it reads weight, gradient and momentum once and writes back only
+what changes. Its scalars can carry the ratio r, which saves a pass over the gradient::
 
     buffer = momentum * buffer + (1 - dampening) * (g + wd * w)      with 1 - dampening = r
     w      = w - lr * buffer                                         without momentum: lr * r for lr
@@ -26,18 +26,18 @@ from .rule import Rule
 if TYPE_CHECKING:
     from . import kernels
 else:
-    # None: no compiler was there at the install.
+    # None: not compiled at install.
     kernels = load_extension(f"{__package__}.kernels")
 
-# Up to as many elements torch's kernels, too, keep to one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
+# Up to this many elements torch's kernels also use one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
 _ONE_THREAD = 32768
-# 1 - (1 - r) has an error of 1e-16: for smaller ratios it would show in float64.
+# 1 - (1 - r) has an error of 1e-16, which would show in float64 for smaller ratios.
 _SMALLEST_IN_DAMPENING = 1e-4
 _PLAIN = (Parameter, Tensor)
 
 
 def applies_to(base: Optimizer, rule: Rule) -> bool:
-    """Whether the updates of `base` may be made here: it is torch's own SGD, and nobody hooks into its steps."""
+    """Return True if this module can make the updates of `base`: torch's own SGD, with no hooks on its steps."""
     return (
         type(base) is SGD
         and rule.denominator == "split"
@@ -50,12 +50,12 @@ def applies_to(base: Optimizer, rule: Rule) -> bool:
 
 
 def is_counted(base: Any) -> bool:
-    """Whether a learning-rate scheduler was built on `base`, which replaces its step by one that counts the steps."""
+    """Return True if a learning-rate scheduler has replaced the step of `base` by one that counts steps."""
     return getattr(base.step, "_wrapped_by_lr_sched", False)
 
 
 def has_step_hooks(optimizer: Any) -> bool:
-    """Whether a step of `optimizer` calls hooks, its own or torch's global ones."""
+    """Return True if a step of `optimizer` calls hooks, its own or torch's global ones."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -65,16 +65,21 @@ def has_step_hooks(optimizer: Any) -> bool:
 
 
 def step(base: Optimizer, rule: Rule, record: Record | None, new_state: bool) -> tuple[list[Tensor], bool]:
-    """Make the updates of all parameters that the kernel can take; those, and whether others have gradients.
+    """Update all parameters that the kernels support.
 
-    `new_state`: the state was brought from elsewhere, so that its shapes may not be those of the parameters.
-    The gradients stay as they are, or are rescaled (Nesterov momentum, very small ratios).
+    Gradients stay unchanged, except that Nesterov momentum and very small ratios may rescale them.
+
+    Args:
+        new_state: the state was loaded or assigned, so that its shapes may differ from those of the parameters.
+
+    Returns:
+        The updated parameters, and True if others have gradients.
     """
     done: list[Tensor] = []
     if new_state and not all(_fits(weight, base.state) for group in base.param_groups for weight in group["params"]):
         return done, True
     left = [_update_group(group, base.state, rule, record, done) for group in base.param_groups]
-    # The kernel leaves the versions as they are, by which autograd knows that a saved tensor has changed.
+    # The kernels do not change the version counters, by which autograd detects that a saved tensor was modified.
     torch.autograd.graph.increment_version(done)
     return done, any(left)
 
@@ -85,26 +90,26 @@ def _fits(weight: Tensor, state: Any) -> bool:
 
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
-    taken, left = _taken(group, state)
-    # What the loop needs is looked up before it: for small tensors its own time is what counts.
-    ours_up_to = -1.0
+    entries, left = _eligible(group, state)
+    # Look-ups before the loop: for small tensors the time of the loop itself counts.
+    c_kernels_up_to = -1.0
     if kernels is not None:
         norms, update = kernels.norms, kernels.update
-        ours_up_to = math.inf if torch.get_num_threads() == 1 else _ONE_THREAD
-    keep = done.append
+        c_kernels_up_to = math.inf if torch.get_num_threads() == 1 else _ONE_THREAD
+    append = done.append
     adapted, decay, group_lr = is_adapted(group, rule), float(group["weight_decay"]), float(group["lr"])
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
-    ratio_of = rule.ratios_on_the_host(decay, group_lr)
-    for weight, grad, buffer, dampening, size, wide in taken:
-        if ours := size <= ours_up_to and type(weight) in _PLAIN:
+    ratio_of = rule.ratio_function(decay, group_lr)
+    for weight, grad, buffer, dampening, size, wide in entries:
+        if by_c := size <= c_kernels_up_to and type(weight) in _PLAIN:
             weight_at, grad_at = weight.data_ptr(), grad.data_ptr()
-            if grad_at == 0 and size:  # zeros that take no memory
+            if grad_at == 0 and size:  # zeros without storage
                 weight.grad = grad = grad.clone()
                 grad_at = grad.data_ptr()
         ratio, wd, lr = 1.0, decay, group_lr
         if adapted:
-            if ours:
+            if by_c:
                 weight_norm, grad_norm = norms(weight_at, grad_at, size, wide)
             else:
                 weight_norm, grad_norm = _norm(weight), _norm(grad)
@@ -117,24 +122,24 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
             lr, factor = lr * ratio, 1.0
         elif lr_inside:
             lr, factor = 1.0, lr * ratio
-        share = (1 - dampening) * factor if buffer is not None else factor
-        if ours:
+        scale = (1 - dampening) * factor if buffer is not None else factor
+        if by_c:
             buffer_at = 0 if buffer is None else buffer.data_ptr()
-            update(weight_at, grad_at, buffer_at, size, wide, nesterov, maximize, wd, share, momentum, lr)
+            update(weight_at, grad_at, buffer_at, size, wide, nesterov, maximize, wd, scale, momentum, lr)
         else:
-            _update_by_torch(group, weight, grad, buffer, wd, lr, dampening, factor, share)
-        keep(weight)
+            _update_by_torch(group, weight, grad, buffer, wd, lr, dampening, factor, scale)
+        append(weight)
     return left
 
 
-# Weight, gradient, momentum buffer if there is momentum, dampening, elements, and whether they are float64. A plain
-# tuple, for one is made for every tensor in every step.
-_Taken = tuple[Tensor, Tensor, Tensor | None, float, int, bool]
+# Weight, gradient, momentum buffer or None, dampening, number of elements, and True for float64. A plain tuple is fast
+# to create, which happens for every tensor in every step.
+_Entry = tuple[Tensor, Tensor, Tensor | None, float, int, bool]
 
 
-def _taken(group: dict[str, Any], state: Any) -> tuple[list[_Taken], bool]:
-    """Return the tensors of the group that a kernel can update, and True if others have gradients."""
-    taken: list[_Taken] = []
+def _eligible(group: dict[str, Any], state: Any) -> tuple[list[_Entry], bool]:
+    """Return the tensors of the group that the kernels can update, and True if others have gradients."""
+    entries: list[_Entry] = []
     left = False
     f32, f64 = torch.float32, torch.float64
     momentum, dampens = group["momentum"], group["dampening"]
@@ -158,7 +163,7 @@ def _taken(group: dict[str, Any], state: Any) -> tuple[list[_Taken], bool]:
             own = state[weight]
             buffer = own.get("momentum_buffer")
             if buffer is None:
-                # As SGD does it, the first buffer is the whole gradient.
+                # As in SGD, the first buffer is the whole gradient.
                 own["momentum_buffer"] = buffer = torch.zeros_like(weight)
                 dampening = 0.0
             elif (
@@ -169,8 +174,8 @@ def _taken(group: dict[str, Any], state: Any) -> tuple[list[_Taken], bool]:
             ):
                 left = True
                 continue
-        taken.append((weight, grad, buffer, dampening, size, dtype is f64))
-    return taken, left
+        entries.append((weight, grad, buffer, dampening, size, dtype is f64))
+    return entries, left
 
 
 def _update_by_torch(
@@ -182,15 +187,15 @@ def _update_by_torch(
     lr: float,
     dampening: float,
     factor: float,
-    share: float,
+    scale: float,
 ) -> None:
     if buffer is None:
-        lr *= share
-    elif group["nesterov"] or share < _SMALLEST_IN_DAMPENING:
+        lr *= scale
+    elif group["nesterov"] or scale < _SMALLEST_IN_DAMPENING:
         grad.mul_(factor)
         wd *= factor
     else:
-        dampening = 1 - share
+        dampening = 1 - scale
     torch._fused_sgd_(
         [weight],
         [grad],
@@ -206,7 +211,7 @@ def _update_by_torch(
 
 
 def _norm(tensor: Tensor) -> float:
-    # For a short vector the call is what takes time, and that of a product is shorter.
+    # For a short vector the call dominates, and `dot` has the cheaper call.
     if tensor.dim() == 1:
         squares: float = torch.dot(tensor, tensor).item()
         return math.sqrt(squares)

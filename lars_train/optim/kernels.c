@@ -1,24 +1,24 @@
-/* LARS over SGD for one tensor on the CPU, float or double: its two norms, then its update, each in one pass.
+/* Step LARS over SGD for one tensor on the CPU, float or double: its two norms, then its update, each in one pass.
 
-   Addresses come as integers from Tensor.data_ptr(). Built at install where there is a C compiler; without it
+   Addresses are integers from Tensor.data_ptr(). Compiled at install if a C compiler is available; otherwise
    fused_sgd.py uses torch's own kernels. No multiplication is fused with an addition (-ffp-contract=off) and sums
-   have a fixed order: the digits are the same on every processor. */
+   have a fixed order, so the results are the same on every processor. */
 
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 #include <math.h>
 #include <stddef.h>
 
-/* One build runs on every x86-64 and uses what each has. */
+/* One build runs on every x86-64 processor and uses the vector instructions that it has. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
 
-/* Partial sums, so that additions need not wait for one another. */
+/* Independent partial sums, so that additions do not wait for one another. */
 #define LANES 16
-/* Elements from which on it pays to let other Python threads run. */
+/* From this many elements on, releasing the GIL pays off. */
 #define LONG 16384
 
 #define KERNELS(T)                                                                                           \
@@ -71,14 +71,14 @@ typedef struct {
 KERNELS(float)
 KERNELS(double)
 
-static int wanted(const char *name, Py_ssize_t given, Py_ssize_t takes) {
+static int check_count(const char *name, Py_ssize_t given, Py_ssize_t takes) {
     if (given != takes) PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, takes, given);
     return given == takes;
 }
 
 static PyObject *norms(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
-    if (!wanted("norms", given, 4)) return NULL;
+    if (!check_count("norms", given, 4)) return NULL;
     const void *weight = PyLong_AsVoidPtr(args[0]), *grad = PyLong_AsVoidPtr(args[1]);
     const size_t count = PyLong_AsSize_t(args[2]);
     const int wide = PyObject_IsTrue(args[3]);
@@ -93,7 +93,7 @@ static PyObject *norms(PyObject *self, PyObject *const *args, Py_ssize_t given) 
 
 static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
-    if (!wanted("update", given, 11)) return NULL;
+    if (!check_count("update", given, 11)) return NULL;
     void *weight = PyLong_AsVoidPtr(args[0]), *buffer = PyLong_AsVoidPtr(args[2]);
     const void *grad = PyLong_AsVoidPtr(args[1]);
     const size_t count = PyLong_AsSize_t(args[3]);
@@ -115,10 +115,10 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
 
 static PyMethodDef methods[] = {
     {"norms", (PyCFunction)(void (*)(void))norms, METH_FASTCALL,
-     "norms(weight, grad, count, wide): (|w|, |g|), summed in double; wide: of doubles, not floats."},
+     "norms(weight, grad, count, wide): return (|w|, |g|), summed in double; wide: the elements are doubles."},
     {"update", (PyCFunction)(void (*)(void))update, METH_FASTCALL,
-     "update(weight, grad, buffer, count, wide, nesterov, maximize, decay, scale, momentum, lr): one step of SGD\n"
-     "with d = scale * (g + decay * w), -g where it maximizes; buffer 0: no momentum."},
+     "update(weight, grad, buffer, count, wide, nesterov, maximize, decay, scale, momentum, lr): make a step of SGD\n"
+     "with d = scale * (g + decay * w); maximize: with -g; buffer 0: no momentum."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,7 +1,7 @@
-"""The options of LARS: names, defaults and checks, and the values with which other implementations compute.
+"""Define the options of LARS, their defaults and checks, and the presets of other implementations.
 
-A new option is a field of `Options` and a keyword of `LARS`; a key of the config is also a field of `OptimizerConfig`
-and `RowConfig`. No torch is imported.
+A new option is a field of `Options` and a keyword of `LARS`. An option that is also a config key is a field of
+`OptimizerConfig` and of `RowConfig`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of LARS with their defaults; every one is described in `LARS`.
+    """The options of LARS with their defaults. `LARS` describes each of them.
 
     Raises:
-        ValueError: an option is none of its choices or out of range, or two do not go together.
+        ValueError: an option is none of its choices or out of range, or two options conflict.
     """
 
     eps: float = 1e-8
@@ -94,17 +94,17 @@ def _is_number(value: Any) -> bool:
 CHOICES: Final[dict[str, tuple[str, ...]]] = {
     name: get_args(hint) for name, hint in get_type_hints(Options).items() if get_origin(hint) is Literal
 }
-"""The options that are one of a few words, and the words."""
+"""The choices of each option that is one of a few words."""
 
 DEFAULTS: Final[dict[str, Any]] = asdict(Options())
 
-# Learning rate, momentum and weight decay are the base optimizer's, torch's SGD in all of these. Parameters that a rule
-# leaves out belong in groups with exclude=True, as each entry says.
+# The base optimizer, torch's SGD in all of these, has learning rate, momentum and weight decay. Parameters that an
+# implementation does not adapt belong in groups with exclude=True; each entry names them.
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://github.com/kakaobrain/torchlars: the defaults of `LARS`.
     "torchlars": {},
     # https://github.com/mlcommons/training, image_classification/tensorflow2/lars_optimizer.py. Batch norm and
-    # biases: exclude=True, weight_decay=0. An epsilon of 0 there means Keras's own, 1e-7.
+    # biases: exclude=True, weight_decay=0. An epsilon of 0 there means Keras's default, 1e-7.
     "mlperf": {"eps": 1e-7, "lr_placement": "inside"},
     # https://github.com/huggingface/pytorch-image-models, timm/optim/lars.py; always_adapt=True there is
     # zero_decay="adapt" here, trust_clip=True is clip="lr".
@@ -115,13 +115,13 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://github.com/google-deepmind/optax, optax.lars; its trust_ratio_mask and weight_decay_mask are groups.
     "optax": {"eps": 0.0, "denominator": "combined", "lr_placement": "inside"},
     # https://github.com/NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch, lars.py. Batch norm and biases: exclude=True,
-    # weight_decay=0; it clamps the elements of their gradients to [-10, 10] too, which is left out here.
+    # weight_decay=0. It also clamps the elements of their gradients to [-10, 10]; this preset does not.
     "nus-hpc": {"eps": 1e-5, "clip": (0.0, 50.0), "ratio_placement": "outside", "clamp": 10.0},
     # https://pypi.org/project/open-lars 0.1.1. Vectors: exclude=True.
     "open-lars": {"lr_placement": "inside"},
     # https://pypi.org/project/torch-optimizer 0.3.0, LARS.
     "torch-optimizer": {"trust_coef": 0.01, "zero_norm": "skip", "zero_decay": "skip"},
-    # https://pypi.org/project/pytorch-optimizer 4.1.0, LARS. Vectors: exclude=True, weight_decay=0. Where only the
-    # gradient is zero its ratio is trust_coef / wd, here 1.
+    # https://pypi.org/project/pytorch-optimizer 4.1.0, LARS. Vectors: exclude=True, weight_decay=0. If only the
+    # gradient is zero, its ratio is trust_coef / wd; here the ratio is 1.
     "pytorch-optimizer": {"eps": 0.0},
 }

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and which LARS adapts: the parameter groups that an optimizer is built with."""
+"""Split a model's parameters into groups: which are decayed, and which LARS adapts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-_NORMALISATION = (
+_NORM_LAYERS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -21,21 +21,21 @@ _NORMALISATION = (
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The weights of `model`, and the biases of all layers with the parameters of torch's normalisation layers.
+    """Return two lists: the weights of `model`, and all biases with the parameters of torch's normalization layers.
 
-    Each in the order of ``model.named_parameters()``, every parameter in exactly one of the two. Many recipes
-    neither decay nor adapt the second: a group with ``weight_decay=0`` and ``exclude=True``.
+    Both are in the order of ``model.named_parameters()``, and every parameter is in exactly one. Many recipes neither
+    decay nor adapt the second list: a group with ``weight_decay=0`` and ``exclude=True``.
     """
-    exempt = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _names_a_bias(name)}
+    exempt = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _is_bias_name(name)}
     for module in model.modules():
-        if isinstance(module, _NORMALISATION):
+        if isinstance(module, _NORM_LAYERS):
             exempt.update(id(p) for p in module.parameters())
     parameters = list(model.parameters())
     return [p for p in parameters if id(p) not in exempt], [p for p in parameters if id(p) in exempt]
 
 
-def _names_a_bias(name: str) -> bool:
-    """Also ``bias_ih_l0`` of an LSTM, ``in_proj_bias`` of attention, ``parametrizations.bias.original``."""
+def _is_bias_name(name: str) -> bool:
+    """Return True for biases, also ``bias_ih_l0`` (LSTM), ``in_proj_bias``, ``parametrizations.bias.original``."""
     *path, leaf = name.split(".")
     if "parametrizations" in path:
         leaf = [*path, leaf][path.index("parametrizations") + 1]
@@ -45,17 +45,17 @@ def _names_a_bias(name: str) -> bool:
 def parameter_groups(
     model: nn.Module, weight_decay: float, decay_norm_bias: bool, adapt_norm_bias: bool = True
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimizer, with every parameter of `model` in exactly one.
+    """Return parameter groups for a torch optimizer, with every parameter of `model` in exactly one.
 
-    A group has the keys ``params`` (in the order of ``model.named_parameters()``), ``weight_decay`` and
-    ``name``: ``"decay"`` for the weights, and for what `split_parameters` gives second ``"no_decay"`` without
-    decay, or ``"norm_bias"`` with it. A group that would be empty is left out.
+    A group has the keys ``params`` (in the order of ``model.named_parameters()``), ``weight_decay`` and ``name``:
+    ``"decay"`` for the weights; for biases and normalization layers ``"norm_bias"`` if they are decayed, else
+    ``"no_decay"``. Empty groups are left out.
 
     Args:
-        weight_decay: of the groups that are decayed.
-        decay_norm_bias: whether what `split_parameters` gives second is decayed.
-        adapt_norm_bias: False gives its group ``exclude=True``, with which `LARS` leaves it to the base. True
-            with `decay_norm_bias` puts all parameters into one group, ``"decay"``.
+        weight_decay: weight decay of the groups that are decayed.
+        decay_norm_bias: decay biases and normalization layers too (the second list of `split_parameters`).
+        adapt_norm_bias: if False, their group gets ``exclude=True``, and `LARS` leaves it to the base. If both are
+            True, all parameters are in one group, ``"decay"``.
     """
     alike = decay_norm_bias and adapt_norm_bias
     weights, rest = (list(model.parameters()), []) if alike else split_parameters(model)

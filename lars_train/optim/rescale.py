@@ -1,13 +1,13 @@
-"""Gradients get their trust ratios: tensor by tensor where the host has the values, in bulk elsewhere.
+"""Rescale gradients by their trust ratios: tensor by tensor on the CPU, in bulk on accelerators.
 
-On the CPU a norm is a number at once, and a tensor that was just read is still in the cache: each tensor is
-done before the next. On an accelerator the host must not wait: everything is a call over lists of tensors,
-the ratios are 0-D tensors, and the number of calls does not depend on that of the tensors. torch runs a call
+On the CPU a norm is available at once, and a tensor that was just read is still in the cache, so each tensor is
+finished before the next. On an accelerator the host must not wait: every operation is a call over lists of tensors,
+the ratios are 0-D tensors, and the number of calls does not depend on the number of tensors. torch runs a call
 over lists as one kernel launch if, at each position, the tensors agree in device, dtype, sizes and strides
-(``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``); 0-D factors qualify in
+(``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``). 0-D factors qualify in
 ``_foreach_addcmul_`` as ``tensor1`` if they have the others' device and dtype (``foreach_pointwise_op_0d_tensor1_`` in
 ``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``, https://github.com/pytorch/pytorch/pull/172731), and in
-no other call, ``_foreach_mul_`` included.
+no other call, not even in ``_foreach_mul_``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .rule import Rule
 
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
-_SMALL = 8192  # elements: below it a pass over memory costs less than a call
+_SMALL = 8192  # elements; up to here a pass over memory costs less than a call
 
 
 class Layers(NamedTuple):
-    """What the last step saw: `parameters`, n of them, and in `values` their |w|, |g| and ratio, (3, n) float32."""
+    """The n adapted `parameters` of a step; `values`, (3, n) float32, holds their |w|, |g| and ratio."""
 
     parameters: list[Tensor]
     values: Tensor
@@ -35,25 +35,24 @@ class Layers(NamedTuple):
 
 @dataclass
 class Record:
-    """The norms and ratios of a step as they come about: numbers, or tensors of shape (3, n)."""
+    """The norms and ratios of a step, in the order of computation: numbers, or tensors of shape (3, n)."""
 
     parameters: list[Tensor] = field(default_factory=list)
     values: list[Tensor | tuple[float, float, float]] = field(default_factory=list)
+    enabled: bool = False
 
-    taken: bool = False
-
-    def begin(self, taken: bool) -> None:
-        """Forget the last step; `taken`: whether this one is recorded."""
-        self.taken = taken
+    def begin(self, enabled: bool) -> None:
+        """Clear the record of the last step. `enabled`: this step is recorded."""
+        self.enabled = enabled
         self.parameters.clear()
         self.values.clear()
 
     def copy(self) -> Record:
-        """What stays as it is when the next step begins."""
-        return Record(list(self.parameters), list(self.values), self.taken)
+        """Return a copy that the next step does not clear."""
+        return Record(list(self.parameters), list(self.values), self.enabled)
 
     def layers(self) -> Layers:
-        """All of it, on the device of the first tensor."""
+        """Return the whole record, on the device of the first tensor."""
         host: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
         parts: list[Tensor] = []
         numbers: list[tuple[float, float, float]] = []
@@ -72,9 +71,9 @@ class Record:
 
 @dataclass
 class Part:
-    """Parameters with gradients that one set of calls can serve.
+    """Parameters whose gradients the same calls over lists can rescale.
 
-    `decay` is negative where the base maximizes; `adapted` is False for those that get no ratio.
+    `decay` is negative if the base maximizes. `adapted` is False for parameters without a ratio.
     """
 
     decay: float
@@ -85,7 +84,7 @@ class Part:
 
 
 def parts_of(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
-    """The parameters that have gradients to rescale, by what they have in common."""
+    """Group the parameters that have gradients to rescale by decay, lr, device, dtype and sharding."""
     parts: dict[Any, Part] = {}
     for group in groups:
         decay = float(group.get("weight_decay", 0.0)) if rule.weight_decay == "coupled" else 0.0
@@ -99,7 +98,7 @@ def parts_of(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
             if grad is None:
                 continue
             if _is_dtensor(grad) and grad.placements != parameter.placements:
-                # It may be a partial sum still; the base's step would do the same.
+                # The gradient may still be a partial sum. The base's step would redistribute it, too.
                 parameter.grad = grad = grad.redistribute(parameter.device_mesh, parameter.placements)
             key = (decay, id(lr) if isinstance(lr, Tensor) else lr, adapted, grad.device, grad.dtype, _shards(grad))
             parts.setdefault(key, Part(decay, lr, adapted)).parameters.append(parameter)
@@ -107,15 +106,15 @@ def parts_of(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
 
 
 def is_adapted(group: dict[str, Any], rule: Rule) -> bool:
-    """Whether the parameters of `group` get a ratio."""
+    """Return True if the parameters of `group` get a ratio."""
     return not group.get("exclude", False) and (rule.zero_decay == "adapt" or group.get("weight_decay", 0.0) != 0)
 
 
 def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
-    """See to it that every gradient can be rescaled in place, before anything changes.
+    """Ensure that every gradient can be rescaled in place, before anything changes.
 
-    One whose elements share memory (an expanded tensor), or that is a lazy negation or conjugate, is replaced by a
-    copy. Raises `RuntimeError` for a sparse one, and for a complex one where the rule clamps elements.
+    A gradient whose elements share memory (an expanded tensor), or that is a lazy negation or conjugate, is replaced by
+    a copy. Raises `RuntimeError` for a sparse gradient, and for a complex gradient if the rule clamps elements.
     """
     clamps, eager, strided = rule.clamp is not None, not torch.compiler.is_compiling(), torch.strided
     for group in groups:
@@ -126,10 +125,12 @@ def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
             if grad.layout is not strided:
                 raise RuntimeError(
                     f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only dense "
-                    "gradients have a trust ratio (use sparse=False, or give the layer an optimizer of its own)"
+                    "gradients have a trust ratio (use sparse=False, or give the layer a separate optimizer)"
                 )
             if clamps and grad.is_complex():
-                raise RuntimeError("LARS: complex gradients cannot be clamped; leave out clamp, or exclude them")
+                raise RuntimeError(
+                    "LARS: complex gradients cannot be clamped; leave out clamp, or exclude the complex parameters"
+                )
             if eager and (not grad.is_contiguous() or grad.is_neg() or grad.is_conj()) and _is_lazy(grad):
                 parameter.grad = grad.resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format)
 
@@ -141,27 +142,29 @@ def _is_lazy(grad: Tensor) -> bool:
     return overlaps or grad.is_neg() or grad.is_conj()
 
 
-def in_reach_of_the_host(tensor: Tensor) -> bool:
-    """Whether a value of `tensor` costs no wait: a plain tensor on the CPU, outside torch.compile."""
+def is_host_tensor(tensor: Tensor) -> bool:
+    """Return True if the host can read `tensor` without waiting: a plain CPU tensor, outside torch.compile."""
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rescale(parts: Iterable[Part], rule: Rule, record: Record | None) -> None:
-    """Give the gradients of `parts` their decay and their ratio, in place; ratios outside stay in ``part.ratios``."""
+    """Apply decay and ratio to the gradients of `parts`, in place. Ratios outside the momentum: ``part.ratios``."""
     in_bulk: list[_Bulk] = []
     for part in parts:
         grads = [p.grad for p in part.parameters if p.grad is not None]
-        if in_reach_of_the_host(grads[0]):
-            part.ratios = [_on_the_host(w, g, part, rule, record) for w, g in zip(part.parameters, grads, strict=True)]
+        if is_host_tensor(grads[0]):
+            part.ratios = [
+                _rescale_on_host(w, g, part, rule, record) for w, g in zip(part.parameters, grads, strict=True)
+            ]
         else:
-            in_bulk.append(_opened(grads, part, rule))
+            in_bulk.append(_prepare_bulk(grads, part, rule))
     _sum_over_shards([bulk for bulk in in_bulk if bulk.norms is not None and bulk.shards and bulk.shards[1]])
     for bulk in in_bulk:
-        bulk.part.ratios = _closed(bulk, rule, record)
+        bulk.part.ratios = _finish_bulk(bulk, rule, record)
 
 
 def apply_outside(part: Part, before: list[Tensor]) -> None:
-    """The ratio outside the momentum: w = w_before + ratio * (w - w_before), in place."""
+    """Apply ratios outside the momentum: w = w_before + ratio * (w - w_before), in place."""
     weights = [_local(w) for w in part.parameters]
     if isinstance(part.ratios[0], Tensor):
         torch._foreach_sub_(weights, before)
@@ -172,8 +175,8 @@ def apply_outside(part: Part, before: list[Tensor]) -> None:
             weight.copy_(start.lerp_(weight, ratio))
 
 
-def copies(part: Part) -> list[Tensor]:
-    """The weights of `part` as they are, this rank's share of each."""
+def copy_weights(part: Part) -> list[Tensor]:
+    """Return copies of the weights of `part`, this rank's shard of each."""
     return clones([_local(w) for w in part.parameters])
 
 
@@ -181,30 +184,30 @@ def clones(tensors: list[Tensor]) -> list[Tensor]:
     """Return a copy of each tensor."""
     if hasattr(torch, "_foreach_clone"):
         return list(torch._foreach_clone(tensors))
-    return [tensor.clone() for tensor in tensors]  # torch before 2.12; on a GPU one launch each
+    return [tensor.clone() for tensor in tensors]  # torch before 2.12: one launch per tensor on a GPU
 
 
-def norm_of(tensor: Tensor) -> float:
-    """|x|, accumulated in float32 at least."""
+def _host_norm(tensor: Tensor) -> float:
+    """Return |x|, accumulated in at least float32."""
     return float(_norm(tensor, dtype=torch.float32 if tensor.dtype in _HALF else None))
 
 
-def _on_the_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, record: Record | None) -> float:
+def _rescale_on_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, record: Record | None) -> float:
     if grad.dtype in _HALF:
         wide = grad.float()
-        ratio = _on_the_host(weight, wide, part, rule, record)
+        ratio = _rescale_on_host(weight, wide, part, rule, record)
         grad.copy_(wide)
         return ratio
     ratio, decay = 1.0, part.decay
     if part.adapted:
-        weight_norm = norm_of(weight)
+        weight_norm = _host_norm(weight)
         if rule.denominator == "combined":
             grad.add_(weight, alpha=decay)
-            grad_norm = norm_of(grad)
+            grad_norm = _host_norm(grad)
             ratio, _ = rule.ratio(weight_norm, grad_norm, decay, part.lr)
             decay = 0.0
         else:
-            grad_norm = norm_of(grad)
+            grad_norm = _host_norm(grad)
             ratio, decay = rule.ratio(weight_norm, grad_norm, decay, part.lr)
         if record is not None:
             record.parameters.append(weight)
@@ -225,10 +228,10 @@ def _on_the_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, record: R
 
 
 def _scaled_sum(grad: Tensor, weight: Tensor, factor: float, decay: float) -> None:
-    """g = factor * g + factor * decay * w in one pass over memory, where two operations would make two.
+    """Compute g = factor * g + factor * decay * w in place, in one pass over memory instead of two.
 
-    An outer product with a single 1 is the one operation of torch that has both factors. (A factor of 0
-    would make it pass over g, and with it over what is not finite in it.)
+    An outer product with a single 1 is the only operation of torch that has both factors. (With a factor of 0 torch
+    would not read g, so that values in it that are not finite would be lost.)
     """
     one = torch.ones(1, dtype=grad.dtype, device=grad.device)
     row = torch.as_strided(grad, (1, grad.numel()), (grad.numel(), 1))
@@ -236,7 +239,7 @@ def _scaled_sum(grad: Tensor, weight: Tensor, factor: float, decay: float) -> No
 
 
 def walk_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape lie dense in memory, with their elements in the same order."""
+    """Return True if two tensors of the same shape are dense, with their elements in the same memory order."""
     if one.is_contiguous():
         return other.is_contiguous()
     if one.dim() not in (4, 5):
@@ -247,7 +250,7 @@ def walk_alike(one: Tensor, other: Tensor) -> bool:
 
 @dataclass
 class _Bulk:
-    """A part on its way: this rank's shares, float32 at least, and the norms of weights and gradients, (n,) each."""
+    """A part during rescaling: this rank's shards, at least float32, and the norms of weights and gradients, (n,)."""
 
     part: Part
     shards: _Shards
@@ -258,7 +261,7 @@ class _Bulk:
     norms: tuple[Tensor, Tensor] | None = None
 
 
-def _opened(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
+def _prepare_bulk(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
     shards = _shards(grads[0])
     weights, narrow = [_local(w) for w in part.parameters], [_local(g) for g in grads]
     dtype = torch.promote_types(narrow[0].dtype, torch.float32)
@@ -274,7 +277,7 @@ def _opened(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
 
 
 def _sum_over_shards(bulks: list[_Bulk]) -> None:
-    """Make the norms those of whole parameters, with one collective for all that are sharded alike."""
+    """Turn the shards' norms into norms of whole parameters, with one collective for all with the same sharding."""
     alike: dict[Any, list[_Bulk]] = {}
     for bulk in bulks:
         alike.setdefault((bulk.shards, bulk.grads[0].device), []).append(bulk)
@@ -290,7 +293,7 @@ def _sum_over_shards(bulks: list[_Bulk]) -> None:
             bulk.norms = next(whole).to(dtype), next(whole).to(dtype)
 
 
-def _closed(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
+def _finish_bulk(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
     part, narrow, grads, weights, decayed = bulk.part, bulk.narrow, bulk.grads, bulk.weights, bulk.decayed
     dtype = grads[0].dtype
     ratios = decays = None
@@ -308,12 +311,12 @@ def _closed(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
         torch._foreach_clamp_max_(decayed, rule.clamp)
     if rule.ratio_placement == "outside":
         torch._foreach_copy_(narrow, decayed)
-        return _apart(ratios) if ratios is not None else []
+        return _spaced(ratios) if ratios is not None else []
     factors = torch.ones(len(grads), dtype=dtype, device=grads[0].device) if ratios is None else ratios
     if rule.lr_placement == "inside":
         factors = factors * part.lr
     torch._foreach_zero_(grads)
-    torch._foreach_addcmul_(grads, _apart(factors), decayed)
+    torch._foreach_addcmul_(grads, _spaced(factors), decayed)
     if narrow is not grads:
         torch._foreach_copy_(narrow, grads)
     return []
@@ -325,14 +328,14 @@ def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: T
     if decays is None:
         return list(torch._foreach_add(grads, weights, alpha=decay))
     decayed = clones(grads)
-    torch._foreach_addcmul_(decayed, _apart(decays.to(grads[0].dtype)), weights)
+    torch._foreach_addcmul_(decayed, _spaced(decays.to(grads[0].dtype)), weights)
     return decayed
 
 
-def _apart(factors: Tensor) -> list[Tensor]:
-    """The elements of `factors` (n,), each as far from the next as four of them.
+def _spaced(factors: Tensor) -> list[Tensor]:
+    """Return the elements of `factors` (n,) as 0-D tensors, spaced four elements apart in memory.
 
-    The kernel loads four elements at once where all its tensors are aligned for that, 0-D factors included
+    The kernel loads four elements at once if all its tensors are aligned for that, 0-D factors included
     (``init_args`` and ``is_aligned`` in ``aten/src/ATen/native/cuda/ForeachFunctors.cuh``, kILP).
     """
     return list(torch.stack((factors,) * 4, dim=1).select(1, 0).unbind())
@@ -342,7 +345,7 @@ _Shards = tuple[Any, tuple[int, ...]] | None
 
 
 def _shards(tensor: Tensor) -> _Shards:
-    """The device mesh of a DTensor and the mesh dimensions that it is sharded over; None for a plain tensor."""
+    """Return the device mesh of a DTensor and the mesh dimensions that shard it; None for a plain tensor."""
     if not _is_dtensor(tensor):
         return None
     shared: Any = tensor
@@ -350,7 +353,7 @@ def _shards(tensor: Tensor) -> _Shards:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    # By what it has: importing the class takes longer than importing all of this package.
+    # By attribute: importing the class takes longer than importing this whole package.
     return hasattr(tensor, "to_local")
 
 

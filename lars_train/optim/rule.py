@@ -1,4 +1,4 @@
-"""The arithmetic of a trust ratio: one tensor's, or those of many at once. Nothing here touches an optimizer.
+"""Compute trust ratios, for one tensor or for many at once. Nothing here touches an optimizer.
 
 Notation, here and in `LARS`: w a parameter, g its gradient, |x| the Euclidean norm of a whole tensor, wd and
 lr the weight decay and the learning rate of its group.
@@ -17,25 +17,25 @@ from .options import Options
 
 
 class Rule(Options):
-    """What a LARS with these options computes."""
+    """The computation of LARS with these options."""
 
     @property
     def needs_lr(self) -> bool:
-        """Whether the rescaled gradient depends on the learning rate."""
+        """True if the rescaled gradient depends on the learning rate."""
         return self.clip == "lr" or self.lr_placement == "inside"
 
-    def ratios_on_the_host(self, decay: float, lr: Any) -> Callable[[float, float], tuple[float, float]]:
-        """A function from |w| and |g| of a tensor to its ratio and to the weight decay in its gradient, `decay` or 0.
+    def ratio_function(self, decay: float, lr: Any) -> Callable[[float, float], tuple[float, float]]:
+        """Return a function from a tensor's |w| and |g| to its ratio and to its weight decay, which is `decay` or 0.
 
-        |g| is |g + wd * w| for the combined denominator; `decay` may be negative (maximize).
+        With the combined denominator |g| is |g + wd * w|. `decay` may be negative (maximize).
         """
-        # Names of the function's own: it is called for every tensor in every step.
+        # Local names are faster, and the function is called for every tensor in every step.
         trust_coef, eps, clip, skip = self.trust_coef, self.eps, self.clip, self.zero_norm == "skip"
         in_denominator = abs(decay) if self.denominator == "split" else 0.0
 
         def ratio_of(weight_norm: float, grad_norm: float) -> tuple[float, float]:
             if weight_norm > 0 and grad_norm > 0:
-                # A factor of 0 would make a norm that is infinite NaN.
+                # 0 times an infinite norm would be NaN.
                 decayed = in_denominator * weight_norm if in_denominator else 0.0
                 ratio = trust_coef * weight_norm / (grad_norm + decayed + eps)
             elif skip:
@@ -45,21 +45,21 @@ class Rule(Options):
             if clip is None or math.isnan(ratio):
                 return ratio, decay
             if clip == "lr":
-                # min(ratio / lr, 1), also for lr = 0.
+                # min(ratio / lr, 1), also if lr = 0.
                 return (1.0 if ratio >= float(lr) else ratio / float(lr)), decay
             return min(max(ratio, clip[0]), clip[1]), decay
 
         return ratio_of
 
     def ratio(self, weight_norm: float, grad_norm: float, decay: float, lr: Any) -> tuple[float, float]:
-        """`ratios_on_the_host` for one tensor."""
-        return self.ratios_on_the_host(decay, lr)(weight_norm, grad_norm)
+        """Apply `ratio_function` to one tensor."""
+        return self.ratio_function(decay, lr)(weight_norm, grad_norm)
 
     def ratios(self, weight_norms: Tensor, grad_norms: Tensor, decay: float, lr: Any) -> tuple[Tensor, Tensor | None]:
-        """`ratio` for many tensors at once, without a wait for the device.
+        """Compute `ratio` for many tensors at once, without waiting for the device.
 
-        Norms and ratios have the shape (n,) and one floating-point dtype. The second value is the decay
-        of each tensor, (n,), or None where `decay` is that of all.
+        Norms and ratios have the shape (n,) and one floating-point dtype. The second value is the decay of each
+        tensor, (n,), or None if `decay` applies to all.
         """
         normal = (weight_norms > 0) & (grad_norms > 0)
         below = grad_norms

@@ -1,6 +1,6 @@
-"""The learning rate of every update: linear warm-up, then polynomial or step decay.
+"""Compute the learning rate of every update: linear warm-up, then polynomial or step decay.
 
-A pure function of the update's number. It knows no optimizer, no epochs and no state; no torch is imported.
+A pure function of the update's number, without optimizer, epochs or state. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ Form: TypeAlias = Literal["whole", "restart", "mlperf", "steps"]
 WHOLE: Final = "whole"
 """Decay measured over the whole run, warm-up included: e + (b - e)(1 - u/I)^p.
 
-Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power, of which Intel-Caffe only replaces the first
-updates by a warm-up. The LARS paper trains with it, power 2 (You, Gitman, Ginsburg 2017,
-https://arxiv.org/abs/1708.03888, sections 5 and 6). The rate steps down where the warm-up ends.
+Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power; Intel-Caffe only replaces the first updates by a
+warm-up. The LARS paper trains with it, power 2 (You, Gitman, Ginsburg 2017,
+https://arxiv.org/abs/1708.03888, sections 5 and 6). The rate steps down at the end of the warm-up.
 """
 
 RESTART: Final = "restart"
@@ -26,7 +26,7 @@ NUS-HPC's ``PolynomialWarmup`` (https://github.com/NUS-HPC-AI-Lab/LARS-ImageNet-
 """
 
 MLPERF: Final = "mlperf"
-"""As `RESTART`, over one update more: e + (b - e)(1 - (u - W)/(I - W + 1))^p.
+"""Like `RESTART`, over one more update: e + (b - e)(1 - (u - W)/(I - W + 1))^p.
 
 The MLPerf reference, whose ``decay_steps`` is train_steps - warmup_steps + 1
 (https://github.com/mlcommons/training, ``image_classification/tensorflow2/lars_util.py``,
@@ -34,7 +34,7 @@ The MLPerf reference, whose ``decay_steps`` is train_steps - warmup_steps + 1
 """
 
 STEPS: Final = "steps"
-"""b times `factor` for each of the updates `steps` that has been reached.
+"""The base rate b times `factor` for each update in `steps` that has been reached.
 
 Goyal et al. 2017 (https://arxiv.org/abs/1706.02677, section 5.1): a tenth at epochs 30, 60 and 80.
 """
@@ -53,23 +53,24 @@ def learning_rate(
     steps: Sequence[int] = (),
     factor: float = 0.1,
 ) -> float:
-    """The learning rate of one update.
+    """Return the learning rate of one update.
 
-    ``update < warmup``: without `start` it is ``base * (update + 1) / warmup``, so that the last update of the
-    warm-up has the base rate; with it ``start + (base - start) * update / warmup``, so that update 0 has `start`
-    and the first one after the warm-up would have the base rate. After the warm-up: `form`.
+    During the warm-up (``update < warmup``), without `start`: ``base * (update + 1) / warmup``, so that the last
+    update of the warm-up has the base rate. With `start`: ``start + (base - start) * update / warmup``, so that
+    update 0 has the rate `start`, and the first update after the warm-up would have the base rate. After the warm-up
+    the rate follows `form`.
 
     Args:
         update: the update's number, from 0.
         total: updates of the run, I.
-        warmup: updates of the warm-up, W; 0 for none.
+        warmup: updates of the warm-up, W; 0 for no warm-up.
         base: the learning rate at the end of the warm-up, b.
         power: the exponent of the decay, p; `STEPS` does not use it.
         form: ``"whole"``, ``"restart"``, ``"mlperf"`` or ``"steps"``.
-        end: where a polynomial decay leads to, e.
+        end: the learning rate that a polynomial decay approaches, e.
         start: the learning rate of update 0, if there is a warm-up.
-        steps: for `STEPS`: the updates, from 0, at which the rate is multiplied.
-        factor: for `STEPS`: by what.
+        steps: for `STEPS`, the updates, from 0, at which the rate is multiplied by `factor`.
+        factor: for `STEPS`, the factor of each step.
 
     Raises:
         ValueError: `update` is not in [0, total), `warmup` not in [0, total), `base`, `power`, `end`, `start` or
@@ -80,7 +81,7 @@ def learning_rate(
     if not 0 <= warmup < total:
         raise ValueError(f"warmup={warmup}: it must be at least 0 and less than the run's {total} updates")
     if not 0 <= update < total:
-        raise ValueError(f"update={update} is not in a run of {total} updates, numbered from 0")
+        raise ValueError(f"update={update}: it must be at least 0 and less than the run's {total} updates")
     for name, value in (("base", base), ("power", power), ("end", end), ("start", start or 0.0), ("factor", factor)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value}: it must be finite and at least 0")

@@ -18,7 +18,7 @@ from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.factory import build_model
 from lars_train.models.weight_files import Weights, few, read_weights
 from lars_train.models.weights import check_finite, check_name, keep_outputs, load_state, load_weights
-from lars_train.optim.eager import leave_compiler_out
+from lars_train.optim.eager import avoid_dynamo_import
 from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups
 from lars_train.plan import Plan
@@ -221,7 +221,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    leave_compiler_out()
+    avoid_dynamo_import()
     base_class = optimizer_class(config.base)
     keywords = _keywords(config, base_class)
     adapt = config.name == "sgd" or config.adapt_norm_bias is not False

@@ -148,7 +148,7 @@ def as_on_a_gpu() -> Iterator[None]:
     one_by_one = GhostBatchNorm2d._one_by_one
     with ExitStack() as patches:
         patches.enter_context(patch.object(fused_sgd, "applies_to", lambda base, rule: False))
-        patches.enter_context(patch.object(rescale, "in_reach_of_the_host", lambda tensor: False))
+        patches.enter_context(patch.object(rescale, "is_host_tensor", lambda tensor: False))
         patches.enter_context(patch.object(GhostBatchNorm2d, "_one_by_one", at_once))
         yield
 

@@ -43,7 +43,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     elif request.param != "one pass":
         monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
     if request.param == "in bulk":
-        monkeypatch.setattr(rescale, "in_reach_of_the_host", lambda tensor: False)
+        monkeypatch.setattr(rescale, "is_host_tensor", lambda tensor: False)
     return str(request.param)
 
 

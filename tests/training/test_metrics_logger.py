@@ -90,7 +90,7 @@ def test_between_log_lines_monitoring_computes_nothing_and_reads_nothing_back(
 ) -> None:
     # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
     monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
-    monkeypatch.setattr(rescale, "in_reach_of_the_host", lambda tensor: False)
+    monkeypatch.setattr(rescale, "is_host_tensor", lambda tensor: False)
     every, never = 3, 10**9
     with_lines = updates(tmp_path / "logs", every, 7)
     run_update = Trainer.run_update

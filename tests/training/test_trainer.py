@@ -336,7 +336,7 @@ class Reads(TorchDispatchMode):
 def test_an_update_between_log_points_reads_nothing_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
     monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
-    monkeypatch.setattr(rescale, "in_reach_of_the_host", lambda tensor: False)
+    monkeypatch.setattr(rescale, "is_host_tensor", lambda tensor: False)
     for waits in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
         monkeypatch.setattr(waits, "synchronize", lambda *_: pytest.fail("the host waits for the device"))
     t = trainer(network(2), plan(8, 2))
