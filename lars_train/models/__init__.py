@@ -1,1 +1,1 @@
-"""The networks, their batch normalisation, and how they are built by name."""
+"""The networks, their batch norm over ghost batches, and their weight files."""

@@ -1,7 +1,7 @@
-"""Batch normalisation over ghost batches, with running statistics entered once per update.
+"""Batch norm over ghost batches, with running statistics updated once per update.
 
-The statistics that normalise an activation are those of its own ghost batch, on any hardware and with any
-micro-batch. What the ranks exchange is left to the caller of `RunningStatistics.update`.
+An activation is normalized by the statistics of its ghost batch, on any hardware and with any micro-batch. The caller
+of `RunningStatistics.update` provides the communication between ranks.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lars_train.models.ghost_norm import ghost_norm, pays_for_one
+from lars_train.models.ghost_norm import ghost_norm, is_faster_for_one
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are taken over ghost batches (Hoffer et al. 2017,
     https://arxiv.org/abs/1705.08741, section 4). Its state dict is that of `nn.BatchNorm2d`.
 
-    In training mode the (n, C, H, W) input is a row of whole ghost batches of `ghost_batch` samples, or a
-    single smaller one. Their means and unbiased variances are gathered, weighted by samples;
-    `running_mean` and `running_var` stay as they are until `RunningStatistics.update`. Evaluation is that of
+    In training mode the (n, C, H, W) input is a sequence of whole ghost batches of `ghost_batch` samples, or a
+    single smaller one. The layer accumulates their means and unbiased variances, weighted by samples;
+    `running_mean` and `running_var` stay unchanged until `RunningStatistics.update`. Evaluation is that of
     `nn.BatchNorm2d`.
 
-    Every forward pass in training mode is gathered, so one that is made twice (activation checkpointing)
-    would count twice.
+    Every forward pass in training mode is accumulated, so a pass that is made twice (activation checkpointing) would
+    count twice.
 
     Args:
         num_features: channels C.
@@ -33,14 +33,14 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         eps, momentum, affine, device, dtype: as for `nn.BatchNorm2d`.
 
     Raises:
-        ValueError: `ghost_batch` is below 1; in `forward`, n is 0 or larger than `ghost_batch` and no
-            multiple of it, or a ghost batch has a single value per channel.
+        ValueError: `ghost_batch` is below 1; in `forward`, n is 0, or n is larger than `ghost_batch` and no multiple
+            of it, or a ghost batch has a single value per channel.
     """
 
     ghost_sums: Tensor
-    """(2, C): means and unbiased variances since the last update, each times its ghost batch's samples."""
+    """(2, C): means and unbiased variances since the last update, each times the samples of its ghost batch."""
     ghost_samples: Tensor
-    """(1,): the samples in `ghost_sums`."""
+    """(1,): the number of samples in `ghost_sums`."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("ghost_samples", sums.new_zeros(1), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(n, C, H, W) to the same shape, dtype and memory format."""
+        """Normalize `input` (n, C, H, W); the output has the same shape, dtype and memory format."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
@@ -70,19 +70,19 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         ghost = min(self.ghost_batch, samples)
         if samples == 0 or samples % ghost:
             raise ValueError(
-                f"a micro-batch of {samples} samples is not made of whole ghost batches of {self.ghost_batch}"
+                f"a micro-batch of {samples} samples is not a sequence of whole ghost batches of {self.ghost_batch}"
             )
         ghosts = samples // ghost
-        # A loop costs launches on an accelerator; on the CPU torch's kernel is faster than any row of operations.
-        at_once = input.device.type != "cpu" and (ghosts > 1 or pays_for_one(input))
+        # A loop costs launches on an accelerator. On the CPU torch's kernel is faster than any sequence of operations.
+        at_once = input.device.type != "cpu" and (ghosts > 1 or is_faster_for_one(input))
         output, sums = self._at_once(input, ghosts) if at_once else self._one_by_one(input, ghost)
         self.ghost_sums.add_(sums, alpha=ghost)
         self.ghost_samples.add_(samples)
         return output
 
     def _one_by_one(self, input: Tensor, ghost: int) -> tuple[Tensor, Tensor]:
-        """The output, and the (2, C) sums of the ghost batches' means and unbiased variances."""
-        # The backward pass of a split copies, also that of a split into one.
+        """Return the output, and the (2, C) sums of the ghost batches' means and unbiased variances."""
+        # The backward pass of a split copies, even if there is only one part.
         parts = (input,) if len(input) == ghost else torch.split(input, ghost)
         # With momentum 1 a row of zeros becomes exactly the ghost batch's mean or unbiased variance.
         rows = self.ghost_sums.new_zeros(len(parts), 2, self.num_features)
@@ -97,28 +97,28 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(outputs), rows.sum(0)
 
     def _at_once(self, input: Tensor, ghosts: int) -> tuple[Tensor, Tensor]:
-        """As `_one_by_one`, in a number of operations that does not depend on `ghosts`."""
+        """Compute the same as `_one_by_one`, in a number of operations that does not depend on `ghosts`."""
         output, statistics = ghost_norm(input, self.weight, self.bias, ghosts=ghosts, eps=self.eps)
         return output, statistics.sum(1)
 
     def extra_repr(self) -> str:
+        """Return the settings, for the layer's repr."""
         return f"{self.num_features}, ghost_batch={self.ghost_batch}, eps={self.eps}, momentum={self.momentum}"
 
 
 class RunningStatistics:
-    """Enters into the running statistics of a model, once per update, what its ghost batches gathered.
+    """Updates a model's running statistics, once per update, from what its ghost batches accumulated.
 
-    Each `GhostBatchNorm2d` gets ``running = (1 - momentum) * running + momentum * mean``, where the mean of
-    the ghost batches' means (and of their unbiased variances) is taken over all samples since the last
-    update, on all ranks.
+    For each `GhostBatchNorm2d`, ``running = (1 - momentum) * running + momentum * mean``, where `mean` averages the
+    ghost batches' means (and their unbiased variances) over all samples since the last update, on all ranks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [layer for layer in model.modules() if isinstance(layer, GhostBatchNorm2d)]
-        self._look_up()
+        self._cache_tensors()
 
-    def _look_up(self) -> None:
-        # Attributes of modules are slow, and an update of a small network takes few milliseconds.
+    def _cache_tensors(self) -> None:
+        # Looking up attributes of modules is slow, and an update of a small network takes few milliseconds.
         layers = self._layers
         self._sums = [layer.ghost_sums for layer in layers]
         self._samples = [layer.ghost_samples for layer in layers]
@@ -128,22 +128,22 @@ class RunningStatistics:
         self._updates = [t for layer in layers if (t := layer.num_batches_tracked) is not None]
 
     def update(self, all_reduce: Callable[[Tensor], None] | None = None, also: Tensor | None = None) -> Tensor | None:
-        """Enter the statistics and forget them; a layer without samples on any rank keeps its own.
+        """Update the running statistics and clear the sums. Return `also` summed over the ranks.
 
-        Returns `also` summed over the ranks.
+        A layer that had no samples on any rank keeps its running statistics.
 
         Args:
-            also: a 1-D tensor that is to go with the same collective.
-            all_reduce: replaces a 1-D tensor by its sum over the ranks, in place; called once, on every rank
-                alike, also by one that had no samples. None: there is one rank.
+            all_reduce: replaces a 1-D tensor by its sum over the ranks, in place. It is called once on every rank,
+                also on a rank without samples. None for a single rank.
+            also: a 1-D tensor to sum in the same collective.
         """
         layers, sums, samples = self._layers, self._sums, self._samples
         if not layers:
             if all_reduce is not None and also is not None:
                 all_reduce(also)
             return also
-        if layers[0].running_mean is not self._running[0]:  # the model was moved, or given other tensors
-            self._look_up()
+        if layers[0].running_mean is not self._running[0]:  # the model was moved, or its tensors were replaced
+            self._cache_tensors()
             sums, samples = self._sums, self._samples
         others = [] if also is None else [also.to(sums[0].dtype)]
         flat = torch.cat([*others, *(t.flatten() for t in (*sums, *samples))])

@@ -1,4 +1,4 @@
-"""Models by name: torchvision's ResNets and the small networks of `resnet_cifar`; all get ghost batch norm."""
+"""Build models by name: torchvision's ResNets and the networks of `resnet_cifar`, all with ghost batch norm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CIFAR = {
     "resnet44": (7, 1),
     "resnet56": (9, 1),
 }
-# Written out, so that the names can be listed without the seconds that importing torchvision takes.
+# Listed here because importing torchvision for the names takes seconds.
 _TORCHVISION = (
     "resnet18",
     "resnet34",
@@ -35,20 +35,22 @@ _TORCHVISION = (
 
 
 def model_names() -> tuple[str, ...]:
-    """Every name that `build_model` knows; ``small`` is a CIFAR ResNet of 8 layers, ``tiny`` one at half the width
-    and height."""
+    """Return every name that `build_model` knows.
+
+    ``small`` is a CIFAR ResNet of 8 layers; ``tiny`` is ``small`` at half the width and height.
+    """
     return (*_CIFAR, *_TORCHVISION)
 
 
 def is_torchvisions(name: str) -> bool:
-    """Whether `build_model` takes the network of that name from torchvision."""
+    """Return True if `build_model` takes the network of that name from torchvision."""
     return name in _TORCHVISION
 
 
 def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bool) -> nn.Module:
-    """A freshly initialised model on the CPU, from (n, 3, H, W) images to (n, `num_classes`) logits.
+    """Return a newly initialized model on the CPU, from (n, 3, H, W) images to (n, `num_classes`) logits.
 
-    A model with a torchvision name has torchvision's modules, so its state dict loads there and back.
+    A model with a torchvision name has torchvision's modules, so each loads the other's state dict.
 
     Args:
         name: one of `model_names`.

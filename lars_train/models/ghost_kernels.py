@@ -1,21 +1,21 @@
-"""Ghost batch norm of channels_last activations in Triton: as many passes over them as plain batch norm makes.
+"""Apply ghost batch norm to channels_last activations in Triton, with as few passes over them as plain batch norm.
 
-The activations are a matrix, a row per pixel (C values that lie side by side), a ghost batch being R rows. A program
-takes a block of channels over a chunk of one ghost batch's rows and walks down it tile by tile. Passes over the
-activations, each kernel of them reading or writing every value once:
+The activations are a matrix with a row per pixel (C adjacent values); a ghost batch is R rows. A program takes a block
+of channels over a chunk of one ghost batch's rows and walks down it tile by tile. These kernels pass over the
+activations, reading or writing every value once per pass:
 
-- `_chunk_moments` reads x (1), `_normalise` reads x and writes the output (2);
+- `_chunk_moments` reads x (1), `_normalize` reads x and writes the output (2);
 - `_chunk_sums` reads dy and x (2), `_input_gradient` reads dy and x and writes the gradient (3): 8 in all.
 
-Between the two of a pair a small kernel combines the chunks, of which a ghost batch and block of channels has at most
-`PROGRAMS`. So there are three launches a direction, whatever the number of ghost batches. A value is held in float32
-from its load to its store. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches: a
-ghost batch gets the same digits in any micro-batch of two or more.
+Between the two kernels of a pair a small kernel combines the chunks, at most `PROGRAMS` per ghost batch and block of
+channels. So there are three launches per direction for any number of ghost batches. A value is in float32 from its load
+to its store. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches: a ghost batch has
+bit-identical results in any micro-batch of two or more.
 
-Importing this module imports triton, which comes with torch for CUDA on Linux; `ghost_norm` does without.
+Importing this module imports triton, which comes with torch for CUDA on Linux; `ghost_norm` works without it.
 """
 
-# Within kernels triton knows no type hints but constexpr, whose names are in capitals by custom.
+# Triton allows no type hints in kernels except constexpr, and such names are in capitals by convention.
 # ruff: noqa: N803
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -28,22 +28,22 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-# About as many for each ghost batch, of layers that have as many tiles: of 8 ghost batches, on a GPU of 132
-# multiprocessors that run 4 or more programs each, up to 8 rounds, the last of which need not be full.
+# The approximate number of programs per ghost batch, for layers with enough tiles. 8 ghost batches on a GPU with 132
+# multiprocessors that run 4 or more programs each take up to 8 rounds, the last of which may be partial.
 PROGRAMS = 512
-# A program's load of 8 KiB is four of 16 bytes, the widest there are, by each of its 128 threads. 64 channels of a
-# half precision are a cache line of 128 bytes.
+# Each of the 128 threads of a program loads four times 16 bytes, the widest load: 8 KiB. 64 channels in half precision
+# are a cache line of 128 bytes.
 TILE_BYTES = 8192
 TILE_CHANNELS = 64
-# Values that a program combines, chunks times channels.
+# The values that a combining program reads: chunks times channels.
 COMBINED = 4096
 WARPS = 4
 
 
-def normalise(
+def normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise each ghost batch by its own mean and biased variance.
+    """Normalize each ghost batch by its own mean and biased variance.
 
     Args:
         input: (n, C, H, W) of float32, bfloat16 or float16, contiguous in channels_last, n a multiple of
@@ -51,8 +51,8 @@ def normalise(
         weight, bias: (C,) of any floating dtype, or both None.
 
     Returns:
-        The output, like `input`, not a view; in float32 (2, ghosts, C) means and unbiased variances, and (ghosts, C)
-        1 / sqrt(biased variance + eps).
+        The output, like `input`, not a view; and in float32 (2, ghosts, C) means and unbiased variances, and
+        (ghosts, C) 1 / sqrt(biased variance + eps).
     """
     tiling = _tiling(input, ghosts)
     chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
@@ -61,23 +61,23 @@ def normalise(
     output = torch.empty_like(input)
     _launch(_chunk_moments, tiling, input, chunks)
     _launch(_combine_moments, tiling, chunks, statistics, inverse, eps)
-    _launch(_normalise, tiling, input, statistics, inverse, weight, bias, output)
+    _launch(_normalize, tiling, input, statistics, inverse, weight, bias, output)
     return output, statistics, inverse
 
 
 def gradients(
     grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The backward pass of `normalise`.
+    """Compute the backward pass of `normalize`.
 
     Args:
-        grad: of the output, (n, C, H, W) of the input's dtype; another memory format is copied.
-        input, weight: as given to `normalise`.
-        mean, inverse: (ghosts, C), of what it returned.
+        grad: the gradient of the output, (n, C, H, W) of the input's dtype; another memory format is copied.
+        input, weight: as passed to `normalize`.
+        mean, inverse: (ghosts, C), as returned by `normalize`.
 
     Returns:
         The input's gradient, like `input`, and (2, ghosts, C) in float32: the sums over each ghost batch of the
-        gradient, and of the gradient times the normalised input.
+        gradient, and of the gradient times the normalized input.
     """
     ghosts = len(mean)
     tiling = _tiling(input, ghosts)
@@ -92,7 +92,7 @@ def gradients(
 
 
 class Tiling(NamedTuple):
-    """How the work on (ghosts * rows, channels) is divided; it does not depend on the number of ghost batches."""
+    """The division of the work on (ghosts * rows, channels). It does not depend on the number of ghost batches."""
 
     ghosts: int
     rows: int
@@ -103,7 +103,7 @@ class Tiling(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        """Of a ghost batch's rows."""
+        """The number of chunks per ghost batch."""
         return _ceil(self.rows, self.chunk_rows)
 
 
@@ -117,8 +117,8 @@ def _tiling(input: Tensor, ghosts: int) -> Tiling:
 
 
 def _launch(kernel: Any, tiling: Tiling, first: Tensor, *others: Tensor | float | None) -> None:
-    """Run `kernel`, which takes tensors and numbers and then those of the tiling, on the current stream."""
-    # Eight channels of any of the dtypes make whole loads of 16 bytes, if the compiler knows of the eight.
+    """Run `kernel` on the current stream. It takes tensors and numbers, followed by the numbers of the tiling."""
+    # Eight channels of any of the dtypes make whole loads of 16 bytes, if the compiler knows the multiple of eight.
     vector = 8 if tiling.channels % 8 == 0 else 1
     if kernel in (_combine_moments, _combine_sums):
         chunks = _power_of_2(tiling.chunks)
@@ -141,21 +141,21 @@ def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-# Specialised on a size, a kernel would be compiled for each layer.
+# A kernel specialized on a size would be compiled again for each layer.
 _jit: Any = triton.jit(do_not_specialize=["ghosts", "rows", "chunk_rows", "groups"])
 
 
 @triton.jit
-def _place(rows, chunk_rows, channels, TILE: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of this program: the number of its chunk, counted over all ghost batches, its ghost batch, its channels, the
-    offset of its first row, how many rows it has, and the offsets within a tile."""
+def _locate_chunk(rows, chunk_rows, channels, TILE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return this program's chunk number (over all ghost batches), ghost batch, channels, offset of the first row,
+    number of rows, and the offsets within a tile."""
     blocks = tl.cdiv(channels, CHANNELS)
     chunks = tl.cdiv(rows, chunk_rows)
     chunk = tl.program_id(0) // blocks
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     ghost = chunk // chunks
     start = chunk % chunks * chunk_rows
-    # A micro-batch may have more than 2**31 values, a tile has not.
+    # A micro-batch may have more than 2**31 values; a tile has fewer.
     first = (ghost.to(tl.int64) * rows + start) * channels
     offsets = tl.arange(0, TILE)[:, None] * channels + channel
     return chunk, ghost, channel, first, tl.minimum(rows - start, chunk_rows), offsets
@@ -165,41 +165,44 @@ def _place(rows, chunk_rows, channels, TILE: tl.constexpr, CHANNELS: tl.constexp
 def _chunk_moments(
     x, out, ghosts, rows, chunk_rows, groups, VECTOR: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Each chunk's mean and sum of squared differences from it: Welford's update (1962, Technometrics 4, 419) in each
-    place of the tile, then the formula of Chan, Golub and LeVeque (1979, Stanford report STAN-CS-79-773) for all."""
+    """Compute each chunk's mean and sum of squared differences from it.
+
+    Welford's update (1962, Technometrics 4, 419) at each position of the tile, then the formula of Chan, Golub and
+    LeVeque (1979, Stanford report STAN-CS-79-773) for all positions.
+    """
     channels = groups * VECTOR
-    chunk, _ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    chunk, _ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     row = tl.arange(0, TILE)[:, None]
-    # Differences from any of its values are small where the mean is large, and lose no digits.
+    # Differences from any of the values are small compared with a large mean, and lose no digits.
     near = tl.load(x + first + channel, mask=channel < channels, other=0).to(tl.float32)
     mean = tl.zeros((TILE, CHANNELS), tl.float32)
     squares = tl.zeros((TILE, CHANNELS), tl.float32)
     for done in range(0, count, TILE):
-        there = (row < count - done) & (channel < channels)
-        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32) - near
-        difference = tl.where(there, value - mean, 0.0)
+        mask = (row < count - done) & (channel < channels)
+        value = tl.load(x + first + offsets, mask=mask, other=0).to(tl.float32) - near
+        difference = tl.where(mask, value - mean, 0.0)
         mean += difference * (1.0 / (done // TILE + 1))
         squares += difference * (value - mean)
         first += TILE * channels
     seen = tl.cdiv(tl.maximum(count - row, 0), TILE).to(tl.float32)
     merged = tl.sum(mean * seen, 0, keep_dims=True) / count
-    apart = mean - merged
-    squares = tl.sum(squares + seen * apart * apart, 0, keep_dims=True)
+    delta = mean - merged
+    squares = tl.sum(squares + seen * delta * delta, 0, keep_dims=True)
     place = out + chunk * channels + channel
     tl.store(place, near + merged, mask=channel < channels)
     tl.store(place + ghosts * tl.cdiv(rows, chunk_rows) * channels, squares, mask=channel < channels)
 
 
 @triton.jit
-def _chunks_of_a_ghost(rows, chunk_rows, channels, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of this program: its ghost batch, its channels, which chunks there are, and the offsets of their values."""
+def _locate_chunks(rows, chunk_rows, channels, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return this program's ghost batch and channels, the mask of existing chunks, and the offsets of their values."""
     blocks = tl.cdiv(channels, CHANNELS)
     ghost = tl.program_id(0) // blocks
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     chunk = tl.arange(0, CHUNKS)[:, None]
     chunks = tl.cdiv(rows, chunk_rows)
-    there = (chunk < chunks) & (channel < channels)
-    return ghost, channel, there, (ghost * chunks + chunk) * channels + channel
+    mask = (chunk < chunks) & (channel < channels)
+    return ghost, channel, mask, (ghost * chunks + chunk) * channels + channel
 
 
 @_jit
@@ -216,27 +219,27 @@ def _combine_moments(
     CHUNKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Each ghost batch's mean, unbiased variance and 1 / sqrt(biased variance + eps), by the same formula of Chan."""
+    """Compute each ghost batch's mean, unbiased variance and 1 / sqrt(biased variance + eps), by the same formula."""
     channels = groups * VECTOR
-    ghost, channel, there, offsets = _chunks_of_a_ghost(rows, chunk_rows, channels, CHUNKS, CHANNELS)
+    ghost, channel, mask, offsets = _locate_chunks(rows, chunk_rows, channels, CHUNKS, CHANNELS)
     stride, place = ghosts * channels, ghost * channels + channel
     valid = channel < channels
-    # Of its first chunk, for the same reason as in `_chunk_moments`.
+    # The mean of the first chunk, for the same reason as in `_chunk_moments`.
     near = tl.load(parts + ghost * tl.cdiv(rows, chunk_rows) * channels + channel, mask=valid, other=0)
-    mean = tl.load(parts + offsets, mask=there, other=0) - near
-    squares = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=there, other=0)
+    mean = tl.load(parts + offsets, mask=mask, other=0) - near
+    squares = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=mask, other=0)
     start = tl.arange(0, CHUNKS)[:, None] * chunk_rows
     count = tl.minimum(tl.maximum(rows - start, 0), chunk_rows).to(tl.float32)
     merged = tl.sum(mean * count, 0, keep_dims=True) / rows
-    apart = mean - merged
-    total = tl.sum(squares + count * apart * apart, 0, keep_dims=True)
+    delta = mean - merged
+    total = tl.sum(squares + count * delta * delta, 0, keep_dims=True)
     tl.store(statistics + place, near + merged, mask=valid)
     tl.store(statistics + stride + place, total / (rows - 1), mask=valid)
     tl.store(out + place, tl.rsqrt(total / rows + eps), mask=valid)
 
 
 @_jit
-def _normalise(
+def _normalize(
     x,
     means,
     inverses,
@@ -251,9 +254,9 @@ def _normalise(
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """(x - mean) * inverse * weight + bias. Subtracted first, a large mean costs no digits."""
+    """Compute (x - mean) * inverse * weight + bias. Subtracting first keeps the digits if the mean is large."""
     channels = groups * VECTOR
-    _chunk, ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    _chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     valid = channel < channels
     place = ghost * channels + channel
     mean = tl.load(means + place, mask=valid, other=0)
@@ -264,9 +267,9 @@ def _normalise(
         shift += tl.load(bias + channel, mask=valid, other=0).to(tl.float32)
     row = tl.arange(0, TILE)[:, None]
     for done in range(0, count, TILE):
-        there = (row < count - done) & valid
-        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32)
-        tl.store(out + first + offsets, (value - mean) * scale + shift, mask=there)
+        mask = (row < count - done) & valid
+        value = tl.load(x + first + offsets, mask=mask, other=0).to(tl.float32)
+        tl.store(out + first + offsets, (value - mean) * scale + shift, mask=mask)
         first += TILE * channels
 
 
@@ -284,18 +287,18 @@ def _chunk_sums(
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Each chunk's sums of dy and of dy * (x - mean)."""
+    """Compute each chunk's sums of dy and of dy * (x - mean)."""
     channels = groups * VECTOR
-    chunk, ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     valid = channel < channels
     mean = tl.load(means + ghost * channels + channel, mask=valid, other=0)
     row = tl.arange(0, TILE)[:, None]
     total = tl.zeros((TILE, CHANNELS), tl.float32)
     products = tl.zeros((TILE, CHANNELS), tl.float32)
     for done in range(0, count, TILE):
-        there = (row < count - done) & valid
-        slope = tl.load(dy + first + offsets, mask=there, other=0).to(tl.float32)
-        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32)
+        mask = (row < count - done) & valid
+        slope = tl.load(dy + first + offsets, mask=mask, other=0).to(tl.float32)
+        value = tl.load(x + first + offsets, mask=mask, other=0).to(tl.float32)
         total += slope
         products += slope * (value - mean)
         first += TILE * channels
@@ -318,13 +321,13 @@ def _combine_sums(
     CHUNKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Each ghost batch's sums of dy and of dy * (x - mean) * inverse."""
+    """Compute each ghost batch's sums of dy and of dy * (x - mean) * inverse."""
     channels = groups * VECTOR
-    ghost, channel, there, offsets = _chunks_of_a_ghost(rows, chunk_rows, channels, CHUNKS, CHANNELS)
+    ghost, channel, mask, offsets = _locate_chunks(rows, chunk_rows, channels, CHUNKS, CHANNELS)
     stride, place = ghosts * channels, ghost * channels + channel
     valid = channel < channels
-    total = tl.load(parts + offsets, mask=there, other=0)
-    products = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=there, other=0)
+    total = tl.load(parts + offsets, mask=mask, other=0)
+    products = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=mask, other=0)
     inverse = tl.load(inverses + place, mask=valid, other=0)
     tl.store(sums + place, tl.sum(total, 0, keep_dims=True), mask=valid)
     tl.store(sums + stride + place, tl.sum(products, 0, keep_dims=True) * inverse, mask=valid)
@@ -347,9 +350,9 @@ def _input_gradient(
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), the mean being taken over a ghost batch."""
+    """Compute weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), where mean is over a ghost batch."""
     channels = groups * VECTOR
-    _chunk, ghost, channel, first, count, offsets = _place(rows, chunk_rows, channels, TILE, CHANNELS)
+    _chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     stride = ghosts * channels
     valid = channel < channels
     place = ghost * channels + channel
@@ -362,8 +365,8 @@ def _input_gradient(
         scale *= tl.load(weight + channel, mask=valid, other=0).to(tl.float32)
     row = tl.arange(0, TILE)[:, None]
     for done in range(0, count, TILE):
-        there = (row < count - done) & valid
-        slope = tl.load(dy + first + offsets, mask=there, other=0).to(tl.float32)
-        value = tl.load(x + first + offsets, mask=there, other=0).to(tl.float32)
-        tl.store(out + first + offsets, scale * (slope - shift - (value - mean) * factor), mask=there)
+        mask = (row < count - done) & valid
+        slope = tl.load(dy + first + offsets, mask=mask, other=0).to(tl.float32)
+        value = tl.load(x + first + offsets, mask=mask, other=0).to(tl.float32)
+        tl.store(out + first + offsets, scale * (slope - shift - (value - mean) * factor), mask=mask)
         first += TILE * channels

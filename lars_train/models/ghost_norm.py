@@ -1,17 +1,16 @@
-"""Batch norm of many ghost batches at once, for devices on which a loop over them would cost a launch each.
+"""Apply batch norm to many ghost batches at once, for devices on which a loop would cost a launch per ghost batch.
 
-The number of operations does not depend on that of the ghost batches, and none waits for the device. Passes over the
-activations, forward and backward; plain batch norm makes 8 (its statistics 1, its output 2, its two sums 2, its
-gradient 3):
+The number of operations does not depend on the number of ghost batches, and none waits for the device. Plain batch norm
+makes 8 passes over the activations, forward and backward (statistics 1, output 2, the two sums 2, gradient 3). Here:
 
 - on CUDA, channels_last, float32 and half precision: 8, by the Triton kernels of `ghost_kernels`;
 - compiled (`torch.compile` fuses all operations between the reductions): 8;
-- elsewhere, each operation of torch reading from memory and writing to it (an estimate): 13 in float32. Forward 3;
-  backward 1 for the sum of the gradients, 4 for that of the products, which no operation of torch sums unwritten for a
-  channels_last tensor, and 5 for the gradient in two steps. In bfloat16 14, mean and variance being two reads; in
-  float16 16, its products being float32.
+- elsewhere 13 in float32, an estimate in which each operation of torch reads from memory and writes to it. Forward 3;
+  backward 1 for the sum of the gradients, 4 for the sum of the products (for a channels_last tensor torch cannot sum
+  products without writing them) and 5 for the gradient in two steps. In bfloat16 14, because mean and variance take two
+  reads; in float16 16, because its products are float32.
 
-Where triton is not installed, or its kernels fail, the operations of torch do the work, and one line on stderr says so.
+If triton is not installed, or its kernels fail, torch's operations do the work, and one line on stderr says so.
 """
 
 from __future__ import annotations
@@ -28,59 +27,59 @@ from torch.autograd.function import once_differentiable
 from lars_train.messages import complain
 
 LARGE = 1 << 24
-"""Values from which on an H100 is busy with its passes over them for longer than the host is with launching some
-kernels more; torch's for a single ghost batch take up to three times as long for a pass (docs/performance.md)."""
+"""From this many values on, an H100 takes longer for its passes over them than the host takes to launch a few more
+kernels. A pass of torch's kernels over a single ghost batch takes up to three times as long (docs/performance.md)."""
 
-# Of a (ghost batches, samples, C, H, W) view.
+# The reduced dimensions of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)
 _HALF = (torch.bfloat16, torch.float16)
 _KERNEL_DTYPES = (torch.float32, *_HALF)
-# Why they are not to be used.
-_off: list[str] = []
+# Reasons not to use the Triton kernels.
+_disabled: list[str] = []
 
 
 def ghost_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, *, ghosts: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalise each ghost batch by its own statistics (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167,
+    """Normalize each ghost batch by its own statistics (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167,
     algorithm 1; Hoffer et al. 2017, https://arxiv.org/abs/1705.08741, section 4).
 
     Statistics and arithmetic are float32 for half-precision input and of the input's dtype otherwise, also under
-    autocast. The backward pass keeps the input as it is, and two (ghosts, C) statistics. There is no second
+    autocast. The backward pass keeps the unmodified input and two (ghosts, C) statistics. There is no second
     derivative.
 
     Args:
         input: (n, C, H, W), any memory format; n is a multiple of `ghosts`.
         weight, bias: (C,), or both None.
-        ghosts: ghost batches in `input`, in its order.
+        ghosts: number of consecutive ghost batches in `input`.
         eps: added to the variance.
 
     Returns:
-        The output, of the shape, dtype and memory format of `input`; (2, ghosts, C) means and unbiased variances,
+        The output, with the shape, dtype and memory format of `input`; (2, ghosts, C) means and unbiased variances,
         through which no gradient flows.
 
     Raises:
         ValueError: a ghost batch has a single value per channel.
     """
     if input.numel() // max(ghosts * input.shape[1], 1) < 2:
-        raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each wants more than 1 value per channel")
+        raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each needs more than 1 value per channel")
     output: tuple[Tensor, Tensor] = _GhostNorm.apply(input, weight, bias, ghosts, eps)
     return output
 
 
-def pays_for_one(input: Tensor) -> bool:
-    """Whether `ghost_norm` is faster than torch's batch norm also for `input` (n, C, H, W) of a single ghost batch."""
+def is_faster_for_one(input: Tensor) -> bool:
+    """Return True if `ghost_norm` is faster than torch's batch norm even for a single ghost batch (n, C, H, W)."""
     return input.numel() >= LARGE and _has_kernels(input)
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """The operations of torch do the work, also where the kernels could, so that the two may be compared."""
-    _off.append("asked for")
+    """Use torch's operations even where the kernels could be used, so that the two can be compared."""
+    _disabled.append("asked for")
     try:
         yield
     finally:
-        _off.remove("asked for")
+        _disabled.remove("asked for")
 
 
 class _GhostNorm(torch.autograd.Function):
@@ -89,7 +88,7 @@ class _GhostNorm(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
     ) -> tuple[Tensor, Tensor]:
         given = (input, weight, bias, ghosts, eps)
-        output, statistics, inverse = _by_kernels("normalise", input, *given) or _normalise(*given)
+        output, statistics, inverse = _by_kernels("normalize", input, *given) or _normalize(*given)
         ctx.save_for_backward(input, weight, statistics[0], inverse)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
@@ -110,27 +109,27 @@ class _GhostNorm(torch.autograd.Function):
 
 
 def _by_kernels(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor, ...] | None:
-    """What `function` of `ghost_kernels` returns; None if its kernels are not for `input` or do not run here."""
+    """Return the result of `function` of `ghost_kernels`, or None if its kernels do not support `input` or fail."""
     if not _has_kernels(input):
         return None
     try:
-        made: tuple[Tensor, ...] = getattr(_kernels(), function)(*arguments)
+        result: tuple[Tensor, ...] = getattr(_kernels(), function)(*arguments)
     except torch.OutOfMemoryError:
         raise
-    # No triton, or whatever its compilers run into. What ails the device itself comes again with the next operation.
+    # No triton, or any failure of its compilers. A failure of the device itself shows again in the next operation.
     except Exception as error:
         # The error itself would keep the activations alive.
-        _off.append(f"{type(error).__name__}: {error}")
-        complain(f"ghost batch norm goes without its Triton kernels, more slowly: {_off[-1]}")
+        _disabled.append(f"{type(error).__name__}: {error}")
+        complain(f"ghost batch norm runs without its Triton kernels, more slowly: {_disabled[-1]}")
         return None
-    return made
+    return result
 
 
 def _has_kernels(input: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not _off and _suits(input) and _in_memory(input)
+    return not torch.compiler.is_compiling() and not _disabled and _is_supported(input) and _is_plain(input)
 
 
-def _suits(input: Tensor) -> bool:
+def _is_supported(input: Tensor) -> bool:
     return (
         input.device.type == "cuda"
         and input.dtype in _KERNEL_DTYPES
@@ -138,8 +137,8 @@ def _suits(input: Tensor) -> bool:
     )
 
 
-def _in_memory(input: Tensor) -> bool:
-    # Fake tensors, which trace and measure, are no plain ones.
+def _is_plain(input: Tensor) -> bool:
+    # Fake tensors, used for tracing and measuring, are a subclass.
     return type(input) is Tensor
 
 
@@ -149,17 +148,17 @@ def _kernels() -> ModuleType:
     return ghost_kernels
 
 
-def _normalise(
+def _normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ghost_kernels.normalise`."""
+    """Compute `ghost_kernels.normalize` with torch's operations."""
     with _no_autocast(input):
         x = _split(input, ghosts)
         mean, variance = _moments(x)
         inverse = torch.rsqrt(variance + eps)
         scale = inverse if weight is None else inverse * _per_channel(weight)
         shift = -mean * scale if bias is None else torch.addcmul(_per_channel(bias), mean, scale, value=-1)
-        # Not a view, for the network goes on in place (ReLU), which autograd forbids of views made here.
+        # Not a view: the network continues in place (ReLU), which autograd forbids for views made here.
         output = torch.empty_like(input)
         written = _multiply_add(shift, x, scale, _split(output, ghosts))
         if torch.compiler.is_compiling():
@@ -172,12 +171,12 @@ def _normalise(
 def _gradients(
     grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `ghost_kernels.gradients`."""
+    """Compute `ghost_kernels.gradients` with torch's operations."""
     with _no_autocast(input):
         mean, inverse = (t[:, None, :, None, None] for t in (mean, inverse))
         x, dy = _split(input, len(mean)), _split(grad, len(mean))
         dy_sum = dy.sum(_REDUCED, keepdim=True, dtype=mean.dtype)
-        # Of the gradients times the normalised input.
+        # The sum of the gradients times the normalized input.
         normed_sum, spare = _product_sum(dy, x, mean, dy_sum)
         normed_sum = normed_sum * inverse
         grad_input = _input_gradient(dy, x, mean, inverse, weight, dy_sum, normed_sum, spare)
@@ -194,18 +193,18 @@ def _input_gradient(
     normed_sum: Tensor,
     spare: Tensor | None,
 ) -> Tensor:
-    """scale * (dy - mean(dy) - normed * mean(dy * normed)), the mean being taken over a ghost batch's values."""
+    """Return scale * (dy - mean(dy) - normed * mean(dy * normed)), where mean is over the values of a ghost batch."""
     scale = inverse if weight is None else inverse * _per_channel(weight)
     share = scale * (-mean.numel() / x.numel())
     slope = normed_sum * inverse * share
     shift = torch.addcmul(dy_sum * share, mean, slope, value=-1)
-    # The part without dy comes first: it is centred, so that rounding it to half precision loses little.
+    # The part without dy comes first: it is centered, so rounding it to half precision loses little.
     out = _empty_like(x) if spare is None else spare
     return _multiply_add(_multiply_add(shift, x, slope, out), dy, scale, out)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each ghost batch and channel, (ghosts, 1, C, 1, 1), of at least float32."""
+    """Return mean and biased variance of each ghost batch and channel, (ghosts, 1, C, 1, 1), at least float32."""
     if x.dtype in _HALF:
         if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
             # `var_mean` would round its results to half precision, and a float32 copy would cost memory.
@@ -217,29 +216,29 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multiply_add(shift: Tensor, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """shift + x * scale in the widest dtype, rounded once, into `out`, which may be `shift`."""
+    """Write shift + x * scale, in the widest dtype and rounded once, into `out`, which may be `shift`."""
     if torch.compiler.is_compiling():
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(out.dtype)
     return torch.addcmul(shift, x, scale, out=out)
 
 
 def _product_sum(dy: Tensor, x: Tensor, mean: Tensor, dy_sum: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The sum of dy * (x - mean) over each ghost batch and channel, and memory like `x` that may be overwritten."""
+    """Return the sums of dy * (x - mean) per ghost batch and channel, and a tensor like `x` to be overwritten."""
     if torch.compiler.is_compiling():
         return (dy.to(mean.dtype) * (x.to(mean.dtype) - mean)).sum(_REDUCED, keepdim=True), None
     if x.dtype == torch.float16:
-        # float16 ends at 65504, which products of scaled gradients may pass; in float32 each product is exact, so that
-        # subtracting the mean afterwards loses less than the input's own rounding did.
+        # Products of scaled gradients may exceed 65504, the largest float16. In float32 each product is exact, so
+        # subtracting the mean afterwards loses less than the rounding of the input did.
         products = torch.addcmul(mean.new_zeros(1), dy, x)
         return torch.addcmul(products.sum(_REDUCED, keepdim=True), mean, dy_sum, value=-1), None
-    # The one operation of torch that multiplies a difference without writing it down is the gradient of the squared
-    # error, 2 * (x - near) * dy. It wants one dtype: what the mean loses by that is made good below.
+    # The only operation of torch that multiplies a difference without storing it is the gradient of the squared error,
+    # 2 * (x - near) * dy. It needs a single dtype; the last line corrects for the rounding of the mean.
     near = mean.to(x.dtype)
     products = torch.ops.aten.mse_loss_backward.grad_input(dy, x, near, 0, grad_input=_empty_like(x))
-    centred = products.sum(_REDUCED, keepdim=True, dtype=mean.dtype) / 2
+    centered = products.sum(_REDUCED, keepdim=True, dtype=mean.dtype) / 2
     if near.dtype == mean.dtype:
-        return centred, products
-    return torch.addcmul(centred, mean - near, dy_sum, value=-1), products
+        return centered, products
+    return torch.addcmul(centered, mean - near, dy_sum, value=-1), products
 
 
 def _per_channel(values: Tensor) -> Tensor:
@@ -255,6 +254,6 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    # It would turn the activations into float32 copies.
+    # Autocast would make float32 copies of the activations.
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 NormLayer = Callable[[int], nn.Module]
-"""Makes the normalisation of a number of channels."""
+"""Creates the normalization layer for a number of channels."""
 
 _WIDTHS = (16, 32, 64)
 
@@ -21,8 +21,8 @@ _WIDTHS = (16, 32, 64)
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions around a shortcut without parameters (the paper's option A).
 
-    (n, in_planes, H, W) to (n, planes, ceil(H / stride), ceil(W / stride)): where the shape changes, the
-    shortcut takes every `stride`-th pixel and appends channels of zeros.
+    The input is (n, in_planes, H, W), the output (n, planes, ceil(H / stride), ceil(W / stride)). If the shape changes,
+    the shortcut takes every `stride`-th pixel and appends channels of zeros.
     """
 
     def __init__(self, in_planes: int, planes: int, stride: int, norm_layer: NormLayer) -> None:
@@ -36,6 +36,7 @@ class BasicBlock(nn.Module):
         self.new_planes = planes - in_planes
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (n, in_planes, H, W) activations to those of the next block."""
         out: Tensor = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.stride > 1:
@@ -48,9 +49,10 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A network of 6 * `blocks` + 2 layers, from (n, 3, H, W) images to (n, `num_classes`) logits.
 
-    With `stem_stride` 2 (not the paper's) all stages work on a quarter of the pixels, at a quarter of the cost.
+    With `stem_stride` 2, which the paper does not have, all stages work on a quarter of the pixels, at a quarter of the
+    cost.
 
-    Convolutions start as in He et al. 2015 (https://arxiv.org/abs/1502.01852, section 2.2), which section
+    Convolutions are initialized as in He et al. 2015 (https://arxiv.org/abs/1502.01852, section 2.2), which section
     4.2 cites: normal with variance 2 / (k * k * output channels).
     """
 
@@ -72,6 +74,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (n, 3, H, W) images to (n, num_classes) logits."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(self.avgpool(x).flatten(1))

@@ -1,10 +1,10 @@
 """Find the network in a file of weights, and the classes of its outputs.
 
-A file may hold a plain state dict, or a checkpoint of another program with one in it. Which of its mappings is the
-network, and which prefix its names have (``module.``, ``_orig_mod.``, ``model.``), is decided by the names that the
-model has. `Weights.classes` are known for the exports and checkpoints that this program wrote, and for files that hold
-them by one of the names in `_NAMES` beside the network, or at one of `_PLACES`. Whether the network fits a model, and
-how it comes into it, is weights.py's.
+A file may hold a plain state dict, or another program's checkpoint that contains one. The names of the model's tensors
+decide which mapping in the file is the network, and which prefix its names have (``module.``, ``_orig_mod.``,
+``model.``). `Weights.classes` are known for exports and checkpoints of this program, and for files with one of
+`_CLASS_KEYS` beside the network or at one of `_CLASS_PLACES`. weights.py checks that the network fits a model and loads
+it.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lars_train.errors import ConfigError
 from lars_train.messages import counted
 
 KEY = "lars_train"
-"""The entry of a file's metadata that `export` writes: JSON with the model's name and its classes."""
+"""The metadata entry that `export` writes: JSON with the model's name and its classes."""
 
 HEAD = "fc."
-"""What the names of the last layer's parameters begin with, in every model of the factory."""
+"""The prefix of the last layer's parameter names, in every model of the factory."""
 
 _COMPILED = "_orig_mod."
-# Where other programs keep class names, in any case: torchvision's data sets have the first, the second is its inverse;
-# id2label is Hugging Face's, names is YOLO's, and OpenMMLab's is CLASSES.
-_NAMES = ("class_to_idx", "idx_to_class", "classes", "class_names", "id2label", "label_map", "names")
-# Mappings beside the network that hold them: OpenMMLab's (dataset_meta is of its newer files), Hugging Face's.
-_PLACES = (("meta",), ("meta", "dataset"), ("meta", "dataset_meta"), ("config",))
-_DEEPEST = 4  # mappings within mappings that are searched for a network
+# Keys of class names in files of other programs, in any case. torchvision's data sets have the first; the second is its
+# inverse; id2label is Hugging Face's, names is YOLO's, CLASSES is OpenMMLab's.
+_CLASS_KEYS = ("class_to_idx", "idx_to_class", "classes", "class_names", "id2label", "label_map", "names")
+# Mappings beside the network that hold class names: OpenMMLab's (dataset_meta in newer files), Hugging Face's.
+_CLASS_PLACES = (("meta",), ("meta", "dataset"), ("meta", "dataset_meta"), ("config",))
+_DEEPEST = 4  # levels of nested mappings that are searched for a network
 _NOT_WEIGHTS = (
-    (rb"\s*<(!doctype|html|\?xml)", "it is a web page, which a download saved in place of the weights; get it again"),
-    (rb"version https://git-lfs", "it is a pointer of Git LFS, and not the file itself; run `git lfs pull`"),
+    (rb"\s*<(!doctype|html|\?xml)", "it is a web page that was downloaded instead of the weights; download them again"),
+    (rb"version https://git-lfs", "it is a Git LFS pointer, not the file itself; run `git lfs pull`"),
 )
 
 
@@ -49,94 +49,95 @@ class Weights:
     """The network in a file."""
 
     origin: str
-    """Where it comes from, as messages name it: ``model.weights=net.pth``."""
+    """The source, as messages name it: ``model.weights=net.pth``."""
     state: Mapping[str, Tensor]
-    """Its tensors by the model's own names; whether they fit, `load_state` finds out."""
+    """The tensors by the model's names. `load_state` checks that they fit."""
     classes: tuple[str, ...] | None = None
-    """The class of each output, where the file says so."""
+    """The class of each output, if the file has them."""
     model: str | None = None
-    """The name of its model, where the file says so."""
+    """The name of the model, if the file has it."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how it was read."""
+    """Messages for the user about how the file was read."""
 
     @property
     def outputs(self) -> int:
-        """Outputs of its last layer; 0 where it has none."""
+        """The number of outputs of the last layer; 0 without a last layer."""
         head = self.state.get(f"{HEAD}weight")
         return len(head) if isinstance(head, Tensor) and head.ndim else 0
 
 
-def read_weights(path: str | os.PathLike[str], wanted: Collection[str]) -> Weights:
-    """The network of the file `path` that has the most of the names `wanted`. Raises `ConfigError`."""
+def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weights:
+    """Return the network in the file `path` that has the most of the tensor `names`. Raises `ConfigError`."""
     origin = f"model.weights={path}"
     content, about = _read(path, origin)
-    # Of each mapping with tensors and each prefix of their names: how many of the model's names they have.
+    # For each mapping with tensors and each prefix of their names: how many of `names` it has.
     found = [
-        (sum(prefix + key in tensors for key in wanted), where, prefix, tensors)
+        (sum(prefix + key in tensors for key in names), where, prefix, tensors)
         for where, tensors in _mappings(content)
-        for prefix in _prefixes(tensors, next(iter(wanted)))
+        for prefix in _prefixes(tensors, next(iter(names)))
     ]
     most = max((count for count, *_ in found), default=-1)
     if most < 0:
         raise ConfigError(
-            f"{origin}: holds no state dict (names to tensors), by itself or within it; save it with "
+            f"{origin}: holds no state dict (names to tensors), neither by itself nor nested; save it with "
             "torch.save(model.state_dict(), path)."
         )
     best = [entry for entry in found if entry[0] == most] if most else found[:1]
-    plain = [entry for entry in best if "ema" not in _place(*entry[1:3]).lower()] or best
+    plain = [entry for entry in best if "ema" not in _location(*entry[1:3]).lower()] or best
     if len(plain) > 1:
-        places = ", ".join(_place(where, prefix) for _, where, prefix, _ in plain)
-        raise ConfigError(f"{origin}: holds more than one network ({places}); save the one that you mean alone.")
+        places = ", ".join(_location(where, prefix) for _, where, prefix, _ in plain)
+        raise ConfigError(f"{origin}: holds more than one network ({places}); save only the one to use.")
     _, where, prefix, tensors = plain[0]
     notes = []
     if len(best) > 1:
-        places = ", ".join(_place(*entry[1:3]) for entry in best)
-        notes.append(f"{origin}: of {places}, {_place(where, prefix)} is used; save another one alone to take it.")
-    beside = [key for key in tensors if not key.startswith(prefix)]
-    if beside:
+        places = ", ".join(_location(*entry[1:3]) for entry in best)
+        notes.append(f"{origin}: of {places}, {_location(where, prefix)} is used; to use another, save only that one.")
+    unused_tensors = [key for key in tensors if not key.startswith(prefix)]
+    if unused_tensors:
         notes.append(
-            f"{origin}: not used, beside the network {prefix}: {counted(len(beside), 'tensor')}: {few(beside)}."
+            f"{origin}: not used, outside the network {prefix}: {counted(len(unused_tensors), 'tensor')}: "
+            f"{few(unused_tensors)}."
         )
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    _refuse_clashes(origin, _path(content, where)[-1], prefix)
-    about = about or _about(content, where)
+    _refuse_clashes(origin, _mappings_to(content, where)[-1], prefix)
+    about = about or _description(content, where)
     model = about.get("model")
     weights = Weights(origin, state, model=model if isinstance(model, str) else None)
-    classes, unused = _classes(_named(about), weights.outputs)
+    classes, unused = _classes(_class_entries(about), weights.outputs)
     notes += [f"{origin}: its entry {key} is not used: {why}." for key, why in unused]
     return replace(weights, classes=classes, notes=tuple(notes))
 
 
 def _refuse_clashes(origin: str, mapping: Mapping[Any, Any], prefix: str) -> None:
-    """Raise `ConfigError` for different tensors of the network whose names become one."""
+    """Raise `ConfigError` if different tensors of the network have the same name without `_COMPILED`."""
     first: dict[str, str] = {}
     clashes = []
     for key, value in mapping.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not _short(key).startswith(prefix):
+        if not isinstance(key, str) or not isinstance(value, Tensor) or not _plain_name(key).startswith(prefix):
             continue
-        other = first.setdefault(_short(key), key)
+        other = first.setdefault(_plain_name(key), key)
         if other != key and not (mapping[other].dtype == value.dtype and torch.equal(mapping[other], value)):
             clashes.append(f"{other} and {key}")
     if clashes:
         raise ConfigError(
-            f"{origin}: {counted(len(clashes), 'tensor')} of the network twice, with other values: {few(clashes)}; "
-            "save the network that you mean alone."
+            f"{origin}: {counted(len(clashes), 'tensor')} of the network twice, with different values: {few(clashes)}; "
+            "save only the network to use."
         )
 
 
 def _classes(about: Mapping[str, Any], outputs: int) -> tuple[tuple[str, ...] | None, list[tuple[str, str]]]:
-    """The class of each output by the first entry of `about` that names them; and the other entries, each with why."""
+    """Return the class of each output, from the first valid entry of `about`, and the unused entries with reasons."""
     used, chosen, unused = None, "", []
     for key, value in about.items():
         names = _names(value)
         if value is None or not outputs:
             continue
         if names is None:
-            why = "it is no list of the names of class 0, 1, ..."
+            why = "it is not a list of the names of class 0, 1, ..."
         elif len(names) != outputs:
             why = f"{counted(len(names), 'name')} for {counted(outputs, 'output')}"
         elif len(set(names)) < len(names):
-            why = "a name is in it twice"
+            why = "it has a name twice"
         elif used is not None and names != used:
             why = f"it differs from {chosen}"
         else:
@@ -147,12 +148,12 @@ def _classes(about: Mapping[str, Any], outputs: int) -> tuple[tuple[str, ...] | 
 
 
 def _names(value: object) -> tuple[str, ...] | None:
-    """The name of class 0, 1, ... in a list of them, or a mapping from or to their numbers; None for anything else."""
+    """Return the names of class 0, 1, ... from a list, or a mapping from or to class numbers; None for other values."""
     if isinstance(value, Mapping):
         by_index = {}
         for key, other in value.items():
             index, name = (other, key) if type(other) is int else (key, other)
-            # JSON has no other keys than text.
+            # JSON keys are always text.
             by_index[int(index) if isinstance(index, str) and re.fullmatch(r"[0-9]{1,9}", index) else index] = name
         value = [by_index.get(index) for index in range(len(value))]
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
@@ -161,20 +162,20 @@ def _names(value: object) -> tuple[str, ...] | None:
 
 
 def _read(path: str | os.PathLike[str], origin: str) -> tuple[Any, dict[str, Any]]:
-    """What the file holds, and what safetensors' metadata say of it."""
+    """Return the content of the file, and what safetensors metadata say about the network."""
     name = os.fspath(path)
     if name.endswith(".onnx"):
-        raise ConfigError(f"{origin}: a graph is not read; give the .pth or .safetensors of its network.")
+        raise ConfigError(f"{origin}: ONNX graphs are not supported; give the .pth or .safetensors of the network.")
     if Path(name).is_dir():
         raise ConfigError(
-            f"{origin}: it is a folder; give a file, such as best.pt in a run's checkpoints/. To evaluate a run or to "
-            "go on from it: checkpoint.path."
+            f"{origin}: it is a folder; give a file, such as best.pt in a run's checkpoints/. To evaluate or resume a "
+            "run: checkpoint.path."
         )
     try:
         with Path(name).open("rb") as file:
             begin = file.read(512)
         if not begin:
-            raise ConfigError(f"{origin}: the file is empty; get it again.")
+            raise ConfigError(f"{origin}: the file is empty; download or save it again.")
         for pattern, reason in _NOT_WEIGHTS:
             if re.match(pattern, begin, re.IGNORECASE):
                 raise ConfigError(f"{origin}: {reason}.")
@@ -192,13 +193,13 @@ def _read(path: str | os.PathLike[str], origin: str) -> tuple[Any, dict[str, Any
         if refused or "TorchScript" in str(error):
             what = refused[1] if refused else "a TorchScript program"
             raise ConfigError(
-                f"{origin}: beside tensors it holds {what}, and only plain values and tensors are loaded, so that no "
+                f"{origin}: besides tensors it holds {what}, but only plain values and tensors are loaded, so that no "
                 "code in a file can run. If you trust it, load it in Python (torch.load with weights_only=False, or "
                 "torch.jit.load) and save its state_dict() alone with torch.save."
             ) from None
         raise ConfigError(
-            f"{origin}: not a file of plain tensors that torch.save (or safetensors) wrote, or damaged "
-            f"({type(error).__name__}); get it again, or save it with torch.save(model.state_dict(), path)."
+            f"{origin}: not a file of plain tensors written by torch.save (or safetensors), or damaged "
+            f"({type(error).__name__}); download it again, or save it with torch.save(model.state_dict(), path)."
         ) from error
 
 
@@ -217,17 +218,17 @@ def _json(text: object) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _about(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
-    """What the file says of the network at `where`: its ``model``, and what may be its classes, by the entry's name."""
-    *outer, inner = _path(content, where)
+def _description(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
+    """Return what the file says about the network at `where`: its ``model``, and candidates for its classes by key."""
+    *outer, inner = _mappings_to(content, where)
     metadata = getattr(inner, "_metadata", None)
     if isinstance(metadata, Mapping) and (about := _json(metadata.get(KEY))):
         return about
     around = outer[-1] if outer else {}
-    parameters = _within(around, ["hyper_parameters"])  # Lightning's
-    # A setting called classes in a config must not hide the names that the file itself has.
-    places = [inner, parameters, *reversed(outer), *(_within(around, keys) for keys in _PLACES)]
-    names = next(filter(None, map(_named, places)), {})
+    parameters = _mapping_at(around, ["hyper_parameters"])  # Lightning's
+    # A setting called classes in a config must not hide the class names of the file itself.
+    places = [inner, parameters, *reversed(outer), *(_mapping_at(around, keys) for keys in _CLASS_PLACES)]
+    names = next(filter(None, map(_class_entries, places)), {})
     if where != ("model",) or "format" not in around:
         return {"model": around.get("arch"), **names}
     config = around.get("config")
@@ -235,21 +236,21 @@ def _about(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
     return {"model": model.get("name") if isinstance(model, Mapping) else None, **names}
 
 
-def _named(place: Mapping[Any, Any]) -> dict[str, Any]:
-    """What may be class names in `place`, in the order of `_NAMES`."""
-    found = [key for key in place if isinstance(key, str) and key.lower() in _NAMES]
-    return {key: place[key] for key in sorted(found, key=lambda key: _NAMES.index(key.lower()))}
+def _class_entries(place: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the entries of `place` that may be class names, in the order of `_CLASS_KEYS`."""
+    found = [key for key in place if isinstance(key, str) and key.lower() in _CLASS_KEYS]
+    return {key: place[key] for key in sorted(found, key=lambda key: _CLASS_KEYS.index(key.lower()))}
 
 
-def _within(place: Any, keys: Sequence[str]) -> Mapping[Any, Any]:
-    """The mapping at `keys` in `place`; empty where there is none."""
+def _mapping_at(place: Any, keys: Sequence[str]) -> Mapping[Any, Any]:
+    """Return the mapping at `keys` in `place`; empty if there is none."""
     for key in keys:
         place = place.get(key) if isinstance(place, Mapping) else None
     return place if isinstance(place, Mapping) else {}
 
 
-def _path(content: Any, where: tuple[str, ...]) -> list[Mapping[Any, Any]]:
-    """The mapping at `where`, and before it those around it from the file's own on."""
+def _mappings_to(content: Any, where: tuple[str, ...]) -> list[Mapping[Any, Any]]:
+    """Return the mappings on the way from the whole file to `where`, both included."""
     found = [content]
     for key in where:
         found.append(found[-1][key])
@@ -257,10 +258,12 @@ def _path(content: Any, where: tuple[str, ...]) -> list[Mapping[Any, Any]]:
 
 
 def _mappings(value: object, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping with tensors in `value`, with the keys that lead to it."""
+    """Yield every mapping with tensors in `value`, after the keys that lead to it."""
     if not isinstance(value, Mapping) or len(where) > _DEEPEST:
         return
-    tensors = {_short(key): item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)}
+    tensors = {
+        _plain_name(key): item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)
+    }
     if tensors:
         yield where, tensors
     for key, item in value.items():
@@ -268,20 +271,20 @@ def _mappings(value: object, where: tuple[str, ...] = ()) -> Iterator[tuple[tupl
             yield from _mappings(item, (*where, key))
 
 
-def _short(key: str) -> str:
+def _plain_name(key: str) -> str:
     return key.replace(_COMPILED, "")
 
 
 def _prefixes(tensors: Mapping[str, Tensor], first: str) -> list[str]:
-    """What may stand before the model's names: what stands before its `first` one, or nothing."""
+    """Return the possible prefixes of the model's names: none, and each that precedes its `first` name."""
     ends = (key.removesuffix(first) for key in tensors if key.endswith(f".{first}"))
     return list(dict.fromkeys(["", *ends]))
 
 
-def _place(where: Sequence[str], prefix: str) -> str:
+def _location(where: Sequence[str], prefix: str) -> str:
     return ".".join((*where, prefix.rstrip("."))).strip(".") or "the file itself"
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
-    """The first of `names`, for a message."""
+    """Join the first of `names`, for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Load weights into a model: check that they fit, match their classes. And the hash of weights."""
+"""Load weights into a model: check that they fit, and match their classes. Hash weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lars_train.models.weight_files import HEAD, Weights, few, read_weights
 
 
 def weights_sha256(network: nn.Module, rounded_to: torch.dtype | None = None) -> str:
-    """SHA-256, in hex, over the names and bytes (C order) of all parameters and buffers, in bytewise order of names.
+    """Return the SHA-256, in hex, of the names and bytes (C order) of all parameters and buffers.
 
-    `rounded_to`: of floating-point values rounded to this dtype first.
+    They are in bytewise order of names. `rounded_to`: the dtype to which floating-point values are rounded first.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
@@ -38,16 +38,16 @@ def load_weights(
     classes: Sequence[str] | None = None,
     new_head: bool = False,
 ) -> tuple[str, ...]:
-    """Load the network in the file `path` into `model`, in place, and return what the user should know of it.
+    """Load the network in the file `path` into `model`, in place, and return messages for the user.
 
-    Every parameter and buffer must be there, by name and shape, and nothing else; only the counters
-    ``num_batches_tracked`` may be missing, as they are in old files. No code in the file is run.
+    The file must have every parameter and buffer, by name and shape, and no others; only the counters
+    ``num_batches_tracked`` may be missing, as in old files. No code in the file is run.
 
     Args:
-        name: the model's name; a file that says it is of another one is refused.
-        classes: the class of each output of `model`. A file that names the same ones in another order has its last
-            layer's rows moved; one that names others is refused.
-        new_head: keep the last layer that `model` has, whatever the file's is.
+        name: the model's name. A file that names another model is refused.
+        classes: the class of each output of `model`. If the file names the same classes in another order, the rows of
+            the last layer are reordered; if it names other classes, it is refused.
+        new_head: keep the last layer of `model`, and ignore the file's.
 
     Raises:
         ConfigError: the file is missing, holds no network, does not fit the model, or has values that are not finite.
@@ -60,40 +60,40 @@ def load_weights(
         own = {key: value for key, value in model.state_dict().items() if key.startswith(HEAD)}
         kept = {key: value for key, value in weights.state.items() if not key.startswith(HEAD)}
         load_state(model, {**kept, **own}, weights.origin)
-        return (*notes, f"{weights.origin}: all but the last layer, which starts anew (model.new_head=true).")
+        return (*notes, f"{weights.origin}: all but the last layer, which is newly initialized (model.new_head=true).")
     known, classes = weights.classes, tuple(classes or ())
     if known and classes:
         _refuse_other_classes(weights.origin, known, classes)
     load_state(model, weights.state, weights.origin)
     if known and classes and known != classes:
         keep_outputs(model, [known.index(label) for label in classes])
-        notes.append(f"{weights.origin}: its outputs are put into the order of the data set's classes, by name.")
+        notes.append(f"{weights.origin}: its outputs are reordered to match the data set's classes, by name.")
     return tuple(notes)
 
 
 def check_name(weights: Weights, name: str | None) -> None:
-    """Raise `ConfigError` when the file says that it is of another of our models."""
-    # By shape alone, tiny and small are the same.
+    """Raise `ConfigError` if the file names another of this program's models."""
+    # Tiny and small have the same shapes.
     if name is not None and weights.model in model_names() and weights.model != name:
         raise ConfigError(
-            f"{weights.origin}: it is of model {weights.model}, not {name}: choose model={weights.model}."
+            f"{weights.origin}: it is for model {weights.model}, not {name}: choose model={weights.model}."
         )
 
 
 def _refuse_other_classes(origin: str, known: Sequence[str], classes: Sequence[str]) -> None:
     sides = (("in the file", known, set(classes)), ("in the data set", classes, set(known)))
-    lacking = [(side, [label for label in names if label not in others]) for side, names, others in sides]
-    told = "; ".join(f"only {side}: {few(names)}" for side, names in lacking if names)
-    if told:
+    only_in = [(side, [label for label in names if label not in others]) for side, names, others in sides]
+    differences = "; ".join(f"only {side}: {few(names)}" for side, names in only_in if names)
+    if differences:
         raise ConfigError(
-            f"{origin}: its {len(known):,} classes are not the data set's {len(classes):,} ({told}). Rename the "
-            "folders if they are the same, save the network without names if its outputs are the classes in their "
-            "order, or set model.new_head=true, which starts a new last layer."
+            f"{origin}: its {len(known):,} classes are not the data set's {len(classes):,} ({differences}). Rename the "
+            "folders if the classes are the same, save the network without names if its outputs are in the order of "
+            "the data set's classes, or set model.new_head=true, which starts a new last layer."
         )
 
 
 def keep_outputs(model: nn.Module, rows: Sequence[int]) -> None:
-    """Leave `model` these outputs of its last layer, in this order."""
+    """Keep only the outputs `rows` of the last layer of `model`, in this order."""
     head = model.get_submodule(HEAD.rstrip("."))
     assert isinstance(head, nn.Linear)
     index = torch.tensor(list(rows))
@@ -103,60 +103,60 @@ def keep_outputs(model: nn.Module, rows: Sequence[int]) -> None:
 
 
 def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None:
-    """Load the state dict `loaded` into `model`, in place; what must be in it, `load_weights` says.
+    """Load the state dict `loaded` into `model`, in place. `load_weights` says what it must contain.
 
-    Raises `ConfigError`, in which `origin` says where it comes from, when it does not fit.
+    Raises `ConfigError`, which names its `origin`, if it does not fit.
     """
-    wanted = model.state_dict()
+    expected = model.state_dict()
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
         raise ConfigError(
             f"{origin}: holds no plain state dict (names to tensors); save it with "
             "torch.save(model.state_dict(), path)."
         )
-    both = [key for key in wanted if key in loaded]
+    both = [key for key in expected if key in loaded]
     faults = {
-        "missing": [key for key in wanted if key not in loaded and not key.endswith("num_batches_tracked")],
-        "not in the model": [key for key in loaded if key not in wanted],
-        "of another shape": [
-            f"{key} {tuple(loaded[key].shape)} instead of {tuple(wanted[key].shape)}"
+        "missing": [key for key in expected if key not in loaded and not key.endswith("num_batches_tracked")],
+        "not in the model": [key for key in loaded if key not in expected],
+        "of a different shape": [
+            f"{key} {tuple(loaded[key].shape)} instead of {tuple(expected[key].shape)}"
             for key in both
-            if loaded[key].shape != wanted[key].shape
+            if loaded[key].shape != expected[key].shape
         ],
-        "of another kind": [
+        "of a different kind": [
             f"{key} {loaded[key].dtype}"
             for key in both
-            if loaded[key].is_floating_point() != wanted[key].is_floating_point()
+            if loaded[key].is_floating_point() != expected[key].is_floating_point()
         ],
     }
     found = [f"{len(names)} {fault}: {few(names)}" for fault, names in faults.items() if names]
     if found and all(name.startswith(HEAD) for names in faults.values() for name in names):
-        theirs, mine = loaded.get(f"{HEAD}weight"), len(wanted[f"{HEAD}weight"])
+        theirs, mine = loaded.get(f"{HEAD}weight"), len(expected[f"{HEAD}weight"])
         outputs = "no last layer" if theirs is None else f"a last layer of {len(theirs):,} outputs"
         raise ConfigError(
-            f"{origin}: it has {outputs}, and the data set {mine:,} classes ({'; '.join(found)}). Set "
-            "model.new_head=true to start a new last layer, and to take all else from the file."
+            f"{origin}: it has {outputs}, and the data set has {mine:,} classes ({'; '.join(found)}). Set "
+            "model.new_head=true to start a new last layer and take everything else from the file."
         )
     if found:
         other = _model_of(loaded)
-        remedy = "Check model.name, and how it was saved" if other is None else f"It fits model={other}"
+        remedy = "Check model.name, and how the file was saved" if other is None else f"It fits model={other}"
         raise ConfigError(f"{origin}: does not fit the model; {'; '.join(found)}. {remedy}.")
     model.load_state_dict(loaded, strict=False)
 
 
 def check_finite(weights: Weights) -> None:
-    """Raise `ConfigError` when a tensor has values that are not finite."""
-    # What else tells of bytes that have changed: a state dict has no checksum.
+    """Raise `ConfigError` if a tensor has values that are not finite."""
+    # A state dict has no checksum, so this is the only sign of damaged bytes.
     floats = {key: value for key, value in weights.state.items() if value.is_floating_point()}
     faulty = [key for key, value in floats.items() if not value.float().isfinite().all()]
     if faulty:
         raise ConfigError(
             f"{weights.origin}: {counted(len(faulty), 'tensor')} with values that are not finite: {few(faulty)}. The "
-            "file is damaged, or of a run that has diverged."
+            "file is damaged, or it is from a run that diverged."
         )
 
 
 def _model_of(state: Mapping[str, Tensor]) -> str | None:
-    """The first of our models that the state fits, but for the last layer."""
+    """Return the first of this program's models that the state fits, except for the last layer."""
     shapes = {key: value.shape for key, value in state.items() if _is_compared(key)}
     if not all(value.is_floating_point() for key, value in state.items() if key in shapes):
         return None

@@ -38,7 +38,7 @@ from lars_train.training.device import choose_precision
 
 FORWARD, BACKWARD, OPTIMIZER, REST = "forward", "backward", "optimizer", "rest"
 PHASES = (FORWARD, BACKWARD, OPTIMIZER, REST)
-KERNELS = 3  # of each direction of ghost batch norm: `normalise` and `gradients` in lars_train/models/ghost_kernels.py
+KERNELS = 3  # of each direction of ghost batch norm: `normalize` and `gradients` in lars_train/models/ghost_kernels.py
 # They give a tensor another shape or place; no kernel runs.
 _NOTHING = ("empty", "new_empty", "detach", "_unsafe_view", "_reshape_alias", "alias", "lift_fresh", "set_", "resize_")
 _NOT_OF_A_DEVICE = ("prim::", "profiler::", "aten::promote_types", "aten::result_type")
@@ -129,7 +129,7 @@ def of_the_trainer(case: Case, ghosts: int, *, measure: bool = False, triton: bo
             patches.enter_context(patch.object(torch.autograd, "backward", backward))
             # Not of the optimizer itself: LARS looks whether anybody has replaced a step.
             patches.enter_context(patch.object(trainer.scaler, "step", lambda _: step()))
-            for name in ("_normalise", "_gradients") if triton else ():
+            for name in ("_normalize", "_gradients") if triton else ():
                 made = found.as_kernels(getattr(ghost_norm, name))
                 patches.enter_context(patch.object(ghost_norm, name, made))
             patches.enter_context(found)

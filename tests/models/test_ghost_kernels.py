@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from lars_train.models import ghost_kernels as kernels
 
 EPS = 1e-5
-STREAMS = ("_chunk_moments", "_normalise", "_chunk_sums", "_input_gradient")
+STREAMS = ("_chunk_moments", "_normalize", "_chunk_sums", "_input_gradient")
 COMBINING = ("_combine_moments", "_combine_sums")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAST = torch.channels_last
@@ -60,14 +60,14 @@ CASES = [
 INTERPRETED = """
 import sys, torch
 from lars_train.models import ghost_kernels, ghost_norm
-ghost_norm._suits = lambda input: True
+ghost_norm._is_supported = lambda input: True
 results = []
 for (x, weight, bias, grad), ghosts, eps, ghost_kernels.PROGRAMS in torch.load(sys.argv[1]):
     leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
     output, statistics = ghost_norm.ghost_norm(x, weight, bias, ghosts=ghosts, eps=eps)
     made = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
     results.append((made, statistics))
-assert not ghost_norm._off, ghost_norm._off
+assert not ghost_norm._disabled, ghost_norm._disabled
 torch.save(results, sys.argv[2])
 """
 Made = tuple[list[Tensor], Tensor]
@@ -139,7 +139,7 @@ def test_forward_backward_and_statistics_are_those_of_float64(
     got, statistics = results[case, dtype]
     exact, exact_statistics = expected(operands(case, dtype), case.ghosts)
     # float32's mean of 1000 is off by half a unit, 3e-5, which is a share of the spread of 0.5 and more; the sum of
-    # gradients times normalised values gathers it. The interpreter cuts bfloat16 off, where a GPU rounds.
+    # gradients times normalized values gathers it. The interpreter cuts bfloat16 off, where a GPU rounds.
     lost = 0.0 if case.offset < 100 else 6e-5
     unit = {torch.float32: 1.5e-6, torch.float16: 0.51 * 2**-10, torch.bfloat16: 1.01 * 2**-7}[dtype]
     assert (got[0].dtype, got[1].dtype) == (dtype, dtype)
@@ -192,7 +192,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 def run_on(device: str, ghosts: int, channels: int, side: int, dtype: torch.dtype, samples: int = 32) -> None:
     x = torch.empty(ghosts * samples, channels, side, side, dtype=dtype, device=device).contiguous(memory_format=LAST)
     weight = torch.empty(channels, device=device)
-    _, statistics, inverse = kernels.normalise(x, weight, weight, ghosts, EPS)
+    _, statistics, inverse = kernels.normalize(x, weight, weight, ghosts, EPS)
     kernels.gradients(x, x, weight, statistics[0], inverse)
 
 
@@ -205,7 +205,7 @@ def test_the_number_of_launches_does_not_depend_on_that_of_the_ghost_batches(lau
         launched.clear()
         run_on("meta", ghosts, 64, 7, torch.bfloat16)
         assert [launch.kernel.fn.__name__ for launch in launched] == [
-            *("_chunk_moments", "_combine_moments", "_normalise"),
+            *("_chunk_moments", "_combine_moments", "_normalize"),
             *("_chunk_sums", "_combine_sums", "_input_gradient"),
         ]
 
@@ -280,7 +280,7 @@ def test_compiled_they_make_eight_passes_in_loads_and_stores_of_16_bytes(
         assert re.search(r"arith\.muli .*: i64", made.asm["ttir"])
         loop = loops(made.asm["ptx"])
         # To the nearest, and once; the interpreter only cuts off.
-        if dtype != torch.float32 and name in ("_normalise", "_input_gradient"):
+        if dtype != torch.float32 and name in ("_normalize", "_input_gradient"):
             assert set(re.findall(r"cvt\.(r\w)\.b?f16", loop)) == {"rn"}
         accesses = re.findall(r"\b((?:ld|st|cp)\.(?:global|async)\S*)", loop)
         assert {re.sub(r"\.L\d::\w+", "", a) for a in accesses} <= {"ld.global.v4.b32", "st.global.v4.b32"}
@@ -320,10 +320,10 @@ def test_a_layer_on_cuda_takes_them_in_channels_last(
     layout: torch.memory_format,
     launches: int,
 ) -> None:
-    monkeypatch.setattr(dispatch, "_in_memory", lambda input: True)
-    monkeypatch.setattr(dispatch, "_off", [])
+    monkeypatch.setattr(dispatch, "_is_plain", lambda input: True)
+    monkeypatch.setattr(dispatch, "_disabled", [])
     on_fake_cuda(dtype, layout)
-    assert dispatch._off == []
+    assert dispatch._disabled == []
     assert len(launched) == launches
 
 
@@ -331,21 +331,21 @@ def test_a_layer_on_cuda_takes_them_in_channels_last(
 def test_one_ghost_batch_takes_them_where_it_is_large(
     launched: list[Launch], monkeypatch: pytest.MonkeyPatch, more: int, launches: int
 ) -> None:
-    monkeypatch.setattr(dispatch, "_in_memory", lambda input: True)
-    monkeypatch.setattr(dispatch, "_off", [])
+    monkeypatch.setattr(dispatch, "_is_plain", lambda input: True)
+    monkeypatch.setattr(dispatch, "_disabled", [])
     monkeypatch.setattr(dispatch, "LARGE", 8 * 64 * 8 * 8 + more)
     on_fake_cuda(torch.bfloat16, LAST, ghost_batch=8)
     assert len(launched) == launches
 
 
 def test_fake_tensors_and_compiled_models_do_without(launched: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_off", [])
+    monkeypatch.setattr(dispatch, "_disabled", [])
     on_fake_cuda(torch.bfloat16, LAST)
-    monkeypatch.setattr(dispatch, "_suits", lambda input: True)
+    monkeypatch.setattr(dispatch, "_is_supported", lambda input: True)
     x = torch.randn(8, 3, 4, 4).contiguous(memory_format=LAST).requires_grad_()
     norm = torch.compile(dispatch.ghost_norm, backend="aot_eager", fullgraph=True)
     norm(x, None, None, ghosts=2, eps=EPS)[0].sum().backward()
-    assert (launched, dispatch._off) == ([], [])
+    assert (launched, dispatch._disabled) == ([], [])
 
 
 @pytest.mark.parametrize("failing", ["import", "forward", "backward"])
@@ -355,11 +355,11 @@ def test_without_triton_or_a_compiler_the_results_are_torchs_and_that_is_said_on
     def fail(*_: Any) -> Any:
         raise ImportError("No module named 'triton'") if failing == "import" else RuntimeError("no C compiler")
 
-    monkeypatch.setattr(dispatch, "_off", [])
-    monkeypatch.setattr(dispatch, "_suits", lambda input: True)
+    monkeypatch.setattr(dispatch, "_disabled", [])
+    monkeypatch.setattr(dispatch, "_is_supported", lambda input: True)
     if failing == "import":
         monkeypatch.setattr(dispatch, "_kernels", fail)
-    monkeypatch.setattr(kernels, "normalise", dispatch._normalise if failing == "backward" else fail)
+    monkeypatch.setattr(kernels, "normalize", dispatch._normalize if failing == "backward" else fail)
     monkeypatch.setattr(kernels, "gradients", fail)
     case = CASES[4]
     for _ in range(2):
@@ -372,7 +372,7 @@ def test_without_triton_or_a_compiler_the_results_are_torchs_and_that_is_said_on
         for ours, theirs in zip([*made, statistics], [*exact, exact_statistics], strict=True):
             assert worst(ours, theirs) < 2e-6
     said = capsys.readouterr().err
-    assert said.count("goes without its Triton kernels") == 1
+    assert said.count("runs without its Triton kernels") == 1
     assert ("No module named 'triton'" if failing == "import" else "no C compiler") in said
 
 
@@ -380,12 +380,12 @@ def test_memory_that_does_not_suffice_is_no_reason_to_go_without(monkeypatch: py
     def fail(*_: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(dispatch, "_off", [])
-    monkeypatch.setattr(dispatch, "_suits", lambda input: True)
-    monkeypatch.setattr(kernels, "normalise", fail)
+    monkeypatch.setattr(dispatch, "_disabled", [])
+    monkeypatch.setattr(dispatch, "_is_supported", lambda input: True)
+    monkeypatch.setattr(kernels, "normalize", fail)
     with pytest.raises(torch.OutOfMemoryError):
         dispatch.ghost_norm(torch.zeros(4, 3, 2, 2), None, None, ghosts=2, eps=EPS)
-    assert dispatch._off == []
+    assert dispatch._disabled == []
 
 
 def needs_cuda(test: Callable[..., None]) -> Callable[..., None]:
@@ -406,11 +406,11 @@ def on_the_gpu(given: list[Tensor | None], ghosts: int) -> Made:
 def test_on_cuda_they_agree_with_float64_and_with_the_operations_of_torch(
     monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(dispatch, "_off", [])
+    monkeypatch.setattr(dispatch, "_disabled", [])
     monkeypatch.setattr(kernels, "PROGRAMS", case.programs)
     given = operands(case, dtype)
     (got, statistics), (exact, exact_statistics) = on_the_gpu(given, case.ghosts), expected(given, case.ghosts)
-    assert dispatch._off == []
+    assert dispatch._disabled == []
     with dispatch.without_kernels():
         torchs, _ = on_the_gpu(given, case.ghosts)
     lost = 0.0 if case.offset < 100 else 6e-5
@@ -426,7 +426,7 @@ def test_on_cuda_they_agree_with_float64_and_with_the_operations_of_torch(
 
 @needs_cuda
 def test_on_cuda_nothing_waits_and_autocast_keeps_dtype_and_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_off", [])
+    monkeypatch.setattr(dispatch, "_disabled", [])
     layer = GhostBatchNorm2d(64, ghost_batch=4, device="cuda")
     x = torch.randn(8, 64, 9, 9, device="cuda").to(torch.bfloat16).contiguous(memory_format=LAST).requires_grad_()
     grad = torch.randn_like(x)
@@ -439,7 +439,7 @@ def test_on_cuda_nothing_waits_and_autocast_keeps_dtype_and_memory_format(monkey
             output.backward(grad)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert dispatch._off == []
+    assert dispatch._disabled == []
     assert x.grad is not None
     for tensor in (output, x.grad):
         assert tensor.dtype == torch.bfloat16
@@ -448,14 +448,14 @@ def test_on_cuda_nothing_waits_and_autocast_keeps_dtype_and_memory_format(monkey
 
 @needs_cuda
 def test_on_cuda_a_graph_of_them_replays_to_the_same_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_off", [])
+    monkeypatch.setattr(dispatch, "_disabled", [])
     case = Case(64, 3, 4, 30)
     x, weight, bias, grad = (t if t is None else t.cuda() for t in operands(case, torch.bfloat16))
     assert x is not None
     assert grad is not None
 
     def step() -> tuple[Tensor, ...]:
-        output, statistics, inverse = kernels.normalise(x, weight, bias, case.ghosts, EPS)
+        output, statistics, inverse = kernels.normalize(x, weight, bias, case.ghosts, EPS)
         return (output, statistics, *kernels.gradients(grad, x, weight, statistics[0], inverse))
 
     first = step()
@@ -475,7 +475,7 @@ def test_on_cuda_a_micro_batch_of_more_than_2_to_the_31_values_is_normalised_to_
     x = torch.empty(ghosts, *shape[1:], dtype=one.dtype, device="cuda").contiguous(memory_format=LAST)
     for ghost in range(ghosts):
         x[ghost] = one[0]
-    output, statistics, inverse = kernels.normalise(x, None, None, ghosts, EPS)
+    output, statistics, inverse = kernels.normalize(x, None, None, ghosts, EPS)
     grad_input, _ = kernels.gradients(one.expand_as(x), x, None, statistics[0], inverse)
     for tensor in (output, grad_input):
         assert all(torch.equal(tensor[ghost], tensor[0]) for ghost in range(ghosts))

@@ -150,7 +150,7 @@ def test_of_two_networks_the_plain_one_is_taken_or_none(tmp_path: Path) -> None:
     (note,) = assert_loads({"model": state, "model_ema": averaged}, tmp_path / "w.pth", state)
     assert "of model, model_ema.module, model is used" in note
     (beside,) = assert_loads(averaged, tmp_path / "w.pth", average)
-    assert "not used, beside the network module.: 1 tensor: n_averaged" in beside
+    assert "not used, outside the network module.: 1 tensor: n_averaged" in beside
     torch.save({"state_dict": {**prefixed(state, "student."), **prefixed(average, "teacher.")}}, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"more than one network \(state_dict\.student, state_dict\.teacher\)"):
         load_weights(build("small"), tmp_path / "w.pth")
@@ -171,17 +171,19 @@ def test_weights_of_another_model_are_refused_with_its_name(tmp_path: Path) -> N
         load_weights(build("small"), tmp_path / "w.pth")
     # By shape they fit: tiny differs from small in a stride alone.
     torch.save({"arch": "tiny", "state_dict": other()}, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match="it is of model tiny, not small: choose model=tiny"):
+    with pytest.raises(ConfigError, match="it is for model tiny, not small: choose model=tiny"):
         load_weights(build("small"), tmp_path / "w.pth", name="small")
     torch.save({key: value.to(torch.int8) for key, value in other().items()}, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match=r"of another kind: conv1\.weight torch\.int8"):
+    with pytest.raises(ConfigError, match=r"of a different kind: conv1\.weight torch\.int8"):
         load_weights(build("small"), tmp_path / "w.pth")
 
 
 def test_another_number_of_classes_wants_a_new_head_which_is_the_models_own(tmp_path: Path) -> None:
     state = other(num_classes=1000)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match=r"a last layer of 1,000 outputs, and the data set 10 .*model\.new_head=true"):
+    with pytest.raises(
+        ConfigError, match=r"a last layer of 1,000 outputs, and the data set has 10 .*model\.new_head=true"
+    ):
         load_weights(build("small"), tmp_path / "w.pth")
     headless = {key: value for key, value in state.items() if not key.startswith("fc.")}
     torch.save(headless, tmp_path / "headless.pth")
@@ -249,10 +251,10 @@ def test_other_classes_are_refused_unless_the_head_is_new(tmp_path: Path) -> Non
     ("classes", "why"),
     [
         (NAMES[:9], "9 names for 10 outputs"),
-        (["0"] * 10, "a name is in it twice"),
-        ([*NAMES[:9], 9], "it is no list of the names of class 0, 1, ..."),
-        ("0123456789", "it is no list of the names of class 0, 1, ..."),
-        ({name: int(name) + 1 for name in NAMES}, "it is no list of the names of class 0, 1, ..."),
+        (["0"] * 10, "it has a name twice"),
+        ([*NAMES[:9], 9], "it is not a list of the names of class 0, 1, ..."),
+        ("0123456789", "it is not a list of the names of class 0, 1, ..."),
+        ({name: int(name) + 1 for name in NAMES}, "it is not a list of the names of class 0, 1, ..."),
         (None, ""),
     ],
 )
@@ -323,7 +325,7 @@ def test_tensors_that_come_to_one_name_are_refused_unless_they_are_equal(tmp_pat
     both["module.conv1.weight"] = state["conv1.weight"] + 1
     both["_orig_mod.module.fc.bias"] = state["fc.bias"].double()
     torch.save({"state_dict": both}, path)
-    told = r"2 tensors .* module\.conv1\.weight and module\._orig_mod\.conv1\.weight, .*fc\.bias.*save the network that"
+    told = r"2 tensors .* module\.conv1\.weight and module\._orig_mod\.conv1\.weight, .*fc\.bias.*save only the network"
     with pytest.raises(ConfigError, match=told):
         load_weights(build("small"), path)
 

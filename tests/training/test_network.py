@@ -308,7 +308,7 @@ def test_a_new_head_is_the_seeds_and_all_else_the_files(
     changes["run__dir"] = str(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"its 12 classes are not the data set's 2 .*model\.new_head=true"):
         prepare(config(**changes))
-    assert "starts anew" in prepare(config(**changes, model__new_head=True)).notes[0]
+    assert "is newly initialized" in prepare(config(**changes, model__new_head=True)).notes[0]
     for seed in (1, 2):
         torch.manual_seed(seed)
         found = make_network(config(**changes, model__new_head=True), ["a", "b"]).state_dict()
