@@ -33,7 +33,7 @@ from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, nominal_batch, register, resolve
 from lars_train.config.arguments import HELP, SWEEP, prepare_arguments, quoted, take_config_file
 from lars_train.config.keys import GROUPS, suggestion
-from lars_train.config.rows import no_row, row_name
+from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.saved import NAME, SavedConfig, register_saved
 from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, did_you_mean
 from lars_train.launch import share_cores
@@ -200,7 +200,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
         choices = choices_of(group)
         if group == "batch" and (config := _with_batch(name, arguments)) is not None:
             if nominal_batch(name):
-                return no_row(config)
+                return explain_missing_row(config)
             choices = list(config.recipe.rows)
         return f"{group}={name}: no such choice. Choose from {', '.join(choices)}.{did_you_mean(name, choices)}"
     several = re.match(r"Ambiguous value for argument '(\w+)=(.*)'$", first_line(text))

@@ -117,8 +117,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
         ("bathc=32k", "Did you mean 'batch'?"),
         ("+sead=3", "Did you mean 'seed'?"),
         ("mode=export", "checkpoint.path"),
-        ("run.dir=", "a run wants a folder of its own"),
-        ("run.dir=.", "a run wants a folder of its own"),
+        ("run.dir=", "a run needs its own folder"),
+        ("run.dir=.", "a run needs its own folder"),
         ("run.name=${oc.env:NOT_SET}", "lars-train: run.name: KeyError"),
     ],
 )

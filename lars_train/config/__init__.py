@@ -1,6 +1,6 @@
-"""A run's config: schema, recipe, checks. ``resolve`` turns what Hydra composed into a checked `Config`.
+"""A run's config: schema, recipe and checks. `resolve` turns the config that Hydra composed into a checked `Config`.
 
-No torch is imported here: ``lars-train --help`` must answer at once.
+This package does not import torch, because ``lars-train --help`` must answer at once.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ __all__ = [
 
 
 def resolve(raw: DictConfig) -> Config:
-    """The composed config as a checked `Config` in which nothing is left for the recipe to say.
+    """Return the composed config as a checked `Config`, with the recipe's values filled in.
 
-    Raises `ConfigError` for every value that can be judged without the data and without a device.
+    Raises `ConfigError` for every bad value that can be found without the data and without a device.
     """
     refuse_unknown_keys(raw, OmegaConf.structured(Config))
     try:
@@ -89,13 +89,14 @@ def resolve(raw: DictConfig) -> Config:
 
 
 def restore(values: Any) -> Config:
-    """The `Config` that the plain `values` (``dataclasses.asdict`` of a resolved one) stand for.
+    """Return the `Config` of the plain `values` in a checkpoint (``dataclasses.asdict`` of a resolved config).
 
-    Nothing that they name is looked up or imported, and no interpolation is followed. Raises `ConfigError` for
-    what is not in the schema, is of another type, or would be refused on the command line.
+    Checkpoints may come from anywhere, so the values are checked like a command line: nothing that they name is looked
+    up or imported, and no interpolation is resolved. Raises `ConfigError` for a key that is not in the schema, and for
+    a value that has the wrong type or that the command line would refuse.
     """
-    # A run stores what interpolations came to; one that is left could show what stands in the environment.
-    if _is_open(values):
+    # A run stores resolved interpolations. An unresolved one could reveal environment variables.
+    if _has_interpolation(values):
         raise ConfigError("it holds an interpolation, ${...}, or a missing value, ???, which no run stores.")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
@@ -109,9 +110,9 @@ def restore(values: Any) -> Config:
     return config
 
 
-def _is_open(value: Any) -> bool:
+def _has_interpolation(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(_is_open(item) for pair in value.items() for item in pair)
+        return any(_has_interpolation(item) for pair in value.items() for item in pair)
     if isinstance(value, list | tuple):
-        return any(map(_is_open, value))
+        return any(map(_has_interpolation, value))
     return isinstance(value, str) and ("${" in value or value == "???")

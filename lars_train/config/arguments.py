@@ -1,7 +1,8 @@
-"""The command line as Hydra can read it.
+"""Prepare the command line for Hydra.
 
-Hydra's grammar turns text such as ``12_34`` into numbers and refuses what is not ASCII. Here values of keys and groups
-whose type is text are quoted, Hydra's own keys included, and what Hydra would misread or ignore is refused.
+Hydra's grammar turns text such as ``12_34`` into numbers and refuses text that is not ASCII. This module quotes the
+values of keys and groups whose type is text, Hydra's own keys included. It refuses settings that Hydra would misread or
+ignore.
 """
 
 from __future__ import annotations
@@ -20,52 +21,52 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import OmegaConf
 
-from lars_train.config.keys import GROUPS, TEXT, is_text, meant_by, section_keys, types_within
+from lars_train.config.keys import GROUPS, TEXT, is_text, probable_keys, section_keys, types_within
 from lars_train.config.schema import MODES, choices_of, nominal_batch
 from lars_train.errors import ConfigError
 
 HELP = {"--help", "-h"}
 SWEEP = {"--multirun", "-m"}
-_ASKS_ONLY = {*HELP, "--hydra-help", "--version", "--shell-completion", "-sc"}
-_FLAGS = {*_ASKS_ONLY, *SWEEP, "--resolve", "--run", "-r", "--info", "-i", "--"}
+_INFORMATION_FLAGS = {*HELP, "--hydra-help", "--version", "--shell-completion", "-sc"}
+_FLAGS = {*_INFORMATION_FLAGS, *SWEEP, "--resolve", "--run", "-r", "--info", "-i", "--"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--experimental-rerun"}
 _VALUE_ATTACHED = re.compile(r"(?:--(?:cfg|info|package|experimental-rerun)=|-[cpi](?![pnd])\w)")
-_INFO = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
-_CONFIGS = {"--config", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+_INFO_TOPICS = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+_CONFIG_FLAGS = {"--config", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 FILE_FLAG = "--config-file"
 
-# What Hydra's grammar takes as the text that it is, but for these words; interpolations count as text.
-_PLAIN = re.compile(r"(?:[A-Za-z_/]|\$\{[^{}]*\})(?:[A-Za-z0-9_./-]|\$\{[^{}]*\})*|[1-9]\d*k")
-_WORDS = {"null", "true", "false", "inf", "nan"}
+# Text that Hydra's grammar reads unchanged, except for _RESERVED_WORDS; interpolations count as text.
+_UNQUOTED_TEXT = re.compile(r"(?:[A-Za-z_/]|\$\{[^{}]*\})(?:[A-Za-z0-9_./-]|\$\{[^{}]*\})*|[1-9]\d*k")
+_RESERVED_WORDS = {"null", "true", "false", "inf", "nan"}
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-# Hydra's functions over the values of a sweep. Those of the first kind take one pair of quotes off their values.
-_VALUES = re.compile(r"(\s*(?:choice|shuffle|sort)\s*\()(.*)(\)\s*)", re.DOTALL)
-_OTHER_SWEEPS = re.compile(r"\s*(?:range|interval|glob|tag)\s*\(.*\)\s*", re.DOTALL)
+# Hydra's functions over the values of a sweep. Those in _CHOICE_FUNCTIONS remove one pair of quotes from their values.
+_CHOICE_FUNCTIONS = re.compile(r"(\s*(?:choice|shuffle|sort)\s*\()(.*)(\)\s*)", re.DOTALL)
+_OTHER_FUNCTIONS = re.compile(r"\s*(?:range|interval|glob|tag)\s*\(.*\)\s*", re.DOTALL)
 
 
 def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[str]:
-    """The command line as Hydra can read it.
+    """Return the command line in a form that Hydra reads correctly.
 
-    Values whose type is text are quoted where Hydra would read a number, null (of a group), a truth value or nothing
-    at all; keywords of the optimizer's base may be new keys; and with IMAGENET_DIR set ImageNet is the default data
-    set. Raises `ConfigError` for what is no setting and no flag, and for a group that a run cannot have so.
+    Values whose type is text are quoted if Hydra would read them as a number, null (for a group), a truth value or
+    nothing. Keywords of the optimizer's base may be new keys. With IMAGENET_DIR set, ImageNet is the default data set.
+    Raises `ConfigError` for a word that is neither setting nor flag, and for a misused group.
     """
-    settings, flags = _parts(arguments)
+    settings, flags = _settings_and_flags(arguments)
     for setting in settings:
-        _refuse(setting)
+        _refuse_misread(setting)
     hydra_types = _hydra_types(settings)
     prepared = [_prepare(setting, hydra_types) for setting in settings]
     keys = {setting.partition("=")[0] for setting in settings}
-    # A checkpoint knows its own data set.
+    # A checkpoint records its data set.
     from_checkpoint = "checkpoint.path" in keys and bool({"mode=evaluate", "mode=export"} & set(settings))
-    if imagenet_dir and "data" not in keys and not from_checkpoint and _ASKS_ONLY.isdisjoint(flags):
+    if imagenet_dir and "data" not in keys and not from_checkpoint and _INFORMATION_FLAGS.isdisjoint(flags):
         prepared.append("data=imagenet")
-    # argparse takes settings only in one run; flags and their values go behind it, wherever they stood.
+    # argparse accepts settings only in one sequence, so flags and their values move behind it.
     return prepared + flags
 
 
 def take_config_file(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """The arguments without ``--config-file FILE``, and the file. Raises `ConfigError` where none is named."""
+    """Return the arguments without ``--config-file FILE``, and the file. Raises `ConfigError` if FILE is missing."""
     rest, file, remaining = [], None, iter(arguments)
     for argument in remaining:
         flag, equals, value = argument.partition("=")
@@ -80,12 +81,12 @@ def take_config_file(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 
 def quoted(text: str) -> str:
-    """`text` in the quotes and escapes with which Hydra reads it back unchanged."""
+    """Return `text` quoted and escaped so that Hydra reads it back unchanged."""
     return str(QuotedString(text, Quote.single).with_quotes())
 
 
-def _parts(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Settings, and flags with their values."""
+def _settings_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the settings, and the flags with their values."""
     settings: list[str] = []
     flags: list[str] = []
     numbers = iter(range(len(arguments)))
@@ -93,34 +94,34 @@ def _parts(arguments: list[str]) -> tuple[list[str], list[str]]:
         argument, following = arguments[number], "".join(arguments[number + 1 : number + 2])
         if argument in _FLAGS or _VALUE_ATTACHED.match(argument):
             flags.append(argument)
-            if argument in ("--info", "-i") and following in _INFO:
+            if argument in ("--info", "-i") and following in _INFO_TOPICS:
                 flags.append(arguments[next(numbers)])
         elif argument in _WITH_VALUE:
             flags += arguments[number : number + 2]
             next(numbers, None)
         elif argument.startswith("-"):
-            raise ConfigError(_no_flag(argument, following))
+            raise ConfigError(_explain_unknown_flag(argument, following))
         elif argument.startswith("~") or argument.find("=") > 0:
             settings.append(argument)
         else:
-            raise ConfigError(_stray(arguments, number))
+            raise ConfigError(_explain_stray_word(arguments, number))
     return settings, flags
 
 
-def _no_flag(argument: str, following: str) -> str:
+def _explain_unknown_flag(argument: str, following: str) -> str:
     flag, equals, value = argument.partition("=")
-    if flag in _CONFIGS:
+    if flag in _CONFIG_FLAGS:
         return f"{flag}: configs come with lars-train. To run from a saved file: {FILE_FLAG} FILE."
     value = value if equals else "" if following.startswith("-") or "=" in following else following
     name = flag.lstrip("-").replace("-", "_")
-    meant = [name] if name in GROUPS or is_text(name) else meant_by(name)
-    if len(meant) == 1:
-        return f"{argument}: a setting has no dashes; write {meant[0]}={value or '...'}"
+    probable = [name] if name in GROUPS or is_text(name) else probable_keys(name)
+    if len(probable) == 1:
+        return f"{argument}: a setting has no dashes; write {probable[0]}={value or '...'}"
     return f"{argument}: there is no such flag. A setting is key=value; lars-train --help lists the keys."
 
 
-def _stray(arguments: list[str], number: int) -> str:
-    """Return what to write instead of the word there, which is no setting and no flag."""
+def _explain_stray_word(arguments: list[str], number: int) -> str:
+    """Return a message that says what to write instead of word `number`, which is neither setting nor flag."""
 
     def joined(left: str, right: str) -> bool:
         return not left.startswith("-") and (left.endswith(("=", ",")) or right.startswith(("=", ",")))
@@ -134,7 +135,7 @@ def _stray(arguments: list[str], number: int) -> str:
     if len(words) > 1:
         return f"{' '.join(words)}: a setting has no spaces around = and the commas; write {''.join(words)}"
     following = arguments[number + 1] if number + 1 < len(arguments) else ""
-    if following and not following.startswith("-") and "=" not in following and meant_by(word) == [word]:
+    if following and not following.startswith("-") and "=" not in following and probable_keys(word) == [word]:
         return f"{word} {following}: a setting is key=value; write {word}={following}"
     whole = [f"{group}={word}" for group in GROUPS if word in choices_of(group)]
     whole += [f"mode={word}"] if word in MODES else []
@@ -150,8 +151,8 @@ def _stray(arguments: list[str], number: int) -> str:
     return f"{word}: a setting is key=value; lars-train --help lists the keys."
 
 
-def _refuse(setting: str) -> None:
-    """Raise `ConfigError` for a setting that Hydra would ignore, or misread in a way of its own."""
+def _refuse_misread(setting: str) -> None:
+    """Raise `ConfigError` for a setting that Hydra would ignore or misread."""
     key, equals, value = setting.partition("=")
     name = key.lstrip("+~").partition("@")[0]
     if name in GROUPS:
@@ -168,13 +169,13 @@ def _refuse(setting: str) -> None:
     if name not in GROUPS and keys and equals:
         raise ConfigError(f"{setting}: {name} is a group of keys; set one of {', '.join(keys)}.")
     if is_text(name) and value.strip() == "???":
-        raise ConfigError(f"{setting}: ??? stands for a missing value; give another.")
+        raise ConfigError(f"{setting}: ??? means a missing value to Hydra; give another value.")
     if (is_text(name) or name in GROUPS) and len(split(value)) > 1 and not all(part.strip() for part in split(value)):
         raise ConfigError(f"{setting}: a value is missing beside a comma.")
 
 
 def _hydra_types(settings: list[str]) -> dict[str, typing.Any]:
-    """The type hints of Hydra's own keys, and of those of the launcher that `settings` choose; empty without any."""
+    """Return the type hints of Hydra's own keys and of the chosen launcher's; empty if `settings` have no such key."""
     if not any(setting.lstrip("+").startswith("hydra.") for setting in settings):
         return {}
     types = types_within(HydraConf, "hydra.")
@@ -194,34 +195,34 @@ def _prepare(setting: str, hydra_types: dict[str, typing.Any]) -> str:
         return setting
     if key in GROUPS:
         if key == "batch":
-            value = _named_batches(value.lower())
+            value = _rename_batches(value.lower())
         return f"{key}={_quoted_values(value, null=False)}"
     name = key.lstrip("+")
     if is_text(name):
         return f"{key}={_quoted_values(value, null=True)}"
-    # The values of hydra.job.env_set, a mapping of text to text, are text, too.
+    # hydra.job.env_set maps text to text, so its values are text, too.
     in_texts = typing.get_args(hydra_types.get(name.rpartition(".")[0])) == (str, str)
     if in_texts or hydra_types.get(name) in TEXT:
-        # Hydra sweeps over none of its own keys: a comma belongs to the text.
-        return f"{key}={_one_text(value, null=True, inside=False)}"
+        # Hydra does not sweep over its own keys: a comma belongs to the text.
+        return f"{key}={_quote_text(value, null=True, in_function=False)}"
     if key == "optimizer.kwargs" or key.startswith("optimizer.kwargs."):
         return f"++{setting}"
     if value.startswith("~"):
-        # Shells leave a tilde behind "=" alone, and Hydra cannot read it.
-        value = os.path.expanduser(value)  # noqa: PTH111 (a name that is nobody's home stays as it is)
+        # Shells do not expand a tilde after "=", and Hydra cannot read it.
+        value = os.path.expanduser(value)  # noqa: PTH111 (keep ~name if there is no such user)
         return f"{key}={quoted(value)}" if key.startswith("hydra.") else f"{key}={value}"
-    # Of Hydra's own keys whose type is open, that is text which its grammar does not know.
+    # A value of an untyped key of Hydra that is not ASCII is text, which Hydra's grammar refuses unquoted.
     return f"{key}={quoted(value)}" if key.startswith("hydra.") and not value.isascii() else setting
 
 
-def _named_batches(value: str) -> str:
-    """The batches of `value` by the names of their files: ``4096`` is ``4k``."""
+def _rename_batches(value: str) -> str:
+    """Replace the batch sizes in `value` by the names of the choices: ``4096`` becomes ``4k``."""
     names = {str(nominal_batch(name)): name for name in choices_of("batch")}
     return re.sub(r"(?<![\w.+-])\d+(?![\w.-])", lambda found: names.get(found.group(), found.group()), value)
 
 
 def split(value: str) -> list[str]:
-    """The values of a sweep, as its commas part them; those within quotes and interpolations do not."""
+    """Split a sweep into its values, at commas outside quotes and interpolations."""
     return list(_split(value)) if "," in value else [value]
 
 
@@ -229,7 +230,7 @@ def _split(value: str) -> Iterator[str]:
     start = position = 0
     while position < len(value):
         if not value[start:position].strip() and (found := _QUOTED.match(value, position)):
-            # Text that only begins with a quotation mark is parted at every comma.
+            # Text that only begins with a quotation mark is split at every comma.
             end = found.end()
             position = end if not value[end:].strip() or value[end:].lstrip().startswith(",") else position + 1
         elif value.startswith("${", position):
@@ -251,38 +252,38 @@ def _interpolation_end(value: str, start: int) -> int:
 
 
 def _quoted_values(value: str, *, null: bool) -> str:
-    """`value`, or each value of a sweep, as text for Hydra; `null`: whether the word stands for no value."""
-    found = _VALUES.fullmatch(value)
+    """Quote `value`, or each value of a sweep, as text for Hydra. `null`: the word null means no value."""
+    found = _CHOICE_FUNCTIONS.fullmatch(value)
     if found and null and "choice" in found.group(1):
-        # The same sweep as the bare values, whose quotes Hydra keeps.
+        # The bare values make the same sweep, and Hydra keeps their quotes.
         value, found = found.group(2), None
     if found:
         head, values, tail = found.groups()
-        return f"{head}{','.join(_one(part, null=null, inside=True) for part in split(values))}{tail}"
-    if _OTHER_SWEEPS.fullmatch(value):
+        return f"{head}{','.join(_quote_one(part, null=null, in_function=True) for part in split(values))}{tail}"
+    if _OTHER_FUNCTIONS.fullmatch(value):
         return value
     parts = split(value)
     if len(parts) == 1 and null:
         # Spaces around a single text belong to it; around commas they do not.
-        return _one_text(value, null=null, inside=False)
-    return ",".join(_one(part, null=null, inside=False) for part in parts)
+        return _quote_text(value, null=null, in_function=False)
+    return ",".join(_quote_one(part, null=null, in_function=False) for part in parts)
 
 
-def _one(part: str, *, null: bool, inside: bool) -> str:
+def _quote_one(part: str, *, null: bool, in_function: bool) -> str:
     core = part.strip()
     head, _, tail = part.partition(core) if core else (part, "", "")
-    named = inside and re.match(r"\w+\s*=|\[|\w+\s*\(", core)
-    return part if named else f"{head}{_one_text(core, null=null, inside=inside)}{tail}"
+    is_call = in_function and re.match(r"\w+\s*=|\[|\w+\s*\(", core)
+    return part if is_call else f"{head}{_quote_text(core, null=null, in_function=in_function)}{tail}"
 
 
-def _one_text(text: str, *, null: bool, inside: bool) -> str:
+def _quote_text(text: str, *, null: bool, in_function: bool) -> str:
     if text.startswith("~"):
-        # Shells leave a tilde behind "=" alone.
-        text = os.path.expanduser(text)  # noqa: PTH111 (a name that is nobody's home stays as it is)
+        # Shells do not expand a tilde after "=".
+        text = os.path.expanduser(text)  # noqa: PTH111 (keep ~name if there is no such user)
     is_null = null and text.lower() == "null"
-    if not text or is_null or (_PLAIN.fullmatch(text) and text.lower() not in _WORDS):
+    if not text or is_null or (_UNQUOTED_TEXT.fullmatch(text) and text.lower() not in _RESERVED_WORDS):
         return text
     result = text if _QUOTED.fullmatch(text) else quoted(text)
-    # The functions escape these characters as they take the quotes off.
-    twice = inside and not re.search(r"[\\()\[\]{}:=, \t]", result)
+    # Hydra's functions escape these characters when they remove the quotes.
+    twice = in_function and not re.search(r"[\\()\[\]{}:=, \t]", result)
     return str(QuotedString(result, Quote.double).with_quotes()) if twice else result

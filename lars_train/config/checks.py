@@ -1,4 +1,4 @@
-"""Every check of a config that needs neither the data nor a device."""
+"""Check a config, as far as that needs neither the data nor a device."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lars_train.fsutil import user_path
 from lars_train.messages import is_url
 from lars_train.optim.schedule import Form
 
-# In bytes, of Linux: a name (NAME_MAX) and a whole path (PATH_MAX) without its terminating zero.
+# Linux's limits in bytes: a name (NAME_MAX), and a whole path (PATH_MAX) without the terminating zero.
 _NAME_MAX, _PATH_MAX = 255, 4095
-# Keys whose value must be above 0, and those for which 0 will do.
+# Keys whose value must be above 0, and keys whose value may also be 0.
 _POSITIVE = (
     "epochs",
     "max_updates",
@@ -72,7 +72,7 @@ _NOT_NEGATIVE = (
 
 def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> None:
     """Raise `ConfigError` for a key that the schema does not have."""
-    # Hydra's +key=value gets past the schema; a key that nothing reads would be ignored in silence.
+    # Hydra's +key=value bypasses the schema, and a key that nothing reads would be silently ignored.
     for key in map(str, node):
         if key not in schema:
             raise ConfigError(f"{prefix}{key}: there is no such key.{suggestion(f'{prefix}{key}')}")
@@ -81,7 +81,7 @@ def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") 
 
 
 def check_choices(config: Config) -> None:
-    """Raise `ConfigError` for a word that is none of those a key allows."""
+    """Raise `ConfigError` for a word that is not a choice of its key."""
     choices: dict[str, tuple[str | bool, ...]] = {
         "mode": MODES,
         "resume": (AUTO, "never"),
@@ -114,7 +114,7 @@ def check_choices(config: Config) -> None:
 
 
 def check_values(config: Config) -> None:
-    """Raise `ConfigError` for a number out of its range, and for settings that do not go together."""
+    """Raise `ConfigError` for a number out of range, and for settings that conflict."""
     leaves = flatten(config)
     _check_ranges(leaves)
     _check_text(leaves)
@@ -125,7 +125,7 @@ def check_values(config: Config) -> None:
     if config.verbosity not in (0, 1, 2):
         raise ConfigError(f"verbosity={config.verbosity}: give 0 (quiet), 1 (a line per epoch) or 2 (every log line).")
     if config.seed >= 2**63:
-        raise ConfigError(f"seed={config.seed}: it must be below 2**63, for the generators take 64 bits.")
+        raise ConfigError(f"seed={config.seed}: it must be below 2**63, because the generators take 64 bits.")
     _check_schedule(config)
     check_lars_options(config.optimizer)
     for key, least in (("micro_batch", 1), ("launch.nproc", 1), ("launch.threads", 1), ("data.workers", 0)):
@@ -142,9 +142,9 @@ def _check_ranges(leaves: dict[str, Any]) -> None:
         if value is None:
             continue
         if not math.isfinite(value) or value < 0 or (key in _POSITIVE and value == 0):
-            wanted = "above 0" if key in _POSITIVE else "0 or more"
+            expected = "above 0" if key in _POSITIVE else "0 or more"
             finite = " and finite" if math.isinf(value) else ""
-            raise ConfigError(f"{key}={value}: it must be {wanted}{finite}.")
+            raise ConfigError(f"{key}={value}: it must be {expected}{finite}.")
         if value > FLOAT32_MAX and isinstance(value, float):
             raise ConfigError(f"{key}={value:g}: it is beyond {FLOAT32_MAX:.4g}, the largest float32.")
     for key in ("optimizer.lr", "optimizer.trust_coef"):
@@ -154,26 +154,26 @@ def _check_ranges(leaves: dict[str, Any]) -> None:
 
 
 def _check_text(leaves: dict[str, Any]) -> None:
-    """Raise `ConfigError` for text that no path or name can be: empty, too long, or, of a new folder, unprintable."""
+    """Raise `ConfigError` for text that cannot be a path or name: empty, too long, or unprintable for a new folder."""
     for key, value in leaves.items():
         if not is_text(key) or key == "recipe.source" or value is None:
             continue
         if not value and key not in ("run.dir", "run.name"):
-            raise ConfigError(f"{key}=: it is empty; give a value, or leave the key out.")
+            raise ConfigError(f"{key}=: the value is empty; give a value, or leave the key out.")
         size = len(os.fsencode(value))
         longest = max(len(os.fsencode(part)) for part in value.split("/"))
         if not is_url(value) and (size > _PATH_MAX or longest > _NAME_MAX):
             raise ConfigError(
-                f"{key}={value[:40]}...: it is too long ({size:,} bytes): a name takes {_NAME_MAX} bytes, a path "
-                f"{_PATH_MAX:,}."
+                f"{key}={value[:40]}...: it is too long ({size:,} bytes): at most {_NAME_MAX} bytes for a name, "
+                f"{_PATH_MAX:,} for a path."
             )
         if "\0" in value:
-            raise ConfigError(f"{key}={value}: no name holds a zero byte.")
+            raise ConfigError(f"{key}={value}: a name cannot contain a zero byte.")
     for key in ("run.dir", "run.name"):
         value = leaves[key]
         if value is not None and not value.isprintable():
             raise ConfigError(
-                f"{key}={value!r}: it holds a character that cannot be printed, such as a line break; drop that."
+                f"{key}={value!r}: it has a character that cannot be printed, such as a line break; remove it."
             )
 
 
@@ -181,15 +181,17 @@ def _check_plan(config: Config) -> None:
     nodes, nproc, world = config.launch.nodes, config.launch.nproc, config.plan.world
     if nodes is not None and isinstance(nproc, int) and world not in (None, nodes * nproc):
         raise ConfigError(
-            f"plan.world={world}: launch.nodes={nodes} times launch.nproc={nproc} are {nodes * nproc}; drop one."
+            f"plan.world={world}: launch.nodes={nodes} times launch.nproc={nproc} is {nodes * nproc}; drop one."
         )
     if config.plan.picture is not None and not config.plan.picture.lower().endswith(".png"):
-        raise ConfigError(f"plan.picture={config.plan.picture}: it is written as PNG; give a name that ends with .png.")
+        raise ConfigError(
+            f"plan.picture={config.plan.picture}: the plot is a PNG file; give a name that ends with .png."
+        )
     if not 0 <= config.plan.overlap <= 1:
         raise ConfigError(f"plan.overlap={config.plan.overlap}: it must be at least 0 and at most 1.")
     if config.plan.picture is not None and config.plan.device is None and config.plan.images_per_second is None:
         raise ConfigError(
-            f"plan.picture={config.plan.picture}: hours need a rate; name plan.device, or give plan.images_per_second."
+            f"plan.picture={config.plan.picture}: to plot hours, set plan.device or plan.images_per_second."
         )
 
 
@@ -202,26 +204,26 @@ def _check_data(config: Config) -> None:
         raise ConfigError(f"data.holdout={config.data.holdout}: it must be between 0 and 1.")
     if is_url(config.data.root) and config.data.order != "shards":
         raise ConfigError(
-            f"data.root={config.data.root}: what lies at a URL is fetched shard by shard, so it wants "
-            "data.order=shards; a copy on a disk can be read in the global order."
+            f"data.root={config.data.root}: data at a URL is fetched shard by shard, which needs data.order=shards; "
+            "a copy on a disk can be read in the global order."
         )
     for key, least_value in (("mean", -math.inf), ("std", 1 / FLOAT32_MAX)):
         values = getattr(config.data, key)
         if len(values) != 3 or not all(abs(v) <= FLOAT32_MAX and v > least_value for v in values):
             raise ConfigError(
-                f"data.{key}={values}: three numbers that float32 has are wanted, one per channel (std above 0)."
+                f"data.{key}={values}: give three numbers in the range of float32, one per channel (std above 0)."
             )
 
 
 def _check_schedule(config: Config) -> None:
-    """Check the rates and epochs of a resolved config's schedule against each other."""
+    """Check the learning rates and epochs of a resolved config's schedule against each other."""
     if filled(config.schedule.warmup_epochs) >= filled(config.epochs):
         raise ConfigError(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs} is not shorter than the run "
             f"(epochs={config.epochs}): lower it, or train for longer."
         )
     schedule, lr, epochs = config.schedule, filled(config.optimizer.lr), filled(config.epochs)
-    start = "step" if schedule.warmup_start is None else schedule.warmup_start  # none without a warm-up
+    start = "step" if schedule.warmup_start is None else schedule.warmup_start  # null if there is no warm-up
     if isinstance(start, bool) or not (start == "step" or (isinstance(start, int | float) and 0 <= start <= lr)):
         raise ConfigError(
             f"schedule.warmup_start={start}: give step, or a number from 0 to optimizer.lr={lr:g}, where it ends."
@@ -232,29 +234,29 @@ def _check_schedule(config: Config) -> None:
         )
     steps = schedule.steps
     if schedule.form == "steps" and not steps:
-        raise ConfigError("schedule.steps: schedule.form=steps wants the epochs of the steps, such as [30,60,80].")
+        raise ConfigError("schedule.steps: schedule.form=steps needs the epochs of the steps, such as [30,60,80].")
     if steps:
         rising = all(a < b for a, b in itertools.pairwise(steps))
         if not rising or not all(map(math.isfinite, steps)) or steps[0] < filled(schedule.warmup_epochs):
             raise ConfigError(
-                f"schedule.steps={steps}: rising epochs are wanted, none of them within the warm-up "
+                f"schedule.steps={steps}: give increasing epochs, none of them within the warm-up "
                 f"(schedule.warmup_epochs={schedule.warmup_epochs:g})."
             )
         if steps[-1] >= epochs:
             raise ConfigError(
-                f"schedule.steps={steps}: the run has no more than {epochs} epochs; set other steps, or "
-                "schedule.scale_warmup=true, with which those of a recipe's row shrink with the run."
+                f"schedule.steps={steps}: the run has only {epochs} epochs; set other steps, or "
+                "schedule.scale_warmup=true, which shrinks the steps of a recipe's row with the run."
             )
 
 
 def _check_run(config: Config) -> None:
     name = config.run.name
     if name is not None and (not name or "/" in name or name in (".", "..")):
-        raise ConfigError(f"run.name={name!r}: a plain folder name is wanted; use run.dir for a path.")
+        raise ConfigError(f"run.name={name!r}: give a plain folder name, or use run.dir for a path.")
     if config.run.dir is not None and user_path(config.run.dir).parts[:1] == ("~",):
         raise ConfigError(f"run.dir={config.run.dir}: this user has no home directory; give a path without ~.")
     if config.run.dir is not None and Path(config.run.dir).name in ("", ".."):
-        raise ConfigError(f"run.dir={config.run.dir!r}: a run wants a folder of its own, by its name.")
+        raise ConfigError(f"run.dir={config.run.dir!r}: a run needs its own folder; end the path with its name.")
     if config.run.dir is not None and config.run.name is not None:
         raise ConfigError("run.dir and run.name are both set: run.dir is the whole path already; drop one.")
 
@@ -262,16 +264,16 @@ def _check_run(config: Config) -> None:
 def _check_mode(config: Config) -> None:
     if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights):
         raise ConfigError(
-            "mode=evaluate wants checkpoint.path=PATH (a checkpoint, or a run directory) or model.weights=FILE."
+            "mode=evaluate needs checkpoint.path=PATH (a checkpoint, or a run directory) or model.weights=FILE."
         )
     if config.mode == "evaluate" and config.checkpoint.path and config.model.weights:
         raise ConfigError(
             f"mode=evaluate: checkpoint.path={config.checkpoint.path} and model.weights={config.model.weights} are "
-            "both set; give the one to evaluate."
+            "both set; set only the one to evaluate."
         )
     if config.model.new_head and config.mode in ("evaluate", "export"):
-        raise ConfigError(f"model.new_head=true: mode={config.mode} trains no new last layer; drop it.")
+        raise ConfigError(f"model.new_head=true: mode={config.mode} does not train a new last layer; drop it.")
     if config.model.new_head and config.model.weights is None:
-        raise ConfigError("model.new_head=true needs model.weights=FILE, from which all but the last layer comes.")
+        raise ConfigError("model.new_head=true needs model.weights=FILE, for all layers except the last.")
     if config.mode == "export" and not config.checkpoint.path:
-        raise ConfigError("mode=export wants checkpoint.path=PATH, a checkpoint file or a run directory.")
+        raise ConfigError("mode=export needs checkpoint.path=PATH, a checkpoint file or a run directory.")

@@ -1,4 +1,4 @@
-"""The keys of the config by name: their types, and which key an unknown name may stand for. No torch is imported."""
+"""Look up config keys by name: their types, and suggestions for unknown names. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lars_train.config.schema import Config
 from lars_train.errors import closest
 
 GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
-# Words that other programs use for keys of this one.
+# Names in other programs, and the equivalent keys here.
 _ALIASES = {
     "amp": "precision",
     "arch": "model",
@@ -43,19 +43,19 @@ _ALIASES = {
     "wd": "optimizer.weight_decay",
     "world_size": "launch.nproc",
 }
-_FEW = 3
+_MOST_SUGGESTIONS = 3
 TEXT = (str, Optional[str])
-"""The types of keys that hold text."""
+"""The type hints of keys that hold text."""
 
 
 @functools.cache
 def key_types() -> dict[str, Any]:
-    """The type hint of every key by its dotted name; a section, such as ``run``, has its dataclass."""
+    """Return the type hint of every key by its dotted name; that of a section, such as ``run``, is its dataclass."""
     return types_within(Config)
 
 
 def types_within(kind: type, prefix: str = "") -> dict[str, Any]:
-    """The type hints of the dataclass `kind` and of its sections, by their dotted names behind `prefix`."""
+    """Return the type hints of the dataclass `kind` and of its sections, by dotted name after `prefix`."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
         found[f"{prefix}{name}"] = hint
@@ -65,23 +65,23 @@ def types_within(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 def is_text(key: str) -> bool:
-    """Return True if the type of `key` is text, perhaps null."""
+    """Return True if the type of `key` is text, with or without null."""
     return key_types().get(key) in TEXT
 
 
 def section_keys(name: str) -> list[str]:
-    """The keys of section `name` by their dotted names; none for another word."""
+    """Return the dotted names of the keys of section `name`; an empty list if there is no such section."""
     hint = key_types().get(name)
     return [key for key in key_types() if key.startswith(f"{name}.")] if dataclasses.is_dataclass(hint) else []
 
 
 def leaf_keys() -> list[str]:
-    """Every key that has a value, by its dotted name."""
+    """Return the dotted name of every key that has a value."""
     return [key for key, hint in key_types().items() if not dataclasses.is_dataclass(hint)]
 
 
-def meant_by(key: str) -> list[str]:
-    """The keys, or groups, that the unknown `key` probably stands for, at most three."""
+def probable_keys(key: str) -> list[str]:
+    """Return the keys or groups, at most three, that the unknown `key` probably means."""
     known = [*leaf_keys(), *GROUPS]
     section, _, leaf = key.rpartition(".")
     candidates = [
@@ -89,23 +89,23 @@ def meant_by(key: str) -> list[str]:
         [_ALIASES[name] for name in (key, leaf) if name in _ALIASES][:1],
         [name for name in known if name.rpartition(".")[2] == leaf],
         [name for name in [None if section in key_types() else closest(key, known)] if name],
-        [name for name in known if _begins(leaf, name.rpartition(".")[2])],
+        [name for name in known if _one_extends_other(leaf, name.rpartition(".")[2])],
     ]
-    # In the section that was given, a near name comes before an equal one elsewhere.
+    # A similar name in the given section comes before the same name in another section.
     near = closest(leaf, [name.removeprefix(f"{section}.") for name in section_keys(section)])
     if near and key not in _ALIASES:
         return [f"{section}.{near}"]
-    return next((found for found in candidates if 1 <= len(found) <= _FEW), [])
+    return next((found for found in candidates if 1 <= len(found) <= _MOST_SUGGESTIONS), [])
 
 
 def suggestion(key: str) -> str:
-    """``" Did you mean 'x'?"`` for the unknown `key`, or an empty string."""
-    found = meant_by(key)
+    """Return ``" Did you mean 'x'?"`` for the unknown `key`, or an empty string."""
+    found = probable_keys(key)
     if not found and key.startswith("optimizer."):
         return f" A keyword of the base class is optimizer.kwargs.{key.removeprefix('optimizer.')}."
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
-def _begins(one: str, other: str) -> bool:
+def _one_extends_other(one: str, other: str) -> bool:
     short, long = sorted((one, other), key=len)
     return len(short) >= 3 and long.startswith(f"{short}_")

@@ -1,4 +1,4 @@
-"""The options of LARS as config keys: their names, their words, the presets' values. No torch is imported."""
+"""Map LARS's options to config keys: their names, choices and presets. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 FLOAT32_MIN = 2.0**-149
 NONE: Final = "none"
-"""How a config says None for `clip` and `clamp`: null means "as the recipe's row says"."""
+"""The word for None in `clip` and `clamp`, because null means "as the recipe's row says"."""
 
-# `weight_decay` is a number's name in the config already.
+# In the config, `weight_decay` is the amount of weight decay.
 _NAMES: Final = {name: "decay_placement" if name == "weight_decay" else name for name in DEFAULTS}
 LARS_OPTIONS: Final = tuple(_NAMES.values())
 
@@ -28,16 +28,16 @@ CHOICES: Final[dict[str, tuple[str, ...]]] = {
 
 
 def options_of(preset: str, where: str) -> dict[str, Any]:
-    """All options of the preset by their config keys, as config values. Raises `ConfigError`, which names `where`."""
+    """Return all options of the preset as config values, by config key. Raises `ConfigError`, which names `where`."""
     if preset not in PRESETS:
         raise ConfigError(
-            f"{where}: there is no such preset; there are {', '.join(PRESETS)}.{did_you_mean(preset, PRESETS)}"
+            f"{where}: there is no such preset; choose one of {', '.join(PRESETS)}.{did_you_mean(preset, PRESETS)}"
         )
     return {_NAMES[name]: _as_config(value) for name, value in {**DEFAULTS, **PRESETS[preset]}.items()}
 
 
 def lars_keywords(config: OptimizerConfig) -> dict[str, Any]:
-    """The keywords of `LARS` that a config asks for; those that it leaves open are not among them."""
+    """Return the keywords of `LARS` that a config sets."""
     keywords = {name: value for name, key in _NAMES.items() if (value := getattr(config, key)) is not None}
     for name in ("clip", "clamp"):
         if keywords.get(name) == NONE:
@@ -46,7 +46,7 @@ def lars_keywords(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def changed_options(config: OptimizerConfig) -> list[str]:
-    """The options of LARS, as ``key=value``, that are not as the config's preset has them."""
+    """Return the options of LARS that differ from the config's preset, as ``key=value``."""
     preset = options_of(config.preset or "torchlars", "optimizer.preset")
     values = {key: getattr(config, key) for key in LARS_OPTIONS}
     return [f"{key}={value}" for key, value in values.items() if value is not None and value != preset[key]]

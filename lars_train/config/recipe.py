@@ -1,4 +1,4 @@
-"""What a recipe's row gives to a config: every value that the command line left open."""
+"""Fill a config from its recipe's row: every value that the command line left open."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from omegaconf import OmegaConf
 
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
-from lars_train.config.rows import no_row, row_name
+from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.schema import Config, nominal_batch
 from lars_train.errors import ConfigError, did_you_mean
 
-# Settings that only some forms of the schedule have a use for.
+# Settings that only some forms of the schedule use.
 _POLYNOMIAL, _STEPS = ("power", "end_lr"), ("steps", "step_factor")
 
 
 def fill_from_recipe(config: Config) -> None:
-    """Fill in every `None` that the row of ``batch`` in the chosen recipe has a value for. Raises `ConfigError`."""
+    """Replace every `None` for which the recipe's row for ``batch`` has a value. Raises `ConfigError`."""
     row = _recipe_row(config)
     opt, batch = config.optimizer, config.batch
     if batch.nominal != nominal_batch(batch.name):
@@ -27,7 +27,7 @@ def fill_from_recipe(config: Config) -> None:
         )
     if opt.name == "recipe":
         opt.name = row.optimizer
-    _check_use(config)
+    _refuse_ignored_settings(config)
     _check_rate(config, row)
     if opt.name == "lars":
         _fill_lars(config, row)
@@ -42,18 +42,18 @@ def fill_from_recipe(config: Config) -> None:
                 setattr(node, key, getattr(row, key))
     if config.data.min_crop is None and config.data.augment == "inception":
         config.data.min_crop = row.min_crop
-    # Momentum is SGD's word: a base of another kind gets it only when it is asked for.
+    # The row's momentum is for SGD: another base gets momentum only from the command line.
     if opt.base == "SGD":
         opt.momentum = row.momentum if opt.momentum is None else opt.momentum
         opt.nesterov = row.nesterov if opt.nesterov is None else opt.nesterov
     if batch.scaled is None:
         batch.scaled = config.data.name != "imagenet" and batch.size is None
     if config.data.name != "imagenet":
-        _forget_published(config)
+        _drop_published_results(config)
 
 
-def _forget_published(config: Config) -> None:
-    """Leave the results on ImageNet out of the config, and so out of each record, of a run on other data."""
+def _drop_published_results(config: Config) -> None:
+    """Remove ImageNet's published results from the config, and so from the records, of a run on other data."""
     recipe = config.recipe
 
     def without(row: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def _forget_published(config: Config) -> None:
     config.recipe = dataclasses.replace(recipe, common=without(recipe.common), rows=rows)
 
 
-def _check_use(config: Config) -> None:
-    """Raise `ConfigError` for what stands on the command line and would be ignored."""
+def _refuse_ignored_settings(config: Config) -> None:
+    """Raise `ConfigError` for a setting on the command line that the run would ignore."""
     opt, schedule, data = config.optimizer, config.schedule, config.data
     if data.min_crop is not None and data.augment != "inception":
         raise ConfigError(
@@ -79,22 +79,22 @@ def _check_use(config: Config) -> None:
         for key in ("preset", "adapt_norm_bias", *LARS_OPTIONS):
             if getattr(opt, key) is not None:
                 raise ConfigError(
-                    f"optimizer.{key}={getattr(opt, key)} is LARS's, and this run has none (sgd); drop it."
+                    f"optimizer.{key}={getattr(opt, key)} is an option of LARS, but this run uses plain sgd; drop it."
                 )
     if schedule.warmup_start is not None and schedule.warmup_epochs == 0:
         raise ConfigError(
-            f"schedule.warmup_start={schedule.warmup_start}: schedule.warmup_epochs=0 is no warm-up; drop one of them."
+            f"schedule.warmup_start={schedule.warmup_start}: schedule.warmup_epochs=0 means no warm-up; drop one."
         )
 
 
 def _check_rate(config: Config, row: RowConfig) -> None:
-    """Raise `ConfigError` where the row's learning rate is not for this run, and there is no other."""
+    """Raise `ConfigError` if no learning rate is set and the row's does not apply to this run."""
     opt, batch = config.optimizer, config.batch
     if opt.lr is not None:
         return
     if batch.size is not None:
         raise ConfigError(
-            f"batch.size={batch.size} is no row of a recipe, so it wants its own learning rate: "
+            f"batch.size={batch.size} is not a row of a recipe, so it needs its own learning rate: "
             f"set optimizer.lr (row {batch.name} of recipe {config.recipe.name} has {row.lr})."
         )
     if opt.name != row.optimizer or opt.base != "SGD":
@@ -106,7 +106,7 @@ def _check_rate(config: Config, row: RowConfig) -> None:
 
 
 def _fill_lars(config: Config, row: RowConfig) -> None:
-    """The options of LARS: the command line's, then those of a preset named there, then the row's and its preset's."""
+    """Fill in the options of LARS that are not set: from a preset that is set, else from the row and its preset."""
     opt = config.optimizer
     given: dict[str, Any]
     if opt.preset is not None:
@@ -139,8 +139,8 @@ def _fill_schedule(config: Config, row: RowConfig) -> None:
         if config.epochs is not None and 0 < config.epochs <= schedule.warmup_epochs:
             raise ConfigError(
                 f"epochs={config.epochs}: the warm-up of row {config.batch.name} is not shorter "
-                f"({schedule.warmup_epochs:g} epochs). Set schedule.scale_warmup=true, with which it shrinks with the "
-                f"run to {row.warmup_epochs * config.epochs / row.epochs:.3g} epochs, or schedule.warmup_epochs, or "
+                f"({schedule.warmup_epochs:g} epochs). Set schedule.scale_warmup=true, which shrinks it with the run "
+                f"to {row.warmup_epochs * config.epochs / row.epochs:.3g} epochs, or set schedule.warmup_epochs, or "
                 "train for longer."
             )
     if schedule.warmup_start is None and schedule.warmup_epochs > 0:
@@ -155,7 +155,7 @@ def _recipe_row(config: Config) -> RowConfig:
     recipe, batch = config.recipe, config.batch
     name = row_name(recipe.rows, batch.name)
     if name is None:
-        raise ConfigError(no_row(config))
+        raise ConfigError(explain_missing_row(config))
     known = {f.name for f in dataclasses.fields(RowConfig)}
     values = {**recipe.common, **recipe.rows[name]}
     for key in values:
@@ -169,11 +169,10 @@ def _recipe_row(config: Config) -> RowConfig:
 
 
 def with_row(config: Config, name: str) -> Config:
-    """A resolved config with row `name` of its recipe in place of its own row's batch, epochs, warm-up, ghost batch and
-    optimizer; where one of them is not its own row's, it stays.
+    """Return a resolved config with the batch, epochs, warm-up, ghost batch and optimizer of row `name` of its recipe.
 
-    Those are what the length of a run and its memory depend on; the learning rate and the like stay as they are.
-    Raises `ConfigError`.
+    These settings determine the length and the memory of a run. A setting that differs from the config's present row
+    stays, as do the learning rate and all others. Raises `ConfigError`.
     """
     own, batch = (
         _recipe_row(config),
@@ -203,7 +202,7 @@ def with_row(config: Config, name: str) -> Config:
 
 
 def published_top1(config: Config) -> float | None:
-    """The published best top-1 (percent) of the config's recipe row, or None where there is none."""
+    """Return the published best top-1 (percent) of the config's recipe row, or None if there is none."""
     name = row_name(config.recipe.rows, config.batch.name)
     if config.batch.size is not None or name is None:
         return None

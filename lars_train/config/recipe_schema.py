@@ -1,4 +1,4 @@
-"""The schema of a recipe, and of the rows in it."""
+"""Define the schema of a recipe and of its rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Optional
 
 @dataclass
 class RowConfig:
-    """One row of a recipe. Every field stands, by the same name, in the group that it belongs to.
+    """One row of a recipe. Each field sets the key of the same name in its group.
 
-    `None` for an option of LARS means "as `preset` has it".
+    `None` for an option of LARS means the preset's value.
     """
 
     optimizer: str = "lars"
@@ -51,10 +51,10 @@ class RecipeConfig:
     """A published set of hyper-parameters: what all rows share, and one row per batch."""
 
     name: str = "torchlars"
-    """Whose hyper-parameters."""
+    """The name of the recipe."""
     source: str = ""
-    """The publication that they are from."""
+    """The publication of the values."""
     common: dict[str, Any] = field(default_factory=dict)
-    """Values that all rows share."""
+    """Values for all rows."""
     rows: dict[str, Any] = field(default_factory=dict)
-    """One row for each batch, by `batch.name`."""
+    """One row per batch, by `batch.name`."""

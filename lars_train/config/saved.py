@@ -1,4 +1,4 @@
-"""A whole config from a file, such as the ``config.yaml`` of a run: what ``lars-train --config-file`` starts from."""
+"""Register a whole config from a file, such as the ``config.yaml`` of a run, for ``lars-train --config-file``."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lars_train.errors import ConfigError
 from lars_train.messages import first_line
 
 NAME = "from_file"
-"""The name of the config that Hydra has registered."""
+"""The name under which the config is registered with Hydra."""
 _PLACES = ("run.dir", "run.name")
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedConfig:
-    """The hash of the file's experiment, and whether the command line places the run itself."""
+    """The hash of the file's experiment, and True if the command line sets the run directory."""
 
     hash: str | None
     placed: bool
 
     def place(self, config: Config) -> Config:
-        """The config with the file's run directory if it is the file's experiment; another has a directory of its own.
+        """Return the config without the file's run directory if it is no longer the file's experiment.
 
-        So the seeds of a sweep do not meet in the directory of the run that they vary.
+        So the seeds of a sweep do not share the directory of the run that they vary.
         """
         if self.placed or run_hash(config) == self.hash:
             return config
@@ -41,10 +41,10 @@ class SavedConfig:
 
 
 def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
-    """Register the config in `file`, or in the run directory `file`, with Hydra, for the prepared `settings` to change.
+    """Register with Hydra the config in `file`, or in the run directory `file`, which the prepared `settings` override.
 
-    Raises `ConfigError` for a file that is no whole config and for settings that choose groups: the file holds what its
-    own choices came to.
+    Raises `ConfigError` if the file is not a whole config, and for settings that choose a group, because the file
+    already holds the values of its groups.
     """
     path = file / "config.yaml" if file.is_dir() else file
     where = f"--config-file {path}"
@@ -53,26 +53,26 @@ def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
         if group in keys:
             write = {"model": "model.name=", "precision": "precision.name="}.get(group, "")
             hint = f"write {write}... instead" if write else "set single keys, or start without the file"
-            raise ConfigError(f"{group}=...: {where} has the values of its own {group} already; {hint}.")
+            raise ConfigError(f"{group}=...: {where} already has the values of a {group}; {hint}.")
     content = _read(path, where)
     missing = [key for key in leaf_keys() if key not in keys and not _holds(content, key)]
     if missing:
         few = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigError(
-            f"{where}: it lacks {few}. Take a whole config, as runs write it (runs/RUN/config.yaml), or give those "
-            "keys on the command line."
+            f"{where}: it lacks {few}. Use a whole config, as runs write it (runs/RUN/config.yaml), or set those keys "
+            "on the command line."
         )
     placed = not keys.isdisjoint(_PLACES)
     if placed:
         content["run"] = {"dir": None, "name": None}
-    # Whether a run is moved aside is a word about one start.
+    # resume=never applies to a single start.
     content["resume"] = AUTO
     try:
         whole = OmegaConf.merge(OmegaConf.structured(Config), content)
         assert isinstance(whole, DictConfig)
         own = run_hash(resolve(whole))
     except ConfigError:
-        # The line may hold what is wrong with it.
+        # The command line may fix the error; its own error is reported later.
         own = None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {error.full_key}: {first_line(error)}") from None
@@ -90,13 +90,13 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{where}: it cannot be read ({error.strerror or error}).") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: it is no YAML ({first_line(error)}).") from None
+        raise ConfigError(f"{where}: it is not YAML ({first_line(error)}).") from None
     plain: Any = OmegaConf.to_container(content)
     if not isinstance(plain, dict):
-        raise ConfigError(f"{where}: it is no config, which is a mapping of keys.")
+        raise ConfigError(f"{where}: it is not a config, which is a mapping of keys.")
     for key, value in plain.items():
         if section_keys(str(key)) and not isinstance(value, dict):
-            raise ConfigError(f"{where}: {key} is no mapping of keys.")
+            raise ConfigError(f"{where}: {key} is not a mapping of keys.")
     try:
         refuse_unknown_keys(OmegaConf.create(plain), OmegaConf.structured(Config))
     except ConfigError as error:

@@ -1,6 +1,7 @@
-"""The schema: one dataclass per group of ``configs/``, registered with Hydra; a recipe's is in recipe_schema.py.
+"""Define the config's schema, one dataclass per group of ``configs/``, and register it with Hydra.
 
-`None` in a field that a recipe knows means "as the recipe's row says"; recipe.py fills those in.
+`None` in a field that recipes set means "as the recipe's row says"; recipe.py fills it in. recipe_schema.py has the
+schema of recipes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ MODES = ("train", "evaluate", "export", "plan", "check")
 
 @dataclass
 class RunConfig:
-    """Where the run lives."""
+    """The location of the run."""
 
     dir: Optional[str] = None
-    """The run directory's whole path."""
+    """The whole path of the run directory."""
     name: Optional[str] = None
-    """The run directory's name below ``runs/``. With neither ``dir`` nor ``name``: a hash of the experiment."""
+    """The name of the run directory below ``runs/``. With neither ``dir`` nor ``name``, a hash of the experiment."""
 
 
 @dataclass
@@ -34,67 +35,67 @@ class BatchConfig:
     """The samples of one update."""
 
     name: str = "32k"
-    """The row: which batch of ``configs/choices.yaml`` it is."""
+    """The recipe's row: a batch of ``configs/choices.yaml``."""
     nominal: int = 32768
     """Samples of one update on ImageNet."""
     size: Optional[int] = None
-    """Samples of one update, taken literally instead of a recipe's row; then ``optimizer.lr`` is wanted."""
+    """Samples of one update, used as given instead of a recipe's row; requires ``optimizer.lr``."""
     scaled: Optional[bool] = None
-    """Shrink the nominal batch in proportion to the data set (null: for all but ImageNet)."""
+    """Shrink the nominal batch in proportion to the data set (null: for all data sets except ImageNet)."""
 
 
 @dataclass
 class DataConfig:
-    """What to train on, and how it is read."""
+    """The data set, and how it is read."""
 
     name: str = "mini"
     """imagenet, folder, mini (embedded), cifar10, fashion_mnist or synthetic."""
     root: Optional[str] = None
-    """Folder, ``.zip``, packed store or URL of one, tar shards; for torchvision's sets where they lie or go to."""
+    """Folder, ``.zip``, packed store or its URL, tar shards; for torchvision's sets, where to find or download them."""
     holdout: Optional[float] = None
     """Validate on this share of ``train/`` instead of ``val/``."""
     val_labels: Optional[str] = None
-    """For a flat ``val/`` of ImageNet: the devkit, or a CSV of file and class."""
+    """Labels for a flat ``val/`` of ImageNet: the devkit, or a CSV of file and class."""
     image_key: Optional[str] = None
-    """Extension of the image to read where samples in tars have several: jpg, or jpg:png to try both in turn."""
+    """Extension of the image to read if samples in tars have several: jpg, or jpg:png to try both in turn."""
     image_size: int = 224
     """Side of the network's input, in pixels."""
     augment: str = "inception"
     """inception (random resized crop), scale_crop (shorter side to size / eval_crop, random crop), pad_crop or none."""
     min_crop: Optional[float] = None
-    """The least share of a picture's area that ``augment=inception`` cuts out."""
+    """Smallest share of an image's area that ``augment=inception`` crops."""
     flip: bool = True
     """Mirror half of the training images."""
     pad: int = 4
-    """Pixels around the image for ``augment=pad_crop``."""
+    """Pixels of padding around the image for ``augment=pad_crop``."""
     eval_crop: float = 0.875
-    """Evaluation resizes the shorter side to image_size / eval_crop and cuts out the centre."""
+    """Evaluation resizes the shorter side to image_size / eval_crop and crops the center."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Per channel, on the scale 0 to 1; subtracted."""
+    """Mean per channel, on the scale 0 to 1; subtracted."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Per channel, on the scale 0 to 1; divided by."""
+    """Standard deviation per channel, on the scale 0 to 1; divided by."""
     workers: Union[int, str] = AUTO
-    """What decodes beside each rank; auto: none on the CPU, else its share of the cores less one, at most 16."""
+    """Loader workers per rank. auto: 0 on CPU; on CUDA the rank's share of cores minus one, at most 16."""
     decoder: str = AUTO
-    """Of JPEGs: native (in C), pillow, or auto: native where every rank has it, else pillow."""
+    """JPEG decoder: native (in C), pillow, or auto: native if every rank has it, else pillow."""
     order: str = "global"
-    """Of an epoch: global (a permutation of all samples), or shards: of packed shards, a few at a time."""
+    """Order of an epoch: global (a permutation of all samples), or shards (mix a few packed shards at a time)."""
     window_shards: int = 16
-    """Shards among which ``order=shards`` mixes samples."""
+    """Number of shards among which ``order=shards`` mixes samples."""
     cache_dir: Optional[str] = None
-    """The cache of shards for a root that is a URL (null: in the user's cache directory)."""
+    """Folder for cached shards if the root is a URL (null: in the user's cache directory)."""
     cache_gb: float = 64.0
-    """The most that the cache takes, in 10**9 bytes."""
+    """Maximum size of the cache, in 10**9 bytes."""
     on_error: str = "skip"
-    """A picture that cannot be decoded: skip it and count, or fail."""
+    """For an image that cannot be decoded: skip (and count it), or fail."""
     max_bad: int = 100
-    """Bad pictures after which a run ends nevertheless; counted after each update."""
+    """The run ends after more bad images than this, even with ``on_error=skip``; checked after each update."""
     train_count: Optional[int] = None
-    """Training images, of ``data=synthetic`` alone."""
+    """Training images, for ``data=synthetic`` only."""
     val_count: Optional[int] = None
-    """Validation images, of ``data=synthetic`` alone."""
+    """Validation images, for ``data=synthetic`` only."""
     num_classes: Optional[int] = None
-    """Classes, of ``data=synthetic`` alone."""
+    """Classes, for ``data=synthetic`` only."""
 
 
 @dataclass
@@ -104,9 +105,9 @@ class ModelConfig:
     name: str = "resnet50"
     """A model of ``configs/choices.yaml``."""
     weights: Optional[str] = None
-    """A file of weights to start from, or to evaluate: a state_dict, a checkpoint that holds one, ``.safetensors``."""
+    """Weights to start from or to evaluate: a state_dict, a checkpoint that contains one, or ``.safetensors``."""
     new_head: bool = False
-    """Take all but the last layer from `weights`: for other classes than the file's."""
+    """Take all layers except the last from `weights`, for data with other classes."""
     ghost_batch: Optional[int] = None
     """Samples per batch-norm statistics."""
     zero_gamma: Optional[bool] = None
@@ -118,45 +119,45 @@ class OptimizerConfig:
     """The optimizer: LARS over a class of torch.optim, or plain SGD. Most keys are the recipe's row's."""
 
     name: str = "recipe"
-    """recipe (the row decides), lars (over `base`) or sgd."""
+    """recipe (as the row says), lars (over `base`) or sgd."""
     base: str = "SGD"
     """A class of ``torch.optim`` for LARS to wrap."""
     lr: Optional[float] = None
     """The peak learning rate."""
     momentum: Optional[float] = None
-    """Of the base class, where it has one."""
+    """Momentum of the base class, if it has one."""
     nesterov: Optional[bool] = None
-    """Of the base class, where it has it."""
+    """Nesterov momentum of the base class, if it has the option."""
     weight_decay: Optional[float] = None
-    """Of all parameters, or of those that `decay_norm_bias` leaves."""
+    """Weight decay of all parameters, or of those that `decay_norm_bias` does not exempt."""
     decay_norm_bias: Optional[bool] = None
-    """Whether batch norm's parameters and biases are decayed."""
+    """Decay batch norm's parameters and biases."""
     adapt_norm_bias: Optional[bool] = None
-    """Whether they get trust ratios."""
+    """Apply trust ratios to batch norm's parameters and biases."""
     preset: Optional[str] = None
-    """All options of LARS from `eps` to `clamp` at once (docs/lars.md); those that are set beside it win."""
+    """Values for all options of LARS from `eps` to `clamp` (docs/lars.md); options that are set override it."""
     eps: Optional[float] = None
-    """Added to the trust ratio's denominator."""
+    """Term added to the trust ratio's denominator."""
     trust_coef: Optional[float] = None
     """The trust coefficient."""
     denominator: Optional[str] = None
     """split: |g| + wd * |w| + eps; combined: |g + wd * w| + eps."""
     clip: Any = None
-    """Of the trust ratio r: none, lr (min(r / lr, 1)), or two bounds."""
+    """Limits of the trust ratio r: none, lr (min(r / lr, 1)), or two bounds."""
     zero_norm: Optional[str] = None
-    """Where |w| or |g| is 0: decay (g + wd * w, the ratio 1) or skip (g as it is)."""
+    """If |w| or |g| is 0: decay (g + wd * w with the ratio 1) or skip (g unchanged)."""
     zero_decay: Optional[str] = None
-    """Parameters without weight decay: adapt them, or skip."""
+    """For parameters without weight decay: adapt or skip."""
     decay_placement: Optional[str] = None
-    """coupled (into the gradient that is rescaled) or base (the base decays in its own way after the ratio)."""
+    """coupled (part of the rescaled gradient) or base (the base decays in its own way after the ratio)."""
     ratio_placement: Optional[str] = None
-    """inside the momentum or outside of it."""
+    """Trust ratio inside or outside the momentum."""
     lr_placement: Optional[str] = None
-    """outside of the momentum or inside."""
+    """Learning rate outside or inside the momentum."""
     clamp: Any = None
     """Limit of the elements of g + wd * w: none, or a number."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """More keywords of the base class."""
+    """Further keywords of the base class."""
 
 
 @dataclass
@@ -166,24 +167,24 @@ class ScheduleConfig:
     warmup_epochs: Optional[float] = None
     """Epochs of linear warm-up."""
     warmup_start: Any = None
-    """The lr of update 0 (a number), or step: the first of equal steps up to the peak."""
+    """The lr of update 0 (a number), or step: update 0 makes the first of equal steps up to the peak."""
     form: Optional[str] = None
     """whole, restart, mlperf or steps (docs/recipes.md)."""
     power: Optional[float] = None
-    """Of the polynomial decay."""
+    """Exponent of the polynomial decay."""
     end_lr: Optional[float] = None
-    """Of the polynomial decay."""
+    """Final learning rate of the polynomial decay."""
     steps: Optional[list[float]] = None
-    """Of ``form=steps``: the epochs at which the lr falls."""
+    """For ``form=steps``: the epochs at which the lr falls."""
     step_factor: Optional[float] = None
-    """Of ``form=steps``: by what it is multiplied."""
+    """For ``form=steps``: the factor of each step."""
     scale_warmup: bool = False
-    """A warm-up and steps that the recipe's row gives shrink with the run's epochs."""
+    """Shrink the warm-up and the steps of the recipe's row with the run's epochs."""
 
 
 @dataclass
 class PrecisionConfig:
-    """The arithmetic."""
+    """The precision of the arithmetic."""
 
     name: str = AUTO
     """auto, fp32, fp64, bf16 or fp16 (autocast; fp16 with loss scaling)."""
@@ -191,26 +192,26 @@ class PrecisionConfig:
 
 @dataclass
 class LaunchConfig:
-    """Machines, and processes on one of them."""
+    """Machines, and processes per machine."""
 
     nodes: Optional[int] = None
-    """Machines of the run: ``mode=plan`` counts with so many, and a run under torchrun or Slurm refuses to start on
-    another number (null: one, or as many as the launcher has).
+    """Number of machines. ``mode=plan`` plans for it, and a run under torchrun or Slurm refuses to start on another
+    number (null: one, or the launcher's number).
     """
     nproc: Union[int, str] = AUTO
-    """Processes on this machine, when torchrun or Slurm started none; auto: one per GPU."""
+    """Processes on this machine, unless torchrun or Slurm starts them; auto: one per GPU."""
     threads: Union[int, str] = AUTO
-    """CPU threads of each process; auto: OMP_NUM_THREADS, or its share of the cores."""
+    """CPU threads per process; auto: OMP_NUM_THREADS, or the process's share of the cores."""
 
 
 @dataclass
 class DistributedConfig:
-    """What the ranks exchange."""
+    """Communication between ranks."""
 
     timeout: float = 600.0
-    """Seconds after which a rank that does not answer ends the run."""
+    """Seconds after which an unresponsive rank ends the run."""
     bucket_mb: float = 25.0
-    """MiB of gradients that are reduced together."""
+    """MiB of gradients per all-reduce."""
 
 
 @dataclass
@@ -220,42 +221,42 @@ class EvaluateConfig:
     every_epochs: int = 1
     """Epochs between evaluations; the last update is always evaluated."""
     report: Optional[str] = None
-    """Of ``mode=evaluate``: the folder for the accuracy of each class and what was taken for what."""
+    """For ``mode=evaluate``: the folder for the accuracy per class and the confusions."""
     outputs: str = "subset"
-    """Of ``mode=evaluate`` on some of the model's classes: look for the highest output among those (subset; as
-    published for ImageNet-A and -R), or among all.
+    """For ``mode=evaluate`` on some of the model's classes: predict among these (subset, as published for ImageNet-A
+    and -R), or among all.
     """
 
 
 @dataclass
 class CheckpointConfig:
-    """What is kept of a run, and which one a mode takes."""
+    """The checkpoints that a run keeps, and the checkpoint that a mode reads."""
 
     path: Optional[str] = None
-    """The checkpoint, or its run directory, to evaluate, export or go on from."""
+    """The checkpoint, or its run directory, to evaluate, export or start from."""
     every_updates: Optional[int] = None
-    """Null: once an epoch."""
+    """Updates between checkpoints (null: one epoch)."""
     every_minutes: Optional[float] = 15.0
-    """Of wall time since the last one, too (null: never)."""
+    """Also save after this many minutes since the last checkpoint (null: never)."""
     keep: int = 3
-    """The last so many stay, and the best one."""
+    """Number of most recent checkpoints to keep, besides the best."""
 
 
 @dataclass
 class GuardConfig:
-    """What happens when the loss of an update is not finite or too large."""
+    """The response to a loss that is not finite or too large."""
 
     max_loss: Optional[float] = None
-    """A mean loss of an update above it is a divergence, as is a training or validation loss that is not finite."""
+    """A mean loss of an update above this is a divergence, as is any training or validation loss that is not finite."""
     on_divergence: str = "stop"
-    """stop, or rollback to the last good checkpoint, skipping the samples from there to the update that diverged."""
+    """stop, or rollback: resume from the last good checkpoint, skipping the samples up to the update that diverged."""
     max_rollbacks: int = 3
-    """How often."""
+    """Maximum number of rollbacks."""
 
 
 @dataclass
 class ExportConfig:
-    """Of ``mode=export``."""
+    """Settings of ``mode=export``."""
 
     path: Optional[str] = None
     """The file to write: ``.pth``, ``.safetensors`` or ``.onnx`` (null: a ``.pth`` beside the checkpoint)."""
@@ -263,42 +264,42 @@ class ExportConfig:
 
 @dataclass
 class PlanConfig:
-    """Of ``mode=plan``: what is planned for, and where it goes to."""
+    """Settings of ``mode=plan``: the machines to plan for, and the output."""
 
     path: Optional[str] = None
     """The JSON file to write (null: none)."""
     picture: Optional[str] = None
-    """The PNG of hours, efficiency and their reasons on 1 to 4,096 devices (null: none)."""
+    """The PNG to write: hours, efficiency and what limits them on 1 to 4,096 devices (null: none)."""
     world: Optional[int] = None
-    """Ranks (null: launch.nodes times launch.nproc, or as this machine starts)."""
+    """Number of ranks (null: launch.nodes times launch.nproc, or as many as this machine would start)."""
     device: Optional[str] = None
-    """Whose cited images/s to take: a100, h100, v100, or cpu, which is one core (docs/plan.md)."""
+    """Device whose cited images/s to use: a100, h100, v100, or cpu, which is one core (docs/plan.md)."""
     images_per_second: Optional[float] = None
-    """Of one device, forward and backward, in place of cited ones."""
+    """Images/s of one device, forward and backward, instead of a cited rate."""
     cores: int = 8
-    """Cores that decode for each device."""
+    """Decoding cores per device."""
     decode_rate: Optional[float] = None
-    """Images/s that a core decodes (null: input is not looked at)."""
+    """Images/s that a core decodes (null: ignore input)."""
     update_ms: float = 0.0
-    """Milliseconds of an update beside its images: the optimizer's step."""
+    """Milliseconds per update besides its images: the optimizer's step."""
     latency_us: float = 10.0
-    """Microseconds of a message between devices."""
+    """Latency of a message between devices, in microseconds."""
     bandwidth_gb: float = 12.5
-    """10**9 bytes/s of a device to its neighbour."""
+    """Bandwidth from a device to its neighbor, in 10**9 bytes/s."""
     all_reduce: str = AUTO
     """ring, tree, or auto: the faster."""
     overlap: float = 1.0
-    """The share of the last micro-batch's backward pass that hides the network."""
+    """Share of the last micro-batch's backward pass that overlaps with communication."""
 
 
 @dataclass
 class CheckConfig:
-    """Of ``mode=check``."""
+    """Settings of ``mode=check``."""
 
     seconds: float = 5.0
-    """How long each speed is measured; a check takes 18 times as long at most."""
+    """Seconds to measure each speed; a check takes at most 18 times as long."""
     samples: int = 256
-    """Pictures that a machine decodes."""
+    """Images that each machine decodes."""
 
 
 @dataclass
@@ -308,35 +309,35 @@ class Config:
     mode: str = "train"
     """train, evaluate, export, plan or check."""
     seed: int = 0
-    """Of the initial weights, the order and the crops."""
+    """Seed of the initial weights, the order and the crops."""
     epochs: Optional[int] = None
-    """The schedule's length."""
+    """Length of the schedule."""
     max_updates: Optional[int] = None
-    """Stop after so many updates; the schedule stays as it is. The same run continues with a larger one, and is not
-    taken for a shorter one.
+    """Stop after this many updates; the schedule does not change. The same run continues if the number is raised, and
+    is not treated as a shorter run.
     """
     micro_batch: Union[int, str] = AUTO
-    """Images at once on a device, whole ghost batches; auto: what fits."""
+    """Images per forward pass on a device, in whole ghost batches; auto: as many as fit."""
     label_smoothing: Optional[float] = None
-    """Share of the target that goes to all classes alike."""
+    """Share of the target that is spread evenly over all classes."""
     device: str = AUTO
     """auto, cpu or cuda."""
     deterministic: bool = False
-    """Have torch use deterministic kernels alone."""
+    """Make torch use only deterministic kernels."""
     compile: bool = False
     """Train the network through ``torch.compile``."""
     channels_last: Union[bool, str] = AUTO
-    """Weights and images with the channels innermost in memory: true, false, or auto: on every device."""
+    """Store weights and images with the channels innermost: true, false, or auto (on every device)."""
     gradient_compression: str = "none"
-    """none, or bf16: what the ranks exchange is rounded to bfloat16. That is part of the experiment: the curve then
-    depends, in those roundings, on the world size.
+    """none, or bf16: round the values that the ranks exchange to bfloat16. That is part of the experiment: through the
+    rounding, the curve then depends on the world size.
     """
     resume: str = AUTO
-    """auto: go on with the run that is in the run directory; never: move it aside."""
+    """auto: resume the run in the run directory; never: move it aside and start again."""
     log_every: int = 10
-    """Updates between two lines of the log."""
+    """Updates between two log lines."""
     verbosity: int = 1
-    """What is told. 0: warnings and results; 1: also what is run, and each epoch; 2: also each line of the log."""
+    """Output. 0: warnings and results; 1: also the setup and each epoch; 2: also each log line."""
     run: RunConfig = field(default_factory=RunConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -356,14 +357,14 @@ class Config:
 
 
 def register() -> None:
-    """Register with Hydra the schema, which ``configs/config.yaml`` starts from, and the choices without a file."""
+    """Register with Hydra the schema, on which ``configs/config.yaml`` builds, and the choices that have no file."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, names in _named_choices().items():
         for name in names:
             nominal = {"nominal": nominal_batch(name)} if group == "batch" else {}
             store.store(group=group, name=name, node={"name": name, **nominal})
-    # For the help text: Hydra's own list of groups takes it half a second.
+    # For the help text, because Hydra's own list of groups takes half a second.
     OmegaConf.register_new_resolver("groups", _groups, replace=True)
 
 
@@ -373,27 +374,27 @@ def _groups() -> str:
 
 
 def choices_of(group: str) -> list[str]:
-    """Return the choices of a group, batches by their size."""
+    """Return the choices of a group; batches are sorted by size."""
     names = [path.stem for path in (config_dir() / group).glob("*.yaml")] + _named_choices().get(group, [])
     return sorted(names, key=lambda name: (nominal_batch(name), name))
 
 
 @functools.cache
 def _named_choices() -> dict[str, list[str]]:
-    """Return, by group, the choices that have no file."""
+    """Return the choices that have no file, by group."""
     table = OmegaConf.to_container(OmegaConf.load(config_dir() / "choices.yaml"))
     assert isinstance(table, dict)
     return {str(group): names for group, names in table.items()}
 
 
 def nominal_batch(name: str) -> int:
-    """Samples per update on ImageNet of the batch called `name`: ``256`` or ``8k`` (8,192); 0 for another word."""
+    """Return the samples per update on ImageNet of the batch called `name`: ``256`` or ``8k`` (8,192); else 0."""
     digits, thousands = name.removesuffix("k"), name.endswith("k")
     return int(digits) * (1024 if thousands else 1) if digits.isascii() and digits.isdigit() else 0
 
 
 def config_dir() -> Path:
-    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parent.parent
     installed = here / "configs"
     return installed if installed.is_dir() else here.parent / "configs"

@@ -1,4 +1,4 @@
-"""A config seen as values: its leaves, its hash, its filled fields."""
+"""Read a config as plain values: its leaves, its hash, its paths."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lars_train.messages import is_url
 
 _T = TypeVar("_T")
 
-# What says where and how a run is executed, and not what it computes: left out of the run's hash, so that
-# the same experiment finds its own directory on other hardware and with other logging.
+# Keys that say where and how a run is executed, not what it computes. The run's hash leaves them out, so that the same
+# experiment finds its directory on other hardware and with other logging.
 EXECUTION_KEYS = (
     "mode",
     "max_updates",
@@ -31,7 +31,7 @@ EXECUTION_KEYS = (
     "checkpoint.every_updates",
     "checkpoint.every_minutes",
     "checkpoint.keep",
-    # It acts where a run would otherwise be lost; what it did stands in the run's record.
+    # The guard acts only when a run would otherwise be lost, and the run's record lists its actions.
     "guard",
     "evaluate.report",
     "evaluate.outputs",
@@ -39,14 +39,14 @@ EXECUTION_KEYS = (
     "plan",
     "check",
     "data.workers",
-    # Its pixels are at most a level apart, less than another device's arithmetic comes to.
+    # Decoders differ by at most one level per pixel, less than the arithmetic of two devices.
     "data.decoder",
     "data.cache_dir",
     "data.cache_gb",
-    # They say when a run with damaged images ends, and nothing of what it computes until then.
+    # These decide when a run with damaged images ends, not what it computes until then.
     "data.on_error",
     "data.max_bad",
-    # It counts through the options that it fills in.
+    # The hash covers the options that the preset fills in.
     "optimizer.preset",
     "recipe.rows",
     "recipe.common",
@@ -55,7 +55,7 @@ EXECUTION_KEYS = (
 
 
 def run_hash(config: Config) -> str:
-    """Eight hex digits of the SHA-256 of what the run computes (not of how it is executed)."""
+    """Return eight hex digits of the SHA-256 of the settings that determine what the run computes."""
     plain = dataclasses.asdict(config)
     for key in EXECUTION_KEYS:
         *path, leaf = key.split(".")
@@ -64,20 +64,20 @@ def run_hash(config: Config) -> str:
             node = node[part]
         node.pop(leaf)
     if config.data.order == "global":
-        # In that order windows have no meaning.
+        # The global order has no windows.
         plain["data"].pop("window_shards")
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def filled(value: Optional[_T]) -> _T:
-    """A value that `resolve` has filled in from the recipe; AssertionError for a config that it never saw."""
+    """Return a value that `resolve` filled in from the recipe. AssertionError for a config that was not resolved."""
     assert value is not None, "the config was not resolved"
     return value
 
 
 def absolute_paths(config: Config) -> Config:
-    """The config with its input paths made absolute: as a checkpoint keeps it, which may be read from any folder."""
+    """Return the config with absolute input paths, for a checkpoint, which may be read from any folder."""
 
     def absolute(path: Optional[str]) -> Optional[str]:
         return path if path is None or is_url(path) else str(user_path(path).resolve())
@@ -92,7 +92,7 @@ def absolute_paths(config: Config) -> Config:
 
 
 def experiment_settings(config: Config, global_batch: int) -> dict[str, Any]:
-    """What the run computes, by key; `batch` is its global batch, whichever keys that came from."""
+    """Return the settings that determine what the run computes, by key. `batch` is the global batch."""
     left_out = (*EXECUTION_KEYS, "batch")
     settings = {
         key: value
@@ -103,7 +103,7 @@ def experiment_settings(config: Config, global_batch: int) -> dict[str, Any]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf of the config by its dotted key."""
+    """Return every leaf of the config by its dotted key."""
     leaves: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:

@@ -354,7 +354,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"plan.world": 9, "launch.nodes": 2, "launch.nproc": 4}, "plan.world=9: launch.nodes=2"),
         ({"plan.overlap": 1.5}, "plan.overlap=1.5"),
         ({"plan.device": "a1000"}, "plan.device=a1000"),
-        ({"plan.picture": "p.png"}, "plan.picture=p.png: hours need a rate"),
+        ({"plan.picture": "p.png"}, "plan.picture=p.png: to plot hours"),
         ({"optimizer.name": "sgd", "optimizer.base": "Adam", "optimizer.lr": 1.0}, "optimizer.base=Adam"),
         ({"seed": 2**63}, "seed="),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
@@ -378,12 +378,12 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"optimizer.clip": [0, 1e39]}, "optimizer.clip="),
         ({"optimizer.lr": 1e-46}, "optimizer.lr=1e-46: it is 0 in float32"),
         ({"optimizer.trust_coef": 1e-46}, "optimizer.trust_coef=1e-46"),
-        ({"data.root": ""}, "data.root=: it is empty"),
-        ({"checkpoint.path": ""}, "checkpoint.path=: it is empty"),
+        ({"data.root": ""}, "data.root=: the value is empty"),
+        ({"checkpoint.path": ""}, "checkpoint.path=: the value is empty"),
         ({"run.name": "x" * 256}, "it is too long (256 bytes)"),
         ({"run.dir": "a/" + "é" * 128}, "it is too long (258 bytes)"),
         ({"model.weights": "x/" * 2048}, "it is too long (4,096 bytes)"),
-        ({"run.name": "a\r"}, "run.name='a\\r': it holds a character that cannot be printed"),
+        ({"run.name": "a\r"}, "run.name='a\\r': it has a character that cannot be printed"),
         ({"run.dir": "a\udce9"}, "run.dir='a\\udce9'"),
         ({"data.root": "a\0b"}, "zero byte"),
         ({"schedule.warmup_epochs": 10.0}, "schedule.warmup_epochs=10.0"),
@@ -433,7 +433,7 @@ def test_the_limits_themselves_are_allowed() -> None:
 def test_a_run_shorter_than_its_rows_warm_up_names_the_key_that_shrinks_it() -> None:
     told = refusal("data=cifar10", epochs=2)
     assert told.startswith("epochs=2: the warm-up of row 32k is not shorter (5 epochs).")
-    assert "schedule.scale_warmup=true, with which it shrinks with the run to 0.111 epochs" in told
+    assert "schedule.scale_warmup=true, which shrinks it with the run to 0.111 epochs" in told
     config = resolved("data=cifar10", epochs=2, schedule__scale_warmup=True)
     assert config.schedule.warmup_epochs == pytest.approx(0.111, abs=1e-3)
     assert "scale_warmup" not in refusal("data=cifar10", epochs=2, schedule__warmup_epochs=3.0)

@@ -332,7 +332,10 @@ def test_a_recipe_may_name_its_rows_either_way() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("batch=1632",), ("batch=256 (lr 0.2, warm-up 0 epochs)", "batch=8k (lr 12.8", "sgd's and one lars's")),
+        (
+            ("batch=1632",),
+            ("batch=256 (lr 0.2, warm-up 0 epochs)", "batch=8k (lr 12.8", "one is for sgd and the other for lars"),
+        ),
         (("recipe=mlperf", "batch=16k"), ("batch=13056 (lr 12.8, warm-up 9 epochs)", "batch=32k (lr 21.2")),
         (("recipe=nus", "batch=64k"), ("nearest is batch=32k (lr 32", "batch.size=65536")),
         (("recipe=mlperf", "batch=256"), ("nearest is batch=1632 (lr 7.4", "batch.size=256")),
@@ -367,9 +370,9 @@ def refused(*arguments: str) -> str:
         # log(20480/13056)/log(32768/13056) = 0.48926; 160 is the largest divisor of 20,480 up to 204.
         (("batch=20k", "recipe=mlperf"), ("batch=13056 batch.size=20480", "lr=16.4", "epochs=12.4", "ghost_batch=160")),
         (("batch=24k", "recipe=nus"), ("batch=16k (lr 22.6", "batch=32k (lr 32", "batch=32k batch.size=24576")),
-        (("batch=12k", "recipe=goyal"), ("its rows are 8k.", "nearest is batch=8k", "nothing is interpolated")),
-        (("batch=128k",), ("nearest is batch=32k (lr 29", "nothing is interpolated", "batch.size=131072")),
-        (("batch=64k",), ("nothing is interpolated", "a recipe that has the batch (mlperf)")),
+        (("batch=12k", "recipe=goyal"), ("its rows are 8k.", "nearest is batch=8k", "nothing is extrapolated")),
+        (("batch=128k",), ("nearest is batch=32k (lr 29", "nothing is extrapolated", "batch.size=131072")),
+        (("batch=64k",), ("nothing is extrapolated", "a recipe that has the batch (mlperf)")),
         (("batch=12k", "batch.size=20000", "optimizer.lr=1"), ("no row", "such as batch=16k")),
     ],
 )
@@ -378,7 +381,7 @@ def test_a_batch_that_no_recipe_has_is_refused_with_the_nearest_rows_too(
 ) -> None:
     told = refused(*arguments, "data=imagenet")
     assert [word for word in (*words, "has no row for it") if word not in told] == []
-    assert ("by hand" in told) != ("nothing is interpolated" in told or "such as" in told)
+    assert ("by hand" in told) != ("nothing is extrapolated" in told or "such as" in told)
 
 
 @pytest.mark.parametrize("batch", ["16k", "20k"])
@@ -413,7 +416,7 @@ def test_a_warmup_that_shrinks_with_the_run_is_offered_with_the_whole_one_and_th
 def test_the_settings_that_a_refusal_offers_keep_what_is_given() -> None:
     given = ("batch.scaled=false", "optimizer.lr=7.123456", "schedule.warmup_epochs=1.5", "model.ghost_batch=64")
     told = refused("recipe=mlperf", "batch=16k", *given)
-    assert [setting for setting in given if setting not in told.split("but for what is given:")[1]] == []
+    assert [setting for setting in given if setting not in told.split("except for the given values:")[1]] == []
     assert "batch.scaled=true" not in told
     assert "shrunk" not in told
     assert "batch.scaled=false" in refused("recipe=nus", "batch=64k", "batch.scaled=false")

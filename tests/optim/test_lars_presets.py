@@ -235,5 +235,5 @@ def test_a_preset_can_be_changed_and_an_unknown_one_is_refused_with_the_list() -
     base = torch.optim.SGD(parameters(tensors(False)[0]), lr=0.1)
     assert LARS.preset("larc", base, trust_coef=0.5).rule.trust_coef == 0.5
     assert LARS.preset("larc", base, trust_coef=0.5).rule.clip == "lr"
-    with pytest.raises(ValueError, match="there are torchlars, mlperf, timm, larc, optax, nus-hpc"):
+    with pytest.raises(ValueError, match="choose one of torchlars, mlperf, timm, larc, optax, nus-hpc"):
         LARS.preset("lamb", base)

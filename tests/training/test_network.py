@@ -324,7 +324,7 @@ def test_a_new_head_is_the_seeds_and_all_else_the_files(
         ({"model__new_head": True}, r"needs model\.weights=FILE"),
         (
             {"mode": "evaluate", "model__weights": "w.pth", "model__new_head": True},
-            "mode=evaluate trains no new",
+            "mode=evaluate does not train a new",
         ),
         ({"model__weights": "w.pth", "evaluate__outputs": "some"}, "choose one of subset, all"),
     ],
