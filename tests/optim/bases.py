@@ -1,6 +1,6 @@
-"""Every dense optimizer of torch.optim under LARS, a problem to solve with it, and the rule by hand in float64.
+"""Share every dense optimizer of torch.optim, a problem to solve with it, and LARS's rule in float64 NumPy.
 
-The reference is the base alone, without weight decay, on gradients that are rescaled by hand.
+The reference is the base alone, without weight decay, on gradients that `rescale_by_hand` has rescaled.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from torch.optim import Optimizer
 
 from lars_train import LARS
 
+# LARS's steps must not warn. An unclosed file of an earlier test warns in the test that runs when it is collected.
+no_warnings = pytest.mark.filterwarnings(
+    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
+)
+
 UPDATES = 5
 DECAY = 0.1
 EPS = 1e-3
@@ -29,7 +34,7 @@ OPTIONS = {"eps": EPS, "trust_coef": TRUST}
 
 @dataclass(frozen=True)
 class Base:
-    """A class of torch.optim and the keywords that it is tested with."""
+    """A class of torch.optim and the keywords to test it with."""
 
     kind: Any
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +56,7 @@ class Base:
 
     @property
     def updates(self) -> range:
-        # LBFGS divides by differences of gradients: rounding errors grow thousandfold with each update.
+        # LBFGS divides by differences of gradients, so rounding errors grow a thousandfold with each update.
         return range(2 if self.calls_closure else UPDATES)
 
     @property
@@ -63,17 +68,17 @@ class Base:
         return built
 
     def lars(self, params: Any, **changes: Any) -> LARS:
-        """LARS over this, with weight decay where it has one."""
+        """Return LARS over this optimizer, with weight decay if the optimizer supports it."""
         decay = {"weight_decay": DECAY} if self.takes("weight_decay") else {}
         return LARS(self.build(params, **(decay | changes)), **OPTIONS)
 
     def alone(self, params: Any, **changes: Any) -> Optimizer:
-        """This alone, without weight decay."""
+        """Return this optimizer alone, without weight decay."""
         decay = {"weight_decay": 0.0} if self.takes("weight_decay") else {}
         return self.build(params, **(changes | decay))
 
 
-# torch before 2.9 has none.
+# torch before 2.9 does not have Muon.
 MUON: Any = getattr(optim, "Muon", None)
 BASES = [
     Base(optim.SGD, {"lr": 0.5, "momentum": 0.9}),
@@ -91,7 +96,7 @@ BASES = [
     Base(optim.LBFGS, {"lr": 0.1, "max_iter": 3}),
     *([Base(MUON, {"lr": 0.05})] if MUON else []),
 ]
-# A closure that the base calls by itself has no place in a GradScaler or next to a second parameter group.
+# Bases that do not call the closure: a GradScaler and a second parameter group do not work with LBFGS.
 ONE_GRADIENT = [base for base in BASES if not base.calls_closure]
 
 
@@ -118,7 +123,7 @@ def each_way(bases: Iterable[Base]) -> Any:
 class Problem:
     """A quadratic loss whose scale changes from update to update.
 
-    The third weight starts at zero, the fourth has a zero gradient in every other update, the fifth has none.
+    The third weight starts at zero, the fourth has a zero gradient in every other update, the fifth has no gradient.
     """
 
     def __init__(self, base: Base, dtypes: Sequence[torch.dtype] = (torch.float64,), seed: int = 0) -> None:
@@ -153,7 +158,7 @@ def wide(tensor: Tensor) -> Any:
 
 
 def rescaled(weight: Any, grad: Any, decay: float, maximize: bool = False) -> Any:
-    """The rule, as the LARS docstring states it."""
+    """Return the rescaled gradient, by the formula in the docstring of LARS."""
     weight_norm, grad_norm = np.linalg.norm(weight.ravel()), np.linalg.norm(grad.ravel())
     ratio = 1.0
     if weight_norm > 0 and grad_norm > 0:
@@ -161,8 +166,8 @@ def rescaled(weight: Any, grad: Any, decay: float, maximize: bool = False) -> An
     return ratio * (grad - decay * weight if maximize else grad + decay * weight)
 
 
-def by_hand(optimizer: Optimizer, decays: Sequence[float]) -> None:
-    """Rescale the gradients of a base that stands alone; `decays` of its groups."""
+def rescale_by_hand(optimizer: Optimizer, decays: Sequence[float]) -> None:
+    """Rescale the gradients of a base without LARS; `decays` has the weight decay of each group."""
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         for p in group["params"]:
             if p.grad is not None:
@@ -177,7 +182,7 @@ def run(
     decays: Sequence[float] | None = None,
     after: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Updates with the gradients of `problem`, which are rescaled by hand if `decays` are given."""
+    """Make updates with the gradients of `problem`, rescaled by hand if `decays` is given."""
     inner = getattr(optimizer, "base_optimizer", optimizer)
     for update in updates:
 
@@ -187,7 +192,7 @@ def run(
             loss = problem.loss(params, update)
             loss.backward()
             if decays is not None:
-                by_hand(optimizer, decays)
+                rescale_by_hand(optimizer, decays)
             return loss
 
         if isinstance(inner, optim.LBFGS):
@@ -210,7 +215,7 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def assert_moved(params: Sequence[Tensor], problem: Problem) -> None:
-    """Every weight with a gradient has changed, so that an agreement means something."""
+    """Assert that every weight with a gradient has changed, so that agreement means something."""
     for p, start in zip(params[:4], problem.weights, strict=False):
         assert not torch.equal(p, start)
 
@@ -232,7 +237,7 @@ def optimizers_of_torch() -> set[type]:
 
 
 class Matrices(nn.Module):
-    """Two weights, 2-D so that every base takes them."""
+    """Two 2-D weights, which every base supports."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -249,7 +254,7 @@ DECAYS = (DECAY, 0.0, 0.3)
 
 
 def sharded_weights() -> tuple[list[Tensor], Any]:
-    """Weights with 5, 3 and 1 rows, which two ranks share unevenly or not at all, and the gradient of update i."""
+    """Return weights with 5, 3 and 1 rows, which do not divide evenly between two ranks, and gradients by update."""
     draw = np.random.default_rng(4)
     weights = [torch.from_numpy(draw.normal(size=(rows, 4))) for rows in ROWS]
     grads = [[torch.from_numpy(draw.normal(size=(rows, 4))) for rows in ROWS] for _ in range(UPDATES)]
@@ -257,7 +262,7 @@ def sharded_weights() -> tuple[list[Tensor], Any]:
 
 
 def groups_of(base: Base, params: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """A group for each parameter, all with their own weight decay; LBFGS has but one."""
+    """Return a group per parameter, each with its own weight decay; LBFGS has a single group."""
     if base.calls_closure:
         return [{"params": list(params)}]
     own = [{"weight_decay": decay} if base.takes("weight_decay") else {} for decay in DECAYS]

@@ -1,4 +1,4 @@
-"""The calls that users of other implementations write: they work, or the error shows the line to write."""
+"""Calls in the form of other implementations work, or the error shows the line to write."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_example_of_torchlars_trains_by_its_formula() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda lars: pickle.loads(pickle.dumps(lars))])
-def test_copies_have_base_and_options_under_the_names_of_torchlars(duplicate: Callable[[LARS], LARS]) -> None:
+def test_copies_have_the_attributes_of_torchlars(duplicate: Callable[[LARS], LARS]) -> None:
     twin = duplicate(LARS(SGD([parameter()], lr=0.1), trust_coef=0.42, eps=0.5))
     assert type(twin.optim) is SGD
     assert (twin.optim.param_groups[0]["lr"], twin.trust_coef, twin.eps) == (0.1, 0.42, 0.5)
@@ -61,19 +61,19 @@ def test_a_preset_takes_both_names_of_the_base() -> None:
     ],
     ids=["lightning-bolts", "timm", "solo-learn", "a tensor", "two by position", "all by position", "alone"],
 )
-def test_parameters_in_place_of_a_base_get_the_right_line(form: dict[str, Any] | tuple[Any, ...], line: str) -> None:
+def test_parameters_instead_of_a_base_get_the_call_to_write(form: dict[str, Any] | tuple[Any, ...], line: str) -> None:
     params = [parameter()]
     call: Callable[..., LARS] = LARS
     positional, named = ((), form) if isinstance(form, dict) else (form, {})
     with pytest.raises(TypeError, match=f"not generator. Write .*{re.escape(line)}") as refused:
         call((p for p in params), *positional, **named)
-    # What the message shows is a line that runs.
+    # The line in the message runs.
     shown = str(refused.value).partition("Write ")[2].rstrip(".")
     assert isinstance(eval(shown, {"LARS": LARS, "torch": torch, "params": params}), LARS)
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"lr": 0.1}, "lr is an option of the base: add lr=0.1 to Adam(…)."),
         ({"weight_decay": 1e-4}, "weight_decay is an option of the base: add weight_decay=0.0001 to Adam(…)."),
@@ -85,20 +85,20 @@ def test_parameters_in_place_of_a_base_get_the_right_line(form: dict[str, Any] |
         ({"optimizer": Adam([parameter()])}, "LARS: base_optimizer and optimizer are two names of one argument"),
     ],
 )
-def test_a_keyword_in_the_wrong_place_is_named(keywords: dict[str, Any], said: str) -> None:
+def test_a_keyword_in_the_wrong_place_is_named(keywords: dict[str, Any], message: str) -> None:
     call: Callable[..., LARS] = LARS
-    with pytest.raises(TypeError, match=f"^{re.escape(said)}"):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         call(Adam([parameter()]), **keywords)
 
 
 @pytest.mark.parametrize("base", [None, SGD, LARS(SGD([parameter()])), nn.Linear(2, 2)])
-def test_what_is_no_base_is_refused_when_lars_is_built(base: Any) -> None:
+def test_an_invalid_base_is_refused(base: Any) -> None:
     with pytest.raises(TypeError, match=r"wraps an instance of a torch optimizer, not (nothing|the class|LARS|Lin)"):
         LARS(base)
 
 
 @pytest.mark.parametrize("gives_closure", [True, False])
-def test_a_base_that_hides_its_need_for_a_closure_is_named(gives_closure: bool) -> None:
+def test_a_base_with_an_undeclared_need_for_a_closure_is_named(gives_closure: bool) -> None:
     weight = parameter()
     lars = LARS(SAM([weight], base_optimizer=SGD, lr=0.1, weight_decay=0.1))
 
@@ -114,21 +114,21 @@ def test_a_base_that_hides_its_need_for_a_closure_is_named(gives_closure: bool) 
 
 
 @pytest.mark.parametrize(
-    ("fails", "error", "said"),
+    ("fails", "error", "message"),
     [
         (lambda closure: closure(), TypeError, "does not support Broken"),
         (lambda closure: 1 / 0, ZeroDivisionError, "division"),
         (lambda closure: [].index("a disclosure"), ValueError, "list"),
     ],
 )
-def test_other_errors_of_a_base_are_its_own(fails: Callable[[Any], Any], error: type[Exception], said: str) -> None:
+def test_other_errors_of_a_base_pass_through(fails: Callable[[Any], Any], error: type[Exception], message: str) -> None:
     class Broken(SGD):
         def step(self, closure: Any = None) -> None:
             fails(closure)
 
     weight = parameter()
     weight.grad = torch.ones_like(weight)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         LARS(Broken([weight])).step(lambda: 0.0)
 
 

@@ -1,4 +1,4 @@
-"""LARS over SGD on the CPU is made and used without torch's compiler."""
+"""LARS over SGD on the CPU does not import torch's compiler."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ sys.exit("torch._dynamo" in sys.modules)
 """
 
 
-def test_a_step_and_a_checkpoint_do_not_import_torchs_compiler() -> None:
+def test_a_step_and_a_state_dict_do_not_import_torchs_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr or "torch._dynamo was imported"

@@ -1,4 +1,4 @@
-"""The C kernels of LARS over SGD beside the formulas in float64, and what stands in where nothing was compiled."""
+"""The C kernels of LARS over SGD against formulas in float64, and updates without the kernels."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-13}
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
     if fused_sgd.kernels is None:
-        pytest.skip("no C compiler was there when this package was installed")
+        pytest.skip("no C compiler was available when this package was installed")
     return fused_sgd.kernels
 
 
@@ -44,10 +44,10 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(case=cases())
 @settings(deadline=None)
-def test_norms_and_update_are_the_formulas(kernels: ModuleType, dtype: torch.dtype, case: dict[str, Any]) -> None:
+def test_norms_and_update_equal_the_formulas(kernels: ModuleType, dtype: torch.dtype, case: dict[str, Any]) -> None:
     torch.manual_seed(case["seed"])
     size, offset, wide = case["size"], case["offset"], dtype is torch.float64
-    # From an offset on, so that addresses are not those of vectors.
+    # With an offset, so that addresses are not aligned for vector instructions.
     w, g, b = (torch.randn(size + offset, dtype=dtype)[offset:] for _ in range(3))
     w0, g0, b0 = (t.double().numpy().copy() for t in (w, g, b))
 
@@ -61,13 +61,13 @@ def test_norms_and_update_are_the_formulas(kernels: ModuleType, dtype: torch.dty
     d = case["scale"] * ((-g0 if case["maximize"] else g0) + case["decay"] * w0)
     buffer = case["momentum"] * b0 + d if has_momentum else b0
     step = d + case["momentum"] * buffer if case["nesterov"] else buffer if has_momentum else d
-    near = DTYPES[dtype]
-    np.testing.assert_allclose(w.double(), w0 - case["lr"] * step, rtol=near, atol=near * (1 + case["lr"]))
-    np.testing.assert_allclose(b.double(), buffer, rtol=near, atol=near)
+    tolerance = DTYPES[dtype]
+    np.testing.assert_allclose(w.double(), w0 - case["lr"] * step, rtol=tolerance, atol=tolerance * (1 + case["lr"]))
+    np.testing.assert_allclose(b.double(), buffer, rtol=tolerance, atol=tolerance)
     np.testing.assert_array_equal(g.double(), g0)
 
 
-def test_norms_neither_overflow_nor_vanish_in_float32(kernels: ModuleType) -> None:
+def test_norms_in_float32_neither_overflow_nor_underflow(kernels: ModuleType) -> None:
     large, small = torch.full((20,), 1e30), torch.full((20,), 1e-30)
     norms = kernels.norms(large.data_ptr(), small.data_ptr(), 20, False)
     np.testing.assert_allclose(norms, [1e30 * 20**0.5, 1e-30 * 20**0.5], rtol=1e-6)
@@ -83,11 +83,11 @@ def test_wrong_arguments_are_refused(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_updates_do_not_depend_on_what_was_compiled(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_do_not_depend_on_the_c_kernels(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with_c, without = trained(), None
+        with_c = trained()
         monkeypatch.setattr(fused_sgd, "kernels", None)
         without = trained()
     finally:
@@ -97,7 +97,7 @@ def test_updates_do_not_depend_on_what_was_compiled(threads: int, monkeypatch: p
 
 
 def trained() -> list[torch.Tensor]:
-    """The weights after three updates; one is long, for all threads."""
+    """Return the weights after three updates; one is long enough for several threads."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(60, 900), nn.ReLU(), nn.Linear(900, 3)).double()
     optimizer = LARS(optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01), trust_coef=0.1)
@@ -109,7 +109,7 @@ def trained() -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_a_package_without_them_can_be_imported() -> None:
+def test_fused_sgd_works_without_the_c_kernels() -> None:
     code = (
         "import sys; sys.modules['lars_train.optim.kernels'] = None\n"
         "from lars_train.optim import fused_sgd; assert fused_sgd.kernels is None"
@@ -119,7 +119,7 @@ def test_a_package_without_them_can_be_imported() -> None:
 
 @pytest.mark.parametrize("size", [10, 60000])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_momentum_of_another_shape_is_the_base_s_error_and_touches_no_memory(size: int, threads: int) -> None:
+def test_momentum_of_the_wrong_shape_changes_nothing(size: int, threads: int) -> None:
     def optimizer(*shape: int) -> tuple[nn.Parameter, LARS]:
         weight = nn.Parameter(torch.ones(shape))
         weight.grad = torch.ones(shape)
@@ -130,7 +130,7 @@ def test_a_momentum_of_another_shape_is_the_base_s_error_and_touches_no_memory(s
     try:
         _, small = optimizer(size, 2)
         small.step()
-        # As many elements, or more of them.
+        # As many elements, or more.
         for shape in ((2, size), (100 * size,)):
             weight, other = optimizer(*shape)
             other.load_state_dict(small.state_dict())
@@ -141,7 +141,7 @@ def test_a_momentum_of_another_shape_is_the_base_s_error_and_touches_no_memory(s
         torch.set_num_threads(before)
 
 
-def test_a_gradient_of_another_size_is_the_base_s_error() -> None:
+def test_a_gradient_of_the_wrong_size_raises_the_bases_error() -> None:
     weight = nn.Parameter(torch.ones(4))
     weight.grad = torch.ones(4)
     weight.data = torch.ones(8)
@@ -149,7 +149,7 @@ def test_a_gradient_of_another_size_is_the_base_s_error() -> None:
         LARS(optim.SGD([weight], lr=0.1, momentum=0.9)).step()
 
 
-def test_a_gradient_of_zeros_without_memory_is_one_of_zeros() -> None:
+def test_a_zero_gradient_without_storage_counts_as_zeros() -> None:
     weights = [nn.Parameter(torch.ones(4)) for _ in range(2)]
     weights[0].grad, weights[1].grad = torch._efficientzerotensor(4), torch.zeros(4)
     for weight in weights:

@@ -1,4 +1,4 @@
-"""Hooks, the profiler, closures, zero_grad and errors: a call to LARS does what a call to a torch optimizer does."""
+"""Hooks, the profiler, closures, zero_grad and errors work as with a torch optimizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from bases import (
     Problem,
     assert_close,
     assert_moved,
-    by_hand,
     each_way,
     every_base,
+    no_warnings,
     over,
+    rescale_by_hand,
     run,
 )
 from torch import Tensor, optim
@@ -29,41 +30,37 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lars_train import LARS
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
 @every_base
-def test_hooks_of_both_and_global_ones_run_in_torchs_order_and_the_bases_see_rescaled_gradients(base: Base) -> None:
+def test_step_hooks_run_in_order_and_see_rescaled_gradients(base: Base) -> None:
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()
     lars, alone = base.lars(params), base.alone(plain)
     seen: list[str] = []
     at_base: list[Tensor] = []
 
-    def told(what: str) -> Callable[..., None]:
+    def record(what: str) -> Callable[..., None]:
         return lambda optimizer, *_: seen.append(f"{what} {type(optimizer).__name__}")
 
-    def look(optimizer: Optimizer, *_: Any) -> None:
+    def record_gradients(optimizer: Optimizer, *_: Any) -> None:
         at_base.extend(p.grad.clone() for p in params[:4] if p.grad is not None)
 
-    lars.register_step_pre_hook(told("own pre"))
-    lars.register_step_post_hook(told("own post"))
-    lars.base_optimizer.register_step_pre_hook(told("own pre"))
-    lars.base_optimizer.register_step_post_hook(told("own post"))
+    lars.register_step_pre_hook(record("own pre"))
+    lars.register_step_post_hook(record("own post"))
+    lars.base_optimizer.register_step_pre_hook(record("own pre"))
+    lars.base_optimizer.register_step_post_hook(record("own post"))
     if not base.calls_closure:
-        lars.base_optimizer.register_step_pre_hook(look)
-    everywhere = [
-        register_optimizer_step_pre_hook(told("global pre")),
-        register_optimizer_step_post_hook(told("global post")),
+        lars.base_optimizer.register_step_pre_hook(record_gradients)
+    global_hooks = [
+        register_optimizer_step_pre_hook(record("global pre")),
+        register_optimizer_step_post_hook(record("global post")),
     ]
     try:
         run(lars, params, problem, range(1))
     finally:
-        for handle in everywhere:
+        for handle in global_hooks:
             handle.remove()
     before, after = ("global pre", "own pre"), ("own post", "global post")
     order = [(before, "LARS"), (before, base.name), (after, base.name), (after, "LARS")]
@@ -75,7 +72,7 @@ def test_hooks_of_both_and_global_ones_run_in_torchs_order_and_the_bases_see_res
 
 
 @every_base
-def test_a_pre_hook_may_give_the_step_another_closure(base: Base) -> None:
+def test_a_pre_hook_may_replace_the_closure(base: Base) -> None:
     problem = Problem(base)
     params = problem.parameters()
     lars = base.lars(params)
@@ -95,7 +92,7 @@ def test_a_pre_hook_may_give_the_step_another_closure(base: Base) -> None:
 
 
 @every_base
-def test_state_dict_hooks_run_in_torchs_order_and_may_change_the_state_dict(base: Base) -> None:
+def test_state_dict_hooks_run_in_torchs_order_and_may_change_it(base: Base) -> None:
     params = Problem(base).parameters()
     lars = base.lars(params)
     seen: list[str] = []
@@ -112,7 +109,7 @@ def test_state_dict_hooks_run_in_torchs_order_and_may_change_the_state_dict(base
 
 
 @every_base
-def test_the_profiler_has_a_range_for_the_step_and_for_zero_grad_that_names_lars(base: Base) -> None:
+def test_the_profiler_names_lars_for_step_and_zero_grad(base: Base) -> None:
     problem = Problem(base)
     params = problem.parameters()
     lars = base.lars(params)
@@ -121,12 +118,12 @@ def test_the_profiler_has_a_range_for_the_step_and_for_zero_grad_that_names_lars
         lars.zero_grad()
     names = {event.name for event in seen.function_events}
     assert {"Optimizer.step#LARS.step", "Optimizer.zero_grad#LARS.zero_grad"} <= names
-    # SGD's update on the CPU is made in LARS's own step.
+    # LARS itself makes SGD's update on the CPU.
     assert (f"Optimizer.step#{base.name}.step" in names) == (base.name != "SGD")
 
 
 @each_way(BASES)
-def test_zero_grad_fills_with_zeros_or_drops_the_gradients(base: Base, flag: dict[str, bool]) -> None:
+def test_zero_grad_zeroes_or_drops_the_gradients(base: Base, flag: dict[str, bool]) -> None:
     problem = Problem(base)
     params = problem.parameters()
     lars = base.lars(params, **flag)
@@ -143,7 +140,7 @@ def test_zero_grad_fills_with_zeros_or_drops_the_gradients(base: Base, flag: dic
 
 
 @over(ONE_GRADIENT)
-def test_a_closure_is_evaluated_once_under_grad_before_the_ratios(base: Base) -> None:
+def test_a_closure_runs_once_with_gradients_before_the_ratios(base: Base) -> None:
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()
     lars, alone = base.lars(params), base.alone(plain)
@@ -166,7 +163,7 @@ def test_a_closure_is_evaluated_once_under_grad_before_the_ratios(base: Base) ->
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_each_evaluation_of_a_closure_by_lbfgs_is_rescaled(line_search: str | None) -> None:
+def test_lbfgs_gets_rescaled_gradients_from_every_closure_call(line_search: str | None) -> None:
     base = Base(optim.LBFGS, {"lr": 0.1, "max_iter": 3, "line_search_fn": line_search})
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()
@@ -175,15 +172,19 @@ def test_each_evaluation_of_a_closure_by_lbfgs_is_rescaled(line_search: str | No
         evaluations = {"lars": 0, "alone": 0}
 
         def closure(
-            who: str, optimizer: Any, mine: list[Parameter], update: int = update, evaluations: Any = evaluations
+            name: str,
+            optimizer: Any,
+            own_params: list[Parameter],
+            update: int = update,
+            evaluations: Any = evaluations,
         ) -> Tensor:
-            evaluations[who] += 1
+            evaluations[name] += 1
             assert torch.is_grad_enabled()
             optimizer.zero_grad()
-            loss = problem.loss(mine, update)
+            loss = problem.loss(own_params, update)
             loss.backward()
-            if who == "alone":
-                by_hand(optimizer, [0.0])
+            if name == "alone":
+                rescale_by_hand(optimizer, [0.0])
             return loss
 
         lars.step(lambda closure=closure: closure("lars", lars, params))
@@ -193,7 +194,7 @@ def test_each_evaluation_of_a_closure_by_lbfgs_is_rescaled(line_search: str | No
     assert_moved(params, problem)
 
 
-def test_lbfgs_without_a_closure_is_a_type_error_that_says_so() -> None:
+def test_lbfgs_without_a_closure_is_a_type_error() -> None:
     lars = LARS(optim.LBFGS([Parameter(torch.ones(2))]))
     with pytest.raises(TypeError, match=r"LBFGS.*closure"):
         lars.step()
@@ -202,25 +203,23 @@ def test_lbfgs_without_a_closure_is_a_type_error_that_says_so() -> None:
 @every_base
 @pytest.mark.parametrize("lr_placement", ["outside", "inside"])
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float-lr", "tensor-lr"])
-def test_weight_decay_lr_and_gradients_are_back_when_the_base_raises(
-    base: Base, lr_placement: Any, tensor_lr: bool
-) -> None:
+def test_settings_and_gradients_are_restored_if_the_base_raises(base: Base, lr_placement: Any, tensor_lr: bool) -> None:
     problem = Problem(base)
     params = problem.parameters()
     lr: Any = torch.tensor(0.25, dtype=torch.float64) if tensor_lr else 0.25
     inner = base.build(params, lr=lr, **({"weight_decay": DECAY} if base.takes("weight_decay") else {}))
     lars = LARS(inner, lr_placement=lr_placement)
-    within: list[Any] = []
+    during_step: list[Any] = []
 
     def broken(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         group = optimizer.param_groups[0]
-        within.append((group.get("weight_decay", 0.0), float(group["lr"])))
+        during_step.append((group.get("weight_decay", 0.0), float(group["lr"])))
         raise FloatingPointError("broken")
 
     inner.register_step_pre_hook(broken)
     with pytest.raises(FloatingPointError):
         run(lars, params, problem, range(1))
-    assert within == [(0.0, 1.0 if lr_placement == "inside" else 0.25)]
+    assert during_step == [(0.0, 1.0 if lr_placement == "inside" else 0.25)]
     assert lars.param_groups[0].get("weight_decay", 0.0) == base.decay
     assert lars.param_groups[0]["lr"] is lr
     assert float(lr) == 0.25
@@ -228,7 +227,7 @@ def test_weight_decay_lr_and_gradients_are_back_when_the_base_raises(
         assert [p.grad is None for p in params] == [False] * 4 + [True]
 
 
-def test_settings_are_back_when_the_closure_of_lbfgs_raises() -> None:
+def test_settings_are_restored_if_the_closure_of_lbfgs_raises() -> None:
     lars = LARS(optim.LBFGS([Parameter(torch.ones(2))], lr=0.25), lr_placement="inside")
 
     def closure() -> float:

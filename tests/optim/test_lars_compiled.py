@@ -1,4 +1,4 @@
-"""torch.compile of LARS over every dense optimizer: no more graph breaks than the base has."""
+"""torch.compile of LARS over every dense optimizer makes no more graph breaks than of the base."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from bases import (
     Problem,
     assert_close,
     assert_moved,
-    by_hand,
     groups_of,
+    no_warnings,
+    rescale_by_hand,
     run,
     sharded_weights,
 )
@@ -27,32 +28,28 @@ from torch.nn import Parameter
 
 from lars_train import LARS
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
 def compiled(
     optimizer: Any, params: Sequence[Tensor], grads: Any, decays: Sequence[float] | None = None
 ) -> tuple[dict[str, int], set[str]]:
-    """Three steps through torch.compile, by hand if `decays` are given: graph breaks by their reasons, and warnings."""
+    """Make three compiled steps, by hand if `decays` is given. Return graph breaks by reason, and the warnings."""
     from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
     reset()
     counters.clear()
     step = torch.compile(optimizer.step, backend="eager")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for update in range(3):
             for p, grad in zip(params, grads[update], strict=True):
                 p.grad = grad.clone()
             if decays is not None:
-                by_hand(optimizer, decays)
+                rescale_by_hand(optimizer, decays)
             step()
-    return dict(counters["graph_break"]), {str(warning.message) for warning in told}
+    return dict(counters["graph_break"]), {str(warning.message) for warning in caught}
 
 
 @pytest.mark.slow
@@ -61,32 +58,30 @@ def compiled(
     [
         pytest.param(base, flag, id="-".join((base.name, *flag)))
         for base in ONE_GRADIENT
-        # On the CPU a base takes capturable within torch.compile only, but for fused ones.
+        # On the CPU bases that are not fused support capturable only within torch.compile.
         for flag in ({"capturable": True} if base.takes("capturable") else {},)
     ],
 )
-def test_torch_compiles_the_step_without_more_graph_breaks_than_the_bases_own(
-    base: Base, flag: dict[str, bool]
-) -> None:
+def test_torch_compile_adds_no_graph_breaks_to_those_of_the_base(base: Base, flag: dict[str, bool]) -> None:
     weights, grads = sharded_weights()
     params, plain = ([Parameter(w.clone()) for w in weights] for _ in range(2))
     decays = DECAYS if base.takes("weight_decay") else (0.0,) * len(DECAYS)
     lars = LARS(base.build(groups_of(base, params), **flag), **OPTIONS)
-    breaks, told = compiled(lars, params, grads)
+    breaks, seen_warnings = compiled(lars, params, grads)
     alone = base.build(groups_of(base, plain), **flag)
     for group in alone.param_groups:
         group |= {"weight_decay": 0.0} if base.takes("weight_decay") else {}
-    # Compiled too: torch then computes some bases' bias corrections in float32.
-    own, own_told = compiled(alone, plain, grads, decays)
-    assert told <= own_told
+    # The reference is compiled, too, because torch then computes some bases' bias corrections in float32.
+    own, own_warnings = compiled(alone, plain, grads, decays)
+    assert seen_warnings <= own_warnings
     assert breaks.keys() <= own.keys()
-    # Adafactor reads a value of each tensor; torch counts the last of these breaks for LARS's step, too.
+    # Adafactor reads a value of each tensor. torch counts the last of these breaks also for LARS's step.
     assert sum(breaks.values()) <= sum(own.values()) + (base.name == "Adafactor")
     assert_close(params, plain, base.tolerance)
     assert [g.get("weight_decay", 0.0) for g in lars.param_groups] == list(decays)
 
 
-def test_lbfgs_whose_step_torch_does_not_compile_steps_as_without_torch_compile() -> None:
+def test_lbfgs_under_torch_compile_steps_as_without() -> None:
     base = next(base for base in BASES if base.calls_closure)
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()
@@ -100,7 +95,7 @@ def test_lbfgs_whose_step_torch_does_not_compile_steps_as_without_torch_compile(
 
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        # torch's compiler looks at the .grad of a tensor that has none.
+        # torch's compiler reads the .grad of a tensor without one, which warns.
         warnings.simplefilter("ignore")
         torch.compile(lars.step, backend="eager")(closure)
     run(alone, plain, problem, range(1), decays=[0.0])

@@ -1,4 +1,4 @@
-"""LARS under a GradScaler."""
+"""LARS with a GradScaler."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import math
 
 import pytest
 import torch
-from bases import ONE_GRADIENT, UPDATES, Base, Problem, assert_close, assert_moved, assert_same, by_hand
+from bases import (
+    ONE_GRADIENT,
+    UPDATES,
+    Base,
+    Problem,
+    assert_close,
+    assert_moved,
+    assert_same,
+    no_warnings,
+    rescale_by_hand,
+)
 from torch import nn
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
 @pytest.mark.parametrize(
@@ -27,9 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
     ],
 )
 @pytest.mark.parametrize("clipped", [False, True], ids=["scaled", "clipped"])
-def test_under_a_grad_scaler_ratios_are_of_unscaled_gradients_and_infinite_ones_are_skipped(
-    base: Base, fused: bool, clipped: bool
-) -> None:
+def test_grad_scaler_unscales_first_and_skips_infinities(base: Base, fused: bool, clipped: bool) -> None:
     problem = Problem(base, [torch.float32])
     params, plain = problem.parameters(), problem.parameters()
     flags = {"fused": True} if fused else {}
@@ -48,7 +52,7 @@ def test_under_a_grad_scaler_ratios_are_of_unscaled_gradients_and_infinite_ones_
         problem.loss(plain, update).backward()
         if clipped:
             nn.utils.clip_grad_norm_(plain, 0.5)
-        by_hand(alone, [base.decay])
+        rescale_by_hand(alone, [base.decay])
         alone.step()
     assert scaler.get_scale() == 2.0**12
     assert_close(params, plain, 2e-5)

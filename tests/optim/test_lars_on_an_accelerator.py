@@ -1,4 +1,4 @@
-"""What a step asks of a GPU, read off fake CUDA tensors: few calls, all on torch's fast path, none that waits."""
+"""A step on a GPU, seen on fake CUDA tensors, makes few calls, all on torch's fast path, and never waits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lars_train.optim.lars import LARS
 
 # The shapes of ResNet-50's parameters, 161 tensors.
 SHAPES = [p.shape for p in build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=False).parameters()]
-# FakeTensor asks for these itself; they reach no device.
+# FakeTensor calls these itself; they do not reach a device.
 _NO_CALLS = ("prim::", "profiler::", "aten::promote_types")
-# Each hands a value, or a size that depends on values, to the host.
+# Each returns a value, or a size that depends on values, to the host.
 _WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2")
 
 
 class Calls(TorchDispatchMode):
-    """The operators dispatched, with their arguments; `brought_back` are those that put device values on the host."""
+    """The dispatched operators with their arguments, and in `to_host` those that copy device values to the host."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, tuple[Any, ...]]] = []
-        self.brought_back: list[str] = []
+        self.to_host: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.name().startswith(_NO_CALLS):
@@ -38,13 +38,13 @@ class Calls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given, got = ({t.device.type for t in tree_leaves(x) if isinstance(t, Tensor)} for x in (args, result))
         if "cuda" in given and "cpu" in got:
-            self.brought_back.append(func.name())
+            self.to_host.append(func.name())
         return result
 
 
 @contextmanager
 def on_cuda(shapes: Sequence[Any], **options: Any) -> Iterator[tuple[LARS, list[nn.Parameter]]]:
-    """LARS over SGD on fake CUDA tensors, its momentum buffers made."""
+    """Yield LARS over SGD on fake CUDA tensors, after a first step has created the momentum buffers."""
     with FakeTensorMode():
         params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
         base = torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=True)
@@ -84,7 +84,7 @@ def test_a_step_of_resnet50_makes_at_most_25_calls() -> None:
     ],
     ids=str,
 )
-def test_the_number_of_calls_does_not_depend_on_that_of_the_tensors(options: dict[str, Any]) -> None:
+def test_calls_do_not_grow_with_the_tensors(options: dict[str, Any]) -> None:
     few = [name for name, _ in calls_of_a_step(SHAPES[:7], **options)]
     assert few == [name for name, _ in calls_of_a_step(SHAPES, **options)]
     assert len(few) <= 35
@@ -95,11 +95,11 @@ def test_no_call_waits_for_the_device(options: dict[str, Any]) -> None:
     with on_cuda(SHAPES, **options) as (lars, params), Calls() as calls:
         lars.step()
         lars.layers()
-        assert calls.brought_back == []
+        assert calls.to_host == []
         assert not {plain(name) for name, _ in calls.made} & set(_WAITS)
-        # The counter counts.
+        # Check that the counter counts.
         params[0].detach().cpu()
-        assert calls.brought_back == ["aten::_to_copy"]
+        assert calls.to_host == ["aten::_to_copy"]
 
 
 def test_every_call_over_lists_is_on_the_multi_tensor_fast_path() -> None:

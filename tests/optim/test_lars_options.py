@@ -1,4 +1,4 @@
-"""Every option of LARS against its formula in float64, on each of the ways that a gradient can take."""
+"""Every option of LARS against its formula in float64, on each code path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lars_train.optim import fused_sgd, rescale
 from lars_train.optim.lars import LARS
-from lars_train.optim.param_groups import split_parameters
 
 Array = NDArray[np.float64]
 RATES = (0.5, 2.0, 29.0, 1.5, 0.25)
@@ -37,7 +36,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(params=["one pass", "torch's kernels", "on the host", "in bulk"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch's kernels":
         monkeypatch.setattr(fused_sgd, "kernels", None)
     elif request.param != "one pass":
@@ -48,7 +47,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def tensors(seed: int) -> tuple[list[Array], list[list[Array]]]:
-    """A matrix, a vector, zeros, a tensor whose gradient is zero now and then; gradients of five updates."""
+    """Return four weights and their gradients in five updates; one weight is zero, one has some zero gradients."""
     draw = np.random.default_rng(seed)
     shapes = [(4, 3), (5,), (3,), (2, 2, 2)]
     weights = [draw.normal(size=s) for s in shapes]
@@ -60,7 +59,7 @@ def tensors(seed: int) -> tuple[list[Array], list[list[Array]]]:
 
 
 def ratio_of(w: Array, g: Array, wd: float, lr: float, o: dict[str, Any]) -> tuple[float, float]:
-    """Ratio and weight decay of one tensor, from the docstring of LARS."""
+    """Return ratio and weight decay of one tensor, by the formula in the docstring of LARS."""
     combined = o.get("denominator") == "combined"
     weight_norm = float(np.linalg.norm(w))
     grad_norm = float(np.linalg.norm(g + wd * w if combined else g))
@@ -90,7 +89,7 @@ def expected(
     nesterov: bool = False,
     **o: Any,
 ) -> list[Array]:
-    """Five updates of LARS over SGD with the options `o`."""
+    """Return the weights after five updates of LARS over SGD with the options `o`."""
     result = [w.copy() for w in weights]
     buffers: list[Array | None] = [None] * len(result)
     for grads, rate in zip(gradients, RATES, strict=True):
@@ -139,7 +138,7 @@ def assert_close(params: Sequence[Tensor], arrays: Sequence[Array], tolerance: f
 )
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_five_updates_equal_the_options_formula(
-    way: str, options: dict[str, Any], sgd: dict[str, Any], decay: float
+    path: str, options: dict[str, Any], sgd: dict[str, Any], decay: float
 ) -> None:
     weights, gradients = tensors(1)
     params = [nn.Parameter(torch.tensor(w)) for w in weights]
@@ -148,7 +147,7 @@ def test_five_updates_equal_the_options_formula(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_excluded_groups_get_no_ratio_and_each_group_its_own_decay(way: str, options: dict[str, Any]) -> None:
+def test_excluded_groups_get_no_ratio_and_groups_their_own_decay(path: str, options: dict[str, Any]) -> None:
     weights, gradients = tensors(2)
     params = [nn.Parameter(torch.tensor(w)) for w in weights]
     groups: list[dict[str, Any]] = [
@@ -157,7 +156,7 @@ def test_excluded_groups_get_no_ratio_and_each_group_its_own_decay(way: str, opt
         {"params": params[2:], "weight_decay": 0.0},
     ]
     run(LARS(torch.optim.SGD(groups, lr=1.0, momentum=0.9), **options), params, gradients, torch.float64)
-    wanted = expected(
+    reference = expected(
         weights,
         gradients,
         decays=[0.1, 0.3, 0.0, 0.0],
@@ -165,11 +164,11 @@ def test_excluded_groups_get_no_ratio_and_each_group_its_own_decay(way: str, opt
         momentum=0.9,
         **options,
     )
-    assert_close(params, wanted, 1e-12)
+    assert_close(params, reference, 1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_base_that_maximizes_climbs_as_far_as_another_descends(way: str, options: dict[str, Any]) -> None:
+def test_maximizing_mirrors_minimizing(path: str, options: dict[str, Any]) -> None:
     weights, gradients = tensors(3)
     params = [nn.Parameter(torch.tensor(w)) for w in weights]
     base = torch.optim.SGD(params, lr=1.0, momentum=0.9, weight_decay=0.2, maximize=True)
@@ -178,7 +177,7 @@ def test_a_base_that_maximizes_climbs_as_far_as_another_descends(way: str, optio
 
 
 @pytest.mark.parametrize("options", [{"clip": "lr", "trust_coef": 0.5}, {"lr_placement": "inside"}], ids=str)
-def test_the_lr_may_be_a_tensor(way: str, options: dict[str, Any]) -> None:
+def test_the_lr_may_be_a_tensor(path: str, options: dict[str, Any]) -> None:
     weights, gradients = tensors(4)
     params = [nn.Parameter(torch.tensor(w)) for w in weights]
     lr = torch.tensor(1.0, dtype=torch.float64)
@@ -195,23 +194,23 @@ def test_the_lr_may_be_a_tensor(way: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("grad_layout", [torch.contiguous_format, torch.channels_last])
 def test_large_tensors_in_any_layout_equal_the_formula(
-    way: str, layout: torch.memory_format, grad_layout: torch.memory_format
+    path: str, layout: torch.memory_format, grad_layout: torch.memory_format
 ) -> None:
     draw = np.random.default_rng(8)
     shape = (20, 40, 16, 17)  # more than one block of the cache, and no multiple of it
     weights, gradients = [draw.normal(size=shape)], [[draw.normal(size=shape)] for _ in RATES]
     p = nn.Parameter(torch.tensor(weights[0]).to(memory_format=layout))
-    lars = LARS(torch.optim.SGD([p], lr=1.0, momentum=0.9, weight_decay=0.1), clamp=None if way == "one pass" else 1.0)
+    lars = LARS(torch.optim.SGD([p], lr=1.0, momentum=0.9, weight_decay=0.1), clamp=None if path == "one pass" else 1.0)
     for grads, rate in zip(gradients, RATES, strict=True):
         p.grad = torch.tensor(grads[0]).to(memory_format=grad_layout)
         lars.param_groups[0]["lr"] = rate
         lars.step()
-    options = {} if way == "one pass" else {"clamp": 1.0}
-    wanted = expected(weights, gradients, decays=[0.1], excluded=[False], momentum=0.9, **options)
-    assert_close([p], wanted, 1e-12)
+    options = {} if path == "one pass" else {"clamp": 1.0}
+    reference = expected(weights, gradients, decays=[0.1], excluded=[False], momentum=0.9, **options)
+    assert_close([p], reference, 1e-12)
 
 
-def test_an_lr_of_zero_moves_nothing(way: str) -> None:
+def test_an_lr_of_zero_moves_nothing(path: str) -> None:
     weights, gradients = tensors(5)
     for options in OPTIONS:
         params = [nn.Parameter(torch.tensor(w)) for w in weights]
@@ -230,7 +229,7 @@ def test_an_lr_of_zero_moves_nothing(way: str) -> None:
     double=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_no_size_of_gradient_or_weight_costs_precision(
+def test_precision_does_not_depend_on_the_scale(
     scale: float, weight: float, trust: float, double: bool, seed: int
 ) -> None:
     draw = np.random.default_rng(seed)
@@ -248,27 +247,27 @@ def test_no_size_of_gradient_or_weight_costs_precision(
         momentum=0.9,
         trust_coef=trust,
     )
-    # What is compared is the way gone, to the rounding of the weights on it.
-    gone = np.abs(reference[0] - w.double().numpy()).max() + weight
+    # Compare the distance moved, up to the rounding of the weights.
+    moved = np.abs(reference[0] - w.double().numpy()).max() + weight
     error = np.abs(p.detach().double().numpy() - reference[0]).max()
-    assert error <= (1e-13 if double else 1e-5) * 100 * gone
+    assert error <= (1e-13 if double else 1e-5) * 100 * moved
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_alone(way: str, bad: float) -> None:
+def test_a_gradient_that_is_not_finite_affects_only_its_tensor(path: str, bad: float) -> None:
     weights, gradients = tensors(6)
     params = [nn.Parameter(torch.tensor(w)) for w in weights]
-    spoilt = [[g.copy() for g in grads] for grads in gradients]
-    spoilt[1][0][0, 0] = bad
-    run(LARS(torch.optim.SGD(params, lr=1.0, momentum=0.9, weight_decay=0.1)), params, spoilt, torch.float64)
+    damaged = [[g.copy() for g in grads] for grads in gradients]
+    damaged[1][0][0, 0] = bad
+    run(LARS(torch.optim.SGD(params, lr=1.0, momentum=0.9, weight_decay=0.1)), params, damaged, torch.float64)
     with np.errstate(invalid="ignore"):
-        wanted = expected(weights, spoilt, decays=[0.1] * 4, momentum=0.9)
-    assert not np.isfinite(wanted[0]).all()
-    assert_close(params, wanted, 1e-12)
+        reference = expected(weights, damaged, decays=[0.1] * 4, momentum=0.9)
+    assert not np.isfinite(reference[0]).all()
+    assert_close(params, reference, 1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"denominator": "combined"}, {"ratio_placement": "outside"}], ids=str)
-def test_layers_tells_norms_and_ratios_of_the_last_step(way: str, options: dict[str, Any]) -> None:
+def test_layers_returns_norms_and_ratios_of_the_last_step(path: str, options: dict[str, Any]) -> None:
     weights, gradients = tensors(7)
     params = [nn.Parameter(torch.tensor(w)) for w in weights]
     groups: list[dict[str, Any]] = [{"params": params[:3]}, {"params": params[3:], "exclude": True}]
@@ -277,21 +276,21 @@ def test_layers_tells_norms_and_ratios_of_the_last_step(way: str, options: dict[
     for p, g in zip(params, gradients[0], strict=True):
         p.grad = torch.tensor(g)
     lars.step()
-    told = lars.layers()
-    assert told is not None
-    assert [id(p) for p in told.parameters] == [id(p) for p in params[:3]]
-    assert (told.values.dtype, told.values.shape) == (torch.float32, (3, 3))
+    layers = lars.layers()
+    assert layers is not None
+    assert [id(p) for p in layers.parameters] == [id(p) for p in params[:3]]
+    assert (layers.values.dtype, layers.values.shape) == (torch.float32, (3, 3))
     for i, (w, g) in enumerate(zip(weights[:3], gradients[0][:3], strict=True)):
         ratio, _ = ratio_of(w, g, 0.1, 2.0, options)
         grad_norm = np.linalg.norm(g + 0.1 * w if options.get("denominator") == "combined" else g)
-        np.testing.assert_allclose(told.values[:, i].numpy(), [np.linalg.norm(w), grad_norm, ratio], rtol=1e-6)
+        np.testing.assert_allclose(layers.values[:, i].numpy(), [np.linalg.norm(w), grad_norm, ratio], rtol=1e-6)
     lars.record = False
     lars.step()
     assert lars.layers() is None
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "message"),
     [
         ({"denominator": "both"}, "denominator"),
         ({"clip": 1.0}, "clip"),
@@ -305,19 +304,11 @@ def test_layers_tells_norms_and_ratios_of_the_last_step(way: str, options: dict[
         ({"weight_decay": "base", "lr_placement": "inside"}, "weight_decay='base'"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+def test_invalid_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LARS(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), **options)
 
 
-def test_the_ratio_outside_is_refused_for_a_base_that_steps_within_its_closure() -> None:
+def test_the_ratio_outside_is_refused_for_lbfgs() -> None:
     with pytest.raises(ValueError, match="LBFGS makes several"):
         LARS(torch.optim.LBFGS([nn.Parameter(torch.ones(2))]), ratio_placement="outside")
-
-
-def test_a_model_splits_into_weights_and_the_biases_and_norms_that_recipes_exclude() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2), nn.LayerNorm(2))
-    weights, rest = split_parameters(model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert [names[id(p)] for p in weights] == ["0.weight", "3.weight"]
-    assert [names[id(p)] for p in rest] == ["0.bias", "1.weight", "1.bias", "3.bias", "4.weight", "4.bias"]

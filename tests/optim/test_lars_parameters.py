@@ -1,6 +1,6 @@
-"""Parameters of every dtype and layout, without gradients, and empty, under LARS over every dense optimizer.
+"""Parameters of every dtype and layout, empty or without gradients, under LARS over every dense optimizer.
 
-The reference is the base alone, without weight decay, on gradients that are rescaled by hand in float64 (bases.py).
+bases.py has the reference: the base alone, without weight decay, on gradients rescaled by hand in float64.
 """
 
 from __future__ import annotations
@@ -18,23 +18,20 @@ from bases import (
     assert_agrees,
     assert_close,
     assert_same,
-    by_hand,
     each_way,
     every_base,
+    no_warnings,
+    rescale_by_hand,
     run,
 )
 from torch import Tensor, nn, optim
 from torch.nn import Parameter
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
 HALF = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
-# Muon wants matrices; LBFGS flattens its gradients without a copy, which channels_last forbids.
+# Muon needs matrices; LBFGS flattens gradients without a copy, which fails for channels_last.
 FOUR_DIMENSIONAL = [base for base in BASES if base.kind not in (MUON, optim.LBFGS)]
 
 
@@ -51,7 +48,7 @@ FOUR_DIMENSIONAL = [base for base in BASES if base.kind not in (MUON, optim.LBFG
     ],
     ids=lambda dtypes: "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
 )
-def test_dtypes_alone_and_mixed_step_as_by_hand(
+def test_dtypes_alone_and_mixed_match_the_rule(
     base: Base, flag: dict[str, bool], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     problem = Problem(base, dtypes)
@@ -63,7 +60,7 @@ def test_dtypes_alone_and_mixed_step_as_by_hand(
         assert lars.param_groups[0].get("weight_decay", 0.0) == base.decay
         assert_same(params, problem.weights)
         return
-    # The usual 1e-8 is zero in float16, and a zero gradient divided by it NaN with a plain base too.
+    # The usual 1e-8 is zero in float16, and a zero gradient divided by it is NaN, also with a plain base.
     single = 1e-3 if base.calls_closure else 2e-5
     eps = {"eps": 1e-3} if base.takes("eps") and base.kind is not optim.Adafactor else {}
     tolerance = max(HALF.get(dtype, base.tolerance if dtype is torch.float64 else single) for dtype in dtypes)
@@ -71,7 +68,7 @@ def test_dtypes_alone_and_mixed_step_as_by_hand(
 
 
 @each_way(BASES)
-def test_empty_parameters_and_those_without_gradients_are_left_alone(base: Base, flag: dict[str, bool]) -> None:
+def test_empty_parameters_and_those_without_gradient_are_skipped(base: Base, flag: dict[str, bool]) -> None:
     full, without = Parameter(torch.ones(2, 3)), Parameter(torch.ones(3, 2))
     # Muon and Adafactor divide by the length of a side.
     empty = Parameter(torch.zeros(0, 3) if base.kind not in (MUON, optim.Adafactor) else torch.ones(1, 1))
@@ -104,7 +101,7 @@ def test_a_step_without_any_gradient_changes_nothing(base: Base) -> None:
 
 @each_way(FOUR_DIMENSIONAL)
 @pytest.mark.parametrize("grad_layout", [torch.channels_last, torch.contiguous_format], ids=["alike", "apart"])
-def test_channels_last_weights_keep_their_layout_and_step_as_by_hand(
+def test_channels_last_weights_keep_their_layout(
     base: Base, flag: dict[str, bool], grad_layout: torch.memory_format
 ) -> None:
     draw = np.random.default_rng(2)
@@ -116,7 +113,7 @@ def test_channels_last_weights_keep_their_layout_and_step_as_by_hand(
         def closure() -> Tensor:
             param.grad = grad.clone(memory_format=grad_layout)
             if decays:
-                by_hand(optimizer, decays)
+                rescale_by_hand(optimizer, decays)
             return torch.tensor(1.0)
 
         optimizer.step(closure)
@@ -129,7 +126,7 @@ def test_channels_last_weights_keep_their_layout_and_step_as_by_hand(
 
 
 @every_base
-def test_a_sparse_gradient_is_a_clear_error_before_anything_changes(base: Base) -> None:
+def test_a_sparse_gradient_is_refused_before_anything_changes(base: Base) -> None:
     layer = nn.Embedding(4, 2, sparse=True)
     dense = Parameter(torch.ones(2, 2))
     before = layer.weight.detach().clone()

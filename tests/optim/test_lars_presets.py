@@ -1,4 +1,4 @@
-"""`LARS.preset` against the packages themselves, or against their published arithmetic where there is no package."""
+"""`LARS.preset` against the original packages, or against their published arithmetic if there is no package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VECTORS = [len(shape) == 1 for shape in SHAPES]
 
 
 def tensors(zeros: bool) -> tuple[list[Array], list[list[Array]]]:
-    """Weights, and the gradients of five updates; with `zeros` a zero weight and a gradient that is zero once."""
+    """Return weights and their gradients in five updates; `zeros`: with a zero weight and a zero gradient."""
     draw = np.random.default_rng(11)
     weights = [draw.normal(size=s) for s in SHAPES]
     gradients = [[draw.normal(size=s) for s in SHAPES] for _ in RATES]
@@ -53,7 +53,7 @@ def run(
 
 
 def groups_of(params: Sequence[nn.Parameter], excluded_decay: float | None) -> Any:
-    """One group, or the vectors in an excluded group of their own with that weight decay."""
+    """Return one group, or put the vectors into an excluded group with weight decay `excluded_decay`."""
     if excluded_decay is None:
         return params
     chosen = list(zip(params, VECTORS, strict=True))
@@ -86,15 +86,15 @@ def theirs(make: Callable[..., torch.optim.Optimizer], zeros: bool, **keywords: 
     return run(make(params, lr=1.0, momentum=MOMENTUM, **keywords), params, gradients)
 
 
-def assert_equal(got: Sequence[Array], wanted: Sequence[Array], tolerance: float = 1e-12) -> None:
-    for a, b in zip(got, wanted, strict=True):
+def assert_equal(got: Sequence[Array], expected: Sequence[Array], tolerance: float = 1e-12) -> None:
+    for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(
-    ("theirs_has", "ours_has"),
+    ("their_options", "our_options"),
     [
         ({"weight_decay": DECAY}, {}),
         ({"weight_decay": DECAY, "trust_clip": True}, {"clip": "lr"}),
@@ -103,10 +103,10 @@ def assert_equal(got: Sequence[Array], wanted: Sequence[Array], tolerance: float
     ],
     ids=str,
 )
-def test_timm(zeros: bool, nesterov: bool, theirs_has: dict[str, Any], ours_has: dict[str, Any]) -> None:
+def test_timm(zeros: bool, nesterov: bool, their_options: dict[str, Any], our_options: dict[str, Any]) -> None:
     lars = pytest.importorskip("timm.optim.lars").Lars
-    expected = theirs(lars, zeros, nesterov=nesterov, trust_coeff=0.001, eps=1e-8, **theirs_has)
-    assert_equal(ours("timm", zeros, nesterov=nesterov, **ours_has), expected)
+    expected = theirs(lars, zeros, nesterov=nesterov, trust_coeff=0.001, eps=1e-8, **their_options)
+    assert_equal(ours("timm", zeros, nesterov=nesterov, **our_options), expected)
 
 
 @pytest.mark.parametrize("decay", [DECAY, 0.0])
@@ -148,7 +148,7 @@ with jax.enable_x64(True):
 def test_optax(zeros: bool, nesterov: bool) -> None:
     if importlib.util.find_spec("optax") is None or importlib.util.find_spec("jax") is None:
         pytest.skip("optax is not installed")
-    # In a process of its own: its logging closes what pytest captures with, when Hydra sets up logging.
+    # In a separate process: with Hydra's logging, optax's logging closes the streams that pytest captures.
     given = pickle.dumps((*tensors(zeros), RATES, DECAY, MOMENTUM, nesterov))
     done = subprocess.run([sys.executable, "-c", OPTAX], input=given, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -164,7 +164,7 @@ def norm(x: Array) -> float:
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_mlperf(zeros: bool, nesterov: bool) -> None:
-    # lars_optimizer.py: mom = momentum * mom - grad * scaled_lr; var += mom. What is skipped is not decayed.
+    # lars_optimizer.py: mom = momentum * mom - grad * scaled_lr; var += mom. Skipped parameters are not decayed.
     values, gradients = tensors(zeros)
     buffers = [np.zeros_like(w) for w in values]
     for grads, rate in zip(gradients, RATES, strict=True):
@@ -182,7 +182,7 @@ def test_mlperf(zeros: bool, nesterov: bool) -> None:
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_larc(zeros: bool, clip: bool) -> None:
-    # LARC.py: the gradient is decayed and scaled only where both norms are above 0; SGD steps without decay.
+    # LARC.py: the gradient is decayed and scaled only if both norms are above 0; SGD steps without decay.
     weights, gradients = tensors(zeros)
     params = parameters(weights)
     sgd = torch.optim.SGD(params, lr=1.0, momentum=MOMENTUM)
@@ -231,7 +231,7 @@ def test_torchlars_is_the_default() -> None:
     assert LARS.preset("torchlars", base).rule == LARS(base, eps=1e-8, trust_coef=0.001).rule
 
 
-def test_a_preset_can_be_changed_and_an_unknown_one_is_refused_with_the_list() -> None:
+def test_a_preset_takes_overrides_and_an_unknown_one_is_refused() -> None:
     base = torch.optim.SGD(parameters(tensors(False)[0]), lr=0.1)
     assert LARS.preset("larc", base, trust_coef=0.5).rule.trust_coef == 0.5
     assert LARS.preset("larc", base, trust_coef=0.5).rule.clip == "lr"

@@ -1,4 +1,4 @@
-"""Every scheduler of torch acts on LARS as on a plain optimizer, also after loading."""
+"""Every scheduler of torch acts on LARS as on a plain optimizer, also after loading a state dict."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from bases import OPTIONS, UPDATES, Base, Problem, assert_close, every_base, run
+from bases import OPTIONS, UPDATES, Base, Problem, assert_close, every_base, no_warnings, run
 from torch.nn import Parameter
 from torch.optim import lr_scheduler, swa_utils
 
 from lars_train import LARS
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
 SCHEDULERS: dict[type, Callable[[Any], Any]] = {
@@ -49,14 +45,14 @@ SCHEDULERS: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def test_the_list_of_schedulers_has_every_one_of_torch() -> None:
+def test_schedulers_has_every_scheduler_of_torch() -> None:
     kinds = (v for module in (lr_scheduler, swa_utils) for v in vars(module).values() if isinstance(v, type))
     found = {kind for kind in kinds if issubclass(kind, lr_scheduler.LRScheduler)}
     assert set(SCHEDULERS) == found - {lr_scheduler.LRScheduler, lr_scheduler._LRScheduler}
 
 
 def scheduled(base: Base, schedule: Callable[[Any], Any], where: str) -> tuple[list[Any], list[Parameter]]:
-    """What a schedule sets in eight updates, and the weights after them; `where` it is built."""
+    """Return the settings of a scheduler built `where` in eight updates, and the weights after them."""
     problem = Problem(base)
     params = problem.parameters()
     optimizer: Any = base.alone(params)
@@ -79,7 +75,7 @@ def scheduled(base: Base, schedule: Callable[[Any], Any], where: str) -> tuple[l
 
 @every_base
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
-def test_every_scheduler_sets_what_it_sets_on_a_plain_base_and_does_not_warn(base: Base, kind: type) -> None:
+def test_every_scheduler_acts_as_on_the_plain_base(base: Base, kind: type) -> None:
     expected, plain = scheduled(base, SCHEDULERS[kind], "on the base alone")
     assert len({str(values) for values in expected}) > 1
     for where in ("on the base", "on LARS"):
@@ -102,7 +98,7 @@ def test_a_scheduler_changes_a_tensor_lr_in_place(base: Base) -> None:
 
 @every_base
 @pytest.mark.parametrize("where", ["LARS", "base"])
-def test_a_schedule_still_acts_after_loading(base: Base, where: str) -> None:
+def test_a_scheduler_still_acts_after_loading(base: Base, where: str) -> None:
     # https://github.com/NVIDIA/apex/issues/766
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()

@@ -1,6 +1,6 @@
 """LARS over DTensors and FSDP2: shards step like the whole, with one collective for all norms.
 
-The tests start this file as the program of two processes.
+A fixture runs this file as a program in two processes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from bases import (
     Base,
     Matrices,
     assert_close,
-    by_hand,
     every_base,
     groups_of,
+    no_warnings,
+    rescale_by_hand,
     rescaled,
     sharded_weights,
     wide,
@@ -39,11 +40,7 @@ from torch.nn import Parameter
 
 from lars_train import LARS
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
 def stepped(optimizer: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -56,7 +53,7 @@ def stepped(optimizer: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -
 
 
 def on_two_ranks(base: Base, mesh: Any, wrap: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """The weights after some updates of shards, and the collectives of each update; or the error."""
+    """Return the weights after some updates of shards, and the collectives of each update, or the error."""
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -83,7 +80,7 @@ def on_two_ranks(base: Base, mesh: Any, wrap: bool, options: dict[str, Any]) -> 
 
 
 def fsdp_on_two_ranks(base: Base, mesh: Any, rank: int) -> dict[str, Any]:
-    """Training of a model whose parameters FSDP2 shards, each rank on its half of the batch."""
+    """Train a model whose parameters FSDP2 shards, each rank on its half of the batch."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -109,25 +106,25 @@ SHARDED_OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "lr-inside": {"lr_p
 
 
 def program(rank: int, folder: Path) -> None:
-    """What each of the two processes does."""
+    """Run everything that one of the two processes does, and write the results."""
     from torch.distributed.device_mesh import init_device_mesh
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=60), world_size=2, rank=rank)
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         mesh = init_device_mesh("cpu", (2,))
         for base in BASES:
-            told[base.name] = {"alone": on_two_ranks(base, mesh, False, {})}
+            results[base.name] = {"alone": on_two_ranks(base, mesh, False, {})}
             for name, options in SHARDED_OPTIONS.items():
-                told[base.name][name] = on_two_ranks(base, mesh, True, options)
-            if "error" not in told[base.name]["alone"]:
-                told[base.name]["fsdp"] = fsdp_on_two_ranks(base, mesh, rank)
+                results[base.name][name] = on_two_ranks(base, mesh, True, options)
+            if "error" not in results[base.name]["alone"]:
+                results[base.name]["fsdp"] = fsdp_on_two_ranks(base, mesh, rank)
     finally:
         dist.destroy_process_group()
-    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +141,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             stack.callback(ranks[-1].kill)
         codes = [rank.wait(timeout=180) for rank in ranks]
     assert codes == [0, 0], "\n".join((folder / f"{rank}.txt").read_text()[-4000:] for rank in range(2))
-    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
 
 
 ALL_REDUCE = "c10d.allreduce_"
@@ -153,13 +150,13 @@ ALL_REDUCE = "c10d.allreduce_"
 @pytest.mark.slow
 @pytest.mark.parametrize("options", SHARDED_OPTIONS)
 @every_base
-def test_shards_of_a_dtensor_step_like_the_whole_with_one_collective_for_all_norms(
+def test_dtensor_shards_step_like_the_whole_with_one_collective(
     two_ranks: list[dict[str, Any]], base: Base, options: str
 ) -> None:
     alone, seen = two_ranks[0][base.name]["alone"], two_ranks[0][base.name][options]
     assert seen == two_ranks[1][base.name][options]
     if "error" in alone:
-        # torch itself cannot step these shards: no worse with LARS, and no setting is lost.
+        # torch itself cannot step these shards. LARS fails in the same way, and no setting is lost.
         assert seen == alone
         return
     weights, grads = sharded_weights()
@@ -169,12 +166,12 @@ def test_shards_of_a_dtensor_step_like_the_whole_with_one_collective_for_all_nor
         group |= {"weight_decay": 0.0} if base.takes("weight_decay") else {}
         group["lr"] = 1.0 if options == "lr-inside" else group["lr"]
     for update in range(UPDATES):
-        by_rule = [
+        grads_by_rule = [
             torch.from_numpy(rescaled(wide(p), wide(g), decay if base.takes("weight_decay") else 0.0))
             for p, g, decay in zip(plain, grads[update], DECAYS, strict=True)
         ]
         inside = base.keywords["lr"] if options == "lr-inside" else 1.0
-        stepped(reference, plain, [inside * grad for grad in by_rule])
+        stepped(reference, plain, [inside * grad for grad in grads_by_rule])
     assert_close([torch.tensor(w, dtype=torch.float64) for w in seen["weights"]], plain, base.tolerance)
     for with_lars, without in zip(seen["counts"], alone["counts"], strict=True):
         assert with_lars == without | {ALL_REDUCE: without.get(ALL_REDUCE, 0) + 1}
@@ -182,15 +179,13 @@ def test_shards_of_a_dtensor_step_like_the_whole_with_one_collective_for_all_nor
 
 @pytest.mark.slow
 def test_torch_can_step_shards_of_most_bases(two_ranks: list[dict[str, Any]]) -> None:
-    stepped = {name for name, told in two_ranks[0].items() if "error" not in told["alone"]}
+    stepped = {name for name, found in two_ranks[0].items() if "error" not in found["alone"]}
     assert {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "ASGD", "RMSprop"} <= stepped
 
 
 @pytest.mark.slow
 @every_base
-def test_fsdp2_shards_train_like_one_process_with_one_collective_for_all_norms(
-    two_ranks: list[dict[str, Any]], base: Base
-) -> None:
+def test_fsdp2_trains_like_one_process_with_one_collective(two_ranks: list[dict[str, Any]], base: Base) -> None:
     if "error" in two_ranks[0][base.name]["alone"]:
         pytest.skip(f"torch itself cannot step shards with {base.name}")
     seen = two_ranks[0][base.name]["fsdp"]
@@ -201,7 +196,7 @@ def test_fsdp2_shards_train_like_one_process_with_one_collective_for_all_norms(
         reference.zero_grad()
         # FSDP2 averages the gradients of the ranks.
         (model(fsdp_batch(update)).square().sum() / 2).backward()
-        by_hand(reference, [base.decay])
+        rescale_by_hand(reference, [base.decay])
         reference.step()
     assert_close(
         [torch.tensor(w, dtype=torch.float64) for w in seen["weights"]], list(model.parameters()), base.tolerance

@@ -22,6 +22,7 @@ from bases import (
     assert_close,
     assert_same,
     every_base,
+    no_warnings,
     over,
     rescaled,
     run,
@@ -33,11 +34,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lars_train import LARS
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
 def saved_whole(pair: Any) -> Any:
@@ -57,12 +54,12 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @over(ONE_GRADIENT)
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("with_schedule", [False, True], ids=["plain", "scheduled"])
-def test_a_copy_goes_on_like_the_original_and_apart_from_it(base: Base, how: str, with_schedule: bool) -> None:
+def test_a_copy_continues_like_the_original_independently(base: Base, how: str, with_schedule: bool) -> None:
     problem = Problem(base)
     params = problem.parameters()
     lars = base.lars(params)
     if with_schedule:
-        # It replaces the step of the instance by a closure, which cannot be pickled.
+        # A scheduler replaces the step of the instance by a closure, which cannot be pickled.
         lr_scheduler.ExponentialLR(lars, 0.9)
         lr_scheduler.ExponentialLR(lars.base_optimizer, 0.9)
     run(lars, params, problem, range(2))
@@ -76,7 +73,7 @@ def test_a_copy_goes_on_like_the_original_and_apart_from_it(base: Base, how: str
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_of_lbfgs_which_torch_makes_unusable_is_so_over_lars_too(how: str) -> None:
+def test_a_copied_lbfgs_is_as_unusable_as_without_lars(how: str) -> None:
     for wrap in (lambda base: base, LARS):
         optimizer = COPIES[how](wrap(optim.LBFGS([Parameter(torch.ones(2))])))
         with pytest.raises(AttributeError, match="_params"):
@@ -106,12 +103,13 @@ UNUSUAL = {
 
 @every_base
 @pytest.mark.parametrize("weights_only", [True, False])
-def test_a_saved_state_dict_brings_settings_and_state_into_a_fresh_lars(base: Base, weights_only: bool) -> None:
+def test_a_saved_state_dict_restores_options_and_state(base: Base, weights_only: bool) -> None:
     problem = Problem(base, [torch.float32])
     params = problem.parameters()
     lars = LARS(base.build(params), **UNUSUAL)
     run(lars, params, problem, range(2))
     file = io.BytesIO()
+    assert lars.state_dict().keys() == {"state", "param_groups", "lars"}
     torch.save(lars.state_dict(), file)
     file.seek(0)
     params2 = [Parameter(p.detach().clone()) for p in params]
@@ -125,7 +123,7 @@ def test_a_saved_state_dict_brings_settings_and_state_into_a_fresh_lars(base: Ba
 
 
 @over(ONE_GRADIENT)
-def test_the_bases_own_state_dict_loads_and_settings_and_exclude_stay(base: Base) -> None:
+def test_a_base_state_dict_leaves_options_and_exclude_unchanged(base: Base) -> None:
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()
     decay = {"weight_decay": DECAY} if base.takes("weight_decay") else {}
@@ -141,7 +139,7 @@ def test_the_bases_own_state_dict_loads_and_settings_and_exclude_stay(base: Base
     assert [g.get("exclude") for g in lars.param_groups] == [None, True]
     assert [g["lr"] for g in lars.param_groups] == [base.keywords["lr"]] * 2
 
-    # Excluded parameters are the base's own, weight decay included. Loading casts some states, here as there.
+    # The base handles excluded parameters, weight decay included. Loading casts some states in both.
     alone.load_state_dict(copy.deepcopy(alone.state_dict()))
     alone.param_groups[0] |= {"weight_decay": 0.0} if decay else {}
     run(lars, params, problem, range(2, UPDATES))
@@ -175,7 +173,7 @@ def train(model: nn.Module, optimizer: Optimizer, updates: Iterable[int]) -> Non
 
 @over(ONE_GRADIENT)
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
-def test_distributed_checkpoints_optimizer_state_dict_is_had_and_set(base: Base, flatten: bool) -> None:
+def test_distributed_checkpoint_saves_and_restores_the_state(base: Base, flatten: bool) -> None:
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -191,7 +189,7 @@ def test_distributed_checkpoints_optimizer_state_dict_is_had_and_set(base: Base,
     other.load_state_dict(model.state_dict())
     loaded = base.lars([{"params": [other.first]}, {"params": [other.second], "exclude": True}], lr=0.125)
     set_optimizer_state_dict(other, loaded, saved, options=options)
-    # torch fills an empty state by a step with zero gradients and lr 0; that must not move a weight.
+    # torch fills an empty state by a step with zero gradients and lr 0, which must not change a weight.
     assert_same(list(other.parameters()), list(model.parameters()))
     assert [g["lr"] for g in loaded.param_groups] == [base.keywords["lr"]] * 2
     train(model, lars, range(2, UPDATES))
@@ -199,7 +197,7 @@ def test_distributed_checkpoints_optimizer_state_dict_is_had_and_set(base: Base,
     assert_same(list(other.parameters()), list(model.parameters()))
 
 
-def test_distributed_checkpoint_refuses_a_fresh_lbfgs_alone_as_it_does_over_lars() -> None:
+def test_distributed_checkpoint_refuses_lbfgs_as_without_lars() -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     for wrap in (lambda base: base, LARS):

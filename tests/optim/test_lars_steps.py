@@ -1,6 +1,6 @@
 """LARS over every dense optimizer of torch.optim steps as the rule says.
 
-The reference is the base alone, without weight decay, on gradients that are rescaled by hand in float64 (bases.py).
+bases.py has the reference: the base alone, without weight decay, on gradients rescaled by hand in float64.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bases import (
     assert_close,
     assert_moved,
     assert_same,
+    no_warnings,
     optimizers_of_torch,
     over,
     rescaled,
@@ -35,14 +36,10 @@ from torch.nn import Parameter
 
 from lars_train import LARS
 
-# No step of ours may warn, about a deprecation or anything else.
-# (Whether an earlier test closed its files shows in whichever test is running when they are collected.)
-pytestmark = pytest.mark.filterwarnings(
-    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = no_warnings
 
 
-def test_the_list_of_bases_has_every_dense_optimizer_of_torch() -> None:
+def test_bases_has_every_dense_optimizer_of_torch() -> None:
     assert {base.kind for base in BASES} == optimizers_of_torch() - {optim.SparseAdam}
 
 
@@ -56,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fused-maximize": {"fused": True, "maximize": True},
     "tensor-lr": {"lr": torch.tensor(0.25, dtype=torch.float64)},
     "fused-tensor-lr": {"fused": True, "lr": torch.tensor(0.25)},
-    # The other kernels take capturable on accelerators and within torch.compile, as at the end of this file.
+    # The other kernels support capturable only on accelerators and within torch.compile (test_lars_compiled.py).
     "fused-capturable": {"fused": True, "capturable": True},
 }
 
@@ -78,7 +75,7 @@ def test_steps_equal_the_bases_own_on_gradients_rescaled_by_hand(base: Base, var
 def database() -> list[Any]:
     from torch.testing._internal import common_optimizers
 
-    # Its import forbids, for the whole process, to set torch.backends' flags.
+    # Importing it forbids setting torch.backends' flags in the whole process; undo that.
     torch.backends.__allow_nonbracketed_mutation_flag = True
     return list(common_optimizers.optim_db)
 
@@ -91,7 +88,7 @@ def database_inputs(info: Any) -> list[Any]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # At collection, for only then is the database there; two processes start this file without it.
+    # Read the database when tests are collected: importing this module must not load it.
     if "database_input" in metafunc.fixturenames:
         metafunc.parametrize(
             ("base", "database_input"),
@@ -104,15 +101,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
-def test_the_database_of_torch_has_every_base() -> None:
+def test_torchs_optimizer_database_has_every_base() -> None:
     assert {info.optim_cls for info in database()} == optimizers_of_torch()
 
 
-def test_whatever_the_database_of_torch_holds_steps_as_by_hand_and_goes_on_after_loading(
-    base: Base, database_input: dict[str, Any]
-) -> None:
-    # As every gradient has the length that its weight gives it, LBFGS with its 20 iterations circles the minimum, and
-    # where it is by then is up to rounding errors.
+def test_torchs_optimizer_database_matches_and_resumes(base: Base, database_input: dict[str, Any]) -> None:
+    # The length of a rescaled gradient depends only on its weight, so LBFGS with 20 iterations circles the minimum, and
+    # rounding errors decide where it ends.
     keywords = database_input | ({"max_iter": 4} if base.calls_closure else {})
     problem = Problem(base)
     decay = keywords.get("weight_decay", inspect.signature(base.kind).parameters.get("weight_decay"))
@@ -123,7 +118,7 @@ def test_whatever_the_database_of_torch_holds_steps_as_by_hand_and_goes_on_after
     assert_close(params, plain, base.tolerance)
     assert_moved(params, problem)
 
-    # torch casts a loaded state to its parameter's dtype: with float64 a plain base too goes on a little differently.
+    # torch casts a loaded state to its parameter's dtype, so with float64 even a plain base continues differently.
     problem = Problem(base, [torch.float32])
     params = problem.parameters()
     lars = LARS(base.build(params, **copy.deepcopy(keywords)), **OPTIONS)
@@ -136,7 +131,7 @@ def test_whatever_the_database_of_torch_holds_steps_as_by_hand_and_goes_on_after
     assert_same(others, params)
 
 
-def test_what_takes_sparse_gradients_only_is_refused_at_the_first_of_them() -> None:
+def test_sparse_adam_is_refused_at_its_first_sparse_gradient() -> None:
     layer = nn.Embedding(4, 2, sparse=True)
     before = layer.weight.detach().clone()
     lars = LARS(optim.SparseAdam(layer.parameters()))
@@ -147,7 +142,7 @@ def test_what_takes_sparse_gradients_only_is_refused_at_the_first_of_them() -> N
 
 
 @over(ONE_GRADIENT)
-def test_an_added_group_has_its_own_lr_and_decay_and_is_rescaled(base: Base) -> None:
+def test_an_added_group_has_its_own_lr_and_decay(base: Base) -> None:
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()
     lars, alone = base.lars(params[:2]), base.alone(plain[:2])
@@ -162,7 +157,7 @@ def test_an_added_group_has_its_own_lr_and_decay_and_is_rescaled(base: Base) -> 
 
 
 def adamw(weight: Any, grads: Iterable[Any], weight_decay: str) -> Any:
-    """LARS over AdamW written out: decay within the ratio ("coupled"), or AdamW's own after it ("base")."""
+    """Return the weight after LARS over AdamW: with decay in the ratio ("coupled"), or AdamW's own ("base")."""
     lr, (beta1, beta2), small = 0.05, (0.9, 0.999), 1e-8
     mean = square = np.zeros_like(weight)
     for number, raw in enumerate(grads, start=1):
@@ -179,7 +174,7 @@ def adamw(weight: Any, grads: Iterable[Any], weight_decay: str) -> Any:
 @pytest.mark.parametrize("weight_decay", ["coupled", "base"])
 @pytest.mark.parametrize("flag", [{}, {"foreach": True}, {"fused": True}], ids=["default", "foreach", "fused"])
 @pytest.mark.parametrize("kind", ["AdamW", "Adam(decoupled_weight_decay)"])
-def test_decoupled_decay_is_within_the_ratio_or_left_to_adamw(weight_decay: Any, flag: Any, kind: str) -> None:
+def test_decoupled_decay_is_part_of_the_ratio_or_left_to_adamw(weight_decay: Any, flag: Any, kind: str) -> None:
     draw = np.random.default_rng(3)
     start, grads = draw.normal(size=(4, 3)), draw.normal(size=(UPDATES, 4, 3))
     weight = Parameter(torch.from_numpy(start.copy()))
@@ -195,7 +190,7 @@ def test_decoupled_decay_is_within_the_ratio_or_left_to_adamw(weight_decay: Any,
 
 
 @over([base for base in ONE_GRADIENT if base.takes("weight_decay")])
-def test_decay_left_to_the_base_is_the_bases_own_of_whatever_kind(base: Base) -> None:
+def test_weight_decay_base_leaves_decay_to_every_base(base: Base) -> None:
     problem = Problem(base)
     params, plain = problem.parameters(), problem.parameters()
     lars = LARS(base.build(params, weight_decay=DECAY), **OPTIONS, weight_decay="base")

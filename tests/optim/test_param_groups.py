@@ -1,16 +1,17 @@
-"""Every parameter is in one group, and the right one."""
+"""Every parameter is in exactly one group, the right one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from lars_train.optim.param_groups import parameter_groups
+from lars_train.optim.param_groups import parameter_groups, split_parameters
 
 
 class Net(nn.Module):
-    """One of each kind, with a tied weight and a norm layer whose parameters are not 1-D."""
+    """One layer of each kind, with a tied weight and a norm layer whose parameters are not 1-D."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ def tensors(group: dict[str, object]) -> list[Tensor]:
     return params
 
 
-def test_biases_and_norm_layers_are_not_decayed_when_asked() -> None:
+def test_decay_norm_bias_false_exempts_biases_and_norm_layers() -> None:
     model = Net()
     groups = parameter_groups(model, 5e-4, decay_norm_bias=False)
     assert named(model, groups) == {
@@ -55,7 +56,7 @@ def test_biases_and_norm_layers_are_not_decayed_when_asked() -> None:
     assert [g["weight_decay"] for g in groups] == [5e-4, 0.0]
 
 
-def test_everything_is_decayed_otherwise() -> None:
+def test_decay_norm_bias_true_decays_everything() -> None:
     model = Net()
     groups = parameter_groups(model, 5e-4, decay_norm_bias=True)
     assert named(model, groups) == {"decay": [n for n, _ in model.named_parameters()]}
@@ -74,9 +75,29 @@ def test_no_group_is_empty() -> None:
     assert [g["name"] for g in parameter_groups(nn.BatchNorm2d(2), 0.1, False)] == ["no_decay"]
 
 
-def test_torch_optimizers_take_the_groups() -> None:
+def test_torch_optimizers_accept_the_groups() -> None:
     optimizer = torch.optim.SGD(parameter_groups(Net(), 0.1, False), lr=1.0)
     assert [(g["name"], g["weight_decay"]) for g in optimizer.param_groups] == [
         ("decay", 0.1),
         ("no_decay", 0.0),
     ]
+
+
+def test_a_model_splits_into_weights_and_biases_with_norm_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2), nn.LayerNorm(2))
+    weights, rest = split_parameters(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in weights] == ["0.weight", "3.weight"]
+    assert [names[id(p)] for p in rest] == ["0.bias", "1.weight", "1.bias", "3.bias", "4.weight", "4.bias"]
+
+
+def test_every_bias_is_among_the_biases() -> None:
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    linear = nn.Linear(3, 2)
+    parametrize.register_parametrization(linear, "bias", nn.Identity())
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "attention": attention, "linear": linear})
+    names = {id(p): name for name, p in model.named_parameters()}
+    weights, rest = ([names[id(p)] for p in part] for part in split_parameters(model))
+    assert all("bias" in name for name in rest)
+    assert not any("bias" in name for name in weights)
+    assert len(weights) + len(rest) == len(names)

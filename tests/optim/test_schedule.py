@@ -1,4 +1,4 @@
-"""The schedule against the table's rows, worked out by hand as exact fractions."""
+"""The schedule against the table's rows, computed by hand as exact fractions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("batch", "per_epoch", "warmup_epochs", "base"), ROWS)
-def test_a_row_of_the_table_has_the_rates_worked_out_by_hand(
+def test_rows_of_the_table_have_the_lr_computed_by_hand(
     batch: int, per_epoch: int, warmup_epochs: int, base: str
 ) -> None:
     assert IMAGES // batch == per_epoch
     total, warmup, peak = per_epoch * EPOCHS, per_epoch * warmup_epochs, Fraction(base)
     whole = {
-        # After 5 of 90 epochs 17/18 of the run are left; at half time 1/2; at the last update one update.
+        # After 5 of 90 epochs 17/18 of the run remain; at half time 1/2; at the last update one update.
         warmup: peak * (Fraction(17, 18) ** 2 if warmup else 1),
         total // 2: peak / 4,
         total - 1: peak / total**2,
@@ -53,7 +53,7 @@ def test_a_row_of_the_table_has_the_rates_worked_out_by_hand(
             assert got == pytest.approx(float(rate), rel=1e-14, abs=0), (form, update)
 
 
-def test_the_32k_row_in_plain_numbers() -> None:
+def test_the_32k_row_has_the_documented_lr() -> None:
     def rate(update: int) -> float:
         return learning_rate(update, total=3510, warmup=195, base=29.0, power=2.0, form="whole")
 
@@ -65,9 +65,7 @@ def test_the_32k_row_in_plain_numbers() -> None:
 
 
 @given(data=st.data(), power=st.sampled_from([0.5, 1.0, 2.0]), form=st.sampled_from(["whole", "restart"]))
-def test_the_rate_rises_to_the_base_then_falls_and_never_reaches_zero(
-    data: st.DataObject, power: float, form: Form
-) -> None:
+def test_the_lr_rises_to_the_base_then_falls_but_stays_positive(data: st.DataObject, power: float, form: Form) -> None:
     total = data.draw(st.integers(1, 300))
     warmup = data.draw(st.integers(0, total - 1))
     rates = [learning_rate(u, total=total, warmup=warmup, base=3.0, power=power, form=form) for u in range(total)]
@@ -79,7 +77,7 @@ def test_the_rate_rises_to_the_base_then_falls_and_never_reaches_zero(
         assert rates[warmup - 1] == 3.0
 
 
-def test_without_warm_up_both_forms_are_one() -> None:
+def test_without_warm_up_whole_and_restart_are_equal() -> None:
     for update in range(20):
         values = {
             learning_rate(update, total=20, warmup=0, base=0.2, power=2.0, form=form) for form in (WHOLE, RESTART)
@@ -88,7 +86,7 @@ def test_without_warm_up_both_forms_are_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
         ({"update": -1}, "update=-1"),
         ({"update": 10}, "update=10"),
@@ -102,12 +100,12 @@ def test_without_warm_up_both_forms_are_one() -> None:
         ({"form": "cosine"}, "form='cosine'"),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], named: str) -> None:
+def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"update": 3, "total": 10, "warmup": 2, "base": 1.0, "power": 2.0, "form": "whole"}
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         learning_rate(**(good | arguments))
 
 
-def test_the_schedule_is_had_without_torch() -> None:
+def test_the_schedule_does_not_import_torch() -> None:
     code = "import sys, lars_train.optim.schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
