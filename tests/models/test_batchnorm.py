@@ -1,4 +1,4 @@
-"""Ghost batch norm against `nn.BatchNorm2d` applied slice by slice, and the formula of its statistics."""
+"""Ghost batch norm against `nn.BatchNorm2d` applied slice by slice, and its statistics against their formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANNELS = 3
 
 
 def pair(ghost_batch: int, dtype: torch.dtype = torch.float64) -> tuple[GhostBatchNorm2d, nn.BatchNorm2d]:
-    """A ghost and a plain layer with the same weights and running statistics, none of them trivial."""
+    """Return a ghost and a plain layer with the same weights and running statistics, none of them trivial."""
     draw = torch.Generator().manual_seed(0)
     plain = nn.BatchNorm2d(CHANNELS, dtype=dtype)
     with torch.no_grad():
@@ -34,8 +34,8 @@ def images(samples: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> T
     return torch.randn(samples, CHANNELS, 5, 4, generator=draw, dtype=dtype) * 2 + 1
 
 
-def gradients(layer: nn.Module, x: Tensor, apply: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """The output, and the gradients of a weighted sum of it in the input, the weight and the bias."""
+def output_and_gradients(layer: nn.Module, x: Tensor, apply: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return the output, and the gradients of a weighted sum of it with respect to input, weight and bias."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     out = apply(x)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
@@ -43,7 +43,7 @@ def gradients(layer: nn.Module, x: Tensor, apply: Callable[[Tensor], Tensor]) ->
 
 
 def statistics(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The sample-weighted mean of the parts' means and unbiased variances, in float64."""
+    """Return the sample-weighted mean of the parts' means and unbiased variances, in float64."""
     weights = torch.tensor([len(p) for p in parts], dtype=torch.float64)
     rows = [p.double().transpose(0, 1).flatten(1) for p in parts]
     means = torch.stack([r.mean(1) for r in rows])
@@ -52,7 +52,7 @@ def statistics(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return (means * share).sum(0), (variances * share).sum(0)
 
 
-def entered(plain: nn.BatchNorm2d, parts: Sequence[Tensor], momentum: float = 0.1) -> tuple[Tensor, Tensor]:
+def updated_statistics(plain: nn.BatchNorm2d, parts: Sequence[Tensor], momentum: float = 0.1) -> tuple[Tensor, Tensor]:
     mean, variance = statistics(parts)
     assert plain.running_mean is not None
     assert plain.running_var is not None
@@ -69,11 +69,11 @@ def close(got: Tensor | None, expected: Tensor, tolerance: float = 1e-13) -> Non
 
 @pytest.mark.parametrize("samples", [2, 4, 12])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_each_ghost_batch_is_normalised_by_itself(samples: int, layout: torch.memory_format) -> None:
+def test_each_ghost_batch_is_normalized_separately(samples: int, layout: torch.memory_format) -> None:
     ghost, plain = pair(4)
     x = images(samples).contiguous(memory_format=layout)
-    got = gradients(ghost, x, ghost)
-    expected = gradients(plain, x, lambda x: torch.cat([plain(part) for part in x.split(4)]))
+    got = output_and_gradients(ghost, x, ghost)
+    expected = output_and_gradients(plain, x, lambda x: torch.cat([plain(part) for part in x.split(4)]))
     for g, e in zip(got, expected, strict=True):
         close(g, e)
     assert got[0].is_contiguous(memory_format=layout)
@@ -84,7 +84,7 @@ def test_each_ghost_batch_is_normalised_by_itself(samples: int, layout: torch.me
 def test_one_ghost_batch_is_plain_batch_norm_bit_for_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
     ghost, plain = pair(8, dtype)
     x = images(8, dtype).contiguous(memory_format=layout)
-    for g, e in zip(gradients(ghost, x, ghost), gradients(plain, x, plain), strict=True):
+    for g, e in zip(output_and_gradients(ghost, x, ghost), output_and_gradients(plain, x, plain), strict=True):
         assert torch.equal(g, e)
     RunningStatistics(ghost).update()
     ulp = torch.finfo(dtype).eps
@@ -95,7 +95,7 @@ def test_one_ghost_batch_is_plain_batch_norm_bit_for_bit(dtype: torch.dtype, lay
     assert torch.equal(ghost.state_dict()["num_batches_tracked"], plain.state_dict()["num_batches_tracked"])
 
 
-def test_running_statistics_move_once_per_update_by_the_mean_over_all_ghost_batches() -> None:
+def test_running_statistics_average_the_updates_ghost_batches() -> None:
     ghost, plain = pair(4)
     statistics = RunningStatistics(ghost)
     for update in range(2):
@@ -105,7 +105,7 @@ def test_running_statistics_move_once_per_update_by_the_mean_over_all_ghost_batc
         for micro in x.split([8, 4]):
             ghost(micro)
         assert all(torch.equal(frozen[k], v) for k, v in ghost.state_dict().items())
-        mean, variance = entered(plain, x.split(4))
+        mean, variance = updated_statistics(plain, x.split(4))
         statistics.update()
         close(ghost.running_mean, mean)
         close(ghost.running_var, variance)
@@ -113,12 +113,12 @@ def test_running_statistics_move_once_per_update_by_the_mean_over_all_ghost_batc
     assert int(ghost.state_dict()["num_batches_tracked"]) == 2
 
 
-def test_a_smaller_ghost_batch_weighs_by_its_samples() -> None:
+def test_a_smaller_ghost_batch_is_weighted_by_its_samples() -> None:
     ghost, plain = pair(4)
     parts = images(6).split([4, 2])
     for part in parts:
         ghost(part)
-    mean, variance = entered(plain, parts)
+    mean, variance = updated_statistics(plain, parts)
     RunningStatistics(ghost).update()
     close(ghost.running_mean, mean)
     close(ghost.running_var, variance)
@@ -132,7 +132,7 @@ def test_every_layer_has_its_own_momentum_and_count() -> None:
     ghost(x)
     for _ in range(2):
         other(x)
-    expected = (*entered(plain, x.split(4)), *entered(other_plain, x.split(2), 0.5))
+    expected = (*updated_statistics(plain, x.split(4)), *updated_statistics(other_plain, x.split(2), 0.5))
     RunningStatistics(nn.Sequential(ghost, nn.ReLU(), other)).update()
     got = (ghost.running_mean, ghost.running_var, other.running_mean, other.running_var)
     for g, e in zip(got, expected, strict=True):
@@ -140,7 +140,7 @@ def test_every_layer_has_its_own_momentum_and_count() -> None:
 
 
 @pytest.mark.parametrize("shares", [[8, 4], [12, 0], [4, 4, 4]])
-def test_ranks_together_equal_one_rank(shares: list[int]) -> None:
+def test_several_ranks_equal_one_rank(shares: list[int]) -> None:
     alone, _ = pair(4)
     x = images(12)
     alone(x)
@@ -151,7 +151,7 @@ def test_ranks_together_equal_one_rank(shares: list[int]) -> None:
     for layer, part in zip(ranks, x.split(shares), strict=True):
         if len(part):
             layer(part)
-        # What a rank sends, seen on a copy, so that its layer is as before.
+        # Record what a rank sends on a copy, so that its layer does not change.
         RunningStatistics(copy.deepcopy(layer)).update(lambda flat: sent.append(flat.clone()))
     total = torch.stack(sent).sum(0)
     for layer in ranks:
@@ -179,7 +179,7 @@ def test_a_layer_without_samples_keeps_its_statistics() -> None:
     RunningStatistics(nn.ReLU()).update()
 
 
-def test_evaluation_is_plain_batch_norm_and_gathers_nothing() -> None:
+def test_evaluation_is_plain_batch_norm_without_accumulation() -> None:
     ghost, plain = pair(4)
     x = images(5)
     assert torch.equal(ghost.eval()(x), plain.eval()(x))
@@ -193,13 +193,13 @@ def test_the_state_dict_is_that_of_plain_batch_norm() -> None:
     plain.load_state_dict(ghost.state_dict(), strict=True)
 
 
-def test_a_copy_carries_what_was_gathered() -> None:
+def test_a_copy_keeps_the_accumulated_statistics() -> None:
     ghost, plain = pair(4)
     x = images(8)
     ghost(x[:4])
     twin = copy.deepcopy(ghost)
     twin(x[4:])
-    mean, _ = entered(plain, x.split(4))
+    mean, _ = updated_statistics(plain, x.split(4))
     RunningStatistics(twin).update()
     close(twin.running_mean, mean)
     close(ghost.running_mean, plain.state_dict()["running_mean"])
@@ -216,7 +216,7 @@ def test_half_precision_activations_have_float32_statistics(dtype: torch.dtype) 
     assert out.dtype is dtype
     assert torch.equal(out, expected)
     fresh = pair(4, torch.float32)[1]
-    mean, variance = entered(fresh, activations.detach().split(4))
+    mean, variance = updated_statistics(fresh, activations.detach().split(4))
     RunningStatistics(ghost).update()
     assert ghost.running_mean is not None
     assert ghost.running_mean.dtype is torch.float32
@@ -224,37 +224,37 @@ def test_half_precision_activations_have_float32_statistics(dtype: torch.dtype) 
     close(ghost.state_dict()["running_var"].double(), variance, 1e-5)
 
 
-class Watch(TorchDispatchMode):
-    """Counts the moments at which the host asks a tensor for its value."""
+class HostReads(TorchDispatchMode):
+    """Counts how often the host reads the value of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = 0
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.asked += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        self.count += func.overloadpacket is torch.ops.aten._local_scalar_dense
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_for_no_value() -> None:
+def test_the_host_never_waits_for_a_value() -> None:
     ghost, _ = pair(4)
     statistics = RunningStatistics(ghost)
-    with Watch() as watch:
+    with HostReads() as reads:
         torch.ones(()).item()
-        assert watch.asked == 1
+        assert reads.count == 1
         ghost(images(8))
         statistics.update()
-    assert watch.asked == 1
+    assert reads.count == 1
 
 
 @pytest.mark.parametrize("samples", [0, 5, 7, 10])
-def test_a_torn_micro_batch_is_refused(samples: int) -> None:
+def test_a_partial_ghost_batch_is_refused(samples: int) -> None:
     ghost, _ = pair(4)
     with pytest.raises(ValueError, match=f"micro-batch of {samples} samples .* ghost batches of 4"):
         ghost(images(samples))
 
 
-def test_a_single_value_has_no_variance() -> None:
+def test_layers_refuse_invalid_sizes() -> None:
     ghost = GhostBatchNorm2d(CHANNELS, ghost_batch=1)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ghost(torch.zeros(2, CHANNELS, 1, 1))
@@ -265,7 +265,7 @@ def test_a_single_value_has_no_variance() -> None:
 
 
 @pytest.mark.parametrize("moved", [True, False])
-def test_a_model_may_get_other_tensors_after_its_running_statistics_were_found(moved: bool) -> None:
+def test_running_statistics_follow_replaced_tensors(moved: bool) -> None:
     layer = GhostBatchNorm2d(3, ghost_batch=4, dtype=torch.float32 if moved else torch.float64)
     statistics = RunningStatistics(layer)
     if moved:

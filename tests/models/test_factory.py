@@ -1,4 +1,4 @@
-"""Models by name are torchvision's, or the paper's."""
+"""Models built by name are torchvision's or the paper's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build(name: str, num_classes: int = 10, zero_gamma: bool = False) -> nn.Modu
     return build_model(name, num_classes=num_classes, ghost_batch=4, zero_gamma=zero_gamma)
 
 
-def test_every_resnet_of_torchvision_can_be_named() -> None:
+def test_model_names_has_every_resnet_of_torchvision() -> None:
     theirs = {n for n in torchvision.models.list_models(module=torchvision.models) if "resne" in n}
     assert set(model_names()) == theirs | set(CIFAR)
     assert len(model_names()) == len(set(model_names()))
@@ -34,7 +34,7 @@ def test_a_cifar_network_has_the_layers_of_its_name(name: str) -> None:
     assert len(layers) == CIFAR[name]
 
 
-def test_a_torchvision_name_gives_torchvisions_network() -> None:
+def test_a_torchvision_name_builds_torchvisions_network() -> None:
     theirs = torchvision.models.resnet50(num_classes=10)
     theirs.load_state_dict(build("resnet50").state_dict(), strict=True)
 

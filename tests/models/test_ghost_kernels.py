@@ -1,5 +1,4 @@
-"""The Triton kernels of ghost batch norm: their numbers as Triton's interpreter computes them on the CPU, their
-compiled form, which needs no GPU, and, on a GPU, themselves."""
+"""The Triton kernels of ghost batch norm: interpreted on the CPU, compiled without a GPU, and run on a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ LAST = torch.channels_last
 
 
 class Case(NamedTuple):
-    """Ghost batches of samples (C, side, side) around `offset`, with a spread of 0.5 to 2."""
+    """Ghost batches of samples (C, side, side) with mean `offset` and a spread of 0.5 to 2."""
 
     channels: int
     ghosts: int
@@ -52,11 +51,11 @@ CASES = [
     Case(64, 3, 3, 11, offset=1000.0, programs=2),
     Case(65, 4, 1, 7),
     Case(2048, 1, 2, 7, programs=1),
-    # One sample of many pixels, in chunks of several tiles, the last of them of part of a tile.
+    # One sample with many pixels: chunks of several tiles, the last one partial.
     Case(3, 2, 1, 100, offset=1000.0, programs=4),
     Case(24, 2, 1, 33, affine=False, programs=3),
 ]
-# Runs `ghost_norm` with the kernels, as on CUDA.
+# Runs `ghost_norm` with the kernels on the CPU, as on CUDA.
 INTERPRETED = """
 import sys, torch
 from lars_train.models import ghost_kernels, ghost_norm
@@ -78,7 +77,7 @@ def operands(case: Case, dtype: torch.dtype) -> list[Tensor | None]:
     shape = (case.ghosts * case.samples, case.channels, case.side, case.side)
     scale = torch.linspace(0.5, 2, case.channels, dtype=torch.float64).view(-1, 1, 1)
     x, grad = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
-    # Around 1000 bfloat16 values are 4 or 8 apart.
+    # Near 1000, neighboring bfloat16 values differ by 4 or 8.
     offset = case.offset if dtype == torch.float32 else min(case.offset, 30.0)
     x, grad = (t.to(dtype).contiguous(memory_format=LAST) for t in (x * scale + offset, grad))
     weight, bias = (torch.rand(case.channels, generator=draw) + 0.5 if case.affine else None for _ in range(2))
@@ -86,7 +85,7 @@ def operands(case: Case, dtype: torch.dtype) -> list[Tensor | None]:
 
 
 def expected(given: list[Tensor | None], ghosts: int, eps: float = EPS) -> Made:
-    """By `nn.BatchNorm2d` in float64, ghost batch by ghost batch."""
+    """Compute the reference with `nn.BatchNorm2d` in float64, ghost batch by ghost batch."""
     x, weight, bias, grad = (None if t is None else t.detach().double() for t in given)
     assert x is not None
     assert grad is not None
@@ -102,14 +101,14 @@ def expected(given: list[Tensor | None], ghosts: int, eps: float = EPS) -> Made:
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)], torch.stack(statistics, 1)
 
 
-def worst(got: Tensor, exact: Tensor) -> float:
-    """The largest error, as a share of the largest value."""
+def largest_error(got: Tensor, exact: Tensor) -> float:
+    """Return the largest error relative to the largest value."""
     return float((got.double() - exact).abs().max() / exact.abs().max())
 
 
 def interpreted(folder: Path, cases: list[tuple[list[Tensor | None], int, float, int]]) -> list[Made]:
     torch.save(cases, folder / "cases.pt")
-    # triton reads the variable when the kernels are defined.
+    # Triton reads TRITON_INTERPRET when the kernels are defined.
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     names = [str(folder / "cases.pt"), str(folder / "results.pt")]
     subprocess.run([sys.executable, "-c", INTERPRETED, *names], check=True, env=environment, timeout=400)
@@ -119,7 +118,7 @@ def interpreted(folder: Path, cases: list[tuple[list[Tensor | None], int, float,
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Made]:
-    """Of each case and dtype; of "two", the first two ghost batches of the case of three in float32."""
+    """Return the results by case and dtype; "two": the first two ghost batches of the case of three, in float32."""
     keys = [(case, dtype) for case in CASES for dtype in DTYPES]
     given = [(operands(case, dtype), case.ghosts, EPS, case.programs) for case, dtype in keys]
     three, (x, weight, bias, grad) = CASES[3], operands(CASES[3], torch.float32)
@@ -133,31 +132,29 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Made]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_backward_and_statistics_are_those_of_float64(
-    results: dict[Any, Made], case: Case, dtype: torch.dtype
-) -> None:
+def test_interpreted_kernels_agree_with_float64(results: dict[Any, Made], case: Case, dtype: torch.dtype) -> None:
     got, statistics = results[case, dtype]
     exact, exact_statistics = expected(operands(case, dtype), case.ghosts)
-    # float32's mean of 1000 is off by half a unit, 3e-5, which is a share of the spread of 0.5 and more; the sum of
-    # gradients times normalized values gathers it. The interpreter cuts bfloat16 off, where a GPU rounds.
-    lost = 0.0 if case.offset < 100 else 6e-5
+    # A float32 mean of 1000 has a rounding error of half a unit, 3e-5, compared with a spread of 0.5 or more. The sum
+    # of gradients times normalized values accumulates it. The interpreter truncates bfloat16; a GPU rounds.
+    rounding = 0.0 if case.offset < 100 else 6e-5
     unit = {torch.float32: 1.5e-6, torch.float16: 0.51 * 2**-10, torch.bfloat16: 1.01 * 2**-7}[dtype]
     assert (got[0].dtype, got[1].dtype) == (dtype, dtype)
     for ours, theirs in zip(got[:2], exact[:2], strict=True):
         assert ours.is_contiguous(memory_format=LAST)
-        # A ghost batch of three values may have a small variance, by which its gradients are divided.
-        assert worst(ours, theirs) < unit + lost + (1e-5 if case.side == 1 else 0)
+        # A ghost batch of three values may have a small variance, which divides its gradients.
+        assert largest_error(ours, theirs) < unit + rounding + (1e-5 if case.side == 1 else 0)
     for ours, theirs in zip(got[2:], exact[2:], strict=True):
         assert ours.dtype == torch.float32
-        assert worst(ours, theirs) < 2e-6 + 5 * lost
+        assert largest_error(ours, theirs) < 2e-6 + 5 * rounding
     assert statistics.dtype == torch.float32
-    # Differences of up to 8 from a chunk's first value are rounded by up to 5e-7.
-    assert worst(statistics[0], exact_statistics[0]) < 1e-6
-    assert float((statistics[1].double() / exact_statistics[1] - 1).abs().max()) < 2e-6 + lost
+    # Differences of up to 8 from a chunk's first value have rounding errors of up to 5e-7.
+    assert largest_error(statistics[0], exact_statistics[0]) < 1e-6
+    assert float((statistics[1].double() / exact_statistics[1] - 1).abs().max()) < 2e-6 + rounding
 
 
 @pytest.mark.slow
-def test_a_ghost_batch_has_the_same_digits_beside_any_number_of_others(results: dict[Any, Made]) -> None:
+def test_results_do_not_depend_on_the_number_of_ghost_batches(results: dict[Any, Made]) -> None:
     three, two = results[CASES[3], torch.float32], results["two"]
     for ours, theirs in zip(three[0][:2], two[0][:2], strict=True):
         assert torch.equal(ours[: len(theirs)], theirs)
@@ -173,7 +170,7 @@ class Launch(NamedTuple):
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """What would be launched; nothing is."""
+    """Record launches instead of making them."""
     made: list[Launch] = []
 
     class Recorder:
@@ -200,7 +197,7 @@ def run_on(device: str, ghosts: int, channels: int, side: int, dtype: torch.dtyp
 RESNET_50 = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]
 
 
-def test_the_number_of_launches_does_not_depend_on_that_of_the_ghost_batches(launched: list[Launch]) -> None:
+def test_launches_do_not_grow_with_the_ghost_batches(launched: list[Launch]) -> None:
     for ghosts in (2, 64):
         launched.clear()
         run_on("meta", ghosts, 64, 7, torch.bfloat16)
@@ -220,7 +217,7 @@ def test_two_ghost_batches_of_resnet_50_fill_a_gpu(
 
 
 def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel as it would be launched, with aligned memory, for a GPU of that compute capability."""
+    """Compile the kernel as launched, with aligned memory, for a GPU of that compute capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -241,13 +238,13 @@ def compiled(launch: Launch, capability: int) -> Any:
 
 
 def loops(ptx: str) -> str:
-    """The basic blocks that branch back to their own beginning."""
+    """Return the basic blocks that branch back to their own beginning."""
     blocks = re.split(r"^(\$\w+):", ptx, flags=re.MULTILINE)
     pairs = zip(blocks[1::2], blocks[2::2], strict=True)
     return "".join(block for label, block in pairs if re.search(rf"bra(\.uni)?\s+\{label};", block))
 
 
-# 24: a multiple of 8 only.
+# 24 is a multiple of 8, but of no higher power of 2.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "capability", "channels"),
@@ -259,7 +256,7 @@ def loops(ptx: str) -> str:
     ],
     ids=str,
 )
-def test_compiled_they_make_eight_passes_in_loads_and_stores_of_16_bytes(
+def test_compiled_kernels_make_eight_passes_of_16_byte_accesses(
     launched: list[Launch],
     dtype: torch.dtype,
     capability: int,
@@ -276,10 +273,10 @@ def test_compiled_they_make_eight_passes_in_loads_and_stores_of_16_bytes(
         name = launch.kernel.fn.__name__
         if name not in STREAMS:
             continue
-        # Offsets of values are of 64 bits.
+        # Offsets of values have 64 bits.
         assert re.search(r"arith\.muli .*: i64", made.asm["ttir"])
         loop = loops(made.asm["ptx"])
-        # To the nearest, and once; the interpreter only cuts off.
+        # Rounded to nearest, and once; the interpreter only truncates.
         if dtype != torch.float32 and name in ("_normalize", "_input_gradient"):
             assert set(re.findall(r"cvt\.(r\w)\.b?f16", loop)) == {"rn"}
         accesses = re.findall(r"\b((?:ld|st|cp)\.(?:global|async)\S*)", loop)
@@ -292,14 +289,14 @@ def test_compiled_they_make_eight_passes_in_loads_and_stores_of_16_bytes(
 
 
 def on_fake_cuda(dtype: torch.dtype, layout: torch.memory_format, *, ghost_batch: int = 4) -> None:
-    """A layer's forward and backward pass over 8 samples."""
+    """Run a layer's forward and backward pass over 8 samples."""
     with FakeTensorMode():
         layer = GhostBatchNorm2d(64, ghost_batch=ghost_batch, device="cuda")
         x = torch.empty(8, 64, 8, 8, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         node = layer(x).grad_fn
-        # The engine that walks a graph of CUDA tensors wants a driver, one node does not.
+        # The engine that runs a graph of CUDA tensors needs a driver; a single node does not.
         with torch.no_grad():
-            # A node of torch's own takes the gradient of its one differentiable output.
+            # A built-in node of torch takes the gradient of its only differentiable output.
             grad = torch.empty_like(x)
             node.apply(grad, None) if hasattr(node, "apply") else node(grad)
 
@@ -313,7 +310,7 @@ def on_fake_cuda(dtype: torch.dtype, layout: torch.memory_format, *, ghost_batch
     ],
     ids=str,
 )
-def test_a_layer_on_cuda_takes_them_in_channels_last(
+def test_a_layer_on_cuda_uses_the_kernels_in_channels_last(
     launched: list[Launch],
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
@@ -328,7 +325,7 @@ def test_a_layer_on_cuda_takes_them_in_channels_last(
 
 
 @pytest.mark.parametrize(("more", "launches"), [(0, 6), (1, 0)])
-def test_one_ghost_batch_takes_them_where_it_is_large(
+def test_one_ghost_batch_uses_the_kernels_only_if_large(
     launched: list[Launch], monkeypatch: pytest.MonkeyPatch, more: int, launches: int
 ) -> None:
     monkeypatch.setattr(dispatch, "_is_plain", lambda input: True)
@@ -338,7 +335,9 @@ def test_one_ghost_batch_takes_them_where_it_is_large(
     assert len(launched) == launches
 
 
-def test_fake_tensors_and_compiled_models_do_without(launched: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_tensors_and_compiled_models_avoid_the_kernels(
+    launched: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "_disabled", [])
     on_fake_cuda(torch.bfloat16, LAST)
     monkeypatch.setattr(dispatch, "_is_supported", lambda input: True)
@@ -349,7 +348,7 @@ def test_fake_tensors_and_compiled_models_do_without(launched: list[Launch], mon
 
 
 @pytest.mark.parametrize("failing", ["import", "forward", "backward"])
-def test_without_triton_or_a_compiler_the_results_are_torchs_and_that_is_said_once(
+def test_without_triton_torch_takes_over_with_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str
 ) -> None:
     def fail(*_: Any) -> Any:
@@ -370,13 +369,13 @@ def test_without_triton_or_a_compiler_the_results_are_torchs_and_that_is_said_on
         made = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
         exact, exact_statistics = expected(given, case.ghosts)
         for ours, theirs in zip([*made, statistics], [*exact, exact_statistics], strict=True):
-            assert worst(ours, theirs) < 2e-6
-    said = capsys.readouterr().err
-    assert said.count("runs without its Triton kernels") == 1
-    assert ("No module named 'triton'" if failing == "import" else "no C compiler") in said
+            assert largest_error(ours, theirs) < 2e-6
+    message = capsys.readouterr().err
+    assert message.count("runs without its Triton kernels") == 1
+    assert ("No module named 'triton'" if failing == "import" else "no C compiler") in message
 
 
-def test_memory_that_does_not_suffice_is_no_reason_to_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_does_not_disable_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise torch.OutOfMemoryError
 
@@ -403,7 +402,7 @@ def on_the_gpu(given: list[Tensor | None], ghosts: int) -> Made:
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_on_cuda_they_agree_with_float64_and_with_the_operations_of_torch(
+def test_cuda_kernels_agree_with_float64_and_with_torch(
     monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(dispatch, "_disabled", [])
@@ -413,25 +412,25 @@ def test_on_cuda_they_agree_with_float64_and_with_the_operations_of_torch(
     assert dispatch._disabled == []
     with dispatch.without_kernels():
         torchs, _ = on_the_gpu(given, case.ghosts)
-    lost = 0.0 if case.offset < 100 else 6e-5
+    rounding = 0.0 if case.offset < 100 else 6e-5
     half = 1.5e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
     for number, (ours, theirs, true) in enumerate(zip(got, torchs, exact, strict=True)):
-        bound = (half if number < 2 else 3e-6) + 5 * lost + (1e-5 if case.side == 1 else 0)
-        assert worst(ours.cpu(), true) < bound
-        # The operations of torch round twice on the way, and bfloat16's products.
-        assert worst(ours.cpu(), theirs.cpu().double()) < 4 * bound + (2**-6 if dtype == torch.bfloat16 else 0)
-    assert worst(statistics[0].cpu(), exact_statistics[0]) < 1e-6
-    assert float((statistics[1].cpu().double() / exact_statistics[1] - 1).abs().max()) < 2e-6 + lost
+        bound = (half if number < 2 else 3e-6) + 5 * rounding + (1e-5 if case.side == 1 else 0)
+        assert largest_error(ours.cpu(), true) < bound
+        # torch's operations round twice, and they round bfloat16's products.
+        assert largest_error(ours.cpu(), theirs.cpu().double()) < 4 * bound + (2**-6 if dtype == torch.bfloat16 else 0)
+    assert largest_error(statistics[0].cpu(), exact_statistics[0]) < 1e-6
+    assert float((statistics[1].cpu().double() / exact_statistics[1] - 1).abs().max()) < 2e-6 + rounding
 
 
 @needs_cuda
-def test_on_cuda_nothing_waits_and_autocast_keeps_dtype_and_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_never_waits_and_autocast_keeps_dtype_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_disabled", [])
     layer = GhostBatchNorm2d(64, ghost_batch=4, device="cuda")
     x = torch.randn(8, 64, 9, 9, device="cuda").to(torch.bfloat16).contiguous(memory_format=LAST).requires_grad_()
     grad = torch.randn_like(x)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        # Triton compiles, and loads what it has compiled, at the first call.
+        # Triton compiles and loads the kernels at the first call.
         layer(x).backward(grad)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -447,7 +446,7 @@ def test_on_cuda_nothing_waits_and_autocast_keeps_dtype_and_memory_format(monkey
 
 
 @needs_cuda
-def test_on_cuda_a_graph_of_them_replays_to_the_same_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_of_the_kernels_replay_bit_identically(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_disabled", [])
     case = Case(64, 3, 4, 30)
     x, weight, bias, grad = (t if t is None else t.cuda() for t in operands(case, torch.bfloat16))
@@ -467,7 +466,7 @@ def test_on_cuda_a_graph_of_them_replays_to_the_same_digits(monkeypatch: pytest.
 
 
 @needs_cuda
-def test_on_cuda_a_micro_batch_of_more_than_2_to_the_31_values_is_normalised_to_its_end() -> None:
+def test_cuda_normalizes_more_than_2_to_the_31_values() -> None:
     ghosts, shape = 9, (1, 64, 2048, 2048)
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of memory on the device")

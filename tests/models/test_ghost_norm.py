@@ -1,4 +1,4 @@
-"""Ghost batch norm without a loop, which accelerators take, against torch's batch norm of each ghost batch."""
+"""Ghost batch norm without a loop, as on accelerators, against torch's batch norm of each ghost batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,65 +31,63 @@ def in_a_loop(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def operands(dtype: torch.dtype, layout: torch.memory_format, offset: float = 1.0) -> list[Tensor]:
-    """Input, weight, bias and gradient of the output; weight and bias are of at least float32."""
+    """Return input, weight, bias and the gradient of the output; weight and bias are at least float32."""
     draw = torch.Generator().manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     x, grad = (torch.randn(12, CHANNELS, 7, 6, generator=draw, dtype=torch.float64) for _ in range(2))
     weight, bias = (torch.rand(CHANNELS, generator=draw, dtype=wide) + 0.5 for _ in range(2))
-    # Every channel has a mean and a spread of its own.
+    # Every channel has a different mean and spread.
     scale = torch.linspace(0.5, 2, CHANNELS, dtype=torch.float64).view(-1, 1, 1)
     x, grad = (t.to(dtype).contiguous(memory_format=layout) for t in (x * scale + offset, grad))
     return [x, weight, bias, grad]
 
 
 def results(norm: Norm, given: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The output and the gradients in input, weight and bias, computed in `dtype`, else in the dtypes given."""
+    """Return the output and the gradients of input, weight and bias, computed in `dtype` if it is given."""
     x, weight, bias, grad = (t.detach().to(dtype or t.dtype) for t in given)
     leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
     out = norm(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def worst(got: Tensor, expected: Tensor) -> float:
-    """The largest error, as a share of the largest value."""
+def largest_error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest error relative to the largest value."""
     return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loop_over_slices_gives_the_same_to_1e_12_in_float64(layout: torch.memory_format) -> None:
+def test_float64_agrees_with_a_loop_over_slices(layout: torch.memory_format) -> None:
     given = operands(torch.float64, layout)
     for got, expected in zip(results(at_once, given), results(in_a_loop, given), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-# A unit in the last place of the dtype times what a sum of 126 values of a ghost batch adds; an input whose mean is
-# fifty times its spread loses six more bits, here as in torch's kernels.
+# A unit in the last place times the rounding errors of a sum of 126 values per ghost batch. An input whose mean is 50
+# times its spread loses six more bits, as in torch's kernels.
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("offset", "bound"), [(1.0, 1e-6), (50.0, 3e-5)])
-def test_float32_is_near_the_float64_loop(layout: torch.memory_format, offset: float, bound: float) -> None:
+def test_float32_is_close_to_the_float64_loop(layout: torch.memory_format, offset: float, bound: float) -> None:
     given = operands(torch.float32, layout, offset)
     for got, expected in zip(results(at_once, given), results(in_a_loop, given, torch.float64), strict=True):
         assert got.dtype == torch.float32
-        assert worst(got, expected) < bound
+        assert largest_error(got, expected) < bound
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("offset", [1.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_where_it_is_written(
-    dtype: torch.dtype, offset: float, layout: torch.memory_format
-) -> None:
+def test_half_precision_rounds_only_when_stored(dtype: torch.dtype, offset: float, layout: torch.memory_format) -> None:
     given = operands(dtype, layout, offset)
     out, grad_input, grad_weight, grad_bias = results(at_once, given)
     expected = results(in_a_loop, given, torch.float64)
     unit = torch.finfo(dtype).eps
     assert (out.dtype, grad_input.dtype, grad_weight.dtype, grad_bias.dtype) == (dtype, dtype, *[torch.float32] * 2)
-    # Half a unit; the input's gradient is rounded twice. Output and gradients vary in size by less than two here.
-    assert worst(out, expected[0]) < 0.51 * unit
-    assert worst(grad_input, expected[1]) < 0.8 * unit
-    # bfloat16's products are rounded, up to two units each, and 504 of them, independent of one another, are summed.
-    assert worst(grad_weight, expected[2]) < (2 * unit if dtype == torch.bfloat16 else 1e-5)
-    assert worst(grad_bias, expected[3]) < 1e-5
+    # Half a unit; the input's gradient is rounded twice. Output and gradients vary in size by less than a factor of 2.
+    assert largest_error(out, expected[0]) < 0.51 * unit
+    assert largest_error(grad_input, expected[1]) < 0.8 * unit
+    # bfloat16's products are rounded by up to two units each, independently, and 504 of them are summed.
+    assert largest_error(grad_weight, expected[2]) < (2 * unit if dtype == torch.bfloat16 else 1e-5)
+    assert largest_error(grad_bias, expected[3]) < 1e-5
 
 
 def test_float16_products_beyond_its_range_are_summed() -> None:
@@ -99,14 +96,14 @@ def test_float16_products_beyond_its_range_are_summed() -> None:
     given[3] *= 8000
     expected = results(in_a_loop, given, torch.float64)
     assert float((given[0] * given[3]).abs().max()) == torch.inf
-    assert worst(results(at_once, given)[2], expected[2]) < 1e-5
+    assert largest_error(results(at_once, given)[2], expected[2]) < 1e-5
 
 
-def test_the_mean_is_not_rounded_to_bfloat16_in_the_gradient_of_the_weight() -> None:
+def test_the_weight_gradient_uses_the_mean_in_float32() -> None:
     given = operands(torch.bfloat16, torch.channels_last, offset=20.3)
     given[3] = (given[3] + 8).contiguous(memory_format=torch.channels_last)
     expected = results(in_a_loop, given, torch.float64)[2]
-    # Rounding a mean of 20 moves it by up to a sixteenth; the sum of 504 gradients of 8 makes that 250 at most.
+    # Rounding a mean of 20 changes it by up to 1/16; with the sum of 504 gradients of 8 that is at most 250.
     assert float((results(at_once, given)[2] - expected).abs().max()) < 10
 
 
@@ -132,18 +129,18 @@ def test_channels_last_stays_channels_last(dtype: torch.dtype) -> None:
     for tensor in (out, grad_input):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
         assert not tensor.is_contiguous()
-    # A gradient may come in another format, or expanded, as from a mean over the pixels.
+    # A gradient may have another format, or be expanded, as that of a mean over the pixels.
     bound = 1e-6 if dtype == torch.float32 else 0.8 * torch.finfo(dtype).eps
     for grad in (given[3].contiguous(), given[3][:, :, :1, :1].expand(given[3].shape)):
         given[3] = grad
         got = results(at_once, given)
         assert got[1].is_contiguous(memory_format=torch.channels_last)
         assert not got[1].is_contiguous()
-        assert worst(got[1], results(in_a_loop, given, torch.float64)[1]) < bound
+        assert largest_error(got[1], results(in_a_loop, given, torch.float64)[1]) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_backward_pass_keeps_the_input_itself_and_two_numbers_per_ghost_batch_and_channel(
+def test_the_backward_pass_keeps_only_input_and_statistics(
     dtype: torch.dtype,
 ) -> None:
     x, weight, bias, _ = operands(dtype, torch.channels_last)
@@ -157,13 +154,13 @@ def test_the_backward_pass_keeps_the_input_itself_and_two_numbers_per_ghost_batc
 
 
 class Calls(TorchDispatchMode):
-    """The operators dispatched; those that put device values on the host; the dtypes of results of `size` values."""
+    """The dispatched operators, those that copy values to the host, and the dtypes of results with `size` values."""
 
     def __init__(self, size: int = 0) -> None:
         super().__init__()
         self.size = size
         self.made: list[str] = []
-        self.brought_back: list[str] = []
+        self.to_host: list[str] = []
         self.large: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -172,7 +169,7 @@ class Calls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given, got = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), result))
         if any(t.device.type == "cuda" for t in given) and any(t.device.type == "cpu" for t in got):
-            self.brought_back.append(func.name())
+            self.to_host.append(func.name())
         self.large |= {t.dtype for t in got if t.numel() == self.size}
         return result
 
@@ -182,9 +179,7 @@ def on_the_cpu_at_once(layer: GhostBatchNorm2d, input: Tensor, ghost: int) -> tu
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_layer_that_takes_them_at_once_has_the_same_results_and_running_statistics(
-    affine: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_without_the_loop_has_the_same_results(affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GhostBatchNorm2d, "_one_by_one", on_the_cpu_at_once)
     layer = GhostBatchNorm2d(CHANNELS, ghost_batch=3, affine=affine, dtype=torch.float64)
     plain = nn.BatchNorm2d(CHANNELS, affine=affine, dtype=torch.float64)
@@ -218,13 +213,13 @@ def test_autocast_makes_no_float32_copy_of_bfloat16_activations(monkeypatch: pyt
     assert out.dtype == torch.bfloat16
     assert calls.large == {torch.bfloat16}
     assert layer.ghost_sums.dtype == torch.float32
-    assert worst(
+    assert largest_error(
         out.detach(), in_a_loop(x.detach().double(), torch.ones(CHANNELS).double(), torch.zeros(CHANNELS).double())
     ) < (0.51 * torch.finfo(torch.bfloat16).eps)
 
 
 def calls_on_cuda(ghosts: int, dtype: torch.dtype) -> Calls:
-    """Of a layer's forward and backward pass over fake CUDA tensors in channels_last."""
+    """Return the calls of a layer's forward and backward pass over fake CUDA tensors in channels_last."""
     with FakeTensorMode():
         layer = GhostBatchNorm2d(64, ghost_batch=4, device="cuda")
         x = torch.empty(4 * ghosts, 64, 8, 8, device="cuda", dtype=dtype, requires_grad=True)
@@ -232,7 +227,7 @@ def calls_on_cuda(ghosts: int, dtype: torch.dtype) -> Calls:
         grad = torch.empty_like(x)
         with Calls(x.numel()) as calls:
             node = layer(x).grad_fn
-            # The engine that walks a graph of CUDA tensors wants a driver, one node does not.
+            # The engine that runs a graph of CUDA tensors needs a driver; a single node does not.
             with torch.no_grad():
                 given = (grad, None) if ghosts > 1 else (grad,)
                 gradients = getattr(node, "apply", node)(*given)
@@ -242,24 +237,24 @@ def calls_on_cuda(ghosts: int, dtype: torch.dtype) -> Calls:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_number_of_calls_does_not_depend_on_that_of_the_ghost_batches(dtype: torch.dtype) -> None:
-    few = calls_on_cuda(2, dtype).made
-    assert few == calls_on_cuda(64, dtype).made
-    kernels = [name for name in few if not name.startswith(("aten::view", "aten::_unsafe_view", "aten::detach"))]
+def test_calls_do_not_grow_with_the_ghost_batches(dtype: torch.dtype) -> None:
+    names = calls_on_cuda(2, dtype).made
+    assert names == calls_on_cuda(64, dtype).made
+    kernels = [name for name in names if not name.startswith(("aten::view", "aten::_unsafe_view", "aten::detach"))]
     assert 10 < len(kernels) <= 50, kernels
 
 
 @pytest.mark.parametrize("ghosts", [1, 8])
 def test_no_call_waits_for_the_device(ghosts: int) -> None:
     calls = calls_on_cuda(ghosts, torch.bfloat16)
-    assert calls.brought_back == []
+    assert calls.to_host == []
     assert not [name for name in calls.made if any(w in name for w in ("_local_scalar_dense", "nonzero", "equal"))]
     with FakeTensorMode(), Calls() as counter:
         torch.ones(2, device="cuda").cpu()
-    assert counter.brought_back == ["aten::_to_copy"]
+    assert counter.to_host == ["aten::_to_copy"]
 
 
-def test_one_ghost_batch_on_an_accelerator_is_torchs_batch_norm() -> None:
+def test_one_ghost_batch_on_cuda_uses_torchs_batch_norm() -> None:
     def norms(ghosts: int) -> list[str]:
         return [name for name in calls_on_cuda(ghosts, torch.float32).made if "batch_norm" in name]
 
@@ -267,7 +262,7 @@ def test_one_ghost_batch_on_an_accelerator_is_torchs_batch_norm() -> None:
     assert norms(2) == []
 
 
-def test_compiled_it_is_one_graph_with_the_same_results() -> None:
+def test_torch_compile_makes_one_graph_with_the_same_results() -> None:
     given = operands(torch.bfloat16, torch.channels_last)
     compiled = torch.compile(at_once, backend="aot_eager", fullgraph=True)
     expected = results(in_a_loop, given, torch.float64)
@@ -275,7 +270,7 @@ def test_compiled_it_is_one_graph_with_the_same_results() -> None:
     for got, exact, bound in zip(
         results(compiled, given), expected, (0.51 * unit, 0.8 * unit, 1e-5, 1e-5), strict=True
     ):
-        assert worst(got, exact) < bound
+        assert largest_error(got, exact) < bound
 
 
 def test_a_single_value_per_channel_is_refused() -> None:
@@ -287,31 +282,29 @@ def test_a_single_value_per_channel_is_refused() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cuda_agrees_with_the_float64_loop_and_waits_for_nothing(
-    dtype: torch.dtype, layout: torch.memory_format
-) -> None:
+def test_cuda_agrees_with_the_float64_loop_without_waiting(dtype: torch.dtype, layout: torch.memory_format) -> None:
     given = operands(dtype, layout)
     expected = results(in_a_loop, given, torch.float64)
-    there = [t.to("cuda") for t in given]
+    on_device = [t.to("cuda") for t in given]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = results(at_once, there)
+        got = results(at_once, on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     unit = torch.finfo(dtype).eps
     bounds = (8, 8, 8, 8) if dtype in (torch.float32, torch.float64) else (0.6, 0.9, 2, 0.1)
     for ours, exact, bound in zip(got, expected, bounds, strict=True):
-        assert worst(ours.cpu(), exact) < bound * unit
+        assert largest_error(ours.cpu(), exact) < bound * unit
 
 
-def test_the_network_may_go_on_in_place() -> None:
+def test_the_output_may_be_modified_in_place() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
     gradients = []
     for in_place in (True, False):
         leaf = x.clone().requires_grad_()
         output, _ = ghost_norm(leaf, None, None, ghosts=4, eps=1e-5)
-        (F.relu(output, inplace=in_place) * x).sum().backward()
+        (functional.relu(output, inplace=in_place) * x).sum().backward()
         gradients.append(leaf.grad)
     assert gradients[0] is not None
     assert gradients[1] is not None

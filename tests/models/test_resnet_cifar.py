@@ -1,4 +1,4 @@
-"""The CIFAR ResNets against the paper's tables and a block written out by hand."""
+"""The CIFAR ResNets against the paper's tables and a block computed by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lars_train.models.resnet_cifar import BasicBlock, CifarResNet
 
 
 def parameters_by_hand(n: int, classes: int) -> int:
-    """Weights of 3 x 3 convolutions, two numbers per normalised channel, the linear layer; no shortcuts."""
+    """Return the number of parameters: 3 x 3 convolutions, two per normalized channel, the linear layer."""
     convolutions = [(3, 16)] + [(16, 16)] * 2 * n
     for narrow, wide in ((16, 32), (32, 64)):
         convolutions += [(narrow, wide)] + [(wide, wide)] * (2 * n - 1)
@@ -20,7 +20,7 @@ def parameters_by_hand(n: int, classes: int) -> int:
 
 
 @pytest.mark.parametrize(("n", "millions"), [(3, 0.27), (5, 0.46), (7, 0.66), (9, 0.85)])
-def test_the_networks_are_as_large_as_in_table_6(n: int, millions: float) -> None:
+def test_networks_have_the_sizes_of_table_6(n: int, millions: float) -> None:
     count = sum(p.numel() for p in CifarResNet(n, num_classes=10).parameters())
     assert count == parameters_by_hand(n, 10)
     assert round(count / 1e6, 2) == millions
@@ -61,7 +61,7 @@ def test_modules_are_named_as_in_torchvision() -> None:
     assert {name.split(".")[0] for name in names} == {"conv1", "bn1", "layer1", "layer2", "layer3", "fc"}
 
 
-def test_convolutions_start_with_the_variance_of_he_et_al() -> None:
+def test_convolutions_are_initialized_as_in_he_et_al() -> None:
     torch.manual_seed(0)
     weight = CifarResNet(1, num_classes=10).state_dict()["layer3.0.conv1.weight"]
     assert weight.shape == (64, 32, 3, 3)
@@ -69,13 +69,13 @@ def test_convolutions_start_with_the_variance_of_he_et_al() -> None:
     assert abs(float(weight.mean())) < 1e-3
 
 
-def test_the_norm_layer_is_the_callers() -> None:
+def test_the_norm_layer_can_be_chosen() -> None:
     model = CifarResNet(1, num_classes=10, norm_layer=lambda planes: nn.GroupNorm(4, planes))
     assert sum(isinstance(m, nn.GroupNorm) for m in model.modules()) == 7
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
-def test_a_stem_of_stride_2_halves_every_stage_and_costs_a_quarter() -> None:
+def test_a_stem_of_stride_2_costs_a_quarter() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     counted = []
@@ -83,6 +83,6 @@ def test_a_stem_of_stride_2_halves_every_stage_and_costs_a_quarter() -> None:
         model = CifarResNet(1, num_classes=10, stem_stride=stride)
         with FlopCounterMode(display=False) as counter:
             assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-        counted.append(counter.get_total_flops() - 2 * 2 * 64 * 10)  # less the linear layer's
+        counted.append(counter.get_total_flops() - 2 * 2 * 64 * 10)  # minus the linear layer's
     assert counted[0] == 4 * counted[1]
     assert sum(p.numel() for p in model.parameters()) == parameters_by_hand(1, 10)

@@ -1,4 +1,4 @@
-"""Weights from files load whole or not at all, by name, from what other programs write too."""
+"""Weights from files, also of other programs, load by name, completely or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build(name: str, num_classes: int = 10, zero_gamma: bool = False) -> nn.Modu
 
 
 def other(seed: int = 1, num_classes: int = 10) -> State:
-    """The state of a network that `build` does not give."""
+    """Return the state of a network other than those that `build` returns."""
     torch.manual_seed(seed)
     state: State = build_model("small", num_classes=num_classes, ghost_batch=4, zero_gamma=False).state_dict()
     return state
@@ -44,7 +44,7 @@ def assert_loads(content: object, path: Path, expected: State) -> tuple[str, ...
     return notes
 
 
-def test_saved_weights_come_back(tmp_path: Path) -> None:
+def test_saved_weights_load(tmp_path: Path) -> None:
     source, model = build("small"), build("small", zero_gamma=True)
     torch.save(source.state_dict(), tmp_path / "w.pt")
     load_weights(model, tmp_path / "w.pt")
@@ -57,7 +57,7 @@ def test_old_files_without_batch_counters_load(tmp_path: Path) -> None:
     load_weights(build("small"), str(tmp_path / "w.pt"))
 
 
-def test_weights_that_do_not_fit_are_refused_by_name_and_nothing_is_loaded(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_and_not_loaded(tmp_path: Path) -> None:
     state = build("small").state_dict()
     state["fc.weight"] = torch.zeros(3, 64)
     state["extra"] = state.pop("conv1.weight")
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path:
         load_weights(model, tmp_path / "net.pth")
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+def test_files_without_a_state_dict_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     with pytest.raises(ConfigError, match="No such file"):
         load_weights(build("small"), path)
@@ -103,16 +103,16 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "the file is empty"),
         (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
 )
-def test_a_download_that_is_no_weights_is_named_for_what_it_is(content: bytes, told: str, tmp_path: Path) -> None:
+def test_files_that_are_not_weights_are_identified(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_weights(build("small"), tmp_path / "w.pth")
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match=r"it is a folder.*best\.pt.*checkpoint\.path"):
@@ -141,7 +141,7 @@ def test_checkpoints_of_other_programs_load(form: str, tmp_path: Path) -> None:
     assert assert_loads(WRAPPED[form](state), tmp_path / "w.pth", state) == ()
 
 
-def test_of_two_networks_the_plain_one_is_taken_or_none(tmp_path: Path) -> None:
+def test_the_plain_network_is_preferred_to_the_averaged(tmp_path: Path) -> None:
     state, average = other(), other(seed=2)
     both = {"state_dict_ema": average, "state_dict": state}
     (note,) = assert_loads(both, tmp_path / "w.pth", state)
@@ -149,15 +149,15 @@ def test_of_two_networks_the_plain_one_is_taken_or_none(tmp_path: Path) -> None:
     averaged = {"n_averaged": torch.tensor(3), **prefixed(average, "module.")}
     (note,) = assert_loads({"model": state, "model_ema": averaged}, tmp_path / "w.pth", state)
     assert "of model, model_ema.module, model is used" in note
-    (beside,) = assert_loads(averaged, tmp_path / "w.pth", average)
-    assert "not used, outside the network module.: 1 tensor: n_averaged" in beside
+    (note,) = assert_loads(averaged, tmp_path / "w.pth", average)
+    assert "not used, outside the network module.: 1 tensor: n_averaged" in note
     torch.save({"state_dict": {**prefixed(state, "student."), **prefixed(average, "teacher.")}}, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"more than one network \(state_dict\.student, state_dict\.teacher\)"):
         load_weights(build("small"), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("value", [argparse.Namespace(lr=1), np.float64(76.1), nn.Linear(1, 1)])
-def test_objects_beside_the_tensors_are_refused_with_the_remedy(value: object, tmp_path: Path) -> None:
+def test_objects_other_than_tensors_are_refused_with_the_remedy(value: object, tmp_path: Path) -> None:
     torch.save({"state_dict": other(), "value": value}, tmp_path / "w.pth")
     with pytest.raises(
         ConfigError, match=r"it holds [\w.]+(Namespace|scalar|Linear), .*weights_only=False.*torch\.save"
@@ -169,7 +169,7 @@ def test_weights_of_another_model_are_refused_with_its_name(tmp_path: Path) -> N
     torch.save(prefixed(build("resnet20").state_dict(), "module."), tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"not in the model: layer1\.1\.conv1\.weight, .*It fits model=resnet20\."):
         load_weights(build("small"), tmp_path / "w.pth")
-    # By shape they fit: tiny differs from small in a stride alone.
+    # The shapes fit: tiny differs from small only in a stride.
     torch.save({"arch": "tiny", "state_dict": other()}, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match="it is for model tiny, not small: choose model=tiny"):
         load_weights(build("small"), tmp_path / "w.pth", name="small")
@@ -178,7 +178,7 @@ def test_weights_of_another_model_are_refused_with_its_name(tmp_path: Path) -> N
         load_weights(build("small"), tmp_path / "w.pth")
 
 
-def test_another_number_of_classes_wants_a_new_head_which_is_the_models_own(tmp_path: Path) -> None:
+def test_another_number_of_classes_needs_a_new_head(tmp_path: Path) -> None:
     state = other(num_classes=1000)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(
@@ -201,7 +201,7 @@ def test_another_number_of_classes_wants_a_new_head_which_is_the_models_own(tmp_
 
 
 def named(state: State, classes: object, **more: object) -> Any:
-    """`state` with the names of its classes, as mode=export writes them."""
+    """Return `state` with the names of its classes, as mode=export writes them."""
     made: Any = build("small").state_dict()
     made.update(state)
     made._metadata["lars_train"] = json.dumps({"classes": classes, **more})
@@ -209,6 +209,7 @@ def named(state: State, classes: object, **more: object) -> Any:
 
 
 NAMES = [str(number) for number in range(10)]
+ORDER = ["7", "0", "1", "2", "9", "3", "8", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("form", ["pth", "wrapped", "safetensors", "checkpoint"])
@@ -222,11 +223,10 @@ def test_classes_in_another_order_are_matched_by_name(form: str, tmp_path: Path)
         torch.save({"format": 1, "model": state, "classes": NAMES, "config": {"model": {"name": "small"}}}, path)
     else:
         torch.save({"state_dict": named(state, NAMES)} if form == "wrapped" else named(state, NAMES), path)
-    order = ["7", "0", "1", "2", "9", "3", "8", "4", "5", "6"]
     model = build("small")
-    (note,) = load_weights(model, path, name="small", classes=order)
+    (note,) = load_weights(model, path, name="small", classes=ORDER)
     assert "by name" in note
-    for row, label in enumerate(order):
+    for row, label in enumerate(ORDER):
         assert torch.equal(model.state_dict()["fc.weight"][row], state["fc.weight"][int(label)])
         assert torch.equal(model.state_dict()["fc.bias"][row], state["fc.bias"][int(label)])
     images = torch.randn(4, 3, 16, 16)
@@ -234,14 +234,16 @@ def test_classes_in_another_order_are_matched_by_name(form: str, tmp_path: Path)
     assert load_weights(plain, path, name="small", classes=NAMES) == ()
     with torch.no_grad():
         found, expected = model.eval()(images), plain.eval()(images)
-    torch.testing.assert_close(found, expected[:, [int(label) for label in order]])
+    torch.testing.assert_close(found, expected[:, [int(label) for label in ORDER]])
 
 
 def test_other_classes_are_refused_unless_the_head_is_new(tmp_path: Path) -> None:
     state, path, model = other(), tmp_path / "w.pth", build("small")
     torch.save(named(state, [f"n{number:02}" for number in range(10)]), path)
-    told = r"its 10 classes are not the data set's 10 \(only in the file: n00, n01, n02, \.\.\.; only in the data set"
-    with pytest.raises(ConfigError, match=told):
+    message = (
+        r"its 10 classes are not the data set's 10 \(only in the file: n00, n01, n02, \.\.\.; only in the data set"
+    )
+    with pytest.raises(ConfigError, match=message):
         load_weights(model, path, classes=NAMES)
     load_weights(model, path, classes=NAMES, new_head=True)
     assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"])
@@ -259,20 +261,17 @@ def test_other_classes_are_refused_unless_the_head_is_new(tmp_path: Path) -> Non
     ],
 )
 @pytest.mark.parametrize("form", ["export", "beside"])
-def test_class_names_that_cannot_be_are_not_used_and_named(
-    form: str, classes: object, why: str, tmp_path: Path
-) -> None:
+def test_invalid_class_names_are_reported_and_not_used(form: str, classes: object, why: str, tmp_path: Path) -> None:
     state, path, model = other(), tmp_path / "w.pth", build("small")
     torch.save(named(state, classes, model=7) if form == "export" else {"model": state, "classes": classes}, path)
     notes = load_weights(model, path, name="small", classes=[f"n{number}" for number in range(10)])
     assert torch.equal(model.state_dict()["fc.weight"], state["fc.weight"])
-    told = [note.partition("w.pth: ")[2] for note in notes]
-    assert told == ([f"its entry classes is not used: {why}."] if why else [])
+    messages = [note.partition("w.pth: ")[2] for note in notes]
+    assert messages == ([f"its entry classes is not used: {why}."] if why else [])
 
 
-ORDER = ["7", "0", "1", "2", "9", "3", "8", "4", "5", "6"]
-# The names of output 0, 1, ... in what other programs write.
-BESIDE: dict[str, Callable[[State, list[str]], Any]] = {
+# The names of output 0, 1, ... in files of other programs.
+WITH_CLASSES: dict[str, Callable[[State, list[str]], Any]] = {
     "torchvision": lambda s, names: {"model": s, "epoch": 1, "class_to_idx": {c: i for i, c in enumerate(names)}},
     "timm": lambda s, names: {"arch": "resnet", "state_dict": s, "class_names": tuple(names)},
     "lightning": lambda s, names: {
@@ -292,21 +291,21 @@ BESIDE: dict[str, Callable[[State, list[str]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", sorted(BESIDE))
+@pytest.mark.parametrize("form", sorted(WITH_CLASSES))
 def test_class_names_of_other_programs_are_matched_by_name(form: str, tmp_path: Path) -> None:
     state, path, model = other(), tmp_path / "w.pth", build("small")
-    torch.save(BESIDE[form](state, ORDER), path)
+    torch.save(WITH_CLASSES[form](state, ORDER), path)
     (note,) = load_weights(model, path, classes=NAMES)
     assert "by name" in note
     for row, label in enumerate(ORDER):
         assert torch.equal(model.state_dict()["fc.weight"][int(label)], state["fc.weight"][row])
     assert load_weights(build("small"), path, classes=ORDER) == ()
-    torch.save(BESIDE[form](state, [f"n{name}" for name in NAMES]), path)
+    torch.save(WITH_CLASSES[form](state, [f"n{name}" for name in NAMES]), path)
     with pytest.raises(ConfigError, match=r"its 10 classes are not the data set's 10 .*save the network without"):
         load_weights(model, path, classes=NAMES)
 
 
-def test_of_several_lists_of_class_names_the_note_says_which_is_used(tmp_path: Path) -> None:
+def test_conflicting_class_names_are_reported(tmp_path: Path) -> None:
     state, path = other(), tmp_path / "w.pth"
     lists = {
         "classes": NAMES,
@@ -318,15 +317,17 @@ def test_of_several_lists_of_class_names_the_note_says_which_is_used(tmp_path: P
     assert note.endswith("w.pth: its entry classes is not used: it differs from class_to_idx.")
 
 
-def test_tensors_that_come_to_one_name_are_refused_unless_they_are_equal(tmp_path: Path) -> None:
+def test_tensors_with_clashing_names_are_refused_unless_equal(tmp_path: Path) -> None:
     state, path = other(), tmp_path / "w.pth"
     both = {**prefixed(state, "module."), **prefixed(state, "module._orig_mod.")}
     assert assert_loads({"state_dict": both}, path, state) == ()
     both["module.conv1.weight"] = state["conv1.weight"] + 1
     both["_orig_mod.module.fc.bias"] = state["fc.bias"].double()
     torch.save({"state_dict": both}, path)
-    told = r"2 tensors .* module\.conv1\.weight and module\._orig_mod\.conv1\.weight, .*fc\.bias.*save only the network"
-    with pytest.raises(ConfigError, match=told):
+    message = (
+        r"2 tensors .* module\.conv1\.weight and module\._orig_mod\.conv1\.weight, .*fc\.bias.*save only the network"
+    )
+    with pytest.raises(ConfigError, match=message):
         load_weights(build("small"), path)
 
 
