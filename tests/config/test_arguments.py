@@ -1,4 +1,4 @@
-"""Text on the command line reaches the config unchanged, and a mistyped line is answered with what to write."""
+"""Text on the command line reaches the config unchanged, and a mistyped line is answered with the correct one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lars_train.config.arguments import prepare_arguments, quoted, split, take_c
 from lars_train.config.keys import is_text, key_types, leaf_keys
 from lars_train.errors import ConfigError
 
-# Each is a name that a user may give, and that Hydra's grammar reads as something else or not at all.
+# Names that a user may give, and that Hydra's grammar misreads or refuses.
 NAMES = [
     "12_34",
     "2012_10",
@@ -71,7 +71,7 @@ def refusal(*arguments: str) -> str:
 
 
 def parsed(argument: str) -> list[object]:
-    """What Hydra's own parser makes of the value in each job, which is composed from the parser's string for it."""
+    """Return the value in each job, as Hydra's parser reads it from the string that it makes for the job."""
     parser = OverridesParser.create()
     override = parser.parse_overrides([argument])[0]
     if not override.is_sweep_override():
@@ -80,7 +80,7 @@ def parsed(argument: str) -> list[object]:
 
 
 @pytest.mark.parametrize("key", ["run.name", "+run.name", "++data.root"])
-def test_text_reaches_hydra_unchanged_in_a_run_and_in_a_sweep(key: str) -> None:
+def test_text_reaches_hydra_unchanged_in_runs_and_sweeps(key: str) -> None:
     for name in NAMES:
         assert parsed(*prepared(f"{key}={name}")) == [name]
     words = [name.strip() for name in NAMES]
@@ -96,14 +96,14 @@ def test_text_reaches_hydra_unchanged_in_a_run_and_in_a_sweep(key: str) -> None:
 @example("\\'")
 @example("'\\\\'x")
 @example("${a}'")
-def test_any_text_is_read_back_from_its_quotes(text: str) -> None:
+def test_quoted_text_is_read_back_unchanged(text: str) -> None:
     assert parsed(f"run.name={quoted(text)}") == [text]
-    # What is in quotes already, null and a comma have a meaning of their own.
+    # Quoted text, null and commas have a special meaning.
     if not set(text) & set("'\",~$") and text.strip().lower() not in ("null", "", "???") and "(" not in text:
         assert parsed(*prepared(f"run.name={text}")) == [text]
 
 
-def test_text_in_a_composed_config_is_what_was_given() -> None:
+def test_text_in_a_composed_config_is_unchanged() -> None:
     given = dict(zip((key for key in leaf_keys() if is_text(key)), NAMES, strict=False))
     assert len(given) > 30
     config = composed(*(f"{key}={value}" for key, value in given.items()))
@@ -114,13 +114,13 @@ def test_text_in_a_composed_config_is_what_was_given() -> None:
         assert node == value, key
 
 
-def test_text_of_hydras_own_keys_is_what_was_given() -> None:
+def test_text_of_hydras_own_keys_is_unchanged() -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     keys = "partition qos comment constraint exclude gres mem_per_gpu mem_per_cpu account name submitit_folder".split()
     texts = ["12_34", "007", "1e5", "-3", "true", "café", "2012-10-31", "gpu:8", "n[1-3],n7", "a b"]
     given = dict(zip((f"hydra.launcher.{key}" for key in keys), texts, strict=False))
     given |= {"hydra.sweep.dir": "2012_10", "hydra.job.env_set.JOB": "1_0"}
-    # What is no text keeps the types that Hydra's grammar gives it.
+    # Other values keep the types of Hydra's grammar.
     types = {"timeout_min": "1_0", "qos": "null", "additional_parameters.a": "1_0", "setup": "[a, b]"}
     settings = [f"{key}={value}" for key, value in given.items()]
     settings += [f"hydra.launcher.{key}={value}" for key, value in types.items()]
@@ -131,14 +131,14 @@ def test_text_of_hydras_own_keys_is_what_was_given() -> None:
     assert launcher.additional_parameters == {"a": 10}
     del given["hydra.launcher.qos"]
     assert {key: OmegaConf.select(config, key) for key in given} == given
-    # Of a launcher that does not exist nothing is known; Hydra says so.
+    # The types of a launcher that does not exist are unknown; Hydra reports it.
     assert prepared("hydra/launcher=none", "hydra.launcher.name=1_0")[1] == "hydra.launcher.name=1_0"
-    # Hydra's own grammar is in what it sweeps over by default.
+    # Parameters of the sweeper use Hydra's grammar.
     assert prepared("+hydra.sweeper.params.seed=range(3)") == ["+hydra.sweeper.params.seed=range(3)"]
 
 
-def test_no_key_holds_text_in_a_list_or_mapping_of_its_own() -> None:
-    # `arguments` would have to quote within it.
+def test_no_list_or_mapping_key_holds_typed_text() -> None:
+    # arguments.py would have to quote within such values.
     holders = {key_types()[key] for key in leaf_keys() if "str" in repr(key_types()[key]) and not is_text(key)}
     assert holders == {int | str, bool | str, dict[str, typing.Any]}
 
@@ -170,11 +170,11 @@ def test_no_key_holds_text_in_a_list_or_mapping_of_its_own() -> None:
         "hydra/launcher=submitit_slurm",
     ],
 )
-def test_what_hydra_reads_as_meant_is_left_to_it(argument: str) -> None:
+def test_settings_that_hydra_reads_correctly_are_unchanged(argument: str) -> None:
     assert prepared(argument) == [argument]
 
 
-def test_values_of_the_base_optimizer_keep_hydras_types() -> None:
+def test_optimizer_kwargs_keep_hydras_types() -> None:
     values = {"alpha": "1e-3", "amsgrad": "true", "n": "1_0", "betas": "[0.9,0.99]"}
     config = composed(*(f"optimizer.kwargs.{key}={value}" for key, value in values.items()))
     assert config.optimizer.kwargs == {"alpha": 1e-3, "amsgrad": True, "n": 10, "betas": [0.9, 0.99]}
@@ -187,7 +187,7 @@ def test_interpolations_resolve_within_quoted_text(monkeypatch: pytest.MonkeyPat
     assert composed("run.name=é ${oc.env:NONE,${oc.env:JOB}_34}").run.name == "é 12_34"
 
 
-def test_a_tilde_is_home_in_a_value_and_in_each_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_expands_in_every_value_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/José 1")
     assert parsed(*prepared("data.root=~/a")) == ["/home/José 1/a"]
     assert parsed(*prepared("data.root=~/a,~/b")) == ["/home/José 1/a", "/home/José 1/b"]
@@ -195,7 +195,7 @@ def test_a_tilde_is_home_in_a_value_and_in_each_of_a_sweep(monkeypatch: pytest.M
     assert parsed(*prepared("hydra.sweep.dir=dr/é")) == ["dr/é"]
 
 
-def test_commas_part_values_but_not_within_quotes_and_interpolations() -> None:
+def test_split_ignores_commas_in_quotes_and_interpolations() -> None:
     assert split("a,b , c") == ["a", "b ", " c"]
     assert split("'a,b',\"c,d\" ,${oc.env:X,e}") == ["'a,b'", '"c,d" ', "${oc.env:X,e}"]
     assert split("'a,b") == ["'a", "b"]
@@ -204,7 +204,7 @@ def test_commas_part_values_but_not_within_quotes_and_interpolations() -> None:
 
 
 @pytest.mark.parametrize("value", ["café", "12_34", "1e5", "a b", "a(1)", "x=y"])
-def test_a_choice_of_any_spelling_is_read_as_a_name(value: str) -> None:
+def test_any_text_is_read_as_the_name_of_a_choice(value: str) -> None:
     assert parsed(*prepared(f"model={value}")) == [value]
     assert parsed(*prepared(f"model=small,{value}")) == ["small", value]
 
@@ -256,10 +256,10 @@ def test_a_choice_of_any_spelling_is_read_as_a_name(value: str) -> None:
     ],
     ids=" ".join,
 )
-def test_a_mistyped_line_is_answered_with_what_to_write(line: list[str], words: list[str]) -> None:
-    told = refusal(*line)
-    assert [word for word in words if word not in told] == []
-    assert "\n" not in told
+def test_a_mistyped_line_is_answered_with_the_correct_one(line: list[str], words: list[str]) -> None:
+    message = refusal(*line)
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_hydras_own_flags_and_their_values_pass(line: list[str]) -> None:
     assert prepared(*line) == line
 
 
-def test_the_file_of_a_run_is_taken_from_the_line() -> None:
+def test_config_file_is_split_off_the_command_line() -> None:
     assert take_config_file(["seed=1"]) == (["seed=1"], None)
     for line in (["--config-file", "a=b.yaml", "-m"], ["-m", "--config-file=a=b.yaml"]):
         assert take_config_file(line) == (["-m"], Path("a=b.yaml"))
@@ -300,7 +300,7 @@ def test_the_file_of_a_run_is_taken_from_the_line() -> None:
         ("batch=49152,4096,512", "batch=48k,4k,'512'"),
         ("batch=choice(4096, 8192)", "batch=choice(4k, 8k)"),
         ("batch=1632", "batch='1632'"),
-        # The functions of Hydra's grammar take one pair of quotes off.
+        # The functions of Hydra's grammar remove one pair of quotes.
         ("batch=choice(256,8k)", """batch=choice("'256'",8k)"""),
         ("batch=choice(8k, 512 ,256)", """batch=choice(8k, "'512'" ,"'256'")"""),
         ("batch=choice('256',8k)", """batch=choice("'256'",8k)"""),
@@ -311,11 +311,11 @@ def test_the_file_of_a_run_is_taken_from_the_line() -> None:
         ("precision=16", "precision='16'"),
     ],
 )
-def test_a_choice_that_hydra_would_take_for_a_number_is_quoted(given: str, expected: str) -> None:
+def test_a_choice_that_looks_like_a_number_is_quoted(given: str, expected: str) -> None:
     assert prepared(given) == [expected]
 
 
-def test_a_batch_may_be_written_in_capitals() -> None:
+def test_a_batch_may_be_uppercase() -> None:
     assert prepared("batch=32K") == ["batch=32k"]
     assert prepared("batch=256,8K") == ["batch='256',8k"]
     assert prepared("data.root=/Data/8K", "run.name=Run") == ["data.root=/Data/8K", "run.name=Run"]
@@ -326,13 +326,13 @@ def test_a_batch_may_be_written_in_capitals() -> None:
     ["batch=256,8k,16K", "batch=choice(256,8K,16k)", "batch=sort(256,8k,16k)", "batch=choice( 256, 8k, 16k )"],
 )
 def test_hydras_own_parser_sweeps_over_the_prepared_names(argument: str) -> None:
-    # A swept value comes back as it has to stand in a job's own override, quotes and all.
+    # Hydra returns a swept value as an override of a job, quotes included.
     parsed = OverridesParser.create().parse_overrides(prepared(argument))[0]
     assert parsed.is_sweep_override()
     assert sorted(parsed.sweep_string_iterator()) == ["'256'", "16k", "8k"]
 
 
-def test_a_batch_of_digits_composes() -> None:
+def test_a_numeric_batch_composes() -> None:
     assert composed("batch=256").batch.nominal == 256
     assert composed("batch=512").batch.name == "512"
 
@@ -370,13 +370,13 @@ def test_imagenet_is_the_default_when_imagenet_dir_is_set(arguments: list[str]) 
         ["--version"],
     ],
 )
-def test_imagenet_dir_does_not_speak_where_the_data_is_named_or_comes_with_the_checkpoint(
+def test_imagenet_dir_does_not_override_data_or_a_checkpoint(
     arguments: list[str],
 ) -> None:
     assert prepare_arguments(arguments, "/data/imagenet") == arguments
 
 
-def test_flags_may_stand_anywhere() -> None:
+def test_flags_may_be_anywhere_on_the_line() -> None:
     assert prepared("-m", "batch=256,8k") == ["batch='256',8k", "-m"]
     assert prepared("seed=1", "-m", "batch=8k,32k", "epochs=3") == ["seed=1", "batch=8k,32k", "epochs=3", "-m"]
     assert prepared("seed=1", "--cfg", "job", "epochs=3") == ["seed=1", "epochs=3", "--cfg", "job"]

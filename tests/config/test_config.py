@@ -1,4 +1,4 @@
-"""What a composed config comes to: the recipe's rows, what overrides them, what is refused, and the run's hash."""
+"""A composed config has the values of the recipe's row and of overrides, is checked, and has a hash."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def resolved(*choices: str, **values: Any) -> Config:
-    """Choices of groups go through Hydra; values by their dotted key (``__`` for the dot) straight into the config."""
+    """Resolve a config. Hydra composes `choices`; `values` are set by dotted key, with ``__`` for the dot."""
     raw = deepcopy(composed(*choices))
     for key, value in values.items():
-        # A recipe's rows are free of the schema, as its YAML is.
+        # The schema does not restrict a recipe's rows.
         OmegaConf.update(raw, key.replace("__", "."), value, force_add=key.startswith("recipe."))
     return resolve(raw)
 
@@ -62,13 +62,13 @@ def refusal(*choices: str, **values: Any) -> str:
 
 
 @pytest.mark.parametrize("row", TORCHLARS)
-def test_the_rows_of_torchlars_are_the_published_ones(row: str) -> None:
+def test_the_rows_of_torchlars_are_as_published(row: str) -> None:
     config = resolved("data=imagenet", f"batch='{row}'")
     opt = config.optimizer
     warmup, epochs = config.schedule.warmup_epochs, config.epochs
     assert (opt.name, opt.lr, warmup, opt.weight_decay, epochs, published_top1(config)) == TORCHLARS[row]
     assert (opt.base, opt.momentum, opt.decay_norm_bias) == ("SGD", 0.9, True)
-    # Plain SGD has nothing of LARS.
+    # Plain SGD has no options of LARS.
     assert (opt.eps, opt.trust_coef) == ((None, None) if row == "256" else (1e-8, 1e-3))
     assert (config.schedule.power, config.schedule.form) == (2.0, "whole")
     assert (config.model.ghost_batch, config.model.zero_gamma, config.label_smoothing) == (32, False, 0.0)
@@ -103,30 +103,30 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("key", OVERRIDES)
-def test_an_explicit_value_wins_over_the_row_and_changes_nothing_else(key: str) -> None:
-    # Zero and false are values too: they must not be taken for "as the row says".
+def test_a_given_value_overrides_the_row_and_nothing_else(key: str) -> None:
+    # Zero and false are values, too, and must not mean "as the row says".
     row = flatten(resolved("data=imagenet"))
     extra = {"schedule.warmup_epochs": 1.0} if key == "epochs" else {}
     overridden = flatten(resolved("data=imagenet", **{key: OVERRIDES[key], **extra}))
-    # Without a warm-up there is no start of it.
+    # Without a warm-up there is no warmup_start.
     without = {"schedule.warmup_start": None} if key == "schedule.warmup_epochs" else {}
     assert overridden == row | {key: OVERRIDES[key]} | extra | without
 
 
-# Those that do not go with the others.
+# Options that conflict with others.
 ALONE = {"optimizer.ratio_placement": "outside", "optimizer.decay_placement": "base"}
 STEPS = {"schedule.form": "steps", "schedule.steps": [10.0, 20.0], "schedule.step_factor": 0.5}
 
 
 @pytest.mark.parametrize("key", ALONE)
-def test_the_other_options_of_lars_reach_the_config_from_the_command_line_and_from_a_row(key: str) -> None:
+def test_conflicting_lars_options_reach_the_config_one_at_a_time(key: str) -> None:
     row = flatten(resolved("data=imagenet"))
     assert flatten(resolved("data=imagenet", **{key: ALONE[key]})) == row | {key: ALONE[key]}
     given = {f"recipe.rows.32k.{key.rpartition('.')[2]}": ALONE[key]}
     assert flatten(resolved("data=imagenet", **given))[key] == ALONE[key]
 
 
-def test_step_decay_reaches_the_config_from_the_command_line_and_from_a_row() -> None:
+def test_step_decay_can_be_set_directly_or_by_a_row() -> None:
     row = flatten(resolved("data=imagenet"))
     without = {"schedule.power": None, "schedule.end_lr": None}
     assert flatten(resolved("data=imagenet", **STEPS)) == row | STEPS | without
@@ -143,36 +143,36 @@ def test_the_steps_of_a_row_shrink_with_the_warm_up() -> None:
     assert given.steps == [5.0]
 
 
-def test_a_preset_of_the_command_line_brings_all_its_options_and_single_ones_win() -> None:
+def test_single_options_override_a_preset() -> None:
     opt = resolved("recipe=mlperf", "data=imagenet", "batch=4k", optimizer__preset="nus-hpc").optimizer
     assert (opt.eps, opt.clip, opt.ratio_placement, opt.clamp) == (1e-5, [0.0, 50.0], "outside", 10.0)
     assert (opt.lr_placement, opt.lr, opt.adapt_norm_bias) == ("outside", 10.0, False)
     own = resolved(optimizer__preset="larc", optimizer__clip="none", optimizer__eps=1e-3).optimizer
     assert (own.clip, own.eps, own.trust_coef, own.zero_norm) == ("none", 1e-3, 0.02, "skip")
-    told = refusal(optimizer__preset="nus")
-    assert told.startswith("optimizer.preset=nus")
-    assert "nus-hpc" in told
+    message = refusal(optimizer__preset="nus")
+    assert message.startswith("optimizer.preset=nus")
+    assert "nus-hpc" in message
 
 
-def test_the_name_of_a_preset_does_not_make_another_run_but_its_options_do() -> None:
-    told = run_hash(resolved("data=imagenet"))
-    assert run_hash(resolved("data=imagenet", optimizer__preset="torchlars")) == told
-    assert run_hash(resolved("data=imagenet", optimizer__preset="timm")) != told
+def test_the_hash_covers_a_presets_options_but_not_its_name() -> None:
+    expected = run_hash(resolved("data=imagenet"))
+    assert run_hash(resolved("data=imagenet", optimizer__preset="torchlars")) == expected
+    assert run_hash(resolved("data=imagenet", optimizer__preset="timm")) != expected
     by_hand = {"optimizer__eps": 1e-7, "optimizer__lr_placement": "inside"}
     assert run_hash(resolved("data=imagenet", **by_hand)) == run_hash(
         resolved("data=imagenet", optimizer__preset="mlperf")
     )
 
 
-def test_results_on_imagenet_are_in_no_config_of_other_data() -> None:
-    def told(config: Config) -> list[str]:
+def test_published_results_are_only_in_configs_for_imagenet() -> None:
+    def published(config: Config) -> list[str]:
         return [key for key in flatten(config) if key.endswith("published_top1")]
 
-    assert told(resolved()) == told(resolved("data=cifar10", "recipe=nus")) == []
-    assert len(told(resolved("data=imagenet"))) == len(TORCHLARS)
+    assert published(resolved()) == published(resolved("data=cifar10", "recipe=nus")) == []
+    assert len(published(resolved("data=imagenet"))) == len(TORCHLARS)
 
 
-def test_every_other_field_of_a_row_reaches_the_config_too() -> None:
+def test_every_field_of_a_row_reaches_the_config() -> None:
     expected = OVERRIDES | {"schedule.warmup_epochs": 2.5}
     row = {key.rpartition(".")[2]: value for key, value in expected.items()} | {"published_top1": 1.5}
     config = resolved("data=imagenet", **{f"recipe.rows.32k.{key}": value for key, value in row.items()})
@@ -182,13 +182,13 @@ def test_every_other_field_of_a_row_reaches_the_config_too() -> None:
     assert resolved("data=imagenet", **{"recipe.rows.32k.optimizer": "sgd"}).optimizer.name == "sgd"
 
 
-def test_a_row_wins_over_what_all_rows_share() -> None:
+def test_a_row_overrides_the_common_values() -> None:
     shared = {"recipe.common.power": 3.0}
     assert resolved("data=imagenet", **shared).schedule.power == 3.0
     assert resolved("data=imagenet", **shared, **{"recipe.rows.32k.power": 1.0}).schedule.power == 1.0
 
 
-def test_the_row_decides_between_sgd_and_lars_and_the_choice_of_an_optimizer_wins() -> None:
+def test_the_row_chooses_the_optimizer_unless_it_is_given() -> None:
     assert resolved("batch='256'", "optimizer=sgd").optimizer.lr == 0.2
     assert resolved("optimizer=lars").optimizer.lr == 29.0
     forced = resolved("batch='256'", "optimizer=lars", optimizer__lr=3.0)
@@ -204,21 +204,21 @@ def test_the_row_decides_between_sgd_and_lars_and_the_choice_of_an_optimizer_win
         ((), {"optimizer__base": "AdamW"}),
     ],
 )
-def test_an_optimizer_that_the_row_is_not_for_wants_its_own_rate(choices: tuple[str, ...], values: Any) -> None:
+def test_an_optimizer_other_than_the_rows_needs_an_lr(choices: tuple[str, ...], values: Any) -> None:
     assert "optimizer.lr" in refusal(*choices, **values)
     assert resolved(*choices, **values, optimizer__lr=0.1).optimizer.lr == 0.1
 
 
-def test_a_base_other_than_sgd_gets_momentum_only_when_asked() -> None:
+def test_a_base_other_than_sgd_gets_momentum_only_if_given() -> None:
     values = {"optimizer__base": "AdamW", "optimizer__lr": 0.1}
     assert resolved(**values).optimizer.momentum is None
     assert resolved(**values, optimizer__momentum=0.3).optimizer.momentum == 0.3
 
 
-def test_a_batch_of_ones_own_wants_its_own_rate_is_taken_literally_and_has_no_published_result() -> None:
-    told = refusal(batch__size=640)
-    assert "batch.size=640" in told
-    assert "optimizer.lr" in told
+def test_a_literal_batch_needs_an_lr_and_is_not_scaled() -> None:
+    message = refusal(batch__size=640)
+    assert "batch.size=640" in message
+    assert "optimizer.lr" in message
     config = resolved(batch__size=640, optimizer__lr=2.0)
     assert (config.batch.size, config.batch.scaled, config.optimizer.lr) == (640, False, 2.0)
     assert published_top1(config) is None
@@ -226,13 +226,13 @@ def test_a_batch_of_ones_own_wants_its_own_rate_is_taken_literally_and_has_no_pu
 
 
 @pytest.mark.parametrize("data", ["imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"])
-def test_rows_scale_on_all_data_but_imagenet_unless_told_otherwise(data: str) -> None:
+def test_rows_scale_on_all_data_except_imagenet_by_default(data: str) -> None:
     assert resolved(f"data={data}").batch.scaled is (data != "imagenet")
     assert resolved(f"data={data}", batch__scaled=True).batch.scaled is True
     assert resolved(f"data={data}", batch__scaled=False).batch.scaled is False
 
 
-def test_the_warm_up_of_the_embedded_set_shrinks_with_its_epochs() -> None:
+def test_the_warm_up_shrinks_with_the_epochs_of_embedded_data() -> None:
     def warmup(*choices: str, **values: Any) -> float:
         return filled(resolved(*choices, **values).schedule.warmup_epochs)
 
@@ -247,10 +247,10 @@ def test_the_warm_up_of_the_embedded_set_shrinks_with_its_epochs() -> None:
 
 
 @pytest.mark.parametrize("batch", ["512", "1k", "2k", "4k", "64k"])
-def test_a_batch_without_a_row_is_refused_with_the_rows_there_are(batch: str) -> None:
-    told = refusal(f"batch='{batch}'")
-    assert told.startswith(f"batch={batch}")
-    assert "256, 8k, 16k, 32k" in told
+def test_a_batch_without_a_row_is_refused_with_all_rows(batch: str) -> None:
+    message = refusal(f"batch='{batch}'")
+    assert message.startswith(f"batch={batch}")
+    assert "256, 8k, 16k, 32k" in message
 
 
 POSITIVE = (
@@ -311,7 +311,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "message"),
     [
         ({"mode": "trian"}, "mode=trian"),
         ({"resume": "always"}, "resume=always"),
@@ -407,8 +407,8 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_and_named(values: dict[str, Any], named: str) -> None:
-    assert named in refusal(**values)
+def test_invalid_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
+    assert message in refusal(**values)
 
 
 def test_the_limits_themselves_are_allowed() -> None:
@@ -430,22 +430,22 @@ def test_the_limits_themselves_are_allowed() -> None:
         resolved(**values)
 
 
-def test_a_run_shorter_than_its_rows_warm_up_names_the_key_that_shrinks_it() -> None:
-    told = refusal("data=cifar10", epochs=2)
-    assert told.startswith("epochs=2: the warm-up of row 32k is not shorter (5 epochs).")
-    assert "schedule.scale_warmup=true, which shrinks it with the run to 0.111 epochs" in told
+def test_a_run_shorter_than_its_warm_up_is_offered_scale_warmup() -> None:
+    message = refusal("data=cifar10", epochs=2)
+    assert message.startswith("epochs=2: the warm-up of row 32k is not shorter (5 epochs).")
+    assert "schedule.scale_warmup=true, which shrinks it with the run to 0.111 epochs" in message
     config = resolved("data=cifar10", epochs=2, schedule__scale_warmup=True)
     assert config.schedule.warmup_epochs == pytest.approx(0.111, abs=1e-3)
     assert "scale_warmup" not in refusal("data=cifar10", epochs=2, schedule__warmup_epochs=3.0)
 
 
-def test_a_value_that_is_missing_elsewhere_is_named_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_interpolation_names_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     assert refusal(data__root="${nowhere}") == "data.root: Interpolation key 'nowhere' not found"
     assert re.match(r"optimizer\.base: .*'NOT_SET' not found", refusal(optimizer__base="${oc.env:NOT_SET}"))
 
 
-def test_a_choice_that_is_nearly_right_is_answered_with_the_nearest() -> None:
+def test_a_misspelled_choice_is_answered_with_the_nearest() -> None:
     assert "Did you mean 'train'?" in refusal(mode="trian")
     assert "Did you mean 'imagenet'?" in refusal(data__name="imagnet")
 
@@ -460,12 +460,12 @@ def test_a_choice_that_is_nearly_right_is_answered_with_the_nearest() -> None:
         ("+gpus=4", "gpus: there is no such key. Did you mean 'launch.nproc'?"),
     ],
 )
-def test_a_key_that_nothing_reads_is_refused_though_hydra_was_told_to_add_it(override: str, key: str) -> None:
+def test_an_unknown_key_is_refused_even_with_hydras_plus(override: str, key: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(key)):
         resolve(composed(override))
 
 
-def test_keywords_of_the_base_optimizer_are_free() -> None:
+def test_optimizer_kwargs_take_any_keyword() -> None:
     config = resolve(composed("optimizer.base=AdamW", "optimizer.lr=0.1", "++optimizer.kwargs.betas=[0.9,0.99]"))
     assert config.optimizer.kwargs == {"betas": [0.9, 0.99]}
 
@@ -483,7 +483,7 @@ def test_flatten_has_every_field_of_the_schema_once() -> None:
     assert leaves["optimizer.kwargs"] == {}
 
 
-# How a run is executed and where it is told, and not what it computes.
+# Keys that say how a run is executed and what it reports, not what it computes.
 EXECUTION = {
     "compile",
     "channels_last",
@@ -532,7 +532,7 @@ EXECUTION = {
     "data.on_error",
     "data.max_bad",
 }
-# A recipe counts through the values that it fills in, and by its name.
+# The hash covers a recipe's name and the values that it fills in.
 RECIPE_TEXT = ("recipe.source", "recipe.common", "recipe.rows")
 
 
@@ -557,8 +557,8 @@ def another(value: Any) -> Any:
     return "another" if value != "another" else "yet another"
 
 
-def test_the_hash_changes_with_each_key_of_the_experiment_and_with_no_key_of_its_execution() -> None:
-    # In the global order, data.window_shards has no meaning.
+def test_the_hash_covers_exactly_the_keys_of_the_experiment() -> None:
+    # The global order does not use data.window_shards.
     config = resolved("data=imagenet", data__order="shards")
     keys = [
         f"{group.name}.{leaf.name}" if dataclasses.is_dataclass(getattr(config, group.name)) else group.name
@@ -581,13 +581,13 @@ def test_the_hash_changes_with_each_key_of_the_experiment_and_with_no_key_of_its
         assert same == (key in EXECUTION), key
 
 
-def test_the_hash_of_a_run_in_the_global_order_does_not_depend_on_what_the_other_one_has() -> None:
-    told = run_hash(resolved("data=imagenet"))
-    assert run_hash(resolved("data=imagenet", data__window_shards=3)) == told
-    assert run_hash(resolved("data=imagenet", data__order="shards")) != told
+def test_the_hash_ignores_window_shards_in_the_global_order() -> None:
+    expected = run_hash(resolved("data=imagenet"))
+    assert run_hash(resolved("data=imagenet", data__window_shards=3)) == expected
+    assert run_hash(resolved("data=imagenet", data__order="shards")) != expected
 
 
-def test_a_url_wants_the_order_by_shards_and_stays_a_url() -> None:
+def test_a_url_needs_order_shards_and_stays_a_url() -> None:
     with pytest.raises(ConfigError, match=r"data\.root=s3://b/x: .*data\.order=shards"):
         resolved("data=imagenet", data__root="s3://b/x")
     config = resolved("data=imagenet", data__root="s3://b/x", data__order="shards", data__cache_dir="here")
@@ -596,52 +596,52 @@ def test_a_url_wants_the_order_by_shards_and_stays_a_url() -> None:
     assert absolute_paths(resolved("data=imagenet", data__root="x")).data.root == str(Path("x").resolve())
 
 
-def test_the_hash_of_a_run_does_not_depend_on_how_its_values_were_given() -> None:
-    told = run_hash(resolved("data=imagenet"))
-    assert re.fullmatch("[0-9a-f]{8}", told)
-    assert run_hash(resolved("data=imagenet", "batch=32k")) == told
-    assert run_hash(resolved("data=imagenet", optimizer__lr=29.0, epochs=90)) == told
-    assert run_hash(resolved("data=imagenet", "optimizer=lars")) == told
-    assert run_hash(resolved("data=imagenet", **{"recipe.rows.8k.lr": 1.0})) == told
+def test_the_hash_does_not_depend_on_the_origin_of_values() -> None:
+    expected = run_hash(resolved("data=imagenet"))
+    assert re.fullmatch("[0-9a-f]{8}", expected)
+    assert run_hash(resolved("data=imagenet", "batch=32k")) == expected
+    assert run_hash(resolved("data=imagenet", optimizer__lr=29.0, epochs=90)) == expected
+    assert run_hash(resolved("data=imagenet", "optimizer=lars")) == expected
+    assert run_hash(resolved("data=imagenet", **{"recipe.rows.8k.lr": 1.0})) == expected
 
 
 @given(first=st.integers(0, 2**63 - 1), second=st.integers(0, 2**63 - 1))
-def test_two_seeds_are_two_runs(first: int, second: int) -> None:
+def test_seeds_have_different_hashes(first: int, second: int) -> None:
     one, two = Config(seed=first), Config(seed=second)
     assert (run_hash(one) == run_hash(two)) == (first == second)
 
 
-def test_hashing_leaves_the_config_as_it_was() -> None:
+def test_hashing_does_not_change_the_config() -> None:
     config = resolved()
     before = deepcopy(config)
     run_hash(config)
     assert config == before
 
 
-def test_a_batch_s_name_and_size_on_imagenet_belong_together() -> None:
+def test_a_batchs_name_and_nominal_size_must_agree() -> None:
     with pytest.raises(ConfigError, match=r"batch\.name=8k"):
         resolved(batch__name="8k")
     with pytest.raises(ConfigError, match=r"batch\.nominal=0"):
         resolved(batch__nominal=0)
 
 
-def test_a_literal_batch_takes_the_rest_from_a_row_and_so_needs_one() -> None:
+def test_a_literal_batch_needs_a_row_for_the_other_values() -> None:
     with pytest.raises(ConfigError, match="no row"):
         resolved("batch=64k", batch__size=64, optimizer__lr=1.0)
 
 
-def test_settings_of_lars_are_refused_where_there_is_no_lars() -> None:
+def test_lars_options_are_refused_with_plain_sgd() -> None:
     for key, value in {"trust_coef": 0.1, "preset": "mlperf", "clip": "none", "adapt_norm_bias": True}.items():
         with pytest.raises(ConfigError, match=rf"optimizer\.{key}"):
             resolved("optimizer=sgd", optimizer__lr=1.0, **{f"optimizer__{key}": value})
 
 
-def test_a_run_is_shown_by_what_it_computes_with_the_batch_that_it_has() -> None:
+def test_experiment_settings_leave_out_execution() -> None:
     shown = experiment_settings(resolved("data=mini", "batch='32k'", batch__size=128, optimizer__lr=2.5), 128)
     assert shown["batch"] == 128
     assert shown["optimizer.lr"] == 2.5
     assert {"seed", "epochs", "model.name", "recipe.name"} <= shown.keys()
-    # 32k is not its batch, and how it is executed, or what another mode does, is not what it computes.
+    # The name 32k is not its batch, and execution and settings of other modes do not affect what it computes.
     for other in (
         "batch.name",
         "batch.nominal",

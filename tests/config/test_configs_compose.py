@@ -1,4 +1,4 @@
-"""Every shipped YAML composes into the schema and resolves; names and numbers are what they say."""
+"""Every shipped YAML file composes into the schema and resolves to the names and numbers that it states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = {
 }
 DATA = ("cifar10", "fashion_mnist", "folder", "imagenet", "mini", "synthetic")
 CHOICES = [(group, name) for group in GROUPS for name in choices_of(group)]
-# A learning rate of its own, for the optimizers that the row gives none for.
+# A learning rate for optimizers for which the row has none.
 LITERAL = ("batch.size=64", "optimizer.lr=0.1")
 
 
@@ -37,7 +37,7 @@ def resolved(*overrides: str) -> Config:
     return resolve(composed(*overrides))
 
 
-def test_the_groups_are_those_promised() -> None:
+def test_groups_and_choices_are_as_documented() -> None:
     assert {path.parent.name for path in config_dir().glob("*/*.yaml")} <= set(GROUPS)
     assert set(choices_of("data")) == set(DATA)
     assert set(choices_of("recipe")) == set(ROWS)
@@ -77,13 +77,13 @@ def test_every_data_set_resolves_with_every_row(data: str, row: str) -> None:
     assert config.epochs == (10 if data == "mini" else 90)
 
 
-def test_the_default_is_row_32k_on_the_embedded_set_with_the_small_network() -> None:
+def test_the_default_is_row_32k_with_small_on_the_embedded_data() -> None:
     config = resolved()
     assert (config.data.name, config.model.name, config.batch.name) == ("mini", "small", "32k")
     assert (config.recipe.name, config.optimizer.name, config.precision.name) == ("torchlars", "lars", "auto")
 
 
-def test_a_data_set_chooses_its_network_and_the_command_line_overrides_it() -> None:
+def test_a_data_set_chooses_a_network_that_can_be_overridden() -> None:
     networks = {
         "mini": "small",
         "fashion_mnist": "small",
@@ -97,7 +97,7 @@ def test_a_data_set_chooses_its_network_and_the_command_line_overrides_it() -> N
         assert composed(*overrides).model.name == "resnet50"
 
 
-def test_the_batches_are_as_large_as_their_names_say() -> None:
+def test_batch_names_give_the_nominal_size() -> None:
     nominal = {
         "256": 256,
         "512": 512,
@@ -120,7 +120,7 @@ def test_the_batches_are_as_large_as_their_names_say() -> None:
     assert set(choices_of("batch")) == set(nominal)
 
 
-def test_every_resnet_of_torchvision_and_of_the_cifar_family_has_a_config() -> None:
+def test_every_resnet_of_torchvision_and_cifar_has_a_config() -> None:
     module = torchvision.models.resnet
     theirs = {name for name in module.__all__ if name.islower()}
     assert len(theirs) >= 10
@@ -128,7 +128,7 @@ def test_every_resnet_of_torchvision_and_of_the_cifar_family_has_a_config() -> N
     assert set(choices_of("model")) == theirs | cifar
 
 
-def test_every_row_of_a_recipe_states_its_optimizer_rate_decay_and_warm_up() -> None:
+def test_every_recipe_row_states_optimizer_lr_decay_and_warm_up() -> None:
     for name, rows in ROWS.items():
         recipe = OmegaConf.to_container(OmegaConf.load(config_dir() / "recipe" / f"{name}.yaml"))
         assert isinstance(recipe, dict)
@@ -139,7 +139,7 @@ def test_every_row_of_a_recipe_states_its_optimizer_rate_decay_and_warm_up() -> 
             assert {"optimizer", "lr", "weight_decay", "warmup_epochs", "published_top1"} <= row.keys()
 
 
-def test_imagenet_is_looked_for_where_imagenet_dir_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_dir_is_the_default_root_of_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGENET_DIR", "/data/imagenet")
     assert resolved("data=imagenet").data.root == "/data/imagenet"
     assert resolved("data=imagenet", "data.root=/elsewhere").data.root == "/elsewhere"

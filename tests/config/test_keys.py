@@ -1,4 +1,4 @@
-"""What an unknown name is answered with: the key or choice that is meant, and nothing where that is not clear."""
+"""An unknown name is answered with the probable key or choice, or with nothing if that is unclear."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ OPTIMIZERS = ["ASGD", "Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RMSprop",
         ("x", [], None),
     ],
 )
-def test_the_closest_choice_is_a_misspelling_and_no_other_thing(
-    word: str, choices: list[str], found: str | None
-) -> None:
+def test_closest_finds_misspellings_but_not_other_choices(word: str, choices: list[str], found: str | None) -> None:
     assert closest(word, choices) == found
 
 
@@ -57,11 +55,11 @@ def test_the_closest_choice_is_a_misspelling_and_no_other_thing(
         ("optimizer.betas", "optimizer.kwargs.betas"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_one_that_is_meant(key: str, words: str) -> None:
+def test_an_unknown_key_is_answered_with_the_probable_one(key: str, words: str) -> None:
     assert words in suggestion(key)
 
 
-def test_no_key_is_suggested_where_none_is_meant() -> None:
+def test_unrelated_words_get_no_suggestion() -> None:
     assert [key for key in ("foo", "x", "logging", "name", "fp8") if suggestion(key)] == []
 
 

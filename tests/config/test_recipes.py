@@ -1,11 +1,11 @@
-"""Each recipe's rows against numbers worked out by hand from its source's own formulas, and what is built from them.
+"""Each recipe's rows, and the optimizer built from them, against numbers computed by hand from the source's formulas.
 
 Sources and formulas: configs/recipe/*.yaml. W and I are a row's updates in the warm-up and in the run, b its lr:
 
 - torchlars: b (u + 1)/W, then b (1 - u/I)^2
-- mlperf: b u/W up to and with u = W, then (b - e)(1 - (u - W)/D)^2 + e, e = 0.0001, D = I - W + 1
+- mlperf: b u/W up to and including u = W, then (b - e)(1 - (u - W)/D)^2 + e, e = 0.0001, D = I - W + 1
 - nus: b u/W, then b (1 - (u - W)/(I - W))^2
-- goyal: 0.1 + (b - 0.1) u/W, then b/10^n, n of the epochs 30, 60 and 80 being over
+- goyal: 0.1 + (b - 0.1) u/W, then b/10^n, where n of the epochs 30, 60 and 80 have passed
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ VALUES: dict[tuple[str, str], tuple[float, float, float | None, int, int, float]
     ("goyal", "8k"): (0.9, 1e-4, None, 90, 32, 76.26),
 }
 
-# Label smoothing, zero gamma, least crop, nesterov, decay and ratio of batch norm and biases, policy.
+# Label smoothing, zero gamma, smallest crop, nesterov, decay and ratio of batch norm and biases, policy.
 SHARED: dict[str, tuple[float, bool, float, bool, bool, bool, str]] = {
     "torchlars": (0.0, False, 0.08, False, True, True, "poly(2)"),
     "mlperf": (0.1, False, 0.05, False, False, False, "poly(2)"),
@@ -146,7 +146,7 @@ SHARED: dict[str, tuple[float, bool, float, bool, bool, bool, str]] = {
     "goyal": (0.0, True, 0.08, True, False, True, "x0.1 at epochs 30, 60, 80"),
 }
 
-# What is not as `LARS`'s defaults have it, eps aside.
+# Options that differ from the defaults of `LARS`, except eps.
 RULES: dict[str, dict[str, Any]] = {
     "torchlars": {},
     "mlperf": {"lr_placement": "inside"},
@@ -156,7 +156,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 @lru_cache
 def imagenet(recipe: str, batch: str, *more: str) -> Config:
-    # Composing takes a quarter of a second; the batches' files have tests of their own.
+    # Composing takes a quarter of a second, and other tests check the batches' choices.
     raw = deepcopy(composed(f"recipe={recipe}", "data=imagenet", *more))
     raw.batch.name, raw.batch.nominal = batch, nominal_batch(batch)
     return resolve(raw)
@@ -208,7 +208,7 @@ def test_a_row_has_the_values_of_its_source(recipe: str, batch: str) -> None:
     ("recipe", "batch"),
     [("torchlars", "8k"), ("mlperf", "64k"), ("mlperf", "48k"), ("nus", "8k"), ("nus", "32k")],
 )
-def test_the_optimizer_that_is_built_has_the_recipes_rule_and_exclusions(recipe: str, batch: str) -> None:
+def test_the_optimizer_has_the_rule_and_exclusions_of_the_recipe(recipe: str, batch: str) -> None:
     config = imagenet(recipe, batch)
     with torch.device("meta"):
         network = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=False)
@@ -229,13 +229,13 @@ def test_the_optimizer_that_is_built_has_the_recipes_rule_and_exclusions(recipe:
 
 
 @pytest.mark.parametrize(("recipe", "batch"), RATES)
-def test_what_a_row_came_to_comes_to_the_same_again(recipe: str, batch: str) -> None:
-    # A run directory's config.yaml is such a one.
+def test_resolving_a_resolved_config_changes_nothing(recipe: str, batch: str) -> None:
+    # A run directory's config.yaml is a resolved config.
     config = imagenet(recipe, batch)
     assert resolve(OmegaConf.structured(config)) == config
 
 
-def test_goyal_is_plain_sgd_with_nesterovs_momentum_and_no_decay_of_batch_norm() -> None:
+def test_goyal_is_nesterov_sgd_without_decay_of_batch_norm() -> None:
     with torch.device("meta"):
         network = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=True)
     optimizer = build_optimizer(imagenet("goyal", "8k").optimizer, network)
@@ -245,7 +245,7 @@ def test_goyal_is_plain_sgd_with_nesterovs_momentum_and_no_decay_of_batch_norm()
 
 
 class Net(nn.Module):
-    """A matrix that is adapted, and a bias that some recipes leave out."""
+    """A matrix that LARS adapts, and a bias that some recipes exempt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def ratio(w: Tensor, g: Tensor, decay: float, eps: float) -> Tensor:
 
 
 def by_hand(recipe: str, w: Tensor, grads: list[Tensor], rates: list[float], decay: float, adapted: bool) -> Tensor:
-    """The updates of the source's own optimizer, with momentum m."""
+    """Return the weight after updates of the source's optimizer, with momentum m."""
     m = {"mlperf": 0.951807}.get(recipe, 0.9)
     eps = {"torchlars": 1e-8, "mlperf": 1e-7, "nus": 1e-5}.get(recipe, 0.0)
     w, v = w.clone(), torch.zeros_like(w)
@@ -280,13 +280,13 @@ def by_hand(recipe: str, w: Tensor, grads: list[Tensor], rates: list[float], dec
 
 
 @pytest.mark.parametrize(("recipe", "batch"), [("torchlars", "8k"), ("mlperf", "64k"), ("nus", "8k"), ("goyal", "8k")])
-def test_five_updates_under_a_changing_rate_are_those_of_the_sources_optimizer(recipe: str, batch: str) -> None:
+def test_five_updates_equal_those_of_the_sources_optimizer(recipe: str, batch: str) -> None:
     torch.manual_seed(0)
     config = imagenet(recipe, batch)
     net = Net()
     optimizer = build_optimizer(config.optimizer, net)
     rates = [0.5, 1.0, 3.0, 2.0, 0.25]
-    # Some elements beyond 10, where one of the rules cuts them off.
+    # Some elements exceed 10, where one of the rules clamps them.
     grads = {name: [torch.randn_like(p) * 8 for _ in rates] for name, p in net.named_parameters()}
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for k, rate in enumerate(rates):
@@ -312,14 +312,14 @@ def test_five_updates_under_a_changing_rate_are_those_of_the_sources_optimizer(r
         ("torchlars", {"256": "256"}),
     ],
 )
-def test_a_batch_may_be_named_by_its_number_or_in_thousands(recipe: str, names: dict[str, str]) -> None:
+def test_a_batch_may_be_named_4096_or_4k(recipe: str, names: dict[str, str]) -> None:
     for number, name in names.items():
         config = resolved(f"recipe={recipe}", f"batch={number}", "data=imagenet")
         assert config == imagenet(recipe, name)
         assert config.batch.nominal == int(number)
 
 
-def test_a_recipe_may_name_its_rows_either_way() -> None:
+def test_a_recipe_may_name_its_rows_4096_or_4k() -> None:
     raw = deepcopy(composed("data=imagenet", "batch=4k"))
     OmegaConf.update(raw, "recipe.rows.'4096'", {"lr": 3.5, "published_top1": 1.0}, force_add=True)
     rows = OmegaConf.to_container(raw.recipe.rows)
@@ -349,8 +349,8 @@ def test_a_batch_without_a_row_is_refused_with_the_nearest_rows(arguments: tuple
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def refused(*arguments: str) -> str:
-    """What ends the command, whether the batch is another recipe's or nobody's."""
+def refusal_of(*arguments: str) -> str:
+    """Return the error message, whether another recipe has the batch or none."""
     try:
         resolved(*arguments)
     except ConfigError as error:
@@ -376,20 +376,20 @@ def refused(*arguments: str) -> str:
         (("batch=12k", "batch.size=20000", "optimizer.lr=1"), ("no row", "such as batch=16k")),
     ],
 )
-def test_a_batch_that_no_recipe_has_is_refused_with_the_nearest_rows_too(
+def test_a_batch_of_no_recipe_is_refused_with_the_nearest_rows(
     arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    told = refused(*arguments, "data=imagenet")
-    assert [word for word in (*words, "has no row for it") if word not in told] == []
-    assert ("by hand" in told) != ("nothing is extrapolated" in told or "such as" in told)
+    message = refusal_of(*arguments, "data=imagenet")
+    assert [word for word in (*words, "has no row for it") if word not in message] == []
+    assert ("by hand" in message) != ("nothing is extrapolated" in message or "such as" in message)
 
 
 @pytest.mark.parametrize("batch", ["16k", "20k"])
 @pytest.mark.parametrize("data", ["imagenet", "mini", "cifar10"])
-def test_the_settings_that_a_refusal_offers_between_two_rows_work(data: str, batch: str) -> None:
+def test_the_settings_offered_between_two_rows_work(data: str, batch: str) -> None:
     images = {"imagenet": IMAGES, "mini": 10_000, "cifar10": 50_000}[data]
-    told = refused("recipe=mlperf", f"batch={batch}", f"data={data}").split("by hand")[1].split(" Its warm-up")[0]
-    offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", told)
+    message = refusal_of("recipe=mlperf", f"batch={batch}", f"data={data}").split("by hand")[1].split(" Its warm-up")[0]
+    offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", message)
     config = resolved("recipe=mlperf", f"data={data}", *(setting.rstrip(",") for setting in offered))
     # 16,384 lies at log(16384/13056)/log(32768/13056) = 0.24676 of the way from 12.8 to 21.2, and from 9 to 16 epochs.
     way = {"16k": 0.24676, "20k": 0.48926}[batch]
@@ -401,47 +401,47 @@ def test_the_settings_that_a_refusal_offers_between_two_rows_work(data: str, bat
     assert plan.updates_per_epoch == pytest.approx(IMAGES // nominal_batch(batch), rel=0.35)
 
 
-def test_a_warmup_that_shrinks_with_the_run_is_offered_with_the_whole_one_and_the_reason() -> None:
-    told = refused("recipe=mlperf", "batch=16k", "epochs=1")
+def test_an_offered_warm_up_explains_how_it_shrinks() -> None:
+    message = refusal_of("recipe=mlperf", "batch=16k", "epochs=1")
     # 9 + 7 * 0.24676 epochs of 48.
-    assert "schedule.warmup_epochs=0.223" in told
-    assert "10.7 of the 48 epochs of batch=13056, shrunk to this run's epochs=1" in told
-    assert "schedule.scale_warmup is true: 10.7 * 1 / 48 = 0.223." in told
+    assert "schedule.warmup_epochs=0.223" in message
+    assert "10.7 of the 48 epochs of batch=13056, shrunk to this run's epochs=1" in message
+    assert "schedule.scale_warmup is true: 10.7 * 1 / 48 = 0.223." in message
     for more in ("schedule.scale_warmup=false", "data=imagenet"):
-        told = refused("recipe=mlperf", "batch=16k", "epochs=20", more)
-        assert "schedule.warmup_epochs=10.7" in told
-        assert "shrunk" not in told
+        message = refusal_of("recipe=mlperf", "batch=16k", "epochs=20", more)
+        assert "schedule.warmup_epochs=10.7" in message
+        assert "shrunk" not in message
 
 
-def test_the_settings_that_a_refusal_offers_keep_what_is_given() -> None:
+def test_offered_settings_keep_given_values() -> None:
     given = ("batch.scaled=false", "optimizer.lr=7.123456", "schedule.warmup_epochs=1.5", "model.ghost_batch=64")
-    told = refused("recipe=mlperf", "batch=16k", *given)
-    assert [setting for setting in given if setting not in told.split("except for the given values:")[1]] == []
-    assert "batch.scaled=true" not in told
-    assert "shrunk" not in told
-    assert "batch.scaled=false" in refused("recipe=nus", "batch=64k", "batch.scaled=false")
-    assert "batch.scaled=true" in refused("recipe=mlperf", "batch=20k", "batch.scaled=true", "data=imagenet")
+    message = refusal_of("recipe=mlperf", "batch=16k", *given)
+    assert [setting for setting in given if setting not in message.split("except for the given values:")[1]] == []
+    assert "batch.scaled=true" not in message
+    assert "shrunk" not in message
+    assert "batch.scaled=false" in refusal_of("recipe=nus", "batch=64k", "batch.scaled=false")
+    assert "batch.scaled=true" in refusal_of("recipe=mlperf", "batch=20k", "batch.scaled=true", "data=imagenet")
 
 
-def test_64k_of_mlperf_works_on_the_embedded_pictures() -> None:
+def test_64k_of_mlperf_works_on_the_embedded_images() -> None:
     config = resolved("batch=64k", "recipe=mlperf")
     plan = make_plan(config, 10_000)
     # 65,536 x 10,000 / 1,281,167 = 511.5: four ghost batches of 128; 31 of 89 epochs are 3.48 of 10, or 66 updates.
     assert (plan.global_batch, plan.updates_per_epoch, plan.warmup_updates) == (512, 19, 66)
 
 
-def test_the_announcement_tells_whose_rule_it_is_and_what_was_changed() -> None:
+def test_the_summary_names_the_rule_and_its_changes() -> None:
     config = imagenet("nus", "32k", "optimizer.clamp=none")
     text = "\n".join(experiment_lines(config, make_plan(config, IMAGES), Inventory()))
     assert "recipe         nus" in text
     assert "trust ratios as nus-hpc has them, but for eps=0.0, clamp=none; none for batch norm and biases" in text
     goyal = imagenet("goyal", "8k")
-    told = "\n".join(experiment_lines(goyal, make_plan(goyal, IMAGES), Inventory()))
-    assert "then x0.1 at epochs 30, 60, 80" in told
-    assert "trust ratios" not in told
+    message = "\n".join(experiment_lines(goyal, make_plan(goyal, IMAGES), Inventory()))
+    assert "then x0.1 at epochs 30, 60, 80" in message
+    assert "trust ratios" not in message
 
 
-def test_every_option_is_a_keyword_of_lars_and_a_key_of_the_config() -> None:
+def test_every_option_is_a_keyword_of_lars_and_a_config_key() -> None:
     keywords = {name: p for name, p in inspect.signature(LARS).parameters.items() if name in DEFAULTS}
     hints = get_type_hints(Options)
     assert {name: p.default for name, p in keywords.items()} == DEFAULTS
@@ -452,7 +452,7 @@ def test_every_option_is_a_keyword_of_lars_and_a_key_of_the_config() -> None:
         assert list(of_lars) == list(LARS_OPTIONS)
 
 
-def test_the_presets_in_the_config_are_those_of_lars() -> None:
+def test_presets_in_the_config_equal_those_of_lars() -> None:
     for name in PRESETS:
         network = Net()
         raw = deepcopy(composed("recipe=torchlars", "data=imagenet"))

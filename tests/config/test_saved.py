@@ -1,4 +1,4 @@
-"""A run from a saved file: the same config and hash, in a directory that fits the experiment."""
+"""A run from a saved file has the same config and hash, and a directory that fits its experiment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def from_file(path: Path, *settings: str) -> tuple[Config, SavedConfig]:
 
 
 def written(folder: Path, config: Config, **changed: Any) -> Path:
-    """As a run writes it."""
+    """Write the config as a run does."""
     plain = OmegaConf.structured(config)
     for key, value in changed.items():
         OmegaConf.update(plain, key.replace("__", "."), value, force_add=True)
@@ -61,7 +61,7 @@ def test_a_saved_config_composes_to_itself(settings: str, tmp_path: Path) -> Non
     assert from_file(tmp_path)[0] == config
 
 
-def test_the_directory_of_the_file_is_that_of_its_experiment(tmp_path: Path) -> None:
+def test_the_files_run_directory_is_kept_only_for_its_experiment(tmp_path: Path) -> None:
     path = written(tmp_path, composed("config", "run.name=mine", "resume=never", "max_updates=3"))
     for settings, run in (
         ((), (None, "mine")),
@@ -72,12 +72,12 @@ def test_the_directory_of_the_file_is_that_of_its_experiment(tmp_path: Path) -> 
     ):
         config, _ = from_file(path, *settings)
         assert (config.run.dir, config.run.name) == run, settings
-        # Moving a run aside is a word about one start.
+        # resume=never applies to a single start.
         assert config.resume == "auto"
     assert from_file(path, "resume=never")[0].resume == "never"
 
 
-def test_keys_of_the_line_replace_those_of_the_file(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     config, _ = from_file(
         written(tmp_path, composed("config")), "optimizer.lr=3", "data.root=12_34", "data.name=folder"
     )
@@ -93,7 +93,7 @@ def test_keys_of_the_line_replace_those_of_the_file(tmp_path: Path) -> None:
         ("model=tiny", "model.name="),
     ],
 )
-def test_a_group_is_refused_beside_a_file(setting: str, words: str, tmp_path: Path) -> None:
+def test_a_group_is_refused_with_a_config_file(setting: str, words: str, tmp_path: Path) -> None:
     path = written(tmp_path, composed("config"))
     with pytest.raises(ConfigError) as caught:
         from_file(path, setting)
@@ -113,7 +113,7 @@ def test_a_group_is_refused_beside_a_file(setting: str, words: str, tmp_path: Pa
         ("run: {nam: x}\n", "run.nam: there is no such key. Did you mean 'run.name'?"),
     ],
 )
-def test_a_file_that_is_no_whole_config_is_refused(content: str, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_whole_config_is_refused(content: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError) as caught:
@@ -122,14 +122,14 @@ def test_a_file_that_is_no_whole_config_is_refused(content: str, words: str, tmp
     assert words in str(caught.value)
 
 
-def test_what_is_wrong_in_a_file_is_named(tmp_path: Path) -> None:
+def test_errors_in_a_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing: it cannot be read"):
         from_file(tmp_path / "missing")
     text = written(tmp_path, composed("config")).read_text()
     (tmp_path / "config.yaml").write_text(text.replace("seed: 0", "seed: many"))
     with pytest.raises(ConfigError, match=r"config\.yaml: seed: .*many"):
         from_file(tmp_path)
-    # What a later version adds can be given.
+    # Keys of a later version can be given on the command line.
     (tmp_path / "config.yaml").write_text(text.replace("seed: 0\n", ""))
     with pytest.raises(ConfigError, match="it lacks seed"):
         from_file(tmp_path)
