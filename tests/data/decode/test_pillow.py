@@ -1,3 +1,5 @@
+"""Views decoded with Pillow equal torchvision's, and files that cannot be decoded have a reason."""
+
 from __future__ import annotations
 
 import io
@@ -36,9 +38,9 @@ def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def encode(picture: Pixels | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encode(image: Pixels | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -50,7 +52,7 @@ def always(view: Geometry) -> Callable[[int, int], Geometry]:
     return lambda width, height: view
 
 
-def as_it_is(item: bytes | Pixels, size: int = 24) -> Pixels:
+def decode_unchanged(item: bytes | Pixels, size: int = 24) -> Pixels:
     return decode(item, whole, size)
 
 
@@ -59,8 +61,8 @@ def as_it_is(item: bytes | Pixels, size: int = 24) -> Pixels:
 def test_box_resize_and_flip_equal_torchvisions(kind: str, flip: bool) -> None:
     data = encode(noise(71, 53), kind)
     view = Geometry((9, 4, 60, 37), (32, 32), 0, (0, 0), flip)
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    expected = functional.resized_crop(picture, 4, 9, 33, 51, [32, 32], BILINEAR)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    expected = functional.resized_crop(image, 4, 9, 33, 51, [32, 32], BILINEAR)
     expected = functional.hflip(expected) if flip else expected
     np.testing.assert_array_equal(decode(data, always(view), 32), expected)
 
@@ -88,10 +90,10 @@ def test_padding_crop_and_flip_equal_a_plain_array_computation(channels: int, en
         np.testing.assert_array_equal(found, expected[:, ::-1] if flip else expected)
 
 
-def test_result_is_an_own_writable_contiguous_array() -> None:
+def test_the_result_is_a_new_writable_contiguous_array() -> None:
     pixels = noise(24, 24)
     before = pixels.copy()
-    found = as_it_is(pixels)
+    found = decode_unchanged(pixels)
     assert found.dtype == np.uint8
     assert found.flags.c_contiguous
     found[:] = 0
@@ -105,21 +107,21 @@ def test_read_only_pixels_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "YCbCr"])
-def test_every_colour_mode_becomes_rgb_as_pillow_converts_it(mode: str) -> None:
-    picture = Image.fromarray(noise(24, 24)).convert(mode)
-    data = encode(picture, "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG")
-    np.testing.assert_array_equal(as_it_is(data), picture.convert("RGB"))
+def test_every_color_mode_is_converted_to_rgb_by_pillow(mode: str) -> None:
+    image = Image.fromarray(noise(24, 24)).convert(mode)
+    data = encode(image, "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG")
+    np.testing.assert_array_equal(decode_unchanged(data), image.convert("RGB"))
 
 
-def test_transparent_palette_gives_the_palettes_colours() -> None:
-    picture = Image.fromarray(noise(24, 24)).quantize(16)
-    expected = picture.convert("RGB")
-    data = encode(picture, transparency=bytes(range(0, 256, 16)))
-    np.testing.assert_array_equal(as_it_is(data), expected)
+def test_transparent_palette_gives_the_palettes_colors() -> None:
+    image = Image.fromarray(noise(24, 24)).quantize(16)
+    expected = image.convert("RGB")
+    data = encode(image, transparency=bytes(range(0, 256, 16)))
+    np.testing.assert_array_equal(decode_unchanged(data), expected)
 
 
 def tiff(values: npt.NDArray[Any], bits: int = 0, sample_format: int = 1, photometric: int = 1) -> bytes:
-    """A grey TIFF, little-endian, of these (H, W) values; with `bits` they are the rows' bytes, in that many bits."""
+    """Return a gray little-endian TIFF of `values`, (H, W). With `bits`, they are the bytes of rows of such pixels."""
     height, width = values.shape
     bits, width = (bits, width * 8 // bits) if bits else (8 * values.itemsize, width)
     entries = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 130, 277: 1, 278: height}
@@ -135,27 +137,27 @@ SIXTEEN = np.random.default_rng(0).integers(0, 2**16, (24, 24, 4), dtype=np.uint
 def test_sixteen_bit_grey_is_scaled_to_eight(kind: str) -> None:
     values = SIXTEEN[..., 0]
     data = encode(Image.fromarray(values), kind)
-    found = as_it_is(data)[..., 1]
+    found = decode_unchanged(data)[..., 1]
     np.testing.assert_array_equal(found, (values // 256).astype(np.uint8))
     assert np.abs(found - values / 257).max() < 1
 
 
-@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_sixteen_bit_colour_and_alpha_give_the_upper_bytes(colour_type: int, channels: int) -> None:
+@pytest.mark.parametrize(("color_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_color_and_alpha_give_the_upper_bytes(color_type: int, channels: int) -> None:
     values = SIXTEEN[..., :channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    data = png_of_size(24, 24, rows, depth=16, colour_type=colour_type)
+    data = png_of_size(24, 24, rows, depth=16, color_type=color_type)
     expected = (values[..., :3] if channels > 2 else values[..., :1]) // 256
-    np.testing.assert_array_equal(as_it_is(data), np.broadcast_to(expected, (24, 24, 3)))
+    np.testing.assert_array_equal(decode_unchanged(data), np.broadcast_to(expected, (24, 24, 3)))
 
 
-def test_a_tiff_of_twelve_bits_or_with_white_as_zero_is_neither_dark_nor_inverted() -> None:
+def test_a_tiff_of_12_bits_or_with_white_as_zero_is_converted() -> None:
     values = SIXTEEN[..., 0]
-    np.testing.assert_array_equal(as_it_is(tiff(values, photometric=0))[..., 0], (65535 - values) // 256)
+    np.testing.assert_array_equal(decode_unchanged(tiff(values, photometric=0))[..., 0], (65535 - values) // 256)
     packed = noise(36, 24, 1)
     first, middle, last = packed[:, ::3].astype(int), packed[:, 1::3], packed[:, 2::3]
     twelve = np.stack([first << 4 | middle >> 4, (middle & 15).astype(int) << 8 | last], 2).reshape(24, 24)
-    np.testing.assert_array_equal(as_it_is(tiff(packed, bits=12))[..., 0], twelve // 16)
+    np.testing.assert_array_equal(decode_unchanged(tiff(packed, bits=12))[..., 0], twelve // 16)
 
 
 @pytest.mark.parametrize(
@@ -171,30 +173,32 @@ def test_a_tiff_of_twelve_bits_or_with_white_as_zero_is_neither_dark_nor_inverte
     ],
     ids=["int32", "uint32", "int16", "int8", "float32", "PFM", "float64"],
 )
-def test_pixels_that_have_no_white_are_bad_and_the_reason_says_what_to_do(data: bytes, reason: str) -> None:
-    for read in (as_it_is, whole_image):
+def test_pixels_without_a_defined_white_are_bad_with_a_remedy(data: bytes, reason: str) -> None:
+    for read in (decode_unchanged, whole_image):
         with pytest.raises(BadImage, match=f"^{reason}.*; convert it to 8 or 16 unsigned bits$"):
             read(data)
 
 
-def test_transparency_is_dropped_and_one_bit_is_black_and_white() -> None:
+def test_alpha_is_dropped_and_one_bit_is_black_and_white() -> None:
     for channels in (2, 4):
         values = noise(24, 24, channels)
-        grey = values[..., :1] if channels == 2 else values[..., :3]
-        np.testing.assert_array_equal(as_it_is(encode(values)), np.broadcast_to(grey, (24, 24, 3)))
+        gray = values[..., :1] if channels == 2 else values[..., :3]
+        np.testing.assert_array_equal(decode_unchanged(encode(values)), np.broadcast_to(gray, (24, 24, 3)))
     bits = noise(24, 24, 1) > 127
     for kind in ("PNG", "TIFF", "BMP"):
-        np.testing.assert_array_equal(as_it_is(encode(Image.fromarray(bits), kind))[..., 0], bits * np.uint8(255))
+        np.testing.assert_array_equal(
+            decode_unchanged(encode(Image.fromarray(bits), kind))[..., 0], bits * np.uint8(255)
+        )
 
 
 @pytest.mark.parametrize("ycck", [False, True])
-def test_inks_of_a_jpeg_become_the_colours_that_they_print(ycck: bool) -> None:
+def test_the_inks_of_a_jpeg_become_the_printed_colors(ycck: bool) -> None:
     inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 255, 0), (0, 0, 0, 255), (40, 90, 160, 30)]
-    # Whole blocks of one colour, which JPEG keeps.
+    # Blocks of one color, which JPEG preserves.
     cells = np.array([*inks, (200, 10, 60, 100), (5, 5, 5, 5), (128, 128, 128, 128)], np.uint8).reshape(3, 3, 4)
     cmyk = cells.repeat(8, axis=0).repeat(8, axis=1)
     data = encode(Image.fromarray(cmyk, "CMYK"), "JPEG", quality=100, subsampling=0)
-    # Adobe's convention: a JPEG stores 255 less each ink; and YCCK is YCbCr of 255 less the first three of those.
+    # Adobe's convention: a JPEG stores 255 minus each ink, and YCCK is the YCbCr of 255 minus the first three of these.
     stored = 255.0 - cmyk
     bright = stored[..., :3]
     if ycck:
@@ -204,7 +208,7 @@ def test_inks_of_a_jpeg_become_the_colours_that_they_print(ycck: bool) -> None:
         channels = [luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue]
         bright = 255 - np.stack(channels, axis=2).clip(0, 255)
     expected = bright * stored[..., 3:] / 255
-    assert np.abs(as_it_is(data) - expected).max() <= 1
+    assert np.abs(decode_unchanged(data) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -213,29 +217,29 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(first, kind, save_all=True, append_images=[Image.fromarray(second)], duration=100, **options)
     assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
-    np.testing.assert_array_equal(as_it_is(data), np.broadcast_to(first[..., None], (24, 24, 3)))
+    np.testing.assert_array_equal(decode_unchanged(data), np.broadcast_to(first[..., None], (24, 24, 3)))
 
 
 def test_exif_orientation_is_not_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = noise(24, 24)
-    np.testing.assert_array_equal(as_it_is(encode(pixels, exif=exif.tobytes())), pixels)
+    np.testing.assert_array_equal(decode_unchanged(encode(pixels, exif=exif.tobytes())), pixels)
 
 
-def test_damaged_exif_does_not_matter_and_does_not_warn() -> None:
+def test_damaged_exif_is_ignored_without_a_warning() -> None:
     damaged = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05\x01\x1a\x00\x05\x00\x00\x00\x01\x00\x00\xff\xff"
     data = encode(noise(24, 24), "JPEG", exif=damaged)
     plain = Image.open(io.BytesIO(encode(noise(24, 24), "JPEG")))
-    np.testing.assert_array_equal(as_it_is(data), plain)
+    np.testing.assert_array_equal(decode_unchanged(data), plain)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
-def test_truncated_picture_is_bad(kind: str) -> None:
+def test_a_truncated_image_is_bad(kind: str) -> None:
     data = encode(noise(24, 24), kind)
     for part in (0.02, 0.3, 0.6, 0.9):
         with pytest.raises(BadImage):
-            as_it_is(data[: int(part * len(data))])
+            decode_unchanged(data[: int(part * len(data))])
 
 
 @pytest.mark.parametrize(
@@ -247,33 +251,33 @@ def test_truncated_picture_is_bad(kind: str) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 24\n", "known format"),
     ],
 )
-def test_what_is_no_picture_is_bad_for_a_stated_reason(data: bytes, reason: str) -> None:
+def test_a_file_that_is_not_an_image_is_bad_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason) as caught:
-        as_it_is(data)
+        decode_unchanged(data)
     assert "0x" not in str(caught.value)  # an address in memory would differ between runs
 
 
-def png_of_size(width: int, height: int, rows: bytes = b"\x00" * 1000, depth: int = 8, colour_type: int = 0) -> bytes:
+def png_of_size(width: int, height: int, rows: bytes = b"\x00" * 1000, depth: int = 8, color_type: int = 0) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
 @pytest.mark.parametrize(("width", "height"), [(9460, 9460), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
-def test_decompression_bomb_is_bad_before_it_takes_memory(width: int, height: int) -> None:
+def test_a_decompression_bomb_is_bad_before_it_takes_memory(width: int, height: int) -> None:
     assert width * height > MAX_PIXELS
     with pytest.raises(BadImage, match="pixels"):
-        as_it_is(png_of_size(width, height))
+        decode_unchanged(png_of_size(width, height))
 
 
-def test_bomb_limit_is_pillows_default() -> None:
+def test_the_bomb_limit_is_pillows_default() -> None:
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
 
 
-def test_picture_that_resizing_would_blow_up_is_bad() -> None:
+def test_an_image_that_resizing_would_blow_up_is_bad() -> None:
     with pytest.raises(BadImage, match="1x2000000 pixels, too elongated to resize to 256x512000000"):
         decode(noise(1, 2_000_000, 1), View("none", 224, False, 0, 0.875).evaluate, 224)
 
@@ -290,8 +294,8 @@ def pixels_or_reason(data: bytes) -> Pixels | str:
 def test_damaged_bytes_give_pixels_or_a_one_line_reason(kind: str, data: st.DataObject) -> None:
     item = bytearray(encode(noise(24, 24), kind))
     damage = st.tuples(st.integers(0, min(len(item), 200) - 1), st.integers(0, 255))
-    for place, value in data.draw(st.lists(damage, min_size=1, max_size=6)):
-        item[place] = value
+    for position, value in data.draw(st.lists(damage, min_size=1, max_size=6)):
+        item[position] = value
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outcome = pixels_or_reason(bytes(item))
@@ -301,7 +305,7 @@ def test_damaged_bytes_give_pixels_or_a_one_line_reason(kind: str, data: st.Data
         assert outcome.shape == (24, 24, 3)
 
 
-def test_errors_of_the_geometry_are_not_blamed_on_the_picture() -> None:
+def test_errors_of_the_geometry_are_not_blamed_on_the_image() -> None:
     def broken(width: int, height: int) -> Geometry:
         raise ZeroDivisionError
 
@@ -309,7 +313,7 @@ def test_errors_of_the_geometry_are_not_blamed_on_the_picture() -> None:
         decode(encode(noise(24, 24)), broken, 24)
 
 
-def test_imagenet_files_decode_as_torchvision_decodes_them() -> None:
+def test_imagenet_files_decode_as_with_torchvision() -> None:
     root = os.environ.get("LARS_TEST_DATA")
     if not root or not (Path(root) / "imagenet_sample").is_dir():
         pytest.skip("LARS_TEST_DATA names no folder with imagenet_sample")
@@ -318,11 +322,11 @@ def test_imagenet_files_decode_as_torchvision_decodes_them() -> None:
     view = View("inception", 224, True, 0, 0.875)
     rng = np.random.default_rng(0)
     for file in files:
-        picture = Image.open(file).convert("RGB")
-        expected = functional.center_crop(functional.resize(picture, 256, BILINEAR), 224)
+        image = Image.open(file).convert("RGB")
+        expected = functional.center_crop(functional.resize(image, 256, BILINEAR), 224)
         np.testing.assert_array_equal(decode(file.read_bytes(), view.evaluate, 224), expected)
-        drawn = view.train(*picture.size, rng.random(UNIFORMS).tolist())
+        drawn = view.train(*image.size, rng.random(UNIFORMS).tolist())
         left, top, right, bottom = drawn.box
-        cut = functional.resized_crop(picture, top, left, bottom - top, right - left, [224, 224], BILINEAR)
+        cut = functional.resized_crop(image, top, left, bottom - top, right - left, [224, 224], BILINEAR)
         cut = functional.hflip(cut) if drawn.flip else cut
         np.testing.assert_array_equal(decode(file.read_bytes(), always(drawn), 224), cut)
