@@ -1,3 +1,5 @@
+"""A stream's batches depend only on the data set, the seed and the update, whichever workers fill them."""
+
 from __future__ import annotations
 
 import gc
@@ -44,7 +46,7 @@ from lars_train.signals import TERMINATION_SIGNALS
 
 SIZE = 12
 KINDS = ["processes", "threads"] if sys.platform == "linux" else ["threads"]
-forked = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+forked = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked only on Linux")
 VIEW = View("pad_crop", SIZE, True, 2, 1.0)
 
 
@@ -56,8 +58,8 @@ def warnings_are_errors() -> Iterator[None]:
 
 
 @dataclass
-class Pictures:
-    """A source in memory: sample i is noise drawn from i, its label 10 * i; some samples are damaged."""
+class SyntheticImages:
+    """A source in memory: sample i is noise with the seed i and the label 10 * i. Some samples are damaged."""
 
     count: int
     encoded: bool = False
@@ -94,7 +96,7 @@ class Pictures:
         return file.getvalue()
 
 
-def train(source: Pictures, start_update: int = 0, stop_update: int = 5, **changes: Any) -> Stream:
+def train(source: SyntheticImages, start_update: int = 0, stop_update: int = 5, **changes: Any) -> Stream:
     options: dict[str, Any] = {
         "seed": 7,
         "batch": 10,
@@ -111,13 +113,13 @@ def train(source: Pictures, start_update: int = 0, stop_update: int = 5, **chang
     return train_loader(LoaderSpec(source=source, view=VIEW, **options), start_update, stop_update)
 
 
-def evaluate(source: Pictures, **changes: Any) -> Stream:
+def evaluate(source: SyntheticImages, **changes: Any) -> Stream:
     options = {"micro_batch": 4, "rank": 0, "world": 1, "workers": 0, "pin_memory": False, **changes}
     return eval_loader(EvalSpec(source=source, view=VIEW, **options))
 
 
 def workers_of_this_test() -> set[int]:
-    """Processes by their ids, and threads by theirs, below zero."""
+    """Return the ids of processes, and the negative ids of threads."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     processes = {int(child) for child in children.read_text().split()} if children.exists() else set()
     return processes | {-(thread.ident or 0) for thread in threading.enumerate()}
@@ -134,30 +136,30 @@ def joined(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
 
 
-def picture(source: Pictures, sample: int, epoch: int, slot_of: int | None = None) -> torch.Tensor:
-    """The training view computed from its definition: Philox numbers of the slot's sample id."""
+def expected_view(source: SyntheticImages, sample: int, epoch: int, slot_of: int | None = None) -> torch.Tensor:
+    """Compute the training view from its definition: Philox numbers of the slot's sample id."""
     uniforms = sample_uniforms(7, epoch, sample if slot_of is None else slot_of, UNIFORMS).tolist()
     view = decode(source.pixels(sample), partial(VIEW.train, uniforms=uniforms), SIZE)
     return torch.tensor(view).permute(2, 0, 1)
 
 
-def test_stream_is_the_order_cut_into_micro_batches_and_augmented_by_sample_id() -> None:
-    source = Pictures(23)
+def test_a_stream_follows_the_order_and_augments_by_sample_id() -> None:
+    source = SyntheticImages(23)
     batches = list(train(source))
     assert [len(b.labels) for b in batches] == [8, 2] * 5
     images, labels = joined(batches)
     expected = [(epoch, s) for epoch in range(3) for s in epoch_order(7, epoch, 23)[:20].tolist()][:50]
     assert labels.tolist() == [10 * sample for _, sample in expected]
     for image, (epoch, sample) in zip(images, expected, strict=True):
-        assert torch.equal(image, picture(source, sample, epoch))
+        assert torch.equal(image, expected_view(source, sample, epoch))
     assert all(b.bad == () for b in batches)
 
 
 def test_batches_are_uint8_channels_last_and_int64() -> None:
     for batch in [
-        next(train(Pictures(23))),
-        next(evaluate(Pictures(23))),
-        next(train(Pictures(23), workers=1)),
+        next(train(SyntheticImages(23))),
+        next(evaluate(SyntheticImages(23))),
+        next(train(SyntheticImages(23), workers=1)),
     ]:
         assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.int64)
         assert batch.images.shape[1:] == (3, SIZE, SIZE)
@@ -166,11 +168,9 @@ def test_batches_are_uint8_channels_last_and_int64() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("encoded", [False, True])
-def test_order_and_content_do_not_depend_on_the_number_and_kind_of_workers(
-    encoded: bool, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_do_not_depend_on_the_workers(encoded: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "PIECE", 3)  # several workers in a micro-batch of 8
-    source = Pictures(23, encoded, empty={3, 4}, missing={11})
+    source = SyntheticImages(23, encoded, empty={3, 4}, missing={11})
     alone = list(train(source))
     assert any(b.bad for b in alone)
     assert same(alone, list(train(source, workers=2, kind=kind)))
@@ -180,16 +180,16 @@ def test_order_and_content_do_not_depend_on_the_number_and_kind_of_workers(
 
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])
-def test_a_buffer_is_used_again_but_never_while_a_tensor_refers_to_it(kind: str) -> None:
+def test_a_buffer_is_reused_only_when_no_tensor_refers_to_it(kind: str) -> None:
     options = {"stop_update": 40, "workers": 0 if kind == "none" else 2, "kind": None if kind == "none" else kind}
-    expected = list(train(Pictures(23), stop_update=40))
-    stream = train(Pictures(23), **options)
+    expected = list(train(SyntheticImages(23), stop_update=40))
+    stream = train(SyntheticImages(23), **options)
     held = []
     for number, batch in enumerate(stream):
-        # Longer than the pool is; a part of the pixels, or the labels alone.
+        # More batches than the pool has buffers: a part of the images, or only the labels.
         held.append((number, batch.images[:, 1:], None) if number % 2 else (number, None, batch.labels[1:]))
         if number % 20 == 19:
-            time.sleep(0.02)  # what was free is full again
+            time.sleep(0.02)  # time to fill all free buffers
             for held_number, images, labels in held:
                 if images is not None:
                     assert torch.equal(images, expected[held_number].images[:, 1:])
@@ -198,21 +198,21 @@ def test_a_buffer_is_used_again_but_never_while_a_tensor_refers_to_it(kind: str)
             held.clear()
         del batch
     assert number == 79
-    stream = train(Pictures(23), **options)
+    stream = train(SyntheticImages(23), **options)
     slots = stream_module.pool_slots(8, int(options["workers"] or 0))
     assert len({next(stream).images.data_ptr() for _ in range(80)}) <= slots
     assert slots == (4 if kind == "none" else 8)
 
 
-def test_a_pool_holds_two_pieces_for_each_worker_and_little_more() -> None:
+def test_a_pool_holds_about_two_pieces_per_worker() -> None:
     for batch in (1, 8, 32, 100, 256, 2048, 50_000):
         for count in (1, 2, 16, 64, 128):
             filled = stream_module.pool_slots(batch, count) - stream_module.LENT
             pieces = -(-batch // stream_module.piece_of(batch))
-            # One of the buffers is the one that is waited for.
+            # The consumer waits for one of the buffers.
             assert (filled - 1) * pieces >= 2 * count or filled == stream_module.AHEAD
             assert (filled - 2) * pieces < 2 * count or filled == stream_module.AHEAD
-            assert filled * pieces <= 4096  # what a pipe holds of them
+            assert filled * pieces <= 4096  # the capacity of a pipe
 
 
 @pytest.mark.parametrize(
@@ -223,22 +223,22 @@ def test_a_pool_holds_two_pieces_for_each_worker_and_little_more() -> None:
         ("png", NATIVE, KINDS[0]),
     ],
 )
-def test_threads_are_for_decoders_that_leave_the_interpreter_to_others(suffix: str, decoder: str, kind: str) -> None:
-    source = Pictures(5)
+def test_threads_are_used_if_the_decoder_releases_the_gil(suffix: str, decoder: str, kind: str) -> None:
+    source = SyntheticImages(5)
     source.name = lambda sample: f"class/{sample}.{suffix}"  # type: ignore[method-assign]
     assert stream_module.worker_kind(source, decoder) == kind
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 5])
-def test_stream_from_a_later_update_is_the_tail_of_the_whole(start: int) -> None:
-    source = Pictures(23, empty={5})
+def test_a_stream_from_a_later_update_is_the_rest_of_the_whole(start: int) -> None:
+    source = SyntheticImages(23, empty={5})
     assert same(list(train(source))[2 * start :], list(train(source, start_update=start)))
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 @pytest.mark.parametrize("ghosts_per_micro", [1, 3])
-def test_ranks_together_see_what_one_rank_sees(world: int, ghosts_per_micro: int) -> None:
-    source = Pictures(23, empty={5})
+def test_all_ranks_together_get_the_batches_of_a_single_rank(world: int, ghosts_per_micro: int) -> None:
+    source = SyntheticImages(23, empty={5})
     whole = list(train(source, stop_update=1))
     parts = [
         batch
@@ -249,25 +249,25 @@ def test_ranks_together_see_what_one_rank_sees(world: int, ghosts_per_micro: int
         assert torch.equal(one, other)
 
 
-def test_bad_picture_is_replaced_by_the_next_good_id_in_its_slots_augmentation() -> None:
-    source = Pictures(20, empty={18, 19}, missing={0})
+def test_the_next_good_sample_replaces_a_bad_image() -> None:
+    source = SyntheticImages(20, empty={18, 19}, missing={0})
     batches = list(train(source, stop_update=2))
     images, labels = joined(batches)
     order = epoch_order(7, 0, 20).tolist()
     for slot in map(order.index, (18, 19, 0)):
         assert labels[slot] == 10  # the label of sample 1, which follows 18, 19 and 0
-        assert torch.equal(images[slot], picture(source, 1, 0, slot_of=order[slot]))
+        assert torch.equal(images[slot], expected_view(source, 1, 0, slot_of=order[slot]))
     empty, missing = "the file is empty", "No such file or directory"
     reasons = {18: empty, 19: empty, 0: missing}
-    met = {18: [18, 19, 0], 19: [19, 0], 0: [0]}
-    expected = [BadSample(bad, f"/data/class/{bad}.png", reasons[bad]) for slot in order for bad in met.get(slot, [])]
+    tried = {18: [18, 19, 0], 19: [19, 0], 0: [0]}
+    expected = [BadSample(bad, f"/data/class/{bad}.png", reasons[bad]) for slot in order for bad in tried.get(slot, [])]
     assert [bad for b in batches for bad in b.bad] == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("damage", "reason"), [("empty", "the file is empty"), ("missing", "No such file")])
-def test_failing_policy_names_file_and_reason_in_one_line(workers: int, damage: str, reason: str) -> None:
-    source = Pictures(20, empty={6}) if damage == "empty" else Pictures(20, missing={6})
+def test_on_error_fail_reports_file_and_reason_in_one_line(workers: int, damage: str, reason: str) -> None:
+    source = SyntheticImages(20, empty={6}) if damage == "empty" else SyntheticImages(20, missing={6})
     stream = train(source, on_error="fail", workers=workers)
     with pytest.raises(DataError, match=f"^/data/class/6.png: {reason}.*data.on_error=skip") as caught:
         list(stream)
@@ -279,29 +279,29 @@ def test_batches_before_a_failure_still_arrive() -> None:
     first, second = (epoch_order(7, epoch, 23).tolist() for epoch in (0, 1))
     unlucky = next(sample for sample in first[20:] if sample in second[:20])
     place = second.index(unlucky)
-    good = list(train(Pictures(23)))[: 4 + 2 * (place // 10) + (place % 10 >= 8)]
-    stream = train(Pictures(23, empty={unlucky}), on_error="fail", workers=2)
+    good = list(train(SyntheticImages(23)))[: 4 + 2 * (place // 10) + (place % 10 >= 8)]
+    stream = train(SyntheticImages(23, empty={unlucky}), on_error="fail", workers=2)
     assert same(good, [next(stream) for _ in good])
     with pytest.raises(DataError, match=f"class/{unlucky}.png"):
         next(stream)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_set_without_a_readable_picture_ends_the_run(workers: int) -> None:
-    source = Pictures(20, missing=set(range(20)))
+def test_a_data_set_without_a_readable_image_ends_the_run(workers: int) -> None:
+    source = SyntheticImages(20, missing=set(range(20)))
     with pytest.raises(DataError, match=r"last of 20 samples in a row .* data\.root"):
         next(train(source, workers=workers))
 
 
-def test_a_thousand_bad_neighbours_in_a_row_end_the_run() -> None:
-    source = Pictures(1200, empty=set(range(1200)) - {int(epoch_order(7, 0, 1200)[0])})
+def test_a_thousand_bad_samples_in_a_row_end_the_run() -> None:
+    source = SyntheticImages(1200, empty=set(range(1200)) - {int(epoch_order(7, 0, 1200)[0])})
     with pytest.raises(DataError, match="last of 1000 samples in a row"):
         list(train(source, updates_per_epoch=100, stop_update=100))
 
 
 @pytest.mark.parametrize("world", [1, 2, 7, 13])
-def test_evaluation_shows_every_sample_once_in_order(world: int) -> None:
-    source = Pictures(11)
+def test_evaluation_returns_every_sample_once_in_order(world: int) -> None:
+    source = SyntheticImages(11)
     batches = [b for rank in range(world) for b in evaluate(source, world=world, rank=rank)]
     images, labels = joined(batches)
     assert labels.tolist() == source.labels.tolist()
@@ -311,8 +311,8 @@ def test_evaluation_shows_every_sample_once_in_order(world: int) -> None:
         assert torch.equal(image, torch.tensor(view).permute(2, 0, 1))
 
 
-def test_evaluation_keeps_the_place_of_a_bad_picture() -> None:
-    batches = list(evaluate(Pictures(11, empty={2}, missing={9})))
+def test_evaluation_keeps_the_place_of_a_bad_image() -> None:
+    batches = list(evaluate(SyntheticImages(11, empty={2}, missing={9})))
     images, labels = joined(batches)
     assert labels.tolist() == [0, 10, -1, 30, 40, 50, 60, 70, 80, -1, 100]
     assert [int(image.max()) == 0 for image in images] == [s in {2, 9} for s in range(11)]
@@ -328,13 +328,13 @@ def test_evaluation_keeps_the_place_of_a_bad_picture() -> None:
     ("number", "reason"),
     [(signal.SIGKILL, "was killed by SIGKILL, .* memory runs out"), (signal.SIGTRAP, "was killed by SIGTRAP: a fault")],
 )
-def test_a_killed_worker_is_named_with_its_reason_and_nobody_waits(number: int, reason: str) -> None:
+def test_a_killed_worker_ends_the_stream_with_the_reason(number: int, reason: str) -> None:
     def die(sample: int) -> None:
         if sample == 6:
             os.kill(os.getpid(), number)
 
     before = workers_of_this_test()
-    stream = train(Pictures(20, on_read=die), workers=2)
+    stream = train(SyntheticImages(20, on_read=die), workers=2)
     with pytest.raises(DataError, match=rf"^a loader worker \(process \d+\) {reason}"):
         list(stream)
     assert workers_of_this_test() == before
@@ -342,9 +342,9 @@ def test_a_killed_worker_is_named_with_its_reason_and_nobody_waits(number: int, 
 
 
 @forked
-def test_workers_that_wait_for_work_and_are_killed_are_named_too() -> None:
+def test_killed_idle_workers_end_the_stream_with_the_reason() -> None:
     before = workers_of_this_test()
-    stream = train(Pictures(23), workers=2, stop_update=10_000)
+    stream = train(SyntheticImages(23), workers=2, stop_update=10_000)
     next(stream)
     for worker in workers_of_this_test() - before:
         os.kill(worker, signal.SIGKILL)
@@ -363,30 +363,30 @@ def breaks(sample: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_without_memory_or_with_a_defect_ends_the_stream_and_tells(kind: str) -> None:
+def test_an_exception_in_a_worker_ends_the_stream(kind: str) -> None:
     before = workers_of_this_test()
     with pytest.raises(DataError, match=r"a loader worker: out of memory; reduce data\.workers"):
-        list(train(Pictures(20, on_read=runs_out_of_memory), workers=2, kind=kind))
+        list(train(SyntheticImages(20, on_read=runs_out_of_memory), workers=2, kind=kind))
     with pytest.raises((ZeroDivisionError, RuntimeError), match="in the source"):
-        list(train(Pictures(20, on_read=breaks), workers=2, kind=kind))
+        list(train(SyntheticImages(20, on_read=breaks), workers=2, kind=kind))
     assert workers_of_this_test() == before
 
 
-def ask_for_interrupts(sample: int) -> None:
+def require_ignored_signals(sample: int) -> None:
     if any(signal.getsignal(number) is not signal.SIG_IGN for number in TERMINATION_SIGNALS):
         raise FileNotFoundError(2, "a worker that Ctrl-C would end")
 
 
 @forked
-def test_forked_workers_leave_interrupts_to_the_parent() -> None:
-    stream = train(Pictures(20, on_read=ask_for_interrupts), workers=1, on_error="fail")
+def test_forked_workers_ignore_termination_signals() -> None:
+    stream = train(SyntheticImages(20, on_read=require_ignored_signals), workers=1, on_error="fail")
     assert len(list(stream)) == 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_close_ends_the_workers_and_the_stream(kind: str) -> None:
     before = workers_of_this_test()
-    stream = train(Pictures(23), workers=2, stop_update=10_000, kind=kind)
+    stream = train(SyntheticImages(23), workers=2, stop_update=10_000, kind=kind)
     next(stream)
     assert len(workers_of_this_test() - before) == 2
     stream.close()
@@ -398,10 +398,10 @@ def test_close_ends_the_workers_and_the_stream(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_exhausted_and_forgotten_streams_have_no_workers(kind: str) -> None:
     before = workers_of_this_test()
-    stream = train(Pictures(23), workers=2, kind=kind)
+    stream = train(SyntheticImages(23), workers=2, kind=kind)
     assert len(list(stream)) == 10
     assert workers_of_this_test() == before
-    forgotten = train(Pictures(23), workers=2, kind=kind)
+    forgotten = train(SyntheticImages(23), workers=2, kind=kind)
     next(forgotten)
     del forgotten
     gc.collect()
@@ -414,47 +414,47 @@ def test_workers_end_when_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch
     read, write = os.pipe()
     parent = os.fork()
     if parent == 0:
-        stream = train(Pictures(23), workers=2, stop_update=10_000)
+        stream = train(SyntheticImages(23), workers=2, stop_update=10_000)
         next(stream)
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(write)
     os.waitpid(parent, 0)
-    # Workers hold the other end; the test's own time limit is the alternative.
+    # The workers hold the other end. If they do not end, the test times out.
     assert os.read(read, 1) == b""
     os.close(read)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_global_random_state_is_left_alone(workers: int) -> None:
+def test_the_global_random_state_is_unchanged(workers: int) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state(), pickle.dumps(np.random.get_state())
-    list(train(Pictures(23), workers=workers))
-    list(evaluate(Pictures(23), workers=workers))
+    list(train(SyntheticImages(23), workers=workers))
+    list(evaluate(SyntheticImages(23), workers=workers))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == pickle.dumps(np.random.get_state())
 
 
-def test_stream_computes_each_epochs_order_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_computes_the_order_of_each_epoch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     epochs: list[int] = []
 
-    def counted(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    def recorded(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
         epochs.append(epoch)
         return epoch_order(seed, epoch, count)
 
-    monkeypatch.setattr("lars_train.data.loading.loader.epoch_order", counted)
-    stream = train(Pictures(23))
+    monkeypatch.setattr("lars_train.data.loading.loader.epoch_order", recorded)
+    stream = train(SyntheticImages(23))
     assert epochs == []
     list(stream)
     assert epochs == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])
-def test_statistics_are_of_the_batches_since_the_last_call(kind: str) -> None:
+def test_statistics_cover_the_batches_since_the_last_call(kind: str) -> None:
     def slow(sample: int) -> None:
         time.sleep(0.001)
 
     workers, of_kind = (0, None) if kind == "none" else (2, kind)
-    stream = train(Pictures(23, on_read=slow), workers=workers, kind=of_kind, stop_update=2)
+    stream = train(SyntheticImages(23, on_read=slow), workers=workers, kind=of_kind, stop_update=2)
     assert stream.statistics() == (0, 0, 0)
     for images in (8, 2):
         next(stream)
@@ -466,37 +466,37 @@ def test_statistics_are_of_the_batches_since_the_last_call(kind: str) -> None:
     assert stream.statistics().images == 10
 
 
-@pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-def test_statistics_tell_how_many_images_the_native_decoder_decoded() -> None:
-    # 3, 5, 7 and 8 are Pillow's.
-    stream = evaluate(Photographs(23), workers=2, kind="threads", decoder=NATIVE)
+@pytest.mark.skipif(native.jpeg is None, reason="the C decoder was not built")
+def test_statistics_count_the_images_of_the_native_decoder() -> None:
+    # Pillow decodes 3, 5, 7 and 8.
+    stream = evaluate(MixedFiles(23), workers=2, kind="threads", decoder=NATIVE)
     assert len(list(stream)) == 6
     assert stream.statistics().fast == 19
 
 
-def test_a_batch_that_is_ready_is_there_at_once_and_one_that_is_not_is_not_waited_for() -> None:
+def test_ready_returns_at_once() -> None:
     gate = threading.Event()
-    stream = train(Pictures(23, on_read=lambda sample: gate.wait(60) and None), workers=1, kind="threads")
+    stream = train(SyntheticImages(23, on_read=lambda sample: gate.wait(60) and None), workers=1, kind="threads")
     assert not stream.ready()
     gate.set()
     while not stream.ready():
         time.sleep(0.001)
-    assert same([next(stream)], [next(train(Pictures(23)))])
+    assert same([next(stream)], [next(train(SyntheticImages(23)))])
     for _ in stream:
         pass
     assert not stream.ready()
-    assert not train(Pictures(23)).ready()
+    assert not train(SyntheticImages(23)).ready()
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="2 updates of 12"):
-        train(Pictures(23), batch=12)
+        train(SyntheticImages(23), batch=12)
     with pytest.raises(ValueError, match="'ignore'"):
-        train(Pictures(23), on_error="ignore")
+        train(SyntheticImages(23), on_error="ignore")
 
 
-def test_batch_survives_pickling() -> None:
-    batch = next(train(Pictures(23, empty=set(range(0, 23, 2)))))
+def test_a_batch_survives_pickling() -> None:
+    batch = next(train(SyntheticImages(23, empty=set(range(0, 23, 2)))))
     again = pickle.loads(pickle.dumps(batch))
     assert same([batch], [again])
     assert again.images.stride() == batch.images.stride()
@@ -505,7 +505,7 @@ def test_batch_survives_pickling() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_batches_keep_content_and_layout(workers: int) -> None:
-    source = Pictures(23, empty={3})
+    source = SyntheticImages(23, empty={3})
     expected = list(train(source))
     for number, batch in enumerate(train(source, workers=workers, pin_memory=True)):
         assert batch.images.is_pinned()
@@ -514,8 +514,8 @@ def test_pinned_batches_keep_content_and_layout(workers: int) -> None:
         assert same([batch], [expected[number]])
 
 
-def test_buffers_are_page_locked_after_all_forks_and_let_go_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a stand-in for CUDA's runtime."""
+def test_buffers_are_page_locked_after_all_forks_until_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run with a fake CUDA runtime."""
     locked: dict[int, int] = {}
     here = os.getpid()
 
@@ -534,54 +534,54 @@ def test_buffers_are_page_locked_after_all_forks_and_let_go_at_the_end(monkeypat
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     before = workers_of_this_test()
-    stream = train(Pictures(23), workers=2, pin_memory=True)
+    stream = train(SyntheticImages(23), workers=2, pin_memory=True)
     batch = next(stream)
     ((address, size),) = locked.items()
     assert address <= batch.images.data_ptr() < address + size
     stream.close()
     del stream
     gc.collect()
-    assert locked  # for the batch
+    assert locked  # the batch still refers to them
     del batch
     gc.collect()
     assert not locked
     monkeypatch.setattr(Runtime, "code", 2)
     with pytest.warns(RuntimeWarning, match=r"could not be page-locked \(CUDA error 2\)"):
-        stream = train(Pictures(23), workers=2, pin_memory=True)
-    assert same(list(stream), list(train(Pictures(23))))
+        stream = train(SyntheticImages(23), workers=2, pin_memory=True)
+    assert same(list(stream), list(train(SyntheticImages(23))))
     locked.clear()
 
 
 @forked
-def test_workers_are_forked_so_that_they_share_the_sources_memory() -> None:
+def test_worker_processes_share_the_memory_of_the_source() -> None:
     parent = os.getpid()
-    source = Pictures(23, on_read=lambda sample: None if os.getpid() != parent else os.abort())
+    source = SyntheticImages(23, on_read=lambda sample: None if os.getpid() != parent else os.abort())
     assert len(list(train(source, workers=1, stop_update=1))) == 2  # a lambda cannot be pickled
 
 
 @forked
 @pytest.mark.parametrize("stuck", [(0,), (1,), (0, 1)])
-def test_workers_that_never_begin_are_replaced(stuck: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = list(evaluate(Pictures(23)))
-    begin, forks = workers_module._process, mmap.mmap(-1, 1)
+def test_workers_that_do_not_start_are_replaced(stuck: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list(evaluate(SyntheticImages(23)))
+    run, forks = workers_module._process, mmap.mmap(-1, 1)
 
     def late(*arguments: Any) -> None:
         forks[0] += 1
         if forks[0] - 1 in stuck:
-            # As a process that waits on a lock does, it takes no signal but SIGKILL.
+            # Like a process that waits for a lock, it reacts only to SIGKILL.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
-        begin(*arguments)
+        run(*arguments)
 
     before = workers_of_this_test()
     monkeypatch.setattr(workers_module, "_process", late)
     monkeypatch.setattr(workers_module, "START_S", 1.0)
-    assert same(list(evaluate(Pictures(23), workers=2)), expected)
+    assert same(list(evaluate(SyntheticImages(23), workers=2)), expected)
     assert forks[0] == 2 + len(stuck)
     assert workers_of_this_test() == before
 
 
-def test_workers_that_cannot_be_started_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_of_a_worker_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     before = workers_of_this_test()
     start, left = threading.Thread.start, [1]
 
@@ -597,25 +597,25 @@ def test_workers_that_cannot_be_started_are_told_of(monkeypatch: pytest.MonkeyPa
     if sys.platform == "linux":
         monkeypatch.setattr(os, "fork", fork)
         with pytest.raises(DataError, match=r"cannot be started \(Resource temporarily unavailable\); .*data\.workers"):
-            evaluate(Pictures(23), workers=2, kind="processes")
+            evaluate(SyntheticImages(23), workers=2, kind="processes")
     monkeypatch.setattr(threading.Thread, "start", start_one)
     with pytest.raises(DataError, match=r"cannot be started \(can't start new thread\); .*data\.workers"):
-        evaluate(Pictures(23), workers=2, kind="threads")
+        evaluate(SyntheticImages(23), workers=2, kind="threads")
     assert workers_of_this_test() == before
 
 
 @forked
-def test_workers_that_never_begin_at_all_end_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_never_start_end_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     before = workers_of_this_test()
     monkeypatch.setattr(workers_module, "_process", lambda *arguments: time.sleep(600))
     monkeypatch.setattr(workers_module, "START_S", 0.1)
     with pytest.raises(DataError, match="2 of 2 loader workers did not start"):
-        evaluate(Pictures(23), workers=2)
+        evaluate(SyntheticImages(23), workers=2)
     assert workers_of_this_test() == before
 
 
-class Photographs(Pictures):
-    """JPEGs, among them a PNG, a CMYK one and some that are cut short."""
+class MixedFiles(SyntheticImages):
+    """JPEGs, except for a PNG, a CMYK JPEG and two truncated ones."""
 
     def read(self, sample: int) -> bytes:
         kind, mode = ("PNG", "RGB") if sample == 3 else ("JPEG", "CMYK" if sample == 5 else "RGB")
@@ -626,12 +626,12 @@ class Photographs(Pictures):
         return data[: len(data) - 40 * (sample in (7, 8))]
 
 
-@pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
+@pytest.mark.skipif(native.jpeg is None, reason="the C decoder was not built")
 @pytest.mark.parametrize(("workers", "kind"), [(0, None), *((2, kind) for kind in KINDS)])
-def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int, kind: str | None) -> None:
+def test_both_decoders_give_the_same_batches(workers: int, kind: str | None) -> None:
     for stream in (train, evaluate):
         one, other = (
-            list(stream(Photographs(23), workers=workers, decoder=choice, kind=kind)) for choice in (NATIVE, PILLOW)
+            list(stream(MixedFiles(23), workers=workers, decoder=choice, kind=kind)) for choice in (NATIVE, PILLOW)
         )
         for a, b in zip(one, other, strict=True):
             assert (a.images.int() - b.images.int()).abs().max() <= 1
@@ -640,12 +640,12 @@ def test_both_decoders_give_the_same_views_labels_and_bad_pictures(workers: int,
         assert {bad.sample for batch in one for bad in batch.bad} == {7, 8}
 
 
-@pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-def test_the_native_decoder_decodes_what_it_is_asked_to_and_pillow_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(native.jpeg is None, reason="the C decoder was not built")
+def test_pillow_decodes_only_what_the_native_decoder_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[bytes] = []
     whole = decode_module._image
     monkeypatch.setattr(decode_module, "_image", lambda data: opened.append(data) or whole(data))
-    source = Photographs(23)
+    source = MixedFiles(23)
     list(evaluate(source, decoder=NATIVE))
     assert opened == [source.read(sample) for sample in (3, 5, 7, 8)]
     list(evaluate(source))

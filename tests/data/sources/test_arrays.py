@@ -1,4 +1,4 @@
-"""CIFAR-10 and Fashion-MNIST come through torchvision: quietly, once, and with a message when they do not."""
+"""CIFAR-10 and Fashion-MNIST are read with torchvision, downloaded silently and once; failures have a message."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The files of CIFAR-10 with 20 images in each of its five batches and in the test batch."""
+    """Write the files of CIFAR-10, with 20 images in each of the six batches."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
@@ -41,7 +41,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path)
 
 
-def test_held_out_images_are_training_images_that_keep_their_numbers(cifar: str) -> None:
+def test_held_out_images_keep_their_training_names(cifar: str) -> None:
     whole, held = open_arrays("cifar10", cifar), open_arrays("cifar10", cifar, 0.2)
     found = {}
     for source in (held.train, held.val):
@@ -51,13 +51,13 @@ def test_held_out_images_are_training_images_that_keep_their_numbers(cifar: str)
             assert np.array_equal(source.read(sample), whole.train.read(number))
             assert source.labels[sample] == whole.train.labels[number]
     assert sorted(found) == list(range(100))
-    # Ten of each class, of which a fifth goes to validation.
+    # A fifth of the ten images of each class is held out.
     assert np.bincount(held.val.labels).tolist() == [2] * 10
     assert held.fingerprint != whole.fingerprint
     assert open_arrays("cifar10", cifar, 0.2).fingerprint == held.fingerprint
 
 
-def test_cifar10_is_what_its_files_say(cifar: str) -> None:
+def test_cifar10_equals_its_files(cifar: str) -> None:
     data = open_arrays("cifar10", cifar)
     assert data.classes == tuple(CIFAR_CLASSES)
     assert (len(data.train), len(data.val)) == (100, 20)
@@ -92,7 +92,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 @pytest.fixture
 def fashion(tmp_path: Path) -> Path:
-    """The unpacked files of Fashion-MNIST with 30 and 10 images."""
+    """Write the unpacked files of Fashion-MNIST, with 30 and 10 images."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, count in (("train", 30), ("t10k", 10)):
@@ -102,7 +102,7 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_fashion_mnist_is_what_its_files_say(fashion: Path) -> None:
+def test_fashion_mnist_equals_its_files(fashion: Path) -> None:
     data = open_arrays("fashion_mnist", str(fashion))
     assert (len(data.train), len(data.val)) == (30, 10)
     assert data.classes[0] == "T-shirt/top"
@@ -111,7 +111,7 @@ def test_fashion_mnist_is_what_its_files_say(fashion: Path) -> None:
     assert data.train.labels.tolist() == [i % 10 for i in range(30)]
 
 
-def test_a_damaged_file_is_told_with_its_folder(fashion: Path) -> None:
+def test_a_damaged_file_is_reported_with_its_folder(fashion: Path) -> None:
     file = fashion / "FashionMNIST/raw/train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"data=fashion_mnist: .*Delete what is damaged.*data\.root") as caught:
@@ -120,7 +120,7 @@ def test_a_damaged_file_is_told_with_its_folder(fashion: Path) -> None:
 
 
 class Downloader:
-    """Stands in for torchvision's class: the first to ask downloads, for a while."""
+    """A fake of torchvision's class. The first instance that may download does, and takes some time."""
 
     present = False
     downloads = 0
@@ -149,7 +149,7 @@ class Downloader:
         self.classes = ["a", "b"]
 
 
-def test_several_processes_download_once_and_one_at_a_time(
+def test_concurrent_opens_download_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Fresh(Downloader):
@@ -166,7 +166,7 @@ def test_several_processes_download_once_and_one_at_a_time(
     assert printed.out + printed.err == ""
 
 
-def test_a_failed_download_says_why_and_where_the_files_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_reports_the_reason_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise URLError("Name or service not known")
 
@@ -183,7 +183,7 @@ def test_a_failed_download_says_why_and_where_the_files_belong(tmp_path: Path, m
             assert part in message
 
 
-def test_a_folder_that_cannot_be_written_to_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fresh(Downloader):
         pass
 
@@ -207,10 +207,10 @@ def test_downloads_go_to_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_real_fashion_mnist_opens_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not FASHION_MNIST.is_dir():
-        pytest.skip(f"{FASHION_MNIST} is not there (Debian package dataset-fashion-mnist)")
+        pytest.skip(f"{FASHION_MNIST} is missing (Debian package dataset-fashion-mnist)")
 
     def no_network(*args: object, **kwargs: object) -> None:
-        raise AssertionError("nothing is to be downloaded")
+        raise AssertionError("unexpected download")
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
     raw = tmp_path / "FashionMNIST" / "raw"

@@ -1,4 +1,4 @@
-"""A folder's index gives what reading the folder gives, is made once, and is not believed when it is old or damaged."""
+"""A folder's index gives the same data set as the folder, is made once, and is not used if it is old or damaged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed import everything
 
-from lars_train.data.dataset import Dataset
 from lars_train.data.sources import directory
 from lars_train.data.sources.folder import open_folder
 from lars_train.data.sources.imagenet import open_imagenet
@@ -25,8 +25,8 @@ NAMES = ["a/2.jpg", "a/10.JPEG", "a-b/x.png", "a0/é.jpg", "a0/deep/er/1.jpg", "
 FILES = [f"{split}/{name}" for split in ("train", "val") for name in NAMES]
 
 
-def old(root: Path) -> None:
-    """Set the folders' times back, as if nothing had changed for long."""
+def backdate(root: Path) -> None:
+    """Set the folders' times back, as if nothing had changed for a long time."""
     for path in (root, *root.rglob("*")):
         if path.is_dir():
             os.utime(path, (1_000_000_000, 1_000_000_000))
@@ -39,7 +39,7 @@ def put(path: Path, content: bytes = b"") -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache directory, in which any folder's index is worth keeping."""
+    """Return the cache folder, and have folders of any size indexed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(directory, "MIN_INDEXED", 1)
     return tmp_path / "cache" / "lars_train" / "index"
@@ -50,26 +50,26 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "data"
     for name in FILES:
         put(root / name, name.encode())
-    old(root)
+    backdate(root)
     return root
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders whose entries were listed."""
+    """Return the list of folders whose entries were listed."""
     listed: list[str] = []
     scandir = os.scandir
 
-    def watched(path: str | bytes | os.PathLike[str]) -> object:
+    def recorded(path: str | bytes | os.PathLike[str]) -> object:
         listed.append(os.fsdecode(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", watched)
+    monkeypatch.setattr(os, "scandir", recorded)
     return listed
 
 
-def by_walk(root: Path) -> str:
-    """The fingerprint by its definition, from a walk of our own."""
+def walked_fingerprint(root: Path) -> str:
+    """Compute the fingerprint from its definition, by walking the folder."""
     digest = hashlib.sha256()
     classes = sorted((entry.name for entry in (root / "train").iterdir()), key=os.fsencode)
     digest.update(b"".join(os.fsencode(name) + b"\0" for name in classes))
@@ -82,36 +82,32 @@ def by_walk(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def everything(data: Dataset) -> list[tuple[str, int, bytes]]:
-    return [(s.name(i), int(s.labels[i]), bytes(s.read(i))) for s in (data.train, data.val) for i in range(len(s))]
-
-
 @pytest.mark.parametrize("holdout", [None, 0.5])
-def test_an_index_gives_the_data_set_that_reading_the_folder_gives(
+def test_an_index_gives_the_same_data_set_as_the_folder(
     cache: Path, root: Path, read: list[str], holdout: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(root / "train" / "a-b" / "y.png")
-    old(root)
-    with monkeypatch.context() as none:
-        none.setattr(directory, "MIN_INDEXED", 10**9)
+    backdate(root)
+    with monkeypatch.context() as patched:
+        patched.setattr(directory, "MIN_INDEXED", 10**9)
         plain = open_folder(str(root), holdout)
     assert not cache.exists()
     made = open_folder(str(root), holdout)
     del read[:]
     mapped = open_folder(str(root), holdout)
-    # The root and the splits are looked at, no class folder is.
+    # Only the root and the splits are listed, no class folder.
     assert {Path(path) for path in read if path.startswith(f"{root}/")} <= {root / "train", root / "val"}
     assert plain.fingerprint == made.fingerprint == mapped.fingerprint
     assert everything(plain) == everything(made) == everything(mapped)
     assert plain.classes == mapped.classes == ("Z", "a", "a-b", "a0")
     if holdout is None:
-        assert mapped.fingerprint == by_walk(root)
+        assert mapped.fingerprint == walked_fingerprint(root)
 
 
-def test_paths_labels_and_sizes_stand_in_the_index(cache: Path, root: Path) -> None:
+def test_the_index_holds_paths_labels_and_sizes(cache: Path, root: Path) -> None:
     put(root / "train/a/3.jpg", b"12345")
     (root / "train/a/4.jpg").symlink_to("nowhere")
-    old(root)
+    backdate(root)
     data = open_folder(str(root), None)
     tables = [read_mapped(path) for path in cache.glob("*.index")]
     ((meta, arrays),) = [table for table in tables if table[0]["split"].endswith("train")]
@@ -127,7 +123,7 @@ def a_new_file(root: Path) -> None:
     put(root / "train/a/9.jpg")
 
 
-def a_file_gone(root: Path) -> None:
+def a_file_removed(root: Path) -> None:
     (root / "train/a/2.jpg").unlink()
 
 
@@ -151,27 +147,27 @@ def a_link_to_another_folder(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [a_new_file, a_file_gone, another_name, a_new_class, a_file_in_a_folder_below, a_link_to_another_folder],
+    [a_new_file, a_file_removed, another_name, a_new_class, a_file_in_a_folder_below, a_link_to_another_folder],
 )
-def test_what_comes_goes_or_is_renamed_is_noticed(cache: Path, root: Path, change: Callable[[Path], None]) -> None:
+def test_added_removed_and_renamed_files_are_noticed(cache: Path, root: Path, change: Callable[[Path], None]) -> None:
     before = open_folder(str(root), None)
     change(root)
     after = open_folder(str(root), None)
     assert after.fingerprint != before.fingerprint
     if change is not a_link_to_another_folder:
-        assert after.fingerprint == by_walk(root)
+        assert after.fingerprint == walked_fingerprint(root)
 
 
-def test_what_changes_where_a_link_leads_is_noticed(cache: Path, root: Path) -> None:
+def test_a_change_in_a_linked_folder_is_noticed(cache: Path, root: Path) -> None:
     a_link_to_another_folder(root)
-    old(root)
-    old(root.parent / "elsewhere")
+    backdate(root)
+    backdate(root.parent / "elsewhere")
     before = open_folder(str(root), None)
     put(root.parent / "elsewhere" / "2.jpg")
     assert len(open_folder(str(root), None).train) == len(before.train) + 1
 
 
-def test_other_content_by_the_same_names_is_read_without_a_new_index(cache: Path, root: Path, read: list[str]) -> None:
+def test_changed_content_needs_no_new_index(cache: Path, root: Path, read: list[str]) -> None:
     before = open_folder(str(root), None)
     (root / "train/Z/1.jpg").write_bytes(b"longer than it was before")
     del read[:]
@@ -181,18 +177,18 @@ def test_other_content_by_the_same_names_is_read_without_a_new_index(cache: Path
     assert after.train.read(0) == b"longer than it was before"
 
 
-def test_a_folder_that_changed_a_moment_ago_gets_no_index(cache: Path, root: Path) -> None:
+def test_a_folder_that_changed_just_now_gets_no_index(cache: Path, root: Path) -> None:
     put(root / "train/a/9.jpg")
     open_folder(str(root), None)
     assert len(list(cache.glob("*.index"))) == 1  # val's
-    # As the clock of a file system may have it, whose ticks are long: a later file, the same time.
+    # On a file system with a coarse clock, a later file may have the same time.
     now = (root / "train/a").stat().st_mtime_ns
     put(root / "train/a/91.jpg")
     os.utime(root / "train/a", ns=(now, now))
     assert "a/91.jpg" in {sample[0] for sample in everything(open_folder(str(root), None))}
 
 
-def cut(raw: bytearray) -> None:
+def truncate(raw: bytearray) -> None:
     del raw[-1:]
 
 
@@ -208,8 +204,8 @@ def empty(raw: bytearray) -> None:
     del raw[:]
 
 
-@pytest.mark.parametrize("damage", [cut, flip, flip_header, empty])
-def test_a_damaged_index_is_told_of_and_made_anew(
+@pytest.mark.parametrize("damage", [truncate, flip, flip_header, empty])
+def test_a_damaged_index_is_reported_and_rebuilt(
     cache: Path, root: Path, damage: Callable[[bytearray], None], capsys: pytest.CaptureFixture[str], read: list[str]
 ) -> None:
     before = open_folder(str(root), None)
@@ -219,9 +215,9 @@ def test_a_damaged_index_is_told_of_and_made_anew(
         damage(raw)
         path.write_bytes(raw)
     assert everything(open_folder(str(root), None)) == everything(before)
-    told = capsys.readouterr().err
-    assert told.count("is damaged") == 2
-    assert str(root / "train") in told
+    err = capsys.readouterr().err
+    assert err.count("is damaged") == 2
+    assert str(root / "train") in err
     del read[:]
     assert open_folder(str(root), None).fingerprint == before.fingerprint
     assert capsys.readouterr().err == ""
@@ -250,14 +246,14 @@ def header(**changes: object) -> dict[str, object]:
         header(bytes=1),
     ],
 )
-def test_a_file_of_arrays_that_claims_what_is_not_there_is_refused(content: object, tmp_path: Path) -> None:
+def test_an_array_file_with_an_inconsistent_header_is_refused(content: object, tmp_path: Path) -> None:
     text = json.dumps(content).encode()
     (tmp_path / "x").write_bytes(struct.pack("<8sII", b"LARSARR1", zlib.crc32(text), len(text)) + text)
     with pytest.raises(Damaged):
         read_mapped(tmp_path / "x")
 
 
-def test_a_header_of_many_brackets_is_refused(tmp_path: Path) -> None:
+def test_a_deeply_nested_header_is_refused(tmp_path: Path) -> None:
     text = b"[" * 100_000
     (tmp_path / "x").write_bytes(struct.pack("<8sII", b"LARSARR1", zlib.crc32(text), len(text)) + text)
     with pytest.raises(Damaged):
@@ -279,14 +275,14 @@ def test_a_header_of_many_brackets_is_refused(tmp_path: Path) -> None:
         {"sizes": np.zeros(1, np.int64)},
     ],
 )
-def test_an_index_whose_parts_do_not_fit_is_not_believed(
+def test_an_inconsistent_index_is_not_used(
     change: dict[str, np.ndarray], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "two"
     for split in ("train", "val"):
         for name in "ab":
             put(root / split / name / "1.jpg")
-    old(root)
+    backdate(root)
     before = open_folder(str(root), None)
     for path in cache.glob("*.index"):
         meta, arrays = read_mapped(path)
@@ -296,32 +292,32 @@ def test_an_index_whose_parts_do_not_fit_is_not_believed(
 
 
 @pytest.fixture
-def a_file_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
 
 
-@pytest.mark.usefixtures("cache", "a_file_in_the_way")
-def test_where_no_index_can_be_kept_the_folder_is_read_and_that_is_told(
+@pytest.mark.usefixtures("cache", "unwritable_cache")
+def test_without_a_writable_cache_the_folder_is_read_with_a_note(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert open_folder(str(root), None).fingerprint == by_walk(root)
+    assert open_folder(str(root), None).fingerprint == walked_fingerprint(root)
     assert "can be saved in" in capsys.readouterr().err
 
 
-def test_the_data_folder_is_not_written_to(cache: Path, root: Path) -> None:
+def test_the_data_folder_is_not_changed(cache: Path, root: Path) -> None:
     before = sorted((str(path), path.stat().st_mtime_ns) for path in root.rglob("*"))
     open_folder(str(root), None)
     assert list(cache.glob("*.index"))
     assert sorted((str(path), path.stat().st_mtime_ns) for path in root.rglob("*")) == before
 
 
-def test_of_many_indexes_of_one_folder_the_last_few_are_kept(cache: Path, root: Path) -> None:
+def test_only_the_last_four_indexes_of_a_folder_are_kept(cache: Path, root: Path) -> None:
     for number in range(7):
         put(root / "train" / "a" / f"more{number}.jpg")
-        old(root)
+        backdate(root)
         os.utime(root / "train/a", (1_100_000_000 + number, 1_100_000_000 + number))
-        assert open_folder(str(root), None).fingerprint == by_walk(root)
+        assert open_folder(str(root), None).fingerprint == walked_fingerprint(root)
     assert len(list(cache.glob("*.index"))) == 4 + 1
 
 
@@ -340,7 +336,7 @@ def open_and_count(root: str, start: float, counts: multiprocessing.SimpleQueue[
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_of_processes_that_start_together_one_reads_the_folder(cache: Path, root: Path) -> None:
+def test_one_of_several_processes_reads_the_folder(cache: Path, root: Path) -> None:
     context = multiprocessing.get_context("fork")
     counts: multiprocessing.SimpleQueue[tuple[str, int]] = context.SimpleQueue()
     start = time.time() + 0.2
@@ -350,17 +346,17 @@ def test_of_processes_that_start_together_one_reads_the_folder(cache: Path, root
     found = [counts.get() for _ in processes]
     for process in processes:
         process.join(30)
-    assert {fingerprint for fingerprint, _ in found} == {by_walk(root)}
-    # Once for each split.
+    assert {fingerprint for fingerprint, _ in found} == {walked_fingerprint(root)}
+    # Once per split.
     assert sum(listed for _, listed in found) == 2
 
 
-def test_a_flat_validation_folder_goes_with_an_indexed_training_folder(cache: Path, tmp_path: Path) -> None:
+def test_only_the_training_folder_beside_a_flat_one_is_indexed(cache: Path, tmp_path: Path) -> None:
     root = tmp_path / "imagenet"
     for name in ("train/n1/a.JPEG", "train/n2/b.JPEG", "val/1.JPEG", "val/2.JPEG"):
         put(root / name, name.encode())
     (root / "LOC_val_solution.csv").write_text("1,n2\n2,n1\n")
-    old(root)
+    backdate(root)
     first, second = (open_imagenet(str(root), None, None) for _ in range(2))
     assert len(list(cache.glob("*.index"))) == 1
     assert everything(first) == everything(second)

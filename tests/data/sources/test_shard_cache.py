@@ -1,4 +1,4 @@
-"""The cache never takes more than it may, never gives what is not right, and never loses what is held."""
+"""The shard cache never exceeds its limit, never returns damaged files, and never evicts held ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Origin:
-    """Files of `SIZE` bytes each, by number; counts how often each is fetched."""
+    """Files of `SIZE` bytes, by number. It records each fetch."""
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_cache, "PATIENCE_S", 0.3)
 
@@ -76,33 +76,34 @@ def read(held: Held) -> bytes:
     return data
 
 
-def test_what_was_used_longest_ago_makes_room_and_what_is_held_never_does(folder: Path, origin: Origin) -> None:
+def test_the_least_recently_used_file_is_evicted_and_no_held_one(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 3 * ROOM)
     first = cache.hold(origin.entry(1))
     for number in (2, 3, 2, 4, 5):
         assert read(cache.hold(origin.entry(number))) == origin.content(number)
         assert on_disk(folder) <= 3 * ROOM
-    # 3 made room for 4, then 2 for 5; 1 is held.
+    # 3 was evicted for 4, then 2 for 5; 1 is held.
     assert names(folder) == {"1.tar", "4.tar", "5.tar"}
     assert origin.fetched == [1, 2, 3, 4, 5]
     assert read(first) == origin.content(1)
 
 
-def test_the_limit_holds_at_every_moment_while_many_threads_want_more(folder: Path, origin: Origin) -> None:
+def test_concurrent_threads_never_exceed_the_limit(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 4 * ROOM)
-    seen: list[int] = []
-    origin.during = lambda: seen.append(cache.used())
+    used: list[int] = []
+    origin.during = lambda: used.append(cache.used())
 
     def use(number: int) -> bool:
         return read(cache.hold(origin.entry(number % 9))) == origin.content(number % 9)
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(use, range(60)))
-    assert len(seen) > 9  # some were fetched more than once
-    assert max(seen) <= 4 * ROOM
+    assert len(used) > 9  # some were fetched more than once
+    assert max(used) <= 4 * ROOM
 
 
-def test_where_all_is_held_the_error_says_so(folder: Path, origin: Origin) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_without_room_for_a_file_holding_it_raises(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 2 * ROOM)
     held = [cache.hold(origin.entry(number)) for number in (1, 2)]
     with pytest.raises(DataError, match=r"3\.tar: there is no room for it: of 20,512 bytes.*cache_dir of its own"):
@@ -128,7 +129,7 @@ def test_a_full_disk_counts_as_a_smaller_limit(folder: Path, origin: Origin, mon
 
 
 @pytest.mark.parametrize("damage", ["content", "length", "time set back", "mark"])
-def test_a_file_that_was_damaged_in_the_cache_is_fetched_anew(
+def test_a_damaged_file_in_the_cache_is_fetched_again(
     folder: Path, origin: Origin, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert read(ShardCache(folder, 3 * ROOM).hold(origin.entry(1))) == origin.content(1)
@@ -144,14 +145,14 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_anew(
     assert "1.tar: it" in capsys.readouterr().err
 
 
-def test_a_file_that_changes_during_a_run_is_noticed_when_it_is_held_again(folder: Path, origin: Origin) -> None:
+def test_a_file_that_changes_during_a_run_is_fetched_again(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 3 * ROOM)
     cache.hold(origin.entry(1)).release()
     (folder / "store-x/1.tar").write_bytes(b"x" * SIZE)
     assert read(cache.hold(origin.entry(1))) == origin.content(1)
 
 
-def test_what_an_earlier_run_has_left_is_checked_once_and_used(folder: Path, origin: Origin) -> None:
+def test_files_of_an_earlier_run_are_checked_once_and_reused(folder: Path, origin: Origin) -> None:
     ShardCache(folder, 3 * ROOM).hold(origin.entry(1)).release()
     entry, checks = origin.entry(1), []
     entry = entry._replace(check=lambda handle: checks.append(handle) or "")  # type: ignore[func-returns-value]
@@ -162,7 +163,7 @@ def test_what_an_earlier_run_has_left_is_checked_once_and_used(folder: Path, ori
     assert origin.fetched == [1]
 
 
-def test_a_fetch_that_fails_leaves_nothing(folder: Path, origin: Origin) -> None:
+def test_a_failed_fetch_leaves_nothing(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 2 * ROOM)
 
     def fail() -> None:
@@ -178,7 +179,7 @@ def test_a_fetch_that_fails_leaves_nothing(folder: Path, origin: Origin) -> None
 
 @pytest.fixture
 def process() -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Starts a forked process, and ends it after the test."""
+    """Return a function that starts a forked process, which ends with the test."""
     started = []
 
     def start(work: Callable[[], Any]) -> Any:
@@ -187,19 +188,20 @@ def process() -> Iterator[Callable[[Callable[[], Any]], Any]]:
         return started[-1]
 
     yield start
-    for one in started:
-        one.kill()
-        one.join()
+    for child in started:
+        child.kill()
+        child.join()
 
 
-def until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def test_a_killed_process_leaves_no_half_file_and_holds_nothing(folder: Path, origin: Origin, process: Any) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_a_killed_process_leaves_no_partial_file_and_no_hold(folder: Path, origin: Origin, process: Any) -> None:
     def work() -> None:
         cache = ShardCache(folder, 2 * ROOM)
         kept = [cache.hold(origin.entry(1))]
@@ -208,7 +210,7 @@ def test_a_killed_process_leaves_no_half_file_and_holds_nothing(folder: Path, or
 
     killed = process(work)
     partial = folder / "store-x/2.tar.partial"
-    until(lambda: partial.exists() and partial.stat().st_size == SIZE)
+    wait_until(lambda: partial.exists() and partial.stat().st_size == SIZE)
     cache = ShardCache(folder, 2 * ROOM)
     with pytest.raises(DataError, match="there is no room"):
         cache.hold(origin.entry(3))
@@ -222,39 +224,39 @@ def test_a_killed_process_leaves_no_half_file_and_holds_nothing(folder: Path, or
 
 
 def test_processes_fetch_a_file_once(folder: Path, origin: Origin, process: Any) -> None:
-    verdict: Any = FORK.SimpleQueue()
+    results: Any = FORK.SimpleQueue()
     origin.during = lambda: time.sleep(0.2)
 
     def work() -> None:
         held = ShardCache(folder, 2 * ROOM).hold(origin.entry(1))
-        verdict.put((read(held) == origin.content(1), len(origin.fetched)))
+        results.put((read(held) == origin.content(1), len(origin.fetched)))
 
     for _ in range(3):
         process(work)
-    found = [verdict.get() for _ in range(3)]
+    found = [results.get() for _ in range(3)]
     assert all(right for right, _ in found)
     assert sum(count for _, count in found) == 1
 
 
-def test_who_waits_for_a_process_that_makes_no_progress_is_told(folder: Path, origin: Origin, process: Any) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_waiting_for_a_process_without_progress_raises(folder: Path, origin: Origin, process: Any) -> None:
     origin.during = lambda: time.sleep(100)
     process(lambda: ShardCache(folder, 2 * ROOM).hold(origin.entry(1)))
-    until(lambda: (folder / "store-x/1.tar.partial").exists())
+    wait_until(lambda: (folder / "store-x/1.tar.partial").exists())
     with pytest.raises(DataError, match=r"1\.tar: another process fetches it, and nothing has changed for 0 s"):
         ShardCache(folder, 2 * ROOM).hold(origin.entry(1))
 
 
-def test_a_forked_process_neither_keeps_nor_takes_a_hold_of_its_parent(
-    folder: Path, origin: Origin, process: Any
-) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_a_forked_process_neither_keeps_nor_ends_its_parents_hold(folder: Path, origin: Origin, process: Any) -> None:
     cache = ShardCache(folder, ROOM)
     held = cache.hold(origin.entry(1))
-    ready, go_on = FORK.Event(), FORK.Event()
+    ready, proceed = FORK.Event(), FORK.Event()
 
     def work() -> None:
         held.release()
         ready.set()
-        go_on.wait(20)
+        proceed.wait(20)
 
     process(work)
     assert ready.wait(20)
@@ -262,10 +264,10 @@ def test_a_forked_process_neither_keeps_nor_takes_a_hold_of_its_parent(
         cache.hold(origin.entry(2))
     held.release()
     assert read(cache.hold(origin.entry(2))) == origin.content(2)
-    go_on.set()
+    proceed.set()
 
 
-def test_other_files_in_the_folder_are_left_alone(folder: Path, origin: Origin) -> None:
+def test_other_files_in_the_folder_are_kept(folder: Path, origin: Origin) -> None:
     folder.mkdir()
     (folder / "thesis.tar").write_bytes(b"x" * SIZE)
     cache = ShardCache(folder, ROOM)
@@ -274,14 +276,14 @@ def test_other_files_in_the_folder_are_left_alone(folder: Path, origin: Origin) 
     assert (folder / "thesis.tar").exists()
 
 
-def test_who_waits_can_be_called_off(folder: Path, origin: Origin) -> None:
+def test_a_wait_can_be_interrupted(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, ROOM)
     held = cache.hold(origin.entry(1))
     ended = threading.Event()
 
     def wait(seconds: float) -> None:
         ended.set()
-        raise KeyError("called off")
+        raise KeyError("interrupted")
 
     with pytest.raises(KeyError):
         cache.hold(origin.entry(2), wait)

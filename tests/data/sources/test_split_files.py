@@ -1,4 +1,4 @@
-"""Parquet files in `data.root` are found, told apart from what lies beside pictures, and refused with the remedy."""
+"""Data sets of parquet files in `data.root` are found, and refused for training with the remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def found(root: Path) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def test_the_files_of_a_data_set_are_found_where_the_hub_and_its_tools_put_them(tmp_path: Path) -> None:
+def test_parquet_is_found_where_the_hub_and_its_tools_put_it(tmp_path: Path) -> None:
     hub = ["README.md", ".git/x.parquet", "banner.png"]
     files = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     other = ["test-00000-of-00001.parquet", "validation-00000-of-00001.parquet"]
@@ -55,14 +55,14 @@ def test_the_files_of_a_data_set_are_found_where_the_hub_and_its_tools_put_them(
         (["train/n1/1.jpg", "train/meta.parquet", "val/n1/1.jpg"], None),
     ],
 )
-def test_parquet_beside_pictures_is_no_data_set(tmp_path: Path, names: list[str], holdout: float | None) -> None:
+def test_parquet_beside_images_is_not_a_data_set(tmp_path: Path, names: list[str], holdout: float | None) -> None:
     make(tmp_path, *names)
     assert parquet_folders(tmp_path) == []
     data = open_folder(str(tmp_path), holdout)
     assert len(data.train) + len(data.val) == sum(name.endswith(".jpg") for name in names)
 
 
-def test_parquet_is_not_trained_on_and_the_command_that_helps_is_named(tmp_path: Path) -> None:
+def test_parquet_is_refused_with_the_command_that_packs_it(tmp_path: Path) -> None:
     make(tmp_path / "my data", "data/train-0.parquet", "data/validation-0.parquet")
     command = f"`lars-data pack '{tmp_path}/my data/data' STORE`"
     for root in (tmp_path / "my data", tmp_path / "my data/data", tmp_path / "my data/data/train-0.parquet"):
@@ -78,7 +78,7 @@ def test_parquet_is_not_trained_on_and_the_command_that_helps_is_named(tmp_path:
         open_folder(str(tmp_path / "two"), None)
 
 
-def test_looking_for_parquet_opens_few_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_parquet_opens_few_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{split}/n{i:03d}/{j}.jpg" for split in ("train", "val") for i in range(100) for j in (1, 2)]
     root = make(tmp_path, *names)
     listed: list[str] = []
