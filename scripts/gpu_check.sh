@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: scripts/gpu_check.sh [--dry-run] [--report FILE] [STAGE ...]
 #
-# Tests, measurements and a training on a GPU, in stages of at most four minutes; without STAGE all of them in this order:
+# Test, measure and train on a GPU, in stages of at most four minutes; without STAGE all of them in this order:
 #
 #   tests      the tests marked cuda
 #   step       an update of ResNet-50 by micro-batch and ghost batch, beside a bare loop; first eager, then compiled
@@ -10,14 +10,16 @@
 #   more       the other contenders of bench_step.py, in turns
 #
 # Every line is appended to FILE (gpu_check.txt) at once: a limit, a crash or a signal loses none that was printed.
-# A part that fails does not stop the next one. Another start of `step` gets further: compiled code is kept.
+# A part that fails does not stop the next one. A second start of `step` gets further, because compiled code is cached.
 #
-# The package of this checkout is measured; it need not be installed. PYTHON names the interpreter, and packages can
-# lie in a folder that PYTHONPATH names. A stage whose packages are missing is left out.
+# The script runs the package of its checkout, which need not be installed. PYTHON names the interpreter; PYTHONPATH may
+# name a folder with packages. A stage whose packages are missing is skipped.
 #
-# --dry-run needs no GPU: it prints the commands and checks them by scripts/dev/check_commands.py.
+# --dry-run needs no GPU: it prints the commands and checks them with scripts/dev/check_commands.py.
 #
-# Exit codes: 0 all well, 1 a part failed or a stage was left out, 2 nothing could begin.
+# Exit codes: 0 everything passed, 1 a part failed or a stage was skipped, 2 nothing could start.
+#
+# Takes 20 minutes in all. Figures: docs/performance.md.
 set -uo pipefail
 
 all=(tests step lars training more)
@@ -30,7 +32,7 @@ declare -A needs=(
 
 usage() { sed -n '/^# usage/,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
-begin() { # STAGE=PACKAGES...: print what is missing, then on what this runs; 2 if nothing can run
+begin() { # STAGE=PACKAGES...: print missing packages, then the machine and versions; return 2 if nothing can run
     : >"$scratch/lacking"
     "$python" - "$scratch/lacking" "$dry" "$@" <<'PYTHON' || return 2
 import importlib.util, pathlib, sys
@@ -48,7 +50,7 @@ try:
         sys.exit("torch finds no CUDA device here")
     import torchvision, lars_train
 except Exception as error:
-    sys.exit(f"torch, torchvision and lars_train are needed, and one cannot be imported: {error}")
+    sys.exit(f"cannot import torch, torchvision and lars_train: {error}")
 for number in range(torch.cuda.device_count()):
     print(torch.cuda.get_device_name(number), "capability", torch.cuda.get_device_capability(number))
 print("Python", sys.version.split()[0], "torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA", torch.version.cuda)
@@ -69,8 +71,8 @@ quoted() {
     echo
 }
 
-# Run COMMAND for at most SECONDS, the grace after SIGTERM included. `expected`: the exit code that is well (0).
-# `may_be_cut`: to reach the limit is well, too. `stop_at`: send SIGTERM when a file matches this pattern.
+# Run COMMAND for at most SECONDS, including the grace after SIGTERM. `expected`: the exit code of success (0).
+# `may_be_cut`: reaching the limit is a success, too. `stop_at`: send SIGTERM when a file matches this pattern.
 part() { # NAME SECONDS COMMAND...
     local name="$1" seconds="$2" started="$SECONDS" code=0 cut=""
     shift 2
@@ -97,7 +99,7 @@ part() { # NAME SECONDS COMMAND...
 stage_tests() {
     local files
     mapfile -t files < <(grep -rl --include='*.py' 'pytest\.mark\.cuda' tests | sort)
-    # The options in pyproject.toml are those of a plugin that may be missing.
+    # The options in pyproject.toml need a plugin that may be missing.
     part tests 240 "$python" -m pytest -o addopts= --import-mode=importlib --continue-on-collection-errors -m cuda \
         -v -rs --tb=short "${files[@]}"
 }
@@ -153,7 +155,7 @@ end() {
     rm -rf "$scratch"
     exec >&- 2>&-
     [ -n "$writer" ] || return
-    # What a part has left behind may keep the output open.
+    # A process that a part left behind may keep the output open.
     for _ in {1..30}; do
         kill -0 "$writer" 2>/dev/null || break
         sleep 0.1
@@ -187,17 +189,17 @@ while [ $# -gt 0 ]; do
 done
 [ "${#stages[@]}" -gt 0 ] || stages=("${all[@]}")
 if [ -n "${PYTHON:-}" ]; then
-    python=$(command -v "$PYTHON") || refuse "PYTHON=$PYTHON: there is no such program"
+    python=$(command -v "$PYTHON") || refuse "PYTHON=$PYTHON: no such program"
 else
-    python=$(command -v python || command -v python3) || refuse "there is no python here; PYTHON can name one"
+    python=$(command -v python || command -v python3) || refuse "no python on the PATH; set PYTHON"
 fi
 [[ "$python" == /* ]] || python="$PWD/$python"
-# Relative to where the script was called.
+# Relative to the caller's folder.
 report=${report:+$(realpath -m -- "$report")}
 root=$(dirname "$0")/..
 cd "$root" || exit 2
 report=${report:-$PWD/gpu_check.txt}
-scratch=$(mktemp -d) writer="" child="" failed=() left_out=()
+scratch=$(mktemp -d) writer="" child="" failed=() skipped=()
 trap end EXIT
 trap 'echo "== stopped by a signal"; exit 143' TERM HUP
 trap 'echo "== stopped by Ctrl-C"; exit 130' INT
@@ -206,18 +208,18 @@ if [ -z "$dry" ]; then
     header="=== $(date -u '+%Y-%m-%d %H:%M') UTC, gpu_check.sh ${stages[*]}"
     { echo "$header" >>"$report"; } 2>/dev/null || refuse "$report: cannot be written; --report names another file"
     echo "$header"
-    # Only the end of all output ends it.
+    # tee ends only when all output is closed.
     exec > >(trap '' INT TERM HUP && exec tee -a "$report") 2>&1
     writer=$!
 fi
-wanted=()
-for stage in "${stages[@]}"; do wanted+=("$stage=${needs[$stage]}"); done
-begin "${wanted[@]}" || exit 2
+requirements=()
+for stage in "${stages[@]}"; do requirements+=("$stage=${needs[$stage]}"); done
+begin "${requirements[@]}" || exit 2
 for stage in "${stages[@]}"; do
     total=0
     if missing=$(grep "^$stage " "$scratch/lacking"); then
-        echo "=== $stage: left out, because packages are missing: ${missing#* }"
-        left_out+=("$stage")
+        echo "=== $stage: skipped, because packages are missing: ${missing#* }"
+        skipped+=("$stage")
         continue
     fi
     "stage_$stage"
@@ -228,7 +230,7 @@ if [ -s "$scratch/commands" ]; then
     "$python" scripts/dev/check_commands.py <"$scratch/commands" || failed+=("a command")
 fi
 join() { local IFS=';' && echo "$*"; }
-out=$(join "${left_out[@]}") wrong=$(join "${failed[@]}")
-[ -z "$out" ] || echo "=== left out: $out"
-if [ -n "$wrong" ]; then echo "=== failed: $wrong"; else echo "=== all that ran is well"; fi
+out=$(join "${skipped[@]}") wrong=$(join "${failed[@]}")
+[ -z "$out" ] || echo "=== skipped: $out"
+if [ -n "$wrong" ]; then echo "=== failed: $wrong"; else echo "=== everything that ran passed"; fi
 [ -z "$out$wrong" ]

@@ -1,4 +1,4 @@
-"""scripts/dev/check_wheel.py: a wheel that setuptools built without an extension is no wheel for a release."""
+"""scripts/dev/check_wheel.py rejects a wheel without an extension, and a wheel for one machine only."""
 
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ def check_script(words: list[str]) -> None:
     if path.suffix != ".py":
         composes([word for word in words[1:] if "=" in word])
         return
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    trees = [ast.parse(file.read_text()) for file in (path, ROOT / "scripts" / "shared.py")]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     adds = [c.args for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"]
     known = {name.value for args in adds for name in args if isinstance(name, ast.Constant)}
     assert {word for word in words[2:] if word.startswith("--")} <= known
@@ -168,7 +169,7 @@ HERE = [c for c in FENCED if not c.needs and not is_run_by_ci(c) and not is_a_se
 
 def small(words: list[str], folder: Path, store: int) -> list[str]:
     """The command with what its capitals stand for (STORE: the one of that number), and small settings if it trains."""
-    stands_for = {"SOURCE": folder / "pictures", "PICTURES": folder / "pictures", "STORE": folder / f"store{store}"}
+    stands_for = {"SOURCE": folder / "pictures", "IMAGES": folder / "pictures", "STORE": folder / f"store{store}"}
     words = [
         str(stands_for.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in (w.strip("[]") for w in words)
     ]

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh: its commands are right, its stages short, and nothing that it printed is lost."""
+"""scripts/gpu_check.sh: its commands are valid, its stages are short, and no printed line is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from program import environment
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 STAGES = ["tests", "step", "lars", "training", "more"]
-# A python that runs none of the stages. The tests fail, compiling takes too long, the trainings leave equal weights.
+# A python that runs no stage: the tests fail, compiling takes too long, the trainings leave equal weights.
 STUB = r"""#!/bin/sh
 for folder; do :; done
 folder=${folder#run.dir=}
@@ -41,7 +41,7 @@ def run(*arguments: str, script: Path = SCRIPT, folder: Path = ROOT, **extra: st
 
 
 def changed(folder: Path, *changes: tuple[str, str]) -> Path:
-    """A copy of the script, with changes, in a copy of the checkout."""
+    """Return a changed copy of the script in a copy of the checkout."""
     (folder / "scripts").mkdir()
     beside = [ROOT / name for name in ("lars_train", "configs", "tests", "pyproject.toml")]
     for path in [*ROOT.glob("scripts/*"), *beside]:
@@ -62,7 +62,7 @@ def dry() -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_command_is_right_so_far_as_no_gpu_is_needed(dry: subprocess.CompletedProcess[str]) -> None:
+def test_every_command_is_valid_until_it_needs_a_gpu(dry: subprocess.CompletedProcess[str]) -> None:
     assert dry.returncode == 0, dry.stdout + dry.stderr
     printed = [line.partition(": ")[2].strip() for line in dry.stdout.splitlines() if line.startswith("== ")]
     assert [line.removeprefix("right: ") for line in dry.stdout.splitlines() if line.startswith("right: ")] == printed
@@ -85,7 +85,7 @@ def test_no_stage_takes_more_than_four_minutes(dry: subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-def test_a_dry_run_finds_commands_that_are_wrong(tmp_path: Path) -> None:
+def test_a_dry_run_finds_invalid_commands(tmp_path: Path) -> None:
     script = changed(
         tmp_path,
         ("--rounds 20", "--runds 20"),
@@ -107,18 +107,18 @@ def test_a_dry_run_finds_commands_that_are_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_whose_packages_are_missing_is_left_out(tmp_path: Path) -> None:
+def test_a_stage_whose_packages_are_missing_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['hydra'] = None\n")
     done = run("--dry-run", "training", "lars", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert lines[0] == "stage training needs packages that are not installed: hydra-core"
-    assert "=== training: left out, because packages are missing: hydra-core" in lines
-    assert lines[-2:] == ["=== left out: training", "=== all that ran is well"]
+    assert "=== training: skipped, because packages are missing: hydra-core" in lines
+    assert lines[-2:] == ["=== skipped: training", "=== everything that ran passed"]
     assert sum(line.startswith("right: ") for line in lines) == 1
 
 
-def test_all_stages_run_and_the_report_keeps_what_was_printed(tmp_path: Path) -> None:
+def test_all_stages_run_and_the_report_keeps_every_line(tmp_path: Path) -> None:
     script = changed(tmp_path, ('"step, compiled" 140', '"step, compiled" 9'))
     stub = tmp_path / "stub"
     stub.write_text(STUB)
@@ -126,7 +126,7 @@ def test_all_stages_run_and_the_report_keeps_what_was_printed(tmp_path: Path) ->
     report = tmp_path / "here" / "report.txt"
     report.parent.mkdir()
     report.write_text("an earlier stage\n")
-    # The report is named relative to where the script is called from.
+    # The report is relative to the caller's folder.
     done = run("--report", "report.txt", script=script, folder=report.parent, PYTHON=str(stub))
     assert report.read_text() == "an earlier stage\n" + done.stdout
     lines = done.stdout.splitlines()
@@ -157,7 +157,7 @@ def test_a_signal_ends_the_part_and_keeps_the_report(tmp_path: Path) -> None:
     assert not Path(f"/proc/{started.read_text().strip()}").exists()
 
 
-def test_weights_that_differ_are_a_failure(tmp_path: Path) -> None:
+def test_different_weights_are_a_failure(tmp_path: Path) -> None:
     stub = tmp_path / "stub"
     stub.write_text(STUB.replace('"c0ffee"', "\"'$folder'\""))
     stub.chmod(0o755)
@@ -168,22 +168,22 @@ def test_weights_that_differ_are_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "extra", "told"),
+    ("arguments", "extra", "message"),
     [
         (["nope"], {}, f"nope: unknown stage or option; the stages are {' '.join(STAGES)}"),
         (["--dry"], {}, "--dry: unknown stage or option"),
         (["--report"], {}, "--report: name a file"),
         (["--report", "/proc/none/report"], {}, "/proc/none/report: cannot be written"),
-        ([], {"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: there is no such program"),
+        ([], {"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: no such program"),
     ],
 )
-def test_what_cannot_begin_is_one_line_and_exit_code_2(arguments: list[str], extra: dict[str, str], told: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], extra: dict[str, str], message: str) -> None:
     done = run(*arguments, **extra)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"gpu_check.sh: {told}")
+    assert done.stderr.startswith(f"gpu_check.sh: {message}")
 
 
-def test_the_report_says_why_nothing_could_begin(tmp_path: Path) -> None:
+def test_the_report_says_why_nothing_could_start(tmp_path: Path) -> None:
     report = tmp_path / "report.txt"
     done = run("lars", "--report", str(report))
     assert done.returncode == 2
@@ -191,7 +191,7 @@ def test_the_report_says_why_nothing_could_begin(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13 is missing')")
     done = run("lars", "--report", str(report), PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
-    assert report.read_text().endswith("one cannot be imported: libcudart.so.13 is missing\n")
+    assert report.read_text().endswith("lars_train: libcudart.so.13 is missing\n")
 
 
 def test_help_names_every_stage_and_option() -> None:

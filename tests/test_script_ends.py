@@ -1,4 +1,4 @@
-"""Scripts that measure, ended by a signal: nothing of what they started or laid down is left."""
+"""Scripts that are stopped by a signal leave no process and no folder behind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from program import alive_in_group, environment
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-# Deaf to SIGTERM.
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('there', flush=True); time.sleep(600)"
+# Ignores SIGTERM.
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
 
 
 def left_over(group: int) -> list[int]:
-    """Processes of a group that do not end in a moment; Python's tracker of semaphores ends after its process."""
+    """Return the processes of a group that do not end soon; Python's tracker of semaphores ends after its process."""
     end = time.monotonic() + 5
     while (alive := alive_in_group(group)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -28,9 +28,9 @@ def left_over(group: int) -> list[int]:
 
 
 def ended(command: list[str], number: int, folder: Path, sign: str) -> tuple[int, str]:
-    """Exit code and words of a script that gets a signal, itself alone, when `sign` stands in `folder`.
+    """Signal a script, and no other process, when `sign` exists in `folder`; return its exit code and output.
 
-    Nothing of it may be left when it has ended.
+    Nothing of it may remain.
     """
     folder.mkdir()
     with subprocess.Popen(
@@ -69,7 +69,7 @@ def ended(command: list[str], number: int, folder: Path, sign: str) -> tuple[int
     ],
     ids=lambda command: command[0],
 )
-def test_a_signal_to_a_script_ends_what_it_started_and_leaves_no_folder(
+def test_a_signal_to_a_script_ends_its_children_and_leaves_no_folder(
     command: list[str], number: signal.Signals, tmp_path: Path
 ) -> None:
     script = [str(SCRIPTS / command[0]), *command[1:]]
@@ -79,9 +79,9 @@ def test_a_signal_to_a_script_ends_what_it_started_and_leaves_no_folder(
 
 
 @pytest.mark.slow
-def test_two_ranks_end_with_their_script_and_nothing_is_said_of_checkpoints(tmp_path: Path) -> None:
+def test_two_ranks_end_with_their_script_without_naming_checkpoints(tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("two cores are wanted")
+        pytest.skip("needs two cores")
     process = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "bench" / "bench_reduction.py"), "--case", "small", "--rounds", "1000"],
         env=environment(TMPDIR=str(tmp_path)),
@@ -91,7 +91,7 @@ def test_two_ranks_end_with_their_script_and_nothing_is_said_of_checkpoints(tmp_
         start_new_session=True,
     )
     end = time.monotonic() + 60
-    # Itself, the tracker of semaphores and two ranks.
+    # The script, the tracker of semaphores and two ranks.
     while len(alive_in_group(process.pid)) < 4 and time.monotonic() < end:
         time.sleep(0.05)
     process.terminate()
@@ -103,29 +103,29 @@ def test_two_ranks_end_with_their_script_and_nothing_is_said_of_checkpoints(tmp_
 
 
 @pytest.fixture
-def child(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def shared(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("child")
+    return importlib.import_module("shared")
 
 
 @pytest.mark.parametrize("error", [SystemExit(143), ValueError("odd")])
-def test_a_process_ends_with_whatever_exception_passes(child: ModuleType, error: BaseException) -> None:
+def test_a_process_ends_when_an_exception_passes(shared: ModuleType, error: BaseException) -> None:
     with (
         pytest.raises(type(error)) as raised,
-        child.started([sys.executable, "-c", "import time; time.sleep(600)"]) as process,
+        shared.running([sys.executable, "-c", "import time; time.sleep(600)"]) as process,
     ):
         raise error
     assert raised.value is error
     assert process.returncode == -signal.SIGTERM
 
 
-def test_one_that_does_not_end_is_killed(child: ModuleType) -> None:
+def test_a_process_that_ignores_sigterm_is_killed(shared: ModuleType) -> None:
     with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"there\n"
-        child.stop(process, 0.2)
+        assert process.stdout.readline() == b"ready\n"
+        shared.stop(process, 0.2)
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_command_that_ends_by_itself_tells_its_exit_code(child: ModuleType) -> None:
-    assert child.run([sys.executable, "-c", "import sys; sys.exit(7)"]) == 7
+def test_a_command_returns_its_exit_code(shared: ModuleType) -> None:
+    assert shared.run([sys.executable, "-c", "import sys; sys.exit(7)"]) == 7

@@ -1,4 +1,4 @@
-"""The shell scripts that reproduce the table: that they parse, and what they start, with stubs for programs."""
+"""The shell scripts that reproduce the table parse, and start the right programs, which stubs stand in for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lars_train.config.arguments import prepare_arguments
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHELL = SCRIPTS / "results" / "reproduce_imagenet_table.sh"
 SLURM = SCRIPTS / "cluster" / "slurm_imagenet_table.sbatch"
-# Writes its own name and arguments as one line, tab between them; lars-train ends with a code that a file holds.
+# Logs its name and arguments, separated by tabs, and exits with $CODE at the batch $STOPS_AT.
 STUB = """#!/bin/sh
 { printf '%s' "${0##*/}"; printf '\\t%s' "$@"; echo; } >> "$LOG"
 case "$*" in *batch=$STOPS_AT*) exit "$CODE";; esac
@@ -26,7 +26,7 @@ case "$*" in *batch=$STOPS_AT*) exit "$CODE";; esac
 def started(
     script: Path, folder: Path, *arguments: str, code: int = 0, stops_at: str = "none", **environment: str
 ) -> tuple[int, list[list[str]]]:
-    """The exit code of `script`, and the commands that it started."""
+    """Return the exit code of `script`, and the commands that it started."""
     for name in ("lars-train", "torchrun", "srun", "scontrol"):
         stub = folder / name
         stub.write_text(STUB)
@@ -49,7 +49,7 @@ def started(
 
 
 def settings_of(command: list[str]) -> list[str]:
-    """What the command gives to lars-train."""
+    """Return the settings that a command passes to lars-train."""
     position = next(i for i, word in enumerate(command) if word in ("lars-train", "lars_train"))
     return command[position + 1 :]
 
@@ -61,7 +61,7 @@ def composed(settings: list[str]) -> Config:
 
 
 def kinds_of(commands: list[list[str]]) -> list[tuple[str, str, int]]:
-    """Batch, mode and seed of commands that start lars-train."""
+    """Return batch, mode and seed of commands that start lars-train."""
     configs = [composed([setting.replace(" ", "_") for setting in settings_of(command)]) for command in commands]
     return [(config.batch.name, config.mode, config.seed) for config in configs]
 
@@ -75,7 +75,7 @@ def test_every_shell_script_parses_and_quotes_its_variables(path: Path) -> None:
     assert text.startswith("#!/usr/bin/env bash\n")
     assert re.search(r"^set -e?uo pipefail$", text, re.MULTILINE)
     code = re.sub(r"^\s*#.*$", "", text, flags=re.MULTILINE)
-    # What is assigned or stands in quotes is not split into words.
+    # Assignments and quoted text are not split into words.
     unassigned = re.sub(r"^\s*(export )?\w+=.*$", "", code, flags=re.MULTILINE)
     assert re.findall(r"\$[\w{@*]+", re.sub(r'"[^"]*"', "", unassigned)) == []
 
@@ -94,7 +94,7 @@ def test_on_one_machine_the_whole_table_is_one_command(tmp_path: Path) -> None:
         assert (config.batch.scaled, config.epochs, config.recipe.name) == (False, 90, "torchlars")
 
 
-def test_on_several_machines_each_runs_the_large_rows_and_the_first_the_small_one(tmp_path: Path) -> None:
+def test_on_several_machines_only_the_first_runs_the_small_row(tmp_path: Path) -> None:
     common = {"NODES": "4", "HEAD": "gpu01", "GPUS": "8"}
     code, first = started(SHELL, tmp_path, "/data", NODE="0", **common)
     assert code == 0
@@ -109,7 +109,7 @@ def test_on_several_machines_each_runs_the_large_rows_and_the_first_the_small_on
     assert "--rdzv-endpoint gpu01:29400" in line
 
 
-def test_a_row_that_fails_ends_the_script_with_its_code(tmp_path: Path) -> None:
+def test_a_failed_row_ends_the_script_with_its_code(tmp_path: Path) -> None:
     common = {"NODES": "2", "NODE": "0", "HEAD": "gpu01", "GPUS": "8"}
     code, commands = started(SHELL, tmp_path, "/data", code=3, stops_at="16k", **common)
     assert (code, [command[0] for command in commands]) == (3, ["lars-train"] * 2 + ["torchrun"] * 2)
@@ -117,7 +117,7 @@ def test_a_row_that_fails_ends_the_script_with_its_code(tmp_path: Path) -> None:
     assert (code, [command[0] for command in commands]) == (3, ["srun", "srun"])
 
 
-def test_under_slurm_every_row_is_a_step_and_the_small_one_takes_one_node(tmp_path: Path) -> None:
+def test_under_slurm_each_row_is_a_step_and_the_small_one_has_one_node(tmp_path: Path) -> None:
     code, commands = started(
         SLURM, tmp_path, "seed=2", IMAGENET_DIR="/data", SLURM_JOB_ID="7", SLURM_NTASKS_PER_NODE="4"
     )
@@ -129,7 +129,7 @@ def test_under_slurm_every_row_is_a_step_and_the_small_one_takes_one_node(tmp_pa
     assert commands[3][1:4] == ["--nodes=1", "--ntasks=4", "lars-train"]
 
 
-def test_a_preempted_job_is_queued_again(tmp_path: Path) -> None:
+def test_a_preempted_job_is_requeued(tmp_path: Path) -> None:
     code, commands = started(SLURM, tmp_path, code=75, stops_at="16k", IMAGENET_DIR="/data", SLURM_JOB_ID="4711")
     assert code == 75
     assert [command[0] for command in commands] == ["srun", "srun", "scontrol"]
@@ -142,12 +142,12 @@ def test_a_preempted_job_is_queued_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nodes", [{}, {"NODES": "4", "NODE": "1", "HEAD": "gpu01", "GPUS": "8"}])
-def test_bad_input_ends_the_script_with_2_before_the_table_is_started(nodes: dict[str, str], tmp_path: Path) -> None:
+def test_bad_input_exits_with_2_before_the_table_starts(nodes: dict[str, str], tmp_path: Path) -> None:
     code, commands = started(SHELL, tmp_path, "/data", "sede=1", code=2, stops_at="256", **nodes)
     assert (code, [words[:2] + words[-1:] for words in commands]) == (2, [["lars-train", "batch=256", "mode=plan"]])
 
 
-def test_a_sweep_of_ones_own_is_started_without_a_plan(tmp_path: Path) -> None:
+def test_a_users_own_sweep_starts_without_a_plan(tmp_path: Path) -> None:
     code, commands = started(SHELL, tmp_path, "/data", "seed=1,2")
     assert (code, [command[1] for command in commands]) == (0, ["-m"])
 
@@ -172,7 +172,7 @@ def said(script: Path, folder: Path, *arguments: str, **environment: str) -> tup
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "message"),
     [
         ((), {}, "DATA_ROOT, the first argument, is missing"),
         (("mode=plan",), {}, "mode=plan: DATA_ROOT"),
@@ -190,18 +190,18 @@ def said(script: Path, folder: Path, *arguments: str, **environment: str) -> tup
         (("/data",), {"NODES": "4", "HEAD": "h", "GPUS": "0", "NODE": "1"}, "GPUS=0:"),
     ],
 )
-def test_what_is_missing_or_odd_is_said(
-    arguments: tuple[str, ...], environment: dict[str, str], told: str, tmp_path: Path
+def test_bad_input_is_reported(
+    arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     code, out, err = said(SHELL, tmp_path, *arguments, **environment)
     assert (code, out) == (2, "")
-    assert told in err.splitlines()[0]
+    assert message in err.splitlines()[0]
     assert err.splitlines()[1].startswith("usage: ")
     assert "line " not in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "message"),
     [
         ((), {}, "IMAGENET_DIR is missing"),
         ((), {"IMAGENET_DIR": "mode=plan"}, "IMAGENET_DIR=mode=plan:"),
@@ -210,26 +210,17 @@ def test_what_is_missing_or_odd_is_said(
         (("--nodes=2",), {"IMAGENET_DIR": "/data"}, "--nodes=2: a setting is key=value"),
     ],
 )
-def test_under_slurm_what_is_missing_or_odd_is_said(
-    arguments: tuple[str, ...], environment: dict[str, str], told: str, tmp_path: Path
+def test_under_slurm_bad_input_is_reported(
+    arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     code, out, err = said(SLURM, tmp_path, *arguments, **environment)
     assert (code, out) == (2, "")
-    assert told in err.splitlines()[0]
+    assert message in err.splitlines()[0]
     assert err.splitlines()[1].startswith("usage: ")
 
 
-@pytest.mark.parametrize("script", [SHELL, SLURM], ids=lambda path: path.name)
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_is_the_usage(script: Path, flag: str, tmp_path: Path) -> None:
-    code, out, err = said(script, tmp_path, flag)
-    assert (code, err) == (0, "")
-    assert out.startswith("usage: ")
-    assert "DATA_ROOT" in out
-
-
 @pytest.mark.parametrize("root", ["/data/a=b", "./a=b", "s3://bucket/key=1", "imagenet"])
-def test_a_folder_or_a_url_is_taken_whatever_its_name(root: str, tmp_path: Path) -> None:
+def test_a_folder_or_a_url_may_have_any_name(root: str, tmp_path: Path) -> None:
     code, commands = started(SHELL, tmp_path, root)
     assert code == 0
     assert {f"data.root={root}" in command for command in commands} == {True}

@@ -1,13 +1,14 @@
-"""How fast a run trains on a CPU that other work wants too, by how its threads wait for one another.
+"""Time a run on a CPU that other processes use too, by how its threads wait for one another.
 
-    python scripts/bench/bench_busy.py [--write docs/performance.md]            # the bare run and ResNet-50; 15 minutes
+    python scripts/bench/bench_busy.py [--write docs/performance.md]            # the bare run and ResNet-50
     python scripts/bench/bench_busy.py -- model=resnet101 …                     # another run
-    python scripts/bench/bench_busy.py --environments '' GOMP_SPINCOUNT=300000  # by other settings of the environment
+    python scripts/bench/bench_busy.py --environments '' GOMP_SPINCOUNT=300000  # other environment variables
 
-Each environment is one column: '' stands for what lars-train itself chooses, others for variables that a user sets
-(several with spaces between). Their runs are started, and then go on for a few seconds each by turns, so that a machine
-whose speed changes from minute to minute changes it for all. Images are counted by the updates in the log; evaluations
-take of the time. The busy processes are loops of this script's own, as many as a row says.
+Each environment is a column: '' is what lars-train chooses by itself, the others set variables, several with spaces in
+between. The runs take turns of a few seconds, so that a machine whose speed changes slows down all of them. Images are
+counted by the updates in the log; evaluations take part of the time. The busy processes are Python loops.
+
+Takes about 15 minutes. Figures: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,16 +28,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import torch
-from arguments import count, seconds
-from child import end_on_signals, stop
-from page import between_markers, command_line, cpu_name, writable_page
+import shared
 
-# What libgomp does by itself: about as many rounds of an empty loop before a thread sleeps,
+# libgomp's own default: about as many iterations of an empty loop before a thread sleeps,
 # https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html.
 LIBRARY = "GOMP_SPINCOUNT=300000"
-# Updates that take longer, for memory and caches are new.
-_FIRST = 5
+WARM_UP = 5
 RUNS = (
     (),
     tuple(
@@ -45,122 +42,110 @@ RUNS = (
     ),
 )
 """Settings of the bare run, and of a short one of ResNet-50."""
-_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+Rates = dict[tuple[str, int], list[float]]
+"""Images/s of each turn, by environment and number of busy processes."""
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.make_parser(__doc__, "bench_busy")
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="busy processes (0 1 2)")
-    parser.add_argument(
-        "--environments", nargs="+", default=["", LIBRARY, "OMP_WAIT_POLICY=passive"], metavar="'NAME=VALUE …'"
-    )
-    parser.add_argument("--rounds", type=count, default=10, help="(10)")
-    parser.add_argument("--seconds", type=seconds, default=4.0, help="of a turn (4)")
-    parser.add_argument("--write", type=writable_page("bench_busy"), metavar="PAGE", help="put the table on the page")
-    parser.add_argument("settings", nargs="*", help="of lars-train, behind --")
+    environments = ["", LIBRARY, "OMP_WAIT_POLICY=passive"]
+    parser.add_argument("--environments", nargs="+", default=environments, metavar="'NAME=VALUE …'")
+    parser.add_argument("--rounds", type=shared.positive_int, default=10, help="(10)")
+    parser.add_argument("--seconds", type=shared.seconds, default=4.0, help="per turn (4)")
+    parser.add_argument("settings", nargs="*", help="of lars-train, after --")
     args = parser.parse_args()
     lines = [
-        f"`{command_line(__file__)}` on {cpu_name()}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}. "
-        f"Images/s in {args.rounds} turns of {args.seconds:g} s, mean (least to most of a turn), and the share of the "
-        "same run's beside the fewest busy processes."
+        f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {len(os.sched_getaffinity(0))} cores; "
+        f"{shared.software()}. Images/s in {args.rounds} turns of {args.seconds:g} s, mean (least to most of a turn), "
+        "and the share of the same run's beside the fewest busy processes."
     ]
     for settings in [args.settings] if args.settings else RUNS:
-        lines += table(args, settings)
-    print("\n".join(lines))
-    if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), "bench_busy", lines))
+        lines += table(args, settings, measure(args, settings))
+    shared.publish(lines, args.write, "bench_busy")
 
 
-def table(args: argparse.Namespace, settings: Sequence[str]) -> list[str]:
-    """Measure one run, and return its part of the page."""
-    found: dict[tuple[str, int], list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as ended:
-        names = dict.fromkeys(args.environments)
-        turns = {name: Turns(Path(folder) / str(i), settings, name, ended) for i, name in enumerate(names)}
+def measure(args: argparse.Namespace, settings: Sequence[str]) -> Rates:
+    """Start one run per environment, and let them take turns."""
+    found: Rates = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as runs:
+        paused = {
+            name: PausedRun(Path(folder) / str(i), settings, name, runs)
+            for i, name in enumerate(dict.fromkeys(args.environments))
+        }
         for number in range(args.rounds):
             for busy in args.busy:
-                # Back and forth, so that none is always behind the same one.
-                for name in names if number % 2 else reversed(names):
-                    found.setdefault((name, busy), []).append(turns[name].images_per_s(busy, args.seconds))
-            told = ", ".join(f"{name or 'as it is'} {busy}: {own[-1]:.0f}" for (name, busy), own in found.items())
-            print(f"round {number + 1}: {told}", file=sys.stderr, flush=True)
-    return [
-        "",
-        f"`{shlex.join(['lars-train', *settings])}`",
-        "",
-        f"| | {' | '.join(f'`{name}`' if name else 'as it is' for name in names)} |",
-        f"|---|{'---:|' * len(names)}",
-        *(
-            f"| {'alone' if not busy else f'beside {busy} busy'} | "
-            f"{' | '.join(cell(found, name, busy, args.busy[0]) for name in names)} |"
-            for busy in args.busy
-        ),
-    ]
+                # Back and forth, so that none always follows the same one.
+                for name in paused if number % 2 else reversed(paused):
+                    with busy_loops(busy):
+                        found.setdefault((name, busy), []).append(paused[name].images_per_s(args.seconds))
+            latest = ", ".join(f"{name or 'default'} {busy}: {own[-1]:.0f}" for (name, busy), own in found.items())
+            print(f"round {number + 1}: {latest}", file=sys.stderr, flush=True)
+    return found
 
 
-def cell(found: dict[tuple[str, int], list[float]], name: str, busy: int, least: int) -> str:
-    """Images/s beside `busy` processes in environment `name`, and relative to those beside the fewest."""
-    own, quiet = found[name, busy], statistics.mean(found[name, least])
-    share = "" if busy == least else f" = {statistics.mean(own) / quiet:.2f}"
-    return f"{statistics.mean(own):,.3g} ({min(own):,.3g} to {max(own):,.3g}){share}"
+def table(args: argparse.Namespace, settings: Sequence[str], found: Rates) -> list[str]:
+    """Return one run's part of the page."""
+    names = list(dict.fromkeys(args.environments))
+
+    def cell(name: str, busy: int) -> str:
+        own, quiet = found[name, busy], statistics.mean(found[name, args.busy[0]])
+        share = "" if busy == args.busy[0] else f" = {statistics.mean(own) / quiet:.2f}"
+        return f"{statistics.mean(own):,.3g} ({min(own):,.3g} to {max(own):,.3g}){share}"
+
+    head = " | ".join(f"`{name}`" if name else "default" for name in names)
+    lines = ["", f"`{shlex.join(['lars-train', *settings])}`", "", f"| | {head} |", f"|---|{'---:|' * len(names)}"]
+    for busy in args.busy:
+        cells = " | ".join(cell(name, busy) for name in names)
+        lines.append(f"| {f'beside {busy} busy' if busy else 'alone'} | {cells} |")
+    return lines
 
 
-class Turns:
-    """A run that stands still but for its turns."""
+class PausedRun:
+    """A run that is stopped except during its turns."""
 
-    def __init__(self, folder: Path, settings: Sequence[str], variables: str, ended: ExitStack) -> None:
-        """Start it, wait for its first updates, and stop it. `variables`: of its environment, besides the others."""
-        environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    def __init__(self, folder: Path, settings: Sequence[str], variables: str, runs: ExitStack) -> None:
+        """Start the run with `variables` in its environment, wait for its first updates, and pause it."""
+        chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+        environment = {name: value for name, value in os.environ.items() if name not in chosen}
         environment |= dict(word.split("=", 1) for word in variables.split())
         folder.mkdir()
         own = ["epochs=100000", "schedule.scale_warmup=false", "log_every=1", f"run.dir={folder}/run", "verbosity=0"]
         self._log = folder / "run/metrics.jsonl"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lars_train", *settings, *own],
-            env=environment,
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-        )
-        ended.callback(self._end)
-        while len(self._updates()) < _FIRST:
+        command = [sys.executable, "-m", "lars_train", *settings, *own]
+        self._process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
+        runs.callback(self._process.wait)
+        runs.callback(self._process.kill)  # in the middle of an update that nobody needs
+        while self._updates() < WARM_UP:
             if self._process.poll() is not None:
                 raise subprocess.CalledProcessError(self._process.returncode, "lars-train")
             time.sleep(0.1)
         self._process.send_signal(signal.SIGSTOP)
-        record = json.loads((folder / "run/run.json").read_text())
-        self._images = record["plan"]["global_batch"]
+        self._images = json.loads((folder / "run/run.json").read_text())["plan"]["global_batch"]
 
-    def images_per_s(self, busy: int, span: float) -> float:
-        """Images a second in a turn of `span` seconds, beside so many busy processes."""
-        with loops(busy):
-            before, began = len(self._updates()), time.perf_counter()
-            self._process.send_signal(signal.SIGCONT)
-            time.sleep(span)
-            self._process.send_signal(signal.SIGSTOP)
-            passed = time.perf_counter() - began
-        return float((len(self._updates()) - before) * self._images / passed)
+    def images_per_s(self, span: float) -> float:
+        """Run for `span` seconds, and return the speed."""
+        before, began = self._updates(), time.perf_counter()
+        self._process.send_signal(signal.SIGCONT)
+        time.sleep(span)
+        self._process.send_signal(signal.SIGSTOP)
+        elapsed = time.perf_counter() - began
+        return float((self._updates() - before) * self._images / elapsed)
 
-    def _updates(self) -> list[str]:
-        lines = self._log.read_text().splitlines() if self._log.is_file() else []
-        return [line for line in lines if "train/images_per_s" in line]
-
-    def _end(self) -> None:
-        # What it stands in the middle of need not be kept.
-        self._process.kill()
-        self._process.wait()
+    def _updates(self) -> int:
+        return self._log.read_text().count('"train/images_per_s"') if self._log.is_file() else 0
 
 
 @contextmanager
-def loops(number: int) -> Iterator[None]:
-    """Within it so many processes keep a core busy each."""
-    with ExitStack() as ended:
+def busy_loops(number: int) -> Iterator[None]:
+    """Keep `number` cores busy within the context."""
+    with ExitStack() as loops:
         for _ in range(number):
-            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            ended.callback(stop, process)
+            loops.callback(shared.stop, subprocess.Popen([sys.executable, "-c", "while True: pass"]))
         yield
 
 
 if __name__ == "__main__":
-    end_on_signals()
+    shared.exit_on_signals()
     main()

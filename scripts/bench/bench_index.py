@@ -1,98 +1,102 @@
-"""What ImageNet's index costs: seconds to open, and memory of the processes of a node that hold it.
+"""Measure ImageNet's index: the time to open it, and the memory of the processes of a node that hold it.
 
-python scripts/bench/bench_index.py [--images 1281167] [--processes 8]
+    python scripts/bench/bench_index.py [--images 1281167] [--processes 8]
 
-The folders are real and empty, the index of them is made up: names and labels as ImageNet has them. Each process opens
-the data set as a rank does. The figure of memory is what all of them together hold more than before (proportional set
-size: a page that k processes share counts 1/k in each), after every name and label was read.
+The class folders are real and empty; their index is made up, with names and labels like ImageNet's. Each process opens
+the data set as a rank does. The memory is what all of them together hold more than before, after every name and label
+was read, as proportional set size: a page that k processes share counts 1/k in each.
+
+Takes about a minute. Figures: docs/prepare_data.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
+import statistics
+import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
-
-from lars_train.data.sources import directory
-from lars_train.data.sources.directory import FolderContent, FolderState, indexed_listing
-from lars_train.data.sources.imagenet import open_imagenet
-from lars_train.data.sources.index_files import cache_directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
 
 CLASSES = [b"n%08d" % (1440764 + 1000 * label) for label in range(1000)]
 LONG_AGO = 1_000_000_000
 
 
-def make(root: Path, images: int) -> None:
-    """Empty class folders below `root`, and an index that says what is in them."""
+def make_index(root: Path, images: int) -> None:
+    """Make empty class folders below `root`, and an index that lists images in them."""
+    from lars_train.data.sources import directory
+
+    directory.MIN_INDEXED = 0
     for split, count in (("train", images), ("val", 50_000)):
         for name in CLASSES:
             folder = root / split / os.fsdecode(name)
             folder.mkdir(parents=True)
             os.utime(folder, (LONG_AGO, LONG_AGO))
         os.utime(root / split, (LONG_AGO, LONG_AGO))
-        bounds = np.linspace(0, count, len(CLASSES) + 1).astype(int).tolist()
-        share = {name: bounds[label : label + 2] for label, name in enumerate(CLASSES)}
 
-        def read(name: bytes, split: Path = root / split, share: dict[bytes, list[int]] = share) -> FolderContent:
-            images = [(b"%s_%08d.JPEG" % (name, number), 110_000) for number in range(*share[name])]
-            return FolderContent(images, [FolderState.at(split / os.fsdecode(name), b"")])
+        def read(name: bytes, place: Path = root / split, count: int = count) -> directory.FolderContent:
+            label = CLASSES.index(name)
+            numbers = range(count * label // len(CLASSES), count * (label + 1) // len(CLASSES))
+            files = [(b"%s_%08d.JPEG" % (name, number), 110_000) for number in numbers]
+            return directory.FolderContent(files, [directory.FolderState.at(place / os.fsdecode(name), b"")])
 
-        indexed_listing(root / split, CLASSES, read)
+        directory.indexed_listing(root / split, CLASSES, read)
 
 
-def proportional() -> int:
-    """Bytes of this process, shared pages in proportion."""
+def proportional_memory() -> int:
+    """Return this process's memory in bytes, with shared pages in proportion."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1]) * 1024
 
 
 def hold(root: Path, pipe: Connection) -> None:
+    """Open the data set at the first message, report its size and time, and the memory at the second message."""
+    from lars_train.data.sources.imagenet import open_imagenet
+
     pipe.recv()
-    before, began, cpu = proportional(), time.perf_counter(), time.process_time()
+    before, began, cpu = proportional_memory(), time.perf_counter(), time.process_time()
     data = open_imagenet(str(root), None, None)
-    took = time.perf_counter() - began, time.process_time() - cpu
-    pipe.send((len(data.train), *took))
+    pipe.send((len(data.train), time.perf_counter() - began, time.process_time() - cpu))
     pipe.recv()
-    pipe.send(proportional() - before)
+    pipe.send(proportional_memory() - before)
     pipe.recv()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=1_281_167)
-    parser.add_argument("--processes", type=int, default=8)
+    """Measure and print."""
+    parser = shared.make_parser(__doc__)
+    parser.add_argument("--images", type=shared.positive_int, default=1_281_167, help="of training (1281167)")
+    parser.add_argument("--processes", type=shared.positive_int, default=8, help="(8)")
     args = parser.parse_args()
-    directory.MIN_INDEXED = 0
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
-        make(Path(folder) / "imagenet", args.images)
-        size = sum(path.stat().st_size for path in cache_directory().glob("*.index"))
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        make_index(Path(folder) / "imagenet", args.images)
+        size = sum(path.stat().st_size for path in Path(folder, "cache").rglob("*.index"))
         context = multiprocessing.get_context("spawn")
-        pairs = [context.Pipe() for _ in range(args.processes)]
-        held = [context.Process(target=hold, args=(Path(folder) / "imagenet", theirs)) for _, theirs in pairs]
-        for process in held:
-            process.start()
+        pipes, processes = [], []
+        for _ in range(args.processes):
+            mine, theirs = context.Pipe()
+            pipes.append(mine)
+            processes.append(context.Process(target=hold, args=(Path(folder) / "imagenet", theirs)))
+            processes[-1].start()
         opened = []
-        for mine, _ in pairs:
-            mine.send(None)
-            opened.append(mine.recv())
-        for mine, _ in pairs:
-            mine.send(None)
-        memory = sum(mine.recv() for mine, _ in pairs)
-        for (mine, _), process in zip(pairs, held, strict=True):
-            mine.send(None)
+        for pipe in pipes:  # one after another
+            pipe.send(None)
+            opened.append(pipe.recv())
+        for pipe in pipes:  # all hold it by now
+            pipe.send(None)
+        memory = sum(pipe.recv() for pipe in pipes)
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(None)
             process.join()
-    count, walls, seconds = opened[0][0], sorted(o[1] for o in opened), sorted(o[2] for o in opened)
-    print(f"{count:,} training images and 50,000 for validation; index files of {size / 1e6:.0f} MB")
-    print(
-        f"to open: {walls[len(walls) // 2]:.3f} s (median of {len(walls)}), {seconds[len(seconds) // 2]:.3f} s of CPU"
-    )
+    counts, walls, seconds = zip(*opened, strict=True)
+    print(f"{counts[0]:,} training images and 50,000 for validation; index files of {size / 1e6:.0f} MB")
+    print(f"to open: {statistics.median(walls):.3f} s, {statistics.median(seconds):.3f} s of CPU (medians)")
     print(f"{args.processes} processes hold {memory / 1e6:.0f} MB more than before they opened it")
 
 

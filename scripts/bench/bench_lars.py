@@ -1,50 +1,55 @@
-"""Measures one optimizer step: LARS, torch's SGD and Adam, torchlars's formula, other packages, the memory floor.
+"""Time one optimizer step: LARS, torch's SGD and Adam, torchlars's formula, other packages, and the memory floor in C.
 
-    python scripts/bench/bench_lars.py                                    # about 4 minutes, 9 GB; prints Markdown
-    python scripts/bench/bench_lars.py --model small --rounds 10          # the many small tensors alone
-    python scripts/bench/bench_lars.py --write docs/lars.md               # the tables go between the page's markers
+    python scripts/bench/bench_lars.py [--write docs/lars.md]       # needs 9 GB
     python scripts/bench/bench_lars.py --device cuda --write docs/lars.md
 
-All contenders run in one process, on the CPU in one thread on one core. Each has weights, gradients and state of
-its own. A round times every contender once, one after another; the next starts one contender further on and goes
-the other way round (optax always comes last: its threads would slow down who comes next). After each round,
-outside the timed region, all gradients, also those that nobody changed, are set back to the same values: some
-contenders rescale them in place, and they would drift to zero. A step therefore finds its tensors in memory rather
-than in the cache. Ratios are taken within a round; medians over the rounds are printed.
+All contenders run in one process, on the CPU in one thread on one core. Each has its own weights, gradients and state.
+A round times every contender once; the next round starts one contender later and runs in the opposite direction
+(optax always comes last, because its threads would slow down the next contender). After each round, outside the timed
+region, all gradients are set back to the same values, also those that nobody changed: some contenders rescale them in
+place, and they would drift to zero. A step therefore finds its tensors in memory rather than in the cache. Ratios are
+taken within a round; the medians over the rounds are printed.
 
 At the end contenders that claim the same update are compared; if their weights differ, the exit code is 1.
 
-Packages that are not installed are named as skipped: ``pip install timm pytorch_optimizer torch_optimizer
-open-lars optax jax`` has them all. The floor wants a C compiler (``cc``, or what ``CC`` names).
+Packages that are not installed are listed as skipped: ``pip install timm pytorch_optimizer torch_optimizer open-lars
+optax jax`` installs all of them. The floor needs a C compiler (``cc``, or the one that ``CC`` names).
+
+Takes about four minutes. Figures: docs/lars.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import importlib
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+
+if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
+    PARSER = shared.make_parser(__doc__)
+    PARSER.add_argument("--rounds", type=shared.positive_int, default=30, help="after 5 that do not count (30)")
+    PARSER.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    PARSER.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the page's markers")
+    ARGS = PARSER.parse_args()
+
 import numpy as np
 import torch
-from child import end_on_signals
-from page import between_markers, check_page, cpu_name
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -54,16 +59,17 @@ LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 EPS, TRUST = 1e-8, 0.001
 HYPER: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY}
 ADAM: dict[str, Any] = {"lr": 1e-3, "weight_decay": DECAY}
+WARM_UP = 5
 
 SGD_FUSED, FLOOR = "SGD, fused", "C floor: LARS"
 OURS, PLAIN, PLAIN_FUSED = "LARS over SGD", "torchlars's formula over SGD", "torchlars's formula over SGD, fused"
 OURS_ADAM, PLAIN_ADAM = "LARS over Adam", "torchlars's formula over Adam"
 ON_HOST = ", ratio on the host"
 PACKAGES = ("timm", "pytorch_optimizer", "torch_optimizer", "open-lars", "optax", "jax")
-# Contenders of the same update differ by rounding, in float32: far less than any difference in the formula.
+# Contenders of the same update differ by rounding in float32, far less than any difference in the formula.
 SAME_UPDATE = 1e-3
 
-# Sums are kept in float for 4,096 elements, short enough for float, then added up in double.
+# Sums are kept in float for 4,096 elements, then added up in double.
 FLOOR_SOURCE = """
 #include <math.h>
 #include <stddef.h>
@@ -103,13 +109,10 @@ void lars_step(size_t tensors, float **w, float **g, float **m, const size_t *n,
 """
 
 
-class Steps(Protocol):
-    """What has a step."""
-
-    def step(self) -> Any: ...
-
-
-Build = Callable[[list[nn.Parameter]], Steps]
+Build = Callable[[list[nn.Parameter]], Any]
+"""Returns an optimizer for parameters."""
+Times = dict[str, np.ndarray]
+"""Milliseconds by contender, in each round."""
 
 
 @dataclass
@@ -118,10 +121,12 @@ class Problem:
 
     name: str
     weights: list[Tensor]
-    grads: list[Tensor]
+
+    def __post_init__(self) -> None:
+        self.grads = [torch.randn_like(w) * 0.01 for w in self.weights]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Copies of the weights, with copies of the gradients."""
+        """Return copies of the weights, with copies of the gradients."""
         copies = [nn.Parameter(w.clone()) for w in self.weights]
         for parameter, grad in zip(copies, self.grads, strict=True):
             parameter.grad = grad.clone()
@@ -129,31 +134,27 @@ class Problem:
 
     @property
     def elements(self) -> int:
-        """Of all weights."""
+        """The number of elements of all weights."""
         return sum(w.numel() for w in self.weights)
 
 
 @dataclass
 class Contender:
-    """Something that can be timed.
-
-    Those with the same `update` have to arrive at the same weights. One with `last` stays out of the rotation.
-    """
+    """A step to time. Those with the same `update` must arrive at the same weights; `last` ones end every round."""
 
     name: str
     step: Callable[[], object]
     restore: Callable[[], None]
     weights: list[Tensor] = field(default_factory=list)
-    update: str | None = None
-    peer: bool = False
+    update: str = ""
     last: bool = False
 
 
 class TorchlarsFormula:
-    """What torchlars does in a step, written plainly (https://github.com/kakaobrain/torchlars, ``lars.py``).
+    """The step of torchlars, written plainly (https://github.com/kakaobrain/torchlars, ``lars.py``).
 
-    The ratio is a 0-D tensor. Its arithmetic is torch's or, with `on_host`, in host numbers, as in the C++ extension
-    that torchlars has for the CPU (``adaptive_lr.cc``).
+    The ratio is a 0-D tensor, computed by torch or, with `on_host`, in Python numbers, like the C++ extension that
+    torchlars has for the CPU (``adaptive_lr.cc``).
     """
 
     def __init__(self, base: SGD | Adam, *, on_host: bool = False) -> None:
@@ -167,7 +168,7 @@ class TorchlarsFormula:
             group["weight_decay"] = 0
             for parameter in group["params"]:
                 grad = parameter.grad
-                ratio = plain_ratio(parameter.norm(), grad.norm(), decay, self.on_host)
+                ratio = torchlars_ratio(parameter.norm(), grad.norm(), decay, self.on_host)
                 grad.add_(parameter, alpha=decay)
                 grad.mul_(ratio)
         self.base.step()
@@ -175,8 +176,8 @@ class TorchlarsFormula:
             group["weight_decay"] = decay
 
 
-def plain_ratio(weight_norm: Tensor, grad_norm: Tensor, decay: float, on_host: bool) -> Tensor:
-    """The trust ratio of one tensor from its 0-D norms, with torchlars's guard."""
+def torchlars_ratio(weight_norm: Tensor, grad_norm: Tensor, decay: float, on_host: bool) -> Tensor:
+    """Return the trust ratio of one tensor from its 0-D norms, with torchlars's guard."""
     if on_host:
         w, g = weight_norm.item(), grad_norm.item()
         return weight_norm.fill_(TRUST * w / (g + decay * w + EPS) if w > 0 and g > 0 else 1.0)
@@ -184,17 +185,12 @@ def plain_ratio(weight_norm: Tensor, grad_norm: Tensor, decay: float, on_host: b
     return torch.where((weight_norm > 0) & (grad_norm > 0), ratio, torch.ones_like(ratio))
 
 
-def peer(module: str, name: str, **options: float) -> Build:
-    """The optimizer `name` of a package, imported when it is built."""
-
-    def build(parameters: list[nn.Parameter]) -> Steps:
-        optimizer: Steps = getattr(importlib.import_module(module), name)(parameters, **HYPER, **options)
-        return optimizer
-
-    return build
+def package(module: str, name: str, **options: float) -> Build:
+    """Return a function that builds the optimizer `name` of a package, imported when it is called."""
+    return lambda parameters: getattr(importlib.import_module(module), name)(parameters, **HYPER, **options)
 
 
-# Name, update, how it is built. Of each peer the trust coefficient is that of all others; the rest is its default.
+# Name, update, how to build it. Packages use the same trust coefficient, and their own defaults for the rest.
 OPTIMIZERS: tuple[tuple[str, str, Build], ...] = (
     ("SGD, single", "sgd", lambda p: SGD(p, **HYPER, foreach=False, fused=False)),
     ("SGD, foreach", "sgd", lambda p: SGD(p, **HYPER, foreach=True)),
@@ -211,37 +207,27 @@ OPTIMIZERS: tuple[tuple[str, str, Build], ...] = (
     (f"{OURS_ADAM}, fused", "lars-adam", lambda p: LARS(Adam(p, **ADAM, fused=True), EPS, TRUST)),
     (PLAIN_ADAM, "lars-adam", lambda p: TorchlarsFormula(Adam(p, **ADAM))),
     (f"{PLAIN_ADAM}, fused", "lars-adam", lambda p: TorchlarsFormula(Adam(p, **ADAM, fused=True))),
-)
-PEERS: tuple[tuple[str, Build], ...] = (
-    ("timm Lars", peer("timm.optim", "Lars")),
-    ("pytorch_optimizer LARS", peer("pytorch_optimizer", "LARS")),
-    ("torch_optimizer LARS", peer("torch_optimizer", "LARS", trust_coefficient=TRUST)),
-    ("open_lars LARS", peer("open_lars", "LARS")),
+    ("timm Lars", "", package("timm.optim", "Lars")),
+    ("pytorch_optimizer LARS", "", package("pytorch_optimizer", "LARS")),
+    ("torch_optimizer LARS", "", package("torch_optimizer", "LARS", trust_coefficient=TRUST)),
+    ("open_lars LARS", "", package("open_lars", "LARS")),
 )
 
 
 def resnet50(device: torch.device) -> Problem:
-    """ResNet-50 as torchvision initialises it: 161 tensors, among them zero biases."""
+    """Return ResNet-50 as torchvision initializes it: 161 tensors, some of them zero biases."""
     model = importlib.import_module("torchvision.models").resnet50()
-    return problem("ResNet-50", [p.detach().to(device) for p in model.parameters()])
+    return Problem("ResNet-50", [p.detach().to(device) for p in model.parameters()])
 
 
-def small(device: torch.device) -> Problem:
-    """1,000 tensors of 16 to 1,024 elements."""
+def small_tensors(device: torch.device) -> Problem:
+    """Return 1,000 tensors of 16 to 1,024 elements."""
     shapes = [(16,), (64,), (256,), (16, 16), (32, 32), (8, 8, 3, 3)]
-    return problem("Many small tensors", [torch.randn(shapes[i % len(shapes)], device=device) for i in range(1000)])
-
-
-def problem(name: str, weights: list[Tensor]) -> Problem:
-    """`weights` with random gradients."""
-    return Problem(name, weights, [torch.randn_like(w) * 0.01 for w in weights])
-
-
-MODELS = {"resnet50": resnet50, "small": small}
+    return Problem("Many small tensors", [torch.randn(shapes[i % len(shapes)], device=device) for i in range(1000)])
 
 
 def torch_contender(name: str, given: Problem, build: Build) -> Contender:
-    """An optimizer over its own copy of the problem."""
+    """Return an optimizer over its own copy of the problem."""
     parameters = given.parameters()
     optimizer = build(parameters)
     grads = [p.grad for p in parameters]
@@ -255,7 +241,7 @@ def torch_contender(name: str, given: Problem, build: Build) -> Contender:
 
 
 def optax_contender(given: Problem) -> Contender:
-    """optax.lars and the addition of its updates, compiled together; old weights and state are donated."""
+    """Return optax.lars with the addition of its updates, compiled together; old weights and state are donated."""
     if given.weights[0].device.type != "cpu":
         raise RuntimeError("measured on the CPU only")
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -269,110 +255,106 @@ def optax_contender(given: Problem) -> Contender:
 
     compiled = jax.jit(update, donate_argnums=(0, 1))
     weights, grads = ([jax.numpy.array(t.numpy()) for t in ts] for ts in (given.weights, given.grads))
-    held = [(weights, rule.init(weights))]
+    state = [(weights, rule.init(weights))]
 
     def step() -> None:
-        held[0] = jax.block_until_ready(compiled(*held[0], grads))
+        state[0] = jax.block_until_ready(compiled(*state[0], grads))
 
-    # Its gradients are arguments and stay as they are. XLA's threads go on after the result is ready: whoever came
-    # next took up to 1.6 times as long.
+    # Its gradients are arguments, which nobody changes. XLA's threads keep running after the result is ready: the next
+    # contender took up to 1.6 times as long.
     return Contender("optax.lars, jit", step, lambda: None, last=True)
 
 
-class Floor:
-    """The C kernels, compiled into `folder`.
+def compile_floor(folder: Path) -> ctypes.CDLL:
+    """Compile the C kernels into `folder`.
 
     Raises:
-        RuntimeError: there is no compiler, or it refuses.
+        RuntimeError: there is no compiler, or it fails.
     """
-
-    def __init__(self, folder: Path) -> None:
-        source, unlinked, library = folder / "floor.c", folder / "floor.o", folder / "floor.so"
-        source.write_text(FLOOR_SOURCE)
-        compiler = shlex.split(os.environ.get("CC", "cc"))
-        # Linked by itself: -ffast-math at the link would turn subnormal numbers off for the whole process.
-        for arguments in (
-            ["-O3", "-march=native", "-ffast-math", "-fPIC", "-c", str(source), "-o", str(unlinked)],
-            ["-shared", str(unlinked), "-o", str(library), "-lm"],
-        ):
-            try:
-                subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True)
-            except FileNotFoundError:
-                raise RuntimeError(f"no C compiler ({compiler[0]})") from None
-            except subprocess.CalledProcessError as error:
-                raise RuntimeError(f"{compiler[0]}: {error.stderr.strip()}") from None
-        self.compiled = ctypes.CDLL(str(library))
-
-    def contender(self, name: str, function: str, scalars: Iterable[float], given: Problem) -> Contender:
-        """`function` over its own copy of the problem."""
-        parameters = given.parameters()
-        weights, grads = [p.detach() for p in parameters], [p.grad for p in parameters if p.grad is not None]
-        momenta = [torch.zeros_like(w) for w in weights]
-        count = len(weights)
-
-        def addresses(tensors: list[Tensor]) -> Any:
-            return (ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors])
-
-        sizes = (ctypes.c_size_t * count)(*[w.numel() for w in weights])
-        arrays = (addresses(weights), addresses(grads), addresses(momenta), sizes)
-        numbers = [ctypes.c_double(s) for s in scalars]
-        kernel = getattr(self.compiled, function)
-        kernel.restype = None
-
-        def step(_kept_alive: list[Tensor] = momenta) -> None:
-            kernel(ctypes.c_size_t(count), *arrays, *numbers)
-
-        def restore() -> None:
-            for own, original in zip(grads, given.grads, strict=True):
-                own.copy_(original)
-
-        return Contender(name, step, restore, weights)
+    source, unlinked, library = folder / "floor.c", folder / "floor.o", folder / "floor.so"
+    source.write_text(FLOOR_SOURCE)
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    # Linked separately: -ffast-math at the link would turn off subnormal numbers for the whole process.
+    for arguments in (
+        ["-O3", "-march=native", "-ffast-math", "-fPIC", "-c", str(source), "-o", str(unlinked)],
+        ["-shared", str(unlinked), "-o", str(library), "-lm"],
+    ):
+        try:
+            subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise RuntimeError(f"no C compiler ({compiler[0]})") from None
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{compiler[0]}: {error.stderr.strip()}") from None
+    return ctypes.CDLL(str(library))
 
 
-def line_up(given: Problem, folder: Path, skipped: list[str]) -> list[Contender]:
-    """All that can run here, after a first step, which makes their state; the others go to `skipped`."""
+def floor_contender(name: str, kernel: Any, scalars: tuple[float, ...], given: Problem) -> Contender:
+    """Return a C kernel over its own copy of the problem."""
+    parameters = given.parameters()
+    weights, grads = [p.detach() for p in parameters], [p.grad for p in parameters if p.grad is not None]
+    momenta = [torch.zeros_like(w) for w in weights]
+    count = len(weights)
+
+    def addresses(tensors: list[Tensor]) -> Any:
+        return (ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors])
+
+    sizes = (ctypes.c_size_t * count)(*[w.numel() for w in weights])
+    arrays = (addresses(weights), addresses(grads), addresses(momenta), sizes)
+    numbers = [ctypes.c_double(s) for s in scalars]
+    kernel.restype = None
+
+    def step(_kept_alive: list[Tensor] = momenta) -> None:
+        kernel(ctypes.c_size_t(count), *arrays, *numbers)
+
+    def restore() -> None:
+        for own, original in zip(grads, given.grads, strict=True):
+            own.copy_(original)
+
+    return Contender(name, step, restore, weights)
+
+
+def contenders_for(given: Problem, skipped: list[str]) -> list[Contender]:
+    """Return all contenders that run here, after a first step that allocates their state; note others in `skipped`."""
     contenders: list[Contender] = []
 
-    def add(name: str, make: Callable[[], Contender], update: str | None = None, peer: bool = False) -> None:
+    def add(name: str, make: Callable[[], Contender], update: str = "") -> None:
         try:
             contender = make()
             contender.step()
-        # A peer that breaks with this torch, whatever it raises, is a line of the report and not its end.
+        # A package that fails with this torch, by whatever error, must not end the script.
         except Exception as error:
             reason = "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
             skipped.append(f"{name} ({reason})")
             return
         contender.restore()
-        contender.update, contender.peer = update, peer
+        contender.update = update
         contenders.append(contender)
 
     for name, update, build in OPTIMIZERS:
         add(name, partial(torch_contender, name, given, build), update)
-    for name, build in PEERS:
-        add(name, partial(torch_contender, name, given, build), peer=True)
-    add("optax.lars, jit", partial(optax_contender, given), peer=True)
+    add("optax.lars, jit", partial(optax_contender, given))
     if given.weights[0].device.type != "cpu":
         skipped.append("the C floor (it is the CPU's)")
         return contenders
     try:
-        floor = Floor(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            floor = compile_floor(Path(folder))
     except RuntimeError as error:
         skipped.append(f"the C floor ({first_line(error)})")
-    else:
-        scalars = (LR, MOMENTUM, DECAY)
-        name = "C floor: SGD"
-        add(name, partial(floor.contender, name, "sgd_step", scalars, given), "sgd")
-        add(FLOOR, partial(floor.contender, FLOOR, "lars_step", (*scalars, EPS, TRUST), given), "lars")
+        return contenders
+    scalars = (LR, MOMENTUM, DECAY)
+    add("C floor: SGD", partial(floor_contender, "C floor: SGD", floor.sgd_step, scalars, given), "sgd")
+    add(FLOOR, partial(floor_contender, FLOOR, floor.lars_step, (*scalars, EPS, TRUST), given), "lars")
     return contenders
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, for a list."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """The time of one call; on CUDA that between two events around it, on a device with nothing else to do."""
+    """Return the time of one call; on CUDA between two events around it, on an otherwise idle device."""
     if device.type == "cuda":
         event: Any = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)
@@ -387,24 +369,21 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter_ns() - before) / 1e6
 
 
-Times = dict[str, np.ndarray]
-
-
-def measure(contenders: list[Contender], rounds: int, warmup: int, device: torch.device) -> Times:
-    """Milliseconds of each contender in each round, by name, after `warmup` rounds that do not count."""
+def measure(contenders: list[Contender], rounds: int, device: torch.device) -> Times:
+    """Return the milliseconds of each contender in each round, after WARM_UP rounds that do not count."""
     times: dict[str, list[float]] = {c.name: [] for c in contenders}
     rotating, last = [c for c in contenders if not c.last], [c for c in contenders if c.last]
     gc.collect()
     gc.disable()
     try:
-        for turn in range(-warmup, rounds):
-            first = turn % len(rotating)
+        for number in range(-WARM_UP, rounds):
+            first = number % len(rotating)
             order = rotating[first:] + rotating[:first]
-            # Backwards every other time, so that nobody always follows the same one.
-            for contender in (order if turn % 2 else order[::-1]) + last:
-                taken = milliseconds(contender.step, device)
-                if turn >= 0:
-                    times[contender.name].append(taken)
+            # Backwards every other round, so that none always follows the same one.
+            for contender in (order if number % 2 else order[::-1]) + last:
+                elapsed = milliseconds(contender.step, device)
+                if number >= 0:
+                    times[contender.name].append(elapsed)
             for contender in contenders:
                 contender.restore()
     finally:
@@ -413,51 +392,46 @@ def measure(contenders: list[Contender], rounds: int, warmup: int, device: torch
 
 
 def disagreements(contenders: list[Contender], given: Problem) -> list[str]:
-    """Contenders whose weights are not those of the first one with the same update."""
+    """Return a line for each contender whose weights differ from those of the first with the same update."""
+
+    def distance(one: list[Tensor], other: list[Tensor]) -> float:
+        norms = (torch.linalg.vector_norm(a - b, dtype=torch.float64).item() for a, b in zip(one, other, strict=True))
+        return math.hypot(*norms)
+
     first: dict[str, Contender] = {}
     found = []
     for contender in contenders:
-        if contender.update is None:
-            continue
-        other = first.setdefault(contender.update, contender)
-        apart = distance(contender.weights, other.weights) / distance(given.weights, other.weights)
-        if not apart <= SAME_UPDATE:
-            found.append(f"{contender.name} is not where {other.name} is: {apart:.1e} of the way apart")
+        if contender.update:
+            other = first.setdefault(contender.update, contender)
+            apart = distance(contender.weights, other.weights) / distance(given.weights, other.weights)
+            if not apart <= SAME_UPDATE:
+                found.append(f"{given.name}: {contender.name} and {other.name} differ by {apart:.1e} of their way")
     return found
 
 
-def distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """The Euclidean distance between two lists of tensors."""
-    squares = (
-        torch.linalg.vector_norm(a - b, dtype=torch.float64).item() ** 2 for a, b in zip(one, other, strict=True)
-    )
-    return math.sqrt(sum(squares))
-
-
 def ratio(times: Times, name: str, to: str) -> float | None:
-    """The median over the rounds of one contender's time by another's; None where one did not run."""
+    """Return the median over the rounds of one contender's time by another's; None if one did not run."""
     return float(np.median(times[name] / times[to])) if name in times and to in times else None
 
 
-def table(contenders: list[Contender], times: Times) -> list[str]:
-    """A Markdown table of the times, in the order of the contenders."""
+def table(times: Times) -> list[str]:
+    """Return the times as a Markdown table."""
     lines = [
         "| one step of | median, ms | 10th to 90th percentile, ms | ÷ SGD fused | ÷ C floor |",
         "|---|---:|---:|---:|---:|",
     ]
-    for contender in contenders:
-        taken = times[contender.name]
-        low, middle, high = np.percentile(taken, [10, 50, 90])
-        shares = [ratio(times, contender.name, to) for to in (SGD_FUSED, FLOOR)]
-        shown = " | ".join("-" if s is None else f"{s:.2f}" for s in shares)
-        lines.append(f"| {contender.name} | {middle:.2f} | {low:.2f} to {high:.2f} | {shown} |")
+    for name, own in times.items():
+        low, middle, high = np.percentile(own, [10, 50, 90])
+        shares = [ratio(times, name, to) for to in (SGD_FUSED, FLOOR)]
+        cells = " | ".join("-" if s is None else f"{s:.2f}" for s in shares)
+        lines.append(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} | {cells} |")
     return lines
 
 
 def ratios(contenders: list[Contender], times: Times) -> str:
-    """The ratios of LARS to what does less, and of others to LARS, in a line."""
-    peers = sorted((c.name for c in contenders if c.peer), key=lambda name: float(np.median(times[name])))
-    best = peers[0] if peers else "no peer"
+    """Return the ratios of LARS to simpler steps, and of others to LARS, in a line."""
+    peers = [c.name for c in contenders if not c.update]
+    best = min(peers, key=lambda name: float(np.median(times[name])), default="none")
     pairs = {
         "LARS to SGD fused": (OURS, SGD_FUSED),
         "LARS to the floor": (OURS, FLOOR),
@@ -474,10 +448,10 @@ def ratios(contenders: list[Contender], times: Times) -> str:
 
 
 def extra_peak(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors that a step has at most on top of those that were there before it.
+    """Return the peak bytes of tensors that a step allocates beyond those that existed before.
 
-    On CUDA from `torch.cuda.max_memory_allocated`. On the CPU from the allocations that torch.profiler records:
-    resident sets also hold what malloc keeps back.
+    On CUDA from `torch.cuda.max_memory_allocated`. On the CPU from the allocations that torch.profiler records: a
+    resident set also holds what malloc keeps back.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -486,7 +460,7 @@ def extra_peak(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # Where there is no GPU driver the profiler says so each time.
+    # Without a GPU driver the profiler prints a warning each time.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
@@ -499,96 +473,59 @@ def extra_peak(step: Callable[[], object], device: torch.device) -> int:
 
 
 def memory_section(given: Problem, device: torch.device) -> list[str]:
-    """The extra peak memory of a step, not the first, by optimizer, as a Markdown table with its heading."""
-    size = 4 * given.elements
+    """Return a table of the extra peak memory of a step, not the first, with its heading."""
     how = "`torch.cuda.max_memory_allocated`" if device.type == "cuda" else "torch.profiler's record of allocations"
-    lines = ["", f"**Memory**, {given.name}: what a step allocates on top of what is there, by {how}.", ""]
+    lines = ["", f"**Memory**, {given.name}: the peak that a step allocates, by {how}.", ""]
     lines += ["| one step of | extra peak, bytes | ÷ size of the gradients |", "|---|---:|---:|"]
-    wanted = (SGD_FUSED, OURS, f"{OURS}, fused", PLAIN, "Adam", OURS_ADAM, f"{OURS_ADAM}, fused", PLAIN_ADAM)
+    chosen = (SGD_FUSED, OURS, f"{OURS}, fused", PLAIN, "Adam", OURS_ADAM, f"{OURS_ADAM}, fused", PLAIN_ADAM)
     for name, _, build in OPTIMIZERS:
-        if name not in wanted:
-            continue
-        contender = torch_contender(name, given, build)
-        contender.step()
-        contender.restore()
-        peak = extra_peak(contender.step, device)
-        lines.append(f"| {name} | {peak:,} | {peak / size:.3f} |")
+        if name in chosen:
+            contender = torch_contender(name, given, build)
+            contender.step()
+            contender.restore()
+            peak = extra_peak(contender.step, device)
+            lines.append(f"| {name} | {peak:,} | {peak / (4 * given.elements):.3f} |")
     return lines
 
 
-def report(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
-    """The Markdown of all measurements, part by part as they are done, and what is wrong with each."""
+def report(args: Namespace) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the Markdown of each part when it is measured, and its disagreements."""
     device = torch.device(args.device)
-    yield [conditions(args, device)], []
-    for key in args.model or MODELS:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{shared.cpu_name()}, one thread"
+    yield (
+        [
+            f"`python scripts/bench/bench_lars.py --device {args.device}` on {where}; {shared.software(*PACKAGES)}. "
+            f"float32, momentum {MOMENTUM}, weight decay {DECAY:g}; {args.rounds} rounds after {WARM_UP} that do not "
+            "count."
+        ],
+        [],
+    )
+    for make in (resnet50, small_tensors):
         torch.manual_seed(0)
-        given = MODELS[key](device)
+        given = make(device)
         skipped: list[str] = []
-        with tempfile.TemporaryDirectory() as folder:
-            contenders = line_up(given, Path(folder), skipped)
-            times = measure(contenders, args.rounds, args.warmup, device)
-        wrong = [f"{given.name}: {line}" for line in disagreements(contenders, given)]
+        contenders = contenders_for(given, skipped)
+        times = measure(contenders, args.rounds, device)
         lines = ["", f"**{given.name}**: {len(given.weights):,} tensors, {given.elements:,} elements.", ""]
-        lines += table(contenders, times)
-        lines += ["", ratios(contenders, times)]
+        lines += [*table(times), "", ratios(contenders, times)]
         if skipped:
             lines += ["", f"Skipped: {'; '.join(skipped)}."]
-        yield lines, wrong
+        yield lines, disagreements(contenders, given)
         del contenders
-        if key == "resnet50":
+        if make is resnet50:
             yield memory_section(given, device), []
 
 
-def conditions(args: argparse.Namespace, device: torch.device) -> str:
-    """A line that says what was measured where."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, one thread"
-    installed = [f"{name} {found}" for name in PACKAGES if (found := version_of(name))]
-    packages = ", ".join([f"Python {platform.python_version()}", f"torch {torch.__version__}", *installed])
-    return (
-        f"`python scripts/bench/bench_lars.py --device {args.device}` on {where}; {packages}. float32, "
-        f"momentum {MOMENTUM}, weight decay {DECAY:g}; {args.rounds} rounds after {args.warmup} that do not count."
-    )
-
-
-def version_of(package: str) -> str | None:
-    """What is installed of `package`."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def one_thread(core: int | None) -> None:
-    """Keep this process to one thread on one core, where the system lets it: `core`, or the last that it may use."""
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if core is None else core})
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=MODELS, help="only this one (can be given again)")
-    parser.add_argument("--rounds", type=int, default=30, help="that count (default 30)")
-    parser.add_argument("--warmup", type=int, default=5, help="rounds before them (default 5)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--core", type=int, help="the core to run on (default: the last)")
-    parser.add_argument("--write", type=Path, metavar="PATH", help="put the tables between the markers of this file")
-    args = parser.parse_args(argv)
-    if args.rounds < 1 or args.warmup < 0:
-        parser.error("--rounds is at least 1, --warmup at least 0")
+def main(parser: ArgumentParser, args: Namespace) -> int:
+    """Measure, print, write; return 1 if contenders of the same update disagree."""
+    marker = f"bench_lars {args.device}"
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device")
-    if args.write is not None:
-        # Before the measurements: they take minutes.
-        try:
-            check_page(args.write, f"bench_lars {args.device}")
-        except ValueError as error:
-            parser.error(f"argument --write: {error}")
+        parser.error("--device cuda: torch finds no CUDA device here")
+    shared.require_page(parser, args.write, marker)
     if args.device == "cpu":
-        try:
-            one_thread(args.core)
-        except OSError as error:
-            parser.error(f"--core {args.core}: {error}")
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     lines: list[str] = []
     wrong: list[str] = []
     for part, faults in report(args):
@@ -597,12 +534,12 @@ def main(argv: list[str] | None = None) -> int:
             print(line, file=sys.stderr)
         lines += part
         wrong += faults
-    if args.write is not None and not wrong:
-        page = args.write.read_text(encoding="utf-8")
-        args.write.write_text(between_markers(page, f"bench_lars {args.device}", lines), encoding="utf-8")
+    if args.write and not wrong:
+        text = shared.between_markers(args.write.read_text(encoding="utf-8"), marker, lines)
+        args.write.write_text(text, encoding="utf-8")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    end_on_signals()
-    sys.exit(main())
+    shared.exit_on_signals()
+    sys.exit(main(PARSER, ARGS))

@@ -1,91 +1,71 @@
-"""What the exchange of gradients costs two processes: their updates with it, beside the same work without it.
+"""Time the exchange of gradients between two processes: updates with it, beside the same work without it.
 
     python scripts/bench/bench_reduction.py [--write docs/performance.md]  # ResNet-50 at 224 and a small ResNet at 32
 
-Two processes of one thread each, pinned to a core each, joined by gloo. In turn both make updates of the trainer as two
-ranks, which sum their gradients once an update, behind the last micro-batch's backward pass; and updates of the same
-micro-batches, each for itself. What counts is wall time, that of the slower of the two. Every rank sends each gradient
-byte about once (tests/training/test_reduction.py counts them).
+Two processes of one thread, each on its own core, are joined by gloo. In turn both make updates as two ranks, which sum
+their gradients once per update, after the last micro-batch's backward pass; and updates of the same micro-batches, each
+alone. The wall time of the slower process counts. Each rank sends about one copy of its gradients
+(tests/training/test_reduction.py counts the bytes).
+
+Takes about eight minutes. Figures: docs/performance.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+
+if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
+    PARSER = shared.make_parser(__doc__, "bench_reduction")
+    PARSER.add_argument("--rounds", type=shared.positive_int, default=9, help="(9)")
+    PARSER.add_argument("--seconds", type=shared.seconds, default=5.0, help="per turn, at least one update (5)")
+    PARSER.add_argument("--accumulation", type=shared.positive_int, default=4, help="micro-batches per rank (4)")
+    PARSER.add_argument("--case", choices=("resnet50", "small"), help="only this network")
+    PARSER.add_argument("--images", type=shared.positive_int, help="per micro-batch")
+    PARSER.add_argument("--size", type=shared.positive_int, help="side of an image in pixels")
+    ARGS = PARSER.parse_args()
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from arguments import count, seconds
-from bench_step import CASES, CPU, MEAN, STD, Case, network, options, pixels, precision
-from child import end_on_signals, ranks_end
-from page import between_markers, command_line, cpu_name, writable_page
+from training_steps import CASES, CPU, Case, make_trainer, pixels, precision
 
-from lars_train.config import Config, ScheduleConfig
 from lars_train.data.loading.loader import Batch
 from lars_train.launch import Ranks, start_processes
-from lars_train.plan import Plan, make_schedule
-from lars_train.training.assemble import build_optimizer
-from lars_train.training.device_prefetch import RankContext, normalizer
 from lars_train.training.distributed import Group, process_group
-from lars_train.training.trainer import Hyper, Trainer
+from lars_train.training.trainer import Trainer
 
 WORLD = 2
-TIMEOUT = 600.0
+TIMEOUT_S = 600.0
 
 
-def trainer(case: Case, group: Group, micro_batches: int) -> Trainer:
-    """As a run makes it, for `micro_batches` of `case.images` on each rank, one ghost batch each."""
-    kind, settings, world = precision(), options(), group.ranks.world
-    batch = world * micro_batches * case.images
-    plan = Plan(
-        samples=batch,
-        nominal_batch=batch,
-        global_batch=batch,
-        ghost_batch=case.images,
-        scaled=False,
-        raised=False,
-        epochs=1_000_000,
-        updates_per_epoch=1,
-        updates=1_000_000,
-        stop=1_000_000,
-        warmup_updates=0,
-    )
-    model = network(case, case.images).to(memory_format=torch.channels_last).train()
-    schedule = make_schedule(plan, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole")))
-    return Trainer(
-        model,
-        build_optimizer(settings, model),
-        plan,
-        Hyper(schedule, 0.0),
-        RankContext(CPU, group, kind, normalizer(MEAN, STD, CPU, kind)),
-    )
-
-
-def times(case: Case, micro_batches: int, rounds: int, seconds: float) -> list[tuple[float, float]]:
-    """One rank's part; of rank 0, in each round, the seconds of an update with and without the exchange."""
+def times_of_rank(case: Case, micro_batches: int, rounds: int, seconds: float) -> list[tuple[float, float]]:
+    """Run one rank; return the seconds of an update with and without the exchange, by round."""
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     images, labels = pixels(case)
 
-    def updates(of: Trainer) -> Callable[[], None]:
+    def updates(trainer: Trainer) -> Callable[[], None]:
         def step() -> None:
-            of.run_update(iter([Batch(images, labels, ())] * micro_batches), micro_batches, measure=False)
+            trainer.run_update(iter([Batch(images, labels, ())] * micro_batches), micro_batches, measure=False)
 
         return step
 
-    with process_group(Ranks(rank, WORLD, rank, WORLD), CPU, TIMEOUT) as group:
-        together = updates(trainer(case, group, micro_batches))
-        alone = updates(trainer(case, Group(Ranks()), micro_batches))
+    with process_group(Ranks(rank, WORLD, rank, WORLD), CPU, TIMEOUT_S) as group:
+        together, alone = (
+            updates(make_trainer(case, case.images, precision(), group=of, micro_batches=micro_batches))
+            for of in (group, Group(Ranks()))
+        )
         for warm_up in (together, alone, together, alone):
             warm_up()
         started = time.perf_counter()
@@ -95,7 +75,7 @@ def times(case: Case, micro_batches: int, rounds: int, seconds: float) -> list[t
 
 
 def timed(step: Callable[[], None], count: int) -> float:
-    """Seconds of one of `count` steps that all ranks begin at once, on the slower rank. Collective."""
+    """Return the seconds of one of `count` steps on the slower rank; all ranks start together. Collective."""
     dist.barrier()
     started = time.perf_counter()
     for _ in range(count):
@@ -104,69 +84,43 @@ def timed(step: Callable[[], None], count: int) -> float:
 
 
 def slowest(value: float) -> float:
-    """The largest of the ranks' values. Collective."""
+    """Return the largest value of all ranks. Collective."""
     values = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return float(values)
 
 
-def line(case: Case, micro_batches: int, found: list[tuple[float, float]]) -> str:
-    """A row of the table."""
+def row(case: Case, micro_batches: int, found: list[tuple[float, float]]) -> str:
+    """Return a row of the table."""
     together, alone = np.array(found).T
-    ratios = together / alone
-    low, high = np.percentile(ratios, [10, 90])
-    cells = [
-        f"{case.name}, {case.size} x {case.size}",
-        f"{micro_batches} x {case.images}",
-        f"{np.median(together):.3f}",
-        f"{np.median(alone):.3f}",
-        f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f})",
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=count, default=9, help="(9)")
-    parser.add_argument("--seconds", type=seconds, default=5.0, help="of each turn, one update at least (5)")
-    parser.add_argument("--accumulation", type=count, default=4, help="micro-batches of each rank in an update (4)")
-    parser.add_argument("--case", choices=[case.name for case in CASES], help="one network alone")
-    parser.add_argument("--images", type=count, help="in a micro-batch")
-    parser.add_argument("--size", type=count, help="their side in pixels")
-    parser.add_argument(
-        "--write",
-        type=writable_page("bench_reduction"),
-        metavar="PAGE",
-        help="put the table between the page's markers",
+    low, middle, high = np.percentile(together / alone, [10, 50, 90])
+    return (
+        f"| {case.name}, {case.size} x {case.size} | {micro_batches} x {case.images} | {np.median(together):.3f} | "
+        f"{np.median(alone):.3f} | {middle:.3f} ({low:.3f} to {high:.3f}) |"
     )
-    args = parser.parse_args()
+
+
+def main(parser: ArgumentParser, args: Namespace) -> None:
+    """Measure, print, write."""
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < WORLD:
-        parser.error("two cores are wanted, and a system that pins processes to them")
+        parser.error("needs two cores, and a system that pins processes to them")
     lines = [
-        f"`{command_line(__file__)}` on {cpu_name()}, {WORLD} processes of one thread on a core each, gloo, "
-        f"{precision().name}; Python {platform.python_version()}, torch {torch.__version__}. {args.rounds} rounds; the "
-        "ratio is the median over the rounds (10th to 90th percentile).",
+        f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {WORLD} processes of one thread on a core each, "
+        f"gloo, {precision().name}; {shared.software()}. {args.rounds} rounds; the ratio is the median over the rounds "
+        "(10th to 90th percentile).",
         "",
         "| | micro-batches of a rank | an update, s | without exchange, s | ratio |",
         "|---|---:|---:|---:|---:|",
     ]
     for case in CASES:
-        if args.case not in (None, case.name):
-            continue
-        case = replace(case, images=args.images or case.images, size=args.size or case.size)
-        # The module's own name, not __main__, for the processes to find it.
-        from bench_reduction import times as of_a_rank
-
-        with ranks_end():
-            found = start_processes(of_a_rank, (case, args.accumulation, args.rounds, args.seconds), WORLD)
-        lines.append(line(case, args.accumulation, found))
-    print("\n".join(lines))
-    if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), "bench_reduction", lines))
+        if args.case in (None, case.name):
+            case = replace(case, images=args.images or case.images, size=args.size or case.size)
+            with shared.exit_with_ranks():
+                found = start_processes(times_of_rank, (case, args.accumulation, args.rounds, args.seconds), WORLD)
+            lines.append(row(case, args.accumulation, found))
+    shared.publish(lines, args.write, "bench_reduction")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    end_on_signals()
-    main()
+    shared.exit_on_signals()
+    main(PARSER, ARGS)

@@ -1,38 +1,44 @@
-"""What a run does around its training steps, within one process: schedule, meters, guard, logs, bars, checks.
+"""Time what a run does around its training steps: schedule, meters, guard, logs, progress bar, checks.
 
     python scripts/bench/bench_trainer.py [--write docs/performance.md]      # ResNet-50 at 224 and a small ResNet at 32
 
-A run as `lars-train` makes it, with its log lines and its bar on a terminal, is timed on the CPU, where an operation is
-done when its call ends. An update's time is that of its input, that of the step (normalisation, forward, loss,
-backward, running statistics, optimizer, clearing of gradients), and the rest, which is what is looked for. Shares of
-times within one process do not suffer from a machine whose speed changes, as a ratio to another process's updates does
-(bench_step.py). The small network has 256 images an update, the smallest global batch that this program is for; beside
-it stands one with 128.
+A run as `lars-train` makes it, with log lines and a progress bar on a terminal, is timed on the CPU, where an operation
+is done when its call returns. An update's time is its input, the step (normalization, forward, loss, backward, running
+statistics, optimizer, clearing of gradients), and the rest, which is the result. Shares within one process do not
+depend on the machine's changing speed, as a ratio between two processes does (bench_step.py). The small network has
+256 images per update, the smallest global batch of the recipes; beside it stands one with 128.
+
+Takes about four minutes. Figures: docs/performance.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from importlib.metadata import version
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+
+if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
+    PARSER = shared.make_parser(__doc__, "bench_trainer")
+    PARSER.add_argument("--case", choices=["resnet50", "small", "small-128"], help="only this network")
+    PARSER.add_argument(
+        "--intervals", type=shared.positive_int, help="log intervals to time (3; 10 for the small network)"
+    )
+    PARSER.add_argument("settings", nargs="*", help="more settings of lars-train")
+    ARGS = PARSER.parse_args()
+
 import torch
-from arguments import count
-from child import end_on_signals
-from page import between_markers, command_line, cpu_name, writable_page
-from settings import composed, refused
 
 from lars_train.launch import Ranks
 from lars_train.training.device_prefetch import DevicePrefetcher
@@ -47,17 +53,17 @@ CASES = {
     "small": (f"{SMALL} batch.size=256", 10),
     "small-128": (f"{SMALL} batch.size=128", 10),
 }
-"""Keys of a run, and how many log intervals of it are timed by default."""
+"""Settings of a run, and the default number of log intervals to time."""
 
 
 class Stopwatch:
-    """Seconds within the calls that are wrapped, less those within calls in them that are left out."""
+    """Seconds spent within wrapped calls, without the nested calls that are excluded."""
 
     def __init__(self) -> None:
         self.seconds, self._within = 0.0, False
 
     def wrap(self, function: Callable[..., Any], *, counts: bool = True) -> Callable[..., Any]:
-        """`function`, timed; or, not `counts`, left out of the time of what it is called by."""
+        """Return `function` timed or, without `counts`, excluded from the time of its caller."""
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
             before = self._within
@@ -65,9 +71,9 @@ class Stopwatch:
             try:
                 return function(*arguments, **keywords)
             finally:
-                taken = time.perf_counter() - started
+                elapsed = time.perf_counter() - started
                 if before != counts:
-                    self.seconds += taken if counts else -taken
+                    self.seconds += elapsed if counts else -elapsed
                 self._within = before
 
         return timed
@@ -75,15 +81,15 @@ class Stopwatch:
 
 @contextmanager
 def timed(run: Run) -> Iterator[tuple[Stopwatch, Stopwatch]]:
-    """Within it, what the run's steps take, and its input."""
+    """Time the run's steps and its input within the context."""
     step, waiting, trainer = Stopwatch(), Stopwatch(), run.trainer
     with ExitStack() as patches:
         for owner, name in (
-            # With what its end sets free: the pass's graph, which every loop has.
+            # Includes freeing the graph at its end, which every loop has.
             (trainer, "_forward_backward"),
             (trainer.optimizer, "step"),
             (trainer.optimizer, "zero_grad"),
-            # What torch's batch norms do in their forward.
+            # torch's batch norms do this in their forward pass.
             (trainer.running_statistics, "update"),
         ):
             patches.enter_context(patch.object(owner, name, step.wrap(getattr(owner, name))))
@@ -94,44 +100,31 @@ def timed(run: Run) -> Iterator[tuple[Stopwatch, Stopwatch]]:
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """Within it, standard error is a terminal, whose text nobody sees; so is standard output's a file's."""
+    """Make standard error a terminal whose text is discarded, and standard output a file."""
     own, other = os.openpty()
-    reader = threading.Thread(target=read_all, args=(own,), daemon=True)
-    reader.start()
-    before = sys.stderr, sys.stdout
-    with os.fdopen(other, "w") as stderr, Path(os.devnull).open("w") as stdout:
-        sys.stderr, sys.stdout = stderr, stdout
-        try:
+    with (
+        subprocess.Popen(["cat"], stdin=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+        os.fdopen(other, "w") as stderr,
+        Path(os.devnull).open("w") as stdout,
+    ):
+        os.close(own)
+        with redirect_stderr(stderr), redirect_stdout(stdout):
             yield
-        finally:
-            sys.stderr, sys.stdout = before
-    reader.join()
 
 
-def read_all(file: int) -> None:
-    """Until its other end is closed."""
-    try:
-        while os.read(file, 65536):
-            pass
-    except OSError:  # how Linux says that it is
-        pass
-    os.close(file)
-
-
-def made(directory: Path, updates: int, settings: Sequence[str]) -> Run:
-    """A run in `directory` that is long enough, so that no epoch ends within it."""
-    config = composed([*COMMON.split(), *settings, "data.val_count=64", f"run.dir={directory}"])
+def make_run(directory: Path, updates: int, settings: Sequence[str]) -> Run:
+    """Return a run in `directory` in which no epoch ends before `updates`."""
+    config = shared.compose_config([*COMMON.split(), *settings, "data.val_count=64", f"run.dir={directory}"])
     config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
     directory.mkdir()
     return Run(prepare(config), Group(Ranks()), torch.device("cpu"))
 
 
-def measured(settings: Sequence[str], intervals: int) -> tuple[Run, list[tuple[float, float, float]]]:
-    """Seconds of all, of the steps and of their input in each of so many log intervals, after one that is not told."""
+def measure(settings: Sequence[str], intervals: int) -> tuple[Run, list[tuple[float, float, float]]]:
+    """Return the seconds in all, of the steps and of their input by log interval; the first does not count."""
     with tempfile.TemporaryDirectory() as folder, terminal():
-        # How long an interval is, the config says.
-        every = made(Path(folder) / "first", 1, settings).config.log_every
-        run = made(Path(folder) / "run", every * (intervals + 1), settings)
+        every = shared.compose_config([*COMMON.split(), *settings]).log_every
+        run = make_run(Path(folder) / "run", every * (intervals + 1), settings)
         found = []
         with closing(run._batches()) as batches, timed(run) as (step, waiting):
             run.begin()
@@ -145,50 +138,41 @@ def measured(settings: Sequence[str], intervals: int) -> tuple[Run, list[tuple[f
     return run, found[1:]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=list(CASES), help="one network alone")
-    parser.add_argument("--intervals", type=count, help="log intervals that are timed (3, of the small network 10)")
-    parser.add_argument(
-        "--write", type=writable_page("bench_trainer"), metavar="PAGE", help="put the table between the page's markers"
+def row(name: str, run: Run, found: list[tuple[float, float, float]]) -> str:
+    """Return a row of the table; shares are taken over whole intervals, so that each includes its log line."""
+    every, side = run.config.log_every, run.config.data.image_size
+    update = statistics.median(whole for whole, _, _ in found) / every
+    shares = [(whole - steps - waited) / whole for whole, steps, waited in found]
+    inputs = statistics.median(waited / whole for whole, _, waited in found)
+    share = statistics.median(shares)
+    return (
+        f"| {name}, {run.plan.global_batch} x {side} x {side}, {run.resolved.precision}, a log line each {every} "
+        f"updates | {1e3 * update:,.1f} | {inputs:.2%} | {1e3 * update * share:.2f} | "
+        f"{share:.2%} ({min(shares):.2%} to {max(shares):.2%}) |"
     )
-    parser.add_argument("settings", nargs="*", help="keys and groups of lars-train, in addition")
-    args = parser.parse_args(argv)
+
+
+def main(parser: ArgumentParser, args: Namespace) -> None:
+    """Measure, print, write."""
     names = [args.case] if args.case else list(CASES)
-    with refused(parser):
-        # All of them before the first is measured.
-        for name in names:
-            composed([*COMMON.split(), *CASES[name][0].split(), *args.settings])
     rows = []
-    for name in names:
-        keys, intervals = CASES[name]
-        with refused(parser):
-            run, found = measured([*keys.split(), *args.settings], args.intervals or intervals)
-        every, plan, config = run.config.log_every, run.plan, run.config
-        update = statistics.median(whole for whole, _, _ in found) / every
-        # Whole intervals, so that each has its log line.
-        shares = [(whole - steps - waited) / whole for whole, steps, waited in found]
-        inputs = statistics.median(waited / whole for whole, _, waited in found)
-        share = statistics.median(shares)
-        rows.append(
-            f"| {name}, {plan.global_batch} x {config.data.image_size} x {config.data.image_size}, "
-            f"{run.resolved.precision}, a log line each {every} updates | {1e3 * update:,.1f} | {inputs:.2%} | "
-            f"{1e3 * update * share:.2f} | {share:.2%} ({min(shares):.2%} to {max(shares):.2%}) |"
-        )
+    with shared.config_errors(parser):
+        for name in names:  # all settings are checked before the first run
+            shared.compose_config([*COMMON.split(), *CASES[name][0].split(), *args.settings])
+        for name in names:
+            keys, intervals = CASES[name]
+            rows.append(row(name, *measure([*keys.split(), *args.settings], args.intervals or intervals)))
     lines = [
-        f"`{command_line(__file__, argv)}` on {cpu_name()}, {torch.get_num_threads()} threads; Python "
-        f"{platform.python_version()}, torch {version('torch')}. Medians over log intervals.",
+        f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {torch.get_num_threads()} threads; "
+        f"{shared.software()}. Medians over log intervals.",
         "",
         "| | an update, ms | of it, input | the trainer around the step, ms | share (least to most) |",
         "|---|---:|---:|---:|---:|",
         *rows,
     ]
-    print("\n".join(lines))
-    if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), "bench_trainer", lines))
+    shared.publish(lines, args.write, "bench_trainer")
 
 
 if __name__ == "__main__":
-    end_on_signals()
-    main()
+    shared.exit_on_signals()
+    main(PARSER, ARGS)

@@ -1,33 +1,41 @@
-"""What loader workers cost the thread that launches kernels: forked processes, threads, and threads that cut a batch
-at a time.
+"""Time what loader workers cost the thread that launches kernels: processes, threads, threads that cut batches at once.
 
-    python scripts/bench/bench_workers.py [--write docs/input.md]            # five minutes
+    python scripts/bench/bench_workers.py [--write docs/input.md]
 
-The main thread adds 1 to a tensor of one element, over and over, as a stand-in for launching kernels, and every
-millisecond takes the batches that are filled. Its workers fill batches without a pause: *small arrays* of 32 x 32
-pixels, padded, cut and flipped (CIFAR), or *JPEGs* of 160 x 120 that Pillow decodes. Contenders run by turns, each
-alone on all cores. The third one is a reader of small arrays that draws the numbers of a piece with Philox in numpy,
-and cuts its views by one index; its views are compared with the loader's, bit for bit, before anything is timed.
+The main thread adds 1 to a tensor of one element in a loop, as a stand-in for launching kernels, and every millisecond
+takes the batches that are filled. Its workers fill batches without a pause: *small arrays* of 32 x 32 pixels, padded,
+cropped and flipped (CIFAR), or *JPEGs* of 160 x 120 that Pillow decodes. Contenders take turns, each on all cores. The
+third contender is a reader of small arrays that draws the numbers of a piece with Philox in numpy, and cuts all its
+views by one index. Its views are compared with the loader's, bit for bit, before anything is timed.
+
+Takes about five minutes. Figures: docs/input.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+
+if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
+    PARSER = shared.make_parser(__doc__, "bench_workers")
+    PARSER.add_argument("--workers", type=shared.positive_int, nargs="+", default=[1, 4, 16], help="(1 4 16)")
+    PARSER.add_argument("--rounds", type=shared.positive_int, default=5, help="(5)")
+    PARSER.add_argument("--seconds", type=shared.seconds, default=3.0, help="per turn (3)")
+    ARGS = PARSER.parse_args()
+
 import numpy as np
 import numpy.typing as npt
 import torch
-from arguments import count, seconds
-from page import between_markers, command_line, cpu_name, writable_page
 from PIL import Image
 
 from lars_train.data.decode.pillow import PILLOW
@@ -67,7 +75,7 @@ class Images:
 
 
 class BatchedReader:
-    """Views of small arrays, uint8 (N, S, S, 3), padded, cut and flipped a piece at a time."""
+    """Pads, crops and flips small arrays, uint8 (N, S, S, 3), a piece of a batch at a time."""
 
     size = SIDE
 
@@ -90,7 +98,7 @@ class BatchedReader:
 
 
 def uniforms(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], ...]:
-    """The numbers for x, y and flip of some samples, each float64 (n,): those of `order.batch_uniforms`."""
+    """Return the draws for x, y and flip of some samples, each float64 (n,), equal to `order.batch_uniforms`."""
     words = [np.full(len(samples), word, np.uint64) for word in (_BLOCK, 0, 0, _DOMAIN)]
     words[2] = samples.astype(np.uint64)
     keys = [seed, epoch]
@@ -102,7 +110,7 @@ def uniforms(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> tuple[npt
 
 
 def product(one: np.uint64, other: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The upper and the lower 64 bits of a product."""
+    """Return the upper and the lower 64 bits of a product."""
     a, b, c, d = one >> _HALF, one & _LOW, other >> _HALF, other & _LOW
     middle = a * d + (b * d >> _HALF)
     other_middle = b * c + (middle & _LOW)
@@ -111,33 +119,30 @@ def product(one: np.uint64, other: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[
 
 
 def requests() -> Iterator[BatchRequest]:
-    """Batches of random samples, epoch after epoch."""
+    """Yield batches of random samples, epoch after epoch."""
     generator = np.random.default_rng(0)
     for epoch in itertools.count():
         yield BatchRequest(epoch, generator.integers(0, IMAGES, BATCH), Span(0, 0, 0))
 
 
-def readers() -> dict[tuple[str, str], tuple[Reader, str]]:
-    """By images and workers: the reader, and the kind of its workers."""
+def contenders() -> dict[tuple[str, str], tuple[Reader, str]]:
+    """Return the reader and the kind of its workers, by images and workers."""
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (IMAGES, SIDE, SIDE, 3), np.uint8)
-    view = View("pad_crop", SIDE, True, PAD, 1.0)
     files = []
     for _ in range(64):
         file = io.BytesIO()
         Image.fromarray(generator.integers(0, 256, (8, 10, 3), np.uint8)).resize((160, 120)).save(file, "JPEG")
         files.append(file.getvalue())
     jpegs = Images([files[number % len(files)] for number in range(IMAGES)])
-    small: Reader = TrainReader(Images(pixels), view, PILLOW, 0, "skip")
+    small: Reader = TrainReader(Images(pixels), View("pad_crop", SIDE, True, PAD, 1.0), PILLOW, 0, "skip")
     decoding: Reader = TrainReader(jpegs, View("inception", 128, True, 0, 1.0), PILLOW, 0, "skip")
     batched = BatchedReader(pixels, 0)
-    found = [
-        (np.empty((BATCH, SIDE, SIDE, 3), np.uint8), np.empty(BATCH, np.int64), reader) for reader in (small, batched)
-    ]
-    for images, labels, reader in found:
-        reader.fill(3, list(range(BATCH)), images, labels)
-    if not np.array_equal(found[0][0], found[1][0]):
-        sys.exit("the batched reader's views are not the loader's")
+    views = np.empty((2, BATCH, SIDE, SIDE, 3), np.uint8)
+    for reader, images in zip((small, batched), views, strict=True):
+        reader.fill(3, list(range(BATCH)), images, np.empty(BATCH, np.int64))
+    if not np.array_equal(*views):
+        sys.exit("the batched reader's views differ from the loader's")
     return {
         (ARRAYS, PROCESSES): (small, PROCESSES),
         (ARRAYS, THREADS): (small, THREADS),
@@ -147,74 +152,59 @@ def readers() -> dict[tuple[str, str], tuple[Reader, str]]:
     }
 
 
-def measure(reader: Reader, kind: str, workers: int, duration: float) -> tuple[float, float]:
-    """Operations of the main thread and images, each per second. `workers`=0: the main thread alone, and no image."""
+def measure(reader: Reader, kind: str, workers: int, seconds: float) -> tuple[float, float]:
+    """Return the main thread's operations/s and the images/s; with no workers, there are no images."""
     stream = Stream(requests(), reader, BATCH, workers, False, kind) if workers else None
     value, one = torch.zeros(1), torch.ones(1)
     try:
         if stream is not None:
             next(stream)
-        done = images = 0
+        operations = images = 0
         began = time.perf_counter()
-        end = began + duration
-        while (now := time.perf_counter()) < end or (stream is not None and not images):
+        while (now := time.perf_counter()) < began + seconds or (stream is not None and not images):
             while time.perf_counter() < now + 1e-3:
                 value.add_(one)
-                done += 1
+                operations += 1
             while stream is not None and stream.ready():
                 images += len(next(stream).labels)
-        took = time.perf_counter() - began
+        elapsed = time.perf_counter() - began
     finally:
         if stream is not None:
             stream.close()
-    return done / took, images / took
+    return operations / elapsed, images / elapsed
 
 
-def main() -> None:
-    """Measure by turns, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=count, nargs="+", default=[1, 4, 16], help="(1 4 16)")
-    parser.add_argument("--rounds", type=count, default=5, help="(5)")
-    parser.add_argument("--seconds", type=seconds, default=3.0, help="of each turn (3)")
-    parser.add_argument(
-        "--write", type=writable_page("bench_workers"), metavar="PAGE", help="put the table between the page's markers"
-    )
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
+    """Measure, print, write."""
     torch.set_num_threads(1)
-    contenders = readers()
-    turns = [(*names, workers) for names in contenders for workers in args.workers]
-    found: dict[tuple[str, str, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
+    readers = contenders()
+    found: dict[tuple[str, str, int], list[tuple[float, float]]] = {
+        (*names, workers): [] for names in readers for workers in args.workers
+    }
     alone = []
     for _ in range(args.rounds):
-        alone.append(measure(*contenders[ARRAYS, THREADS], 0, args.seconds)[0])
-        for images, kind, workers in turns:
-            found[images, kind, workers].append(measure(*contenders[images, kind], workers, args.seconds))
-    table = [
+        alone.append(measure(*readers[ARRAYS, THREADS], 0, args.seconds)[0])
+        for (images, kind, workers), rates in found.items():
+            rates.append(measure(*readers[images, kind], workers, args.seconds))
+    lines = [
+        f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, 1 thread, {len(os.sched_getaffinity(0))} cores; "
+        f"{shared.software()}; median of {args.rounds} turns (lowest to highest).",
+        "",
         "| images | workers | | operations/s of the main thread | images/s |",
         "|---|---|---|---|---|",
         f"| none | none | | {spread(alone)} | |",
-        *(
-            f"| {images} | {kind} | {workers} | {spread([a for a, _ in rates])} | {spread([b for _, b in rates])} |"
-            for (images, kind, workers), rates in found.items()
-        ),
     ]
-    lines = [
-        f"`{command_line(__file__)}` on {cpu_name()}, {torch.get_num_threads()} thread, "
-        f"{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}; median of {args.rounds} turns "
-        "(lowest to highest).",
-        "",
-        *table,
-    ]
-    print("\n".join(lines))
-    if args.write is not None:
-        text = Path(args.write).read_text(encoding="utf-8")
-        Path(args.write).write_text(between_markers(text, "bench_workers", lines), encoding="utf-8")
+    for (images, kind, workers), rates in found.items():
+        operations, speeds = (spread(values) for values in zip(*rates, strict=True))
+        lines.append(f"| {images} | {kind} | {workers} | {operations} | {speeds} |")
+    shared.publish(lines, args.write, "bench_workers")
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, lowest and highest."""
+    """Return median, lowest and highest."""
     return f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
 if __name__ == "__main__":
-    main()
+    shared.exit_on_signals()
+    main(ARGS)

@@ -1,93 +1,66 @@
-"""Everything that docs/performance.md tells in figures, one script after another.
+"""Run every CPU measurement of docs/performance.md, one after another.
 
-    python scripts/bench/measure_performance.py [--write docs/performance.md]      # about an hour, on an idle machine
+    python scripts/bench/measure_performance.py [--write docs/performance.md]      # about an hour on two idle cores
 
-Each part is a script that may be run by itself: bench_step.py, bench_trainer.py, profile_step.py, bench_reduction.py,
-bench_startup.py and long_haul.py. What each finds goes between its markers of the page.
+Each part is a script that can also run alone and has its own markers on the page: the step beside bare loops and timm
+(bench_step.py), the trainer around the step (bench_trainer.py), the step's time by operation (profile_step.py), the
+exchange of gradients (bench_reduction.py), start-up (bench_startup.py), a long run (long_haul.py). With ``--write``
+each part's lines are put on the page as soon as the part has ended.
+
+Takes about an hour. Figures: docs/performance.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from child import GRACE_S, end_on_signals, run
-from page import between_markers, check_page, cpu_name, writable_page
-
-from lars_train.pack.processes import cores
+import shared
 
 PARTS = ("bench_step", "bench_trainer", "profile_step", "bench_reduction", "bench_startup", "long_haul")
-MARKED = "measure_performance"
+MARKER = "measure_performance"
 
 
 def main() -> int:
-    """Measure, print, write; 1 if a script failed, whose part of the page stays as it was."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these alone")
-    parser.add_argument(
-        "--write", type=writable_page(MARKED), metavar="PAGE", help="put what they find between the page's markers"
-    )
+    """Measure, print, write; return 1 if a script failed, whose part of the page stays unchanged."""
+    parser = shared.make_parser(__doc__, MARKER)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run only these")
     args = parser.parse_args()
-    if args.write:
-        try:
-            check_page(args.write, *args.only)
-        except ValueError as error:
-            parser.error(f"argument --write: {error}")
-    scripts = Path(__file__).resolve().parents[1]
+    shared.require_page(parser, args.write, *args.only)
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for part in args.only:
             print(f"{part} ...", file=sys.stderr, flush=True)
-            scratch = Path(folder) / f"{part}.md"
-            scratch.write_text(between_markers(empty(part), part, []))
-            # A part that is asked to end waits itself for what it has started.
-            code = run(
-                [sys.executable, str(next(scripts.glob(f"*/{part}.py"))), "--write", str(scratch)],
-                grace=2 * GRACE_S,
-                stdout=subprocess.DEVNULL,
-            )
-            lines = within(scratch.read_text(), part)
+            page = Path(folder) / f"{part}.md"
+            page.write_text(f"<!-- {part}: begin -->\n<!-- {part}: end -->\n")
+            (script,) = shared.SCRIPTS.glob(f"*/{part}.py")
+            command = [sys.executable, str(script), "--write", str(page)]
+            # A part that is stopped waits for its own children.
+            code = shared.run(command, grace=2 * shared.GRACE_S, stdout=subprocess.DEVNULL)
+            lines = page.read_text().strip().splitlines()[2:-2]
             if not lines:
                 failed.append(f"{part}.py ended with code {code}")
                 continue
-            print("\n".join([*lines, ""]), flush=True)
-            if args.write:
-                args.write.write_text(between_markers(args.write.read_text(), part, lines))
-    where = [
-        f"`python scripts/bench/measure_performance.py` on {machine()}; Python {platform.python_version()}, torch "
-        f"{version('torch')}."
-    ]
-    print("\n".join([*where, *failed]))
-    if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), MARKED, where))
+            shared.publish(lines, args.write, part)
+            print(flush=True)
+    where = f"`{shared.command_line(__file__, [])}` on {machine()}; {shared.software()}."
+    shared.publish([where, *failed], args.write, MARKER)
     return 1 if failed else 0
 
 
 def machine() -> str:
-    """The processor, and what of it decides how fast steps are: cores, and instructions for bfloat16."""
-    described = Path("/proc/cpuinfo")
-    flags = set(described.read_text().split()) if described.exists() else set()
+    """Return the processor and what decides its speed: cores, and instructions for bfloat16."""
+    from lars_train.pack.processes import cores
+
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     has = [name for name, flag in (("AMX", "amx_bf16"), ("AVX-512 bf16", "avx512_bf16")) if flag in flags]
-    return f"{cpu_name()}, {cores()} cores, {has[0] if has else 'no bf16 instructions known of'}"
-
-
-def empty(part: str) -> str:
-    """A page with nothing but the markers of `part`."""
-    return f"<!-- {part}: begin -->\n<!-- {part}: end -->\n"
-
-
-def within(page: str, part: str) -> list[str]:
-    """The lines between the markers of `part`, less empty ones around them."""
-    _, _, rest = page.partition(f"<!-- {part}: begin -->")
-    return rest.partition(f"<!-- {part}: end -->")[0].strip().splitlines()
+    return f"{shared.cpu_name()}, {cores()} cores, {has[0] if has else 'no bf16 instructions known'}"
 
 
 if __name__ == "__main__":
-    end_on_signals()
+    shared.exit_on_signals()
     sys.exit(main())

@@ -1,30 +1,37 @@
-"""Where the time of a training step goes: lars-train's update of ResNet-50, by kind of operation, on the CPU.
+"""Profile lars-train's update of ResNet-50 on the CPU, by kind of operation.
 
     python scripts/bench/profile_step.py [--write docs/performance.md]
 
-The update is that of bench_step.py by default: one micro-batch that is one ghost batch. torch's profiler tells the time
-of each operation less that of those it calls; what no operation accounts for is Python's and the profiler's own.
+The update is bench_step.py's: one micro-batch, which is one ghost batch. torch's profiler reports the time of each
+operation without the operations that it calls; Python and the profiler itself take the rest.
+
+Takes about a minute. Figures: docs/performance.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arguments import count
-from bench_step import CASES, CPU, ours, plain_network, precision
-from child import end_on_signals
-from page import between_markers, command_line, cpu_name, writable_page
+import shared
+
+if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
+    PARSER = shared.make_parser(__doc__, "profile_step")
+    PARSER.add_argument("--case", choices=("resnet50", "small"), default="resnet50", help="(resnet50)")
+    PARSER.add_argument("--images", type=shared.positive_int, help="per micro-batch")
+    PARSER.add_argument("--size", type=shared.positive_int, help="side of an image in pixels")
+    PARSER.add_argument("--threads", type=shared.positive_int, help="of torch (all cores)")
+    PARSER.add_argument("--updates", type=shared.positive_int, default=5, help="after two that do not count (5)")
+    ARGS = PARSER.parse_args()
+
 from torch.profiler import ProfilerActivity, profile
+from training_steps import CASES, CPU, Step, ours, plain_network, precision
 
 from lars_train.config import Config
 from lars_train.training.device import available_cores, set_up
@@ -39,90 +46,74 @@ KINDS = {
     "pooling, the last layer, loss": ("pool", "addmm", "aten::mm", "softmax", "nll_loss", "aten::mean"),
     "sums with the shortcuts, of gradients": ("aten::add",),
 }
-"""Parts of operations' names, the first that fits."""
-OPTIMIZER, OTHER, UNACCOUNTED = "optimizer", "other operations", "Python and the profiler"
-BACKWARD = "backward"
+"""Parts of the operations' names; the first kind that matches."""
+OPTIMIZER, OTHER, REST = "optimizer", "other operations", "Python and the profiler"
+Kind = tuple[str, bool]
+"""The kind of an operation, and True in the backward pass."""
 
 
-def kind_of(name: str, callers: Iterable[str]) -> tuple[str, bool]:
-    """The kind of an operation, and whether it belongs to the backward pass, by its name and those of its callers."""
-    above = list(callers)
-    if any(caller.startswith("Optimizer.step") for caller in (name, *above)):
+def kind_of(name: str, callers: Iterable[str]) -> Kind:
+    """Return the kind of an operation by its name and its callers' names."""
+    names = (name, *callers)
+    if any(one.startswith("Optimizer.step") for one in names):
         return OPTIMIZER, False
-    late = any("Backward" in caller or BACKWARD in caller for caller in (name, *above))
-    for kind, parts in KINDS.items():
-        if any(part in name for part in parts):
-            return kind, late
-    return OTHER, late
+    backward = any("backward" in one.lower() for one in names)
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER), backward
 
 
-def shares(step: Any) -> dict[tuple[str, bool], float]:
-    """Seconds of one call of `step` by kind, forward and backward."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+def profile_once(step: Step) -> dict[Kind, float]:
+    """Return the seconds of one step by kind."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         started = time.perf_counter()
         step()
         wall = time.perf_counter() - started
-    seconds: dict[tuple[str, bool], float] = {}
-    for event in found.events() or []:
-        callers, above = [], event.cpu_parent
-        while above is not None:
-            callers.append(above.name)
-            above = above.cpu_parent
+    seconds: dict[Kind, float] = {}
+    for event in profiled.events() or []:
+        callers, caller = [], event.cpu_parent
+        while caller is not None:
+            callers.append(caller.name)
+            caller = caller.cpu_parent
         kind = kind_of(event.name, callers)
         seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6
-    seconds[UNACCOUNTED, False] = max(wall - sum(seconds.values()), 0.0)
+    seconds[REST, False] = max(wall - sum(seconds.values()), 0.0)
     return seconds
 
 
-def main() -> None:
+def main(args: Namespace) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=[case.name for case in CASES], default="resnet50", help="(resnet50)")
-    parser.add_argument("--images", type=count, help="at once")
-    parser.add_argument("--size", type=count, help="their side in pixels")
-    parser.add_argument("--threads", type=count, help="torch's (all cores)")
-    parser.add_argument("--updates", type=count, default=5, help="after two that do not count (5)")
-    parser.add_argument(
-        "--write", type=writable_page("profile_step"), metavar="PAGE", help="put the table between the page's markers"
-    )
-    args = parser.parse_args()
     (case,) = (case for case in CASES if case.name == args.case)
     images = args.images or case.images
     case = replace(case, images=images, size=args.size or case.size, ghost=images)
     threads = args.threads or available_cores()
     set_up(Config(), CPU, threads)
-    step = ours(case, compiled=False)
+    step = ours(case)
     step()
     step()
-    found = [shares(step) for _ in range(args.updates)]
+    found = [profile_once(step) for _ in range(args.updates)]
     wall = statistics.median(sum(one.values()) for one in found)
+
+    def share(kind: str, backward: bool = False) -> float:
+        return statistics.median(one.get((kind, backward), 0.0) / sum(one.values()) for one in found)
+
+    peak = peak_flops(precision(), CPU, threads)
+    flops = flops_per_image(plain_network(case), case.size) * case.images
+    spent = wall * (share(CONVOLUTION) + share(CONVOLUTION, True))
     lines = [
-        f"`{command_line(__file__)}` on {cpu_name()}, {threads} threads; Python {platform.python_version()}, "
-        f"torch {version('torch')}. An update of {case.name}, {case.images} images of {case.size} x {case.size}, "
-        f"{precision().name}: {wall:.3f} s, the median of {args.updates}, by kind of operation:",
+        f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {threads} threads; {shared.software()}. An update "
+        f"of {case.name}, {case.images} images of {case.size} x {case.size}, {precision().name}: {wall:.3f} s, the "
+        f"median of {args.updates}, by kind of operation:",
         "",
         "| | forward | backward |",
         "|---|---:|---:|",
-    ]
-
-    def share(kind: str, late: bool) -> float:
-        return statistics.median(one.get((kind, late), 0.0) / sum(one.values()) for one in found)
-
-    lines += [f"| {kind} | {share(kind, False):.1%} | {share(kind, True):.1%} |" for kind in (*KINDS, OTHER)]
-    lines += [f"| {kind} | {share(kind, False):.1%} | |" for kind in (OPTIMIZER, UNACCOUNTED)]
-    peak = peak_flops(precision(), CPU, threads)
-    done = flops_per_image(plain_network(case), case.size) * case.images
-    spent = wall * (share(CONVOLUTION, False) + share(CONVOLUTION, True))
-    lines += [
+        *(f"| {kind} | {share(kind):.1%} | {share(kind, True):.1%} |" for kind in (*KINDS, OTHER)),
+        *(f"| {kind} | {share(kind):.1%} | |" for kind in (OPTIMIZER, REST)),
         "",
         f"Square matrix products reach {peak / 1e12:.2f} TFLOP/s here; the convolutions and the last layer, in the "
-        f"convolutions' time, {done / spent / 1e12:.2f}; in the update's, {done / wall / 1e12:.2f}.",
+        f"convolutions' time, {flops / spent / 1e12:.2f}; in the update's, {flops / wall / 1e12:.2f}.",
     ]
-    print("\n".join(lines))
-    if args.write:
-        args.write.write_text(between_markers(args.write.read_text(), "profile_step", lines))
+    shared.publish(lines, args.write, "profile_step")
 
 
 if __name__ == "__main__":
-    end_on_signals()
-    main()
+    shared.exit_on_signals()
+    main(ARGS)

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# One run on several machines without a scheduler: on each of them, within ten minutes of each other,
+# One run on several machines without a scheduler. On each of them, within ten minutes:
 #
 #   NODES=4 HEAD=gpu01 JOB=first scripts/cluster/torchrun_nodes.sh batch=32k data=imagenet data.root=/data/imagenet
 #
-# HEAD is one of them, by a name or address that all reach (port 29400, or PORT); JOB is the run's name, new for each run.
-# ADDRESS is this machine's own, where the others cannot look its name up. NODES=1:4 takes machines that come and go
-# (docs/recovery.md). GPUS is how many of a machine's to use (all). The current folder must be on a file system that all
-# share: the run lives in ./runs/JOB, and the same command goes on with it.
-# First: the same with mode=check behind it.
+# HEAD is one of the machines, by a name or address that all can reach (port 29400, or PORT); JOB is the run's name, new
+# for each run. ADDRESS is this machine's own address, if the others cannot look up its name. NODES=1:4 accepts machines
+# that come and go (docs/recovery.md). GPUS is the number of GPUs to use per machine (all). The current folder must be on a
+# file system that all machines share: the run is in ./runs/JOB, and the same command resumes it.
+# Check the machines first: the same command with mode=check at the end.
+#
+# Takes as long as the run. Figures: none; docs/clusters.md.
 set -euo pipefail
+case "${1:-}" in -h | --help)
+    sed -n '2,/^\(#[^ ]\|[^#]\)/{s/^# //p;s/^#$//p}' "$0"
+    exit
+    ;;
+esac
 
-nodes=${NODES:?"NODES is the number of machines, or the least and the most: 1:4"}
-head=${HEAD:?"HEAD is the machine where all meet"}
+nodes=${NODES:?"NODES is the number of machines, or the minimum and maximum: 1:4"}
+head=${HEAD:?"HEAD is the machine that all connect to"}
 job=${JOB:?"JOB is the name of the run, the same on all machines"}
 
 address=()
@@ -19,7 +26,7 @@ if [ -n "${ADDRESS:-}" ]; then
     address=(--local-addr "$ADDRESS")
 fi
 
-# So that a machine that joins late is told where the ranks' store is now (docs/recovery.md).
+# A machine that joins late then learns the current address of the ranks' store (docs/recovery.md).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-100}" \
     --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29400}" --rdzv-id "$job" \

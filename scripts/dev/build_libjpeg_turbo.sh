@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# Builds libjpeg-turbo as a shared library, for wheels that carry it.
+# Build libjpeg-turbo as a shared library, for wheels that carry it.
 #
 #     scripts/dev/build_libjpeg_turbo.sh PREFIX
 #
-# Downloads the source of the version below, checks its digest, and installs headers and library into PREFIX/include
-# and PREFIX/lib. Needs curl, cmake, a C compiler and, on x86-64, nasm. cibuildwheel runs it (pyproject.toml): the
-# package of the distribution behind manylinux_2_28 is libjpeg-turbo 1.5.3, and lars_train/data/decode/jpeg.c needs 2.1.
+# Downloads the source of the version below, checks its digest, and installs headers and library into PREFIX/include and
+# PREFIX/lib. Needs curl, cmake, a C compiler and, on x86-64, nasm. cibuildwheel runs it (pyproject.toml): manylinux_2_28
+# has libjpeg-turbo 1.5.3, and lars_train/data/decode/jpeg.c needs 2.1.
+#
+# Takes about two minutes. Figures: none; docs/releasing.md says where it runs.
 set -euo pipefail
+case "${1:-}" in -h | --help)
+    sed -n '2,/^\(#[^ ]\|[^#]\)/{s/^# //p;s/^#$//p}' "$0"
+    exit
+    ;;
+esac
 version=3.1.3
 digest=3a13a5ba767dc8264bc40b185e41368a80d5d5f945944d1dbaa4b2fb0099f4e5
 

@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# Builds this machine's wheel with libjpeg-turbo inside, and checks it where no compiler is found.
+# Build this machine's wheel with libjpeg-turbo inside, and check it where no compiler is found.
 #
 #     scripts/dev/build_wheel.sh [FOLDER]
 #
 # Writes the source distribution and the wheel to FOLDER (default: dist). Needs a C compiler, libjpeg-turbo with its
-# headers, and a `python` that has lars-train's dependencies; fetches the tools that build. The wheel requires a glibc
-# as new as this machine's libjpeg-turbo does: wheels for a release come from cibuildwheel (docs/releasing.md).
+# headers, and a `python` with lars-train's dependencies; downloads the build tools. The wheel requires a glibc as new as
+# this machine's libjpeg-turbo does: wheels for a release come from cibuildwheel (docs/releasing.md).
+#
+# Takes a few minutes. Figures: none; docs/releasing.md says when to run it.
 set -euo pipefail
+case "${1:-}" in -h | --help)
+    sed -n '2,/^\(#[^ ]\|[^#]\)/{s/^# //p;s/^#$//p}' "$0"
+    exit
+    ;;
+esac
 [ $# -le 1 ] || { echo "usage: $0 [FOLDER]" >&2; exit 2; }
 folder=$(realpath -m -- "${1:-dist}")
 root=$(dirname "$0")/../..
@@ -28,13 +35,13 @@ PATH="$scratch/tools/bin:$PATH" auditwheel repair -w "$scratch/repaired" "$scrat
 echo "== check"
 python -m venv "$scratch/check"
 "$scratch/check/bin/pip" install -q --no-deps "$scratch"/repaired/*.whl
-# The dependencies of the `python` that runs this, behind what was just installed.
+# The dependencies of the calling `python`, after the wheel just installed.
 packages=$("$scratch/check/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 python - >"$packages/dependencies.pth" <<'PYTHON'
 import sys
 print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 PYTHON
-# No compiler is on this PATH, nor any other program.
+# This PATH has no compiler, nor any other program.
 env -i HOME="$HOME" PATH="$scratch/check/bin" "$scratch/check/bin/python" scripts/dev/check_wheel.py
 
 mkdir -p "$folder"

@@ -2,9 +2,11 @@
 
     python scripts/dev/check_commands.py < COMMANDS      # one command a line, `python ...`, quoted as for a shell
 
-Each command is started in a process of its own in which torch sees no CUDA device. It must come as far as to ask for
-one: its files exist, its imports work and its arguments are valid. pytest must collect a test. Prints a line for each
+Each command starts in its own process, in which torch finds no CUDA device. It must get as far as to ask for one: its
+files exist, its imports work and its arguments are valid. pytest must collect a test. A line is printed for each
 command; the exit code is 1 if one is wrong.
+
+Takes about a minute. Figures: none; gpu_check.sh --dry-run runs it (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
 
 NO_DEVICE = re.compile("no CUDA device")
 
@@ -87,6 +92,7 @@ def exit_code(words: list[str]) -> int:
 
 def main() -> int:
     """Check the commands of standard input."""
+    shared.make_parser(__doc__).parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch  # noqa: F401 (for the forks)
 

@@ -1,4 +1,4 @@
-"""Check a release's wheel: complete, with a libjpeg-turbo of its own, able to decode and to train.
+"""Check a release's wheel: complete, with its own libjpeg-turbo, able to decode and to train.
 
     python scripts/dev/check_wheel.py WHEEL     # a wheel as it was built, before auditwheel
     python scripts/dev/check_wheel.py           # the wheel that this Python has installed
@@ -7,6 +7,8 @@ Both extensions are optional to setuptools: without a compiler or libjpeg's head
 out. The first form rejects such a wheel. The second form also requires libjpeg-turbo in lars_train.libs, decodes JPEGs
 with the native decoder, compares the pixels with Pillow's bit for bit, and trains for two updates on a folder of JPEGs.
 Both exit with 1 at the first failure and name it.
+
+Takes half a minute. Figures: none; docs/releasing.md says where it runs.
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ def check_installed() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "wheel", nargs="?", type=Path, metavar="WHEEL", help="a wheel as built; default: the installed one"
     )

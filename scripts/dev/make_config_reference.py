@@ -1,12 +1,12 @@
-"""Writes docs/configuration.md from the schema (lars_train/config/schema.py) and the files of configs/.
+"""Write docs/configuration.md from the schema (lars_train/config/schema.py) and the files of configs/.
 
-python scripts/dev/make_config_reference.py            # write it
-python scripts/dev/make_config_reference.py --check    # exit with 1 if what is there is not what would be written
+    python scripts/dev/make_config_reference.py
+
+Takes a few seconds. Figures: none; it writes docs/configuration.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -15,12 +15,17 @@ import typing
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
+
+if __name__ == "__main__":  # parsed before lars_train is imported, so that --help answers at once
+    shared.make_parser(__doc__).parse_args()
+
 from omegaconf import OmegaConf
 
 from lars_train.config import config_dir, schema
 from lars_train.config.recipe_schema import RowConfig
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 Every key of `lars-train`, from the schema in `lars_train/config/schema.py`; `scripts/dev/make_config_reference.py`
@@ -31,7 +36,7 @@ TYPES = {"str": "text", "int": "whole number", "float": "number", "bool": "true,
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """By field, the string that stands below it in the class."""
+    """Return the string below each field of a class."""
     (tree,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(tree, ast.ClassDef)
     found = {}
@@ -48,7 +53,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def type_name(hint: Any) -> str:
-    """As a reader would say it."""
+    """Return a type in plain words."""
     arguments = [one for one in typing.get_args(hint) if one is not type(None)]
     if typing.get_origin(hint) is typing.Union:
         return " or ".join(type_name(one) for one in arguments)
@@ -61,7 +66,7 @@ def type_name(hint: Any) -> str:
 
 
 def default(field: dataclasses.Field[Any]) -> str:
-    """The value without any file and command line."""
+    """Return the value without any file and command line."""
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
@@ -70,19 +75,19 @@ def default(field: dataclasses.Field[Any]) -> str:
 
 
 def table(kind: type, prefix: str) -> list[str]:
-    """The fields of a class that are no groups themselves."""
-    hints, told = typing.get_type_hints(kind), meanings(kind)
+    """Return the table of a class's fields that are not groups themselves."""
+    hints, texts = typing.get_type_hints(kind), meanings(kind)
     lines = ["| key | type | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(hints[field.name]):
-            meaning = " ".join(told.get(field.name, "").split()).replace("``", "`").replace("|", "\\|")
+            meaning = " ".join(texts.get(field.name, "").split()).replace("``", "`").replace("|", "\\|")
             key, value = f"`{prefix}{field.name}`", f"`{default(field)}`"
             lines.append(f"| {key} | {type_name(hints[field.name])} | {value} | {meaning} |")
     return lines
 
 
-def untold() -> list[str]:
-    """Keys without a meaning, but for a row's, which are told where each of them belongs."""
+def keys_without_meaning() -> list[str]:
+    """Return keys without a meaning, except a row's, which are explained where they belong."""
     kinds = {
         field.name: typing.get_type_hints(schema.Config)[field.name] for field in dataclasses.fields(schema.Config)
     }
@@ -99,12 +104,12 @@ def untold() -> list[str]:
 
 
 def intro(kind: type) -> str:
-    """A class's docstring as a paragraph or more."""
+    """Return a class's docstring as paragraphs."""
     return inspect.cleandoc(kind.__doc__ or "").replace("``", "`")
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = [HEAD, *table(schema.Config, "")]
     for field in dataclasses.fields(schema.Config):
         kind = typing.get_type_hints(schema.Config)[field.name]
@@ -128,14 +133,5 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page is not up to date")
-    if parser.parse_args().check:
-        sys.exit(PAGE.read_text() != page())
-    PAGE.write_text(page())
-
-
 if __name__ == "__main__":
-    main()
+    (shared.ROOT / "docs" / "configuration.md").write_text(page())

@@ -1,20 +1,18 @@
-"""Makes the embedded data set: 10,000 training and 2,000 test images of Fashion-MNIST in one zip.
+"""Make the embedded data set: 10,000 training and 2,000 test images of Fashion-MNIST in one zip.
 
     python scripts/dev/make_mini.py             # writes lars_train/data/embedded/fashion_mnist_mini.zip
     python scripts/dev/make_mini.py --check     # builds it in memory; exit code 1 if the file differs
 
-The source is a directory with the four IDX files, plain or gzipped. Two ways to get it:
-the Debian package `dataset-fashion-mnist` (/usr/share/datasets/fashion-mnist), or
-`torchvision.datasets.FashionMNIST(DIR, download=True)`, then `--source DIR`.
+The source is a directory with the four IDX files, plain or gzipped. Two ways to get it: the Debian package
+`dataset-fashion-mnist` (/usr/share/datasets/fashion-mnist), or `torchvision.datasets.FashionMNIST(DIR, download=True)`,
+then `--source DIR`. Images are drawn with a fixed key, evenly per class, and named by their index in the IDX file. The
+same source and the same Pillow give the same bytes. The script downloads nothing and is not needed to use the package.
 
-The images are drawn with a fixed key, evenly per class, and keep their index in the IDX file as their
-name. The same source and the same Pillow give the same bytes. This script downloads nothing and is not
-needed to use the package.
+Takes half a minute. Figures: none; docs/getting_started.md uses the data set.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import struct
@@ -22,10 +20,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
+import shared
 from PIL import Image, features
 
-TARGET = Path(__file__).resolve().parents[2] / "lars_train/data/embedded/fashion_mnist_mini.zip"
+TARGET = shared.ROOT / "lars_train/data/embedded/fashion_mnist_mini.zip"
 LAYOUTS = (".", "raw", "FashionMNIST/raw")
 # Index = Zalando's label.
 CLASSES = (
@@ -45,7 +45,7 @@ SPLITS = {"train": ("train", 1000, 1), "val": ("t10k", 200, 2)}
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in an IDX file, gzipped or not (format: http://yann.lecun.com/exdb/mnist/)."""
+    """Return the uint8 array in an IDX file, gzipped or not (format: http://yann.lecun.com/exdb/mnist/)."""
     raw = path.read_bytes()
     data = gzip.decompress(raw) if path.suffix == ".gz" else raw
     zeros, kind, ndim = struct.unpack(">HBB", data[:4])
@@ -56,7 +56,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def find_idx(source: Path, stem: str) -> Path:
-    """The IDX file `stem` in one of the known layouts below `source`."""
+    """Return the IDX file `stem` in one of the known layouts below `source`."""
     for layout in LAYOUTS:
         for name in (f"{stem}.gz", stem):
             if (path := source / layout / name).is_file():
@@ -65,26 +65,26 @@ def find_idx(source: Path, stem: str) -> Path:
 
 
 def choose(labels: np.ndarray, per_class: int, key: int) -> np.ndarray:
-    """`per_class` indices of each class: the first of the class in a keyed permutation of all of them."""
+    """Return `per_class` indices of each class, the first in a keyed permutation of all images."""
     order = np.argsort(np.random.Philox(key=key).random_raw(len(labels)), kind="stable")
     return np.concatenate([order[labels[order] == k][:per_class] for k in range(len(CLASSES))])
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """A grayscale PNG of uint8 (H, W)."""
+    """Encode uint8 (H, W) as a grayscale PNG."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
 def encoder() -> str:
-    """What the PNG bytes depend on besides the pixels; kept as the zip's comment."""
+    """Return the versions that the PNG bytes depend on; the zip's comment."""
     zlib = f"zlib-ng {ng}" if (ng := features.version("zlib_ng")) else f"zlib {features.version('zlib')}"
     return f"Pillow {features.version('pil')}, {zlib}"
 
 
 def build(source: Path) -> bytes:
-    """The bytes of the zip."""
+    """Return the bytes of the zip."""
     entries: dict[str, bytes] = {}
     for split, (prefix, per_class, key) in SPLITS.items():
         images = read_idx(find_idx(source, f"{prefix}-images-idx3-ubyte"))
@@ -103,13 +103,13 @@ def build(source: Path) -> bytes:
 
 
 def pixels_of(archive: bytes) -> dict[str, bytes]:
-    """Raw pixels of every entry: what must agree whatever wrote the PNG files."""
+    """Return the pixels of every entry, which do not depend on the encoder."""
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         return {n: Image.open(io.BytesIO(opened.read(n))).tobytes() for n in opened.namelist()}
 
 
 def check(built: bytes, target: Path) -> int:
-    """Compares `built` with the file; the exit code."""
+    """Compare `built` with the file; return the exit code."""
     if not target.is_file():
         print(f"{target} is missing")
         return 1
@@ -118,14 +118,15 @@ def check(built: bytes, target: Path) -> int:
         print(f"{target} is what this script makes")
         return 0
     if pixels_of(built) == pixels_of(present):
-        print(f"{target} has the same images, but was compressed otherwise; here: {encoder()}")
+        print(f"{target} has the same images, compressed by another version; here: {encoder()}")
     else:
         print(f"{target} has other images")
     return 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Write or check the file; return the exit code."""
+    parser = shared.make_parser(__doc__)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--check", action="store_true", help="compare only; write nothing")

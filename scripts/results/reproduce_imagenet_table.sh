@@ -2,50 +2,48 @@
 # The published table (batch 256, 8K, 16K, 32K) on ImageNet, on one machine or on several.
 #
 #   scripts/results/reproduce_imagenet_table.sh /data/imagenet [SETTING...]                              one machine
-#   NODES=4 NODE=0 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet          the first of four
-#   NODES=4 NODE=1 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet          the second, and so on
+#   NODES=4 NODE=0 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet          first of four
+#   NODES=4 NODE=1 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet          second, and so on
 #
-# On several, the current folder must be on a file system that all of them share: the runs live in ./runs.
-# The same command goes on where it was, and finished rows only print themselves. What it needs (hours, disk, memory):
-# docs/results.md. What it will do, without training: the same command with mode=plan behind it, on one machine.
-# Bad input ends it with exit code 2 before anything is started.
+# /data/imagenet is the folder or URL with ImageNet's train/ and val/; a SETTING is key=value, such as seed=1. Several
+# machines must share the file system of the current folder: the runs are in ./runs. The same command resumes, and finished
+# rows only print themselves. mode=plan at the end prints the plan for one machine, without training. Bad input ends the
+# script with exit code 2 before anything starts.
+#
+# Takes hours to days: docs/results.md has hours, disk and memory. Figures: docs/results.md.
 set -euo pipefail
-
-usage() {
-    echo "usage: [NODES=N NODE=0..N-1 HEAD=NAME GPUS=PER_MACHINE] $0 DATA_ROOT [SETTING...]"
-    echo "DATA_ROOT is the folder or URL with ImageNet's train/ and val/; a SETTING is key=value, such as seed=1 or mode=plan"
-}
+case "${1:-}" in -h | --help)
+    sed -n '2,/^\(#[^ ]\|[^#]\)/{s/^# //p;s/^#$//p}' "$0"
+    exit
+    ;;
+esac
 
 refuse() {
     echo "$0: $1" >&2
-    usage >&2
+    echo "usage: [NODES=N NODE=0..N-1 HEAD=NAME GPUS=PER_MACHINE] $0 DATA_ROOT [SETTING...]" >&2
     exit 2
 }
 
-# A whole number, of so few digits that the shell can compare it.
+# A whole number, short enough for the shell to compare.
 whole() {
     [[ "$1" =~ ^(0|[1-9][0-9]{0,5})$ ]]
 }
 
 case "${1:-}" in
-    -h | --help)
-        usage
-        exit 0
-        ;;
     "") refuse "DATA_ROOT, the first argument, is missing" ;;
-    -*) refuse "$1: DATA_ROOT, a folder or a URL, has to come first" ;;
+    -*) refuse "$1: DATA_ROOT, a folder or a URL, must come first" ;;
 esac
-# A setting, and no path or URL, has a "=" before any "/".
+# Only a setting has a "=" before any "/".
 before=${1%%/*}
 if [ "$before" != "${before%%=*}" ]; then
-    refuse "$1: DATA_ROOT, a folder or a URL, has to come first, and settings behind it (a folder of that name: ./$1)"
+    refuse "$1: DATA_ROOT, a folder or a URL, must come first, settings after it (a folder of that name: ./$1)"
 fi
 data=$1
 shift
 
 nodes=${NODES:-1}
 if ! whole "$nodes" || [ "$nodes" -lt 1 ]; then
-    refuse "NODES=$nodes: the number of machines is a whole number from 1 on"
+    refuse "NODES=$nodes: the number of machines is a whole number of at least 1"
 fi
 if [ "$nodes" -gt 1 ]; then
     node=${NODE:-}
@@ -55,15 +53,15 @@ if [ "$nodes" -gt 1 ]; then
         refuse "NODE=$node: the number of this machine is a whole number from 0 to $((nodes - 1)), for NODES=$nodes"
     fi
     if [ -z "$head" ]; then
-        refuse "HEAD is missing: the name of machine 0, by which all reach it"
+        refuse "HEAD is missing: the name of machine 0, which all can reach"
     fi
     if [ "$gpus" != gpu ] && { ! whole "$gpus" || [ "$gpus" -lt 1 ]; }; then
-        refuse "GPUS=$gpus: the number of GPUs in each machine is a whole number from 1 on, or gpu: all of them"
+        refuse "GPUS=$gpus: the number of GPUs in each machine is a whole number of at least 1, or gpu for all"
     fi
 fi
 
-# One row of each kind (without LARS, with it) is planned first, so that bad input is told once and not for each row and
-# process, and ends this script with 2, which torchrun would make a 1. A sweep of one's own (seed=1,2) has no single plan.
+# A row of each kind (without LARS, with it) is planned first: bad input is reported once, not for each row and process,
+# and exits with 2, which torchrun would turn into 1. A user's own sweep (seed=1,2) has no single plan.
 case "$*" in
     *[,\(]*) ;;
     *)
@@ -80,7 +78,7 @@ for row in 32k 16k 8k; do
     torchrun --nnodes "$nodes" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id "table-$row" \
         --rdzv-endpoint "$head:29400" -m lars_train batch="$row" data=imagenet data.root="$data" "$@"
 done
-# Eight ghost batches of 32 images feed eight GPUs at most: this row has one machine, and comes last, so that none waits.
+# Eight ghost batches of 32 images feed at most eight GPUs: this row uses one machine, and comes last, so that none waits.
 if [ "$node" -eq 0 ]; then
     lars-train batch=256 data=imagenet data.root="$data" "$@"
 fi

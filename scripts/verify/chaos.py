@@ -1,20 +1,20 @@
-"""Kills a run at random instants, lets it go on each time, and compares its end with that of a run left alone.
+"""Kill runs at random instants, resume them each time, and compare their ends with those of undisturbed runs.
 
-    python scripts/verify/chaos.py                 # 50 kills, about 10 minutes on two cores
-    python scripts/verify/chaos.py --kills 5       # the short form
-    python scripts/verify/chaos.py --write docs/same_curve.md
+    python scripts/verify/chaos.py [--write docs/same_curve.md]     # 50 kills
+    python scripts/verify/chaos.py --kills 5                   # two minutes
 
-A run is two processes on the CPU, with made-up images, random augmentation, and more checkpoints than it needs. A
-kill is, by lot: SIGKILL of one rank, of all ranks, of the process that has started them, of everything at once, or
-SIGTERM. Its instant is drawn too, from the start of the process on, so that starts, checkpoints, evaluations and ends
-of epochs are hit as they come. When a run has come to its end, its weights (SHA-256) and every line of its
-metrics.jsonl, but for times and rates, must be those of the run that nobody disturbed. Runs with new seeds follow until
-there were as many kills as asked for. The exit code is the number of runs that differ.
+A run is two processes on the CPU, with synthetic images, random augmentation, and more checkpoints than it needs. A
+kill is, by lot: SIGKILL of one rank, of all ranks, of the launcher, of everything at once, or SIGTERM. Its instant is
+drawn too, from the start of the process on, so that starts, checkpoints, evaluations and ends of epochs are all hit.
+When a run has ended, its weights (SHA-256) and every line of its metrics.jsonl, except times and rates, must equal
+those of the undisturbed run. Runs with new seeds follow until the number of kills is reached. The exit code is the
+number of runs that differ.
+
+Takes about ten minutes on two cores. Figures: docs/same_curve.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -25,16 +25,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from child import end_on_signals, started
-from page import between_markers, writable_page
-
-from lars_train.monitoring.fields import TIMING_FIELDS
+import shared
 
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
@@ -43,34 +39,27 @@ SETTINGS = (
     "log_every=3 checkpoint.every_updates=7 launch.nproc=2 launch.threads=1 data.workers=1"
 ).split()
 KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
-# Seconds within which a process is killed, most often counted from its entry in the run's record, else from its start.
+# The latest kill, in seconds after the process's entry in the run's record in most cases, else after its start.
 LATEST_KILL_S = 8.0
 
 
 def main() -> None:
-    """Run it, print a line per run and a sum."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="kills over all runs (50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the kinds and instants (0)")
-    parser.add_argument(
-        "--write", type=writable_page("chaos"), metavar="PAGE", help="put the report between the page's markers"
-    )
-    arguments = parser.parse_args()
-    started, lines = (
-        time.monotonic(),
-        [f"`python scripts/verify/chaos.py --kills {arguments.kills} --seed {arguments.seed}`:", ""],
-    )
-    draw, kills, differing, runs = random.Random(arguments.seed), Counter[str](), 0, 0
+    """Run, and print a line per run and a summary."""
+    parser = shared.make_parser(__doc__, "chaos")
+    parser.add_argument("--kills", type=shared.positive_int, default=50, help="over all runs (50)")
+    parser.add_argument("--seed", type=int, default=0, help="of kinds and instants (0)")
+    args = parser.parse_args()
+    began = time.monotonic()
+    lines = [f"`python scripts/verify/chaos.py --kills {args.kills} --seed {args.seed}`:", ""]
+    generator, kills, differing, runs = random.Random(args.seed), Counter[str](), 0, 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        while kills.total() < arguments.kills:
+        while kills.total() < args.kills:
             runs += 1
-            seed = f"seed={arguments.seed * 1000 + runs}"
-            alone = Path(folder) / "runs" / f"alone{runs}"
+            seed, before = f"seed={args.seed * 1000 + runs}", kills.total()
+            alone, killed = (Path(folder) / "runs" / f"{name}{runs}" for name in ("alone", "killed"))
             with start(folder, seed, alone.name) as process:
                 wait(process)
-            killed = alone.with_name(f"killed{runs}")
-            before = kills.total()
-            disturb(folder, seed, killed, draw, kills, arguments.kills)
+            disturb(folder, seed, killed, generator, kills, args.kills)
             difference = compare(alone, killed)
             differing += bool(difference)
             starts = len(json.loads((killed / "run.json").read_text())["started"])
@@ -78,103 +67,91 @@ def main() -> None:
                 f"- run {runs}: {kills.total() - before} kills, {starts} starts: {difference or 'no difference'}"
             )
             print(lines[-1], flush=True)
-    told = ", ".join(f"{count} x {kind}" for kind, count in sorted(kills.items()))
-    lines += ["", f"{kills.total()} kills ({told}) in {runs} runs: {differing} differ from the run left alone."]
+    counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(kills.items()))
+    lines += ["", f"{kills.total()} kills ({counts}) in {runs} runs: {differing} differ from the run left alone."]
     print(lines[-1])
-    if arguments.write is not None:
-        lines[-1] += (
-            f" {(time.monotonic() - started) / 60:.0f} minutes on {os.cpu_count()} cores, torch {version('torch')}."
-        )
-        arguments.write.write_text(between_markers(arguments.write.read_text(), "chaos", lines))
+    if args.write:
+        lines[-1] += f" {(time.monotonic() - began) / 60:.0f} minutes on {os.cpu_count()} cores, {shared.software()}."
+        args.write.write_text(shared.between_markers(args.write.read_text(), "chaos", lines))
     sys.exit(min(differing, 100))
 
 
 @contextmanager
 def start(folder: str, seed: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The command, in a process group of its own; it ends with what is done within."""
+    """Start a run in its own process group; it ends with the context."""
     command = [sys.executable, "-m", "lars_train", *SETTINGS, seed, f"run.name={name}"]
     with (
         (Path(folder) / f"{name}.log").open("ab") as log,
-        started(command, cwd=folder, stdout=log, stderr=log, start_new_session=True) as process,
+        shared.running(command, cwd=folder, stdout=log, stderr=log, start_new_session=True) as process,
     ):
         yield process
 
 
-def disturb(folder: str, seed: str, directory: Path, draw: random.Random, kills: Counter[str], most: int) -> None:
+def disturb(folder: str, seed: str, directory: Path, generator: random.Random, kills: Counter[str], most: int) -> None:
     """Start the run again and again, and kill it, until it has ended by itself."""
     while not (directory / "final.json").exists():
         with start(folder, seed, directory.name) as process:
             if kills.total() < most:
-                kind, instant, from_record = draw.choice(KINDS), draw.uniform(0, LATEST_KILL_S), draw.random() < 0.8
+                kind, instant = generator.choice(KINDS), generator.uniform(0, LATEST_KILL_S)
                 try:
-                    if from_record:
+                    if generator.random() < 0.8:
                         wait_for_record(process, directory)
                     process.wait(instant)
                 except subprocess.TimeoutExpired:
-                    kill(process.pid, kind, draw)
+                    kill(process.pid, kind, generator)
                     kills[kind] += 1
             wait(process, may_fail=True)
         if process.returncode == 2:
-            sys.exit(f"a start was refused:\n{(Path(folder) / f'{directory.name}.log').read_text()}")
+            sys.exit(f"a start was rejected:\n{(Path(folder) / f'{directory.name}.log').read_text()}")
 
 
 def wait_for_record(process: subprocess.Popen[bytes], directory: Path) -> None:
-    """Until `process` has ended, or has entered its start in the run's record: the imports are behind it."""
+    """Wait until `process` has entered its start in the run's record, after its imports, or has ended."""
     record = directory / "run.json"
     before = record.stat().st_mtime_ns if record.exists() else 0
     while process.poll() is None and not (record.exists() and record.stat().st_mtime_ns != before):
         time.sleep(0.02)
 
 
-def kill(launcher: int, kind: str, draw: random.Random) -> None:
-    """Send the signals of one kill. What is gone already needs none."""
-    ranks = [pid for pid in children(launcher) if "spawn_main" in command_of(pid)]
-    targets = {
-        "one rank": draw.sample(ranks, 1) if ranks else [launcher],
-        "all ranks": ranks or [launcher],
-        "launcher": [launcher],
-        "SIGTERM": [launcher],
-    }
-    try:
+def kill(launcher: int, kind: str, generator: random.Random) -> None:
+    """Send the signals of one kill; processes that have ended are ignored."""
+    with suppress(ProcessLookupError):
         if kind == "everything":
             os.killpg(launcher, signal.SIGKILL)
-            return
-        for pid in targets[kind]:
-            os.kill(pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        elif kind == "SIGTERM":
+            os.kill(launcher, signal.SIGTERM)
+        else:
+            ranks = [] if kind == "launcher" else ranks_of(launcher)
+            for pid in (generator.sample(ranks, 1) if ranks and kind == "one rank" else ranks) or [launcher]:
+                os.kill(pid, signal.SIGKILL)
 
 
-def children(pid: int) -> list[int]:
-    """The child processes of `pid`; none if it is gone."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def ranks_of(launcher: int) -> list[int]:
+    """Return the processes of the ranks; none if the launcher has ended."""
 
+    def is_rank(pid: str) -> bool:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
-def command_of(pid: int) -> str:
-    """The command line of `pid`; empty if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
+    with suppress(OSError):
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        return [int(pid) for pid in children if is_rank(pid)]
+    return []
 
 
 def wait(process: subprocess.Popen[bytes], *, may_fail: bool = False) -> None:
-    """Until the process and all of its group have ended; exits if they do not, or if a run fails that may not."""
+    """Wait until the process and its whole group have ended; exit if they do not, or if an undisturbed run fails."""
     process.wait(600)
     end = time.monotonic() + 120
     while alive(process.pid):
         if time.monotonic() > end:
-            sys.exit(f"processes of a killed run go on: {[command_of(pid) for pid in alive(process.pid)]}")
+            sys.exit(f"processes of a killed run do not end: {alive(process.pid)}")
         time.sleep(0.05)
     if process.returncode and not may_fail:
         sys.exit(f"the run left alone has failed (exit code {process.returncode})")
 
 
 def alive(group: int) -> list[int]:
-    """The processes of a group that have not ended."""
+    """Return the processes of a group that have not ended."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -187,24 +164,26 @@ def alive(group: int) -> list[int]:
 
 
 def compare(alone: Path, killed: Path) -> str:
-    """What differs between two finished runs; empty if nothing does."""
+    """Return the first difference between two finished runs; empty if there is none."""
     ends = [json.loads((run / "final.json").read_text()) for run in (alone, killed)]
     for key in ("weights_sha256", "best_top1", "final_top1", "updates"):
         if ends[0][key] != ends[1][key]:
             return f"{key}: {ends[0][key]} left alone, {ends[1][key]} killed"
-    one, other = lines(alone), lines(killed)
+    one, other = log_lines(alone), log_lines(killed)
     for expected, found in zip(one, other, strict=False):
         if expected != found:
             return f"metrics.jsonl: {expected} left alone, {found} killed"
     return "" if len(one) == len(other) else f"metrics.jsonl: {len(one)} lines left alone, {len(other)} killed"
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without times and rates."""
-    read = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in read]
+def log_lines(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without times and rates."""
+    from lars_train.monitoring.fields import TIMING_FIELDS
+
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
 
 
 if __name__ == "__main__":
-    end_on_signals()
+    shared.exit_on_signals()
     main()

@@ -3,14 +3,15 @@
     python scripts/verify/fuzz_jpeg.py --count 1000000
     python scripts/verify/fuzz_jpeg.py --leak 100000
 
-The first decodes random views of small JPEGs of all kinds after random damage (fuzz_jpeg.c); any finding of
-the sanitizers, crash, leak or input that takes a minute ends it with the input saved. The second decodes whole and
-damaged ones in this process, by the decoder as it was installed, and ends with status 1 if its memory grew.
+The first command decodes random views of small JPEGs of all kinds after random damage (fuzz_jpeg.c). Any finding of the
+sanitizers, crash, leak, or input that takes a minute ends it, and saves the input. The second decodes whole and damaged
+JPEGs in this process with the installed decoder; the exit code is 1 if its memory grew.
+
+Takes about ten minutes for a million inputs. Figures: docs/input.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import os
@@ -21,17 +22,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
+import shared
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-# How much the memory may grow after the first tenth of the images: what an allocator may keep, and no leak.
+# Allowed growth of memory after the first tenth of the images: an allocator may keep this much without a leak.
 GROWTH_MB = 4.0
 
 
 def seeds() -> list[bytes]:
-    """Small JPEGs of every kind that is decoded, and of some that are refused: CMYK, for one."""
+    """Return small JPEGs of every kind that is decoded, and of some that are rejected, such as CMYK."""
     rng = np.random.default_rng(0)
     found = []
     for (width, height), subsampling, progressive in itertools.product(
@@ -40,44 +42,49 @@ def seeds() -> list[bytes]:
         [False, True],
     ):
         coarse = rng.integers(0, 256, (3 + height // 8, 3 + width // 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         kind = {"subsampling": subsampling if subsampling != "4:4:0" else "4:2:2", "progressive": progressive}
         restart = {"restart_marker_blocks": 2} if (width + height) % 2 else {}
-        data = encode(picture, quality=70, **kind, **restart)
+        data = encode(image, quality=70, **kind, **restart)
         found.append(as_440(data) if subsampling == "4:4:0" else data)
         if subsampling == "4:4:4":
-            found.append(encode(picture.convert("L"), quality=70, progressive=progressive, **restart))
-            found.append(encode(picture, quality=90, keep_rgb=True, progressive=progressive))
-            found.append(encode(picture.convert("CMYK"), quality=70))
-    found.append(encode(picture, exif=bytes(200), icc_profile=bytes(300), comment=b"text"))
+            found.append(encode(image.convert("L"), quality=70, progressive=progressive, **restart))
+            found.append(encode(image, quality=90, keep_rgb=True, progressive=progressive))
+            found.append(encode(image.convert("CMYK"), quality=70))
+    found.append(encode(image, exif=bytes(200), icc_profile=bytes(300), comment=b"text"))
     return found
 
 
 def as_440(data: bytes) -> bytes:
-    """A 4:2:2 JPEG made 4:4:0, which Pillow does not write: sides and sampling factors exchanged, as many blocks."""
+    """Turn a 4:2:2 JPEG into 4:4:0, which Pillow does not write: swap sides and sampling factors, keep the blocks."""
     at = next(i for i in range(len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
     height, width = data[at + 5 : at + 7], data[at + 7 : at + 9]
     return data[: at + 5] + width + height + data[at + 9 : at + 11] + b"\x12" + data[at + 12 :]
 
 
-def encode(picture: Image.Image, **options: object) -> bytes:
-    """A JPEG by Pillow."""
+def encode(image: Image.Image, **options: object) -> bytes:
+    """Return a JPEG encoded by Pillow."""
     file = io.BytesIO()
-    picture.save(file, "JPEG", **options)
+    image.save(file, "JPEG", **options)
     return file.getvalue()
 
 
 def build(folder: Path, flags: tuple[str, ...]) -> Path:
-    """The fuzzer, compiled into `folder`. Raises CalledProcessError, or FileNotFoundError without a compiler."""
+    """Compile the fuzzer into `folder`.
+
+    Raises:
+        CalledProcessError: the compiler failed.
+        FileNotFoundError: there is no compiler.
+    """
     program = folder / "fuzz_jpeg"
     compiler = os.environ.get("CC", "cc")
-    source = HERE / "fuzz_jpeg.c"
+    source = Path(__file__).with_suffix(".c")
     subprocess.run([compiler, "-O1", "-g", *flags, str(source), "-ljpeg", "-o", str(program)], check=True)
     return program
 
 
 def fuzz(count: int, seconds: int, start: int, flags: tuple[str, ...], keep: Path) -> int:
-    """Run the fuzzer; 0 without a finding."""
+    """Run the fuzzer; return 0 without a finding."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         program = build(folder, flags)
@@ -95,23 +102,23 @@ def fuzz(count: int, seconds: int, start: int, flags: tuple[str, ...], keep: Pat
 
 
 def leak(count: int) -> int:
-    """Decode `count` JPEGs, a third of them damaged; 0 if the resident memory stays as it is after the first tenth."""
+    """Decode `count` JPEGs, a third of them damaged; return 0 if memory stays constant after the first tenth."""
     from lars_train.data.decode import native
     from lars_train.data.transforms import Geometry
 
     if not native.is_available():
-        print(f"the decoder in C is not there. {native.REMEDY}")
+        print(f"the decoder in C is not installed. {native.REMEDY}")
         return 1
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for data in seeds():
         size = native.size_of(data)
         if size is not None:
-            pictures += [(data, size), (data, size), (data[: int(len(data) * rng.uniform(0.7, 1))], size)]
+            images += [(data, size), (data, size), (data[: int(len(data) * rng.uniform(0.7, 1))], size)]
     out = np.empty((32, 32, 3), np.uint8)
     before, decoded = 0.0, 0
     for i in range(count):
-        data, (width, height) = pictures[i % len(pictures)]
+        data, (width, height) = images[i % len(images)]
         box = (i % width, i % height, width, height)
         decoded += native.decode_jpeg(data, (width, height), Geometry(box, (32, 32), 0, (0, 0), i % 2 == 1), out)
         if i == count // 10:
@@ -122,27 +129,24 @@ def leak(count: int) -> int:
 
 
 def resident_mb() -> float:
-    """The resident set of this process in MB, from Linux's /proc."""
+    """Return the resident set of this process in MB, from Linux's /proc."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1_000_000, help="mutated inputs (default 1,000,000)")
-    parser.add_argument("--seconds", type=int, default=86_400, help="end after so many, whatever the count")
-    parser.add_argument("--start", type=int, default=0, help="another number, other inputs")
-    parser.add_argument("--keep", type=Path, default=Path("finding.jpg"), help="where a finding's input is put")
-    parser.add_argument("--plain", action="store_true", help="without sanitizers, for valgrind or speed")
-    parser.add_argument("--no-vectors", action="store_true", help="the code of processors without AVX2")
-    parser.add_argument("--leak", type=int, metavar="COUNT", help="decode COUNT images in this process instead")
+    """Fuzz, or look for a leak; return the exit code."""
+    parser = shared.make_parser(__doc__)
+    parser.add_argument("--count", type=shared.positive_int, default=1_000_000, help="mutated inputs (1,000,000)")
+    parser.add_argument("--seconds", type=shared.positive_int, default=86_400, help="end after these in any case")
+    parser.add_argument("--start", type=int, default=0, help="another number gives other inputs")
+    parser.add_argument("--keep", type=Path, default=Path("finding.jpg"), help="file for the input of a finding")
+    parser.add_argument("--no-vectors", action="store_true", help="the code for processors without AVX2")
+    parser.add_argument("--leak", type=shared.positive_int, metavar="COUNT", help="decode COUNT images here instead")
     args = parser.parse_args(argv)
-    if args.leak is not None:
+    if args.leak:
         return leak(args.leak)
-    flags: tuple[str, ...] = () if args.plain else SANITIZED
-    if args.no_vectors:
-        flags += ("-DLARS_PLAIN_C",)
-    return fuzz(args.count, args.seconds, args.start, flags, args.keep)
+    return fuzz(args.count, args.seconds, args.start, (*SANITIZED, *["-DLARS_PLAIN_C"] * args.no_vectors), args.keep)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Run the same short commands in two checkouts, and compare what comes of them bit for bit.
+"""Run the same short commands in two checkouts, and compare their results bit for bit.
 
     git worktree add ../before HEAD~1
-    python scripts/verify/same_weights.py ../before            # about four minutes on two cores
+    python scripts/verify/same_weights.py ../before
     python scripts/verify/same_weights.py ../before --only zip evaluate
 
-The other checkout is compared with the one that this script lies in: weights, the lines of metrics.jsonl but for times,
-rates and memory, and what evaluations, exports and packing print and write. A checkout without C extensions of its own
-is lent the other's, where its sources of them are the same; without any in either, both use those of the installed
-package. The exit code is 1 where something differs, and 2 where a command failed.
+The other checkout is compared with this script's own: weights, the lines of metrics.jsonl except times, rates and
+memory, and what evaluations, exports and packing print and write. A checkout without C extensions borrows the other's
+if their sources are equal; if neither has any, both use those of the installed package. The exit code is 1 if something
+differs, and 2 if a command failed.
+
+Takes about four minutes on two cores. Figures: none; docs/index.md lists the pages.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,14 +28,12 @@ from pathlib import Path
 from typing import NoReturn
 from zipfile import ZipFile
 
-import numpy as np
-import torch
-from PIL import Image
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
 
-HERE = Path(__file__).resolve().parents[2]
 _EXTENSIONS = ("lars_train/**/*.so", "lars_train/**/*.c")
-# Fields of metrics.jsonl that belong to the clock and the machine, whatever else their names begin with.
-_OF_THE_MACHINE = re.compile("seconds|images_per_s|mfu|wait_share|^memory/")
+# Fields of metrics.jsonl that depend on the clock or the machine.
+_MACHINE_FIELDS = re.compile("seconds|images_per_s|mfu|wait_share|^memory/")
 _LIMIT_S = 300.0
 
 ALL = "log_every=1 launch.threads=1 device=cpu run.name=r"
@@ -43,12 +42,12 @@ SMALL = (
     "data.augment=pad_crop model=tiny model.ghost_batch=8 batch.size=64 optimizer.lr=2 schedule.warmup_epochs=0.5 "
     "epochs=2"
 )
-PICTURES = (
+FOLDER = (
     "data=folder data.image_size=24 model=tiny model.ghost_batch=8 batch.size=16 optimizer.lr=1 epochs=2 "
     "schedule.warmup_epochs=0 precision=fp32 data.workers=1"
 )
-# By name: commands, each a program and its arguments, which run one after the other in a folder of their own. A program
-# that ends with ! is killed at its fourth log line.
+# By name: commands, each a program and its arguments, run one after another in their own folder. A program that ends
+# with ! is killed at its fourth log line.
 CASES = {
     "default": ["lars-train max_updates=6"],
     "batch=256": ["lars-train batch=256 max_updates=6"],
@@ -62,16 +61,16 @@ CASES = {
     "recipe=mlperf": ["lars-train recipe=mlperf batch=32k max_updates=6"],
     "recipe=nus": ["lars-train recipe=nus batch=8k max_updates=6"],
     "LARS over AdamW": [f"lars-train {SMALL} precision=fp32 optimizer=lars optimizer.base=AdamW optimizer.lr=0.01"],
-    "zip": [f"lars-train {PICTURES} data.root=../pictures.zip"],
-    "folder, decoder in C": [f"lars-train {PICTURES} data.root=../pictures data.decoder=native"],
+    "zip": [f"lars-train {FOLDER} data.root=../images.zip"],
+    "folder, decoder in C": [f"lars-train {FOLDER} data.root=../images data.decoder=native"],
     "packed": [
-        "lars-data pack ../pictures store --shards 2",
+        "lars-data pack ../images store --shards 2",
         "lars-data verify store",
-        f"lars-train {PICTURES} data.root=store",
+        f"lars-train {FOLDER} data.root=store",
     ],
     "streamed": [
-        "lars-data pack ../pictures store --shards 2",
-        f"lars-train {PICTURES} data.root=file://{{folder}}/store data.order=shards data.cache_dir=cache",
+        "lars-data pack ../images store --shards 2",
+        f"lars-train {FOLDER} data.root=file://{{folder}}/store data.order=shards data.cache_dir=cache",
     ],
     "evaluate": [
         f"lars-train {SMALL} precision=fp32",
@@ -85,32 +84,33 @@ CASES = {
 
 
 def main() -> None:
-    """Run, compare, print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run, compare, and print a line for each case."""
+    parser = shared.make_parser(__doc__)
     parser.add_argument("other", type=Path, help="the root of the other checkout")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     args = parser.parse_args()
     differing = 0
     with tempfile.TemporaryDirectory() as folder:
-        checkouts = [copied(root.resolve(), Path(folder) / side) for side, root in (("a", args.other), ("b", HERE))]
-        if not extensions_fit(*checkouts):
-            parser.error(f"{args.other}: its C sources differ, and it has no extensions: pip install -e . there first")
+        roots = (("a", args.other), ("b", shared.ROOT))
+        checkouts = [copy_checkout(root.resolve(), Path(folder) / side) for side, root in roots]
+        if not lend_extensions(*checkouts):
+            parser.error(f"{args.other}: its C sources differ, and it has no extensions; run pip install -e . there")
         for checkout in checkouts:
-            draw_pictures(checkout.parent / "work")
+            write_images(checkout.parent / "work")
         for name in args.only:
             began = time.monotonic()
             before, after = (outcome(checkout, CASES[name]) for checkout in checkouts)
             faults = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
             differing += bool(faults)
-            told = f"DIFFERS: {', '.join(faults[:6])}" if faults else f"equal ({len(after)} results)"
-            print(f"{name}: {told}, {time.monotonic() - began:.0f} s", flush=True)
+            verdict = f"DIFFERS: {', '.join(faults[:6])}" if faults else f"equal ({len(after)} results)"
+            print(f"{name}: {verdict}, {time.monotonic() - began:.0f} s", flush=True)
             for key in faults[:3]:
                 print(f"    {key}: {str(before.get(key))[:200]} | {str(after.get(key))[:200]}")
     sys.exit(min(differing, 1))
 
 
-def copied(root: Path, place: Path) -> Path:
-    """The package of a checkout in a folder of its own, so that nothing else there is imported or written."""
+def copy_checkout(root: Path, place: Path) -> Path:
+    """Return a copy of a checkout's package, so that nothing else of it is imported or written."""
     checkout = place / "checkout"
     for part in ("lars_train", "configs"):
         shutil.copytree(root / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -118,8 +118,8 @@ def copied(root: Path, place: Path) -> Path:
     return checkout
 
 
-def extensions_fit(one: Path, other: Path) -> bool:
-    """Return True if both have C extensions, could be lent the other's, or both use those of the installed package."""
+def lend_extensions(one: Path, other: Path) -> bool:
+    """Copy C extensions to a checkout that has none; return False if their sources differ."""
     built, sources = ([sorted(root.glob(pattern)) for root in (one, other)] for pattern in _EXTENSIONS)
     if all(built):
         return True
@@ -128,30 +128,33 @@ def extensions_fit(one: Path, other: Path) -> bool:
     lender, files = (other, built[1]) if built[1] else (one, built[0])
     borrower = one if lender is other else other
     for path in files:
-        # Beside its source, which may have moved.
+        # Next to its source, which may have moved.
         (source,) = borrower.glob(f"lars_train/**/{path.name.split('.')[0].lstrip('_')}.c")
         shutil.copy(path, source.parent / path.name)
     return True
 
 
-def draw_pictures(folder: Path) -> None:
-    """Three classes of 20 training and 4 validation JPEGs, as a tree and in a zip; the same each time."""
+def write_images(folder: Path) -> None:
+    """Write three classes of 20 training and 4 validation JPEGs, as a tree and in a zip; the same each time."""
+    import numpy as np
+    from PIL import Image
+
     generator = np.random.default_rng(0)
     for split, count in (("train", 20), ("val", 4)):
         for label in ("ant", "bee", "cat"):
-            place = folder / "pictures" / split / label
+            place = folder / "images" / split / label
             place.mkdir(parents=True)
             for number in range(count):
                 coarse = generator.integers(0, 256, (4, 5, 3), np.uint8)
                 size = (int(generator.integers(30, 60)), int(generator.integers(30, 60)))
                 Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(place / f"{number}.jpg", quality=90)
-    with ZipFile(folder / "pictures.zip", "w") as archive:
-        for path in sorted((folder / "pictures").rglob("*.jpg")):
-            archive.write(path, path.relative_to(folder / "pictures"))
+    with ZipFile(folder / "images.zip", "w") as archive:
+        for path in sorted((folder / "images").rglob("*.jpg")):
+            archive.write(path, path.relative_to(folder / "images"))
 
 
 def outcome(checkout: Path, commands: Sequence[str]) -> dict[str, str]:
-    """By name what the commands have printed and written."""
+    """Return what the commands print and write, by name."""
     work = checkout.parent / "work" / "case"
     work.mkdir()
     environment = {
@@ -165,9 +168,9 @@ def outcome(checkout: Path, commands: Sequence[str]) -> dict[str, str]:
         program, *arguments = line.format(folder=work).split()
         if program.startswith("lars-train") and "mode=" not in line:
             arguments += ALL.split()
-        command = [sys.executable, "-c", starts(checkout, program.rstrip("!")), *arguments]
+        command = [sys.executable, "-c", entry_point(checkout, program.rstrip("!")), *arguments]
         if program.endswith("!"):
-            killed(command, work, environment)
+            run_and_kill(command, work, environment)
             continue
         done = subprocess.run(
             command, cwd=work, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
@@ -182,16 +185,16 @@ def outcome(checkout: Path, commands: Sequence[str]) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def starts(checkout: Path, program: str) -> str:
-    """Python that runs a program of the checkout, by the table in its pyproject.toml."""
+def entry_point(checkout: Path, program: str) -> str:
+    """Return Python code that runs a program of the checkout, from the table in its pyproject.toml."""
     table = (checkout / "pyproject.toml").read_text().partition("[project.scripts]")[2]
     entry = re.search(rf'^{program} *= *"([\w.]+):(\w+)"', table, re.MULTILINE)
     assert entry is not None, program
     return f"import sys; sys.argv[0] = {program!r}; from {entry[1]} import {entry[2]}; {entry[2]}()"
 
 
-def killed(command: Sequence[str], work: Path, environment: dict[str, str]) -> None:
-    """Start it, and kill it when it has logged four lines."""
+def run_and_kill(command: Sequence[str], work: Path, environment: dict[str, str]) -> None:
+    """Start a command, and kill it when it has logged four lines."""
     log, end = work / "runs/r/metrics.jsonl", time.monotonic() + _LIMIT_S
     with subprocess.Popen(command, cwd=work, env=environment, stdout=subprocess.DEVNULL) as process:
         while not log.is_file() or log.read_bytes().count(b"\n") < 4:
@@ -202,21 +205,24 @@ def killed(command: Sequence[str], work: Path, environment: dict[str, str]) -> N
 
 
 def fail(what: str) -> NoReturn:
+    """Print an error and exit with code 2."""
     print(what, file=sys.stderr)
     sys.exit(2)
 
 
 def content(path: Path) -> str:
-    """What a file says that another run should say, too; empty for files of which nothing is compared."""
+    """Return what a file has in common with another run's; empty for files that are not compared."""
     if path.name == "final.json":
         return str(json.loads(path.read_text())["weights_sha256"])
     if path.name == "metrics.jsonl":
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [{key: value for key, value in line.items() if not _OF_THE_MACHINE.search(key)} for line in lines]
+        kept = [{key: value for key, value in line.items() if not _MACHINE_FIELDS.search(key)} for line in lines]
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     if path.name == "trust_ratios.jsonl" or path.suffix in {".csv", ".tar"}:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if path.name == "network.pth":
+        import torch
+
         digest = hashlib.sha256()
         for name, tensor in torch.load(path, weights_only=True).items():
             digest.update(name.encode() + tensor.numpy().tobytes())

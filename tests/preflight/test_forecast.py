@@ -337,18 +337,9 @@ def check_plan() -> ModuleType:
     return module
 
 
-def test_the_check_of_plans_tells_the_middle_error_and_its_spread(check_plan: ModuleType) -> None:
-    took, one = check_plan.Took, check_plan.Round
-    parts = {"compute": 1.0, "input": 0.5, "network": 0.25}
-    rounds = [one(took(p, 1.0), took(1.0, m), parts) for p, m in ((1.1, 1.0), (0.9, 2.0), (1.2, 0.8))]
-    cells = check_plan.told("small", 2, rounds).strip("| ").split(" | ")
-    assert cells[:3] == ["small", "2", "1.000, 0.500, 0.250"]
-    assert cells[3:] == ["1.100, 1.000", "+10 (-10 to +20)", "1.000, 1.000", "+0 (-50 to +25)"]
-
-
 def test_the_check_of_plans_plans_and_runs(check_plan: ModuleType, tmp_path: Path) -> None:
     settings = "data.image_size=8 model=tiny batch.size=16 micro_batch=8 model.ghost_batch=8".split()
-    (first, second) = check_plan.rounds_of(check_plan.composed(tmp_path / "run", settings, 2), 2, 2)
+    (first, second) = check_plan.measure_rounds(check_plan.make_config(tmp_path / "run", settings, 2), 2, 2)
     for found in (first, second):
         assert found.planned.wall > 0
         assert found.measured.wall > 0

@@ -71,7 +71,7 @@ def updates(folder: Path, log_every: int, count: int) -> list[Update]:
     """The first ones of a run."""
     import bench_monitoring
 
-    run = bench_monitoring.made(folder, log_every, count, SETTINGS)
+    run = bench_monitoring.make_run(folder, log_every, count, SETTINGS)
     assert run.logger.log is not None
     found, lines = [], folder / "metrics.jsonl"
     with closing(run._batches()) as batches:
@@ -110,11 +110,10 @@ def test_between_log_lines_monitoring_computes_nothing_and_reads_nothing_back(
 
 
 @pytest.mark.slow
-def test_the_script_compares_updates_with_and_without_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_compares_updates_with_and_without_log_lines() -> None:
     import bench_monitoring
 
-    bench_monitoring.main(["--every", "2", "--pairs", "2", *SETTINGS])
-    told = capsys.readouterr().out
+    told = "\n".join(bench_monitoring.measure(2, 2, SETTINGS))
     ratio = re.search(r"over updates without: (\d+\.\d+) ", told)
     line = re.search(r"measuring for a line and writing it: (\d+\.\d+) ms", told)
     assert ratio is not None

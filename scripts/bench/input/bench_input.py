@@ -1,145 +1,157 @@
-"""How many images a second of one CPU core decodes and augments, beside torchvision's reference and libjpeg's floor.
+"""Measure how many images/s one CPU core decodes and augments, beside torchvision's reference and libjpeg's floor.
 
-    python scripts/bench/input/bench_input.py PICTURES [--peers] [--write docs/input.md --plot docs/results/input]
+    python scripts/bench/input/bench_input.py IMAGES [--peers] [--write docs/input.md --plot docs/results/input]
 
-PICTURES is a folder with JPEGs, at any depth; or what a training reads as `data.root`: a store of `lars-data pack`, tar
-shards, or a zip. Each contender reads every picture, decodes it, and makes a 224 x 224 view: for training a random
-resized crop, flipped half of the time, for evaluation the centre of the picture resized to 256. Contenders take turns,
-a quarter of the pictures each time, on one core; what counts is this process's CPU time. So it is done with the
-pictures as they are, and with two stores of smaller copies, made in a temporary folder as `lars-data pack` makes them.
+IMAGES is a folder with JPEGs at any depth, or a training's `data.root`: a store of `lars-data pack`, tar shards, or a
+zip. Each contender reads every image, decodes it, and makes a 224 x 224 view: for training a random resized crop,
+flipped half of the time, for evaluation the center of the image resized to 256. Contenders take turns, a quarter of the
+images each time, on one core; this process's CPU time counts. The same is done with two stores of smaller copies, made
+in a temporary folder as `lars-data pack` makes them.
 
-- reference: Pillow and torchvision's v1 transforms, to a normalised float32 tensor (which ours leaves to the device)
-- ours, native and Pillow: lars_train.data.decode.pillow to uint8 in a batch's buffer, with its own draws of the crops
+- reference: Pillow and torchvision's v1 transforms, to a normalized float32 tensor (ours leaves that to the device)
+- ours, native and Pillow: lars_train.data.decode.pillow to uint8 in a batch's buffer, with its own crops
 - floor: libjpeg-turbo decoding the rows and columns of the crop and nothing else (a C function compiled here)
-- with --peers: those of other libraries that are installed, see bench_input_peers.py
+- with --peers: other libraries that are installed (peers.py)
 
-Then the pictures as they are end to end, with workers, into a batch on the device: bench_end_to_end.py says how.
+Then the images are measured end to end, with workers, into a batch on the device (end_to_end.py).
+
+Takes about an hour with --peers, a few minutes without. Figures: docs/input.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
-import platform
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import bench_end_to_end
-import bench_input_plot
+import shared
+
+if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
+    PARSER = shared.make_parser(__doc__, "bench_input")
+    PARSER.add_argument("images", type=Path, metavar="IMAGES", help="a folder with JPEGs, a store or a zip")
+    PARSER.add_argument("--rounds", type=shared.positive_int, default=9, help="after one that does not count (9)")
+    PARSER.add_argument("--files", type=shared.positive_int, default=200, help="images at most, evenly spread (200)")
+    PARSER.add_argument("--peers", action="store_true", help="other libraries too (pip install 'lars-train[bench]')")
+    PARSER.add_argument("--pillow-simd", type=Path, metavar="DIR", help="from pip install --no-deps --target DIR")
+    PARSER.add_argument("--plot", type=Path, metavar="STEM", help="draw the results as STEM.png and STEM.svg")
+    ARGS = PARSER.parse_args()
+
+import end_to_end
 import numpy as np
 import numpy.typing as npt
 import torch
-from bench_input_contenders import FLOOR, OURS, REFERENCE, TASKS, Contender, full_decode, line_up
-from bench_input_pictures import Pictures, mean_size, open_pictures, packed
-from bench_input_results import LONGEST, RAW, SHORTEST, Apart, Key, Results, compared, comparisons, tables
-from child import end_on_signals
-from page import between_markers, cpu_name, writable_page
+from contenders import FLOOR, OURS, REFERENCE, TASKS, Contender, full_decode, own_contenders
+from images import Images, open_images, pack_copies, read
+from peers import PACKAGES, peer_contenders
 from PIL import features
+from results import Distance, Key, Results, comparisons, draw, tables
 
 from lars_train.data.dataset import Source
-from lars_train.errors import ConfigError
 from lars_train.pack.encode import Encoding
 from lars_train.pack.packing import SourceSubset
 
 PARTS = 4
-COMPARED = 200  # pictures at most whose pixels are compared
+COMPARED = 200  # images at most whose pixels are compared
+RAW = "original"
 
 
-def stores_of(pictures: Pictures, copies: bool, folder: Path) -> dict[str, Source]:
-    """By what the tables call them. Copies are made of pictures as they were alone."""
-    if pictures.variant:
-        return {f"{RAW} ({pictures.variant})": pictures.source}
-    found = {RAW: pictures.source}
-    if copies:
-        found[LONGEST] = packed(pictures.source, folder / "longest", Encoding(longest=500))
-        found[SHORTEST] = packed(pictures.source, folder / "shortest", Encoding(short=256))
-    return found
+def make_stores(images: Images, folder: Path) -> dict[str, Source]:
+    """Return the stores by their names in the tables; images that were re-encoded are not copied again."""
+    if images.variant:
+        return {f"{RAW} ({images.variant})": images.source}
+    return {
+        RAW: images.source,
+        "packed, longer side at most 500": pack_copies(images.source, folder / "longest", Encoding(longest=500)),
+        "packed, shorter side 256": pack_copies(images.source, folder / "shortest", Encoding(short=256)),
+    }
 
 
-def compare(contenders: list[Contender], stores: dict[str, Source], skipped: list[str]) -> dict[Key, Apart]:
-    """How far views are from Pillow's full decode. Peers that fail at a picture are taken out of the list."""
-    apart: dict[Key, Apart] = {}
+def compare(contenders: list[Contender], stores: dict[str, Source], skipped: list[str]) -> dict[Key, Distance]:
+    """Return the distance of views from Pillow's full decode; remove peers that fail at an image from the list."""
+    found: dict[Key, Distance] = {}
     for store, source in stores.items():
-        pictures = SourceSubset(source, np.arange(min(len(source), COMPARED)))
+        images = SourceSubset(source, np.arange(min(len(source), COMPARED)))
         for task in TASKS:
-            wanted = list(full_decode(task, pictures, 0))
+            expected = list(full_decode(task, images, 0))
             for contender in [one for one in contenders if task in one.tasks]:
                 try:
-                    if contender.views is None:
-                        contender.run(task, pictures, 0)
-                        continue
-                    views = (rows(view) for view in contender.views(task, pictures, 0))
-                    pairs = zip(views, wanted, strict=True)
-                    apart[contender.name, task, store] = compared(contender.name, pairs)
-                except Exception as error:  # whatever a stranger's library raises
+                    if contender.compared is None:
+                        contender.run(task, images, 0)
+                    else:
+                        views = contender.compared(task, images, 0)
+                        pairs = zip(map(as_rows, views), expected, strict=True)
+                        found[contender.name, task, store] = distance([one.astype(int) - other for one, other in pairs])
+                except Exception as error:  # anything that another library raises
                     if contender.name in (REFERENCE, *OURS, FLOOR):
                         raise
                     skipped.append(f"{contender.name}: {task}, {store}: {type(error).__name__}: {error}")
                     contenders.remove(contender)
-    return apart
+    return found
 
 
-def rows(view: Any) -> npt.NDArray[np.uint8]:
-    """As rows of RGB pixels."""
+def as_rows(view: Any) -> npt.NDArray[np.uint8]:
+    """Return a view as rows of RGB pixels."""
     pixels: npt.NDArray[np.uint8] = np.asarray(view)
     return pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels
 
 
-def pieces(count: int) -> list[npt.NDArray[np.int64]]:
-    """The numbers below `count` in PARTS parts, fewer if there are not as many."""
-    return np.array_split(np.arange(count, dtype=np.int64), min(PARTS, count))
+def distance(differences: list[npt.NDArray[Any]]) -> Distance:
+    """Return the distance of views, from their differences."""
+    sizes = [np.abs(one) for one in differences]
+    mean, most = float(np.mean([one.mean() for one in sizes])), max(int(one.max()) for one in sizes)
+    return Distance(mean, most, sum(bool(one.any()) for one in sizes), len(sizes))
+
+
+def mean_size(images: Source) -> float:
+    """Return the mean bytes of an image."""
+    return sum(len(read(images, sample)) for sample in range(len(images))) / len(images)
 
 
 def measure(contenders: list[Contender], stores: dict[str, Source], rounds: int) -> dict[Key, npt.NDArray[np.float64]]:
-    """Images per second of CPU time, of each contender, task and store, in each round; a first round does not count."""
+    """Return images per second of CPU time in each round; a first round does not count."""
     found: dict[Key, list[float]] = {}
-    # What other machines' work takes from this one changes within seconds: who is compared goes through a few pictures
-    # in turn, and so on.
-    parts = {store: [SourceSubset(source, ids) for ids in pieces(len(source))] for store, source in stores.items()}
+    # Other machines' work slows this one down for seconds at a time: contenders take turns after a few images.
+    parts = {
+        store: [SourceSubset(source, ids) for ids in np.array_split(np.arange(len(source)), min(PARTS, len(source)))]
+        for store, source in stores.items()
+    }
     groups = [(store, task) for store in stores for task in TASKS]
-    # What the libraries hold is not gone through again before each turn.
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # what the libraries hold is not searched again before each turn
     for number in range(-1, rounds):
-        draw = random.Random(number)
-        draw.shuffle(groups)
+        shuffle = random.Random(number).shuffle
+        shuffle(groups)
         for store, task in groups:
             takers = [one for one in contenders if task in one.tasks]
-            taken = dict.fromkeys((one.name for one in takers), 0.0)
-            for part, pictures in enumerate(parts[store]):
-                # Neighbours are another time others.
-                draw.shuffle(takers)
+            seconds = dict.fromkeys((one.name for one in takers), 0.0)
+            for part, images in enumerate(parts[store]):
+                shuffle(takers)
                 for contender in takers:
                     gc.collect()
                     before = time.process_time()
-                    contender.run(task, pictures, PARTS * (number + 1) + part)
-                    taken[contender.name] += time.process_time() - before
+                    contender.run(task, images, PARTS * (number + 1) + part)
+                    seconds[contender.name] += time.process_time() - before
             if number >= 0:
-                for name, seconds in taken.items():
-                    found.setdefault((name, task, store), []).append(len(stores[store]) / seconds)
+                for name, own in seconds.items():
+                    found.setdefault((name, task, store), []).append(len(stores[store]) / own)
     gc.unfreeze()
     return {key: np.array(values) for key, values in found.items()}
 
 
-def conditions(args: argparse.Namespace, pictures: Pictures, contenders: list[Contender]) -> list[str]:
-    """What was measured where."""
-    packages = [f"{name} {version(name)}" for name in ("torch", "torchvision", "pillow", "numpy")]
-    peers = [one.versions for one in contenders if one.versions]
-    packages += [one for one in dict.fromkeys(peers) if one not in packages]
-    options = " --peers" if args.peers else ""
+def conditions(args: Namespace, images: Images) -> list[str]:
+    """Return a paragraph on what was measured where."""
+    command = f"python scripts/bench/input/bench_input.py IMAGES{' --peers' if args.peers else ''}"
+    packages = PACKAGES if args.peers else PACKAGES[:3]
     return [
-        f"`python scripts/bench/input/bench_input.py PICTURES{options}` on {cpu_name()}, one core; Python "
-        f"{platform.python_version()}, {', '.join(packages)}, Pillow's libjpeg-turbo "
-        f"{features.version('libjpeg_turbo')}. {len(pictures.source)} pictures, {pictures.kind}, {args.rounds} rounds "
+        f"`{command}` on {shared.cpu_name()}, one core; {shared.software(*packages)}, Pillow's libjpeg-turbo "
+        f"{features.version('libjpeg_turbo')}. {len(images.source)} images, {images.kind}, {args.rounds} rounds "
         "after one that does not count; images per second of CPU time. Ratios are medians over the rounds. Pixels are "
         "compared with Pillow's full decode by torchvision's v1 transforms, in levels of 255; those who decode regions "
         "alone (DALI, nvImageCodec, tf.data, TurboJPEG) show in evaluation what lies up to half a pixel beside.",
@@ -147,93 +159,38 @@ def conditions(args: argparse.Namespace, pictures: Pictures, contenders: list[Co
     ]
 
 
-@contextmanager
-def one_core() -> Iterator[None]:
-    """Keep this process to one core, where the system lets it."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
-    yield
-    if cores:
-        os.sched_setaffinity(0, cores)
-
-
-def end_to_end(pictures: Pictures, rounds: int) -> list[str]:
-    """Return what bench_end_to_end.py finds."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = bench_end_to_end.measure(pictures.source, rounds, device)
-    said = (
-        f"End to end into a batch on {device.type}, {bench_end_to_end.PASSES} passes over the pictures as they are, "
-        "training; CPU time of all processes, with their start."
-    )
-    return ["", said, "", *bench_end_to_end.table(rates)]
-
-
-def shown(plot: Path, page: Path | None) -> list[str]:
-    """The plot, in a page that it lies below."""
-    folder = page.resolve().parent if page is not None else Path.cwd()
-    if not plot.resolve().is_relative_to(folder):
-        return []
-    return [f"![Images per CPU-second, by contender]({plot.resolve().relative_to(folder).as_posix()})", ""]
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, metavar="PICTURES", help="a folder with JPEGs, a store or a zip")
-    parser.add_argument("--rounds", type=int, default=9, help="that count (default 9)")
-    parser.add_argument("--files", type=int, default=200, help="at most so many pictures, evenly spread (default 200)")
-    parser.add_argument("--no-copies", action="store_true", help="the pictures as they are, and no smaller copies")
-    parser.add_argument("--peers", action="store_true", help="other libraries too (pip install 'lars-train[bench]')")
-    parser.add_argument("--pillow-simd", type=Path, metavar="DIR", help="where pip install --target DIR has put it")
-    parser.add_argument(
-        "--write",
-        type=writable_page("bench_input"),
-        metavar="PAGE",
-        help="put what is found between this page's markers",
-    )
-    parser.add_argument("--plot", type=Path, metavar="STEM", help="draw what is found, as STEM.png and STEM.svg")
-    args = parser.parse_args(argv)
-    if args.rounds < 1 or args.files < 1:
-        parser.error("--rounds and --files are at least 1")
-    if args.pillow_simd is not None and not args.peers:
-        parser.error("--pillow-simd is one of --peers")
-    try:
-        args.found = open_pictures(args.pictures, args.files)
-    except ConfigError as error:
-        parser.error(str(error))
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+def main(parser: ArgumentParser, args: Namespace) -> None:
+    """Measure, print, write."""
+    with shared.config_errors(parser):
+        images = open_images(args.images, args.files)
     torch.set_num_threads(1)
     skipped: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stores = stores_of(args.found, not args.no_copies, folder)
-        # First, for it forks: peers have threads.
-        whole = end_to_end(args.found, (args.rounds + 1) // 2)
-        with one_core():
-            contenders = line_up(folder, skipped)
-            if args.peers:
-                import bench_input_peers
-
-                contenders += bench_input_peers.line_up(folder, args.found.source, args.pillow_simd, skipped)
-            apart = compare(contenders, stores, skipped)
-            rates = measure(contenders, stores, args.rounds)
-        sizes = {store: mean_size(source) for store, source in stores.items()}
-    results = Results(sizes, [one.name for one in contenders], rates, apart)
-    lines = conditions(args, args.found, contenders)
-    if args.plot is not None:
-        lines += shown(bench_input_plot.draw(results, args.plot)[1], args.write)
-    lines += [*tables(results), *comparisons(results), *whole, "", *(f"- skipped: {reason}" for reason in skipped)]
-    print("\n".join(lines))
-    if args.write is not None:
-        page = args.write.read_text(encoding="utf-8")
-        args.write.write_text(between_markers(page, "bench_input", lines), encoding="utf-8")
-    return 0
+        stores = make_stores(images, folder)
+        # First, because it forks: peers have threads.
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        whole = end_to_end.measure(images.source, (args.rounds + 1) // 2, device)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        contenders = own_contenders(folder, skipped)
+        if args.peers:
+            contenders += peer_contenders(folder, images.source, args.pillow_simd, skipped)
+        distances = compare(contenders, stores, skipped)
+        rates = measure(contenders, stores, args.rounds)
+        sizes = {
+            store: float(np.mean([len(source.read(i)) for i in range(len(source))])) for store, source in stores.items()
+        }
+    results = Results(sizes, [one.name for one in contenders], rates, distances)
+    lines = conditions(args, images)
+    if args.plot:
+        draw(results, args.plot)
+        below = os.path.relpath(args.plot, args.write.parent if args.write else ".")
+        lines += [f"![Images per CPU-second, by contender]({below}.svg)", ""]
+    lines += [*tables(results), *comparisons(results), "", *whole, "", *(f"- skipped: {reason}" for reason in skipped)]
+    shared.publish(lines, args.write, "bench_input")
 
 
 if __name__ == "__main__":
-    end_on_signals()
-    sys.exit(main())
+    shared.exit_on_signals()
+    main(PARSER, ARGS)

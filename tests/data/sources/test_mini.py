@@ -87,7 +87,7 @@ def test_classes_look_like_what_they_are_called() -> None:
 
 def test_the_script_makes_the_archive_again() -> None:
     if not FASHION_MNIST.is_dir():
-        pytest.skip(f"{FASHION_MNIST} is not there (Debian package dataset-fashion-mnist)")
+        pytest.skip(f"{FASHION_MNIST} is missing (Debian package dataset-fashion-mnist)")
     make = script()
     built, present = make.build(FASHION_MNIST), ARCHIVE.read_bytes()
     with zipfile.ZipFile(ARCHIVE) as archive:
@@ -112,7 +112,7 @@ def test_the_script_tells_what_differs(tmp_path: Path, capsys: pytest.CaptureFix
     for present, code, message in (
         (None, 1, "is missing"),
         (archive(1, b"one"), 0, "is what this script makes"),
-        (archive(1, b"two"), 1, "same images, but was compressed otherwise"),
+        (archive(1, b"two"), 1, "same images, compressed by another version"),
         (archive(2, b"one"), 1, "other images"),
     ):
         if present is not None:

@@ -1,0 +1,263 @@
+"""Training steps to measure: lars-train's own, bare loops, and timm's; for bench_step.py, which describes them.
+
+bench_reduction.py, count_launches.py and profile_step.py take parts of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lars_train.config import Config, OptimizerConfig, ScheduleConfig
+from lars_train.data.loading.loader import Batch, Stream
+from lars_train.launch import Ranks
+from lars_train.models.factory import build_model
+from lars_train.plan import Plan, make_schedule
+from lars_train.training.assemble import build_optimizer
+from lars_train.training.device import Precision, choose_precision
+from lars_train.training.device_prefetch import DevicePrefetcher, RankContext, normalizer
+from lars_train.training.distributed import Group
+from lars_train.training.trainer import Hyper, Trainer
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
+TIMM_KEPT = "(b) timm, freed memory kept"
+OURS, TUNED, WITHOUT = "(d) lars-train", "(d) lars-train, compiled", "(d) without the trainer"
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, by the name of both libraries, and the images it takes at once, in ghost batches of `ghost`."""
+
+    name: str
+    images: int
+    size: int
+    classes: int
+    ghost: int = 0
+    device: torch.device = CPU
+
+
+# At 224 pixels as many as leave room for all contenders in 24 GiB; at 32 the recipes' smallest global batch.
+CASES = (Case("resnet50", 16, 224, 1000), Case("small", 256, 32, 10))
+# The largest micro-batch that a run takes.
+CASES_ON_CUDA = (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA))
+
+
+def precision(device: torch.device = CPU) -> Precision:
+    """Return what ``precision=auto`` selects on a device."""
+    return choose_precision("auto", device)
+
+
+def pixels(case: Case) -> tuple[Tensor, Tensor]:
+    """Return uint8 images in channels-last memory, and their labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (case.images, case.size, case.size, 3), dtype=torch.uint8, generator=generator)
+    return images.permute(0, 3, 1, 2), torch.randint(0, case.classes, (case.images,), generator=generator)
+
+
+def normalized(case: Case, kind: Precision) -> tuple[Tensor, Tensor]:
+    """Return images as the network takes them, channels last, and labels, on the device."""
+    images, labels = pixels(case)
+    return normalizer(MEAN, STD, case.device, kind)(images), labels.to(case.device)
+
+
+def ghost_network(case: Case, ghost: int) -> nn.Module:
+    """Return the network as lars-train makes it, with ghost batch norm."""
+    torch.manual_seed(0)
+    model = build_model(case.name, num_classes=case.classes, ghost_batch=ghost, zero_gamma=False)
+    return model.to(case.device).to(memory_format=torch.channels_last).train()
+
+
+def plain_network(case: Case) -> nn.Module:
+    """Return the network with torch's batch norm, for the loops that are not lars-train's."""
+    if case.name.startswith("resnet"):
+        from torchvision.models import get_model
+
+        model: nn.Module = get_model(case.name, weights=None, num_classes=case.classes)
+        return model.to(case.device).train()
+    from lars_train.models.resnet_cifar import CifarResNet
+
+    return CifarResNet(1, num_classes=case.classes).to(case.device).train()
+
+
+def plain_sgd(model: nn.Module, **options: bool) -> torch.optim.SGD:
+    """Return the optimizer of the bare loops."""
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, **options)
+
+
+def bare(case: Case) -> Step:
+    """Return contender (a)."""
+    model = plain_network(case)
+    optimizer = plain_sgd(model)
+    images, labels = normalized(case, choose_precision("fp32", case.device))
+    images = images.contiguous()
+
+    def step() -> None:
+        loss = functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+    return step
+
+
+def best(case: Case, compiled: bool) -> Step:
+    """Return contender (c)."""
+    model = plain_network(case).to(memory_format=torch.channels_last)
+    forward = torch.compile(model) if compiled else model
+    optimizer = plain_sgd(model, fused=True)
+    kind = precision(case.device)
+    images, labels = normalized(case, kind)
+
+    def step() -> None:
+        with kind.autocast(case.device):
+            logits = forward(images)
+        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def of_timm(case: Case) -> Step:
+    """Return contender (b).
+
+    Raises:
+        LookupError: timm does not have the network.
+    """
+    timm, losses, optimizers, utilities = (
+        importlib.import_module(name) for name in ("timm", "timm.loss", "timm.optim", "timm.utils")
+    )
+    if not case.name.startswith("resnet"):
+        raise LookupError("timm has no such network")
+    model = timm.create_model(case.name, num_classes=case.classes).train()
+    model = model.to(case.device, memory_format=torch.channels_last)
+    optimizer = optimizers.create_optimizer_v2(model, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    loss_of, meter = losses.LabelSmoothingCrossEntropy(0.1), utilities.AverageMeter()
+    kind = precision(case.device)
+    images, labels = normalized(case, choose_precision("fp32", case.device))
+
+    def step() -> None:
+        with kind.autocast(case.device):
+            loss = loss_of(model(images), labels)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        meter.update(loss.item(), len(images))
+
+    return step
+
+
+def make_trainer(
+    case: Case,
+    ghost: int,
+    kind: Precision,
+    *,
+    compiled: bool = False,
+    group: Group | None = None,
+    micro_batches: int = 1,
+) -> Trainer:
+    """Return a trainer as a run makes it, for updates of `micro_batches` per rank in ghost batches of `ghost`."""
+    group = group or Group(Ranks())
+    batch, many = group.ranks.world * micro_batches * case.images, 10**6
+    plan = Plan(
+        samples=many * batch,
+        nominal_batch=batch,
+        global_batch=batch,
+        ghost_batch=ghost,
+        scaled=False,
+        raised=False,
+        epochs=1,
+        updates_per_epoch=many,
+        updates=many,
+        stop=many,
+        warmup_updates=many // 10,
+    )
+    model, settings = ghost_network(case, ghost), lars_options()
+    schedule = make_schedule(plan, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole")))
+    return Trainer(
+        model,
+        build_optimizer(settings, model),
+        plan,
+        Hyper(schedule, 0.0),
+        RankContext(case.device, group, kind, normalizer(MEAN, STD, case.device, kind)),
+        compiled=compiled,
+    )
+
+
+def ours(case: Case, compiled: bool = False) -> Step:
+    """Return contender (d)."""
+    trainer = make_trainer(case, case.ghost, precision(case.device), compiled=compiled)
+    images, labels = pixels(case)
+    if case.device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    batches = DevicePrefetcher(SameBatch(Batch(images, labels, ())), case.device)
+
+    def step() -> None:
+        trainer.run_update(batches, 1, measure=False)
+
+    return step
+
+
+class SameBatch(Stream):
+    """A stream that returns the same batch every time."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._same = batch
+
+    def __next__(self) -> Batch:
+        return self._same
+
+    def ready(self) -> bool:
+        return True
+
+
+def without_trainer(case: Case) -> Step:
+    """Return (d) without the trainer: no schedule, guard, meters, running statistics and counting."""
+    kind = precision(case.device)
+    model = ghost_network(case, case.ghost)
+    optimizer = build_optimizer(lars_options(), model)
+    normalize = normalizer(MEAN, STD, case.device, kind)
+    images, labels = (tensor.to(case.device) for tensor in pixels(case))
+
+    def step() -> None:
+        with kind.autocast(case.device):
+            logits = model(normalize(images))
+        torch.autograd.backward(functional.cross_entropy(logits.to(kind.weights), labels))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def lars_options() -> OptimizerConfig:
+    """Return LARS with the values of the recipe's 32K row."""
+    return OptimizerConfig(
+        name="lars",
+        lr=1.0,
+        momentum=0.9,
+        weight_decay=5e-4,
+        decay_norm_bias=True,
+        adapt_norm_bias=True,
+        eps=1e-8,
+        trust_coef=0.001,
+    )
+
+
+STEPS: dict[str, Callable[[Case], Step]] = {
+    BARE: bare,
+    TIMM: of_timm,
+    TIMM_KEPT: of_timm,
+    BEST_EAGER: lambda case: best(case, compiled=False),
+    BEST: lambda case: best(case, compiled=True),
+    OURS: ours,
+    TUNED: lambda case: ours(case, compiled=True),
+    WITHOUT: without_trainer,
+}
