@@ -1,1 +1,1 @@
-"""What a run tells: metrics.jsonl, TensorBoard, progress bars, words."""
+"""The output of a run: metrics.jsonl, TensorBoard, progress bars, text."""

@@ -1,4 +1,4 @@
-"""What an evaluation mistook for what: a table per class, all pairs that occurred, and a picture."""
+"""Write the confusion matrix of an evaluation: a table by class, all pairs that occurred, and a plot."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ import numpy.typing as npt
 
 from lars_train.messages import printable
 
-_NAMED = 40
-"""Classes whose names still fit beside a picture."""
+_MOST_NAMES = 40
+"""Classes up to which the axes of the plot show names."""
 
 
 def write_confusion(folder: Path, classes: Sequence[str], counts: npt.NDArray[np.int64]) -> None:
-    """Write ``per_class.csv``, ``confusion.csv`` and ``confusion.png`` into `folder`, which is made.
+    """Write ``per_class.csv``, ``confusion.csv`` and ``confusion.png`` into `folder`. Creates the folder.
 
-    `counts`, (C, C + 1): samples of class i that were taken for class j; the last column: those that cannot be decoded,
-    which count as wrong. Raises OSError.
+    `counts`, (C, C + 1): samples of class i that were predicted as class j. The last column counts the samples that
+    cannot be decoded, which count as wrong. Raises `OSError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    of_class, taken_for = counts.sum(1), counts[:, :-1].sum(0)
+    class_sizes, predicted = counts.sum(1), counts[:, :-1].sum(0)
     with (folder / "per_class.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "images", "correct", "top-1 %", "not decoded", "taken for it", "most often taken for"])
+        writer = csv.writer(file)
+        header = ["class", "images", "correct", "top-1 %", "not decoded", "taken for it", "most often taken for"]
+        writer.writerow(header)
         for i, name in enumerate(classes):
             wrong = counts[i, :-1].copy()
             wrong[i] = 0
             other = classes[int(wrong.argmax())] if wrong.any() else ""
-            share = f"{100 * counts[i, i] / of_class[i]:.2f}" if of_class[i] else ""
-            table.writerow([name, of_class[i], counts[i, i], share, counts[i, -1], taken_for[i], other])
+            share = f"{100 * counts[i, i] / class_sizes[i]:.2f}" if class_sizes[i] else ""
+            writer.writerow([name, class_sizes[i], counts[i, i], share, counts[i, -1], predicted[i], other])
     with (folder / "confusion.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "taken for", "images"])
+        writer = csv.writer(file)
+        writer.writerow(["class", "taken for", "images"])
         for i, j in zip(*np.nonzero(counts), strict=True):
-            table.writerow([classes[i], classes[j] if j < len(classes) else "(not decoded)", counts[i, j]])
-    _draw(folder / "confusion.png", classes, counts[:, :-1] / np.maximum(of_class, 1)[:, None])
+            writer.writerow([classes[i], classes[j] if j < len(classes) else "(not decoded)", counts[i, j]])
+    _draw(folder / "confusion.png", classes, counts[:, :-1] / np.maximum(class_sizes, 1)[:, None])
 
 
 def _draw(path: Path, classes: Sequence[str], shares: npt.NDArray[np.float64]) -> None:
@@ -48,12 +49,12 @@ def _draw(path: Path, classes: Sequence[str], shares: npt.NDArray[np.float64]) -
     from matplotlib.colors import LogNorm
 
     figure, axes = pyplot.subplots(figsize=(8, 7), layout="constrained")
-    # On a scale of powers, for rare mistakes are what one looks for.
-    shown = axes.imshow(np.ma.masked_equal(shares, 0), norm=LogNorm(1e-3, 1), cmap="cividis", interpolation="nearest")
-    figure.colorbar(shown, label="share of the class's images")
-    axes.set(xlabel="taken for", ylabel="class")
-    if len(classes) <= _NAMED:
-        # Without mathematics, which a dollar sign begins.
+    # A logarithmic scale shows rare mistakes.
+    image = axes.imshow(np.ma.masked_equal(shares, 0), norm=LogNorm(1e-3, 1), cmap="cividis", interpolation="nearest")
+    figure.colorbar(image, label="share of the class's images")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if len(classes) <= _MOST_NAMES:
+        # matplotlib would read text after a dollar sign as math.
         names = [printable(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
         axes.set_yticks(range(len(names)), names, parse_math=False)

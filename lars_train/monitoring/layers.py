@@ -1,6 +1,6 @@
-"""How the layers of a network fare in an update: one value per layer, and one per stage.
+"""Norms, update ratios and trust ratios of an update, per layer and per stage of the network.
 
-A layer is a parameter tensor, as for LARS; a stage is what its name begins with, in which the stem is one.
+A layer is a parameter tensor, as for LARS. A stage is the first part of its name; `conv1` and `bn1` are the stem.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _STEM = ("conv1", "bn1")
 
 @dataclass(frozen=True)
 class LayerValues:
-    """Of one update, value i of each list that of the parameter `names[i]`.
+    """Values of one update. Element i of each list belongs to the parameter `names[i]`.
 
-    `ratios`: LARS's trust ratios of those parameters that have one, by name. `lr`: the update's learning rate.
+    `ratios`: LARS's trust ratio by parameter name, for the parameters that have one. `lr`: the learning rate.
     """
 
     names: list[str]
@@ -31,24 +31,24 @@ class LayerValues:
     ratios: dict[str, float] = field(default_factory=dict)
 
     def by_layer(self) -> dict[str, list[float]]:
-        """What a histogram shows: ``trust_ratio`` and ``layer_lr`` of the layers that LARS adapts, if there are any."""
-        found = {
+        """Return the values of each histogram; ``trust_ratio`` and ``layer_lr`` only if LARS adapts any layer."""
+        values = {
             "weight_norm": self.weights,
             "grad_norm": self.gradients,
-            "update_ratio": [_share(u, w) for u, w in zip(self.updates, self.weights, strict=True)],
+            "update_ratio": [_ratio(u, w) for u, w in zip(self.updates, self.weights, strict=True)],
         }
         if self.ratios:
-            found["trust_ratio"] = list(self.ratios.values())
-            found["layer_lr"] = [self.lr * ratio for ratio in self.ratios.values()]
-        return found
+            values["trust_ratio"] = list(self.ratios.values())
+            values["layer_lr"] = [self.lr * ratio for ratio in self.ratios.values()]
+        return values
 
     def by_stage(self) -> Iterator[tuple[str, str, float]]:
-        """What, the stage, and its value: norms of all its parameters as one, medians of what is a layer's own."""
+        """Yield (quantity, stage, value): norms over all parameters of the stage, medians of ratios of its layers."""
         for stage, places in self._stages().items():
             weight, grad, update = (_norm(norms[i] for i in places) for norms in self._norms())
             yield "weight_norm", stage, weight
             yield "grad_norm", stage, grad
-            yield "update_ratio", stage, _share(update, weight)
+            yield "update_ratio", stage, _ratio(update, weight)
             ratios = [self.ratios[self.names[i]] for i in places if self.names[i] in self.ratios]
             if ratios:
                 yield "trust_ratio", stage, statistics.median(ratios)
@@ -65,7 +65,7 @@ class LayerValues:
 
 
 def stage_of(name: str) -> str:
-    """The stage of the parameter `name`: ``layer2`` of ``layer2.0.conv1.weight``, ``stem`` of what comes before."""
+    """Return the stage of a parameter: ``layer2`` of ``layer2.0.conv1.weight``, ``stem`` of ``conv1.weight``."""
     first = name.partition(".")[0]
     return "stem" if first in _STEM else first
 
@@ -74,6 +74,6 @@ def _norm(parts: Iterable[float]) -> float:
     return math.hypot(*parts)
 
 
-def _share(part: float, whole: float) -> float:
-    # A bias that begins at zero has no size that it could be compared with.
+def _ratio(part: float, whole: float) -> float:
+    # A bias that starts at zero has no norm to compare with.
     return part / whole if whole else 0.0

@@ -1,6 +1,7 @@
-"""Writes what a run measures: one line of ``metrics.jsonl`` per logged update and per evaluation, the same numbers
-to TensorBoard, and LARS's trust ratios to ``trust_ratios.jsonl``. Only rank 0 makes one. What TensorBoard has beyond
-these numbers is in `board`.
+"""Write the log of a run: a line of ``metrics.jsonl`` per logged update and per evaluation.
+
+TensorBoard gets the same numbers, ``trust_ratios.jsonl`` LARS's trust ratios. Only rank 0 has a log. `tensorboard.py`
+writes what only TensorBoard shows.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ RATIOS_FILE = "trust_ratios.jsonl"
 
 
 class JsonLinesFile:
-    """A file of JSON lines that goes on at `update`: lines of later ones are taken back.
+    """A file of JSON lines, opened to continue after `update`: lines of later updates are dropped.
 
-    Lines that the disk refuses wait in memory until it takes them; `reason` says why they do, and is empty if none do.
-    `there`: the names of what stands in the file for `update` itself.
+    Lines that cannot be written, because the disk is full, stay in memory until they can. `reason` says why lines are
+    waiting; it is empty if none are. `existing`: the names of the values that the file holds for `update` itself.
     """
 
     def __init__(self, path: Path, update: int) -> None:
-        self.there = drop_lines_after(path, update)
+        self.existing = drop_lines_after(path, update)
         self.file, self._path, self._name = path.open("ab", buffering=0), path, path.name
-        self._whole, self._pending = path.stat().st_size, list[bytes]()
+        self._written_bytes, self._pending = path.stat().st_size, list[bytes]()
         self.reason = ""
 
     def add(self, values: dict[str, Any]) -> None:
-        """One more line."""
+        """Append `values` as one line."""
         self._pending.append(json.dumps(values).encode() + b"\n")
-        self.put()
+        self._write_pending()
 
-    def put(self) -> None:
-        """Write the lines that wait; those that do not fit on the disk go on waiting."""
+    def _write_pending(self) -> None:
+        """Write the waiting lines; lines that do not fit on the disk keep waiting."""
         try:
-            if self.reason:  # a line may have been cut short
-                os.ftruncate(self.file.fileno(), self._whole)
+            if self.reason:  # the last write may have left a part of a line
+                os.ftruncate(self.file.fileno(), self._written_bytes)
             while self._pending:
                 written = self.file.write(self._pending[0])
                 if written != len(self._pending[0]):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._whole += written
+                self._written_bytes += written
                 self._pending.pop(0)
         except OSError as error:
             self.reason = error.strerror or str(error)
@@ -55,26 +56,26 @@ class JsonLinesFile:
             self.reason = ""
 
     def sync(self) -> None:
-        """Put what was written so far on disk. Raises `OSError`."""
-        self.put()
+        """Write all lines and sync the file to disk. Raises `OSError`."""
+        self._write_pending()
         if self._pending:
             raise OSError(f"{self._name}: {self.reason}")
         with name_in_errors(self._path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Write out what can be, and close the file."""
-        self.put()
-        with contextlib.suppress(OSError):  # what `sync` did not put on disk, no checkpoint relies on
+        """Write the waiting lines, as far as possible, and close the file."""
+        self._write_pending()
+        with contextlib.suppress(OSError):  # checkpoints rely only on lines that `sync` wrote
             self.file.close()
 
 
 class RunLog:
-    """The log of one run, opened so that it goes on at `update`.
+    """The log of one run, opened to continue after `update`.
 
-    Lines and events of later updates, which a killed run may have left, are taken back: each update
-    stands in the log once, also if the last evaluation is made again. A value that is not finite stands as
-    null. Raises `KeyError` for a field that `FIELDS` does not describe.
+    Lines and events of later updates, which a killed run may have left, are dropped. Each update appears in the log
+    once, even if the last evaluation is repeated. A value that is not finite is written as null. Raises `KeyError` for
+    a field that is not in `FIELDS`.
     """
 
     def __init__(self, directory: Path, update: int) -> None:
@@ -83,55 +84,55 @@ class RunLog:
         self._ratios: JsonLinesFile | None = None
         if (directory / RATIOS_FILE).exists():
             self._ratios = JsonLinesFile(directory / RATIOS_FILE, update)
-        self._ratios_of: list[str] | None = None
-        self._no_ratios, self._ratios_waiting = "", list[tuple[int, list[str], list[float]]]()
+        self._described_layers: list[str] | None = None
+        self._ratios_reason, self._pending_ratios = "", list[tuple[int, list[str], list[float]]]()
         write_atomic(directory / "metrics.fields.json", [json.dumps(_described(FIELDS), indent=1).encode() + b"\n"])
         self.board = TensorBoardWriter(directory / "tensorboard", update)
 
     @property
     def reason(self) -> str:
-        """Why lines wait in memory for the disk, or why TensorBoard's events have ended; empty if all is well."""
-        ratios = self._no_ratios or (self._ratios.reason if self._ratios else "")
+        """The reason why lines wait in memory, or why TensorBoard's events have stopped; empty if neither happened."""
+        ratios = self._ratios_reason or (self._ratios.reason if self._ratios else "")
         return self._metrics.reason or ratios or self.board.reason
 
     def write(self, update: int, epoch: float, values: dict[str, float | int]) -> None:
-        """One line, and one TensorBoard point per value."""
+        """Write `values` as one line, and one TensorBoard point per value."""
         for name in values:
             FIELDS[name]
-        if update == self._start and values.keys() <= self._metrics.there:
+        if update == self._start and values.keys() <= self._metrics.existing:
             return
         self._metrics.add({"update": update, "epoch": round(epoch, 6), **_finite(values)})
         self.board.scalars(values, update)
 
     def write_ratios(self, update: int, layers: list[str], ratios: list[float]) -> None:
-        """One line of trust ratios, one for each of the `layers`. Raises nothing for a disk that is full."""
-        if update == self._start and self._ratios is not None and self._ratios.there:
+        """Write one line of trust ratios, one for each of the `layers`. Raises nothing if the disk is full."""
+        if update == self._start and self._ratios is not None and self._ratios.existing:
             return
-        self._ratios_waiting.append((update, layers, ratios))
-        self._put_ratios()
+        self._pending_ratios.append((update, layers, ratios))
+        self._write_waiting_ratios()
 
-    def _put_ratios(self) -> None:
-        """Write the trust ratios that wait for their files; those that the disk refuses go on waiting."""
+    def _write_waiting_ratios(self) -> None:
+        """Write the waiting trust ratios; those that do not fit on the disk keep waiting."""
         try:
-            while self._ratios_waiting:
-                update, layers, ratios = self._ratios_waiting[0]
-                if self._ratios_of != layers:
+            while self._pending_ratios:
+                update, layers, ratios = self._pending_ratios[0]
+                if self._described_layers != layers:
                     described = {**_described(RATIO_FIELDS), "layers": layers}
                     text = json.dumps(described, indent=1) + "\n"
                     write_atomic(self._directory / "trust_ratios.fields.json", [text.encode()])
-                    self._ratios_of = layers
+                    self._described_layers = layers
                 if self._ratios is None:
                     self._ratios = JsonLinesFile(self._directory / RATIOS_FILE, update)
                 self._add_ratios(self._ratios, update, ratios)
-                self._ratios_waiting.pop(0)
+                self._pending_ratios.pop(0)
         except OSError as error:
-            self._no_ratios = error.strerror or str(error)
+            self._ratios_reason = error.strerror or str(error)
         else:
-            self._no_ratios = ""
+            self._ratios_reason = ""
 
     @staticmethod
     def _add_ratios(file: JsonLinesFile, update: int, ratios: list[float]) -> None:
-        # Four digits are what a picture can show, and a third of the size.
+        # Four digits are enough for a plot, and take a third of the space.
         kept = [float(f"{ratio:.4g}") if math.isfinite(ratio) else None for ratio in ratios]
         file.add({"update": update, "trust_ratios": kept})
 
@@ -140,17 +141,17 @@ class RunLog:
         self.board.results(settings, fields)
 
     def sync(self) -> None:
-        """Put what was written so far on disk: a checkpoint that follows relies on it. Raises `OSError`."""
+        """Write and sync the log to disk. A checkpoint relies on the lines before it. Raises `OSError`."""
         self._metrics.sync()
-        self._put_ratios()
-        if self._no_ratios:
-            raise OSError(f"{RATIOS_FILE}: {self._no_ratios}")
+        self._write_waiting_ratios()
+        if self._ratios_reason:
+            raise OSError(f"{RATIOS_FILE}: {self._ratios_reason}")
         if self._ratios is not None:
             self._ratios.sync()
         self.board.flush()
 
     def close(self) -> None:
-        """Write out what can be, and close the files."""
+        """Write the waiting lines, as far as possible, and close the files."""
         self._metrics.close()
         if self._ratios is not None:
             self._ratios.close()
@@ -162,14 +163,14 @@ def _described(fields: dict[str, tuple[str, str]]) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, float | int]) -> dict[str, float | int | None]:
-    # JSON has no word for NaN and infinity; strict readers refuse what Python would write.
+    # JSON has no NaN or infinity: strict readers reject what Python would write.
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def drop_lines_after(path: Path, update: int) -> set[str]:
-    """Drop the lines of later updates and a line that a kill cut short; atomically.
+    """Drop the lines of later updates, and a line that a kill cut short. Atomic.
 
-    Returns the names of what stands there for `update` itself.
+    Returns the names of the values that the file holds for `update` itself.
     """
     kept: list[str] = []
     names: set[str] = set()

@@ -1,4 +1,4 @@
-"""How much memory rank 0 uses, asked of the system and of torch's allocator; no device is waited for."""
+"""Measure the memory that rank 0 uses, from the system and torch's allocator, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GIB = 1 << 30
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GiB, by the names of `fields.FIELDS`; the device's peak is that since the last call."""
+    """Return GiB by field of the log. The device's value is the peak since the last call."""
     values = {}
     resident = _resident()
     if resident:
@@ -23,7 +23,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not tell."""
+    """Return the resident memory of this process in bytes; 0 where the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

@@ -1,6 +1,6 @@
-"""The gradient noise scale: what the gradients of two batch sizes tell of the noise in one sample's gradient.
+"""Estimate the gradient noise scale from the gradients of two batch sizes.
 
-Arithmetic on numbers that others measured; where they come from is in `training.measures`.
+Pure arithmetic: `training.metrics` measures the norms.
 McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training",
 https://arxiv.org/abs/1812.06162, appendix A.1.
 """
@@ -11,14 +11,14 @@ import math
 from dataclasses import dataclass
 
 DECAY = 0.9
-"""What an average keeps of itself at each estimate: about the last ten count."""
+"""Factor of the exponential averages: about the last ten estimates count."""
 
 
 @dataclass
 class NoiseScale:
-    """Exponential averages of the two estimates. Their ratio is that of the averages, for it alone would be biased.
+    """Exponential averages of the estimates of |G|^2 (`grad_sq`) and tr(Sigma) (`trace`), both started at 0.
 
-    `count`: estimates so far; `grad_sq` of |G|^2 and `trace` of tr(Sigma): the averages as they began, at 0.
+    The noise scale is the ratio of the two averages: an average of ratios would be biased. `count`: estimates so far.
     """
 
     count: int = 0
@@ -26,7 +26,7 @@ class NoiseScale:
     trace: float = 0.0
 
     def add(self, small_sq: float, per_small: float, big_sq: float, per_big: float) -> None:
-        """Enter an estimate, see `estimates`; one that is not finite (a float16 overflow) is left out."""
+        """Add an estimate, see `estimates`. Skip one that is not finite (a float16 overflow)."""
         found = estimates(small_sq, per_small, big_sq, per_big)
         if not all(map(math.isfinite, found)):
             return
@@ -35,11 +35,11 @@ class NoiseScale:
         self.trace = DECAY * self.trace + (1 - DECAY) * found[1]
 
     def values(self) -> dict[str, float]:
-        """By the names of `fields.FIELDS`; nothing before the first estimate, and no scale from an |G|^2 below 0."""
+        """Return values by field of the log: none before the first estimate, no scale unless both averages are > 0."""
         if not self.count:
             return {}
-        began_at_zero = 1 - DECAY**self.count
-        grad_sq, trace = self.grad_sq / began_at_zero, self.trace / began_at_zero
+        bias_correction = 1 - DECAY**self.count
+        grad_sq, trace = self.grad_sq / bias_correction, self.trace / bias_correction
         values = {"noise/grad_sq": grad_sq, "noise/trace": trace}
         if grad_sq > 0 and trace > 0:
             values["noise/scale"] = trace / grad_sq
@@ -48,16 +48,16 @@ class NoiseScale:
 
 
 def estimates(small_sq: float, per_small: float, big_sq: float, per_big: float) -> tuple[float, float]:
-    """Unbiased estimates of |G|^2 and tr(Sigma), from squared norms of mean gradients over two batch sizes.
+    """Return unbiased estimates of |G|^2 and tr(Sigma) from the squared norms of mean gradients over two batch sizes.
 
-    The mean gradient over b independent samples has the expected squared norm |G|^2 + tr(Sigma) / b; two sizes are
-    two equations. Either estimate may come out below 0.
+    The mean gradient over b independent samples has the expected squared norm |G|^2 + tr(Sigma) / b; two batch sizes
+    give two equations. Either estimate may be below 0.
 
     Args:
-        small_sq: |g|^2 of the smaller batch, or a mean of several's.
-        per_small: 1 / b of it, or the mean of theirs; above `per_big`.
+        small_sq: |g|^2 of the smaller batch, or its mean over several small batches.
+        per_small: 1 / b of the smaller batch, or its mean; above `per_big`.
         big_sq: |g|^2 of the larger batch.
-        per_big: 1 / b of it.
+        per_big: 1 / b of the larger batch.
     """
     trace = (small_sq - big_sq) / (per_small - per_big)
     return big_sq - trace * per_big, trace

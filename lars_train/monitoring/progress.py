@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from typing import Any
 from tqdm import tqdm
 
 from lars_train.messages import format_duration, ignore_closed_output, paint, printable, terminal_width, wrap_text
-from lars_train.monitoring.fields import on_a_line
+from lars_train.monitoring.fields import format_fields
 
 QUIET, NORMAL, EVERY_LINE = 0, 1, 2
-"""Levels of ``verbosity``: warnings and results; a line per epoch as well; one per log line as well."""
+"""Levels of ``verbosity``: warnings and results; also a line per epoch; also a line per log point."""
 
 _SILENCE_S = 600.0
-"""Where there is no bar, a run that goes on says so after so many seconds."""
+"""Without a bar, a run that prints nothing else prints a line at the first log point after this many seconds."""
 _WARNING = "WARNING: "
-_BEHIND_BAR = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "train/wait_share", "train/mfu")
+_BAR_FIELDS = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "train/wait_share", "train/mfu")
 _LEAST_CELLS, _MOST_CELLS = 10, 40
-# From an empty to a full cell.
+# Characters from an empty to a full cell.
 _BLOCKS, _ASCII = " ▏▎▍▌▋▊▉█", " 123456789#"
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """A bar of one line that a failing terminal does not stop.
+    """A one-line bar that ignores errors of the terminal.
 
-    The cursor rests at the line's start: the ``^C`` that a terminal echoes there, and a line that another process
-    prints, replace a part of the bar, which the next update restores.
+    The cursor stays at the start of the line: a ``^C`` that the terminal echoes, or a line that another process
+    prints, overwrites a part of the bar, and the next update restores it.
     """
 
     fields: tuple[str, ...] = ()
-    """Texts behind the bar, the most important first. Those that do not fit are left out."""
+    """Texts after the bar, most important first. Texts that do not fit are left out."""
     run_left: float | None = None
-    """Seconds until the whole run is done."""
+    """Seconds until the end of the run."""
 
     def display(self, *arguments: Any, **keywords: Any) -> None:
         with ignore_closed_output():
@@ -44,11 +44,11 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        # Blanks erase what was longer before: a notebook that runs a command knows no ESC[K.
-        show_behind = tqdm.status_printer(file)
+        # Overwrite a longer line with blanks: the output of a command in a notebook does not support ESC[K.
+        show_padded = tqdm.status_printer(file)
 
         def show(text: str) -> None:
-            show_behind(text)
+            show_padded(text)
             file.write("\r")
             file.flush()
 
@@ -56,7 +56,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
     def __str__(self) -> str:
         state = self.format_dict
-        # The last column stays free: some terminals move to the next line after it.
+        # The last column stays free: some terminals move to the next line once it is filled.
         return bar_line(
             f"{state['prefix']} ",
             state["n"],
@@ -76,13 +76,13 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 def bar_line(title: str, done: int, total: int, fields: Iterable[str], width: int, cells: str = _BLOCKS) -> str:
-    """A bar with its title and, behind it, the first of the `fields` that leave it at least ten cells.
+    """Return a bar of at most `width` characters: title, cells, and the first `fields` that leave ten cells.
 
-    `cells`: the characters from an empty to a full cell. At most `width` characters.
+    `cells`: the characters from an empty to a full cell.
     """
     share, text = done / total if total else 1.0, f" {done:,}/{total:,}"
     room = width - len(title) - len("||")
-    text += first_fields(fields, room - _LEAST_CELLS - len(text))
+    text += fitting_fields(fields, room - _LEAST_CELLS - len(text))
     size = min(room - len(text), _MOST_CELLS)
     if size < 1:
         return f"{title}{text.lstrip()}"[: max(0, width)]
@@ -91,8 +91,8 @@ def bar_line(title: str, done: int, total: int, fields: Iterable[str], width: in
     return f"{title}|{(cells[-1] * full + cells[rest])[:size]:{size}}|{text}"
 
 
-def first_fields(fields: Iterable[str], room: int) -> str:
-    """The first of the `fields`, each behind two blanks, that have room in so many characters together."""
+def fitting_fields(fields: Iterable[str], room: int) -> str:
+    """Return the first `fields` that together fit into `room` characters, each after two blanks."""
     text = ""
     for field in fields:
         if len(text) + len("  ") + len(field) > room:
@@ -102,9 +102,9 @@ def first_fields(fields: Iterable[str], room: int) -> str:
 
 
 class Progress:
-    """The display of rank 0; on other ranks (`shown` False) it says nothing.
+    """The display of rank 0. On other ranks, `shown` is False and nothing is printed.
 
-    `verbosity`: a level, see `QUIET`. Bars want a terminal that can go back in its line, and `NORMAL` at least.
+    `verbosity`: a level, see `QUIET`. Bars need `NORMAL` and a terminal that can move the cursor back.
     """
 
     def __init__(self, *, shown: bool, epochs: int, verbosity: int = NORMAL) -> None:
@@ -112,13 +112,13 @@ class Progress:
         self._bars = shown and verbosity >= NORMAL and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._epochs = epochs
         self._bar: Any = None
-        self._said = time.monotonic()
+        self._last_printed = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Text above the bar if there is one; of a quiet run, only a warning."""
+        """Print `text`, above the bar if there is one. At `QUIET`, print warnings only."""
         warns = text.startswith(_WARNING)
         if self._shown and (warns or self._verbosity >= NORMAL):
-            self._said = time.monotonic()
+            self._last_printed = time.monotonic()
             line = wrap_text(printable(text), sys.stdout)
             if warns:
                 line = paint(_WARNING.rstrip(), "yellow", sys.stdout) + " " + line.removeprefix(_WARNING)
@@ -127,44 +127,44 @@ class Progress:
                 sys.stdout.flush()
 
     def start_epoch(self, epoch: int, updates: int, done: int) -> None:
-        """A bar for epoch `epoch` (from 0), in which the run makes `updates` updates, `done` of them behind us."""
+        """Show a bar for epoch `epoch` (from 0) with `updates` updates, of which `done` are done."""
         if self._bars:
             self._bar = _Bar(total=updates, initial=done, desc=f"epoch {epoch + 1}/{self._epochs}", leave=False)
 
     def advance(self, logged: dict[str, float], run_left: float | None = None) -> None:
-        """One update further; the last logged values stand behind the bar.
+        """Advance the bar by one update, and show the last logged values after it.
 
-        `run_left`: seconds until the whole run is done, None: not known yet.
+        `run_left`: seconds until the end of the run; None if not known yet.
         """
         if self._bar is None:
             return
         if logged:
             self._bar.run_left = run_left
-            self._bar.fields = tuple(on_a_line(logged, *_BEHIND_BAR))
+            self._bar.fields = tuple(format_fields(logged, *_BAR_FIELDS))
         self._bar.update()
 
     def log_line(self, *fields: str) -> None:
-        """A line at a log point: at `EVERY_LINE`, and where there is no bar and nothing was said for long.
+        """Print a line at a log point: at `EVERY_LINE`, or without a bar after a long silence.
 
-        `fields`: the most important first. A terminal gets those that fit its width.
+        `fields`: most important first. On a terminal, fields that do not fit its width are left out.
         """
-        silent = self._bar is None and time.monotonic() - self._said > _SILENCE_S
+        silent = self._bar is None and time.monotonic() - self._last_printed > _SILENCE_S
         if self._verbosity >= EVERY_LINE or silent:
-            self._say_fields(fields)
+            self._print_fields(fields)
 
     def end_epoch(self, *fields: str) -> None:
-        """Take the bar away and leave one line of `fields`, as `log_line` does."""
+        """Remove the bar and print one line of `fields`, as `log_line` does."""
         self.close()
-        self._say_fields(fields)
+        self._print_fields(fields)
 
-    def _say_fields(self, fields: Sequence[str]) -> None:
+    def _print_fields(self, fields: Sequence[str]) -> None:
         first, *others = fields
         room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
-        self.say(first + first_fields(others, room - len(first)))
+        self.say(first + fitting_fields(others, room - len(first)))
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Any]:
-        """A bar over `total` images in place of the epoch's; yields what to call with each batch's size."""
+        """Show a bar over `total` images in place of the epoch's. Yields a function to call with each batch's size."""
         self.close()
         if not self._bars:
             yield lambda count: None
@@ -173,7 +173,7 @@ class Progress:
             yield bar.update
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

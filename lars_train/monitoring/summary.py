@@ -1,4 +1,4 @@
-"""What a run says in words: the effective values before it, a line per epoch, and ``final.json`` after it."""
+"""Format what a run reports: its effective settings, a line per epoch, and ``final.json``."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lars_train.config import Config, filled, published_top1
 from lars_train.config.lars_options import changed_options
 from lars_train.data.inventory import Inventory
 from lars_train.messages import counted, format_duration, format_number, operations
-from lars_train.monitoring.fields import on_a_line
+from lars_train.monitoring.fields import format_fields
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
 
-ALREADY_FINISHED = "This run is finished; resume=never starts it anew and moves this one aside."
+ALREADY_FINISHED = "This run has finished. resume=never moves it aside and starts a new one."
 
-# `validation_gap_note`: points of top-1, and the share of its norm by which an update moves the weights.
-_FAR_BELOW, _FAST = 10.0, 0.01
+# Thresholds of `validation_gap_note`: points of top-1, and train/update_ratio.
+_LARGE_GAP, _FAST_WEIGHTS = 10.0, 0.01
 
 
 class MachineSettings(Protocol):
-    """What `startup_lines` needs of the decisions for this machine."""
+    """Settings resolved for this machine that `startup_lines` reports."""
 
     @property
     def micro_batch(self) -> int: ...
@@ -38,7 +38,7 @@ class MachineSettings(Protocol):
 
 
 class EvaluationResult(Protocol):
-    """What is told of an evaluation: percent, and samples."""
+    """Results of an evaluation: top-1 and top-5 in percent, and the number of samples."""
 
     @property
     def top1(self) -> float: ...
@@ -49,38 +49,38 @@ class EvaluationResult(Protocol):
 
 
 def startup_lines(
-    config: Config, plan: Plan, decided: MachineSettings, directory: Path, resumed_at: int, inventory: Inventory
+    config: Config, plan: Plan, settings: MachineSettings, directory: Path, resumed_at: int, inventory: Inventory
 ) -> Iterator[str]:
-    """The effective values of a run, a line each."""
-    most = accumulation(plan, decided.world, decided.micro_batch // plan.ghost_batch)
+    """Yield the effective settings of a run, one line each."""
+    most = accumulation(plan, settings.world, settings.micro_batch // plan.ghost_batch)
     yield from experiment_lines(config, plan, inventory)
-    each = " each" if decided.world > 1 else ""
-    yield f"world size     {decided.world} ({decided.device}, {counted(decided.threads, 'CPU thread')}{each})"
-    yield f"micro-batch    {decided.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
-    layout = "channels last" if decided.channels_last else "channels first"
-    yield f"precision      {decided.precision}, {layout}, {'compiled' if config.compile else 'not compiled'}"
+    each = " each" if settings.world > 1 else ""
+    yield f"world size     {settings.world} ({settings.device}, {counted(settings.threads, 'CPU thread')}{each})"
+    yield f"micro-batch    {settings.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
+    layout = "channels last" if settings.channels_last else "channels first"
+    yield f"precision      {settings.precision}, {layout}, {'compiled' if config.compile else 'not compiled'}"
     if config.gradient_compression != "none":
-        alone = "" if decided.world > 1 else ": nothing to do, one rank sends no gradients"
+        alone = "" if settings.world > 1 else ": no effect, since a single rank sends no gradients"
         yield f"compression    gradients are exchanged in {config.gradient_compression}{alone}"
     yield f"run directory  {directory}"
     if resumed_at:
-        yield f"resumed        at update {resumed_at:,} (resume=never starts anew)"
+        yield f"resumed        at update {resumed_at:,} (resume=never starts over)"
 
 
 def flops_line(flops_per_image: float, peak_flops: float | None) -> str:
-    """Operations of training on an image and, for ``train/mfu``, those that a device does in a second."""
+    """Return the operations of training on an image and, for ``train/mfu``, the measured operations/s of a rank."""
     relative = (
         ""
         if peak_flops is None
-        else f"; train/mfu is relative to {operations(peak_flops)}/s a rank, measured here with matrix products"
+        else f"; train/mfu is relative to {operations(peak_flops)}/s per rank, measured here with matrix products"
     )
-    return f"arithmetic     {operations(flops_per_image)} an image{relative}"
+    return f"arithmetic     {operations(flops_per_image)} per image{relative}"
 
 
 def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str]:
-    """What a run computes, whatever it runs on, and what of the data set is skipped; a line each."""
+    """Yield what a run computes on any hardware, and what it skips of the data set, one line each."""
     opt, schedule = config.optimizer, config.schedule
-    what = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
+    optimizer = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
     yield f"data           {config.data.name}: {plan.samples:,} training images"
     if config.data.holdout is not None:
         yield f"               validation: held out of the training images (data.holdout={config.data.holdout:g})"
@@ -90,16 +90,16 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
     yield f"recipe         {config.recipe.name}"
     yield f"global batch   {counted(plan.global_batch, 'image')} per update ({plan.arithmetic()})"
     if plan.raised:
-        yield f"               NOTE: raised to {plan.global_batch}, the least that batch norm works with; lr stays"
+        yield f"               NOTE: raised to {plan.global_batch}, the smallest batch for batch norm; lr is unchanged"
     yield f"updates        {plan.updates_per_epoch:,} per epoch, {plan.updates:,} in {counted(plan.epochs, 'epoch')}"
     if plan.stop < plan.updates:
         yield f"               stops after update {plan.stop:,} (max_updates)"
-    yield f"optimizer      {what}, peak lr {opt.lr:g}, weight decay {opt.weight_decay:g}"
+    yield f"optimizer      {optimizer}, peak lr {opt.lr:g}, weight decay {opt.weight_decay:g}"
     if opt.name == "lars":
         changed = changed_options(opt)
-        but = f", but for {', '.join(changed)}" if changed else ""
+        exceptions = f" except {', '.join(changed)}" if changed else ""
         without = "" if opt.adapt_norm_bias in (None, True) else "; none for batch norm and biases"
-        yield f"               trust ratios as {opt.preset or 'torchlars'} has them{but}{without}"
+        yield f"               trust ratios as in {opt.preset or 'torchlars'}{exceptions}{without}"
     warmup = "no warm-up, "
     if plan.warmup_updates:
         length = format_number(filled(schedule.warmup_epochs))
@@ -116,30 +116,31 @@ def epoch_fields(
     best_top1: float = math.nan,
     seconds_left: float | None = None,
 ) -> Iterator[str]:
-    """The fields of an epoch's line, the most important first.
+    """Yield the fields of an epoch's line, most important first.
 
-    From the last logged values and, where there was one, the evaluation. `seconds_left`: of the whole run.
+    `logged`: the last logged values. `result`: of the evaluation, if there was one. `seconds_left`: until the end of
+    the run.
     """
     yield f"epoch {math.ceil(update / plan.updates_per_epoch)}/{plan.epochs}"
     yield f"update {update:,}"
     if result is not None:
         yield f"top-1 {result.top1:.2f} % of {result.count:,}"
         yield f"best {best_top1:.2f} %"
-    yield from on_a_line(logged, "train/loss")
+    yield from format_fields(logged, "train/loss")
     if seconds_left is not None and update < plan.stop:
         yield f"{format_duration(seconds_left)} left"
-    yield from on_a_line(logged, "train/images_per_s", "train/wait_share", "train/mfu", "train/lr")
+    yield from format_fields(logged, "train/images_per_s", "train/wait_share", "train/mfu", "train/lr")
 
 
 def validation_gap_note(logged: dict[str, float], result: EvaluationResult) -> str | None:
-    """Why validation is far below training where the weights move fast; None where it is not, or they do not."""
+    """Return a note that explains validation far below training; None unless weights also change fast."""
     moved = logged.get("train/update_ratio", 0.0)
-    if logged.get("train/top1", 0.0) - result.top1 < _FAR_BELOW or not moved >= _FAST:
+    if logged.get("train/top1", 0.0) - result.top1 < _LARGE_GAP or not moved >= _FAST_WEIGHTS:
         return None
     return (
         f"NOTE: validation is far below training ({logged['train/top1']:.0f} %): it uses batch norm's running "
-        f"statistics, an average over about ten updates, and the weights still move by {100 * moved:.1f} % an update. "
-        "The gap usually closes as the learning rate falls (docs/troubleshooting.md)."
+        f"statistics, an average over about ten updates, and the weights still change by {100 * moved:.1f} % per "
+        "update. The gap usually closes as the learning rate falls (docs/troubleshooting.md)."
     )
 
 
@@ -158,10 +159,10 @@ def final_record(
     weights_sha256: str,
     weights_sha256_float32: str,
 ) -> dict[str, Any]:
-    """The content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
+    """Return the content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
 
-    `published_top1` is that of the same experiment, or None: the recipe's row with ResNet-50 on all of ImageNet.
-    `passed_over`: global batches that made no update, by rollbacks or by float16's loss scale.
+    `published_top1`: of the recipe's row, if the run is that experiment (ResNet-50 on all of ImageNet), else None.
+    `passed_over`: global batches without an update, skipped by rollbacks or by float16's loss scaling.
     """
     full = plan.samples == IMAGENET_TRAIN_IMAGES and not plan.scaled and config.model.name == "resnet50"
     return {

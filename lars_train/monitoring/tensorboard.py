@@ -1,6 +1,6 @@
-"""TensorBoard's part of a run's log: curves, the layers' histograms and stages, sample images, and the page to open.
+"""Write TensorBoard events: curves, histograms over the layers, curves by stage, sample images, and a page of charts.
 
-Whatever fails in it ends the events and not the run; `reason` says why.
+An error ends the events, never the run; `reason` says why.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lars_train.messages import printable
 from lars_train.monitoring.layers import LayerValues
 
 CUSTOM_SCALARS_TAB = "custom_scalars"
-"""The page that shows the run at a glance: ``http://localhost:6006/#custom_scalars``."""
+"""The tab that shows the run at a glance: ``http://localhost:6006/#custom_scalars``."""
 
 _FILE_BYTES = 16 << 20
-"""An event file that has passed this is closed, and the next one begun."""
-# Of an event beside its summary: length, two checksums, time, update.
-_AROUND = 40
+"""Size at which an event file is closed and the next one started."""
+# Bytes of an event besides its summary: length, two checksums, time, update.
+_EVENT_OVERHEAD = 40
 
-# The tab's columns, of which it opens with five, in the order of the alphabet.
+# Columns of the hparams tab to show first: it opens with five columns, in alphabetical order.
 _FIRST_SETTINGS = frozenset({"batch", "epochs", "model.name", "optimizer.lr", "optimizer.name"})
 
 _BY_STAGE = {
@@ -39,15 +39,15 @@ _BY_STAGE = {
 def layout() -> dict[str, dict[str, list[Any]]]:
     """Return the charts of `CUSTOM_SCALARS_TAB` by heading, the first to read first. Tags are regular expressions.
 
-    A chart has one curve for each run: its colors are the runs', and a second curve would share them and the scale. The
-    stages are the exception.
+    A chart has one curve per run: TensorBoard colors by run, so a second curve would share its color and scale. Only
+    the charts of stages have several.
     """
 
     def chart(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
     return {
-        "How it goes": {
+        "Overview": {
             "training loss": chart("train/loss"),
             "validation loss": chart("val/loss"),
             "training top-1 %": chart("train/top1"),
@@ -63,7 +63,7 @@ def layout() -> dict[str, dict[str, list[Any]]]:
             "|G|^2": chart("noise/grad_sq"),
         },
         "Machine": {
-            "share of time that waited for input": chart("train/wait_share"),
+            "share of time spent waiting for input": chart("train/wait_share"),
             "images/s that the loaders deliver": chart("loader/images_per_s"),
             "model FLOP utilization (CUDA)": chart("train/mfu"),
             "host memory, GiB": chart("memory/host"),
@@ -77,10 +77,10 @@ def layout() -> dict[str, dict[str, list[Any]]]:
 
 
 class TensorBoardWriter:
-    """The events in `folder`, of which those after `update` are taken back.
+    """Writes events to `folder`. Events after `update`, which a killed run may have left, are purged.
 
-    They are in several files, each begun when the one before it has passed `_FILE_BYTES` or by a run that goes on.
-    TensorBoard reads a folder's files as one, in the order of their names, and takes back what a later one says.
+    Events are in several files: a new one starts when the last exceeds `_FILE_BYTES`, and when a run resumes.
+    TensorBoard reads the files of a folder as one, in the order of their names, and purges what a later file says.
     """
 
     def __init__(self, folder: Path, update: int) -> None:
@@ -88,18 +88,18 @@ class TensorBoardWriter:
         self._folder = str(folder)
         self._writer: Any = None
         try:
-            self._begin(purge_step=update + 1)
+            self._open_file(purge_step=update + 1)
         except OSError as error:
             self.reason = f"TensorBoard: {error}"
-        self._show("add_custom_scalars", layout())
+        self._call("add_custom_scalars", layout())
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
-        """A point of each curve."""
+        """Add a point to each curve."""
         self._do(lambda writer: self._add(writer, _points(values), update))
 
     def layers(self, values: LayerValues, update: int) -> None:
-        """Histograms over the layers, and a line per stage."""
-        stages = {f"stage_{what}/{stage}": value for what, stage, value in values.by_stage()}
+        """Add histograms over the layers, and a point per stage to its curves."""
+        stages = {f"stage_{quantity}/{stage}": value for quantity, stage, value in values.by_stage()}
 
         def add(writer: Any) -> None:
             summary = _points(stages)
@@ -109,62 +109,62 @@ class TensorBoardWriter:
         self._do(add)
 
     def images(self, images: Any, update: int) -> None:
-        """A grid of training images as the network gets them: uint8 (n, 3, S, S) in host memory."""
-        self._show("add_images", "samples/augmented", images, update)
+        """Add a grid of training images as the network gets them: uint8 (n, 3, S, S) in host memory."""
+        self._call("add_images", "samples/augmented", images, update)
 
     def results(self, settings: dict[str, Any], curves: list[str]) -> None:
-        """Settings, in the hparams tab, with the last values of those curves as their results."""
+        """Show `settings` in the hparams tab, with the last values of `curves` as results."""
         self._do(lambda writer: _add_results(writer.file_writer, settings, curves))
 
     def flush(self) -> None:
-        """Hand what was written so far to the system."""
-        self._show("flush")
+        """Flush the events to the operating system."""
+        self._call("flush")
 
     def close(self) -> None:
-        """Write out what can be, and close the files."""
-        self._show("close")
+        """Flush the events and close the file."""
+        self._call("close")
 
-    def _begin(self, purge_step: int | None = None) -> None:
-        """Begin a file, which takes back what was written of `purge_step` and later before it."""
+    def _open_file(self, purge_step: int | None = None) -> None:
+        """Start a file; it purges earlier events of `purge_step` and later."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         threading.excepthook = _quiet_about_events
         self._writer = SummaryWriter(self._folder, purge_step=purge_step)
-        # The second that is in the file's name, or the one after it.
+        # The second in the name of the file, or the one after.
         self._second, self._size = int(time.time()), 0
 
     def _add(self, writer: Any, summary: Any, update: int) -> None:
-        # Files that were begun within a second have no order by their names, and a later event will do as well.
+        # Names do not order files started within the same second: start the next one at a later event.
         if self._size > _FILE_BYTES and int(time.time()) > self._second:
-            # In this order: TensorBoard reads no more of a file once there is a later one.
+            # Close first: TensorBoard stops reading a file once a later one exists.
             writer.close()
-            self._begin()
+            self._open_file()
             writer = self._writer
-        # Counted here, for the file grows when the writer's thread likes.
-        self._size += summary.ByteSize() + _AROUND
+        # Counted here, because the writer's thread grows the file at its own pace.
+        self._size += summary.ByteSize() + _EVENT_OVERHEAD
         writer.file_writer.add_summary(summary, update)
 
-    def _show(self, method: str, *arguments: Any) -> None:
+    def _call(self, method: str, *arguments: Any) -> None:
         self._do(lambda writer: getattr(writer, method)(*arguments))
 
-    def _do(self, what: Callable[[Any], object]) -> None:
-        """Do it with TensorBoard's writer, which is given up when it fails: it has no way to go on."""
+    def _do(self, action: Callable[[Any], object]) -> None:
+        """Call `action` with TensorBoard's writer. Drop the writer if it fails: it cannot recover."""
         if self._writer is None:
             return
         try:
-            what(self._writer)
-        except Exception as error:  # of its thread, whatever it was
+            action(self._writer)
+        except Exception as error:  # any error of the writer's thread
             self._writer, self.reason = None, f"TensorBoard: {error}"
 
 
 def _quiet_about_events(failure: threading.ExceptHookArgs) -> None:
-    """Python's hook, but for TensorBoard's thread: `Board.reason` has what ended it."""
+    """Python's hook, except for TensorBoard's thread: `TensorBoardWriter.reason` reports its error."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)
 
 
 def _points(values: Mapping[str, float]) -> Any:
-    # All in one event: the writer's own method makes one of each, at many times the cost.
+    # One event for all values: SummaryWriter.add_scalar makes one per value, at many times the cost.
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
@@ -175,10 +175,10 @@ def _histograms(values: LayerValues, bins: Any) -> Any:
     from torch.utils.tensorboard.summary import histogram
 
     summary = Summary()
-    for what, of_layers in values.by_layer().items():
-        finite = np.asarray(of_layers)[np.isfinite(of_layers)]
+    for quantity, by_layer in values.by_layer().items():
+        finite = np.asarray(by_layer)[np.isfinite(by_layer)]
         if len(finite):
-            summary.MergeFrom(histogram(f"layers/{what}", finite, bins))  # type: ignore[no-untyped-call]
+            summary.MergeFrom(histogram(f"layers/{quantity}", finite, bins))  # type: ignore[no-untyped-call]
     return summary
 
 
@@ -187,9 +187,9 @@ def _add_results(file: Any, settings: dict[str, Any], curves: list[str]) -> None
     from torch.utils.tensorboard.summary import hparams
 
     simple = {printable(k): v if isinstance(v, bool | int | float) else printable(str(v)) for k, v in settings.items()}
-    # The writer's own method would draw the results a second time, in charts of one point at update 0.
+    # SummaryWriter.add_hparams would plot the results again, in charts of one point at update 0.
     experiment, *others = hparams(simple, dict.fromkeys(curves, 0.0))  # type: ignore[no-untyped-call]
-    # The tab sorts its columns, with those in front that it holds to differ between runs.
+    # The tab sorts its columns, and puts those first that are marked as differing between runs.
     described = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(described.content)
     for info in content.experiment.hparam_infos:

@@ -434,7 +434,7 @@ def test_the_summary_names_the_rule_and_its_changes() -> None:
     config = imagenet("nus", "32k", "optimizer.clamp=none")
     text = "\n".join(experiment_lines(config, make_plan(config, IMAGES), Inventory()))
     assert "recipe         nus" in text
-    assert "trust ratios as nus-hpc has them, but for eps=0.0, clamp=none; none for batch norm and biases" in text
+    assert "trust ratios as in nus-hpc except eps=0.0, clamp=none; none for batch norm and biases" in text
     goyal = imagenet("goyal", "8k")
     message = "\n".join(experiment_lines(goyal, make_plan(goyal, IMAGES), Inventory()))
     assert "then x0.1 at epochs 30, 60, 80" in message

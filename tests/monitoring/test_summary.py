@@ -80,7 +80,7 @@ def test_the_effective_values_are_told_before_training() -> None:
 def test_what_is_unusual_is_told_too() -> None:
     assert "NOTE: raised to 8" in told(replace(PLAN, global_batch=8, ghost_batch=8, raised=True), decided=Decided(8))
     assert "stops after update 100 (max_updates)" in told(replace(PLAN, stop=100))
-    assert "at update 1,234 (resume=never starts anew)" in told(resumed_at=1234)
+    assert "at update 1,234 (resume=never starts over)" in told(resumed_at=1234)
     plain = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", lr=0.2, weight_decay=1e-4))
     assert "optimizer      SGD, peak lr 0.2" in told(config=plain)
 
@@ -100,7 +100,9 @@ def test_the_compression_of_gradients_is_told_and_where_there_are_none_to_send()
     compressed = replace(CONFIG, gradient_compression="bf16")
     assert "compression    gradients are exchanged in bf16\n" in told(config=compressed)
     alone = told(config=compressed, decided=Decided(world=1))
-    assert "compression    gradients are exchanged in bf16: nothing to do, one rank sends no gradients\n" in alone
+    assert (
+        "compression    gradients are exchanged in bf16: no effect, since a single rank sends no gradients\n" in alone
+    )
 
 
 def test_an_epochs_line_tells_what_there_is() -> None:
@@ -140,7 +142,7 @@ def test_low_validation_is_explained_where_weights_move_fast(top1: float, moved:
     assert validation_gap_note({}, Evaluated(top1=61.0)) is None
     if line is not None:
         assert "training (72 %)" in line
-        assert "move by 3.5 % an update" in line
+        assert "change by 3.5 % per update" in line
 
 
 def recorded(config: Config, plan: Plan) -> dict[str, Any]:
