@@ -1,4 +1,4 @@
-"""``python -m lars_train``, so that torchrun can start the program."""
+"""Entry point of ``python -m lars_train``, for torchrun."""
 
 from lars_train.cli import main
 

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, and mend. The command line ends with exit code 2 on them."""
+"""Errors that a user can cause and fix. `cli.py` turns them into exit codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lars_train.messages import printable
 
 
 class _OneLine(Exception):
-    # What is wrong is often named as a file or a config names it.
+    # Messages often contain text from files and configs.
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
@@ -18,27 +18,27 @@ class _OneLine(Exception):
 class ConfigError(_OneLine, ValueError):
     """Bad input, found before a device is touched.
 
-    The message says what is wrong, where (config key or file) and what to do, in one line of printable text.
+    The message says in one printable line what is wrong, where (config key or file) and what to do.
     """
 
 
 class DataError(_OneLine, RuntimeError):
-    """Damaged data that the run's policy (``data.on_error``, ``data.max_bad``) does not tolerate; told in one line."""
+    """Damaged data that ``data.on_error`` and ``data.max_bad`` do not tolerate. The message is one line."""
 
 
 class NotReady(RuntimeError):
-    """``mode=check`` has found something to mend; the message says how much."""
+    """``mode=check`` found problems. The message has their number."""
 
 
 class Diverged(RuntimeError):
-    """The training loss has left what ``guard`` allows; the message is the report."""
+    """The training loss exceeded the limits of ``guard``. The message is the report."""
 
 
 class Stopped(Exception):
-    """A signal has asked the run to end, and it has ended with a checkpoint; the message says how to go on.
+    """The run ended after a termination signal and wrote a checkpoint. The message says how to resume.
 
-    `code`: the exit code, 75 (EX_TEMPFAIL of sysexits.h: try again), or 128 and the signal's number where a second
-    one has ended it at once.
+    `code`: the exit code: 75 (EX_TEMPFAIL of sysexits.h: try again), or 128 plus the signal's number if a second signal
+    ended the run immediately.
     """
 
     def __init__(self, message: str, code: int = 75) -> None:
@@ -46,30 +46,30 @@ class Stopped(Exception):
         self.code = code
 
 
-_LEAST_LIKENESS = 0.7
+_MIN_SIMILARITY = 0.7
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """Return the choice that `word` is a misspelling or the beginning of, or None: no answer beats a wrong one.
+    """Return the choice that `word` misspells or abbreviates, or None: no answer is better than a wrong one.
 
-    Case does not count. A choice with other digits is another thing and no misspelling: ``fp8`` is not ``fp64``.
+    Case is ignored. Different digits mean a different thing, not a misspelling: ``fp8`` is not ``fp64``.
     """
     lowered, digits = word.casefold(), re.findall(r"\d", word)
-    best, likeness, begun = None, 0.0, []
+    best, similarity, abbreviated = None, 0.0, []
     for choice in choices:
         other = choice.casefold()
         if other == lowered:
             return choice
-        theirs = re.findall(r"\d", choice)
+        choice_digits = re.findall(r"\d", choice)
         if (len(lowered) >= 3 and other.startswith(lowered)) or (len(other) >= 4 and lowered.startswith(other)):
-            begun += [choice] if not theirs else []
-        if theirs == digits:
+            abbreviated += [choice] if not choice_digits else []
+        if choice_digits == digits:
             ratio = difflib.SequenceMatcher(None, lowered, other).ratio()
-            if ratio > likeness:
-                best, likeness = choice, ratio
-    if likeness >= _LEAST_LIKENESS:
+            if ratio > similarity:
+                best, similarity = choice, ratio
+    if similarity >= _MIN_SIMILARITY:
         return best
-    return begun[0] if len(begun) == 1 else None
+    return abbreviated[0] if len(abbreviated) == 1 else None
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""``mode=export``: from a checkpoint to a file whose suffix says its format, whole or not there, and its card."""
+"""``mode=export``: write the weights of a checkpoint in the format of the file's suffix, and a model card."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from lars_train.training import checkpoint
 
 CARD = "MODEL.md"
 MARK = "<!-- written by lars-train mode=export -->"
-"""The first line of a card, and of the part of each file in it; a MODEL.md without it is somebody's own."""
+"""First line of the card of each file in a MODEL.md. A MODEL.md without it is the user's own."""
 
-_OF_TORCHVISION = "from torchvision.models import get_model\n\nmodel = get_model({model!r}, num_classes={classes})\n"
-_OF_OURS = (
+_BUILD_TORCHVISION = "from torchvision.models import get_model\n\nmodel = get_model({model!r}, num_classes={classes})\n"
+_BUILD_OURS = (
     "from lars_train.models.factory import build_model  # pip install lars-train; torchvision has no such network\n\n"
     "model = build_model({model!r}, num_classes={classes}, ghost_batch=1, zero_gamma=False)\n"
 )
@@ -49,35 +49,35 @@ _USES = {
 }
 
 TOLERANCE = 1e-4
-"""How far the graph's logits may be from the network's, relative to the largest of them and at least absolutely."""
+"""Largest difference between the graph's and the network's logits, relative to max(1, the largest logit)."""
 
 _EXTRA = "install it with: pip install 'lars-train[export]'"
-_CHECKED = 2  # images that the two are compared on
+_CHECKED = 2  # images for the comparison
 
 
 def export(config: Config) -> tuple[Path, str]:
-    """Write the checkpoint's network, weights in float32, and ``MODEL.md`` beside it; the file, and a word on it.
+    """Write the checkpoint's weights in float32, and ``MODEL.md`` beside them. Return the file and a line about it.
 
-    ``export.path`` is a ``.pth``, ``.pt``, ``.safetensors`` or ``.onnx`` file; without it a ``.pth`` beside the
-    checkpoint. Raises `ConfigError`, and `DataError` for a graph that does not compute what the network does.
+    ``export.path`` is a ``.pth``, ``.pt``, ``.safetensors`` or ``.onnx`` file; by default a ``.pth`` beside the
+    checkpoint. Raises `ConfigError`, and `DataError` for a graph whose results differ from the network's.
     """
     assert config.checkpoint.path is not None
     source, content = checkpoint.find(config.checkpoint.path)
     name = str(checkpoint.value(content, "config", "model", "name"))
-    # First of all, for the name becomes part of a file's.
+    # First of all, because the file's name contains the model's.
     network = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False)
     load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
     if source.name.startswith(checkpoint.SET_ASIDE):
         raise ConfigError(
-            f"checkpoint.path={config.checkpoint.path}: the run has diverged with these weights, and has set them "
-            "aside; choose an earlier checkpoint, or the run directory."
+            f"checkpoint.path={config.checkpoint.path}: the run diverged with these weights, and set them aside. "
+            "Pass an earlier checkpoint, or the run directory."
         )
     broken = [key for key, value in network.state_dict().items() if not bool(value.isfinite().all())]
     if broken:
         raise ConfigError(
-            f"checkpoint.path={config.checkpoint.path}: {source.name} holds values that are not finite "
-            f"({broken[0]}{f' and {len(broken) - 1} more' if broken[1:] else ''}): the run has diverged. Choose an "
-            "earlier checkpoint."
+            f"checkpoint.path={config.checkpoint.path}: {source.name} contains values that are not finite "
+            f"({broken[0]}{f' and {len(broken) - 1} more' if broken[1:] else ''}): the run diverged. Pass an earlier "
+            "checkpoint."
         )
     target = (
         user_path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
@@ -85,12 +85,12 @@ def export(config: Config) -> tuple[Path, str]:
     _check_target(target, source, config)
     about = origin(source, content)
     if target.suffix == ".onnx" and not isinstance(about["image_size"], int):
-        raise ConfigError(f"checkpoint.path={config.checkpoint.path}: it does not say the size of the images.")
-    # The suffix tells some writers the format.
+        raise ConfigError(f"checkpoint.path={config.checkpoint.path}: the checkpoint has no image size.")
+    # Some writers choose the format by the suffix.
     partial = target.with_name(f".partial-{target.name}")
     try:
         check = WRITERS[target.suffix](partial, network, about)
-        # Some writers leave a file that its owner alone can read.
+        # Some writers create a file that only its owner can read.
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o666 & ~mask)
@@ -99,7 +99,7 @@ def export(config: Config) -> tuple[Path, str]:
     except DataError:
         raise
     except (OSError, RuntimeError) as error:  # torch reports a file that it cannot write as RuntimeError
-        raise ConfigError(f"export.path={target}: it cannot be written ({first_line(error)}).") from None
+        raise ConfigError(f"export.path={target}: cannot be written ({first_line(error)}).") from None
     finally:
         partial.unlink(missing_ok=True)
     return target, check
@@ -108,27 +108,25 @@ def export(config: Config) -> tuple[Path, str]:
 def _describe(target: Path, about: dict[str, Any]) -> None:
     path = target.with_name(CARD)
     text = card(target.name, about, torchvision=is_torchvisions(about["model"]))
-    former = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    write_atomic(path, [utf8(beside(text, former, {file.name for file in target.parent.iterdir()}))])
+    old_text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    write_atomic(path, [utf8(merge_cards(text, old_text, {file.name for file in target.parent.iterdir()}))])
 
 
 def _check_target(target: Path, source: Path, config: Config) -> None:
     if target.suffix not in WRITERS:
         raise ConfigError(
-            f"export.path={config.export.path}: its suffix says the format; choose one of {', '.join(WRITERS)}."
+            f"export.path={config.export.path}: the suffix selects the format. Use one of {', '.join(WRITERS)}."
         )
     if target.resolve() in {path.resolve() for path in (source, *checkpoint.listing(source.parent))}:
-        raise ConfigError(
-            f"export.path={config.export.path}: it is a checkpoint of the run; give another file to write."
-        )
+        raise ConfigError(f"export.path={config.export.path}: is a checkpoint of the run. Pass another file to write.")
     if target.is_dir():
-        raise ConfigError(f"export.path={config.export.path}: it is a folder; give the file to write.")
+        raise ConfigError(f"export.path={config.export.path}: is a folder. Pass a file to write.")
     if not target.parent.is_dir():
         raise ConfigError(f"export.path={target}: the folder {target.parent} does not exist.")
-    there = target.with_name(CARD)
-    if there.exists() and not _is_ours(there):
+    path = target.with_name(CARD)
+    if path.exists() and not _is_ours(path):
         raise ConfigError(
-            f"export.path={target}: {there} is not lars-train's, which writes one there; choose another folder."
+            f"export.path={target}: would overwrite {path}, which lars-train did not write. Choose another folder."
         )
 
 
@@ -140,7 +138,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_torch(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
-    """Write the state dict in float32; a line for the user (empty)."""
+    """Write the state dict in float32. Return a line for the user (empty)."""
     state: Any = _state(network)
     state._metadata[KEY] = json.dumps(about)
     torch.save(state, path)
@@ -148,7 +146,7 @@ def write_torch(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
 
 
 def write_safetensors(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
-    """Write the tensors of the state dict in float32; a line for the user (empty). Raises `ConfigError`."""
+    """Write the tensors of the state dict in float32. Return a line for the user (empty). Raises `ConfigError`."""
     _need("safetensors", ".safetensors")
     module = importlib.import_module("safetensors.torch")
     module.save_file(dict(_state(network)), path, metadata={"format": "pt", KEY: json.dumps(about)})
@@ -156,9 +154,9 @@ def write_safetensors(path: Path, network: nn.Module, about: dict[str, Any]) -> 
 
 
 def write_onnx(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
-    """Write the graph of the network in evaluation; how it was checked, for the user.
+    """Write the graph of the network in evaluation mode. Return a line for the user that says how it was checked.
 
-    Raises `ConfigError` without the libraries, `DataError` if onnxruntime's logits are not the network's.
+    Raises `ConfigError` if a package is missing, and `DataError` if onnxruntime's logits differ from the network's.
     """
     _need("onnx", ".onnx")
     _need("onnxscript", ".onnx")
@@ -166,7 +164,7 @@ def write_onnx(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
     size = int(about["image_size"])
     images = torch.randn(_CHECKED, 3, size, size, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(), torch.inference_mode(False):
-        # The exporter's own, of deprecations within torch and onnxscript.
+        # The exporter warns of deprecations within torch and onnxscript.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
@@ -180,26 +178,26 @@ def write_onnx(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
     assert program is not None
     program.model.metadata_props[KEY] = json.dumps(about)
     program.save(str(path), external_data=False)
-    return _compared(path, network, images)
+    return _compare(path, network, images)
 
 
-def _compared(path: Path, network: nn.Module, images: Tensor) -> str:
+def _compare(path: Path, network: nn.Module, images: Tensor) -> str:
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
-        return f"not compared with the network, for onnxruntime is not there: {_EXTRA}"
+        return f"not compared with the network, because onnxruntime is not installed; {_EXTRA}"
     session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     with torch.no_grad():
         expected = network(images)
-    # Another number of images than the graph was made with.
+    # One image at a time: the graph was traced with another batch size.
     found = torch.cat([torch.from_numpy(session.run(None, {"images": image[None].numpy()})[0]) for image in images])
-    apart = float((found - expected).abs().max())
-    if not apart <= TOLERANCE * max(1.0, float(expected.abs().max())):
+    difference = float((found - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise DataError(
-            f"export.path: onnxruntime's logits are {apart:.2g} away from the network's, more than {TOLERANCE:g} "
-            "allows; nothing was written. Another version of onnxruntime or torch may do better."
+            f"export.path: onnxruntime's logits differ from the network's by {difference:.2g}, more than the tolerance "
+            f"of {TOLERANCE:g}. No file was written. Try another version of onnxruntime or torch."
         )
-    return f"onnxruntime's logits are the network's to {apart:.1g}"
+    return f"onnxruntime's logits match the network's to {difference:.1g}"
 
 
 WRITERS: dict[str, Callable[[Path, nn.Module, dict[str, Any]], str]] = {
@@ -208,7 +206,7 @@ WRITERS: dict[str, Callable[[Path, nn.Module, dict[str, Any]], str]] = {
     ".safetensors": write_safetensors,
     ".onnx": write_onnx,
 }
-"""By the suffix of the file."""
+"""Writers by the suffix of the file."""
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
@@ -222,19 +220,19 @@ def _need(name: str, suffix: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ConfigError(f"export.path: a file of {suffix} wants the package {name}; {_EXTRA}") from None
+        raise ConfigError(f"export.path: writing {suffix} requires the package {name}; {_EXTRA}") from None
 
 
 def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
-    """The text, in Markdown, for the file of that name whose `origin` is `about`.
+    """Return the model card, in Markdown, of the file named `file`. `about`: see `origin`.
 
-    `torchvision`: its network is one of torchvision's.
+    `torchvision`: torchvision has this network.
     """
     optimizer = about["optimizer"]
     what = f"LARS over {optimizer['base']}" if optimizer["name"] == "lars" else str(optimizer["base"])
     suffix = "." + file.rpartition(".")[2]
     first, *rest = _USES[".pth" if suffix == ".pt" else suffix]
-    network = [_OF_TORCHVISION if torchvision else _OF_OURS] if rest else []
+    network = [_BUILD_TORCHVISION if torchvision else _BUILD_OURS] if rest else []
     usage = "".join([first, *network, *rest]).format(file=file, **{**about, "classes": len(about["classes"])})
     epochs = f"{about['epochs']} epoch{'' if about['epochs'] == 1 else 's'}"
     rows = [
@@ -251,7 +249,7 @@ def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
         ("optimizer", f"{what}, peak lr {optimizer['lr']}, weight decay {optimizer['weight_decay']}"),
         ("length", f"update {_number(about['update'])} of {_number(about['updates'])} ({epochs})"),
         ("seed, precision", f"{about['seed']}, {about['precision']}"),
-        ("made by", _maker(about)),
+        ("made by", _made_by(about)),
     ]
     if about.get("command"):
         rows.append(("command", f"`{about['command']}`"))
@@ -268,10 +266,10 @@ def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
     lines += [
         "## Input",
         "",
-        f"RGB images, resized so that the shorter side is {_resized(about)} (bilinear, antialiased), the middle "
-        f"{about['image_size']} x {about['image_size']} cut out, scaled to 0 to 1, less the mean {about['mean']}, over "
-        f"the standard deviation {about['std']}, channel by channel. The output are logits, in the order of the "
-        "classes, which are listed in the file's metadata (`lars_train`, JSON).",
+        f"RGB images, resized so that the shorter side is {_resized(about)} (bilinear, antialiased), center-cropped "
+        f"to {about['image_size']} x {about['image_size']}, scaled to 0 to 1, and normalized per channel with mean "
+        f"{about['mean']} and standard deviation {about['std']}. The outputs are logits, in the order of the classes "
+        "that the file's metadata lists (`lars_train`, JSON).",
         "",
         "```python",
         usage,
@@ -280,8 +278,8 @@ def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beside(card: str, other: str, files: Collection[str]) -> str:
-    """`card` and, behind it, what a former text says of those of `files` that `card` is not of."""
+def merge_cards(card: str, other: str, files: Collection[str]) -> str:
+    """Return `card`, followed by the cards in `other` of different files, as far as these are among `files`."""
     parts = {}
     for part in other.split(MARK)[1:]:
         if (of := re.search("^# (.+)$", part, re.MULTILINE)) and f"# {of[1]}\n" not in card and of[1] in files:
@@ -304,7 +302,7 @@ def _resized(about: dict[str, Any]) -> str:
     return str(round(size / crop)) if size and crop else "unknown"
 
 
-def _maker(about: dict[str, Any]) -> str:
+def _made_by(about: dict[str, Any]) -> str:
     versions, git = about.get("versions") or {}, about.get("git") or {}
     parts = [about["program"], *(f"{name} {number}" for name, number in versions.items() if name != "lars-train")]
     if commit := commit_of(git):
@@ -317,10 +315,11 @@ def _cell(value: Any) -> str:
 
 
 def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the checkpoint `content`, read from the file `source`; values for JSON, None for the unknown.
+    """Return the origin of the checkpoint `content`, read from the file `source`, as JSON values; None if unknown.
 
-    ``top1``, ``top5`` (percent) and ``evaluated`` (images) are those of its update in the run's metrics.jsonl; unknown
-    where it was not evaluated or the file does not lie in a run directory. Machines and folders are left out.
+    ``top1``, ``top5`` (percent) and ``evaluated`` (images) come from the line of its update in the run's metrics.jsonl.
+    They are None if that update was not evaluated or `source` is not in a run directory. Machines and folders are left
+    out.
     """
     run = source.resolve().parent.parent
     evaluated = _evaluation(run / "metrics.jsonl", content["update"])
@@ -338,7 +337,7 @@ def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
         "fingerprint": content["fingerprint"],
         "training_images": plan.get("samples"),
         "recipe": _part(content, "config", "recipe").get("name"),
-        # A size of one's own is in place of the row's.
+        # batch.size overrides the recipe's row.
         "batch": batch.get("name") if batch.get("size") is None else str(batch["size"]),
         **{key: plan.get(key) for key in ("global_batch", "ghost_batch", "updates", "epochs")},
         "update": content["update"],
@@ -359,14 +358,14 @@ def _part(content: dict[str, Any], *keys: str) -> dict[str, Any]:
 def _evaluation(metrics: Path, update: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for line in read_lines(metrics, []):
-        # After a rollback there may be two; the last one is of the checkpoint's weights.
+        # After a rollback there may be two; the last belongs to the checkpoint's weights.
         if line.get("update") == update and "val/top1" in line:
             found = line
     return found
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Command, versions and git state of the run's last start; nothing where there is no record that can be read."""
+    """Return command, versions and git state of the run's last start; nothing if the record cannot be read."""
     try:
         last = read_object(path)["started"][-1]
         return {key: last[key] for key in ("command", "versions", "git")}

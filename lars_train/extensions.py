@@ -1,4 +1,4 @@
-"""The parts in C, which an install builds where it can: where they are found."""
+"""Load the C extensions, which an install builds if a compiler is available."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from types import ModuleType
 
 
 def load_extension(name: str) -> ModuleType | None:
-    """The module in C called `name`, ``lars_train.FOLDER.MODULE``; None where it was not built.
+    """Return the C extension `name`, ``lars_train.FOLDER.MODULE``; None if it was not built.
 
-    A checkout in the current folder hides the installed package from ``python -m lars_train``, and has no built parts
-    of its own. Those of the installed package serve it, if they were made from the very same source.
+    In a checkout without built extensions, ``python -m lars_train`` imports the checkout instead of the installed
+    package. Then the extension of the installed package is used, if it was built from identical source.
     """
     try:
         return importlib.import_module(name)
     except ImportError:
-        # None stands there for what must not be imported.
+        # An entry of None blocks the import.
         if sys.modules.get(name, name) is None:
             return None
     *folders, stem = name.split(".")
-    own = Path(__file__).parent.joinpath(*folders[1:])
+    folder = Path(__file__).parent.joinpath(*folders[1:])
     for entry in sys.path:
         other = Path(entry or ".").joinpath(*folders)
         for path in (other / f"{stem}{suffix}" for suffix in EXTENSION_SUFFIXES):
-            if path.is_file() and _alike(own / f"{stem}.c", other / f"{stem}.c"):
-                return _loaded(name, path)
+            if path.is_file() and _same_content(folder / f"{stem}.c", other / f"{stem}.c"):
+                return _load_file(name, path)
     return None
 
 
-def _alike(one: Path, other: Path) -> bool:
+def _same_content(one: Path, other: Path) -> bool:
     try:
         return one.read_bytes() == other.read_bytes()
     except OSError:
         return False
 
 
-def _loaded(name: str, path: Path) -> ModuleType | None:
+def _load_file(name: str, path: Path) -> ModuleType | None:
     loader = ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
@@ -47,7 +47,7 @@ def _loaded(name: str, path: Path) -> ModuleType | None:
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except ImportError:
-        # A library that it wants is gone.
+        # A library that the extension needs is missing.
         return None
     sys.modules[name] = module
     return module

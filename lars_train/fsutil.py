@@ -1,4 +1,4 @@
-"""Files that are whole or missing, also after a power failure, and paths of the user: ``~`` and the cache folder."""
+"""Write files atomically, even across a power failure, and resolve user paths and the cache folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write a file that is there with all its content or not there, also after a power failure. Raises OSError."""
+    """Write a file so that it is complete or missing, even after a power failure. Raises `OSError`."""
     temporary = stage(path, pieces)
     try:
         temporary.replace(path)
@@ -24,7 +24,7 @@ def write_atomic(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
 
 
 def stage(path: Path, pieces: Sequence[bytes | memoryview]) -> Path:
-    """Put the content of `path` on disk under a temporary name beside it, and return that. Raises OSError."""
+    """Write the content for `path` to disk under a temporary name beside it; return that path. Raises `OSError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with name_in_errors(path), temporary.open("wb") as file:
@@ -39,14 +39,14 @@ def stage(path: Path, pieces: Sequence[bytes | memoryview]) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a file where that can be done."""
+    """Remove a file, ignoring errors."""
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Give an OSError that names no file, as that of a write, the name of `path`."""
+    """Add `path` to an `OSError` from the block that names no file, as after a failed write."""
     try:
         yield
     except OSError as error:
@@ -70,7 +70,7 @@ def read_at(handle: int, count: int, offset: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` last."""
+    """Sync the names in `folder` to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with name_in_errors(folder):
@@ -80,7 +80,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def wait_for(path: Path, token: str, seconds: float = 15.0) -> bool:
-    """Return True once the file at `path`, written by any machine, holds `token`; False if not within `seconds`."""
+    """Return True once the file at `path`, written by any machine, contains `token`; False after `seconds`."""
     # Network file systems show a new file to other nodes only after their attribute cache expires.
     end = time.monotonic() + seconds
     while True:
@@ -106,7 +106,7 @@ def user_path(text: str) -> Path:
 def cache_folder() -> Path:
     """Return the folder for caches: ``$XDG_CACHE_HOME/lars_train``, else ``~/.cache/lars_train``.
 
-    Without a home directory it is a folder of the user's own in the folder for temporary files.
+    Without a home directory, return a private folder in the folder for temporary files.
     """
     if found := os.environ.get("XDG_CACHE_HOME"):
         return Path(found) / "lars_train"
@@ -118,7 +118,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _temporary() -> Path:
-    """A folder that no other user can write to: caches hold compiled code, and all users share the parent."""
+    """Return a folder that no other user can write to: caches contain compiled code, and all users share the parent."""
     folder = Path(tempfile.gettempdir(), f"lars-train-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

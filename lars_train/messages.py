@@ -1,7 +1,6 @@
-"""Print to a terminal: rank 0 speaks, text from elsewhere is made safe, and figures are rounded for people.
+"""Print messages from rank 0, escape text from files for terminals, and format numbers for people.
 
-A terminal shows the text and acts on nothing in it. A reader that goes away (``| head``, a closed terminal) ends no
-run.
+No text triggers actions of a terminal. A closed output (``| head``, a closed terminal) never ends a run.
 """
 
 from __future__ import annotations
@@ -16,48 +15,48 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-_COLOURS = {"red": 31, "yellow": 33}
+_COLORS = {"red": 31, "yellow": 33}
 _COLUMNS = 80
 _NAME = "lars-train:"
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that speaks, as far as the launcher's environment tells."""
+    """Return True if this process is rank 0, according to the launcher's environment variables."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def say(text: str) -> None:
-    """Print `text` once over all processes."""
+    """Print `text` on rank 0."""
     if is_rank0():
         with ignore_closed_output():
-            print(f"{_fresh_line(sys.stdout)}{wrap_text(printable_lines(text), sys.stdout)}", flush=True)
+            print(f"{_erase_line(sys.stdout)}{wrap_text(printable_lines(text), sys.stdout)}", flush=True)
 
 
 def complain(text: str) -> None:
-    """Print `text` to stderr once on each machine: what is wrong may be wrong on one of them only."""
+    """Print `text` to stderr once per machine, because an error may affect a single machine."""
     if is_rank0() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         with ignore_closed_output():
             line = wrap_text(f"{_NAME} {printable_lines(text)}", sys.stderr).removeprefix(_NAME)
-            print(f"{_fresh_line(sys.stderr)}{paint(_NAME, 'red', sys.stderr)}{line}", file=sys.stderr, flush=True)
+            print(f"{_erase_line(sys.stderr)}{paint(_NAME, 'red', sys.stderr)}{line}", file=sys.stderr, flush=True)
 
 
-def paint(text: str, colour: str, stream: TextIO) -> str:
-    """`text` in ``red`` or ``yellow`` where `stream` is a terminal that has colours and nobody asked for none.
+def paint(text: str, color: str, stream: TextIO) -> str:
+    """Return `text` in ``red`` or ``yellow`` if `stream` is a terminal with colors, unless NO_COLOR is set.
 
     NO_COLOR: https://no-color.org.
     """
-    if os.environ.get("NO_COLOR") or not obeys(stream):
+    if os.environ.get("NO_COLOR") or not _supports_escapes(stream):
         return text
-    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+    return f"\x1b[{_COLORS[color]}m{text}\x1b[0m"
 
 
-def obeys(stream: TextIO) -> bool:
-    """Return True if `stream` is a terminal that moves its cursor as it is told."""
+def _supports_escapes(stream: TextIO) -> bool:
+    """Return True if `stream` is a terminal that supports escape sequences."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def terminal_width(stream: TextIO) -> int:
-    """Return the width of the terminal that `stream` writes to; 80 where it has none."""
+    """Return the width of the terminal that `stream` writes to; 80 if it is not a terminal."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
     except (OSError, ValueError):
@@ -65,21 +64,21 @@ def terminal_width(stream: TextIO) -> int:
 
 
 def wrap_text(text: str, stream: TextIO) -> str:
-    """`text` with its lines folded to the width of `stream` where that is a terminal."""
+    """Wrap the lines of `text` to the width of `stream` if it is a terminal."""
     if not stream.isatty():
         return text
     width = terminal_width(stream)
     return "\n".join(part for line in text.split("\n") for part in wrap_line(line, width))
 
 
-def _fresh_line(stream: TextIO) -> str:
-    """Erase a progress bar, which may be another process's, before a line is printed."""
-    return "\r\x1b[K" if obeys(stream) else ""
+def _erase_line(stream: TextIO) -> str:
+    """Return the sequence that erases a progress bar, possibly another process's, before a line is printed."""
+    return "\r\x1b[K" if _supports_escapes(stream) else ""
 
 
 @contextmanager
 def ignore_closed_output() -> Iterator[None]:
-    """What is printed within it may be lost: to a pipe or terminal that is gone nothing is printed any more."""
+    """Ignore errors of printing within the block. After one, output to a closed pipe or terminal is discarded."""
     try:
         yield
     except OSError:
@@ -93,16 +92,16 @@ def ignore_closed_output() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Open what a caller has closed of the standard streams (``>&-``) to nowhere, and have them take any text.
+    """Open standard streams that the caller closed (``>&-``) to the null device, and let them accept any text.
 
-    Otherwise the next file that is opened takes its place, and gets what was meant for the terminal. Characters that
-    the streams' encoding lacks are spelt as Python's escapes.
+    Otherwise the next file that is opened gets the number of the closed stream, and text for the terminal ends up in
+    it. Characters that the encoding lacks are printed as Python's escapes.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is the one that is taken.
+            # `os.open` returns the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
@@ -113,17 +112,16 @@ def open_standard_streams() -> None:
 
 _LISTED = 5
 _LABEL = 15
-"""Characters of the label before a line of facts."""
-# A command stays whole: no line ends before a setting or a flag, or between a short flag, or --logdir, and its value.
+"""Width of the label in front of a line."""
+# A command is not wrapped before a setting or a flag, or between a short flag or --logdir and its value.
 _WITHIN_COMMAND = re.compile(r"(?<![,;:.]) (?=--?\w|[\w.]+=)|(?<= -\w) |(?<=--logdir) ")
 
 
 def printable(text: str | bytes) -> str:
-    """`text` as one line that a terminal acts on nowhere.
+    """Return `text` as one line that triggers no actions of a terminal.
 
-    What is no visible character (control characters, line breaks, bidirectional marks, lone surrogates; by
-    `str.isprintable`) is spelt as Python's escape for it. Bytes are read as UTF-8; one that is not becomes the
-    escape of that byte, as in ``caf\\xe9``.
+    Characters that `str.isprintable` rejects (control characters, line breaks, bidirectional marks, lone surrogates)
+    become Python's escapes. Bytes are decoded as UTF-8; an invalid byte becomes its escape, as in ``caf\\xe9``.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
@@ -133,80 +131,81 @@ def printable(text: str | bytes) -> str:
 
 
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as Python decodes it
+    if "\udc80" <= character <= "\udcff":  # Python decodes an invalid byte to this range
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
 
 
 def printable_lines(text: str) -> str:
-    """The same for text whose line breaks are meant."""
+    """Apply `printable` to each line of `text`, and keep the line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def wrap_line(line: str, width: int) -> list[str]:
-    """`line` in lines of at most `width` columns, folded between words; the rest stands below the text of a label.
+    """Wrap `line` between words to at most `width` columns. Later lines are indented below the text of a label.
 
-    Words, such as paths, and settings in a row stay whole, to be copied. Rows of tables (``|``) are not folded.
+    Words, such as paths, and settings in a row are not broken, so that they can be copied. Table rows (``|``) are not
+    wrapped.
     """
     if len(line) <= width or line.startswith("|"):
         return [line]
-    behind_label = line[_LABEL - 2 : _LABEL] == "  " and line[_LABEL : _LABEL + 1] != " "
+    has_label = line[_LABEL - 2 : _LABEL] == "  " and line[_LABEL : _LABEL + 1] != " "
     parts = textwrap.wrap(
         _WITHIN_COMMAND.sub("\0", line),
         width,
         break_long_words=False,
         break_on_hyphens=False,
-        subsequent_indent=" " * (_LABEL if behind_label else 2),
+        subsequent_indent=" " * (_LABEL if has_label else 2),
     )
     return [part.replace("\0", " ") for part in parts]
 
 
 def first_line(error: object) -> str:
-    """Return the first line of a text, or of an error: of its message, or the name of its class where that is empty."""
+    """Return the first line of a text or of an error's message; for an empty message, the name of the error's class."""
     empty = type(error).__name__ if isinstance(error, BaseException) else ""
     return next(iter(str(error).splitlines()), empty)
 
 
 def utf8(text: str) -> bytes:
-    """Encode `text` for a file, lone surrogates spelt as `printable` spells them."""
+    """Encode `text` for a file, with lone surrogates escaped as by `printable`."""
     return re.sub("[\ud800-\udfff]", lambda found: _escaped(found[0]), text).encode()
 
 
 def not_empty(text: str) -> str:
-    """Return `text`, an argument of a command; an empty one, as of a variable that is not set, is no folder ``.``."""
+    """Return a command's argument if it is not empty: an unset shell variable must not mean the folder ``.``."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty; give a path")
+        raise argparse.ArgumentTypeError("is empty. Pass a path")
     return text
 
 
 def is_url(text: str | None) -> bool:
-    """Whether `text` names a place by a URL, as fsspec has them: ``s3://bucket/key``."""
+    """Return True if `text` is a URL in the syntax of fsspec: ``s3://bucket/key``."""
     return text is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", text) is not None
 
 
 def size(count: float) -> str:
-    """Bytes, in three digits and a unit of 10**3, 10**6, 10**9 or 10**12 of them."""
+    """Format a number of bytes with three digits, in kB, MB, GB or TB (powers of 1000)."""
     return _in_largest_unit(count, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3})
 
 
 def operations(count: float) -> str:
-    """Floating-point operations, in three digits and a unit of 10**6, 10**9 or 10**12 of them."""
+    """Format a number of floating-point operations with three digits, in MFLOP, GFLOP or TFLOP."""
     return _in_largest_unit(count, {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6})
 
 
 def _in_largest_unit(count: float, units: dict[str, float]) -> str:
-    # A count that three digits round up to a unit is shown in that unit.
-    unit = next((unit for unit, of_it in units.items() if count >= 0.9995 * of_it), [*units][-1])
+    # 0.9995: three digits round such a count up to the unit.
+    unit = next((unit for unit, value in units.items() if count >= 0.9995 * value), [*units][-1])
     return f"{count / units[unit]:.3g} {unit}"
 
 
 def rate(per_s: float) -> str:
-    """Whole numbers, and of small ones what they are made of."""
+    """Format a rate: as a whole number from 100, with three digits below."""
     return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """``1 epoch``, ``12 epochs``; `plural`: of a noun that takes more than an s."""
+    """Format a count with its noun: ``1 epoch``, ``12 epochs``. `plural`: the plural if it is not noun + s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
@@ -217,12 +216,12 @@ def listed(names: Sequence[str | bytes], end: str = "") -> str:
 
 
 def format_number(value: float) -> str:
-    """A figure that was worked out, in three digits, or in two below 1: ``5``, ``2.22``, ``0.56``."""
+    """Format a computed number with three digits, or two if it is below 1: ``5``, ``2.22``, ``0.56``."""
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
 def format_duration(seconds: float) -> str:
-    """A time as people say it, in its two largest units: ``3 d 4 h``, ``2 h 05 min``, ``7 min``, ``42 s``."""
+    """Format a duration in its largest units: ``3 d 4 h``, ``2 h 05 min``, ``7 min``, ``42 s``."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"

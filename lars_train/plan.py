@@ -1,4 +1,4 @@
-"""Pure arithmetic of a run: global batch, updates, warm-up, accumulation. No torch, no device, no files."""
+"""Compute global batch, updates, warm-up and accumulation of a run. Pure arithmetic, without torch or files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SMALLEST_SCALED_BATCH = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does, in updates and samples; the same on any hardware.
+    """A run in updates and samples, independent of the hardware.
 
-    `raised`: the scaled batch came out below 8 and was raised to 8. `stop`: the update that the run
-    ends after (`updates`, or less with ``max_updates``).
+    `raised`: the scaled batch was below 8 and was raised. `stop`: the last update of the run (`updates`, or fewer
+    with ``max_updates``).
     """
 
     samples: int
@@ -43,9 +43,9 @@ class Plan:
         return self.global_batch // self.ghost_batch
 
     def arithmetic(self) -> str:
-        """How the global batch came about, in one line."""
+        """Return how the global batch was computed, in one line."""
         if not self.scaled:
-            return f"{self.global_batch:,}, taken as it is"
+            return f"{self.global_batch:,}, not scaled"
         exact = self.nominal_batch * self.samples / IMAGENET_TRAIN_IMAGES
         text = f"{self.nominal_batch:,} x {self.samples:,} / {IMAGENET_TRAIN_IMAGES:,} = {exact:.1f}"
         if self.raised:
@@ -56,24 +56,24 @@ class Plan:
 
 
 def scaled_batch(nominal: int, samples: int, ghost_batch: int) -> tuple[int, bool]:
-    """The global batch that has on `samples` images the updates per epoch that `nominal` has on ImageNet.
+    """Scale `nominal` so that `samples` images give as many updates per epoch as ImageNet gives with `nominal`.
 
-    Returns it and whether it had to be raised to the smallest that batch norm works with.
+    Returns the global batch, and whether it was raised to the minimum for batch norm.
     """
     exact = nominal * samples / IMAGENET_TRAIN_IMAGES
     size = round(exact) if exact <= ghost_batch else ghost_batch * max(1, round(exact / ghost_batch))
     if size >= SMALLEST_SCALED_BATCH:
         return size, False
-    # Ghost batches smaller than that fill it up whole.
+    # Round the minimum up to a whole number of smaller ghost batches.
     unit = ghost_batch if ghost_batch < SMALLEST_SCALED_BATCH else SMALLEST_SCALED_BATCH
     return math.ceil(SMALLEST_SCALED_BATCH / unit) * unit, True
 
 
 def make_plan(config: Config, samples: int) -> Plan:
-    """The plan of a resolved config on a training set of `samples` images.
+    """Return the plan of a resolved config on a training set of `samples` images.
 
-    Raises `ConfigError` for a global batch that is not made of whole ghost batches or exceeds the set,
-    and for a warm-up that is not shorter than the run.
+    Raises `ConfigError` for a global batch that is not a multiple of the ghost batch or exceeds the training set, and
+    for a warm-up that is not shorter than the run.
     """
     ghost, epochs, warmup_epochs = (
         filled(config.model.ghost_batch),
@@ -90,14 +90,14 @@ def make_plan(config: Config, samples: int) -> Plan:
         below = size // ghost * ghost
         near = f"{below}" if below + ghost > samples else f"{below} and {below + ghost}"
         raise ConfigError(
-            f"{_batch_key(config)}: a global batch of {size} is no multiple of the ghost batch "
-            f"(model.ghost_batch={ghost}); the nearest that work: {near}."
+            f"{_batch_key(config)}: a global batch of {size} is not a multiple of the ghost batch "
+            f"(model.ghost_batch={ghost}). The nearest multiples: {near}."
         )
     if size > samples:
-        remedy = "use more images" if raised else "use batch.scaled=true or a smaller batch"
+        remedy = "Use more images" if raised else "Use batch.scaled=true or a smaller batch"
         raise ConfigError(
             f"{_batch_key(config)}: a global batch of {size:,} is larger than the training set "
-            f"({counted(samples, 'image')}); {remedy}."
+            f"({counted(samples, 'image')}). {remedy}."
         )
     per_epoch = samples // size
     updates = per_epoch * epochs
@@ -123,9 +123,9 @@ def make_plan(config: Config, samples: int) -> Plan:
 
 
 def make_schedule(plan: Plan, config: Config) -> Callable[[int], float]:
-    """The learning rate of a resolved config as a function of the update number (from 0) alone."""
+    """Return the learning rate of a resolved config as a function of the update (from 0)."""
     schedule, base = config.schedule, filled(config.optimizer.lr)
-    form = cast(Form, filled(schedule.form))  # checks.py has seen to it
+    form = cast(Form, filled(schedule.form))  # checked in checks.py
     start = schedule.warmup_start
     rate = functools.partial(
         learning_rate,
@@ -142,7 +142,7 @@ def make_schedule(plan: Plan, config: Config) -> Callable[[int], float]:
 
 
 def describe_decay(config: Config) -> str:
-    """The decay of the learning rate in the words of the published table: ``poly(2)``, ``0.1 at 30, 60, 80``."""
+    """Describe the learning rate's decay as the published table does: ``poly(2)``, ``x0.1 at epochs 30, 60, 80``."""
     schedule = config.schedule
     if schedule.form == STEPS:
         epochs = ", ".join(f"{epoch:.3g}" for epoch in filled(schedule.steps))
@@ -151,47 +151,47 @@ def describe_decay(config: Config) -> str:
 
 
 def log_is_due(config: Config, plan: Plan, update: int) -> bool:
-    """Whether a log line follows update number `update`, counted from 1."""
+    """Return True if a log line follows update `update` (from 1)."""
     return update == plan.stop or update % plan.updates_per_epoch == 0 or update % config.log_every == 0
 
 
 def evaluation_is_due(config: Config, plan: Plan, update: int) -> bool:
-    """Whether the validation set is evaluated after `update`, counted from 1."""
+    """Return True if an evaluation follows update `update` (from 1)."""
     return update == plan.stop or update % (plan.updates_per_epoch * config.evaluate.every_epochs) == 0
 
 
 def checkpoint_is_due(config: Config, plan: Plan, update: int) -> bool:
-    """Whether a checkpoint follows `update`, counted from 1, also where no evaluation asks for one, nor the clock."""
+    """Return True if update `update` (from 1) always gets a checkpoint; evaluations and the clock add others."""
     return update == plan.stop or update % (config.checkpoint.every_updates or plan.updates_per_epoch) == 0
 
 
 def check_world(plan: Plan, world: int) -> None:
     """Raise `ConfigError` when there are more ranks than ghost batches."""
     if plan.ghosts < world:
-        # A single ghost batch may be cut short by a small global batch: it does not tell the configured size.
+        # A small global batch may cut a single ghost batch below the configured size.
         least = f"{world * plan.ghost_batch}" if plan.ghosts > 1 else f"{world} times model.ghost_batch"
         ghosts = counted(plan.ghosts, "ghost batch", "ghost batches")
         raise ConfigError(
-            f"a global batch of {plan.global_batch} holds {ghosts} of {plan.ghost_batch}, too few for {world} ranks: "
-            f"start at most {plan.ghosts} in all (launch.nodes times launch.nproc), or use a global batch of at least "
-            f"{least}."
+            f"a global batch of {plan.global_batch} has {ghosts} of {plan.ghost_batch}, too few for {world} ranks. "
+            f"Start at most {plan.ghosts} in total (launch.nodes times launch.nproc), or use a global batch of at "
+            f"least {least}."
         )
 
 
 def check_micro_batch(plan: Plan, micro_batch: int) -> int:
-    """Ghost batches in a micro-batch of `micro_batch` samples; `ConfigError` if they are not whole."""
+    """Return the ghost batches in a micro-batch of `micro_batch` samples. Raises `ConfigError` for a remainder."""
     if micro_batch % plan.ghost_batch:
         below = micro_batch // plan.ghost_batch * plan.ghost_batch
         near = [str(n) for n in (below, below + plan.ghost_batch) if n]
         raise ConfigError(
-            f"micro_batch={micro_batch} is no multiple of the ghost batch of {plan.ghost_batch} samples; "
-            f"the nearest that work: {' and '.join(near)}."
+            f"micro_batch={micro_batch} is not a multiple of the ghost batch of {plan.ghost_batch} samples. "
+            f"The nearest multiples: {' and '.join(near)}."
         )
     return micro_batch // plan.ghost_batch
 
 
 def accumulation(plan: Plan, world: int, ghosts_per_micro: int) -> int:
-    """The most micro-batches that a rank works through in one update."""
+    """Return the largest number of micro-batches that any rank processes in one update."""
     return math.ceil(math.ceil(plan.ghosts / world) / ghosts_per_micro)
 
 

@@ -117,7 +117,7 @@ def test_what_is_exported_comes_back_bit_for_bit_with_its_classes(name: str, run
 def test_onnx_graph_gives_the_networks_logits_for_any_number_of_images(run: Path, tmp_path: Path) -> None:
     runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     path, told = exported(run, tmp_path / "net.onnx")
-    assert "onnxruntime's logits are the network's" in told
+    assert "onnxruntime's logits match the network's" in told
     session = runtime.InferenceSession(str(path))
     found = torch.cat([torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in images().split(2)])
     torch.testing.assert_close(found, expected(run), rtol=1e-4, atol=1e-4)
@@ -132,7 +132,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(module, "TOLERANCE", -1.0)
-    with pytest.raises(DataError, match=r"logits are .* away"):
+    with pytest.raises(DataError, match=r"logits differ from the network's by"):
         exported(run, tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -191,11 +191,11 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         exported(run, tmp_path / "net.tflite")
     monkeypatch.setattr(module.importlib, "import_module", absent)
     for suffix in ("safetensors", "onnx"):
-        with pytest.raises(ConfigError, match=rf"\.{suffix} wants the package .*lars-train\[export\]"):
+        with pytest.raises(ConfigError, match=rf"\.{suffix} requires the package .*lars-train\[export\]"):
             exported(run, tmp_path / f"net.{suffix}")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / CARD).write_text("# My own model\n")
-    with pytest.raises(ConfigError, match=r"MODEL\.md is not lars-train's"):
+    with pytest.raises(ConfigError, match=r"MODEL\.md, which lars-train did not write"):
         exported(run, tmp_path / "net.pth")
     assert (tmp_path / CARD).read_text() == "# My own model\n"
 

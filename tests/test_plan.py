@@ -84,7 +84,7 @@ def test_the_arithmetic_is_told_in_one_line() -> None:
     # One ghost batch of 32, a third less than the proportion.
     assert told("32k", 1_500) == "32,768 x 1,500 / 1,281,167 = 38.4, rounded to a multiple of 32: 32"
     assert told("256", MINI) == "256 x 10,000 / 1,281,167 = 2.0, raised to 8"
-    assert told("32k", IMAGENET, scaled=False) == "32,768, taken as it is"
+    assert told("32k", IMAGENET, scaled=False) == "32,768, not scaled"
 
 
 @given(nominal=st.integers(1, 2**17), samples=st.integers(8, 3_000_000), ghost=st.integers(1, 512))
@@ -127,7 +127,7 @@ def test_a_batch_that_is_no_multiple_of_the_ghost_batch_is_refused_with_the_near
         return
     told = refusal(config(size=size, ghost=ghost), 10_000)
     assert told.startswith(f"batch.size={size}:")
-    near = [int(n) for n in re.findall(r"\d+", told.partition("nearest that work")[2])]
+    near = [int(n) for n in re.findall(r"\d+", told.partition("nearest multiples")[2])]
     multiples = range(ghost, 10_001, ghost)
     assert near == [max(n for n in multiples if n < size), min(n for n in multiples if n > size)]
     for n in near:
@@ -198,7 +198,7 @@ def test_a_micro_batch_of_broken_ghost_batches_is_refused_with_the_nearest_that_
         return
     with pytest.raises(ConfigError, match=f"^micro_batch={micro} ") as caught:
         check_micro_batch(plan, micro)
-    near = [int(n) for n in re.findall(r"\d+", str(caught.value).partition("nearest that work")[2])]
+    near = [int(n) for n in re.findall(r"\d+", str(caught.value).partition("nearest multiples")[2])]
     assert near == [n for n in (micro - micro % ghost, micro - micro % ghost + ghost) if n > 0]
     for n in near:
         check_micro_batch(plan, n)

@@ -82,7 +82,7 @@ def test_counts_and_seconds_are_checked(shared: ModuleType) -> None:
         ("bench/bench_startup.py --model nope", "model=nope: "),
         ("bench/bench_startup.py --write README.md", "argument --write: README.md: <!-- bench_startup: begin -->"),
         ("bench/bench_trainer.py sede=1", "there is no key or group 'sede'. Did you mean 'seed'?"),
-        ("bench/bench_monitoring.py batch.size=7", "micro_batch=16 is no multiple of the ghost batch"),
+        ("bench/bench_monitoring.py batch.size=7", "micro_batch=16 is not a multiple of the ghost batch"),
         ("bench/bench_step.py --only nope", "--only 'nope': no such contender"),
         ("bench/count_launches.py --model nope", "--model nope: no such network"),
         ("bench/profile_step.py --write nowhere/page.md", "argument --write: nowhere/page.md: No such file"),

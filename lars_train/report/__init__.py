@@ -1,1 +1,1 @@
-"""Tables, curves and a page from run directories. Reads files only: no torch, no training code, no network."""
+"""Tables, curves and an HTML page from run directories. Reads files only: no torch, training code or network."""

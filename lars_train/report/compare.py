@@ -1,4 +1,4 @@
-"""Which runs make a row together: the same batch and the same settings, and only finished ones are averaged."""
+"""Group runs into rows of the table: finished runs with the same batch and settings share a row and its means."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from lars_train.plan import IMAGENET_TRAIN_IMAGES
 from lars_train.report.files import as_line, as_number
 from lars_train.report.read import FINISHED, RunRecord
 
-AS_RECIPE = "as the recipe's row has it"
-UNKNOWN = "not known"
+_AS_RECIPE = "as in the recipe's row"
 RUN = "run"
-"""The key in `Row.differs` of a run's name."""
-# They tell rows and seeds apart by themselves; what a recipe's rows hold is compared field by field.
+"""Key of the run's name in `Row.differs`."""
+# Rows are grouped by batch and seed anyway; the contents of a recipe's row are compared field by field.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
 
-# Significant digits of a float that is shown for what sets a row apart.
+# Least significant digits of a float in the column "differs in".
 _DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over `count` runs, and their sample standard deviation (None for a single one)."""
+    """Mean over `count` runs, and their sample standard deviation (None for a single run)."""
 
     value: float
     deviation: float | None
@@ -43,10 +42,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: finished runs that differ in their seeds alone, or one run that is not finished.
+    """A row of the table: finished runs that differ only in their seeds, or a single unfinished run.
 
-    `differs`: what sets it apart from the other rows beyond batch and recipe row. `repeats`: finished runs of a seed
-    that is among `runs` already, and in no mean.
+    `differs`: settings, besides batch and recipe row, that distinguish the row from others. `repeats`: finished runs
+    whose seed already has a run in `runs`; no mean includes them.
     """
 
     runs: tuple[RunRecord, ...]
@@ -55,11 +54,11 @@ class Row:
 
     @property
     def first(self) -> RunRecord:
-        """The run that stands for what all have in common."""
+        """The first run, for everything that all runs of the row share."""
         return self.runs[0]
 
     def mean(self, value: Callable[[RunRecord], float | None]) -> Mean | None:
-        """Of `value` over the runs that have one; None if none has."""
+        """Return the mean of `value` over the runs that have one; None if none has."""
         values = [v for v in map(value, self.runs) if v is not None]
         if not values:
             return None
@@ -67,12 +66,12 @@ class Row:
 
     @property
     def published(self) -> float | None:
-        """The published best top-1 in percent, if this is that experiment: a recipe's row as it is, at full scale."""
+        """The published best top-1 in percent, if the runs use a recipe's row unchanged, at full scale."""
         return None if self.departures else self._published_row
 
     @property
     def departures(self) -> tuple[str, ...]:
-        """The settings that keep a published value from this row: they are not as its recipe's row has them."""
+        """The settings that differ from the recipe's row, so that its published value is not comparable."""
         return () if self._published_row is None else tuple(_deviations(self.first))
 
     @property
@@ -86,29 +85,30 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Mean best top-1 minus the published one, in points; None where there is nothing to compare."""
+        """Mean best top-1 minus the published one, in points; None if either is missing."""
         best, published = self.mean(lambda run: run.best_top1), self.published
         return None if best is None or published is None else best.value - published
 
 
 def make_rows(runs: Sequence[RunRecord]) -> list[Row]:
-    """The rows of the table that `runs` make, by batch, the finished ones first.
+    """Return the rows of the table, sorted by batch, finished runs first.
 
-    A run whose settings are not known is a row of its own: what it would be averaged with, nobody can say.
+    A run with unknown settings gets its own row, because no other run is known to match it.
     """
     rows = _known_rows([run for run in runs if run.recorded])
-    rows += [Row((run,), {"settings": UNKNOWN}) for run in runs if not run.recorded]
-    # Stable: those of one batch stay as they are, and those of which little is known come last.
+    rows += [Row((run,), {"settings": "unknown"}) for run in runs if not run.recorded]
+    # The sort is stable: rows of one batch keep their order, and rows with unknown settings come last.
     return sorted(
-        _told_apart(rows), key=lambda row: (*_place(row.first)[:2], not row.first.recorded, _place(row.first)[2])
+        _with_run_names(rows),
+        key=lambda row: (*_sort_key(row.first)[:2], not row.first.recorded, _sort_key(row.first)[2]),
     )
 
 
-def _told_apart(rows: Sequence[Row]) -> list[Row]:
-    """`rows`; those that are alike in settings and state differ in the names of their runs."""
+def _with_run_names(rows: Sequence[Row]) -> list[Row]:
+    """Return `rows`, with the name of the run added to `differs` of rows that are otherwise alike."""
 
     def kind(row: Row) -> tuple[Any, ...]:
-        return _place(row.first), tuple(row.differs.items()), row.first.state == FINISHED
+        return _sort_key(row.first), tuple(row.differs.items()), row.first.state == FINISHED
 
     alike = Counter(map(kind, rows))
     return [
@@ -119,20 +119,20 @@ def _told_apart(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _place(run: RunRecord) -> tuple[float, str, int]:
+def _sort_key(run: RunRecord) -> tuple[float, str, int]:
     return run.nominal_batch if run.nominal_batch is not None else math.inf, run.batch, run.global_batch or 0
 
 
 def _known_rows(runs: Sequence[RunRecord]) -> list[Row]:
     setups = [_setup(run) for run in runs]
-    _measured(runs, setups)
-    differing = differing_keys(setups)
+    _add_resolved(runs, setups)
+    differing = _differing_keys(setups)
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run, setup in zip(runs, setups, strict=True):
         values = ((key, setup.get(key, "not set")) for key in differing)
-        # What is as the recipe has it stands before what is not.
-        apart = tuple((value != AS_RECIPE, key, value) for key, value in values)
-        groups.setdefault((*_place(run), apart), []).append(run)
+        # Rows with the recipe's values come first.
+        apart = tuple((value != _AS_RECIPE, key, value) for key, value in values)
+        groups.setdefault((*_sort_key(run), apart), []).append(run)
     rows = []
     short = {key: _short(setup[key] for setup in setups if key in setup) for key in differing}
     implied = _implied(runs) if "optimizer.name" in differing else {}
@@ -149,17 +149,17 @@ def _known_rows(runs: Sequence[RunRecord]) -> list[Row]:
     return rows
 
 
-def differing_keys(setups: Sequence[dict[str, str]]) -> list[str]:
-    """The keys that do not have the same value in all of `setups`."""
+def _differing_keys(setups: Sequence[dict[str, str]]) -> list[str]:
+    """Return the keys whose values are not the same in all `setups`."""
     keys = dict.fromkeys(key for setup in setups for key in setup)
     return sorted(key for key in keys if len({setup.get(key) for setup in setups}) > 1)
 
 
 def _implied(runs: Sequence[RunRecord]) -> dict[str, set[str]]:
-    """The optimizer's options that its name decides, each with the names for which that is so.
+    """Return the optimizers whose name implies the value of an option, by option.
 
-    Those are the optimizers that have no such option (it is null, or not there); and, if only one optimizer has it,
-    that one, if all its runs have one value.
+    These are the optimizers without the option (null or missing). If a single optimizer has the option, with the same
+    value in all its runs, its name implies that value, too.
     """
     values: dict[str, dict[str, set[str]]] = {}
     keys = dict.fromkeys(key for run in runs for key in run.settings if key.startswith("optimizer."))
@@ -178,7 +178,7 @@ def _implied(runs: Sequence[RunRecord]) -> dict[str, set[str]]:
 
 
 def _short(texts: Iterable[str]) -> dict[str, str]:
-    """Each value of one key as the table shows it: floats with 6 digits, or as many as tell all of them apart."""
+    """Return the table's text for each value of a key: floats with 6 digits, or with enough to keep all distinct."""
     whole = sorted(set(texts))
     for digits in range(_DIGITS, 17):
         brief = [_rounded(text, digits) for text in whole]
@@ -205,7 +205,7 @@ def _finished_rows(runs: list[RunRecord], differs: dict[str, str]) -> list[Row]:
     if not runs:
         return []
     seeds: dict[str, RunRecord] = {}
-    # Of several with one seed the first stands for it, but one that lacks something only where all do.
+    # Each seed keeps its first run, and prefers one without problems.
     for run in sorted(runs, key=lambda run: bool(run.problems)):
         seeds.setdefault(run.setting("seed"), run)
     kept = tuple(run for run in runs if run in seeds.values())
@@ -213,21 +213,21 @@ def _finished_rows(runs: list[RunRecord], differs: dict[str, str]) -> list[Row]:
 
 
 def _setup(run: RunRecord) -> dict[str, str]:
-    """What the run computes, by key: of what its recipe's row gives, whether it is as there."""
+    """Return the settings that decide what the run computes; `_AS_RECIPE` for values equal to the recipe's row."""
     deviations, row = _deviations(run), _row_settings(run)
     setup = {"recipe": run.setting("recipe.name")}
     for key, value in run.settings.items():
         if f"{key}.".startswith(tuple(f"{ignored}." for ignored in _NOT_COMPARED)):
             continue
-        setup[key] = AS_RECIPE if key in row and key not in deviations else as_line(value)
-    # In the global order windows have no meaning.
+        setup[key] = _AS_RECIPE if key in row and key not in deviations else as_line(value)
+    # The global order has no windows.
     if setup.get("data.order") == as_line("global"):
         setup.pop("data.window_shards", None)
     return setup
 
 
-def _measured(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> None:
-    """Add what a run finds out when it begins; one that was ended before counts as like the others."""
+def _add_resolved(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> None:
+    """Add what a run resolves at its start. A run that ended before that takes the value that the others share."""
     found: dict[str, list[Any]] = {
         "precision.name": [run.precision for run in runs],
         "training images": [run.samples for run in runs],
@@ -242,16 +242,16 @@ def _measured(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> None:
 
 
 def _deviations(run: RunRecord) -> list[str]:
-    """The settings that are not as the run's row of its recipe has them; one that is null has no use in this run."""
+    """Return the settings that differ from the run's row of its recipe. Null settings are unused, and ignored."""
     return [key for key, value in _row_settings(run).items() if run.settings.get(key) not in (None, value)]
 
 
 def _row_settings(run: RunRecord) -> dict[str, Any]:
-    """What the recipe's row says, and the preset that it names, by the settings that take it."""
+    """Return the values of the recipe's row, and of the preset that it names, by setting."""
     if run.settings.get("batch.size") is not None:
         return {}
     row, found = {key: value for key, value in _recipe_row(run).items() if value is not None}, {}
-    with contextlib.suppress(ConfigError, TypeError):  # a recipe may name what this version does not know
+    with contextlib.suppress(ConfigError, TypeError):  # the recipe may name a preset that this version lacks
         row = {**options_of(row["preset"], ""), **row}
     for name, value in row.items():
         places = ("optimizer.name",) if name == "optimizer" else (name, *(f"{g}.{name}" for g in _GROUPS))
@@ -275,7 +275,7 @@ def _times(value: Any, factor: float) -> Any:
 def _recipe_row(run: RunRecord) -> dict[str, Any]:
     start, batch = "recipe.rows.", run.settings.get("batch.name")
     names = dict.fromkeys(key.removeprefix(start).partition(".")[0] for key in run.settings if key.startswith(start))
-    # What the recipe leaves unsaid is what the schema has for it.
+    # The schema has the defaults of a row.
     row: dict[str, Any] = dataclasses.asdict(RowConfig())
     for prefix in ("recipe.common.", f"{start}{row_name(names, batch) if isinstance(batch, str) else None}."):
         row.update({k.removeprefix(prefix): v for k, v in run.settings.items() if k.startswith(prefix)})

@@ -1,6 +1,6 @@
-"""Pictures by matplotlib: top-1 and training loss of every row, and trust ratios over time.
+"""Plot top-1 and training loss of every row, and trust ratios over time, with matplotlib.
 
-Seven colours that the colour-blind tell apart, and with each another marker and another line: they are read in print.
+Color-blind readers can distinguish the seven colors. Each has its own marker and line style, for print.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 _MOST_POINTS = 250
 _LONGEST_LABEL = 50
-# What tells runs apart before all else.
+# Keys that a short label shows first.
 _FIRST = ("optimizer.name", "optimizer.lr", RUN)
-# What stands for the text's colour in a page's picture; any that nothing else has will do.
+# Placeholder for the color of text in a plot for the page; nothing else may use it.
 _INK = "#1b1c1d"
 _STYLE = f"svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:#e6e6e6}}}}"
 _SETTINGS: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "legend.fontsize": 9,
-    "text.parse_math": False,  # a dollar sign in a name is one
+    "text.parse_math": False,  # a dollar sign in a name is literal
     "svg.fonttype": "none",
     "svg.hashsalt": "lars-train",
     "axes.spines.top": False,
@@ -54,9 +54,9 @@ _UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 @dataclass(frozen=True)
 class Panel:
-    """What one set of axes shows: `values` of a run over `axis` (an attribute of `Point`).
+    """A plot of `values` of each run over `axis` (an attribute of `Point`).
 
-    `bounded`: they are percentages, few enough for each to have its marker.
+    `bounded`: the values are percentages, and few enough for markers.
     """
 
     title: str
@@ -76,7 +76,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class _Look:
-    """`style`: of colour, marker and line."""
+    """Appearance of a row. `style`: index of its color, marker and line."""
 
     number: int
     label: str
@@ -85,7 +85,7 @@ class _Look:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with its band: means and standard deviations at the updates that all of a row's runs with a log have."""
+    """Means and standard deviations of a row, at the updates that all its runs with a log have in common."""
 
     x: list[float]
     mean: list[float]
@@ -93,9 +93,9 @@ class Curve:
 
 
 def curve(row: Row, panel: Panel) -> Curve | None:
-    """The curve of a row; None where nothing was logged for it."""
+    """Return the curve of a row; None if its runs logged no values for it."""
     by_update = [{p.update: p for p in panel.values(run) if getattr(p, panel.axis) is not None} for run in row.runs]
-    # A seed whose log is lost does not take the others' curve with it.
+    # A seed without a log does not remove the curve of the others.
     by_update = [points for points in by_update if points]
     common = sorted(set.intersection(*(set(points) for points in by_update))) if by_update else []
     if not common:
@@ -111,25 +111,25 @@ def curve(row: Row, panel: Panel) -> Curve | None:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """What the legend calls each row: no two alike, and none at length.
+    """Return a short and unique label per row, for the legend.
 
-    Of one that differs in much, optimizer and learning rate, if they tell it from all others, else the name of its
-    (first) run, else its place in the table.
+    If the list of all differences is too long, the label has optimizer and learning rate. If these are not unique, it
+    has the name of the first run, else the number of the row in the table.
     """
     whole = [_label(row, list(_differences(row, row.differs))) for row in rows]
-    short = [_label(row, list(_differences(row, _first(row) or row.differs))) for row in rows]
+    short = [_label(row, list(_differences(row, _first_keys(row) or row.differs))) for row in rows]
     named = [_label(row, [f"run {row.first.directory.name}"]) for row in rows]
-    return [_called(number, row, whole, short, named) for number, row in enumerate(rows)]
+    return [_unique_label(number, row, whole, short, named) for number, row in enumerate(rows)]
 
 
-def _first(row: Row) -> list[str]:
+def _first_keys(row: Row) -> list[str]:
     return [key for key in _FIRST if key in row.differs]
 
 
-def _called(number: int, row: Row, *ways: Sequence[str]) -> str:
-    for told in ways:
-        if len(told[number]) <= _LONGEST_LABEL and told.count(told[number]) == 1:
-            return told[number]
+def _unique_label(number: int, row: Row, *options: Sequence[str]) -> str:
+    for candidates in options:
+        if len(candidates[number]) <= _LONGEST_LABEL and candidates.count(candidates[number]) == 1:
+            return candidates[number]
     return _label(row, [f"row {number + 1} of the table"])[: 2 * _LONGEST_LABEL]
 
 
@@ -149,29 +149,29 @@ def _differences(row: Row, keys: Iterable[str]) -> Iterator[str]:
 
 
 def overview(rows: Sequence[Row]) -> dict[str, bytes]:
-    """All panels in one picture, by the file's kind: ``png`` and ``svg``."""
-    with _drawing():
+    """Return all panels in one figure, as the bytes of a ``png`` and an ``svg`` file."""
+    with _style():
         figure = _figure(10, 7.2 + 0.12 * len(rows))
         for number, panel in enumerate(PANELS, 1):
             _draw(figure.add_subplot(2, 2, number), rows, panel)
         _legend(figure, columns=2 if max(map(len, labels(rows))) > 24 else 4)
-        return {"png": _saved(figure, "png"), "svg": _saved(figure, "svg")}
+        return {"png": _render(figure, "png"), "svg": _render(figure, "svg")}
 
 
 def panels(rows: Sequence[Row]) -> Iterator[tuple[Panel, str]]:
-    """Each panel as SVG for a page: in the reader's colours, and small enough for a phone."""
+    """Yield each panel as SVG for a page, in the page's text color and small enough for a phone."""
     for panel in PANELS:
         if not any(curve(row, panel) for row in rows):
             continue
-        with _drawing():
+        with _style():
             figure = _figure(4.6, 3.5 + 0.2 * len(rows))
             _draw(figure.add_subplot(), rows, panel, title=False)
             _legend(figure, columns=1)
-            yield panel, _for_page(_saved(figure, "svg", transparent=True))
+            yield panel, _for_page(_render(figure, "svg", transparent=True))
 
 
 def heat_map(ratios: Ratios) -> str:
-    """Trust ratios of all layers over the updates as SVG for a page."""
+    """Return a heat map of the trust ratios, layers by updates, as SVG for a page."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
@@ -180,7 +180,7 @@ def heat_map(ratios: Ratios) -> str:
     low, high = (float(usable.min()), float(usable.max())) if usable.size else (1.0, 1.0)
     edges = [0.0, *map(float, ratios.updates)]
     layers = len(ratios.layers)
-    with _drawing():
+    with _style():
         figure = _figure(7.2, min(9.0, 1.4 + 0.19 * layers))
         axes = figure.add_subplot()
         norm = LogNorm(low, high if high > low else low * 1.01)
@@ -195,12 +195,12 @@ def heat_map(ratios: Ratios) -> str:
         bar = figure.colorbar(mesh, ax=axes, label="trust ratio", pad=0.02)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         bar.ax.yaxis.set_minor_formatter(lambda value, _: "")
-        return _for_page(_saved(figure, "svg", transparent=True))
+        return _for_page(_render(figure, "svg", transparent=True))
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
-    """Matplotlib in this module's style, which keeps what it has to say of fonts and limits to itself."""
+def _style() -> Iterator[None]:
+    """Use this module's style within the block, and silence matplotlib's warnings about fonts and limits."""
     import matplotlib as mpl
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -210,7 +210,7 @@ def _drawing() -> Iterator[None]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    # Without pyplot there is no window system to choose, and nothing that outlives the figure.
+    # Without pyplot, no GUI backend is chosen and no figure is kept alive.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -218,13 +218,13 @@ def _figure(width: float, height: float) -> Figure:
 
 def _draw(axes: Axes, rows: Sequence[Row], panel: Panel, *, title: bool = True) -> None:
     looks = _looks(rows)
-    curves = [(number, row, found) for number, row in enumerate(rows) if (found := curve(row, panel))]
-    largest = max((found.x[-1] for _, _, found in curves), default=1.0)
+    curves = [(number, row, points) for number, row in enumerate(rows) if (points := curve(row, panel))]
+    largest = max((points.x[-1] for _, _, points in curves), default=1.0)
     unit, unit_name = next(((u, n) for u, n in _UNITS if largest >= 2 * u), _UNITS[-1])
-    for number, row, found in curves:
-        x = [value / unit for value in found.x] if panel.axis == "seconds" else found.x
-        _draw_curve(axes, x, found, row, looks[number], markers=panel.bounded)
-    ends = [found.x[-1] for _, _, found in curves]
+    for number, row, points in curves:
+        x = [value / unit for value in points.x] if panel.axis == "seconds" else points.x
+        _draw_curve(axes, x, points, row, looks[number], markers=panel.bounded)
+    ends = [points.x[-1] for _, _, points in curves]
     if panel.axis == "update" and len(ends) > 1 and max(ends) > 8 * min(ends) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -232,60 +232,60 @@ def _draw(axes: Axes, rows: Sequence[Row], panel: Panel, *, title: bool = True) 
     axes.set_xlabel({"epoch": "epoch", "update": "update", "seconds": f"training time ({unit_name})"}[panel.axis])
     axes.set_ylabel(panel.unit)
     axes.grid(True)
-    # Curves that lie close together leave a margin that is thinner than their markers.
-    highest = max((max(found.mean) for _, _, found in curves), default=0.0)
+    # The default margin above flat curves is thinner than their markers.
+    highest = max((max(points.mean) for _, _, points in curves), default=0.0)
     axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * highest))
     if not panel.bounded:
-        _cut_off(axes, [found.mean for _, _, found in curves])
+        _limit_loss(axes, [points.mean for _, _, points in curves])
     if title:
         axes.set_title(panel.title)
 
 
 def _looks(rows: Sequence[Row]) -> list[_Look]:
-    """How each row looks: those of one experiment, finished or not, have the same style."""
+    """Return the look of each row. Rows of one experiment, finished or not, share a style."""
     experiments: dict[tuple[str, ...], int] = {}
     keys = [(row.first.batch, *row.differs, *row.differs.values()) for row in rows]
     styles = [experiments.setdefault(key, len(experiments)) for key in keys]
     return [_Look(*look) for look in zip(range(len(rows)), labels(rows), styles, strict=True)]
 
 
-def _cut_off(axes: Axes, curves: list[list[float]]) -> None:
-    """Keep a loss that has left all bounds from making all others a flat line."""
+def _limit_loss(axes: Axes, curves: list[list[float]]) -> None:
+    """Limit the axis, so that an exploding loss does not flatten the other curves."""
     usual = 3 * statistics.median(values[0] for values in curves) if curves else 0.0
     if 0 < usual < max(map(max, curves), default=0.0):
         axes.set_ylim(top=usual)
         axes.text(0.99, 0.98, "higher values are cut off", transform=axes.transAxes, ha="right", va="top", fontsize=8)
 
 
-def _draw_curve(axes: Axes, x: list[float], found: Curve, row: Row, look: _Look, *, markers: bool) -> None:
-    colour, finished = COLORS[look.style % len(COLORS)], row.first.state == FINISHED
-    # With more experiments than colours, a colour comes again with another marker and line.
+def _draw_curve(axes: Axes, x: list[float], points: Curve, row: Row, look: _Look, *, markers: bool) -> None:
+    color, finished = COLORS[look.style % len(COLORS)], row.first.state == FINISHED
+    # With more experiments than colors, a color repeats with another marker and line.
     other = (look.style + look.style // len(COLORS)) % len(COLORS)
     every = max(1, len(x) // 10)
     axes.plot(
         x,
-        found.mean,
-        color=colour,
+        points.mean,
+        color=color,
         linestyle=LINES[other],
         linewidth=1.8 if finished else 0.9,
         marker=MARKERS[other] if markers or len(x) == 1 else None,
         markevery=(look.number % every, every),
         markersize=5,
-        markerfacecolor=colour if finished else "none",
+        markerfacecolor=color if finished else "none",
         label=look.label,
         gid=f"row-{look.number:04d}",
     )
-    if found.deviation is not None:
-        low = [m - d for m, d in zip(found.mean, found.deviation, strict=True)]
-        high = [m + d for m, d in zip(found.mean, found.deviation, strict=True)]
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    if points.deviation is not None:
+        low = [m - d for m, d in zip(points.mean, points.deviation, strict=True)]
+        high = [m + d for m, d in zip(points.mean, points.deviation, strict=True)]
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     if row.first.state == FAILED:
-        axes.plot(x[-1:], found.mean[-1:], color=colour, marker="x", markersize=9, markeredgewidth=2)
+        axes.plot(x[-1:], points.mean[-1:], color=color, marker="x", markersize=9, markeredgewidth=2)
 
 
 def _legend(figure: Figure, columns: int) -> None:
-    """Below all axes: no curve is hidden behind it."""
-    # A row may be in one of the axes only; where it has markers, the first ones, they belong to it.
+    """Place the legend below all axes, where it hides no curve."""
+    # A row may appear in some axes only. Reversed: the first axes, which have markers, win.
     handles = {
         str(line.get_gid()): line for axes in reversed(figure.axes) for line in axes.get_lines() if line.get_gid()
     }
@@ -299,7 +299,7 @@ def _legend(figure: Figure, columns: int) -> None:
         )
 
 
-def _saved(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
+def _render(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
     out = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     figure.savefig(out, format=kind, dpi=150, transparent=transparent, metadata=metadata)
@@ -308,7 +308,7 @@ def _saved(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
 
 def _for_page(svg: bytes) -> str:
     text = svg.decode().replace(_INK, "currentColor")
-    # What stands before it (XML's declaration, a document type with an address) is for files.
+    # Only files need the XML declaration and the document type.
     text = text[text.index("<svg") :]
     return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_STYLE}</style>", text, count=1)
 

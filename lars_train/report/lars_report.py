@@ -1,4 +1,4 @@
-"""``lars-report``: a report of run directories; and what ``lars-train -m`` does at its end."""
+"""``lars-report``: write a report of run directories. ``lars-train -m`` writes one of its sweep, too."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``lars-report``; ends the process with 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="lars-report",
-        description="Table, curves and a page from run directories, which are only read.",
+        description="Write a table, curves and an HTML page from run directories. The directories are only read.",
     )
-    parser.add_argument("directory", nargs="+", type=not_empty, help="a run directory, or a folder of them")
+    parser.add_argument("directory", nargs="+", type=not_empty, help="a run directory, or a folder that contains some")
     parser.add_argument(
         "--out",
         type=not_empty,
-        help="the folder to write (default: report/ in the given directory, or here for several)",
+        help="output folder (default: report/ in the given directory, or in the current one if several are given)",
     )
     open_standard_streams()
     args = parser.parse_args(arguments)
@@ -48,29 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_rows(directories: Sequence[Path]) -> list[Row]:
-    """The rows of the table that the runs in `directories` make."""
+    """Return the rows of the table of the runs in `directories`."""
     return make_rows([read_run(directory) for directory in directories])
 
 
 def report_sweep(runs: Mapping[Path, str]) -> None:
-    """Print the table of a sweep's runs, and write their report beside them; `runs`: how each directory is called.
+    """Print the table of a sweep's runs, and write their report beside them. `runs`: label by run directory.
 
-    What prevents it is told, and no more: the runs are done.
+    Errors are only printed, because the runs themselves are done.
     """
     rows: list[Row] = []
-    with _tolerated("the table was not made"):
+    with _errors_printed("the table was not made"):
         rows = read_rows(list(runs))
         say(terminal(rows))
     for directory, label in runs.items():
         say(f"{directory}  {label}")
-    with _tolerated("the report was not written"):
+    with _errors_printed("the report was not written"):
         folder = sweep_folder(list(runs))
         write_report(rows, folder)
         say(f"report         {relative_path(folder / 'report.html', Path())}")
 
 
 @contextlib.contextmanager
-def _tolerated(what: str) -> Iterator[None]:
+def _errors_printed(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""``report.html``: one file with the table, the curves and what stands behind them. It fetches and runs nothing."""
+"""Write ``report.html``: one file with the table, the curves, settings and links to the runs, without scripts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ tr.open th { box-shadow: inset .3rem 0 var(--open); }
 tr.open td.state { color: var(--open); font-weight: 600; }
 thead th { border-bottom: 2px solid var(--line); } tbody tr:nth-child(even) { background: var(--stripe); }
 tbody th { font-weight: 600; } .number { text-align: right; }
-.pictures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
+.plots { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
 figure { margin: 0; min-width: 0; } figure img { display: block; width: 100%; height: auto; max-width: 46rem; }
 figcaption { margin-bottom: .3rem; } summary { cursor: pointer; }
 """
@@ -63,14 +63,14 @@ _NUMBERS |= {"difference"}
 
 
 def page(rows: Sequence[Row], folder: Path) -> str:
-    """The whole page, to be written into `folder`: links are relative to it."""
+    """Return the page as HTML. Links are relative to `folder`, where the page is written."""
     return "\n".join(_parts(rows, folder)) + "\n"
 
 
 def _parts(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     runs = [run for row in rows for run in (*row.runs, *row.repeats)]
     yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
-    # Nothing is fetched and nothing is run, whatever a run's files hold.
+    # The page loads and runs nothing, whatever the files of a run contain.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -78,11 +78,11 @@ def _parts(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield f"<h1>lars-train: top-1 by batch</h1>\n<p class=faint>{_summary(runs)}</p>\n</header>\n<main>"
     yield '<section aria-labelledby="table">\n<h2 id="table">Table</h2>'
     yield _results(rows)
-    told = "\n".join(f"<li>{escape(printable(note))}</li>" for note in notes(rows))
-    yield f'<ul class="notes">\n{told}\n</ul>\n<p class=faint>{_links("table.md", "table.csv")}</p>\n</section>'
-    yield '<section aria-labelledby="curves">\n<h2 id="curves">Curves</h2>\n<div class="pictures">'
+    items = "\n".join(f"<li>{escape(printable(note))}</li>" for note in notes(rows))
+    yield f'<ul class="notes">\n{items}\n</ul>\n<p class=faint>{_links("table.md", "table.csv")}</p>\n</section>'
+    yield '<section aria-labelledby="curves">\n<h2 id="curves">Curves</h2>\n<div class="plots">'
     for panel, svg in curves.panels(rows):
-        yield _figure(svg, panel.title, f"{panel.title}; the numbers of its ends stand in the table.")
+        yield _figure(svg, panel.title, f"{panel.title}; the table has the final values.")
     yield f"</div>\n{_bands(rows)}<p class=faint>{_links('curves.png', 'curves.svg')}</p>\n</section>"
     yield from _differences(rows)
     yield from _ratios(rows)
@@ -94,14 +94,14 @@ def _summary(runs: Sequence[RunRecord]) -> str:
     counts: dict[str, int] = {}
     for run in runs:
         counts[run.state] = counts.get(run.state, 0) + 1
-    told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return escape(f"{counted(len(runs), 'run')}: {told}. Written by lars-train {__version__}.")
+    states = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return escape(f"{counted(len(runs), 'run')}: {states}. Written by lars-train {__version__}.")
 
 
 def _bands(rows: Sequence[Row]) -> str:
     if not any(len(row.runs) > 1 for row in rows):
         return ""
-    return "<p class=faint>Bands: the sample standard deviation over the seeds, on both sides of their mean.</p>\n"
+    return "<p class=faint>Bands: mean ± sample standard deviation over the seeds.</p>\n"
 
 
 def _links(*names: str) -> str:
@@ -115,20 +115,20 @@ def _figure(svg: str, caption: str, alternative: str) -> str:
 
 
 def _results(rows: Sequence[Row]) -> str:
-    """The table, with result and state beside the batch: a phone shows those three."""
+    """Return the table, with best top-1 and state right after the batch: the columns that fit on a phone."""
     first = [HEADER.index(name) for name in ("batch", "best top-1 %", "state")]
     order = [*first, *(i for i in range(len(HEADER)) if i not in first)]
     found = [cells(row) for row in rows]
     unfinished = {number for number, row in enumerate(rows) if row.first.state != FINISHED}
-    return _table("The table", [HEADER[i] for i in order], ([line[i] for i in order] for line in found), unfinished)
+    return _table("Results", [HEADER[i] for i in order], ([line[i] for i in order] for line in found), unfinished)
 
 
 def _table(
     name: str, header: Sequence[str], rows: Iterable[Sequence[str]], unfinished: Container[int] = frozenset()
 ) -> str:
-    """A table in a box of its own that scrolls; its first column heads the rows.
+    """Return a table in a scrolling box. Its first column has the row headers.
 
-    `unfinished`: the rows, by number, that are marked as of runs that are not finished.
+    `unfinished`: indices of rows to mark as unfinished.
     """
     kinds = ["number" if title in _NUMBERS else "state" if title == "state" else "" for title in header]
     head = "".join(
@@ -152,17 +152,17 @@ def _class(kind: str) -> str:
 
 
 def _differences(rows: Sequence[Row]) -> Iterator[str]:
-    """The settings that are not the same in all rows, those of the recipe's rows included."""
+    """Yield a table of the settings that differ between rows, including values from the recipe."""
     keys = dict.fromkeys(key for row in rows for key in row.first.settings)
     values = {key: [row.first.setting(key) or NOTHING for row in rows] for key in keys}
     outside = ("run.", "recipe.rows.", "recipe.common.")
     differing = sorted(k for k, v in values.items() if len(set(v)) > 1 and not k.startswith(outside) and k != "seed")
-    yield '<section aria-labelledby="configs">\n<h2 id="configs">What differs in the configs</h2>'
+    yield '<section aria-labelledby="configs">\n<h2 id="configs">Differing settings</h2>'
     if differing:
         header = ["key", *curves.labels(rows)]
-        yield _table("What differs in the configs", header, ([key, *values[key]] for key in differing))
+        yield _table("Differing settings", header, ([key, *values[key]] for key in differing))
     else:
-        yield "<p>Nothing but seeds and names.</p>"
+        yield "<p>None, except seeds and names.</p>"
     yield "</section>"
 
 
@@ -171,19 +171,21 @@ def _ratios(rows: Sequence[Row]) -> Iterator[str]:
     found = [(name, ratios) for name, ratios in named if ratios is not None]
     if not found:
         return
-    yield '<section aria-labelledby="ratios">\n<h2 id="ratios">Trust ratios of the layers over time</h2>'
-    yield "<p class=faint>Of the first seed of each row with LARS. Blank: zero, or not finite.</p>"
-    yield '<div class="pictures">'
+    yield '<section aria-labelledby="ratios">\n<h2 id="ratios">Trust ratios by layer over time</h2>'
+    yield "<p class=faint>First seed of each row with LARS. Blank: zero or not finite.</p>"
+    yield '<div class="plots">'
     for name, ratios in found[:_MOST_HEAT_MAPS]:
         yield _figure(
-            curves.heat_map(ratios), name, f"Trust ratios of {name}, by layer and update; the table below has them."
+            curves.heat_map(ratios),
+            name,
+            f"Trust ratios of {name}, by layer and update; the table below has the values.",
         )
     yield "</div>"
     for name, ratios in found[:_MOST_HEAT_MAPS]:
         table = _table(f"Trust ratios of {name}", ("layer", "first", "median", "last"), _ratio_rows(ratios))
-        yield f"<details>\n<summary>{escape(name)}: numbers</summary>\n{table}\n</details>"
+        yield f"<details>\n<summary>{escape(name)}: values</summary>\n{table}\n</details>"
     if len(found) > _MOST_HEAT_MAPS:
-        yield f"<p>{len(found) - _MOST_HEAT_MAPS} more rows have trust ratios; give fewer runs to see theirs.</p>"
+        yield f"<p>{len(found) - _MOST_HEAT_MAPS} more rows have trust ratios. Report fewer runs to see them.</p>"
     yield "</section>"
 
 
@@ -196,22 +198,22 @@ def _ratio_rows(ratios: Ratios) -> Iterator[tuple[str, ...]]:
 
 
 def _runs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    yield '<section aria-labelledby="runs">\n<h2 id="runs">Runs and their files</h2>'
+    yield '<section aria-labelledby="runs">\n<h2 id="runs">Runs and files</h2>'
     for row in rows:
         for run in (*row.runs, *row.repeats):
             yield f"<h3>{escape(printable(run.directory.name))}</h3>"
             seed = f"seed {run.setting('seed')}, " if run.setting("seed") else ""
             time = "" if run.seconds is None else f", {elapsed_time(run.seconds)}"
-            told = f"{batch_name(run)}, {seed}{state(Row((run,), {}))}{time}"
+            summary = f"{batch_name(run)}, {seed}{state(Row((run,), {}))}{time}"
             best = "" if run.best_top1 is None else f", best top-1 {run.best_top1:.2f} %"
-            yield f"<p>{escape(printable(told + best))}<br>{_file_links(run, folder)}</p>"
+            yield f"<p>{escape(printable(summary + best))}<br>{_file_links(run, folder)}</p>"
             if run.versions:
                 yield f"<p class=faint>{escape(printable(' / '.join(map(as_line, run.versions))))}</p>"
     yield "</section>"
 
 
 def _file_links(run: RunRecord, folder: Path) -> str:
-    there = [name for name in _FILES if (run.directory / name).exists()]
-    where = relative_path(run.directory, folder)
-    # A relative address with its colons spelt out names no scheme.
-    return " · ".join(f'<a href="{quote(f"{where}/{name}", errors="surrogateescape")}">{name}</a>' for name in there)
+    existing = [name for name in _FILES if (run.directory / name).exists()]
+    base = relative_path(run.directory, folder)
+    # `quote` escapes colons, so that a relative path is never read as a URL scheme.
+    return " · ".join(f'<a href="{quote(f"{base}/{name}", errors="surrogateescape")}">{name}</a>' for name in existing)

@@ -1,4 +1,4 @@
-"""A run as its directory tells it: settings, results, curves, and whether it is finished."""
+"""Read a run directory: settings, results, curves, and the state of the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MOVED_ASIDE = re.compile(r"\.old\d+$")
 
 @dataclass(frozen=True)
 class Point:
-    """A logged value at an update; `epoch` in epochs, `seconds` of wall time of training (None: not logged)."""
+    """A logged value at an update. `epoch` in epochs; `seconds` of training wall time, None if not logged."""
 
     update: int
     epoch: float
@@ -42,13 +42,12 @@ class Point:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory says; None where it says nothing usable.
+    """The contents of a run directory. None where a value is missing or unusable.
 
-    `best_top1` and `final_top1` in percent (of a run that has not ended, `best_top1` is the best so far);
-    `updates`: of a run that has diverged, until it did (it is found at the next log line), which is `diverged`;
-    `seconds`: wall time of training over all starts; `resumes`: starts that went on from a checkpoint;
-    `problems`: what could not be read. `recorded`: whether its settings are known, and not only what ``final.json`` has
-    of them.
+    `best_top1` and `final_top1`: in percent; for a run that has not ended, `best_top1` is the best so far.
+    `diverged`: the loss diverged; then `updates` counts up to that point, which the next log line detects.
+    `seconds`: wall time of training over all starts. `resumes`: starts that resumed from a checkpoint.
+    `problems`: what could not be read. `recorded`: False if only ``final.json`` gives settings, and only some of them.
     """
 
     directory: Path
@@ -77,28 +76,28 @@ class RunRecord:
 
     @property
     def scaled(self) -> bool:
-        """Whether the batch was shrunk in proportion to the data set."""
+        """True if the batch is scaled in proportion to the size of the data set."""
         return self.nominal_batch is not None and self.nominal_batch != self.global_batch is not None
 
     @property
     def images_per_s(self) -> float | None:
-        """Training images over the time of training and evaluation.
+        """Training images per second of training and evaluation.
 
-        None for a run that has diverged: its time holds updates after those that count.
+        None for a diverged run: its time includes updates that do not count.
         """
         if self.diverged or not self.seconds or self.global_batch is None or not self.updates:
             return None
         return self.updates * self.global_batch / self.seconds
 
     def setting(self, key: str) -> str:
-        """A setting as text; empty if there is none."""
+        """Return a setting as text; empty if it is missing or null."""
         value = self.settings.get(key)
         return "" if value is None else f"{value:.7g}" if isinstance(value, float) else as_line(value)
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """Trust ratios: `values[i][j]` is that of `layers[j]` in update `updates[i]`; None where it was not finite."""
+    """Trust ratios. `values[i][j]` belongs to `layers[j]` at `updates[i]`; None if not finite."""
 
     layers: tuple[str, ...]
     updates: tuple[int, ...]
@@ -106,23 +105,25 @@ class Ratios:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run directories that `paths` are or hold, without those that were moved aside, each once.
+    """Return the run directories among and below `paths`, each once. Skip runs that were moved aside.
 
-    Raises `ConfigError` for a path that does not exist, is a file or holds none, and for more than `MOST_RUNS`.
+    Raises `ConfigError` for a path that does not exist, is a file or contains no run, and for over `MOST_RUNS` runs.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             if path.exists():
-                raise ConfigError(f"{path}: it is a file; give the run directory that it is in, or a folder of them.")
-            raise ConfigError(f"{path}: there is no such folder; give run directories, or a folder of them.")
+                raise ConfigError(
+                    f"{path}: is a file. Pass the run directory that contains it, or a folder of run directories."
+                )
+            raise ConfigError(f"{path}: no such folder. Pass run directories, or a folder of run directories.")
         inside = [path] if (path / "run.json").exists() else _below(path)
         if not inside:
-            raise ConfigError(f"{path}: it holds no run directory (none has a run.json).")
+            raise ConfigError(f"{path}: no run directory found (a run directory contains run.json).")
         for run in inside:
             found.setdefault(run.resolve(), run)
         if len(found) > MOST_RUNS:
-            raise ConfigError(f"{path}: more than {MOST_RUNS:,} run directories; name fewer of them.")
+            raise ConfigError(f"{path}: more than {MOST_RUNS:,} run directories. Pass fewer.")
     return list(found.values())
 
 
@@ -139,7 +140,7 @@ def _below(path: Path) -> list[Path]:
 
 
 def read_run(directory: Path) -> RunRecord:
-    """The run in `directory`. Raises nothing: what cannot be read is told in the run's `problems`."""
+    """Read the run in `directory`. Raises nothing: the run's `problems` list what cannot be read."""
     problems: list[str] = []
     record, final = (_object(directory / name, problems) for name in ("run.json", "final.json"))
     settings = {as_line(k): v for k, v in _dict(record, "settings").items()}
@@ -187,7 +188,7 @@ def read_run(directory: Path) -> RunRecord:
 
 
 def read_ratios(directory: Path, most: int = 240) -> Ratios | None:
-    """The trust ratios of the run in `directory`, at no more than about `most` of the updates; None without any."""
+    """Read the trust ratios of the run in `directory`, thinned to about `most` updates; None if there are none."""
     try:
         layers = read_object(directory / "trust_ratios.fields.json").get("layers")
     except Unreadable:
@@ -220,12 +221,12 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _dict(found: dict[str, Any], key: str) -> dict[str, Any]:
-    return found.get(key) or {}
+def _dict(record: dict[str, Any], key: str) -> dict[str, Any]:
+    return record.get(key) or {}
 
 
 def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tuple[str, str, int]:
-    """State, why, and the updates made, where the last line of the log stands at update `last`."""
+    """Return state, reason and completed updates. `last`: the update of the log's last line."""
     start = starts[-1] if starts else {}
     ended = _dict(start, "ended")
     how = text(ended, "how")
@@ -233,48 +234,48 @@ def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tu
     if done is not None and planned is not None and done >= last:
         if done >= planned:
             return FINISHED, "", done
-        # A later start of a run that max_updates has ended leaves that end's record until its own.
+        # After an end by max_updates, final.json keeps that end's record until the next start ends.
         if how == "finished" or "resumed_at" not in start:
             return CUT_SHORT, "by max_updates", done
     update = max(last, integer(ended, "update") or 0)
     reason = text(ended, "reason") or ""
     if how == "finished":
-        return UNFINISHED, "it has finished, but its final.json is missing or damaged", update
+        return UNFINISHED, "finished, but final.json is missing or damaged", update
     if how == "failed":
         return FAILED, reason, update
     if how == "stopped":
         return STOPPED, reason.removeprefix("Stopped: ").partition(":")[0], update
-    return UNFINISHED, "killed, or still going on", update
+    return UNFINISHED, "killed or still running", update
 
 
 def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[Point, ...], last: int) -> Iterator[str]:
-    """What a run that has ended with a result lacks of what such a run has written."""
+    """Yield what is missing of the files of a run that ended with a result."""
     for key in ("best_top1", "final_top1"):
         if number(final, key) is None:
             yield f"final.json: no usable {key}"
-    # A result that was copied without its record was not meant to be a whole run directory.
+    # A final.json copied without run.json is not meant to be a complete run directory.
     if not updates or not (directory / "run.json").exists():
         return
     if not last:
         yield (
             "metrics.jsonl: "
             + ("no usable line" if (directory / "metrics.jsonl").exists() else "missing")
-            + "; not in the curves"
+            + "; the curves lack this run"
         )
     elif last < updates:
-        yield f"metrics.jsonl: ends at update {last:,} of {updates:,}, and the curves with it"
+        yield f"metrics.jsonl: ends at update {last:,} of {updates:,}, as do the curves"
     elif number(final, "final_top1") is not None and (not top1 or top1[-1].update < updates):
-        yield f"metrics.jsonl: without the top-1 of the last update, {updates:,}"
+        yield f"metrics.jsonl: the top-1 of the last update, {updates:,}, is missing"
 
 
 def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tuple[Point, ...], int, float | None]:
-    """Top-1 and training loss by update, the last update that was logged, and the seconds until then."""
+    """Return top-1 and training loss by update, the last logged update, and the seconds until then."""
     top1: dict[int, Point] = {}
     loss: dict[int, Point] = {}
     last, passed = 0, None
     for count, line in enumerate(read_lines(directory / "metrics.jsonl", problems)):
         if count >= _MOST_LINES:
-            problems.append(f"metrics.jsonl: what is beyond {_MOST_LINES:,} lines is left out")
+            problems.append(f"metrics.jsonl: ignored beyond {_MOST_LINES:,} lines")
             break
         update, epoch, seconds = integer(line, "update"), number(line, "epoch"), number(line, "run/seconds")
         if update is None or epoch is None:
@@ -291,7 +292,7 @@ def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tu
 
 
 def _settings_of(final: dict[str, Any]) -> dict[str, Any]:
-    """What ``final.json`` knows of the settings, where the record cannot be read."""
+    """Return the settings that ``final.json`` has, for a run whose record cannot be read."""
     keys = {
         "recipe": "recipe.name",
         "data": "data.name",
@@ -308,13 +309,13 @@ def _settings_of(final: dict[str, Any]) -> dict[str, Any]:
 
 
 def _versions(starts: list[dict[str, Any]]) -> tuple[str, ...]:
-    """What the starts were made by: versions of lars-train and torch, and the commit."""
-    told = []
+    """Return the distinct versions over all starts: of lars-train, torch, and the commit."""
+    described = []
     for start in starts:
         versions, git = _dict(start, "versions"), _dict(start, "git")
         parts = [f"{name} {text(versions, name)}" for name in ("lars-train", "torch") if text(versions, name)]
         if commit := commit_of(git):
             parts.append(commit)
         if parts:
-            told.append(", ".join(parts))
-    return tuple(dict.fromkeys(told))
+            described.append(", ".join(parts))
+    return tuple(dict.fromkeys(described))

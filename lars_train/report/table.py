@@ -1,4 +1,4 @@
-"""The table: one row per batch, as text for a terminal or Markdown, and as CSV."""
+"""Format the table, one row per batch and setting, for a terminal, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ HEADER = (
     "differs in",
 )
 NOTHING = "-"
-_SAYS_NOTHING = {
+_UNINFORMATIVE = {
     "published": {NOTHING, "scaled"},
     "difference": {NOTHING},
     "state": {FINISHED},
     "differs in": {NOTHING},
 }
-# What a narrow terminal keeps, the first ones before all others.
-_KEPT = (
+# Columns in the order in which a narrow terminal keeps them.
+_PRIORITY = (
     "batch",
     "best top-1 %",
     "state",
@@ -56,14 +56,14 @@ _KEPT = (
     "updates",
 )
 _RESULTS = {"best top-1 %", "final top-1 %", "time", "images/s", "difference", "state"}
-# Characters of a cell on a terminal.
+# Characters of the batch's cell on a terminal.
 _LONGEST_BATCH = 30
-# A backslash would not do for all of them: behind one that the text has itself, it is taken literally.
+# Not backslashes: after a backslash in the text, another one would be literal.
 _ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[`"})
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The text of a row, by the columns of `HEADER`."""
+    """Return the cells of a row, in the order of `HEADER`."""
     run = row.first
     difference, rate = row.difference, row.mean(lambda run: run.images_per_s)
     seconds = row.mean(lambda run: run.seconds)
@@ -86,14 +86,14 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def batch_name(run: RunRecord) -> str:
-    """The batch as its row is called, and what became of it on this data set."""
+    """Return the batch's name, and its scaled size on this data set."""
     if not run.scaled:
         return run.batch
     return f"{run.batch} (scaled: {run.global_batch:,}{', raised' if run.raised else ''})"
 
 
 def policy(run: RunRecord) -> str:
-    """How the learning rate comes about: ``LARS + poly(2)``."""
+    """Return the optimizer and the schedule's decay, as in the published table: ``LARS + poly(2)``."""
     base = run.setting("optimizer.base")
     parts = ["LARS"] if run.settings.get("optimizer.name") == "lars" else []
     parts += [base] if base not in ("", "SGD") else []
@@ -108,14 +108,14 @@ def _decay(run: RunRecord) -> str:
 
 
 def state(row: Row) -> str:
-    """What became of the row's runs."""
+    """Describe the state of the row's runs."""
     run, parts = row.first, [row.first.state]
     if run.state == FINISHED and len(row.runs) > 1:
         parts = [f"{FINISHED}, {len(row.runs)} seeds"]
     if run.state == CUT_SHORT:
         parts = [f"{CUT_SHORT} {run.reason}"]
     elif run.diverged:
-        # The reason names the update.
+        # The reason already names the update.
         parts = [f"{FAILED}: {run.reason.rstrip('.')}"]
     elif run.state != FINISHED:
         parts.append(f"at update {run.updates:,}" + (f": {run.reason}" if run.reason else ""))
@@ -132,7 +132,7 @@ def state(row: Row) -> str:
 
 
 def elapsed_time(seconds: float) -> str:
-    """Seconds as a person would say them: ``1 h 23 min``."""
+    """Return seconds as text that still shows small differences: ``1 h 23 min``, ``9 min 5 s``, ``0.4 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -143,72 +143,70 @@ def elapsed_time(seconds: float) -> str:
 
 
 def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
-    """What must be said below the table, a sentence or two each; `brief`: without what no figure depends on."""
+    """Return the notes below the table. `brief`: leave out the definitions of the columns."""
     runs = [run for row in rows for run in row.runs]
-    told: list[str] = []
+    texts: list[str] = []
     differing = list(dict.fromkeys(key for row in rows if row.first.recorded for key in row.differs if key != RUN))
     if differing:
-        told.append(f"The runs differ in more than batch and recipe row: {', '.join(differing)}.")
+        texts.append(f"The runs differ in more than batch and recipe row: {', '.join(differing)}.")
     versions = list(dict.fromkeys(version for run in runs for version in run.versions))
     if len(versions) > 1:
-        told.append(f"The runs were made by different versions: {' / '.join(versions)}.")
+        texts.append(f"The runs used different versions: {' / '.join(versions)}.")
     if any(run.scaled for run in runs):
         what = " and ".join(
             dict.fromkeys(f"{run.setting('data.name')} with {run.setting('model.name')}" for run in runs if run.scaled)
         )
-        told.append(
-            f"scaled: measured on {what}, the batch in proportion to the data set; what is published is of ResNet-50 "
-            "on ImageNet, and is not compared."
+        texts.append(
+            f"scaled: measured on {what}, with the batch in proportion to the data set. The published values are for "
+            "ResNet-50 on ImageNet and are not comparable."
         )
     departures = list(dict.fromkeys(key for row in rows for key in row.departures))
     if departures:
-        told.append(
-            f"own settings: not as the recipe's row has them ({', '.join(departures)}), so that what is published "
-            "for it is not compared."
+        texts.append(
+            f"own settings: not those of the recipe's row ({', '.join(departures)}), so the published value is not "
+            "comparable."
         )
-    told += [
-        f"raised: in proportion the batch would be less than {size}, the least that batch norm works with."
+    texts += [
+        f"raised: the batch in proportion to the data set would be below {size}, the minimum for batch norm."
         for size in sorted({run.global_batch for run in runs if run.raised and run.global_batch is not None})
     ]
     if any(len(row.runs) > 1 for row in rows):
-        told.append("±: sample standard deviation over the seeds, beside their mean.")
+        texts.append("±: mean and sample standard deviation over the seeds.")
     for row in rows:
         if row.repeats:
             again = ", ".join(printable(run.directory.name) for run in row.repeats)
-            told.append(f"Not in the mean, as their seeds are there already: {again}.")
+            texts.append(f"Not in the mean, because another run has the same seed: {again}.")
     unknown = [printable(run.directory.name) for run in runs if not run.recorded]
     if unknown and len(rows) > 1:
-        told.append(
-            f"Their settings are not known, as run.json has none that can be read: {', '.join(unknown)}. "
-            "Each has a row of its own, and is in no mean."
+        texts.append(
+            f"Unknown settings, because run.json has none that can be read: {', '.join(unknown)}. Each of these runs "
+            "has a separate row and is in no mean."
         )
     for row in rows:
         for name, values in (("best", [r.best_top1 for r in row.runs]), ("final", [r.final_top1 for r in row.runs])):
             without = [printable(r.directory.name) for r, v in zip(row.runs, values, strict=True) if v is None]
             if without and len(row.runs) > 1:
-                told.append(f"Not in the mean of the {name} top-1, as they have none: {', '.join(without)}.")
+                texts.append(f"Not in the mean of the {name} top-1, because it is missing: {', '.join(without)}.")
     if any(run.state != FINISHED for run in runs):
-        told.append(
-            "Runs that are not finished have rows of their own, with the best top-1 so far, and are in no mean."
-        )
+        texts.append("Unfinished runs have separate rows, with the best top-1 so far, and are in no mean.")
     if not brief:
-        told.append(
-            "time: training and evaluation, over all starts of a run, without the gaps between them and without what a "
-            "kill made undone; images/s: training images over that time"
-            + (", of several seeds the mean." if any(len(row.runs) > 1 for row in rows) else ".")
+        texts.append(
+            "time: training and evaluation over all starts of a run, without the gaps between starts and without work "
+            "that a kill lost. images/s: training images over that time."
+            + (" Both are means over the seeds." if any(len(row.runs) > 1 for row in rows) else "")
         )
-    told += [f"{as_line(run.directory.name)}: {problem}." for run in runs for problem in run.problems]
-    return [printable(note) for note in told]
+    texts += [f"{as_line(run.directory.name)}: {problem}." for run in runs for problem in run.problems]
+    return [printable(note) for note in texts]
 
 
 def terminal(rows: Sequence[Row], width: int | None = None) -> str:
-    """The table and its notes for a terminal: the columns that say something here and fit, and what they leave out.
+    """Return the table and its notes for a terminal, with the informative columns that fit.
 
-    `width`: of the lines; None: the terminal's, or 80 where standard output is none.
+    `width`: of the lines; None: the terminal's, or 80 if standard output is not a terminal.
     """
     width = terminal_width(sys.stdout) if width is None else width
     lines = [dict(zip(HEADER, cells(row), strict=True)) for row in rows]
-    # A row's label names its state.
+    # The label of a row already names its state.
     reasons = [
         "" if row.first.state == FINISHED else re.sub(rf"^{row.first.state}\W*", "", line["state"])
         for row, line in zip(rows, lines, strict=True)
@@ -217,25 +215,25 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> str:
         line["state"] = row.first.state
         if len(line["batch"]) > _LONGEST_BATCH:
             line["batch"] = f"{line['batch'][:_LONGEST_BATCH]}..."
-    telling = [name for name in HEADER if any(line[name] not in _SAYS_NOTHING.get(name, set()) for line in lines)]
+    informative = [name for name in HEADER if any(line[name] not in _UNINFORMATIVE.get(name, set()) for line in lines)]
     kept, room = list[str](), width - len("|")
-    for name in sorted(telling, key=_KEPT.index):
+    for name in sorted(informative, key=_PRIORITY.index):
         size = len(" |") + 1 + max(len(escaped(cell)) for cell in (name, *(line[name] for line in lines)))
         if size <= room or not kept:
             kept.append(name)
             room -= size
     kept.sort(key=HEADER.index)
     text = [markdown_table(kept, [[line[name] for name in kept] for line in lines])]
-    # What a row is, beside its results: where two are alike in it, what sets them apart stands below.
+    # Rows that look alike except for their results get a line below that says how they differ.
     kinds = [tuple(line[name] for name in kept if name not in _RESULTS) for line in lines]
     for label, kind, line, reason in zip(labels(rows), kinds, lines, reasons, strict=True):
-        apart = line["differs in"] if "differs in" not in kept and kinds.count(kind) > 1 else NOTHING
-        told = "; ".join(part for part in (reason, apart) if part not in ("", NOTHING))
-        text += wrap_line(f"  {label}: {told}", width) if told else []
-    left_out = [name for name in telling if name not in kept]
+        difference = line["differs in"] if "differs in" not in kept and kinds.count(kind) > 1 else NOTHING
+        details = "; ".join(part for part in (reason, difference) if part not in ("", NOTHING))
+        text += wrap_line(f"  {label}: {details}", width) if details else []
+    left_out = [name for name in informative if name not in kept]
     if left_out:
         text += wrap_line(
-            f"Left out in {width} columns: {', '.join(left_out)}; lars-report's table.md has them.", width
+            f"Left out to fit {width} columns: {', '.join(left_out)}. See table.md of lars-report.", width
         )
     for note in notes(rows, brief=True):
         text += wrap_line(note, width)
@@ -243,7 +241,7 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table with its notes as a Markdown file that shows the curves, too."""
+    """Return a Markdown file with the table, its notes and the curves."""
     parts = ["# Results", markdown_table(HEADER, [cells(row) for row in rows])]
     parts.append("\n".join(f"- {escaped(note)}" for note in notes(rows)))
     parts.append("![Top-1 and training loss against epochs, updates and time](curves.svg)")
@@ -251,7 +249,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned, that reads well in a terminal."""
+    """Return a Markdown table with aligned columns, readable in a terminal."""
     lines = [list(header), *([escaped(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -260,17 +258,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that cannot end its cell, and is neither HTML nor a link, where it is shown as Markdown."""
+    """Escape text for a Markdown cell: it cannot end the cell, and is neither HTML nor a link."""
     text = printable(text).translate(_ENTITIES)
-    # GitHub makes links of bare addresses.
+    # GitHub turns bare addresses into links.
     return text.replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
 def csv_text(rows: Sequence[Row], folder: Path) -> str:
-    """The table for programs: plain numbers, one unit per column, empty where there is none.
+    """Return the table as CSV: plain numbers, one unit per column, an empty cell for a missing value.
 
-    `folder`: what the paths of the run directories are relative to. In the cell ``directories`` a semicolon stands
-    between them; one that a path has itself is spelt ``%3B`` there, and a percent sign ``%25``.
+    Paths of run directories are relative to `folder`. In the column ``directories``, semicolons separate them; in a
+    path, a semicolon is written as ``%3B`` and a percent sign as ``%25``.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -319,7 +317,7 @@ def _in_list(path: str) -> str:
 
 
 def _cell(text: str) -> str:
-    # A spreadsheet takes text that begins so for a formula, and works it out.
+    # A spreadsheet would evaluate text that starts like this as a formula.
     return f"'{printable(text)}" if text[:1] in ("=", "+", "-", "@") else printable(text)
 
 

@@ -1,4 +1,4 @@
-"""Writes a report into a folder of its own, and over nothing that is not its own."""
+"""Write a report to a folder, and never overwrite files of others."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lars_train.report.curves import overview
 from lars_train.report.page import page
 from lars_train.report.table import csv_text, markdown
 
-MARK = ".lars-report"
-"""The file that tells a folder of reports from a folder of other files."""
+MARKER = ".lars-report"
+"""File that marks a folder as one that lars-report may write to."""
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write the report of `rows` into `folder`; the files. One that was written there before is replaced.
+    """Write the report of `rows` into `folder`, replacing an earlier report. Return the paths of the files.
 
-    Raises `ConfigError` for a folder that cannot be made or written to, or that holds other files.
+    Raises `ConfigError` for a folder that cannot be created or written, or that contains other files.
     """
     check_folder(folder)
     contents = {
@@ -34,39 +34,39 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     partial = {name: folder / f".{name}.partial" for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text("lars-report writes here, over its own files.\n")
+        (folder / MARKER).write_text("lars-report overwrites its files in this folder.\n")
         for name, data in contents.items():
             partial[name].write_bytes(data)
-        # Only now, so that no report is new in one file and old in another.
+        # Rename last, so that a report is never part new and part old.
         for name, path in partial.items():
             path.replace(folder / name)
     except OSError as error:
         for path in partial.values():
             discard(path)
-        raise ConfigError(f"{folder}: the report cannot be written there ({error}); choose another --out.") from None
+        raise ConfigError(f"{folder}: cannot write the report ({error}). Choose another --out.") from None
     return [folder / name for name in contents]
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `ConfigError` for a folder that holds files of others. Writes nothing."""
+    """Raise `ConfigError` if `folder` contains files other than a report's. Writes nothing."""
     try:
         if not folder.exists():
             return
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: it is a file; choose another --out for the report.")
-        if any(folder.iterdir()) and not (folder / MARK).is_file():
-            raise ConfigError(f"{folder}: it holds files that are no report's; choose another --out.")
+            raise ConfigError(f"{folder}: is a file. Choose another --out for the report.")
+        if any(folder.iterdir()) and not (folder / MARKER).is_file():
+            raise ConfigError(f"{folder}: contains files that are not part of a report. Choose another --out.")
     except OSError as error:
-        raise ConfigError(f"{folder}: it cannot be read ({error}); choose another --out.") from None
+        raise ConfigError(f"{folder}: cannot be read ({error}). Choose another --out.") from None
 
 
 def sweep_folder(directories: Sequence[Path]) -> Path:
-    """Where the report of a sweep goes: beside its runs, by a name that the same runs give again."""
-    whole = sorted(str(directory.resolve()) for directory in directories)
-    digest = hashlib.sha256("\0".join(whole).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    parents = {Path(path).parent for path in whole}
+    """Return the folder for the report of a sweep: beside its runs, with a name derived from their paths."""
+    paths = sorted(str(directory.resolve()) for directory in directories)
+    digest = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    parents = {Path(path).parent for path in paths}
     beside = Path(os.path.commonpath([str(parent) for parent in parents]))
-    # Runs that are spread over the disks have no folder in common but one that is nobody's.
+    # Runs on several disks have only a folder such as / in common, which is not the user's.
     if len(parents) > 1 and len(beside.parts) < 3:
         beside = Path("runs")
     return Path(os.path.relpath(beside)) / f"report-{digest}"

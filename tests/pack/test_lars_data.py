@@ -175,5 +175,5 @@ def test_an_empty_path_is_not_the_working_folder(
     # An unset shell variable gives an empty argument.
     before = sorted(root.iterdir())
     assert run(*arguments) == 2
-    assert "it is empty; give a path" in capsys.readouterr().err
+    assert "is empty. Pass a path" in capsys.readouterr().err
     assert sorted(root.iterdir()) == before

@@ -76,9 +76,9 @@ def test_a_run_whose_settings_are_not_known_is_in_no_mean_and_parts_no_other_row
         (directory / "run.json").write_text(content)
     found = rows(lost[0], *known, lost[1])
     assert [[run.directory.name for run in row.runs] for row in found] == [["a1", "a2"], ["b3"], ["b4"]]
-    assert [row.differs for row in found] == [{}, *({"settings": "not known", "run": name} for name in ("b3", "b4"))]
+    assert [row.differs for row in found] == [{}, *({"settings": "unknown", "run": name} for name in ("b3", "b4"))]
     assert [row.published for row in found] == [72.26, None, None]
-    (told,) = [note for note in notes(found) if "not known" in note]
+    (told,) = [note for note in notes(found) if "Unknown settings" in note]
     assert "run.json" in told
     assert ": b3, b4." in told
 

@@ -56,10 +56,10 @@ def test_bad_input_ends_with_2_and_one_line_and_writes_nothing(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/table.md").write_text("mine")
     for arguments, told in (
-        (("nowhere",), "nowhere: there is no such folder"),
-        (("mine",), "mine: it holds no run directory"),
-        (("runs", "--out", "mine"), "mine: it holds files that are no report's"),
-        (("runs", "--out", str(run)), "no report's"),
+        (("nowhere",), "nowhere: no such folder"),
+        (("mine",), "mine: no run directory found"),
+        (("runs", "--out", "mine"), "mine: contains files that are not part of a report"),
+        (("runs", "--out", str(run)), "not part of a report"),
     ):
         assert ended(*arguments) == 2
         out, err = capsys.readouterr()
@@ -77,7 +77,7 @@ def test_an_empty_path_is_not_the_working_folder(
     monkeypatch.chdir(tmp_path)
     for arguments in (("",), ("runs", "--out", "")):
         assert ended(*arguments) == 2
-        assert "it is empty; give a path" in capsys.readouterr().err
+        assert "is empty. Pass a path" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,11 +38,11 @@ def test_a_finished_run_is_read_whole(made: Made) -> None:
     ("arguments", "state", "reason"),
     [
         ({"planned": 5}, "cut short", "by max_updates"),
-        ({"ended": None}, "unfinished", "killed, or still going on"),
+        ({"ended": None}, "unfinished", "killed or still running"),
         ({"ended": "stopped", "reason": "Stopped: SIGTERM: stopped after update 12"}, "stopped", "SIGTERM"),
         ({"ended": "failed", "reason": "Diverged: loss nan"}, "failed", "Diverged: loss nan"),
         # It was cut short by max_updates, went on, and was killed before its next line, or later failed.
-        ({"ended": None, "planned": 5, "starts": 2, "done": True}, "unfinished", "killed, or still going on"),
+        ({"ended": None, "planned": 5, "starts": 2, "done": True}, "unfinished", "killed or still running"),
         ({"ended": "failed", "planned": 5, "done": True, "reason": "x"}, "failed", "x"),
         # Killed between its result and the note that it has ended.
         ({"ended": None, "done": True}, "finished", ""),
@@ -71,11 +71,11 @@ def test_a_result_that_the_log_has_gone_beyond_is_not_the_run_s(start: dict[str,
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        (None, "missing; not in the curves"),
-        (0, "no usable line; not in the curves"),
-        (1, "ends at update 1 of 12, and the curves with it"),
-        (12, "ends at update 10 of 12, and the curves with it"),
-        (14, "without the top-1 of the last update, 12"),
+        (None, "missing; the curves lack this run"),
+        (0, "no usable line; the curves lack this run"),
+        (1, "ends at update 1 of 12, as do the curves"),
+        (12, "ends at update 10 of 12, as do the curves"),
+        (14, "the top-1 of the last update, 12, is missing"),
     ],
 )
 def test_a_log_that_ends_before_its_finished_run_is_told(lines: int | None, told: str, made: Made) -> None:
@@ -104,7 +104,7 @@ def test_a_result_without_its_top1_is_told(value: Any, made: Made) -> None:
 
 def test_a_run_that_says_that_it_has_finished_but_has_no_result_is_not_said_to_go_on(made: Made) -> None:
     run = read_run(made("a", done=False))
-    assert (run.state, run.reason) == ("unfinished", "it has finished, but its final.json is missing or damaged")
+    assert (run.state, run.reason) == ("unfinished", "finished, but final.json is missing or damaged")
 
 
 def test_starts_that_went_on_from_a_checkpoint_are_counted(made: Made) -> None:
@@ -136,7 +136,7 @@ def test_damaged_lines_are_passed_over_and_counted(made: Made) -> None:
     (directory / "metrics.jsonl").write_bytes(b"".join([*odd, *whole[:3], *usable, *whole[3:]]) + torn)
     run = read_run(directory)
     assert (run.top1, run.loss, run.state) == (expected.top1, expected.loss, "finished")
-    assert run.problems == (f"metrics.jsonl: {len(odd)} damaged lines left out",)
+    assert run.problems == (f"metrics.jsonl: {len(odd)} damaged lines ignored",)
 
 
 @pytest.mark.parametrize("name", ["run.json", "final.json", "metrics.jsonl", "trust_ratios.fields.json"])
@@ -181,8 +181,8 @@ def test_a_path_without_runs_is_refused_by_name(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "file").touch()
     for name, told in (
         ("nowhere", "no such folder"),
-        ("file", "it is a file; give"),
-        ("empty", "holds no run"),
+        ("file", "is a file. Pass"),
+        ("empty", "no run directory found"),
     ):
         with pytest.raises(ConfigError, match=f"{name}: .*{told}"):
             find_runs([tmp_path / name])

@@ -76,7 +76,7 @@ def test_a_full_run_makes_the_published_row(made: Made) -> None:
         ("8k", {}, "lr", "12.8"),
         ("32k", {"starts": 2}, "state", "finished; resumed once"),
         ("32k", {"starts": 4}, "state", "finished; resumed 3 times"),
-        ("32k", {"ended": None}, "state", "unfinished at update 12: killed, or still going on"),
+        ("32k", {"ended": None}, "state", "unfinished at update 12: killed or still running"),
         (
             "32k",
             {"ended": "failed", "reason": "Diverged: loss nan."},
@@ -123,7 +123,7 @@ def test_a_seed_without_a_result_is_left_out_of_the_mean_and_said(made: Made) ->
     assert found["best top-1 %"] == "51.00 ± 1.00"
     assert found["final top-1 %"] == "51.50 ± 0.71 (2 of 3 seeds)"
     told = table.notes([row])
-    assert "Not in the mean of the final top-1, as they have none: seed0." in told
+    assert "Not in the mean of the final top-1, because it is missing: seed0." in told
     assert "seed0: final.json: no usable final_top1." in told
 
 
@@ -174,7 +174,7 @@ def test_a_terminal_gets_the_columns_that_fit_and_is_told_of_the_others(made: Ma
     assert {"batch", "LR policy", "lr", "best top-1 %", "state"} <= set(header)
     assert [line[header.index("state")] for line in lines] == ["finished", "finished", "finished", "failed"]
     said = " ".join(text.split())
-    (left_out,) = re.findall(rf"Left out in {width} columns: ([^;]*);", said)
+    (left_out,) = re.findall(rf"Left out to fit {width} columns: ([^.]*)\.", said)
     assert {*header, *left_out.split(", ")} == set(table.HEADER) - {"published", "difference"}
     assert "32k (failed): diverged at update 6: loss nan, lr 2" in said
     for decay in ("0.001", "0.0001"):
@@ -200,10 +200,10 @@ def test_what_one_must_know_of_the_rows_stands_below_the_table(made: Made) -> No
     for part in (
         "differ in more than batch and recipe row: optimizer.lr.",
         "scaled: measured on mini with small",
-        "raised: in proportion the batch would be less than 8,",
+        "raised: the batch in proportion to the data set would be below 8,",
         "sample standard deviation over the seeds",
-        "Not in the mean, as their seeds are there already: e.",
-        "not finished have rows of their own",
+        "Not in the mean, because another run has the same seed: e.",
+        "Unfinished runs have separate rows",
     ):
         assert part in told
 

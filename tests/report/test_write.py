@@ -32,7 +32,7 @@ def test_a_report_is_five_files_and_replaces_its_own(rows: list[Row], tmp_path: 
     out = tmp_path / "deep" / "report"
     for _ in range(2):
         assert sorted(path.name for path in write_report(rows, out)) == FILES
-        assert sorted(path.name for path in out.iterdir()) == [write.MARK, *FILES]
+        assert sorted(path.name for path in out.iterdir()) == [write.MARKER, *FILES]
         (out / "table.md").write_text("old")
         (out / "notes.txt").write_text("the reader's own")
         write_report(rows, out)
@@ -45,11 +45,11 @@ def test_a_folder_with_files_of_others_stays_as_it_is(rows: list[Row], tmp_path:
     others = tmp_path / "others"
     others.mkdir()
     (others / "table.md").write_text("mine")
-    with pytest.raises(ConfigError, match="holds files that are no report's"):
+    with pytest.raises(ConfigError, match="contains files that are not part of a report"):
         write_report(rows, others)
-    with pytest.raises(ConfigError, match="it is a file"):
+    with pytest.raises(ConfigError, match="is a file"):
         write_report(rows, others / "table.md")
-    with pytest.raises(ConfigError, match="no report's"):
+    with pytest.raises(ConfigError, match="not part of a report"):
         write_report(rows, rows[0].first.directory)
     assert [(p.name, p.read_text()) for p in others.iterdir()] == [("table.md", "mine")]
 
@@ -80,14 +80,14 @@ def test_a_full_disk_leaves_the_former_report_whole(
     before, whole = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}, Path.write_bytes
     monkeypatch.setattr(write, "csv_text", lambda *arguments: "another")
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ConfigError, match=r"cannot be written there \(.*No space left"):
+    with pytest.raises(ConfigError, match=r"cannot write the report \(.*No space left"):
         write_report(rows, tmp_path / "out")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_file_in_the_way_is_told_of(rows: list[Row], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be"):
+    with pytest.raises(ConfigError, match="cannot write the report"):
         write_report(rows, tmp_path / "file" / "report")
 
 

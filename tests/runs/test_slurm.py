@@ -158,4 +158,4 @@ def test_a_sweeps_jobs_run_on_slurm_and_are_reported(jobs: Jobs) -> None:
     assert jobs.sweep.returncode == 2, told + errors
     assert "=== sweep: 1 of 2 jobs done" in told
     assert re.search(r"^\| 64 +\|", told, re.MULTILINE)
-    assert re.search(r"job failed: .*batch\.size=33.*33 is no multiple of the ghost batch", errors)
+    assert re.search(r"job failed: .*batch\.size=33.*33 is not a multiple of the ghost batch", errors)

@@ -65,7 +65,7 @@ def test_a_submitted_sweep_tells_of_each_of_its_jobs(tmp_path: Path) -> None:
     done = start([*ALONE, *settings, "optimizer.lr=1"], tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "=== sweep: 1 of 2 jobs done" in done.stdout
-    assert re.search(r"job failed: .*batch\.size=33.*33 is no multiple of the ghost batch", done.stderr)
+    assert re.search(r"job failed: .*batch\.size=33.*33 is not a multiple of the ghost batch", done.stderr)
     (folder,) = (tmp_path / "runs" / ".sweeps").iterdir()
     assert sorted(json.loads(path.read_text())["done"] for path in folder.glob("*.json")) == [0, 1]
     # What a job printed is in its log.

@@ -143,7 +143,7 @@ def checked(directory: Path, fails_at: str, how: str) -> Exception | None:
     return raised
 
 
-UNKNOWN = "killed, or still going on"
+UNKNOWN = "killed or still running"
 BEFORE = """mkdir . | open .lock | open ..reserve.N | fsync ..reserve.N | rename .reserve | fsync . | open .run.json.N |
 rename run.json | mkdir .hydra | open .hydra/.config.yaml.N | fsync .hydra/.hydra.yaml.N |
 rename .hydra/overrides.yaml | fsync .hydra | open .config.yaml.N | rename config.yaml | open .shared"""

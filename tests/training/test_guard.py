@@ -194,7 +194,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytes
     assert start["ended"]["how"] == "failed"
     # Its weights are neither exported nor evaluated as a result.
     aside, copy = directory / "checkpoints/diverged-000000012.pt", tmp_path / "copy.pt"
-    with pytest.raises(ConfigError, match="the run has diverged with these weights, and has set them aside"):
+    with pytest.raises(ConfigError, match="the run diverged with these weights, and set them aside"):
         export(settings(mode="export", checkpoint={"path": str(aside)}))
     shutil.copyfile(aside, copy)
     spoiled = {"checkpoint": {"path": str(copy)}}

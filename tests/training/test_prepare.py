@@ -98,8 +98,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(trained: Path,
     [
         ({"optimizer__base": "Adan"}, r"torch\.optim has no such class"),
         ({"data__root": "/x"}, r"data\.root=/x has no meaning with data=synthetic"),
-        ({"batch__size": 10}, r"no multiple of the ghost batch"),
-        ({"micro_batch": 6}, r"micro_batch=6 is no multiple"),
+        ({"batch__size": 10}, r"not a multiple of the ghost batch"),
+        ({"micro_batch": 6}, r"micro_batch=6 is not a multiple"),
         (
             {"batch__size": 1, "batch__scaled": False, "optimizer__lr": 1.0, "data__image_size": 4},
             r"^batch\.size=1: .* one pixel .* at least 2",

@@ -421,7 +421,7 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
     # A run directory keeps working with the export beside its checkpoints.
     assert state(tmp_path / "run")["update"] == 1
     own = path.parent / "update-000000001.pt"
-    with pytest.raises(ConfigError, match=r"export\.path=.*: it is a checkpoint of the run"):
+    with pytest.raises(ConfigError, match=r"export\.path=.*: is a checkpoint of the run"):
         export(config(tmp_path, mode="export", checkpoint__path=str(own), export__path=str(own)))
     with pytest.raises(ConfigError, match=r"export\.path=.* does not exist"):
         export(config(tmp_path, mode="export", checkpoint__path=str(path.parent), export__path="/no/x.pth"))
