@@ -25,7 +25,7 @@ class JsonLinesFile:
     """A file of JSON lines, opened to continue after `update`: lines of later updates are dropped.
 
     Lines that cannot be written, because the disk is full, stay in memory until they can. `reason` says why lines are
-    waiting; it is empty if none are. `existing`: the names of the values that the file holds for `update` itself.
+    waiting; it is empty if none are. `existing`: the names of the values that the file has for `update` itself.
     """
 
     def __init__(self, path: Path, update: int) -> None:
@@ -170,7 +170,7 @@ def _finite(values: dict[str, float | int]) -> dict[str, float | int | None]:
 def drop_lines_after(path: Path, update: int) -> set[str]:
     """Drop the lines of later updates, and a line that a kill cut short. Atomic.
 
-    Returns the names of the values that the file holds for `update` itself.
+    Returns the names of the values that the file has for `update` itself.
     """
     kept: list[str] = []
     names: set[str] = set()

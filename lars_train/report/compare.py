@@ -27,7 +27,7 @@ RUN = "run"
 # Rows are grouped by batch and seed anyway; the contents of a recipe's row are compared field by field.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
 
-# Least significant digits of a float in the column "differs in".
+# Minimum number of significant digits of a float in the column "differs in".
 _DIGITS = 6
 
 

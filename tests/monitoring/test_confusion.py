@@ -14,8 +14,8 @@ def rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file))[1:]
 
 
-def test_every_class_has_its_accuracy_and_its_most_frequent_mistake(tmp_path: Path) -> None:
-    # The last column: cannot be decoded. The third class has no images.
+def test_each_class_has_accuracy_and_most_frequent_mistake(tmp_path: Path) -> None:
+    # The last column counts images that cannot be decoded. The third class has no images.
     counts = np.array([[6, 1, 2, 1], [0, 4, 0, 0], [0, 0, 0, 0]])
     write_confusion(tmp_path / "new" / "report", ["cat", "a, dog", "owl"], counts)
     assert rows(tmp_path / "new" / "report" / "per_class.csv") == [
@@ -30,5 +30,5 @@ def test_every_class_has_its_accuracy_and_its_most_frequent_mistake(tmp_path: Pa
         ["cat", "(not decoded)", "1"],
         ["a, dog", "a, dog", "4"],
     ]
-    with Image.open(tmp_path / "new" / "report" / "confusion.png") as picture:
-        assert picture.width > 600
+    with Image.open(tmp_path / "new" / "report" / "confusion.png") as plot:
+        assert plot.width > 600

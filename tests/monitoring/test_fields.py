@@ -1,4 +1,4 @@
-"""The page that documents metrics.jsonl against what is written."""
+"""The documentation of metrics.jsonl, compared with the fields that are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lars_train.monitoring.tensorboard import layout
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_page_has_every_field_with_its_unit_and_meaning_and_no_other() -> None:
+def test_docs_list_exactly_the_fields_units_and_meanings() -> None:
     section = (ROOT / "docs" / "monitoring.md").read_text().partition("## metrics.jsonl")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)
     assert len(rows) == section.count("\n| `")
@@ -20,8 +20,8 @@ def test_the_page_has_every_field_with_its_unit_and_meaning_and_no_other() -> No
     assert documented == FIELDS
 
 
-def test_no_field_is_documented_that_nothing_writes() -> None:
-    """That none is written without being documented, `RunLog.write` sees to; see test_log.py."""
+def test_every_documented_field_is_written() -> None:
+    """The opposite, that no undocumented field is written, is tested in test_log.py."""
     sources = "".join(
         p.read_text() for p in (ROOT / "lars_train").rglob("*.py") if p.name not in ("fields.py", "tensorboard.py")
     )
@@ -29,11 +29,11 @@ def test_no_field_is_documented_that_nothing_writes() -> None:
     assert unwritten == set()
 
 
-def test_what_varies_between_equal_runs_is_a_field() -> None:
+def test_varying_fields_are_fields() -> None:
     assert TIMING_FIELDS < LAYOUT_DEPENDENT_FIELDS < FIELDS.keys()
 
 
-def test_every_chart_of_the_page_shows_something_that_is_logged() -> None:
+def test_every_chart_shows_a_logged_field() -> None:
     stages = [f"stage_{what}/stem" for what in ("trust_ratio", "layer_lr", "update_ratio", "weight_norm", "grad_norm")]
     for charts in layout().values():
         for title, (kind, tags) in charts.items():
@@ -42,7 +42,7 @@ def test_every_chart_of_the_page_shows_something_that_is_logged() -> None:
                 assert any(re.match(tag, name) for name in (*FIELDS, *stages)), (title, tag)
 
 
-def test_no_chart_draws_two_fields_in_one_color_on_one_scale() -> None:
+def test_charts_other_than_stages_have_a_single_field() -> None:
     charts = [
         chart for heading, charts in layout().items() if heading != "Layers, by stage" for chart in charts.values()
     ]

@@ -22,7 +22,7 @@ def test_every_parameter_of_a_resnet_is_in_a_stage() -> None:
     assert list(dict.fromkeys(stages)) == ["stem", "layer1", "layer2", "layer3", "layer4", "fc"]
 
 
-def test_a_stage_has_the_norms_of_all_its_parameters_and_the_median_of_its_ratios() -> None:
+def test_stages_have_total_norms_and_median_ratios() -> None:
     found = {(what, stage): value for what, stage, value in VALUES.by_stage()}
     assert found["weight_norm", "stem"] == pytest.approx(5.0)
     assert found["grad_norm", "stem"] == pytest.approx(0.5)
@@ -39,7 +39,7 @@ def test_histograms_are_over_the_layers() -> None:
     assert found["layer_lr"] == pytest.approx([0.02, 0.04, 0.1, 0.06])
 
 
-def test_without_lars_there_is_nothing_of_its_ratios() -> None:
+def test_without_lars_there_are_no_ratio_values() -> None:
     plain = LayerValues(VALUES.names, VALUES.weights, VALUES.gradients, VALUES.updates, 2.0)
     assert plain.by_layer().keys() == {"weight_norm", "grad_norm", "update_ratio"}
     assert {what for what, _, _ in plain.by_stage()} == {"weight_norm", "grad_norm", "update_ratio"}

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from lars_train.monitoring import tensorboard as board_module
+from lars_train.monitoring import tensorboard as tensorboard_module
 from lars_train.monitoring.fields import FIELDS
 from lars_train.monitoring.layers import LayerValues
 from lars_train.monitoring.log import RunLog, drop_lines_after
@@ -20,19 +20,19 @@ def lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def board(directory: Path) -> EventAccumulator:
+def read_events(directory: Path) -> EventAccumulator:
     events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"histograms": 0, "scalars": 0})
     events.Reload()
     return events
 
 
 def points(directory: Path, tag: str) -> list[tuple[int, float]]:
-    return [(event.step, event.value) for event in board(directory).Scalars(tag)]
+    return [(event.step, event.value) for event in read_events(directory).Scalars(tag)]
 
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Moves the clock: TensorBoard orders the event files of a run by the second in which they were made."""
+    """Advance the clock: TensorBoard orders the event files of a run by the second of their creation."""
     now, ahead = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: now() + ahead[0])
 
@@ -42,32 +42,32 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Any:
     return move
 
 
-def test_a_line_holds_its_update_its_epoch_and_its_values(tmp_path: Path) -> None:
+def test_a_line_has_update_epoch_and_values(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write(10, 10 / 3, {"train/loss": 2.5, "train/bad_images": 0})
-    # It can be read while the run goes on.
+    # The line is readable while the run continues.
     assert lines(tmp_path) == [{"update": 10, "epoch": 3.333333, "train/loss": 2.5, "train/bad_images": 0}]
     log.write(12, 4.0, {"val/top1": 50.0, "val/count": 7})
     log.close()
     assert lines(tmp_path)[1:] == [{"update": 12, "epoch": 4.0, "val/top1": 50.0, "val/count": 7}]
 
 
-def test_every_number_has_a_name_a_unit_and_a_meaning(tmp_path: Path) -> None:
+def test_every_number_has_a_unit_and_a_meaning(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     with pytest.raises(KeyError, match="train/mystery"):
         log.write(1, 0.1, {"train/loss": 1.0, "train/mystery": 2.0})
     log.write(1, 0.1, {name: 1.0 for name in FIELDS if "/" in name})
     log.close()
-    (line,) = lines(tmp_path)  # the refused one is not half written
+    (line,) = lines(tmp_path)  # no part of the rejected line was written
     described = json.loads((tmp_path / "metrics.fields.json").read_text())
     assert described.keys() == FIELDS.keys()
     for name in line:
         assert described[name]["unit"]
         assert described[name]["meaning"]
-    assert set(board(tmp_path).Tags()["scalars"]) == line.keys() - {"update", "epoch"}
+    assert set(read_events(tmp_path).Tags()["scalars"]) == line.keys() - {"update", "epoch"}
 
 
-def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     for update in range(1, 6):
         log.write(update, update / 4, {"train/loss": 1 / update, "train/lr": 0.1 * update})
@@ -80,8 +80,8 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [0, 1, 4, 6])
-def test_a_resumed_log_holds_each_update_once(checkpointed: int, tmp_path: Path, later: Any) -> None:
-    """A run is killed after update 6 and goes on from an earlier checkpoint, or from the start."""
+def test_a_resumed_log_has_each_update_once(checkpointed: int, tmp_path: Path, later: Any) -> None:
+    """A run is killed after update 6 and resumes from an earlier checkpoint, or starts again."""
     killed = RunLog(tmp_path, 0)
     for update in range(1, 7):
         killed.write(update, update / 4, {"train/loss": 100.0 + update})
@@ -97,7 +97,7 @@ def test_a_resumed_log_holds_each_update_once(checkpointed: int, tmp_path: Path,
     killed.close()
 
 
-def test_a_second_and_a_third_resume_too(tmp_path: Path, later: Any) -> None:
+def test_a_log_can_be_resumed_several_times(tmp_path: Path, later: Any) -> None:
     for start, stop in ((0, 4), (2, 6), (2, 3), (3, 8)):
         log = RunLog(tmp_path, start)
         for update in range(start + 1, stop + 1):
@@ -118,8 +118,8 @@ LAYERS = LayerValues(["conv1.weight", "fc.bias"], [1.0, 2.0], [0.1, 0.2], [0.01,
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes after which an event file is followed by the next one."""
-    monkeypatch.setattr(board_module, "_FILE_BYTES", 5_000)
+    """Limit event files to this number of bytes."""
+    monkeypatch.setattr(tensorboard_module, "_FILE_BYTES", 5_000)
     return 5_000
 
 
@@ -139,14 +139,14 @@ def write_many(log: RunLog, updates: range, loss: float, later: Any) -> None:
         later()
 
 
-def test_event_files_are_followed_by_others_and_read_as_one(tmp_path: Path, later: Any, small_files: int) -> None:
+def test_event_files_are_split_and_read_as_one(tmp_path: Path, later: Any, small_files: int) -> None:
     others = writers()
     log = RunLog(tmp_path, 0)
     write_many(log, range(1, 41), 100.0, later)
     log.board.flush()
     files = event_files(tmp_path)
     assert len(files) >= 4
-    # The limit, and at most one event of each kind beyond it; the last is the one that is written to.
+    # At most one event of each kind exceeds the limit; the last file is still open.
     sizes = [path.stat().st_size for path in files]
     assert all(small_files < size < 1.5 * small_files for size in sizes[:-1])
     assert sizes[-1] < 1.5 * small_files
@@ -155,9 +155,8 @@ def test_event_files_are_followed_by_others_and_read_as_one(tmp_path: Path, late
     log.close()
     assert writers() == others
     assert points(tmp_path, "train/loss") == [(update, 100.0 + update) for update in range(1, 41)]
-    shown = board(tmp_path)
-    assert [event.step for event in shown.Histograms("layers/grad_norm")] == list(range(1, 41))
-    # Each once, in whichever file it is.
+    assert [event.step for event in read_events(tmp_path).Histograms("layers/grad_norm")] == list(range(1, 41))
+    # Each event is stored once, in any file.
     stored = [
         event.step
         for path in files
@@ -168,7 +167,7 @@ def test_event_files_are_followed_by_others_and_read_as_one(tmp_path: Path, late
 
 
 @pytest.mark.parametrize("checkpointed", [0, 3, 17, 30])
-def test_events_after_the_checkpoint_are_taken_back_in_whichever_file_they_are(
+def test_events_after_the_checkpoint_are_purged_in_any_file(
     checkpointed: int, tmp_path: Path, later: Any, small_files: int
 ) -> None:
     killed = RunLog(tmp_path, 0)
@@ -185,18 +184,18 @@ def test_events_after_the_checkpoint_are_taken_back_in_whichever_file_they_are(
     killed.close()
 
 
-@pytest.mark.parametrize("bytes_there", [0, 7, None])
-def test_a_kill_while_an_event_file_is_begun_does_no_harm(
-    bytes_there: int | None, tmp_path: Path, later: Any, small_files: int
+@pytest.mark.parametrize("bytes_written", [0, 7, None])
+def test_a_kill_while_starting_an_event_file_is_harmless(
+    bytes_written: int | None, tmp_path: Path, later: Any, small_files: int
 ) -> None:
-    """The file before is closed; of the next one there is nothing yet, its name, or a part of its first event."""
+    """The previous file is closed. The next is missing, empty, or has a part of its first event."""
     killed = RunLog(tmp_path, 0)
     write_many(killed, range(1, 31), 100.0, later)
     killed.close()
     last = event_files(tmp_path)[-1]
-    if bytes_there is not None:
-        begun = last.with_name(last.name.replace(last.name.split(".")[3], f"{int(time.time()):010d}"))
-        begun.write_bytes(last.read_bytes()[:bytes_there])
+    if bytes_written is not None:
+        started = last.with_name(last.name.replace(last.name.split(".")[3], f"{int(time.time()):010d}"))
+        started.write_bytes(last.read_bytes()[:bytes_written])
         later()
     log = RunLog(tmp_path, 17)
     write_many(log, range(18, 46), 200.0, later)
@@ -204,10 +203,10 @@ def test_a_kill_while_an_event_file_is_begun_does_no_harm(
     assert points(tmp_path, "train/loss") == [(u, (100.0 if u <= 17 else 200.0) + u) for u in range(1, 46)]
 
 
-def test_within_a_second_no_event_file_follows_another(
+def test_no_two_event_files_start_within_a_second(
     tmp_path: Path, small_files: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their names would not tell their order."""
+    """Their names would not give their order."""
     now = [1_800_000_000.25]
     monkeypatch.setattr(time, "time", lambda: now[0])
     log = RunLog(tmp_path, 0)
@@ -224,9 +223,7 @@ def test_within_a_second_no_event_file_follows_another(
     assert [step for step, _ in points(tmp_path, "train/loss")] == list(range(1, 45))
 
 
-def test_a_disk_without_room_for_the_next_event_file_ends_the_events_and_not_the_run(
-    tmp_path: Path, later: Any, small_files: int
-) -> None:
+def test_a_failed_event_file_ends_events_but_not_the_run(tmp_path: Path, later: Any, small_files: int) -> None:
     others = writers()
     log = RunLog(tmp_path, 0)
     log.board._folder = "/dev/null/no"
@@ -238,7 +235,7 @@ def test_a_disk_without_room_for_the_next_event_file_ends_the_events_and_not_the
     assert len(lines(tmp_path)) == 40
 
 
-def test_settings_and_results_stand_in_the_hparams_tab(tmp_path: Path, later: Any) -> None:
+def test_the_hparams_tab_has_settings_and_results(tmp_path: Path, later: Any) -> None:
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     log = RunLog(tmp_path, 0)
@@ -247,8 +244,8 @@ def test_settings_and_results_stand_in_the_hparams_tab(tmp_path: Path, later: An
     settings = {"optimizer.lr": 0.5, "epochs": 2, "data.root": None, "data.mean": [0.1, 0.2]}
     log.finish(settings, ["val/top1"])
     log.close()
-    events = board(tmp_path)
-    # The curve that is there already, and no chart of one point beside it.
+    events = read_events(tmp_path)
+    # Only the existing curve, without another chart of a single point.
     assert events.Tags()["scalars"] == ["val/top1"]
     assert points(tmp_path, "val/top1") == [(3, 61.5)]
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
@@ -257,14 +254,14 @@ def test_settings_and_results_stand_in_the_hparams_tab(tmp_path: Path, later: An
     named = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
     assert [info.name.tag for info in named] == ["val/top1"]
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert {k: v.WhichOneof("kind") for k, v in shown.items()} == {
+    stored_settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {k: v.WhichOneof("kind") for k, v in stored_settings.items()} == {
         "optimizer.lr": "number_value",
         "epochs": "number_value",
         "data.root": "string_value",
         "data.mean": "string_value",
     }
-    assert shown["optimizer.lr"].number_value == 0.5
+    assert stored_settings["optimizer.lr"].number_value == 0.5
 
 
 def test_later_and_torn_lines_are_dropped(tmp_path: Path) -> None:
@@ -282,7 +279,7 @@ def test_later_and_torn_lines_are_dropped(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_complete_last_line_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
+def test_a_complete_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"update": 1}\n{"update": 2}')
     log = RunLog(tmp_path, 2)
@@ -291,31 +288,31 @@ def test_a_complete_last_line_without_its_newline_is_kept_whole(tmp_path: Path) 
     assert [line["update"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_no_log_yet_is_no_error(tmp_path: Path) -> None:
+def test_a_missing_log_is_no_error(tmp_path: Path) -> None:
     drop_lines_after(tmp_path / "metrics.jsonl", 5)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_value_that_is_not_finite_leaves_the_line_readable_by_any_json_reader(tmp_path: Path) -> None:
+def test_lines_with_nonfinite_values_are_strict_json(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write(1, 0.1, {"train/loss": float("nan"), "train/lr": float("inf"), "train/top1": 10.0})
     log.close()
 
-    def refuse(word: str) -> float:
-        raise AssertionError(f"{word} is no JSON")
+    def reject(word: str) -> float:
+        raise AssertionError(f"{word} is not JSON")
 
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    values = json.loads(line, parse_constant=refuse)
+    values = json.loads(line, parse_constant=reject)
     assert (values["train/loss"], values["train/lr"], values["train/top1"]) == (None, None, 10.0)
 
 
-def test_lines_that_a_full_disk_refuses_wait_until_it_takes_them(tmp_path: Path) -> None:
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write(1, 0.1, {"train/loss": 1.0})
     disk, room = log._metrics.file, [10]
 
     class Full:
-        """Takes `room` bytes, as a disk does that is nearly full: a line is cut short, then there is an error."""
+        """A nearly full disk: accepts `room` bytes, which cuts a line short, then raises an error."""
 
         def write(self, data: bytes) -> int:
             if not room[0]:
@@ -345,7 +342,7 @@ def test_lines_that_a_full_disk_refuses_wait_until_it_takes_them(tmp_path: Path)
     assert [line["update"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_disk_that_stays_full_does_not_end_the_run_with_an_error(tmp_path: Path) -> None:
+def test_a_disk_that_stays_full_raises_no_error(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log._metrics.file.close()
     log._metrics.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, PTH123
@@ -354,7 +351,7 @@ def test_a_disk_that_stays_full_does_not_end_the_run_with_an_error(tmp_path: Pat
     log.close()
 
 
-def test_a_board_that_fails_is_given_up_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_tensorboard_is_reported_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = RunLog(tmp_path, 0)
 
     def fail(*arguments: Any) -> None:
@@ -373,7 +370,7 @@ def ratio_lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "trust_ratios.jsonl").read_text().splitlines()]
 
 
-def test_trust_ratios_stand_in_a_file_that_says_what_they_are(tmp_path: Path) -> None:
+def test_trust_ratios_are_logged_with_descriptions(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write_ratios(10, ["conv1.weight", "fc.bias"], [0.00123456, float("inf")])
     log.write_ratios(20, ["conv1.weight", "fc.bias"], [1.0, 2e-9])
@@ -390,7 +387,7 @@ def test_trust_ratios_stand_in_a_file_that_says_what_they_are(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("checkpointed", [0, 1, 2, 3])
-def test_resumed_trust_ratios_hold_each_update_once(checkpointed: int, tmp_path: Path) -> None:
+def test_resumed_trust_ratios_have_each_update_once(checkpointed: int, tmp_path: Path) -> None:
     killed = RunLog(tmp_path, 0)
     for update in (1, 2, 3):
         killed.write_ratios(update, ["a"], [update / 10])
@@ -405,14 +402,14 @@ def test_resumed_trust_ratios_hold_each_update_once(checkpointed: int, tmp_path:
     assert [(line["update"], line["trust_ratios"][0]) for line in ratio_lines(tmp_path)] == expected
 
 
-def test_a_run_without_lars_has_no_file_of_trust_ratios(tmp_path: Path) -> None:
+def test_a_run_without_lars_has_no_trust_ratio_file(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write(1, 0.1, {"train/loss": 1.0})
     log.close()
     assert not list(tmp_path.glob("trust_ratios*"))
 
 
-def test_trust_ratios_that_a_full_disk_refuses_do_not_end_the_run(tmp_path: Path) -> None:
+def test_trust_ratios_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write_ratios(1, ["a"], [0.5])
     assert log._ratios is not None

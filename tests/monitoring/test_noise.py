@@ -9,19 +9,19 @@ import pytest
 from lars_train.monitoring.noise import DECAY, NoiseScale, estimates
 
 
-def test_the_estimates_are_those_of_appendix_a1() -> None:
-    # |G|^2 = 4 and tr(Sigma) = 24 make these norms expected at 8 and at 48 samples.
+def test_estimates_match_appendix_a1_of_the_paper() -> None:
+    # For |G|^2 = 4 and tr(Sigma) = 24, these are the expected norms at 8 and at 48 samples.
     grad_sq, trace = estimates(4 + 24 / 8, 1 / 8, 4 + 24 / 48, 1 / 48)
     assert (grad_sq, trace) == pytest.approx((4, 24))
-    # As the paper writes it.
+    # The paper's formulas.
     small, big, at_small, at_big = 8, 48, 7.3, 4.1
     grad_sq, trace = estimates(at_small, 1 / small, at_big, 1 / big)
     assert grad_sq == pytest.approx((big * at_big - small * at_small) / (big - small))
     assert trace == pytest.approx((at_small - at_big) / (1 / small - 1 / big))
 
 
-def test_over_many_batches_the_estimates_have_no_bias() -> None:
-    """Also for unlike ranks, and although the small batches are parts of the large one."""
+def test_estimates_are_unbiased() -> None:
+    """Also for ranks with different counts, and although the small batches are parts of the large batch."""
     draw, sizes, dimensions, batches = np.random.default_rng(0), (2, 6), 5, 40_000
     gradient, deviations = np.array([1.0, -2.0, 0.5, 0.0, 1.0]), np.array([3.0, 1.0, 2.0, 0.5, 4.0])
     samples = gradient + deviations * draw.standard_normal((batches, sum(sizes), dimensions))
@@ -36,7 +36,7 @@ def test_over_many_batches_the_estimates_have_no_bias() -> None:
     assert trace == pytest.approx((deviations**2).sum(), rel=0.01)
 
 
-def test_the_scale_is_the_ratio_of_averages_and_not_the_average_of_ratios() -> None:
+def test_the_scale_is_a_ratio_of_averages() -> None:
     noise = NoiseScale()
     assert noise.values() == {}
     given = [(7.0, 4.5), (10.0, 5.0), (5.0, 4.0)]
@@ -52,7 +52,7 @@ def test_the_scale_is_the_ratio_of_averages_and_not_the_average_of_ratios() -> N
     assert values["noise/critical_batch"] == round(trace / grad_sq)
 
 
-def test_a_stored_average_goes_on_to_the_bit() -> None:
+def test_a_restored_average_continues_bit_for_bit() -> None:
     unbroken = NoiseScale()
     unbroken.add(7.0, 1 / 8, 4.5, 1 / 48)
     resumed = NoiseScale(**asdict(unbroken))
@@ -61,7 +61,7 @@ def test_a_stored_average_goes_on_to_the_bit() -> None:
     assert resumed.values() == unbroken.values()
 
 
-def test_an_overflow_leaves_the_average_as_it_is() -> None:
+def test_an_overflow_does_not_change_the_averages() -> None:
     noise = NoiseScale()
     noise.add(7.0, 1 / 8, 4.5, 1 / 48)
     before = noise.values()
@@ -70,7 +70,7 @@ def test_an_overflow_leaves_the_average_as_it_is() -> None:
     assert noise.values() == before
 
 
-def test_estimates_that_are_not_above_zero_give_no_scale() -> None:
+def test_nonpositive_estimates_give_no_scale() -> None:
     noise = NoiseScale()
-    noise.add(40.0, 1 / 8, 1.0, 1 / 48)  # |G|^2 comes out below 0
+    noise.add(40.0, 1 / 8, 1.0, 1 / 48)  # the estimate of |G|^2 is below 0
     assert noise.values().keys() == {"noise/grad_sq", "noise/trace"}

@@ -47,7 +47,7 @@ def two_epochs(progress: Progress) -> None:
     progress.close()
 
 
-def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     two_epochs(Progress(shown=False, epochs=2))
     assert capsys.readouterr().out == ""
@@ -56,9 +56,9 @@ def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_without_a_terminal_there_is_one_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     two_epochs(Progress(shown=True, epochs=2))
-    said = capsys.readouterr()
-    assert said.out == "hello\nepoch 1 is over\nepoch 2 is over\n"
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert printed.out == "hello\nepoch 1 is over\nepoch 2 is over\n"
+    assert printed.err == ""
 
 
 def test_on_a_terminal_bars_show_epochs_evaluation_and_values(
@@ -72,7 +72,7 @@ def test_on_a_terminal_bars_show_epochs_evaluation_and_values(
     assert "epoch 2 is over" in capsys.readouterr().out
 
 
-def test_a_bar_goes_on_where_the_resumed_epoch_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_of_a_resumed_epoch_starts_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     progress = Progress(shown=True, epochs=2)
     progress.start_epoch(1, 8, 5)
@@ -81,7 +81,7 @@ def test_a_bar_goes_on_where_the_resumed_epoch_stood(monkeypatch: pytest.MonkeyP
     assert "5/8" in terminal.getvalue()
 
 
-def test_closing_twice_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_twice_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = Progress(shown=True, epochs=1)
     progress.start_epoch(0, 2, 0)
@@ -90,18 +90,16 @@ def test_closing_twice_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 VALUES = ("loss 1.235", "top-1 45.7 %", "12,346 images/s", "lr 0.1", "wait 3 %", "MFU 42 %")
-"""Behind the bar, the most important first."""
+"""Values after the bar, most important first."""
 
 
 @pytest.mark.parametrize(("columns", "shown"), [(60, 0), (80, 1), (120, 4), (200, 6)])
-def test_a_bar_has_room_for_itself_and_for_whole_values(
-    columns: int, shown: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bar_shows_only_values_that_fit(columns: int, shown: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(columns, monkeypatch) as screen:
         progress = Progress(shown=True, epochs=90)
         progress.start_epoch(2, 1251, 0)
         for _ in range(2):
-            time.sleep(0.11)  # tqdm draws no more often
+            time.sleep(0.11)  # tqdm's shortest interval
             progress.advance(LOGGED, run_left=7500.0)
         (line,) = screen.read()
         found = re.fullmatch(r"epoch 3/90 \|([^|]{10,40})\| 2/1,251  [0-9hmins ]+ left  run 2 h 05 min(.*)", line)
@@ -122,15 +120,15 @@ def test_a_bar_has_room_for_itself_and_for_whole_values(
         (4, 4, "t 4/"),
     ],
 )
-def test_a_bar_is_cut_to_its_terminal(done: int, width: int, line: str) -> None:
+def test_a_bar_fits_its_terminal(done: int, width: int, line: str) -> None:
     assert bar_line("t ", done, 4, ["5 s left"], width, " 123456789#") == line
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_an_epochs_end_leaves_its_line_alone_on_the_screen(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_an_epoch_leaves_only_its_line(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(columns, monkeypatch) as screen:
         progress = Progress(shown=True, epochs=2)
-        said = []
+        printed = []
         for epoch in range(2):
             progress.start_epoch(epoch, 3, 0)
             for _ in range(2):
@@ -140,16 +138,16 @@ def test_an_epochs_end_leaves_its_line_alone_on_the_screen(columns: int, monkeyp
                 time.sleep(0.11)
                 on_batch(512)
                 *before, bar = screen.read()
-                assert before == said
+                assert before == printed
                 assert bar.startswith("evaluation |")
                 assert "| 512/2,000" in bar
             progress.end_epoch(f"epoch {epoch + 1} is over")
-            said.append(f"epoch {epoch + 1} is over")
-            assert screen.read() == said
+            printed.append(f"epoch {epoch + 1} is over")
+            assert screen.read() == printed
 
 
 @pytest.mark.parametrize(("columns", "shown"), [(16, 1), (17, 2), (80, 2), (94, 3), (95, 4)])
-def test_a_line_of_an_epoch_leaves_out_what_its_terminal_has_no_room_for(
+def test_an_epoch_line_leaves_out_fields_that_do_not_fit(
     columns: int, shown: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = ("epoch 1/2", "loss 1", "x" * 70, "lr 2")
@@ -163,7 +161,7 @@ def test_a_line_of_an_epoch_leaves_out_what_its_terminal_has_no_room_for(
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_an_echo_or_a_complaint_spoils_no_bar(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_survives_echoes_and_error_messages(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(columns, monkeypatch) as screen:
         progress = Progress(shown=True, epochs=1)
         progress.start_epoch(0, 9, 0)
@@ -176,14 +174,14 @@ def test_an_echo_or_a_complaint_spoils_no_bar(columns: int, monkeypatch: pytest.
         assert screen.read() == ["lars-train: a fault"]
         time.sleep(0.11)
         progress.advance(LOGGED)
-        told, bar = screen.read()
-        assert (told, bar[:11]) == ("lars-train: a fault", "epoch 1/1 |")
+        line, bar = screen.read()
+        assert (line, bar[:11]) == ("lars-train: a fault", "epoch 1/1 |")
         progress.close()
         assert screen.read() == ["lars-train: a fault"]
 
 
 @pytest.mark.parametrize("term", ["dumb", "xterm"])
-def test_a_terminal_that_cannot_go_back_gets_lines(
+def test_a_dumb_terminal_gets_lines(
     term: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", term)
@@ -201,7 +199,7 @@ def test_a_terminal_that_cannot_go_back_gets_lines(
         (EVERY_LINE, "hello\nupdate 10\nWARNING: hot\nepoch 1 is over\n"),
     ],
 )
-def test_verbosity_decides_what_is_said(verbosity: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbosity_selects_what_is_printed(verbosity: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(shown=True, epochs=1, verbosity=verbosity)
     progress.say("hello")
     progress.log_line("update 10")
@@ -210,7 +208,7 @@ def test_verbosity_decides_what_is_said(verbosity: int, expected: str, capsys: p
     assert capsys.readouterr().out == expected
 
 
-def test_a_long_epoch_without_a_bar_is_not_silent_for_ever(
+def test_a_long_epoch_without_a_bar_prints_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
@@ -223,22 +221,22 @@ def test_a_long_epoch_without_a_bar_is_not_silent_for_ever(
 
 
 @pytest.mark.parametrize(
-    ("no_color", "terminal", "coloured"), [("", True, True), ("1", True, False), ("", False, False)]
+    ("no_color", "terminal", "colored"), [("", True, True), ("1", True, False), ("", False, False)]
 )
-def test_only_a_terminal_gets_colours(
-    no_color: str, terminal: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
+def test_only_a_terminal_gets_colors(
+    no_color: str, terminal: bool, colored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Terminal() if terminal else io.StringIO())
     Progress(shown=True, epochs=1).say("WARNING: hot \x1b[2J")
     complain("a fault")
-    told = [stream.getvalue() for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.StringIO)]
-    if coloured:
-        assert told == ["\x1b[33mWARNING:\x1b[0m hot \\x1b[2J\n", "\r\x1b[K\x1b[31mlars-train:\x1b[0m a fault\n"]
+    printed = [stream.getvalue() for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.StringIO)]
+    if colored:
+        assert printed == ["\x1b[33mWARNING:\x1b[0m hot \\x1b[2J\n", "\r\x1b[K\x1b[31mlars-train:\x1b[0m a fault\n"]
     else:
         erased = "\r\x1b[K" if terminal else ""
-        assert told == ["WARNING: hot \\x1b[2J\n", f"{erased}lars-train: a fault\n"]
+        assert printed == ["WARNING: hot \\x1b[2J\n", f"{erased}lars-train: a fault\n"]
 
 
 NOTEBOOK = f"""
@@ -256,7 +254,7 @@ complain('a fault')
 """
 
 
-def test_a_notebook_and_its_commands_show_lines_and_no_remains(tmp_path: Path) -> None:
+def test_notebooks_show_lines_without_remains_of_bars(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel")
     from jupyter_client.manager import start_new_kernel
 
@@ -275,15 +273,15 @@ def test_a_notebook_and_its_commands_show_lines_and_no_remains(tmp_path: Path) -
             assert reply["content"]["status"] == "ok"
             return found
 
-        of_a_cell = shown(NOTEBOOK)
-        # Behind a pseudo-terminal, which the notebook does not show.
-        of_a_command = shown(f"get_ipython().system('{sys.executable} {tmp_path / 'command.py'}')")
+        cell_output = shown(NOTEBOOK)
+        # The notebook runs commands on a pseudo-terminal.
+        command_output = shown(f"get_ipython().system('{sys.executable} {tmp_path / 'command.py'}')")
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    assert of_a_cell == {"stdout": "a line\nepoch 1 is over\n", "stderr": "lars-train: a fault\n"}
+    assert cell_output == {"stdout": "a line\nepoch 1 is over\n", "stderr": "lars-train: a fault\n"}
     screen = Screen(80)
-    # Of the sequences a notebook knows those for colors alone.
-    screen.feed(re.sub(r"\x1b\[[0-9]*[^0-9m]", "", "".join(of_a_command.values())))
-    assert "epoch 1/2 |" in of_a_command["stdout"]
+    # A notebook supports only the escape sequences for colors.
+    screen.feed(re.sub(r"\x1b\[[0-9]*[^0-9m]", "", "".join(command_output.values())))
+    assert "epoch 1/2 |" in command_output["stdout"]
     assert screen.lines == ["a line", "epoch 1 is over", "lars-train: a fault"]

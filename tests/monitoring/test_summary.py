@@ -36,7 +36,7 @@ CONFIG = Config(
 
 
 @dataclass
-class Decided:
+class Settings:
     micro_batch: int = 256
     precision: str = "bf16"
     channels_last: bool = True
@@ -46,18 +46,18 @@ class Decided:
 
 
 @dataclass
-class Evaluated:
+class Result:
     top1: float = 61.234
     top5: float = 95.5
     count: int = 10_000
 
 
-def told(plan: Plan = PLAN, config: Config = CONFIG, decided: Any = None, resumed_at: int = 0) -> str:
-    return "\n".join(startup_lines(config, plan, decided or Decided(), Path("runs/x"), resumed_at, Inventory()))
+def startup(plan: Plan = PLAN, config: Config = CONFIG, settings: Any = None, resumed_at: int = 0) -> str:
+    return "\n".join(startup_lines(config, plan, settings or Settings(), Path("runs/x"), resumed_at, Inventory()))
 
 
-def test_the_effective_values_are_told_before_training() -> None:
-    text = told()
+def test_startup_lines_have_the_effective_settings() -> None:
+    text = startup()
     for part in (
         "mini: 50,000 training images",
         "resnet20, 224 pixels",
@@ -65,7 +65,7 @@ def test_the_effective_values_are_told_before_training() -> None:
         "32,768 x 50,000 / 1,281,167 = 1278.8",
         "1,280 images per update",
         "world size     3 (cuda, 4 CPU threads each)",
-        # 40 ghost batches over 3 ranks: at most 14, at 8 a time.
+        # 40 ghost batches over 3 ranks: at most 14 per rank, 8 per micro-batch.
         "256 images, accumulation 2, ghost batch 32",
         "39 per epoch, 780 in 20 epochs",
         "LARS over SGD, peak lr 29, weight decay 0.0005",
@@ -77,35 +77,39 @@ def test_the_effective_values_are_told_before_training() -> None:
         assert part not in text
 
 
-def test_what_is_unusual_is_told_too() -> None:
-    assert "NOTE: raised to 8" in told(replace(PLAN, global_batch=8, ghost_batch=8, raised=True), decided=Decided(8))
-    assert "stops after update 100 (max_updates)" in told(replace(PLAN, stop=100))
-    assert "at update 1,234 (resume=never starts over)" in told(resumed_at=1234)
+def test_startup_lines_have_notes_on_unusual_settings() -> None:
+    assert "NOTE: raised to 8" in startup(
+        replace(PLAN, global_batch=8, ghost_batch=8, raised=True), settings=Settings(8)
+    )
+    assert "stops after update 100 (max_updates)" in startup(replace(PLAN, stop=100))
+    assert "at update 1,234 (resume=never starts over)" in startup(resumed_at=1234)
     plain = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", lr=0.2, weight_decay=1e-4))
-    assert "optimizer      SGD, peak lr 0.2" in told(config=plain)
+    assert "optimizer      SGD, peak lr 0.2" in startup(config=plain)
 
 
-def test_one_of_a_kind_is_told_in_the_singular_and_figures_in_few_digits() -> None:
+def test_startup_lines_use_singular_and_few_digits() -> None:
     one = replace(PLAN, epochs=1, updates=39, stop=39, warmup_updates=1)
-    text = told(one, replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=1.0)), Decided(threads=1, world=1))
+    text = startup(
+        one, replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=1.0)), Settings(threads=1, world=1)
+    )
     for part in ("39 in 1 epoch\n", "warm-up 1 update (1 epoch), then", "1 (cuda, 1 CPU thread)\n"):
         assert part in text
     part = replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=5 / 9))
-    assert "warm-up 22 updates (0.56 epochs), then" in told(replace(PLAN, warmup_updates=22), part)
+    assert "warm-up 22 updates (0.56 epochs), then" in startup(replace(PLAN, warmup_updates=22), part)
     none = replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=0.0))
-    assert "schedule       no warm-up, poly(2)" in told(replace(PLAN, warmup_updates=0), none)
+    assert "schedule       no warm-up, poly(2)" in startup(replace(PLAN, warmup_updates=0), none)
 
 
-def test_the_compression_of_gradients_is_told_and_where_there_are_none_to_send() -> None:
+def test_startup_lines_report_gradient_compression() -> None:
     compressed = replace(CONFIG, gradient_compression="bf16")
-    assert "compression    gradients are exchanged in bf16\n" in told(config=compressed)
-    alone = told(config=compressed, decided=Decided(world=1))
+    assert "compression    gradients are exchanged in bf16\n" in startup(config=compressed)
+    alone = startup(config=compressed, settings=Settings(world=1))
     assert (
         "compression    gradients are exchanged in bf16: no effect, since a single rank sends no gradients\n" in alone
     )
 
 
-def test_an_epochs_line_tells_what_there_is() -> None:
+def test_an_epoch_line_has_the_values_that_exist() -> None:
     logged = {
         "train/loss": 1.23456,
         "train/lr": 12.3456,
@@ -123,9 +127,9 @@ def test_an_epochs_line_tells_what_there_is() -> None:
     on_a_cpu = {name: value for name, value in logged.items() if name != "train/mfu"}
     assert line(79, on_a_cpu) == f"epoch 3/20  update 79  {training.replace('  MFU 42 %', '')}"
     assert line(79, {}, seconds_left=7500.0) == "epoch 3/20  update 79  2 h 05 min left"
-    assert line(780, {}, seconds_left=3.0) == "epoch 20/20  update 780"  # it is over
-    whole = line(78, logged, Evaluated(), 62.5, 42.0)
-    # The most important first, for terminals that have not the width for all.
+    assert line(780, {}, seconds_left=3.0) == "epoch 20/20  update 780"  # the run is over
+    whole = line(78, logged, Result(), 62.5, 42.0)
+    # Most important first, for narrow terminals.
     assert whole == (
         "epoch 2/20  update 78  top-1 61.23 % of 10,000  best 62.50 %  loss 1.235  42 s left  "
         "4,322 images/s  wait 3 %  MFU 42 %  lr 12.3"
@@ -133,13 +137,13 @@ def test_an_epochs_line_tells_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top1", "moved", "told"),
+    ("top1", "update_ratio", "explained"),
     [(72.0, 0.035, True), (70.0, 0.035, False), (72.0, 0.009, False), (72.0, float("nan"), False)],
 )
-def test_low_validation_is_explained_where_weights_move_fast(top1: float, moved: float, told: bool) -> None:
-    line = validation_gap_note({"train/top1": top1, "train/update_ratio": moved}, Evaluated(top1=61.0))
-    assert (line is not None) is told
-    assert validation_gap_note({}, Evaluated(top1=61.0)) is None
+def test_low_validation_is_explained_if_weights_change_fast(top1: float, update_ratio: float, explained: bool) -> None:
+    line = validation_gap_note({"train/top1": top1, "train/update_ratio": update_ratio}, Result(top1=61.0))
+    assert (line is not None) is explained
+    assert validation_gap_note({}, Result(top1=61.0)) is None
     if line is not None:
         assert "training (72 %)" in line
         assert "change by 3.5 % per update" in line
@@ -152,7 +156,7 @@ def recorded(config: Config, plan: Plan) -> dict[str, Any]:
         directory=Path("runs/x"),
         update=100,
         best_top1=62.5,
-        result=Evaluated(),
+        result=Result(),
         seconds=12.5,
         bad_images=1,
         passed_over=2,
@@ -162,7 +166,7 @@ def recorded(config: Config, plan: Plan) -> dict[str, Any]:
     )
 
 
-def test_a_published_result_stands_in_the_record_of_its_own_experiment_alone() -> None:
+def test_only_the_published_experiment_has_a_published_result() -> None:
     config = replace(CONFIG, model=ModelConfig(name="resnet50"))
     full = replace(PLAN, samples=1_281_167, global_batch=32768, scaled=False)
     assert recorded(config, full)["published_top1"] == 72.26
@@ -174,7 +178,7 @@ def test_a_published_result_stands_in_the_record_of_its_own_experiment_alone() -
         assert recorded(other, plan)["published_top1"] is None
 
 
-def test_the_final_record_tells_the_result_and_what_it_is_of() -> None:
+def test_the_final_record_has_result_and_settings() -> None:
     record = recorded(CONFIG, PLAN)
     assert json.loads(json.dumps(record)) == record
     expected = {

@@ -1,4 +1,4 @@
-"""Run directories as a run leaves them, made up: `made` writes one and gives its path."""
+"""Synthetic run directories: `make_run` writes one and returns its path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGENET = 1_281_167
 
 
 def settings_of(batch: str) -> dict[str, Any]:
-    """The settings in a run's record for a row of the recipe, on the whole of ImageNet."""
+    """Return the settings in the record of a run with this row of the recipe, on all of ImageNet."""
     row = ROWS[batch]
     return {
         "seed": 0,
@@ -50,11 +50,11 @@ def settings_of(batch: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Callable[..., Path]:
-    """A run of `batch` with these top-1 results, one after each epoch of `per_epoch` updates of 10 s.
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a run with the given top-1 after each epoch (4 updates of 10 s) and returns its path.
 
-    `ended`: how its last start ended (None: not at all); `planned` epochs; `done`: whether there is a ``final.json``;
-    `changes`: settings with ``__`` for the dot; `samples`: images of the training set.
+    `ended`: how the last start ended, None if it did not; `planned`: epochs; `done`: write ``final.json``; `changes`:
+    settings with ``__`` for the dot; `samples`: images of the training set.
     """
 
     def make(
@@ -92,10 +92,10 @@ def made(tmp_path: Path) -> Callable[..., Path]:
             "versions": {"lars-train": "0.1.0", "torch": "2.13.0"},
             "git": None,
         }
-        begun = [{**start, "resumed_at": 4 * k} for k in range(starts)]
+        started = [{**start, "resumed_at": 4 * k} for k in range(starts)]
         if ended is not None:
-            begun[-1]["ended"] = {"how": ended, "reason": reason, "update": updates, "seconds": 10.0 * updates}
-        record = {"hash": "0" * 8, "settings": settings, "seed": seed, "plan": plan, "started": begun}
+            started[-1]["ended"] = {"how": ended, "reason": reason, "update": updates, "seconds": 10.0 * updates}
+        record = {"hash": "0" * 8, "settings": settings, "seed": seed, "plan": plan, "started": started}
         (directory / "run.json").write_text(json.dumps(record))
         lines = []
         for update in range(1, updates + 1):

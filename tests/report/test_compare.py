@@ -15,22 +15,22 @@ from lars_train.report.compare import Row, make_rows
 from lars_train.report.read import RunRecord, read_run
 from lars_train.report.table import notes
 
-Made = Callable[..., Path]
+MakeRun = Callable[..., Path]
 
 
 def rows(*directories: Path) -> list[Row]:
     return make_rows([read_run(directory) for directory in directories])
 
 
-def test_the_rows_of_a_recipe_differ_in_nothing_else_and_stand_by_size(made: Made) -> None:
-    found = rows(made("a", "32k"), made("b", "256"), made("c", "8k"))
+def test_recipe_rows_are_sorted_and_differ_in_batch_only(make_run: MakeRun) -> None:
+    found = rows(make_run("a", "32k"), make_run("b", "256"), make_run("c", "8k"))
     assert [row.first.batch for row in found] == ["256", "8k", "32k"]
     assert [row.differs for row in found] == [{}, {}, {}]
 
 
-def test_seeds_make_one_row_with_their_mean_and_sample_deviation(made: Made) -> None:
+def test_seeds_share_a_row_with_mean_and_deviation(make_run: MakeRun) -> None:
     best = [70.0, 71.0, 73.5]
-    directories = [made(str(seed), top1=(10.0, value, 20.0 + seed), seed=seed) for seed, value in enumerate(best)]
+    directories = [make_run(str(seed), top1=(10.0, value, 20.0 + seed), seed=seed) for seed, value in enumerate(best)]
     (row,) = rows(*directories)
     mean = row.mean(lambda run: run.best_top1)
     assert mean is not None
@@ -54,22 +54,27 @@ def test_seeds_make_one_row_with_their_mean_and_sample_deviation(made: Made) -> 
     ],
     ids=["unfinished", "failed", "stopped", "cut short"],
 )
-def test_what_is_not_finished_is_in_no_mean(arguments: dict[str, Any], made: Made) -> None:
-    found = rows(made("a", top1=(1.0, 70.0), seed=1), made("b", top1=(90.0,), seed=2, **arguments), made("c", seed=3))
+def test_unfinished_runs_are_in_no_mean(arguments: dict[str, Any], make_run: MakeRun) -> None:
+    found = rows(
+        make_run("a", top1=(1.0, 70.0), seed=1), make_run("b", top1=(90.0,), seed=2, **arguments), make_run("c", seed=3)
+    )
     assert [len(row.runs) for row in found] == [2, 1]
     assert [run.directory.name for run in found[0].runs] == ["a", "c"]
     assert found[1].first.state != "finished"
     assert found[1].published is None
 
 
-def test_a_resumed_run_that_is_finished_counts_and_its_resumes_are_known(made: Made) -> None:
-    (row,) = rows(made("a", seed=1), made("b", seed=2, starts=3))
+def test_a_finished_resumed_run_is_in_the_mean(make_run: MakeRun) -> None:
+    (row,) = rows(make_run("a", seed=1), make_run("b", seed=2, starts=3))
     assert [run.resumes for run in row.runs] == [0, 2]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"settings": {}, "plan": {"nominal_batch": 32768}}'])
-def test_a_run_whose_settings_are_not_known_is_in_no_mean_and_parts_no_other_rows(content: str, made: Made) -> None:
-    known, lost = [made(f"a{seed}", seed=seed) for seed in (1, 2)], [made(f"b{seed}", seed=seed) for seed in (3, 4)]
+def test_runs_with_unknown_settings_have_separate_rows(content: str, make_run: MakeRun) -> None:
+    known, lost = (
+        [make_run(f"a{seed}", seed=seed) for seed in (1, 2)],
+        [make_run(f"b{seed}", seed=seed) for seed in (3, 4)],
+    )
     for directory in lost:
         final = json.loads((directory / "final.json").read_text())
         (directory / "final.json").write_text(json.dumps({**final, "batch": "32k", "nominal_batch": 32768}))
@@ -78,21 +83,21 @@ def test_a_run_whose_settings_are_not_known_is_in_no_mean_and_parts_no_other_row
     assert [[run.directory.name for run in row.runs] for row in found] == [["a1", "a2"], ["b3"], ["b4"]]
     assert [row.differs for row in found] == [{}, *({"settings": "unknown", "run": name} for name in ("b3", "b4"))]
     assert [row.published for row in found] == [72.26, None, None]
-    (told,) = [note for note in notes(found) if "Unknown settings" in note]
-    assert "run.json" in told
-    assert ": b3, b4." in told
+    (note,) = [note for note in notes(found) if "Unknown settings" in note]
+    assert "run.json" in note
+    assert ": b3, b4." in note
 
 
-def test_the_same_seed_twice_is_no_second_measurement(made: Made) -> None:
-    (row,) = rows(made("a", top1=(50.0,)), made("b", top1=(60.0,)), made("c", top1=(70.0,), seed=1))
+def test_a_seed_counts_only_once(make_run: MakeRun) -> None:
+    (row,) = rows(make_run("a", top1=(50.0,)), make_run("b", top1=(60.0,)), make_run("c", top1=(70.0,), seed=1))
     assert [run.directory.name for run in row.runs] == ["a", "c"]
     assert [run.directory.name for run in row.repeats] == ["b"]
 
 
-def test_of_two_with_one_seed_the_one_whose_files_are_whole_counts(made: Made) -> None:
-    damaged = made("a", top1=(50.0,))
+def test_of_equal_seeds_the_complete_run_counts(make_run: MakeRun) -> None:
+    damaged = make_run("a", top1=(50.0,))
     (damaged / "metrics.jsonl").unlink()
-    (row,) = rows(damaged, made("b", top1=(60.0,)), made("c", top1=(70.0,), seed=1))
+    (row,) = rows(damaged, make_run("b", top1=(60.0,)), make_run("c", top1=(70.0,), seed=1))
     assert [run.directory.name for run in row.runs] == ["b", "c"]
     assert [run.directory.name for run in row.repeats] == ["a"]
 
@@ -110,10 +115,10 @@ def test_of_two_with_one_seed_the_one_whose_files_are_whole_counts(made: Made) -
         ({"samples": 1000}, [{"training images": "1281167"}, {"training images": "1000"}]),
     ],
 )
-def test_what_differs_beyond_batch_and_recipe_row_is_named_and_parts_the_rows(
-    changes: dict[str, Any], differs: list[dict[str, str]], made: Made
+def test_other_differences_separate_rows_and_are_named(
+    changes: dict[str, Any], differs: list[dict[str, str]], make_run: MakeRun
 ) -> None:
-    found = rows(made("a", "32k"), made("b", "32k", seed=1, **changes), made("c", "8k"))
+    found = rows(make_run("a", "32k"), make_run("b", "32k", seed=1, **changes), make_run("c", "8k"))
     assert [row.differs for row in found if row.first.batch == "32k"] in (differs, differs[::-1])
     assert len(found) == 3
 
@@ -122,79 +127,79 @@ LARS_ALONE = {"eps": 1e-8, "clamp": "none", "preset": "torchlars", "zero_norm": 
 
 
 def of_optimizer(name: str, **changes: Any) -> dict[str, Any]:
-    """Settings as `config.resolve` leaves them: the options of LARS are null for all others."""
+    """Settings as `config.resolve` returns them: LARS's options are null for other optimizers."""
     own = {f"optimizer__{key}": value if name == "lars" else None for key, value in LARS_ALONE.items()}
     return {"optimizer__name": name, **own, **changes}
 
 
-def test_options_that_follow_from_the_optimizer_s_name_are_not_told_beside_it(made: Made) -> None:
-    lars = made("a", optimizer__weight_decay=2e-4, **of_optimizer("lars"))
-    found = rows(lars, made("b", optimizer__weight_decay=1e-4, **of_optimizer("sgd")))
+def test_options_implied_by_the_optimizer_are_not_listed(make_run: MakeRun) -> None:
+    lars = make_run("a", optimizer__weight_decay=2e-4, **of_optimizer("lars"))
+    found = rows(lars, make_run("b", optimizer__weight_decay=1e-4, **of_optimizer("sgd")))
     assert [row.differs for row in found] == [
         {"optimizer.weight_decay": "0.0002"},
         {"optimizer.name": "sgd", "optimizer.weight_decay": "0.0001"},
     ]
 
 
-def test_options_of_one_optimizer_that_its_own_runs_differ_in_are_told_of_those(made: Made) -> None:
-    one, other = (made(str(eps), **of_optimizer("lars", optimizer__eps=eps)) for eps in (1e-4, 1e-5))
-    found = rows(one, other, made("b", **of_optimizer("sgd")))
+def test_options_that_differ_within_an_optimizer_are_listed(make_run: MakeRun) -> None:
+    one, other = (make_run(str(eps), **of_optimizer("lars", optimizer__eps=eps)) for eps in (1e-4, 1e-5))
+    found = rows(one, other, make_run("b", **of_optimizer("sgd")))
     assert [row.differs for row in found] == [
         {"optimizer.name": "sgd"},
         {"optimizer.eps": "0.0001"},
         {"optimizer.eps": "1e-05"},
     ]
-    # The same without the third.
+    # Also without the third run.
     assert [row.differs for row in rows(one, other)] == [row.differs for row in found[1:]]
 
 
-def test_floats_are_told_in_six_digits_or_in_as_many_as_tell_them_apart(made: Made) -> None:
-    def told(values: list[Any]) -> set[str]:
+def test_floats_have_six_digits_or_enough_to_differ(make_run: MakeRun) -> None:
+    def cells(values: list[Any]) -> set[str]:
         names = (f"{number}-{values[0]}" for number in range(len(values)))
-        found = rows(*(made(name, other__key=value) for name, value in zip(names, values, strict=True)))
+        found = rows(*(make_run(name, other__key=value) for name, value in zip(names, values, strict=True)))
         return {row.differs["other.key"] for row in found}
 
-    assert told([1 / 6, 2.0, "0.16666666666666666x", "1.25.1111111"]) == {
+    assert cells([1 / 6, 2.0, "0.16666666666666666x", "1.25.1111111"]) == {
         "0.166667",
         "2.0",
         "0.16666666666666666x",
         "1.25.1111111",
     }
-    assert told([[1 / 3, 20.0], [2 / 3, 20.0]]) == {"[0.333333, 20.0]", "[0.666667, 20.0]"}
-    assert told([1 / 7, 1 / 7 + 1e-8]) == {"0.1428571", "0.1428572"}
-    assert told([0.1 + 0.2, 0.3]) == {"0.30000000000000004", "0.3"}
+    assert cells([[1 / 3, 20.0], [2 / 3, 20.0]]) == {"[0.333333, 20.0]", "[0.666667, 20.0]"}
+    assert cells([1 / 7, 1 / 7 + 1e-8]) == {"0.1428571", "0.1428572"}
+    assert cells([0.1 + 0.2, 0.3]) == {"0.30000000000000004", "0.3"}
 
 
-def test_names_places_and_pace_part_no_rows(made: Made) -> None:
+def test_execution_settings_do_not_separate_rows(make_run: MakeRun) -> None:
     changes = {"run__name": "b", "launch__nproc": 4, "log_every": 3, "checkpoint__keep": 9, "micro_batch": 64}
-    (row,) = rows(made("a"), made("b", seed=1, **changes))
+    (row,) = rows(make_run("a"), make_run("b", seed=1, **changes))
     assert len(row.runs) == 2
 
 
-def test_windows_part_rows_in_the_order_by_shards_alone(made: Made) -> None:
+def test_windows_separate_rows_only_in_shard_order(make_run: MakeRun) -> None:
     def pair(order: str) -> list[Row]:
-        return rows(*(made(f"{order}{w}", seed=w, data__order=order, data__window_shards=w) for w in (3, 16)))
+        return rows(*(make_run(f"{order}{w}", seed=w, data__order=order, data__window_shards=w) for w in (3, 16)))
 
     assert [len(row.runs) for row in pair("global")] == [2]
     assert [row.differs for row in pair("shards")] == [{"data.window_shards": "16"}, {"data.window_shards": "3"}]
 
 
-def test_a_run_that_ended_before_it_knew_its_precision_counts_as_the_others(made: Made) -> None:
-    early = made("b", seed=1, ended=None, precision=None)
+def test_a_run_without_resolved_precision_matches_the_others(make_run: MakeRun) -> None:
+    early = make_run("b", seed=1, ended=None, precision=None)
     (early / "metrics.jsonl").unlink()
-    assert [row.differs for row in rows(made("a"), early)] == [{}, {}]
+    assert [row.differs for row in rows(make_run("a"), early)] == [{}, {}]
 
 
-def test_a_warm_up_that_shrinks_with_the_run_is_the_recipe_s(made: Made) -> None:
+def test_a_scaled_warm_up_equals_the_recipes(make_run: MakeRun) -> None:
     shrunk = {"epochs": 9, "schedule__scale_warmup": True}
-    found = rows(made("a", "256", **shrunk), made("b", "8k", schedule__warmup_epochs=0.5, **shrunk))
+    found = rows(make_run("a", "256", **shrunk), make_run("b", "8k", schedule__warmup_epochs=0.5, **shrunk))
     assert [row.differs for row in found] == [{}, {}]
-    found = rows(made("c", "256", **shrunk), made("d", "8k", schedule__warmup_epochs=0.6, **shrunk))
+    found = rows(make_run("c", "256", **shrunk), make_run("d", "8k", schedule__warmup_epochs=0.6, **shrunk))
     assert [row.differs for row in found] == [{}, {"schedule.warmup_epochs": "0.6"}]
 
 
-def test_a_recipe_s_row_at_full_scale_is_compared_with_what_is_published(made: Made) -> None:
-    (row,) = rows(made("a", top1=(72.0, 71.0)), made("b", top1=(72.0, 73.0), seed=1))
+def test_a_full_scale_recipe_row_has_a_published_value(make_run: MakeRun) -> None:
+    (row,) = rows(make_run("a", top1=(72.0, 71.0)), make_run("b", top1=(72.0, 73.0), seed=1))
     assert row.published == 72.26
     assert row.difference == pytest.approx(72.5 - 72.26)
 
@@ -214,14 +219,14 @@ def test_a_recipe_s_row_at_full_scale_is_compared_with_what_is_published(made: M
         {"recipe__rows.32k.published_top1": None},
     ],
 )
-def test_nothing_else_is_compared_with_what_is_published(changes: dict[str, Any], made: Made) -> None:
-    (row,) = rows(made("a", **changes))
+def test_other_runs_have_no_published_value(changes: dict[str, Any], make_run: MakeRun) -> None:
+    (row,) = rows(make_run("a", **changes))
     assert row.published is None
     assert row.difference is None
 
 
 @pytest.mark.parametrize("recipe", choices_of("recipe"))
-def test_the_rows_of_a_shipped_recipe_differ_in_nothing_else(recipe: str) -> None:
+def test_rows_of_shipped_recipes_differ_in_batch_only(recipe: str) -> None:
     register()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         rows_of_it = compose("config", [f"recipe={recipe}"]).recipe.rows

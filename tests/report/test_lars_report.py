@@ -10,18 +10,18 @@ import pytest
 from lars_train.report import lars_report, write
 from lars_train.report.lars_report import main, report_sweep
 
-Made = Callable[..., Path]
+MakeRun = Callable[..., Path]
 
 
-def ended(*arguments: str) -> object:
+def exit_code(*arguments: str) -> object:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     return end.value.code
 
 
-def test_a_report_is_made_without_torch_and_without_training_code(made: Made, tmp_path: Path) -> None:
-    made("a", "8k")
-    made("b", ended=None)
+def test_a_report_needs_no_torch_or_training_code(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("a", "8k")
+    make_run("b", ended=None)
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     code = (
         "import sys\n"
@@ -48,23 +48,23 @@ def test_a_report_is_made_without_torch_and_without_training_code(made: Made, tm
     assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
 
 
-def test_bad_input_ends_with_2_and_one_line_and_writes_nothing(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_bad_input_exits_with_2_and_writes_nothing(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = made("a")
+    run = make_run("a")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/table.md").write_text("mine")
-    for arguments, told in (
+    for arguments, message in (
         (("nowhere",), "nowhere: no such folder"),
         (("mine",), "mine: no run directory found"),
         (("runs", "--out", "mine"), "mine: contains files that are not part of a report"),
         (("runs", "--out", str(run)), "not part of a report"),
     ):
-        assert ended(*arguments) == 2
+        assert exit_code(*arguments) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert told in err
+        assert message in err
         assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "runs"]
     assert (tmp_path / "mine/table.md").read_text() == "mine"
@@ -73,32 +73,32 @@ def test_bad_input_ends_with_2_and_one_line_and_writes_nothing(
 def test_an_empty_path_is_not_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # As of a variable of the shell that is not set.
+    # An unset shell variable gives an empty argument.
     monkeypatch.chdir(tmp_path)
     for arguments in (("",), ("runs", "--out", "")):
-        assert ended(*arguments) == 2
+        assert exit_code(*arguments) == 2
         assert "is empty. Pass a path" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_report_goes_into_the_folder_it_is_of_or_here_for_several(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_default_output_folder_depends_on_the_arguments(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
     monkeypatch.setattr(lars_report, "write_report", lambda rows, folder: written.append(folder) or [])
     monkeypatch.chdir(tmp_path)
-    made("a")
-    made("b", seed=1)
+    make_run("a")
+    make_run("b", seed=1)
     for arguments in (["runs"], ["runs/a"], ["runs/a", "runs/b"], ["runs", "--out", "x"]):
         main(arguments)
     assert [path.as_posix() for path in written] == ["runs/report", "runs/a/report", "report", "x"]
 
 
-def test_a_sweep_s_results_are_told_even_if_no_report_can_be_made(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_sweep_results_are_printed_if_the_report_fails(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    runs = {made("a", "8k"): "batch=8k", made("b", ended="failed", reason="Diverged: x"): "batch=32k"}
+    runs = {make_run("a", "8k"): "batch=8k", make_run("b", ended="failed", reason="Diverged: x"): "batch=32k"}
 
     def fail(*arguments: object) -> None:
         raise RuntimeError("no fonts")

@@ -12,12 +12,12 @@ from lars_train.report.compare import make_rows
 from lars_train.report.page import page
 from lars_train.report.read import read_run
 
-Made = Callable[..., Path]
+MakeRun = Callable[..., Path]
 VOID = {"meta", "img", "br"}
 
 
-class Read(HTMLParser):
-    """What a browser makes of a page: elements with their attributes, text, and whether all that opens is closed."""
+class Page(HTMLParser):
+    """A parsed page: elements with their attributes, and text. Asserts that all elements are closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class Read(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def read(folder: Path, *directories: Path) -> Read:
-    return Read(page(make_rows([read_run(directory) for directory in directories]), folder))
+def read(folder: Path, *directories: Path) -> Page:
+    return Page(page(make_rows([read_run(directory) for directory in directories]), folder))
 
 
 def with_ratios(directory: Path) -> Path:
@@ -54,26 +54,26 @@ def with_ratios(directory: Path) -> Path:
     return directory
 
 
-def test_the_page_has_table_curves_differences_ratios_and_runs_under_headings_in_order(
-    made: Made, tmp_path: Path
-) -> None:
-    found = read(tmp_path / "out", made("a", "8k"), with_ratios(made("b", seed=1)), made("c", seed=2, ended=None))
+def test_the_page_has_all_sections_under_ordered_headings(make_run: MakeRun, tmp_path: Path) -> None:
+    found = read(
+        tmp_path / "out", make_run("a", "8k"), with_ratios(make_run("b", seed=1)), make_run("c", seed=2, ended=None)
+    )
     levels = [int(tag[1]) for tag, _ in found.elements if re.fullmatch(r"h\d", tag)]
     assert levels == [1, 2, 2, 2, 2, 2, 3, 3, 3]
     assert len(found.all("img")) == 5
     assert all(image["alt"] for image in found.all("img"))
     for part in ("Top-1 against epochs", "optimizer.lr", "12.8", "conv1.weight", "0.002", "unfinished at update 12"):
         assert part in found.text
-    # A table is wider than a phone: each scrolls within its own box, by keyboard too.
+    # Tables are wider than a phone: each scrolls within its box, also by keyboard.
     boxes = [e for e in found.all("div") if e.get("class") == "scroll"]
     assert len(boxes) == len(found.all("table")) == 3
     assert all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
 
 
-def test_result_and_state_stand_beside_the_batch_which_marks_the_rows_that_are_not_finished(
-    made: Made, tmp_path: Path
-) -> None:
-    text = page(make_rows([read_run(made("a", "8k")), read_run(made("b", ended="failed", reason="x"))]), tmp_path)
+def test_result_and_state_follow_the_batch(make_run: MakeRun, tmp_path: Path) -> None:
+    text = page(
+        make_rows([read_run(make_run("a", "8k")), read_run(make_run("b", ended="failed", reason="x"))]), tmp_path
+    )
     table = text[text.index("<table>") : text.index("</table>")]
     assert re.findall("<th scope=.col.[^>]*>([^<]*)", table)[:3] == ["batch", "best top-1 %", "state"]
     rows = re.findall(
@@ -82,28 +82,28 @@ def test_result_and_state_stand_beside_the_batch_which_marks_the_rows_that_are_n
     assert rows == [("", "8k", "finished"), (' class="open"', "32k", "failed at update 12: x")]
 
 
-def test_the_page_stands_alone_and_runs_nothing(made: Made, tmp_path: Path) -> None:
-    text = page(make_rows([read_run(with_ratios(made("a")))]), tmp_path)
-    found = Read(text)
+def test_the_page_is_self_contained_and_runs_nothing(make_run: MakeRun, tmp_path: Path) -> None:
+    text = page(make_rows([read_run(with_ratios(make_run("a")))]), tmp_path)
+    found = Page(text)
     assert not {"script", "link", "iframe", "object", "form", "base"} & {tag for tag, _ in found.elements}
     (policy,) = [m["content"] for m in found.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in policy
     images = [image["src"] for image in found.all("img")]
     assert all(src.startswith("data:image/svg+xml;base64,") for src in images)
-    pictures = [base64.b64decode(src.partition(",")[2]).decode() for src in images]
-    addresses = re.findall(r"""(?:href|src|url\()\s*=?\s*["']?([^"')\s>]{1,60})""", "\n".join([text, *pictures]))
+    svgs = [base64.b64decode(src.partition(",")[2]).decode() for src in images]
+    addresses = re.findall(r"""(?:href|src|url\()\s*=?\s*["']?([^"')\s>]{1,60})""", "\n".join([text, *svgs]))
     assert addresses
     for address in addresses:
         assert not urlsplit(address).netloc
         assert urlsplit(address).scheme in ("", "data")
     assert "prefers-color-scheme: dark" in text
-    assert all("prefers-color-scheme:dark" in picture for picture in pictures)
+    assert all("prefers-color-scheme:dark" in svg for svg in svgs)
     assert 'name="viewport"' in text
 
 
-def test_every_link_leads_to_a_file_of_the_run(made: Made, tmp_path: Path) -> None:
+def test_every_link_leads_to_a_file_of_a_run(make_run: MakeRun, tmp_path: Path) -> None:
     names = ["plain", "javascript:alert(1)", 'a"b<c>&d e#f?g%41', "ü\u202e"]
-    found = read(tmp_path / "x" / "out", *(made(name, seed=n) for n, name in enumerate(names)))
+    found = read(tmp_path / "x" / "out", *(make_run(name, seed=n) for n, name in enumerate(names)))
     links = [a["href"] for a in found.all("a")]
     own = {"table.md", "table.csv", "curves.png", "curves.svg"}
     assert own < set(links)
@@ -114,9 +114,9 @@ def test_every_link_leads_to_a_file_of_the_run(made: Made, tmp_path: Path) -> No
     }
 
 
-def test_nothing_that_a_run_s_files_hold_becomes_a_part_of_the_page(made: Made, tmp_path: Path) -> None:
+def test_contents_of_runs_cannot_inject_html(make_run: MakeRun, tmp_path: Path) -> None:
     evil = "\"><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[2J\u202e'`"
-    directory = made(
+    directory = make_run(
         "a<b>",
         batch__size=evil,
         seed=evil,
@@ -125,7 +125,7 @@ def test_nothing_that_a_run_s_files_hold_becomes_a_part_of_the_page(made: Made, 
         optimizer__base=evil,
         **{evil: evil},
     )
-    other = made("b", ended="failed", reason=evil, **{evil: 3})
+    other = make_run("b", ended="failed", reason=evil, **{evil: 3})
     (other / "metrics.jsonl").write_text(f'{evil}\n{{"update": 1, "epoch": 1, "train/loss": 2}}\n')
     record = json.loads((other / "run.json").read_text())
     record["started"][0]["versions"]["torch"] = evil
@@ -133,7 +133,9 @@ def test_nothing_that_a_run_s_files_hold_becomes_a_part_of_the_page(made: Made, 
     (other / "run.json").write_text(json.dumps(record))
     (directory / "trust_ratios.fields.json").write_text(json.dumps({"layers": [evil]}))
     (directory / "trust_ratios.jsonl").write_text('{"update": 1, "trust_ratios": [1]}\n')
-    plain = read(tmp_path, with_ratios(made("plain")), made("more", optimizer__lr=1.0, ended="failed", reason="x"))
+    plain = read(
+        tmp_path, with_ratios(make_run("plain")), make_run("more", optimizer__lr=1.0, ended="failed", reason="x")
+    )
     found = read(tmp_path, directory, other)
     assert {tag for tag, _ in found.elements} <= {tag for tag, _ in plain.elements}
     assert {k for _, a in found.elements for k in a} == {k for _, a in plain.elements for k in a}

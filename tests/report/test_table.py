@@ -15,7 +15,7 @@ from lars_train.report import table
 from lars_train.report.compare import Row, make_rows
 from lars_train.report.read import read_run
 
-Made = Callable[..., Path]
+MakeRun = Callable[..., Path]
 EVIL = "a|b\n<img src=x onerror=alert(1)>[c](javascript:d)`e` https://f.g &amp; \x1b[31m\u202e"
 
 
@@ -28,8 +28,8 @@ def cells(directory: Path) -> dict[str, str]:
     return dict(zip(table.HEADER, table.cells(row), strict=True))
 
 
-def test_a_full_run_makes_the_published_row(made: Made) -> None:
-    assert cells(made("a", top1=(70.0, 72.264, 72.0))) == {
+def test_a_full_run_makes_the_published_row(make_run: MakeRun) -> None:
+    assert cells(make_run("a", top1=(70.0, 72.264, 72.0))) == {
         "batch": "32k",
         "LR policy": "LARS + poly(2)",
         "lr": "29",
@@ -84,13 +84,13 @@ def test_a_full_run_makes_the_published_row(made: Made) -> None:
             "failed at update 12: Diverged: loss nan",
         ),
         *(
-            ("32k", {"ended": "failed", "reason": f"Diverged: diverged at update {update}: loss nan, lr 2."}, *told)
-            for update, *told in (
+            ("32k", {"ended": "failed", "reason": f"Diverged: diverged at update {update}: loss nan, lr 2."}, *cell)
+            for update, *cell in (
                 ("6", "state", "failed: diverged at update 6: loss nan, lr 2"),
                 ("6", "updates", "6 of 12"),
                 ("12", "updates", "12 of 12"),
                 ("6", "images/s", "-"),
-                # Nothing after the log's end can be so.
+                # Not beyond the end of the log.
                 ("1,234", "updates", "12 of 12"),
             )
         ),
@@ -101,30 +101,30 @@ def test_a_full_run_makes_the_published_row(made: Made) -> None:
         ("32k", {"ended": None}, "best top-1 %", "30.00"),
     ],
 )
-def test_what_differs_from_the_published_run_stands_in_the_row(
-    batch: str, changes: dict[str, Any], column: str, text: str, made: Made
+def test_cells_show_settings_results_and_state(
+    batch: str, changes: dict[str, Any], column: str, text: str, make_run: MakeRun
 ) -> None:
-    assert cells(made("a", batch, **changes))[column] == text
+    assert cells(make_run("a", batch, **changes))[column] == text
 
 
-def test_several_seeds_show_mean_and_deviation(made: Made) -> None:
-    (row,) = rows(made("a", top1=(50.0,)), made("b", top1=(53.0,), seed=1, starts=2))
+def test_several_seeds_show_mean_and_deviation(make_run: MakeRun) -> None:
+    (row,) = rows(make_run("a", top1=(50.0,)), make_run("b", top1=(53.0,), seed=1, starts=2))
     found = dict(zip(table.HEADER, table.cells(row), strict=True))
     assert found["best top-1 %"] == "51.50 ± 2.12"
     assert found["state"] == "finished, 2 seeds; resumed once"
 
 
-def test_a_seed_without_a_result_is_left_out_of_the_mean_and_said(made: Made) -> None:
-    directories = [made(f"seed{seed}", top1=(50.0 + seed,), seed=seed) for seed in range(3)]
+def test_a_seed_without_a_result_is_left_out_with_a_note(make_run: MakeRun) -> None:
+    directories = [make_run(f"seed{seed}", top1=(50.0 + seed,), seed=seed) for seed in range(3)]
     final = directories[0] / "final.json"
     final.write_text(final.read_text().replace('"final_top1": 50.0', '"final_top1": NaN'))
     (row,) = rows(*directories)
     found = dict(zip(table.HEADER, table.cells(row), strict=True))
     assert found["best top-1 %"] == "51.00 ± 1.00"
     assert found["final top-1 %"] == "51.50 ± 0.71 (2 of 3 seeds)"
-    told = table.notes([row])
-    assert "Not in the mean of the final top-1, because it is missing: seed0." in told
-    assert "seed0: final.json: no usable final_top1." in told
+    notes = table.notes([row])
+    assert "Not in the mean of the final top-1, because it is missing: seed0." in notes
+    assert "seed0: final.json: no usable final_top1." in notes
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_a_seed_without_a_result_is_left_out_of_the_mean_and_said(made: Made) ->
         (1e6, "277 h 47 min"),
     ],
 )
-def test_time_is_told_as_people_tell_it(seconds: float, text: str) -> None:
+def test_elapsed_time_is_readable(seconds: float, text: str) -> None:
     assert table.elapsed_time(seconds) == text
 
 
-def test_the_table_is_aligned_markdown(made: Made) -> None:
-    text = table.markdown(rows(made("a", "8k"), made("b", "32k", global_batch=1280))).split("\n\n")[1]
+def test_the_table_is_aligned_markdown(make_run: MakeRun) -> None:
+    text = table.markdown(rows(make_run("a", "8k"), make_run("b", "32k", global_batch=1280))).split("\n\n")[1]
     first, rule, *lines = text.split("\n")
     assert len(lines) == 2
     assert {len(line) for line in (first, rule, *lines)} == {len(first)}
@@ -152,48 +152,48 @@ def test_the_table_is_aligned_markdown(made: Made) -> None:
     assert rule.count("|") == first.count("|") == len(table.HEADER) + 1
 
 
-def test_a_terminal_is_spared_the_columns_that_say_nothing(made: Made) -> None:
-    plain = table.terminal(rows(made("a", global_batch=1280)))
+def test_a_terminal_gets_no_uninformative_columns(make_run: MakeRun) -> None:
+    plain = table.terminal(rows(make_run("a", global_batch=1280)))
     for name in ("published", "difference", "state", "differs in"):
         assert name not in plain.split("\n")[0]
-    full = table.terminal(rows(made("b", "8k"), made("c", ended=None, optimizer__lr=3.0)), width=240)
+    full = table.terminal(rows(make_run("b", "8k"), make_run("c", ended=None, optimizer__lr=3.0)), width=240)
     assert [c.strip() for c in full.split("\n")[0].strip("|").split("|")] == list(table.HEADER)
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_terminal_gets_the_columns_that_fit_and_is_told_of_the_others(made: Made, width: int) -> None:
+def test_a_terminal_gets_columns_that_fit_and_names_the_others(make_run: MakeRun, width: int) -> None:
     found = rows(
-        made("a", "256", global_batch=8),
-        made("b", "8k", global_batch=1280, optimizer__lr=20.0, optimizer__weight_decay=1e-3),
-        made("c", "8k", global_batch=1280, optimizer__lr=20.0, optimizer__weight_decay=1e-4),
-        made("d", ended="failed", reason="Diverged: diverged at update 6: loss nan, lr 2.", global_batch=1280),
+        make_run("a", "256", global_batch=8),
+        make_run("b", "8k", global_batch=1280, optimizer__lr=20.0, optimizer__weight_decay=1e-3),
+        make_run("c", "8k", global_batch=1280, optimizer__lr=20.0, optimizer__weight_decay=1e-4),
+        make_run("d", ended="failed", reason="Diverged: diverged at update 6: loss nan, lr 2.", global_batch=1280),
     )
     text = table.terminal(found, width)
     assert max(map(len, text.split("\n"))) <= width
     header, _, *lines = [markdown_cells(line) for line in text.split("\n") if line.startswith("|")]
     assert {"batch", "LR policy", "lr", "best top-1 %", "state"} <= set(header)
     assert [line[header.index("state")] for line in lines] == ["finished", "finished", "finished", "failed"]
-    said = " ".join(text.split())
-    (left_out,) = re.findall(rf"Left out to fit {width} columns: ([^.]*)\.", said)
+    unwrapped = " ".join(text.split())
+    (left_out,) = re.findall(rf"Left out to fit {width} columns: ([^.]*)\.", unwrapped)
     assert {*header, *left_out.split(", ")} == set(table.HEADER) - {"published", "difference"}
-    assert "32k (failed): diverged at update 6: loss nan, lr 2" in said
+    assert "32k (failed): diverged at update 6: loss nan, lr 2" in unwrapped
     for decay in ("0.001", "0.0001"):
-        assert re.search(rf"8k \([^)]*\): [^|]*optimizer.weight_decay: {decay}\b", said)
-    # The file keeps every column.
+        assert re.search(rf"8k \([^)]*\): [^|]*optimizer.weight_decay: {decay}\b", unwrapped)
+    # The file has every column.
     assert [c.strip() for c in table.markdown(found).split("\n")[2].strip("|").split("|")] == list(table.HEADER)
 
 
-def test_what_one_must_know_of_the_rows_stands_below_the_table(made: Made) -> None:
-    assert len(table.notes(rows(made("plain")))) == 1
-    told = "\n".join(
+def test_notes_explain_the_rows(make_run: MakeRun) -> None:
+    assert len(table.notes(rows(make_run("plain")))) == 1
+    notes = "\n".join(
         table.notes(
             rows(
-                made("a", "256", global_batch=8, raised=True, model__name="small", data__name="mini"),
-                made("b", global_batch=1280, model__name="small", data__name="mini", optimizer__lr=20.0),
-                made("c", global_batch=1280, model__name="small", data__name="mini"),
-                made("d", global_batch=1280, model__name="small", data__name="mini", seed=1),
-                made("e", global_batch=1280, model__name="small", data__name="mini", seed=1),
-                made("f", global_batch=1280, model__name="small", data__name="mini", seed=2, ended=None),
+                make_run("a", "256", global_batch=8, raised=True, model__name="small", data__name="mini"),
+                make_run("b", global_batch=1280, model__name="small", data__name="mini", optimizer__lr=20.0),
+                make_run("c", global_batch=1280, model__name="small", data__name="mini"),
+                make_run("d", global_batch=1280, model__name="small", data__name="mini", seed=1),
+                make_run("e", global_batch=1280, model__name="small", data__name="mini", seed=1),
+                make_run("f", global_batch=1280, model__name="small", data__name="mini", seed=2, ended=None),
             )
         )
     )
@@ -205,40 +205,40 @@ def test_what_one_must_know_of_the_rows_stands_below_the_table(made: Made) -> No
         "Not in the mean, because another run has the same seed: e.",
         "Unfinished runs have separate rows",
     ):
-        assert part in told
+        assert part in notes
 
 
-def test_why_settings_of_one_s_own_have_no_published_value_is_said_once(made: Made) -> None:
+def test_own_settings_are_explained_once(make_run: MakeRun) -> None:
     own = {"optimizer__lr": 20.0, "optimizer__weight_decay": 1e-4}
-    found = rows(made("a", "8k", **own), made("b", epochs=30, **own), made("c"))
-    (told,) = [note for note in table.notes(found) if "own settings" in note]
+    found = rows(make_run("a", "8k", **own), make_run("b", epochs=30, **own), make_run("c"))
+    (note,) = [note for note in table.notes(found) if "own settings" in note]
     keys = ("optimizer.lr", "optimizer.weight_decay", "epochs")
-    assert set(told[told.index("(") + 1 : told.index(")")].split(", ")) == set(keys)
-    assert not [note for note in table.notes(rows(made("d"))) if "own settings" in note]
+    assert set(note[note.index("(") + 1 : note.index(")")].split(", ")) == set(keys)
+    assert not [note for note in table.notes(rows(make_run("d"))) if "own settings" in note]
 
 
-def test_directories_are_told_apart_whatever_they_are_called(made: Made, tmp_path: Path) -> None:
+def test_directories_in_the_csv_can_be_split_again(make_run: MakeRun, tmp_path: Path) -> None:
     names = ["a b", "c;d", "e%3Bf", "g"]
-    found = rows(*(made(name, seed=seed) for seed, name in enumerate(names)))
+    found = rows(*(make_run(name, seed=seed) for seed, name in enumerate(names)))
     (line,) = csv.DictReader(io.StringIO(table.csv_text(found, tmp_path / "runs")))
     assert [unquote(path) for path in line["directories"].split(";")] == names
 
 
-def test_runs_of_different_versions_are_told_apart(made: Made) -> None:
-    one, other = made("a"), made("b", seed=1)
+def test_different_versions_are_noted(make_run: MakeRun) -> None:
+    one, other = make_run("a"), make_run("b", seed=1)
     (other / "run.json").write_text((other / "run.json").read_text().replace('"git": null', '"git": {"commit": "abc"}'))
-    told = "\n".join(table.notes(rows(one, other)))
-    assert "different versions: lars-train 0.1.0, torch 2.13.0 / lars-train 0.1.0, torch 2.13.0, commit abc." in told
+    notes = "\n".join(table.notes(rows(one, other)))
+    assert "different versions: lars-train 0.1.0, torch 2.13.0 / lars-train 0.1.0, torch 2.13.0, commit abc." in notes
 
 
 def markdown_cells(line: str) -> list[str]:
-    """The cells of a Markdown row, as GitHub divides it (https://github.github.com/gfm/#tables-extension-)."""
+    """Return the cells of a Markdown row, split as GitHub does (https://github.github.com/gfm/#tables-extension-)."""
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
-def test_the_table_keeps_its_form_whatever_a_run_is_called(made: Made) -> None:
-    directory = made("a", batch__size=EVIL, optimizer__base=EVIL, optimizer__name=EVIL)
-    again = made("x" + EVIL.replace("/", ""), seed=1, ended="failed", reason=EVIL, data__name=EVIL, global_batch=8)
+def test_names_of_runs_cannot_break_the_table(make_run: MakeRun) -> None:
+    directory = make_run("a", batch__size=EVIL, optimizer__base=EVIL, optimizer__name=EVIL)
+    again = make_run("x" + EVIL.replace("/", ""), seed=1, ended="failed", reason=EVIL, data__name=EVIL, global_batch=8)
     (again / "metrics.jsonl").write_text("{\n")
     found = rows(directory, again)
     for text in (table.markdown(found), table.terminal(found)):
@@ -254,10 +254,10 @@ def test_the_table_keeps_its_form_whatever_a_run_is_called(made: Made) -> None:
     assert html.unescape(text).count("<img src=x") >= 4
 
 
-def test_the_table_for_programs_has_plain_numbers(made: Made, tmp_path: Path) -> None:
-    found = rows(made("a", "8k", (73.0, 72.0)), made("b", global_batch=1280, seed=7, ended=None))
+def test_the_csv_has_plain_numbers(make_run: MakeRun, tmp_path: Path) -> None:
+    found = rows(make_run("a", "8k", (73.0, 72.0)), make_run("b", global_batch=1280, seed=7, ended=None))
     one, two = csv.DictReader(io.StringIO(table.csv_text(found, tmp_path)))
-    wanted = {
+    expected = {
         "batch": "8k",
         "nominal_batch": "8192",
         "global_batch": "8192",
@@ -273,13 +273,13 @@ def test_the_table_for_programs_has_plain_numbers(made: Made, tmp_path: Path) ->
         "directories": "runs/a",
         "state": "finished",
     }
-    assert wanted.items() <= one.items()
+    assert expected.items() <= one.items()
     assert {"scaled": "true", "final_top1_percent": "", "seeds": "7", "state": "unfinished"}.items() <= two.items()
 
 
-def test_no_cell_of_the_csv_is_a_formula(made: Made, tmp_path: Path) -> None:
+def test_no_cell_of_the_csv_is_a_formula(make_run: MakeRun, tmp_path: Path) -> None:
     evil = '=HYPERLINK("http://x")'
-    directory = made("a", batch__size=evil, ended="failed", reason="-1+cmd|' /C calc'!A0", recipe__name="@x")
+    directory = make_run("a", batch__size=evil, ended="failed", reason="-1+cmd|' /C calc'!A0", recipe__name="@x")
     (row,) = csv.DictReader(io.StringIO(table.csv_text(rows(directory), tmp_path)))
     assert row["batch"] == f"'{evil}"
     assert not [value for value in row.values() if value[:1] in ("=", "+", "-", "@")]
