@@ -173,7 +173,7 @@ def test_more_ranks_than_ghost_batches_are_refused_with_what_works(ghosts: int, 
     with pytest.raises(ConfigError) as caught:
         check_world(plan, world)
     told = str(caught.value)
-    found = re.search(r"start at most (\d+) in all", told)
+    found = re.search(r"Start at most (\d+) in total", told)
     assert found is not None
     check_world(plan, int(found.group(1)))
     if ghosts > 1:

@@ -288,11 +288,6 @@ def test_a_complete_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     assert [line["update"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_missing_log_is_no_error(tmp_path: Path) -> None:
-    drop_lines_after(tmp_path / "metrics.jsonl", 5)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_lines_with_nonfinite_values_are_strict_json(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write(1, 0.1, {"train/loss": float("nan"), "train/lr": float("inf"), "train/top1": 10.0})

@@ -265,7 +265,7 @@ def test_who_has_no_imagenet_is_told_that_a_plan_needs_none() -> None:
 
 
 def test_a_cluster_that_the_embedded_pictures_are_too_few_for_is_told_of_imagenet() -> None:
-    with pytest.raises(ConfigError, match=r"start at most \d+ in all .* data=imagenet plans for ImageNet"):
+    with pytest.raises(ConfigError, match=r"Start at most \d+ in total .* data=imagenet plans for ImageNet"):
         planned("batch=32k launch.nodes=4 launch.nproc=8")
     assert planned("batch=32k launch.nodes=4 launch.nproc=8 data=imagenet model=small")["world"] == 32
 
