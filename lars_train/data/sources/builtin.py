@@ -1,4 +1,4 @@
-"""The embedded set, synthetic images, and the sets that are arrays in files: CIFAR-10 and Fashion-MNIST."""
+"""Open the embedded data set, synthetic images, and downloaded CIFAR-10 and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lars_train.fsutil import cache_folder, user_path
 
 ARCHIVE = Path(__file__).parents[1] / "embedded" / "fashion_mnist_mini.zip"
 SIDE = 28
-"""Pixels."""
+"""Width and height of the images in `ARCHIVE`, in pixels."""
 
 
 class _Decoded:
-    """Another source's gray images of 28 x 28, each decoded on first use and kept: 8 MB in all.
+    """The 28 x 28 grayscale images of another source, each decoded on first use and kept: 8 MB in total.
 
     Decoding them in every epoch would keep one core busy while the others wait.
     """
@@ -37,7 +37,7 @@ class _Decoded:
         self.labels = source.labels
         self._source = source
         self._images = np.empty((len(source), SIDE, SIDE), np.uint8)
-        self._there = np.zeros(len(source), bool)
+        self._is_decoded = np.zeros(len(source), bool)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -50,16 +50,16 @@ class _Decoded:
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:
         image: npt.NDArray[np.uint8] = self._images[sample]
-        if not self._there[sample]:
+        if not self._is_decoded[sample]:
             data = self._source.read(sample)
             assert isinstance(data, bytes)
             image[:] = np.asarray(whole_image(data))
-            self._there[sample] = True
+            self._is_decoded[sample] = True
         return image
 
 
 def open_mini(holdout: float | None = None) -> Dataset:
-    """10,000 training and 2,000 validation images of 10 classes: grayscale PNG, 28 x 28.
+    """Open the embedded set: 10,000 training and 2,000 validation images of 10 classes, grayscale PNG, 28 x 28.
 
     `holdout`: see `open_folder`.
     """
@@ -67,18 +67,18 @@ def open_mini(holdout: float | None = None) -> Dataset:
     return Dataset(_Decoded(data.train), _Decoded(data.val), data.classes, data.fingerprint)
 
 
-# The noise under an image begins at one of this many places of the pool.
-_STARTS = 1 << 21
-# Any odd number makes image to place one-to-one; this one (2^32 / golden ratio) puts neighbours far apart.
+# The noise of an image starts at one of this many offsets in the pool.
+_OFFSETS = 1 << 21
+# Any odd number maps images to offsets one-to-one; this one (2^32 / golden ratio) puts consecutive images far apart.
 _STRIDE = 0x9E3779B1
-# Noise and colour stay below this each, so that their sum fits a byte.
+# Noise and color are each below this, so that their sum fits in a byte.
 _LEVELS = 128
 
 
 class SyntheticSource:
-    """`count` images of `size` x `size`; image i has label i mod `num_classes` and depends on i alone.
+    """`count` images of `size` x `size` pixels. Image i has label i mod `num_classes` and depends only on i and `salt`.
 
-    `salt` tells splits apart: the same id under another salt is another image.
+    `salt`: a different number for each split, so that their images differ.
     """
 
     def __init__(self, prefix: str, count: int, num_classes: int, size: int, salt: int) -> None:
@@ -86,27 +86,30 @@ class SyntheticSource:
         self._prefix = prefix
         self._size = size
         self._salt = salt
-        self._colours = class_colours(num_classes)
+        self._colors = class_colors(num_classes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, sample: int) -> str:
+        """Return the split and the sample id: ``train/00000003``."""
         return numbered_name(self._prefix, sample)
 
     def location(self, sample: int) -> str:
+        """Return the name for messages: ``synthetic train/00000003``."""
         return f"synthetic {self.name(sample)}"
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:
+        """Return the pixels: uint8 (size, size, 3)."""
         pixels = self._size * self._size * 3
-        start = (sample + self._salt) * _STRIDE % _STARTS
+        start = (sample + self._salt) * _STRIDE % _OFFSETS
         noise = _pool(pixels)[start : start + pixels].reshape(self._size, self._size, 3)
-        image: npt.NDArray[np.uint8] = noise + self._colours[self.labels[sample]]
+        image: npt.NDArray[np.uint8] = noise + self._colors[self.labels[sample]]
         return image
 
 
-def class_colours(num_classes: int) -> npt.NDArray[np.uint8]:
-    """One colour per class, uint8 (num_classes, 3), all different: the points of a grid over the cube."""
+def class_colors(num_classes: int) -> npt.NDArray[np.uint8]:
+    """Return a different color for each class, uint8 (num_classes, 3): points of a grid in the color cube."""
     side = 1
     while side**3 < num_classes:
         side += 1
@@ -115,11 +118,11 @@ def class_colours(num_classes: int) -> npt.NDArray[np.uint8]:
 
 
 def open_synthetic(train_count: int, val_count: int, num_classes: int, image_size: int) -> Dataset:
-    """Two splits of made-up images; opening and every image cost the same, however many there are."""
+    """Open two splits of synthetic images. The time to open them and to read an image does not depend on the counts."""
     width = len(str(num_classes - 1))
     classes = tuple(f"class-{label:0{width}d}" for label in range(num_classes))
     train = SyntheticSource(TRAIN, train_count, num_classes, image_size, salt=0)
-    val = SyntheticSource(VAL, val_count, num_classes, image_size, salt=3 * _STARTS // 4)
+    val = SyntheticSource(VAL, val_count, num_classes, image_size, salt=3 * _OFFSETS // 4)
     return Dataset(
         train,
         val,
@@ -134,15 +137,15 @@ def open_synthetic(train_count: int, val_count: int, num_classes: int, image_siz
 
 @lru_cache(maxsize=1)
 def _pool(pixels: int) -> npt.NDArray[np.uint8]:
-    """Noise to cut images from: made on first use in a process, so never pickled."""
-    words = np.random.Philox(key=1).random_raw((_STARTS + pixels) // 8 + 1)
+    """Return the noise that images are cut from. Each process makes it on first use, so it is never pickled."""
+    words = np.random.Philox(key=1).random_raw((_OFFSETS + pixels) // 8 + 1)
     return words.astype("<u8").view(np.uint8) % _LEVELS
 
 
-# Seconds without an answer after which a download has failed.
-_TIMEOUT = 60.0
-# Name: torchvision's class, and how to put the files in place by hand.
-_KINDS = {
+# Seconds without a response after which a download fails.
+_TIMEOUT_S = 60.0
+# By name: torchvision's class, and how to install the files manually.
+_DOWNLOADS = {
     "cifar10": (
         "CIFAR10",
         "unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {folder}",
@@ -155,9 +158,9 @@ _KINDS = {
 
 
 class ArraySource:
-    """Decoded samples: `images` uint8 (N, H, W) or (N, H, W, 3), `labels` int32 (N,).
+    """Decoded samples: `images`, uint8 (N, H, W) or (N, H, W, 3), and `labels`, int32 (N,).
 
-    `numbers`: the samples' places in the data set's own order, which they are named by; all of them by default.
+    `numbers`: the positions of the samples in the data set, which become their names; 0 to N - 1 by default.
     """
 
     def __init__(
@@ -178,44 +181,47 @@ class ArraySource:
         return len(self.labels)
 
     def name(self, sample: int) -> str:
+        """Return the split and the position in the data set: ``val/00000003``."""
         return numbered_name(self._split, int(self._numbers[sample]))
 
     def location(self, sample: int) -> str:
+        """Return the name for messages: ``cifar10 val/00000003``."""
         return f"{self._dataset} {self.name(sample)}"
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:
+        """Return the pixels: uint8 (H, W) or (H, W, 3)."""
         image: npt.NDArray[np.uint8] = self._images[sample]
         return image
 
-    def names(self) -> Iterator[bytes]:
-        """As `Names.runs`."""
+    def name_chunks(self) -> Iterator[bytes]:
+        """Yield all names, as `Names.chunks` does."""
         yield from (f"{self.name(sample)}\0".encode() for sample in range(len(self)))
 
 
 def open_arrays(name: str, root: str | None, holdout: float | None = None) -> Dataset:
-    """The data set `name`, ``cifar10`` or ``fashion_mnist``, downloaded into `root` where it is missing.
+    """Open the data set `name`, ``cifar10`` or ``fashion_mnist``, after downloading it into `root` if it is missing.
 
-    `root` is by default ``$XDG_CACHE_HOME/lars_train/<name>`` (``~/.cache`` where that is not set). With
-    `holdout`, that share of each class of the training images is the validation set, and the test images are left
-    alone. Raises `ConfigError` when the files are neither there nor to be had.
+    `root` is ``$XDG_CACHE_HOME/lars_train/<name>`` by default (``~/.cache/lars_train/<name>`` without that variable).
+    With `holdout`, that share of each class of the training images is the validation set, and the test images are not
+    used. Raises `ConfigError` if the files are missing and cannot be downloaded.
     """
     from torchvision import datasets
 
     folder = user_path(root) if root else default_root(name)
-    kind, by_hand = _KINDS[name]
-    with _alone_in(folder) as writable:
+    kind, by_hand = _DOWNLOADS[name]
+    with _locked_folder(folder) as writable:
         try:
-            with _quietly():
+            with _silent_download():
                 train, test = (
                     getattr(datasets, kind)(folder, train=split, download=writable) for split in (True, False)
                 )
-        # A broken file or download shows itself as almost any kind of error.
+        # A damaged file or download can raise almost any exception.
         except Exception as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             if not writable:
-                cause += "; the folder cannot be written to"
+                cause += "; the folder is not writable"
             raise ConfigError(
-                f"data={name}: no usable copy in {folder} ({cause}). Delete what is damaged there, then "
+                f"data={name}: no usable copy in {folder} ({cause}). Delete damaged files there, then "
                 f"{by_hand.format(folder=folder)}, or set data.root to a folder that has the files."
             ) from error
     classes = tuple(train.classes)
@@ -227,18 +233,18 @@ def open_arrays(name: str, root: str | None, holdout: float | None = None) -> Da
         training, validation = (
             ArraySource(name, TRAIN, images[ranks], labels[ranks], ranks) for ranks in split_holdout(labels, holdout)
         )
-    splits = ((source.names(), source.labels) for source in (training, validation))
+    splits = ((source.name_chunks(), source.labels) for source in (training, validation))
     return Dataset(training, validation, classes, fingerprint(classes, *splits))
 
 
 def default_root(name: str) -> Path:
-    """The folder of a downloaded data set."""
+    """Return the default folder of a downloaded data set."""
     return cache_folder() / name
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock. Yields whether the folder can be written to; if not, there is none to hold."""
+def _locked_folder(folder: Path) -> Iterator[bool]:
+    """Hold the lock of `folder` and yield True; yield False without a lock if the folder is not writable."""
     from filelock import FileLock
 
     lock = FileLock(folder / ".lock")
@@ -259,7 +265,7 @@ def _alone_in(folder: Path) -> Iterator[bool]:
 
 
 def _remove_if_empty(folder: Path, made: list[Path]) -> None:
-    """After a failed download: take away the folders that were made for it and hold no file but the lock."""
+    """Remove the folders `made` for a failed download, unless they hold files other than the lock."""
     if made and not any(path.is_file() and path != folder / ".lock" for path in folder.rglob("*")):
         shutil.rmtree(folder)
         for path in made[1:]:
@@ -268,10 +274,10 @@ def _remove_if_empty(folder: Path, made: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars, and no waiting for ever on a network that does not answer."""
+def _silent_download() -> Iterator[None]:
+    """Suppress progress bars, and set a timeout for a network that does not respond."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)
+    socket.setdefaulttimeout(_TIMEOUT_S)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield

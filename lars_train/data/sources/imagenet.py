@@ -1,6 +1,6 @@
-"""ImageNet (ILSVRC 2012) as it lies on disks: a folder per class, or all validation images in one folder.
+"""Open ImageNet (ILSVRC 2012) with a folder per class, or with all validation images in one folder.
 
-The labels of a flat validation folder are found and read here. Subsets are fine.
+Finds and reads the labels of a flat validation folder. Subsets of ImageNet are supported.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _KAGGLE = b"LOC_val_solution.csv"
 _DEVKIT = b"ILSVRC2012_devkit_t12/data"
 _GROUND_TRUTH = b"ILSVRC2012_validation_ground_truth.txt"
 _META = b"meta.mat"
-# How many folders above the root are searched for Kaggle's CSV (its images lie in ILSVRC/Data/CLS-LOC).
+# Number of folders above the root that are searched for Kaggle's CSV (Kaggle's images lie in ILSVRC/Data/CLS-LOC).
 _PARENTS = 3
-# A table of labels: from image names to the wnid of each.
+# A table of labels: a function from image names to the wnid of each.
 _Table = Callable[[list[bytes]], list[bytes]]
 
 
@@ -50,26 +50,26 @@ def open_imagenet(
     cache: CacheSettings | None = None,
     image_key: str | None = None,
 ) -> Dataset:
-    """The data set below `root`: ``train/<wnid>/`` and ``val/<wnid>/``, or all images directly in ``val/``.
+    """Open the data set at `root`: ``train/<wnid>/`` and ``val/<wnid>/``, or all images directly in ``val/``.
 
-    For the latter, `val_labels` names a CSV of image and wnid, or the devkit; by default they are looked
-    for in and above `root`. `holdout`, `cache` and `image_key`: see `open_folder`. Raises `ConfigError`.
+    In the second case, `val_labels` is the path of a CSV of image and wnid, or of the devkit; by default, both are
+    searched for in and above `root`. `holdout`, `cache` and `image_key`: see `open_folder`. Raises `ConfigError`.
     """
     tree = open_tree(root, cache, image_key, train_only=holdout is not None)
     folders = find_splits(tree, holdout)
     if holdout is not None:
         if val_labels is not None:
-            raise _labelled(val_labels)
+            raise _already_labeled(val_labels)
         return make_dataset(tree, folders, *hold_out(tree, folders.train, holdout))
     return make_dataset(tree, folders, *both_splits(tree, folders, val_labels))
 
 
 def both_splits(tree: Tree, folders: SplitFolders, val_labels: str | None) -> tuple[Split, Split]:
-    """Training and validation set, whose labels come from its class folders or, where it has none, from a table."""
+    """Return both splits. The validation labels come from class folders or, if there are none, from a table."""
     assert folders.val is not None
     flat = is_flat(tree, folders)
     if val_labels is not None and not flat:
-        raise _labelled(val_labels)
+        raise _already_labeled(val_labels)
     training = collect_split(tree, folders.train)
     if not flat:
         validation = collect_split(tree, folders.val)
@@ -80,12 +80,12 @@ def both_splits(tree: Tree, folders: SplitFolders, val_labels: str | None) -> tu
 
 
 def is_flat(tree: Tree, folders: SplitFolders) -> bool:
-    """Return True where the validation images lie in no class folders."""
+    """Return True if the validation images do not lie in class folders."""
     inside = folders.val
     return inside is not None and not tree.folders(inside) and any(map(is_image, tree.files(inside)))
 
 
-def _labelled(val_labels: str) -> ConfigError:
+def _already_labeled(val_labels: str) -> ConfigError:
     return ConfigError(
         f"data.val_labels={val_labels}, but the images lie in class folders, which label them: drop data.val_labels."
     )
@@ -94,25 +94,25 @@ def _labelled(val_labels: str) -> ConfigError:
 def open_imagenet_validation(
     root: str | None, val_labels: str | None, cache: CacheSettings | None = None, image_key: str | None = None
 ) -> Dataset:
-    """The validation images alone, as `open_folder_validation`, or all directly in ``val/`` (see `open_imagenet`)."""
+    """Open only the validation images, as `open_folder_validation` does, also if all lie directly in ``val/``."""
     tree = open_tree(root, cache, image_key)
     folders, inside = find_validation(tree)
     return validation_only(tree, folders, only_validation(tree, folders, inside, val_labels))
 
 
 def only_validation(tree: Tree, folders: SplitFolders, inside: bytes, val_labels: str | None) -> Split:
-    """The validation set in `inside`, labelled as in `both_splits`; its classes are those that it has."""
+    """Return the validation set in `inside`, labeled as in `both_splits`, with the classes of its own images."""
     if is_flat(tree, folders):
         return _flat(tree, inside, None, _found(tree, inside) if val_labels is None else _given(val_labels))
     if val_labels is not None:
-        raise _labelled(val_labels)
+        raise _already_labeled(val_labels)
     return collect_split(tree, inside)
 
 
 def _flat(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _Table) -> Split:
-    """The images directly in `inside`, labelled by `table`; `classes`: None for those in it."""
+    """Return the images directly in `inside`, labeled by `table`; `classes`: None for the classes of these images."""
     images = [name for name in tree.files(inside) if is_image(name)]
-    # The images lie where they should, and a table may lie beside them.
+    # Do not count the images as loose, and a table beside them as skipped.
     skipped = {
         why: count for why, count in tree.listing(inside).skipped.items() if why not in (LOOSE, suffix_reason(_KAGGLE))
     }
@@ -133,7 +133,7 @@ def _flat(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _
 
 
 def _given(val_labels: str) -> _Table:
-    """The table at the path `val_labels`: a CSV, the devkit's text file, or a folder that has it."""
+    """Return the table at the path `val_labels`: a CSV, the devkit's text file, or a folder that contains it."""
     path = user_path(val_labels)
     for folder in (b"", b"data", _DEVKIT):
         if is_file(inside := path / os.fsdecode(join(folder, _GROUND_TRUTH))):
@@ -147,7 +147,7 @@ def _given(val_labels: str) -> _Table:
 
 
 def _found(tree: Tree, val: bytes) -> _Table:
-    """Kaggle's CSV in the tree or above it, else the devkit in the tree, else a lone CSV in it."""
+    """Return Kaggle's CSV in the tree or above it, else the devkit in the tree, else the only CSV in it."""
     for folder in (b"", val):
         if _KAGGLE in tree.files(folder):
             return _table(tree, join(folder, _KAGGLE))
@@ -161,8 +161,8 @@ def _found(tree: Tree, val: bytes) -> _Table:
         if len(tables) == 1:
             return _table(tree, join(folder, tables[0]))
     raise ConfigError(
-        f"data.root={tree.place}: the images in {printable(val)}/ lie in no class folders, and there is neither a "
-        f"{printable(_KAGGLE)} nor a {printable(_DEVKIT)}/ to label them; set data.val_labels=PATH to a CSV "
+        f"data.root={tree.place}: the images in {printable(val)}/ do not lie in class folders, and neither "
+        f"{printable(_KAGGLE)} nor {printable(_DEVKIT)}/ exists to label them; set data.val_labels=PATH to a CSV "
         "of image and wnid, or to the unpacked devkit."
     )
 
@@ -176,34 +176,36 @@ def _table(tree: Tree, path: bytes) -> _Table:
         meta = tree.read(join(path.rpartition(b"/")[0], _META))
     except OSError as error:
         raise ConfigError(
-            f"data.val_labels: {place} cannot be used ({error}); a CSV wants the ending .csv, the devkit's "
-            f"text file wants {printable(_META)} beside it."
+            f"data.val_labels: {place} cannot be used ({error}); a CSV needs the suffix .csv, and the devkit's "
+            f"text file needs {printable(_META)} beside it."
         ) from error
     return lambda images: from_devkit(place, content, meta, images)
 
 
 @functools.cache
 def wnids() -> tuple[str, ...]:
-    """The 1,000 classes of ILSVRC 2012 (https://image-net.org/challenges/LSVRC/2012/) in bytewise order.
+    """Return the 1,000 wnids of ILSVRC 2012 (https://image-net.org/challenges/LSVRC/2012/) in bytewise order.
 
-    That is the order of the outputs of torchvision's and timm's networks for it.
+    The outputs of torchvision's and timm's ImageNet networks have this order.
     """
     return tuple((Path(__file__).parents[1] / "embedded" / "imagenet_wnids.txt").read_text().split())
 
 
 def from_csv(place: str, content: bytes, images: list[bytes]) -> list[bytes]:
-    """Labels from rows ``image,wnid``; header, suffix and folder of the image are optional.
+    """Return the wnids of `images` from rows ``image,wnid``; header, suffix and folder of the image are optional.
 
-    What follows the wnid after a blank is skipped: Kaggle's ``LOC_val_solution.csv`` has the bounding
-    boxes there (https://www.kaggle.com/c/imagenet-object-localization-challenge/data). Rows for images that
-    are not there are fine. Raises `ConfigError` when an image has no row, or two that differ.
+    Text after the wnid and a space is ignored: Kaggle's ``LOC_val_solution.csv`` has bounding boxes there
+    (https://www.kaggle.com/c/imagenet-object-localization-challenge/data). Rows for other images are ignored. Raises
+    `ConfigError` if an image has no row, or two different ones.
     """
     wnids: dict[bytes, bytes] = {}
     text = content.decode("utf-8-sig", "surrogateescape")
     try:
         rows = list(csv.reader(io.StringIO(text, newline="")))
     except csv.Error as error:
-        raise ConfigError(f"data.val_labels: {place} is no table of image and wnid ({error}); give another.") from None
+        raise ConfigError(
+            f"data.val_labels: {place} is not a table of image and wnid ({error}); give another."
+        ) from None
     for row in rows:
         words = row[1].split() if len(row) > 1 else []
         if not words:
@@ -218,46 +220,46 @@ def from_csv(place: str, content: bytes, images: list[bytes]) -> list[bytes]:
     if missing:
         raise ConfigError(
             f"data.val_labels: {place} has no row for {len(missing)} of {len(images)} images, such as "
-            f"{listed(missing)}; set data.val_labels to the table that belongs to these images (rows of image,wnid)."
+            f"{listed(missing)}; set data.val_labels to the table for these images (rows of image,wnid)."
         )
     return [wnids[_stem(image)] for image in images]
 
 
 def from_devkit(place: str, content: bytes, meta: bytes, images: list[bytes]) -> list[bytes]:
-    """Labels from ``ILSVRC2012_validation_ground_truth.txt`` and the content of ``meta.mat``.
+    """Return the wnids of `images` from ``ILSVRC2012_validation_ground_truth.txt`` and the content of ``meta.mat``.
 
-    Line k of the text is the ILSVRC2012_ID of the k-th image by name; `meta` says which wnid that is
-    (readme.txt of the devkit, section 2.2). Raises `ConfigError` when lines and images differ in number.
+    Line k of the text is the ILSVRC2012_ID of the k-th image by name; `meta` maps the ID to a wnid (readme.txt of the
+    devkit, section 2.2). Raises `ConfigError` if the numbers of lines and images differ.
     """
     lines = content.split()
     if len(lines) != len(images):
         raise ConfigError(
             f"data.val_labels: {place} has {counted(len(lines), 'line')}, and val/ {counted(len(images), 'image')}; "
-            "they go together by position, so complete val/, or give a CSV of image and wnid."
+            "they are matched by position, so complete val/, or give a CSV of image and wnid."
         )
     wnids = _wnids(place, meta)
     unknown = sorted({line for line in lines if line not in wnids})
     if unknown:
         raise ConfigError(
             f"data.val_labels: {place} has the ID {printable(unknown[0])}, which meta.mat beside it does not "
-            "know; take both files from the same devkit (ILSVRC2012_devkit_t12)."
+            "contain; take both files from the same devkit (ILSVRC2012_devkit_t12)."
         )
     return [wnids[line] for line in lines]
 
 
 def _wnids(place: str, meta: bytes) -> dict[bytes, bytes]:
-    """ILSVRC2012_ID, as decimal digits: wnid."""
+    """Return the wnid of each ILSVRC2012_ID, given as decimal digits."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise ConfigError(
-            f"data.val_labels: the meta.mat beside {place} is read with scipy, which is not installed; "
+            f"data.val_labels: reading the meta.mat beside {place} requires scipy, which is not installed; "
             "`pip install scipy`, or set data.val_labels to a CSV of image and wnid."
         ) from error
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return {str(int(s["ILSVRC2012_ID"])).encode(): str(s["WNID"]).encode() for s in synsets}
-    # A damaged file shows itself as almost any kind of error.
+    # A damaged file can raise almost any exception.
     except Exception as error:
         raise ConfigError(
             f"data.val_labels: the meta.mat beside {place} is damaged ({error}); unpack the devkit again."

@@ -1,7 +1,7 @@
-"""A packed store that lies at a URL, as a `Tree`: its index and shards come through a cache on a local disk.
+"""Read a packed store at a URL as a `Tree`, through a cache of its index and shards on a local disk.
 
-The index is fetched when the store is opened; a shard when an image in it is read or, for a stream, before
-(shard_prefetch.py). All that comes is checked by the index.
+The index is fetched when the store is opened. A shard is fetched when one of its images is read or, for a stream, ahead
+of time (shard_prefetch.py). Every image is verified by its checksum in the index.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from lars_train.data.dataset import Labels, Names, Source
 from lars_train.data.inventory import Inventory, parse_inventory
 from lars_train.data.sources.index_files import MALFORMED, Damaged, describe_damage, read_mapped
-from lars_train.data.sources.shard_cache import Entry, Held, ShardCache, Wait
+from lars_train.data.sources.shard_cache import CacheEntry, Held, ShardCache, Wait
 from lars_train.data.sources.shards import (
     INDEX,
     Packed,
@@ -39,35 +39,34 @@ from lars_train.fsutil import cache_folder, read_at, user_path
 from lars_train.messages import complain, first_line, printable
 
 ATTEMPTS_AT_OPEN = 4
-"""Fewer requests when a store is opened: there it may be the URL or the credentials that are wrong."""
+"""Attempts of a request when a store is opened. Fewer, because the URL or the credentials may be wrong."""
 
-# By these, whichever of them a file system has, an object is known to be the one that it was.
+# Metadata that identifies the version of an object. Each file system has some of them.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "VersionId", "generation", "ino"),
     *("mtime", "created", "updated", "LastModified", "last_modified", "Last-Modified"),
 )
-_TRIES = 2  # to get a shard whose checksums are right
+_FETCHES = 2  # attempts to get a shard with correct checksums
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """The folder of the cache (None: among the user's caches), and the bytes that it may take."""
+    """The folder of the cache (None: in the user's cache folder), and the most bytes that it may take."""
 
     folder: str | None = None
     limit: int = 64 * 10**9
 
     def cache(self) -> ShardCache:
-        """The cache."""
-        if self.folder is not None:
-            return ShardCache(user_path(self.folder), self.limit)
-        return ShardCache(cache_folder() / "shards", self.limit)
+        """Return the cache with these settings."""
+        folder = cache_folder() / "shards" if self.folder is None else user_path(self.folder)
+        return ShardCache(folder, self.limit)
 
 
 @dataclass(frozen=True)
 class RemoteSplit:
-    """The shards of one split, which are fetched into `cache` below its folder `name`.
+    """The shards of one split, which are fetched into the folder `name` of `cache`.
 
-    `index`: the file that `packed` is mapped from; it is not to make room meanwhile.
+    `index`: the index file that `packed` is mapped from, held so that it stays in the cache.
     """
 
     objects: Objects
@@ -77,30 +76,30 @@ class RemoteSplit:
     index: Held
 
     def hold(self, number: int, wait: Wait = time.sleep) -> Held:
-        """A shard, held in the cache: every image in it is what the index says. Raises `DataError`, OSError."""
+        """Hold a shard in the cache, after verifying every image in it. Raises `DataError` and OSError."""
         shard = self.packed.shards[number]
-        inside = self.inside(shard)
+        inside = self.shard_path(shard)
 
         def fetch(handle: int) -> None:
-            for _ in range(_TRIES):
+            for _ in range(_FETCHES):
                 self.objects.fetch(inside, shard.size, handle, wait)
                 wrong = self._wrong(number, handle)
                 if not wrong:
                     return
             raise DataError(
-                f"{self.objects.place(inside)}: {wrong}; the store was changed or damaged. Copy it again, and see what "
-                "lars-data verify says of the original."
+                f"{self.objects.location(inside)}: {wrong}; the store was changed or damaged. Copy it again, and check "
+                "the original with lars-data verify."
             )
 
-        entry = Entry(f"{self.name}/{inside}", shard.size, fetch, lambda handle: self._wrong(number, handle))
+        entry = CacheEntry(f"{self.name}/{inside}", shard.size, fetch, lambda handle: self._wrong(number, handle))
         return self.cache.hold(entry, wait)
 
-    def inside(self, shard: Shard) -> str:
-        """The path of a shard within the store."""
+    def shard_path(self, shard: Shard) -> str:
+        """Return the path of a shard within the store."""
         return shard.path.relative_to(self.cache.folder / self.name).as_posix()
 
     def _wrong(self, number: int, handle: int) -> str:
-        """Return what is wrong with the content of a shard; empty where each image has its checksum."""
+        """Return what is wrong with the content of a shard; empty if all checksums are correct."""
         places = self.packed.places
         samples = np.flatnonzero(places.shard == number)
         for sample in samples[np.argsort(places.offset[samples])].tolist():
@@ -111,32 +110,34 @@ class RemoteSplit:
 
 
 class HeldSource(ShardSource):
-    """Samples of a remote split, for a caller that holds the shards. Raises `DataError` where they are not held."""
+    """Samples of a remote split, for a caller that holds the shards; reading others raises `DataError`."""
 
     def __init__(self, split: RemoteSplit, names: Names, labels: Labels, ranks: Ranks | None) -> None:
         packed = split.packed
         places = packed.places if ranks is None else packed.places.take(ranks)
-        # Open files would take disk when they make room.
+        # Files that stay open would take disk space after they are removed to make room.
         super().__init__(packed.shards, names, labels, places, keep_open=False)
         self.split = split
 
     def location(self, sample: int) -> str:
+        """Return ``URL!NAME`` for messages."""
         shard = self.split.packed.shards[int(self.shard[sample])]
-        return f"{self.split.objects.place(self.split.inside(shard))}!{printable(self._names[sample])}"
+        return f"{self.split.objects.location(self.split.shard_path(shard))}!{printable(self._names[sample])}"
 
     def read(self, sample: int) -> bytes:
+        """Return the encoded image. Raises `DataError`."""
         try:
             return super().read(sample)
         except OSError as error:
-            # Not the image is bad, so nothing may stand in for it.
+            # A `DataError`, because the image is not bad and must not be replaced.
             raise DataError(
-                f"{self.location(sample)}: it cannot be read in the cache {self.split.cache.folder} "
-                f"({error.strerror or error}); was something removed there? The same command goes on."
+                f"{self.location(sample)} cannot be read in the cache {self.split.cache.folder} "
+                f"({error.strerror or error}); were files removed there? Run the same command again to resume."
             ) from error
 
 
 class RemoteSource(HeldSource):
-    """Samples of a remote split; a shard is fetched when one of its samples is read."""
+    """Samples of a remote split; reading a sample fetches its shard."""
 
     def __init__(self, split: RemoteSplit, names: Names, labels: Labels, ranks: Ranks | None) -> None:
         super().__init__(split, names, labels, ranks)
@@ -145,10 +146,11 @@ class RemoteSource(HeldSource):
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
-        """Bytes of all shards: int64 (shards,)."""
+        """The size of each shard in bytes: int64 (shards,)."""
         return np.array([shard.size for shard in self.split.packed.shards], np.int64)
 
     def read(self, sample: int) -> bytes:
+        """Return the encoded image, after fetching its shard if necessary. Raises `DataError` and OSError."""
         held = self.split.hold(int(self.shard[sample]))
         try:
             return super().read(sample)
@@ -171,7 +173,7 @@ class RemoteTree(ShardTree):
 
 
 def open_remote(url: str, settings: CacheSettings) -> RemoteTree:
-    """The store at `url`. Raises `ConfigError` where there is none, or none that can be used."""
+    """Open the store at `url`. Raises `ConfigError` if there is no usable store."""
     objects, cache = Objects(url), settings.cache()
     name = f"store-{hashlib.sha256(objects.url.encode()).hexdigest()[:16]}"
     try:
@@ -197,18 +199,19 @@ def open_remote(url: str, settings: CacheSettings) -> RemoteTree:
 
 
 def _index(objects: Objects, cache: ShardCache, name: str) -> tuple[Held, Path]:
-    """The index, held, and where it lies. Raises `DataError`, OSError."""
+    """Hold the index in the cache, and return it with its path. Raises `DataError` and OSError."""
     try:
-        about = objects.about(INDEX, ATTEMPTS_AT_OPEN)
+        info = objects.info(INDEX, ATTEMPTS_AT_OPEN)
     except DataError as error:
         raise DataError(
-            f"{error} Only packed stores are read from URLs: lars-data pack the images, and copy the store there."
+            f"{error} Only packed stores can be read from URLs: pack the images with lars-data pack, and copy the "
+            "store there."
         ) from error
-    size = about.get("size")
+    size = info.get("size")
     if type(size) is not int:
-        raise DataError(f"{objects.place(INDEX)}: the server does not tell how long it is.")
-    # Without a mark of its version it is fetched each time.
-    versions = {key: str(about[key]) for key in _VERSIONS if about.get(key)} or {"unknown": str(time.time_ns())}
+        raise DataError(f"{objects.location(INDEX)}: the server does not report its size.")
+    # Without version metadata, the index is fetched at every start.
+    versions = {key: str(info[key]) for key in _VERSIONS if info.get(key)} or {"unknown": str(time.time_ns())}
     version = hashlib.sha256(repr((size, sorted(versions.items()))).encode()).hexdigest()[:16]
     path = cache.folder / name / f"{version}.index"
 
@@ -222,81 +225,83 @@ def _index(objects: Objects, cache: ShardCache, name: str) -> tuple[Held, Path]:
             return str(error)
         return ""
 
-    return cache.hold(Entry(f"{name}/{path.name}", size, fetch, wrong)), path
+    return cache.hold(CacheEntry(f"{name}/{path.name}", size, fetch, wrong)), path
 
 
 T = TypeVar("T")
 
 ATTEMPTS, FIRST_PAUSE_S, LONGEST_PAUSE_S = 8, 1.0, 30.0
-"""Attempts of a request, with pauses that double and are shortened at random by up to a half: 90 s in all."""
+"""Attempts of a request. The pauses between them double, and are shortened at random by up to a half: 90 s in all."""
 
-PIECE = 16 << 20
-"""Bytes of a shard that are asked for at a time."""
+PIECE_BYTES = 16 << 20
+"""Bytes of a shard per request."""
 
-# What no second attempt mends.
+# Errors that a retry cannot fix.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, NotImplementedError)
 
 
 class Objects:
     """The objects below a URL. Can be pickled, and used after a fork: each process connects on first use.
 
-    Its methods raise `DataError`, which names the object and the reason, for what cannot be had.
+    Its methods raise `DataError` with the object and the reason if a request fails.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._made: tuple[int, Any, str] | None = None
+        self._connection: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple[type[Objects], tuple[str]]:
         return Objects, (self.url,)
 
-    def about(self, name: str, attempts: int = ATTEMPTS, wait: Wait = time.sleep) -> dict[str, Any]:
-        """Return what the file system knows of an object: its ``size`` in bytes and more."""
-        return self._tried(name, _about, attempts, wait)
+    def info(self, name: str, attempts: int = ATTEMPTS, wait: Wait = time.sleep) -> dict[str, Any]:
+        """Return the metadata of an object: its ``size`` in bytes and more, depending on the file system."""
+        return self._retry(name, _info, attempts, wait)
 
     def fetch(self, name: str, size: int, handle: int, wait: Wait = time.sleep, attempts: int = ATTEMPTS) -> None:
-        """Write an object, which must have `size` bytes, to a file descriptor. Raises OSError of the latter alone."""
-        length = self.about(name, attempts, wait).get("size")
+        """Write an object, which must have `size` bytes, to a file descriptor. Raises OSError if writing fails."""
+        length = self.info(name, attempts, wait).get("size")
         if length is not None and length != size:
             raise DataError(
-                f"{self.place(name)} has {length:,} bytes, not {size:,}: the store was changed, or not copied whole; "
-                "copy it again."
+                f"{self.location(name)} has {length:,} bytes, not {size:,}: the store was changed, or copied "
+                "incompletely; copy it again."
             )
         at = 0
         while at < size:
-            piece = partial(_range, start=at, stop=min(at + PIECE, size), size=size)
-            data = self._tried(name, piece, attempts, wait)
+            piece = partial(_range, start=at, stop=min(at + PIECE_BYTES, size), size=size)
+            data = self._retry(name, piece, attempts, wait)
             while data:
                 written = os.pwrite(handle, data, at)
                 data, at = data[written:], at + written
             wait(0)
 
-    def place(self, name: str) -> str:
-        """An object's URL, to be shown."""
+    def location(self, name: str) -> str:
+        """Return the URL of an object, for messages."""
         return f"{self.url}/{printable(name)}"
 
-    def _tried(self, name: str, ask: Callable[[Any, str], T], attempts: int, wait: Wait) -> T:
+    def _retry(self, name: str, ask: Callable[[Any, str], T], attempts: int, wait: Wait) -> T:
         fs, root = self._file_system()
         pause = FIRST_PAUSE_S
         for left in reversed(range(attempts)):
             try:
                 return ask(fs, f"{root}/{name}")
             except _FINAL as error:
-                raise DataError(f"{self.place(name)} cannot be read ({_told(error)}).") from error
-            # Each library that fsspec builds on has errors of its own.
+                raise DataError(f"{self.location(name)} cannot be read ({_describe_error(error)}).") from error
+            # Each library below fsspec has its own exceptions.
             except Exception as error:
-                reason = _told(error)
+                reason = _describe_error(error)
                 if not left:
-                    raise DataError(f"{self.place(name)} cannot be read ({reason}); tried {attempts} times.") from error
+                    raise DataError(
+                        f"{self.location(name)} cannot be read ({reason}); tried {attempts} times."
+                    ) from error
             seconds = pause * random.SystemRandom().uniform(0.5, 1)
-            complain(f"{self.place(name)}: {reason}; tried again in {seconds:.1f} s.")
+            complain(f"{self.location(name)}: {reason}; retrying in {seconds:.1f} s.")
             wait(seconds)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         raise AssertionError
 
     def _file_system(self) -> tuple[Any, str]:
-        # Not the one of the process that this one was forked from.
-        if self._made is None or self._made[0] != os.getpid():
+        # A connection of the parent process cannot be used after a fork.
+        if self._connection is None or self._connection[0] != os.getpid():
             try:
                 from fsspec.core import url_to_fs
 
@@ -305,25 +310,25 @@ class Objects:
                 remedy = "for s3:// and https://: pip install 'lars-train[remote]'"
                 raise DataError(f"{self.url}: a library is missing ({error}; {remedy}).") from error
             except Exception as error:
-                raise DataError(f"{self.url} cannot be used ({_told(error)}).") from error
-            self._made = (os.getpid(), fs, root.rstrip("/"))
-        return self._made[1:]
+                raise DataError(f"{self.url} cannot be used ({_describe_error(error)}).") from error
+            self._connection = (os.getpid(), fs, root.rstrip("/"))
+        return self._connection[1:]
 
 
-def _about(fs: Any, path: str) -> dict[str, Any]:
+def _info(fs: Any, path: str) -> dict[str, Any]:
     return dict(fs.info(path))
 
 
 def _range(fs: Any, path: str, start: int, stop: int, size: int) -> bytes:
     data: bytes = fs.cat_file(path, start=start, end=stop)
-    # A plain web server may know no ranges, and send it all.
+    # A simple web server may not support ranges, and send the whole object.
     if len(data) == size:
         data = data[start:stop]
     if len(data) != stop - start:
-        raise OSError(f"{len(data):,} bytes came, not the {stop - start:,} from {start:,} on")
+        raise OSError(f"received {len(data):,} bytes instead of {stop - start:,} from offset {start:,}")
     return data
 
 
-def _told(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     text = first_line(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

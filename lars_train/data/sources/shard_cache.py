@@ -1,8 +1,8 @@
-"""Whole files in a folder on a local disk that together take no more than so many bytes, shared by processes.
+"""Cache whole files in a folder on a local disk, up to a limit in bytes, for several processes.
 
-What is held stays; of the rest, what was used longest ago makes room. A file is there whole and verified, or not under
-its name. Locks are the system's (flock), on the files themselves, so they go with the process that holds them: a kill
-leaves nothing that has to be tidied by hand. Where the bytes come from is known by those who ask (remote.py).
+Files that a process holds stay. To make room, the least recently used of the others are removed. A file has its final
+name only when it is complete and verified. Processes lock the files themselves (flock), so a killed process leaves no
+stale locks. The caller fetches the bytes (remote.py).
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from lars_train.errors import DataError
 from lars_train.messages import complain
 
 PATIENCE_S = 300.0
-"""Seconds without progress while another process fetches a file, or holds what should make room."""
+"""Seconds to wait without progress while another process fetches a file, or holds files that could make room."""
 
 MARK_BYTES = 256
-"""Bytes that a file takes at most beside its own."""
+"""Most bytes that the cache stores beside each file."""
 
 _FOLDERS = "store-*"
 _PARTIAL, _MARK = ".partial", ".mark"
 _POLL_S = 0.05
 
 Wait = Callable[[float], None]
-"""Called with seconds, returns after them; raises where the waiting is to end."""
+"""A function like `time.sleep`, which raises an exception to end the waiting."""
 
 
-class Entry(NamedTuple):
-    """A file that the cache can hold: its place below the cache's folder, ``store-X/...``, and its bytes.
+class CacheEntry(NamedTuple):
+    """A file that the cache can hold: its path below the cache's folder, ``store-X/...``, and its size in bytes.
 
-    `fetch` writes it to a file descriptor; `check` says what is wrong with what is there, or nothing.
+    `fetch` writes it to a file descriptor. `check` returns what is wrong with the content; empty if nothing is.
     """
 
-    place: str
+    name: str
     size: int
     fetch: Callable[[int], None]
     check: Callable[[int], str]
 
 
 class Held:
-    """A file that is in the cache, verified, until it is released. A pickled one holds nothing."""
+    """A verified file that stays in the cache until it is released. A pickled copy holds nothing."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -62,75 +62,75 @@ class Held:
         self.release()
 
     def size(self) -> int:
-        """Its bytes."""
+        """Return the size in bytes."""
         return os.fstat(self.handle).st_size
 
     def release(self) -> None:
-        """Let the file go, once: it was used just now, and may make room from now on."""
+        """Mark the file as just used, and allow its removal. Further calls do nothing."""
         handle, self.handle = self.handle, -1
         if handle < 0 or self._owner != os.getpid():
             return
         with contextlib.suppress(OSError):
             os.utime(handle, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
-        _let_go(handle)
+        _release(handle)
 
 
 @dataclass
-class _Patience:
-    """Raises `DataError` where `sign` has been the same for too long."""
+class _StallCheck:
+    """Raises `DataError` if `progress` has not changed for `PATIENCE_S` seconds."""
 
-    sign: object = None
+    progress: object = None
     since: float = field(default_factory=time.monotonic)
 
-    def go_on(self, sign: object, why: str) -> None:
-        if sign != self.sign:
-            self.sign, self.since = sign, time.monotonic()
+    def check(self, progress: object, why: str) -> None:
+        if progress != self.progress:
+            self.progress, self.since = progress, time.monotonic()
         elif time.monotonic() - self.since > PATIENCE_S:
             raise DataError(f"{why}, and nothing has changed for {PATIENCE_S:.0f} s.")
 
 
 class ShardCache:
-    """The cache in `folder`, of at most `limit` bytes, or less where the disk has less room. Can be pickled."""
+    """A cache in `folder` of at most `limit` bytes, or fewer if the disk has less room. Can be pickled."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        self._began = time.time()
+        self._started = time.time()
 
-    def hold(self, entry: Entry, wait: Wait = time.sleep) -> Held:
-        """Hold a file, which is fetched where it is not there, or not what it should be.
+    def hold(self, entry: CacheEntry, wait: Wait = time.sleep) -> Held:
+        """Hold a file, after fetching it if it is missing or damaged. Files of earlier runs are verified first.
 
-        What an earlier run has left is checked before it is used. Raises `DataError` where there is no room for
-        it or another process that fetches it makes no progress; OSError; and what `fetch` and `wait` raise.
+        Raises `DataError` if there is no room for it, or if another process that fetches it makes no progress; OSError;
+        and what `fetch` and `wait` raise.
         """
-        path = self.folder / entry.place
+        path = self.folder / entry.name
         if entry.size + MARK_BYTES > self.limit:
-            raise DataError(f"{path}: it has {entry.size:,} bytes; data.cache_gb allows {self.limit:,} for all.")
-        patience = _Patience()
+            raise DataError(f"{path} has {entry.size:,} bytes, but data.cache_gb allows {self.limit:,} in total.")
+        stall = _StallCheck()
         while True:
-            with self._alone():
+            with self._exclusive():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                found = self._there(path) or self._reserved(path, entry.size)
+                found = self._hold_existing(path) or self._reserve(path, entry.size)
             if isinstance(found, Held):
                 return found
             if isinstance(found, _Busy):
-                patience.go_on(found.sign, f"{path}: {found.why}")
+                stall.check(found.progress, f"{path}: {found.why}")
                 wait(_POLL_S)
-            elif isinstance(found, _Unchecked):
-                held = self._checked(path, found.handle, entry)
+            elif isinstance(found, _Unverified):
+                held = self._verify(path, found.handle, entry)
                 if held is not None:
                     return held
             else:
-                return self._fetched(path, found.handle, entry)
+                return self._fetch(path, found.handle, entry)
 
     def used(self) -> int:
-        """Bytes of all that is in the cache, and of what is being fetched."""
+        """Return the bytes of all files in the cache, including those that are being fetched."""
         return sum(_size(path) for path in self._files())
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob(f"{_FOLDERS}/**/*") if path.is_file()]
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -138,118 +138,118 @@ class ShardCache:
             with FileLock(self.folder / "lock", timeout=PATIENCE_S):
                 yield
         except Timeout:
-            raise DataError(f"{self.folder}: its lock is not to be had; is it on a local disk?") from None
+            raise DataError(f"{self.folder} could not be locked; is it on a local disk?") from None
 
-    def _there(self, path: Path) -> Held | _Unchecked | _Busy | None:
-        """Return the file of this name, if there is one; call it under the lock."""
+    def _hold_existing(self, path: Path) -> Held | _Unverified | _Busy | None:
+        """Hold the existing file at `path`; None if there is none. Call under the lock."""
         try:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        checked = _checked_at(path, handle)
-        # What others hold they have checked.
-        if not checked or not self._began <= checked <= time.time():
-            if _locked(handle, fcntl.LOCK_EX):
-                return _Unchecked(handle)
+        checked = _verified_at(path, handle)
+        # Files that other processes hold have been verified by them.
+        if not checked or not self._started <= checked <= time.time():
+            if _try_lock(handle, fcntl.LOCK_EX):
+                return _Unverified(handle)
             if not checked:
                 os.close(handle)
-                return _Busy("another process checks it, or it was changed while it is in use")
-        if _locked(handle, fcntl.LOCK_SH):
+                return _Busy("another process is verifying it, or it was changed while in use")
+        if _try_lock(handle, fcntl.LOCK_SH):
             return Held(handle)
         os.close(handle)
-        return _Busy("another process checks it")
+        return _Busy("another process is verifying it")
 
-    def _reserved(self, path: Path, size: int) -> _Begun | _Busy:
-        """A file to write to, locked, with room for it all; to be called alone."""
+    def _reserve(self, path: Path, size: int) -> _Partial | _Busy:
+        """Create and lock a file to write to, with room for all of it. Call under the lock."""
         partial = path.with_name(path.name + _PARTIAL)
         handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if not _locked(handle, fcntl.LOCK_EX):
+        if not _try_lock(handle, fcntl.LOCK_EX):
             try:
-                return _Busy("another process fetches it", os.fstat(handle).st_mtime_ns)
+                return _Busy("another process is fetching it", os.fstat(handle).st_mtime_ns)
             finally:
                 os.close(handle)
-        # What a kill left is fetched again.
+        # The remainder of a killed fetch is fetched again.
         os.ftruncate(handle, 0)
         room = self._make_room(size + MARK_BYTES, spare=partial)
         if room < size + MARK_BYTES:
             partial.unlink()
-            _let_go(handle)
+            _release(handle)
             return _Busy(
-                f"there is no room for it: of {self.limit:,} bytes, or what the disk has, all but {room:,} are in use "
-                "(if by other runs, raise data.cache_gb or give each a data.cache_dir of its own)",
+                f"there is no room for it: only {room:,} of {self.limit:,} bytes, or of what the disk has, are free "
+                "(if other runs use the rest, raise data.cache_gb or give each run a separate data.cache_dir)",
                 room,
             )
         os.ftruncate(handle, size)
-        return _Begun(handle)
+        return _Partial(handle)
 
     def _make_room(self, size: int, spare: Path) -> int:
-        """Remove what nobody holds, as far as it takes for `size` bytes more; the bytes that there is room for."""
+        """Remove files that nobody holds until `size` bytes fit, and return the bytes that fit."""
         used = self.used()
-        # The disk may have less: it fills up with other things, too.
+        # Other files may have filled the disk.
         room = min(self.limit - used, shutil.disk_usage(self.folder).free)
         files = [path for path in self._files() if path != spare and path.suffix != _MARK]
         for path in sorted(files, key=_last_used):
             if room >= size:
                 break
-            gone = _size(path) + _size(path.with_name(path.name + _MARK))
-            if _removed(path):
-                room += gone
+            size_on_disk = _size(path) + _size(path.with_name(path.name + _MARK))
+            if _try_remove(path):
+                room += size_on_disk
         return room
 
-    def _fetched(self, path: Path, handle: int, entry: Entry) -> Held:
+    def _fetch(self, path: Path, handle: int, entry: CacheEntry) -> Held:
         partial = path.with_name(path.name + _PARTIAL)
         try:
             entry.fetch(handle)
             os.fsync(handle)
-            with self._alone():
-                _mark(path, handle)
+            with self._exclusive():
+                _write_mark(path, handle)
                 partial.replace(path)
                 fcntl.flock(handle, fcntl.LOCK_SH)
         except BaseException:
-            with contextlib.suppress(OSError, DataError), self._alone():
+            with contextlib.suppress(OSError, DataError), self._exclusive():
                 partial.unlink(missing_ok=True)
-            _let_go(handle)
+            _release(handle)
             raise
         return Held(handle)
 
-    def _checked(self, path: Path, handle: int, entry: Entry) -> Held | None:
-        """Hold the file that was there, once it is checked; None where it is not what it should be, and is gone."""
+    def _verify(self, path: Path, handle: int, entry: CacheEntry) -> Held | None:
+        """Verify the existing file and hold it; None if it is damaged, in which case it is removed."""
         try:
-            wrong = entry.check(handle) if os.fstat(handle).st_size == entry.size else "its length is another one"
-            with self._alone():
+            wrong = entry.check(handle) if os.fstat(handle).st_size == entry.size else "its length is wrong"
+            with self._exclusive():
                 if not wrong:
-                    _mark(path, handle)
+                    _write_mark(path, handle)
                     fcntl.flock(handle, fcntl.LOCK_SH)
                     return Held(handle)
-                complain(f"{path}: {wrong}; it is fetched anew.")
+                complain(f"{path}: {wrong}; it is fetched again.")
                 _remove(path)
         except BaseException:
-            _let_go(handle)
+            _release(handle)
             raise
-        _let_go(handle)
+        _release(handle)
         return None
 
 
-class _Unchecked(NamedTuple):
-    """A file that is there, locked for this process alone, which may be anything."""
+class _Unverified(NamedTuple):
+    """An existing file that is not verified yet, locked exclusively."""
 
     handle: int
 
 
-class _Begun(NamedTuple):
-    """A file that is to be fetched, under another name, locked for this process alone."""
+class _Partial(NamedTuple):
+    """A temporary file to fetch into, locked exclusively."""
 
     handle: int
 
 
 class _Busy(NamedTuple):
-    """Why it has to be waited for; as long as `sign` changes there is hope."""
+    """The reason to wait for another process. A change in `progress` shows that it is working."""
 
     why: str
-    sign: object = None
+    progress: object = None
 
 
-def _locked(handle: int, kind: int) -> bool:
+def _try_lock(handle: int, kind: int) -> bool:
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -257,8 +257,8 @@ def _locked(handle: int, kind: int) -> bool:
     return True
 
 
-def _let_go(handle: int) -> None:
-    # Closing it would not do: a process that was forked meanwhile shares the lock.
+def _release(handle: int) -> None:
+    # Closing is not enough: a process forked in the meantime shares the lock.
     fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
 
@@ -268,13 +268,13 @@ def _state(handle: int) -> list[int]:
     return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
-def _mark(path: Path, handle: int) -> None:
-    """Write down that the file was found to be right just now."""
+def _write_mark(path: Path, handle: int) -> None:
+    """Record that the file was verified just now."""
     path.with_name(path.name + _MARK).write_text(json.dumps([*_state(handle), time.time()]))
 
 
-def _checked_at(path: Path, handle: int) -> float:
-    """When the file was found to be right, if it is what it was then; else 0."""
+def _verified_at(path: Path, handle: int) -> float:
+    """Return the time at which the file was verified; 0 if it was not, or has changed since."""
     try:
         *state, when = json.loads(path.with_name(path.name + _MARK).read_text())
         return float(when) if state == _state(handle) else 0.0
@@ -290,21 +290,21 @@ def _size(path: Path) -> int:
 
 
 def _last_used(path: Path) -> int:
-    # What was never finished goes first.
+    # Unfinished files are removed first.
     try:
         return 0 if path.suffix == _PARTIAL else path.stat().st_atime_ns
     except FileNotFoundError:
         return 0
 
 
-def _removed(path: Path) -> bool:
-    """Remove a file unless somebody holds it; whether it is gone."""
+def _try_remove(path: Path) -> bool:
+    """Remove a file unless a process holds it. Return True if it is removed."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     try:
-        if not _locked(handle, fcntl.LOCK_EX):
+        if not _try_lock(handle, fcntl.LOCK_EX):
             return False
         _remove(path)
         return True

@@ -1,9 +1,9 @@
-"""A zip file as a `Tree`, and its samples as a `Source`, read in place.
+"""Read a zip file in place, as a `Tree`, and its samples as a `Source`.
 
-Nothing is extracted, and a name in the zip never becomes a path on disk: it is only looked up. Entries may
-be stored or deflated. The directory of the zip is read once; a source keeps 29 bytes and the name of each
-of its samples, so a worker process need not read the directory again. A `zipfile.ZipFile` in each thread would hold the
-whole directory: 650 bytes an entry, 0.8 GB for ImageNet.
+Nothing is extracted, and no name in the zip becomes a path on disk. Entries may be stored or deflated. The zip's
+directory is read once: a source keeps the name of each sample and 29 bytes more, so worker processes need not read the
+directory again. A `zipfile.ZipFile` in each thread would hold the whole directory: 650 bytes an entry, 0.8 GB for
+ImageNet.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from lars_train.fsutil import read_at
 from lars_train.messages import printable
 
 _ENTRY = np.dtype([("header", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("deflated", "?")])
-# Local file header (APPNOTE.TXT 4.3.7): signature, 22 bytes that the directory repeats, two lengths.
+# Local file header (APPNOTE.TXT 4.3.7): signature, 22 bytes that the directory has too, two lengths.
 _HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
-# Deflate cannot shrink data more than this (https://zlib.net/zlib_tech.html, "Maximum Compression Factor").
+# The highest compression factor of deflate (https://zlib.net/zlib_tech.html, "Maximum Compression Factor").
 _RATIO = 1032
-# Bytes that a deflated image may come to. Nothing but a bomb does: images are packed already, and one that is
-# stored takes no more memory than it takes in the zip.
-_DEFLATED = 128 << 20
-# Bytes of what `read` reads: tables of labels (ImageNet's longest has 2 MB).
-_SMALL = 64 << 20
-# The byte that follows the slash: every path in the folder x sorts before x0.
+# Most bytes of a deflated image after decompression. Only a zip bomb exceeds it: images are compressed already, and a
+# stored one takes no more memory than in the zip.
+_MAX_INFLATED = 128 << 20
+# Most bytes of a file for `ZipTree.read`, which reads tables of labels (ImageNet's longest has 2 MB).
+_MAX_READ = 64 << 20
+# The byte after the slash in ASCII: every path in the folder x sorts before x0.
 _AFTER_SLASH = b"0"
 _LINKS = "symbolic links"
 
@@ -58,24 +58,26 @@ _LINKS = "symbolic links"
 class ZipSource(NamedSource):
     """Samples that are entries of the zip at `path`, below the folder `inside`.
 
-    `entries`: one `_ENTRY` record per sample. Safe to use from several threads.
+    `entries`: one record of dtype `_ENTRY` per sample. Safe to use from several threads.
     """
 
     def __init__(self, path: Path, inside: bytes, names: Names, labels: Labels, entries: npt.NDArray[np.void]) -> None:
         super().__init__(names, labels)
-        self._file = _File(path)
+        self._file = _ZipFile(path)
         self._inside = inside
         self._entries = entries
 
     def location(self, sample: int) -> str:
+        """Return ``ZIP!NAME`` for messages."""
         return printable(f"{self._file.path}!") + printable(join(self._inside, self._names[sample]))
 
     def read(self, sample: int) -> bytes:
+        """Return the encoded image. Raises OSError, also for a wrong size or CRC-32."""
         header, packed, size, crc, deflated = self._entries[sample].item()
         try:
             data = self._file.entry(header, packed)
             if deflated:
-                # One byte more than promised is enough to see that the promise is broken.
+                # One byte more than the stated size is enough to detect a wrong size.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise OSError(f"{self.location(sample)}: cannot be read: {error}") from error
@@ -85,10 +87,10 @@ class ZipSource(NamedSource):
 
 
 class ZipTree:
-    """The folders and files in the zip at `path`; one folder around everything is looked through.
+    """The folders and files in the zip at `path`. If one folder holds everything, it is the root.
 
-    Raises `ConfigError` when the file is no zip, or its images are encrypted, duplicate, or packed by a
-    method other than store or deflate.
+    Raises `ConfigError` if the file is not a zip, or if images are encrypted, duplicate, or compressed by a method
+    other than deflate.
     """
 
     variant = ""
@@ -131,9 +133,9 @@ class ZipTree:
 
     def read(self, path: bytes) -> bytes:
         info = self._members.get(join(self._base, path))
-        problem = "is not there" if info is None else _problem(info, self.path.stat().st_size)
-        if info is not None and info.file_size > _SMALL:
-            problem = f"is larger than {_SMALL >> 20} MiB"
+        problem = "does not exist" if info is None else _problem(info, self.path.stat().st_size)
+        if info is not None and info.file_size > _MAX_READ:
+            problem = f"is larger than {_MAX_READ >> 20} MiB"
         if problem:
             raise OSError(f"{printable(path)} {problem}")
         name = NamesBuilder()
@@ -152,11 +154,11 @@ class ZipTree:
         return ZipSource(self.path, inside, names, labels, entries)
 
     def _images(self, inside: bytes) -> list[bytes]:
-        """Paths, relative to `inside`, of all images in it and below it, in bytewise order."""
+        """Return the paths, relative to `inside`, of all images in it and below it, in bytewise order."""
         return [path for path in _below(self._sorted, self._prefix(inside)) if is_image(path)]
 
     def _skipped(self, inside: bytes) -> Counter[str]:
-        """Count the files below `inside` that are no images, or lie in no class folder."""
+        """Count the files below `inside` that are not images, or not in a class folder."""
         skipped: Counter[str] = Counter()
         prefix, hidden = self._prefix(inside), HiddenFilter(skipped)
         for path in _below(self._hidden, prefix):
@@ -171,7 +173,7 @@ class ZipTree:
         return skipped
 
     def _list(self, inside: bytes) -> tuple[list[bytes], list[bytes]]:
-        """The folders and the files directly in `inside`; what lies in those folders is leapt over."""
+        """Return the folders and the files directly in `inside`, without visiting the entries of those folders."""
         prefix = self._prefix(inside)
         folders, files = [], []
         index = bisect_left(self._sorted, prefix)
@@ -190,28 +192,28 @@ class ZipTree:
         return folder + b"/" if folder else b""
 
 
-class _File:
-    """The zip file, read with ``pread``: there is no file position for threads and forked processes to share."""
+class _ZipFile:
+    """The zip file of a source. ``pread`` reads it, so threads and forked processes share no file position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
         self._opening = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[_File], tuple[Path]]:
-        return _File, (self.path,)
+    def __reduce__(self) -> tuple[type[_ZipFile], tuple[Path]]:
+        return _ZipFile, (self.path,)
 
     def entry(self, header: int, packed: int) -> bytes:
-        """The `packed` bytes of the entry whose local header lies at `header`."""
-        signature, name_length, extra_length = _HEADER.unpack(self._exactly(_HEADER.size, header))
+        """Return the `packed` bytes of the entry whose local header is at `header`."""
+        signature, name_length, extra_length = _HEADER.unpack(self._read_exactly(_HEADER.size, header))
         if signature != b"PK\x03\x04":
-            raise OSError("no entry where the zip's directory says; was the file replaced during the run?")
-        return self._exactly(packed, header + _HEADER.size + name_length + extra_length)
+            raise OSError("no entry at the offset in the zip's directory; was the file replaced during the run?")
+        return self._read_exactly(packed, header + _HEADER.size + name_length + extra_length)
 
-    def _exactly(self, count: int, offset: int) -> bytes:
+    def _read_exactly(self, count: int, offset: int) -> bytes:
         data = read_at(self._open(), count, offset)
         if len(data) < count:
-            raise EOFError("the zip ends early")
+            raise EOFError("the zip is too short")
         return data
 
     def _open(self) -> int:
@@ -223,34 +225,34 @@ class _File:
 
 
 def _below(paths: list[bytes], prefix: bytes) -> list[bytes]:
-    """The rests of the `paths`, which are sorted, that begin with `prefix`."""
+    """Return those of the sorted `paths` that begin with `prefix`, without it."""
     first = bisect_left(paths, prefix)
     end = bisect_left(paths, True, lo=first, key=lambda path: not path.startswith(prefix))
     return [path[len(prefix) :] for path in paths[first:end]]
 
 
 def _members(path: Path) -> tuple[list[tuple[bytes, zipfile.ZipInfo]], list[bytes], Counter[str]]:
-    """Every entry that is not hidden by name, then the names of the hidden ones and of links, both in bytewise order.
+    """Return the visible entries, the names of hidden entries and of links, and the count of unsafe entries.
 
-    Folders end in ``/``. A link counts as the entry of its folder. Last, the count of entries whose names lead out of
-    the zip, and are skipped.
+    Entries and names are in bytewise order. Folders end in ``/``. A link counts as an entry of its folder, so that the
+    folder exists. Unsafe entries, whose names lead out of the zip, are skipped.
     """
     skipped: Counter[str] = Counter()
-    shown, concealed = [], []
-    hidden = HiddenFilter(skipped)
+    shown, hidden = [], []
+    hidden_filter = HiddenFilter(skipped)
     try:
         with zipfile.ZipFile(path) as opened:
             for info in opened.infolist():
                 name = _raw_name(info)
                 unsafe = skipped[UNSAFE]
-                if not name or not hidden.hides(name):
+                if not name or not hidden_filter.hides(name):
                     if stat.S_ISLNK(info.external_attr >> 16):
-                        concealed.append(name)
+                        hidden.append(name)
                         name = name[: name.rfind(b"/") + 1]
                     if name:
                         shown.append((name, info))
                 elif skipped[UNSAFE] == unsafe:
-                    concealed.append(name)
+                    hidden.append(name)
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, UnicodeError, struct.error) as error:
         raise ConfigError(
             f"data.root={path} is not a valid zip ({error}); make or download it again, or give the folder "
@@ -258,20 +260,21 @@ def _members(path: Path) -> tuple[list[tuple[bytes, zipfile.ZipInfo]], list[byte
         ) from error
     shown.sort(key=lambda member: member[0])
     unsafe = skipped[UNSAFE]
-    return shown, sorted(concealed), Counter({UNSAFE: unsafe} if unsafe else {})
+    return shown, sorted(hidden), Counter({UNSAFE: unsafe} if unsafe else {})
 
 
 def _raw_name(info: zipfile.ZipInfo) -> bytes:
-    """The name's bytes as they stand in the zip (zipfile decodes unmarked ones as code page 437).
+    """Return the name as stored in the zip: zipfile decodes names without the UTF-8 flag as code page 437.
 
-    Some programs on Windows write ``\\`` where the format has ``/`` (APPNOTE.TXT 4.4.17.1), and some begin with ``./``.
+    Some programs on Windows write ``\\`` where the format requires ``/`` (APPNOTE.TXT 4.4.17.1), and some begin names
+    with ``./``.
     """
     name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
     return name.replace(b"\\", b"/").removeprefix(b"./")
 
 
 def _check(path: Path, members: list[tuple[bytes, zipfile.ZipInfo]]) -> None:
-    """Raises `ConfigError` for the first image that `ZipSource` could not read."""
+    """Raise `ConfigError` for the first image that `ZipSource` could not read."""
     length = path.stat().st_size
     before = b""
     for name, info in members:
@@ -280,13 +283,13 @@ def _check(path: Path, members: list[tuple[bytes, zipfile.ZipInfo]]) -> None:
         problem = "appears twice" if name == before else _problem(info, length)
         if problem:
             raise ConfigError(
-                f"data.root={path}: {printable(name)} {problem}; pack the zip again (`zip -r -0` will do)."
+                f"data.root={path}: {printable(name)} {problem}; make the zip again, for example with `zip -r -0`."
             )
         before = name
 
 
 def _problem(info: zipfile.ZipInfo, length: int) -> str:
-    """Why `ZipSource` could not read this entry of a zip of `length` bytes, or an empty string."""
+    """Return the reason why `ZipSource` could not read this entry of a zip of `length` bytes; empty if it could."""
     if info.flag_bits & _ENCRYPTED:
         return "is encrypted"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -294,7 +297,7 @@ def _problem(info: zipfile.ZipInfo, length: int) -> str:
     if info.header_offset + info.compress_size > length:
         return "lies beyond the end of the file"
     if info.file_size > _RATIO * info.compress_size:
-        return "claims to be larger than it can be"
-    if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > _DEFLATED:
-        return f"is deflated, and {info.file_size:,} bytes when it is not"
+        return "states a size that deflate cannot reach"
+    if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > _MAX_INFLATED:
+        return f"is deflated, and has {info.file_size:,} bytes after decompression"
     return ""

@@ -114,7 +114,7 @@ def test_fashion_mnist_equals_its_files(fashion: Path) -> None:
 def test_a_damaged_file_is_reported_with_its_folder(fashion: Path) -> None:
     file = fashion / "FashionMNIST/raw/train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"data=fashion_mnist: .*Delete what is damaged.*data\.root") as caught:
+    with pytest.raises(ConfigError, match=r"data=fashion_mnist: .*Delete damaged files.*data\.root") as caught:
         open_arrays("fashion_mnist", str(fashion))
     assert str(fashion) in str(caught.value)
 
@@ -190,7 +190,7 @@ def test_a_read_only_folder_is_only_read(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torchvision_datasets, "CIFAR10", Fresh)
     (tmp_path / "file").write_bytes(b"")
     root = str(tmp_path / "file" / "below")
-    with pytest.raises(ConfigError, match=r"the folder cannot be written to.*data\.root"):
+    with pytest.raises(ConfigError, match=r"the folder is not writable.*data\.root"):
         open_arrays("cifar10", root)
     assert Fresh.downloads == 0
     Fresh.present = True

@@ -138,8 +138,8 @@ ROWS = [f"{n},{w}" for n, w in zip(IMAGES, TRUTH, strict=True)]
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"no class folders.*LOC_val_solution\.csv.*set data\.val_labels=PATH"),
-        ({"a.csv": table(*ROWS), "b.csv": table(*ROWS)}, r"no class folders.*set data\.val_labels=PATH"),
+        ({}, r"not lie in class folders.*LOC_val_solution\.csv.*set data\.val_labels=PATH"),
+        ({"a.csv": table(*ROWS), "b.csv": table(*ROWS)}, r"not lie in class folders.*set data\.val_labels=PATH"),
         (
             {"LOC_val_solution.csv": table(*ROWS[1:])},
             r"data\.val_labels: .*no row for 1 of 4 images.*val_00000001\.JPEG; set data\.val_labels",
@@ -164,7 +164,7 @@ ROWS = [f"{n},{w}" for n, w in zip(IMAGES, TRUTH, strict=True)]
             {f"{DEVKIT}/{TEXT}": LINES, f"{DEVKIT}/meta.mat": b"MATLAB, not"},
             r"data\.val_labels: the meta\.mat beside .* is damaged.*unpack the devkit again",
         ),
-        ({f"{DEVKIT}/{TEXT}": LINES}, r"data\.val_labels: .*text file wants meta\.mat beside it"),
+        ({f"{DEVKIT}/{TEXT}": LINES}, r"data\.val_labels: .*text file needs meta\.mat beside it"),
     ],
 )
 def test_a_table_that_does_not_fit_is_told_apart(make_tree: MakeTree, files: dict[str, bytes], message: str) -> None:
@@ -179,7 +179,7 @@ def test_a_path_to_labels_that_cannot_be_used_is_told_apart(tmp_path: Path, make
     for given in ("none.csv", "data"):
         with pytest.raises(ConfigError, match=r"data\.val_labels=.* is neither a file nor .*; give a CSV"):
             open_imagenet(root, None, str(tmp_path / given))
-    with pytest.raises(ConfigError, match=r"data\.val_labels: .*notes\.txt cannot be used.*wants the ending \.csv"):
+    with pytest.raises(ConfigError, match=r"data\.val_labels: .*notes\.txt cannot be used.*needs the suffix \.csv"):
         open_imagenet(root, None, str(tmp_path / "notes.txt"))
     for path in Path(root, "val").iterdir():
         path.unlink()

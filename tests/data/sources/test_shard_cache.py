@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lars_train.data.sources import shard_cache
-from lars_train.data.sources.shard_cache import MARK_BYTES, Entry, Held, ShardCache
+from lars_train.data.sources.shard_cache import MARK_BYTES, CacheEntry, Held, ShardCache
 from lars_train.errors import DataError
 
 SIZE = 10_000
@@ -30,7 +30,7 @@ class Origin:
         self.fetched: list[int] = []
         self.during: Callable[[], None] = lambda: None
 
-    def entry(self, number: int, size: int = SIZE) -> Entry:
+    def entry(self, number: int, size: int = SIZE) -> CacheEntry:
         def fetch(handle: int) -> None:
             self.fetched.append(number)
             os.pwrite(handle, self.content(number)[: size // 2], 0)
@@ -40,7 +40,7 @@ class Origin:
         def check(handle: int) -> str:
             return "" if os.pread(handle, size, 0) == self.content(number)[:size] else "it is another"
 
-        return Entry(f"store-x/{number}.tar", size, fetch, check)
+        return CacheEntry(f"store-x/{number}.tar", size, fetch, check)
 
     @staticmethod
     def content(number: int) -> bytes:
@@ -106,11 +106,13 @@ def test_concurrent_threads_never_exceed_the_limit(folder: Path, origin: Origin)
 def test_without_room_for_a_file_holding_it_raises(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 2 * ROOM)
     held = [cache.hold(origin.entry(number)) for number in (1, 2)]
-    with pytest.raises(DataError, match=r"3\.tar: there is no room for it: of 20,512 bytes.*cache_dir of its own"):
+    with pytest.raises(
+        DataError, match=r"3\.tar: there is no room for it: only .* of 20,512 bytes.*separate data\.cache_dir"
+    ):
         cache.hold(origin.entry(3))
     held[0].release()
     assert read(cache.hold(origin.entry(3))) == origin.content(3)
-    with pytest.raises(DataError, match=r"it has 10,000 bytes; data\.cache_gb allows 9,000 for all"):
+    with pytest.raises(DataError, match=r"has 10,000 bytes, but data\.cache_gb allows 9,000 in total"):
         ShardCache(folder, 9000).hold(origin.entry(4))
 
 
@@ -243,7 +245,7 @@ def test_waiting_for_a_process_without_progress_raises(folder: Path, origin: Ori
     origin.during = lambda: time.sleep(100)
     process(lambda: ShardCache(folder, 2 * ROOM).hold(origin.entry(1)))
     wait_until(lambda: (folder / "store-x/1.tar.partial").exists())
-    with pytest.raises(DataError, match=r"1\.tar: another process fetches it, and nothing has changed for 0 s"):
+    with pytest.raises(DataError, match=r"1\.tar: another process is fetching it, and nothing has changed for 0 s"):
         ShardCache(folder, 2 * ROOM).hold(origin.entry(1))
 
 

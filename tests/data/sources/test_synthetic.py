@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lars_train.data.dataset import fingerprint
-from lars_train.data.sources.builtin import class_colours, open_synthetic
+from lars_train.data.sources.builtin import class_colors, open_synthetic
 
 
 def test_imagenet_can_be_rehearsed_at_full_count() -> None:
@@ -40,9 +40,9 @@ def test_images_differ_from_one_another_and_between_splits() -> None:
 
 @pytest.mark.parametrize("num_classes", [1, 2, 10, 1000])
 def test_every_class_has_a_colour_of_its_own(num_classes: int) -> None:
-    colours = class_colours(num_classes)
-    assert len(np.unique(colours, axis=0)) == num_classes
-    assert colours.max() < 128
+    colors = class_colors(num_classes)
+    assert len(np.unique(colors, axis=0)) == num_classes
+    assert colors.max() < 128
 
 
 def test_classes_can_be_told_by_the_mean_colour() -> None:
