@@ -1,4 +1,4 @@
-"""Trees of files for the tests of the stores, written to disk or into a zip."""
+"""Trees of files for the tests of sources, written to a folder or into a zip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ MakeTree = Callable[[Files], str]
 
 @pytest.fixture
 def make_directory(tmp_path: Path) -> MakeTree:
-    """Writes files (a path that ends in a slash is an empty folder) below a folder, and gives its path."""
+    """Return a function that writes files below a folder and returns its path.
+
+    A path with a final slash is an empty folder.
+    """
 
     def make(files: Files) -> str:
         root = tmp_path / "data"
@@ -36,7 +39,7 @@ def make_directory(tmp_path: Path) -> MakeTree:
 
 @pytest.fixture
 def make_zip(tmp_path: Path) -> MakeTree:
-    """Writes the same files into a deflated zip, in reverse order, and gives its path."""
+    """Return a function that writes files into a deflated zip, in reverse order, and returns its path."""
 
     def make(files: Files) -> str:
         path = tmp_path / "data.zip"
@@ -50,6 +53,6 @@ def make_zip(tmp_path: Path) -> MakeTree:
 
 @pytest.fixture(params=["directory", "zip"])
 def make_tree(request: pytest.FixtureRequest) -> MakeTree:
-    """Both kinds of place, one after the other."""
+    """Return `make_directory` and `make_zip`, in turn."""
     make: MakeTree = request.getfixturevalue(f"make_{request.param}")
     return make

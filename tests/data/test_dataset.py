@@ -1,4 +1,4 @@
-"""Names take little memory, and the fingerprint changes with what it covers and with nothing else."""
+"""Names take little memory, and the fingerprint covers classes, names and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build(names: list[bytes]) -> Names:
 
 
 @given(PATHS)
-def test_names_come_back_as_they_went_in(names: list[bytes]) -> None:
+def test_names_are_returned_unchanged(names: list[bytes]) -> None:
     held = build(names)
     assert [held[i] for i in range(len(held))] == names
     assert b"".join(held.chunks()) == b"".join(name + b"\0" for name in names)
@@ -37,23 +37,24 @@ def test_a_sample_id_outside_the_split_is_an_error(index: int) -> None:
         build([b"a", b"b"])[index]
 
 
-def test_the_names_of_imagenet_fit_in_150_mb() -> None:
+def test_the_names_of_imagenet_take_less_than_60_mb() -> None:
     count = 1_281_167
     held = build([b"n01440764/n01440764_%08d.JPEG" % i for i in range(count)])
     assert len(held) == count
     assert held[count - 1] == b"n01440764/n01440764_01281166.JPEG"
-    assert held.nbytes < 60e6
-    # What a worker gets is arrays; there is no Python object per name whose reference count could be touched.
-    assert all(isinstance(value, np.ndarray) for value in vars(held).values())
+    arrays = vars(held).values()
+    # Only arrays: a Python object per name would have its reference count changed by a forked worker.
+    assert all(isinstance(array, np.ndarray) for array in arrays)
+    assert sum(array.nbytes for array in arrays) < 60e6
 
 
-def test_numbered_names_are_in_bytewise_order_and_in_runs_alike() -> None:
+def test_numbered_names_are_in_bytewise_order_also_in_chunks() -> None:
     names = [numbered_name("train", i).encode() for i in range(70_000)]
     assert names == sorted(names)
     assert b"".join(numbered_name_chunks("train", 70_000)) == b"".join(name + b"\0" for name in names)
 
 
-def test_fingerprint_is_the_sha256_of_classes_names_and_labels() -> None:
+def test_the_fingerprint_is_the_sha256_of_its_definition() -> None:
     labels = np.array([0, 1], np.int32)
     stream = b"cat\0dog\0"
     stream += b"\0" + (2).to_bytes(8, "little") + b"cat/1\0dog/1\0" + b"\0\0\0\0\1\0\0\0"
@@ -66,20 +67,20 @@ def test_fingerprint_is_the_sha256_of_classes_names_and_labels() -> None:
     assert value == hashlib.sha256(stream).hexdigest()[:16]
 
 
-def test_fingerprint_tells_apart_whatever_it_covers() -> None:
-    def of(classes: list[str], train: list[bytes], val: list[bytes], labels: list[int]) -> str:
+def test_the_fingerprint_depends_on_everything_it_covers() -> None:
+    def print_of(classes: list[str], train: list[bytes], val: list[bytes], labels: list[int]) -> str:
         both = np.array(labels, np.int64)
         return fingerprint(
             classes, (build(train).chunks(), both[: len(train)]), (build(val).chunks(), both[len(train) :])
         )
 
     values = [
-        of(["a", "b"], [b"x", b"y"], [b"z"], [0, 1, 0]),
-        of(["a", "c"], [b"x", b"y"], [b"z"], [0, 1, 0]),
-        of(["a", "b"], [b"x", b"w"], [b"z"], [0, 1, 0]),
-        of(["a", "b"], [b"x", b"y"], [b"z"], [0, 1, 1]),
-        of(["a", "b"], [b"x"], [b"y", b"z"], [0, 1, 0]),
-        of(["a"], [b"b", b"x"], [b"y"], [0, 1, 0]),
+        print_of(["a", "b"], [b"x", b"y"], [b"z"], [0, 1, 0]),
+        print_of(["a", "c"], [b"x", b"y"], [b"z"], [0, 1, 0]),
+        print_of(["a", "b"], [b"x", b"w"], [b"z"], [0, 1, 0]),
+        print_of(["a", "b"], [b"x", b"y"], [b"z"], [0, 1, 1]),
+        print_of(["a", "b"], [b"x"], [b"y", b"z"], [0, 1, 0]),
+        print_of(["a"], [b"b", b"x"], [b"y"], [0, 1, 0]),
     ]
     assert len(set(values)) == len(values)
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in values)

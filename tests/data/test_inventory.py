@@ -1,4 +1,4 @@
-"""What a reader skips is counted by reason, the same for a folder, a zip, and a store that was packed from them."""
+"""Skipped files are counted by reason, alike for a folder, a zip, and a store packed from them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SKIPPED = {
     "Valid/.Trash-1000/x.jpg": "hidden folders",
     ".hid/train/1.jpg": "hidden folders",
     ".x.jpg": "hidden files",
-    # Not worth a number.
+    # Not counted.
     "train/cat/.DS_Store": "",
     "train/cat/Thumbs.db": "",
     "Valid/desktop.ini": "",
@@ -64,14 +64,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lars_train" / "index"
 
 
-def test_each_thing_that_is_skipped_is_counted_once_by_its_reason(make_tree: MakeTree) -> None:
+def test_each_skipped_file_is_counted_once_by_its_reason(make_tree: MakeTree) -> None:
     data = open_folder(make_tree({**PETS, **dict.fromkeys(SKIPPED, b"x")}), None)
     assert data.inventory == Inventory("train", "Valid", (), COUNTS)
     assert [data.train.name(i) for i in range(4)] == ["cat/0.jpg", "cat/1.jpg", "dog/0.jpg", "dog/1.jpg"]
     assert (len(data.train), len(data.val), data.classes) == (4, 4, ("cat", "dog"))
 
 
-def test_class_folders_in_the_root_are_counted_too(make_tree: MakeTree) -> None:
+def test_skipped_files_beside_class_folders_in_the_root_are_counted(make_tree: MakeTree) -> None:
     files = {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)} | {"README.md": b"", "@eaDir/x": b"", "1.jpg": b""}
     skipped = open_folder(make_tree(files), 0.5).inventory.skipped
     assert skipped == {".md files": 1, "@eaDir folders": 1, "images outside class folders": 1}
@@ -82,13 +82,13 @@ def test_plain_data_has_nothing_to_report(make_tree: MakeTree) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "JPE", "jpeg", "pnm", "pbm"])
-def test_every_suffix_that_pillow_always_decodes_is_an_image(make_tree: MakeTree, suffix: str) -> None:
+def test_every_suffix_that_pillow_decodes_is_an_image(make_tree: MakeTree, suffix: str) -> None:
     data = open_folder(make_tree({**PETS, f"train/cat/2.{suffix}": b"x"}), None)
     assert len(data.train) == 5
     assert data.inventory.skipped == {}
 
 
-def test_a_zip_with_backslashes_is_the_folder_it_was_made_of(make_zip: MakeTree, make_directory: MakeTree) -> None:
+def test_a_zip_with_backslashes_equals_its_folder(make_zip: MakeTree, make_directory: MakeTree) -> None:
     windows = open_folder(make_zip({name.replace("/", "\\"): data for name, data in PETS.items()}), None)
     assert windows.fingerprint == open_folder(make_directory(PETS), None).fingerprint
 
@@ -98,7 +98,7 @@ def test_names_that_lead_out_of_a_zip_are_counted(make_zip: MakeTree) -> None:
     assert open_folder(make_zip({**PETS, **outside}), None).inventory.skipped == {"entries with unsafe names": 4}
 
 
-def test_links_in_circles_and_pipes_are_counted_and_end_nothing(make_directory: MakeTree) -> None:
+def test_circular_links_and_pipes_are_counted(make_directory: MakeTree) -> None:
     root = Path(make_directory(PETS))
     (root / "train/cat/self").symlink_to("self")
     (root / "train/cat/up").symlink_to(root / "train")
@@ -113,14 +113,14 @@ def test_links_in_circles_and_pipes_are_counted_and_end_nothing(make_directory: 
     assert len(data.train) == 4
 
 
-def test_classes_without_images_are_told_with_what_they_hold(make_tree: MakeTree) -> None:
+def test_classes_without_images_are_reported_with_their_content(make_tree: MakeTree) -> None:
     files = {**PETS, "train/bird/1.avif": b"", "train/bird/2.avif": b""}
     with pytest.raises(ConfigError, match=r"without images: bird/ \(skipped: 2 \.avif files\)"):
         open_folder(make_tree(files), None)
 
 
 @pytest.mark.parametrize("holdout", [None, 0.5])
-def test_a_store_reports_what_its_original_does(make_tree: MakeTree, tmp_path: Path, holdout: float | None) -> None:
+def test_a_store_has_the_inventory_of_its_original(make_tree: MakeTree, tmp_path: Path, holdout: float | None) -> None:
     root, store = make_tree({**PETS, **dict.fromkeys(SKIPPED, b"x"), "test/1.jpg": b""}), tmp_path / "store"
     summary = pack(Request(root, str(store), Encoding()), silent)
     packed, original = (open_folder(place, holdout) for place in (str(store), root))
@@ -131,7 +131,7 @@ def test_a_store_reports_what_its_original_does(make_tree: MakeTree, tmp_path: P
     parts = [kept["original"]["skipped"], *(kept["splits"][split]["not_read"] for split in ("train", "val"))]
     assert merge_counts(*parts) == COUNTS
     assert kept["original"] == summary["original"]
-    # The next store says the same.
+    # So does a store packed from a store.
     pack(Request(str(store), str(tmp_path / "again"), Encoding()), silent)
     assert open_folder(str(tmp_path / "again"), holdout).inventory == packed.inventory
 
@@ -146,11 +146,11 @@ def test_an_index_of_a_folder_keeps_the_counts(
             os.utime(path, (1_000_000_000, 1_000_000_000))
     first = open_folder(root, None).inventory
     assert len(list(cache.glob("*.index"))) == 2
-    monkeypatch.setattr(directory, "make_listing", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(directory, "make_listing", lambda *_: pytest.fail("the folder was read again"))
     assert open_folder(root, None).inventory == first == Inventory("train", "Valid", (), COUNTS)
 
 
-def test_an_index_of_an_earlier_version_is_made_again_and_told(
+def test_an_index_of_an_earlier_version_is_rebuilt_with_a_note(
     make_directory: MakeTree, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(directory, "MIN_INDEXED", 1)
@@ -167,26 +167,26 @@ def test_an_index_of_an_earlier_version_is_made_again_and_told(
     assert capsys.readouterr().err == ""
 
 
-def test_a_flat_validation_folder_counts_what_is_no_image(make_tree: MakeTree) -> None:
+def test_a_flat_validation_folder_counts_other_files(make_tree: MakeTree) -> None:
     files = {f"train/n{c}/1.JPEG": b"" for c in "12"} | {"val/1.JPEG": b"", "val/2.JPEG": b"", "val/x.txt": b""}
     data = open_imagenet(make_tree({**files, "val/labels.csv": b"1,n1\n2,n1\n"}), None, None)
     assert data.inventory == Inventory("train", "val", (), {".txt files": 1}, unvalidated=1)
     assert list(data.inventory.lines())[1] == "NOTE: classes without validation images: 1"
 
 
-def test_images_beside_the_folder_that_a_zip_holds_are_counted(make_zip: MakeTree) -> None:
+def test_images_beside_the_only_folder_of_a_zip_are_counted(make_zip: MakeTree) -> None:
     wrapped = {f"pets/{name}": data for name, data in PETS.items()}
     assert open_folder(make_zip({**wrapped, "x.jpg": b"", "y.txt": b""}), None).inventory.skipped == {
         "images outside class folders": 1
     }
 
 
-def test_images_in_no_folder_at_all_are_told(make_tree: MakeTree) -> None:
+def test_images_outside_all_folders_are_reported(make_tree: MakeTree) -> None:
     with pytest.raises(ConfigError, match=r"no train/ folder; 2 images directly in it"):
         open_folder(make_tree({"1.jpg": b"", "2.jpg": b"", "x.txt": b""}), 0.5)
 
 
-def test_classes_that_look_like_one_another_are_told(make_tree: MakeTree) -> None:
+def test_classes_with_similar_names_are_reported(make_tree: MakeTree) -> None:
     twins = ("Cat", "caf\u00e9", "cafe\u0301", "dog ")
     files = {**PETS, **{f"{split}/{name}/1.jpg": b"" for split in ("train", "Valid") for name in twins}}
     data = open_folder(make_tree(files), None)
@@ -204,7 +204,7 @@ def test_a_line_names_five_reasons_and_sums_the_rest() -> None:
     )
     assert format_counts(dict.fromkeys([f".{c} files" for c in "abcdef"], 1)).endswith("1 .e file, 1 other")
     assert format_counts({"others": 1}) == "1 other"
-    # Any number of suffixes makes a bounded record.
+    # The record is bounded for any number of suffixes.
     many = merge_counts({f".{i} files": 1 for i in range(1000)})
     assert (len(many), sum(many.values())) == (31, 1000)
     assert sum(merge_counts(many, many).values()) == 2000

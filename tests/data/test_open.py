@@ -1,4 +1,4 @@
-"""`data.name` chooses the data set, and a setting that it does not know is an error."""
+"""`data.name` selects the data set, and a setting that does not apply to it is an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pets(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_the_name_chooses_the_data_set(pets: str) -> None:
+def test_the_name_selects_the_data_set(pets: str) -> None:
     assert open_dataset(DataConfig(name="mini")).classes[0] == "ankle-boot"
     data = open_dataset(DataConfig(name="folder", root=pets, holdout=0.5))
     assert (len(data.train), len(data.val), data.classes) == (2, 2, ("cat", "dog"))
@@ -54,7 +54,7 @@ def test_a_single_class_is_an_error(tmp_path: Path) -> None:
         pack(Request(str(tmp_path), str(tmp_path) + "-store", Encoding()), silent)
 
 
-def test_what_is_not_imagenet_is_told_by_its_classes(tmp_path: Path) -> None:
+def test_another_data_set_than_imagenet_is_refused_by_its_classes(tmp_path: Path) -> None:
     def put(classes: int) -> DataConfig:
         for number in range(classes):
             for image in range(2):
@@ -65,12 +65,12 @@ def test_what_is_not_imagenet_is_told_by_its_classes(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"is not ImageNet: it has 3 classes and 3 training.*1,281,167.*data=folder"):
         open_dataset(put(3))
-    # Few images of all its classes are ImageNet still.
+    # A few images of all classes still are ImageNet.
     assert len(open_dataset(put(1000)).train) == 1000
 
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
-def test_arrays_are_looked_for_in_the_root(pets: str, name: str) -> None:
+def test_cifar10_and_fashion_mnist_are_read_from_the_root(pets: str, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"data={name}: no usable copy in {pets}/train/cat/1.jpg"):
         open_dataset(DataConfig(name=name, root=f"{pets}/train/cat/1.jpg"))
 
@@ -113,7 +113,7 @@ def test_torchvision_is_imported_only_for_its_own_data_sets() -> None:
 
 
 @pytest.mark.parametrize(("inside", "beside"), [("", ""), ("test/", ""), ("val/", "train/owl/1.jpg")])
-def test_an_evaluation_opens_the_validation_images_alone(inside: str, beside: str, make_tree: MakeTree) -> None:
+def test_an_evaluation_needs_only_the_validation_images(inside: str, beside: str, make_tree: MakeTree) -> None:
     files = {f"{inside}{name}": name.encode() for name in ("dog/1.jpg", "cat/1.jpg", "cat/2.jpg")}
     root = make_tree({**files, **({beside: b""} if beside else {})})
     for name in ("folder", "imagenet"):
@@ -123,7 +123,7 @@ def test_an_evaluation_opens_the_validation_images_alone(inside: str, beside: st
         assert data.val.labels.tolist() == [0, 0, 1]
 
 
-def test_a_flat_validation_folder_needs_no_training_images_for_its_classes(make_directory: MakeTree) -> None:
+def test_a_flat_validation_folder_needs_no_training_images(make_directory: MakeTree) -> None:
     table = b"ImageId,PredictionString\nb,n02 1 2 3 4\na,n07 1 2 3 4\nc,n02 1 2 3 4\n"
     root = make_directory({"LOC_val_solution.csv": table, **{f"val/{name}.JPEG": b"" for name in "abc"}})
     data = open_validation(DataConfig(name="imagenet", root=root))
@@ -143,17 +143,17 @@ def test_an_evaluation_without_validation_images_is_refused(make_directory: Make
             "o/cat/1.jpg": b"",
         }
     )
-    for settings, told in (
+    for settings, message in (
         ({"root": f"{root}/t"}, rf"has no validation set .*; data\.root={root}/t/train evaluates the training images"),
         ({"root": f"{root}/v"}, "v/val has no class folders"),
         ({"root": f"{root}/o"}, r"one class \(cat\)"),
         ({"root": f"{root}/c", "order": "shards"}, "is not stored in tar shards"),
         ({"root": f"{root}/c", "name": "imagenet", "val_labels": "x.csv"}, r"drop data\.val_labels"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             open_validation(DataConfig(**{"name": "folder", **settings}))
     assert len(open_validation(DataConfig(name="folder", root=f"{root}/t/train")).val) == 2
-    # A share that the checkpoint held out is no validation set of its own.
+    # The share that the checkpoint held out does not count as a validation set.
     for settings, remedy in (
         ({"root": f"{root}/s"}, "To evaluate all 2 images in it, set data.holdout=null (now 0.1, the checkpoint's"),
         ({"root": f"{root}/c"}, "To evaluate all 2 images in it, set data.holdout=null (now 0.1, the checkpoint's"),

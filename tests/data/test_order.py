@@ -1,3 +1,5 @@
+"""Orders and random numbers are pure functions: the values of Philox, divided among ranks without loss."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -23,7 +25,7 @@ WORLDS = st.integers(1, 40)
 
 
 def philox_words(key: tuple[int, int], counter: list[int], count: int) -> list[int]:
-    """Philox4x64-10 as in Salmon et al. 2011, in plain integers; counts before each block, as numpy's."""
+    """Compute Philox4x64-10 of Salmon et al. 2011 in integers. Like numpy's, it counts before each block."""
     mask = 2**64 - 1
     words: list[int] = []
     while len(words) < count:
@@ -54,7 +56,7 @@ def test_uniforms_are_the_upper_bits_of_philox_words(seed: int, epoch: int, samp
     assert drawn.dtype == np.float64
 
 
-def test_order_and_uniforms_keep_their_values() -> None:
+def test_the_values_of_orders_and_uniforms_never_change() -> None:
     assert epoch_order(0, 0, 12).tolist() == [0, 2, 11, 9, 1, 8, 5, 4, 3, 10, 6, 7]
     assert epoch_order(2**63 - 1, 89, 12).tolist() == [0, 10, 1, 4, 11, 5, 9, 2, 6, 8, 3, 7]
     assert sample_uniforms(0, 0, 0, 3).tolist() == [
@@ -74,7 +76,7 @@ def test_an_epoch_takes_every_sample_once(seed: int, epoch: int, count: int) -> 
     assert sorted(epoch_order(seed, epoch, count).tolist()) == list(range(count))
 
 
-def test_neighbouring_seeds_and_epochs_give_different_orders() -> None:
+def test_neighboring_seeds_and_epochs_give_different_orders() -> None:
     orders = [epoch_order(*key, 50).tolist() for key in [(0, 0), (0, 1), (1, 0), (2**63 - 1, 0), (2**63 - 2, 0)]]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
@@ -83,7 +85,7 @@ LAYOUTS = st.lists(st.integers(0, 6), max_size=60).map(lambda shard: np.array(sh
 
 
 @given(SEEDS, EPOCHS, LAYOUTS, st.integers(1, 9))
-def test_an_order_by_shards_sorts_philox_words_within_windows_of_whole_shards(
+def test_the_order_by_shards_sorts_philox_words_within_windows(
     seed: int, epoch: int, shard: np.ndarray, window: int
 ) -> None:
     count = max(shard.tolist(), default=-1) + 1
@@ -112,27 +114,27 @@ def test_a_window_of_all_shards_gives_the_order_of_all_samples(seed: int, epoch:
     assert shard_order(seed, epoch, shard, 7).tolist() == epoch_order(seed, epoch, len(shard)).tolist()
 
 
-def test_the_order_by_shards_keeps_its_values() -> None:
+def test_the_values_of_the_order_by_shards_never_change() -> None:
     shard = np.arange(12, dtype=np.int32) % 4
     assert shard_order(0, 0, shard, 2).tolist() == [11, 9, 1, 5, 3, 7, 0, 2, 8, 4, 10, 6]
     assert shard_order(2**63 - 1, 89, shard, 2).tolist() == [0, 1, 4, 5, 9, 8, 10, 11, 2, 6, 3, 7]
 
 
-def test_in_an_order_by_shards_each_sample_comes_anywhere_and_beside_any_other() -> None:
+def test_the_order_by_shards_mixes_all_samples() -> None:
     shard = np.repeat(np.arange(6, dtype=np.int32), 4)
     orders = np.array([shard_order(5, epoch, shard, 2) for epoch in range(4000)])
     places = np.argsort(orders, axis=1)
-    # Chi-square of 23 degrees of freedom, mean 23, deviation 6.8: of uniform places.
+    # For uniform places: chi-square with 23 degrees of freedom, mean 23, standard deviation 6.8.
     for sample in (0, 13, 23):
         counts = np.bincount(places[:, sample], minlength=24)
         assert ((counts - 4000 / 24) ** 2 / (4000 / 24)).sum() < 60
-    # Samples of other shards share the window in a fifth of the epochs, those of the same shard always.
+    # Samples of the same shard always share a window; those of two shards do in a fifth of the epochs.
     together = [(places[:, 0] // 8 == places[:, other] // 8).mean() for other in (1, 4, 23)]
     assert together == pytest.approx([1, 0.2, 0.2], abs=0.03)
 
 
 @given(st.lists(st.integers(0, 2**31), min_size=1, max_size=8))
-def test_uniforms_of_a_sample_do_not_depend_on_its_neighbours_or_their_number(samples: list[int]) -> None:
+def test_the_uniforms_of_a_sample_do_not_depend_on_the_batch(samples: list[int]) -> None:
     together = batch_uniforms(3, 5, samples, 23)
     assert together.shape == (len(samples), 23)
     for row, sample in zip(together, samples, strict=True):
@@ -140,7 +142,7 @@ def test_uniforms_of_a_sample_do_not_depend_on_its_neighbours_or_their_number(sa
         assert row[:4].tolist() == sample_uniforms(3, 5, sample, 4).tolist()
 
 
-def test_uniforms_share_no_number_between_samples_epochs_and_the_order() -> None:
+def test_samples_epochs_and_the_order_share_no_uniforms() -> None:
     drawn = [sample_uniforms(9, epoch, sample, 23) for epoch in range(3) for sample in range(200)]
     order = np.random.Philox(key=np.array([9, 0], dtype=np.uint64)).random_raw(10_000)
     numbers = np.concatenate([*drawn, (order >> np.uint64(11)) * 2.0**-53])
@@ -158,7 +160,7 @@ def test_ghost_runs_are_contiguous_and_differ_by_at_most_one(ghosts: int, world:
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9), WORLDS, st.integers(1, 3), st.integers(0, 8))
-def test_ranks_together_take_the_batch_in_order_whatever_the_world_and_accumulation(
+def test_all_ranks_together_take_the_batch_in_order(
     batch: int, ghost_batch: int, ghosts_per_micro: int, world: int, updates_per_epoch: int, update: int
 ) -> None:
     order = epoch_order(1, update // updates_per_epoch, batch * updates_per_epoch + 5)
@@ -175,9 +177,9 @@ def test_ranks_together_take_the_batch_in_order_whatever_the_world_and_accumulat
             rank=rank,
             world=world,
         )
-        assert len(micros) <= -(-ghosts // (world * ghosts_per_micro))  # design: accumulation
+        assert len(micros) <= -(-ghosts // (world * ghosts_per_micro))  # the bound of accumulation
         assert all(0 < len(micro) <= ghost_batch * ghosts_per_micro for micro in micros)
-        # A micro-batch that starts inside a ghost batch would tear it apart.
+        # A micro-batch that starts inside a ghost batch would split it.
         bounds = micro_bounds(batch, ghost_batch, ghosts_per_micro, rank, world)
         assert all(start % ghost_batch == 0 for start, _ in bounds)
         assert [stop - start for start, stop in bounds] == [len(micro) for micro in micros]
@@ -186,11 +188,11 @@ def test_ranks_together_take_the_batch_in_order_whatever_the_world_and_accumulat
     assert taken == order[first : first + batch].tolist()
 
 
-def test_batch_smaller_than_a_ghost_batch_is_one_ghost_batch_on_one_rank() -> None:
+def test_a_batch_smaller_than_a_ghost_batch_goes_to_one_rank() -> None:
     assert [micro_bounds(10, 32, 4, rank, 3) for rank in range(3)] == [[], [], [(0, 10)]]
 
 
-def test_uneven_batch_is_cut_as_the_design_says() -> None:
+def test_an_uneven_batch_is_cut_into_whole_ghost_batches() -> None:
     # 7 ghost batches of 4 (the last of 2) on 2 ranks: 3 and 4 of them, two to a micro-batch.
     assert micro_bounds(26, 4, 2, 0, 2) == [(0, 8), (8, 12)]
     assert micro_bounds(26, 4, 2, 1, 2) == [(12, 20), (20, 26)]

@@ -16,7 +16,7 @@ from lars_train.errors import ConfigError
 from lars_train.pack.layout import open_original
 
 Found = tuple[Inventory, list[bytes]]
-"""What was read, and the bytes of all validation images."""
+"""The inventory, and the bytes of all validation images."""
 
 
 def read(root: Path) -> Found:
@@ -94,7 +94,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("train", "test"), "test"),
     ],
 )
-def test_one_list_of_names_serves_every_source(
+def test_every_source_knows_the_same_names_of_splits(
     tmp_path: Path, source: Callable[[Path, Sequence[str]], Found], names: tuple[str, ...], chosen: str
 ) -> None:
     root = tmp_path / "data"
@@ -103,14 +103,16 @@ def test_one_list_of_names_serves_every_source(
     assert (inventory.train, inventory.val) == ("train", chosen)
     assert images == [chosen.encode()] * 2
     assert set(inventory.unused) == set(names) - {"train", chosen}
-    (told,) = inventory.lines()
-    assert all(name in told for name in names[1:])
-    # That a test set is used is said loudly.
-    assert told.startswith("NOTE") == (chosen == "test")
+    (line,) = inventory.lines()
+    assert all(name in line for name in names[1:])
+    # The use of a test set has a NOTE.
+    assert line.startswith("NOTE") == (chosen == "test")
 
 
 @pytest.mark.parametrize("source", [by_folder, by_zip, by_tar_folder, by_parquet_folder])
-def test_the_case_of_a_split_is_of_no_matter(tmp_path: Path, source: Callable[[Path, Sequence[str]], Found]) -> None:
+def test_the_case_of_a_splits_name_does_not_matter(
+    tmp_path: Path, source: Callable[[Path, Sequence[str]], Found]
+) -> None:
     root = tmp_path / "data"
     root.mkdir()
     inventory, images = source(root, ("Train", "VAL", "Test"))
@@ -133,7 +135,7 @@ def test_names_of_splits_are_never_taken_for_classes(
 
 
 def every_source(root: Path, files: Sequence[str]) -> list[str]:
-    """The same names in a folder, a zip, and, where they lie in folders, a tar of no split."""
+    """Write the files into a folder, a zip, and a tar of no split, and return their paths."""
     (root / "tars").mkdir(parents=True)
     with (
         zipfile.ZipFile(root / "data.zip", "w") as archive,
@@ -168,7 +170,7 @@ LOOKING_LIKE_SPLITS = [
 
 
 @pytest.mark.parametrize("folders", LOOKING_LIKE_SPLITS)
-def test_what_looks_like_a_split_beside_classes_is_an_error(tmp_path: Path, folders: tuple[str, ...]) -> None:
+def test_a_folder_like_a_split_beside_classes_is_an_error(tmp_path: Path, folders: tuple[str, ...]) -> None:
     places = every_source(tmp_path, below(folders))
     like = next(name for name in folders if name not in ("cat", "dog", "bird"))
     for place in places:
@@ -203,7 +205,7 @@ def test_files_named_after_other_splits_are_never_read_as_one(tmp_path: Path, na
         open_original(str(tmp_path), None)
 
 
-def test_a_folder_for_each_shard_is_no_class(tmp_path: Path) -> None:
+def test_folders_named_after_shards_are_not_classes(tmp_path: Path) -> None:
     for number in range(2):
         path = tmp_path / "data" / f"train-{number}.tar"
         path.parent.mkdir(exist_ok=True)
@@ -214,7 +216,7 @@ def test_a_folder_for_each_shard_is_no_class(tmp_path: Path) -> None:
         open_folder(str(tmp_path / "data"), 0.5)
 
 
-def test_shards_called_eval_beside_training_are_named_as_unused(tmp_path: Path) -> None:
+def test_shards_named_eval_are_reported_as_unused(tmp_path: Path) -> None:
     for name in ("train-0", "eval-0", "eval-1", "more-0"):
         tar(tmp_path / "data" / f"{name}.tar", b"x")
     with pytest.raises(ConfigError, match=r"no validation set .*eval cannot serve as one"):
@@ -235,7 +237,7 @@ def test_classes_with_the_words_of_splits_stay_classes(tmp_path: Path) -> None:
         assert open_folder(place, None).classes == vehicles
 
 
-def test_splits_within_a_split_are_no_classes(tmp_path: Path) -> None:
+def test_splits_within_a_split_are_not_classes(tmp_path: Path) -> None:
     for place in every_source(tmp_path, below(["test/train", "test/val"])):
         with pytest.raises(ConfigError, match=r"parts of the data, not classes|splits, not classes"):
             open_folder_validation(place)
@@ -256,7 +258,7 @@ MOVE = r"move the images of cat/train/ to train/cat/"
         (("b/training/cat", "b/eval/cat", "a", "c"), r"b/ in it has one: make that data\.root"),
     ],
 )
-def test_splits_within_classes_are_no_part_of_them(tmp_path: Path, folders: tuple[str, ...], message: str) -> None:
+def test_splits_within_classes_are_refused(tmp_path: Path, folders: tuple[str, ...], message: str) -> None:
     for place in every_source(tmp_path, below(folders))[:2]:
         for opened in (
             lambda root: open_folder(root, 0.5),
@@ -271,8 +273,8 @@ def test_splits_within_classes_are_no_part_of_them(tmp_path: Path, folders: tupl
     "folders",
     [("toys/train", "cat", "dog/test"), ("cat/train", "dog/train"), ("cat/test", "dog/val"), ("a/a/train", "b")],
 )
-def test_folders_in_classes_may_be_called_like_one_split(tmp_path: Path, folders: tuple[str, ...]) -> None:
-    # In half of the classes at most, or only training, or only validation images.
+def test_folders_in_classes_may_be_named_like_one_split(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    # In at most half of the classes, or only training, or only validation images.
     folders = (*folders, "x", "y") if "cat" in folders else folders
     for place in every_source(tmp_path, below(folders))[:2]:
         assert open_folder(place, 0.5).classes == tuple(sorted({name.partition("/")[0] for name in folders}))
@@ -298,12 +300,12 @@ def test_a_folder_of_tars_that_looks_like_a_split_is_named(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("source", [by_folder, by_zip, by_tar_folder])
 @pytest.mark.parametrize(("names", "twins"), [(("train", "Train", "val"), "train"), (("train", "VAL", "val"), "val")])
-def test_splits_that_differ_in_case_alone_are_an_error(
+def test_splits_that_differ_only_in_case_are_an_error(
     tmp_path: Path, source: Callable[[Path, Sequence[str]], Found], names: tuple[str, ...], twins: str
 ) -> None:
     (tmp_path / "Case").mkdir()
     if (tmp_path / "case").exists():
-        pytest.skip("the disk takes names that differ in case alone for the same")
+        pytest.skip("the file system ignores case")
     root = tmp_path / "data"
     root.mkdir()
     other = next(name for name in names if name.lower() == twins != name)
@@ -311,7 +313,7 @@ def test_splits_that_differ_in_case_alone_are_an_error(
         source(root, names)
 
 
-def test_a_validation_set_that_holdout_replaces_is_told(tmp_path: Path) -> None:
+def test_a_validation_set_that_holdout_replaces_is_reported(tmp_path: Path) -> None:
     by_folder(tmp_path / "data", ("train", "val", "test"))
     for c in "ab":
         (tmp_path / "data" / "train" / c / "2.jpg").write_bytes(b"")
@@ -325,7 +327,7 @@ def test_shards_of_no_split_are_counted(tmp_path: Path) -> None:
     assert read(tmp_path / "data")[0].skipped == {"files without a suffix": 1, "shards of no split": 2}
 
 
-def test_what_lies_beside_folders_of_splits_is_counted(tmp_path: Path) -> None:
+def test_files_beside_folders_of_splits_are_counted(tmp_path: Path) -> None:
     beside = {"@eaDir folders": 1, "folders beside the splits": 1, "hidden files": 1, "images outside class folders": 1}
     for kind, source, none in (("tar", by_tar_folder, "shards"), ("parquet", by_parquet_folder, "parquet files")):
         root = tmp_path / kind
@@ -338,7 +340,7 @@ def test_what_lies_beside_folders_of_splits_is_counted(tmp_path: Path) -> None:
         assert source(root, ("train", "val"))[0].skipped == {**beside, f"{none} of no split": 1}
 
 
-def test_what_lies_beside_parquet_files_is_counted(tmp_path: Path) -> None:
+def test_files_beside_parquet_files_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     by_parquet_folder(root, ("train", "val"))
@@ -352,7 +354,7 @@ def test_what_lies_beside_parquet_files_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train/0.tar", "test-train-0.tar", "0.tar"])
-def test_what_lies_beside_tars_is_counted_once_without_a_validation_set(tmp_path: Path, name: str) -> None:
+def test_files_beside_tars_are_counted_once_with_holdout(tmp_path: Path, name: str) -> None:
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / name
     path.parent.mkdir(exist_ok=True)
@@ -363,7 +365,7 @@ def test_what_lies_beside_tars_is_counted_once_without_a_validation_set(tmp_path
     assert open_folder(str(tmp_path / "data"), 0.5).inventory.skipped == {".md files": 1}
 
 
-def test_a_test_set_of_tars_without_labels_is_no_validation_set(tmp_path: Path) -> None:
+def test_a_test_set_of_tars_without_labels_is_not_used(tmp_path: Path) -> None:
     tar(tmp_path / "data" / "train-0.tar", b"x")
     with tarfile.open(tmp_path / "data" / "test-0.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("1.jpg"))

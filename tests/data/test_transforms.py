@@ -1,3 +1,5 @@
+"""Views of images have the geometry and the distribution of torchvision's transforms."""
+
 from __future__ import annotations
 
 import math
@@ -36,21 +38,21 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def look(picture: Image.Image, view: Geometry, size: int) -> Image.Image:
+def apply_view(image: Image.Image, view: Geometry, size: int) -> Image.Image:
     x, y = view.crop
-    resized = picture.crop(view.box).resize(view.size, Image.Resampling.BILINEAR)
+    resized = image.crop(view.box).resize(view.size, Image.Resampling.BILINEAR)
     return resized.crop((x, y, x + size, y + size))
 
 
 @settings(deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from([0.5, 0.7, 0.875, 1.0]))
-def test_evaluation_view_is_torchvisions_resize_and_centre_crop(
+def test_evaluation_is_torchvisions_resize_and_center_crop(
     width: int, height: int, size: int, eval_crop: float
 ) -> None:
-    picture = noise(width, height)
+    image = noise(width, height)
     pipeline = transforms.Compose([transforms.Resize(round(size / eval_crop)), transforms.CenterCrop(size)])
     view = evaluated(width, height, size=size, eval_crop=eval_crop)
-    np.testing.assert_array_equal(look(picture, view, size), pipeline(picture))
+    np.testing.assert_array_equal(apply_view(image, view, size), pipeline(image))
 
 
 def test_imagenet_evaluation_resizes_to_256_and_crops_224() -> None:
@@ -59,13 +61,13 @@ def test_imagenet_evaluation_resizes_to_256_and_crops_224() -> None:
 
 
 @given(st.integers(1, 300))
-def test_full_evaluation_crop_keeps_a_picture_of_the_right_size(size: int) -> None:
+def test_a_full_evaluation_crop_keeps_an_image_of_the_right_size(size: int) -> None:
     view = evaluated(size, size, size=size, eval_crop=1.0)
     assert view == Geometry((0, 0, size, size), (size, size), 0, (0, 0), False)
 
 
 @given(st.sampled_from(AUGMENTS), st.integers(1, 700), st.integers(1, 700), DRAWS, st.integers(1, 64))
-def test_every_view_lies_inside_its_picture(
+def test_every_view_lies_inside_its_image(
     augment: str, width: int, height: int, uniforms: list[float], size: int
 ) -> None:
     view = draw(augment, width, height, uniforms, size=size)
@@ -77,24 +79,24 @@ def test_every_view_lies_inside_its_picture(
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (333, 500), (40, 90)])
-def test_inception_boxes_are_distributed_as_torchvisions(width: int, height: int) -> None:
+def test_inception_boxes_have_torchvisions_distribution(width: int, height: int) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    picture = Image.new("RGB", (width, height))
+    image = Image.new("RGB", (width, height))
     ours, theirs = [], []
     for _ in range(3000):
         left, top, right, bottom = draw("inception", width, height, rng.random(UNIFORMS).tolist()).box
         ours.append((left, top, right - left, bottom - top))
-        i, j, h, w = transforms.RandomResizedCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3])
+        i, j, h, w = transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
         theirs.append((j, i, w, h))
     a, b = np.array(ours, dtype=float), np.array(theirs, dtype=float)
     pairs = [*zip(a.T, b.T, strict=True)]
     pairs += [(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]), (a[:, 2] / a[:, 3], b[:, 2] / b[:, 3])]
-    for mine, reference in pairs:
-        assert stats.ks_2samp(mine, reference).pvalue > 1e-4
+    for found, expected in pairs:
+        assert stats.ks_2samp(found, expected).pvalue > 1e-4
 
 
-def test_inception_box_follows_the_definition() -> None:
+def test_an_inception_box_follows_the_definition() -> None:
     # Try 1 is refused (the whole area at ratio 4/3 is wider than 100); try 2: area 0.54, ratio 1.
     uniforms = [LARGEST, LARGEST, 0.5, 0.5, *[0.0] * 16, 0.25, 0.5, 0.5]
     side = round(math.sqrt(0.54 * 100 * 80))
@@ -104,7 +106,7 @@ def test_inception_box_follows_the_definition() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 10), (7, 400), (999, 31)])
-def test_elongated_picture_falls_back_to_torchvisions_centre(width: int, height: int) -> None:
+def test_an_elongated_image_falls_back_to_torchvisions_center(width: int, height: int) -> None:
     i, j, h, w = transforms.RandomResizedCrop.get_params(Image.new("RGB", (width, height)), [0.08, 1.0], [3 / 4, 4 / 3])
     view = draw("inception", width, height, [0.5] * UNIFORMS)
     assert view.box == (j, i, j + w, i + h)
@@ -119,19 +121,21 @@ def test_pad_crop_reaches_every_offset_equally() -> None:
     assert stats.chisquare(list(counts.values())).pvalue > 1e-4
 
 
-def test_pad_crop_takes_the_central_square_of_another_shape() -> None:
+def test_pad_crop_takes_the_central_square_of_other_shapes() -> None:
     view = draw("pad_crop", 101, 50, [0.0] * UNIFORMS)
     assert (view.box, view.size) == ((25, 0, 75, 50), (32, 32))
 
 
-def test_scale_crop_reaches_all_of_the_resized_picture() -> None:
+def test_scale_crop_reaches_all_of_the_resized_image() -> None:
     corners = [draw("scale_crop", 500, 375, [u] * UNIFORMS, size=224).crop for u in (0.0, LARGEST)]
     assert corners == [(0, 0), (341 - 224, 256 - 224)]
     assert draw("scale_crop", 500, 375, [0.3] * UNIFORMS, size=224).size == (341, 256)
 
 
 @given(DRAWS, st.integers(1, 500), st.integers(1, 500))
-def test_no_augmentation_is_the_evaluation_view_mirrored_or_not(uniforms: list[float], width: int, height: int) -> None:
+def test_without_augmentation_views_are_evaluation_views_or_mirrored(
+    uniforms: list[float], width: int, height: int
+) -> None:
     expected = evaluated(width, height, size=32, eval_crop=0.875)
     assert draw("none", width, height, uniforms, flip=False) == expected
     view = draw("none", width, height, uniforms)
@@ -140,23 +144,23 @@ def test_no_augmentation_is_the_evaluation_view_mirrored_or_not(uniforms: list[f
 
 
 @given(st.sampled_from(AUGMENTS), st.integers(1, 500), st.integers(1, 500), DRAWS)
-def test_flip_has_its_own_number_and_changes_nothing_else(
+def test_the_flip_has_its_own_uniform_and_changes_nothing_else(
     augment: str, width: int, height: int, uniforms: list[float]
 ) -> None:
     plain = draw(augment, width, height, uniforms, flip=False)
     mirrored = draw(augment, width, height, [*uniforms[:-1], 0.49])
-    straight = draw(augment, width, height, [*uniforms[:-1], 0.5])
+    unflipped = draw(augment, width, height, [*uniforms[:-1], 0.5])
     assert not plain.flip
-    assert straight == plain
+    assert unflipped == plain
     assert mirrored == Geometry(plain.box, plain.size, plain.pad, plain.crop, True)
 
 
-def test_unknown_augmentation_is_refused() -> None:
+def test_an_unknown_augmentation_is_refused() -> None:
     with pytest.raises(ValueError, match="'incption'"):
         draw("incption", 10, 10, [0.5] * UNIFORMS)
 
 
-def test_view_takes_its_settings_from_the_data_config() -> None:
+def test_a_view_takes_its_settings_from_the_data_config() -> None:
     config = DataConfig(augment="pad_crop", image_size=28, flip=False, pad=3, eval_crop=1.0)
     view = View.from_config(config)
     uniforms = [0.9] * UNIFORMS
@@ -164,9 +168,9 @@ def test_view_takes_its_settings_from_the_data_config() -> None:
     assert view.evaluate(28, 28) == Geometry((0, 0, 28, 28), (28, 28), 0, (0, 0), False)
 
 
-def test_the_least_crop_of_the_data_config_is_the_least_share_of_the_area() -> None:
+def test_min_crop_is_the_least_share_of_the_area() -> None:
     view = View.from_config(DataConfig(augment="inception", image_size=28, flip=False, min_crop=0.36))
-    # The first try with the smallest number for its area, and one for the ratio 1: 0.36 of 100 x 100 is 60 x 60.
+    # First try, with the smallest area and the ratio 1: 0.36 of 100 x 100 is 60 x 60.
     uniforms = [0.0, 0.5, *[0.5] * (UNIFORMS - 2)]
     assert view.train(100, 100, uniforms).box == (20, 20, 80, 80)
     default = View.from_config(DataConfig(augment="inception", image_size=28, flip=False))
