@@ -82,12 +82,15 @@ class DirectoryTree:
         self.path = root
 
     def folders(self, inside: bytes) -> list[bytes]:
+        """Return the names of the visible folders directly in `inside`, in bytewise order."""
         return sorted(entry.name for entry in self._shown(inside) if _is_folder(entry))
 
     def files(self, inside: bytes) -> list[bytes]:
+        """Return the names of the visible files directly in `inside`, in bytewise order."""
         return sorted(entry.name for entry in self._shown(inside) if not _is_folder(entry))
 
     def hidden(self) -> Counter[str]:
+        """Count the hidden entries directly in the root, by reason."""
         skipped: Counter[str] = Counter()
         for entry in self._entries(b""):
             if is_hidden(entry.name):
@@ -95,6 +98,7 @@ class DirectoryTree:
         return skipped
 
     def listing(self, inside: bytes) -> Listing:
+        """List the images of the class folders in `inside`, from the index if it is valid."""
         classes: list[bytes] = []
         skipped: Counter[str] = Counter()
         for entry in self._entries(inside):
@@ -112,9 +116,11 @@ class DirectoryTree:
         return replace(listing, skipped=merge_counts(listing.skipped, skipped))
 
     def read(self, path: bytes) -> bytes:
+        """Return the content of the file `path`. Raises OSError."""
         return self._path(path).read_bytes()
 
     def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+        """Return a source of the files `names`, which lie below `inside`."""
         return FileSource(self._path(inside), names, labels)
 
     def _path(self, inside: bytes) -> Path:

@@ -117,24 +117,30 @@ class ShardTree:
         self.inventory = inventory or Inventory()
 
     def folders(self, inside: bytes) -> list[bytes]:
+        """Return the splits of the store, or the classes of the split `inside`."""
         if not inside:
             return sorted(name.encode() for name in self.splits)
         split = self.splits.get(os.fsdecode(inside))
         return list(split.listing.classes) if split else []
 
     def files(self, inside: bytes) -> list[bytes]:
+        """Return an empty list: a store has no files beside its images."""
         return []
 
     def hidden(self) -> Counter[str]:
+        """Return no counts: the index lists no hidden entries."""
         return Counter()
 
     def listing(self, inside: bytes) -> Listing:
+        """Return the listing of the split `inside`."""
         return self.splits[os.fsdecode(inside)].listing
 
     def read(self, path: bytes) -> bytes:
+        """Raise FileNotFoundError: a store has no files beside its images."""
         raise FileNotFoundError(f"{printable(path)} does not exist")
 
     def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+        """Return a source that reads `names` of the split `inside` from its shards."""
         split = self.splits[os.fsdecode(inside)]
         return ShardSource(split.shards, names, labels, split.places if ranks is None else split.places.take(ranks))
 

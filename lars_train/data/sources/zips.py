@@ -112,12 +112,15 @@ class ZipTree:
             self.place = f"{path}!{printable(top[0])}"
 
     def folders(self, inside: bytes) -> list[bytes]:
+        """Return the names of the visible folders directly in `inside`, in bytewise order."""
         return self._list(inside)[0]
 
     def files(self, inside: bytes) -> list[bytes]:
+        """Return the names of the visible files directly in `inside`, in bytewise order."""
         return self._list(inside)[1]
 
     def hidden(self) -> Counter[str]:
+        """Count the hidden entries and links directly in the root, by reason."""
         skipped: Counter[str] = Counter()
         paths = HiddenFilter(skipped)
         for path in _below(self._hidden, self._prefix(b"")):
@@ -128,10 +131,12 @@ class ZipTree:
         return skipped
 
     def listing(self, inside: bytes) -> Listing:
+        """List the images of the class folders in `inside`."""
         classes = self.folders(inside)
         return make_listing(classes, [self._images(join(inside, name)) for name in classes], self._skipped(inside))
 
     def read(self, path: bytes) -> bytes:
+        """Return the content of the entry `path`, at most 64 MiB. Raises OSError."""
         info = self._members.get(join(self._base, path))
         problem = "does not exist" if info is None else _problem(info, self.path.stat().st_size)
         if info is not None and info.file_size > _MAX_READ:
@@ -145,6 +150,7 @@ class ZipTree:
         return data
 
     def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+        """Return a source of the entries `names`, which lie below `inside`."""
         inside = join(self._base, inside)
         entries = np.empty(len(names), _ENTRY)
         for sample in range(len(names)):
