@@ -71,7 +71,7 @@ def test_each_skipped_file_is_counted_once_by_its_reason(make_tree: MakeTree) ->
     assert (len(data.train), len(data.val), data.classes) == (4, 4, ("cat", "dog"))
 
 
-def test_skipped_files_beside_class_folders_in_the_root_are_counted(make_tree: MakeTree) -> None:
+def test_files_beside_class_folders_in_the_root_are_counted(make_tree: MakeTree) -> None:
     files = {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)} | {"README.md": b"", "@eaDir/x": b"", "1.jpg": b""}
     skipped = open_folder(make_tree(files), 0.5).inventory.skipped
     assert skipped == {".md files": 1, "@eaDir folders": 1, "images outside class folders": 1}

@@ -133,9 +133,7 @@ def test_scale_crop_reaches_all_of_the_resized_image() -> None:
 
 
 @given(DRAWS, st.integers(1, 500), st.integers(1, 500))
-def test_without_augmentation_views_are_evaluation_views_or_mirrored(
-    uniforms: list[float], width: int, height: int
-) -> None:
+def test_without_augmentation_views_are_those_of_evaluation(uniforms: list[float], width: int, height: int) -> None:
     expected = evaluated(width, height, size=32, eval_crop=0.875)
     assert draw("none", width, height, uniforms, flip=False) == expected
     view = draw("none", width, height, uniforms)

@@ -223,9 +223,7 @@ def pack_until_killed(number: int, asked: Request) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_pack_until_killed_any_image_packing_resumes_to_the_same_store(
-    packed: tuple[str, Path], tmp_path: Path
-) -> None:
+def test_killed_at_any_image_packing_resumes_to_the_same_store(packed: tuple[str, Path], tmp_path: Path) -> None:
     root, undisturbed = packed
     shards = sum(name.endswith(".tar") for name in tree(undisturbed))
     left = []

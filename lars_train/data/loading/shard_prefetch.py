@@ -28,7 +28,7 @@ _REPORT_S = 30.0
 _CLOSE_S = 5.0
 
 Hold = Callable[[int, Wait], Held]
-"""Hold a shard by its number. Calls the second argument to wait some seconds and, now and then, with 0."""
+"""A function that holds a shard by its number. It calls its second argument to wait, and now and then with 0 s."""
 
 
 class _Closed(Exception):
@@ -65,7 +65,7 @@ class ShardPrefetcher:
         self._upcoming = window_numbers(windows, spans)
         self._next = next(self._upcoming, None)
         threads: list[threading.Thread] = []
-        self._close = weakref.finalize(self, _close, self._state, threads)
+        self._finalizer = weakref.finalize(self, _close, self._state, threads)
         for _ in range(THREADS):
             thread = threading.Thread(target=_work, args=(self._state,), daemon=True)
             thread.start()
@@ -81,7 +81,7 @@ class ShardPrefetcher:
 
     def close(self) -> None:
         """Release everything. A thread that fetches a shard ends after the current piece."""
-        self._close()
+        self._finalizer()
 
     def _advance(self, first: int, last: int) -> None:
         state = self._state
