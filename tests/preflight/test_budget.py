@@ -1,4 +1,4 @@
-"""A check keeps within its time, on devices, disks and networks of any speed."""
+"""A check keeps within its time on devices, disks and networks of any speed."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def _begins_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def slow_training(
     monkeypatch: pytest.MonkeyPatch, seconds_per_image: float, sleep: Callable[[float], None] = time.sleep
 ) -> list[int]:
-    """The images of each update that is then made, on a device that needs so long for one."""
-    made: list[int] = []
+    """Replace training by a device of this speed. Return a list that receives the images of each update."""
+    updates: list[int] = []
 
     def run_update(trainer: Trainer, batches: Iterator[Any], micro_batches: int, *, measure: bool) -> None:
-        made.append(len(next(batches).labels))
-        sleep(seconds_per_image * made[-1])
+        updates.append(len(next(batches).labels))
+        sleep(seconds_per_image * updates[-1])
 
     monkeypatch.setattr(measure_compute.Trainer, "run_update", run_update)
-    return made
+    return updates
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def decided() -> tuple[Config, Plan, Resolved]:
 @pytest.mark.parametrize(
     ("seconds_per_image", "samples"), [(1e-4, 64), (0.01, 16), (0.3, 2)], ids=["fast", "slow", "slowest"]
 )
-def test_a_device_of_any_speed_is_measured_within_the_time(
+def test_a_device_of_any_speed_is_measured_in_time(
     seconds_per_image: float,
     samples: int,
     decided: tuple[Config, Plan, Resolved],
@@ -84,17 +84,17 @@ def test_a_device_of_any_speed_is_measured_within_the_time(
         nonlocal now
         now += seconds
 
-    # A clock of its own: what else this machine does would count on the fast device.
+    # Not the real clock: other work on this machine would count on the fast device.
     monkeypatch.setattr(measure_compute, "time", SimpleNamespace(perf_counter=lambda: now))
     slow_training(monkeypatch, seconds_per_image, sleep)
     step = measure_compute.measure_step(*decided, 10, CPU, SECONDS, 1.0)
-    # One step over it at most.
+    # An overrun of one step at most.
     assert now < 1.0 + seconds_per_image * step.samples
     assert step.samples == samples
     assert step.images_per_s == pytest.approx(1 / seconds_per_image)
 
 
-def test_a_check_of_a_machine_that_is_slow_in_everything_keeps_within_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_of_a_slow_machine_keeps_within_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow_training(monkeypatch, 0.2)
     read, fsync = measure_io.EvalReader.fill, os.fsync
     monkeypatch.setattr(measure_io.EvalReader, "fill", lambda *given: (time.sleep(0.02), read(*given))[1])
@@ -102,33 +102,33 @@ def test_a_check_of_a_machine_that_is_slow_in_everything_keeps_within_its_time(m
     monkeypatch.setattr(measure_io.os, "fsync", lambda file: (time.sleep(0.1), fsync(file))[1])
     started = time.monotonic()
     found = check.check(config(), Ranks())
-    # One step over it at most, and what is no measurement takes its time on a busy machine.
+    # An overrun of one step at most, and time for what is not measured on a busy machine.
     assert time.monotonic() - started < TOTAL * SECONDS + 2
     (rank,) = found["findings"]["ranks"]
     assert rank["step"]["images_per_s"] == pytest.approx(5, rel=0.3)
     assert 1 <= rank["sample"]["images"] < 256
-    told = [line for line in found["lines"] if line.startswith("time was up")]
-    assert any("updates of 2 images" in line for line in told)
-    assert any("of 256 sampled images read" in line for line in told)
-    assert any("of a checkpoint's" in line for line in told)
+    notes = [line for line in found["lines"] if line.startswith("time was up")]
+    assert any("updates of 2 images" in line for line in notes)
+    assert any("of 256 sampled images read" in line for line in notes)
+    assert any("of a checkpoint's" in line for line in notes)
 
 
-def test_what_is_late_shortens_what_comes_after_it() -> None:
+def test_a_late_part_shortens_the_parts_after_it() -> None:
     now = time.monotonic()
     in_time, late, too_late = (Budget(5, now - age) for age in (0, 75, 1000))
     for part, share in PARTS.items():
         assert in_time.seconds_for(part) == pytest.approx(5 * share)
         assert too_late.seconds_for(part) == MIN_PART * 5
     assert late.seconds_for("sample") == pytest.approx(15 * PARTS["sample"] / sum(PARTS.values()), rel=0.01)
-    # The last one has what is left to itself.
+    # The last part gets all that is left.
     assert late.seconds_for("disk") == pytest.approx(10)
-    # What is left of the two minutes promised is for the launcher, the end, and steps that are long.
+    # The rest of the promised two minutes is for the launcher, the end, and long steps.
     assert TOTAL * CheckConfig().seconds <= 90
     assert sum(PARTS.values()) <= TOTAL
 
 
 class SlowGroup(Group):
-    """Two ranks between which a byte takes a time."""
+    """Two ranks on a network of 10 MB/s."""
 
     def all_reduce_sum(self, values: torch.Tensor) -> None:
         time.sleep(values.nbytes * 1e-7)
@@ -141,7 +141,7 @@ class SlowGroup(Group):
 
 
 @pytest.mark.parametrize(("count", "whole"), [(400_000, True), (100_000_000, False)])
-def test_a_slow_network_is_measured_by_what_there_is_time_for(count: int, whole: bool) -> None:
+def test_a_slow_network_is_measured_in_time(count: int, whole: bool) -> None:
     started = time.monotonic()
     found = measure_compute.measure_exchange(SlowGroup(Ranks(0, 2, 0, 1)), CPU, count, 0.2, 1.5)
     assert time.monotonic() - started < 2.5

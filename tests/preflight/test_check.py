@@ -1,4 +1,4 @@
-"""``mode=check`` for real: on the embedded data, on data that is broken, on two ranks; and that nothing stays."""
+"""``mode=check`` on the embedded data, on broken data and on two ranks finds the faults and leaves no file."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def checked(*settings: str) -> dict[str, Any]:
     return check.check(config(*settings), Ranks())
 
 
-def picture(colour: int) -> bytes:
+def jpeg(red: int) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (40, 30), (colour, 50, 90)).save(file, "JPEG")
+    Image.new("RGB", (40, 30), (red, 50, 90)).save(file, "JPEG")
     return file.getvalue()
 
 
 def tree(root: Path, *, broken: int = 0) -> Path:
-    """24 training and 8 validation images of two classes, so many of the first ones cut short."""
+    """Write 24 training and 8 validation images of two classes; the first `broken` ones are truncated."""
     for split, count in (("train", 12), ("val", 4)):
         for name in ("n1", "n2"):
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                data = picture(number)
+                data = jpeg(number)
                 whole = split == "val" or name == "n2" or number >= broken
                 (folder / f"{number:02d}.JPEG").write_bytes(data if whole else data[:100])
     return root
@@ -65,13 +65,13 @@ SMALL = ["model=small", "batch.size=8", "optimizer.lr=1", "model.ghost_batch=4",
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lars_train.preflight.check.say", lambda text: None)
-    # This process is that of all the tests, and `check.seconds` of a test are few.
+    # This process started long before the test, and `check.seconds` is small here.
     monkeypatch.setattr(check, "_process_start", lambda: time.monotonic() + 60)
     monkeypatch.setitem(check.PARTS, "sample", 1e6)
     return tmp_path
 
 
-def test_the_embedded_data_set_is_ready_on_any_machine_and_nothing_stays(folder: Path) -> None:
+def test_the_embedded_data_set_is_ready_and_no_file_stays(folder: Path) -> None:
     found = checked("data=mini")
     assert found["problems"] == []
     assert found["lines"][-1] == "ready"
@@ -86,18 +86,18 @@ def test_the_embedded_data_set_is_ready_on_any_machine_and_nothing_stays(folder:
     held = rank["step"]["checkpoint_bytes"]
     assert 2 * rank["step"]["gradient_bytes"] <= held < 2.1 * rank["step"]["gradient_bytes"]
     assert found["findings"]["exchange"] is None
-    # From the ranks that were started here it comes pickled.
+    # Ranks that the launcher starts return it pickled.
     assert pickle.loads(pickle.dumps(found)) == found
 
 
-def test_a_tree_that_is_not_all_of_imagenet_is_not_ready_for_it(folder: Path) -> None:
+def test_a_folder_that_is_not_imagenet_is_not_ready_as_imagenet(folder: Path) -> None:
     root = tree(folder / "data")
     (problem,) = checked("data=imagenet", f"data.root={root}", *SMALL)["problems"]
     assert "is not ImageNet: it has 2 classes and 24 training images" in problem
     assert checked("data=folder", f"data.root={root}", *SMALL)["problems"] == []
 
 
-def test_broken_pictures_are_found_with_their_files(folder: Path) -> None:
+def test_broken_images_are_found_with_their_files(folder: Path) -> None:
     root = tree(folder / "data", broken=2)
     found = checked("data=folder", f"data.root={root}", *SMALL, "check.samples=64")
     (problem,) = found["problems"]
@@ -106,7 +106,7 @@ def test_broken_pictures_are_found_with_their_files(folder: Path) -> None:
         assert str(root / "train" / "n1" / f"{name}.JPEG") in problem
 
 
-def test_what_would_end_a_run_is_listed_and_the_rest_measured_all_the_same(folder: Path) -> None:
+def test_an_error_is_listed_and_the_rest_is_still_measured(folder: Path) -> None:
     found = checked("data=imagenet", "data.root=/nowhere/at/all")
     (problem,) = found["problems"]
     assert "data.root=/nowhere/at/all" in problem
@@ -141,18 +141,18 @@ def test_another_run_in_the_directory_is_found(folder: Path) -> None:
     assert os.listdir(taken) == ["letters.txt"]
 
 
-def test_what_is_to_be_mended_is_printed_and_the_command_fails(
+def test_problems_are_printed_and_the_command_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = {"lines": ["machine        x", "", "To fix:", "1. this", "2. that"], "problems": ["this", "that"]}
-    monkeypatch.setattr(commands, "check", lambda config, ranks: told)
+    found = {"lines": ["machine        x", "", "To fix:", "1. this", "2. that"], "problems": ["this", "that"]}
+    monkeypatch.setattr(commands, "check", lambda config, ranks: found)
     with pytest.raises(NotReady, match="not ready: 2 problems to fix"):
         commands.run(config("data=mini"), Invocation())
     assert capsys.readouterr().out.endswith("To fix:\n1. this\n2. that\n")
 
 
 @pytest.mark.slow
-def test_two_ranks_compare_themselves_and_the_first_ends_with_code_1(folder: Path) -> None:
+def test_two_ranks_are_compared_and_rank_0_ends_with_code_1(folder: Path) -> None:
     root, taken = tree(folder / "data"), folder / "mine"
     taken.mkdir()
     (taken / "letters.txt").write_text("dear")
@@ -172,7 +172,7 @@ def test_two_ranks_compare_themselves_and_the_first_ends_with_code_1(folder: Pat
     assert "on 2 ranks" in lines["training step"]
     assert re.match(r"fp32 [1-9]\d{0,2}(\.\d+)? [GT]FLOP/s", lines["precision"])
     assert "ms" in lines["all-reduce"]
-    # They have one clock.
+    # Both ranks have one clock.
     assert float(lines["clocks"].split()[1]) < 0.5
     problems = done.stdout.partition("To fix:\n")[2].splitlines()
     assert len(problems) == 1
@@ -183,7 +183,7 @@ def test_two_ranks_compare_themselves_and_the_first_ends_with_code_1(folder: Pat
     assert os.listdir(taken) == ["letters.txt"]
 
 
-def test_written_bytes_are_counted_and_gone(folder: Path) -> None:
+def test_written_bytes_are_counted_and_removed(folder: Path) -> None:
     written, seconds = measure_write_speed(folder, 50_000_000, 60)
     assert written == 50_000_000
     assert seconds > 0
@@ -191,7 +191,7 @@ def test_written_bytes_are_counted_and_gone(folder: Path) -> None:
     assert measure_write_speed(folder, 1 << 40, 0.0)[0] == 0
 
 
-def test_a_mark_is_there_for_others_and_gone_afterwards(folder: Path) -> None:
+def test_a_marker_file_exists_within_its_context_only(folder: Path) -> None:
     place = nearest_existing(folder / "runs" / "deep" / "er")
     assert place == folder
     with marker_file(place) as (name, token):

@@ -1,4 +1,4 @@
-"""What a plan foretells, against a message-by-message simulation, torch's own allocation record, and real runs."""
+"""A plan agrees with a message-by-message simulation, with torch's record of allocations, and with real runs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def planned(settings: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("samples", [16, 64])
-def test_activations_are_those_that_the_allocator_holds_after_a_forward_pass(samples: int) -> None:
+def test_activations_match_the_allocator_after_a_forward_pass(samples: int) -> None:
     network = build_model("small", num_classes=10, ghost_batch=16, zero_gamma=False).train()
     images = torch.zeros(samples, 3, 32, 32)
     network(images)
@@ -65,13 +65,13 @@ def test_activations_are_those_that_the_allocator_holds_after_a_forward_pass(sam
         output = network(images)
     held = sum(event.self_cpu_memory_usage for event in recorded.events())
     del output
-    # The images are kept for the backward pass, too, and were there before.
+    # The images are kept for the backward pass too, and were allocated before.
     held += images.numel() * images.element_size()
     assert activation_bytes(network, samples, 32) == pytest.approx(held, rel=0.15)
 
 
 @given(world=st.integers(2, 40), size=st.integers(1, 10**9))
-def test_a_ring_is_what_its_messages_take_one_after_another(world: int, size: int) -> None:
+def test_a_ring_takes_the_sum_of_its_messages(world: int, size: int) -> None:
     machine = Machine(1.0, None, latency=1e-5, bandwidth=1e9, algorithm="ring")
     seconds = 0.0
     for _phase in ("scatter", "gather"):
@@ -80,7 +80,7 @@ def test_a_ring_is_what_its_messages_take_one_after_another(world: int, size: in
     assert all_reduce_seconds(machine, world, size) == pytest.approx(seconds)
 
 
-def test_many_devices_are_summed_by_a_tree_and_few_by_a_ring() -> None:
+def test_many_devices_use_a_tree_and_few_a_ring() -> None:
     ring, tree, either = (Machine(1.0, None, 1e-5, 1e10, algorithm=name) for name in ("ring", "tree", "auto"))
     for world, best in ((8, ring), (4096, tree)):
         assert all_reduce_seconds(either, world, 10**8) == all_reduce_seconds(best, world, 10**8)
@@ -88,7 +88,7 @@ def test_many_devices_are_summed_by_a_tree_and_few_by_a_ring() -> None:
     assert all_reduce_seconds(tree, 4096, 10**8) == pytest.approx(24e-5 + 0.02)
 
 
-def test_what_takes_longest_is_named() -> None:
+def test_the_part_that_takes_longest_is_named() -> None:
     def update(input_rate: float | None, bandwidth: float, overlap: float) -> tuple[str, float]:
         machine = Machine(100.0, input_rate, 0.0, bandwidth, overlap, "ring")
         found = update_seconds(machine, 2, samples=200, last=100, size=10**6)
@@ -100,7 +100,7 @@ def test_what_takes_longest_is_named() -> None:
     assert update(40.0, 1e6, 0.0) == ("input", pytest.approx(5))
 
 
-def test_a_process_that_reads_itself_does_one_after_the_other_and_a_step_counts_once() -> None:
+def test_without_workers_times_add_up_and_overhead_counts_once() -> None:
     def seconds(**more: Any) -> float:
         machine = Machine(100.0, 50.0, 0.0, 1e6, 0.0, "ring", **more)
         return update_seconds(machine, 1, samples=200, last=100, size=10**6).seconds
@@ -112,7 +112,7 @@ def test_a_process_that_reads_itself_does_one_after_the_other_and_a_step_counts_
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """A plan, and the directory of the run that it is of."""
+    """A plan's disk usage, and the directory of the same run."""
     directory = tmp_path_factory.mktemp("planned") / "run"
     config = composed(f"{SMALL} micro_batch=16 checkpoint.every_updates=20 run.dir={directory}")
     threads = torch.get_num_threads()
@@ -122,16 +122,16 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "trust_ratios.jsonl", "tensorboard"])
-def test_a_run_s_log_has_the_bytes_that_were_planned(both: tuple[dict[str, Any], Path], name: str) -> None:
+def test_logs_have_the_planned_size(both: tuple[dict[str, Any], Path], name: str) -> None:
     disk, directory = both
     path = directory / name
     files = path.iterdir() if path.is_dir() else [path]
     assert disk["log_bytes"][name] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.2)
 
 
-def test_a_run_s_checkpoints_have_the_bytes_that_were_planned(both: tuple[dict[str, Any], Path]) -> None:
+def test_checkpoints_have_the_planned_size(both: tuple[dict[str, Any], Path]) -> None:
     disk, directory = both
-    # 64 updates: every 20th, the end of each epoch of 32, and so four times; the last three stay.
+    # 64 updates: a checkpoint each 20 and at the end of each epoch of 32; the last three stay.
     sizes = [path.stat().st_size for path in (directory / "checkpoints").glob("update-*.pt")]
     assert len(sizes) == 3
     assert disk["checkpoint_bytes"] == pytest.approx(sizes[-1], rel=0.2)
@@ -141,7 +141,7 @@ def test_a_run_s_checkpoints_have_the_bytes_that_were_planned(both: tuple[dict[s
     assert 0.8 * least <= sum(files.values()) <= 1.2 * most
 
 
-def test_memory_at_a_micro_batch_is_what_the_allocator_holds_in_training() -> None:
+def test_memory_at_a_micro_batch_matches_the_allocator() -> None:
     config = composed(f"{SMALL} micro_batch=32")
     (memory,) = (
         m for m in planned(f"{SMALL} micro_batch=32")["forecast"]["memory_per_device"] if m["micro_batch"] == 32
@@ -162,11 +162,11 @@ def test_memory_at_a_micro_batch_is_what_the_allocator_holds_in_training() -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 224, 16)])
-def test_a_process_on_a_cpu_takes_no_more_than_was_planned_and_not_much_less(
+def test_a_cpu_process_takes_at_most_the_planned_memory(
     model: str, size: int, micro_batch: int, tmp_path: Path
 ) -> None:
     if not Path("/proc/self/status").exists():
-        pytest.skip("no /proc/self/status tells the most memory of a process")
+        pytest.skip("no /proc/self/status, which has the peak memory of a process")
     settings = (
         f"data=synthetic model={model} data.image_size={size} data.num_classes=1000 model.ghost_batch=16 "
         f"data.train_count={4 * micro_batch} data.val_count={micro_batch} micro_batch={micro_batch} "
@@ -175,7 +175,7 @@ def test_a_process_on_a_cpu_takes_no_more_than_was_planned_and_not_much_less(
     )
     memory = planned(f"{settings} plan.world=1")["forecast"]["memory_per_device"]
     (process,) = (m["process_bytes"] for m in memory if m["micro_batch"] == micro_batch)
-    # Not getrusage, whose figure begins with that of the process that started this one.
+    # Not getrusage, whose peak includes that of the parent process.
     program = (
         "from lars_train.cli import main\n"
         "try: main()\n"
@@ -190,25 +190,25 @@ def test_a_process_on_a_cpu_takes_no_more_than_was_planned_and_not_much_less(
     )
     assert done.returncode == 0, done.stderr
     most = 1024 * int(done.stdout.split("most ")[1])
-    assert most <= process <= 1.5 * most  # torch built for CPUs alone takes less than that for CUDA
+    assert most <= process <= 1.5 * most  # torch built for CPUs only takes less than torch for CUDA
 
 
-def test_what_a_process_takes_is_told_where_it_is_on_a_cpu_alone() -> None:
-    def told_of(settings: str) -> tuple[bool, str]:
+def test_memory_of_a_process_is_printed_for_cpus_only() -> None:
+    def forecast_of(settings: str) -> tuple[bool, str]:
         found = planned(f"{SMALL} plan.world=1 {settings}")["forecast"]
         return "process_bytes" in found["memory_per_device"][0], "\n".join(describe_forecast(found))
 
     for settings in ("", "plan.device=cpu", "device=auto plan.device=cpu"):
-        there, words = told_of(settings)
-        assert there
+        has_process, words = forecast_of(settings)
+        assert has_process
         assert re.search(r"micro-batch  accumulation  per device  per process\n +16 +2 +[\d.]+ MB +\d{3} MB\n", words)
         assert "request this from Slurm per rank" in words
-    there, words = told_of("device=auto plan.device=a100")
-    assert not there
+    has_process, words = forecast_of("device=auto plan.device=a100")
+    assert not has_process
     assert "process" not in words
 
 
-def test_each_row_has_the_hours_worked_out_by_hand() -> None:
+def test_each_row_has_the_hours_computed_by_hand() -> None:
     found = planned("data=imagenet precision=bf16 plan.images_per_second=1000 plan.world=1")["forecast"]
     per_epoch = {"256": 5004, "8k": 156, "16k": 78, "32k": 39}
     assert [row["row"] for row in found["rows"]] == list(per_epoch)
@@ -231,14 +231,14 @@ def test_each_row_has_the_hours_worked_out_by_hand() -> None:
         assert part in words
 
 
-def test_a_row_keeps_what_is_not_its_own_row_s() -> None:
+def test_another_row_keeps_the_users_settings() -> None:
     moved = with_row(composed("batch=32k data=imagenet epochs=10 schedule.scale_warmup=true"), "256")
     assert (moved.epochs, moved.optimizer.name, moved.schedule.warmup_epochs) == (10, "sgd", 0)
     assert (moved.batch.nominal, moved.model.ghost_batch) == (256, 32)
 
 
 @pytest.mark.parametrize("name", CITED)
-def test_a_cited_device_has_a_rate_and_where_it_was_read(name: str) -> None:
+def test_a_cited_device_has_a_rate_and_a_source(name: str) -> None:
     cited = CITED[name]
     assert cited.rates
     assert re.match(r"https://\S+, |docs/plan\.md, ", cited.source)
@@ -246,7 +246,7 @@ def test_a_cited_device_has_a_rate_and_where_it_was_read(name: str) -> None:
         assert f"{rate:,}" in (ROOT / "docs" / "plan.md").read_text()
 
 
-def test_a_run_is_told_when_it_is_on_other_machines_than_its_config_says() -> None:
+def test_a_wrong_number_of_nodes_is_refused() -> None:
     config = composed(f"{SMALL} launch.nodes=2")
     check_nodes(config, Ranks(3, 8, 3, 4))
     check_nodes(composed(SMALL), Ranks(0, 12, 0, 4))
@@ -255,16 +255,16 @@ def test_a_run_is_told_when_it_is_on_other_machines_than_its_config_says() -> No
             check_nodes(config, ranks)
 
 
-def test_nodes_times_processes_are_planned_for() -> None:
+def test_a_plan_is_for_nodes_times_processes() -> None:
     assert planned(f"{SMALL} batch.size=128 launch.nodes=2 launch.nproc=4")["world"] == 8
 
 
-def test_who_has_no_imagenet_is_told_that_a_plan_needs_none() -> None:
+def test_a_missing_imagenet_names_the_plan_without_images() -> None:
     with pytest.raises(ConfigError, match=r"/nowhere cannot be opened .* without data\.root"):
         planned("data=imagenet data.root=/nowhere batch=32k")
 
 
-def test_a_cluster_that_the_embedded_pictures_are_too_few_for_is_told_of_imagenet() -> None:
+def test_too_few_embedded_images_name_the_plan_for_imagenet() -> None:
     with pytest.raises(ConfigError, match=r"Start at most \d+ in total .* data=imagenet plans for ImageNet"):
         planned("batch=32k launch.nodes=4 launch.nproc=8")
     assert planned("batch=32k launch.nodes=4 launch.nproc=8 data=imagenet model=small")["world"] == 32
@@ -277,13 +277,13 @@ def test_memory_and_rate_are_of_one_precision() -> None:
     assert planned(f"{SMALL} precision=auto plan.device=v100")["forecast"]["precision"] == "fp16"
     for device, expected in (("h100", half), ("cpu", whole)):
         found = planned(f"{SMALL} precision=auto plan.device={device}")["forecast"]
-        got, wanted = ([m["bytes"] for m in one["memory_per_device"]] for one in (found, expected))
-        assert got == wanted
+        actual, planned_bytes = ([m["bytes"] for m in one["memory_per_device"]] for one in (found, expected))
+        assert actual == planned_bytes
         assert found["precision"] == expected["precision"]
 
 
 @given(st.integers(1, 500), st.integers(1, 40), st.integers(1, 5), st.none() | st.integers(1, 60), st.integers(1, 60))
-def test_what_is_due_in_a_run_is_counted_without_asking_for_each_update(
+def test_counts_in_closed_form_match_counting_each_update(
     stop: int, per_epoch: int, every_epochs: int, every_updates: int | None, log_every: int
 ) -> None:
     config = Config(log_every=log_every)
@@ -306,20 +306,20 @@ def test_a_text_plot_shows_every_point() -> None:
     assert lines[-1].split() == ["first", "last"]
 
 
-def test_every_field_of_the_json_stands_on_the_page(tmp_path: Path) -> None:
+def test_every_field_of_the_json_is_documented(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     planned(f"{SMALL} plan.images_per_second=100 plan.decode_rate=100 plan.path={path}")
     page = (ROOT / "docs" / "plan.md").read_text()
     files = {"metrics.jsonl", "trust_ratios.jsonl", "tensorboard"}
 
-    def untold(values: Any) -> set[str]:
+    def undocumented(values: Any) -> set[str]:
         if isinstance(values, list):
-            return set().union(*map(untold, values))
+            return set().union(*map(undocumented, values))
         if not isinstance(values, dict):
             return set()
-        return {k for k in values if k not in files and f"`{k}`" not in page}.union(*map(untold, values.values()))
+        return {k for k in values if k not in files and f"`{k}`" not in page}.union(*map(undocumented, values.values()))
 
-    assert untold(json.loads(path.read_text())) == set()
+    assert undocumented(json.loads(path.read_text())) == set()
 
 
 @pytest.fixture(scope="module")
@@ -337,18 +337,18 @@ def check_plan() -> ModuleType:
     return module
 
 
-def test_the_check_of_plans_plans_and_runs(check_plan: ModuleType, tmp_path: Path) -> None:
+def test_check_plan_plans_and_runs(check_plan: ModuleType, tmp_path: Path) -> None:
     settings = "data.image_size=8 model=tiny batch.size=16 micro_batch=8 model.ghost_batch=8".split()
     (first, second) = check_plan.measure_rounds(check_plan.make_config(tmp_path / "run", settings, 2), 2, 2)
     for found in (first, second):
         assert found.planned.wall > 0
         assert found.measured.wall > 0
     logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    # Three updates to warm up, and two rounds of two; a line for every second one.
+    # Three updates to warm up, and two rounds of two; a line every second update.
     assert [json.loads(line)["update"] for line in logged] == [2, 4, 6]
 
 
-def test_the_picture_is_a_png(tmp_path: Path) -> None:
+def test_the_figure_is_a_png(tmp_path: Path) -> None:
     part = {"compute": 1.0, "input": 0.0, "reduction": 0.5, "seconds": 1.0}
     points = [
         {"devices": n, "hours": 8 / n, "efficiency": 1.0, "limit": limit, **part}
@@ -361,7 +361,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", ["256", "8k"])
-def test_the_page_of_the_imagenet_table_has_the_plans_own_memory_and_disk(row: str) -> None:
+def test_the_imagenet_page_has_the_planned_memory_and_disk(row: str) -> None:
     page = (ROOT / "docs" / "results.md").read_text()
     found = planned(f"batch={row} data=synthetic batch.scaled=false plan.world=8")
     lines, disk = found["log_lines"], found["forecast"]["disk"]
@@ -373,5 +373,5 @@ def test_the_page_of_the_imagenet_table_has_the_plans_own_memory_and_disk(row: s
     for memory in found["forecast"]["memory_per_device"]:
         if memory["micro_batch"] in (32, 256):
             each = memory["activation_bytes"] / memory["micro_batch"] / 1e6
-            told = f"{memory['micro_batch']} \u00d7 {each:.1f} MB + 307 MB = {memory['bytes'] / 1e9:.2f} GB"
-            assert told in page.replace("\n", " ")
+            cell = f"{memory['micro_batch']} \u00d7 {each:.1f} MB + 307 MB = {memory['bytes'] / 1e9:.2f} GB"
+            assert cell in page.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""``mode=plan``: the arithmetic of the published table at full size, and that a run does what was planned."""
+"""``mode=plan`` has the numbers of the published table at full size, and a run does what was planned."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def composed() -> DictConfig:
 
 
 def full(batch: str, **values: Any) -> Config:
-    """A row on 1,281,167 made-up images of 224 pixels, with 50,000 to evaluate on."""
+    """A row of the table on 1,281,167 made-up images of 224 pixels, with 50,000 validation images."""
     raw = deepcopy(composed())
     raw.batch.name, raw.batch.nominal = batch, nominal_batch(batch)
     for key, value in values.items():
@@ -40,8 +40,8 @@ def full(batch: str, **values: Any) -> Config:
     return resolve(raw)
 
 
-# Row: updates per epoch (1,281,167 / batch, whole), updates in 90 epochs, in the warm-up, peak lr, and lines of the
-# log: one at each 10th update, one at each epoch's end, less those that are both.
+# Row: updates per epoch (1,281,167 / batch, rounded down), in 90 epochs, in the warm-up, peak lr, and log lines: one
+# per 10 updates and one at the end of each epoch, each update counted once.
 TABLE = {
     "256": (5004, 450_360, 0, Fraction("0.2"), 45_036 + 90 - 18),
     "8k": (156, 14_040, 780, Fraction("12.8"), 1_404 + 90 - 18),
@@ -51,7 +51,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("batch", TABLE)
-def test_a_dry_run_of_the_published_table_has_the_numbers_worked_out_by_hand(batch: str, tmp_path: Path) -> None:
+def test_the_published_table_has_the_numbers_computed_by_hand(batch: str, tmp_path: Path) -> None:
     per_epoch, updates, warmup, peak, log_lines = TABLE[batch]
     path = tmp_path / "plan.json"
     commands.run(full(batch, plan__path=str(path), plan__world=8), Invocation())
@@ -77,7 +77,7 @@ def test_a_dry_run_of_the_published_table_has_the_numbers_worked_out_by_hand(bat
             assert entry[key] == pytest.approx(float(peak * (risen if update < warmup else left**2)), rel=1e-13, abs=0)
 
 
-def test_epochs_that_are_easily_worked_out_have_their_learning_rates() -> None:
+def test_learning_rates_match_values_computed_by_hand() -> None:
     def rates(batch: str) -> dict[int, float]:
         found = commands.run(full(batch, plan__world=1), Invocation())
         return {entry["epoch"]: entry["lr_first"] for entry in found["lr_per_epoch"]}
@@ -89,7 +89,7 @@ def test_epochs_that_are_easily_worked_out_have_their_learning_rates() -> None:
     assert [baseline[k] for k in (1, 10, 46, 82)] == pytest.approx([0.2, 0.162, 0.05, 0.002], rel=1e-12)
 
 
-def test_ranks_that_do_not_divide_the_batch_still_take_every_image_once() -> None:
+def test_ranks_that_do_not_divide_the_batch_take_every_image_once() -> None:
     found = commands.run(full("32k", plan__world=7, micro_batch=64), Invocation())
     # 1,024 = 7 x 146 + 2 ghost batches, in micro-batches of two; 50,000 = 7 x 7,142 + 6.
     assert found["ghost_batches_per_rank"] == [146, 147]
@@ -97,7 +97,7 @@ def test_ranks_that_do_not_divide_the_batch_still_take_every_image_once() -> Non
     assert (found["evaluated_images"], found["evaluated_images_per_rank"]) == (50_000, [7_142, 7_143])
 
 
-def test_a_plan_that_cannot_be_run_is_refused() -> None:
+def test_an_impossible_plan_is_refused() -> None:
     with pytest.raises(ConfigError, match="too few for 9 ranks"):
         commands.run(full("256", plan__world=9), Invocation())
     with pytest.raises(ConfigError, match="micro_batch=40"):
@@ -106,9 +106,9 @@ def test_a_plan_that_cannot_be_run_is_refused() -> None:
         commands.run(full("32k", plan__world=1, plan__path="/no/such/folder/plan.json"), Invocation())
 
 
-def test_a_plan_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     commands.run(full("32k", plan__world=256), Invocation())
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in (
         "39 per epoch, 3,510 in 90 epochs",
         "warm-up 195 updates (5 epochs), then poly(2), whole form",
@@ -118,7 +118,7 @@ def test_a_plan_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         "1,277,952 per epoch, 115,015,680 in total",
         "90 of 50,000 images",
     ):
-        assert part in told
+        assert part in printed
 
 
 def small(directory: Path, **changes: Any) -> Config:
@@ -163,7 +163,7 @@ def test_a_run_does_what_was_planned(schedule: dict[str, Any], tmp_path: Path) -
     threads = torch.get_num_threads()
     final = session.train(prepared, Ranks(), Invocation())
     torch.set_num_threads(threads)
-    # 5 updates in an epoch; every 4th has a checkpoint, and so have the end and the evaluation after two epochs.
+    # 5 updates per epoch. Checkpoints each 4 updates, at the end, and with the evaluation after two epochs.
     assert planned["checkpoints"] == [4, 8, 10, 12, 15]
     assert planned["evaluations"] == [10, 15]
     written = sorted(int(path.stem.split("-")[1]) for path in (tmp_path / "run/checkpoints").glob("update-*.pt"))
