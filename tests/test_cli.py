@@ -1,4 +1,4 @@
-"""The command line: how it answers bad arguments, what a sweep reports, and what it needs for ``--help``.
+"""The command line explains bad arguments, reports a sweep's failures, and prints ``--help`` without torch.
 
 The commands are tested where their work is done, and every form of starting them in runs/test_launch_forms.py.
 """
@@ -24,10 +24,10 @@ from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.training import run_directory
 
 
-def test_the_first_rank_speaks_for_a_sweep(
+def test_rank_0_reports_and_fails_for_a_sweep(
     in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Its launcher would end the first one, perhaps in the middle of a good job, if another failed before it.
+    # If another rank failed first, the launcher would end rank 0, perhaps in the middle of a good job.
     for rank, code in (("0", 2), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -78,20 +78,20 @@ def explained(*arguments: str) -> str:
     ],
 )
 def test_a_bad_argument_is_explained_in_one_line(argument: str, words: list[str]) -> None:
-    told = explained(argument)
-    assert [word for word in words if word not in told] == []
-    assert "\n" not in told
+    explanation = explained(argument)
+    assert [word for word in words if word not in explanation] == []
+    assert "\n" not in explanation
     for jargon in ("full_key", "object_type", "reference_type", "hydra.cc", "Search path"):
-        assert jargon not in told
+        assert jargon not in explanation
 
 
-def test_the_remedy_for_a_path_with_an_equals_sign_works() -> None:
+def test_the_quotes_recommended_for_an_equals_sign_work() -> None:
     assert composed('data.root="/a=b"').data.root == "/a=b"
 
 
 @pytest.fixture
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, and an environment that `main` may write to."""
+    """Give `main` an empty working folder and an environment to change."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
@@ -106,7 +106,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "message"),
     [
         ("epochs=0", "epochs=0"),
         ("optimizer.lr=-1", "optimizer.lr=-1.0"),
@@ -122,9 +122,9 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
         ("run.name=${oc.env:NOT_SET}", "lars-train: run.name: KeyError"),
     ],
 )
-def test_bad_input_ends_with_code_2_and_one_message_and_writes_nothing(
+def test_bad_input_ends_with_code_2_one_message_and_no_files(
     argument: str,
-    told: str,
+    message: str,
     in_empty_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -132,19 +132,19 @@ def test_bad_input_ends_with_code_2_and_one_message_and_writes_nothing(
     assert run_main(monkeypatch, argument) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert told in err
+    assert message in err
     assert "Traceback" not in err
     assert list(in_empty_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("flags", [("-m", "batch=256,12k"), ("-m", "batch=12k,256", "seed=1,2", "recipe=nus,mlperf")])
-def test_a_sweep_with_a_batch_between_two_rows_is_refused_as_a_run_is_before_its_first_job(
+def test_a_sweep_with_a_batch_between_two_rows_is_refused_at_once(
     flags: tuple[str, ...],
     in_empty_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # Of several recipes it is the first that is told of, for its job is the first to miss the batch.
+    # The message names the first of several recipes: its job is the first without the batch.
     recipe = "nus" if "recipe=nus,mlperf" in flags else "torchlars"
     assert run_main(monkeypatch, f"recipe={recipe}", "batch=12k") == 2
     alone = capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_a_sweep_with_a_batch_between_two_rows_is_refused_as_a_run_is_before_its
     assert list(in_empty_folder.iterdir()) == []
 
 
-def test_a_sweep_tries_every_job_and_reports_the_failed_ones_at_the_end(
+def test_a_sweep_tries_every_job_and_reports_failures_at_the_end(
     in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(monkeypatch, "-m", "batch=256", "epochs=0,-1", "seed=7") == 2
@@ -169,10 +169,8 @@ def test_a_sweep_tries_every_job_and_reports_the_failed_ones_at_the_end(
     assert list(in_empty_folder.iterdir()) == []
 
 
-def test_the_jobs_of_a_sweep_have_the_names_that_were_given(
-    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Also where the folders that Hydra is given have names that its grammar does not know.
+def test_the_jobs_of_a_sweep_have_the_given_names(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Also in a folder whose name Hydra's grammar cannot parse without quotes.
     names: list[str] = []
     monkeypatch.setattr("lars_train.cli._run_job", lambda raw, *rest: names.append(raw.run.name))
     (in_empty_folder / "té (1)").mkdir()
@@ -202,8 +200,8 @@ def test_help_lists_groups_and_keys_and_imports_no_torch(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_run_on_the_cpu_does_not_wait_for_torchs_compiler_to_be_imported(tmp_path: Path) -> None:
-    # It takes as long as all else that a short run does.
+def test_a_run_on_the_cpu_does_not_import_torchs_compiler(tmp_path: Path) -> None:
+    # The import takes as long as the rest of a short run.
     code = (
         "import sys\n"
         "from lars_train.cli import main\n"
@@ -217,7 +215,7 @@ def test_a_run_on_the_cpu_does_not_wait_for_torchs_compiler_to_be_imported(tmp_p
 
 
 @pytest.mark.parametrize(("name", "queued"), [("SIGUSR2", True), ("SIGTERM", False)])
-def test_a_job_of_submitit_is_queued_again_after_its_checkpoint(
+def test_a_submitit_job_is_requeued_after_its_checkpoint(
     name: str, queued: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def stops(*arguments: Any) -> None:
@@ -239,10 +237,8 @@ def test_a_job_of_submitit_is_queued_again_after_its_checkpoint(
     assert (ended.value.code, seen) == ((-1, [signal.SIGUSR2]) if queued else (75, []))
 
 
-def test_a_job_that_was_refused_has_no_row_in_the_sweep_s_report(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    # Its directory may hold the same run of another length (max_updates).
+def test_a_refused_job_has_no_row_in_the_sweep_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The job's directory may hold the same run with another length (max_updates).
     outcomes = iter([ConfigError("it has ended at update 4"), DataError("damaged"), None])
 
     def runs(*arguments: Any) -> None:

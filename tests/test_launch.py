@@ -1,4 +1,4 @@
-"""Who started this process, and how many more are to be started: from environments as launchers set them."""
+"""The launcher's environment gives the ranks of this process and the number of processes to start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lars_train.config import Config
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks, WorkerError, adopt, export_slurm, first_host, processes, share_cores
 
-# As torchrun sets it on the second of two machines with two processes each.
+# torchrun on the second of two machines with two processes each.
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
     "RANK": "3",
@@ -24,7 +24,7 @@ TORCHRUN = {
     "MASTER_ADDR": "node1",
     "MASTER_PORT": "29400",
 }
-# As the shell of `sbatch --nodes 2 --ntasks-per-node 4` has it: the job's variables, and no step's.
+# The shell of `sbatch --nodes 2 --ntasks-per-node 4`: variables of the job, and none of a step.
 SBATCH = {
     "SLURM_JOB_ID": "4242",
     "SLURM_JOB_NODELIST": "gpu[07-08]",
@@ -34,7 +34,7 @@ SBATCH = {
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0",
 }
-# As the sixth task of `srun` in that job has it.
+# The sixth task of `srun` in that job.
 SRUN = {
     **SBATCH,
     "SLURM_STEP_ID": "3",
@@ -70,7 +70,7 @@ def test_ranks_set_by_hand_are_adopted() -> None:
     by_hand = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert adopt(by_hand) == Ranks(rank=1, world=2)
     assert adopt({"RANK": "0", "WORLD_SIZE": "1"}) == Ranks()
-    # Three on this machine at least, though nobody said so.
+    # LOCAL_RANK 2 exists, so this machine has at least three.
     assert adopt({**by_hand, "LOCAL_RANK": "2"}) == Ranks(rank=1, world=2, local_rank=2, local_world=3)
 
 
@@ -96,27 +96,27 @@ def test_a_slurm_steps_ranks_are_adopted() -> None:
     assert adopt(SRUN) == Ranks(rank=5, world=8, local_rank=1, local_world=4)
 
 
-def test_torchrun_within_a_slurm_step_goes_before_it() -> None:
+def test_torchrun_within_a_slurm_step_takes_precedence() -> None:
     assert adopt({**SRUN, **TORCHRUN}) == Ranks(rank=3, world=4, local_rank=1, local_world=2)
 
 
 def test_the_shell_of_a_batch_script_is_one_process() -> None:
     assert adopt(SBATCH) is None
-    # One step with one task: `srun` of a single process, or an interactive shell on a node.
+    # A step with one task: `srun` of a single process, or an interactive shell on a node.
     assert adopt({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
 
 
 @pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_LOCALID"])
-def test_an_incomplete_slurm_step_is_refused_by_the_missing_name(missing: str) -> None:
+def test_an_incomplete_slurm_step_names_the_missing_variable(missing: str) -> None:
     with pytest.raises(ConfigError, match=rf"{missing}.*srun"):
         adopt(without(SRUN, missing))
 
 
 @pytest.mark.parametrize(("per_node", "local_world"), [("4(x2)", 4), ("3,2", 3), ("1", 2), ("", 2)])
-def test_the_tasks_on_this_machine_are_read_off_slurms_list(per_node: str, local_world: int) -> None:
+def test_the_tasks_on_this_machine_are_read_from_slurms_list(per_node: str, local_world: int) -> None:
     ranks = adopt({**SRUN, "SLURM_STEP_TASKS_PER_NODE": per_node})
     assert ranks is not None
-    # LOCALID 1 exists, so there are two here at least.
+    # LOCALID 1 exists, so this machine has at least two.
     assert ranks.local_world == local_world
 
 
@@ -144,7 +144,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 
 
 @pytest.mark.parametrize("nodes", ["", ",gpu1", "gpu[1-4", "gpu[]", "gpu]1[", "gpu[1-[2]]"])
-def test_what_is_no_node_list_is_refused(nodes: str) -> None:
+def test_an_invalid_node_list_is_refused(nodes: str) -> None:
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         first_host(nodes)
 
@@ -154,7 +154,7 @@ def test_what_is_no_node_list_is_refused(nodes: str) -> None:
     numbers=st.lists(st.integers(0, 999), min_size=1, max_size=5, unique=True),
     rest=st.lists(st.sampled_from(["cpu1", "x[1-2,9]", "y[01-99]z"]), max_size=3),
 )
-def test_the_first_host_is_the_first_of_the_list_written_out(prefix: str, numbers: list[int], rest: list[str]) -> None:
+def test_the_first_host_is_the_first_of_the_expanded_list(prefix: str, numbers: list[int], rest: list[str]) -> None:
     packed = f"{prefix}[{','.join(f'{n:03}' for n in numbers)}]"
     assert first_host(",".join([packed, *rest])) == f"{prefix}{numbers[0]:03}"
 
@@ -164,7 +164,7 @@ def test_torchs_rendezvous_variables_are_derived_from_the_step() -> None:
     port = exported.pop("MASTER_PORT")
     assert exported == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07"}
     assert 20_000 <= int(port) < 32_768
-    # The same on every task of the step, and another one for the next step and the next job.
+    # The port is the same on every task of the step, and differs for the next step and the next job.
     others = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     assert export_slurm({**SRUN, **others})["MASTER_PORT"] == port
     for key, value in (("SLURM_STEP_ID", "4"), ("SLURM_JOB_ID", "4243")):
@@ -178,18 +178,18 @@ def port_of(job: int | str, step: int | str) -> int:
 def test_a_slurm_steps_port_depends_on_job_and_step_alone() -> None:
     # SHA-256 of "1000.1" and "1001.0" by coreutils: the first 16 digits, modulo 12,768, plus 20,000.
     assert (port_of(1000, 1), port_of(1001, 0)) == (20_694, 22_353)
-    # `salloc` numbers the step of its own shell so.
+    # The step number of the shell of `salloc`.
     assert 20_000 <= port_of(7, 4294967290) < 32_768
 
 
 def test_slurm_steps_of_one_host_rarely_share_a_port() -> None:
     ports = [port_of(job, step) for job in range(100_000, 100_050) for step in range(2)]
     assert all(20_000 <= port < 32_768 for port in ports)
-    # Of 100 random ports 0.4 pairs are expected to be equal; the sum of job and step gave 49.
+    # 100 random ports have 0.4 equal pairs on average; the sum of job and step gave 49.
     assert len(set(ports)) >= 97
 
 
-def test_what_the_user_set_of_the_rendezvous_is_kept_each_on_its_own() -> None:
+def test_each_rendezvous_variable_set_by_the_user_is_kept() -> None:
     derived = export_slurm(SRUN)
     assert export_slurm({**SRUN, "MASTER_ADDR": "ib-gpu07"}) == {**derived, "MASTER_ADDR": "ib-gpu07"}
     assert export_slurm({**SRUN, "MASTER_PORT": "12345"}) == {**derived, "MASTER_PORT": "12345"}
@@ -197,14 +197,14 @@ def test_what_the_user_set_of_the_rendezvous_is_kept_each_on_its_own() -> None:
     assert export_slurm({**SRUN, **both}) == {**derived, **both}
 
 
-def test_without_a_steps_node_list_the_jobs_is_used_and_without_both_it_is_an_error() -> None:
+def test_the_jobs_node_list_replaces_a_missing_one_of_the_step() -> None:
     lone = without(SRUN, "SLURM_STEP_NODELIST")
     assert export_slurm({**lone, "SLURM_JOB_NODELIST": "n[3-4]"})["MASTER_ADDR"] == "n3"
     with pytest.raises(ConfigError, match=r"SLURM_STEP_NODELIST.*MASTER_ADDR"):
         export_slurm(without(lone, "SLURM_JOB_NODELIST"))
 
 
-def wanting(nproc: int | str, device: str = "auto") -> Config:
+def nproc_config(nproc: int | str, device: str = "auto") -> Config:
     config = Config(device=device)
     config.launch.nproc = nproc
     return config
@@ -215,19 +215,19 @@ def wanting(nproc: int | str, device: str = "auto") -> Config:
     [(0, 1024, 1), (1, 1024, 1), (8, 1024, 8), (8, 3, 3), (8, 1, 1), (0, 0, 1)],
 )
 def test_one_process_per_device_while_each_has_a_ghost_batch(devices: int, ghosts: int, expected: int) -> None:
-    assert processes(wanting("auto"), devices, ghosts) == expected
+    assert processes(nproc_config("auto"), devices, ghosts) == expected
 
 
-def test_the_processes_asked_for_are_started_on_as_many_devices_or_on_the_cpu() -> None:
-    assert processes(wanting(2), 8, 1024) == 2
-    assert processes(wanting("4"), 8, 1024) == 4
-    assert processes(wanting(2), 0, 1024) == 2
-    assert processes(wanting(4, device="cpu"), 2, 1024) == 4
+def test_requested_processes_need_as_many_devices_or_the_cpu() -> None:
+    assert processes(nproc_config(2), 8, 1024) == 2
+    assert processes(nproc_config("4"), 8, 1024) == 4
+    assert processes(nproc_config(2), 0, 1024) == 2
+    assert processes(nproc_config(4, device="cpu"), 2, 1024) == 4
     with pytest.raises(ConfigError, match=r"launch\.nproc=3: this machine has 2 CUDA"):
-        processes(wanting(3), 2, 1024)
+        processes(nproc_config(3), 2, 1024)
 
 
-def test_a_failed_workers_error_is_its_own_words_where_meant_for_the_user_else_rank_and_traceback() -> None:
+def test_a_worker_error_has_the_users_message_or_rank_and_traceback() -> None:
     meant = WorkerError(1, "ConfigError: data.root=/x: there is no such folder.", "Traceback ...")
     assert (meant.kind, str(meant)) == ("ConfigError", "data.root=/x: there is no such folder.")
     bug = WorkerError(1, "KeyError: 'x'", "Traceback ...")
@@ -236,19 +236,17 @@ def test_a_failed_workers_error_is_its_own_words_where_meant_for_the_user_else_r
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "expected"),
     [
         ({}, {"GOMP_SPINCOUNT": "1000"}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
 )
-def test_threads_that_wait_sleep_soon_unless_the_user_says_how_they_wait(
-    given: dict[str, str], wanted: dict[str, str]
-) -> None:
+def test_waiting_threads_sleep_soon_unless_the_user_set_it(given: dict[str, str], expected: dict[str, str]) -> None:
     environment = dict(given)
     share_cores(environment)
-    assert environment == wanted
+    assert environment == expected
 
 
 def test_detecting_the_launcher_needs_no_torch() -> None:

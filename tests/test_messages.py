@@ -1,4 +1,4 @@
-"""What the program prints is safe on any terminal, is printed by rank 0, and rounds figures as people do."""
+"""Printed text is safe on any terminal, comes from rank 0, and has figures rounded for people."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAUNCHERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
         ({"SLURM_PROCID": "8", "SLURM_LOCALID": "0"}, False, True),
     ],
 )
-def test_one_process_speaks_and_one_on_each_machine_complains(
+def test_rank_0_prints_and_one_rank_per_machine_complains(
     environment: dict[str, str],
     says: bool,
     complains: bool,
@@ -88,7 +88,7 @@ def test_a_terminal_gets_long_lines_folded_between_words(
     assert capsys.readouterr() == (f"{disk}\n", f"lars-train: {fault}\n")
 
 
-def test_a_reader_who_goes_away_ends_nothing() -> None:
+def test_a_closed_reader_does_not_end_the_program() -> None:
     code = (
         "import os, sys\n"
         "from lars_train.monitoring.progress import Progress\n"
@@ -112,7 +112,7 @@ def test_a_reader_who_goes_away_ends_nothing() -> None:
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-def test_streams_that_the_caller_has_closed_are_opened_to_nowhere(closed: tuple[int, ...]) -> None:
+def test_streams_closed_by_the_caller_are_opened_to_dev_null(closed: tuple[int, ...]) -> None:
     code = (
         "import os, sys\n"
         "from lars_train.messages import complain, open_standard_streams, say\n"
@@ -157,7 +157,7 @@ def test_streams_take_any_text_in_any_encoding() -> None:
         (6.4e12, "6.4 TB"),
     ],
 )
-def test_sizes_have_three_digits_and_the_largest_unit_that_they_reach(count: float, shown: str) -> None:
+def test_sizes_have_three_digits_and_the_largest_fitting_unit(count: float, shown: str) -> None:
     assert size(count) == shown
 
 
@@ -170,7 +170,7 @@ def test_operations_have_three_digits_too(count: float, shown: str) -> None:
 
 
 @pytest.mark.parametrize(("per_s", "shown"), [(0.1234, "0.123"), (45.678, "45.7"), (12_345.6, "12,346")])
-def test_rates_are_whole_where_that_is_enough(per_s: float, shown: str) -> None:
+def test_large_rates_are_whole_numbers(per_s: float, shown: str) -> None:
     assert rate(per_s) == shown
 
 
@@ -185,7 +185,7 @@ def test_rates_are_whole_where_that_is_enough(per_s: float, shown: str) -> None:
         (273_600.0, "3 d 4 h"),
     ],
 )
-def test_times_are_said_in_their_largest_units(seconds: float, said: str) -> None:
+def test_durations_have_their_two_largest_units(seconds: float, said: str) -> None:
     assert format_duration(seconds) == said
 
 
@@ -199,18 +199,18 @@ def test_times_are_said_in_their_largest_units(seconds: float, said: str) -> Non
         (2, ("class", "classes"), "2 classes"),
     ],
 )
-def test_a_count_takes_the_noun_that_people_say(count: int, words: tuple[str, ...], shown: str) -> None:
+def test_a_count_takes_singular_or_plural(count: int, words: tuple[str, ...], shown: str) -> None:
     assert counted(count, *words) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"), [(5.0, "5"), (20 / 9, "2.22"), (5 / 9, "0.56"), (0.0, "0"), (1.0, "1"), (0.001234, "0.0012")]
 )
-def test_what_was_worked_out_has_two_or_three_digits(value: float, shown: str) -> None:
+def test_computed_figures_have_two_or_three_digits(value: float, shown: str) -> None:
     assert format_number(value) == shown
 
 
-def test_no_message_leaves_the_plural_to_its_reader() -> None:
+def test_no_message_has_an_s_in_parentheses() -> None:
     found = []
     for path in Path(lars_train.__path__[0]).rglob("*.py"):
         texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
@@ -218,7 +218,7 @@ def test_no_message_leaves_the_plural_to_its_reader() -> None:
     assert found == []
 
 
-def test_an_error_in_one_line_is_its_first_line_or_its_name() -> None:
+def test_first_line_of_an_error_is_of_its_message_or_its_name() -> None:
     assert first_line(ValueError("a\nb")) == "a"
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert (first_line("a\r\nb"), first_line("")) == ("a", "")

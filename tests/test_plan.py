@@ -28,7 +28,7 @@ def config(
     warmup: float = 5.0,
     max_updates: int | None = None,
 ) -> Config:
-    """As `lars_train.config.resolve` leaves it, in what a plan reads."""
+    """Return a resolved config with the values that a plan reads."""
     made = Config(epochs=epochs, max_updates=max_updates)
     made.batch.name, made.batch.nominal, made.batch.size, made.batch.scaled = row, NOMINAL[row], size, scaled
     made.model.ghost_batch, made.schedule.warmup_epochs = ghost, warmup
@@ -66,31 +66,27 @@ def test_imagenet_is_not_scaled_and_has_the_updates_of_the_published_runs(
         (MINI, "32k", 256, False, 39),
     ],
 )
-def test_the_scaled_table_is_that_of_the_design(
-    samples: int, row: str, size: int, raised: bool, per_epoch: int
-) -> None:
+def test_the_scaled_table_matches_the_design(samples: int, row: str, size: int, raised: bool, per_epoch: int) -> None:
     plan = make_plan(config(row, scaled=True, warmup=0), samples)
     assert (plan.global_batch, plan.raised, plan.updates_per_epoch) == (size, raised, per_epoch)
     assert (plan.nominal_batch, plan.scaled) == (NOMINAL[row], True)
     assert plan.ghost_batch == min(size, 32)
 
 
-def test_the_arithmetic_is_told_in_one_line() -> None:
-    def told(row: str, samples: int, scaled: bool = True) -> str:
+def test_the_scaling_is_described_in_one_line() -> None:
+    def describe(row: str, samples: int, scaled: bool = True) -> str:
         return make_plan(config(row, scaled=scaled, warmup=0), samples).arithmetic()
 
-    assert told("32k", CIFAR) == "32,768 x 50,000 / 1,281,167 = 1278.8, rounded to a multiple of 32: 1,280"
-    assert told("256", CIFAR) == "256 x 50,000 / 1,281,167 = 10.0, rounded to a whole number: 10"
-    # One ghost batch of 32, a third less than the proportion.
-    assert told("32k", 1_500) == "32,768 x 1,500 / 1,281,167 = 38.4, rounded to a multiple of 32: 32"
-    assert told("256", MINI) == "256 x 10,000 / 1,281,167 = 2.0, raised to 8"
-    assert told("32k", IMAGENET, scaled=False) == "32,768, not scaled"
+    assert describe("32k", CIFAR) == "32,768 x 50,000 / 1,281,167 = 1278.8, rounded to a multiple of 32: 1,280"
+    assert describe("256", CIFAR) == "256 x 50,000 / 1,281,167 = 10.0, rounded to a whole number: 10"
+    # One ghost batch of 32, less than the proportion.
+    assert describe("32k", 1_500) == "32,768 x 1,500 / 1,281,167 = 38.4, rounded to a multiple of 32: 32"
+    assert describe("256", MINI) == "256 x 10,000 / 1,281,167 = 2.0, raised to 8"
+    assert describe("32k", IMAGENET, scaled=False) == "32,768, not scaled"
 
 
 @given(nominal=st.integers(1, 2**17), samples=st.integers(8, 3_000_000), ghost=st.integers(1, 512))
-def test_a_scaled_batch_is_whole_ghost_batches_and_the_nearest_to_the_proportion(
-    nominal: int, samples: int, ghost: int
-) -> None:
+def test_a_scaled_batch_is_the_nearest_number_of_ghost_batches(nominal: int, samples: int, ghost: int) -> None:
     size, raised = scaled_batch(nominal, samples, ghost)
     exact = Fraction(nominal * samples, IMAGENET)
     assert size >= 8
@@ -111,7 +107,7 @@ def test_a_scaled_row_always_makes_a_plan(samples: int, ghost: int, row: str) ->
     assert plan.updates_per_epoch * plan.global_batch <= samples < (plan.updates_per_epoch + 1) * plan.global_batch
 
 
-def test_a_batch_of_ones_own_is_taken_literally() -> None:
+def test_batch_size_is_used_as_given() -> None:
     plan = make_plan(config(size=96), 1000)
     assert (plan.global_batch, plan.nominal_batch, plan.updates_per_epoch, plan.ghosts) == (96, 96, 10, 3)
     small = make_plan(config(size=5), 1000)
@@ -119,41 +115,39 @@ def test_a_batch_of_ones_own_is_taken_literally() -> None:
 
 
 @given(size=st.integers(1, 5000), ghost=st.integers(1, 300))
-def test_a_batch_that_is_no_multiple_of_the_ghost_batch_is_refused_with_the_nearest_that_work(
-    size: int, ghost: int
-) -> None:
+def test_a_batch_of_broken_ghost_batches_names_the_nearest_valid(size: int, ghost: int) -> None:
     if size <= ghost or size % ghost == 0:
         assert make_plan(config(size=size, ghost=ghost), 10_000).global_batch == size
         return
-    told = refusal(config(size=size, ghost=ghost), 10_000)
-    assert told.startswith(f"batch.size={size}:")
-    near = [int(n) for n in re.findall(r"\d+", told.partition("nearest multiples")[2])]
+    message = refusal(config(size=size, ghost=ghost), 10_000)
+    assert message.startswith(f"batch.size={size}:")
+    near = [int(n) for n in re.findall(r"\d+", message.partition("nearest multiples")[2])]
     multiples = range(ghost, 10_001, ghost)
     assert near == [max(n for n in multiples if n < size), min(n for n in multiples if n > size)]
     for n in near:
         assert make_plan(config(size=n, ghost=ghost), 10_000).global_batch == n
 
 
-def test_a_batch_larger_than_the_data_is_refused_and_told_what_helps() -> None:
-    told = refusal(config("8k"), 8191)
-    assert told.startswith("batch=8k:")
-    assert "batch.scaled=true" in told
+def test_a_batch_larger_than_the_data_names_the_remedy() -> None:
+    message = refusal(config("8k"), 8191)
+    assert message.startswith("batch=8k:")
+    assert "batch.scaled=true" in message
     assert make_plan(config("8k"), 8192).updates_per_epoch == 1
-    # Scaling is no help where there are fewer images than batch norm needs.
-    told = refusal(config("32k", scaled=True, warmup=0), 7)
-    assert "batch.scaled" not in told
-    assert "more images" in told
+    # Scaling does not help if there are fewer images than batch norm needs.
+    message = refusal(config("32k", scaled=True, warmup=0), 7)
+    assert "batch.scaled" not in message
+    assert "more images" in message
 
 
 def test_a_warm_up_that_fills_the_run_is_refused() -> None:
-    # Shorter in epochs, but rounded to as many updates as the run has.
-    told = refusal(config(size=960, epochs=1, warmup=0.9), 960)
-    assert told.startswith("schedule.warmup_epochs=0.9:")
+    # Shorter than the run in epochs, but rounded to as many updates.
+    message = refusal(config(size=960, epochs=1, warmup=0.9), 960)
+    assert message.startswith("schedule.warmup_epochs=0.9:")
     assert make_plan(config(size=960, epochs=1, warmup=0.4), 960).warmup_updates == 0
     assert make_plan(config(size=96, epochs=1, warmup=0.9), 960).warmup_updates == 9
 
 
-def test_max_updates_stops_early_and_leaves_the_schedule_as_it_is() -> None:
+def test_max_updates_stops_early_and_keeps_the_schedule() -> None:
     whole, short = (make_plan(config("8k", max_updates=n), IMAGENET) for n in (None, 10))
     assert short.stop == 10
     assert (short.updates, short.warmup_updates, short.epochs) == (whole.updates, whole.warmup_updates, whole.epochs)
@@ -165,33 +159,33 @@ def plan_of(size: int, ghost: int) -> Plan:
 
 
 @given(ghosts=st.integers(1, 30), ghost=st.sampled_from([1, 8, 32]), world=st.integers(1, 40))
-def test_more_ranks_than_ghost_batches_are_refused_with_what_works(ghosts: int, ghost: int, world: int) -> None:
+def test_more_ranks_than_ghost_batches_name_what_works(ghosts: int, ghost: int, world: int) -> None:
     plan = plan_of(ghosts * ghost, ghost)
     if world <= ghosts:
         check_world(plan, world)
         return
     with pytest.raises(ConfigError) as caught:
         check_world(plan, world)
-    told = str(caught.value)
-    found = re.search(r"Start at most (\d+) in total", told)
+    message = str(caught.value)
+    found = re.search(r"Start at most (\d+) in total", message)
     assert found is not None
     check_world(plan, int(found.group(1)))
     if ghosts > 1:
-        least = int(told.rstrip(".").rpartition("at least ")[2])
+        least = int(message.rstrip(".").rpartition("at least ")[2])
         check_world(plan_of(least, ghost), world)
         with pytest.raises(ConfigError):
             check_world(plan_of(least - ghost, ghost), world)
 
 
-def test_the_remedy_for_a_batch_below_one_ghost_batch_is_told_in_ghost_batches() -> None:
-    # 16 would be one ghost batch of 16, and as far from two ranks as 8.
+def test_the_remedy_for_too_small_a_batch_is_in_ghost_batches() -> None:
+    # A batch of 16 would be one ghost batch of 16, too few for two ranks, as 8 is.
     with pytest.raises(ConfigError, match=r"2 times model\.ghost_batch"):
         check_world(plan_of(8, 32), 2)
     check_world(plan_of(2 * 32, 32), 2)
 
 
 @given(micro=st.integers(1, 400), ghost=st.integers(1, 64))
-def test_a_micro_batch_of_broken_ghost_batches_is_refused_with_the_nearest_that_work(micro: int, ghost: int) -> None:
+def test_a_micro_batch_of_broken_ghost_batches_names_valid_ones(micro: int, ghost: int) -> None:
     plan = plan_of(8 * ghost, ghost)
     if micro % ghost == 0:
         assert check_micro_batch(plan, micro) * ghost == micro
