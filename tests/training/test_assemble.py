@@ -44,7 +44,7 @@ def config(**values: Any) -> OptimizerConfig:
         "SGD",
     ],
 )
-def test_every_class_that_can_train_a_network_trains_one_under_lars(base: str) -> None:
+def test_every_suitable_optimizer_trains_a_network_under_lars(base: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
     optimizer = build_optimizer(config(base=base), model)
@@ -57,7 +57,7 @@ def test_every_class_that_can_train_a_network_trains_one_under_lars(base: str) -
 
 
 @pytest.mark.parametrize("base", ["LBFGS", "Muon", "SparseAdam"])
-def test_a_class_that_cannot_train_these_networks_is_refused_with_its_reason(base: str) -> None:
+def test_an_optimizer_that_cannot_train_these_networks_is_refused(base: str) -> None:
     with pytest.raises(ConfigError, match=rf"optimizer\.base={base}: it "):
         check_optimizer(config(base=base))
 
@@ -75,12 +75,12 @@ def test_a_class_that_cannot_train_these_networks_is_refused_with_its_reason(bas
         ({"base": "Adam", "kwargs": {"betas": [2.0, 0.9]}}, "rejects its keywords"),
     ],
 )
-def test_what_the_class_does_not_take_is_said(values: dict[str, object], words: str) -> None:
+def test_rejected_keywords_are_named(values: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_optimizer(config(**values))
 
 
-def test_sgd_stands_without_lars_and_keeps_its_momentum() -> None:
+def test_sgd_is_used_without_lars_and_keeps_its_momentum() -> None:
     optimizer = build_optimizer(config(name="sgd", momentum=0.9, nesterov=True), nn.Linear(2, 2))
     assert type(optimizer) is torch.optim.SGD
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
@@ -102,7 +102,7 @@ def test_sgd_stands_without_lars_and_keeps_its_momentum() -> None:
         ("Rprop", {"etas": [0.5]}, "a list of 2 numbers"),
     ],
 )
-def test_a_keyword_of_another_kind_is_refused_before_the_first_step(
+def test_a_keyword_of_the_wrong_type_is_refused_at_the_start(
     base: str, keywords: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -110,7 +110,7 @@ def test_a_keyword_of_another_kind_is_refused_before_the_first_step(
     assert words in str(caught.value)
 
 
-def test_keywords_of_the_right_kind_are_taken() -> None:
+def test_keywords_of_the_right_type_are_accepted() -> None:
     check_optimizer(config(base="AdamW", kwargs={"betas": [0.9, 0.99], "eps": 1e-6, "foreach": None, "amsgrad": True}))
     check_optimizer(config(base="Adafactor", kwargs={"eps": [None, 1e-3]}))
     check_optimizer(config(base="SGD", kwargs={"dampening": 0.1, "fused": True}))

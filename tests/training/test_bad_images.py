@@ -30,7 +30,7 @@ def bad(*places: str) -> Iterable[BadSample]:
     return [BadSample(number, place, f"{place} is broken") for number, place in enumerate(places)]
 
 
-def test_an_image_counts_once_however_often_it_is_met() -> None:
+def test_an_image_counts_once_however_often_it_is_found() -> None:
     images = BadImages(2, Group(Ranks()))
     images.note(bad("a", "b", "a"))
     images.note(bad("b"))
@@ -40,14 +40,14 @@ def test_an_image_counts_once_however_often_it_is_met() -> None:
     assert list(images.known) == ["a", "b"]
 
 
-def test_what_the_ranks_have_met_is_joined() -> None:
+def test_bad_images_of_all_ranks_are_combined() -> None:
     images = BadImages(4, Three(Ranks(0, 3), ({"c": "no JPEG", "a": "a is broken"}, {"c": "no JPEG", "b": "empty"})))
     images.note(bad("a"))
     assert images.collect() == {"a": "a is broken", "c": "no JPEG", "b": "empty"}
     assert images.collect() == {}
 
 
-def test_more_than_the_limit_fail_the_run_and_are_named() -> None:
+def test_more_bad_images_than_the_limit_fail_and_are_named() -> None:
     images = BadImages(2, Three(Ranks(0, 3), ({"c": "no JPEG"}, {})))
     images.note(bad("a"))
     images.collect()
@@ -66,7 +66,7 @@ def test_a_limit_of_zero_allows_none() -> None:
         images.collect()
 
 
-def test_what_an_earlier_start_knew_counts_and_is_not_told_again() -> None:
+def test_known_bad_images_count_and_are_not_reported_again() -> None:
     images = BadImages(1, Group(Ranks()), known={"a": "a is broken"})
     images.note(bad("a"))
     assert images.collect() == {}
@@ -83,7 +83,7 @@ def test_the_message_stays_short() -> None:
     assert str(error.value).count("image-") == 2 * 5
 
 
-def test_lines_that_the_disk_refuses_are_written_before_the_next_checkpoint(
+def test_failed_lines_are_written_before_the_next_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:

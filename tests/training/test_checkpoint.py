@@ -53,7 +53,7 @@ def written(folder: Path, *updates: int, keep: int = 99) -> list[Path]:
     return [save(folder, update, content(update), keep) for update in updates]
 
 
-def test_what_is_saved_is_loaded_as_it_was(tmp_path: Path) -> None:
+def test_a_checkpoint_loads_as_it_was_saved(tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoints", 120, content(120), keep=3)
     assert path == tmp_path / "checkpoints" / "update-000000120.pt"
     loaded = load(path)
@@ -66,7 +66,7 @@ def run_state() -> RunState:
     return RunState(50.0, 7, 3.0, {"a.jpg": "torn"}, [{"to_update": 4}], NoiseScale(2, 1.0, 3.0))
 
 
-def test_a_run_state_is_stored_and_restored_whole(tmp_path: Path) -> None:
+def test_a_run_state_survives_a_checkpoint(tmp_path: Path) -> None:
     stored = load(save(tmp_path, 1, {**content(1), **run_state().stored()}, keep=1))
     restored = RunState()
     restored.restore(stored)
@@ -81,14 +81,14 @@ def test_a_rollback_keeps_time_bad_images_and_rollbacks() -> None:
 
 
 @pytest.mark.parametrize("key", [each.name for each in fields(RunState)])
-def test_a_missing_part_of_the_run_state_is_named(key: str) -> None:
+def test_a_missing_field_of_the_run_state_is_named(key: str) -> None:
     stored = run_state().stored()
     del stored[key]
     with pytest.raises(ConfigError, match=f"the checkpoint has no {key},"):
         RunState().restore(stored)
 
 
-def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "update-9-weights.pth").write_text("mine too")
     paths = written(tmp_path, 9, 10, 100, 1000, keep=2)
@@ -108,14 +108,14 @@ def test_saving_an_update_again_replaces_it(tmp_path: Path) -> None:
     assert load(listing(tmp_path)[0])["best_top1"] == 99.0
 
 
-def test_later_ones_are_removed_and_earlier_ones_stay(tmp_path: Path) -> None:
+def test_remove_later_keeps_earlier_checkpoints(tmp_path: Path) -> None:
     paths = written(tmp_path, 5, 10, 15)
     remove_later(tmp_path, 10)
     assert listing(tmp_path) == paths[:2]
     remove_later(tmp_path / "missing", 10)
 
 
-def test_what_was_half_written_is_removed_with_the_later_ones_and_newer_formats_stay(tmp_path: Path) -> None:
+def test_remove_later_drops_partial_files_and_keeps_newer_formats(tmp_path: Path) -> None:
     one, two, three = written(tmp_path, 1, 2, 3)
     torch.save({"format": 99}, two)
     (tmp_path / "update-000000009.partial").write_bytes(b"half")
@@ -124,7 +124,7 @@ def test_what_was_half_written_is_removed_with_the_later_ones_and_newer_formats_
     assert not three.exists()
 
 
-def test_when_none_can_be_used_each_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_if_no_checkpoint_is_usable_each_is_named_with_its_reason(tmp_path: Path) -> None:
     one, two = written(tmp_path, 1, 2)
     one.write_bytes(b"")
     torch.save({"format": 99}, two)
@@ -137,7 +137,7 @@ def test_when_none_can_be_used_each_is_told_with_its_reason(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("step", ["fsync", "verify", "replace"])
-def test_a_crash_before_the_end_leaves_the_one_before(
+def test_a_crash_while_saving_leaves_the_previous_checkpoint(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = written(tmp_path, 1)
@@ -162,7 +162,7 @@ def test_a_crash_before_the_end_leaves_the_one_before(
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["update-000000001.pt", "update-000000002.pt"]
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = written(tmp_path, 1, keep=1)
 
     def short(file: Any) -> None:
@@ -197,7 +197,7 @@ def test_a_flipped_bit_in_any_record_is_found(tmp_path: Path) -> None:
                 load(path)
 
 
-def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path: Path) -> None:
     path = save(tmp_path, 3, content(3), keep=1)
     whole = path.read_bytes()
     expected = load(path)
@@ -235,7 +235,7 @@ def zipped(path: Path, **records: bytes) -> None:
             archive.writestr(name.replace("__", "/").replace("_pkl", ".pkl"), data)
 
 
-def test_files_that_are_no_checkpoints_are_damaged(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_damaged(tmp_path: Path) -> None:
     path = tmp_path / "update-000000001.pt"
     path.write_text("this is no archive\n")
     with pytest.raises(DamagedCheckpoint, match="not a complete archive"):
@@ -285,7 +285,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     assert trace.exists()  # the pickle is a live one
 
 
-def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = written(tmp_path, 1, 2, 3)
     paths[2].write_bytes(paths[2].read_bytes()[:-40])
     paths[1].write_bytes(b"")
@@ -299,14 +299,14 @@ def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, capsys: pytes
     assert said.err.count("is damaged") == 2
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(tmp_path: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(tmp_path: Path) -> None:
     for path in written(tmp_path, 1, 2):
         path.write_bytes(b"PK")
     with pytest.raises(ConfigError, match=r"no checkpoint in .* can be used .*update-000000002.pt.*resume=never"):
         latest(tmp_path)
 
 
-def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+def test_latest_is_none_without_checkpoints(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     assert latest(tmp_path / "missing") is None
     (tmp_path / "update-000000007.partial").write_bytes(b"PK")

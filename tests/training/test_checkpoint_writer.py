@@ -28,7 +28,7 @@ def content(update: int) -> dict[str, Any]:
     }
 
 
-def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_has_the_values_at_the_time_of_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, save = threading.Event(), checkpoint.save
 
     def held(*arguments: Any) -> Path:
@@ -52,7 +52,7 @@ def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path, mon
     assert loaded["optimizer"]["param_groups"] == [{"params": [0], "lr": 0.1}]
 
 
-def test_the_best_outlives_the_last_ones(tmp_path: Path) -> None:
+def test_best_pt_outlives_later_checkpoints(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep=2)
     for update in (1, 2, 3, 4, 5):
         writer.save(update, content(update))
@@ -64,16 +64,16 @@ def test_the_best_outlives_the_last_ones(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_best_is_copied_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_pt_is_copied_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*arguments: Any) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    test_the_best_outlives_the_last_ones(tmp_path)
+    test_best_pt_outlives_later_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("failed writing")])
-def test_a_full_disk_is_counted_and_the_last_whole_one_stays(
+def test_a_failed_write_is_counted_and_the_last_checkpoint_stays(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = CheckpointWriter(tmp_path, keep=2)
@@ -107,7 +107,7 @@ def test_a_host_copy_shares_no_memory() -> None:
     assert (copied["a"][1], copied["b"][1], copied["c"]) == (1, "x", None)
 
 
-def test_a_best_that_the_disk_refuses_is_kept_as_soon_as_it_takes_it(
+def test_best_pt_is_retried_after_a_failed_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> None:

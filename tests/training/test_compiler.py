@@ -13,7 +13,7 @@ from lars_train.errors import ConfigError
 from lars_train.training import resolve
 
 
-def test_compile_true_without_a_compiler_ends_the_start_with_the_reason(tmp_path: Path) -> None:
+def test_compile_true_without_a_compiler_is_refused(tmp_path: Path) -> None:
     done = start([*ALONE, *TINY, "compile=true"], tmp_path, CXX="no-such-compiler")
     assert done.returncode == 2, done.stderr
     assert "compile=true: torch.compile needs a C++ compiler, which was not found; compile=false trains" in done.stderr
@@ -21,7 +21,7 @@ def test_compile_true_without_a_compiler_ends_the_start_with_the_reason(tmp_path
 
 
 @pytest.mark.parametrize("what", ["compiler", "cache"])
-def test_a_compiler_or_cache_that_fails_is_told_in_a_line(what: str, tmp_path: Path) -> None:
+def test_a_failing_compiler_or_cache_is_one_line(what: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     # In a process of its own: torch keeps what it has compiled, and where.
     own = {"CXX": "/bin/false"} if what == "compiler" else {}
@@ -38,7 +38,7 @@ def test_a_compiler_or_cache_that_fails_is_told_in_a_line(what: str, tmp_path: P
     assert line.endswith("); compile=false trains without it, to the same result up to rounding.")
 
 
-def test_a_compiler_is_looked_for_where_torch_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tool_looks_for_the_compiler_like_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

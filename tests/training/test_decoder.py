@@ -87,7 +87,7 @@ JPEGS: Source = Named("class/x.JPEG")
         ("native", "pillow", True, True, "native"),
     ],
 )
-def test_config_then_run_then_speed_decide_the_decoder(
+def test_the_decoder_follows_config_then_run_then_speed(
     wanted: str, stored: str | None, here: bool, everywhere: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     have(monkeypatch, here)
@@ -127,7 +127,7 @@ def test_a_missing_native_decoder_is_refused_with_the_remedy(monkeypatch: pytest
         ("native", "native", "pillow", True, ["WARNING: this run has decoded JPEGs with pillow"]),
     ],
 )
-def test_what_changes_or_is_missing_is_said_once_a_start_and_only_of_jpegs(
+def test_decoder_lines_are_printed_once_and_only_for_jpegs(
     wanted: str,
     decided: str,
     stored: str | None,
@@ -190,7 +190,7 @@ def decoders(directory: Path) -> list[str]:
     return [start["resolved"]["decoder"] for start in json.loads((directory / "run.json").read_text())["started"]]
 
 
-def test_an_evaluation_alone_uses_the_decoder_that_the_config_names(
+def test_mode_evaluate_uses_the_configured_decoder(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(photographs, tmp_path / "run", max_updates=1)
@@ -224,7 +224,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cannot(
+def test_a_resumed_run_keeps_its_decoder_or_warns(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unbroken, same, other = tmp_path / "unbroken", tmp_path / "same", tmp_path / "other"
@@ -245,7 +245,7 @@ def test_a_continuation_keeps_the_decoder_and_its_weights_and_says_where_it_cann
 
 
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-def test_a_run_that_began_with_pillow_goes_on_with_it(photographs: Path, tmp_path: Path) -> None:
+def test_a_run_that_began_with_pillow_keeps_it(photographs: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         have(patch, False)
         train(photographs, tmp_path / "run", max_updates=2)
@@ -263,7 +263,7 @@ def test_a_missing_decoder_is_found_before_anything_is_written(
 
 
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
-def test_a_run_by_an_unknown_decoder_resumes_and_says_so(
+def test_a_run_with_an_unknown_decoder_resumes_with_a_warning(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:

@@ -50,7 +50,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     ("capability", "fastest"),
     [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), ((12, 0), "bf16")],
 )
-def test_auto_on_cuda_is_bfloat16_where_the_hardware_has_it(
+def test_auto_on_cuda_is_bfloat16_if_the_hardware_has_it(
     capability: tuple[int, int], fastest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda(monkeypatch, capability)
@@ -61,7 +61,7 @@ def test_auto_on_cuda_is_bfloat16_where_the_hardware_has_it(
     ("flags", "fastest"),
     [((), "fp32"), (("avx512_bf16",), "bf16"), (("amx_bf16",), "bf16"), (("bf16",), "bf16"), (("amx_fp16",), "fp32")],
 )
-def test_auto_on_a_cpu_is_bfloat16_where_the_hardware_has_it(
+def test_auto_on_a_cpu_is_bfloat16_if_the_hardware_has_it(
     flags: tuple[str, ...], fastest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu(monkeypatch, *flags)
@@ -91,7 +91,7 @@ def test_auto_on_a_cpu_needs_no_recent_torch(
     ],
 )
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_a_named_precision_is_what_it_says(
+def test_a_precision_has_the_dtypes_of_its_name(
     name: str,
     weights: torch.dtype,
     compute: torch.dtype,
@@ -106,7 +106,7 @@ def test_a_named_precision_is_what_it_says(
     assert precision.scales_loss is scales
 
 
-def test_a_precision_that_the_hardware_lacks_is_refused_with_one_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_precision_is_refused_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda(monkeypatch, (7, 5))
     with pytest.raises(ConfigError, match=r"precision=bf16: Tesla X .*8\.0.* precision=fp16 or fp32"):
         choose_precision("bf16", CUDA)
@@ -175,12 +175,12 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> 
     assert choose_workers(Config(data=DataConfig(workers=3)), CPU, Ranks()) == 3
 
 
-def test_cores_are_those_that_the_process_may_use() -> None:
+def test_available_cores_respects_the_affinity() -> None:
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
 @pytest.mark.usefixtures("process_state")
-def test_set_up_seeds_and_limits_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_up_seeds_and_sets_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     draws = []
     for seed in (7, 7, 8):
@@ -197,7 +197,7 @@ def test_set_up_seeds_and_limits_threads(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_normalising_is_pixels_over_255_less_the_mean_over_the_deviation(
+def test_normalization_matches_its_formula(
     weights: torch.dtype, tolerance: float
 ) -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -99,7 +99,7 @@ def contents(batches: Iterator[Batch]) -> list[tuple[bytes, list[int]]]:
     return [(batch.images.numpy().tobytes(), batch.labels.tolist()) for batch in batches]
 
 
-def test_on_the_cpu_batches_pass_as_they_are() -> None:
+def test_batches_pass_unchanged_on_the_cpu() -> None:
     batches = stream(Noise())
     feed = DevicePrefetcher(batches, CPU)
     assert contents(feed) == contents(stream(Noise()))
@@ -109,12 +109,12 @@ def test_on_the_cpu_batches_pass_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("done", [True, False])
-def test_batches_that_are_copied_ahead_come_once_and_in_order(done: bool, cuda: FakeCuda) -> None:
+def test_prefetched_batches_come_once_and_in_order(done: bool, cuda: FakeCuda) -> None:
     cuda.done = done
     assert contents(simulated(stream(Noise()), cuda)) == contents(stream(Noise()))
 
 
-def test_what_a_batch_is_copied_from_is_held_until_the_copy_is_done(cuda: FakeCuda) -> None:
+def test_the_source_of_a_copy_is_kept_until_it_is_done(cuda: FakeCuda) -> None:
     feed = simulated(stream(Noise()), cuda)
     for _ in range(3):
         next(feed)
@@ -132,7 +132,7 @@ def test_what_a_batch_is_copied_from_is_held_until_the_copy_is_done(cuda: FakeCu
     assert not feed._copied
 
 
-def test_batches_before_a_failure_still_arrive_where_they_are_copied_ahead(cuda: FakeCuda) -> None:
+def test_batches_before_a_loader_failure_still_arrive(cuda: FakeCuda) -> None:
     good = contents(stream(Noise()))
     # The picture of the fourth batch, in the first epoch; without shuffled duplicates it comes once in that epoch.
     bad = good[3][1][0]
@@ -142,7 +142,7 @@ def test_batches_before_a_failure_still_arrive_where_they_are_copied_ahead(cuda:
         next(feed)
 
 
-def test_images_come_in_the_type_that_the_network_computes_in() -> None:
+def test_images_have_the_dtype_that_the_network_computes_in() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     got = normalizer([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], CPU, Precision("bf16", torch.float32, torch.bfloat16))(pixels)
     mean, std = (
@@ -155,7 +155,7 @@ def test_images_come_in_the_type_that_the_network_computes_in() -> None:
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
 
 
-def test_memory_of_normalised_images_is_used_again_but_never_while_a_tensor_refers_to_it() -> None:
+def test_memory_is_reused_once_no_tensor_refers_to_it() -> None:
     normalize = normalizer([0.5] * 3, [0.5] * 3, CPU, Precision("fp32", torch.float32, torch.float32))
     places, held = [], []
     for level, count in [(0, 4), (51, 2), (102, 4), (153, 8), (204, 1), (255, 4)]:
@@ -173,7 +173,7 @@ def test_memory_of_normalised_images_is_used_again_but_never_while_a_tensor_refe
 
 @on_cuda
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_on_cuda_batches_and_their_normalisation_are_those_of_the_cpu(name: str) -> None:
+def test_batches_and_normalization_on_cuda_match_the_cpu(name: str) -> None:
     device = torch.device("cuda")
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     normalize = normalizer([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], device, Precision(name, torch.float32, compute))

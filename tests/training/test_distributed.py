@@ -240,7 +240,7 @@ def close(got: Tensor, expected: Tensor, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_the_gradient_is_the_mean_over_the_global_batch_however_unevenly_ranks_share_it(
+def test_the_gradient_is_the_global_mean_for_uneven_ranks(
     world: int, together: Path
 ) -> None:
     network = plain_network().double()
@@ -268,7 +268,7 @@ def first_global_batch() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "firsts"), [(2, (0, 2)), (3, (0, 1, 3)), (4, (0, 1, 2, 3))])
-def test_the_noise_scale_is_that_of_the_ranks_first_micro_batches(
+def test_the_noise_scale_uses_the_ranks_first_micro_batches(
     world: int, firsts: tuple[int, ...], together: Path
 ) -> None:
     """`firsts`: each rank's first ghost batch of the five, of four samples; some ranks have no second one."""
@@ -286,7 +286,7 @@ def test_the_noise_scale_is_that_of_the_ranks_first_micro_batches(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["three", "mixed"])
-def test_ranks_together_end_with_the_weights_of_one(run: str, together: Path, alone: Path) -> None:
+def test_several_ranks_end_with_the_weights_of_one(run: str, together: Path, alone: Path) -> None:
     got, expected = saved(together / run), saved(alone)
     assert got["update"] == expected["update"] == UPDATES
     assert got["resolved"]["world"] == {"three": 3, "mixed": 2}[run]
@@ -300,7 +300,7 @@ def test_ranks_together_end_with_the_weights_of_one(run: str, together: Path, al
 
 
 @pytest.mark.slow
-def test_ranks_together_log_the_curve_of_one(together: Path, alone: Path) -> None:
+def test_several_ranks_log_the_curve_of_one(together: Path, alone: Path) -> None:
     got, expected = (
         [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         for directory in (together / "three", alone)
@@ -338,14 +338,14 @@ def test_collectives_give_every_rank_the_same(together: Path) -> None:
 
 
 @pytest.mark.slow
-def test_only_the_first_rank_writes_into_the_shared_directory(together: Path) -> None:
+def test_only_rank_0_writes_into_the_shared_directory(together: Path) -> None:
     for run in ("three", "mixed"):
         assert len(list((together / run / "tensorboard").iterdir())) >= 1
         record = json.loads((together / run / "run.json").read_text())
         assert len(record["started"]) == (2 if run == "mixed" else 1)
 
 
-def test_one_rank_alone_needs_no_process_group() -> None:
+def test_a_single_rank_needs_no_process_group() -> None:
     with process_group(Ranks(), CPU, 1.0) as group:
         assert not dist.is_initialized()
         values = torch.ones(2)

@@ -160,7 +160,7 @@ def test_the_batch_changes_nothing(batch: int) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_a_bad_image_counts_as_wrong_and_leaves_the_loss_alone(world: int) -> None:
+def test_a_bad_image_counts_as_wrong_but_not_in_the_loss(world: int) -> None:
     pictures, model = Pictures(70, 7, bad=(0, 33, 34, 69)), network(7)
     top1, top5, loss = plain_loop(pictures, model)
     for result in split_result(pictures, model, world):
@@ -180,14 +180,14 @@ def test_images_that_are_all_bad_give_no_result() -> None:
         split_result(Pictures(3, 7, bad=(0, 1, 2)), network(7))
 
 
-def test_with_fewer_than_five_classes_top5_takes_them_all() -> None:
+def test_top5_of_fewer_than_five_classes_is_over_all() -> None:
     pictures, model = Pictures(40, 3, bad=(7,)), network(3)
     (result,) = split_result(pictures, model)
     assert result.top1 == pytest.approx(plain_loop(pictures, model)[0])
     assert result.top5 == pytest.approx(100 * 39 / 40)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_stays_unchanged() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(64, 7)).double()
     frozen = {k: v.clone() for k, v in model.state_dict().items()}
     pictures = Pictures(9, 7)
@@ -219,7 +219,7 @@ def test_low_precision_logits_are_scored_in_float32() -> None:
     assert seen == [3, 2]
 
 
-def test_the_names_are_those_of_the_log() -> None:
+def test_values_have_the_names_of_the_log() -> None:
     result = Result(50.0, 75.0, 1.25, 8, 7, (BadSample(1, "x", "y"),))
     assert result.values() == {
         "val/top1": 50.0,
@@ -232,14 +232,14 @@ def test_the_names_are_those_of_the_log() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3, 40])
-def test_the_checksum_is_that_of_every_sample_once(world: int) -> None:
+def test_the_checksum_covers_every_sample_once(world: int) -> None:
     pictures = Pictures(23, 7)
     expected = checksum(np.arange(23))
     results = split_result(pictures, network(7), world=world, batch=5)
     assert [result.checksum for result in results] == [expected] * world
 
 
-def test_samples_that_are_counted_twice_or_left_out_end_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_or_missing_samples_end_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     # Both: the count alone would be right.
     whole = evaluation.eval_loader
 
@@ -252,7 +252,7 @@ def test_samples_that_are_counted_twice_or_left_out_end_the_evaluation(monkeypat
         split_result(Pictures(24, 7), network(7), batch=4)
 
 
-def test_checksums_differ_for_samples_that_differ_and_add_up() -> None:
+def test_checksums_differ_for_different_samples_and_add_up() -> None:
     seen = {checksum(np.array(part)) for part in ([], [0], [1], [0, 1], [0, 0], [2], [1, 2], [0, 3], [1_281_166])}
     assert len(seen) == 9
     parts = checksum(np.arange(0, 500)) + checksum(np.arange(500, 1000))
@@ -260,7 +260,7 @@ def test_checksums_differ_for_samples_that_differ_and_add_up() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_confusions_are_counted_per_class_and_all_of_them(world: int) -> None:
+def test_the_confusion_matrix_counts_every_sample(world: int) -> None:
     pictures, model = Pictures(23, 4, bad=(5,)), network(4)
     weight, bias = (p.detach().numpy() for p in model[1].parameters())
     expected = np.zeros((4, 4), np.int64)

@@ -150,7 +150,7 @@ rename .hydra/overrides.yaml | fsync .hydra | open .config.yaml.N | rename confi
 
 
 @pytest.mark.parametrize("how", ["full", "dying"])
-def test_a_start_that_cannot_write_says_so_and_leaves_the_next_free(how: str, tmp_path: Path) -> None:
+def test_a_start_that_cannot_write_releases_its_lock(how: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     for point in BEFORE.replace("\n", " ").split(" | "):
         raised = checked(directory, point.strip(), how)
@@ -189,7 +189,7 @@ def assert_whole(directory: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(("how", "points"), [("full", FULL), ("dying", DYING)], ids=["full", "dying"])
-def test_a_run_whose_disk_fails_tells_the_truth_and_finishes_later(
+def test_a_run_whose_disk_fails_reports_it_and_can_finish(
     how: str, points: str, unbroken: Path, tmp_path: Path
 ) -> None:
     for number, point in enumerate(points.replace("\n", " ").split(" | ")):
@@ -207,7 +207,7 @@ ONCE = """fsync metrics.jsonl | fsync checkpoints/update-N.partial | rename chec
 open .trust_ratios.fields.json.N | open tensorboard/events.out.tfevents"""
 
 
-def test_after_one_failure_a_run_is_whole_or_says_what_it_lacks(
+def test_after_one_failed_write_a_run_is_complete_or_says_why_not(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, point in enumerate(ONCE.replace("\n", " ").split(" | ")):
@@ -243,7 +243,7 @@ def full_soon(place: Path, kib: int) -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="only root may mount a tmpfs")
-def test_a_run_on_a_small_disk_tells_the_truth_and_finishes_with_more_room(unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_small_disk_fails_honestly_and_can_finish(unbroken: Path, tmp_path: Path) -> None:
     needed = sum(-(-p.stat().st_size // 4096) * 4 for p in unbroken.rglob("*") if p.is_file() and p.name != "best.pt")
     outcomes = []
     for number, share in enumerate((0.05, 0.2, 0.5, 0.8, 0.9, 0.95, 1.0, 1.6)):
@@ -271,7 +271,7 @@ def test_a_run_on_a_small_disk_tells_the_truth_and_finishes_with_more_room(unbro
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["removed", "replaced"])
-def test_a_run_whose_directory_is_removed_ends_and_writes_nothing_there(
+def test_a_run_whose_directory_is_removed_ends_without_writing(
     again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, whole = tmp_path / "run", Run._evaluate

@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pyte
     assert all(torch.isfinite(t).all() for t in content["model"].values())
 
 
-def test_a_rollback_passes_over_the_samples_before_the_divergence(
+def test_a_rollback_skips_the_samples_before_the_divergence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     spoiled = Spoiled(monkeypatch, 4)
@@ -148,7 +148,7 @@ def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(
         assert killed[key] == unbroken[key]
 
 
-def test_rollbacks_end_after_as_many_as_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rollbacks_are_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Spoiled(monkeypatch, *range(4, 100))
     with pytest.raises(Diverged, match="Stopped after 2 rollbacks; "):
         train(tmp_path / "run", on_divergence="rollback", max_rollbacks=2)
@@ -157,7 +157,7 @@ def test_rollbacks_end_after_as_many_as_allowed(monkeypatch: pytest.MonkeyPatch,
     assert records == [("rollback", 4), ("rollback", 2), ("stop", None)]
 
 
-def test_no_rollback_goes_to_weights_that_gave_no_finite_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The first step is too large by far: its loss is finite, and that of the next update is not.
     exploding = {"name": "sgd", "lr": 3e38, "trust_coef": None, "weight_decay": 0.0}
     monkeypatch.setitem(SETTINGS, "optimizer", exploding)
@@ -209,7 +209,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytes
     assert checkpoint.load(directory / "checkpoints/best.pt")["update"] == 12
 
 
-def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(
+def test_a_rollback_before_the_first_checkpoint_restarts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Spoiled(monkeypatch, 0)
@@ -270,7 +270,7 @@ def test_steps_that_float16_skips_do_not_advance_the_schedule(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("float16")
-def test_float16_that_never_makes_a_step_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_float16_that_never_makes_a_step_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(guard_module, "_MOST_SKIPPED", 5)
     original = Trainer._step
     monkeypatch.setattr(Trainer, "_step", lambda trainer: original(trainer) and False)
@@ -301,7 +301,7 @@ def test_the_report_has_the_layers_of_the_update_before() -> None:
     assert guard.found(model, float) is None
 
 
-def test_a_divergence_in_the_first_update_is_reported_with_its_own_layers() -> None:
+def test_a_divergence_in_the_first_update_reports_its_own_layers() -> None:
     model = nn.Linear(2, 1)
     lars = LARS(optim.SGD(model.parameters(), lr=0.1), record=True)
     guard = Guard(5.0)
@@ -318,7 +318,7 @@ def test_a_divergence_in_the_first_update_is_reported_with_its_own_layers() -> N
 
 
 @pytest.mark.parametrize(("bad", "has_layers"), [(3, False), (17, False), (18, True), (23, True)])
-def test_without_a_look_for_long_the_update_is_still_known_and_recent_layers(
+def test_a_late_check_still_finds_the_update_and_its_layers(
     monkeypatch: pytest.MonkeyPatch, bad: int, has_layers: bool
 ) -> None:
     monkeypatch.setattr(guard_module, "_MOST_LOSSES", 4)
@@ -342,7 +342,7 @@ def test_without_a_look_for_long_the_update_is_still_known_and_recent_layers(
         assert {layer[0]: layer[2] for layer in found.layers}["bias"] == pytest.approx(bad - 1)
 
 
-def test_a_rollback_that_a_kill_took_back_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_rollback_that_a_kill_undid_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as patch:
         Spoiled(patch, 4)
         original = run_module.Run._save
@@ -361,12 +361,12 @@ def test_a_rollback_that_a_kill_took_back_is_recorded_once(monkeypatch: pytest.M
     assert len(lines(tmp_path / "run/divergence.jsonl")) == 1
 
 
-def test_a_report_can_be_had_without_layers() -> None:
+def test_a_report_works_without_layers() -> None:
     assert Divergence(3, math.inf, 0.1, (), 2).lines() == ["diverged at update 3: loss inf, lr 0.1."]
     assert Divergence(3, math.inf, 0.1, (), 2).record()["loss"] is None
 
 
-def test_a_rollback_keeps_the_best_result_of_an_evaluation_after_its_checkpoint(
+def test_a_rollback_keeps_the_best_result_at_its_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # Position 4 spoils the weights after the evaluation at update 4, whose checkpoint comes before it.
@@ -387,7 +387,7 @@ def test_a_rollback_keeps_the_best_result_of_an_evaluation_after_its_checkpoint(
     assert best["update"] == 4
 
 
-def test_a_rollback_beyond_the_best_takes_it_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_rollback_beyond_the_best_result_discards_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Two divergences after the evaluation at update 8: back to 8, then to 6, and past the samples.
     Spoiled(monkeypatch, 8, 10)
     scores = iter([50.0, 90.0, 90.0, 10.0, 10.0])

@@ -40,7 +40,7 @@ def new_pages(asked: str, **variables: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(not GLIBC, reason="another C library than glibc")
-def test_a_large_block_lies_where_one_that_was_freed_lay() -> None:
+def test_a_large_block_reuses_freed_memory() -> None:
     _, fresh = new_pages("not")
     kept, reused = new_pages("asked")
     assert kept == "True"
@@ -50,7 +50,7 @@ def test_a_large_block_lies_where_one_that_was_freed_lay() -> None:
 
 
 @pytest.mark.parametrize("variable", ["MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_settings_of_the_environment_stand(variable: str) -> None:
+def test_malloc_settings_of_the_environment_take_precedence(variable: str) -> None:
     value = "glibc.malloc.arena_max=4" if variable == "GLIBC_TUNABLES" else "4194304"
     kept, pages = new_pages("asked", **{variable: value})
     assert kept == "False"
@@ -58,7 +58,7 @@ def test_settings_of_the_environment_stand(variable: str) -> None:
 
 
 @pytest.mark.parametrize("answer", ["musl 1.2.5", None, ValueError("unrecognized configuration name")])
-def test_another_c_library_is_left_alone(answer: str | Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_c_library_is_unchanged(answer: str | Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def confstr(name: str) -> str | None:
         if isinstance(answer, Exception):
             raise answer

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("name", "weights"), [("resnet18", ResNet18_Weights), ("resnet50", ResNet50_Weights)])
-def test_training_takes_three_times_the_multiply_adds_that_torchvision_states(name: str, weights: type) -> None:
+def test_flops_are_three_times_torchvisions_forward_count(name: str, weights: type) -> None:
     # `_ops`: billions of multiply-adds of a forward pass, two operations each.
     stated = weights.IMAGENET1K_V1.meta["_ops"]  # type: ignore[attr-defined]
     network = build_model(name, num_classes=1000, ghost_batch=8, zero_gamma=False)
@@ -26,14 +26,14 @@ def test_training_takes_three_times_the_multiply_adds_that_torchvision_states(na
     assert next(network.parameters()).device == CPU
 
 
-def test_the_small_network_s_operations_are_the_sum_over_its_layers() -> None:
+def test_flops_of_a_small_network_are_the_sum_over_layers() -> None:
     shapes = [(3, 16, 32), (16, 16, 32), (16, 16, 32), (16, 32, 16), (32, 32, 16), (32, 64, 8), (64, 64, 8)]
     forward = sum(2 * 9 * into * out * side**2 for into, out, side in shapes) + 2 * 64 * 10
     network = build_model("small", num_classes=10, ghost_batch=8, zero_gamma=False)
     assert flops_per_image(network, 32) == 3 * forward
 
 
-def test_the_measured_peak_is_a_rate_of_this_machine() -> None:
+def test_the_measured_peak_is_plausible_for_this_machine() -> None:
     threads, before = torch.get_num_threads(), torch.get_rng_state()
     peak_flops.cache_clear()
     found = peak_flops(choose_precision("fp32", CPU), CPU, threads)
@@ -91,7 +91,7 @@ assert settings() == before, (settings(), before)
 
 
 @pytest.mark.parametrize("case", _SETTINGS)
-def test_the_peak_is_of_products_in_tf32_where_the_convolutions_are_and_leaves_the_settings(case: str) -> None:
+def test_the_peak_uses_tf32_if_convolutions_do(case: str) -> None:
     setting, wanted = _SETTINGS[case]
     if "newer" in case and not hasattr(torch.backends.cudnn, "conv"):
         pytest.skip("this torch has the older names alone")
@@ -104,7 +104,7 @@ def test_the_peak_is_of_products_in_tf32_where_the_convolutions_are_and_leaves_t
     assert done.returncode == 0, done.stderr
 
 
-def test_a_measurement_that_fails_leaves_the_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_measurement_restores_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(a: object, b: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
@@ -116,7 +116,7 @@ def test_a_measurement_that_fails_leaves_the_settings_too(monkeypatch: pytest.Mo
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_a_log_line_tells_the_rate_of_the_updates_since_the_one_before() -> None:
+def test_a_log_line_has_the_rate_since_the_previous_line() -> None:
     interval = Interval(30, 100.0)
     interval.waited += 2.0
     values = interval.values(40, 116.0, global_batch=256, flops=Flops(2e9, 1e12))
@@ -128,7 +128,7 @@ def test_a_log_line_tells_the_rate_of_the_updates_since_the_one_before() -> None
     assert "train/mfu" not in values
 
 
-def test_evaluations_and_checkpoints_are_left_out_of_the_rate() -> None:
+def test_the_rate_excludes_evaluations_and_checkpoints() -> None:
     interval = Interval(0, 50.0)
     interval.waited += 1.0
     interval.save(3.0)

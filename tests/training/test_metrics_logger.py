@@ -85,7 +85,7 @@ def updates(folder: Path, log_every: int, count: int) -> list[Update]:
     return found
 
 
-def test_between_log_lines_monitoring_computes_nothing_and_reads_nothing_back(
+def test_monitoring_costs_nothing_between_log_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
@@ -122,7 +122,7 @@ def test_the_script_compares_updates_with_and_without_log_lines() -> None:
     assert 0 < float(line.group(1)) < 1000
 
 
-def test_the_page_tells_a_cost_within_the_bound_of_one_percent() -> None:
+def test_the_page_states_a_cost_below_one_percent() -> None:
     page = (ROOT / "docs" / "monitoring.md").read_text()
     share = re.search(r"measuring for a line and writing it: [\d.]+ ms, ([\d.]+) % of the updates' time", page)
     assert share is not None

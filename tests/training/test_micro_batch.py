@@ -41,13 +41,13 @@ def kept_for_backward(model: nn.Module, samples: int, image_size: int) -> int:
 
 
 @pytest.mark.parametrize(("name", "size", "samples"), [("resnet18", 64, 4), ("small", 28, 32), ("small", 16, 4)])
-def test_the_count_is_what_a_real_forward_pass_keeps(name: str, size: int, samples: int) -> None:
+def test_activation_bytes_matches_a_real_forward_pass(name: str, size: int, samples: int) -> None:
     model = build_model(name, num_classes=10, ghost_batch=samples, zero_gamma=False)
     real = kept_for_backward(model, samples, size)
     assert activation_bytes(model, samples, size) == pytest.approx(real, rel=0.1)
 
 
-def test_counting_leaves_the_model_alone() -> None:
+def test_counting_activations_leaves_the_model_unchanged() -> None:
     model = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False).double().eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     in_float64 = activation_bytes(model, 4, 16)
@@ -71,7 +71,7 @@ def test_the_micro_batch_is_bounded_on_every_side() -> None:
     assert fitting(ghost_batch=2 * MOST_SAMPLES) == 1
 
 
-def test_the_micro_batch_follows_the_free_memory_that_ranks_share() -> None:
+def test_the_micro_batch_follows_the_shared_free_memory() -> None:
     model = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False)
     ghost = activation_bytes(model, 4, 16)
     share = device.SHARE_OF_FREE_MEMORY
@@ -81,7 +81,7 @@ def test_the_micro_batch_follows_the_free_memory_that_ranks_share() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc, which only Linux has")
-def test_free_memory_is_positive_and_at_most_what_the_machine_has() -> None:
+def test_free_memory_is_positive_and_below_the_total() -> None:
     free = free_memory()
     total = next(
         int(line.split()[1]) * 1024
@@ -91,7 +91,7 @@ def test_free_memory_is_positive_and_at_most_what_the_machine_has() -> None:
     assert 0 < free <= total
 
 
-def test_a_control_group_and_the_system_both_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_respects_the_control_group_and_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "/proc/meminfo": "MemTotal: 100 kB\nMemAvailable:   60 kB\n",
         "/sys/fs/cgroup/memory.max": "50000\n",
@@ -117,7 +117,7 @@ def test_a_control_group_and_the_system_both_limit(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_an_attempt_runs_and_leaves_the_model_alone(name: str) -> None:
+def test_a_trial_leaves_the_model_unchanged(name: str) -> None:
     model = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try_micro_batch(model, 8, 16, choose_precision(name, torch.device("cpu")), torch.device("cpu"))
@@ -127,7 +127,7 @@ def test_an_attempt_runs_and_leaves_the_model_alone(name: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_an_attempt_that_is_too_large_says_so_and_leaves_no_memory_behind() -> None:
+def test_a_trial_that_is_too_large_frees_its_memory() -> None:
     device = torch.device("cuda")
     model = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=False)
     # What cuBLAS works in stays, whoever has called it first.
@@ -139,7 +139,7 @@ def test_an_attempt_that_is_too_large_says_so_and_leaves_no_memory_behind() -> N
     assert torch.cuda.memory_allocated() == before
 
 
-def test_weights_that_a_layer_keeps_as_another_tensor_are_no_activations() -> None:
+def test_transposed_weights_are_not_counted_as_activations() -> None:
     # torch's linear layer keeps its weight transposed, and of the images what it got: 3 * 16 * 16 numbers each.
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 1000))
     assert activation_bytes(model, 8, 16) == 8 * 3 * 16 * 16 * 4

@@ -121,7 +121,7 @@ def numbered_name(count: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("layout", ["", "val", "test", "train and val"])
-def test_validation_images_alone_are_evaluated_with_the_models_classes(
+def test_a_validation_set_alone_uses_the_models_classes(
     layout: str, weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
     root = tmp_path / "data"
@@ -140,7 +140,7 @@ def test_validation_images_alone_are_evaluated_with_the_models_classes(
 
 
 @pytest.mark.parametrize("kind", ["folder", "text", "number", "number in a folder"])
-def test_validation_shards_alone_are_labelled_by_name_or_output(
+def test_validation_shards_alone_match_by_name_or_output(
     kind: str, weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
     labels = (3, 10, 11)
@@ -190,7 +190,7 @@ def test_classes_in_another_order_are_evaluated_by_name(
 
 
 @pytest.mark.parametrize("outputs", ["subset", "all"])
-def test_some_of_the_classes_are_evaluated_over_those_or_all(
+def test_some_classes_are_evaluated_over_those_or_all_outputs(
     outputs: str,
     model: nn.Module,
     weights: Callable[[Sequence[str] | None], str],
@@ -217,7 +217,7 @@ def test_some_of_the_classes_are_evaluated_over_those_or_all(
             assert ["n09", "n07", "3"] in list(csv.reader(file))
 
 
-def test_folders_that_are_numbers_are_the_outputs_of_those_numbers(
+def test_folders_named_by_numbers_are_those_outputs(
     weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
     # As in ImageNet-V2: 10 and 11 come before 2 by text, and are outputs 10 and 11.
@@ -237,7 +237,7 @@ def test_folders_that_are_numbers_are_the_outputs_of_those_numbers(
 
 
 @pytest.mark.parametrize(("width", "trained"), [(3, 1), (2, 1), (1, 3)])
-def test_numbers_with_leading_zeros_are_the_classes_of_those_numbers(
+def test_leading_zeros_of_class_numbers_are_ignored(
     width: int, trained: int, weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
     # Without zeros the order is 0, 1, 10, 11, 2: by index folder 002 would be class 10. With 00, some names are equal.
@@ -261,7 +261,7 @@ def test_numbers_with_leading_zeros_are_the_classes_of_those_numbers(
         (["1", "01", "2"], ["001", "2"], "001"),
     ],
 )
-def test_of_a_model_whose_classes_are_numbers_none_is_an_index(
+def test_numeric_class_names_are_not_indices(
     own: list[str], held: list[str], told: str, numbers: tuple[int, ...]
 ) -> None:
     state = {"fc.weight": torch.zeros(len(own), 1), "fc.bias": torch.zeros(len(own))}
@@ -269,7 +269,7 @@ def test_of_a_model_whose_classes_are_numbers_none_is_an_index(
         match_classes(Weights("w", state, tuple(own)), held, numbers)
 
 
-def test_classes_that_the_model_has_not_are_refused_by_name(
+def test_classes_that_the_model_lacks_are_refused_by_name(
     weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
     root = folders(tmp_path / "data", {"n03": 3, "cat": 1, "dog": 2})
@@ -279,7 +279,7 @@ def test_classes_that_the_model_has_not_are_refused_by_name(
         evaluate(data__root=root, model__weights=weights(None))
 
 
-def test_outputs_without_names_are_imagenets_where_the_numbers_say_so() -> None:
+def test_thousand_unnamed_outputs_are_imagenets_classes() -> None:
     # https://github.com/pytorch/vision/blob/main/torchvision/models/_meta.py: tench, goldfish, ..., toilet tissue.
     state = {"fc.weight": torch.zeros(1000, 1), "fc.bias": torch.zeros(1000)}
     names, rows, notes = match_classes(Weights("w", state), ["n15075141", "n01443537"])
@@ -287,7 +287,7 @@ def test_outputs_without_names_are_imagenets_where_the_numbers_say_so() -> None:
     assert list(wnids()) == sorted(set(wnids()))
 
 
-def test_numbers_in_the_order_of_text_are_warned_of_with_that_order(tmp_path: Path) -> None:
+def test_numbers_in_text_order_give_a_warning(tmp_path: Path) -> None:
     warning = text_order(["0", "1", "10", "11", "2"])
     assert warning is not None
     assert "is class 0, 1, 10, 11, 2" in warning
@@ -299,7 +299,7 @@ def test_numbers_in_the_order_of_text_are_warned_of_with_that_order(tmp_path: Pa
     assert prepare(config(**changes)).notes == (text_order(sorted(numbered_name(12))),)
 
 
-def test_a_new_head_is_the_seeds_and_all_else_the_files(
+def test_a_new_head_is_initialized_and_the_rest_is_loaded(
     weights: Callable[[Sequence[str] | None], str], model: nn.Module, tmp_path: Path
 ) -> None:
     for split in ("train", "val"):
@@ -329,6 +329,6 @@ def test_a_new_head_is_the_seeds_and_all_else_the_files(
         ({"model__weights": "w.pth", "evaluate__outputs": "some"}, "choose one of subset, all"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], told: str) -> None:
+def test_incompatible_settings_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         config(**changes)

@@ -68,7 +68,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_whose_data_have_changed_does_not_go_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_data_changed_does_not_resume(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The config is the same and so is the directory; the files are not.
     monkeypatch.setattr("lars_train.data.sources.builtin.fingerprint", lambda *given: fingerprint(*given)[::-1])
     prepared = prepare(config(trained, max_updates=2))
@@ -82,7 +82,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(trained: Path, tmp_path: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_is_unchanged(trained: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     shutil.copytree(trained, directory)
     for path in (directory / "checkpoints").iterdir():

@@ -138,7 +138,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("compression", "size"), [(NONE, 4), (BF16, 2)])
-def test_an_update_sends_no_more_than_a_ring_needs_to_sum_each_gradient_once(
+def test_an_update_sends_no_more_than_one_ring_all_reduce(
     compression: str, size: int, together: Path
 ) -> None:
     sent = json.loads((together / "told-0.json").read_text())[compression]
@@ -159,7 +159,7 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_each_gradient_lies_in_its_bucket_so_that_there_is_no_second_copy(alone: None) -> None:
+def test_gradients_are_views_of_their_buckets(alone: None) -> None:
     model = network()
     parallel = over_ranks(model, CPU, bucket_mb=25.0)
     # Torch fills its buckets in another order from the second pass on.
@@ -185,7 +185,7 @@ def gradient(state: dict[str, Tensor], model: nn.Module, numbers: range, update:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compression", [NONE, BF16])
-def test_compressed_gradients_are_the_sums_of_the_ranks_rounded_ones(compression: str, together: Path) -> None:
+def test_compressed_gradients_are_sums_of_rounded_gradients(compression: str, together: Path) -> None:
     weights = [p.detach().double() for p in network().parameters()]
     reference = network()
     for update in range(UPDATES):

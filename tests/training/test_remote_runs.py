@@ -119,7 +119,7 @@ def least_cache(tmp_path: Path, store: Path, **changes: Any) -> float:
     return float(found[1])
 
 
-def test_a_run_on_a_url_is_the_run_on_a_copy_and_its_cache_stays_within_its_bounds(
+def test_a_run_on_a_url_equals_the_run_on_a_copy(
     store: Path, by_copy: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -146,12 +146,12 @@ def test_a_run_on_a_url_is_the_run_on_a_copy_and_its_cache_stays_within_its_boun
     assert 0.5 * limit * 1e9 < max(seen) <= limit * 1e9
 
 
-def test_another_window_is_another_curve(store: Path, by_copy: Path, tmp_path: Path) -> None:
+def test_another_shard_window_gives_another_curve(store: Path, by_copy: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", store, data__window_shards=3, max_updates=2)
     assert losses(tmp_path / "run") != losses(by_copy)[:2]
 
 
-def test_a_checkpoint_of_a_copy_goes_on_on_the_url_and_is_evaluated_there(
+def test_a_checkpoint_moves_between_a_copy_and_the_url(
     store: Path, by_copy: Path, tmp_path: Path
 ) -> None:
     settings = {"data__cache_dir": str(tmp_path / "cache")}
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_a_copy_goes_on_on_the_url_and_is_evaluated_there(
 
 
 @pytest.mark.parametrize("change", [{"data__order": "global"}, {"data__window_shards": 3}, {}])
-def test_an_epoch_that_was_begun_in_one_order_does_not_go_on_in_another(
+def test_a_partly_trained_epoch_keeps_its_order(
     change: dict[str, Any], store: Path, by_copy: Path, tmp_path: Path
 ) -> None:
     root = store if change else make_store(tmp_path, shards=5)
@@ -175,7 +175,7 @@ def test_an_epoch_that_was_begun_in_one_order_does_not_go_on_in_another(
     prepare(config(tmp_path / "run", root, checkpoint__path=at[6], **change))
 
 
-def test_a_run_does_not_go_on_when_its_store_was_packed_into_other_shards(store: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_on_other_shards(store: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(store)
     train(tmp_path / "run", link, max_updates=2)
@@ -185,7 +185,7 @@ def test_a_run_does_not_go_on_when_its_store_was_packed_into_other_shards(store:
         train(tmp_path / "run", link)
 
 
-def test_a_cache_that_is_too_small_is_bad_input(store: Path, tmp_path: Path) -> None:
+def test_a_cache_that_is_too_small_is_a_config_error(store: Path, tmp_path: Path) -> None:
     one, all_at_once = least_cache(tmp_path, store), least_cache(tmp_path, store, data__window_shards=20)
     assert one < all_at_once
     settings = {"data__cache_dir": str(tmp_path / "cache")}
@@ -203,7 +203,7 @@ def test_settings_that_would_be_ignored_are_errors(store: Path, tmp_path: Path) 
         prepare(config(tmp_path / "run", store.parent / "data"))
 
 
-def test_a_shard_that_is_gone_ends_the_run_and_it_goes_on_when_it_is_back(
+def test_a_run_resumes_after_a_missing_shard_returns(
     by_copy: Path, store: Path, tmp_path: Path
 ) -> None:
     settings = {"data__cache_dir": str(tmp_path / "cache")}
@@ -227,7 +227,7 @@ COMMAND = (
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_the_least_cache_ends_with_the_weights_of_one_on_a_copy(store: Path, tmp_path: Path) -> None:
+def test_a_killed_remote_run_with_the_least_cache_ends_the_same(store: Path, tmp_path: Path) -> None:
     register()
     here = [f"data.root={store}", f"run.dir={tmp_path}/copy"]
     with initialize_config_dir(str(config_dir()), version_base=None):

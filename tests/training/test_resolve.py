@@ -75,26 +75,26 @@ def decide(network: nn.Module, c: Config, stored: Resolved | None = None, **how:
     return resolve_execution(c, how.get("plan", plan()), network, CPU, Among(ranks, least), kept)
 
 
-def test_left_open_everything_is_decided_for_this_machine(network: nn.Module) -> None:
+def test_open_settings_are_resolved_for_this_machine(network: nn.Module) -> None:
     assert decide(network, config()) == of_pillow(40, "bf16", 8, 1, "cpu")
     two = Ranks(1, 2, 1, 2)
     assert decide(network, config(), ranks=two) == of_pillow(20, "bf16", 4, 2, "cpu")
 
 
-def test_the_micro_batch_is_never_more_than_a_rank_has_to_do(network: nn.Module) -> None:
+def test_the_micro_batch_is_at_most_a_ranks_samples(network: nn.Module) -> None:
     # Ten ghost batches over three ranks: the busiest one has four.
     assert decide(network, config(), ranks=Ranks(2, 3, 2, 3)).micro_batch == 4 * GHOST
     assert decide(network, config(micro_batch=40), ranks=Ranks(2, 3, 2, 3)).micro_batch == 4 * GHOST
     assert decide(network, config(), plan=plan(4000)).micro_batch == 256
 
 
-def test_a_given_micro_batch_is_taken_and_checked(network: nn.Module) -> None:
+def test_a_configured_micro_batch_is_used_and_checked(network: nn.Module) -> None:
     assert decide(network, config(micro_batch=12)).micro_batch == 12
     with pytest.raises(ConfigError, match=r"micro_batch=10 .* ghost batch of 4 .* 8 and 12"):
         decide(network, config(micro_batch=10))
 
 
-def test_the_rank_with_the_least_memory_decides_for_all(network: nn.Module) -> None:
+def test_the_rank_with_the_least_memory_decides(network: nn.Module) -> None:
     assert decide(network, config(), ranks=Ranks(0, 2, 0, 2), least=1).micro_batch == GHOST
 
 
@@ -103,30 +103,30 @@ def test_no_memory_at_all_still_gives_one_ghost_batch(network: nn.Module, monkey
     assert decide(network, config()).micro_batch == GHOST
 
 
-def test_a_continuation_keeps_what_was_decided_at_first(network: nn.Module) -> None:
+def test_a_resumed_run_keeps_its_resolved_settings(network: nn.Module) -> None:
     first = of_pillow(8, "fp32", 3, 1, "cpu")
     assert decide(network, config(), first) == first
 
 
-def test_what_the_config_says_wins_over_what_was_decided_at_first(network: nn.Module) -> None:
+def test_the_config_takes_precedence_over_resolved_settings(network: nn.Module) -> None:
     first = of_pillow(8, "bf16", 3, 1, "cpu")
     c = config(micro_batch=16, precision=PrecisionConfig("fp64"), launch=LaunchConfig(threads=2))
     assert decide(network, c, first) == of_pillow(16, "fp64", 2, 1, "cpu")
 
 
-def test_threads_are_decided_anew_where_the_ranks_are_others(network: nn.Module) -> None:
+def test_threads_are_chosen_again_for_another_world_size(network: nn.Module) -> None:
     first = of_pillow(8, "fp32", 3, 1, "cpu")
     assert decide(network, config(), first, ranks=Ranks(0, 2, 0, 2)) == of_pillow(8, "fp32", 4, 2, "cpu")
     assert decide(network, config(), replace(first, device="cuda")).threads == 8
 
 
-def test_a_kept_micro_batch_that_no_longer_fits_is_decided_anew(network: nn.Module) -> None:
+def test_a_stored_micro_batch_that_no_longer_fits_is_replaced(network: nn.Module) -> None:
     # More ranks: less to do for each. Another ghost batch (a checkpoint of another run): no whole number of them.
     assert decide(network, config(), of_pillow(40, "fp32", 1, 1, "cpu"), ranks=Ranks(0, 5, 0, 5)).micro_batch == 8
     assert decide(network, config(), of_pillow(6, "fp32", 1, 1, "cpu")).micro_batch == 40
 
 
-def test_a_precision_that_the_device_cannot_do_is_refused(network: nn.Module) -> None:
+def test_a_precision_that_the_device_lacks_is_refused(network: nn.Module) -> None:
     with pytest.raises(ConfigError, match="precision=fp16"):
         decide(network, config(precision=PrecisionConfig("fp16")))
 
@@ -134,7 +134,7 @@ def test_a_precision_that_the_device_cannot_do_is_refused(network: nn.Module) ->
 @pytest.mark.parametrize(
     ("room", "kept", "expected"), [(1, None, 1), (7, None, 7), (99, None, 10), (7, 3, 3), (2, 3, 2)]
 )
-def test_on_a_gpu_the_micro_batch_is_the_largest_that_was_tried_with_success(
+def test_on_a_gpu_the_micro_batch_is_the_largest_that_fits(
     room: int, kept: int | None, expected: int, network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
@@ -152,7 +152,7 @@ def test_on_a_gpu_the_micro_batch_is_the_largest_that_was_tried_with_success(
     assert len(tried) == len(set(tried)) <= 5
 
 
-def test_a_gpu_without_room_for_one_ghost_batch_is_told_of(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_too_small_for_one_ghost_batch_is_an_error(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def attempt(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("there is none")
 

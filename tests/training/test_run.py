@@ -124,7 +124,7 @@ def test_a_run_leaves_what_scripts_rely_on(unbroken: Path) -> None:
     assert next(v["train/lr"] for v in found if v["update"] == 9) == pytest.approx((1 - 8 / 12) ** 2)
 
 
-def test_tensorboard_shows_layers_stages_noise_and_pictures(unbroken: Path) -> None:
+def test_tensorboard_shows_layers_stages_noise_and_images(unbroken: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(unbroken / "tensorboard"))
@@ -175,7 +175,7 @@ def test_without_lars_there_are_no_trust_ratios(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "trust_ratios.jsonl").exists()
 
 
-def test_a_start_s_record_tells_what_it_was_of_and_how_it_ended(
+def test_the_record_of_a_start_has_its_settings_and_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "run"
@@ -193,7 +193,7 @@ def test_a_start_s_record_tells_what_it_was_of_and_how_it_ended(
     assert last["resolved"]["precision"] == "fp32"
 
 
-def test_time_in_the_log_goes_on_over_a_kill_without_the_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logged_time_continues_after_a_kill_without_the_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(run_module.time, "perf_counter", lambda: clock[0])
     one_update = Trainer.run_update
@@ -214,7 +214,7 @@ def test_time_in_the_log_goes_on_over_a_kill_without_the_gap(tmp_path: Path, mon
     assert [line["run/seconds"] for line in found] == [10.0 * line["update"] for line in found]
 
 
-def test_the_final_record_is_that_of_the_log_and_of_the_weights(unbroken: Path) -> None:
+def test_the_final_record_matches_the_log_and_the_weights(unbroken: Path) -> None:
     final = json.loads((unbroken / "final.json").read_text())
     evaluations = [line for line in lines(unbroken) if "val/top1" in line]
     assert final["final_top1"] == evaluations[-1]["val/top1"]
@@ -260,7 +260,7 @@ KILLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_killed_run_ends_as_if_nothing_had_happened(
+def test_a_killed_run_ends_with_the_same_weights(
     kill: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, name, calls = KILLS[kill]
@@ -274,7 +274,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     assert_same_outcome(tmp_path / "run", unbroken)
 
 
-def test_a_run_that_stops_early_goes_on_to_the_same_weights(
+def test_a_run_that_stopped_early_resumes_to_the_same_weights(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, bars = tmp_path / "run", list[tuple[int, ...]]()
@@ -291,7 +291,7 @@ def test_a_run_that_stops_early_goes_on_to_the_same_weights(
     assert json.loads((directory / "final.json").read_text())["weights_sha256"] == state_hash(unbroken)
 
 
-def test_low_validation_is_explained_at_the_first_evaluation_alone(
+def test_low_validation_accuracy_is_explained_only_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -309,7 +309,7 @@ def state_hash(directory: Path) -> str:
     return text
 
 
-def test_a_finished_run_is_told_and_not_trained_again(
+def test_a_finished_run_is_reported_and_not_trained_again(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (unbroken / "run.json").read_text()
@@ -323,7 +323,7 @@ def test_a_finished_run_is_told_and_not_trained_again(
     assert (unbroken / "run.json").read_text() == before
 
 
-def test_resume_never_starts_anew(unbroken: Path, tmp_path: Path) -> None:
+def test_resume_never_starts_over(unbroken: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     train(directory, max_updates=5)
     train(directory, max_updates=2, resume="never")
@@ -332,7 +332,7 @@ def test_resume_never_starts_anew(unbroken: Path, tmp_path: Path) -> None:
     assert [line["update"] for line in lines(directory)] == [2, 2]
 
 
-def test_what_was_decided_at_first_is_kept(tmp_path: Path) -> None:
+def test_stored_decisions_are_kept(tmp_path: Path) -> None:
     train(tmp_path / "run", max_updates=3, micro_batch="auto")
     first = state(tmp_path / "run")["resolved"]
     assert first["micro_batch"] == 24
@@ -343,7 +343,7 @@ def test_what_was_decided_at_first_is_kept(tmp_path: Path) -> None:
     assert state(tmp_path / "run")["resolved"]["micro_batch"] == 8
 
 
-def test_a_damaged_last_checkpoint_costs_time_and_nothing_else(
+def test_a_damaged_last_checkpoint_costs_only_time(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = tmp_path / "run"
@@ -361,7 +361,7 @@ def test_a_damaged_last_checkpoint_costs_time_and_nothing_else(
     assert_equal(state(directory)["model"], state(unbroken)["model"])
 
 
-def test_the_best_so_far_and_the_time_so_far_are_remembered(tmp_path: Path) -> None:
+def test_a_resumed_run_remembers_its_best_result_and_its_time(tmp_path: Path) -> None:
     train(tmp_path / "run", max_updates=3)
     saved = checkpoint.listing(tmp_path / "run" / "checkpoints")[-1]
     checkpoint.save(saved.parent, 3, {**checkpoint.load(saved), "best_top1": 101.0, "seconds": 5000.0}, keep=1)
@@ -371,7 +371,7 @@ def test_the_best_so_far_and_the_time_so_far_are_remembered(tmp_path: Path) -> N
     assert 5000 < final["seconds"] < 5100
 
 
-def test_a_new_run_may_go_on_from_another_runs_checkpoint_with_its_own_settings(tmp_path: Path) -> None:
+def test_a_new_run_may_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
     train(tmp_path / "first", max_updates=3)
     changes = {"optimizer__weight_decay": 0.25, "optimizer__momentum": 0.5, "optimizer__eps": 1e-3}
     prepared = prepare(config(tmp_path / "second", checkpoint__path=str(tmp_path / "first"), max_updates=5, **changes))
@@ -470,7 +470,7 @@ def test_bad_images_are_named_once_and_counted(
     assert max(v["val/top1"] for v in evaluations) <= 100 * 7 / 8
 
 
-def test_a_run_goes_on_where_its_images_were_moved_to(
+def test_a_run_resumes_after_its_images_moved(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = [tmp_path / name for name in ("here", "there", "others")]
@@ -513,14 +513,14 @@ def test_bad_images_are_not_tolerated_with_on_error_fail(photographs: Path, tmp_
         train(tmp_path / "run", data__root=str(photographs), data__on_error="fail", **FOLDER)
 
 
-def test_a_resumed_run_does_not_tell_known_bad_images_again(photographs: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_report_bad_images_twice(photographs: Path, tmp_path: Path) -> None:
     for stop in (3, 6):
         train(tmp_path / "run", data__root=str(photographs), max_updates=stop, **FOLDER)
     told = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert len(told) == 3
 
 
-def test_a_signal_within_an_evaluation_ends_the_run_with_the_checkpoint_before_it(
+def test_a_signal_during_an_evaluation_loses_no_update(
     unbroken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     noted: list[SignalHandler] = []
@@ -549,7 +549,7 @@ def test_a_signal_within_an_evaluation_ends_the_run_with_the_checkpoint_before_i
     assert final["best_top1"] == expected["best_top1"]
 
 
-def test_a_checkpoint_of_another_model_is_named_and_the_one_before_it_used(
+def test_a_checkpoint_of_another_model_is_skipped_with_a_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path / "other", max_updates=4, model__name="resnet20")
@@ -563,7 +563,7 @@ def test_a_checkpoint_of_another_model_is_named_and_the_one_before_it_used(
     assert "resumed        at update 3" in told.out
 
 
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
+def test_a_run_without_its_checkpoints_does_not_start_over(tmp_path: Path) -> None:
     train(tmp_path / "run", max_updates=3)
     for path in (tmp_path / "run/checkpoints").iterdir():
         path.unlink()
@@ -572,7 +572,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_in_silence(tmp_path:
     assert train(tmp_path / "run", max_updates=5, resume="never")["updates"] == 5
 
 
-def test_a_run_that_goes_beyond_its_end_has_no_result_until_its_next(
+def test_a_run_continued_past_its_end_has_no_final_record_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "run"

@@ -72,13 +72,13 @@ def test_a_run_is_named_after_data_model_batch_and_hash() -> None:
 
 
 @pytest.mark.parametrize("name", ["a=b", "a,b", "a b", "a/b", "a\tb", "ä", "../x"])
-def test_no_name_holds_what_shells_and_hydra_stumble_over(name: str) -> None:
+def test_run_names_are_safe_for_shells_and_hydra(name: str) -> None:
     path = run_directory(replace(config(), data=DataConfig(name=name)))
     assert path.parent == Path("runs")
     assert re.fullmatch(r"[A-Za-z0-9._-]+", path.name)
 
 
-def test_run_dir_and_run_name_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_run_dir_and_run_name_are_used_unchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_directory(config(run=RunConfig(dir="/big/disk/x"))) == Path("/big/disk/x")
     assert run_directory(config(run=RunConfig(dir="~/x"))) == tmp_path / "x"
@@ -115,7 +115,7 @@ def test_every_start_is_recorded(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["started"]) == 3
 
 
-def test_what_is_known_later_of_a_start_stands_with_it(tmp_path: Path) -> None:
+def test_note_start_and_note_end_extend_the_last_start(tmp_path: Path) -> None:
     directory, plan = tmp_path / "run", make_plan(config(), 1000)
     open_here(directory).close()
     note_start(directory, plan=plan, data={"classes": 2}, resumed_at=0)
@@ -136,14 +136,14 @@ def test_what_is_known_later_of_a_start_stands_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"started": []}', '{"started": 5}', '{"started": [3]}'])
-def test_a_record_that_cannot_be_added_to_stays_as_it_is(text: str, tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_extended_stays_unchanged(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
     note_end(tmp_path, "failed", "x")
     assert (tmp_path / "run.json").read_text() == text
     note_end(tmp_path / "nowhere", "failed", "x")
 
 
-def test_only_a_run_of_the_same_config_is_held(tmp_path: Path) -> None:
+def test_holds_run_of_compares_the_config(tmp_path: Path) -> None:
     assert not holds_run_of(tmp_path / "run", config())
     open_here(tmp_path / "run").close()
     assert holds_run_of(tmp_path / "run", config(log_every=3))
@@ -163,7 +163,7 @@ def test_the_stored_config_composes_to_the_same_config(tmp_path: Path) -> None:
     assert resolve(OmegaConf.structured(again)) == c
 
 
-def test_the_same_command_may_go_on_and_another_experiment_may_not(tmp_path: Path) -> None:
+def test_only_the_same_experiment_may_resume_in_a_directory(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     check_same_experiment(directory, config())
     open_here(directory).close()
@@ -177,7 +177,7 @@ def test_the_same_command_may_go_on_and_another_experiment_may_not(tmp_path: Pat
     assert "epochs" not in str(error.value)
 
 
-def test_the_setting_that_makes_it_another_experiment_is_named_among_harmless_ones(tmp_path: Path) -> None:
+def test_only_settings_that_change_the_experiment_are_named(tmp_path: Path) -> None:
     open_here(tmp_path / "run").close()
     other = config(
         max_updates=3,
@@ -199,7 +199,7 @@ def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
         check_same_experiment(tmp_path, config())
 
 
-def test_an_old_run_is_moved_aside_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_never_moves_the_old_run_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "run"
     for number in range(3):
         open_here(directory, config(resume="never")).close()
@@ -225,7 +225,7 @@ def test_a_second_start_is_refused_while_the_first_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_lock_in_a_directory_that_was_moved_aside_locks_nothing(
+def test_a_lock_in_a_directory_moved_aside_does_not_count(
     begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, flock = tmp_path / "run", fcntl.flock
@@ -260,7 +260,7 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
         open_here(directory).close()
 
 
-def test_a_start_killed_before_its_record_was_whole_does_not_block_the_next(
+def test_a_start_killed_early_does_not_block_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At the slowest point of a start: git is asked before the record is written.
@@ -292,7 +292,7 @@ class Elsewhere(Group):
         return [None, value]
 
 
-def test_a_directory_that_the_ranks_do_not_share_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_without_a_shared_directory_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -308,7 +308,7 @@ def test_a_directory_that_the_ranks_do_not_share_is_an_error(tmp_path: Path, mon
     assert open_directory(tmp_path / "run", config(), CALL, group) is None
 
 
-def test_a_file_that_other_nodes_see_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_directory_waits_for_a_slow_shared_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -360,7 +360,7 @@ def test_unusable_places_are_refused_and_nothing_is_written(tmp_path: Path, monk
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["cat.jpg", "empty", "file", "photos"]
 
 
-def test_a_run_is_finished_when_its_final_record_is_there(tmp_path: Path) -> None:
+def test_a_run_is_finished_when_final_json_exists(tmp_path: Path) -> None:
     assert finished(tmp_path) is None
     record = {"updates": 7, "planned_updates": 9, "best_top1": 50.0, "directory": "runs/x"}
     (tmp_path / "final.json").write_text(json.dumps(record))
@@ -373,7 +373,7 @@ def test_a_run_is_finished_when_its_final_record_is_there(tmp_path: Path) -> Non
         finished(tmp_path)
 
 
-def test_the_git_state_is_that_of_the_codes_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_git_state_is_of_the_checkout_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_state(tmp_path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(Path(module.__file__).parent) is None
@@ -387,7 +387,7 @@ def test_the_git_state_is_that_of_the_codes_checkout(tmp_path: Path, monkeypatch
         (None, None),
     ],
 )
-def test_of_an_installed_package_it_is_the_commit_that_pip_was_given(
+def test_an_installed_package_has_the_commit_that_pip_recorded(
     told: dict[str, Any] | None, expected: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Installed:

@@ -209,7 +209,7 @@ def test_updates_equal_a_plain_loop_over_the_whole_global_batch(batch: int, ghos
     assert t.update == 4
 
 
-def test_the_learning_rate_of_an_update_is_that_of_its_number() -> None:
+def test_each_update_has_the_learning_rate_of_its_number() -> None:
     t = trainer(network(2), plan(4, 2))
     rates = []
     for update in range(UPDATES):
@@ -237,7 +237,7 @@ def as_tensor() -> Tensor:
 
 @pytest.mark.parametrize("ours", [True, False], ids=["LARS", "base alone"])
 @pytest.mark.parametrize("base", ["SGD", "Adam"])
-def test_a_learning_rate_that_is_a_tensor_is_filled_and_gives_the_same_weights(base: str, ours: bool) -> None:
+def test_a_tensor_learning_rate_gives_the_same_weights(base: str, ours: bool) -> None:
     lr = as_tensor()
     numbers, tensors = with_base(base, ours, 1.0), with_base(base, ours, lr)
     for update in range(4):
@@ -252,7 +252,7 @@ def test_a_learning_rate_that_is_a_tensor_is_filled_and_gives_the_same_weights(b
 
 
 @pytest.mark.parametrize("stored", [1.0, as_tensor()], ids=["number", "tensor"])
-def test_a_learning_rate_that_is_a_tensor_stays_the_one_it_is_where_training_is_restored(stored: Any) -> None:
+def test_restore_keeps_the_tensor_of_the_learning_rate(stored: Any) -> None:
     unbroken, first, lr = with_base("Adam", True, 1.0), with_base("Adam", True, stored), as_tensor()
     for update in range(3):
         for t in (unbroken, first):
@@ -269,7 +269,7 @@ def test_a_learning_rate_that_is_a_tensor_stays_the_one_it_is_where_training_is_
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14, msg=key)
 
 
-def test_restored_training_goes_on_bit_for_bit() -> None:
+def test_restored_training_is_bit_identical() -> None:
     unbroken, first = (trainer(network(2), plan(8, 2)) for _ in range(2))
     for update in range(3):
         for t in (unbroken, first):
@@ -288,7 +288,7 @@ def test_restored_training_goes_on_bit_for_bit() -> None:
         assert torch.equal(got, expected), key
 
 
-def test_waiting_and_bad_images_of_all_micro_batches_are_told() -> None:
+def test_an_update_sums_waiting_and_bad_images() -> None:
     t = trainer(network(2), plan(4, 2))
     found = BadSample(7, "/data/7.jpg", "truncated")
     images, labels = global_batch(4, 0)
@@ -305,7 +305,7 @@ def test_waiting_and_bad_images_of_all_micro_batches_are_told() -> None:
     assert t.meter.sums[3] == 3
 
 
-def test_the_meter_counts_until_it_is_read() -> None:
+def test_the_meter_sums_until_it_is_read() -> None:
     meter = Meter(CPU)
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
     meter.add(torch.tensor(1.5), logits, torch.tensor([0, 0, 0]), bad=2)
@@ -333,7 +333,7 @@ class Reads(TorchDispatchMode):
         return sum(self.calls[f"aten::{n}"] for n in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"))
 
 
-def test_an_update_between_log_points_reads_nothing_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_between_log_lines_copies_nothing_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
     monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
     monkeypatch.setattr(rescale, "is_host_tensor", lambda tensor: False)
@@ -368,7 +368,7 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("base", ["SGD", "Adam"])
-def test_filling_a_learning_rate_reads_nothing_back_to_the_host(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_the_learning_rate_copies_nothing_to_the_host(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Torch's own steps on the CPU read such a tensor; those that are capturable, which are a GPU's, do not.
     lr = as_tensor()
     t = with_base(base, True, lr)
@@ -388,7 +388,7 @@ class NoAutocast(Precision):
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd"])
-def test_an_update_needs_no_value_of_any_tensor(name: str) -> None:
+def test_an_update_reads_no_tensor_values(name: str) -> None:
     # On the meta device tensors have no values, so any branch on one would raise.
     meta = torch.device("meta")
     which = plan(8, 2)
@@ -466,7 +466,7 @@ def test_any_base_under_lars_moves_the_weights(base: str) -> None:
     assert not any(torch.equal(b, p.detach()) for b, p in zip(before, model.parameters(), strict=True))
 
 
-def test_the_schedule_is_the_configs() -> None:
+def test_the_loop_uses_the_configs_schedule() -> None:
     config = Config(optimizer=OptimizerConfig(lr=LR), schedule=ScheduleConfig(power=POWER, form="restart"))
     rate = make_schedule(plan(4, 2), config)
     assert [rate(u) for u in (0, 1, 2, 5)] == pytest.approx([LR / 2, LR, LR, LR * (1 - 3 / 6) ** 2])
@@ -501,7 +501,7 @@ def gradients_of_samples(model: nn.Module, images: Tensor, labels: Tensor) -> Te
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
-def test_the_noise_of_an_update_is_that_of_its_samples_gradients(micro: int) -> None:
+def test_the_noise_scale_matches_the_gradients_of_samples(micro: int) -> None:
     batch = 12
     torch.manual_seed(1)
     layers = nn.Conv2d(3, 4, 3, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(64, CLASSES)
@@ -511,7 +511,7 @@ def test_the_noise_of_an_update_is_that_of_its_samples_gradients(micro: int) -> 
 
 
 @pytest.mark.parametrize("micro", [2, 4, 6])
-def test_with_batch_norm_the_noise_is_that_of_its_ghost_batches_gradients(micro: int) -> None:
+def test_with_batch_norm_the_noise_scale_uses_ghost_batches(micro: int) -> None:
     """They are the smallest parts that have a gradient of their own."""
     model = network(2)
     images, labels = global_batch(12, 0)
@@ -535,13 +535,13 @@ def assert_noise_of(model: nn.Module, each: Tensor, images: Tensor, labels: Tens
     assert found == pytest.approx((float(grad_sq), float(trace)), rel=1e-9)
 
 
-def test_one_micro_batch_of_one_rank_tells_of_no_noise() -> None:
+def test_a_single_micro_batch_gives_no_noise_scale() -> None:
     info = trainer(network(2), plan(4, 2)).run_update(micro_batches(*global_batch(4, 0), 4), 1, measure=True)
     assert info.measures is not None
     assert info.first is None
 
 
-def test_what_an_update_is_measured_by_changes_no_bit_of_it() -> None:
+def test_measuring_an_update_does_not_change_it() -> None:
     plain, measured = (trainer(network(2), plan(8, 2)) for _ in range(2))
     for update in range(3):
         for t in (plain, measured):
@@ -552,7 +552,7 @@ def test_what_an_update_is_measured_by_changes_no_bit_of_it() -> None:
         assert torch.equal(got, expected), key
 
 
-def test_norms_of_layers_and_of_their_updates_are_those_of_the_tensors() -> None:
+def test_norms_of_layers_and_updates_match_the_tensors() -> None:
     model = network(2)
     t = trainer(model, plan(8, 2))
     t.run_update(micro_batches(*global_batch(8, 0), 4), 2, measure=False)  # so that there is momentum
