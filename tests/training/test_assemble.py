@@ -1,4 +1,4 @@
-"""The optimizer of a config: what it is, and the clear words for what cannot be."""
+"""`build_optimizer` builds the config's optimizer, and refuses what cannot work with a clear message."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_optimizer_that_cannot_train_these_networks_is_refused(base: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"base": "Adan"}, "Did you mean 'Adam'"),
         ({"base": "Optimizer"}, "no such class"),
@@ -75,8 +75,8 @@ def test_an_optimizer_that_cannot_train_these_networks_is_refused(base: str) -> 
         ({"base": "Adam", "kwargs": {"betas": [2.0, 0.9]}}, "rejects its keywords"),
     ],
 )
-def test_rejected_keywords_are_named(values: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_rejected_keywords_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_optimizer(config(**values))
 
 
@@ -87,7 +87,7 @@ def test_sgd_is_used_without_lars_and_keeps_its_momentum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "keywords", "words"),
+    ("base", "keywords", "message"),
     [
         ("AdamW", {"betas": 0.9}, "betas=0.9: torch.optim.AdamW takes a list of 2 numbers (default: (0.9, 0.999))"),
         ("AdamW", {"betas": [0.9]}, "a list of 2 numbers"),
@@ -102,19 +102,17 @@ def test_sgd_is_used_without_lars_and_keeps_its_momentum() -> None:
         ("Rprop", {"etas": [0.5]}, "a list of 2 numbers"),
     ],
 )
-def test_a_keyword_of_the_wrong_type_is_refused_at_the_start(
-    base: str, keywords: dict[str, Any], words: str
-) -> None:
+def test_a_keyword_of_the_wrong_type_is_refused_at_the_start(base: str, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_optimizer(config(base=base, kwargs=keywords))
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_keywords_of_the_right_type_are_accepted() -> None:
     check_optimizer(config(base="AdamW", kwargs={"betas": [0.9, 0.99], "eps": 1e-6, "foreach": None, "amsgrad": True}))
     check_optimizer(config(base="Adafactor", kwargs={"eps": [None, 1e-3]}))
     check_optimizer(config(base="SGD", kwargs={"dampening": 0.1, "fused": True}))
-    # Whether there is a device for it is known later.
+    # A device is chosen only later.
     check_optimizer(config(base="AdamW", kwargs={"capturable": True}))
     with pytest.raises(ConfigError, match="capturable=true: it needs CUDA"):
         build_optimizer(config(base="AdamW", kwargs={"capturable": True}), nn.Linear(1, 1))

@@ -1,3 +1,5 @@
+"""`BadImages`: images that cannot be decoded are counted once, limited, and listed."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +20,7 @@ from lars_train.training.guard import BadImages
 
 @dataclass(frozen=True)
 class Three(Group):
-    """Rank 0 of three; the others bring what `others` holds."""
+    """Rank 0 of three; the other ranks contribute `others`."""
 
     others: tuple[dict[str, str], ...] = ({}, {})
 
@@ -83,22 +85,20 @@ def test_the_message_stays_short() -> None:
     assert str(error.value).count("image-") == 2 * 5
 
 
-def test_failed_lines_are_written_before_the_next_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_lines_are_written_before_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    images, path, told = BadImages(5, Group(Ranks())), tmp_path / "bad_images.jsonl", list[str]()
+    images, path, printed = BadImages(5, Group(Ranks())), tmp_path / "bad_images.jsonl", list[str]()
     path.write_text('{"image": "/before.png", "reason": "torn", "update": 1}\n')
     with monkeypatch.context() as patch:
         patch.setattr(guard, "write_atomic", full)
         for update in (2, 3):
             images.note(bad(f"/{update}.png"))
-            images.report(path, update, told.append)
+            images.report(path, update, printed.append)
         with pytest.raises(OSError, match="No space"):
             images.write(path)
-    assert len(told) == 2
+    assert len(printed) == 2
     images.write(path)
     images.write(path)
     found = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,3 +1,5 @@
+"""Checkpoints are atomic, verified, and refused if anything about them is damaged."""
+
 from __future__ import annotations
 
 import os
@@ -130,10 +132,10 @@ def test_if_no_checkpoint_is_usable_each_is_named_with_its_reason(tmp_path: Path
     torch.save({"format": 99}, two)
     with pytest.raises(ConfigError) as caught:
         latest(tmp_path, warn=False)
-    told = str(caught.value)
-    assert "update-000000002.pt: a newer lars-train wrote it (format 99" in told
-    assert "update-000000001.pt: it is not a complete archive" in told
-    assert "continue with that newer lars-train, or start over with resume=never" in told
+    message = str(caught.value)
+    assert "update-000000002.pt: a newer lars-train wrote it (format 99" in message
+    assert "update-000000001.pt: it is not a complete archive" in message
+    assert "continue with that newer lars-train, or start over with resume=never" in message
 
 
 @pytest.mark.parametrize("step", ["fsync", "verify", "replace"])
@@ -157,7 +159,7 @@ def test_a_crash_while_saving_leaves_the_previous_checkpoint(
     found = latest(tmp_path)
     assert found is not None
     assert found[1]["update"] == 1
-    # The next attempt is not hindered by what was left.
+    # The partial file does not hinder the next attempt.
     written(tmp_path, 2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["update-000000001.pt", "update-000000002.pt"]
 
@@ -166,13 +168,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch:
     before = written(tmp_path, 1, keep=1)
 
     def short(file: Any) -> None:
-        # The disk takes no more than the first bytes.
+        # Only the first bytes reach the disk.
         os.truncate(tmp_path / "update-000000002.partial", 100)
 
     monkeypatch.setattr(os, "fsync", short)
     with pytest.raises(DamagedCheckpoint):
         written(tmp_path, 2, keep=1)
-    # Not even what was half written, for the next one needs its room.
+    # The partial file is removed too: the next checkpoint needs its space.
     assert list(tmp_path.iterdir()) == before
 
 
@@ -204,21 +206,21 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         directory = archive.start_dir
     draw = random.Random(1)
-    places = [(i, 1 << draw.randrange(8)) for i in range(directory, len(whole))]
-    places += [(i, 8) for i in range(directory, len(whole))]  # turns "stored" into "deflated"
-    places += [(draw.randrange(directory), 1 << draw.randrange(8)) for _ in range(150)]
+    flips = [(i, 1 << draw.randrange(8)) for i in range(directory, len(whole))]
+    flips += [(i, 8) for i in range(directory, len(whole))]  # turns "stored" into "deflated"
+    flips += [(draw.randrange(directory), 1 << draw.randrange(8)) for _ in range(150)]
     caught = 0
-    for place, bit in places:
+    for offset, bit in flips:
         broken = bytearray(whole)
-        broken[place] ^= bit
+        broken[offset] ^= bit
         path.write_bytes(broken)
         try:
             loaded = load(path)
         except DamagedCheckpoint:
             caught += 1
             continue
-        assert same(loaded, expected), (place, bit)
-    assert caught > len(places) // 4
+        assert same(loaded, expected), (offset, bit)
+    assert caught > len(flips) // 4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -237,7 +239,7 @@ def zipped(path: Path, **records: bytes) -> None:
 
 def test_files_that_are_not_checkpoints_are_damaged(tmp_path: Path) -> None:
     path = tmp_path / "update-000000001.pt"
-    path.write_text("this is no archive\n")
+    path.write_text("not an archive\n")
     with pytest.raises(DamagedCheckpoint, match="not a complete archive"):
         load(path)
     zipped(path, readme=b"an archive, but not of torch")
@@ -282,10 +284,12 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         find(str(path))
     assert not trace.exists()
     torch.load(path, weights_only=False)
-    assert trace.exists()  # the pickle is a live one
+    assert trace.exists()  # the pickle does act if it is loaded
 
 
-def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = written(tmp_path, 1, 2, 3)
     paths[2].write_bytes(paths[2].read_bytes()[:-40])
     paths[1].write_bytes(b"")
@@ -293,10 +297,10 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path: Path, c
     assert found is not None
     assert found[0] == paths[0]
     assert found[1]["update"] == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert [str(p) in said.err for p in paths] == [False, True, True]
-    assert said.err.count("is damaged") == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert [str(p) in output.err for p in paths] == [False, True, True]
+    assert output.err.count("is damaged") == 2
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_over(tmp_path: Path) -> None:

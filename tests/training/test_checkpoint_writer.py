@@ -1,4 +1,4 @@
-"""Checkpoints from the background: whole, in order, and no failure of the disk ends the run."""
+"""Checkpoints written in the background are complete and in order, and no disk failure ends the run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_checkpoint_has_the_values_at_the_time_of_save(tmp_path: Path, monkeyp
     writer = CheckpointWriter(tmp_path, keep=3)
     values = content(1)
     writer.save(1, values)
-    # The training goes on meanwhile.
+    # Training continues meanwhile.
     values["model"]["w"].fill_(99.0)
     values["optimizer"]["state"][0]["momentum_buffer"].fill_(99.0)
     values["optimizer"]["param_groups"][0]["lr"] = 99.0
@@ -107,9 +107,7 @@ def test_a_host_copy_shares_no_memory() -> None:
     assert (copied["a"][1], copied["b"][1], copied["c"]) == (1, "x", None)
 
 
-def test_best_pt_is_retried_after_a_failed_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_pt_is_retried_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -121,7 +119,7 @@ def test_best_pt_is_retried_after_a_failed_write(
         writer.save(2, content(2))
         writer.wait()
         assert writer.reason == "best.pt cannot be written: No space left on device"
-        # It waits for its turn beside the last one.
+        # The best checkpoint stays next to the last one until best.pt can be written.
         assert [load(path)["update"] for path in listing(tmp_path)] == [1, 2]
     writer.save(3, content(3))
     writer.save(4, content(4))

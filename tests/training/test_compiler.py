@@ -1,3 +1,5 @@
+"""`compile=true` is refused with a reason if torch.compile cannot work on the machine."""
+
 from __future__ import annotations
 
 import os
@@ -23,7 +25,7 @@ def test_compile_true_without_a_compiler_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["compiler", "cache"])
 def test_a_failing_compiler_or_cache_is_one_line(what: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    # In a process of its own: torch keeps what it has compiled, and where.
+    # In a separate process: torch keeps compiled code, and the place of its cache.
     own = {"CXX": "/bin/false"} if what == "compiler" else {}
     cache = tmp_path / "file" / "cache" if what == "cache" else tmp_path / "cache"
     code = (
@@ -31,8 +33,8 @@ def test_a_failing_compiler_or_cache_is_one_line(what: str, tmp_path: Path) -> N
         "from lars_train.training.resolve import check_compiler\n"
         "try:\n    check_compiler(torch.device('cpu'))\nexcept ConfigError as error:\n    print(error)"
     )
-    found = {**os.environ, **own, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **own, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     (line,) = done.stdout.splitlines()
     assert line.startswith("compile=true: torch.compile does not work here (")
     assert line.endswith("); compile=false trains without it, to the same result up to rounding.")

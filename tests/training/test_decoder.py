@@ -1,4 +1,4 @@
-"""Which decoder a run's JPEGs go through, when it starts and when it goes on, and what is said of it."""
+"""The choice of a JPEG decoder when a run starts and resumes, and the lines that it prints about it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Among(Group):
-    """A rank among others, of whom one has no decoder but Pillow unless `everywhere`."""
+    """A rank among others, of which one has only Pillow unless `everywhere`."""
 
     everywhere: bool = True
 
@@ -41,9 +41,9 @@ class Among(Group):
         return value if self.everywhere else 0
 
 
-def have(monkeypatch: pytest.MonkeyPatch, native_there: bool) -> None:
-    """Have the decoder in C be available, or not."""
-    monkeypatch.setattr(native, "is_available", lambda: native_there)
+def set_native(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
+    """Make the decoder in C available, or not."""
+    monkeypatch.setattr(native, "is_available", lambda: available)
 
 
 class Named:
@@ -71,7 +71,7 @@ JPEGS: Source = Named("class/x.JPEG")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "stored", "here", "everywhere", "expected"),
+    ("setting", "stored", "here", "everywhere", "expected"),
     [
         ("auto", None, True, True, "native"),
         ("auto", None, False, True, "pillow"),
@@ -80,33 +80,33 @@ JPEGS: Source = Named("class/x.JPEG")
         ("auto", "native", True, True, "native"),
         ("auto", "native", False, True, "pillow"),
         ("auto", "native", True, False, "pillow"),
-        ("auto", "one that is unknown here", True, True, "native"),
-        ("auto", "one that is unknown here", False, True, "pillow"),
+        ("auto", "unknown", True, True, "native"),
+        ("auto", "unknown", False, True, "pillow"),
         ("pillow", "native", True, True, "pillow"),
-        ("one that is unknown here", None, True, True, "native"),
+        ("unknown", None, True, True, "native"),
         ("native", "pillow", True, True, "native"),
     ],
 )
 def test_the_decoder_follows_config_then_run_then_speed(
-    wanted: str, stored: str | None, here: bool, everywhere: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    setting: str, stored: str | None, here: bool, everywhere: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    have(monkeypatch, here)
-    config = Config(data=DataConfig(decoder=wanted))
+    set_native(monkeypatch, here)
+    config = Config(data=DataConfig(decoder=setting))
     assert choose_decoder(config, stored, Among(Ranks(), everywhere), CPU) == expected
 
 
 def test_a_missing_native_decoder_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(data=DataConfig(decoder="native"))
-    have(monkeypatch, True)
+    set_native(monkeypatch, True)
     with pytest.raises(ConfigError, match=r"data\.decoder=native: another rank .*libjpeg-dev.*pip install"):
         choose_decoder(config, None, Among(Ranks(), False), CPU)
-    have(monkeypatch, False)
+    set_native(monkeypatch, False)
     with pytest.raises(ConfigError, match=r"data\.decoder=native: .*libjpeg-dev.*pip install"):
         check_decoder(config)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "decided", "stored", "here", "said"),
+    ("setting", "chosen", "stored", "here", "starts"),
     [
         ("auto", "native", None, True, []),
         ("auto", "native", "native", True, []),
@@ -128,21 +128,21 @@ def test_a_missing_native_decoder_is_refused_with_the_remedy(monkeypatch: pytest
     ],
 )
 def test_decoder_lines_are_printed_once_and_only_for_jpegs(
-    wanted: str,
-    decided: str,
+    setting: str,
+    chosen: str,
     stored: str | None,
     here: bool,
-    said: list[str],
+    starts: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    have(monkeypatch, here)
-    lines = list(decoder_lines(wanted, decided, stored, JPEGS))
-    assert len(lines) == len(said)
-    assert all(line.startswith(start) and "\n" not in line for line, start in zip(lines, said, strict=True))
-    told = "".join(lines)
-    assert ("libjpeg-dev" in told) == (not here and wanted == "auto")
-    assert ("at most 1 level" in told) == (stored not in (None, decided))
-    assert list(decoder_lines(wanted, decided, stored, Named("class/x.png"))) == []
+    set_native(monkeypatch, here)
+    lines = list(decoder_lines(setting, chosen, stored, JPEGS))
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) and "\n" not in line for line, start in zip(lines, starts, strict=True))
+    text = "".join(lines)
+    assert ("libjpeg-dev" in text) == (not here and setting == "auto")
+    assert ("at most 1 level" in text) == (stored not in (None, chosen))
+    assert list(decoder_lines(setting, chosen, stored, Named("class/x.png"))) == []
 
 
 @pytest.fixture
@@ -204,14 +204,14 @@ def test_mode_evaluate_uses_the_configured_decoder(
     monkeypatch.setattr(session, "evaluate_split", seen)
     config = small_run(photographs, tmp_path / "run", mode="evaluate", checkpoint__path=str(tmp_path / "run"))
     capsys.readouterr()
-    for here, wanted, expected in [(True, "auto", "native"), (True, "pillow", "pillow"), (False, "auto", "pillow")]:
-        have(monkeypatch, here)
+    for here, setting, expected in [(True, "auto", "native"), (True, "pillow", "pillow"), (False, "auto", "pillow")]:
+        set_native(monkeypatch, here)
         chosen, content = session.evaluation_config(config, ())
-        chosen.data.decoder = wanted
+        chosen.data.decoder = setting
         session.evaluate_only(chosen, content, Ranks())
         assert asked.pop() == expected
         assert capsys.readouterr().err.count("libjpeg-dev") == (not here)
-    have(monkeypatch, False)
+    set_native(monkeypatch, False)
     chosen.data.decoder = "native"
     with pytest.raises(ConfigError, match=r"data\.decoder=native"):
         session.evaluate_only(chosen, content, Ranks())
@@ -235,19 +235,19 @@ def test_a_resumed_run_keeps_its_decoder_or_warns(
     train(photographs, same)
     assert decoders(same) == ["native", "native"]
     assert all(torch.equal(value, weights(unbroken)[key]) for key, value in weights(same).items())
-    have(monkeypatch, False)
+    set_native(monkeypatch, False)
     capsys.readouterr()
     train(photographs, other)
-    said = capsys.readouterr().out
-    assert said.count("WARNING: this run has decoded JPEGs with native so far") == 1
-    assert said.count("libjpeg-dev") == 1
+    output = capsys.readouterr().out
+    assert output.count("WARNING: this run has decoded JPEGs with native so far") == 1
+    assert output.count("libjpeg-dev") == 1
     assert decoders(other) == ["native", "pillow"]
 
 
 @pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
 def test_a_run_that_began_with_pillow_keeps_it(photographs: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        have(patch, False)
+        set_native(patch, False)
         train(photographs, tmp_path / "run", max_updates=2)
     train(photographs, tmp_path / "run")
     assert decoders(tmp_path / "run") == ["pillow", "pillow"]
@@ -256,7 +256,7 @@ def test_a_run_that_began_with_pillow_keeps_it(photographs: Path, tmp_path: Path
 def test_a_missing_decoder_is_found_before_anything_is_written(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    have(monkeypatch, False)
+    set_native(monkeypatch, False)
     with pytest.raises(ConfigError, match=r"data\.decoder=native"):
         train(photographs, tmp_path / "run", data__decoder="native")
     assert not (tmp_path / "run").exists()

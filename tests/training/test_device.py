@@ -1,3 +1,5 @@
+"""A rank's device, precision, threads and workers follow the config and the machine."""
+
 from __future__ import annotations
 
 import os
@@ -130,8 +132,8 @@ def test_autocast_computes_in_the_named_precision() -> None:
 
 def test_every_rank_has_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda(monkeypatch, (9, 0), count=2)
-    for wanted in ("auto", "cuda"):
-        assert choose_device(Config(device=wanted), Ranks(5, 8, 1, 2)) == torch.device("cuda", 1)
+    for name in ("auto", "cuda"):
+        assert choose_device(Config(device=name), Ranks(5, 8, 1, 2)) == torch.device("cuda", 1)
     assert choose_device(Config(device="cpu"), Ranks(5, 8, 1, 2)) == CPU
     with pytest.raises(ConfigError, match=r"local rank 2 has no device: .* 2 CUDA devices.*device=cpu"):
         choose_device(Config(), Ranks(2, 3, 2, 3))
@@ -163,7 +165,7 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert choose_threads(Config(), Ranks()) == 3
     assert choose_threads(Config(launch=LaunchConfig(threads=5)), Ranks()) == 5
-    # As torchrun has it for each of several processes.
+    # torchrun sets this for each of several processes.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert choose_threads(Config(), Ranks()) == threads[0]
@@ -197,9 +199,7 @@ def test_set_up_seeds_and_sets_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_normalization_matches_its_formula(
-    weights: torch.dtype, tolerance: float
-) -> None:
+def test_normalization_matches_its_formula(weights: torch.dtype, tolerance: float) -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
     pixels[0, 0, 0], pixels[0, 0, 1] = 0, 255

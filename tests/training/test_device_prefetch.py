@@ -1,3 +1,5 @@
+"""Prefetched batches are those of the stream, in order, and normalized like the formula."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -56,7 +58,7 @@ def stream(source: Noise, **changes: Any) -> Stream:
 
 
 class FakeCuda:
-    """Streams and events that do nothing, and copies that are told to be done or not."""
+    """Streams and events that do nothing; copies are done when `done` is true."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done, self.waited = False, 0
@@ -134,7 +136,7 @@ def test_the_source_of_a_copy_is_kept_until_it_is_done(cuda: FakeCuda) -> None:
 
 def test_batches_before_a_loader_failure_still_arrive(cuda: FakeCuda) -> None:
     good = contents(stream(Noise()))
-    # The picture of the fourth batch, in the first epoch; without shuffled duplicates it comes once in that epoch.
+    # An image of the fourth batch. In an epoch, each image comes once.
     bad = good[3][1][0]
     feed = simulated(stream(Noise(bad)), cuda)
     assert [contents(iter([next(feed)]))[0] for _ in range(3)] == good[:3]
@@ -151,24 +153,24 @@ def test_images_have_the_dtype_that_the_network_computes_in() -> None:
     expected = (pixels.double() / 255 - mean) / std
     assert got.dtype == torch.bfloat16
     assert got.is_contiguous(memory_format=torch.channels_last)
-    # Half of a bfloat16's last place: eight bits of precision.
+    # Half a unit in the last place of bfloat16, which has eight bits of precision.
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
 
 
 def test_memory_is_reused_once_no_tensor_refers_to_it() -> None:
     normalize = normalizer([0.5] * 3, [0.5] * 3, CPU, Precision("fp32", torch.float32, torch.float32))
-    places, held = [], []
+    addresses, held = [], []
     for level, count in [(0, 4), (51, 2), (102, 4), (153, 8), (204, 1), (255, 4)]:
         images = normalize(torch.full((count, 3, 8, 8), level, dtype=torch.uint8))
-        places.append(images.data_ptr())
+        addresses.append(images.data_ptr())
         held.append((level, images[-1:, 1:].detach().flatten(1)[:, 5:]))
         held.append((level, images[0, 0]))
     for level, part in held:
         torch.testing.assert_close(part, torch.full_like(part, level / 127.5 - 1))
-    assert len(set(places)) == len(places)
+    assert len(set(addresses)) == len(addresses)
     del images, part
     held.clear()
-    assert normalize(torch.zeros((1, 3, 8, 8), dtype=torch.uint8)).data_ptr() in places
+    assert normalize(torch.zeros((1, 3, 8, 8), dtype=torch.uint8)).data_ptr() in addresses
 
 
 @on_cuda
@@ -180,12 +182,12 @@ def test_batches_and_normalization_on_cuda_match_the_cpu(name: str) -> None:
     plain = normalizer([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], CPU, Precision(name, torch.float32, compute))
     expected = list(stream(Noise()))
     feed = DevicePrefetcher(stream(Noise(), pin_memory=True), device)
-    for batch, wanted in zip(feed, expected, strict=True):
+    for batch, reference in zip(feed, expected, strict=True):
         torch.cuda._sleep(1_000_000)
         got = normalize(batch.images)
         assert got.dtype == compute
         assert got.is_contiguous(memory_format=torch.channels_last)
-        # One rounding more or less in the multiply-add.
+        # The multiply-add may differ by one rounding.
         tolerance = {"fp32": 1e-6, "bf16": 0.02, "fp16": 0.003}[name]
-        torch.testing.assert_close(got.cpu(), plain(wanted.images), rtol=0, atol=tolerance)
-        assert torch.equal(batch.labels.cpu(), wanted.labels)
+        torch.testing.assert_close(got.cpu(), plain(reference.images), rtol=0, atol=tolerance)
+        assert torch.equal(batch.labels.cpu(), reference.labels)

@@ -1,6 +1,6 @@
-"""Two, three or four processes with gloo work together; started by the tests below, this file is their program.
+"""Two, three and four gloo processes train the same run as one. The tests below start this file as their program.
 
-That runs make the same curve on any number of ranks is tested in runs/test_same_curve.py.
+runs/test_same_curve.py tests that runs have the same curve on any number of ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-# Five ghost batches an update: two, three and four ranks share them unevenly. 23 validation samples: so do those.
+# Two, three and four ranks share the five ghost batches of an update, and the 23 validation samples, unevenly.
 TINY: dict[str, Any] = {
     "epochs": 2,
     "log_every": 2,
@@ -66,7 +66,7 @@ TINY: dict[str, Any] = {
     "checkpoint": {"every_updates": 3},  # also between two log lines
 }
 UPDATES = 8
-# One update that is the gradient, on pictures as they are.
+# One update that equals the gradient, on images without augmentation.
 GRADIENT: dict[str, Any] = {
     "max_updates": 1,
     "data": {"augment": "none", "flip": False},
@@ -86,8 +86,8 @@ def train(directory: Path, ranks: Ranks, **changes: Any) -> dict[str, Any]:
 
 
 def program(rank: int, folder: Path) -> None:
-    """What each of the four processes does; the higher ranks sit out where there are fewer."""
-    told: dict[str, Any] = {}
+    """Run one of the four processes. The higher ranks skip the jobs of fewer ranks."""
+    results: dict[str, Any] = {}
     for world in (4, 3, 2):
         begin_job()
         if rank < world:
@@ -98,20 +98,20 @@ def program(rank: int, folder: Path) -> None:
     if rank == 3:
         return
     with process_group(three, CPU, 60.0) as group:
-        told["collectives"] = collectives(group)
-    with counted_reductions() as told["counts"]:
+        results["collectives"] = collectives(group)
+    with counted_reductions() as results["counts"]:
         train(folder / "three", three)
     # Killed with three ranks and continued with two.
     train(folder / "mixed", three, max_updates=3)
     if rank < 2:
         train(folder / "mixed", two)
     begin_job()
-    told["waited"] = waited_in_vain(three, folder)
-    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    results["waited"] = waited_in_vain(three, folder)
+    (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
 def waited_in_vain(ranks: Ranks, folder: Path) -> str:
-    """What a rank says of rank 1, which does not come until the others have given up."""
+    """Return a rank's error about rank 1, which joins only after the others have given up."""
     distributed._APART_S = 4.0
     try:
         with process_group(ranks, CPU, 5.0) as group:
@@ -180,7 +180,7 @@ if __name__ == "__main__":
 
 
 def plain_network() -> CifarResNet:
-    """With torch's own batch norm."""
+    """Return the network with torch's batch norm."""
     torch.manual_seed(3)
     return CifarResNet(1, num_classes=4)
 
@@ -240,9 +240,7 @@ def close(got: Tensor, expected: Tensor, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_the_gradient_is_the_global_mean_for_uneven_ranks(
-    world: int, together: Path
-) -> None:
+def test_the_gradient_is_the_global_mean_for_uneven_ranks(world: int, together: Path) -> None:
     network = plain_network().double()
     images, labels = first_global_batch()
     start = {name: p.detach().clone() for name, p in network.named_parameters()}
@@ -256,7 +254,7 @@ def test_the_gradient_is_the_global_mean_for_uneven_ranks(
 
 
 def first_global_batch() -> tuple[Tensor, Tensor]:
-    """Normalised images and labels of the first update of the `GRADIENT` runs."""
+    """Return the normalized images and the labels of the first update of the `GRADIENT` runs."""
     config = configured(GRADIENT)
     source = open_dataset(config.data).train
     samples = epoch_order(config.seed, 0, 90)[:20].tolist()
@@ -271,7 +269,7 @@ def first_global_batch() -> tuple[Tensor, Tensor]:
 def test_the_noise_scale_uses_the_ranks_first_micro_batches(
     world: int, firsts: tuple[int, ...], together: Path
 ) -> None:
-    """`firsts`: each rank's first ghost batch of the five, of four samples; some ranks have no second one."""
+    """`firsts`: each rank's first ghost batch of the five, of four samples. Some ranks have no second one."""
     network, rows = plain_network().double(), []
     for images, labels in zip(*(part.split(4) for part in first_global_batch()), strict=True):
         loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)
@@ -294,7 +292,7 @@ def test_several_ranks_end_with_the_weights_of_one(run: str, together: Path, alo
     for name, value in expected["model"].items():
         close(got["model"][name], value, name)
     moved = sum("running" in name and bool((v != v[0]).any()) for name, v in expected["model"].items())
-    assert moved > 5  # batch-norm statistics are among them, and are not as they began
+    assert moved > 5  # the model includes batch-norm statistics, which have changed
     for number, state in expected["optimizer"]["state"].items():
         close(got["optimizer"]["state"][number]["momentum_buffer"], state["momentum_buffer"], str(number))
 
@@ -316,17 +314,17 @@ def test_several_ranks_log_the_curve_of_one(together: Path, alone: Path) -> None
 
 @pytest.mark.slow
 def test_gradients_are_reduced_once_per_update(together: Path) -> None:
-    told = [json.loads((together / f"told-{rank}.json").read_text())["counts"] for rank in range(3)]
-    assert [t["reductions"] for t in told] == [UPDATES] * 3
-    # Five ghost batches, one a time: the first rank has one of them, the others two.
-    assert [t["micro_batches"] for t in told] == [UPDATES, 2 * UPDATES, 2 * UPDATES]
+    results = [json.loads((together / f"results-{rank}.json").read_text())["counts"] for rank in range(3)]
+    assert [t["reductions"] for t in results] == [UPDATES] * 3
+    # Five ghost batches, one at a time: rank 0 has one of them, the others two.
+    assert [t["micro_batches"] for t in results] == [UPDATES, 2 * UPDATES, 2 * UPDATES]
 
 
 @pytest.mark.slow
 def test_collectives_give_every_rank_the_same(together: Path) -> None:
     for rank in range(3):
-        told = json.loads((together / f"told-{rank}.json").read_text())["collectives"]
-        assert told == {
+        results = json.loads((together / f"results-{rank}.json").read_text())["collectives"]
+        assert results == {
             "sum": [3.0, 30.0],
             "minimum": 3,
             "from_first": {"token": 0},
@@ -362,7 +360,7 @@ def test_a_single_rank_needs_no_process_group() -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(together: Path) -> None:
-    said = [json.loads((together / f"told-{rank}.json").read_text())["waited"] for rank in range(3)]
+    messages = [json.loads((together / f"results-{rank}.json").read_text())["waited"] for rank in range(3)]
     expected = f"rank 1 on {platform.node()} did not answer for 5 s (distributed.timeout) and hangs"
-    assert expected in said[0]
-    assert expected in said[2]
+    assert expected in messages[0]
+    assert expected in messages[2]

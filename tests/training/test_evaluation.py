@@ -1,3 +1,5 @@
+"""Evaluation counts every sample exactly once, at any world size and batch."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -29,7 +31,7 @@ SIZE = 6
 
 
 @dataclass
-class Pictures:
+class NoiseSource:
     """A source in memory: noise with random labels; the samples in `bad` cannot be read."""
 
     count: int
@@ -54,14 +56,15 @@ class Pictures:
     def read(self, sample: int) -> npt.NDArray[np.uint8]:
         if sample in self.bad:
             raise OSError("no such luck")
-        picture: npt.NDArray[np.uint8] = self.pixels[sample]
-        return picture
+        image: npt.NDArray[np.uint8] = self.pixels[sample]
+        return image
 
 
 @dataclass(frozen=True)
 class Rehearsal(Group):
-    """One rank of several, played one after the other: first each notes what it would bring to the collectives,
-    then, with `everyone` filled, each gets their result.
+    """One of several ranks that run in turn. First each records its inputs to the collectives.
+
+    Then, with `everyone` filled, each gets the results.
     """
 
     brought: list[Any] = field(default_factory=list)
@@ -77,10 +80,10 @@ class Rehearsal(Group):
 
 
 def on_ranks(world: int, work: Callable[[Group], Result]) -> list[Result]:
-    """What `work` gives on each of `world` ranks."""
+    """Return the result of `work` on each of `world` ranks."""
     first = [Rehearsal(Ranks(rank, world)) for rank in range(world)]
     for group in first:
-        with suppress(ZeroDivisionError, RuntimeError):  # a rank that knows no others yet, and lacks samples
+        with suppress(ZeroDivisionError, RuntimeError):  # a rank that has no samples, and no inputs of others yet
             work(group)
     everyone = [group.brought for group in first]
     return [work(Rehearsal(Ranks(rank, world), everyone=everyone)) for rank in range(world)]
@@ -96,14 +99,14 @@ def context(group: Group) -> RankContext:
 
 
 def split_result(
-    pictures: Pictures, model: nn.Module, world: int = 1, batch: int = 64, classes: int | None = None
+    source: NoiseSource, model: nn.Module, world: int = 1, batch: int = 64, classes: int | None = None
 ) -> list[Result]:
     return on_ranks(
         world,
         lambda group: evaluate_split(
             model,
             EvalSpec(
-                source=pictures,
+                source=source,
                 view=View("none", SIZE, False, 0, 1.0),
                 micro_batch=batch,
                 rank=group.ranks.rank,
@@ -118,32 +121,32 @@ def split_result(
     )
 
 
-def plain_loop(pictures: Pictures, model: nn.Sequential) -> tuple[float, float, float]:
-    """Top-1, top-5 in percent and mean loss, picture by picture in numpy."""
+def plain_loop(source: NoiseSource, model: nn.Sequential) -> tuple[float, float, float]:
+    """Return top-1 and top-5 in percent, and the mean loss, computed image by image in numpy."""
     layer = model[1]
     assert isinstance(layer, nn.Linear)
     weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
     top1 = top5 = 0
     losses = []
-    for sample in range(len(pictures)):
-        if sample in pictures.bad:
+    for sample in range(len(source)):
+        if sample in source.bad:
             continue
-        x = pictures.pixels[sample].astype(np.float64).transpose(2, 0, 1).ravel() / 255
+        x = source.pixels[sample].astype(np.float64).transpose(2, 0, 1).ravel() / 255
         logits = weight @ x + bias
-        label = pictures.labels[sample]
+        label = source.labels[sample]
         rank = int((logits > logits[label]).sum())
         top1 += rank < 1
         top5 += rank < 5
         losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[label])
-    return 100 * top1 / len(pictures), 100 * top5 / len(pictures), float(np.mean(losses))
+    return 100 * top1 / len(source), 100 * top5 / len(source), float(np.mean(losses))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 2, 131])
 def test_every_sample_counts_once_at_any_world_size(world: int, count: int) -> None:
-    pictures, model = Pictures(count, 7), network(7)
-    top1, top5, loss = plain_loop(pictures, model)
-    for result in split_result(pictures, model, world):
+    source, model = NoiseSource(count, 7), network(7)
+    top1, top5, loss = plain_loop(source, model)
+    for result in split_result(source, model, world):
         assert (result.count, result.decoded, result.bad) == (count, count, ())
         assert result.top1 == pytest.approx(top1)
         assert result.top5 == pytest.approx(top5)
@@ -152,23 +155,23 @@ def test_every_sample_counts_once_at_any_world_size(world: int, count: int) -> N
 
 @pytest.mark.parametrize("batch", [1, 65, 1000])
 def test_the_batch_changes_nothing(batch: int) -> None:
-    pictures, model = Pictures(130, 7), network(7)
-    top1, top5, loss = plain_loop(pictures, model)
-    (result,) = split_result(pictures, model, batch=batch)
+    source, model = NoiseSource(130, 7), network(7)
+    top1, top5, loss = plain_loop(source, model)
+    (result,) = split_result(source, model, batch=batch)
     assert (result.top1, result.top5) == pytest.approx((top1, top5))
     assert result.loss == pytest.approx(loss, rel=1e-12)
 
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_a_bad_image_counts_as_wrong_but_not_in_the_loss(world: int) -> None:
-    pictures, model = Pictures(70, 7, bad=(0, 33, 34, 69)), network(7)
-    top1, top5, loss = plain_loop(pictures, model)
-    for result in split_result(pictures, model, world):
+    source, model = NoiseSource(70, 7, bad=(0, 33, 34, 69)), network(7)
+    top1, top5, loss = plain_loop(source, model)
+    for result in split_result(source, model, world):
         assert (result.count, result.decoded) == (70, 66)
         assert (result.top1, result.top5) == pytest.approx((top1, top5))
         assert result.loss == pytest.approx(loss, rel=1e-12)
         assert [(b.sample, b.where, b.reason) for b in result.bad] == [
-            (s, f"/val/{s}.png", "no such luck") for s in pictures.bad
+            (s, f"/val/{s}.png", "no such luck") for s in source.bad
         ]
         assert result.values()["val/bad_images"] == 4
 
@@ -177,33 +180,33 @@ def test_images_that_are_all_bad_give_no_result() -> None:
     with pytest.raises(
         DataError, match=r"none of the 3 validation images can be decoded \(/val/0\.png: no such luck\)"
     ):
-        split_result(Pictures(3, 7, bad=(0, 1, 2)), network(7))
+        split_result(NoiseSource(3, 7, bad=(0, 1, 2)), network(7))
 
 
 def test_top5_of_fewer_than_five_classes_is_over_all() -> None:
-    pictures, model = Pictures(40, 3, bad=(7,)), network(3)
-    (result,) = split_result(pictures, model)
-    assert result.top1 == pytest.approx(plain_loop(pictures, model)[0])
+    source, model = NoiseSource(40, 3, bad=(7,)), network(3)
+    (result,) = split_result(source, model)
+    assert result.top1 == pytest.approx(plain_loop(source, model)[0])
     assert result.top5 == pytest.approx(100 * 39 / 40)
 
 
 def test_the_model_stays_unchanged() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(64, 7)).double()
     frozen = {k: v.clone() for k, v in model.state_dict().items()}
-    pictures = Pictures(9, 7)
+    source = NoiseSource(9, 7)
     for training in (True, False):
         model.train(training)
-        first, second = (split_result(pictures, model)[0] for _ in range(2))
+        first, second = (split_result(source, model)[0] for _ in range(2))
         assert first == second  # dropout was off
         assert model.training is training
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in frozen.items())
-    # What comes after is not within inference mode: the parameters still learn.
+    # Inference mode has ended: the parameters still get gradients.
     model.train()
     model(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.float64)).sum().backward()
 
 
 def test_low_precision_logits_are_scored_in_float32() -> None:
-    # In bfloat16 the loss of a confident answer would be rounded to 0.
+    # In bfloat16 the loss of a confident prediction would be rounded to 0.
     logits = torch.zeros(1, 2, dtype=torch.bfloat16)
     logits[0, 1] = -9.0
 
@@ -233,14 +236,14 @@ def test_values_have_the_names_of_the_log() -> None:
 
 @pytest.mark.parametrize("world", [1, 3, 40])
 def test_the_checksum_covers_every_sample_once(world: int) -> None:
-    pictures = Pictures(23, 7)
+    source = NoiseSource(23, 7)
     expected = checksum(np.arange(23))
-    results = split_result(pictures, network(7), world=world, batch=5)
+    results = split_result(source, network(7), world=world, batch=5)
     assert [result.checksum for result in results] == [expected] * world
 
 
 def test_repeated_or_missing_samples_end_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Both: the count alone would be right.
+    # One sample twice and one missing: the count alone is right.
     whole = evaluation.eval_loader
 
     def twice(*arguments: Any, **keywords: Any) -> Iterator[Batch]:
@@ -249,7 +252,7 @@ def test_repeated_or_missing_samples_end_the_evaluation(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(evaluation, "eval_loader", lambda *a, **k: twice(*a, **k))
     with pytest.raises(RuntimeError, match="the evaluation counted 24 samples with the checksum"):
-        split_result(Pictures(24, 7), network(7), batch=4)
+        split_result(NoiseSource(24, 7), network(7), batch=4)
 
 
 def test_checksums_differ_for_different_samples_and_add_up() -> None:
@@ -261,13 +264,13 @@ def test_checksums_differ_for_different_samples_and_add_up() -> None:
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_the_confusion_matrix_counts_every_sample(world: int) -> None:
-    pictures, model = Pictures(23, 4, bad=(5,)), network(4)
+    source, model = NoiseSource(23, 4, bad=(5,)), network(4)
     weight, bias = (p.detach().numpy() for p in model[1].parameters())
     expected = np.zeros((4, 4), np.int64)
     for sample in set(range(23)) - {5}:
-        x = pictures.pixels[sample].astype(np.float64).transpose(2, 0, 1).ravel() / 255
-        expected[pictures.labels[sample], int((weight @ x + bias).argmax())] += 1
-    for result in split_result(pictures, model, world, batch=7, classes=4):
+        x = source.pixels[sample].astype(np.float64).transpose(2, 0, 1).ravel() / 255
+        expected[source.labels[sample], int((weight @ x + bias).argmax())] += 1
+    for result in split_result(source, model, world, batch=7, classes=4):
         assert result.confusion is not None
         assert result.confusion.numpy().tolist() == expected.tolist()
         assert result.top1 == pytest.approx(100 * expected.trace() / 23)

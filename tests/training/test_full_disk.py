@@ -1,4 +1,4 @@
-"""Each write of a run fails in turn: what the run raises and what its directory says is true, and it can go on."""
+"""Each write of a run fails in turn: the run's error and its directory report it correctly, and the run can resume."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ SETTINGS: dict[str, Any] = {
 
 
 class Disk:
-    """Sees each write below `folder`: what is opened for it, renamed, linked, made or synced."""
+    """Observes each write below `folder`: files opened for writing, renamed, linked, created or synced."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.watch(None)
 
     def watch(self, folder: Path | None, fails_at: str = "", how: str = "full") -> None:
-        """Fail from `fails_at` on (a write, and perhaps its how many-eth): ``full`` until the run removes what it holds
-        in reserve, ``dying`` for ever, ``once`` there alone.
+        """Make writes fail from `fails_at` on: a write, with ``#N`` its Nth occurrence.
+
+        ``full``: until the run removes its reserve file; ``dying``: for ever; ``once``: only that write.
         """
         self.folder, self.how, self.fails, self.seen = folder, how, False, list[str]()
         self.fails_at, _, count = fails_at.partition(" #")
@@ -75,7 +76,7 @@ class Disk:
         now = self.seen[-1] == self.fails_at and self.seen.count(self.fails_at) == self.count
         self.fails = self.fails or (now and self.how != "once")
         if now or self.fails:
-            # As the system does it: where a file is synced, no name is known.
+            # As in the system's own error, which has no file name for a sync.
             raise OSError(self.number, os.strerror(self.number), *(() if what == "fsync" else (str(path),)))
 
 
@@ -114,7 +115,7 @@ def logged(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]
 
 
 def checked(directory: Path, fails_at: str, how: str) -> Exception | None:
-    """Train on a disk that fails; what that raised, when it and the directory have been compared."""
+    """Train on a failing disk. Check that the directory agrees with the error, and return that."""
     DISK.watch(directory, fails_at, how)
     raised: Exception | None = None
     try:
@@ -136,7 +137,7 @@ def checked(directory: Path, fails_at: str, how: str) -> Exception | None:
         return None
     assert not (directory / "final.json").exists()
     assert os.strerror(DISK.number) in str(raised), raised
-    # A disk that takes nothing more takes no last word either.
+    # A disk that accepts no more writes cannot record the end of the run either.
     assert run.state == "failed" or (how == "dying" and (run.state, run.reason) == ("unfinished", UNKNOWN))
     if run.state == "failed":
         assert os.strerror(DISK.number) in run.reason
@@ -214,12 +215,12 @@ def test_after_one_failed_write_a_run_is_complete_or_says_why_not(
         directory = tmp_path / str(number)
         assert checked(directory, point.strip(), "once") is None
         ended = json.loads((directory / "run.json").read_text())["started"][-1]["ended"]
-        told = capsys.readouterr().out
+        output = capsys.readouterr().out
         if "tfevents" in point:
             assert os.strerror(errno.EIO) in ended["incomplete"][0]
-            assert "WARNING: the run has finished, but is incomplete: TensorBoard" in told
+            assert "WARNING: the run has finished, but is incomplete: TensorBoard" in output
         else:
-            # The weights of update 1 were never on disk.
+            # The weights of update 1 never reached the disk.
             lost = {"fsync metrics.jsonl", "fsync checkpoints/update-N.partial"}
             expected = ["best.pt is not the checkpoint of update 1, the best one"] if point.strip() in lost else None
             assert ended.get("incomplete") == expected, point
@@ -229,7 +230,7 @@ def test_after_one_failed_write_a_run_is_complete_or_says_why_not(
 
 @contextlib.contextmanager
 def full_soon(place: Path, kib: int) -> Iterator[Callable[[int], None]]:
-    """A file system of so many KiB at `place`; yields what gives it another size."""
+    """Mount a file system of so many KiB at `place`. Yield a function that changes its size."""
     place.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", place], check=False, capture_output=True
@@ -280,7 +281,7 @@ def test_a_run_whose_directory_is_removed_ends_without_writing(
         run.writer.wait()
         if not (tmp_path / "aside").exists():
             directory.rename(tmp_path / "aside")
-            if again:  # by another start of the same command
+            if again:  # another start of the same command
                 directory.mkdir()
         return whole(run)
 

@@ -1,4 +1,4 @@
-"""Divergence: found at its update, told with what led to it, and gone back from without the samples before it."""
+"""A divergence is found at its update, reported with its cause, and rolled back without the samples before it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Trainer
 
-# 4 updates an epoch, 12 in all; a checkpoint every second update.
+# 4 updates per epoch, 12 in total; a checkpoint every second update.
 SETTINGS: dict[str, Any] = {
     "epochs": 3,
     "log_every": 2,
@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    # It is refused on processors without the arithmetic only because it is slow there.
+    # Processors without float16 arithmetic can emulate it; the program refuses it there because that is slow.
     monkeypatch.setattr(device, "_cpu_has", lambda *flags: True)
 
 
@@ -69,7 +69,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Spoiled:
-    """Spoils the gradient of the batch at each of `positions`, and keeps the positions that the run has come by."""
+    """Spoils the gradient of the batch at each of `positions`, and records the positions of all batches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *positions: int, die_at: int | None = None) -> None:
         self.seen: list[int] = []
@@ -92,7 +92,7 @@ class Spoiled:
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Spoiled(monkeypatch, 4)
-    # The fifth update spoils the weights; the sixth has the loss, and there it is found.
+    # The fifth update spoils the weights; the loss of the sixth shows it.
     with pytest.raises(Diverged, match=r"diverged at update 6: loss nan, lr 0\.[0-9]+") as caught:
         train(tmp_path / "run")
     assert "largest gradient norms at update 5: conv1.weight nan" in str(caught.value)
@@ -110,12 +110,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pyte
     assert all(torch.isfinite(t).all() for t in content["model"].values())
 
 
-def test_a_rollback_skips_the_samples_before_the_divergence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_rollback_skips_the_samples_before_the_divergence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spoiled = Spoiled(monkeypatch, 4)
     final = train(tmp_path / "run", on_divergence="rollback")
-    # Positions 4 and 5 led from the checkpoint to the divergence: not made again.
+    # Positions 4 and 5 lie between the checkpoint and the divergence: they are not repeated.
     assert spoiled.seen == [0, 1, 2, 3, 4, 5, *range(6, 14)]
     step = {"from_update": 6, "to_update": 4, "passed_over_from": 4, "passed_over": 2}
     assert final["updates"] == 12
@@ -157,8 +155,10 @@ def test_rollbacks_are_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert records == [("rollback", 4), ("rollback", 2), ("stop", None)]
 
 
-def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # The first step is too large by far: its loss is finite, and that of the next update is not.
+def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The first step is far too large: its loss is finite, but that of the next update is not.
     exploding = {"name": "sgd", "lr": 3e38, "trust_coef": None, "weight_decay": 0.0}
     monkeypatch.setitem(SETTINGS, "optimizer", exploding)
     monkeypatch.setitem(SETTINGS, "schedule", {"warmup_epochs": 0})
@@ -167,10 +167,10 @@ def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(monkeypatch: pyt
         train(tmp_path / "run", on_divergence="rollback", max_rollbacks=3)
     records = [(line["update"], line.get("to_update")) for line in lines(tmp_path / "run/divergence.jsonl")]
     assert records == [(2, 0), (2, 0), (2, 0), (2, None)]
-    # What the next start finds, and what is left to look at.
+    # The checkpoints that the next start finds, and those that are set aside.
     folder = tmp_path / "run/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["diverged-000000001.pt", "update-000000000.pt"]
-    # Where only the last one is kept, there is none to go on from, and the next start says so.
+    # With keep=1 there is no checkpoint to resume from, and the next start reports that.
     monkeypatch.setitem(SETTINGS, "checkpoint", {"every_updates": 1, "keep": 1})
     with pytest.raises(Diverged, match="No earlier checkpoint is left"):
         train(tmp_path / "one", on_divergence="rollback")
@@ -179,7 +179,7 @@ def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(monkeypatch: pyt
 
 
 def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # The last step spoils the weights: no training loss is made with them.
+    # The last step spoils the weights: no training loss is computed from them.
     Spoiled(monkeypatch, 11)
     directory = tmp_path / "run"
     with pytest.raises(Diverged, match="diverged at update 12: validation loss nan"):
@@ -192,7 +192,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytes
     assert not any("val/top1" in line for line in lines(directory / "metrics.jsonl"))
     (start,) = json.loads((directory / "run.json").read_text())["started"]
     assert start["ended"]["how"] == "failed"
-    # Its weights are neither exported nor evaluated as a result.
+    # Its weights can be neither exported nor evaluated.
     aside, copy = directory / "checkpoints/diverged-000000012.pt", tmp_path / "copy.pt"
     with pytest.raises(ConfigError, match="the run diverged with these weights, and set them aside"):
         export(settings(mode="export", checkpoint={"path": str(aside)}))
@@ -202,16 +202,14 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytes
         export(settings(mode="export", **spoiled))
     with pytest.raises(Diverged, match="val/loss is nan"):
         session.evaluate_only(*session.evaluation_config(settings(mode="evaluate", **spoiled), ()), Ranks())
-    # The same run goes on from the good one, and around the samples where that is asked for.
+    # The same run resumes from the good checkpoint and, with rollback, skips the samples.
     final = train(directory, on_divergence="rollback")
     assert final["rollbacks"] == [{"from_update": 12, "to_update": 10, "passed_over_from": 10, "passed_over": 2}]
     assert math.isfinite(lines(directory / "metrics.jsonl")[-1]["val/loss"])
     assert checkpoint.load(directory / "checkpoints/best.pt")["update"] == 12
 
 
-def test_a_rollback_before_the_first_checkpoint_restarts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_rollback_before_the_first_checkpoint_restarts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Spoiled(monkeypatch, 0)
     final = train(tmp_path / "run", on_divergence="rollback")
     assert final["rollbacks"] == [{"from_update": 2, "to_update": 0, "passed_over_from": 0, "passed_over": 2}]
@@ -336,7 +334,7 @@ def test_a_late_check_still_finds_the_update_and_its_layers(
     found = guard.found(model, float)
     assert found is not None
     assert (found.update, found.layers_of) == (bad, bad - 1)
-    # The layers of the last seven updates, 17 to 23, are there.
+    # The layers of the last seven updates, 17 to 23, are kept.
     assert bool(found.layers) is has_layers
     if has_layers:
         assert {layer[0]: layer[2] for layer in found.layers}["bias"] == pytest.approx(bad - 1)
@@ -366,9 +364,7 @@ def test_a_report_works_without_layers() -> None:
     assert Divergence(3, math.inf, 0.1, (), 2).record()["loss"] is None
 
 
-def test_a_rollback_keeps_the_best_result_at_its_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_rollback_keeps_the_best_result_at_its_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Position 4 spoils the weights after the evaluation at update 4, whose checkpoint comes before it.
     Spoiled(monkeypatch, 4)
     scores = iter([90.0, 90.0, 10.0, 10.0])

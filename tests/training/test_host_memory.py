@@ -1,4 +1,4 @@
-"""Memory for tensors is taken from the system once, and whoever sets malloc up for themselves is let alone."""
+"""malloc keeps freed memory for the next tensor, unless the user has set malloc options."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_large_block_reuses_freed_memory() -> None:
     _, fresh = new_pages("not")
     kept, reused = new_pages("asked")
     assert kept == "True"
-    # Of 25,600; where the kernel gives huge pages to whoever asks for none, it counts 50 in any case.
+    # Out of 25,600. A kernel that uses huge pages by default counts 50 in any case.
     assert reused < 20
     assert fresh > reused
 

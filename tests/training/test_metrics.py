@@ -1,4 +1,4 @@
-"""The operations of a model against torchvision's own count and a sum by hand, and a rate that can be true."""
+"""FLOPs match torchvision's count and a sum by hand, the peak is plausible, and the rate has the right time."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def test_the_measured_peak_is_plausible_for_this_machine() -> None:
     threads, before = torch.get_num_threads(), torch.get_rng_state()
     peak_flops.cache_clear()
     found = peak_flops(choose_precision("fp32", CPU), CPU, threads)
-    # From a processor of long ago on a busy day to more than any node has.
+    # From an old, busy processor to more than any node has.
     assert 1e8 < found < 1e15
     assert torch.equal(torch.get_rng_state(), before)
     assert peak_flops(choose_precision("fp32", CPU), CPU, threads) == found
 
 
-# As CUDA has them; what they are is told without one. Each in a process of its own, for they are the whole process's.
+# CUDA's settings, which can be read without a device. Each in a separate process, because they are process-wide.
 _SETTINGS = {
     "torch's own": ("", "tf32"),
-    "for products alone": (
+    "only for products": (
         "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = False",
         "none",
     ),
@@ -60,20 +60,20 @@ from lars_train.training.metrics import peak_flops
 
 cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
 
-def told(what):
+def read(setting):
     try:
-        return what()
+        return setting()
     except RuntimeError:
         return "mixed"
 
 def precision():
-    # torch before 2.9 has the older name alone.
+    # torch before 2.9 has only the older name.
     return cuda.matmul.fp32_precision if hasattr(cudnn, "conv") else "tf32" if cuda.matmul.allow_tf32 else "none"
 
 def settings():
     newer = [torch.backends.fp32_precision, cudnn.conv.fp32_precision] if hasattr(cudnn, "conv") else []
     older = [torch.get_float32_matmul_precision, lambda: cuda.matmul.allow_tf32, lambda: cudnn.allow_tf32]
-    return [precision(), *newer, *map(told, older)]
+    return [precision(), *newer, *map(read, older)]
 
 {setting}
 before, product, seen = settings(), torch.mm, set()
@@ -85,18 +85,18 @@ def watched(a, b):
 torch.mm = watched
 cpu = torch.device("cpu")
 peak_flops(choose_precision("fp32", cpu), cpu, 1)
-assert seen == {{{wanted!r}}}, seen
+assert seen == {{{expected!r}}}, seen
 assert settings() == before, (settings(), before)
 """
 
 
 @pytest.mark.parametrize("case", _SETTINGS)
 def test_the_peak_uses_tf32_if_convolutions_do(case: str) -> None:
-    setting, wanted = _SETTINGS[case]
+    setting, expected = _SETTINGS[case]
     if "newer" in case and not hasattr(torch.backends.cudnn, "conv"):
-        pytest.skip("this torch has the older names alone")
+        pytest.skip("this torch has only the older names")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _MEASURED.format(setting=setting, wanted=wanted)],
+        [sys.executable, "-W", "error", "-c", _MEASURED.format(setting=setting, expected=expected)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""What logging costs: nothing between log lines, and at those what a script measures (docs/monitoring.md)."""
+"""The cost of logging: nothing between log lines, and at log lines what a script measures (docs/monitoring.md)."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 SETTINGS = "model=tiny data.image_size=16 batch.size=8 micro_batch=4 model.ghost_batch=4".split()
-# How the host comes to a tensor's values, and waits for a device that has not computed them yet.
+# Methods that copy a tensor's values to the host, which waits until the device has computed them.
 READS = {"tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"}
 
 
 class Operators(TorchDispatchMode):
-    """Counts what is computed, and what is copied, by name."""
+    """Counts the operators, copies included, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Operators(TorchDispatchMode):
 
 
 class Reads(TorchFunctionMode):
-    """Counts what hands values to the host."""
+    """Counts the calls that copy values to the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Reads(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Update:
-    """What one took: operators, values read by the host, and bytes of log lines that were written."""
+    """The cost of one update: operators, values that the host read, and bytes of log lines."""
 
     operators: Counter[str]
     reads: int
@@ -68,7 +68,7 @@ class Update:
 
 
 def updates(folder: Path, log_every: int, count: int) -> list[Update]:
-    """The first ones of a run."""
+    """Return the costs of the first `count` updates of a run."""
     import bench_monitoring
 
     run = bench_monitoring.make_run(folder, log_every, count, SETTINGS)
@@ -85,10 +85,8 @@ def updates(folder: Path, log_every: int, count: int) -> list[Update]:
     return found
 
 
-def test_monitoring_costs_nothing_between_log_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
+def test_monitoring_costs_nothing_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on an accelerator. On the CPU LARS reads norms, which costs no wait there.
     monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
     monkeypatch.setattr(rescale, "is_host_tensor", lambda tensor: False)
     every, never = 3, 10**9
@@ -96,7 +94,7 @@ def test_monitoring_costs_nothing_between_log_lines(
     run_update = Trainer.run_update
     monkeypatch.setattr(Trainer, "run_update", lambda *given, measure: run_update(*given, measure=False))
     without = updates(tmp_path / "silent", never, 7)
-    # The first update of a run keeps its pictures, once.
+    # The first update of a run copies its images, once.
     for update in range(2, 8):
         logged, alone = with_lines[update - 1], without[update - 1]
         assert alone.operators["convolution_backward"] > 0
@@ -113,9 +111,9 @@ def test_monitoring_costs_nothing_between_log_lines(
 def test_the_script_compares_updates_with_and_without_log_lines() -> None:
     import bench_monitoring
 
-    told = "\n".join(bench_monitoring.measure(2, 2, SETTINGS))
-    ratio = re.search(r"over updates without: (\d+\.\d+) ", told)
-    line = re.search(r"measuring for a line and writing it: (\d+\.\d+) ms", told)
+    output = "\n".join(bench_monitoring.measure(2, 2, SETTINGS))
+    ratio = re.search(r"over updates without: (\d+\.\d+) ", output)
+    line = re.search(r"measuring for a line and writing it: (\d+\.\d+) ms", output)
     assert ratio is not None
     assert line is not None
     assert float(ratio.group(1)) > 0.5

@@ -1,3 +1,5 @@
+"""The micro-batch follows from the free memory: estimated on the CPU, found by trial on a GPU."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,7 +22,7 @@ from lars_train.training.device import (
 
 
 def kept_for_backward(model: nn.Module, samples: int, image_size: int) -> int:
-    """Bytes of the distinct memory blocks, parameters aside, that a real forward pass on the CPU keeps."""
+    """Return the bytes of the distinct memory blocks, without parameters, that a real forward pass on the CPU keeps."""
     blocks = {p.untyped_storage().data_ptr() for p in model.parameters()}
     alive: list[Tensor] = []
     total = 0
@@ -105,7 +107,7 @@ def test_free_memory_respects_the_control_group_and_the_system(monkeypatch: pyte
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert free_memory() == 35000  # pages of files that were read can be had back
+    assert free_memory() == 35000  # cached pages of files can be freed
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert free_memory() == 60 * 1024
     files["/sys/fs/cgroup/memory.max"] = "100\n"
@@ -130,7 +132,7 @@ def test_a_trial_leaves_the_model_unchanged(name: str) -> None:
 def test_a_trial_that_is_too_large_frees_its_memory() -> None:
     device = torch.device("cuda")
     model = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=False)
-    # What cuBLAS works in stays, whoever has called it first.
+    # The workspace of cuBLAS stays, whichever test called it first.
     try_micro_batch(model, 32, 224, choose_precision("fp32", device), device)
     before = torch.cuda.memory_allocated()
     with pytest.raises(torch.OutOfMemoryError):
@@ -140,6 +142,6 @@ def test_a_trial_that_is_too_large_frees_its_memory() -> None:
 
 
 def test_transposed_weights_are_not_counted_as_activations() -> None:
-    # torch's linear layer keeps its weight transposed, and of the images what it got: 3 * 16 * 16 numbers each.
+    # torch's linear layer keeps its weight transposed, and its input: 3 * 16 * 16 numbers per image.
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 1000))
     assert activation_bytes(model, 8, 16) == 8 * 3 * 16 * 16 * 4

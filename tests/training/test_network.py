@@ -1,4 +1,4 @@
-"""What a network's outputs stand for: classes by name, on data sets with all of them or some, in any order."""
+"""A network's outputs match classes by name, on data sets with all or some of its classes, in any order."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def evaluate(**changes: Any) -> dict[str, Any]:
 
 
 def pixels(label: int, number: int) -> npt.NDArray[np.uint8]:
-    """An image of the class `label`: blocks of its own colours, and a little noise."""
-    colours = np.random.default_rng(label).integers(0, 256, (4, 4, 3)).repeat(2, 0).repeat(2, 1)
+    """Return an image of the class `label`: blocks of colors of that class, and a little noise."""
+    colors = np.random.default_rng(label).integers(0, 256, (4, 4, 3)).repeat(2, 0).repeat(2, 1)
     noise = np.random.default_rng([label, number]).integers(-3, 4, (SIZE, SIZE, 3))
-    return (colours + noise).clip(0, 255).astype(np.uint8)
+    return (colors + noise).clip(0, 255).astype(np.uint8)
 
 
 def inputs(images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
@@ -73,7 +73,7 @@ def inputs(images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """Output i is the highest for images of class i: its logits are the negative squared distances to their means."""
+    """A network whose output i is highest for images of class i: the negative squared distance to their mean."""
     torch.manual_seed(0)
     network = build_model("tiny", num_classes=len(NAMES), ghost_batch=1, zero_gamma=False).eval()
     features: list[Tensor] = []
@@ -88,7 +88,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def weights(model: nn.Module, tmp_path: Path) -> Callable[[Sequence[str] | None], str]:
-    """Writes the model's weights with the names of its classes, as mode=export does, or without."""
+    """Return a function that writes the model's weights, with class names like mode=export, or without."""
 
     def write(names: Sequence[str] | None) -> str:
         state: Any = model.state_dict()
@@ -101,7 +101,7 @@ def weights(model: nn.Module, tmp_path: Path) -> Callable[[Sequence[str] | None]
 
 
 def folders(root: Path, names: dict[str, int]) -> str:
-    """Class folders by name, each with images of the label."""
+    """Write class folders by name, each with images of its label."""
     for name, label in names.items():
         (root / name).mkdir(parents=True)
         for number in range(IMAGES):
@@ -110,7 +110,7 @@ def folders(root: Path, names: dict[str, int]) -> str:
 
 
 def reported(folder: Path) -> dict[str, tuple[int, int]]:
-    """Images and correct ones of each class that has any."""
+    """Return the images and the correct ones of each class that has images."""
     with (folder / "per_class.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {row["class"]: (int(row["images"]), int(row["correct"])) for row in rows if int(row["images"])}
@@ -150,7 +150,7 @@ def test_validation_shards_alone_match_by_name_or_output(
             for number in range(IMAGES):
                 image, text = io.BytesIO(), {"folder": "", "text": NAMES[label]}.get(kind, str(label))
                 Image.fromarray(pixels(label, number)).save(image, "PNG")
-                # Folders of other names than the model's, in the order of the numbers.
+                # Folders with other names than the model's classes, in numeric order.
                 folder = {"folder": f"{NAMES[label]}/", "number in a folder": f"k{label:02}/"}.get(kind, "")
                 stem = f"{folder}{label}x{number}"
                 for name, content in ((f"{stem}.png", image.getvalue()), (f"{stem}.cls", text.encode())):
@@ -175,7 +175,7 @@ def test_validation_shards_alone_match_by_name_or_output(
 def test_classes_in_another_order_are_evaluated_by_name(
     weights: Callable[[Sequence[str] | None], str], model: nn.Module, tmp_path: Path
 ) -> None:
-    # By folder name, class 0 is a, and so on; the model learned them from l to a.
+    # By folder name, class 0 is a, and so on. The model's classes are in the order l to a.
     letters = "lkjihgfedcba"
     root = folders(tmp_path / "data" / "val", {letter: label for label, letter in enumerate(letters)})
     result = evaluate(data__root=root, model__weights=weights(list(letters)), evaluate__report=str(tmp_path / "report"))
@@ -196,7 +196,7 @@ def test_some_classes_are_evaluated_over_those_or_all_outputs(
     weights: Callable[[Sequence[str] | None], str],
     tmp_path: Path,
 ) -> None:
-    # The images in n09 and n02 are of other classes: of one that is not in the folder, and of one that is.
+    # The images in n09 and n02 are of other classes: one without a folder, and one with a folder.
     held = {"n02": 4, "n04": 4, "n09": 7, "n11": 11}
     root, labels = folders(tmp_path / "data", held), [int(name[1:]) for name in held]
     images = [pixels(label, number) for label in held.values() for number in range(IMAGES)]
@@ -220,7 +220,7 @@ def test_some_classes_are_evaluated_over_those_or_all_outputs(
 def test_folders_named_by_numbers_are_those_outputs(
     weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
-    # As in ImageNet-V2: 10 and 11 come before 2 by text, and are outputs 10 and 11.
+    # As in ImageNet-V2: 10 and 11 come before 2 in text order, and are outputs 10 and 11.
     root = folders(tmp_path / "data", numbered_name(12))
     for names in (NAMES, None):
         result = evaluate(data__root=root, model__weights=weights(names))
@@ -228,7 +228,7 @@ def test_folders_named_by_numbers_are_those_outputs(
         (note,) = result["notes"]
         assert note.startswith("WARNING: the data set's classes are numbers")
         assert f"10 is {'output 10' if names is None else 'n10'}" in note
-    # The model's own names, in the order of text, as a run on such folders has them.
+    # The model's own names in text order, like those of a run on such folders.
     in_order = sorted(numbered_name(12))
     shutil.rmtree(root)
     folders(Path(root), {name: label for label, name in enumerate(in_order)})
@@ -247,13 +247,13 @@ def test_leading_zeros_of_class_numbers_are_ignored(
     result = evaluate(data__root=root, model__weights=weights(own), evaluate__report=str(tmp_path / "report"))
     assert reported(tmp_path / "report") == dict.fromkeys(held, (IMAGES, IMAGES))
     (note,) = result["notes"]
-    assert note.startswith("NOTE: classes are matched by their numbers")
+    assert note.startswith("NOTE: classes are matched by number")
     assert f"{1:0{width}} is {1:0{trained}}" in note
 
 
 @pytest.mark.parametrize("numbers", [(), (0, 1, 2)])  # of folders, and of labels in tars
 @pytest.mark.parametrize(
-    ("own", "held", "told"),
+    ("own", "held", "message"),
     [
         (["100", "200", "300"], ["0", "1", "2"], "0, 1, 2"),
         (["0", "1", "10", "2"], ["000", "002", "003"], "003"),
@@ -262,10 +262,10 @@ def test_leading_zeros_of_class_numbers_are_ignored(
     ],
 )
 def test_numeric_class_names_are_not_indices(
-    own: list[str], held: list[str], told: str, numbers: tuple[int, ...]
+    own: list[str], held: list[str], message: str, numbers: tuple[int, ...]
 ) -> None:
     state = {"fc.weight": torch.zeros(len(own), 1), "fc.bias": torch.zeros(len(own))}
-    with pytest.raises(ConfigError, match=f"classes are not among the model's {len(own)}: {told};"):
+    with pytest.raises(ConfigError, match=f"classes are not among the model's {len(own)}: {message};"):
         match_classes(Weights("w", state, tuple(own)), held, numbers)
 
 
@@ -319,7 +319,7 @@ def test_a_new_head_is_initialized_and_the_rest_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"model__new_head": True}, r"needs model\.weights=FILE"),
         (
@@ -329,6 +329,6 @@ def test_a_new_head_is_initialized_and_the_rest_is_loaded(
         ({"model__weights": "w.pth", "evaluate__outputs": "some"}, "choose one of subset, all"),
     ],
 )
-def test_incompatible_settings_are_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_incompatible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         config(**changes)

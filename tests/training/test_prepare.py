@@ -1,3 +1,5 @@
+"""Bad input is refused before a run writes anything, and a checkpoint is used only if it fits."""
+
 from __future__ import annotations
 
 import shutil
@@ -42,7 +44,7 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
     start = prepare(config(tmp_path / "run", checkpoint__path=str(trained))).start_from
     assert start is not None
     assert start["update"] == 1
-    # Another length and other rates may be chosen.
+    # The length of the run and its rates may differ.
     prepare(config(tmp_path / "run", checkpoint__path=str(trained), epochs=5, optimizer__lr=0.1))
     prepare(config(tmp_path / "run", checkpoint__path=str(trained), optimizer__clip="lr", optimizer__nesterov=True))
 
@@ -69,7 +71,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 
 def test_a_run_whose_data_changed_does_not_resume(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The config is the same and so is the directory; the files are not.
+    # The config and the directory are the same, but the files are not.
     monkeypatch.setattr("lars_train.data.sources.builtin.fingerprint", lambda *given: fingerprint(*given)[::-1])
     prepared = prepare(config(trained, max_updates=2))
     before = contents(trained)

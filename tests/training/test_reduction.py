@@ -1,7 +1,7 @@
-"""What ranks exchange: gradients once per update, counted in bytes on the wire, and rounded where that is asked for.
+"""Ranks exchange gradients once per update, counted in bytes on the wire, and rounded if the config says so.
 
-Started by the tests below, this file is also the program of the ranks. The wire is the loopback interface of a network
-namespace of their own, in which nothing else is sent.
+The tests below start this file as the program of the ranks. The wire is the loopback interface of a separate network
+namespace, in which nothing else is sent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 
 def network() -> nn.Module:
-    """2.3 million parameters that cost little to compute with, and a batch norm, whose statistics travel too."""
+    """Return a network of 2.3 million cheap parameters, with a batch norm, whose statistics are exchanged too."""
     torch.manual_seed(0)
     wide = [nn.Flatten(), nn.Linear(48, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)]
     return nn.Sequential(GhostBatchNorm2d(3, ghost_batch=2), *wide)
@@ -66,7 +66,7 @@ def plan() -> Plan:
 
 
 def trained(rank: int, compression: str, base: Any) -> tuple[Trainer, list[int]]:
-    """A trainer after its updates, and the bytes that were on the wire after each."""
+    """Return a trainer after its updates, and the bytes on the wire after each update."""
     sent = []
     with process_group(Ranks(rank, WORLD, rank, WORLD), CPU, 60.0) as group:
         model = network()
@@ -80,14 +80,14 @@ def trained(rank: int, compression: str, base: Any) -> tuple[Trainer, list[int]]
         )
         for update in range(UPDATES):
             trainer.run_update(iter(images(rank, update)), ACCUMULATION, measure=False)
-            group.all_reduce_max([0])  # a barrier: what any rank had to send is sent
+            group.all_reduce_max([0])  # a barrier: all ranks have sent everything
             sent.append(on_the_wire())
             group.all_reduce_max([0])
     return trainer, sent
 
 
 def on_the_wire() -> int:
-    """Bytes that the loopback interface has sent, with the headers."""
+    """Return the bytes that the loopback interface has sent, with headers."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == "lo":
@@ -99,12 +99,12 @@ def rank(number: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     names = {"RANK": number, "WORLD_SIZE": WORLD, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for compression in (NONE, BF16):
-        _, told[compression] = trained(number, compression, lambda m: LARS(torch.optim.SGD(m.parameters(), lr=0.1)))
+        _, results[compression] = trained(number, compression, lambda m: LARS(torch.optim.SGD(m.parameters(), lr=0.1)))
         trainer, _ = trained(number, compression, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
         torch.save(trainer.network.state_dict(), Path(folder) / f"{compression}-{number}.pt")
-    (Path(folder) / f"told-{number}.json").write_text(json.dumps(told))
+    (Path(folder) / f"results-{number}.json").write_text(json.dumps(results))
 
 
 def loopback_up() -> None:
@@ -120,7 +120,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the ranks left what they found."""
+    """Run the ranks. Return the folder of their results."""
     if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode:
         pytest.skip("no network namespace can be made here")
     folder = tmp_path_factory.mktemp("together")
@@ -138,22 +138,20 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("compression", "size"), [(NONE, 4), (BF16, 2)])
-def test_an_update_sends_no_more_than_one_ring_all_reduce(
-    compression: str, size: int, together: Path
-) -> None:
-    sent = json.loads((together / "told-0.json").read_text())[compression]
+def test_an_update_sends_no_more_than_one_ring_all_reduce(compression: str, size: int, together: Path) -> None:
+    sent = json.loads((together / "results-0.json").read_text())[compression]
     gradients = size * sum(p.numel() for p in network().parameters())
     # Each of W ranks sends 2 (W - 1) / W of the gradients (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002).
     ring = 2 * (WORLD - 1) * gradients
-    # Buckets are filled in another order from the second update on. On a busy machine TCP sends some of it again.
+    # From the second update on, buckets have another order. On a busy machine, TCP resends some packets.
     each = [after - before for before, after in itertools.pairwise(sent[1:])]
     assert ring <= min(each) <= 1.01 * ring
 
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A process group of one rank."""
-    importlib.import_module("torch._dynamo")  # as for `process_group`
+    """Open a process group of one rank."""
+    importlib.import_module("torch._dynamo")  # see `process_group`
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -162,7 +160,7 @@ def alone() -> Iterator[None]:
 def test_gradients_are_views_of_their_buckets(alone: None) -> None:
     model = network()
     parallel = over_ranks(model, CPU, bucket_mb=25.0)
-    # Torch fills its buckets in another order from the second pass on.
+    # From the second pass on, torch fills its buckets in another order.
     for _ in range(2):
         parallel(torch.zeros(2, 3, 4, 4)).sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -173,7 +171,7 @@ def test_gradients_are_views_of_their_buckets(alone: None) -> None:
 
 
 def gradient(state: dict[str, Tensor], model: nn.Module, numbers: range, update: int) -> list[Tensor]:
-    """Of the mean loss over the global batch, these ranks' share of it, in float64."""
+    """Return the gradients, in float64, of these ranks' share of the mean loss over the global batch."""
     model.load_state_dict(state)
     model.double().train().zero_grad()
     for number in numbers:
@@ -203,7 +201,7 @@ def test_compressed_gradients_are_sums_of_rounded_gradients(compression: str, to
     for name, expected in zip([n for n, _ in reference.named_parameters()], weights, strict=True):
         assert torch.equal(got[0][name], got[1][name]), name
         start = dict(network().named_parameters())[name].detach()
-        moved, wanted = got[0][name].double() - start, expected - start
-        # One rounding to bfloat16 may fall to the other side; float32 sums differ by far less.
+        moved, target = got[0][name].double() - start, expected - start
+        # A rounding to bfloat16 may go the other way; float32 sums differ far less.
         tolerance = 2.0**-7 if compression == BF16 else 1e-4
-        assert float((moved - wanted).norm()) <= tolerance * float(wanted.norm()), name
+        assert float((moved - target).norm()) <= tolerance * float(target.norm()), name

@@ -1,4 +1,4 @@
-"""A run on a store at a URL is the run on a copy of it, whatever the size of the cache, and whenever it is killed."""
+"""A run on a store at a URL equals the run on a copy of it, for any cache size, and if it is killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lars_train.training.run_directory import Invocation
 
 pytest.importorskip("fsspec")
 
-# 6 updates an epoch, of 20 shards in 10 windows; 3 ghost batches an update.
+# 6 updates per epoch from 20 shards in 10 windows; 3 ghost batches per update.
 TINY: dict[str, Any] = {
     "epochs": 2,
     "log_every": 1,
@@ -96,21 +96,21 @@ def train(directory: Path, root: object, **changes: Any) -> dict[str, Any]:
 
 
 def results(directory: Path) -> list[dict[str, Any]]:
-    """The log, without what a clock has measured."""
+    """Return the log without measured times."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def by_copy(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on the store itself."""
+    """Train on the store itself."""
     directory = tmp_path_factory.mktemp("copy") / "run"
     train(directory, store)
     return directory
 
 
 def least_cache(tmp_path: Path, store: Path, **changes: Any) -> float:
-    """What a run wants of a cache, as it says itself where there is too little."""
+    """Return the cache size that a run requires, from its own error message."""
     settings = {"data__cache_dir": str(tmp_path / "cache"), "data__cache_gb": 0.00003, **changes}
     with pytest.raises(ConfigError) as caught:
         prepare(config(tmp_path / "least", f"file://{store}", **settings))
@@ -119,9 +119,7 @@ def least_cache(tmp_path: Path, store: Path, **changes: Any) -> float:
     return float(found[1])
 
 
-def test_a_run_on_a_url_equals_the_run_on_a_copy(
-    store: Path, by_copy: Path, tmp_path: Path
-) -> None:
+def test_a_run_on_a_url_equals_the_run_on_a_copy(store: Path, by_copy: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     limit = least_cache(tmp_path, store)
     assert limit * 1e9 < 0.85 * sum(path.stat().st_size for path in store.rglob("*.tar"))
@@ -151,16 +149,14 @@ def test_another_shard_window_gives_another_curve(store: Path, by_copy: Path, tm
     assert losses(tmp_path / "run") != losses(by_copy)[:2]
 
 
-def test_a_checkpoint_moves_between_a_copy_and_the_url(
-    store: Path, by_copy: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_moves_between_a_copy_and_the_url(store: Path, by_copy: Path, tmp_path: Path) -> None:
     settings = {"data__cache_dir": str(tmp_path / "cache")}
     path = str(by_copy / "checkpoints/update-000000004.pt")
     train(tmp_path / "run", f"file://{store}", checkpoint__path=path, **settings)
     assert final(tmp_path / "run")["weights_sha256"] == final(by_copy)["weights_sha256"]
-    wanted = config(tmp_path / "x", f"file://{store}", mode="evaluate", checkpoint__path=str(by_copy), **settings)
-    told, content = session.evaluation_config(wanted, ("data.root=x", "data.cache_dir=x"))
-    assert session.evaluate_only(told, content, Ranks())["val/top1"] == final(by_copy)["final_top1"]
+    requested = config(tmp_path / "x", f"file://{store}", mode="evaluate", checkpoint__path=str(by_copy), **settings)
+    chosen, content = session.evaluation_config(requested, ("data.root=x", "data.cache_dir=x"))
+    assert session.evaluate_only(chosen, content, Ranks())["val/top1"] == final(by_copy)["final_top1"]
 
 
 @pytest.mark.parametrize("change", [{"data__order": "global"}, {"data__window_shards": 3}, {}])
@@ -190,10 +186,10 @@ def test_a_cache_that_is_too_small_is_a_config_error(store: Path, tmp_path: Path
     assert one < all_at_once
     settings = {"data__cache_dir": str(tmp_path / "cache")}
     prepare(config(tmp_path / "run", f"file://{store}", data__cache_gb=one, **settings))
-    # Several ranks evaluate shards of their own.
-    wanted = config(tmp_path / "run", f"file://{store}", data__cache_gb=0.00003, **settings)
+    # Each of several ranks evaluates different shards.
+    requested = config(tmp_path / "run", f"file://{store}", data__cache_gb=0.00003, **settings)
     with pytest.raises(ConfigError, match=r"data\.cache_gb=.* for the evaluation"):
-        session.evaluate_only(wanted, None, Ranks(0, 4, 0, 4))
+        session.evaluate_only(requested, None, Ranks(0, 4, 0, 4))
 
 
 def test_settings_that_would_be_ignored_are_errors(store: Path, tmp_path: Path) -> None:
@@ -203,9 +199,7 @@ def test_settings_that_would_be_ignored_are_errors(store: Path, tmp_path: Path) 
         prepare(config(tmp_path / "run", store.parent / "data"))
 
 
-def test_a_run_resumes_after_a_missing_shard_returns(
-    by_copy: Path, store: Path, tmp_path: Path
-) -> None:
+def test_a_run_resumes_after_a_missing_shard_returns(by_copy: Path, store: Path, tmp_path: Path) -> None:
     settings = {"data__cache_dir": str(tmp_path / "cache")}
     prepared = prepare(config(tmp_path / "run", f"file://{store}", **settings))
     assert isinstance(prepared.dataset.train, RemoteSource)

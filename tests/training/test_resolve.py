@@ -1,3 +1,5 @@
+"""Open settings are resolved for the machine, and a resumed run keeps them."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +59,7 @@ def network() -> nn.Module:
 
 @dataclass(frozen=True)
 class Among(Group):
-    """A rank whose slowest companion can do `least`."""
+    """A group in which the minimum of the other ranks is `least`."""
 
     least: int = 1 << 62
 
@@ -121,7 +123,7 @@ def test_threads_are_chosen_again_for_another_world_size(network: nn.Module) -> 
 
 
 def test_a_stored_micro_batch_that_no_longer_fits_is_replaced(network: nn.Module) -> None:
-    # More ranks: less to do for each. Another ghost batch (a checkpoint of another run): no whole number of them.
+    # More ranks have fewer samples each. Another run's ghost batch may not divide the stored micro-batch.
     assert decide(network, config(), of_pillow(40, "fp32", 1, 1, "cpu"), ranks=Ranks(0, 5, 0, 5)).micro_batch == 8
     assert decide(network, config(), of_pillow(6, "fp32", 1, 1, "cpu")).micro_batch == 40
 

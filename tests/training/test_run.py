@@ -1,3 +1,5 @@
+"""A run logs, checkpoints and evaluates as configured; killed at any instant, it resumes to the same weights."""
+
 from __future__ import annotations
 
 import hashlib
@@ -30,7 +32,7 @@ from lars_train.training.run import Run
 from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Trainer
 
-# 4 updates an epoch, 3 ghost batches an update, micro-batches of 2 and 1 ghost batches.
+# 4 updates per epoch, 3 ghost batches per update, micro-batches of 2 and 1 ghost batches.
 CHANGES: dict[str, Any] = {
     "epochs": 3,
     "log_every": 3,
@@ -54,7 +56,7 @@ def process_state() -> Iterator[None]:
 
 
 def config(directory: Path, **changes: Any) -> Config:
-    """The tiny run in `directory`; `changes` are keys with ``__`` for the dot."""
+    """Return the tiny run in `directory`. `changes`: config keys with ``__`` for the dot."""
     return tiny(CHANGES, {"run": {"dir": str(directory)}}, **changes)
 
 
@@ -63,7 +65,7 @@ def train(directory: Path, **changes: Any) -> dict[str, Any]:
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, without what a clock has measured."""
+    """Return the lines of metrics.jsonl without measured times."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in found]
 
@@ -113,14 +115,14 @@ def test_a_run_leaves_what_scripts_rely_on(unbroken: Path) -> None:
         (u, kind) for u in (3, 4, 6, 8, 9, 12) for kind in ((False, True) if u % 4 == 0 else (False,))
     ]
     for line in found:
-        wanted = {"train/loss", "train/lr", "train/images_per_s", "train/wait_share", "train/grad_norm"}
-        wanted |= {"loader/images_per_s", "loader/fast_share"}
+        expected = {"train/loss", "train/lr", "train/images_per_s", "train/wait_share", "train/grad_norm"}
+        expected |= {"loader/images_per_s", "loader/fast_share"}
         if "val/top1" in line:
-            wanted = {"val/top1", "val/top5", "val/loss", "val/count", "val/best_top1"}
-        assert wanted <= line.keys() <= FIELDS.keys()
+            expected = {"val/top1", "val/top5", "val/loss", "val/count", "val/best_top1"}
+        assert expected <= line.keys() <= FIELDS.keys()
         assert line["epoch"] == line["update"] / 4
     assert [p.name for p in checkpoint.listing(unbroken / "checkpoints")] == [f"update-{u:09d}.pt" for u in (8, 9, 12)]
-    # Updates 7 to 9 of 12, warm-up aside: the rate of the last one.
+    # The rate of update 9 of 12, after the warm-up.
     assert next(v["train/lr"] for v in found if v["update"] == 9) == pytest.approx((1 - 8 / 12) ** 2)
 
 
@@ -138,8 +140,8 @@ def test_tensorboard_shows_layers_stages_noise_and_images(unbroken: Path) -> Non
     logged = [line["update"] for line in lines(unbroken) if "train/loss" in line]
     for tag in stages:
         assert [event.step for event in events.Scalars(tag)] == logged
-    (pictures,) = events.Images("samples/augmented")
-    assert (pictures.step, events.SummaryMetadata("custom_scalars__config__").plugin_data.plugin_name) == (
+    (images,) = events.Images("samples/augmented")
+    assert (images.step, events.SummaryMetadata("custom_scalars__config__").plugin_data.plugin_name) == (
         logged[0],
         "custom_scalars",
     )
@@ -175,9 +177,7 @@ def test_without_lars_there_are_no_trust_ratios(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "trust_ratios.jsonl").exists()
 
 
-def test_the_record_of_a_start_has_its_settings_and_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_record_of_a_start_has_its_settings_and_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "run_update", at_call(8, Trainer.run_update))
@@ -234,7 +234,7 @@ def test_training_learns(unbroken: Path) -> None:
 
 
 def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, but that its call of that number ends the program instead."""
+    """Return `function`, except that call `number` raises KeyboardInterrupt."""
     calls = 0
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
@@ -282,9 +282,9 @@ def test_a_run_that_stopped_early_resumes_to_the_same_weights(
     for stop in (2, 5, 8):
         final = train(directory, max_updates=stop)
         assert (final["updates"], final["planned_updates"]) == (stop, 12)
-        # Stopping early leaves the schedule as it is.
+        # An early stop ends with an evaluation.
         assert [v for v in lines(directory) if "val/top1" in v][-1]["update"] == stop
-    # Epoch, updates that the run makes in it, and those made before: a bar ends where the run does.
+    # Epoch, updates in the epoch, and updates already made: a bar ends where the run ends.
     assert bars == [(0, 2, 0), (0, 4, 2), (1, 1, 0), (1, 4, 1)]
     assert train(directory)["updates"] == 12
     assert_equal(state(directory)["model"], state(unbroken)["model"])
@@ -295,13 +295,13 @@ def test_low_validation_accuracy_is_explained_only_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        metrics_logger, "lag_line", lambda logged, result: f"NOTE: {logged['train/top1']:g} {result.top1:g}"
+        metrics_logger, "validation_gap_note", lambda logged, result: f"NOTE: {logged['train/top1']:g} {result.top1:g}"
     )
     for stop in (4, 8):
         train(tmp_path / "run", max_updates=stop)
     values = {name: line[name] for line in lines(tmp_path / "run")[:3] for name in line}
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE: ")]
-    assert told == [f"NOTE: {values['train/top1']:g} {values['val/top1']:g}"]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE: ")]
+    assert notes == [f"NOTE: {values['train/top1']:g} {values['val/top1']:g}"]
 
 
 def state_hash(directory: Path) -> str:
@@ -315,7 +315,7 @@ def test_a_finished_run_is_reported_and_not_trained_again(
     before = (unbroken / "run.json").read_text()
     monkeypatch.setattr(Run, "train", None)
     assert train(unbroken) == json.loads((unbroken / "final.json").read_text())
-    # All of it, as far as it goes.
+    # A later max_updates than the run's end changes nothing.
     assert train(unbroken, max_updates=13) == train(unbroken)
     for prepared in (prepare(config(unbroken, max_updates=n)) for n in (3, 11)):
         with pytest.raises(ConfigError, match=r"max_updates=\d+: the run in .* has finished at update 12; .*run\.name"):
@@ -401,7 +401,7 @@ def test_evaluating_the_checkpoint_gives_the_runs_own_result(unbroken: Path, tmp
     }
     assert result["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
     assert (result["model"], result["data"], result["undecodable"]) == ("small", "synthetic", [])
-    # What stands on the command line holds.
+    # Keys on the command line take precedence.
     c, content = session.evaluation_config(asked, ("data.val_count=9999", "device=cpu"))
     assert (c.data.val_count, c.data.pad) == (9999, 2)
 
@@ -418,7 +418,7 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
     for key, value in state(tmp_path / "run")["model"].items():
         assert torch.equal(model.state_dict()[key], value.to(model.state_dict()[key].dtype)), key
     assert all(v.is_contiguous() for v in torch.load(path, weights_only=True).values())
-    # A run directory keeps working with the export beside its checkpoints.
+    # A run directory still works with an export among its checkpoints.
     assert state(tmp_path / "run")["update"] == 1
     own = path.parent / "update-000000001.pt"
     with pytest.raises(ConfigError, match=r"export\.path=.*: is a checkpoint of the run"):
@@ -429,7 +429,7 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 + 8 pictures of 4 classes; two of the first and one of the second cannot be decoded."""
+    """48 training and 8 validation images of 4 classes; two and one of them cannot be decoded."""
     root = tmp_path_factory.mktemp("photographs")
     for split, count in (("train", 12), ("val", 2)):
         for label in range(4):
@@ -455,15 +455,15 @@ def test_bad_images_are_named_once_and_counted(
 ) -> None:
     final = train(tmp_path / "run", data__root=str(photographs), data__max_bad=3, **FOLDER)
     assert final["bad_images"] == 3
-    told = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
-    assert sorted(line["image"] for line in told) == sorted(
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(line["image"] for line in listed) == sorted(
         str(photographs / name) for name in ("train/class1/03.png", "train/class2/07.png", "val/class3/01.png")
     )
-    said = capsys.readouterr().out
-    for line in told:
+    output = capsys.readouterr().out
+    for line in listed:
         assert line["reason"]
         assert 0 < line["update"] <= 6
-        assert said.count(line["image"]) == 1
+        assert output.count(line["image"]) == 1
     assert [v for v in lines(tmp_path / "run") if "train/loss" in v][-1]["train/bad_images"] >= 2
     evaluations = [v for v in lines(tmp_path / "run") if "val/top1" in v]
     assert {(v["val/bad_images"], v["val/count"]) for v in evaluations} == {(1, 8)}
@@ -479,7 +479,7 @@ def test_a_run_resumes_after_its_images_moved(
     (places[2] / "train/class0/00.png").rename(places[2] / "train/class1/new.png")
     monkeypatch.chdir(tmp_path)
     here, there, others = ({"data__root": str(place), **FOLDER} for place in places)
-    # In the directory that the config names.
+    # In the default directory.
     by_default = config(tmp_path, run__dir=None, max_updates=3, **here)
     session.train(prepare(by_default), Ranks(), Invocation())
     (directory,) = (tmp_path / "runs").iterdir()
@@ -490,9 +490,9 @@ def test_a_run_resumes_after_its_images_moved(
         train(directory, **others)
     capsys.readouterr()
     final = train(directory, **there)
-    told = capsys.readouterr().out
-    assert f"data.root      was {places[0]} so far in this run" in told
-    assert "resumed        at update 3" in told
+    output = capsys.readouterr().out
+    assert f"data.root      was {places[0]} so far in this run" in output
+    assert "resumed        at update 3" in output
     assert final["weights_sha256"] == train(tmp_path / "unbroken", **here)["weights_sha256"]
     assert json.loads((directory / "run.json").read_text())["settings"]["data.root"] == str(places[1])
     # None of the three bad images is counted twice.
@@ -516,8 +516,7 @@ def test_bad_images_are_not_tolerated_with_on_error_fail(photographs: Path, tmp_
 def test_a_resumed_run_does_not_report_bad_images_twice(photographs: Path, tmp_path: Path) -> None:
     for stop in (3, 6):
         train(tmp_path / "run", data__root=str(photographs), max_updates=stop, **FOLDER)
-    told = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
-    assert len(told) == 3
+    assert len((tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_signal_during_an_evaluation_loses_no_update(
@@ -558,9 +557,9 @@ def test_a_checkpoint_of_another_model_is_skipped_with_a_warning(
     (tmp_path / "run" / stranger).write_bytes((tmp_path / "other" / stranger).read_bytes())
     capfd.readouterr()
     assert train(tmp_path / "run", max_updates=5)["updates"] == 5
-    told = capfd.readouterr()
-    assert "update-000000004.pt does not fit: the checkpoint is of model resnet20" in told.err
-    assert "resumed        at update 3" in told.out
+    output = capfd.readouterr()
+    assert "update-000000004.pt does not fit: the checkpoint is of model resnet20" in output.err
+    assert "resumed        at update 3" in output.out
 
 
 def test_a_run_without_its_checkpoints_does_not_start_over(tmp_path: Path) -> None:
@@ -572,9 +571,7 @@ def test_a_run_without_its_checkpoints_does_not_start_over(tmp_path: Path) -> No
     assert train(tmp_path / "run", max_updates=5, resume="never")["updates"] == 5
 
 
-def test_a_run_continued_past_its_end_has_no_final_record_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_continued_past_its_end_has_no_final_record_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "run"
     train(directory, max_updates=3)
 
@@ -586,7 +583,7 @@ def test_a_run_continued_past_its_end_has_no_final_record_yet(
         with pytest.raises(Stopped):
             train(directory, max_updates=5)
     assert not (directory / "final.json").exists()
-    # Nothing is left to do, and the result is written anew.
+    # Nothing is left to do, and the result is written again.
     assert train(directory, max_updates=3)["updates"] == 3
     assert train(directory, max_updates=5)["updates"] == 5
     with monkeypatch.context() as patched:

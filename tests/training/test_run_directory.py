@@ -1,3 +1,5 @@
+"""A run directory has a stable name, one owner at a time, and a record of every start."""
+
 from __future__ import annotations
 
 import fcntl
@@ -49,7 +51,7 @@ CALL = Invocation(("lars-train", "seed=3", "run.name=a b"), ("seed=3", "run.name
 
 
 def config(**settings: Any) -> Config:
-    """A resolved config of a small run; `settings` replace whole fields."""
+    """Return the resolved config of a small run. `settings` replace whole fields."""
     raw = Config(
         epochs=2,
         batch=BatchConfig(size=64),
@@ -232,7 +234,7 @@ def test_a_lock_in_a_directory_moved_aside_does_not_count(
     open_here(directory).close()
 
     def late(file: Any, how: int) -> None:
-        # Another process, with resume=never, is quicker, and may have begun anew.
+        # Another process, with resume=never, is faster, and may have started over.
         directory.rename(tmp_path / "aside")
         if begun:
             directory.mkdir()
@@ -260,10 +262,8 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
         open_here(directory).close()
 
 
-def test_a_start_killed_early_does_not_block_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # At the slowest point of a start: git is asked before the record is written.
+def test_a_start_killed_early_does_not_block_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the slowest point of a start: git runs before the record is written.
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -281,7 +281,7 @@ def test_a_start_killed_early_does_not_block_the_next(
 
 @dataclass(frozen=True)
 class Elsewhere(Group):
-    """A rank on another machine: rank 0 has written `token` where this one may not see it."""
+    """A rank on another machine, which may not see the `token` that rank 0 wrote."""
 
     token: str = "rank 0's"
 
@@ -299,7 +299,7 @@ def test_ranks_without_a_shared_directory_are_an_error(tmp_path: Path, monkeypat
     group = Elsewhere(Ranks(1, 2))
     with pytest.raises(ConfigError, match=r"rank 1 on .* does not see what rank 0 wrote .* run\.dir .* share"):
         open_directory(tmp_path / "run", config(), CALL, group)
-    # An older start's token does not do.
+    # The token of an earlier start is not accepted.
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".shared").write_text("another")
     with pytest.raises(ConfigError, match="does not see"):
@@ -380,7 +380,7 @@ def test_the_git_state_is_of_the_checkout_of_the_code(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("origin_file", "expected"),
     [
         ({"vcs_info": {"vcs": "git", "commit_id": "c0ffee"}, "url": "https://x"}, {"commit": "c0ffee", "dirty": False}),
         ({"dir_info": {}, "url": "file:///x"}, None),
@@ -388,12 +388,12 @@ def test_the_git_state_is_of_the_checkout_of_the_code(tmp_path: Path, monkeypatc
     ],
 )
 def test_an_installed_package_has_the_commit_that_pip_recorded(
-    told: dict[str, Any] | None, expected: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    origin_file: dict[str, Any] | None, expected: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Installed:
         def read_text(self, name: str) -> str | None:
             assert name == "direct_url.json"
-            return None if told is None else json.dumps(told)
+            return None if origin_file is None else json.dumps(origin_file)
 
     monkeypatch.setattr(module, "distribution", lambda name: Installed())
     assert git_state(tmp_path) == expected

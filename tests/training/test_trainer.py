@@ -1,3 +1,5 @@
+"""The trainer matches a plain loop in float64, for any micro-batch, and copies nothing to the host."""
+
 from __future__ import annotations
 
 import math
@@ -81,7 +83,7 @@ def network(ghost: int) -> nn.Module:
 
 
 def tiny_network(ghost: int) -> nn.Module:
-    """float32, for the precisions that are slow on a CPU without the instructions."""
+    """Return a small float32 network, for precisions that are slow on a CPU without hardware support."""
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=4, bias=False),
@@ -116,7 +118,7 @@ def trainer(
 
 
 class PlainLoop:
-    """The same training by the book: one pass over the whole global batch, torch's own batch norm on each
+    """The same training as a plain loop: one pass over the whole global batch, torch's batch norm on each
     ghost batch, running statistics, LARS and schedule written out.
     """
 
@@ -222,7 +224,7 @@ def test_each_update_has_the_learning_rate_of_its_number() -> None:
 
 
 def with_base(base: str, ours: bool, lr: Any) -> Trainer:
-    """A trainer over a base of torch's, inside LARS or not; in float64, which is a Python number's."""
+    """Return a trainer of torch's optimizer, inside LARS or not, in float64 like Python numbers."""
     model = network(2)
     keywords: dict[str, Any] = {"momentum": 0.9} if base == "SGD" else {}
     optimizer: Optimizer = getattr(torch.optim, base)(model.parameters(), lr=lr, weight_decay=DECAY, **keywords)
@@ -295,7 +297,7 @@ def test_an_update_sums_waiting_and_bad_images() -> None:
 
     def slow() -> Iterator[Batch]:
         yield Batch(images[:2], labels[:2], (found, found))
-        # Longer than any clock's grain, and short.
+        # Short, but longer than the resolution of any clock.
         torch.randn(200, 200) @ torch.randn(200, 200)
         yield Batch(images[2:], labels[2:], (found,))
 
@@ -313,12 +315,12 @@ def test_the_meter_sums_until_it_is_read() -> None:
     assert meter.total(ALONE).tolist() == [2.0, 2.0, 4.0, 2.0]
     assert meter.take_bad(ALONE)
     assert not meter.take_bad(ALONE)
-    # Reading it at a checkpoint leaves the rest of the sums for the log line to come.
+    # A checkpoint reads the sums without resetting those for the next log line.
     assert meter.total(ALONE).tolist() == [2.0, 2.0, 4.0, 0.0]
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operators that hand a tensor's value to the host."""
+    """Counts the operators that copy a tensor's value to the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +336,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_an_update_between_log_lines_copies_nothing_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on an accelerator: on the CPU LARS reads norms, which costs no wait there.
+    # As on an accelerator. On the CPU LARS reads norms, which costs no wait there.
     monkeypatch.setattr(fused_sgd, "applies_to", lambda base, rule: False)
     monkeypatch.setattr(rescale, "is_host_tensor", lambda tensor: False)
     for waits in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
@@ -353,7 +355,7 @@ def test_an_update_between_log_lines_copies_nothing_to_the_host(monkeypatch: pyt
 
 
 class Copies(TorchDispatchMode):
-    """Whether the host waits for each copy that goes from it to the device."""
+    """Records, for each copy from the host to the device, whether the host waits for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +371,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("base", ["SGD", "Adam"])
 def test_setting_the_learning_rate_copies_nothing_to_the_host(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Torch's own steps on the CPU read such a tensor; those that are capturable, which are a GPU's, do not.
+    # On the CPU torch's optimizers read such a tensor. Capturable ones, on a GPU, do not.
     lr = as_tensor()
     t = with_base(base, True, lr)
     monkeypatch.setattr(t.optimizer, "step", lambda: None)
@@ -381,7 +383,7 @@ def test_setting_the_learning_rate_copies_nothing_to_the_host(base: str, monkeyp
 
 
 class NoAutocast(Precision):
-    """There is none for the meta device."""
+    """A precision without autocast, which the meta device lacks."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext()
@@ -414,7 +416,7 @@ def test_float16_follows_float32_and_scales_the_loss() -> None:
         norms = [float(info.measures.grad_norm) for info in found if info.measures is not None]
         small = [float(info.first[0]) for info in found if info.first is not None]
         assert small[1] == pytest.approx(small[0], rel=0.05)
-        assert norms[1] == pytest.approx(norms[0], rel=0.02)  # told without the scale
+        assert norms[1] == pytest.approx(norms[0], rel=0.02)  # reported without the scale
     assert not exact.scaler.is_enabled()
     assert half.scaler.get_scale() == 2048.0
     for key, p in half.network.named_parameters():
@@ -430,7 +432,7 @@ def test_float16_overflow_skips_the_step_and_halves_the_scale() -> None:
     before = {k: p.detach().clone() for k, p in t.network.named_parameters()}
     t.run_update(micro_batches(*global_batch(8, 0), 8), 1, measure=False)
     assert t.scaler.get_scale() == 2.0**59
-    # No update was made, and the batch is behind us.
+    # No update was made, and the batch is skipped.
     assert (t.update, t.skipped) == (0, 1)
     assert all(torch.equal(before[k], p.detach()) for k, p in t.network.named_parameters())
     state = t.state()
@@ -472,31 +474,31 @@ def test_the_loop_uses_the_configs_schedule() -> None:
     assert [rate(u) for u in (0, 1, 2, 5)] == pytest.approx([LR / 2, LR, LR, LR * (1 - 3 / 6) ** 2])
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalized(images: Tensor) -> Tensor:
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (MEAN, STD))
     return (images.double() / 255 - mean) / std
 
 
 def gradients_of_ghosts(model: nn.Module, images: Tensor, labels: Tensor, ghost: int) -> Tensor:
-    """(ghost batches, all parameters' elements): gradients of mean losses, with torch's own batch norm."""
+    """Return (ghost batches, elements of all parameters): gradients of mean losses, with torch's batch norm."""
     plain = CifarResNet(1, num_classes=CLASSES, norm_layer=nn.BatchNorm2d).double()
     plain.load_state_dict(model.state_dict())
     rows = []
-    for x, y in zip(normalised(images).split(ghost), labels.split(ghost), strict=True):
+    for x, y in zip(normalized(images).split(ghost), labels.split(ghost), strict=True):
         loss = F.cross_entropy(plain(x), y, label_smoothing=SMOOTHING)
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(plain.parameters()))]))
     return torch.stack(rows)
 
 
 def gradients_of_samples(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """(samples, all parameters' elements), of a model without batch norm."""
+    """Return the gradients (samples, elements of all parameters) of a model without batch norm."""
     parameters = {k: v.detach() for k, v in model.named_parameters()}
 
     def loss(given: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         logits = torch.func.functional_call(model, given, (x[None],))
         return F.cross_entropy(logits, y[None], label_smoothing=SMOOTHING)
 
-    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, normalised(images), labels)
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, normalized(images), labels)
     return torch.cat([g.flatten(1) for g in found.values()], dim=1)
 
 
@@ -512,18 +514,18 @@ def test_the_noise_scale_matches_the_gradients_of_samples(micro: int) -> None:
 
 @pytest.mark.parametrize("micro", [2, 4, 6])
 def test_with_batch_norm_the_noise_scale_uses_ghost_batches(micro: int) -> None:
-    """They are the smallest parts that have a gradient of their own."""
+    """Ghost batches are the smallest parts with separate gradients."""
     model = network(2)
     images, labels = global_batch(12, 0)
     assert_noise_of(model, gradients_of_ghosts(model, images, labels, 2), images, labels, micro)
 
 
 def assert_noise_of(model: nn.Module, each: Tensor, images: Tensor, labels: Tensor, micro: int) -> None:
-    """`each`: the gradients of equal parts of the global batch, in order, (parts, elements) float64."""
+    """`each`: float64 (parts, elements), the gradients of equal parts of the global batch, in order."""
     batch = len(images)
     ghost = batch // len(each)
     small, big = each[: micro // ghost].mean(0).square().sum(), each.mean(0).square().sum()
-    # The two estimates of the paper's appendix A.1, from the gradients' own norms.
+    # The two estimates of the paper's appendix A.1, from the norms of the gradients.
     grad_sq = (batch * big - micro * small) / (batch - micro)
     trace = (small - big) / (1 / micro - 1 / batch)
     t = trainer(model, plan(batch, ghost))
@@ -566,4 +568,4 @@ def test_norms_of_layers_and_updates_match_the_tensors() -> None:
     whole, way = (float(torch.cat([part.flatten() for part in parts]).norm()) for parts in (before, moved))
     assert info.measures.values()["train/weight_norm"] == pytest.approx(whole, rel=1e-12)
     assert info.measures.values()["train/update_ratio"] == pytest.approx(way / whole, rel=1e-12)
-    assert info.measures.before == []  # the copy is given back
+    assert info.measures.before == []  # the copy is released
