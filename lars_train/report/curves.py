@@ -34,7 +34,7 @@ _LONGEST_LABEL = 50
 _FIRST = ("optimizer.name", "optimizer.lr", RUN)
 # Placeholder for the color of text in a plot for the page; nothing else may use it.
 _INK = "#1b1c1d"
-_STYLE = f"svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:#e6e6e6}}}}"
+_SVG_STYLE = f"svg{{color:{_INK}}}@media(prefers-color-scheme:dark){{svg{{color:#e6e6e6}}}}"
 _SETTINGS: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -310,7 +310,7 @@ def _for_page(svg: bytes) -> str:
     text = svg.decode().replace(_INK, "currentColor")
     # Only files need the XML declaration and the document type.
     text = text[text.index("<svg") :]
-    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_STYLE}</style>", text, count=1)
+    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_SVG_STYLE}</style>", text, count=1)
 
 
 def _binned(values: list[float], size: int) -> list[float]:
