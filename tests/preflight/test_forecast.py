@@ -260,7 +260,7 @@ def test_a_plan_is_for_nodes_times_processes() -> None:
 
 
 def test_a_missing_imagenet_names_the_plan_without_images() -> None:
-    with pytest.raises(ConfigError, match=r"/nowhere cannot be opened .* without data\.root"):
+    with pytest.raises(ConfigError, match=r"/nowhere cannot be opened .* omit data\.root"):
         planned("data=imagenet data.root=/nowhere batch=32k")
 
 
