@@ -1,4 +1,4 @@
-"""Trees of class folders give the same data set from a directory and from a zip, or a message that helps."""
+"""Class folders open as the same data set from a directory and from a zip, or are refused with a remedy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def everything(source: Source) -> list[tuple[str, int, bytes]]:
     return [(source.name(i), int(source.labels[i]), bytes(source.read(i))) for i in range(len(source))]
 
 
-def test_every_image_comes_once_with_its_bytes_and_its_label(make_tree: MakeTree) -> None:
+def test_every_image_is_read_once_with_its_label(make_tree: MakeTree) -> None:
     data = open_folder(make_tree(PETS), None)
     assert data.classes == ("cat", "dog")
     assert everything(data.train) == [
@@ -43,7 +43,7 @@ def test_every_image_comes_once_with_its_bytes_and_its_label(make_tree: MakeTree
     assert data.train.labels.dtype == np.int32
 
 
-def test_a_place_is_given_in_full(make_directory: MakeTree, make_zip: MakeTree) -> None:
+def test_a_location_is_the_full_path(make_directory: MakeTree, make_zip: MakeTree) -> None:
     directory, archive = make_directory(PETS), make_zip(PETS)
     assert open_folder(directory, None).train.location(2) == f"{directory}/train/dog/1.jpg"
     assert open_folder(archive, None).train.location(2) == f"{archive}!train/dog/1.jpg"
@@ -57,7 +57,7 @@ def test_a_directory_and_a_zip_of_it_are_the_same_data_set(make_directory: MakeT
     assert directory.fingerprint != open_folder(make_directory({"train/cat/3.jpg": b""}), None).fingerprint
 
 
-def test_ids_are_ranks_in_bytewise_order_of_the_whole_path(make_tree: MakeTree) -> None:
+def test_ids_follow_the_bytewise_order_of_the_whole_path(make_tree: MakeTree) -> None:
     # A slash sorts after "-" and before "0"; "é" after every ASCII name; upper case before lower case.
     classes = ["a", "a-b", "a0", "Z", "é", "z"]
     within = ["2.jpg", "10.jpg", "B.jpg", "é.jpg", "sub/1.jpg", "sub-1.jpg", "a b.jpg"]
@@ -71,14 +71,14 @@ def test_ids_are_ranks_in_bytewise_order_of_the_whole_path(make_tree: MakeTree) 
         assert [source.read(i) for i in range(len(source))] == [name.encode() for name in expected]
 
 
-def test_names_that_are_no_text_keep_their_bytes(make_directory: MakeTree) -> None:
+def test_names_that_are_not_utf8_keep_their_bytes(make_directory: MakeTree) -> None:
     data = open_folder(make_directory({**PETS, b"train/cat/\xff\xfe.jpg": b"odd"}), None)
     assert os.fsencode(data.train.name(2)) == b"cat/\xff\xfe.jpg"
     assert data.train.read(2) == b"odd"
     data.train.location(2).encode()
 
 
-def test_classes_that_would_be_shown_alike_are_refused(make_directory: MakeTree) -> None:
+def test_classes_that_decode_to_the_same_name_are_refused(make_directory: MakeTree) -> None:
     files = {
         b"%s/%s/1.jpg" % (split, c): b"" for split in (b"train", b"val") for c in (b"caf\xe9", rb"caf\xe9", b"tea")
     }
@@ -128,7 +128,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path, make_directory: M
     assert len(data.train) == 4
 
 
-def test_a_file_that_cannot_be_read_is_an_oserror_that_names_it(make_directory: MakeTree) -> None:
+def test_an_unreadable_file_is_an_oserror_with_its_name(make_directory: MakeTree) -> None:
     source = open_folder(make_directory(PETS), None).train
     Path(source.location(1)).unlink()
     with pytest.raises(OSError, match=r"cat/2\.jpg") as caught:
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_an_oserror_that_names_it(make_directory: 
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_among_the_images_is_an_oserror_and_not_a_wait(make_directory: MakeTree) -> None:
+def test_a_pipe_among_the_images_is_an_oserror(make_directory: MakeTree) -> None:
     source = open_folder(make_directory(PETS), None).train
     path = Path(source.location(1))
     path.unlink()
@@ -147,14 +147,14 @@ def test_a_pipe_among_the_images_is_an_oserror_and_not_a_wait(make_directory: Ma
         source.read(1)
 
 
-def test_a_source_can_be_sent_to_another_process(make_tree: MakeTree) -> None:
+def test_a_source_can_be_pickled(make_tree: MakeTree) -> None:
     source = open_folder(make_tree(PETS), None).train
     source.read(0)
     assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
 
 
-def test_what_is_held_out_takes_the_place_of_the_validation_folder(make_tree: MakeTree) -> None:
-    # So that a choice can be made without a look at the test images.
+def test_holdout_replaces_the_validation_folder(make_tree: MakeTree) -> None:
+    # So that hyper-parameters can be chosen without the test images.
     files = {f"train/{c}/{i}.jpg": b"" for c in "ab" for i in range(4)}
     data = open_folder(make_tree({**files, "val/a/9.jpg": b"", "test/b/9.jpg": b""}), 0.25)
     names = [source.name(i) for source in (data.train, data.val) for i in range(len(source))]
@@ -163,7 +163,7 @@ def test_what_is_held_out_takes_the_place_of_the_validation_folder(make_tree: Ma
 
 
 @pytest.mark.parametrize("prefix", ["train/", ""])
-def test_held_out_images_are_the_share_of_each_class_and_no_longer_trained_on(make_tree: MakeTree, prefix: str) -> None:
+def test_holdout_takes_its_share_of_each_class_from_training(make_tree: MakeTree, prefix: str) -> None:
     sizes = {"a": 2, "b": 5, "c": 14, "d": 15, "e": 100}
     names = [f"{c}/{i:03d}.jpg" for c, n in sizes.items() for i in range(n)]
     root = make_tree({prefix + name: name.encode() for name in names})
@@ -183,16 +183,16 @@ def test_held_out_images_are_the_share_of_each_class_and_no_longer_trained_on(ma
 
 
 def test_the_held_out_ranks_never_change() -> None:
-    # Written down once: a change would leak training images into the validation set of older runs.
+    # Fixed values: a change would leak training images into the validation set of older runs.
     assert np.flatnonzero(holdout_mask(20, 0.25)).tolist() == [0, 5, 9, 10, 13]
     assert holdout_mask(2, 0.001).sum() == 1
     assert holdout_mask(2, 0.999).sum() == 1
-    # No preference for a part of the class: 1 in 10 of the first and of the last thousand, within 4 sigma.
+    # No bias: 1 in 10 of the first and of the last thousand, within 4 sigma.
     for half in np.split(holdout_mask(2000, 0.1), 2):
         assert abs(half.sum() - 100) < 4 * np.sqrt(1000 * 0.1 * 0.9)
 
 
-def test_unlabelled_test_images_are_no_validation_set(make_tree: MakeTree) -> None:
+def test_unlabeled_test_images_are_not_a_validation_set(make_tree: MakeTree) -> None:
     files = {"train/a/1.jpg": b"", "train/a/2.jpg": b"", "test/1.jpg": b""}
     assert len(open_folder(make_tree(files), 0.5).val) == 1
     with pytest.raises(ConfigError, match=r"no validation set.*data\.holdout=0\.1"):
@@ -236,14 +236,14 @@ MANY = {f"train/c{i}/": b"" for i in range(7)}
         (TWO, 1.5, r"data\.holdout=1\.5.*between 0 and 1"),
     ],
 )
-def test_a_tree_that_cannot_be_used_is_told_apart(
+def test_an_unusable_tree_is_refused_with_the_reason(
     make_tree: MakeTree, files: dict[Any, bytes], holdout: float | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_folder(make_tree(files), holdout)
 
 
-def test_a_root_that_cannot_be_used_is_told_apart(tmp_path: Path) -> None:
+def test_an_unusable_root_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "pets.tar").write_bytes(b"")
     for root, message in (
         (None, r"data\.root is not set: .*data\.root=PATH"),
@@ -255,7 +255,7 @@ def test_a_root_that_cannot_be_used_is_told_apart(tmp_path: Path) -> None:
             open_folder(root, None)
 
 
-def test_a_home_directory_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch, make_directory: MakeTree) -> None:
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, make_directory: MakeTree) -> None:
     root = Path(make_directory(PETS))
     monkeypatch.setenv("HOME", str(root.parent))
     assert len(open_folder(f"~/{root.name}", None).train) == 3

@@ -1,4 +1,4 @@
-"""ImageNet's layouts, and every way its flat validation folder gets its labels."""
+"""ImageNet opens in each of its layouts, with each kind of labels for a flat validation folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MakeTree = Callable[[Mapping[Any, bytes]], str]
 
 WNIDS = ("n01440764", "n01443537", "n02084071")
 TRAIN = {f"train/{w}/{w}_{i}.JPEG": b"" for w in WNIDS for i in range(3)}
-# Image k of the flat validation folder, from 1, and its class.
+# The classes of images 1, 2, ... of the flat validation folder.
 TRUTH = ("n02084071", "n01440764", "n01440764", "n01443537")
 IMAGES = [f"ILSVRC2012_val_{k:08d}.JPEG" for k in range(1, 5)]
 FLAT = {**TRAIN, **{f"val/{name}": name.encode() for name in IMAGES}}
@@ -32,7 +32,7 @@ TEXT = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def meta_mat() -> bytes:
-    """As in the devkit: 1-based IDs in another order than the wnids', and inner nodes after the classes."""
+    """Make a meta.mat as in the devkit: 1-based IDs in another order than the wnids, and inner nodes last."""
     ids = {3: "n01440764", 1: "n01443537", 2: "n02084071", 1001: "n00001740"}
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
     synsets = np.empty((len(ids), 1), fields)
@@ -67,7 +67,7 @@ def test_validation_images_in_class_folders_need_no_table(make_tree: MakeTree) -
     ]
 
 
-def test_a_share_can_be_held_out(make_tree: MakeTree) -> None:
+def test_a_share_of_the_training_images_can_be_held_out(make_tree: MakeTree) -> None:
     data = open_imagenet(make_tree(TRAIN), 0.3, None)
     assert np.bincount(data.val.labels).tolist() == [1, 1, 1]
     assert len(data.train) == 6
@@ -96,11 +96,11 @@ def test_kaggles_table_is_found_up_to_three_folders_above(make_directory: MakeTr
     ],
     ids=["kaggle", "header", "bom-path-quotes", "bare-extra"],
 )
-def test_any_table_of_image_and_wnid_will_do(tmp_path: Path, make_tree: MakeTree, table: str) -> None:
+def test_any_table_of_image_and_wnid_is_accepted(tmp_path: Path, make_tree: MakeTree, table: str) -> None:
     path = tmp_path / "labels.csv"
     path.write_text(table, newline="")
     check(make_tree(FLAT), str(path))
-    # Also when it lies in the tree.
+    # Also in the tree.
     check(make_tree({**FLAT, "val/labels.csv": table.encode()}))
 
 
@@ -118,9 +118,7 @@ def test_the_devkit_labels_by_position(tmp_path: Path, make_tree: MakeTree, kind
     check(make_tree(FLAT), str(tmp_path / "kit" / given))
 
 
-def test_both_kinds_of_table_and_both_kinds_of_place_have_one_fingerprint(
-    make_directory: MakeTree, make_zip: MakeTree
-) -> None:
+def test_both_tables_and_both_storages_have_one_fingerprint(make_directory: MakeTree, make_zip: MakeTree) -> None:
     csv = {**FLAT, "LOC_val_solution.csv": KAGGLE.encode()}
     devkit = {**FLAT, f"{DEVKIT}/{TEXT}": LINES, f"{DEVKIT}/meta.mat": meta_mat()}
     prints = {open_imagenet(make(files), None, None).fingerprint for make in (make_zip,) for files in (csv, devkit)}
@@ -167,12 +165,12 @@ ROWS = [f"{n},{w}" for n, w in zip(IMAGES, TRUTH, strict=True)]
         ({f"{DEVKIT}/{TEXT}": LINES}, r"data\.val_labels: .*text file needs meta\.mat beside it"),
     ],
 )
-def test_a_table_that_does_not_fit_is_told_apart(make_tree: MakeTree, files: dict[str, bytes], message: str) -> None:
+def test_a_table_that_does_not_match_is_refused(make_tree: MakeTree, files: dict[str, bytes], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_imagenet(make_tree({**FLAT, **files}), None, None)
 
 
-def test_a_path_to_labels_that_cannot_be_used_is_told_apart(tmp_path: Path, make_directory: MakeTree) -> None:
+def test_an_unusable_path_to_labels_is_refused(tmp_path: Path, make_directory: MakeTree) -> None:
     root = make_directory(FLAT)
     folders = {**TRAIN, **{f"val/{w}/1.JPEG": b"" for w in WNIDS}}
     (tmp_path / "notes.txt").write_bytes(b"1\n")
@@ -187,7 +185,7 @@ def test_a_path_to_labels_that_cannot_be_used_is_told_apart(tmp_path: Path, make
         open_imagenet(make_directory(folders), None, str(tmp_path / "notes.txt"))
 
 
-def test_without_scipy_the_message_offers_two_ways_out(monkeypatch: pytest.MonkeyPatch, make_tree: MakeTree) -> None:
+def test_without_scipy_the_message_has_two_remedies(monkeypatch: pytest.MonkeyPatch, make_tree: MakeTree) -> None:
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     root = make_tree({**FLAT, f"{DEVKIT}/{TEXT}": LINES, f"{DEVKIT}/meta.mat": meta_mat()})
     with pytest.raises(ConfigError, match=r"data\.val_labels: .*`pip install scipy`, or .*CSV"):

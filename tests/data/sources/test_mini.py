@@ -1,4 +1,4 @@
-"""The embedded set is what its script makes, and opens without a path or a network."""
+"""The embedded set equals what its script makes, and opens without a path or a network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_archive_is_balanced_sorted_stored_and_small() -> None:
     }
 
 
-def test_the_licence_of_the_images_lies_beside_them() -> None:
+def test_the_license_of_the_images_lies_beside_them() -> None:
     text = (ARCHIVE.parent / "LICENSE").read_text()
     assert "MIT License" in text
     assert "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in text
@@ -62,14 +62,14 @@ def test_the_embedded_set_opens() -> None:
             assert name.split("/")[0] == data.classes[data.train.labels[sample]]
             image = Image.open(io.BytesIO(archive.read(f"train/{name}")))
             assert (image.mode, image.size, image.format) == ("L", (28, 28), "PNG")
-            # Decoded once, and then kept.
+            # Decoded once, then cached.
             for _ in range(2):
                 assert np.array_equal(data.train.read(sample), np.asarray(image))
             assert data.train.location(sample) == f"{ARCHIVE}!train/{name}"
     assert np.array_equal(pickle.loads(pickle.dumps(data.val)).read(7), data.val.read(7))
 
 
-def test_classes_look_like_what_they_are_called() -> None:
+def test_classes_look_like_their_names() -> None:
     # Trousers are two legs with a gap; bags fill the width; a wrong class list would mix them up.
     data = open_mini()
 
@@ -85,7 +85,7 @@ def test_classes_look_like_what_they_are_called() -> None:
     assert boot[:8, :8].mean() < boot[:8, 16:].mean()
 
 
-def test_the_script_makes_the_archive_again() -> None:
+def test_the_script_reproduces_the_archive() -> None:
     if not FASHION_MNIST.is_dir():
         pytest.skip(f"{FASHION_MNIST} is missing (Debian package dataset-fashion-mnist)")
     make = script()
@@ -94,11 +94,11 @@ def test_the_script_makes_the_archive_again() -> None:
         made_with = archive.comment.decode()
     if made_with == make.encoder():
         assert built == present
-    else:  # another zlib packs the same pixels into other bytes
+    else:  # another zlib compresses the same pixels to other bytes
         assert make.pixels_of(built) == make.pixels_of(present)
 
 
-def test_the_script_tells_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_reports_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make = script()
 
     def archive(value: int, comment: bytes) -> bytes:

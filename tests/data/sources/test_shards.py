@@ -1,4 +1,4 @@
-"""A store is read in place by any thread and process; what tars and indexes of strangers claim is checked."""
+"""Threads and processes read a store in place, and the content of untrusted tars and indexes is checked."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(packed: Path, tmp_path: Path) -> Path:
-    """A store that a test may damage."""
+    """Return a copy of the store that a test may damage."""
     return Path(shutil.copytree(packed, tmp_path / "store"))
 
 
@@ -56,7 +56,7 @@ def agrees(source: Source) -> bool:
     return all(source.read(i) == CONTENT[f"train/{source.name(i)}"] for i in range(len(source)))
 
 
-def test_threads_do_not_disturb_one_another(store: Path) -> None:
+def test_threads_can_share_a_source(store: Path) -> None:
     source = open_folder(str(store), None).train
     start = threading.Barrier(4)
 
@@ -69,9 +69,9 @@ def test_threads_do_not_disturb_one_another(store: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_forked_processes_do_not_disturb_the_parent_or_one_another(store: Path) -> None:
+def test_forked_processes_can_share_a_source_with_their_parent(store: Path) -> None:
     source = open_folder(str(store), None).train
-    assert agrees(source)  # the parent has the shards open now, and goes on reading
+    assert agrees(source)  # the parent has the shards open now, and continues to read
     context = multiprocessing.get_context("fork")
     verdict: multiprocessing.SimpleQueue[bool] = context.SimpleQueue()
     children = [context.Process(target=lambda: verdict.put(all(agrees(source) for _ in range(20)))) for _ in range(3)]
@@ -89,7 +89,7 @@ def test_a_source_with_open_shards_can_be_pickled(store: Path) -> None:
     assert agrees(pickle.loads(pickle.dumps(source)))
 
 
-def test_more_shards_than_may_be_open_are_read_all_the_same(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shards_than_may_be_open_can_be_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def handles() -> int:
         return len(os.listdir("/proc/self/fd"))
 
@@ -106,13 +106,13 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(store: Path, monkeyp
     assert handles() == before
 
 
-def test_a_sample_costs_its_name_and_few_bytes_more(tmp_path: Path, store: Path) -> None:
+def test_a_sample_takes_24_bytes_and_its_name(tmp_path: Path, store: Path) -> None:
     source = open_folder(str(store), None).train
     assert isinstance(source, shards.ShardSource)
     assert sum(array.itemsize for array in (source.labels, *vars(source._places).values())) == 4 + 4 + 8 + 8
 
 
-def test_a_shard_that_changes_or_goes_is_told(store: Path) -> None:
+def test_a_changed_or_missing_shard_is_an_error(store: Path) -> None:
     source = open_folder(str(store), None).train
     kept = pickle.dumps(source)
     shard = store / "train" / "train-000001.tar"
@@ -133,7 +133,7 @@ def test_a_shard_that_changes_or_goes_is_told(store: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fifo", "folder", "device"])
-def test_what_is_no_file_in_the_place_of_a_shard_is_refused(store: Path, name: str) -> None:
+def test_anything_but_a_regular_file_as_a_shard_is_refused(store: Path, name: str) -> None:
     shard = store / "train" / "train-000001.tar"
     shard.unlink()
     if name == "fifo":
@@ -142,7 +142,7 @@ def test_what_is_no_file_in_the_place_of_a_shard_is_refused(store: Path, name: s
         shard.mkdir()
     else:
         shard.symlink_to("/dev/zero")
-    # Of the length that the index states, so that its kind is all that is wrong.
+    # Its size matches the index, so that only its type is wrong.
     meta, arrays = read_mapped(store / "index.lars")
     shard_named("train/train-000001.tar", shard.stat().st_size)(meta, arrays)
     write_mapped(store / "index.lars", meta, arrays)
@@ -228,17 +228,17 @@ def entry_of(key: str, value: object) -> Edit:
         lambda meta, arrays: meta["splits"]["train"].update(skipped={str(i): 1 for i in range(1000)}),
     ],
 )
-def test_an_index_that_lies_is_refused_in_one_line(store: Path, edit: Edit) -> None:
+def test_an_inconsistent_index_is_refused_in_one_line(store: Path, edit: Edit) -> None:
     meta, arrays = read_mapped(store / "index.lars")
     arrays = dict(arrays)
     edit(meta, arrays)
     write_mapped(store / "index.lars", meta, arrays)
-    with pytest.raises(ConfigError, match=r"(index\.lars|x\.tar) cannot be (used|read)") as told:
+    with pytest.raises(ConfigError, match=r"(index\.lars|x\.tar) cannot be (used|read)") as expected:
         open_folder(str(store), None)
-    assert str(told.value).isprintable()
+    assert str(expected.value).isprintable()
 
 
-def test_what_an_index_says_was_skipped_is_shown_as_plain_text(store: Path) -> None:
+def test_text_from_an_index_is_printed_without_control_characters(store: Path) -> None:
     meta, arrays = read_mapped(store / "index.lars")
     meta["inventory"] = {"train": "\x1b[31m", "val": "\n", "unused": ["\u202e"], "skipped": {"\x07 files": 3}}
     write_mapped(store / "index.lars", meta, arrays)
@@ -282,7 +282,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_that_tarfile_wrote_in_any_form(form: int, tmp_path: Path) -> None:
+def test_members_equal_those_that_tarfile_wrote_in_any_format(form: int, tmp_path: Path) -> None:
     file = io.BytesIO()
     expected = []
     options: dict[str, Any] = {"errors": "surrogateescape", "pax_headers": {"comment": "for all"}}
@@ -301,7 +301,7 @@ def test_members_are_those_that_tarfile_wrote_in_any_form(form: int, tmp_path: P
     assert listed(file.getvalue(), tmp_path) == expected
 
 
-def test_our_own_entries_are_read_by_tarfile_and_by_us(tmp_path: Path) -> None:
+def test_our_entries_can_be_read_by_tarfile_and_by_us(tmp_path: Path) -> None:
     raw = b"".join(b"".join((*entry(os.fsencode(n), c)[:1], c, entry(os.fsencode(n), c)[1])) for n, c in FILES.items())
     with tarfile.open(fileobj=io.BytesIO(raw + END), errors="surrogateescape") as archive:
         found = {info.name: getattr(archive.extractfile(info), "read", bytes)() for info in archive}
@@ -310,7 +310,7 @@ def test_our_own_entries_are_read_by_tarfile_and_by_us(tmp_path: Path) -> None:
 
 
 def header(size: bytes = b"00000000003", kind: bytes = b"0", name: bytes = b"a.jpg") -> bytes:
-    """A ustar header by POSIX: name 100, mode 8, uid 8, gid 8, size 12, mtime 12, chksum 8, typeflag 1, ..."""
+    """Return a POSIX ustar header: name 100, mode 8, uid 8, gid 8, size 12, mtime 12, chksum 8, typeflag 1, ..."""
     fields = struct.pack(
         "<100s8s8s8s12s12s8s1s100s8s", name, b"", b"", b"", size, b"", b" " * 8, kind, b"", b"ustar\x0000"
     )
@@ -334,7 +334,7 @@ def record(key: bytes, value: bytes) -> bytes:
 DATA = b"abc" + bytes(509)
 
 
-def test_the_hostile_headers_are_sound_but_for_what_is_hostile(tmp_path: Path) -> None:
+def test_hostile_headers_are_valid_apart_from_the_attack(tmp_path: Path) -> None:
     assert listed(header() + DATA + END, tmp_path) == [(b"a.jpg", b"abc")]
     assert listed(pax(record(b"path", b"b.jpg"), record(b"size", b"2")) + header() + DATA + END, tmp_path) == [
         (b"b.jpg", b"ab")
@@ -342,7 +342,7 @@ def test_the_hostile_headers_are_sound_but_for_what_is_hostile(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "expected"),
     [
         (b"", "ends early"),
         (header() + DATA, "ends early"),
@@ -372,17 +372,17 @@ def test_the_hostile_headers_are_sound_but_for_what_is_hostile(tmp_path: Path) -
         (header(b"10000000000", b"g") + header() + DATA + END, "beyond the end"),
     ],
 )
-def test_a_tar_that_lies_is_refused(raw: bytes, told: str, tmp_path: Path) -> None:
-    with pytest.raises(BadTar, match=told):
+def test_a_malformed_tar_is_refused(raw: bytes, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(BadTar, match=expected):
         listed(raw, tmp_path)
 
 
-def test_a_link_that_claims_to_have_content_hides_no_entry(tmp_path: Path) -> None:
+def test_a_link_with_a_false_size_hides_no_entry(tmp_path: Path) -> None:
     raw = header(b"00000001000", b"2") + header() + DATA + END
     assert listed(raw, tmp_path) == [(b"a.jpg", b"abc")]
 
 
-def test_random_bytes_over_a_tar_never_end_in_another_error(tmp_path: Path) -> None:
+def test_random_bytes_in_a_tar_raise_no_other_error(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     good = pax(record(b"path", b"b.jpg")) + header() + DATA + header(kind=b"2") + END
     for _ in range(1000):

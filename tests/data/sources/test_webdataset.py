@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's layout are a data set, whoever made them, or a message that helps."""
+"""Tar shards in webdataset's layout open as a data set, or are refused with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ def everything(data: Dataset) -> list[list[tuple[str, str, bytes]]]:
 
 
 def test_labels_come_from_cls_or_json_or_the_folder(tmp_path: Path) -> None:
-    def root(name: str, labelled: Any) -> Dataset:
+    def root(name: str, members_of: Any) -> Dataset:
         for split in ("train", "val"):
             for number, c in enumerate((7, 10, 9)):
-                files = labelled(f"{c}_{number}", c, split.encode() + b"%d" % c)
+                files = members_of(f"{c}_{number}", c, split.encode() + b"%d" % c)
                 tar(tmp_path / name / split / f"{number:04d}.tar", files)
         return open_folder(str(tmp_path / name), None)
 
-    pictures = {7: ("7_0", b"7"), 9: ("9_2", b"9"), 10: ("10_1", b"10")}
+    images = {7: ("7_0", b"7"), 9: ("9_2", b"9"), 10: ("10_1", b"10")}
     by_number = [("10_1", "10", b"10"), ("7_0", "7", b"7"), ("9_2", "9", b"9")]
-    for name, labelled in (
+    for name, members_of in (
         ("cls", lambda key, c, data: {f"{key}.jpg": data, f"{key}.cls": b"%d\n" % c}),
         ("json", lambda key, c, data: {f"{key}.json": json.dumps({"label": c, "x": [1]}).encode(), f"{key}.jpg": data}),
         ("bare", lambda key, c, data: {f"{key}.json": b"%d" % c, f"{key}.jpg": data, f"{key}.txt": b"a cat"}),
     ):
-        data = root(name, labelled)
-        # Numbers are in the order of numbers.
+        data = root(name, members_of)
+        # Numeric labels are in numeric order.
         assert data.classes == ("7", "9", "10")
         for split, found in zip((b"train", b"val"), everything(data), strict=True):
             assert found == [(f"{key}.jpg", c, split + text) for key, c, text in by_number]
@@ -72,10 +72,10 @@ def test_labels_come_from_cls_or_json_or_the_folder(tmp_path: Path) -> None:
     assert named.classes == ("cat 10", "cat 7", "cat 9")
     folders = root("folders", lambda key, c, data: {f"./k{c}/{key}.jpg": data, f"./k{c}/{key}.txt": b"x"})
     assert folders.classes == ("k10", "k7", "k9")
-    assert everything(folders)[0] == [(f"k{c}/{pictures[c][0]}.jpg", f"k{c}", b"train%d" % c) for c in (10, 7, 9)]
+    assert everything(folders)[0] == [(f"k{c}/{images[c][0]}.jpg", f"k{c}", b"train%d" % c) for c in (10, 7, 9)]
 
 
-def test_shards_in_one_folder_are_told_apart_by_their_names(tmp_path: Path) -> None:
+def test_shards_in_one_folder_belong_to_the_split_in_their_names(tmp_path: Path) -> None:
     for name, data in (("train-000", b"t0"), ("train-001", b"t1"), ("validation-000", b"v"), ("test-000", b"x")):
         tar(tmp_path / "data" / f"imagenet1k-{name}.tar", {f"a/{data.decode()}.jpg": data})
     data = open_folder(str(tmp_path / "data"), None)
@@ -89,7 +89,7 @@ def test_shards_in_one_folder_are_told_apart_by_their_names(tmp_path: Path) -> N
 
 
 def both(root: Path, files: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> str:
-    """The same shard for training and for validation."""
+    """Write the same shard for training and validation, and return the root."""
     for split in ("train", "val"):
         tar(root / split / "0.tar", files)
     return str(root)
@@ -99,18 +99,18 @@ def test_digits_after_a_dot_belong_to_the_name(tmp_path: Path) -> None:
     dots = {f"{c}/{c}.{i}.jpg": b"%d" % i for c in ("cat", "dog") for i in range(10)}
     data = open_folder(both(tmp_path / "dots", dots), None)
     assert [(name, c) for name, c, _ in everything(data)[0]] == sorted((name, name[:3]) for name in dots)
-    labelled = {f"x.{i}.{kind}": b"%d" % (i % 3) for i in range(6) for kind in ("jpg", "cls")}
-    assert everything(open_folder(both(tmp_path / "cls", labelled), None))[0] == [
+    members_of = {f"x.{i}.{kind}": b"%d" % (i % 3) for i in range(6) for kind in ("jpg", "cls")}
+    assert everything(open_folder(both(tmp_path / "cls", members_of), None))[0] == [
         (f"x.{i}.jpg", str(i % 3), b"%d" % (i % 3)) for i in range(6)
     ]
-    # A label without a number is that of all numbers.
+    # A label without a number in its name belongs to all images of the group.
     shared = {"a.0.jpg": b"", "a.1.jpg": b"", "a.cls": b"7", "b.0.jpg": b"", "b.cls": b"8"}
     data = open_folder(both(tmp_path / "shared", shared), None)
     assert [(name, c) for name, c, _ in everything(data)[0]] == [("a.0.jpg", "7"), ("a.1.jpg", "7"), ("b.0.jpg", "8")]
     assert data.inventory.skipped == {}
 
 
-def test_of_several_images_in_a_sample_the_user_names_the_one(tmp_path: Path) -> None:
+def test_one_of_several_images_in_a_sample_can_be_chosen(tmp_path: Path) -> None:
     files = {f"{c}/1.{kind}": kind.encode() for c in "ab" for kind in ("mask.png", "jpg", "cls")}
     root = both(tmp_path / "data", files | {"a/1.cls": b"0", "b/1.cls": b"1"})
     with pytest.raises(ConfigError, match=r"sample a/1 has several images \(mask\.png, jpg\).*data\.image_key=jpg,"):
@@ -122,7 +122,7 @@ def test_of_several_images_in_a_sample_the_user_names_the_one(tmp_path: Path) ->
         assert data.inventory.skipped == {"images beside that of data.image_key": 4}
     with pytest.raises(ConfigError, match=r"none of data\.image_key=tif \(mask.*data\.image_key=tif:jpg,"):
         open_imagenet(root, None, None, image_key="tif")
-    # What numbers its images, or has many, is no sample.
+    # If dots in the names make one sample of many images, the remedy is to replace the dots.
     for names in (
         [f"ILSVRC2012.val.{i}" for i in range(1000)],
         [f"ILSVRC2012.val_{i}" for i in range(1000)],
@@ -134,7 +134,7 @@ def test_of_several_images_in_a_sample_the_user_names_the_one(tmp_path: Path) ->
                 open_folder(dotted, None, image_key=key)
             assert "image_key" not in str(error.value)
             assert len(str(error.value)) < len(dotted) + 400
-    # A sample with one image has no need of it.
+    # A sample with one image does not need it.
     one = both(tmp_path / "one", {"a/1.png": b"", "b/1.png": b""})
     assert len(open_folder(one, None, image_key="jpg").train) == 2
 
@@ -148,17 +148,17 @@ def test_of_several_images_in_a_sample_the_user_names_the_one(tmp_path: Path) ->
         [("0.jpg", b""), ("0.cls", b"0"), ("0.cls", b"1"), ("1.jpg", b""), ("1.cls", b"1")],
     ],
 )
-def test_members_that_would_be_one_sample_are_an_error(tmp_path: Path, files: list[tuple[str, bytes]]) -> None:
+def test_duplicate_members_of_a_sample_are_an_error(tmp_path: Path, files: list[tuple[str, bytes]]) -> None:
     with pytest.raises(ConfigError, match=r"0\.(jpg|cls) appears twice|cat/0 has several images \(jpg, jpeg\)"):
         open_folder(both(tmp_path / "data", files), None)
 
 
-def test_the_class_is_the_folder_below_what_all_names_share(tmp_path: Path) -> None:
+def test_the_class_is_the_folder_below_the_common_prefix(tmp_path: Path) -> None:
     for split in ("train", "val"):
         tar(tmp_path / "a" / f"{split}-0.tar", {f"ILSVRC/Data/{split}/{c}/x/1.jpg": b"" for c in ("cat", "dog")})
     tar(tmp_path / "one" / "train-0.tar", {f"Data/train/{c}/1.jpg": b"" for c in ("cat", "dog")})
     tar(tmp_path / "one" / "val-0.tar", {"Data/val/cat/1.jpg": b"", "Data/val/cat/2.jpg": b""})
-    # Here the validation set shares more than it should.
+    # The names of the validation set also share the class folder.
     tar(tmp_path / "below" / "train-0.tar", {f"{c}/1.jpg": b"" for c in ("cat", "dog")})
     tar(tmp_path / "below" / "val-0.tar", {"cat/a/1.jpg": b"", "cat/b/1.jpg": b""})
     for name, labels in (("a", [0, 1]), ("one", [0, 0]), ("below", [0, 0])):
@@ -168,14 +168,14 @@ def test_the_class_is_the_folder_below_what_all_names_share(tmp_path: Path) -> N
         assert data.val.labels.tolist() == labels
 
 
-def test_labels_that_contradict_the_folders_of_training_are_told(tmp_path: Path) -> None:
+def test_labels_that_contradict_the_training_folders_are_refused(tmp_path: Path) -> None:
     def shard(labels: Mapping[str, int], more: Mapping[str, bytes]) -> dict[str, bytes]:
         files = {f"{c}/{i}.{kind}": b"%d" % n for c, n in labels.items() for i in "12" for kind in ("jpg", "cls")}
         return files | more
 
     root = tmp_path / "data"
     tar(root / "train.tar", shard({"cat": 0, "dog": 1}, {}))
-    # A folder that is no class of the training set says nothing.
+    # A folder that is not a class of the training set is ignored.
     tar(root / "val.tar", shard({"cat": 0, "dog": 1, "more": 1}, {}))
     assert open_folder(str(root), None).classes == ("cat", "dog")
     tar(root / "val.tar", shard({"cat": 0, "dog": 1}, {"cat/3.jpg": b"", "cat/3.cls": b"1"}))
@@ -195,9 +195,7 @@ def test_labels_that_contradict_the_folders_of_training_are_told(tmp_path: Path)
         (b"1", b"no JSON", ""),
     ],
 )
-def test_labels_of_a_sample_that_contradict_each_other_are_told(
-    tmp_path: Path, cls: bytes, about: bytes, wrong: str
-) -> None:
+def test_contradicting_labels_of_a_sample_are_refused(tmp_path: Path, cls: bytes, about: bytes, wrong: str) -> None:
     tar(tmp_path / "data" / "0.tar", {"a.jpg": b"", "a.cls": cls, "a.json": about, "b.jpg": b"", "b.cls": cls})
     if wrong:
         with pytest.raises(ConfigError, match=rf"a\.cls holds the label {wrong}; correct one"):
@@ -206,7 +204,7 @@ def test_labels_of_a_sample_that_contradict_each_other_are_told(
         assert open_folder(str(tmp_path / "data"), 0.5).classes == (cls.decode(),)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_label(tmp_path: Path) -> None:
     files = {"a.jpg": b"", "a.cls": b"\xef\xbb\xbf1\r\n", "b.jpg": b"", "b.cls": b"0"}
     assert open_folder(both(tmp_path / "data", files), None).classes == ("0", "1")
 
@@ -216,13 +214,13 @@ def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path) -> None:
     [("cls", text) for text in ("-1", "1.0", "+1", "1e3", "-0.5")]
     + [("json", text) for text in ('{"label": -1}', '{"cls": 1.5}', '{"label": true}', '{"label": "-1"}', "-1")],
 )
-def test_a_number_that_is_no_class_is_an_error(tmp_path: Path, kind: str, label: str) -> None:
+def test_a_number_that_cannot_be_a_class_is_an_error(tmp_path: Path, kind: str, label: str) -> None:
     files = {"c/a.jpg": b"", f"c/a.{kind}": label.encode(), "d/b.jpg": b"", "d/b.cls": b"0"}
     with pytest.raises(ConfigError, match=rf"train/0\.tar: c/a\.{kind} holds the label .*; a label must be a"):
         open_folder(both(tmp_path / "data", files), None)
 
 
-def test_members_that_are_no_images_and_links_are_counted(tmp_path: Path) -> None:
+def test_links_and_members_that_are_not_images_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "data"
     files = {"a/1.jpg": b"", "a/1.txt": b"of a sample", "b/1.jpg": b"", "b/2.avif": b"", "b/2.cls": b"1"}
     odd = {
@@ -252,7 +250,7 @@ def test_members_that_are_no_images_and_links_are_counted(tmp_path: Path) -> Non
         "images beside tar files": 1,
         "compressed tar files": 1,
     }
-    for _ in range(2):  # the second time from the index
+    for _ in range(2):  # from the index the second time
         data = open_folder(str(root), None)
         assert dict(data.inventory.skipped) == counts
         assert (len(data.train), len(data.val)) == (2, 2)
@@ -267,17 +265,17 @@ def test_other_members_of_a_sample_are_counted(tmp_path: Path) -> None:
     assert data.inventory.skipped == {".avif files": 2, ".jp2 files": 2, ".npy files": 2, ".txt files": 2}
 
 
-def chunk(labelled: Any, count: int = 4) -> dict[str, bytes]:
-    """Images of the classes 0 and 1 by turns, two in a folder that is no class."""
+def chunk(members_of: Any, count: int = 4) -> dict[str, bytes]:
+    """Return images of the classes 0 and 1 in turn, two to a folder that is not a class."""
     files = {}
     for i in range(count):
-        files |= {f"chunk{i // 2}/{i}.{kind}": content for kind, content in labelled(i % 2).items()}
+        files |= {f"chunk{i // 2}/{i}.{kind}": content for kind, content in members_of(i % 2).items()}
         files |= {f"chunk{i // 2}/{i}.jpg": b"%d" % (i % 2)}
     return files
 
 
 def said(data: Dataset) -> list[str]:
-    """What a run says of the labels, and of what is skipped."""
+    """Return the log lines on labels and skipped files."""
     return [line for line in data.inventory.lines() if "labels" in line or "skipped" in line]
 
 
@@ -289,7 +287,7 @@ CAT, DOG = "cat", "dog"
 
 
 @pytest.mark.parametrize(
-    ("labelled", "classes", "told"),
+    ("members_of", "classes", "expected"),
     [
         (lambda c: {"json": about(url="x", category=(DOG, CAT)[c])}, (CAT, DOG), [".json (category)"]),
         (lambda c: {"json": about(class_id=c + 8), "txt": b"a cat"}, ("8", "9"), [".json (class_id)", "8 .txt files"]),
@@ -297,7 +295,7 @@ CAT, DOG = "cat", "dog"
         (lambda c: {"label": b"%d\n" % (c + 9)}, ("9", "10"), [".label"]),
         (lambda c: {"lbl": (b"dog", b"cat")[c], "json": about(caption="x")}, (CAT, DOG), [".lbl", "8 .json files"]),
         (lambda c: {"txt": b"%d" % (c + 9)}, ("9", "10"), [".txt"]),
-        # One division into classes, and numbers have an order.
+        # Both places define the same classes; numbers are preferred.
         (
             lambda c: {"json": about(category_name=(DOG, CAT)[c], category_id=c)},
             ("0", "1"),
@@ -305,25 +303,25 @@ CAT, DOG = "cat", "dog"
         ),
     ],
 )
-def test_labels_by_other_keys_and_extensions_are_read_and_told(
-    tmp_path: Path, labelled: Any, classes: tuple[str, ...], told: list[str]
+def test_labels_under_other_keys_and_extensions_are_noted(
+    tmp_path: Path, members_of: Any, classes: tuple[str, ...], expected: list[str]
 ) -> None:
-    data = open_folder(both(tmp_path / "data", chunk(labelled)), None)
+    data = open_folder(both(tmp_path / "data", chunk(members_of)), None)
     assert data.classes == classes
     names = [classes.index(c) if classes != (CAT, DOG) else (DOG, CAT).index(c) for _, c, _ in everything(data)[0]]
     assert names == [int(content) for *_, content in everything(data)[0]] == [0, 1, 0, 1]
-    source, *skipped = told
+    source, *skipped = expected
     assert said(data) == [f"NOTE: labels from {source}", *(f"skipped: {counts}" for counts in skipped)]
-    # From the index, and from a store: the same.
+    # The index and a packed store keep the notes.
     assert open_folder(str(tmp_path / "data"), None).inventory == data.inventory
     pack(Request(str(tmp_path / "data"), str(tmp_path / "store"), Encoding()), silent)
     assert open_folder(str(tmp_path / "store"), None).inventory == data.inventory
 
 
 @pytest.mark.parametrize(
-    ("labelled", "told"),
+    ("members_of", "expected"),
     [
-        # img2dataset's own.
+        # As img2dataset writes them.
         (
             lambda c: {"txt": b"a cat", "json": about(caption="a cat", url="x", key="0")},
             [".json (caption, url, key), .txt", "8 .json files, 8 .txt files"],
@@ -343,17 +341,17 @@ def test_labels_by_other_keys_and_extensions_are_read_and_told(
         (lambda c: {}, []),
     ],
 )
-def test_what_may_be_a_label_is_told_where_the_folder_is_the_class(
-    tmp_path: Path, labelled: Any, told: list[str]
+def test_possible_labels_are_noted_if_folders_are_the_classes(
+    tmp_path: Path, members_of: Any, expected: list[str]
 ) -> None:
-    data = open_folder(both(tmp_path / "data", chunk(labelled)), None)
+    data = open_folder(both(tmp_path / "data", chunk(members_of)), None)
     assert data.classes == ("chunk0", "chunk1")
-    places, *counts = told or [""]
-    note = [f"NOTE: labels from folders in the names, not from {places}"] if told else []
+    places, *counts = expected or [""]
+    note = [f"NOTE: labels from folders in the names, not from {places}"] if expected else []
     assert said(data) == note + [f"skipped: {count}" for count in counts]
 
 
-def test_folders_that_are_the_classes_of_a_key_keep_their_names(tmp_path: Path) -> None:
+def test_folders_equal_to_the_classes_of_a_key_keep_their_names(tmp_path: Path) -> None:
     labels = {"cat": 7, "dog": 3}
     files = {
         f"{c}/{i}.{kind}": about(category_id=n) for c, n in labels.items() for i in "12" for kind in ("jpg", "json")
@@ -366,14 +364,14 @@ def test_folders_that_are_the_classes_of_a_key_keep_their_names(tmp_path: Path) 
     ]
 
 
-def test_members_beside_a_labelled_image_are_counted(tmp_path: Path) -> None:
+def test_members_beside_a_labeled_image_are_counted(tmp_path: Path) -> None:
     files = chunk(lambda c: {"cls": b"%d" % c, "txt": b"a cat", "json": about(caption="a cat"), "label": b"x"})
     data = open_folder(both(tmp_path / "data", files), None)
     assert said(data) == ["skipped: 8 .json files, 8 .label files, 8 .txt files"]
     assert said(open_folder(both(tmp_path / "two", chunk(lambda c: {"json": about(label=c, x=1)})), None)) == []
 
 
-def test_images_that_alone_have_no_label_are_told(tmp_path: Path) -> None:
+def test_images_without_a_label_are_refused(tmp_path: Path) -> None:
     named = chunk(lambda c: {"cls": b"chunk%d" % c})
     tar(tmp_path / "data" / "train.tar", named | {"chunk0/x.jpg": b"", "chunk1/y.jpg": b"", "chunk1/y.txt": b"a cat"})
     tar(tmp_path / "data" / "val.tar", named)
@@ -389,25 +387,27 @@ def test_images_that_alone_have_no_label_are_told(tmp_path: Path) -> None:
 
 
 def apart(layout: str, kind: str) -> list[tuple[str, bytes]]:
-    """Four images in the folders part0 and part1, and four members of `kind` that are not of their samples."""
-    picture, label = {
+    """Four images in the folders part0 and part1, and four members of `kind` that do not belong to them."""
+    image, label = {
         "longer": ("part{}/{}.front.jpg", f"part{{}}/{{}}.front.{kind}"),
         "later": ("part{}/{}.jpg", f"part{{}}/{{}}.{kind}"),
         "elsewhere": ("images/part{}/{}.jpg", f"labels/part{{}}/{{}}.{kind}"),
         "appended": ("part{}/{}.jpg", f"part{{}}/{{}}.jpg.{kind}"),
     }[layout]
-    pairs = [[(name.format(i // 2, i), b"%d" % (i % 2)) for name in (picture, label)] for i in range(4)]
+    pairs = [[(name.format(i // 2, i), b"%d" % (i % 2)) for name in (image, label)] for i in range(4)]
     return (
         [pair[of] for of in (0, 1) for pair in pairs] if layout == "later" else [one for pair in pairs for one in pair]
     )
 
 
 @pytest.mark.parametrize("layout", ["longer", "later", "elsewhere", "appended"])
-def test_labels_that_belong_to_no_image_are_told(tmp_path: Path, layout: str) -> None:
+def test_labels_without_an_image_are_refused_or_noted(tmp_path: Path, layout: str) -> None:
     files = apart(layout, "cls")
     label = next(name for name, _ in files if name.endswith(".cls"))
-    told = f"its shards hold 4 .cls files belonging to no image, such as {label}, and {files[0][0]} has no label; the"
-    with pytest.raises(ConfigError, match=f"{re.escape(told)}.* must be adjacent and share their name"):
+    expected = (
+        f"its shards hold 4 .cls files belonging to no image, such as {label}, and {files[0][0]} has no label; the"
+    )
+    with pytest.raises(ConfigError, match=f"{re.escape(expected)}.* must be adjacent and share their name"):
         open_folder(both(tmp_path / "data", files), None)
     for kind in ("json", "npy", "label"):
         data = open_folder(both(tmp_path / kind, apart(layout, kind)), None)
@@ -418,13 +418,13 @@ def test_labels_that_belong_to_no_image_are_told(tmp_path: Path, layout: str) ->
         ]
 
 
-def test_labels_of_no_image_are_no_matter_where_each_image_has_its_own(tmp_path: Path) -> None:
+def test_labels_without_an_image_are_ignored_if_all_images_have_one(tmp_path: Path) -> None:
     more = {"chunk0/9.cls": b"1", "chunk0/8.json": b"1"}
     data = open_folder(both(tmp_path / "data", chunk(lambda c: {"cls": b"%d" % c}) | more), None)
     assert (data.classes, said(data)) == (("0", "1"), ["skipped: 2 .cls files, 2 .json files"])
 
 
-def test_imagenets_training_archive_unpacked_once_is_told_with_the_command(tmp_path: Path) -> None:
+def test_class_tars_are_refused_with_the_command_to_unpack_them(tmp_path: Path) -> None:
     root = tmp_path / "my cat's $data"
     for wnid in ("n01440764", "n01443537"):
         tar(root / "train" / f"{wnid}.tar", {f"{wnid}_{i}.JPEG": b"" for i in range(3)})
@@ -433,7 +433,7 @@ def test_imagenets_training_archive_unpacked_once_is_told_with_the_command(tmp_p
     ) as error:
         open_imagenet(str(root), 0.3, None)
     command = str(error.value).partition("unpack them: ")[2]
-    # Some of it was done already, and the user stays where they are. Nothing is removed, so it can be done again.
+    # The command may be repeated, also after a part was done, and does not change the working directory.
     (root / "train" / "n01440764").mkdir()
     for shell in ("sh", "bash"):
         done = subprocess.run([shell, "-ec", f"{command}\npwd"], check=True, cwd=tmp_path, stdout=subprocess.PIPE)
@@ -443,7 +443,7 @@ def test_imagenets_training_archive_unpacked_once_is_told_with_the_command(tmp_p
     assert data.inventory.skipped == {".tar files": 2}
 
 
-def test_class_tars_in_both_splits_are_unpacked_by_commands(tmp_path: Path) -> None:
+def test_class_tars_in_both_splits_get_a_command_for_each(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for split in ("train", "val"):
         for c in ("cat", "dog", "emu"):
@@ -459,7 +459,7 @@ def test_class_tars_in_both_splits_are_unpacked_by_commands(tmp_path: Path) -> N
     assert open_folder(str(root), None).classes == ("cat", "dog", "emu")
 
 
-def test_a_tar_of_tars_is_unpacked_by_the_command(tmp_path: Path) -> None:
+def test_a_tar_of_tars_is_refused_with_the_command_to_unpack_it(tmp_path: Path) -> None:
     root = tmp_path / "my data"
     for wnid in ("n01440764", "n01443537"):
         tar(tmp_path / f"{wnid}.tar", {f"{wnid}_{i}.JPEG": b"" for i in range(2)})
@@ -472,7 +472,7 @@ def test_a_tar_of_tars_is_unpacked_by_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("train-0", "val-0"), ("0000", "0001", "0002", "0003"), ("a", "b"), ("train/a",)])
-def test_tars_that_are_no_classes_are_not_to_be_unpacked(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_tars_that_are_not_classes_get_no_unpack_command(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         tar(tmp_path / "data" / f"{name}.tar", {f"{name[-1]}.jpg": b""})
     with pytest.raises(ConfigError, match=r"has no label.*; add its label, or leave it out") as error:
@@ -481,7 +481,7 @@ def test_tars_that_are_no_classes_are_not_to_be_unpacked(tmp_path: Path, names: 
 
 
 @pytest.mark.parametrize("folder", ["", "test/", "test/images/", "images/"])
-def test_a_test_set_without_labels_keeps_no_run_from_its_training(tmp_path: Path, folder: str) -> None:
+def test_a_test_set_without_labels_does_not_prevent_training(tmp_path: Path, folder: str) -> None:
     root = tmp_path / "data"
     tar(root / "train.tar", {f"train/{c}/{i}.jpg": b"" for c in ("cat", "dog") for i in range(2)})
     tar(root / "test.tar", {f"{folder}{i}.jpg": b"" for i in range(2)})
@@ -491,18 +491,18 @@ def test_a_test_set_without_labels_keeps_no_run_from_its_training(tmp_path: Path
         open_folder(str(root), None)
 
 
-def test_a_held_out_part_needs_the_training_shards_alone(tmp_path: Path) -> None:
+def test_holdout_reads_only_the_training_shards(tmp_path: Path) -> None:
     root = tmp_path / "data"
     tar(root / "train.tar", {f"{c}/{i}.jpg": b"" for c in ("cat", "dog") for i in range(2)})
     # A test set with labels for some of its images.
     tar(root / "test.tar", {"cat/1.jpg": b"", "2.jpg": b""})
     with pytest.raises(ConfigError, match=r"2\.jpg has no label"):
         open_folder(str(root), None)
-    for _ in range(2):  # the second time from the index
+    for _ in range(2):  # from the index the second time
         data = open_folder(str(root), 0.5)
         assert (data.classes, len(data.train), len(data.val)) == (("cat", "dog"), 2, 2)
         assert data.inventory.unused == ("test",)
-    # Nor do classes of its own matter, and an index of both splits serves as well as one of training.
+    # Classes that only the validation set has do not matter either, and an index of both splits can serve training.
     tar(root / "test.tar", {"emu/1.jpg": b""})
     assert open_imagenet(str(root), 0.5, None).fingerprint == data.fingerprint
     tar(root / "test.tar", {"cat/1.jpg": b"", "cat/1.txt": b"x"})
@@ -510,7 +510,7 @@ def test_a_held_out_part_needs_the_training_shards_alone(tmp_path: Path) -> None
     assert open_folder(str(root), 0.5).inventory == data.inventory
 
 
-def test_folders_of_splits_in_a_shard_are_no_classes(tmp_path: Path) -> None:
+def test_split_folders_in_a_shard_are_not_classes(tmp_path: Path) -> None:
     names = [f"ILSVRC/Data/{split}/{c}/1.jpg" for split in ("train", "val") for c in "ab"]
     tar(tmp_path / "data" / "ILSVRC.tar", dict.fromkeys(names, b""))
     for opened in (open_dataset, open_validation):
@@ -518,7 +518,7 @@ def test_folders_of_splits_in_a_shard_are_no_classes(tmp_path: Path) -> None:
             opened(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=0.5))
 
 
-def test_names_that_begin_anew_in_each_shard_are_told_apart_by_the_shard(tmp_path: Path) -> None:
+def test_names_repeated_in_each_shard_get_the_shards_name(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for number in range(2):
             files = {f"{i:03d}.{kind}": b"%d" % number for i in range(2) for kind in ("jpg", "cls")}
@@ -534,7 +534,7 @@ def test_names_that_begin_anew_in_each_shard_are_told_apart_by_the_shard(tmp_pat
     ]
 
 
-def test_a_packed_store_without_its_index_is_the_same_data_set_still(tmp_path: Path) -> None:
+def test_a_packed_store_without_its_index_is_the_same_data_set(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for c in ("n2", "n1", "n10"):
             for i in range(3):
@@ -547,12 +547,12 @@ def test_a_packed_store_without_its_index_is_the_same_data_set_still(tmp_path: P
     after = open_folder(str(tmp_path / "store"), None)
     assert after.fingerprint == before.fingerprint
     assert everything(after) == everything(before)
-    # And what others made is packed like a folder.
+    # Shards of other programs are packed like a folder.
     pack(Request(str(tmp_path / "store"), str(tmp_path / "again"), Encoding(), shards=2), silent)
     assert open_folder(str(tmp_path / "again"), None).fingerprint == before.fingerprint
 
 
-def test_the_index_is_built_once_and_anew_when_a_shard_changes(
+def test_the_index_is_built_once_and_rebuilt_if_a_shard_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read: list[int] = []
@@ -578,7 +578,7 @@ def test_the_index_is_built_once_and_anew_when_a_shard_changes(
     assert sorted(path.name for path in root.rglob("*")) == ["0.tar", "0.tar", "1.tar", "train", "val"]
 
 
-def test_tars_beside_class_folders_are_no_shards(tmp_path: Path) -> None:
+def test_tars_beside_class_folders_are_not_shards(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for split in ("train", "val"):
         (root / split / "n1").mkdir(parents=True)
@@ -590,7 +590,7 @@ def test_tars_beside_class_folders_are_no_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "expected"),
     [
         ({"1.jpg": b"x"}, r"1\.jpg has no label: neither a \.cls"),
         ({"1.jpg": b"x", "2.jpg": b"x", "2.cls": b"0"}, r"1\.jpg has no label: .*; add its label, or leave it out"),
@@ -608,25 +608,25 @@ def test_tars_beside_class_folders_are_no_shards(tmp_path: Path) -> None:
         ({"a/1.jpg": b"x", "b/1.jpg": b"y", "./a/1.jpg": b"z"}, r"a/1\.jpg appears twice"),
     ],
 )
-def test_shards_that_cannot_be_used_are_told_apart(tmp_path: Path, files: dict[str, bytes], told: str) -> None:
+def test_unusable_shards_are_refused_with_the_reason(tmp_path: Path, files: dict[str, bytes], expected: str) -> None:
     for split in ("train", "val"):
         tar(tmp_path / "data" / split / "0.tar", files)
-    with pytest.raises(ConfigError, match=told) as error:
+    with pytest.raises(ConfigError, match=expected) as error:
         open_folder(str(tmp_path / "data"), None)
     assert str(error.value).isprintable()
 
 
-def test_classes_of_the_validation_set_alone_are_told(tmp_path: Path) -> None:
+def test_a_class_only_in_the_validation_set_is_refused(tmp_path: Path) -> None:
     tar(tmp_path / "data/train/0.tar", {"a/1.jpg": b"x", "c/1.jpg": b"x"})
     tar(tmp_path / "data/val/0.tar", {"b/1.jpg": b"x", "a/1.jpg": b"x"})
     with pytest.raises(ConfigError, match="has 1 class that the training set lacks, such as b;"):
         open_folder(str(tmp_path / "data"), None)
-    # The other way round a class is without pictures to validate on.
+    # Conversely, a class without validation images is only noted.
     tar(tmp_path / "data/val/0.tar", {"a/1.jpg": b"x"})
     assert open_folder(str(tmp_path / "data"), None).classes == ("a", "c")
 
 
-def test_compressed_and_cut_shards_are_told(tmp_path: Path) -> None:
+def test_compressed_and_truncated_shards_are_refused(tmp_path: Path) -> None:
     tar(tmp_path / "data/train/0.tar.gz", {"a/1.jpg": b"x"}, format=tarfile.PAX_FORMAT)
     with pytest.raises(ConfigError, match=r"0\.tar\.gz is compressed.*plain \.tar"):
         open_folder(str(tmp_path / "data"), None)
@@ -639,7 +639,7 @@ def test_compressed_and_cut_shards_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "lacking", "told"),
+    ("names", "missing", "expected"),
     [
         (
             ("train.tar", "val.TAR.gz"),
@@ -650,12 +650,12 @@ def test_compressed_and_cut_shards_are_told(tmp_path: Path) -> None:
     ],
 )
 def test_a_compressed_split_beside_plain_ones_is_named(
-    tmp_path: Path, names: tuple[str, ...], lacking: str, told: str
+    tmp_path: Path, names: tuple[str, ...], missing: str, expected: str
 ) -> None:
     for name in names:
         tar(tmp_path / "data" / name, {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
     with pytest.raises(
-        ConfigError, match=rf"has {lacking}.* ?{told} compressed, .*decompress such shards to plain"
+        ConfigError, match=rf"has {missing}.* ?{expected} compressed, .*decompress such shards to plain"
     ) as error:
         open_folder(str(tmp_path / "data"), None)
     assert "holdout" not in str(error.value)
@@ -665,16 +665,18 @@ def test_a_compressed_split_beside_plain_ones_is_named(
     assert data.inventory.skipped == {"compressed tar files": len(names) - 1}
 
 
-def test_tars_beside_other_folders_are_not_read_and_the_remedy_reads_them(tmp_path: Path) -> None:
+def test_tars_beside_other_folders_are_not_read_and_the_remedy_works(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in ("train-0", "val-0"):
         tar(root / f"{name}.tar", {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
     (root / "meta").mkdir()
     (root / "meta" / "notes.txt").write_bytes(b"")
-    told = r"tars are not read beside folders \(train-0\.tar, val-0\.tar beside meta/\): to read them, move the folders"
+    expected = (
+        r"tars are not read beside folders \(train-0\.tar, val-0\.tar beside meta/\): to read them, move the folders"
+    )
     for holdout in (None, 0.5):
         for opened in (open_dataset, open_validation):
-            with pytest.raises(ConfigError, match=told) as error:
+            with pytest.raises(ConfigError, match=expected) as error:
                 opened(DataConfig(name="folder", root=str(root), holdout=holdout))
             assert "set data.holdout" not in str(error.value)
     (root / "meta").rename(tmp_path / "meta")
@@ -682,7 +684,7 @@ def test_tars_beside_other_folders_are_not_read_and_the_remedy_reads_them(tmp_pa
 
 
 @pytest.mark.parametrize("shard", ["test-0.tar", "test/0.tar"])
-def test_a_share_of_validation_tars_alone_is_not_held_out(tmp_path: Path, shard: str) -> None:
+def test_holdout_needs_training_tars(tmp_path: Path, shard: str) -> None:
     tar(tmp_path / "data" / shard, {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
     for holdout in (None, 0.5):
         with pytest.raises(
@@ -691,7 +693,7 @@ def test_a_share_of_validation_tars_alone_is_not_held_out(tmp_path: Path, shard:
             open_folder(str(tmp_path / "data"), holdout)
 
 
-def test_links_and_odd_names_in_a_shard_lead_nowhere(tmp_path: Path) -> None:
+def test_links_and_unsafe_names_in_a_shard_are_harmless(tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
     for split in ("train", "val"):
@@ -709,7 +711,7 @@ def test_links_and_odd_names_in_a_shard_lead_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["{}.tar", "val-{}.tar", "val/{}.tar", "Test/{}.tar", "set-valid-{}.tar"])
-def test_validation_shards_alone_are_evaluated(tmp_path: Path, shard: str) -> None:
+def test_validation_shards_without_training_shards_are_evaluated(tmp_path: Path, shard: str) -> None:
     for number in range(2):
         tar(tmp_path / "data" / shard.format(number), {f"{c}/{number}.jpg": b"%d" % number for c in "ab"})
     (tmp_path / "data" / shard.format("x")).with_suffix(".txt").write_bytes(b"")
@@ -727,7 +729,7 @@ def test_validation_shards_alone_are_evaluated(tmp_path: Path, shard: str) -> No
                 open_folder(place, None)
 
 
-def test_validation_labels_alone_are_numbers_in_their_own_order(tmp_path: Path) -> None:
+def test_labels_of_validation_shards_alone_are_in_numeric_order(tmp_path: Path) -> None:
     files = {f"{c}.{kind}": b"%d" % c for c in (10, 9, 7) for kind in ("jpg", "cls")}
     tar(tmp_path / "data" / "val-0.tar", files)
     data = open_validation(DataConfig(name="folder", root=str(tmp_path / "data")))
@@ -737,14 +739,14 @@ def test_validation_labels_alone_are_numbers_in_their_own_order(tmp_path: Path) 
         open_validation(DataConfig(name="folder", root=str(tmp_path / "data")))
 
 
-def test_training_shards_alone_are_no_validation_set(tmp_path: Path) -> None:
+def test_training_shards_do_not_serve_as_validation(tmp_path: Path) -> None:
     tar(tmp_path / "data" / "train-0.tar", {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(4)})
     with pytest.raises(ConfigError, match=r"has no validation set .*; data\.holdout=S evaluates the share"):
         open_validation(DataConfig(name="folder", root=str(tmp_path / "data")))
     assert len(open_validation(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=0.25)).val) == 2
 
 
-def test_what_lies_beside_the_shards_is_counted_whatever_the_first_split(tmp_path: Path) -> None:
+def test_files_beside_shards_are_counted_for_any_first_split(tmp_path: Path) -> None:
     for name in ("test", "train", "val"):
         tar(tmp_path / "data" / f"{name}-0.tar", {f"{c}/{name}.jpg": b"" for c in "ab"})
     (tmp_path / "data" / "notes.txt").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""A zip is read in place, by any thread and process, and can do no harm whatever is in it."""
+"""Threads and processes read a zip in place, and hostile zips do no harm."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_stored_and_deflated_entries_are_read(tmp_path: Path, method: int) -> No
 
 
 def test_entries_of_a_streamed_zip_are_read(tmp_path: Path) -> None:
-    # Written to a pipe, sizes stand behind the data and not in the local header.
+    # Written to a pipe, a zip has sizes after the data instead of in the local header.
     class Pipe(io.BytesIO):
         def tell(self) -> int:
             raise io.UnsupportedOperation("a pipe has no position")
@@ -82,12 +82,12 @@ def test_entries_of_a_streamed_zip_are_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in CONTENT.items():
             archive.writestr(name, content)
-    # Bytes before the zip are allowed, too (self-extracting ones have a program there).
+    # Bytes before the zip are allowed (self-extracting zips begin with a program).
     (tmp_path / "x.zip").write_bytes(b"#!program" + pipe.getvalue())
     assert agrees(open_folder(str(tmp_path / "x.zip"), None).train)
 
 
-def test_one_folder_around_everything_is_looked_through(tmp_path: Path) -> None:
+def test_one_folder_around_everything_is_the_root(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.zip", 0, {f"pets/{n}": c for n, c in CONTENT.items()} | {"README": b""})
     source = open_folder(path, None).train
     assert agrees(source)
@@ -96,18 +96,18 @@ def test_one_folder_around_everything_is_looked_through(tmp_path: Path) -> None:
     assert open_folder(classes, 0.1).classes == ("a", "b")
 
 
-def test_names_that_begin_with_a_dot_and_a_slash_are_plain_names(tmp_path: Path) -> None:
+def test_a_leading_dot_and_slash_is_removed_from_names(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.zip", 0, {"./": b"", **{f"./{name}": data for name, data in CONTENT.items()}})
     data = open_folder(path, None)
     assert agrees(data.train)
     assert data.inventory.skipped == {}
     assert data.fingerprint == open_folder(pack(tmp_path / "y.zip", 0), None).fingerprint
-    # Only once: what follows is no plain name.
+    # Only once: the rest is not a plain name.
     path = pack(tmp_path / "x.zip", 0, {"././train/a/x.jpg": b"", **CONTENT})
     assert open_folder(path, None).inventory.skipped == {"entries with unsafe names": 1}
 
 
-def test_hostile_names_are_passed_over(tmp_path: Path) -> None:
+def test_hostile_names_are_skipped(tmp_path: Path) -> None:
     hostile = [
         "../../x.jpg",
         "/etc/x.jpg",
@@ -134,7 +134,7 @@ def test_a_name_in_another_code_page_keeps_its_bytes(tmp_path: Path) -> None:
     assert [source.read(i) for i in range(len(source)) if source.name(i) == "a/é.jpg"] == [b"accent"]
 
 
-def test_a_damaged_entry_is_an_oserror_that_names_it(tmp_path: Path) -> None:
+def test_a_damaged_entry_is_an_oserror_with_its_name(tmp_path: Path) -> None:
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         name = "train/a/3.jpg"
         path = Path(pack(tmp_path / "x.zip", method))
@@ -149,7 +149,7 @@ def test_a_damaged_entry_is_an_oserror_that_names_it(tmp_path: Path) -> None:
         assert source.read(4) == CONTENT["train/a/4.jpg"]
 
 
-def test_a_zip_that_vanishes_or_changes_during_the_run_is_an_oserror(archive: str) -> None:
+def test_a_zip_that_changes_during_the_run_is_an_oserror(archive: str) -> None:
     source = open_folder(archive, None).train
     kept = pickle.dumps(source)
     Path(archive).write_bytes(b"\0" * 200_000)
@@ -163,7 +163,7 @@ def test_a_zip_that_vanishes_or_changes_during_the_run_is_an_oserror(archive: st
         pickle.loads(kept).read(1)
 
 
-def test_threads_do_not_disturb_one_another(archive: str) -> None:
+def test_threads_can_share_a_source(archive: str) -> None:
     source = open_folder(archive, None).train
     assert agrees(source)
     start = threading.Barrier(4)
@@ -172,9 +172,9 @@ def test_threads_do_not_disturb_one_another(archive: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_forked_processes_do_not_disturb_the_parent_or_one_another(archive: str) -> None:
+def test_forked_processes_can_share_a_source_with_their_parent(archive: str) -> None:
     source = open_folder(archive, None).train
-    assert agrees(source)  # the parent has the file open now, and goes on reading
+    assert agrees(source)  # the parent has the file open now, and continues to read
     context = multiprocessing.get_context("fork")
     verdict: multiprocessing.SimpleQueue[bool] = context.SimpleQueue()
     start = context.Barrier(4)
@@ -197,10 +197,10 @@ def test_a_source_with_an_open_file_can_be_pickled(archive: str) -> None:
     assert agrees(copy)
 
 
-def test_a_sample_costs_its_name_and_few_bytes_more(tmp_path: Path) -> None:
+def test_a_sample_takes_29_bytes_and_its_name(tmp_path: Path) -> None:
     files = {f"{s}/class/{i:06d}.jpg": b"" for s in ("train", "val") for i in range(5000)}
     source = open_folder(pack(tmp_path / "x.zip", 0, files), None).train
-    # Of imagenet's 1,281,167 samples, 150 MB are 117 bytes each; their names take about 30.
+    # 150 MB for ImageNet's 1,281,167 samples are 117 bytes each; their names take about 30.
     assert len(pickle.dumps(source)) / len(source) < len("class/000000.jpg") + 50
 
 
@@ -211,7 +211,7 @@ def rewrite(path: str, edit: Callable[[bytearray], None]) -> None:
 
 
 def in_directory(name: str, offset: int, value: bytes) -> Callable[[bytearray], None]:
-    """Overwrites a field of the entry in the central directory (APPNOTE.TXT, 4.3.12)."""
+    """Overwrite a field of the entry in the central directory (APPNOTE.TXT, 4.3.12)."""
 
     def edit(raw: bytearray) -> None:
         start = raw.rindex(name.encode()) - 46
@@ -230,16 +230,14 @@ def in_directory(name: str, offset: int, value: bytes) -> Callable[[bytearray], 
         (24, struct.pack("<I", 1 << 30), "train/a/3.jpg states a size that deflate cannot reach"),
     ],
 )
-def test_an_entry_that_cannot_be_read_is_named_when_opened(
-    archive: str, offset: int, value: bytes, message: str
-) -> None:
+def test_opening_names_an_entry_that_cannot_be_read(archive: str, offset: int, value: bytes, message: str) -> None:
     rewrite(archive, in_directory("train/a/3.jpg", offset, value))
     with pytest.raises(ConfigError, match=rf"data\.root=.*x\.zip: {message}; make"):
         open_folder(archive, None)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
-def test_an_image_that_is_there_twice_is_named(archive: str) -> None:
+def test_opening_names_a_duplicate_image(archive: str) -> None:
     with zipfile.ZipFile(archive, "a") as opened:
         opened.writestr("train/b/0.jpg", b"another")
     with pytest.raises(ConfigError, match=r"data\.root=.*train/b/0\.jpg appears twice; make"):
@@ -247,7 +245,7 @@ def test_an_image_that_is_there_twice_is_named(archive: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 10, -10])
-def test_a_file_that_is_no_whole_zip_is_told_apart(archive: str, keep: int) -> None:
+def test_a_file_that_is_not_a_complete_zip_is_refused(archive: str, keep: int) -> None:
     Path(archive).write_bytes(Path(archive).read_bytes()[:keep])
     with pytest.raises(ConfigError, match=r"data\.root=.*x\.zip is not a valid zip .*download it again"):
         open_folder(archive, None)
