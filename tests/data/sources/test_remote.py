@@ -1,4 +1,4 @@
-"""A store at a URL is the store that was copied there, through a cache that is too small, and whatever goes wrong."""
+"""A store at a URL gives the samples of its local copy, with a small cache, unreliable servers and damaged files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ VIEW = View("none", 8, False, 0, 1.0)
 PLENTY = 10**9
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
@@ -52,13 +52,13 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of 72 + 24 pictures in 6 + 2 shards."""
+    """A store of 72 + 24 images in 6 + 2 shards."""
     folder = tmp_path_factory.mktemp("packed")
     for split, count in (("train", 36), ("val", 12)):
         for name in "ab":
             (folder / "data" / split / name).mkdir(parents=True)
             for number in range(count):
-                content = picture(hash((split, name, number)) % 2**32)
+                content = image(hash((split, name, number)) % 2**32)
                 (folder / "data" / split / name / f"{number}.png").write_bytes(content)
     pack(Request(str(folder / "data"), str(folder / "store"), Encoding(), shards=6), silent)
     return folder / "store"
@@ -66,7 +66,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(packed: Path, tmp_path: Path) -> Path:
-    """A store that a test may damage."""
+    """Return a copy of the store that a test may damage."""
     return Path(shutil.copytree(packed, tmp_path / "store"))
 
 
@@ -83,7 +83,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Flaky(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """Objects in memory, on a server that does what a test has it do."""
+    """Objects in memory, on a server that fails as a test requires."""
 
     protocol = "flaky"
     objects: dict[str, bytes] = {}  # noqa: RUF012
@@ -120,7 +120,7 @@ def flaky(packed: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(scope="module")
 def web(packed: Path) -> Iterator[str]:
-    """A web server that knows no ranges."""
+    """Serve the store over HTTP without support for ranges, and return the URL."""
     pytest.importorskip("aiohttp")
 
     class Handler(SimpleHTTPRequestHandler):
@@ -136,7 +136,7 @@ def web(packed: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def bucket(packed: Path) -> Iterator[str]:
-    """The store in a bucket of a local server that speaks S3."""
+    """Copy the store to a bucket of a local S3 server, and return its URL."""
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -147,9 +147,9 @@ def bucket(packed: Path) -> Iterator[str]:
             patch.setenv(key, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("pictures")
-        fs.put(str(packed) + "/", "pictures/imagenet/", recursive=True)
-        yield "s3://pictures/imagenet"
+        fs.mkdir("images")
+        fs.put(str(packed) + "/", "images/imagenet/", recursive=True)
+        yield "s3://images/imagenet"
     server.stop()
 
 
@@ -195,13 +195,13 @@ def on_disk(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("where", ["bucket", "web", "flaky"])
-def test_a_store_at_a_url_is_the_store_that_was_copied_there(
+def test_a_store_at_a_url_equals_its_local_copy(
     where: str, request: pytest.FixtureRequest, tmp_path: Path, local: Dataset
 ) -> None:
     assert same(opened(request.getfixturevalue(where), tmp_path), local)
 
 
-def test_validation_images_at_a_url_are_evaluated_alone(packed: Path, tmp_path: Path, local: Dataset) -> None:
+def test_an_evaluation_reads_only_the_validation_images_at_a_url(packed: Path, tmp_path: Path, local: Dataset) -> None:
     shutil.copytree(packed.parent / "data" / "val", tmp_path / "data" / "val")
     shutil.copytree(packed.parent / "data" / "val", tmp_path / "classes")
     for name in ("data", "classes"):
@@ -217,11 +217,11 @@ def test_validation_images_at_a_url_are_evaluated_alone(packed: Path, tmp_path: 
             assert data.classes == local.classes
 
 
-def test_data_imagenet_opens_it_too(packed: Path, tmp_path: Path, local: Dataset) -> None:
+def test_imagenet_opens_a_store_at_a_url(packed: Path, tmp_path: Path, local: Dataset) -> None:
     assert same(open_imagenet(f"file://{packed}", None, None, CacheSettings(str(tmp_path))), local)
 
 
-def test_a_part_can_be_held_out(packed: Path, tmp_path: Path) -> None:
+def test_images_of_a_remote_store_can_be_held_out(packed: Path, tmp_path: Path) -> None:
     settings = CacheSettings(str(tmp_path / "cache"))
     assert same(open_folder(f"file://{packed}", 0.25, settings), open_folder(str(packed), 0.25))
 
@@ -234,7 +234,7 @@ def test_a_second_run_fetches_nothing(flaky: str, tmp_path: Path, local: Dataset
 
 @pytest.mark.parametrize(("workers", "kind"), [(0, None), (2, "threads"), (2, "processes")])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_batches_are_those_of_a_local_copy_though_the_cache_never_holds_it_all(
+def test_batches_equal_those_of_a_local_copy_with_a_small_cache(
     workers: int, kind: str | None, flaky: str, tmp_path: Path, local: Dataset
 ) -> None:
     dataset = opened(flaky, tmp_path)
@@ -259,14 +259,12 @@ def test_batches_are_those_of_a_local_copy_though_the_cache_never_holds_it_all(
     watcher.join()
     assert 2 * size < max(most) <= limit
     assert {f"bucket/train/train-00000{i}.tar" for i in range(6)} <= set(fetched)
-    # A stream that has ended holds nothing.
+    # A finished stream holds nothing.
     dataset.train.split.cache.limit = index + size
     assert len(dataset.train.read(0)) > 0
 
 
-def test_ranks_that_share_the_least_cache_take_the_samples_of_one_alone(
-    packed: Path, tmp_path: Path, local: Dataset
-) -> None:
+def test_ranks_that_share_the_smallest_cache_take_all_samples(packed: Path, tmp_path: Path, local: Dataset) -> None:
     parts: list[list[tuple[bytes, list[int]]]] = [[], [], []]
     alone = drawn(stream(local.train, window=1))
     together = threading.Barrier(3, timeout=20)
@@ -281,24 +279,24 @@ def test_ranks_that_share_the_least_cache_take_the_samples_of_one_alone(
         batches = stream(train, rank=rank, world=3, start_update=4, window=1)
         for batch in batches:
             parts[rank].append((batch.images.numpy().tobytes(), batch.labels.tolist()))
-            # As the ranks of a run at the end of each update.
+            # The ranks of a run also wait for each other at the end of each update.
             together.wait()
         batches.close()
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(run, range(3))) == [None] * 3
-    # Three micro-batches of an update, one for each rank; from the middle of an epoch on.
+    # Three micro-batches per update, one for each rank, starting in the middle of an epoch.
     assert [part for update in zip(*parts, strict=True) for part in update] == alone[12:]
 
 
-def test_the_order_is_that_of_the_shards(local: Dataset) -> None:
+def test_samples_come_in_the_order_by_shards(local: Dataset) -> None:
     labels = [label for _, part in drawn(stream(local.train, stop_update=6)) for label in part]
     order = shard_order(3, 0, sample_shards(local.train), 2)
     assert labels == local.train.labels[order].tolist()
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_an_evaluation_sees_every_sample_once_though_the_cache_holds_a_shard_or_two(
+def test_an_evaluation_with_a_small_cache_sees_every_sample_once(
     world: int, packed: Path, tmp_path: Path, local: Dataset
 ) -> None:
     dataset = opened(f"file://{packed}", tmp_path)
@@ -316,8 +314,8 @@ def test_an_evaluation_sees_every_sample_once_though_the_cache_holds_a_shard_or_
     )
 
 
-def test_a_server_that_fails_now_and_then_changes_nothing(flaky: str, tmp_path: Path, local: Dataset) -> None:
-    # Of each object, two requests fail, one is cut short, and one is answered.
+def test_occasional_failures_of_the_server_change_nothing(flaky: str, tmp_path: Path, local: Dataset) -> None:
+    # For each object, two requests fail, one is cut short, and one succeeds.
     calls: Counter[str] = Counter()
     here = threading.local()
 
@@ -334,7 +332,7 @@ def test_a_server_that_fails_now_and_then_changes_nothing(flaky: str, tmp_path: 
     assert min(calls.values()) >= 4
 
 
-def test_a_server_that_goes_away_ends_the_stream_with_the_url_and_the_reason(
+def test_a_lost_server_ends_the_stream_with_url_and_reason(
     flaky: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = opened(flaky, tmp_path)
@@ -350,7 +348,7 @@ def test_a_server_that_goes_away_ends_the_stream_with_the_url_and_the_reason(
     assert "Connection refused; retrying in" in capsys.readouterr().err
 
 
-def test_a_server_that_never_answers_ends_the_stream(
+def test_a_server_that_never_responds_ends_the_stream(
     flaky: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(flaky, tmp_path)
@@ -364,9 +362,7 @@ def test_a_server_that_never_answers_ends_the_stream(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "longer", "changed", "missing"])
-def test_a_shard_that_is_not_the_one_of_the_index_is_an_error_that_names_it(
-    damage: str, store: Path, tmp_path: Path
-) -> None:
+def test_a_shard_that_does_not_match_the_index_is_an_error(damage: str, store: Path, tmp_path: Path) -> None:
     dataset = opened(f"file://{store}", tmp_path)
     path = store / "train/train-000002.tar"
     content = path.read_bytes()
@@ -381,7 +377,7 @@ def test_a_shard_that_is_not_the_one_of_the_index_is_an_error_that_names_it(
         drawn(stream(dataset.train))
 
 
-def test_a_cached_shard_that_was_damaged_is_fetched_anew(packed: Path, tmp_path: Path, local: Dataset) -> None:
+def test_a_damaged_shard_in_the_cache_is_fetched_again(packed: Path, tmp_path: Path, local: Dataset) -> None:
     assert same(opened(f"file://{packed}", tmp_path), local)
     for path in (tmp_path / "cache").rglob("*.tar"):
         content = path.read_bytes()
@@ -393,7 +389,7 @@ def test_a_cached_shard_that_was_damaged_is_fetched_anew(packed: Path, tmp_path:
     assert same(dataset, local)
 
 
-def test_a_store_that_was_packed_anew_is_noticed(flaky: str, tmp_path: Path, packed: Path) -> None:
+def test_a_store_that_was_packed_again_is_noticed(flaky: str, tmp_path: Path, packed: Path) -> None:
     before = opened(flaky, tmp_path)
     again = tmp_path / "again"
     pack(Request(str(packed.parent / "data"), str(again), Encoding(), shards=3), silent)
@@ -404,7 +400,7 @@ def test_a_store_that_was_packed_anew_is_noticed(flaky: str, tmp_path: Path, pac
         drawn(stream(before.train))
 
 
-def test_what_is_no_store_is_bad_input(flaky: str, store: Path, tmp_path: Path) -> None:
+def test_a_url_without_a_usable_store_is_bad_input(flaky: str, store: Path, tmp_path: Path) -> None:
     for url, message in (
         ("flaky://elsewhere", r"index\.lars cannot be read \(FileNotFoundError.*lars-data pack"),
         ("nonsense://bucket", r"nonsense://bucket cannot be used .*nonsense"),
@@ -420,7 +416,7 @@ def test_what_is_no_store_is_bad_input(flaky: str, store: Path, tmp_path: Path) 
         open_folder(flaky, None)
 
 
-def test_an_index_that_lies_is_refused(store: Path, tmp_path: Path) -> None:
+def test_an_inconsistent_index_is_refused(store: Path, tmp_path: Path) -> None:
     meta, arrays = read_mapped(store / "index.lars")
     shards = meta["splits"]["train"]["shards"]
     for wrong in (["../../x.tar", 1024], ["train/../x.tar", 1024], ["train/x.tar", -5], ["train/x.tar", 10]):
@@ -433,7 +429,7 @@ def test_an_index_that_lies_is_refused(store: Path, tmp_path: Path) -> None:
         opened(f"file://{store}", tmp_path)
 
 
-def test_a_library_that_is_missing_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(*arguments: Any, **options: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
@@ -442,10 +438,10 @@ def test_a_library_that_is_missing_is_named_with_the_remedy(monkeypatch: pytest.
         opened("s3://bucket/x", tmp_path)
 
 
-def test_the_next_picture_of_the_same_shard_stands_in_for_a_bad_one(packed: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_replaced_by_the_next_of_its_shard(packed: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(packed.parent / "data", tmp_path / "data"))
     for name in ("a/3.png", "b/7.png", "b/8.png"):
-        (root / "train" / name).write_bytes(b"no picture")
+        (root / "train" / name).write_bytes(b"no image")
     pack(Request(str(root), str(tmp_path / "store"), Encoding(), shards=6), silent)
     local, remote = open_folder(str(tmp_path / "store"), None), opened(f"file://{tmp_path}/store", tmp_path)
     shard = sample_shards(local.train).tolist()
@@ -470,9 +466,7 @@ def test_the_next_picture_of_the_same_shard_stands_in_for_a_bad_one(packed: Path
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_shard_that_somebody_removes_from_the_cache_ends_the_stream_and_is_no_bad_picture(
-    kind: str, packed: Path, tmp_path: Path
-) -> None:
+def test_a_shard_removed_from_the_cache_ends_the_stream(kind: str, packed: Path, tmp_path: Path) -> None:
     dataset = opened(f"file://{packed}", tmp_path)
     batches = stream(dataset.train, workers=1, kind=kind, on_error="skip", stop_update=1800)
     next(batches)
@@ -502,7 +496,7 @@ def test_a_remote_source_is_not_read_in_the_global_order(packed: Path, tmp_path:
         EvalSpec(source=dataset.val, view=VIEW, micro_batch=5, rank=0, world=1, workers=0, pin_memory=False)
 
 
-def test_what_comes_next_is_fetched_before_it_is_needed(flaky: str, tmp_path: Path) -> None:
+def test_the_next_shards_are_fetched_before_they_are_needed(flaky: str, tmp_path: Path) -> None:
     dataset = opened(flaky, tmp_path)
     fetched: set[str] = set()
     Flaky.before = staticmethod(fetched.add)
