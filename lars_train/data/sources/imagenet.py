@@ -101,7 +101,7 @@ def open_imagenet_validation(
 
 
 def only_validation(tree: Tree, folders: SplitFolders, inside: bytes, val_labels: str | None) -> Split:
-    """Return the validation set in `inside`, labeled as in `both_splits`, with the classes of its own images."""
+    """Return the validation set in `inside`, labeled as in `both_splits`, with the classes of these images only."""
     if is_flat(tree, folders):
         return _flat(tree, inside, None, _found(tree, inside) if val_labels is None else _given(val_labels))
     if val_labels is not None:

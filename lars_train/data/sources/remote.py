@@ -169,7 +169,7 @@ class RemoteTree(ShardTree):
         self._remote = remote
 
     def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
-        """Return a source that fetches the shards of the split `inside` as they are read."""
+        """Return a source that fetches a shard of the split `inside` when it is read."""
         return RemoteSource(self._remote[os.fsdecode(inside)], names, labels, ranks)
 
 
