@@ -41,7 +41,7 @@ def make_images(root: Path) -> None:
 
 
 def shell(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra: str) -> list[str]:
-    """What the commands said; all of them ended well."""
+    """Run the commands, which must succeed, and return their output."""
     env = {name: value for name, value in environment(**extra).items() if not (user and name == "HOME")}
     lines = json.dumps([[*command] for command in commands])
     done = subprocess.run(
@@ -68,7 +68,7 @@ def folder() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def test_no_name_of_a_class_or_file_ends_a_command_on_an_ascii_terminal(folder: Path) -> None:
+def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
     run = folder / "runs" / "a"
     said = shell(
         folder,
@@ -87,7 +87,7 @@ def test_no_name_of_a_class_or_file_ends_a_command_on_an_ascii_terminal(folder: 
         with (folder / "mistakes" / name).open(encoding="utf-8", newline="") as file:
             assert {row[0] for row in csv.reader(file)} == {"class", SPELT, "dog"}
     assert (folder / "mistakes" / "confusion.png").stat().st_size > 0
-    # A run directory whose own name is not UTF-8.
+    # A run directory with a name that is not UTF-8.
     odd = os.fsdecode(os.fsencode(folder / "runs") + b"/caf\xe9")
     shutil.copytree(run, odd)
     shell(folder, ["lars-report", odd, "runs", "--out", "out"], **ASCII)
@@ -97,7 +97,7 @@ def test_no_name_of_a_class_or_file_ends_a_command_on_an_ascii_terminal(folder: 
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_output_that_nobody_can_read_ends_no_command(closed: bool, folder: Path) -> None:
+def test_unreadable_output_ends_no_command(closed: bool, folder: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     training = [[*SETTINGS, "data.on_error=skip", "run.name=b"]] if closed else []
@@ -113,7 +113,7 @@ def test_output_that_nobody_can_read_ends_no_command(closed: bool, folder: Path)
 
 
 def nobody() -> tuple[str, ...]:
-    """What runs a command as a user who is in no list of users."""
+    """Return the prefix that runs a command as a user without an entry in /etc/passwd."""
     for command in (
         ("unshare", "--user", "--map-user=12345"),
         ("setpriv", "--reuid", "12345", "--clear-groups"),
@@ -124,7 +124,7 @@ def nobody() -> tuple[str, ...]:
     pytest.skip("neither unshare nor setpriv can start a process of another user here")
 
 
-def test_a_user_without_a_home_directory_can_do_everything(folder: Path) -> None:
+def test_every_command_works_without_a_home_directory(folder: Path) -> None:
     user = nobody()
     run = [*SETTINGS, "data.on_error=skip"]
     commands = [

@@ -1,4 +1,4 @@
-"""A data set with 200 broken files, and odd ones that are whole: what is counted as good, what as bad."""
+"""The 200 broken files of a data set count as bad, and whole files of odd formats as good."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ not_built = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was
 DECODERS = ["pillow", pytest.param("native", marks=not_built)]
 
 
-def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def make_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
     coarse = np.random.default_rng([width, height]).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
@@ -45,16 +45,16 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def jpegs() -> Iterator[bytes]:
-    """With SOI, APP0, APP1, COM, DQT, SOF0 or SOF2, DHT, DRI, SOS, RST0 to RST2 or RST6, and EOI."""
+    """Yield JPEGs with SOI, APP0, APP1, COM, DQT, SOF0 or SOF2, DHT, DRI, SOS, RST0 to RST2 or RST6, and EOI."""
     exif = Image.Exif()
     exif[0x0112] = 6
     for side, progressive in itertools.product((40, 56), (False, True)):
         options = {"exif": exif, "comment": b"made up", "restart_marker_rows": 1, "progressive": progressive}
-        yield encoded(picture(side, 64), **options)
+        yield encoded(make_image(side, 64), **options)
 
 
 def cut_at_markers(data: bytes) -> Iterator[bytes]:
-    """Cut before, within, or just after the first and the last marker of each kind, so that something is missing."""
+    """Yield the JPEG cut before, within, and just after the first and the last marker of each kind."""
     places: dict[int, list[int]] = {}
     for at in range(len(data) - 1):
         if data[at] == 0xFF and data[at + 1] not in (0x00, 0xFF):
@@ -66,13 +66,13 @@ def cut_at_markers(data: bytes) -> Iterator[bytes]:
 
 
 def of_size(data: bytes, side: int) -> bytes:
-    """The JPEG with another size in its header."""
+    """Return the JPEG with another size in its header."""
     at = next(i for i in range(len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
     return data[: at + 5] + struct.pack(">HH", side, side) + data[at + 9 :]
 
 
 def png_of_size(side: int) -> bytes:
-    """A PNG of that size by its header, and of a few bytes."""
+    """Return a PNG of a few bytes with this size in its header."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -82,36 +82,36 @@ def png_of_size(side: int) -> bytes:
 
 
 def odd() -> list[bytes]:
-    """Whole, and not what one expects of a file whose name ends in .JPEG."""
+    """Return whole files that are not what a name with .JPEG suggests."""
     deep = np.random.default_rng(0).integers(0, 2**16, (40, 30), dtype=np.uint16)
     return [
-        *(encoded(picture(50, 40), kind) for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")),
+        *(encoded(make_image(50, 40), kind) for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")),
         encoded(Image.fromarray(deep), "PNG"),
-        encoded(picture(50, 40, "CMYK")),
-        encoded(picture(50, 40, "L")),
-        encoded(picture(1, 1)),
-        encoded(picture(1, 1), "PNG"),
-        encoded(picture(1, 300)),
+        encoded(make_image(50, 40, "CMYK")),
+        encoded(make_image(50, 40, "L")),
+        encoded(make_image(1, 1)),
+        encoded(make_image(1, 1), "PNG"),
+        encoded(make_image(1, 300)),
     ]
 
 
 @cache
 def files() -> list[tuple[bytes, bool]]:
-    """Contents, and whether there is a whole picture in them; in a fixed, mixed order."""
-    whole = [*odd(), *jpegs(), *(encoded(picture(20 + side, 30)) for side in range(24))]
-    broken = [b"", bytes(4096), b"<html>404 not found</html>", b"\xff\xd8", b"not a picture\n" * 100]
+    """Return contents, and True for a whole image, in a fixed, mixed order."""
+    whole = [*odd(), *jpegs(), *(encoded(make_image(20 + side, 30)) for side in range(24))]
+    broken = [b"", bytes(4096), b"<html>404 not found</html>", b"\xff\xd8", b"not an image\n" * 100]
     broken += [png_of_size(20_000), *(of_size(data, 20_000) for data in jpegs())]
     broken += [data[: int(part * len(data))] for data in odd()[:8] for part in (0.05, 0.5)]
     cuts = list(dict.fromkeys(data for one in jpegs() for data in cut_at_markers(one) if data not in broken))
-    wanted = BROKEN - len(broken)
-    broken += [cuts[i * len(cuts) // wanted] for i in range(wanted)]
+    missing = BROKEN - len(broken)
+    broken += [cuts[i * len(cuts) // missing] for i in range(missing)]
     assert len(set(broken)) == BROKEN
     mixed = [*((data, True) for data in whole), *((data, False) for data in broken)]
     return [mixed[i] for i in np.random.default_rng(0).permutation(len(mixed))]
 
 
 class Files:
-    """All of them; the label of each is its number."""
+    """A source of all files. The label of each is its number."""
 
     def __init__(self) -> None:
         self.labels = np.arange(len(files()), dtype=np.int32)
@@ -134,7 +134,7 @@ def numbers(batches: list[Batch]) -> list[int]:
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_of_200_broken_files_none_is_shown_and_none_that_is_whole_is_lost(decoder: str, workers: int) -> None:
+def test_no_broken_file_is_loaded_and_no_whole_one_is_lost(decoder: str, workers: int) -> None:
     source, good = Files(), [whole for _, whole in files()]
     count = len(good)
     assert (count, sum(good)) == (240, 40)
@@ -176,9 +176,9 @@ def test_a_run_with_200_broken_files_ends_and_counts_them(decoder: str, tmp_path
     raw = OmegaConf.merge(OmegaConf.structured(Config), values)
     assert isinstance(raw, DictConfig)
     final = session.train(prepare(resolve(raw)), Ranks(), Invocation(("lars-train",)))
-    told = [json.loads(line)["image"] for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    reported = [json.loads(line)["image"] for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
     broken = {f"{number:03d}.JPEG" for number, (_, whole) in enumerate(files()) if not whole}
-    assert sorted(Path(image).name for image in told) == sorted(broken)
+    assert sorted(Path(image).name for image in reported) == sorted(broken)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     in_val = sum(not whole for _, whole in files()[::3])
     evaluated = next(line for line in lines if "val/count" in line)

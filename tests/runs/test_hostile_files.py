@@ -1,4 +1,4 @@
-"""Strangers' files run no code: checkpoints, weights, stored configs, zips and names, each made here to do harm."""
+"""Untrusted files run no code: hostile checkpoints, weights, stored configs, zips and names are made here."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ def parts() -> dict[str, Any]:
 
 
 def content(stored: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as a run writes it, in what `evaluate`, `export` and `prepare` read of it."""
+    """Return a checkpoint with what `evaluate`, `export` and `prepare` read."""
     return {**parts(), "config": stored, "layout": "", "skipped": 0}
 
 
 def changed(key: str, value: Any) -> dict[str, Any]:
-    """The config of a run, one value in it replaced."""
+    """Return the config of a run with one value replaced."""
     stored = asdict(config(Path("x")))
     *path, leaf = key.split(".")
     node = stored
@@ -112,7 +112,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
 
 
 class Bomb:
-    """An object whose pickle, when it is loaded, makes the folder `mark`."""
+    """An object whose pickle creates the folder `mark` when it is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -123,13 +123,13 @@ class Bomb:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """What is there when code in a file has been run."""
+    """A folder that exists once code in a file has run."""
     return tmp_path / "mark"
 
 
 @pytest.fixture
 def hostile_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module that can be imported, and must not be."""
+    """Provide a module that can be imported and must not be."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "hostile_module.py").write_text("def boom(*args, **kwargs): raise SystemExit('boom')\n")
@@ -154,7 +154,7 @@ def test_a_pickle_in_a_file_of_weights_runs_no_code(form: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("where", ["model", "optimizer", "scaler"])
-def test_a_pickle_in_a_checkpoint_whose_checksum_is_right_runs_no_code(where: str, tmp_path: Path, mark: Path) -> None:
+def test_a_pickle_in_a_checkpoint_with_a_valid_checksum_is_not_run(where: str, tmp_path: Path, mark: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.parent.mkdir()
     path = checkpoint.save(folder, 1, {**content(asdict(config(tmp_path))), where: {"x": Bomb(mark)}}, keep=3)
@@ -187,7 +187,7 @@ def test_a_pickle_in_the_place_of_cifar10_runs_no_code(
 
 @pytest.mark.usefixtures("hostile_module")
 @pytest.mark.parametrize("name", DOTTED)
-def test_a_name_in_a_stored_config_is_looked_up_in_our_lists_alone(name: str, tmp_path: Path) -> None:
+def test_a_name_in_a_stored_config_must_be_in_our_lists(name: str, tmp_path: Path) -> None:
     for key in ("model.name", "data.name"):
         path = checkpoint.save(tmp_path / key, 1, content(changed(key, name)), keep=3)
         asked = config(tmp_path / "new", mode="evaluate", checkpoint__path=str(path))
@@ -202,14 +202,14 @@ def test_a_name_in_a_stored_config_is_looked_up_in_our_lists_alone(name: str, tm
 
 
 @pytest.mark.parametrize("name", ["Optimizer", "lr_scheduler", "swa_utils", "__builtins__", "_functional"])
-def test_what_is_in_torch_optim_but_is_no_optimizer_is_not_taken_for_one(name: str) -> None:
+def test_other_names_in_torch_optim_are_no_optimizers(name: str) -> None:
     with pytest.raises(ConfigError, match=r"torch\.optim has no such class"):
         optimizer_class(name)
 
 
 @pytest.mark.usefixtures("hostile_module")
 @pytest.mark.parametrize("key", ["optimizer.kwargs", "recipe.common", "recipe.rows", "model", "data", "optimizer"])
-def test_what_a_stored_config_wants_instantiated_is_refused_or_stays_text(key: str, tmp_path: Path) -> None:
+def test_nothing_in_a_stored_config_is_instantiated(key: str, tmp_path: Path) -> None:
     hostile = {"_target_": "hostile_module.boom", "_args_": ["x"], "_partial_": False}
     path = checkpoint.save(tmp_path / "c", 1, content(changed(key, hostile)), keep=3)
     asked = config(tmp_path / "new", mode="evaluate", checkpoint__path=str(path))
@@ -237,7 +237,7 @@ def test_what_a_stored_config_wants_instantiated_is_refused_or_stays_text(key: s
         ("nobody", 1),
     ],
 )
-def test_a_stored_config_is_judged_as_a_command_line_is(
+def test_a_stored_config_is_checked_like_a_command_line(
     key: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LARS_TRAIN_SECRET", "sesame")
@@ -249,7 +249,7 @@ def test_a_stored_config_is_judged_as_a_command_line_is(
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_whose_config_is_as_a_run_writes_it_is_evaluated_by_its_own_weights(tmp_path: Path) -> None:
+def test_a_regular_checkpoint_is_evaluated(tmp_path: Path) -> None:
     own = content({})
     other = tmp_path / "start.pth"
     torch.save({key: torch.zeros_like(value) for key, value in own["model"].items()}, other)
@@ -278,20 +278,20 @@ def test_a_checkpoint_whose_config_is_as_a_run_writes_it_is_evaluated_by_its_own
         {"optimizer": 3},
     ],
 )
-def test_a_checkpoint_of_odd_values_is_refused_in_one_line_of_plain_text(entry: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_of_odd_values_is_refused_in_one_line(entry: dict[str, Any], tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path / "c", 1, {**content(changed("epochs", 2)), **entry}, keep=3)
-    told = []
+    messages = []
     for mode, command in (("export", export), ("train", prepare)):
         try:
             command(config(tmp_path / "new", mode=mode, checkpoint__path=str(path)))
         except ConfigError as error:
-            told.append(str(error))
-    assert told
-    assert all(map(str.isprintable, told))
+            messages.append(str(error))
+    assert messages
+    assert all(map(str.isprintable, messages))
 
 
 @pytest.mark.parametrize("name", ["../../small", "/small", "small/../small", "..", "small\0"])
-def test_a_models_name_in_a_checkpoint_never_becomes_part_of_a_path(name: str, tmp_path: Path) -> None:
+def test_a_model_name_in_a_checkpoint_never_joins_a_path(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     path = checkpoint.save(folder / "b", 1, content(changed("model.name", name)), keep=3)
@@ -301,7 +301,7 @@ def test_a_models_name_in_a_checkpoint_never_becomes_part_of_a_path(name: str, t
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_hydra_stored_in_a_run_directory_is_never_read_back(tmp_path: Path, mark: Path) -> None:
+def test_hydras_files_in_a_run_directory_are_never_read(tmp_path: Path, mark: Path) -> None:
     asked = config(tmp_path / "run")
     (tmp_path / "run" / ".hydra").mkdir(parents=True)
     hostile = f"model: !!python/object/apply:os.mkdir ['{mark}']\noptimizer: {{_target_: os.mkdir, path: '{mark}'}}\n"
@@ -318,7 +318,7 @@ def test_what_hydra_stored_in_a_run_directory_is_never_read_back(tmp_path: Path,
         assert str(caught.value).isprintable()
 
 
-def picture() -> bytes:
+def png() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
     return file.getvalue()
@@ -331,7 +331,7 @@ def packed(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLAT
     return str(path)
 
 
-GOOD = {f"{split}/{c}/{i}.png": picture() for split in ("train", "val") for c in "ab" for i in range(2)}
+GOOD = {f"{split}/{c}/{i}.png": png() for split in ("train", "val") for c in "ab" for i in range(2)}
 
 
 def test_names_in_a_zip_never_become_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +368,7 @@ def test_names_in_a_zip_never_become_paths(tmp_path: Path, monkeypatch: pytest.M
     data = open_folder(path, None)
     read = {source.name(i): source.read(i) for source in (data.train, data.val) for i in range(len(source))}
     assert data.classes == ("a", "b")
-    # Odd names of files in a class are names like any other; what they lead to is in the zip.
+    # Odd names of files in a class are allowed: they lead to entries of the zip.
     assert {name for name, found in read.items() if found == b"inside"} == {
         "a/C:x.png",
         "b/~root.png",
@@ -378,8 +378,8 @@ def test_names_in_a_zip_never_become_paths(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["here", "outside.png", "x.zip"]
 
 
-def test_a_folders_name_in_a_zip_leads_to_no_labels_beside_it(tmp_path: Path) -> None:
-    files = {"pets/train/a/1.png": picture(), "pets/train/b/1.png": picture(), "pets/val/1.png": picture()}
+def test_a_folder_name_in_a_zip_finds_no_labels_outside(tmp_path: Path) -> None:
+    files = {"pets/train/a/1.png": png(), "pets/train/b/1.png": png(), "pets/val/1.png": png()}
     (tmp_path / "data").mkdir()
     path = packed(tmp_path / "data" / "x.zip", files)
     elsewhere = tmp_path / "1" / "2" / "3" / "4"
@@ -388,7 +388,7 @@ def test_a_folders_name_in_a_zip_leads_to_no_labels_beside_it(tmp_path: Path) ->
     (tmp_path / "data" / "x.zip!pets").symlink_to(elsewhere)
     with pytest.raises(ConfigError, match="nor a ILSVRC2012_devkit"):
         open_imagenet(path, None, None)
-    # Where the user keeps it, it is found.
+    # In its regular place the table is found.
     (tmp_path / "data" / "LOC_val_solution.csv").write_text("1,b\n")
     assert open_imagenet(path, None, None).val.labels.tolist() == [1]
 
@@ -396,7 +396,7 @@ def test_a_folders_name_in_a_zip_leads_to_no_labels_beside_it(tmp_path: Path) ->
 @pytest.mark.parametrize("around", ["", "pets/"])
 def test_symbolic_links_in_a_zip_are_counted_and_not_followed(around: str, tmp_path: Path) -> None:
     target = tmp_path / "secret.png"
-    target.write_bytes(picture())
+    target.write_bytes(png())
     path = packed(tmp_path / "x.zip", {f"{around}{name}": data for name, data in GOOD.items()})
 
     def add(*names: str) -> None:
@@ -412,13 +412,13 @@ def test_symbolic_links_in_a_zip_are_counted_and_not_followed(around: str, tmp_p
         ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
     ] * 2
     assert data.inventory.skipped == {"folders beside the splits": 1, "hidden folders": 1, "symbolic links": 5}
-    # A class of links alone is one without images.
+    # A class with only links has no images.
     add("train/c/link.png")
     with pytest.raises(ConfigError, match=r"without images: c/ \(skipped: 3 symbolic links\)"):
         open_folder(path, None)
 
 
-def test_a_name_that_is_in_a_zip_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_name_in_a_zip_is_refused(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.zip", GOOD)
     with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
         warnings.simplefilter("ignore")
@@ -432,7 +432,7 @@ ZEROS = 160 << 20
 
 @pytest.fixture(scope="module")
 def bomb(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A zip of 160 kB in which one picture, and the table of labels, are 160 MiB of zeros."""
+    """A zip of 160 kB in which an image and the table of labels are 160 MiB of zeros each."""
     path = tmp_path_factory.mktemp("bomb") / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, data in GOOD.items():
@@ -444,7 +444,7 @@ def bomb(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def declare(raw: bytes, name: str, size: int) -> bytes:
-    """The zip with another size in its directory (APPNOTE.TXT 4.3.12: 24 bytes into the entry)."""
+    """Return the zip with another size in its directory (APPNOTE.TXT 4.3.12: 24 bytes into the entry)."""
     edited = bytearray(raw)
     start = edited.rindex(name.encode()) - 46
     assert edited[start : start + 4] == b"PK\x01\x02"
@@ -452,16 +452,14 @@ def declare(raw: bytes, name: str, size: int) -> bytes:
     return bytes(edited)
 
 
-@pytest.mark.parametrize(("size", "told"), [(ZEROS, "is deflated, and 167,772,160 bytes"), (2**32 - 2, "can be")])
-def test_a_zip_bomb_is_refused_when_the_zip_is_opened(bomb: bytes, size: int, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "reason"), [(ZEROS, "is deflated, and 167,772,160 bytes"), (2**32 - 2, "can be")])
+def test_a_zip_bomb_is_refused_when_the_zip_is_opened(bomb: bytes, size: int, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(declare(bomb, "train/a/9.png", size))
-    with pytest.raises(ConfigError, match=rf"train/a/9\.png .*{told}"):
+    with pytest.raises(ConfigError, match=rf"train/a/9\.png .*{reason}"):
         open_folder(str(tmp_path / "x.zip"), None)
 
 
-def test_a_zip_bomb_that_declares_a_small_size_takes_no_more_memory_than_it_declares(
-    bomb: bytes, tmp_path: Path
-) -> None:
+def test_a_zip_bomb_takes_no_more_memory_than_it_declares(bomb: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(declare(bomb, "train/a/9.png", 1000))
     source = open_folder(str(tmp_path / "x.zip"), None).train
     (sample,) = (i for i in range(len(source)) if source.name(i) == "a/9.png")
@@ -473,10 +471,10 @@ def test_a_zip_bomb_that_declares_a_small_size_takes_no_more_memory_than_it_decl
     assert peak < 8 << 20
 
 
-def test_a_zip_bomb_in_the_place_of_the_labels_is_refused_unread(bomb: bytes, tmp_path: Path) -> None:
+def test_a_zip_bomb_as_the_table_of_labels_is_refused_unread(bomb: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
-    # The same bomb by a name of the same length; the pictures of the flat val/ are what it would label.
-    flat = {"train/a/1.png": picture(), "val/1.png": picture()}
+    # The same bomb renamed, with a name of the same length. It would label the images of the flat val/.
+    flat = {"train/a/1.png": png(), "val/1.png": png()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, data in flat.items():
             archive.writestr(name, data)
@@ -491,8 +489,8 @@ def test_a_zip_bomb_in_the_place_of_the_labels_is_refused_unread(bomb: bytes, tm
     assert peak < 8 << 20
 
 
-def test_a_picture_that_declares_a_huge_size_is_refused_before_it_is_decoded() -> None:
-    raw = bytearray(picture())
+def test_an_image_with_a_huge_declared_size_is_not_decoded() -> None:
+    raw = bytearray(png())
     raw[16:24] = struct.pack(">II", 10_000, 10_000)  # IHDR: width and height
     raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
     with pytest.raises(BadImage, match="10000x10000 pixels exceed the limit of"):
@@ -508,17 +506,17 @@ def test_no_text_can_act_on_a_terminal() -> None:
         assert str(kind(EVIL)) == str(pickle.loads(pickle.dumps(kind(EVIL)))) == SHOWN
 
 
-def test_all_that_is_said_is_shown_and_not_acted_upon(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_text_does_not_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     Progress(shown=True, epochs=1).say(EVIL)
     assert capsys.readouterr().out == SHOWN + "\n"
     messages.say(f"two\nlines\x1b[2J{chr(0x202E)}")
     messages.complain("two\nlines\x9b2J")
-    told = capsys.readouterr()
-    assert (told.out, told.err) == ("two\nlines\\x1b[2J\\u202e\n", "lars-train: two\nlines\\x9b2J\n")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("two\nlines\\x1b[2J\\u202e\n", "lars-train: two\nlines\\x9b2J\n")
 
 
 def cells(line: str) -> list[str]:
-    """The cells of a Markdown row, as GitHub divides it (https://github.github.com/gfm/#tables-extension-)."""
+    """Return the cells of a Markdown row as GitHub divides it (https://github.github.com/gfm/#tables-extension-)."""
     assert line.startswith("| ")
     assert line.endswith(" |")
     return [cell.strip() for cell in line[1:-1].split("|")]
@@ -530,7 +528,7 @@ def test_a_table_keeps_its_form_whatever_its_cells_hold() -> None:
     head, _, line = text.split("\n")
     assert (len(cells(head)), len(cells(line))) == (len(HEADER), len(HEADER))
     assert not set("<>[`") & set(line)
-    # What is shown of it is the text.
+    # The cell shows the text.
     assert [html.unescape(cell) for cell in cells(line)] == [SHOWN, *row[1:]]
 
 
@@ -543,19 +541,19 @@ def test_tensorboard_gets_plain_text(tmp_path: Path) -> None:
     assert b"\x1b[31m" not in written
 
 
-def test_a_damaged_checkpoint_is_told_of_in_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_reported_in_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "c", 1, content({}), keep=3)
     good = checkpoint.listing(tmp_path / "c")[0]
     path = checkpoint.path_of(tmp_path / "c", 2)
-    # The record that is named in the message, for its checksum does not hold.
+    # The message names the record whose checksum does not match.
     packed(path, {EVIL: b"content"}, zipfile.ZIP_STORED)
     path.write_bytes(path.read_bytes().replace(b"content", b"CONTENT"))
     found = checkpoint.latest(tmp_path / "c")
     assert found is not None
     assert found[0] == good
-    told = capsys.readouterr().err
-    assert SHOWN in told
-    assert told.removesuffix("\n").isprintable()
+    printed = capsys.readouterr().err
+    assert SHOWN in printed
+    assert printed.removesuffix("\n").isprintable()
 
 
 NAME = "\x1b[31mcat\nlars-train: all is well|<script>"
@@ -563,33 +561,33 @@ NAME = "\x1b[31mcat\nlars-train: all is well|<script>"
 
 @pytest.fixture
 def hostile_folder(tmp_path: Path) -> Path:
-    """Pictures below a class and by names that would act on a terminal; one in each split is none."""
-    root = tmp_path / "pictures"
+    """Images with class and file names that would act on a terminal; one in each split is broken."""
+    root = tmp_path / "images"
     for split in ("train", "val"):
         for name in (NAME, "dog"):
             (root / split / name).mkdir(parents=True)
             for i in range(4):
-                (root / split / name / f"{i}.png").write_bytes(picture())
-        (root / split / NAME / f"{NAME}.png").write_bytes(b"no picture")
+                (root / split / name / f"{i}.png").write_bytes(png())
+        (root / split / NAME / f"{NAME}.png").write_bytes(b"no png")
     return root
 
 
-def test_names_of_classes_and_files_are_shown_as_plain_text_by_a_run(
+def test_a_run_prints_class_and_file_names_as_plain_text(
     hostile_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = config(tmp_path / "run", data__name="folder", data__root=str(hostile_folder), epochs=3, max_updates=3)
     threads = torch.get_num_threads()
     session.train(prepare(asked), Ranks(), Invocation())
-    told = "".join(capsys.readouterr())
-    warned = [line for line in told.splitlines() if line.startswith("WARNING: image")]
+    printed = "".join(capsys.readouterr())
+    warned = [line for line in printed.splitlines() if line.startswith("WARNING: image")]
     assert len(warned) == 2
     assert all(printable(NAME) in line for line in warned)
-    assert told.replace("\n", "").isprintable()
-    assert not any(line.startswith("lars-train: all is well") for line in told.split("\n"))
+    assert printed.replace("\n", "").isprintable()
+    assert not any(line.startswith("lars-train: all is well") for line in printed.split("\n"))
     lines = (tmp_path / "run" / "bad_images.jsonl").read_bytes().splitlines()
     assert len(lines) == 2
     assert all(json.loads(line)["image"].isprintable() for line in lines)
-    # The same names in a checkpoint, against other data.
+    # The same names in a checkpoint, evaluated on other data.
     with pytest.raises(ConfigError, match="another data set") as caught:
         prepare(
             config(
@@ -603,10 +601,10 @@ def test_names_of_classes_and_files_are_shown_as_plain_text_by_a_run(
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_names_of_classes_are_shown_as_plain_text_by_an_error(
+def test_an_error_prints_class_names_as_plain_text(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {f"train/{NAME}/1.png": picture(), "train/dog/1.png": picture(), "val/dog/1.png": picture()}
+    files = {f"train/{NAME}/1.png": png(), "train/dog/1.png": png(), "val/dog/1.png": png()}
     root = tmp_path / "x.zip"
     if kind == "zip":
         packed(root, files)
@@ -622,13 +620,13 @@ def test_names_of_classes_are_shown_as_plain_text_by_an_error(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert printable(NAME) in told
-    assert told.removesuffix("\n").isprintable()
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printable(NAME) in printed
+    assert printed.removesuffix("\n").isprintable()
 
 
-def test_a_place_in_a_zip_is_one_line_of_plain_text(tmp_path: Path) -> None:
+def test_a_path_in_a_zip_is_one_line_of_plain_text(tmp_path: Path) -> None:
     path = packed(tmp_path / "x\x1b.zip", {**GOOD, f"train/a/{NAME}.png": b"x"})
     source = open_folder(path, None).train
     places = [source.location(i) for i in range(len(source))]
@@ -636,7 +634,7 @@ def test_a_place_in_a_zip_is_one_line_of_plain_text(tmp_path: Path) -> None:
     assert sum(printable(NAME) in place for place in places) == 1
 
 
-def test_a_crash_is_told_of_without_acting_on_the_terminal(
+def test_a_crash_prints_without_acting_on_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lars_train import commands
@@ -652,18 +650,18 @@ def test_a_crash_is_told_of_without_acting_on_the_terminal(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert "Traceback" in told
-    assert told.replace("\n", "").isprintable()
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert printed.replace("\n", "").isprintable()
 
 
-def test_a_record_of_bad_images_that_another_program_wrote_is_read_past(tmp_path: Path) -> None:
+def test_a_foreign_record_of_bad_images_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "bad_images.jsonl"
     path.write_bytes(b'{"image": "a.png"}\n\xff\xfe\n[1]\n{"image": []}\n{"image": "b.png"}\n')
     assert listed_images(path) == {"a.png", "b.png"}
 
 
-def test_the_reason_why_a_picture_is_bad_is_one_line_of_plain_text() -> None:
+def test_the_reason_of_a_bad_image_is_one_line_of_plain_text() -> None:
     class Broken:
         labels = np.zeros(1, np.int32)
 
@@ -687,29 +685,27 @@ def test_the_reason_why_a_picture_is_bad_is_one_line_of_plain_text() -> None:
 
 
 def test_a_table_of_labels_that_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
-    # Longer than Python's parser takes a field to be.
+    # Longer than the limit of Python's parser for a field.
     table_of_labels = b'1,"' + b"a" * 200_000 + b'"\n'
-    path = packed(
-        tmp_path / "x.zip", {"train/a/1.png": picture(), "val/1.png": picture(), "labels.csv": table_of_labels}
-    )
+    path = packed(tmp_path / "x.zip", {"train/a/1.png": png(), "val/1.png": png(), "labels.csv": table_of_labels})
     with pytest.raises(ConfigError, match=r"data\.val_labels: .*labels\.csv is no table of image and wnid"):
         open_imagenet(path, None, None)
 
 
-def test_what_a_finished_run_tells_of_itself_is_plain_text(tmp_path: Path) -> None:
+def test_the_results_of_a_run_are_plain_text(tmp_path: Path) -> None:
     directory = tmp_path / NAME
     directory.mkdir()
     final = {"batch": EVIL, "global_batch": 8, "nominal_batch": 9, "raised": True, "updates": 1, "planned_updates": 1}
     final |= {"epochs": EVIL, "best_top1": 1.0, "final_top1": 1.0, "seconds": 1.0}
     final |= dict.fromkeys(("optimizer", "base", "data", "model", "directory"), EVIL)
     (directory / "final.json").write_text(json.dumps(final))
-    told = _describe_results(final, directory)
-    assert told.replace("\n", "").isprintable()
-    # What is too long for the terminal goes on in lines that are indented.
-    lines = [line for line in told.split("\n") if not line.startswith("  ")]
+    printed = _describe_results(final, directory)
+    assert printed.replace("\n", "").isprintable()
+    # Lines too long for the terminal continue in indented lines.
+    lines = [line for line in printed.split("\n") if not line.startswith("  ")]
     assert len(lines) == 3 + len(("left out", "scaled", "raised", "updates", "run directory", "TensorBoard"))
-    # Where the result cannot be read, the run has ended nevertheless.
+    # An unreadable result does not make the finished run fail.
     (directory / "final.json").write_text(EVIL)
-    told = _describe_results(final, directory)
-    assert told.replace("\n", "").isprintable()
-    assert "final.json: " in told
+    printed = _describe_results(final, directory)
+    assert printed.replace("\n", "").isprintable()
+    assert "final.json: " in printed

@@ -1,4 +1,4 @@
-"""Every way to start the program, for real: alone, self-launched, torchrun, Slurm's environment, sweeps."""
+"""The program runs however it is started: alone, self-launched, by torchrun, in Slurm's environment, in sweeps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from program import ALONE, COMPILED, DATA, TINY, TORCHRUN, environment, final, l
 pytestmark = pytest.mark.slow
 
 DISPLAY = {"OMP_DISPLAY_ENV": "verbose"}
-"""Has libgomp say on stderr what it goes by, in each process that loads it."""
+"""Makes libgomp print its settings to stderr in each process that loads it."""
 SLEEPS_SOON = "GOMP_SPINCOUNT = '1000'"
 
 
@@ -34,8 +34,8 @@ def test_the_same_command_finds_its_own_finished_run(tmp_path: Path) -> None:
     assert "resume=never" in again
     assert "epoch 1/2" not in again
     assert (folder / "final.json").read_bytes() == before
-    anew = ran([*ALONE, *TINY, "resume=never"], tmp_path)
-    assert "epoch 1/2" in anew
+    again = ran([*ALONE, *TINY, "resume=never"], tmp_path)
+    assert "epoch 1/2" in again
     assert final(folder)["weights_sha256"] == json.loads(before)["weights_sha256"]
     assert (tmp_path / "runs" / f"{folder.name}.old1" / "final.json").read_bytes() == before
 
@@ -47,8 +47,8 @@ def test_the_config_of_a_run_is_its_command(tmp_path: Path) -> None:
     again = ran([*ALONE, "--config-file", "runs/12_34/config.yaml"], tmp_path)
     assert "run directory  runs/12_34" in again
     assert (folder / "final.json").read_bytes() == before
-    anew = ran([*ALONE, "-m", "--config-file", "runs/12_34", "run.name=on,ce", "log_every=3"], tmp_path)
-    assert "sweep: 2 of 2 jobs done" in anew
+    again = ran([*ALONE, "-m", "--config-file", "runs/12_34", "run.name=on,ce", "log_every=3"], tmp_path)
+    assert "sweep: 2 of 2 jobs done" in again
     for name in ("on", "ce"):
         copy = tmp_path / "runs" / name
         assert final(copy)["weights_sha256"] == json.loads(before)["weights_sha256"]
@@ -57,7 +57,7 @@ def test_the_config_of_a_run_is_its_command(tmp_path: Path) -> None:
         )
 
 
-def test_a_run_goes_on_with_another_world_size(tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_world_size(tmp_path: Path) -> None:
     settings = [*TINY, "precision=fp64"]
     ran([*ALONE, *settings, "run.name=unbroken"], tmp_path)
     ran([*ALONE, *settings, "run.name=moved", "max_updates=7"], tmp_path)
@@ -96,10 +96,10 @@ def test_slurm_s_environment_is_adopted(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    told = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
-    assert "world size     2" in told[0]
-    assert told[1] == ""
+    output = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], output
+    assert "world size     2" in output[0]
+    assert output[1] == ""
 
 
 @pytest.mark.parametrize("launcher", [ALONE, TORCHRUN], ids=["alone", "torchrun"])
@@ -121,10 +121,10 @@ def test_a_failed_job_of_a_sweep_is_reported_and_the_others_finish(launcher: lis
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def broken_pictures(folder: Path) -> tuple[Path, list[str]]:
-    """A tree of pictures, one of them broken, and the settings of a short run on it."""
-    tree = folder / "pictures"
-    make_pictures(tree, broken_train_class="b")
+def broken_images(folder: Path) -> tuple[Path, list[str]]:
+    """Make a tree of images, one of them broken. Return it and the settings of a short run on it."""
+    tree = folder / "images"
+    make_images(tree, broken_train_class="b")
     settings = (
         f"data=folder data.root={tree} data.image_size=8 data.augment=none data.eval_crop=1.0 model=small "
         "precision=fp32 model.ghost_batch=4 batch.size=8 optimizer.lr=1 epochs=1 schedule.warmup_epochs=0"
@@ -132,16 +132,16 @@ def broken_pictures(folder: Path) -> tuple[Path, list[str]]:
     return tree, settings
 
 
-def test_a_rank_that_fails_within_a_sweep_under_torchrun_ends_only_its_job(tmp_path: Path) -> None:
-    tree, settings = broken_pictures(tmp_path)
+def test_a_failing_rank_in_a_sweep_ends_only_its_job(tmp_path: Path) -> None:
+    tree, settings = broken_images(tmp_path)
     done = start([*TORCHRUN, "-m", *settings, "data.on_error=fail,skip"], tmp_path)
     assert "1 of 2 jobs done" in done.stdout, done.stdout + done.stderr
     reason = done.stderr[done.stderr.index("job failed: ") :]
     assert f"{tree / 'train/b/05.png'}" in reason
 
 
-def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
-    tree, settings = broken_pictures(tmp_path)
+def test_a_failing_rank_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    tree, settings = broken_images(tmp_path)
     done = start([*ALONE, *settings, "data.on_error=fail", "launch.nproc=2"], tmp_path)
     assert done.returncode == 1
     assert f"{tree / 'train/b/05.png'}" in done.stderr
@@ -149,28 +149,28 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def make_pictures(tree: Path, broken_train_class: str) -> None:
+def make_images(tree: Path, broken_train_class: str) -> None:
     from PIL import Image
 
     for split in ("train", "val"):
-        for kind, colour in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
+        for kind, color in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
             folder = tree / split / kind
             folder.mkdir(parents=True)
             for number in range(12):
-                Image.new("RGB", (8, 8), colour).save(folder / f"{number:02}.png")
+                Image.new("RGB", (8, 8), color).save(folder / f"{number:02}.png")
     (tree / "train" / broken_train_class / "05.png").write_bytes(b"no picture")
 
 
 def test_an_undecodable_image_is_named_counted_and_limited(tmp_path: Path) -> None:
-    tree = tmp_path / "pictures"
-    make_pictures(tree, broken_train_class="a")
+    tree = tmp_path / "images"
+    make_images(tree, broken_train_class="a")
     (tree / "val" / "b" / "03.png").write_bytes(b"")
     settings = (
         f"data=folder data.root={tree} data.image_size=8 data.augment=none data.eval_crop=1.0 model=small "
         "precision=fp32 batch.size=8 optimizer.lr=1 epochs=2 schedule.warmup_epochs=0"
     ).split()
-    told = ran([*ALONE, *settings, "run.name=skip"], tmp_path)
-    assert told.count("WARNING: image") == 2
+    output = ran([*ALONE, *settings, "run.name=skip"], tmp_path)
+    assert output.count("WARNING: image") == 2
     listed = [json.loads(line)["image"] for line in (tmp_path / "runs/skip/bad_images.jsonl").read_text().splitlines()]
     assert sorted(listed) == [str(tree / "train/a/05.png"), str(tree / "val/b/03.png")]
     assert final(tmp_path / "runs/skip")["val_count"] == 24
@@ -183,20 +183,20 @@ def test_an_undecodable_image_is_named_counted_and_limited(tmp_path: Path) -> No
     assert "Traceback" not in failed.stderr
 
 
-def test_evaluate_and_export_need_nothing_but_the_checkpoint(tmp_path: Path) -> None:
+def test_evaluate_and_export_need_only_the_checkpoint(tmp_path: Path) -> None:
     import torch
     import torchvision
 
     ran([*ALONE, *TINY, "model=resnet18", "max_updates=3", "run.name=r"], tmp_path)
-    want = final(tmp_path / "runs/r")
-    told = ran([*ALONE, "mode=evaluate", "checkpoint.path=runs/r", "evaluate.report=found"], tmp_path)
+    expected = final(tmp_path / "runs/r")
+    output = ran([*ALONE, "mode=evaluate", "checkpoint.path=runs/r", "evaluate.report=found"], tmp_path)
     with (tmp_path / "found" / "per_class.csv").open() as file:
         correct = sum(int(row["correct"]) for row in csv.DictReader(file))
-    assert 100 * correct / 101 == pytest.approx(want["final_top1"])
-    assert f"top-1 {want['final_top1']:.2f} %" in told
-    assert "101 images" in told
+    assert 100 * correct / 101 == pytest.approx(expected["final_top1"])
+    assert f"top-1 {expected['final_top1']:.2f} %" in output
+    assert "101 images" in output
     again = ran([*TORCHRUN, "mode=evaluate", "checkpoint.path=runs/r"], tmp_path)
-    assert again.splitlines() == told.splitlines()[:1]
+    assert again.splitlines() == output.splitlines()[:1]
     other = start([*ALONE, "mode=evaluate", "checkpoint.path=runs/r", "data=mini"], tmp_path)
     assert other.returncode == 2
     assert "10 of the data set's 10 classes are not among the model's 4: ankle-boot" in other.stderr
@@ -206,7 +206,7 @@ def test_evaluate_and_export_need_nothing_but_the_checkpoint(tmp_path: Path) -> 
 
 
 def test_bad_input_ends_with_2_and_writes_nothing(tmp_path: Path) -> None:
-    for arguments, told in (
+    for arguments, message in (
         (["bach=8k"], "batch"),
         ([*TINY, "batch.size=60"], "56 and 64"),
         ([*TINY, "launch.nproc=9"], "ghost batch"),
@@ -215,7 +215,7 @@ def test_bad_input_ends_with_2_and_writes_nothing(tmp_path: Path) -> None:
     ):
         done = start([*ALONE, *arguments], tmp_path)
         assert done.returncode == 2, done.stderr
-        assert told in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
         assert list(tmp_path.iterdir()) == []
@@ -230,29 +230,29 @@ def test_another_config_in_the_same_directory_is_refused(tmp_path: Path) -> None
 
 def test_any_torch_optimizer_runs_under_lars(tmp_path: Path) -> None:
     adam = ["optimizer=lars", "optimizer.base=AdamW", "optimizer.lr=0.01", "optimizer.kwargs.betas=[0.8,0.9]"]
-    told = ran([*ALONE, *TINY, *adam, "max_updates=3", "run.name=adam"], tmp_path)
-    assert "LARS over AdamW" in told
-    told = ran([*ALONE, *TINY, "optimizer=sgd", "optimizer.nesterov=true", "max_updates=3"], tmp_path)
-    assert "optimizer      SGD" in told
+    output = ran([*ALONE, *TINY, *adam, "max_updates=3", "run.name=adam"], tmp_path)
+    assert "LARS over AdamW" in output
+    output = ran([*ALONE, *TINY, "optimizer=sgd", "optimizer.nesterov=true", "max_updates=3"], tmp_path)
+    assert "optimizer      SGD" in output
 
 
-def test_compile_and_layout_change_no_number_but_rounding(tmp_path: Path) -> None:
-    told = ran([*ALONE, *TINY, "model=tiny", "max_updates=2", "run.name=eager"], tmp_path)
-    assert "channels last, not compiled" in told
+def test_compile_and_layout_change_only_rounding(tmp_path: Path) -> None:
+    output = ran([*ALONE, *TINY, "model=tiny", "max_updates=2", "run.name=eager"], tmp_path)
+    assert "channels last, not compiled" in output
     compiled = [*ALONE, *TINY, "model=tiny", "max_updates=2", "run.name=compiled"]
-    told = ran([*compiled, "compile=true", "channels_last=false"], tmp_path, **COMPILED)
-    assert "compile        on: a minute or two for each micro-batch size" in told
-    assert "channels first, compiled" in told
+    output = ran([*compiled, "compile=true", "channels_last=false"], tmp_path, **COMPILED)
+    assert "compile        on: a minute or two for each micro-batch size" in output
+    assert "channels first, compiled" in output
     assert any(Path(COMPILED["TORCHINDUCTOR_CACHE_DIR"]).iterdir())
     expected, got = losses(tmp_path / "runs/eager"), losses(tmp_path / "runs/compiled")
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-3)
 
 
-def test_the_embedded_set_trains_and_says_what_it_is(tmp_path: Path) -> None:
-    told = ran([*ALONE, "max_updates=3", "epochs=1"], tmp_path)
-    assert "embedded" in told.splitlines()[0]
-    assert "data=imagenet data.root=" in told
-    assert "= 255.8, rounded to a multiple of 32: 256" in told
+def test_the_embedded_set_trains_and_is_announced(tmp_path: Path) -> None:
+    output = ran([*ALONE, "max_updates=3", "epochs=1"], tmp_path)
+    assert "embedded" in output.splitlines()[0]
+    assert "data=imagenet data.root=" in output
+    assert "= 255.8, rounded to a multiple of 32: 256" in output
     (folder,) = (tmp_path / "runs").iterdir()
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "final.json", "run.json", ".hydra", "tensorboard"} <= {
         path.name for path in folder.iterdir()
@@ -263,7 +263,7 @@ def test_real_photographs_train_from_a_zip(tmp_path: Path) -> None:
     data = os.environ.get("LARS_TEST_DATA")
     if not data:
         pytest.skip("LARS_TEST_DATA is not set: no real photographs here")
-    # Of each class 60 to train on and 20 to validate.
+    # 60 training and 20 validation images per class.
     with ZipFile(Path(data) / "cifar10_jpeg.zip") as whole, ZipFile(tmp_path / "part.zip", "w") as part:
         taken: Counter[str] = Counter()
         for name in whole.namelist():
@@ -271,7 +271,7 @@ def test_real_photographs_train_from_a_zip(tmp_path: Path) -> None:
             if name.endswith(".jpg") and taken[folder] < (60 if "train/" in name else 20):
                 taken[folder] += 1
                 part.writestr(name, whole.read(name))
-    told = ran(
+    output = ran(
         [
             *ALONE,
             "data=folder",
@@ -281,13 +281,13 @@ def test_real_photographs_train_from_a_zip(tmp_path: Path) -> None:
         ],
         tmp_path,
     )
-    assert "600 training images" in told
+    assert "600 training images" in output
     (run,) = (tmp_path / "runs").iterdir()
     assert metrics(run)[-1]["val/count"] == 200
     assert losses(run)[-1][1] < losses(run)[0][1]
 
 
-def test_the_wheel_works_from_any_folder_with_the_checkout_gone(tmp_path: Path) -> None:
+def test_the_wheel_works_without_the_checkout(tmp_path: Path) -> None:
     import shutil
 
     checkout = Path(__file__).resolve().parents[2]
@@ -295,9 +295,9 @@ def test_the_wheel_works_from_any_folder_with_the_checkout_gone(tmp_path: Path) 
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "runs", "build", "*.egg-info", ".venv"))
     elsewhere.mkdir()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    # No build isolation and no dependencies: the test needs no network; torch comes from this environment.
+    # Without build isolation and dependencies, so that no network is needed. torch comes from this environment.
     build = ["wheel", str(copy), "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path)]
-    # Named as the release's wheels are (pyproject.toml, cibuildwheel).
+    # Named as the wheels of a release (pyproject.toml, cibuildwheel).
     assert start([*pip, *build, "-C", "--build-option=--py-limited-api=cp310"], tmp_path).returncode == 0
     shutil.rmtree(copy)
     (wheel,) = tmp_path.glob("*.whl")
@@ -311,13 +311,13 @@ def test_the_wheel_works_from_any_folder_with_the_checkout_gone(tmp_path: Path) 
     found = "import lars_train, lars_train.config as c; print(lars_train.__file__); print(c.config_dir())"
     where = ran([sys.executable, "-c", found], elsewhere, PYTHONPATH=str(target))
     assert all(line.startswith(str(target)) for line in where.splitlines())
-    told = ran([*ALONE, "max_updates=2", "epochs=1"], elsewhere, PYTHONPATH=str(target))
-    assert "embedded" in told
+    output = ran([*ALONE, "max_updates=2", "epochs=1"], elsewhere, PYTHONPATH=str(target))
+    assert "embedded" in output
 
 
-def test_torchrun_s_restart_goes_on_even_where_the_command_says_never(tmp_path: Path) -> None:
+def test_a_torchrun_restart_resumes_despite_resume_never(tmp_path: Path) -> None:
     settings = [*TINY, "run.name=r"]
     ran([*ALONE, *settings, "max_updates=4"], tmp_path)
-    told = ran([*ALONE, *settings, "resume=never"], tmp_path, TORCHELASTIC_RESTART_COUNT="1")
-    assert "resumed        at update 4" in told
+    output = ran([*ALONE, *settings, "resume=never"], tmp_path, TORCHELASTIC_RESTART_COUNT="1")
+    assert "resumed        at update 4" in output
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]

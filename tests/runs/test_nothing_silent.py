@@ -1,4 +1,4 @@
-"""What is skipped, and which split is used, is told by every mode; class names that are no text end none of them."""
+"""Every mode reports skipped files and the split it uses, and accepts class names that are not UTF-8."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LINES = [
 ]
 
 
-def picture(shade: int) -> bytes:
+def png(shade: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (20, 16), (shade, 50, 90)).save(file, "PNG")
     return file.getvalue()
@@ -39,12 +39,12 @@ def picture(shade: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 + 4 images of two classes, odd files among them, and a run of them."""
+    """Make 16 + 4 images of two classes with odd files among them, and train on them."""
     root = tmp_path_factory.mktemp("odd")
     files = {b"train/cat/x.avif": b"", b"train/x.txt": b"", b"Valid/cat/x.txt": b"", b"train/x.jpg": b""}
     files |= {b"train/cat/@eaDir/x.jpg": b"", b"test/cat/1.jpg": b""}
     for split, count in ((b"train", 8), (b"Valid", 2)):
-        files |= {b"%s/%s/%d.png" % (split, c, i): picture(20 * i) for c in CLASSES for i in range(count)}
+        files |= {b"%s/%s/%d.png" % (split, c, i): png(20 * i) for c in CLASSES for i in range(count)}
     for name, content in files.items():
         path = root / "data" / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,16 +77,16 @@ def run(root: Path, mode: str, **changes: Any) -> dict[str, Any]:
     return commands.run(resolve(raw), Invocation(("lars-train",)))
 
 
-def told(text: str) -> list[str]:
-    """The lines of `LINES` that are in it, in its order."""
-    return [wanted for line in text.splitlines() for wanted in LINES if line.endswith(wanted)]
+def reported(text: str) -> list[str]:
+    """Return the lines of `LINES` that `text` has, in its order."""
+    return [expected for line in text.splitlines() for expected in LINES if line.endswith(expected)]
 
 
-def test_a_run_tells_at_its_start_and_keeps_it_in_its_record(
+def test_a_run_reports_it_and_keeps_it_in_its_record(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(folder, "train", run__dir=str(tmp_path / "run"))
-    assert told(capsys.readouterr().out) == LINES
+    assert reported(capsys.readouterr().out) == LINES
     record = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert {
         "train_images": 16,
@@ -98,13 +98,13 @@ def test_a_run_tells_at_its_start_and_keeps_it_in_its_record(
     assert (record["unused"], record["skipped"]) == (["test"], SKIPPED)
 
 
-def test_an_evaluation_tells_it_and_names_every_class_in_its_report(
+def test_an_evaluation_reports_it_and_names_every_class(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = run(folder, "evaluate", checkpoint__path=str(folder / "run"), evaluate__report=str(tmp_path / "report"))
-    # It reads the validation images alone.
+    # An evaluation reads only the validation images.
     printed = capsys.readouterr().out
-    assert told(printed) == LINES[:1]
+    assert reported(printed) == LINES[:1]
     assert "skipped: 1 .txt file\n" in printed
     assert (found["val/count"], found["read"]["skipped"]) == (4, {".txt files": 1})
     with (tmp_path / "report" / "per_class.csv").open() as file:
@@ -112,12 +112,12 @@ def test_an_evaluation_tells_it_and_names_every_class_in_its_report(
     assert (tmp_path / "report" / "confusion.png").stat().st_size > 1000
 
 
-def test_a_plan_tells_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_reports_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, "plan")
-    assert told(capsys.readouterr().out) == LINES
+    assert reported(capsys.readouterr().out) == LINES
 
 
-def test_a_check_tells_it(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_reports_it(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(check.PARTS, "sample", 1e6)
     try:
         findings = run(folder, "check")["findings"]
@@ -128,34 +128,34 @@ def test_a_check_tells_it(folder: Path, capsys: pytest.CaptureFixture[str], monk
 
 
 @pytest.mark.parametrize("mode", ["plan", "check"])
-def test_numbers_in_the_order_of_text_are_told_before_a_run(
+def test_numbers_sorted_as_text_are_reported_before_a_run(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "val"):
         for number in range(11):
             (tmp_path / "data" / split / str(number)).mkdir(parents=True)
             for image in range(2):
-                (tmp_path / "data" / split / str(number) / f"{image}.png").write_bytes(picture(number))
+                (tmp_path / "data" / split / str(number) / f"{image}.png").write_bytes(png(number))
     with contextlib.suppress(NotReady):
         run(tmp_path, mode)
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("numbers in text order: output 0, 1, ... is class 0, 1, 10, 2") == 1
 
 
-def test_packing_verifying_and_describing_tell_it(
+def test_packing_verifying_and_describing_report_it(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = str(tmp_path / "store")
     for command in (["pack", str(folder / "data"), store], ["verify", store], ["info", store]):
         stores([*command, *(["--jobs", "1"] if command[0] != "info" else [])])
-        assert told(capsys.readouterr().out) == LINES
+        assert reported(capsys.readouterr().out) == LINES
     run(folder, "train", run__dir=str(tmp_path / "run"), data__root=store)
-    assert told(capsys.readouterr().out) == LINES
+    assert reported(capsys.readouterr().out) == LINES
     classes = json.loads((tmp_path / "store" / "store.json").read_text())["splits"]["train"]["classes"]
     assert [entry["pictures"] for entry in classes] == [8, 8]
 
 
-def test_reports_and_exports_name_classes_that_are_no_text(folder: Path, tmp_path: Path) -> None:
+def test_reports_and_exports_escape_class_names(folder: Path, tmp_path: Path) -> None:
     report([str(folder / "run"), "--out", str(tmp_path / "report")])
     assert (tmp_path / "report" / "table.md").exists()
     run(folder, "export", checkpoint__path=str(folder / "run"), export__path=str(tmp_path / "weights.safetensors"))
