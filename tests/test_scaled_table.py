@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from program import ran, start
+from program import environment, start
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "results" / "reproduce_scaled_table.py"
 RUNS = {"table-256-sgd-recipe-seed0", *(f"table-{row}-lars-recipe-seed0" for row in ("8k", "16k", "32k"))}
@@ -70,8 +71,17 @@ def test_a_folder_with_another_page_is_rejected_and_unchanged(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_second_start_trains_nothing_and_rejects_other_settings(tmp_path: Path) -> None:
     write_images(tmp_path / "set.zip", 64, 22)
-    command = [sys.executable, str(SCRIPT), *"--data set.zip --quick --write page --epochs".split()]
-    output = ran([*command, "1"], tmp_path)
+
+    def study(epochs: str) -> subprocess.CompletedProcess[str]:
+        # On a busy machine five trainings take their time.
+        command = [sys.executable, str(SCRIPT), *"--data set.zip --quick --write page --epochs".split(), epochs]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1200, check=False
+        )
+
+    first = study("1")
+    assert first.returncode == 0, first.stdout + first.stderr
+    output = first.stdout
     rows = [line.split(" | ") for line in table_of(output)[2:]]
     assert [row[0] for row in rows] == ["| 256", "| 8K", "| 16K", "| 32K", "| 32K"]
     runs, records = tmp_path / "runs/scaled-set-quick", tmp_path / "page/runs"
@@ -91,11 +101,11 @@ def test_a_second_start_trains_nothing_and_rejects_other_settings(tmp_path: Path
         assert all({"host", "directory", "executable"}.isdisjoint(one) for one in record["started"])
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.pt")}
-    assert table_of(ran([*command, "1"], tmp_path)) == table_of(output)
+    assert table_of(study("1").stdout) == table_of(output)
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.pt")} == before
     assert (tmp_path / "page/README.md").read_text() == page
 
-    done = start([*command, "2"], tmp_path)
+    done = study("2")
     assert done.returncode == 2
     assert "epochs" in done.stderr
     assert (tmp_path / "page/README.md").read_text() == page
