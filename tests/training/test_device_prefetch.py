@@ -31,7 +31,7 @@ class Noise:
     def name(self, sample: int) -> str:
         return f"{sample}.png"
 
-    where = name
+    location = name
 
     def read(self, sample: int) -> Any:
         if sample == self.bad:
