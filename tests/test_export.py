@@ -187,7 +187,7 @@ def test_files_in_one_folder_share_their_card(run: Path, tmp_path: Path) -> None
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"suffix says the format; choose one of .*\.onnx"):
+    with pytest.raises(ConfigError, match=r"suffix selects the format. Use one of .*\.onnx"):
         exported(run, tmp_path / "net.tflite")
     monkeypatch.setattr(module.importlib, "import_module", absent)
     for suffix in ("safetensors", "onnx"):
