@@ -122,7 +122,7 @@ class Files:
     def name(self, sample: int) -> str:
         return f"{sample:03d}.JPEG"
 
-    where = name
+    location = name
 
     def read(self, sample: int) -> bytes:
         return files()[sample][0]

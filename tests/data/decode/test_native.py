@@ -188,7 +188,7 @@ def test_a_jpeg_of_any_name_is_decoded_by_the_native_decoder(extension: str) -> 
         def name(self, sample: int) -> str:
             return f"1.{extension}"
 
-        where = name
+        location = name
 
         def read(self, sample: int) -> bytes:
             return synthetic_jpeg("4:2:0", 40, 33)
