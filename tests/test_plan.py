@@ -44,9 +44,7 @@ def refusal(made: Config, samples: int) -> str:
 @pytest.mark.parametrize(
     ("row", "per_epoch", "warmup"), [("256", 5004, 0), ("8k", 156, 780), ("16k", 78, 390), ("32k", 39, 195)]
 )
-def test_imagenet_is_not_scaled_and_has_the_updates_of_the_published_runs(
-    row: str, per_epoch: int, warmup: int
-) -> None:
+def test_imagenet_has_the_updates_of_the_published_runs(row: str, per_epoch: int, warmup: int) -> None:
     plan = make_plan(config(row, warmup=0 if row == "256" else 5), IMAGENET)
     assert (plan.global_batch, plan.ghost_batch, plan.ghosts) == (NOMINAL[row], 32, NOMINAL[row] // 32)
     assert (plan.updates_per_epoch, plan.updates, plan.warmup_updates) == (per_epoch, per_epoch * 90, warmup)
