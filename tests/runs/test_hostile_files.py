@@ -671,7 +671,7 @@ def test_the_reason_of_a_bad_image_is_one_line_of_plain_text() -> None:
         def name(self, sample: int) -> str:
             return "1.png"
 
-        where = name
+        location = name
 
         def read(self, sample: int) -> bytes:
             raise OSError(EVIL.replace("\r", ""))
