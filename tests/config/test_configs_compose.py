@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import product
 
 import pytest
 import torchvision
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from resolving import composed, resolved
 
-from lars_train.config import Config, choices_of, config_dir, register, resolve
+from lars_train.config import choices_of, config_dir
 from lars_train.errors import ConfigError
 
 GROUPS = ("batch", "data", "model", "optimizer", "precision", "recipe", "schedule")
@@ -24,17 +23,6 @@ DATA = ("cifar10", "fashion_mnist", "folder", "imagenet", "mini", "synthetic")
 CHOICES = [(group, name) for group in GROUPS for name in choices_of(group)]
 # A learning rate for optimizers for which the row has none.
 LITERAL = ("batch.size=64", "optimizer.lr=0.1")
-
-
-@lru_cache
-def composed(*overrides: str) -> DictConfig:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
-def resolved(*overrides: str) -> Config:
-    return resolve(composed(*overrides))
 
 
 def test_groups_and_choices_are_as_documented() -> None:

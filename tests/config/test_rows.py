@@ -1,0 +1,140 @@
+"""A batch finds its row by number or name; a batch without a row is refused with settings that work."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from resolving import composed, resolved
+
+from lars_train.cli import explain
+from lars_train.config import nominal_batch, published_top1, resolve
+from lars_train.config.arguments import prepare_arguments
+from lars_train.errors import ConfigError
+from lars_train.plan import make_plan
+
+IMAGES = 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("mlperf", {"4096": "4k", "49152": "48k", "65536": "64k", "1632": "1632"}),
+        ("nus", {"1024": "1k", "4096": "4k"}),
+        ("goyal", {"8192": "8k"}),
+        ("torchlars", {"256": "256"}),
+    ],
+)
+def test_a_batch_may_be_named_4096_or_4k(recipe: str, names: dict[str, str]) -> None:
+    for number, name in names.items():
+        config = resolved(f"recipe={recipe}", f"batch={number}", "data=imagenet")
+        assert config == resolved(f"recipe={recipe}", f"batch={name}", "data=imagenet")
+        assert config.batch.nominal == int(number)
+
+
+def test_a_recipe_may_name_its_rows_4096_or_4k() -> None:
+    raw = deepcopy(composed("data=imagenet", "batch=4k"))
+    OmegaConf.update(raw, "recipe.rows.'4096'", {"lr": 3.5, "published_top1": 1.0}, force_add=True)
+    rows = OmegaConf.to_container(raw.recipe.rows)
+    assert isinstance(rows, dict)
+    raw.recipe.rows = {str(key).strip("'"): value for key, value in rows.items()}
+    config = resolve(raw)
+    assert (config.optimizer.lr, published_top1(config)) == (3.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("batch=1632",),
+            ("batch=256 (lr 0.2, warm-up 0 epochs)", "batch=8k (lr 12.8", "one is for sgd and the other for lars"),
+        ),
+        (("recipe=mlperf", "batch=16k"), ("batch=13056 (lr 12.8, warm-up 9 epochs)", "batch=32k (lr 21.2")),
+        (("recipe=nus", "batch=64k"), ("nearest is batch=32k (lr 32", "batch.size=65536")),
+        (("recipe=mlperf", "batch=256"), ("nearest is batch=1632 (lr 7.4", "batch.size=256")),
+        (("recipe=goyal",), ("its rows are 8k.", "nearest is batch=8k (lr 3.2")),
+        (("recipe=nus", "batch=64k", "batch.size=1000", "optimizer.lr=1"), ("no row", "such as batch=1k")),
+    ],
+)
+def test_a_batch_without_a_row_is_refused_with_the_nearest_rows(arguments: tuple[str, ...], words: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(*arguments)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def refusal_of(*arguments: str) -> str:
+    """Return the error message, whether another recipe has the batch or none."""
+    try:
+        resolved(*arguments)
+    except ConfigError as error:
+        return str(error)
+    except MissingConfigException as error:
+        return explain(error, prepare_arguments(list(arguments), None))
+    raise AssertionError("it is not refused")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # 12,288 lies at log2(1.5) = 0.58496 of the way: 12.8 (25/12.8)^0.58496; 16 2^(0.58496/2); 2.5 + 2.5 * 0.58496.
+        (("batch=12k",), ("batch=8k (lr 12.8", "batch=16k (lr 25", "batch=16k batch.size=12288 optimizer.lr=18.9")),
+        (("batch=12288",), ("batch=8k (lr 12.8", "batch=16k (lr 25", "batch=16k batch.size=12288 optimizer.lr=18.9")),
+        (("batch=12K", "recipe=nus"), ("batch=8k (lr 16", "optimizer.lr=19.6 schedule.warmup_epochs=3.96")),
+        # log(20480/13056)/log(32768/13056) = 0.48926; 160 is the largest divisor of 20,480 up to 204.
+        (("batch=20k", "recipe=mlperf"), ("batch=13056 batch.size=20480", "lr=16.4", "epochs=12.4", "ghost_batch=160")),
+        (("batch=24k", "recipe=nus"), ("batch=16k (lr 22.6", "batch=32k (lr 32", "batch=32k batch.size=24576")),
+        (("batch=12k", "recipe=goyal"), ("its rows are 8k.", "nearest is batch=8k", "nothing is extrapolated")),
+        (("batch=128k",), ("nearest is batch=32k (lr 29", "nothing is extrapolated", "batch.size=131072")),
+        (("batch=64k",), ("nothing is extrapolated", "a recipe that has the batch (mlperf)")),
+        (("batch=12k", "batch.size=20000", "optimizer.lr=1"), ("no row", "such as batch=16k")),
+    ],
+)
+def test_a_batch_of_no_recipe_is_refused_with_the_nearest_rows(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    message = refusal_of(*arguments, "data=imagenet")
+    assert [word for word in (*words, "has no row for it") if word not in message] == []
+    assert ("by hand" in message) != ("nothing is extrapolated" in message or "such as" in message)
+
+
+@pytest.mark.parametrize("batch", ["16k", "20k"])
+@pytest.mark.parametrize("data", ["imagenet", "mini", "cifar10"])
+def test_the_settings_offered_between_two_rows_work(data: str, batch: str) -> None:
+    images = {"imagenet": IMAGES, "mini": 10_000, "cifar10": 50_000}[data]
+    message = refusal_of("recipe=mlperf", f"batch={batch}", f"data={data}").split("by hand")[1].split(" Its warm-up")[0]
+    offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", message)
+    config = resolved("recipe=mlperf", f"data={data}", *(setting.rstrip(",") for setting in offered))
+    # 16,384 lies at log(16384/13056)/log(32768/13056) = 0.24676 of the way from 12.8 to 21.2, and from 9 to 16 epochs.
+    way = {"16k": 0.24676, "20k": 0.48926}[batch]
+    assert config.optimizer.lr == pytest.approx(12.8 * (21.2 / 12.8) ** way, rel=5e-3)
+    share = 10 / 48 if data == "mini" else 1
+    assert config.schedule.warmup_epochs == pytest.approx((9 + 7 * way) * share, rel=5e-3)
+    plan = make_plan(config, images)
+    assert plan.nominal_batch == nominal_batch(batch)
+    assert plan.updates_per_epoch == pytest.approx(IMAGES // nominal_batch(batch), rel=0.35)
+
+
+def test_an_offered_warm_up_explains_how_it_shrinks() -> None:
+    message = refusal_of("recipe=mlperf", "batch=16k", "epochs=1")
+    # 9 + 7 * 0.24676 epochs of 48.
+    assert "schedule.warmup_epochs=0.223" in message
+    assert "10.7 of the 48 epochs of batch=13056, shrunk to this run's epochs=1" in message
+    assert "schedule.scale_warmup is true: 10.7 * 1 / 48 = 0.223." in message
+    for more in ("schedule.scale_warmup=false", "data=imagenet"):
+        message = refusal_of("recipe=mlperf", "batch=16k", "epochs=20", more)
+        assert "schedule.warmup_epochs=10.7" in message
+        assert "shrunk" not in message
+
+
+def test_offered_settings_keep_given_values() -> None:
+    given = ("batch.scaled=false", "optimizer.lr=7.123456", "schedule.warmup_epochs=1.5", "model.ghost_batch=64")
+    message = refusal_of("recipe=mlperf", "batch=16k", *given)
+    assert [setting for setting in given if setting not in message.split("except for the given values:")[1]] == []
+    assert "batch.scaled=true" not in message
+    assert "shrunk" not in message
+    assert "batch.scaled=false" in refusal_of("recipe=nus", "batch=64k", "batch.scaled=false")
+    assert "batch.scaled=true" in refusal_of("recipe=mlperf", "batch=20k", "batch.scaled=true", "data=imagenet")
