@@ -55,6 +55,9 @@ CASES = [
     Case(3, 2, 1, 100, offset=1000.0, programs=4),
     Case(24, 2, 1, 33, affine=False, programs=3),
 ]
+# Every case in float32, and every other one in either half precision.
+TYPED_CASES = [(case, torch.float32) for case in CASES]
+TYPED_CASES += [(case, (torch.bfloat16, torch.float16)[number % 2]) for number, case in enumerate(CASES)]
 # Runs `ghost_norm` with the kernels on the CPU, as on CUDA.
 INTERPRETED = """
 import sys, torch
@@ -119,19 +122,17 @@ def interpreted(folder: Path, cases: list[tuple[list[Tensor | None], int, float,
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Made]:
     """Return the results by case and dtype; "two": the first two ghost batches of the case of three, in float32."""
-    keys = [(case, dtype) for case in CASES for dtype in DTYPES]
-    given = [(operands(case, dtype), case.ghosts, EPS, case.programs) for case, dtype in keys]
+    given = [(operands(case, dtype), case.ghosts, EPS, case.programs) for case, dtype in TYPED_CASES]
     three, (x, weight, bias, grad) = CASES[3], operands(CASES[3], torch.float32)
     assert x is not None
     assert grad is not None
     two = [x[: 2 * three.samples].clone(memory_format=LAST), weight, bias, grad[: 2 * three.samples]]
     given.append((two, 2, EPS, three.programs))
-    return dict(zip([*keys, "two"], interpreted(tmp_path_factory.mktemp("interpreted"), given), strict=True))
+    return dict(zip([*TYPED_CASES, "two"], interpreted(tmp_path_factory.mktemp("interpreted"), given), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), TYPED_CASES, ids=str)
 def test_interpreted_kernels_agree_with_float64(results: dict[Any, Made], case: Case, dtype: torch.dtype) -> None:
     got, statistics = results[case, dtype]
     exact, exact_statistics = expected(operands(case, dtype), case.ghosts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pickle
 import subprocess
 import sys
@@ -131,28 +132,38 @@ def test_open_lars(zeros: bool) -> None:
 OPTAX = """
 import pickle, sys
 import jax, numpy, optax
-weights, gradients, rates, decay, momentum, nesterov = pickle.load(sys.stdin.buffer)
-with jax.enable_x64(True):
+
+def train(weights, gradients, rates, decay, momentum, nesterov):
     values, steps = [jax.numpy.asarray(w) for w in weights], jax.numpy.asarray(rates)
     rule = optax.lars(lambda count: steps[count], weight_decay=decay, momentum=momentum, nesterov=nesterov)
     state = rule.init(values)
     for grads in gradients:
         changes, state = rule.update([jax.numpy.asarray(g) for g in grads], state, values)
         values = optax.apply_updates(values, changes)
-    pickle.dump([numpy.asarray(v) for v in values], sys.stdout.buffer)
+    return [numpy.asarray(v) for v in values]
+
+with jax.enable_x64(True):
+    pickle.dump([train(*case) for case in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
 """
+OPTAX_CASES = list(itertools.product([False, True], repeat=2))
+"""With and without zeros, with and without Nesterov's momentum."""
 
 
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_optax(zeros: bool, nesterov: bool) -> None:
+@pytest.fixture(scope="module")
+def optax_values() -> dict[tuple[bool, bool], list[Array]]:
+    """Return optax's weights by case."""
     if importlib.util.find_spec("optax") is None or importlib.util.find_spec("jax") is None:
         pytest.skip("optax is not installed")
     # In a separate process: with Hydra's logging, optax's logging closes the streams that pytest captures.
-    given = pickle.dumps((*tensors(zeros), RATES, DECAY, MOMENTUM, nesterov))
+    given = pickle.dumps([(*tensors(zeros), RATES, DECAY, MOMENTUM, nesterov) for zeros, nesterov in OPTAX_CASES])
     done = subprocess.run([sys.executable, "-c", OPTAX], input=given, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    expected = pickle.loads(done.stdout)
+    return dict(zip(OPTAX_CASES, pickle.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize(("zeros", "nesterov"), OPTAX_CASES)
+def test_optax(zeros: bool, nesterov: bool, optax_values: dict[tuple[bool, bool], list[Array]]) -> None:
+    expected = optax_values[zeros, nesterov]
     assert {value.dtype for value in expected} == {np.dtype(np.float64)}
     assert_equal(ours("optax", zeros, nesterov=nesterov), expected)
 
