@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from program import children
+from tiny import children
 
 TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
 ADDRESSES = {"left": "10.0.0.1", "right": "10.0.0.2"}

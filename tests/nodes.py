@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from program import environment
+from tiny import ALONE, ran
 
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 model=small "
@@ -51,9 +50,8 @@ def losses(folder: Path) -> dict[float, float]:
 
 
 def undisturbed_losses(folder: Path) -> dict[float, float]:
-    """Of one process that nobody disturbs."""
-    command = [sys.executable, "-m", "lars_train", *SETTINGS]
-    subprocess.run(command, cwd=folder, env=environment(**NODE), capture_output=True, check=True, timeout=240)
+    """Return the losses of one process that nobody disturbs."""
+    ran([*ALONE, *SETTINGS], folder)
     return losses(folder / "run")
 
 

@@ -1,53 +1,100 @@
-"""Runs command lines of ours one after another in a process that has imported torch once, each in a fork of it.
+"""Runs our programs in forks of a process that has imported torch once.
 
-    python tests/shell.py FOLDER < commands.json
+    python tests/shell.py < requests.jsonl > answers.jsonl
 
-Standard input: a JSON list of lists of words, the first of them lars-train, lars-report or lars-data; standard
-output: a JSON list of [exit code, what was said]. It is what a shell would do, without the imports for each.
+A line of requests is a list of programs that run at the same time: {"words": [...], "folder": ..., "environment":
+{...}, "timeout": seconds}. The first word is lars-train, lars-report, lars-data or python, which takes -c and code.
+The answer is a list of [exit code, standard output, standard error].
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
+import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
-from pathlib import Path
-
-import torch
-
-from lars_train import cli
-from lars_train.pack import lars_data as stores
-from lars_train.report import lars_report as report
-
-PROGRAMS: dict[str, Callable[[], None]] = {"lars-train": cli.main, "lars-report": report.main, "lars-data": stores.main}
+from typing import Any, BinaryIO
 
 
-def run(words: list[str]) -> tuple[int, str]:
-    """Exit code, and standard output and error together."""
-    with tempfile.TemporaryFile("w+") as said:
-        sys.stdout.flush()
-        child = os.fork()
-        if child == 0:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            sys.argv = words
-            code: object = 0
-            try:
-                PROGRAMS[words[0]]()
-            except SystemExit as end:
-                code = end.code
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else int(code is not None))
-        _, status = os.waitpid(child, 0)
-        said.seek(0)
-        return os.waitstatus_to_exitcode(status), said.read()
+def call(program: Callable[[], None]) -> int:
+    """Return the exit code of a program, with whose end everything but the process ends."""
+    code: object = 0
+    try:
+        program()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def begin(programs: dict[str, Callable[[], None]], request: dict[str, Any]) -> tuple[int, list[BinaryIO]]:
+    """Run one program in a fork, without the interpreter's own end, which takes a second. Return it and its output."""
+    files: list[BinaryIO] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
+    child = os.fork()
+    if child == 0:
+        signal.alarm(request["timeout"])
+        for file, number in ((open(os.devnull), 0), (files[0], 1), (files[1], 2)):  # noqa: PTH123, SIM115
+            os.dup2(file.fileno(), number)
+        tempfile.tempdir = None
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv = request["words"]
+        os._exit(call(programs[sys.argv[0]]))
+    return child, files
+
+
+def end(child: int, files: list[BinaryIO]) -> tuple[int, str, str]:
+    """Wait for a program. Return its exit code, standard output and standard error."""
+    _, status = os.waitpid(child, 0)
+    said = []
+    for file in files:
+        with file:
+            file.seek(0)
+            said.append(file.read().decode(errors="surrogateescape"))
+    return os.waitstatus_to_exitcode(status), said[0], said[1]
+
+
+def python() -> None:
+    """Do what ``python -c CODE ARGUMENT ...`` does."""
+    _, _, code, *arguments = sys.argv
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def main() -> None:
+    # What a run imports sooner or later. A process that is spawned imports this file, but none of these.
+    import matplotlib.pyplot  # noqa: F401
+    import tensorboard.plugins.hparams.plugin_data_pb2  # noqa: F401
+    import torchvision.models  # noqa: F401
+    from tiny import TINY, composed
+
+    import lars_train.commands  # noqa: F401
+    from lars_train import cli
+    from lars_train.pack import lars_data
+    from lars_train.report import lars_report
+
+    # Warms the caches of Hydra's parsers.
+    composed(*TINY)
+    gc.freeze()
+    programs = {"lars-train": cli.main, "lars-data": lars_data.main, "lars-report": lars_report.main}
+    programs["python"] = python
+    while line := sys.stdin.readline():
+        begun = [begin(programs, request) for request in json.loads(line)]
+        print(json.dumps([end(*program) for program in begun]), flush=True)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    commands = json.load(sys.stdin)
-    os.chdir(Path(sys.argv[1]))
-    print(json.dumps([run(words) for words in commands]))
+    main()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from program import environment
+from tiny import environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 # https://slurm.schedmd.com/slurm.conf.html. cred_expire is also the delay before a requeued job starts. The limits

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from program import environment
+from tiny import environment
 
 from lars_train.data.decode import native
 

@@ -16,7 +16,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from program import TINY, composed, environment, prepared
+from tiny import TINY, composed, environment, prepared
 
 from lars_train import cli, commands
 from lars_train.cli import explain, main

@@ -9,9 +9,7 @@ CI's part: it runs the README's two commands, and of the others' extras only the
 from __future__ import annotations
 
 import ast
-import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -22,7 +20,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from pages import PAGES, ROOT, Command, blocks, inline, parts
 from PIL import Image
-from program import environment, start
+from tiny import environment, shell, start
 
 from lars_train.config import config_dir, register, resolve
 from lars_train.config.arguments import prepare_arguments, take_config_file
@@ -205,17 +203,8 @@ def results(folder: Path) -> dict[str, tuple[int, str]]:
         packs = words[:2] == ["lars-data", "pack"]
         stores += packs
         lines.append(small(words, folder, stores if packs else 1))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "shell.py"), str(folder)],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [(code, said) for code, said in json.loads(done.stdout)]
+    done = [shell().run(words, folder, environment()) for words in lines]
+    found = [(one.returncode, one.stdout + one.stderr) for one in done]
     assert found[0][0] == 0, found[0][1]
     return {text: result for (text, _), result in zip(once, found[1:], strict=True)}
 

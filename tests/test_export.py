@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import ALONE, DATA, final, metrics, ran
+from tiny import ALONE, DATA, final, metrics, ran
 from torch import Tensor, nn
 from torchvision.models import resnet18
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import environment
+from tiny import environment
 
 import lars_train
 from lars_train.data.decode import native

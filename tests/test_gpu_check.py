@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from program import environment
+from tiny import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"

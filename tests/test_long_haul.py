@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from program import ran
+from tiny import ran
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "verify" / "long_haul.py"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from program import ALONE, TINY, environment
+from tiny import ALONE, TINY, environment
 
 from lars_train import rendezvous
 from lars_train.errors import ConfigError

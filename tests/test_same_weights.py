@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import environment
+from tiny import environment
 
 ROOT = Path(__file__).parents[1]
 

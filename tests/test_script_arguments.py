@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from program import environment
+from tiny import environment
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

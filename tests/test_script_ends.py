@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from program import alive_in_group, environment
+from tiny import alive_in_group, environment
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 # Ignores SIGTERM.

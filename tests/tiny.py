@@ -1,14 +1,26 @@
-"""The smallest run, on synthetic images, which tests of training share."""
+"""The small run that tests share: its settings, how to start it here or in a process, and how to read its files."""
 
 from __future__ import annotations
 
+import atexit
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from lars_train.config import Config, resolve
+from lars_train.config import Config, config_dir, register, resolve
+from lars_train.config.arguments import prepare_arguments
 
-TINY: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "device": "cpu",
     "batch": {"size": 8},
@@ -28,12 +40,154 @@ TINY: dict[str, Any] = {
     "precision": {"name": "fp32"},
     "launch": {"threads": 1},
 }
+"""The config of a run of six updates in this process."""
+DATA = (
+    "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
+    "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 log_every=2 launch.threads=1"
+).split()
+TINY = [*DATA, "batch.size=64", "optimizer.lr=2", "epochs=2"]
+"""The command line of a run of 20 updates in a process of its own, which one or several ranks can share."""
+ALONE = [sys.executable, "-m", "lars_train"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lars_train"]
+COMPILED = {
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_no_vectors"),
+    "ATEN_CPU_CAPABILITY": "default",
+}
+"""The environment of a test that compiles: without vector instructions, which takes a third less time.
+
+The folder stays from one run of the tests to the next, and holds nothing that was compiled with such instructions.
+"""
+TIMEOUT = 240
+"""Seconds after which a program that a test has started is killed."""
 
 
 def tiny(*changes: dict[str, Any], **values: Any) -> Config:
-    """Return its config with nested `changes` and then `values`, by keys in which two underscores are a dot."""
-    raw = OmegaConf.merge(OmegaConf.structured(Config), TINY, *changes)
+    """Return `SETTINGS` with nested `changes` and then `values`, by keys in which two underscores are a dot."""
+    raw = OmegaConf.merge(OmegaConf.structured(Config), SETTINGS, *changes)
     for key, value in values.items():
         OmegaConf.update(raw, key.replace("__", "."), value)
     assert isinstance(raw, DictConfig)
     return resolve(raw)
+
+
+def prepared(*arguments: str) -> list[str]:
+    """Return a command line as Hydra gets it."""
+    return prepare_arguments(list(arguments), None)
+
+
+def composed(*arguments: str, hydra: bool = False) -> DictConfig:
+    """Return the config of a command line, not resolved; `hydra`: with Hydra's own."""
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=prepared(*arguments), return_hydra_config=hydra)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return this process's environment without a launcher's variables, and with `extra`."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "IMAGENET_DIR")
+    kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(("SLURM_", "TORCHELASTIC"))}
+    return {**kept, "OMP_NUM_THREADS": "1", **extra}
+
+
+class Shell:
+    """A process that runs our programs in forks of itself (tests/shell.py); `prefix`: the command that starts it."""
+
+    def __init__(self, prefix: Sequence[str] = (), **options: Any) -> None:
+        command = [*prefix, sys.executable, str(Path(__file__).with_name("shell.py"))]
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+    def run(self, words: Sequence[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        """Run `words`, of which the first is lars-train, lars-report or lars-data, with exactly this environment."""
+        (done,) = self.run_together(words, folder, [env])
+        return done
+
+    def run_together(
+        self, words: Sequence[str], folder: Path, envs: Sequence[dict[str, str]]
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """Run `words` in several processes at the same time, one with each environment."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        one = {"words": list(words), "folder": str(folder), "timeout": TIMEOUT}
+        print(json.dumps([{**one, "environment": env} for env in envs]), file=self._server.stdin, flush=True)
+        answers = json.loads(self._server.stdout.readline())
+        return [subprocess.CompletedProcess(words, code, stdout, stderr) for code, stdout, stderr in answers]
+
+    def close(self) -> None:
+        """End the process."""
+        self._server.communicate()
+
+
+@cache
+def shell() -> Shell:
+    """Return the shell that all tests of this process share."""
+    made = Shell(env=environment())
+    atexit.register(made.close)
+    return made
+
+
+def start(command: Sequence[str], folder: Path, fresh: bool = False, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run `command` with `extra` in its environment.
+
+    ``python -m lars_train`` and ``python -c`` run in a fork of a process that has imported torch, which saves the
+    seconds of the import, unless the process is to be `fresh`: for variables that torch or Python reads as it starts.
+    """
+    words = {tuple(ALONE): ["lars-train"], (sys.executable, "-c"): ["python", "-c"]}
+    for beginning, own in words.items():
+        if not fresh and tuple(command[: len(beginning)]) == beginning:
+            return shell().run([*own, *command[len(beginning) :]], folder, environment(**extra))
+    return subprocess.run(
+        command, cwd=folder, env=environment(**extra), capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+
+
+def start_ranks(arguments: Sequence[str], folder: Path, world: int = 2) -> list[subprocess.CompletedProcess[str]]:
+    """Run the program in `world` processes, with the variables that torchrun sets in each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    envs = [environment(LOCAL_WORLD_SIZE=str(world), **meeting, **variables) for variables in own]
+    return shell().run_together(["lars-train", *arguments], folder, envs)
+
+
+def ran(command: Sequence[str], folder: Path, fresh: bool = False, **extra: str) -> str:
+    """Run `command` as `start` does, and return what it printed; it must succeed and must not warn."""
+    done = start(command, folder, fresh, **extra)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def final(folder: Path) -> dict[str, object]:
+    """Return the content of a run directory's final.json."""
+    content = json.loads((folder / "final.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the log lines of a run directory."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    """Return a run's logged updates with their losses."""
+    return [(line["update"], line["train/loss"]) for line in metrics(folder) if "train/loss" in line]
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that `pid` has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive_in_group(group: int) -> list[int]:
+    """Return the processes of a process group, without those that have ended."""
+    alive = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            alive.append(int(status.parent.name))
+    return alive

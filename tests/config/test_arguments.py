@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from program import composed, prepared
+from tiny import composed, prepared
 
 from lars_train.config.arguments import prepare_arguments, quoted, split, take_config_file
 from lars_train.config.keys import is_text, key_types, leaf_keys

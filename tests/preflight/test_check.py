@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from program import TORCHRUN, start
+from tiny import start_ranks
 
 from lars_train import commands
 from lars_train.config import Config, config_dir, register, resolve
@@ -165,8 +165,9 @@ def test_two_ranks_are_compared_and_rank_0_ends_with_code_1(folder: Path) -> Non
         "run.dir=mine",
         *SMALL,
     ]
-    done = start([*TORCHRUN, *settings, "precision=fp32", "launch.threads=1"], folder)
+    done, other = start_ranks([*settings, "precision=fp32", "launch.threads=1"], folder)
     assert done.returncode == 1, done.stdout + done.stderr
+    assert (other.stdout, other.stderr) == ("", "")
     lines = {line[:15].strip(): line[15:] for line in done.stdout.splitlines()}
     assert " 2 ranks" in lines["machine"]
     assert "on 2 ranks" in lines["training step"]
@@ -176,7 +177,7 @@ def test_two_ranks_are_compared_and_rank_0_ends_with_code_1(folder: Path) -> Non
     assert float(lines["clocks"].split()[1]) < 0.5
     problems = done.stdout.partition("To fix:\n")[2].splitlines()
     assert len(problems) == 1
-    assert "mine: it holds other files" in problems[0]
+    assert "run directory mine holds other files" in problems[0]
     assert done.stderr.count("lars-train: ") == 1
     assert "lars-train: not ready: 1 problem to fix." in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["data", "mine"]

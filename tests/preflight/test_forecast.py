@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from program import environment
+from tiny import environment
 from torch.profiler import ProfilerActivity, profile
 
 from lars_train import commands

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from program import ALONE, environment
+from tiny import ALONE, Shell, environment
 
-SHELL = [sys.executable, str(Path(__file__).parents[1] / "shell.py")]
 SETTINGS = (
     "data=folder data.root=images data.image_size=8 data.workers=0 model=small model.ghost_batch=4 batch=32k "
     "batch.size=4 epochs=1 optimizer.lr=1.0 precision=fp32 device=cpu schedule.warmup_epochs=0 launch.threads=1"
@@ -40,19 +39,17 @@ def make_images(root: Path) -> None:
             file.write(b"no image")
 
 
-def shell(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra: str) -> list[str]:
+def said(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra: str) -> list[str]:
     """Run the commands, which must succeed, and return their output."""
     env = {name: value for name, value in environment(**extra).items() if not (user and name == "HOME")}
-    lines = json.dumps([[*command] for command in commands])
-    done = subprocess.run(
-        [*user, *SHELL, str(folder)], cwd=folder, env=env, input=lines, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
-    assert [code for code, _ in outcomes] == [0] * len(commands), outcomes
-    said = [text for _, text in outcomes]
-    assert not any("Traceback" in text for text in said)
-    return said
+    # A shell of its own: Python reads the terminal's encoding while it starts.
+    shell = Shell(user, cwd=folder, env=env)
+    done = [shell.run(command, folder, env) for command in commands]
+    shell.close()
+    assert [one.returncode for one in done] == [0] * len(commands), done
+    texts = [one.stdout + one.stderr for one in done]
+    assert not any("Traceback" in text for text in texts)
+    return texts
 
 
 @pytest.fixture
@@ -70,7 +67,7 @@ def folder() -> Iterator[Path]:
 
 def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
     run = folder / "runs" / "a"
-    said = shell(
+    told = said(
         folder,
         ["lars-train", *SETTINGS, "mode=plan"],
         ["lars-train", *SETTINGS, "data.on_error=skip", "run.name=a"],
@@ -80,7 +77,7 @@ def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
         XDG_CACHE_HOME=str(folder / "cache"),
         **ASCII,
     )
-    assert r"images/val/dog/b\xe4d.png cannot be decoded" in said[1]
+    assert r"images/val/dog/b\xe4d.png cannot be decoded" in told[1]
     record = [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
     assert {Path(line["image"]).name for line in record} == {"bäd.png"} or SPELT in str(record)
     for name in ("per_class.csv", "confusion.csv"):
@@ -90,7 +87,7 @@ def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
     # A run directory with a name that is not UTF-8.
     odd = os.fsdecode(os.fsencode(folder / "runs") + b"/caf\xe9")
     shutil.copytree(run, odd)
-    shell(folder, ["lars-report", odd, "runs", "--out", "out"], **ASCII)
+    said(folder, ["lars-report", odd, "runs", "--out", "out"], **ASCII)
     for name in ("table.csv", "table.md", "report.html"):
         (folder / "out" / name).read_text(encoding="utf-8")
     assert SPELT in (folder / "out" / "table.csv").read_text(encoding="utf-8")
@@ -137,7 +134,7 @@ def test_every_command_works_without_a_home_directory(folder: Path) -> None:
     ]
     (folder / "tmp").mkdir()
     (folder / "tmp").chmod(0o777)
-    shell(folder, *commands, user=user, XDG_CACHE_HOME="", TMPDIR=str(folder / "tmp"))
+    said(folder, *commands, user=user, XDG_CACHE_HOME="", TMPDIR=str(folder / "tmp"))
     assert (folder / "tmp" / "lars-train-12345").is_dir()
     done = subprocess.run(
         [*user, *ALONE, *run, "run.dir=~/b"],

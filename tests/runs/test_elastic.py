@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from nodes import NODE, SETTINGS, assert_same_curve, launcher, lines, undisturbed_losses, until
-from program import children, environment
+from tiny import children, environment
 
 from lars_train.launch import Ranks
 from lars_train.training.distributed import _agree_on_start

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import ALONE, TINY, TORCHRUN, alive_in_group, children, environment, final, losses, metrics, ran
+from tiny import ALONE, TINY, TORCHRUN, alive_in_group, children, environment, final, losses, metrics, ran
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -14,7 +13,21 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from program import ALONE, COMPILED, DATA, TINY, TORCHRUN, environment, final, losses, metrics, ran, start
+from tiny import (
+    ALONE,
+    COMPILED,
+    DATA,
+    TINY,
+    TORCHRUN,
+    environment,
+    final,
+    losses,
+    metrics,
+    ran,
+    shell,
+    start,
+    start_ranks,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +37,7 @@ SLEEPS_SOON = "GOMP_SPINCOUNT = '1000'"
 
 
 def test_the_same_command_finds_its_own_finished_run(tmp_path: Path) -> None:
-    first = ran([*ALONE, *TINY], tmp_path)
+    first = ran([*ALONE, *TINY], tmp_path, fresh=True)
     (folder,) = (tmp_path / "runs").iterdir()
     assert not set("=, ") & set(folder.name)
     assert "| 64 " in first
@@ -61,7 +74,7 @@ def test_a_run_resumes_with_another_world_size(tmp_path: Path) -> None:
     settings = [*TINY, "precision=fp64"]
     ran([*ALONE, *settings, "run.name=unbroken"], tmp_path)
     ran([*ALONE, *settings, "run.name=moved", "max_updates=7"], tmp_path)
-    done = start([*ALONE, *settings, "run.name=moved", "launch.nproc=2"], tmp_path, **DISPLAY)
+    done = start([*ALONE, *settings, "run.name=moved", "launch.nproc=2"], tmp_path, fresh=True, **DISPLAY)
     assert done.returncode == 0, done.stderr
     # The launcher and its two ranks.
     assert done.stderr.count(SLEEPS_SOON) == 3
@@ -85,27 +98,17 @@ def test_slurm_s_environment_is_adopted(tmp_path: Path) -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": port,
     }
-    ranks = [
-        subprocess.Popen(
-            [*ALONE, *TINY, "run.name=slurm"],
-            cwd=tmp_path,
-            env=environment(**step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    output = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], output
-    assert "world size     2" in output[0]
-    assert output[1] == ""
+    ranks = [environment(**step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    first, second = shell().run_together(["lars-train", *TINY, "run.name=slurm"], tmp_path, ranks)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "world size     2" in first.stdout
+    assert (second.stdout, second.stderr) == ("", "")
 
 
 @pytest.mark.parametrize("launcher", [ALONE, TORCHRUN], ids=["alone", "torchrun"])
 def test_a_failed_job_of_a_sweep_is_reported_and_the_others_finish(launcher: list[str], tmp_path: Path) -> None:
     settings = [*DATA, "data.train_count=12800", "max_updates=4", "epochs=2"]
-    done = start([*launcher, "-m", "batch=8k,1k,32k", *settings], tmp_path, **DISPLAY)
+    done = start([*launcher, "-m", "batch=8k,1k,32k", *settings], tmp_path, fresh=True, **DISPLAY)
     assert done.returncode != 0
     assert done.stderr.count(SLEEPS_SOON) == (1 if launcher == ALONE else 2)
     assert "2 of 3 jobs done" in done.stdout
@@ -195,8 +198,9 @@ def test_evaluate_and_export_need_only_the_checkpoint(tmp_path: Path) -> None:
     assert 100 * correct / 101 == pytest.approx(expected["final_top1"])
     assert f"top-1 {expected['final_top1']:.2f} %" in output
     assert "101 images" in output
-    again = ran([*TORCHRUN, "mode=evaluate", "checkpoint.path=runs/r"], tmp_path)
-    assert again.splitlines() == output.splitlines()[:1]
+    again, other = start_ranks(["mode=evaluate", "checkpoint.path=runs/r"], tmp_path)
+    assert (again.returncode, other.returncode, other.stdout) == (0, 0, ""), again.stderr + other.stderr
+    assert again.stdout.splitlines() == output.splitlines()[:1]
     other = start([*ALONE, "mode=evaluate", "checkpoint.path=runs/r", "data=mini"], tmp_path)
     assert other.returncode == 2
     assert "10 of the data set's 10 classes are not among the model's 4: ankle-boot" in other.stderr
@@ -237,10 +241,11 @@ def test_any_torch_optimizer_runs_under_lars(tmp_path: Path) -> None:
 
 
 def test_compile_and_layout_change_only_rounding(tmp_path: Path) -> None:
-    output = ran([*ALONE, *TINY, "model=tiny", "max_updates=2", "run.name=eager"], tmp_path)
+    small = [*ALONE, *TINY, "data.val_count=64", "max_updates=2"]
+    output = ran([*small, "run.name=eager"], tmp_path)
     assert "channels last, not compiled" in output
-    compiled = [*ALONE, *TINY, "model=tiny", "max_updates=2", "run.name=compiled"]
-    output = ran([*compiled, "compile=true", "channels_last=false"], tmp_path, **COMPILED)
+    compiled = [*small, "run.name=compiled", "compile=true", "channels_last=false"]
+    output = ran(compiled, tmp_path, fresh=True, **COMPILED)
     assert "compile        on: a minute or two for each micro-batch size" in output
     assert "channels first, compiled" in output
     assert any(Path(COMPILED["TORCHINDUCTOR_CACHE_DIR"]).iterdir())
@@ -309,9 +314,9 @@ def test_the_wheel_works_without_the_checkout(tmp_path: Path) -> None:
         == 0
     )
     found = "import lars_train, lars_train.config as c; print(lars_train.__file__); print(c.config_dir())"
-    where = ran([sys.executable, "-c", found], elsewhere, PYTHONPATH=str(target))
+    where = ran([sys.executable, "-c", found], elsewhere, fresh=True, PYTHONPATH=str(target))
     assert all(line.startswith(str(target)) for line in where.splitlines())
-    output = ran([*ALONE, "max_updates=2", "epochs=1"], elsewhere, PYTHONPATH=str(target))
+    output = ran([*ALONE, "max_updates=2", "epochs=1"], elsewhere, fresh=True, PYTHONPATH=str(target))
     assert "embedded" in output
 
 

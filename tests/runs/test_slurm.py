@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from program import final, losses, metrics
 from slurm import Slurm, skip_without_slurm, until
 from test_scripts import SCRIPTS
+from tiny import final, losses, metrics
 
 from lars_train.launch import step_port
 

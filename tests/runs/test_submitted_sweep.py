@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from program import ALONE, start
+from tiny import ALONE, start
 
 from lars_train.cli import _Jobs
 from lars_train.config import config_dir, register

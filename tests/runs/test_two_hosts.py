@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hosts import Host, Unavailable, two_hosts
 from nodes import NODE, SETTINGS, assert_same_curve, launcher, lines, undisturbed_losses, until
-from program import environment
+from tiny import environment
 
 # Seconds after which a rank that does not answer is given up.
 TIMEOUT = "distributed.timeout=10"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import ALONE, TINY, start
+from tiny import ALONE, TINY, start
 
 from lars_train.errors import ConfigError
 from lars_train.training import resolve

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import start
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 from lars_train.models.factory import build_model
@@ -54,6 +55,8 @@ _SETTINGS = {
     "newer names, for all": ("torch.backends.fp32_precision = 'tf32'", "tf32"),
 }
 _MEASURED = """
+import warnings
+warnings.simplefilter("error")
 import torch
 from lars_train.training.device import choose_precision
 from lars_train.training.metrics import peak_flops
@@ -91,16 +94,11 @@ assert settings() == before, (settings(), before)
 
 
 @pytest.mark.parametrize("case", _SETTINGS)
-def test_the_peak_uses_tf32_if_convolutions_do(case: str) -> None:
+def test_the_peak_uses_tf32_if_convolutions_do(case: str, tmp_path: Path) -> None:
     setting, expected = _SETTINGS[case]
     if "newer" in case and not hasattr(torch.backends.cudnn, "conv"):
         pytest.skip("this torch has only the older names")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _MEASURED.format(setting=setting, expected=expected)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = start([sys.executable, "-c", _MEASURED.format(setting=setting, expected=expected)], tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from program import environment
+from tiny import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 

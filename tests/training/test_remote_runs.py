@@ -20,7 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from program import ALONE, environment, final, losses, ran
+from tiny import ALONE, environment, final, losses, ran
 
 from lars_train.config import Config, config_dir, register, resolve
 from lars_train.data.sources.remote import RemoteSource
