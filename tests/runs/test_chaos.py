@@ -11,9 +11,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "verify" / "chaos.py"
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_instants_ends_bit_for_bit_as_one_left_alone() -> None:
+def test_a_run_killed_at_a_random_instant_ends_bit_for_bit_as_one_left_alone() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kills", "3"],
+        [sys.executable, str(SCRIPT), "--kills", "1"],
         capture_output=True,
         text=True,
         timeout=900,
@@ -21,5 +21,5 @@ def test_a_run_killed_at_random_instants_ends_bit_for_bit_as_one_left_alone() ->
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills" in done.stdout
+    assert "1 kills" in done.stdout
     assert "0 differ from the run left alone" in done.stdout

@@ -1,8 +1,10 @@
-"""Runs that are killed, told to stop or interrupted, and go on to the same end."""
+"""A run that is killed, stopped or interrupted at any instant resumes, and ends as the run that nobody disturbed.
+
+A run on one process and a run on two each go through several ends in turn: one run left alone serves all of them.
+"""
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
@@ -16,182 +18,154 @@ from tiny import ALONE, TINY, TORCHRUN, alive_in_group, children, environment, f
 
 pytestmark = pytest.mark.slow
 
-CURVE = [*TINY, "data.augment=pad_crop", "data.workers=1", "epochs=12", "log_every=4"]
-LONG = "epochs=100000 checkpoint.every_updates=15 launch.nproc=1 run.name=killed".split()
+# 60 updates. Checkpoints also fall into the middle of an epoch and between two log lines.
+CURVE = [*TINY, "data.augment=pad_crop", "data.workers=1", "epochs=6", "log_every=4", "checkpoint.keep=100"]
+OFTEN = "checkpoint.every_updates=5"
 
 
-def wait_for_checkpoint(folder: Path, update: int, process: subprocess.Popen[Any]) -> None:
+def begin(command: list[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
+    """Start a program as the leader of a group of processes."""
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def wait_until(true: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
     end = time.monotonic() + 120
-    while not (folder / "checkpoints" / f"update-{update:09d}.pt").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end, "no checkpoint appeared"
+    while not true():
+        assert process.poll() is None, (f"the run ended without {what}", *process.communicate())
+        assert time.monotonic() < end, f"not within 120 s: {what}"
         time.sleep(0.005)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The run directory of CURVE by so many processes, which nobody disturbed."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def saved(run: Path) -> list[int]:
+    """Return the updates of the checkpoints that a run has."""
+    return sorted(int(path.stem.partition("-")[2]) for path in (run / "checkpoints").glob("update-*.pt"))
 
-    @functools.cache
-    def run(processes: int) -> Path:
-        ran([*ALONE, *CURVE, f"launch.nproc={processes}", f"run.name={processes}"], folder)
-        return folder / "runs" / str(processes)
 
-    return run
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str], after: int = 0) -> int:
+    """Return the update of the last checkpoint, as soon as it is later than `after`."""
+    wait_until(lambda: max(saved(run), default=0) > after, process, f"a checkpoint after update {after}")
+    return max(saved(run))
+
+
+def wait_for_group(process: subprocess.Popen[str]) -> None:
+    """Wait until all processes of the group have ended."""
+    end = time.monotonic() + 60
+    while alive_in_group(process.pid):
+        assert time.monotonic() < end, "processes go on without the one that started them"
+        time.sleep(0.05)
+
+
+def stop(process: subprocess.Popen[str], target: int, number: signal.Signals, run: Path) -> str:
+    """Send a signal that stops a run, and return what the program says. Its last checkpoint is that of the signal."""
+    os.kill(target, number)
+    _, told = process.communicate(timeout=60)
+    assert f"{number.name}: stopped after update {max(saved(run))}" in told, told
+    return told
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     assert final(one)["weights_sha256"] == final(other)["weights_sha256"]
     curves = [[(m["update"], m.get("train/loss"), m.get("val/top1")) for m in metrics(run)] for run in (one, other)]
     assert curves[0] == curves[1]
+    assert losses(one)[-1][0] == 60
 
 
-def test_killed_run_ends_with_the_same_weights(unbroken: Callable[[int], Path], tmp_path: Path) -> None:
-    # Augmentation, a checkpoint in mid-epoch and one between two log lines; killed twice.
-    settings = [*CURVE, "checkpoint.every_updates=15", "checkpoint.keep=100", "launch.nproc=1"]
-    folder = tmp_path / "runs/killed"
-    for update in (15, 75):
-        process = subprocess.Popen(
-            [*ALONE, *settings, "run.name=killed"],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_for_checkpoint(folder, update, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        end = time.monotonic() + 30
-        while any(alive_in_group(process.pid)) and time.monotonic() < end:
-            time.sleep(0.05)
-    assert "resumed" in ran([*ALONE, *settings, "run.name=killed"], tmp_path)
-    assert_same_run(folder, unbroken(1))
+def test_one_process_ends_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
+    command = [*ALONE, *CURVE, "launch.nproc=1", "run.name=disturbed"]
+    run = tmp_path / "runs/disturbed"
 
-
-def test_a_run_whose_loader_worker_is_killed_ends_and_says_so(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*ALONE, *CURVE, *LONG],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_for_checkpoint(tmp_path / "runs/killed", 15, process)
-        # With one that an evaluation may have at the moment.
-        for worker in children(process.pid):
-            os.kill(worker, signal.SIGKILL)
-        _, told = process.communicate(timeout=120)
-    finally:
-        process.kill()
+    # Its loader's worker is killed, and one that an evaluation may have at the moment.
+    process = begin([*command, OFTEN], tmp_path)
+    done = wait_for_checkpoint(run, process)
+    for worker in children(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "a loader worker (process" in told
     assert "was killed by SIGKILL" in told
     assert "Traceback" not in told
 
+    # It is killed with all of its processes.
+    process = begin([*command, OFTEN], tmp_path)
+    done = wait_for_checkpoint(run, process, max(saved(run)))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for_group(process)
 
-def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(
-    unbroken: Callable[[int], Path], tmp_path: Path
-) -> None:
-    # The static rendezvous, whose store outlives the processes.
-    command = [*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:], *CURVE, "checkpoint.every_updates=5"]
-    process = subprocess.Popen(
-        [*command, "run.name=killed"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    wait_for_checkpoint(tmp_path / "runs/killed", 10, process)
+    # It is told to stop where no checkpoint is due.
+    process = begin([*command, "checkpoint.every_updates=1000"], tmp_path)
+    logged = run / "metrics.jsonl"
+    before = logged.stat().st_size
+    wait_until(lambda: logged.stat().st_size > before, process, "a log line")
+    stop(process, process.pid, signal.SIGUSR2, run)
+    assert process.returncode == 75
+    assert done < max(saved(run)) < 60
+
+    assert "resumed" in ran([*command, OFTEN], tmp_path)
+    ran([*ALONE, *CURVE, "launch.nproc=1", "run.name=alone"], tmp_path)
+    assert_same_run(run, tmp_path / "runs/alone")
+
+
+def test_two_ranks_end_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
+    run = tmp_path / "runs/disturbed"
+    own = [*ALONE, *CURVE, OFTEN, "launch.nproc=2", "run.name=disturbed"]
+
+    # The static rendezvous, whose store outlives the processes. A rank is killed, and torchrun restarts both; then one
+    # of the two is told to stop, as when one node is to be given back, and the other ends with it.
+    torchrun = [*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:], *CURVE, OFTEN, "run.name=disturbed"]
+    process = begin(torchrun, tmp_path)
+    done = wait_for_checkpoint(run, process)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    told, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, told
-    assert "resumed" in told
-    assert_same_run(tmp_path / "runs/killed", unbroken(2))
+    wait_for_checkpoint(run, process, done + 5)
+    assert not set(ranks) & set(children(process.pid))
+    stop(process, children(process.pid)[1], signal.SIGTERM, run)
+    assert process.returncode == 1
 
-
-def test_ranks_whose_launcher_is_killed_end_with_a_checkpoint(unbroken: Callable[[int], Path], tmp_path: Path) -> None:
-    command = [*ALONE, *CURVE, "launch.nproc=2", "checkpoint.every_updates=10", "run.name=killed"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    wait_for_checkpoint(tmp_path / "runs/killed", 10, process)
+    # Their launcher is killed: they end with a checkpoint.
+    done = max(saved(run))
+    process = begin(own, tmp_path)
+    wait_for_checkpoint(run, process, done)
     process.kill()
-    process.wait()
-    end = time.monotonic() + 60
-    while alive_in_group(process.pid):
-        assert time.monotonic() < end, "ranks go on without their launcher"
-        time.sleep(0.1)
-    assert "resumed" in ran(command, tmp_path)
-    assert_same_run(tmp_path / "runs/killed", unbroken(2))
+    process.communicate(timeout=60)
+    wait_for_group(process)
 
+    # Their launcher is told to stop.
+    done = max(saved(run))
+    process = begin(own, tmp_path)
+    wait_for_checkpoint(run, process, done)
+    stop(process, process.pid, signal.SIGUSR1, run)
+    assert process.returncode == 75
 
-@pytest.mark.parametrize(
-    ("launcher", "number"),
-    [
-        ([*ALONE, "launch.nproc=1"], signal.SIGUSR2),
-        ([*ALONE, "launch.nproc=2"], signal.SIGUSR1),
-        # One rank alone is told, as when one node is to be given back; the others end with it.
-        (TORCHRUN, signal.SIGTERM),
-    ],
-    ids=["alone", "nproc", "torchrun"],
-)
-def test_a_notice_ends_the_run_with_a_checkpoint_and_it_goes_on_to_the_same_weights(
-    launcher: list[str], number: signal.Signals, unbroken: Callable[[int], Path], tmp_path: Path
-) -> None:
-    # No checkpoint is due before the end, of updates or of minutes, and none for a best result: the one that is
-    # found is that of the notice.
-    command = [*launcher, *CURVE, "checkpoint.every_updates=1000", "evaluate.every_epochs=12", "run.name=stopped"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    logged, end = tmp_path / "runs/stopped/metrics.jsonl", time.monotonic() + 120
-    while not (logged.exists() and logged.read_text().count("\n") >= 4):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    os.kill(children(process.pid)[1] if launcher is TORCHRUN else process.pid, number)
-    _, told = process.communicate(timeout=60)
-    assert f"{number.name}: stopped" in told
-    assert process.returncode == (1 if launcher is TORCHRUN else 75), told
-    stopped = tmp_path / "runs/stopped"
-    assert len(list((stopped / "checkpoints").glob("update-*.pt"))) == 1
-    assert "resumed" in ran(command, tmp_path)
-    reference = unbroken(1 if "launch.nproc=1" in launcher else 2)
-    assert final(stopped)["weights_sha256"] == final(reference)["weights_sha256"]
-    assert losses(stopped) == losses(reference)
+    assert "resumed" in ran(own, tmp_path)
+    ran([*ALONE, *CURVE, "launch.nproc=2", "run.name=alone"], tmp_path)
+    assert_same_run(run, tmp_path / "runs/alone")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_interrupt_ends_a_sweep_at_once_and_the_run_can_go_on(processes: int, tmp_path: Path) -> None:
-    settings = [*TINY, f"launch.nproc={processes}", "epochs=400", "checkpoint.every_updates=5"]
-    process = subprocess.Popen(
+def test_an_interrupt_ends_a_sweep_at_once_and_its_run_resumes(processes: int, tmp_path: Path) -> None:
+    settings = [*TINY, f"launch.nproc={processes}", "epochs=400", OFTEN]
+    # A shell's background job, which CI may be, ignores the signal; a terminal's does not.
+    process = begin(
         [*ALONE, "-m", *settings, "run.name=first,second"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        # A shell's background job, which CI may be, ignores the signal; a terminal's does not.
+        tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    wait_for_checkpoint(tmp_path / "runs/first", 5, process)
+    wait_for_checkpoint(tmp_path / "runs/first", process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75, told
-    assert b"SIGINT: stopped" in told
-    assert b"the same command resumes" in told
-    assert b"Traceback" not in told
+    assert "SIGINT: stopped" in told
+    assert "the same command resumes" in told
+    assert "Traceback" not in told
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
