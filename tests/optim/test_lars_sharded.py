@@ -11,7 +11,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from bases import (
     BASES,
     DECAYS,
@@ -130,17 +130,15 @@ def program(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        ranks = []
-        for rank in range(2):
-            errors = stack.enter_context((folder / f"{rank}.txt").open("w"))
-            command = [sys.executable, __file__, str(rank), str(folder)]
-            ranks.append(subprocess.Popen(command, env=environment, stderr=errors))
-            stack.callback(ranks[-1].wait)
-            stack.callback(ranks[-1].kill)
-        codes = [rank.wait(timeout=180) for rank in ranks]
-    assert codes == [0, 0], "\n".join((folder / f"{rank}.txt").read_text()[-4000:] for rank in range(2))
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -205,4 +203,8 @@ def test_fsdp2_trains_like_one_process_with_one_collective(two_ranks: list[dict[
 
 
 if __name__ == "__main__":
-    program(int(sys.argv[1]), Path(sys.argv[2]))
+    # Imported once for both ranks.
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.debug
+
+    mp.start_processes(program, (Path(sys.argv[1]),), nprocs=2, start_method="fork")

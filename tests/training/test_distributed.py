@@ -5,6 +5,7 @@ runs/test_same_curve.py tests that runs have the same curve on any number of ran
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -20,7 +21,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
+from tiny import environment
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
@@ -85,8 +88,11 @@ def train(directory: Path, ranks: Ranks, **changes: Any) -> dict[str, Any]:
     return session.train(prepare(configured(changes, {"run": {"dir": str(directory)}})), ranks, Invocation())
 
 
-def program(rank: int, folder: Path) -> None:
+def program(rank: int, folder: Path, port: int) -> None:
     """Run one of the four processes. The higher ranks skip the jobs of fewer ranks."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
     results: dict[str, Any] = {}
     for world in (4, 3, 2):
         begin_job()
@@ -114,7 +120,7 @@ def waited_in_vain(ranks: Ranks, folder: Path) -> str:
     """Return a rank's error about rank 1, which joins only after the others have given up."""
     distributed._APART_S = 4.0
     try:
-        with process_group(ranks, CPU, 5.0) as group:
+        with process_group(ranks, CPU, 10.0) as group:
             if ranks.rank == 1:
                 while len(list(folder.glob("gave-up-*"))) < 2:
                     time.sleep(0.05)
@@ -174,8 +180,9 @@ def counted_reductions() -> Iterator[dict[str, int]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    program(int(os.environ["RANK"]), Path(sys.argv[1]))
+    # Imported once for all ranks, which `process_group` would have import it.
+    importlib.import_module("torch._dynamo")
+    mp.start_processes(program, (Path(sys.argv[1]), int(sys.argv[2])), nprocs=4, start_method="fork")
     sys.exit()
 
 
@@ -193,27 +200,15 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launched = []
-    for rank in range(4):
-        ranks = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4, "OMP_NUM_THREADS": 1}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {key: str(value) for key, value in ranks.items()}
-        launched.append(
-            subprocess.Popen(
-                [sys.executable, __file__, str(folder)],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        for process in launched:
-            _, error = process.communicate(timeout=300)
-            assert process.returncode == 0, error
-    finally:
-        for process in launched:
-            process.kill()
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder), str(port)],
+        env=environment(PYTHONPATH=os.pathsep.join(path for path in sys.path if path)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -361,6 +356,6 @@ def test_a_single_rank_needs_no_process_group() -> None:
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(together: Path) -> None:
     messages = [json.loads((together / f"results-{rank}.json").read_text())["waited"] for rank in range(3)]
-    expected = f"rank 1 on {platform.node()} did not answer for 5 s (distributed.timeout) and hangs"
+    expected = f"rank 1 on {platform.node()} did not answer for 10 s (distributed.timeout) and hangs"
     assert expected in messages[0]
     assert expected in messages[2]

@@ -114,7 +114,9 @@ def loopback_up() -> None:
 
 if __name__ == "__main__":
     loopback_up()
-    mp.spawn(rank, (sys.argv[1], 29500), nprocs=WORLD)
+    # Imported once for all ranks, which DDP would have import it.
+    importlib.import_module("torch._dynamo")
+    mp.start_processes(rank, (sys.argv[1], 29500), nprocs=WORLD, start_method="fork")
     sys.exit()
 
 
