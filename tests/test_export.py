@@ -82,7 +82,7 @@ def test_torchs_file_loads_into_torchvisions_network(run: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_safetensors_file_holds_the_same_tensors_and_can_be_evaluated(run: Path, tmp_path: Path) -> None:
+def test_a_safetensors_file_holds_the_same_tensors(run: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     path, _ = exported(run, tmp_path / "net.safetensors")
     (tmp_path / "other").touch()
@@ -99,7 +99,7 @@ def test_safetensors_file_holds_the_same_tensors_and_can_be_evaluated(run: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
-def test_what_is_exported_comes_back_bit_for_bit_with_its_classes(name: str, run: Path, tmp_path: Path) -> None:
+def test_an_export_comes_back_bit_for_bit_with_its_classes(name: str, run: Path, tmp_path: Path) -> None:
     if name.endswith(".safetensors"):
         pytest.importorskip("safetensors")
     path, _ = exported(run, tmp_path / name)
@@ -114,7 +114,7 @@ def test_what_is_exported_comes_back_bit_for_bit_with_its_classes(name: str, run
 
 
 @pytest.mark.slow
-def test_onnx_graph_gives_the_networks_logits_for_any_number_of_images(run: Path, tmp_path: Path) -> None:
+def test_onnx_graph_gives_the_networks_logits(run: Path, tmp_path: Path) -> None:
     runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     path, told = exported(run, tmp_path / "net.onnx")
     assert "onnxruntime's logits match the network's" in told
@@ -160,7 +160,7 @@ def made_by_the_code_in(text: str, path: Path) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_the_code_for_a_network_that_torchvision_has_not_runs_too(run: Path, tmp_path: Path) -> None:
+def test_the_code_for_a_network_of_ours_runs(run: Path, tmp_path: Path) -> None:
     about = {**origin(*checkpoint.find(str(run))), "model": "small"}
     network = build_model("small", num_classes=len(about["classes"]), ghost_batch=1, zero_gamma=False)
     for name in ("net.pth", "net.safetensors"):

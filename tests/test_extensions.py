@@ -33,7 +33,7 @@ def asked(checkout: Path, installed: Path) -> list[str]:
     return done.stdout.split()
 
 
-def test_a_checkout_in_the_current_folder_takes_the_built_parts_of_the_installed_package_made_from_its_source(
+def test_a_checkout_uses_the_installed_parts_of_its_source(
     tmp_path: Path,
 ) -> None:
     if not native.is_available() or fused_sgd.kernels is None:

@@ -14,9 +14,7 @@ from lars_train import fsutil
 from lars_train.fsutil import cache_folder, user_path, write_atomic
 
 
-def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_content_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, steps = tmp_path / "record.json", list[str]()
     sync, replace = os.fsync, Path.replace
 
@@ -35,9 +33,7 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
     assert path.read_bytes() == b"abcde"
 
 
-def test_what_cannot_be_written_leaves_the_file_that_was_there_and_nothing_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
     write_atomic(path, [b"before"])
 

@@ -71,7 +71,7 @@ def test_a_port_in_use_is_one_line_that_names_master_port(tmp_path: Path) -> Non
     assert told[1] == ""
 
 
-def test_a_rank_waits_for_its_own_rank_0_at_a_port_that_others_use(port: int) -> None:
+def test_a_rank_waits_for_its_own_rank_0_at_a_shared_port(port: int) -> None:
     values = {}
 
     def join(job: str, rank: int) -> None:
@@ -156,9 +156,7 @@ def test_an_interface_is_found_by_its_address(outward: tuple[str, str]) -> None:
     assert interface_of("192.0.2.1") is None
 
 
-def test_the_host_of_the_first_rank_takes_the_interface_on_which_another_found_it(
-    store: dist.Store, outward: tuple[str, str]
-) -> None:
+def test_rank_0_takes_the_interface_that_another_rank_found(store: dist.Store, outward: tuple[str, str]) -> None:
     store.set("found1", outward[1])
     choose_interface(store, HERE)
     assert os.environ[GLOO_INTERFACE] == outward[0]

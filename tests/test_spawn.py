@@ -30,21 +30,21 @@ def _at_most_a_minute() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def test_each_rank_knows_its_place_and_the_first_one_s_result_is_returned() -> None:
+def test_each_rank_knows_its_place_and_rank_0_returns() -> None:
     assert start_processes(at_work.sees, (), 2) == ("0", "2", "0", "2")
 
 
-def test_a_killed_rank_is_the_reason_not_the_peer_that_fails_for_want_of_it() -> None:
+def test_a_killed_rank_is_the_reason_and_not_its_failing_peer() -> None:
     with pytest.raises(WorkerError, match=r"rank 1: process \d+ was killed by SIGKILL"):
         start_processes(at_work.is_killed_and_its_peer_fails, (), 2)
 
 
-def test_a_rank_that_is_killed_between_its_work_and_its_end_does_not_hang_the_launcher() -> None:
+def test_a_rank_killed_after_its_work_does_not_hang_the_launcher() -> None:
     with pytest.raises(WorkerError, match=r"rank 1: .*SIGKILL"):
         start_processes(at_work.is_killed_after_its_work, (), 2)
 
 
-def test_what_is_meant_for_the_user_keeps_its_words_and_a_bug_its_traceback() -> None:
+def test_messages_keep_their_words_and_bugs_their_traceback() -> None:
     with pytest.raises(WorkerError, match=r"^the word$"):
         start_processes(at_work.fails, ("DataError",), 1)
     with pytest.raises(Stopped, match=r"^the word$"):

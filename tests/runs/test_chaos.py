@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "verify" / "chaos.py"
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_a_random_instant_ends_bit_for_bit_as_one_left_alone() -> None:
+def test_a_run_killed_at_a_random_instant_ends_bit_for_bit() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--kills", "1"],
         capture_output=True,

@@ -90,7 +90,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
 
 
 @pytest.mark.slow
-def test_a_lost_worker_and_then_a_lost_node_leave_the_rest_to_go_on_with_the_same_curve(
+def test_a_lost_worker_and_a_lost_node_leave_the_curve_the_same(
     cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
 ) -> None:
     nodes = cluster(5)
@@ -135,7 +135,7 @@ def test_a_node_that_joins_restarts_the_group_and_is_used(
     assert_same_curve(tmp_path / "run", undisturbed)
 
 
-def test_ranks_of_one_start_agree_whatever_an_earlier_start_left_in_the_store() -> None:
+def test_ranks_of_one_start_agree_despite_an_earlier_start() -> None:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     limit = timedelta(seconds=30)
     # Of an ended start: greetings, one of them answered.

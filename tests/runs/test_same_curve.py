@@ -204,7 +204,7 @@ def test_the_script_tells_the_largest_differences(runs: Runs) -> None:
     assert row(runs.told, "fp32 | all | all") == pytest.approx(list(largest.values()), rel=0.06)  # two digits
 
 
-def test_the_docs_state_the_bound_with_ten_times_what_was_measured() -> None:
+def test_the_docs_bound_is_ten_times_what_was_measured() -> None:
     page = PAGE.read_text()
     assert row(page, "bound") == list(BOUNDS.values())
     for measured, bound in zip(row(page, "fp32 | all | all"), BOUNDS.values(), strict=True):

@@ -27,7 +27,7 @@ SLURM = [
 ]
 
 
-def test_a_sweep_over_slurm_composes_to_the_batch_script_that_was_asked_for(tmp_path: Path) -> None:
+def test_a_sweep_over_slurm_composes_its_batch_script(tmp_path: Path) -> None:
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
     register()
