@@ -121,15 +121,21 @@ def waited_in_vain(ranks: Ranks, folder: Path) -> str:
     distributed._APART_S = 4.0
     try:
         with process_group(ranks, CPU, 10.0) as group:
-            if ranks.rank == 1:
-                while len(list(folder.glob("gave-up-*"))) < 2:
-                    time.sleep(0.05)
-            else:
+            if ranks.rank != 1:
                 group.all_reduce_max([0])
+            wait_for_the_others(folder)
     except RuntimeError as error:
         (folder / f"gave-up-{ranks.rank}").touch()
+        # Rank 0 has the store, in which the other looks for the rank that hangs.
+        wait_for_the_others(folder)
         return str(error)
     return ""
+
+
+def wait_for_the_others(folder: Path) -> None:
+    """Wait until both ranks have given up."""
+    while len(list(folder.glob("gave-up-*"))) < 2:
+        time.sleep(0.05)
 
 
 def collectives(group: Group) -> dict[str, Any]:
