@@ -75,8 +75,8 @@ def python() -> None:
 
 
 def main() -> None:
-    # What a run imports sooner or later. A process that is spawned imports this file, but none of these.
-    import matplotlib.pyplot  # noqa: F401
+    # What a run imports sooner or later, but not matplotlib, whose temporary folder the first fork to end would remove.
+    # A process that is spawned imports this file, but none of these.
     import tensorboard.plugins.hparams.plugin_data_pb2  # noqa: F401
     import torchvision.models  # noqa: F401
     from tiny import TINY, composed
