@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import signal
@@ -77,11 +78,10 @@ def python() -> None:
 def main() -> None:
     # What a run imports sooner or later, but not matplotlib, whose temporary folder the first fork to end would remove.
     # A process that is spawned imports this file, but none of these.
-    import tensorboard.plugins.hparams.plugin_data_pb2  # noqa: F401
-    import torchvision.models  # noqa: F401
+    for name in ("torch._dynamo", "torch.utils.tensorboard.writer", "torchvision.models", "lars_train.commands"):
+        importlib.import_module(name)
     from tiny import TINY, composed
 
-    import lars_train.commands  # noqa: F401
     from lars_train import cli
     from lars_train.pack import lars_data
     from lars_train.report import lars_report

@@ -71,7 +71,7 @@ def test_a_sweep_has_a_row_for_each_configuration_failed_or_not() -> None:
     assert all((row[3] == "LookupError: timm has no such network") == (row[0] == timm) for row in rows)
 
 
-def test_bench_reduction_compares_updates_with_and_without_exchange(tmp_path: Path) -> None:
+def test_bench_reduction_compares_updates_without_exchange(tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     options = "--case small --images 4 --size 16 --accumulation 2 --rounds 2 --seconds 0".split()

@@ -138,7 +138,7 @@ def test_bad_input_ends_with_code_2_one_message_and_no_files(
 
 
 @pytest.mark.parametrize("flags", [("-m", "batch=256,12k"), ("-m", "batch=12k,256", "seed=1,2", "recipe=nus,mlperf")])
-def test_a_sweep_with_a_batch_between_two_rows_is_refused_at_once(
+def test_a_sweep_with_a_batch_between_rows_is_refused_at_once(
     flags: tuple[str, ...],
     in_empty_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -13,6 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from old_torch import NEEDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lars_train"
@@ -30,6 +31,7 @@ FLOORS = (
 # The floors within data; the modules at its top are the lowest.
 DATA_FLOORS = ("", "decode", "sources", "loading", "open")
 LINES, FUNCTION_LINES, MODULES = 400, 60, 16
+NAME_LENGTH = 60
 
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -180,3 +182,16 @@ def test_contributing_names_files_that_exist() -> None:
     paths = re.findall(r"`((?:\w+/)+\w*(?:\.\w+)?)`", there)
     assert len(paths) > 20
     assert [path for path in paths if not any((root / path).exists() for root in (ROOT, PACKAGE))] == []
+
+
+def test_names_of_tests_are_short() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    ]
+    assert [entry for entry in found if len(entry.split(": ")[1]) > NAME_LENGTH] == []
+    # Tests that skip with an older torch are known by their names.
+    names = {entry.split(": ")[1] for entry in found}
+    parts = (part.partition("[")[0].rpartition("::")[2] for part in NEEDS)
+    assert [part for part in parts if not any(part in name for name in names)] == []

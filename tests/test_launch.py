@@ -227,7 +227,7 @@ def test_requested_processes_need_as_many_devices_or_the_cpu() -> None:
         processes(nproc_config(3), 2, 1024)
 
 
-def test_a_worker_error_has_the_users_message_or_rank_and_traceback() -> None:
+def test_a_worker_error_has_a_message_or_rank_and_traceback() -> None:
     meant = WorkerError(1, "ConfigError: data.root=/x: there is no such folder.", "Traceback ...")
     assert (meant.kind, str(meant)) == ("ConfigError", "data.root=/x: there is no such folder.")
     bug = WorkerError(1, "KeyError: 'x'", "Traceback ...")

@@ -21,9 +21,7 @@ def long_haul(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_do_not_grow_over_1000_updates_and_20_evaluations(
-    long_haul: ModuleType, tmp_path: Path
-) -> None:
+def test_memory_and_open_files_do_not_grow_over_1000_updates(long_haul: ModuleType, tmp_path: Path) -> None:
     # The first tenth does not count: 1,200 updates, 24 evaluations.
     settings = [*long_haul.SETTINGS, f"data.train_count={50 * long_haul.BATCH}", "epochs=24", "log_every=10"]
     moments = long_haul.watch(settings, 24 * 50, tmp_path)

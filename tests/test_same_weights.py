@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_a_checkout_that_computes_otherwise_is_found_by_the_commands_that_do(tmp_path: Path) -> None:
+def test_a_checkout_that_computes_otherwise_is_found(tmp_path: Path) -> None:
     for part in ("lars_train", "configs"):
         shutil.copytree(ROOT / part, tmp_path / part)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

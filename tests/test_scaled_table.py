@@ -37,7 +37,7 @@ def table_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("|")]
 
 
-def test_the_plateau_of_a_sweep_ends_where_straight_lines_between_its_points_say(
+def test_a_plateau_ends_where_straight_lines_say(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)
@@ -69,7 +69,7 @@ def test_a_folder_with_another_page_is_rejected_and_unchanged(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_second_start_trains_nothing_and_rejects_other_settings(tmp_path: Path) -> None:
+def test_a_second_start_trains_nothing(tmp_path: Path) -> None:
     write_images(tmp_path / "set.zip", 64, 22)
 
     def study(epochs: str) -> subprocess.CompletedProcess[str]:

@@ -36,7 +36,7 @@ def test_a_page_repeats_the_command_without_its_own_name(shared: ModuleType, giv
     assert shared.command_line(f"{SCRIPTS}/verify/chaos.py", given) == f"python scripts/verify/chaos.py{expected}"
 
 
-def test_a_page_that_cannot_be_written_or_has_no_markers_is_rejected(shared: ModuleType, tmp_path: Path) -> None:
+def test_a_page_without_markers_or_write_access_is_rejected(shared: ModuleType, tmp_path: Path) -> None:
     whole, other, odd = tmp_path / "whole.md", tmp_path / "other.md", tmp_path / "odd.md"
     text = "<!-- a: begin -->\nfound\n<!-- a: end -->\n<!-- b: begin -->\n<!-- b: end -->\n"
     whole.write_text(text)

@@ -69,7 +69,7 @@ def ended(command: list[str], number: int, folder: Path, sign: str) -> tuple[int
     ],
     ids=lambda command: command[0],
 )
-def test_a_signal_to_a_script_ends_its_children_and_leaves_no_folder(
+def test_a_signal_to_a_script_ends_its_children_and_folder(
     command: list[str], number: signal.Signals, tmp_path: Path
 ) -> None:
     script = [str(SCRIPTS / command[0]), *command[1:]]
@@ -79,7 +79,7 @@ def test_a_signal_to_a_script_ends_its_children_and_leaves_no_folder(
 
 
 @pytest.mark.slow
-def test_two_ranks_end_with_their_script_without_naming_checkpoints(tmp_path: Path) -> None:
+def test_two_ranks_end_with_their_script(tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     process = subprocess.Popen(

@@ -117,7 +117,7 @@ def test_a_failed_row_ends_the_script_with_its_code(tmp_path: Path) -> None:
     assert (code, [command[0] for command in commands]) == (3, ["srun", "srun"])
 
 
-def test_under_slurm_each_row_is_a_step_and_the_small_one_has_one_node(tmp_path: Path) -> None:
+def test_under_slurm_each_row_is_a_step(tmp_path: Path) -> None:
     code, commands = started(
         SLURM, tmp_path, "seed=2", IMAGENET_DIR="/data", SLURM_JOB_ID="7", SLURM_NTASKS_PER_NODE="4"
     )

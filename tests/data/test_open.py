@@ -54,7 +54,7 @@ def test_a_single_class_is_an_error(tmp_path: Path) -> None:
         pack(Request(str(tmp_path), str(tmp_path) + "-store", Encoding()), silent)
 
 
-def test_another_data_set_than_imagenet_is_refused_by_its_classes(tmp_path: Path) -> None:
+def test_a_data_set_of_other_classes_than_imagenets_is_refused(tmp_path: Path) -> None:
     def put(classes: int) -> DataConfig:
         for number in range(classes):
             for image in range(2):

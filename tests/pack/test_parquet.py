@@ -172,9 +172,7 @@ def test_a_subset_of_the_classes_equals_its_folder(tmp_path: Path) -> None:
     assert store.fingerprint == data.fingerprint
 
 
-def test_packing_decodes_each_row_group_twice_a_few_rows_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packing_decodes_each_row_group_twice_by_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[str, int]] = []
     rows_at_a_time: list[int] = []
     batches = parquet.image_batches
@@ -241,7 +239,7 @@ def test_killed_at_any_image_packing_resumes_to_the_same_store(packed: tuple[str
     assert tree(tmp_path / "store") == tree(undisturbed)
 
 
-def test_the_command_packs_and_verifies_against_parquet_and_folder(
+def test_the_command_packs_and_verifies_against_its_source(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -143,7 +143,7 @@ def test_buffers_that_fill_the_memory_are_reported() -> None:
     assert_only(findings(on_host(2, memory_free=3 * GB)), "beta", "2 GB of 3 GB")
 
 
-def test_a_machine_that_does_not_see_the_run_directory_is_reported() -> None:
+def test_a_machine_without_the_run_directory_is_reported() -> None:
     assert_only(findings(rank(2, unshared_folder="/home/me/runs")), "beta", "/home/me/runs", "share")
 
 

@@ -89,7 +89,7 @@ def test_learning_rates_match_values_computed_by_hand() -> None:
     assert [baseline[k] for k in (1, 10, 46, 82)] == pytest.approx([0.2, 0.162, 0.05, 0.002], rel=1e-12)
 
 
-def test_ranks_that_do_not_divide_the_batch_take_every_image_once() -> None:
+def test_any_number_of_ranks_takes_every_image_once() -> None:
     found = commands.run(full("32k", plan__world=7, micro_batch=64), Invocation())
     # 1,024 = 7 x 146 + 2 ghost batches, in micro-batches of two; 50,000 = 7 x 7,142 + 6.
     assert found["ghost_batches_per_rank"] == [146, 147]

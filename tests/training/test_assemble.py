@@ -57,7 +57,7 @@ def test_every_suitable_optimizer_trains_a_network_under_lars(base: str) -> None
 
 
 @pytest.mark.parametrize("base", ["LBFGS", "Muon", "SparseAdam"])
-def test_an_optimizer_that_cannot_train_these_networks_is_refused(base: str) -> None:
+def test_an_unsuitable_optimizer_is_refused_with_a_reason(base: str) -> None:
     with pytest.raises(ConfigError, match=rf"optimizer\.base={base}: it "):
         check_optimizer(config(base=base))
 

@@ -117,7 +117,7 @@ def test_remove_later_keeps_earlier_checkpoints(tmp_path: Path) -> None:
     remove_later(tmp_path / "missing", 10)
 
 
-def test_remove_later_drops_partial_files_and_keeps_newer_formats(tmp_path: Path) -> None:
+def test_remove_later_drops_partial_files_not_newer_formats(tmp_path: Path) -> None:
     one, two, three = written(tmp_path, 1, 2, 3)
     torch.save({"format": 99}, two)
     (tmp_path / "update-000000009.partial").write_bytes(b"half")
@@ -126,7 +126,7 @@ def test_remove_later_drops_partial_files_and_keeps_newer_formats(tmp_path: Path
     assert not three.exists()
 
 
-def test_if_no_checkpoint_is_usable_each_is_named_with_its_reason(tmp_path: Path) -> None:
+def test_if_no_checkpoint_is_usable_each_is_named_with_a_reason(tmp_path: Path) -> None:
     one, two = written(tmp_path, 1, 2)
     one.write_bytes(b"")
     torch.save({"format": 99}, two)

@@ -208,7 +208,7 @@ ONCE = """fsync metrics.jsonl | fsync checkpoints/update-N.partial | rename chec
 open .trust_ratios.fields.json.N | open tensorboard/events.out.tfevents"""
 
 
-def test_after_one_failed_write_a_run_is_complete_or_says_why_not(
+def test_after_one_failed_write_a_run_is_whole_or_says_why_not(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, point in enumerate(ONCE.replace("\n", " ").split(" | ")):

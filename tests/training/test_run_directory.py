@@ -87,7 +87,7 @@ def test_run_dir_and_run_name_are_used_unchanged(monkeypatch: pytest.MonkeyPatch
     assert run_directory(config(run=RunConfig(name="mine"))) == Path("runs/mine")
 
 
-def test_the_same_experiment_finds_its_directory_on_other_hardware() -> None:
+def test_the_same_experiment_finds_its_directory_elsewhere() -> None:
     here = config()
     there = config(device="cpu", micro_batch=64, log_every=1, max_updates=5)
     assert run_directory(here) == run_directory(there)

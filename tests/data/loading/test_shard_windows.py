@@ -30,7 +30,7 @@ def shards_in(windows: Windows, first: int, last: int) -> set[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_training_finds_its_samples_in_its_windows_within_the_room(
+def test_training_finds_its_samples_in_its_windows(
     data: st.DataObject,
 ) -> None:
     draw = data.draw

@@ -250,7 +250,7 @@ def test_waiting_for_a_process_without_progress_raises(folder: Path, origin: Ori
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_forked_process_neither_keeps_nor_ends_its_parents_hold(folder: Path, origin: Origin, process: Any) -> None:
+def test_a_forked_process_does_not_share_its_parents_hold(folder: Path, origin: Origin, process: Any) -> None:
     cache = ShardCache(folder, ROOM)
     held = cache.hold(origin.entry(1))
     ready, proceed = FORK.Event(), FORK.Event()
