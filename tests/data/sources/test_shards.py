@@ -238,7 +238,7 @@ def test_an_inconsistent_index_is_refused_in_one_line(store: Path, edit: Edit) -
     assert str(expected.value).isprintable()
 
 
-def test_text_from_an_index_is_printed_without_control_characters(store: Path) -> None:
+def test_text_of_an_index_is_printed_without_control_characters(store: Path) -> None:
     meta, arrays = read_mapped(store / "index.lars")
     meta["inventory"] = {"train": "\x1b[31m", "val": "\n", "unused": ["\u202e"], "skipped": {"\x07 files": 3}}
     write_mapped(store / "index.lars", meta, arrays)

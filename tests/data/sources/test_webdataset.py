@@ -418,7 +418,7 @@ def test_labels_without_an_image_are_refused_or_noted(tmp_path: Path, layout: st
         ]
 
 
-def test_labels_without_an_image_are_ignored_if_all_images_have_one(tmp_path: Path) -> None:
+def test_labels_without_an_image_are_ignored_if_images_have_one(tmp_path: Path) -> None:
     more = {"chunk0/9.cls": b"1", "chunk0/8.json": b"1"}
     data = open_folder(both(tmp_path / "data", chunk(lambda c: {"cls": b"%d" % c}) | more), None)
     assert (data.classes, said(data)) == (("0", "1"), ["skipped: 2 .cls files, 2 .json files"])
@@ -665,7 +665,7 @@ def test_a_compressed_split_beside_plain_ones_is_named(
     assert data.inventory.skipped == {"compressed tar files": len(names) - 1}
 
 
-def test_tars_beside_other_folders_are_not_read_and_the_remedy_works(tmp_path: Path) -> None:
+def test_tars_beside_other_folders_are_not_read(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in ("train-0", "val-0"):
         tar(root / f"{name}.tar", {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
