@@ -154,7 +154,7 @@ def test_a_pickle_in_a_file_of_weights_runs_no_code(form: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("where", ["model", "optimizer", "scaler"])
-def test_a_pickle_in_a_checkpoint_with_a_valid_checksum_is_not_run(where: str, tmp_path: Path, mark: Path) -> None:
+def test_a_pickle_in_a_checkpoint_of_valid_checksum_is_not_run(where: str, tmp_path: Path, mark: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.parent.mkdir()
     path = checkpoint.save(folder, 1, {**content(asdict(config(tmp_path))), where: {"x": Bomb(mark)}}, keep=3)
