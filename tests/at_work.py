@@ -10,7 +10,7 @@ from lars_train.errors import DataError, Stopped
 
 
 def sees() -> tuple[str, ...]:
-    """What a rank finds in its environment."""
+    """Return the variables that a rank finds in its environment."""
     return tuple(os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
@@ -32,7 +32,7 @@ def is_killed_after_its_work() -> str:
 
 
 def hears_nothing(folder: str) -> str:
-    """What it does about SIGHUP, once it has been sent one."""
+    """Return the disposition of SIGHUP after it was sent."""
     open(os.path.join(folder, os.environ["RANK"]), "w").close()  # noqa: PTH118, PTH123
     time.sleep(1)
     return str(signal.getsignal(signal.SIGHUP))

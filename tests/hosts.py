@@ -1,7 +1,7 @@
 """Two hosts on this machine, for the tests: each with its own name, address, network, and processes; a cable between.
 
 They are namespaces of the kernel, made without root where the system allows that. A host lives as long as its first
-process, which ends when whoever made it closes a pipe or is gone; with it go all of its processes, and with the last of
+process, which ends when its creator closes a pipe or dies; with it go all of its processes, and with the last of
 those its end of the cable. Nothing outside the two hosts is touched.
 """
 
@@ -21,7 +21,7 @@ SETUP = 'hostname "$1" && mount --bind "$2" /etc/hosts && ip link set lo up && e
 
 
 class Unavailable(Exception):
-    """What this machine does not allow."""
+    """An operation that this machine does not allow."""
 
 
 class Host:

@@ -26,7 +26,7 @@ class Screen:
 
     @property
     def lines(self) -> list[str]:
-        """What a person sees, without the blanks at the ends."""
+        """Return the visible lines, without trailing blanks."""
         lines = ["".join(cells).rstrip() for cells in self._cells]
         while lines and not lines[-1]:
             lines.pop()

@@ -68,11 +68,11 @@ def missing() -> str:
     return "" if os.geteuid() == 0 else "slurmd needs root"
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 240, told: Callable[[], str] = str) -> None:
-    """Wait for `true`. What `told` returns is shown when it does not come."""
+def until(true: Callable[[], object], what: str, seconds: float = 240, report: Callable[[], str] = str) -> None:
+    """Wait for `true`. The text that `report` returns is shown on a timeout."""
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}\n{told()}"
+        assert time.monotonic() < end, f"not within {seconds} s: {what}\n{report()}"
         time.sleep(0.2)
 
 

@@ -68,7 +68,7 @@ def test_all_pages_are_built_and_can_be_reached(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
     pytest.importorskip("myst_parser")
     pytest.importorskip("furo")
-    # A page in no table of contents and a link or anchor that is not there are warnings, and -W makes errors of them.
+    # A page in no table of contents and a broken link are warnings, which -W turns into errors.
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -90,7 +90,7 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    """The script is there and knows the options; one in a shell hands settings to lars-train."""
+    """Check that the script exists and knows the options; a shell script passes settings to lars-train."""
     path = ROOT / (words[1] if words[0] == "python" else words[0])
     assert path.is_file(), path
     if path.suffix != ".py":
@@ -151,7 +151,7 @@ def test_every_command_is_one_that_its_program_takes(command: Command) -> None:
 
 
 def is_run_by_ci(command: Command) -> bool:
-    """Whether it makes an environment, installs, lints or tests."""
+    """Return True if it makes an environment, installs, lints or tests."""
     calls = [" ".join(words) for words in parts(command.text)]
     return calls[0].startswith("pip install ") or all(call in CHECKERS for call in calls)
 
@@ -167,7 +167,7 @@ HERE = [c for c in FENCED if not c.needs and not is_run_by_ci(c) and not is_a_se
 
 def small(words: list[str], folder: Path, store: int) -> list[str]:
     """The command with what its capitals stand for (STORE: the one of that number), and small settings if it trains."""
-    stands_for = {"SOURCE": folder / "pictures", "IMAGES": folder / "pictures", "STORE": folder / f"store{store}"}
+    stands_for = {"SOURCE": folder / "images", "IMAGES": folder / "images", "STORE": folder / f"store{store}"}
     words = [
         str(stands_for.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in (w.strip("[]") for w in words)
     ]
@@ -180,15 +180,15 @@ def small(words: list[str], folder: Path, store: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With pictures of two classes."""
+    """A folder with images of two classes."""
     made = tmp_path_factory.mktemp("pages")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for label in ("cat", "dog"):
-            (made / "pictures" / split / label).mkdir(parents=True)
+            (made / "images" / split / label).mkdir(parents=True)
             for number in range(4):
-                picture = Image.fromarray(rng.integers(0, 256, (300, 280, 3), dtype=np.uint8))
-                picture.save(made / "pictures" / split / label / f"{number}.jpg")
+                image = Image.fromarray(rng.integers(0, 256, (300, 280, 3), dtype=np.uint8))
+                image.save(made / "images" / split / label / f"{number}.jpg")
     return made
 
 
@@ -199,7 +199,7 @@ def results(folder: Path) -> dict[str, tuple[int, str]]:
     stores = 0
     once = list({command.text: parts(command.text) for command in HERE}.items())
     for _, (words,) in once:
-        # Each pack makes a store of its own; other commands look at the first, which holds the pictures as they are.
+        # Each pack makes its own store; other commands read the first, which holds the images unchanged.
         packs = words[:2] == ["lars-data", "pack"]
         stores += packs
         lines.append(small(words, folder, stores if packs else 1))
@@ -234,7 +234,7 @@ def test_the_pages_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None
         f'#!/bin/sh\nexec "{sys.executable}" -m lars_train "$@" model=tiny launch.threads=1 data.holdout=0.01\n'
     )
     program.chmod(0o755)
-    # As in a terminal, each job is a group of its own.
+    # As in a terminal, each job is its own process group.
     lines = ["set -m", *(command.text for command in sessions[0].commands)]
     path = f"{program.parent}:{environment()['PATH']}"
     done = start(["bash", "-c", "\n".join(lines)], tmp_path, PATH=path, PYTHONPATH=str(ROOT))

@@ -93,8 +93,8 @@ def test_a_safetensors_file_holds_the_same_tensors(run: Path, tmp_path: Path) ->
         check_origin(json.loads(file.metadata()["lars_train"]), run)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images()), expected(run), rtol=0, atol=0)
-    told = ran([*ALONE, *DATA, "mode=evaluate", "model=resnet18", f"model.weights={path}"], tmp_path)
-    assert f"top-1 {final(run)['final_top1']:.2f} %" in told
+    output = ran([*ALONE, *DATA, "mode=evaluate", "model=resnet18", f"model.weights={path}"], tmp_path)
+    assert f"top-1 {final(run)['final_top1']:.2f} %" in output
 
 
 @pytest.mark.slow
@@ -116,8 +116,8 @@ def test_an_export_comes_back_bit_for_bit_with_its_classes(name: str, run: Path,
 @pytest.mark.slow
 def test_onnx_graph_gives_the_networks_logits(run: Path, tmp_path: Path) -> None:
     runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
-    path, told = exported(run, tmp_path / "net.onnx")
-    assert "onnxruntime's logits match the network's" in told
+    path, output = exported(run, tmp_path / "net.onnx")
+    assert "onnxruntime's logits match the network's" in output
     session = runtime.InferenceSession(str(path))
     found = torch.cat([torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in images().split(2)])
     torch.testing.assert_close(found, expected(run), rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from old_torch import NEEDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lars_train"
-# A room imports from floors below its own, and from rooms of its own floor as long as no circle comes of it.
+# A room imports from lower floors, and from rooms of its floor without a circle.
 FLOORS = (
     {"errors", "extensions", "fsutil", "messages", "optim", "signals"},
     {"config", "models"},

@@ -1,4 +1,4 @@
-"""What ``import lars_train`` gives, and what it costs."""
+"""The names that ``import lars_train`` exports, and its cost."""
 
 from __future__ import annotations
 

@@ -64,11 +64,11 @@ def test_a_port_in_use_is_one_line_that_names_master_port(tmp_path: Path) -> Non
             for rank in range(2)
         ]
         # The other rank waits 10 s for an answer; the rest is for the start on a machine under load.
-        told = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], told
-    assert told[0].startswith(f"lars-train: MASTER_PORT={port}: this port is in use on "), told[0]
-    assert told[0].count("\n") == 1
-    assert told[1] == ""
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert errors[0].startswith(f"lars-train: MASTER_PORT={port}: this port is in use on "), errors[0]
+    assert errors[0].count("\n") == 1
+    assert errors[1] == ""
 
 
 def test_a_rank_waits_for_its_own_rank_0_at_a_shared_port(port: int) -> None:

@@ -1,4 +1,4 @@
-"""The processes of one machine: what they are given, and how their ends are told."""
+"""The processes of one machine: their arguments, and how their exits are reported."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_messages_keep_their_words_and_bugs_their_traceback() -> None:
 
 
 def test_a_signal_is_passed_on_and_ends_the_ranks_their_own_way(tmp_path: Path) -> None:
-    def tell() -> None:
+    def send() -> None:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     before = signal.getsignal(signal.SIGUSR1)
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=send, daemon=True).start()
     with pytest.raises(Stopped, match="stopped after update 7"):
         start_processes(at_work.takes_note, (str(tmp_path),), 2)
     assert signal.getsignal(signal.SIGUSR1) is before
@@ -68,14 +68,14 @@ def test_a_signal_is_passed_on_and_ends_the_ranks_their_own_way(tmp_path: Path) 
 
 def test_a_signal_that_was_ignored_before_is_not_passed_on(tmp_path: Path) -> None:
     # As under nohup.
-    def tell() -> None:
+    def send() -> None:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGHUP)
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        threading.Thread(target=tell, daemon=True).start()
+        threading.Thread(target=send, daemon=True).start()
         assert start_processes(at_work.hears_nothing, (str(tmp_path),), 2) == str(signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGHUP, before)

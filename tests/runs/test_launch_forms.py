@@ -161,7 +161,7 @@ def make_images(tree: Path, broken_train_class: str) -> None:
             folder.mkdir(parents=True)
             for number in range(12):
                 Image.new("RGB", (8, 8), color).save(folder / f"{number:02}.png")
-    (tree / "train" / broken_train_class / "05.png").write_bytes(b"no picture")
+    (tree / "train" / broken_train_class / "05.png").write_bytes(b"no image")
 
 
 def test_an_undecodable_image_is_named_counted_and_limited(tmp_path: Path) -> None:

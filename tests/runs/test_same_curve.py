@@ -51,7 +51,7 @@ EARLY, EARLY_BOUND = 5, 5e-5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind."""
+    """The results of a run."""
 
     metrics: list[dict[str, Any]]
     saved: dict[str, Any]
@@ -71,7 +71,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Runs:
     folder: Path
-    told: str
+    output: str
 
     def of(self, precision: str, world: int, micro_batch: int, workers: int) -> Outcome:
         directory = self.folder / f"{precision}-seed0-world{world}-micro{micro_batch}-workers{workers}"
@@ -201,7 +201,7 @@ def test_the_script_tells_the_largest_differences(runs: Runs) -> None:
     found = [float32_differences(runs, *where) for where in FLOAT32]
     largest = {kind: max(differences[kind] for differences in found) for kind in BOUNDS}
     assert min(largest.values()) > 0
-    assert row(runs.told, "fp32 | all | all") == pytest.approx(list(largest.values()), rel=0.06)  # two digits
+    assert row(runs.output, "fp32 | all | all") == pytest.approx(list(largest.values()), rel=0.06)  # two digits
 
 
 def test_the_docs_bound_is_ten_times_what_was_measured() -> None:

@@ -27,7 +27,7 @@ SMALL = (
 ).split()
 # What the script's own directives ask for in GPUs and nodes is not here.
 TWO_RANKS = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
-# Each member is a run that its name tells apart from all others.
+# Each member is a run with its own name.
 ARRAY = """#!/bin/bash
 srun lars-train "$@" run.name="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" seed="$SLURM_ARRAY_TASK_ID"
 """
@@ -125,7 +125,7 @@ def test_a_preempted_run_is_queued_again_and_finishes(jobs: Jobs) -> None:
     until(
         lambda: jobs.slurm.field(jobs.preempted, "JobState") == "COMPLETED",
         "the job has resumed and finished",
-        told=lambda: f"{jobs.slurm.describe(jobs.preempted)}\n{jobs.log(jobs.preempted)}",
+        report=lambda: f"{jobs.slurm.describe(jobs.preempted)}\n{jobs.log(jobs.preempted)}",
     )
     assert_resumed(jobs, jobs.preempted, "preempted", "SIGTERM")
     assert final(jobs.run("preempted"))["updates"] == 300
@@ -154,8 +154,8 @@ def test_the_jobs_of_an_array_name_their_runs_by_its_ids(jobs: Jobs) -> None:
 
 def test_a_sweeps_jobs_run_on_slurm_and_are_reported(jobs: Jobs) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    told, errors = jobs.sweep.communicate(timeout=240)
-    assert jobs.sweep.returncode == 2, told + errors
-    assert "=== sweep: 1 of 2 jobs done" in told
-    assert re.search(r"^\| 64 +\|", told, re.MULTILINE)
+    output, errors = jobs.sweep.communicate(timeout=240)
+    assert jobs.sweep.returncode == 2, output + errors
+    assert "=== sweep: 1 of 2 jobs done" in output
+    assert re.search(r"^\| 64 +\|", output, re.MULTILINE)
     assert re.search(r"job failed: .*batch\.size=33.*33 is not a multiple of the ghost batch", errors)
