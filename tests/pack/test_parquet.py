@@ -570,7 +570,7 @@ def test_each_kind_of_mismatch_between_files_has_its_message(tmp_path: Path) -> 
 
     hub(tmp_path / "gap")
     (tmp_path / "gap/data/train-00001-of-00003.parquet").unlink()
-    fails("gap", r"has 2 of 3 files train-\.\.\.; train-00001-of-00003\.parquet is not there: download")
+    fails("gap", r"has 2 of 3 files train-\.\.\.; train-00001-of-00003\.parquet is missing: download")
     for config in ("full", "small"):
         hub(tmp_path / "configs" / config)
     fails("configs", r"several data sets of parquet files; give the folder of one: .*full/data, .*small/data")
