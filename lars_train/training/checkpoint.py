@@ -8,6 +8,7 @@ records, but not the headers that locate them.) `Run._save` stores:
 - `RunState`: ``best_top1``, ``best_update``, ``seconds``, ``bad``, ``rollbacks``, ``noise``
 - the run: ``config``, ``plan``, ``resolved`` (decisions for the machine), ``classes``, ``fingerprint`` and ``layout``
   of the data
+- ``format``, the version of this list
 
 There is no random state to save: order and augmentation are functions of the seed (data/order.py).
 """
