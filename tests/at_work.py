@@ -1,4 +1,4 @@
-"""What ranks do in the tests of `start_processes`, which find it by name in processes of their own."""
+"""Functions that ranks run in the tests of `start_processes`, which imports them by name in new processes."""
 
 import os
 import signal

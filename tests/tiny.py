@@ -46,7 +46,7 @@ DATA = (
     "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 log_every=2 launch.threads=1"
 ).split()
 TINY = [*DATA, "batch.size=64", "optimizer.lr=2", "epochs=2"]
-"""The command line of a run of 20 updates in a process of its own, which one or several ranks can share."""
+"""The command line of a run of 20 updates in its own process, which one or several ranks can share."""
 ALONE = [sys.executable, "-m", "lars_train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lars_train"]
 COMPILED = {

@@ -42,7 +42,7 @@ def make_images(root: Path) -> None:
 def said(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra: str) -> list[str]:
     """Run the commands, which must succeed, and return their output."""
     env = {name: value for name, value in environment(**extra).items() if not (user and name == "HOME")}
-    # A shell of its own: Python reads the terminal's encoding while it starts.
+    # Its own shell: Python reads the terminal's encoding while it starts.
     shell = Shell(user, cwd=folder, env=env)
     done = [shell.run(command, folder, env) for command in commands]
     shell.close()
@@ -67,7 +67,7 @@ def folder() -> Iterator[Path]:
 
 def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
     run = folder / "runs" / "a"
-    told = said(
+    texts = said(
         folder,
         ["lars-train", *SETTINGS, "mode=plan"],
         ["lars-train", *SETTINGS, "data.on_error=skip", "run.name=a"],
@@ -77,7 +77,7 @@ def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
         XDG_CACHE_HOME=str(folder / "cache"),
         **ASCII,
     )
-    assert r"images/val/dog/b\xe4d.png cannot be decoded" in told[1]
+    assert r"images/val/dog/b\xe4d.png cannot be decoded" in texts[1]
     record = [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
     assert {Path(line["image"]).name for line in record} == {"bäd.png"} or SPELT in str(record)
     for name in ("per_class.csv", "confusion.csv"):

@@ -22,7 +22,7 @@ from lars_train.training.distributed import _agree_on_start
 
 
 class Cluster:
-    """Agents of one run, which share a working directory. `told`: what each has printed."""
+    """Agents of one run, which share a working directory. `output` returns what one of them has printed."""
 
     def __init__(self, folder: Path, last_call: int) -> None:
         self.folder, self.last_call = folder, last_call
@@ -41,11 +41,11 @@ class Cluster:
                 stderr=subprocess.STDOUT,
             )
 
-    def told(self, name: str) -> str:
+    def output(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def all_told(self) -> str:
-        return "".join(self.told(name) for name in self.agents)
+    def all_output(self) -> str:
+        return "".join(self.output(name) for name in self.agents)
 
     def listens(self) -> bool:
         with socket.socket() as probe:
@@ -97,16 +97,16 @@ def test_a_lost_worker_and_a_lost_node_leave_the_curve_the_same(
     nodes.start("host")
     until(nodes.listens, "the rendezvous")
     nodes.start("other")
-    until(lambda: "world size     2" in nodes.all_told(), "both nodes train")
+    until(lambda: "world size     2" in nodes.all_output(), "both nodes train")
     begun = len(lines(tmp_path / "run"))
     until(lambda: len(lines(tmp_path / "run")) >= begun + 3, "updates")
     os.kill(nodes.worker("other"), signal.SIGKILL)
-    until(lambda: "resumed        at update" in nodes.all_told(), "both nodes go on after the loss of a worker")
+    until(lambda: "resumed        at update" in nodes.all_output(), "both nodes continue after the loss of a worker")
     begun = len(lines(tmp_path / "run"))
     until(lambda: len(lines(tmp_path / "run")) >= begun + 3, "updates")
     nodes.lose("other")
-    assert nodes.agents["host"].wait(120) == 0, nodes.told("host")
-    resumed = nodes.told("host").rpartition("world size")[2]
+    assert nodes.agents["host"].wait(120) == 0, nodes.output("host")
+    resumed = nodes.output("host").rpartition("world size")[2]
     assert resumed.split()[0] == "1"
     assert "resumed        at update" in resumed
     assert_same_curve(tmp_path / "run", undisturbed)
@@ -122,14 +122,14 @@ def test_a_node_that_joins_restarts_the_group_and_is_used(
     # It waits here, however long the other takes to come.
     worker = nodes.worker("host")
     os.kill(worker, signal.SIGSTOP)
-    assert "world size     1" in nodes.told("host")
+    assert "world size     1" in nodes.output("host")
     nodes.start("other")
-    until(lambda: "closing signal SIGTERM" in nodes.told("host"), "the restart")
+    until(lambda: "closing signal SIGTERM" in nodes.output("host"), "the restart")
     os.kill(worker, signal.SIGCONT)
     for agent in nodes.agents.values():
-        assert agent.wait(120) == 0, nodes.all_told()
-    assert "SIGTERM: stopped after update" in nodes.told("host")
-    joined = nodes.all_told().rpartition("world size")[2]
+        assert agent.wait(120) == 0, nodes.all_output()
+    assert "SIGTERM: stopped after update" in nodes.output("host")
+    joined = nodes.all_output().rpartition("world size")[2]
     assert joined.split()[0] == "2"
     assert "resumed        at update" in joined
     assert_same_curve(tmp_path / "run", undisturbed)

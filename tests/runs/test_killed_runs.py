@@ -60,16 +60,16 @@ def wait_for_group(process: subprocess.Popen[str]) -> None:
     """Wait until all processes of the group have ended."""
     end = time.monotonic() + 60
     while alive_in_group(process.pid):
-        assert time.monotonic() < end, "processes go on without the one that started them"
+        assert time.monotonic() < end, "processes outlive the one that started them"
         time.sleep(0.05)
 
 
 def stop(process: subprocess.Popen[str], target: int, number: signal.Signals, run: Path) -> str:
     """Send a signal that stops a run, and return what the program says. Its last checkpoint is that of the signal."""
     os.kill(target, number)
-    _, told = process.communicate(timeout=60)
-    assert f"{number.name}: stopped after update {max(saved(run))}" in told, told
-    return told
+    _, output = process.communicate(timeout=60)
+    assert f"{number.name}: stopped after update {max(saved(run))}" in output, output
+    return output
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -88,11 +88,11 @@ def test_one_process_ends_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     done = wait_for_checkpoint(run, process)
     for worker in children(process.pid):
         os.kill(worker, signal.SIGKILL)
-    _, told = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "a loader worker (process" in told
-    assert "was killed by SIGKILL" in told
-    assert "Traceback" not in told
+    assert "a loader worker (process" in output
+    assert "was killed by SIGKILL" in output
+    assert "Traceback" not in output
 
     # It is killed with all of its processes.
     process = begin([*command, OFTEN], tmp_path)
@@ -101,7 +101,7 @@ def test_one_process_ends_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     process.communicate()
     wait_for_group(process)
 
-    # It is told to stop where no checkpoint is due.
+    # A signal stops it where no checkpoint is due.
     process = begin([*command, "checkpoint.every_updates=1000"], tmp_path)
     logged = run / "metrics.jsonl"
     before = logged.stat().st_size
@@ -120,7 +120,7 @@ def test_two_ranks_end_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     own = [*ALONE, *CURVE, OFTEN, "launch.nproc=2", "run.name=disturbed"]
 
     # The static rendezvous, whose store outlives the processes. A rank is killed, and torchrun restarts both; then one
-    # of the two is told to stop, as when one node is to be given back, and the other ends with it.
+    # of the two gets a signal, as when one node is to be given back, and the other ends with it.
     torchrun = [*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:], *CURVE, OFTEN, "run.name=disturbed"]
     process = begin(torchrun, tmp_path)
     done = wait_for_checkpoint(run, process)
@@ -140,7 +140,7 @@ def test_two_ranks_end_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     wait_for_group(process)
 
-    # Their launcher is told to stop.
+    # A signal stops their launcher.
     done = max(saved(run))
     process = begin(own, tmp_path)
     wait_for_checkpoint(run, process, done)
@@ -163,9 +163,9 @@ def test_an_interrupt_ends_a_sweep_at_once_and_its_run_resumes(processes: int, t
     )
     wait_for_checkpoint(tmp_path / "runs/first", process)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 75, told
-    assert "SIGINT: stopped" in told
-    assert "the same command resumes" in told
-    assert "Traceback" not in told
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "SIGINT: stopped" in output
+    assert "the same command resumes" in output
+    assert "Traceback" not in output
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]

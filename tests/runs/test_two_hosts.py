@@ -28,7 +28,7 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
 
 @pytest.mark.slow
 def test_a_run_across_two_hosts_survives_the_loss_of_one(hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    def told(host: Host) -> str:
+    def output(host: Host) -> str:
         return (tmp_path / f"{host.name}.log").read_text()
 
     def train(host: Host) -> subprocess.Popen[bytes]:
@@ -38,14 +38,14 @@ def test_a_run_across_two_hosts_survives_the_loss_of_one(hosts: tuple[Host, Host
 
     left, right = hosts
     staying, leaving = train(left), train(right)
-    until(lambda: "world size     2" in told(left) + told(right), "both hosts train")
+    until(lambda: "world size     2" in output(left) + output(right), "both hosts train")
     until(lambda: len(lines(tmp_path / "run")) >= 4, "updates")
     # As when its power goes: no process there has the time to close a connection.
     right.ip("link set cable0 down")
     right.lose()
     leaving.wait(20)
-    assert staying.wait(120) == 0, told(left)
-    resumed = told(left).rpartition("world size")[2]
+    assert staying.wait(120) == 0, output(left)
+    resumed = output(left).rpartition("world size")[2]
     assert resumed.split()[0] == "1"
     assert "resumed        at update" in resumed
     (tmp_path / "alone").mkdir()
