@@ -1,4 +1,4 @@
-"""Check the optimizer that LARS wraps. The messages show the call to write instead."""
+"""Check the optimizer that LARS wraps. Error messages show the correct call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .fused_sgd import has_step_hooks
 from .rule import Rule
 
 _SGD_OPTIONS = [name for name in inspect.signature(SGD).parameters if name != "params"]
-# Options of other implementations (lightning-bolts, timm, solo-learn, apex), and the equivalent options of LARS.
+# Options of other implementations (lightning-bolts, timm, solo-learn, apex), and their equivalents in LARS.
 _EQUIVALENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **dict.fromkeys(("trust_coefficient", "trust_coeff", "eta"), lambda value: {"trust_coef": value}),
     **dict.fromkeys(("trust_clip", "clip_lr", "clip"), lambda value: {"clip": "lr"} if value else {}),
@@ -34,13 +34,13 @@ def check_base(
         base: the object that the caller passed as the base optimizer.
         wrapper: LARS, which cannot wrap itself.
         options: LARS's options that differ from the defaults, by name.
-        extra: positional arguments beyond those of LARS.
-        unknown: keywords that LARS does not have, by name.
+        extra: positional arguments that LARS does not take.
+        unknown: keywords that LARS does not take, by name.
     """
     lars_options, sgd_options = dict(options), {}
     no_base = not isinstance(base, Optimizer) or isinstance(base, wrapper)
     if no_base and "lr" not in unknown and (lars_options.keys() & {"eps", "trust_coef"} or extra):
-        # The positional arguments are SGD's: LARS(parameters, lr, momentum, ...).
+        # The caller passed SGD's arguments: LARS(parameters, lr, momentum, ...).
         first = [lars_options.pop("eps", None), lars_options.pop("trust_coef", None), *extra]
         sgd_options = {name: value for name, value in zip(_SGD_OPTIONS, first, strict=False) if value is not None}
         extra = ()
@@ -53,7 +53,7 @@ def check_base(
     unrecognized = [name for name in unknown if name not in sgd_options and name not in renamed and name != "params"]
     complaints = [f"LARS has no option {', '.join(map(repr, unrecognized))}."] if unrecognized else []
     if extra:
-        complaints.append("LARS takes three arguments by position, and the others by name.")
+        complaints.append("LARS takes at most three positional arguments; pass the others by keyword.")
     if no_base:
         given = "nothing" if base is None else type(base).__name__
         given = f"the class {base.__name__}" if isinstance(base, type) else given
@@ -68,7 +68,7 @@ def check_base(
                 f"{name} is an option of the base: add {_keyword(name, value)} to {type(base).__name__}(…)."
             )
         for name, equivalent in renamed.items():
-            instead = ", ".join(_keyword(*option) for option in equivalent.items()) or "nothing, it is the default"
+            instead = ", ".join(_keyword(*option) for option in equivalent.items()) or "nothing (it is the default)"
             complaints.append(f"Instead of {_keyword(name, unknown[name])} write {instead}.")
     if complaints:
         raise TypeError(" ".join(complaints))
@@ -89,16 +89,16 @@ def calls_closure(base: Optimizer) -> bool:
 
 
 def failed_for_closure(base: Optimizer, error: Exception) -> bool:
-    """Return True if a step without a closure failed because the base needs one, though it declares it optional."""
+    """Return True if `error` shows that the base's step needs a closure, although its signature makes it optional."""
     closure = inspect.signature(type(base).step).parameters.get("closure")
     symptom = re.compile(r"\bclosure\b|NoClosure|'NoneType' object is not callable")
     return closure is not None and symptom.search(f"{type(error).__name__} {error}") is not None
 
 
 def is_plain(base: Optimizer) -> bool:
-    """Return True if `base` has the step of a torch.optim class, without hooks and not wrapped by a scheduler."""
-    of_torch = type(base).__module__.startswith("torch.optim.")
-    return of_torch and "step" not in vars(base) and not has_step_hooks(base)
+    """Return True if `base` uses the unmodified step of a torch.optim class: no hooks, not wrapped by a scheduler."""
+    from_torch = type(base).__module__.startswith("torch.optim.")
+    return from_torch and "step" not in vars(base) and not has_step_hooks(base)
 
 
 def _call(name: str, argument: str, keywords: Mapping[str, Any]) -> str:

@@ -6,12 +6,13 @@ from torch.optim import Optimizer
 
 
 def avoid_dynamo_import() -> None:
-    """Keep the methods of torch's optimizers that are excluded from compilation from importing ``torch._dynamo``.
+    """Stop torch's optimizers from importing ``torch._dynamo`` when their methods are first called.
 
-    torch 2.14 wraps these methods (`torch._disable_dynamo`). At its first call a wrapper imports ``torch._dynamo`` to
-    create the function that it calls from then on; this function provides the unwrapped method instead. The steps of
-    torch's own classes still import it, but LARS over SGD on the CPU does not call them. Use this only for optimizers
-    that are called outside of compiled code. It does nothing if torch wraps the methods in another way.
+    torch 2.14 wraps the methods that are excluded from compilation (`torch._disable_dynamo`). On its first call, a
+    wrapper imports ``torch._dynamo`` and caches the function to call. This function fills that cache with the
+    unwrapped method. The steps of torch's own classes still import ``torch._dynamo``, but LARS over SGD on the CPU does
+    not call them. Use this function only if the optimizers run outside compiled code. If torch wraps the methods in
+    another way, it does nothing.
     """
     for name in dir(Optimizer):
         method = getattr(getattr(Optimizer, name), "__wrapped__", None)

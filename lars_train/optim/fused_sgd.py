@@ -1,8 +1,8 @@
-"""Step LARS over SGD on the CPU at memory speed: each tensor's norms are followed at once by its whole update.
+"""Step LARS over SGD on the CPU at memory speed: compute a tensor's norms, then its whole update, then the next tensor.
 
-On one thread, and for short tensors, `kernels.c` does the work if it was compiled at install. Otherwise torch's fused
-SGD kernel does. It uses all threads; like `kernels.c` it reads weight, gradient and momentum once and writes back only
-what changes. Its scalars can carry the ratio r, which saves a pass over the gradient::
+If `kernels.c` was compiled at install, it updates short tensors, and all tensors if torch has one thread. Otherwise
+torch's fused SGD kernel does, on all threads. Both read weight, gradient and momentum once and write back only what
+changes. The scalars of torch's kernel can include the ratio r, which saves a pass over the gradient::
 
     buffer = momentum * buffer + (1 - dampening) * (g + wd * w)      with 1 - dampening = r
     w      = w - lr * buffer                                         without momentum: lr * r for lr
@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from ..extensions import load_extension
-from .rescale import Record, is_adapted, walk_alike
+from .rescale import Record, have_same_layout, is_adapted
 from .rule import Rule
 
 if TYPE_CHECKING:
@@ -29,33 +29,33 @@ else:
     # None: not compiled at install.
     kernels = load_extension(f"{__package__}.kernels")
 
-# Up to this many elements torch's kernels also use one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
+# The size up to which torch's kernels, too, use one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
 _ONE_THREAD = 32768
-# 1 - (1 - r) has an error of 1e-16, which would show in float64 for smaller ratios.
+# 1 - (1 - r) has a rounding error of 1e-16, which is visible in float64 for smaller ratios.
 _SMALLEST_IN_DAMPENING = 1e-4
-_PLAIN = (Parameter, Tensor)
+_PLAIN_TYPES = (Parameter, Tensor)
 
 
 def applies_to(base: Optimizer, rule: Rule) -> bool:
-    """Return True if this module can make the updates of `base`: torch's own SGD, with no hooks on its steps."""
+    """Return True if this module can replace the step of `base`: torch's own SGD, without step hooks."""
     return (
         type(base) is SGD
         and rule.denominator == "split"
         and rule.weight_decay == "coupled"
         and rule.clamp is None
-        and ("step" not in vars(base) or is_counted(base))
+        and ("step" not in vars(base) or is_wrapped_by_scheduler(base))
         and not torch.compiler.is_compiling()
         and not has_step_hooks(base)
     )
 
 
-def is_counted(base: Any) -> bool:
-    """Return True if a learning-rate scheduler has replaced the step of `base` by one that counts steps."""
+def is_wrapped_by_scheduler(base: Any) -> bool:
+    """Return True if a learning-rate scheduler has wrapped the step of `base` to count its calls."""
     return getattr(base.step, "_wrapped_by_lr_sched", False)
 
 
 def has_step_hooks(optimizer: Any) -> bool:
-    """Return True if a step of `optimizer` calls hooks, its own or torch's global ones."""
+    """Return True if a step of `optimizer` runs hooks: its own, or those registered for all optimizers."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -67,31 +67,33 @@ def has_step_hooks(optimizer: Any) -> bool:
 def step(base: Optimizer, rule: Rule, record: Record | None, new_state: bool) -> tuple[list[Tensor], bool]:
     """Update all parameters that the kernels support.
 
-    Gradients stay unchanged, except that Nesterov momentum and very small ratios may rescale them.
+    Gradients stay unchanged, unless the momentum is Nesterov's or the ratio is very small: they may then be rescaled.
 
     Args:
-        new_state: the state was loaded or assigned, so that its shapes may differ from those of the parameters.
+        new_state: True if the state was loaded or assigned, so that its shapes may not match the parameters.
 
     Returns:
-        The updated parameters, and True if others have gradients.
+        The updated parameters, and True if parameters with gradients remain.
     """
     done: list[Tensor] = []
-    if new_state and not all(_fits(weight, base.state) for group in base.param_groups for weight in group["params"]):
+    if new_state and not all(
+        _buffer_fits(weight, base.state) for group in base.param_groups for weight in group["params"]
+    ):
         return done, True
-    left = [_update_group(group, base.state, rule, record, done) for group in base.param_groups]
-    # The kernels do not change the version counters, by which autograd detects that a saved tensor was modified.
+    remaining = [_update_group(group, base.state, rule, record, done) for group in base.param_groups]
+    # The kernels do not increment version counters, which autograd uses to detect that a saved tensor was modified.
     torch.autograd.graph.increment_version(done)
-    return done, any(left)
+    return done, any(remaining)
 
 
-def _fits(weight: Tensor, state: Any) -> bool:
+def _buffer_fits(weight: Tensor, state: Any) -> bool:
     buffer = state[weight].get("momentum_buffer") if weight in state else None
     return buffer is None or buffer.shape == weight.shape
 
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
-    entries, left = _eligible(group, state)
-    # Look-ups before the loop: for small tensors the time of the loop itself counts.
+    entries, remaining = _eligible(group, state)
+    # Look up attributes before the loop: for small tensors, the overhead of the loop matters.
     c_kernels_up_to = -1.0
     if kernels is not None:
         norms, update = kernels.norms, kernels.update
@@ -101,16 +103,16 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
     momentum, nesterov, maximize = group["momentum"], group["nesterov"], group["maximize"]
     lr_inside, ratio_outside = rule.lr_placement == "inside", rule.ratio_placement == "outside"
     ratio_of = rule.ratio_function(decay, group_lr)
-    for weight, grad, buffer, dampening, size, wide in entries:
-        if by_c := size <= c_kernels_up_to and type(weight) in _PLAIN:
+    for weight, grad, buffer, dampening, size, is_double in entries:
+        if use_c := size <= c_kernels_up_to and type(weight) in _PLAIN_TYPES:
             weight_at, grad_at = weight.data_ptr(), grad.data_ptr()
-            if grad_at == 0 and size:  # zeros without storage
+            if grad_at == 0 and size:  # a tensor of zeros that has no storage
                 weight.grad = grad = grad.clone()
                 grad_at = grad.data_ptr()
         ratio, wd, lr = 1.0, decay, group_lr
         if adapted:
-            if by_c:
-                weight_norm, grad_norm = norms(weight_at, grad_at, size, wide)
+            if use_c:
+                weight_norm, grad_norm = norms(weight_at, grad_at, size, is_double)
             else:
                 weight_norm, grad_norm = _norm(weight), _norm(grad)
             ratio, wd = ratio_of(weight_norm, grad_norm)
@@ -123,24 +125,24 @@ def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record 
         elif lr_inside:
             lr, factor = 1.0, lr * ratio
         scale = (1 - dampening) * factor if buffer is not None else factor
-        if by_c:
+        if use_c:
             buffer_at = 0 if buffer is None else buffer.data_ptr()
-            update(weight_at, grad_at, buffer_at, size, wide, nesterov, maximize, wd, scale, momentum, lr)
+            update(weight_at, grad_at, buffer_at, size, is_double, nesterov, maximize, wd, scale, momentum, lr)
         else:
             _update_by_torch(group, weight, grad, buffer, wd, lr, dampening, factor, scale)
         append(weight)
-    return left
+    return remaining
 
 
-# Weight, gradient, momentum buffer or None, dampening, number of elements, and True for float64. A plain tuple is fast
-# to create, which happens for every tensor in every step.
+# Weight, gradient, momentum buffer or None, dampening, number of elements, and True for float64. A plain tuple, because
+# one is created for every tensor in every step.
 _Entry = tuple[Tensor, Tensor, Tensor | None, float, int, bool]
 
 
 def _eligible(group: dict[str, Any], state: Any) -> tuple[list[_Entry], bool]:
-    """Return the tensors of the group that the kernels can update, and True if others have gradients."""
+    """Return the tensors of the group that the kernels can update, and True if others with gradients remain."""
     entries: list[_Entry] = []
-    left = False
+    remaining = False
     f32, f64 = torch.float32, torch.float64
     momentum, dampens = group["momentum"], group["dampening"]
     for weight in group["params"]:
@@ -154,28 +156,28 @@ def _eligible(group: dict[str, Any], state: Any) -> tuple[list[_Entry], bool]:
             or grad.dtype is not dtype
             or grad.numel() != size
             or not grad.is_cpu
-            or not (grad.is_contiguous() if dense else walk_alike(weight, grad))
+            or not (grad.is_contiguous() if dense else have_same_layout(weight, grad))
         ):
-            left = True
+            remaining = True
             continue
         buffer, dampening = None, dampens
         if momentum != 0:
-            own = state[weight]
-            buffer = own.get("momentum_buffer")
+            param_state = state[weight]
+            buffer = param_state.get("momentum_buffer")
             if buffer is None:
-                # As in SGD, the first buffer is the whole gradient.
-                own["momentum_buffer"] = buffer = torch.zeros_like(weight)
+                # As in SGD, the first buffer is the gradient, without dampening.
+                param_state["momentum_buffer"] = buffer = torch.zeros_like(weight)
                 dampening = 0.0
             elif (
                 buffer.dtype is not dtype
                 or buffer.numel() != size
                 or not buffer.is_cpu
-                or not (buffer.is_contiguous() if dense else walk_alike(weight, buffer))
+                or not (buffer.is_contiguous() if dense else have_same_layout(weight, buffer))
             ):
-                left = True
+                remaining = True
                 continue
         entries.append((weight, grad, buffer, dampening, size, dtype is f64))
-    return entries, left
+    return entries, remaining
 
 
 def _update_by_torch(
@@ -211,7 +213,7 @@ def _update_by_torch(
 
 
 def _norm(tensor: Tensor) -> float:
-    # For a short vector the call dominates, and `dot` has the cheaper call.
+    # For a short vector the overhead of the call dominates, and that of `dot` is lower.
     if tensor.dim() == 1:
         squares: float = torch.dot(tensor, tensor).item()
         return math.sqrt(squares)

@@ -1,4 +1,4 @@
-/* Step LARS over SGD for one tensor on the CPU, float or double: its two norms, then its update, each in one pass.
+/* Step LARS over SGD for one tensor on the CPU, float or double: one pass for its two norms, one for its update.
 
    Addresses are integers from Tensor.data_ptr(). Compiled at install if a C compiler is available; otherwise
    fused_sgd.py uses torch's own kernels. No multiplication is fused with an addition (-ffp-contract=off) and sums
@@ -9,17 +9,17 @@
 #include <math.h>
 #include <stddef.h>
 
-/* One build runs on every x86-64 processor and uses the vector instructions that it has. */
+/* One build runs on every x86-64 processor and uses the vector instructions available there. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
 
-/* Independent partial sums, so that additions do not wait for one another. */
+/* Independent partial sums, so that an addition does not wait for the one before it. */
 #define LANES 16
-/* From this many elements on, releasing the GIL pays off. */
-#define LONG 16384
+/* The number of elements from which releasing the GIL pays off. */
+#define RELEASE_GIL_FROM 16384
 
 #define KERNELS(T)                                                                                           \
     FOR_EACH_PROCESSOR                                                                                       \
@@ -81,14 +81,14 @@ static PyObject *norms(PyObject *self, PyObject *const *args, Py_ssize_t given) 
     if (!check_count("norms", given, 4)) return NULL;
     const void *weight = PyLong_AsVoidPtr(args[0]), *grad = PyLong_AsVoidPtr(args[1]);
     const size_t count = PyLong_AsSize_t(args[2]);
-    const int wide = PyObject_IsTrue(args[3]);
+    const int is_double = PyObject_IsTrue(args[3]);
     if (PyErr_Occurred()) return NULL;
-    double of_weight, of_grad;
-    PyThreadState *others = count < LONG ? NULL : PyEval_SaveThread();
-    of_weight = wide ? norm_double(weight, count) : norm_float(weight, count);
-    of_grad = wide ? norm_double(grad, count) : norm_float(grad, count);
-    if (others) PyEval_RestoreThread(others);
-    return Py_BuildValue("dd", of_weight, of_grad);
+    double weight_norm, grad_norm;
+    PyThreadState *thread = count < RELEASE_GIL_FROM ? NULL : PyEval_SaveThread();
+    weight_norm = is_double ? norm_double(weight, count) : norm_float(weight, count);
+    grad_norm = is_double ? norm_double(grad, count) : norm_float(grad, count);
+    if (thread) PyEval_RestoreThread(thread);
+    return Py_BuildValue("dd", weight_norm, grad_norm);
 }
 
 static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given) {
@@ -97,7 +97,7 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     void *weight = PyLong_AsVoidPtr(args[0]), *buffer = PyLong_AsVoidPtr(args[2]);
     const void *grad = PyLong_AsVoidPtr(args[1]);
     const size_t count = PyLong_AsSize_t(args[3]);
-    const int wide = PyObject_IsTrue(args[4]), nesterov = PyObject_IsTrue(args[5]);
+    const int is_double = PyObject_IsTrue(args[4]), nesterov = PyObject_IsTrue(args[5]);
     const Numbers to = {
         .sign = PyObject_IsTrue(args[6]) ? -1 : 1,
         .decay = PyFloat_AsDouble(args[7]),
@@ -106,19 +106,19 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
         .lr = PyFloat_AsDouble(args[10]),
     };
     if (PyErr_Occurred()) return NULL;
-    PyThreadState *others = count < LONG ? NULL : PyEval_SaveThread();
-    if (wide) update_double(weight, grad, buffer, count, nesterov, &to);
+    PyThreadState *thread = count < RELEASE_GIL_FROM ? NULL : PyEval_SaveThread();
+    if (is_double) update_double(weight, grad, buffer, count, nesterov, &to);
     else update_float(weight, grad, buffer, count, nesterov, &to);
-    if (others) PyEval_RestoreThread(others);
+    if (thread) PyEval_RestoreThread(thread);
     Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
     {"norms", (PyCFunction)(void (*)(void))norms, METH_FASTCALL,
-     "norms(weight, grad, count, wide): return (|w|, |g|), summed in double; wide: the elements are doubles."},
+     "norms(weight, grad, count, is_double): return (|w|, |g|), summed in double."},
     {"update", (PyCFunction)(void (*)(void))update, METH_FASTCALL,
-     "update(weight, grad, buffer, count, wide, nesterov, maximize, decay, scale, momentum, lr): make a step of SGD\n"
-     "with d = scale * (g + decay * w); maximize: with -g; buffer 0: no momentum."},
+     "update(weight, grad, buffer, count, is_double, nesterov, maximize, decay, scale, momentum, lr): make a step of\n"
+     "SGD with the gradient scale * (g + decay * w), where maximize negates g. buffer 0: no momentum."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,10 +1,10 @@
-def norms(weight: int, grad: int, count: int, wide: bool, /) -> tuple[float, float]: ...
+def norms(weight: int, grad: int, count: int, is_double: bool, /) -> tuple[float, float]: ...
 def update(
     weight: int,
     grad: int,
     buffer: int,
     count: int,
-    wide: bool,
+    is_double: bool,
     nesterov: bool,
     maximize: bool,
     decay: float,

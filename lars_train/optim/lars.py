@@ -1,8 +1,8 @@
 """LARS, layer-wise adaptive rate scaling, around any torch optimizer.
 
-Every parameter tensor counts as a layer. LARS rescales its gradient by the trust ratio, and the unchanged base
-optimizer then makes the update. `options` defines and checks the options, and has presets of other implementations.
-`rule` computes the ratio, `rescale` applies it to the gradients, and `fused_sgd` is the fast path for SGD on the CPU.
+Every parameter tensor counts as a layer. LARS rescales its gradient by the trust ratio; the unchanged base optimizer
+then makes the update. `options` defines and checks the options, and has presets for other implementations. `rule`
+computes the ratio, `rescale` applies it to the gradients, and `fused_sgd` is the fast path for SGD on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from . import fused_sgd
 from .base import calls_closure, check_base, check_groups, failed_for_closure, is_plain
 from .options import DEFAULTS, PRESETS
-from .rescale import Layers, Record, apply_outside, check_gradients, copy_weights, parts_of, rescale
+from .rescale import Layers, Record, apply_outside, check_gradients, copy_weights, group_parameters, rescale
 from .rule import Rule
 
 _NO_DECAY = 0.0
@@ -34,48 +34,50 @@ class LARS(Optimizer):
         ratio = trust_coef * |w| / (|g| + wd * |w| + eps)    if |w| > 0 and |g| > 0, else 1
         g     = ratio * (g + wd * w)
 
-    Then the base steps with its weight decay set to 0: the decay is part of the rescaled gradient, also for bases
-    that decouple it (AdamW). So the ratio is inside the momentum, and the learning rate stays where the base applies
-    it. If a group has ``maximize``, wd enters with the opposite sign, so that it still decays. A group with
-    ``exclude=True`` gets no ratio and is left to the base, weight decay included.
+    Then the base steps with its weight decay set to 0. The decay is part of the rescaled gradient, even if the base
+    decouples weight decay (AdamW). The ratio is therefore inside the momentum, and the base applies the learning rate
+    as usual. In a group with ``maximize``, wd has the opposite sign, so that weights still decay. The base updates a
+    group with ``exclude=True`` without LARS: no ratio, and its own weight decay.
 
     Source: You, Gitman, Ginsburg 2017, https://arxiv.org/abs/1708.03888, section 4; eps and the case of a
     zero norm as in torchlars (https://github.com/kakaobrain/torchlars).
 
-    `param_groups`, `state` and `defaults` are the base's objects: a learning-rate scheduler that is built on one of
-    the two optimizers acts on both. Each optimizer has its own step hooks; the base's run within LARS's step. After a
-    step `grad` holds the rescaled gradients; those that the update did not rescale are unchanged. LARS keeps no other
-    tensor of their size. Parameters that share memory are rescaled one after another, in an unspecified order.
+    `param_groups`, `state` and `defaults` are the base's objects, so a learning-rate scheduler for either optimizer
+    acts on both. Each optimizer has its own step hooks; the base's hooks run within LARS's step. After a step, `grad`
+    holds the rescaled gradient, or the original one if the update did not rescale it. LARS allocates no further tensors
+    of that size between steps. Parameters that share memory are rescaled one after another, in an unspecified order.
 
-    Norms and ratios are computed in float32, or in float64 for float64 gradients. A gradient that is not finite
-    follows the formula and affects no other tensor. On an accelerator the host never waits. The norms of a
-    DTensor are those of the whole parameter, with one collective for all DTensors on the same mesh.
+    Norms and ratios are computed in float32, or in float64 for float64 gradients. A non-finite gradient follows the
+    formula and affects no other tensor. The host never waits for an accelerator. For a DTensor, the norms are over the
+    whole parameter; one collective serves all DTensors on the same mesh.
 
     Args:
         base_optimizer: an instance of any torch optimizer. If its step requires a closure and calls it itself
-            (LBFGS), each call returns with rescaled gradients.
+            (LBFGS), LARS rescales the gradients after each call.
         optimizer: torchlars's name for `base_optimizer`.
         eps: added to the ratio's denominator; at least 0.
         trust_coef: the trust coefficient; above 0.
-        denominator: ``"split"``: |g| + wd * |w| + eps. ``"combined"``: |g + wd * w| + eps, where a zero of
-            |g + wd * w| takes the place of a zero of |g| (optax).
+        denominator: ``"split"``: |g| + wd * |w| + eps. ``"combined"``: |g + wd * w| + eps; the rule for |g| = 0
+            then applies to |g + wd * w| = 0 (optax).
         clip: limits of the ratio r. ``"lr"``: min(r / lr, 1), so that the step is at most the base's (apex LARC,
             timm's trust_clip). ``(low, high)``: min(max(r, low), high) (NUS-HPC has 0 and 50).
         zero_norm: the rule if |w| or |g| is 0. ``"decay"``: g + wd * w with the ratio 1, clipped. ``"skip"``: g
             unchanged, neither decayed nor clipped (apex LARC).
-        zero_decay: the rule for groups whose weight decay is 0. ``"adapt"``: like all others. ``"skip"``: as with
-            ``exclude`` (timm).
-        weight_decay: ``"coupled"``: as above. ``"base"``: the base decays in its own way after the ratio, and wd is 0
-            in the formula.
-        ratio_placement: ``"inside"`` the momentum, as above. ``"outside"``: the base steps on g + wd * w, and the
-            change that it makes to w is multiplied by the ratio (NUS-HPC). The dtype must hold the base's whole step.
+        zero_decay: the rule for groups whose weight decay is 0. ``"adapt"``: as for other groups. ``"skip"``: as for
+            groups with ``exclude`` (timm).
+        weight_decay: ``"coupled"``: as above. ``"base"``: wd is 0 in the formula, and the base applies its own weight
+            decay after the ratio.
+        ratio_placement: ``"inside"`` the momentum, as above. ``"outside"``: the base steps with g + wd * w, and LARS
+            multiplies the resulting change of w by the ratio (NUS-HPC). The dtype must be able to represent the step
+            before that multiplication.
         lr_placement: ``"outside"`` the momentum, as in torch's SGD. ``"inside"``: g is also multiplied by the lr, and
             the base steps with an lr of 1 (MLPerf, optax). The two differ when the lr changes.
-        clamp: limit of the elements of g + wd * w, or None (NUS-HPC has 10).
+        clamp: limit on the absolute value of each element of g + wd * w, or None (NUS-HPC has 10).
         record: keep norms and ratios for `layers`. Costs nothing if False.
 
     Raises:
-        TypeError: `base_optimizer` is no optimizer, or is LARS, or is given by both names; or a keyword is unknown.
+        TypeError: `base_optimizer` is not an optimizer, is LARS, or is passed under both names; or a keyword is
+            unknown.
         ValueError: an option is out of range or conflicts with another or with the base, or the base is
             ``differentiable``.
     """
@@ -104,7 +106,7 @@ class LARS(Optimizer):
     ) -> None:
         given = locals()
         if base_optimizer is not None and optimizer is not None:
-            raise TypeError("LARS: base_optimizer and optimizer are two names of one argument; give only one")
+            raise TypeError("LARS: base_optimizer and optimizer are two names for one argument; pass only one")
         base: Any = optimizer if base_optimizer is None else base_optimizer
         if base is None:
             base = unknown.get("params")
@@ -114,7 +116,7 @@ class LARS(Optimizer):
         if ratio_placement == "outside" and calls_closure(base):
             kind = type(base).__name__
             raise ValueError(
-                f"ratio_placement='outside' needs a base with one step per closure, and {kind} makes several"
+                f"ratio_placement='outside' needs a base that makes one update per step; {kind} makes several"
             )
         rule = Rule(**options)
         check_groups(base.param_groups, rule)
@@ -123,7 +125,7 @@ class LARS(Optimizer):
 
     @classmethod
     def preset(cls, name: str, base_optimizer: Optimizer | None = None, **options: Any) -> LARS:
-        """Return a LARS that computes like the implementation called `name`; `options` override its options.
+        """Return a LARS that computes like the implementation `name`; keyword `options` override the preset's.
 
         ``lars_train.optim.options.PRESETS`` lists the names, their options and sources. Raises `ValueError` for an
         unknown name.
@@ -188,8 +190,8 @@ class LARS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A separate object: torch.compile keeps changes that a step makes to it, but not those to an optimizer.
-        self._last = Record()
+        # A separate object, because torch.compile discards changes that a step makes to the optimizer's attributes.
+        self._last_step = Record()
         self._state_is_new = True
         self._base_calls_closure = calls_closure(self.base_optimizer)
 
@@ -203,19 +205,19 @@ class LARS(Optimizer):
         self.base_optimizer.add_param_group(param_group)
 
     def layers(self) -> Layers | None:
-        """Return the adapted parameters of the last step, and their |w|, |g| and ratio as one float32 tensor (3, n).
+        """Return the parameters adapted in the last step, and their |w|, |g| and ratios as one float32 tensor (3, n).
 
-        The tensor is on the parameters' device; the host does not wait for it. With the combined denominator |g| is
-        |g + wd * w|. None before the first step with ``record``.
+        The tensor is on the parameters' device; the host does not wait. With the combined denominator, |g| stands for
+        |g + wd * w|. Returns None before the first step with ``record``.
         """
-        return self._last.layers() if self._last.enabled else None
+        return self._last_step.layers() if self._last_step.enabled else None
 
     def recorded(self) -> Callable[[], Layers] | None:
-        """Return a function that returns `layers` of the last step, even after later steps. None when `layers` is."""
-        return self._last.copy().layers if self._last.enabled else None
+        """Return a function that computes `layers` of this step even after later steps, or None without a record."""
+        return self._last_step.copy().layers if self._last_step.enabled else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state dict with one more entry, ``"lars"``: the options by name."""
+        """Return the base's state dict with an additional entry ``"lars"``: the options by name."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = {**self.base_optimizer.state_dict(), "lars": asdict(self.rule)}
@@ -227,11 +229,11 @@ class LARS(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict that `state_dict` returned, options included.
 
-        A state dict of the base alone, which is also torchlars's format, is accepted. Options that it lacks, and the
-        ``exclude`` of the groups, then stay unchanged.
+        A state dict of the base alone, which is also torchlars's format, is accepted. Options that are missing from the
+        state dict stay unchanged, as does a missing ``exclude`` of a group.
 
         Raises:
-            ValueError: the ``"lars"`` entry is not in the format of `state_dict`, or the base refuses the rest.
+            ValueError: the ``"lars"`` entry is not in the format of `state_dict`, or the base rejects the rest.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -263,17 +265,17 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Rescale the gradients and make one update. Return the closure's loss, if there is a closure.
+        """Rescale the gradients and make one update. Return the closure's loss, or None without a closure.
 
-        LARS calls `closure` once, with gradients enabled, before anything else. A base that calls it itself may call
-        it any number of times.
+        LARS first calls `closure` once, with gradients enabled. If the base calls the closure itself, it may do so any
+        number of times.
 
         Raises:
-            RuntimeError: a gradient is sparse. No gradient or parameter has changed then.
-            TypeError: the base needs a closure, and there is none.
+            RuntimeError: a gradient is sparse. No gradient or parameter has been changed.
+            TypeError: the base needs a closure, but none was passed.
         """
-        self._last.begin(self.record)
-        record = self._last if self.record else None
+        self._last_step.begin(self.record)
+        record = self._last_step if self.record else None
         base: Any = self.base_optimizer
         if self._base_calls_closure:
             if closure is None:
@@ -286,11 +288,11 @@ class LARS(Optimizer):
         check_gradients(self.param_groups, self.rule)
         done: list[Tensor] = []
         if fused_sgd.applies_to(base, self.rule):
-            done, left = fused_sgd.step(base, self.rule, record, self._state_is_new)
+            done, remaining = fused_sgd.step(base, self.rule, record, self._state_is_new)
             self._state_is_new = False
-            if not left and "step" not in vars(base):
+            if not remaining and "step" not in vars(base):
                 return loss
-        # The base steps even if no gradients are left: a scheduler that is built on it counts its steps.
+        # The base steps even if no gradients remain, because a scheduler may count its steps.
         grads = [parameter.grad for parameter in done]
         try:
             for parameter in done:
@@ -302,14 +304,14 @@ class LARS(Optimizer):
         return loss
 
     def _step_base(self, record: Record | None) -> None:
-        parts = parts_of(self.param_groups, self.rule)
+        parts = group_parameters(self.param_groups, self.rule)
         rescale(parts, self.rule, record)
         outside = self.rule.ratio_placement == "outside"
         before = [copy_weights(part) for part in parts] if outside else []
         hidden = self._hide_applied_settings()
         try:
             if torch.compiler.is_compiling() and is_plain(self.base_optimizer):
-                # torch's wrapper breaks the graph to add no_grad, which LARS's step already has.
+                # torch's wrapper breaks the graph in order to disable gradients, which LARS.step has already done.
                 inspect.unwrap(type(self.base_optimizer).step)(self.base_optimizer)
             else:
                 self.base_optimizer.step()
@@ -318,7 +320,7 @@ class LARS(Optimizer):
                 kind = type(self.base_optimizer).__name__
                 raise TypeError(
                     f"LARS does not support {kind}: its step calls the closure itself but declares closure=None, so "
-                    f"LARS passed none. Use LARS as the optimizer inside {kind}, if {kind} takes one."
+                    f"LARS did not pass one. If {kind} wraps an optimizer, make LARS that optimizer."
                 ) from error
             raise
         finally:
@@ -335,7 +337,7 @@ class LARS(Optimizer):
                 if record is not None:
                     record.begin(True)
                 check_gradients(self.param_groups, self.rule)
-                rescale(parts_of(self.param_groups, self.rule), self.rule, record)
+                rescale(group_parameters(self.param_groups, self.rule), self.rule, record)
             return loss
 
         base: Any = self.base_optimizer
@@ -347,15 +349,16 @@ class LARS(Optimizer):
         return loss
 
     def _hide_applied_settings(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
-        """Set the base's weight decay to 0, and its lr to 1 if the lr is inside. Return the old values for `_restore`.
+        """Set to neutral values what LARS has already applied: weight decay to 0, and an lr inside the momentum to 1.
 
-        Not a context manager, because torch.compile cannot break a graph within one.
+        Return the old values for `_restore`. Not a context manager, because torch.compile cannot break a graph within
+        one.
         """
         hidden: list[tuple[dict[str, Any], str, Any, Any]] = []
         for group in self.param_groups:
             if self.rule.weight_decay == "coupled" and group.get("weight_decay", 0) != 0:
-                left_to_the_base = group.get("exclude", False) and self.rule.lr_placement == "outside"
-                if not left_to_the_base:
+                base_decays = group.get("exclude", False) and self.rule.lr_placement == "outside"
+                if not base_decays:
                     hidden.append((group, "weight_decay", group["weight_decay"], _NO_DECAY))
                     group["weight_decay"] = _NO_DECAY
             if self.rule.lr_placement == "inside":
@@ -367,5 +370,5 @@ class LARS(Optimizer):
 
 def _restore(hidden: list[tuple[dict[str, Any], str, Any, Any]]) -> None:
     for group, key, value, replacement in hidden:
-        if group[key] is replacement:  # otherwise a hook of the base has set a new value
+        if group[key] is replacement:  # otherwise a step hook of the base has set a new value
             group[key] = value

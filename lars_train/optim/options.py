@@ -1,7 +1,7 @@
 """Define the options of LARS, their defaults and checks, and the presets of other implementations.
 
-A new option is a field of `Options` and a keyword of `LARS`. An option that is also a config key is a field of
-`OptimizerConfig` and of `RowConfig`. This module does not import torch.
+To add an option, add a field to `Options` and a keyword to `LARS`. If it is also a config key, add a field to
+`OptimizerConfig` and `RowConfig`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Options:
     """The options of LARS with their defaults. `LARS` describes each of them.
 
     Raises:
-        ValueError: an option is none of its choices or out of range, or two options conflict.
+        ValueError: an option is out of range or not one of its choices, or two options conflict.
     """
 
     eps: float = 1e-8
@@ -51,11 +51,11 @@ def _as_keyword(name: str, value: Any) -> str:
 
 
 def check_options(options: Mapping[str, Any], setting: Callable[[str, Any], str] = _as_keyword) -> None:
-    """Raise `ValueError` for an option that is none of its choices or out of range, or for two that conflict.
+    """Raise `ValueError` if an option is out of range or not one of its choices, or if two options conflict.
 
     Args:
         options: the value of every option, by name.
-        setting: formats an option and its value for messages, as the user writes them.
+        setting: formats an option's name and value for messages, in the syntax of the user.
     """
     for name in ("eps", "trust_coef", "clamp"):
         value = options[name]
@@ -94,25 +94,26 @@ def _is_number(value: Any) -> bool:
 CHOICES: Final[dict[str, tuple[str, ...]]] = {
     name: get_args(hint) for name, hint in get_type_hints(Options).items() if get_origin(hint) is Literal
 }
-"""The choices of each option that is one of a few words."""
+"""The choices of each option that takes one of a few words."""
 
 DEFAULTS: Final[dict[str, Any]] = asdict(Options())
 
-# The base optimizer, torch's SGD in all of these, has learning rate, momentum and weight decay. Parameters that an
-# implementation does not adapt belong in groups with exclude=True; each entry names them.
+# Learning rate, momentum and weight decay are settings of the base optimizer, which is torch's SGD for all presets.
+# Parameters that an implementation does not adapt belong in groups with exclude=True; each entry names them.
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://github.com/kakaobrain/torchlars: the defaults of `LARS`.
     "torchlars": {},
     # https://github.com/mlcommons/training, image_classification/tensorflow2/lars_optimizer.py. Batch norm and
     # biases: exclude=True, weight_decay=0. An epsilon of 0 there means Keras's default, 1e-7.
     "mlperf": {"eps": 1e-7, "lr_placement": "inside"},
-    # https://github.com/huggingface/pytorch-image-models, timm/optim/lars.py; always_adapt=True there is
-    # zero_decay="adapt" here, trust_clip=True is clip="lr".
+    # https://github.com/huggingface/pytorch-image-models, timm/optim/lars.py. Its always_adapt=True is
+    # zero_decay="adapt" here, its trust_clip=True is clip="lr".
     "timm": {"zero_decay": "skip"},
-    # https://github.com/NVIDIA/apex, apex/parallel/LARC.py (gone since 2025), with its default clip=True;
-    # clip=False there is clip=None here.
+    # https://github.com/NVIDIA/apex, apex/parallel/LARC.py (removed in 2025), with its default clip=True. Its
+    # clip=False is clip=None here.
     "larc": {"trust_coef": 0.02, "clip": "lr", "zero_norm": "skip"},
-    # https://github.com/google-deepmind/optax, optax.lars; its trust_ratio_mask and weight_decay_mask are groups.
+    # https://github.com/google-deepmind/optax, optax.lars. Parameter groups replace its trust_ratio_mask and
+    # weight_decay_mask.
     "optax": {"eps": 0.0, "denominator": "combined", "lr_placement": "inside"},
     # https://github.com/NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch, lars.py. Batch norm and biases: exclude=True,
     # weight_decay=0. It also clamps the elements of their gradients to [-10, 10]; this preset does not.
@@ -122,6 +123,6 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://pypi.org/project/torch-optimizer 0.3.0, LARS.
     "torch-optimizer": {"trust_coef": 0.01, "zero_norm": "skip", "zero_decay": "skip"},
     # https://pypi.org/project/pytorch-optimizer 4.1.0, LARS. Vectors: exclude=True, weight_decay=0. If only the
-    # gradient is zero, its ratio is trust_coef / wd; here the ratio is 1.
+    # gradient is zero, that implementation's ratio is trust_coef / wd; here the ratio is 1.
     "pytorch-optimizer": {"eps": 0.0},
 }

@@ -1,4 +1,4 @@
-"""Split a model's parameters into groups: which are decayed, and which LARS adapts."""
+"""Split a model's parameters into groups by weight decay and by whether LARS adapts them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NORM_LAYERS = (
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return two lists: the weights of `model`, and all biases with the parameters of torch's normalization layers.
+    """Return the weights of `model`, and separately its biases and the parameters of torch's normalization layers.
 
-    Both are in the order of ``model.named_parameters()``, and every parameter is in exactly one. Many recipes neither
-    decay nor adapt the second list: a group with ``weight_decay=0`` and ``exclude=True``.
+    Both lists are in the order of ``model.named_parameters()``; every parameter is in exactly one of them. Many recipes
+    neither decay nor adapt the second list: a group with ``weight_decay=0`` and ``exclude=True``.
     """
     exempt = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _is_bias_name(name)}
     for module in model.modules():
@@ -35,7 +35,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def _is_bias_name(name: str) -> bool:
-    """Return True for biases, also ``bias_ih_l0`` (LSTM), ``in_proj_bias``, ``parametrizations.bias.original``."""
+    """Return True for biases, including ``bias_ih_l0`` (LSTM), ``in_proj_bias``, ``parametrizations.bias.original``."""
     *path, leaf = name.split(".")
     if "parametrizations" in path:
         leaf = [*path, leaf][path.index("parametrizations") + 1]
@@ -54,8 +54,9 @@ def parameter_groups(
     Args:
         weight_decay: weight decay of the groups that are decayed.
         decay_norm_bias: decay biases and normalization layers too (the second list of `split_parameters`).
-        adapt_norm_bias: if False, their group gets ``exclude=True``, and `LARS` leaves it to the base. If both are
-            True, all parameters are in one group, ``"decay"``.
+        adapt_norm_bias: if False, the group of biases and normalization layers gets ``exclude=True``, so that `LARS`
+            does not adapt it. If `decay_norm_bias` and `adapt_norm_bias` are both True, all parameters are in one
+            group, ``"decay"``.
     """
     alike = decay_norm_bias and adapt_norm_bias
     weights, rest = (list(model.parameters()), []) if alike else split_parameters(model)

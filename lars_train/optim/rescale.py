@@ -1,13 +1,14 @@
 """Rescale gradients by their trust ratios: tensor by tensor on the CPU, in bulk on accelerators.
 
-On the CPU a norm is available at once, and a tensor that was just read is still in the cache, so each tensor is
-finished before the next. On an accelerator the host must not wait: every operation is a call over lists of tensors,
-the ratios are 0-D tensors, and the number of calls does not depend on the number of tensors. torch runs a call
-over lists as one kernel launch if, at each position, the tensors agree in device, dtype, sizes and strides
-(``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``). 0-D factors qualify in
-``_foreach_addcmul_`` as ``tensor1`` if they have the others' device and dtype (``foreach_pointwise_op_0d_tensor1_`` in
-``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``, https://github.com/pytorch/pytorch/pull/172731), and in
-no other call, not even in ``_foreach_mul_``.
+On the CPU a norm is available at once, and a tensor that was just read is still in the cache. So the CPU path finishes
+each tensor before the next. On an accelerator the host must not wait: the ratios are 0-D tensors, and every operation
+is a ``_foreach_`` call, so that the number of calls does not depend on the number of tensors.
+
+torch runs a ``_foreach_`` call as one kernel launch if, at each position of the lists, the tensors have equal device,
+dtype, sizes and strides (``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``). The only
+call that accepts 0-D factors there is ``_foreach_addcmul_``, as ``tensor1`` with the others' device and dtype
+(``foreach_pointwise_op_0d_tensor1_`` in ``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``,
+https://github.com/pytorch/pytorch/pull/172731); ``_foreach_mul_`` does not.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from .rule import Rule
 
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
-_SMALL = 8192  # elements; up to here a pass over memory costs less than a call
+_SMALL = 8192  # elements up to which a pass over memory costs less than a call
 
 
 class Layers(NamedTuple):
-    """The n adapted `parameters` of a step; `values`, (3, n) float32, holds their |w|, |g| and ratio."""
+    """The n `parameters` that a step adapted, and `values` (3, n) float32: their |w|, |g| and ratios."""
 
     parameters: list[Tensor]
     values: Tensor
@@ -35,14 +36,14 @@ class Layers(NamedTuple):
 
 @dataclass
 class Record:
-    """The norms and ratios of a step, in the order of computation: numbers, or tensors of shape (3, n)."""
+    """The norms and ratios of a step, in the order of computation. Each entry is 3 numbers or a (3, n) tensor."""
 
     parameters: list[Tensor] = field(default_factory=list)
     values: list[Tensor | tuple[float, float, float]] = field(default_factory=list)
     enabled: bool = False
 
     def begin(self, enabled: bool) -> None:
-        """Clear the record of the last step. `enabled`: this step is recorded."""
+        """Clear the record for a new step, which is recorded if `enabled`."""
         self.enabled = enabled
         self.parameters.clear()
         self.values.clear()
@@ -52,7 +53,7 @@ class Record:
         return Record(list(self.parameters), list(self.values), self.enabled)
 
     def layers(self) -> Layers:
-        """Return the whole record, on the device of the first tensor."""
+        """Return the record as `Layers`, on the device of the first tensor."""
         host: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
         parts: list[Tensor] = []
         numbers: list[tuple[float, float, float]] = []
@@ -71,9 +72,9 @@ class Record:
 
 @dataclass
 class Part:
-    """Parameters whose gradients the same calls over lists can rescale.
+    """Parameters whose gradients the same ``_foreach_`` calls can rescale.
 
-    `decay` is negative if the base maximizes. `adapted` is False for parameters without a ratio.
+    `decay` is negative if the base maximizes. `adapted` is False for parameters without a trust ratio.
     """
 
     decay: float
@@ -83,7 +84,7 @@ class Part:
     ratios: list[float] | list[Tensor] = field(default_factory=list)
 
 
-def parts_of(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
+def group_parameters(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
     """Group the parameters that have gradients to rescale by decay, lr, device, dtype and sharding."""
     parts: dict[Any, Part] = {}
     for group in groups:
@@ -98,7 +99,7 @@ def parts_of(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
             if grad is None:
                 continue
             if _is_dtensor(grad) and grad.placements != parameter.placements:
-                # The gradient may still be a partial sum. The base's step would redistribute it, too.
+                # The gradient may still be a partial sum. The base's step would also redistribute it.
                 parameter.grad = grad = grad.redistribute(parameter.device_mesh, parameter.placements)
             key = (decay, id(lr) if isinstance(lr, Tensor) else lr, adapted, grad.device, grad.dtype, _shards(grad))
             parts.setdefault(key, Part(decay, lr, adapted)).parameters.append(parameter)
@@ -106,15 +107,15 @@ def parts_of(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
 
 
 def is_adapted(group: dict[str, Any], rule: Rule) -> bool:
-    """Return True if the parameters of `group` get a ratio."""
+    """Return True if the parameters of `group` get a trust ratio."""
     return not group.get("exclude", False) and (rule.zero_decay == "adapt" or group.get("weight_decay", 0.0) != 0)
 
 
 def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
-    """Ensure that every gradient can be rescaled in place, before anything changes.
+    """Make every gradient safe to rescale in place. Call this before the step changes anything.
 
-    A gradient whose elements share memory (an expanded tensor), or that is a lazy negation or conjugate, is replaced by
-    a copy. Raises `RuntimeError` for a sparse gradient, and for a complex gradient if the rule clamps elements.
+    Replace a gradient by a copy if its elements share memory (an expanded tensor), or if it is a lazy negation or
+    conjugate. Raises `RuntimeError` for a sparse gradient, and for a complex gradient if the rule clamps elements.
     """
     clamps, eager, strided = rule.clamp is not None, not torch.compiler.is_compiling(), torch.strided
     for group in groups:
@@ -125,17 +126,17 @@ def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
             if grad.layout is not strided:
                 raise RuntimeError(
                     f"LARS: a parameter of shape {tuple(parameter.shape)} has a {grad.layout} gradient; only dense "
-                    "gradients have a trust ratio (use sparse=False, or give the layer a separate optimizer)"
+                    "gradients are supported (use sparse=False, or a separate optimizer for the layer)"
                 )
             if clamps and grad.is_complex():
                 raise RuntimeError(
                     "LARS: complex gradients cannot be clamped; leave out clamp, or exclude the complex parameters"
                 )
-            if eager and (not grad.is_contiguous() or grad.is_neg() or grad.is_conj()) and _is_lazy(grad):
+            if eager and (not grad.is_contiguous() or grad.is_neg() or grad.is_conj()) and _needs_copy(grad):
                 parameter.grad = grad.resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format)
 
 
-def _is_lazy(grad: Tensor) -> bool:
+def _needs_copy(grad: Tensor) -> bool:
     if type(grad) is not Tensor:
         return False
     overlaps = not grad.is_contiguous() and torch._debug_has_internal_overlap(grad) == 1
@@ -148,7 +149,10 @@ def is_host_tensor(tensor: Tensor) -> bool:
 
 
 def rescale(parts: Iterable[Part], rule: Rule, record: Record | None) -> None:
-    """Apply decay and ratio to the gradients of `parts`, in place. Ratios outside the momentum: ``part.ratios``."""
+    """Apply decay and ratio to the gradients of `parts`, in place.
+
+    If the ratios are outside the momentum, store them in ``part.ratios`` instead of applying them.
+    """
     in_bulk: list[_Bulk] = []
     for part in parts:
         grads = [p.grad for p in part.parameters if p.grad is not None]
@@ -164,7 +168,7 @@ def rescale(parts: Iterable[Part], rule: Rule, record: Record | None) -> None:
 
 
 def apply_outside(part: Part, before: list[Tensor]) -> None:
-    """Apply ratios outside the momentum: w = w_before + ratio * (w - w_before), in place."""
+    """Apply ``part.ratios`` to the step that the base has made: w = before + ratio * (w - before), in place."""
     weights = [_local(w) for w in part.parameters]
     if isinstance(part.ratios[0], Tensor):
         torch._foreach_sub_(weights, before)
@@ -215,7 +219,7 @@ def _rescale_on_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, recor
     factor = ratio if rule.ratio_placement == "inside" else 1.0
     if rule.lr_placement == "inside":
         factor *= float(part.lr)
-    if decay != 0 and rule.clamp is None and grad.numel() > _SMALL and factor != 0 and walk_alike(weight, grad):
+    if decay != 0 and rule.clamp is None and grad.numel() > _SMALL and factor != 0 and have_same_layout(weight, grad):
         _scaled_sum(grad, weight, factor, decay)
         return ratio
     if decay != 0:
@@ -230,16 +234,16 @@ def _rescale_on_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, recor
 def _scaled_sum(grad: Tensor, weight: Tensor, factor: float, decay: float) -> None:
     """Compute g = factor * g + factor * decay * w in place, in one pass over memory instead of two.
 
-    An outer product with a single 1 is the only operation of torch that has both factors. (With a factor of 0 torch
-    would not read g, so that values in it that are not finite would be lost.)
+    torch's only operation with both factors is `addr_`, here as the outer product of a single 1 with w. `factor` must
+    not be 0, because torch would then not read g, and non-finite values in g would be lost.
     """
     one = torch.ones(1, dtype=grad.dtype, device=grad.device)
     row = torch.as_strided(grad, (1, grad.numel()), (grad.numel(), 1))
     row.addr_(one, torch.as_strided(weight, (weight.numel(),), (1,)), beta=factor, alpha=factor * decay)
 
 
-def walk_alike(one: Tensor, other: Tensor) -> bool:
-    """Return True if two tensors of the same shape are dense, with their elements in the same memory order."""
+def have_same_layout(one: Tensor, other: Tensor) -> bool:
+    """Return True if two tensors of the same shape are dense and store their elements in the same order."""
     if one.is_contiguous():
         return other.is_contiguous()
     if one.dim() not in (4, 5):
@@ -250,11 +254,15 @@ def walk_alike(one: Tensor, other: Tensor) -> bool:
 
 @dataclass
 class _Bulk:
-    """A part during rescaling: this rank's shards, at least float32, and the norms of weights and gradients, (n,)."""
+    """The intermediate results for a part on an accelerator.
+
+    `local_grads` are this rank's shards of the gradients. `grads` and `weights` are these shards in at least float32.
+    `decayed` is g + wd * w. `norms` are those of weights and gradients, (n,) each.
+    """
 
     part: Part
     shards: _Shards
-    narrow: list[Tensor]
+    local_grads: list[Tensor]
     grads: list[Tensor]
     weights: list[Tensor]
     decayed: list[Tensor] | None = None
@@ -263,12 +271,12 @@ class _Bulk:
 
 def _prepare_bulk(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
     shards = _shards(grads[0])
-    weights, narrow = [_local(w) for w in part.parameters], [_local(g) for g in grads]
-    dtype = torch.promote_types(narrow[0].dtype, torch.float32)
-    grads = narrow
-    if dtype != narrow[0].dtype:
-        weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in narrow]
-    bulk = _Bulk(part, shards, narrow, grads, weights)
+    weights, local_grads = [_local(w) for w in part.parameters], [_local(g) for g in grads]
+    dtype = torch.promote_types(local_grads[0].dtype, torch.float32)
+    grads = local_grads
+    if dtype != local_grads[0].dtype:
+        weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in local_grads]
+    bulk = _Bulk(part, shards, local_grads, grads, weights)
     if part.adapted:
         if rule.denominator == "combined":
             bulk.decayed = _decayed(grads, weights, part.decay, None)
@@ -277,24 +285,24 @@ def _prepare_bulk(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
 
 
 def _sum_over_shards(bulks: list[_Bulk]) -> None:
-    """Turn the shards' norms into norms of whole parameters, with one collective for all with the same sharding."""
+    """Turn the norms of shards into norms of whole parameters, with one collective per kind of sharding."""
     alike: dict[Any, list[_Bulk]] = {}
     for bulk in bulks:
         alike.setdefault((bulk.shards, bulk.grads[0].device), []).append(bulk)
-    for (shards, _), together in alike.items():
+    for (shards, _), same_sharding in alike.items():
         mesh, dimensions = shards
-        norms = [norm for bulk in together for norm in bulk.norms or ()]
+        norms = [norm for bulk in same_sharding for norm in bulk.norms or ()]
         squares = torch.cat([norm.double().square() for norm in norms])
         for dimension in dimensions:
             torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
         whole = iter(torch.split(squares.sqrt(), [len(norm) for norm in norms]))
-        for bulk in together:
+        for bulk in same_sharding:
             dtype = bulk.grads[0].dtype.to_real()
             bulk.norms = next(whole).to(dtype), next(whole).to(dtype)
 
 
 def _finish_bulk(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
-    part, narrow, grads, weights, decayed = bulk.part, bulk.narrow, bulk.grads, bulk.weights, bulk.decayed
+    part, local_grads, grads, weights, decayed = bulk.part, bulk.local_grads, bulk.grads, bulk.weights, bulk.decayed
     dtype = grads[0].dtype
     ratios = decays = None
     if bulk.norms is not None:
@@ -310,15 +318,15 @@ def _finish_bulk(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]
         torch._foreach_clamp_min_(decayed, -rule.clamp)
         torch._foreach_clamp_max_(decayed, rule.clamp)
     if rule.ratio_placement == "outside":
-        torch._foreach_copy_(narrow, decayed)
-        return _spaced(ratios) if ratios is not None else []
+        torch._foreach_copy_(local_grads, decayed)
+        return _aligned_scalars(ratios) if ratios is not None else []
     factors = torch.ones(len(grads), dtype=dtype, device=grads[0].device) if ratios is None else ratios
     if rule.lr_placement == "inside":
         factors = factors * part.lr
     torch._foreach_zero_(grads)
-    torch._foreach_addcmul_(grads, _spaced(factors), decayed)
-    if narrow is not grads:
-        torch._foreach_copy_(narrow, grads)
+    torch._foreach_addcmul_(grads, _aligned_scalars(factors), decayed)
+    if local_grads is not grads:
+        torch._foreach_copy_(local_grads, grads)
     return []
 
 
@@ -328,15 +336,15 @@ def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: T
     if decays is None:
         return list(torch._foreach_add(grads, weights, alpha=decay))
     decayed = clones(grads)
-    torch._foreach_addcmul_(decayed, _spaced(decays.to(grads[0].dtype)), weights)
+    torch._foreach_addcmul_(decayed, _aligned_scalars(decays.to(grads[0].dtype)), weights)
     return decayed
 
 
-def _spaced(factors: Tensor) -> list[Tensor]:
-    """Return the elements of `factors` (n,) as 0-D tensors, spaced four elements apart in memory.
+def _aligned_scalars(factors: Tensor) -> list[Tensor]:
+    """Return the elements of `factors` (n,) as 0-D tensors, four elements apart in memory.
 
-    The kernel loads four elements at once if all its tensors are aligned for that, 0-D factors included
-    (``init_args`` and ``is_aligned`` in ``aten/src/ATen/native/cuda/ForeachFunctors.cuh``, kILP).
+    This alignment lets the kernel load four elements at once, which requires that all its tensors are aligned, 0-D
+    factors included (``init_args`` and ``is_aligned`` in ``aten/src/ATen/native/cuda/ForeachFunctors.cuh``, kILP).
     """
     return list(torch.stack((factors,) * 4, dim=1).select(1, 0).unbind())
 
@@ -353,7 +361,7 @@ def _shards(tensor: Tensor) -> _Shards:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    # By attribute: importing the class takes longer than importing this whole package.
+    # Check an attribute, because importing the DTensor class takes longer than importing this whole package.
     return hasattr(tensor, "to_local")
 
 

@@ -1,6 +1,7 @@
 """Compute the learning rate of every update: linear warm-up, then polynomial or step decay.
 
-A pure function of the update's number, without optimizer, epochs or state. This module does not import torch.
+The rate is a pure function of the update's number: no optimizer, no epochs, no state. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ Form: TypeAlias = Literal["whole", "restart", "mlperf", "steps"]
 WHOLE: Final = "whole"
 """Decay measured over the whole run, warm-up included: e + (b - e)(1 - u/I)^p.
 
-Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power; Intel-Caffe only replaces the first updates by a
-warm-up. The LARS paper trains with it, power 2 (You, Gitman, Ginsburg 2017,
-https://arxiv.org/abs/1708.03888, sections 5 and 6). The rate steps down at the end of the warm-up.
+Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power, where Intel-Caffe replaces the first updates by a warm-up.
+The LARS paper uses it with power 2 (You, Gitman, Ginsburg 2017, https://arxiv.org/abs/1708.03888, sections 5 and 6).
+The rate drops at the end of the warm-up.
 """
 
 RESTART: Final = "restart"
@@ -34,7 +35,7 @@ The MLPerf reference, whose ``decay_steps`` is train_steps - warmup_steps + 1
 """
 
 STEPS: Final = "steps"
-"""The base rate b times `factor` for each update in `steps` that has been reached.
+"""The base rate b, multiplied by `factor` at each update in `steps`.
 
 Goyal et al. 2017 (https://arxiv.org/abs/1706.02677, section 5.1): a tenth at epochs 30, 60 and 80.
 """
@@ -55,10 +56,10 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of one update.
 
-    During the warm-up (``update < warmup``), without `start`: ``base * (update + 1) / warmup``, so that the last
-    update of the warm-up has the base rate. With `start`: ``start + (base - start) * update / warmup``, so that
-    update 0 has the rate `start`, and the first update after the warm-up would have the base rate. After the warm-up
-    the rate follows `form`.
+    During the warm-up (``update < warmup``) the rate is ``base * (update + 1) / warmup`` if `start` is None: the last
+    update of the warm-up has the base rate. With `start`, the rate is ``start + (base - start) * update / warmup``:
+    update 0 has the rate `start`, and the line reaches the base rate at the first update after the warm-up. After the
+    warm-up the rate follows `form`.
 
     Args:
         update: the update's number, from 0.
@@ -74,7 +75,7 @@ def learning_rate(
 
     Raises:
         ValueError: `update` is not in [0, total), `warmup` not in [0, total), `base`, `power`, `end`, `start` or
-            `factor` is negative or not finite, or `form` is none of the four.
+            `factor` is negative or not finite, or `form` is unknown.
     """
     if form not in get_args(Form):
         raise ValueError(f"form={form!r}: choose one of {', '.join(map(repr, get_args(Form)))}")
@@ -91,7 +92,7 @@ def learning_rate(
         return start + (base - start) * update / warmup
     if form == STEPS:
         return float(base * factor ** sum(update >= step for step in steps))
-    # 1 - (u - s)/n = (s + n - u)/n, rounded once less.
+    # 1 - (u - s)/n, written as (s + n - u)/n to save a rounding.
     first = 0 if form == WHOLE else warmup
     length = total - first + (form == MLPERF)
     return float(end + (base - end) * ((first + length - update) / length) ** power)

@@ -80,9 +80,9 @@ def test_parameters_instead_of_a_base_get_the_call_to_write(form: dict[str, Any]
         ({"trust_coeff": 0.1}, "Instead of trust_coeff=0.1 write trust_coef=0.1."),
         ({"trust_clip": True}, "Instead of trust_clip=True write clip='lr'."),
         ({"clip": True}, "Instead of clip=True write clip='lr'."),
-        ({"always_adapt": True}, "Instead of always_adapt=True write nothing, it is the default."),
+        ({"always_adapt": True}, "Instead of always_adapt=True write nothing (it is the default)."),
         ({"exclude_bias": True}, "LARS has no option 'exclude_bias'."),
-        ({"optimizer": Adam([parameter()])}, "LARS: base_optimizer and optimizer are two names of one argument"),
+        ({"optimizer": Adam([parameter()])}, "LARS: base_optimizer and optimizer are two names for one argument"),
     ],
 )
 def test_a_keyword_in_the_wrong_place_is_named(keywords: dict[str, Any], message: str) -> None:
