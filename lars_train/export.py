@@ -20,7 +20,7 @@ from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import user_path, write_atomic
 from lars_train.messages import first_line, utf8
-from lars_train.models.factory import build_model, is_torchvisions
+from lars_train.models.factory import build_model, is_torchvision_model
 from lars_train.models.weight_files import KEY
 from lars_train.models.weights import load_state
 from lars_train.report.files import Unreadable, commit_of, read_lines, read_object
@@ -107,7 +107,7 @@ def export(config: Config) -> tuple[Path, str]:
 
 def _describe(target: Path, about: dict[str, Any]) -> None:
     path = target.with_name(CARD)
-    text = card(target.name, about, torchvision=is_torchvisions(about["model"]))
+    text = card(target.name, about, torchvision=is_torchvision_model(about["model"]))
     old_text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     write_atomic(path, [utf8(merge_cards(text, old_text, {file.name for file in target.parent.iterdir()}))])
 

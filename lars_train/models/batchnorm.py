@@ -1,7 +1,7 @@
 """Batch norm over ghost batches, with running statistics updated once per update.
 
-An activation is normalized by the statistics of its ghost batch, on any hardware and with any micro-batch. The caller
-of `RunningStatistics.update` provides the communication between ranks.
+The statistics of an activation's ghost batch normalize it, whatever the hardware and the micro-batch. The caller of
+`RunningStatistics.update` provides the communication between ranks.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lars_train.models.ghost_norm import ghost_norm, is_faster_for_one
+from lars_train.models.ghost_norm import ghost_norm, is_faster_for_single_ghost
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose training statistics are taken over ghost batches (Hoffer et al. 2017,
-    https://arxiv.org/abs/1705.08741, section 4). Its state dict is that of `nn.BatchNorm2d`.
+    """Batch norm with training statistics over ghost batches (Hoffer et al. 2017, https://arxiv.org/abs/1705.08741,
+    section 4). The state dict and the evaluation mode are those of `nn.BatchNorm2d`.
 
     In training mode the (n, C, H, W) input is a sequence of whole ghost batches of `ghost_batch` samples, or a
     single smaller one. The layer accumulates their means and unbiased variances, weighted by samples;
-    `running_mean` and `running_var` stay unchanged until `RunningStatistics.update`. Evaluation is that of
-    `nn.BatchNorm2d`.
+    `running_mean` and `running_var` stay unchanged until `RunningStatistics.update`.
 
-    Every forward pass in training mode is accumulated, so a pass that is made twice (activation checkpointing) would
+    The layer accumulates every forward pass in training mode, so a recomputed pass (activation checkpointing) would
     count twice.
 
     Args:
@@ -33,12 +32,12 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         eps, momentum, affine, device, dtype: as for `nn.BatchNorm2d`.
 
     Raises:
-        ValueError: `ghost_batch` is below 1; in `forward`, n is 0, or n is larger than `ghost_batch` and no multiple
+        ValueError: `ghost_batch` is below 1; in `forward`, n is 0, or n is larger than `ghost_batch` but not a multiple
             of it, or a ghost batch has a single value per channel.
     """
 
     ghost_sums: Tensor
-    """(2, C): means and unbiased variances since the last update, each times the samples of its ghost batch."""
+    """(2, C): sums of the ghost batches' means and unbiased variances since the last update, weighted by samples."""
     ghost_samples: Tensor
     """(1,): the number of samples in `ghost_sums`."""
 
@@ -73,8 +72,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
                 f"a micro-batch of {samples} samples is not a sequence of whole ghost batches of {self.ghost_batch}"
             )
         ghosts = samples // ghost
-        # A loop costs launches on an accelerator. On the CPU torch's kernel is faster than any sequence of operations.
-        at_once = input.device.type != "cpu" and (ghosts > 1 or is_faster_for_one(input))
+        # On an accelerator a loop would launch kernels for each ghost batch. On the CPU torch's batch-norm kernel in a
+        # loop is faster than a sequence of operations on all ghost batches.
+        at_once = input.device.type != "cpu" and (ghosts > 1 or is_faster_for_single_ghost(input))
         output, sums = self._at_once(input, ghosts) if at_once else self._one_by_one(input, ghost)
         self.ghost_sums.add_(sums, alpha=ghost)
         self.ghost_samples.add_(samples)
@@ -82,9 +82,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def _one_by_one(self, input: Tensor, ghost: int) -> tuple[Tensor, Tensor]:
         """Return the output, and the (2, C) sums of the ghost batches' means and unbiased variances."""
-        # The backward pass of a split copies, even if there is only one part.
+        # The backward pass of `split` copies, even if there is only one part.
         parts = (input,) if len(input) == ghost else torch.split(input, ghost)
-        # With momentum 1 a row of zeros becomes exactly the ghost batch's mean or unbiased variance.
+        # With momentum 1, batch_norm writes exactly the ghost batch's mean and unbiased variance into these buffers.
         rows = self.ghost_sums.new_zeros(len(parts), 2, self.num_features)
         outputs = [
             functional.batch_norm(
@@ -97,7 +97,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(outputs), rows.sum(0)
 
     def _at_once(self, input: Tensor, ghosts: int) -> tuple[Tensor, Tensor]:
-        """Compute the same as `_one_by_one`, in a number of operations that does not depend on `ghosts`."""
+        """Compute the result of `_one_by_one` with a number of operations that does not depend on `ghosts`."""
         output, statistics = ghost_norm(input, self.weight, self.bias, ghosts=ghosts, eps=self.eps)
         return output, statistics.sum(1)
 
@@ -107,7 +107,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 class RunningStatistics:
-    """Updates a model's running statistics, once per update, from what its ghost batches accumulated.
+    """Updates a model's running statistics, once per update, from the accumulated statistics of its ghost batches.
 
     For each `GhostBatchNorm2d`, ``running = (1 - momentum) * running + momentum * mean``, where `mean` averages the
     ghost batches' means (and their unbiased variances) over all samples since the last update, on all ranks.
@@ -118,7 +118,7 @@ class RunningStatistics:
         self._cache_tensors()
 
     def _cache_tensors(self) -> None:
-        # Looking up attributes of modules is slow, and an update of a small network takes few milliseconds.
+        # Attribute lookup on modules is slow compared with an update of a small network, which takes a few ms.
         layers = self._layers
         self._sums = [layer.ghost_sums for layer in layers]
         self._samples = [layer.ghost_samples for layer in layers]
@@ -151,7 +151,7 @@ class RunningStatistics:
             all_reduce(flat)
         if also is not None:
             also, flat = flat[: len(also)], flat[len(also) :]
-        # One count per value: the layers of a model need not all have seen the same samples.
+        # One count per value, because the layers of a model may have seen different numbers of samples.
         counts = torch.cat(
             [
                 count.expand(total.numel())

@@ -10,7 +10,7 @@ from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.resnet_cifar import CifarResNet
 
-# Blocks of each stage, and the stride of the first convolution.
+# The number of blocks per stage, and the stride of the first convolution.
 _CIFAR = {
     "tiny": (1, 2),
     "small": (1, 1),
@@ -19,7 +19,7 @@ _CIFAR = {
     "resnet44": (7, 1),
     "resnet56": (9, 1),
 }
-# Listed here because importing torchvision for the names takes seconds.
+# Listed here because importing torchvision to get the names takes seconds.
 _TORCHVISION = (
     "resnet18",
     "resnet34",
@@ -42,20 +42,20 @@ def model_names() -> tuple[str, ...]:
     return (*_CIFAR, *_TORCHVISION)
 
 
-def is_torchvisions(name: str) -> bool:
-    """Return True if `build_model` takes the network of that name from torchvision."""
+def is_torchvision_model(name: str) -> bool:
+    """Return True if `name` is a torchvision model."""
     return name in _TORCHVISION
 
 
 def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bool) -> nn.Module:
     """Return a newly initialized model on the CPU, from (n, 3, H, W) images to (n, `num_classes`) logits.
 
-    A model with a torchvision name has torchvision's modules, so each loads the other's state dict.
+    A torchvision model has torchvision's modules, so state dicts are interchangeable with torchvision.
 
     Args:
         name: one of `model_names`.
         ghost_batch: samples per batch-norm statistics.
-        zero_gamma: start the last gamma of every residual block at 0 rather than 1 (Goyal et al. 2017,
+        zero_gamma: initialize the last gamma of every residual block to 0 rather than 1 (Goyal et al. 2017,
             https://arxiv.org/abs/1706.02677, section 5.1).
 
     Raises:

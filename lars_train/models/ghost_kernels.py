@@ -1,21 +1,21 @@
-"""Apply ghost batch norm to channels_last activations in Triton, with as few passes over them as plain batch norm.
+"""Apply ghost batch norm to channels_last activations in Triton, with no more memory traffic than plain batch norm.
 
-The activations are a matrix with a row per pixel (C adjacent values); a ghost batch is R rows. A program takes a block
-of channels over a chunk of one ghost batch's rows and walks down it tile by tile. These kernels pass over the
-activations, reading or writing every value once per pass:
+The activations are a matrix with a row per pixel (C adjacent values); a ghost batch is R rows. A program processes a
+block of channels in a chunk of one ghost batch's rows, tile by tile. The number of passes over the activations, each of
+which reads or writes every value once:
 
 - `_chunk_moments` reads x (1), `_normalize` reads x and writes the output (2);
 - `_chunk_sums` reads dy and x (2), `_input_gradient` reads dy and x and writes the gradient (3): 8 in all.
 
-Between the two kernels of a pair a small kernel combines the chunks, at most `PROGRAMS` per ghost batch and block of
-channels. So there are three launches per direction for any number of ghost batches. A value is in float32 from its load
-to its store. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches: a ghost batch has
-bit-identical results in any micro-batch of two or more.
+Between the two kernels of a pair, a small kernel combines the chunks, at most `PROGRAMS` per ghost batch and block of
+channels. So each direction takes three launches for any number of ghost batches. Between load and store, values are
+float32. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches: results for a ghost
+batch are bit-identical in any micro-batch of two or more.
 
 Importing this module imports triton, which comes with torch for CUDA on Linux; `ghost_norm` works without it.
 """
 
-# Triton allows no type hints in kernels except constexpr, and such names are in capitals by convention.
+# Triton allows no type hint in kernels except constexpr. Names of constexpr arguments are in capitals by convention.
 # ruff: noqa: N803
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -28,14 +28,14 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-# The approximate number of programs per ghost batch, for layers with enough tiles. 8 ghost batches on a GPU with 132
-# multiprocessors that run 4 or more programs each take up to 8 rounds, the last of which may be partial.
+# The approximate number of programs per ghost batch, for layers with enough tiles. On a GPU with 132 multiprocessors
+# that each run 4 or more programs at once, 8 ghost batches take up to 8 rounds, of which the last may be partial.
 PROGRAMS = 512
 # Each of the 128 threads of a program loads four times 16 bytes, the widest load: 8 KiB. 64 channels in half precision
 # are a cache line of 128 bytes.
 TILE_BYTES = 8192
 TILE_CHANNELS = 64
-# The values that a combining program reads: chunks times channels.
+# The number of values that a program reads to combine chunks: chunks times channels.
 COMBINED = 4096
 WARPS = 4
 
@@ -51,8 +51,8 @@ def normalize(
         weight, bias: (C,) of any floating dtype, or both None.
 
     Returns:
-        The output, like `input`, not a view; and in float32 (2, ghosts, C) means and unbiased variances, and
-        (ghosts, C) 1 / sqrt(biased variance + eps).
+        The output, like `input` and not a view. In float32: the means and unbiased variances, (2, ghosts, C), and
+        1 / sqrt(biased variance + eps), (ghosts, C).
     """
     tiling = _tiling(input, ghosts)
     chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
@@ -71,13 +71,13 @@ def gradients(
     """Compute the backward pass of `normalize`.
 
     Args:
-        grad: the gradient of the output, (n, C, H, W) of the input's dtype; another memory format is copied.
+        grad: the gradient of the output, (n, C, H, W) of the input's dtype; copied if it is not channels_last.
         input, weight: as passed to `normalize`.
         mean, inverse: (ghosts, C), as returned by `normalize`.
 
     Returns:
-        The input's gradient, like `input`, and (2, ghosts, C) in float32: the sums over each ghost batch of the
-        gradient, and of the gradient times the normalized input.
+        The input's gradient, like `input`. In float32 (2, ghosts, C): the sums over each ghost batch of the gradient,
+        and of the gradient times the normalized input.
     """
     ghosts = len(mean)
     tiling = _tiling(input, ghosts)
@@ -92,7 +92,10 @@ def gradients(
 
 
 class Tiling(NamedTuple):
-    """The division of the work on (ghosts * rows, channels). It does not depend on the number of ghost batches."""
+    """The division of (ghosts * rows, channels) values into chunks and tiles.
+
+    The sizes of chunks and tiles do not depend on the number of ghost batches.
+    """
 
     ghosts: int
     rows: int
@@ -117,8 +120,8 @@ def _tiling(input: Tensor, ghosts: int) -> Tiling:
 
 
 def _launch(kernel: Any, tiling: Tiling, first: Tensor, *others: Tensor | float | None) -> None:
-    """Run `kernel` on the current stream. It takes tensors and numbers, followed by the numbers of the tiling."""
-    # Eight channels of any of the dtypes make whole loads of 16 bytes, if the compiler knows the multiple of eight.
+    """Run `kernel` on the current stream. Its arguments are `first` and `others`, then the sizes of `tiling`."""
+    # If the compiler knows that the channels are a multiple of 8, it uses loads of 16 bytes for each of the dtypes.
     vector = 8 if tiling.channels % 8 == 0 else 1
     if kernel in (_combine_moments, _combine_sums):
         chunks = _power_of_2(tiling.chunks)
@@ -141,14 +144,14 @@ def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-# A kernel specialized on a size would be compiled again for each layer.
+# Triton would compile a kernel that is specialized on a size again for each layer.
 _jit: Any = triton.jit(do_not_specialize=["ghosts", "rows", "chunk_rows", "groups"])
 
 
 @triton.jit
 def _locate_chunk(rows, chunk_rows, channels, TILE: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return this program's chunk number (over all ghost batches), ghost batch, channels, offset of the first row,
-    number of rows, and the offsets within a tile."""
+    """Return the chunk of this program (its number over all ghost batches), the ghost batch, the channels, the offset
+    of the first row, the number of rows, and the offsets within a tile."""
     blocks = tl.cdiv(channels, CHANNELS)
     chunks = tl.cdiv(rows, chunk_rows)
     chunk = tl.program_id(0) // blocks
@@ -165,15 +168,15 @@ def _locate_chunk(rows, chunk_rows, channels, TILE: tl.constexpr, CHANNELS: tl.c
 def _chunk_moments(
     x, out, ghosts, rows, chunk_rows, groups, VECTOR: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Compute each chunk's mean and sum of squared differences from it.
+    """Compute the mean of each chunk, and the sum of squared differences from that mean.
 
-    Welford's update (1962, Technometrics 4, 419) at each position of the tile, then the formula of Chan, Golub and
-    LeVeque (1979, Stanford report STAN-CS-79-773) for all positions.
+    Use Welford's update (1962, Technometrics 4, 419) at each position of the tile, then combine the positions by the
+    formula of Chan, Golub and LeVeque (1979, Stanford report STAN-CS-79-773).
     """
     channels = groups * VECTOR
     chunk, _ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     row = tl.arange(0, TILE)[:, None]
-    # Differences from any of the values are small compared with a large mean, and lose no digits.
+    # Subtract one of the values first, so that no digits are lost if the mean is large compared with the differences.
     near = tl.load(x + first + channel, mask=channel < channels, other=0).to(tl.float32)
     mean = tl.zeros((TILE, CHANNELS), tl.float32)
     squares = tl.zeros((TILE, CHANNELS), tl.float32)
@@ -195,7 +198,7 @@ def _chunk_moments(
 
 @triton.jit
 def _locate_chunks(rows, chunk_rows, channels, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return this program's ghost batch and channels, the mask of existing chunks, and the offsets of their values."""
+    """Return the ghost batch and channels of this program, the mask of existing chunks, and their values' offsets."""
     blocks = tl.cdiv(channels, CHANNELS)
     ghost = tl.program_id(0) // blocks
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -219,12 +222,12 @@ def _combine_moments(
     CHUNKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute each ghost batch's mean, unbiased variance and 1 / sqrt(biased variance + eps), by the same formula."""
+    """Compute each ghost batch's mean, unbiased variance and 1 / sqrt(biased variance + eps), by Chan's formula."""
     channels = groups * VECTOR
     ghost, channel, mask, offsets = _locate_chunks(rows, chunk_rows, channels, CHUNKS, CHANNELS)
     stride, place = ghosts * channels, ghost * channels + channel
     valid = channel < channels
-    # The mean of the first chunk, for the same reason as in `_chunk_moments`.
+    # Subtract the mean of the first chunk, for the same reason as in `_chunk_moments`.
     near = tl.load(parts + ghost * tl.cdiv(rows, chunk_rows) * channels + channel, mask=valid, other=0)
     mean = tl.load(parts + offsets, mask=mask, other=0) - near
     squares = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=mask, other=0)
@@ -254,7 +257,7 @@ def _normalize(
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute (x - mean) * inverse * weight + bias. Subtracting first keeps the digits if the mean is large."""
+    """Compute (x - mean) * inverse * weight + bias. Subtracting first loses no digits if the mean is large."""
     channels = groups * VECTOR
     _chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     valid = channel < channels
@@ -350,7 +353,7 @@ def _input_gradient(
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), where mean is over a ghost batch."""
+    """Compute weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), with means over a ghost batch."""
     channels = groups * VECTOR
     _chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     stride = ghosts * channels

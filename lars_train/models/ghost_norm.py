@@ -1,16 +1,17 @@
 """Apply batch norm to many ghost batches at once, for devices on which a loop would cost a launch per ghost batch.
 
 The number of operations does not depend on the number of ghost batches, and none waits for the device. Plain batch norm
-makes 8 passes over the activations, forward and backward (statistics 1, output 2, the two sums 2, gradient 3). Here:
+makes 8 passes over the activations, forward and backward (statistics 1, output 2, the two sums 2, gradient 3). The
+number of passes here:
 
-- on CUDA, channels_last, float32 and half precision: 8, by the Triton kernels of `ghost_kernels`;
-- compiled (`torch.compile` fuses all operations between the reductions): 8;
-- elsewhere 13 in float32, an estimate in which each operation of torch reads from memory and writes to it. Forward 3;
-  backward 1 for the sum of the gradients, 4 for the sum of the products (for a channels_last tensor torch cannot sum
-  products without writing them) and 5 for the gradient in two steps. In bfloat16 14, because mean and variance take two
-  reads; in float16 16, because its products are float32.
+- 8 with the Triton kernels of `ghost_kernels`: on CUDA, in channels_last, float32 and half precision.
+- 8 if compiled: `torch.compile` fuses all operations between the reductions.
+- 13 with torch's operations in float32, if each of them reads from memory and writes to it. Forward: 3. Backward: 1 for
+  the sum of the gradients, 4 for the sum of the products (torch cannot sum products of channels_last tensors without
+  writing them), and 5 for the gradient, in two steps. In bfloat16 14, because mean and variance take two reads; in
+  float16 16, because the products are float32.
 
-If triton is not installed, or its kernels fail, torch's operations do the work, and one line on stderr says so.
+If triton is not installed, or its kernels fail, this module uses torch's operations and prints a line to stderr.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch.autograd.function import once_differentiable
 from lars_train.messages import complain
 
 LARGE = 1 << 24
-"""From this many values on, an H100 takes longer for its passes over them than the host takes to launch a few more
-kernels. A pass of torch's kernels over a single ghost batch takes up to three times as long (docs/performance.md)."""
+"""The number of values from which an H100 takes longer for its passes than the host takes to launch a few more kernels.
+For a single ghost batch, a pass of torch's kernels takes up to three times as long (docs/performance.md)."""
 
 # The reduced dimensions of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)
@@ -44,9 +45,9 @@ def ghost_norm(
     """Normalize each ghost batch by its own statistics (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167,
     algorithm 1; Hoffer et al. 2017, https://arxiv.org/abs/1705.08741, section 4).
 
-    Statistics and arithmetic are float32 for half-precision input and of the input's dtype otherwise, also under
-    autocast. The backward pass keeps the unmodified input and two (ghosts, C) statistics. There is no second
-    derivative.
+    Statistics and arithmetic are in float32 for half-precision input, otherwise in the input's dtype, even under
+    autocast. The input and two (ghosts, C) statistics are saved for the backward pass. Double backward is not
+    supported.
 
     Args:
         input: (n, C, H, W), any memory format; n is a multiple of `ghosts`.
@@ -55,8 +56,8 @@ def ghost_norm(
         eps: added to the variance.
 
     Returns:
-        The output, with the shape, dtype and memory format of `input`; (2, ghosts, C) means and unbiased variances,
-        through which no gradient flows.
+        The output, with the shape, dtype and memory format of `input`, and the means and unbiased variances,
+        (2, ghosts, C), which are not differentiable.
 
     Raises:
         ValueError: a ghost batch has a single value per channel.
@@ -67,19 +68,19 @@ def ghost_norm(
     return output
 
 
-def is_faster_for_one(input: Tensor) -> bool:
-    """Return True if `ghost_norm` is faster than torch's batch norm even for a single ghost batch (n, C, H, W)."""
+def is_faster_for_single_ghost(input: Tensor) -> bool:
+    """Return True if `ghost_norm` is faster than torch's batch norm if `input` (n, C, H, W) is a single ghost batch."""
     return input.numel() >= LARGE and _has_kernels(input)
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Use torch's operations even where the kernels could be used, so that the two can be compared."""
-    _disabled.append("asked for")
+    """Disable the Triton kernels within the context, to compare them with torch's operations."""
+    _disabled.append("requested")
     try:
         yield
     finally:
-        _disabled.remove("asked for")
+        _disabled.remove("requested")
 
 
 class _GhostNorm(torch.autograd.Function):
@@ -87,8 +88,8 @@ class _GhostNorm(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
     ) -> tuple[Tensor, Tensor]:
-        given = (input, weight, bias, ghosts, eps)
-        output, statistics, inverse = _by_kernels("normalize", input, *given) or _normalize(*given)
+        arguments = (input, weight, bias, ghosts, eps)
+        output, statistics, inverse = _call_kernel("normalize", input, *arguments) or _normalize(*arguments)
         ctx.save_for_backward(input, weight, statistics[0], inverse)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
@@ -100,25 +101,25 @@ class _GhostNorm(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None
         input, weight, mean, inverse = ctx.saved_tensors
-        given = (grad, input, weight, mean, inverse)
-        grad_input, sums = _by_kernels("gradients", input, *given) or _gradients(*given)
+        arguments = (grad, input, weight, mean, inverse)
+        grad_input, sums = _call_kernel("gradients", input, *arguments) or _gradients(*arguments)
         if weight is None:
             return grad_input, None, None, None, None
         grad_bias, grad_weight = sums.sum(1).to(weight.dtype).unbind()
         return grad_input, grad_weight, grad_bias, None, None
 
 
-def _by_kernels(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor, ...] | None:
-    """Return the result of `function` of `ghost_kernels`, or None if its kernels do not support `input` or fail."""
+def _call_kernel(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor, ...] | None:
+    """Call `function` of `ghost_kernels`. Return None if the kernels do not support `input` or fail."""
     if not _has_kernels(input):
         return None
     try:
         result: tuple[Tensor, ...] = getattr(_kernels(), function)(*arguments)
     except torch.OutOfMemoryError:
         raise
-    # No triton, or any failure of its compilers. A failure of the device itself shows again in the next operation.
+    # Triton is missing, or one of its compilers failed. If the device itself failed, the next operation raises again.
     except Exception as error:
-        # The error itself would keep the activations alive.
+        # Keep the text only: the traceback of the error would keep the activations alive.
         _disabled.append(f"{type(error).__name__}: {error}")
         complain(f"ghost batch norm runs without its Triton kernels, more slowly: {_disabled[-1]}")
         return None
@@ -138,7 +139,7 @@ def _is_supported(input: Tensor) -> bool:
 
 
 def _is_plain(input: Tensor) -> bool:
-    # Fake tensors, used for tracing and measuring, are a subclass.
+    # Fake tensors, which tracing and measuring use, are a subclass.
     return type(input) is Tensor
 
 
@@ -158,7 +159,7 @@ def _normalize(
         inverse = torch.rsqrt(variance + eps)
         scale = inverse if weight is None else inverse * _per_channel(weight)
         shift = -mean * scale if bias is None else torch.addcmul(_per_channel(bias), mean, scale, value=-1)
-        # Not a view: the network continues in place (ReLU), which autograd forbids for views made here.
+        # Not a view: the next layer (ReLU) works in place, which autograd forbids for views that a Function returns.
         output = torch.empty_like(input)
         written = _multiply_add(shift, x, scale, _split(output, ghosts))
         if torch.compiler.is_compiling():
@@ -177,9 +178,9 @@ def _gradients(
         x, dy = _split(input, len(mean)), _split(grad, len(mean))
         dy_sum = dy.sum(_REDUCED, keepdim=True, dtype=mean.dtype)
         # The sum of the gradients times the normalized input.
-        normed_sum, spare = _product_sum(dy, x, mean, dy_sum)
+        normed_sum, scratch = _product_sum(dy, x, mean, dy_sum)
         normed_sum = normed_sum * inverse
-        grad_input = _input_gradient(dy, x, mean, inverse, weight, dy_sum, normed_sum, spare)
+        grad_input = _input_gradient(dy, x, mean, inverse, weight, dy_sum, normed_sum, scratch)
         return grad_input.flatten(0, 1), torch.stack([dy_sum, normed_sum]).reshape(2, len(mean), -1)
 
 
@@ -191,20 +192,20 @@ def _input_gradient(
     weight: Tensor | None,
     dy_sum: Tensor,
     normed_sum: Tensor,
-    spare: Tensor | None,
+    scratch: Tensor | None,
 ) -> Tensor:
-    """Return scale * (dy - mean(dy) - normed * mean(dy * normed)), where mean is over the values of a ghost batch."""
+    """Return scale * (dy - mean(dy) - normed * mean(dy * normed)), with means over a ghost batch."""
     scale = inverse if weight is None else inverse * _per_channel(weight)
     share = scale * (-mean.numel() / x.numel())
     slope = normed_sum * inverse * share
     shift = torch.addcmul(dy_sum * share, mean, slope, value=-1)
-    # The part without dy comes first: it is centered, so rounding it to half precision loses little.
-    out = _empty_like(x) if spare is None else spare
+    # Compute the terms without dy first: their sum is centered, so rounding it to half precision loses little.
+    out = _empty_like(x) if scratch is None else scratch
     return _multiply_add(_multiply_add(shift, x, slope, out), dy, scale, out)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each ghost batch and channel, (ghosts, 1, C, 1, 1), at least float32."""
+    """Return the mean and biased variance per ghost batch and channel, (ghosts, 1, C, 1, 1), in at least float32."""
     if x.dtype in _HALF:
         if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
             # `var_mean` would round its results to half precision, and a float32 copy would cost memory.
@@ -216,29 +217,29 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multiply_add(shift: Tensor, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Write shift + x * scale, in the widest dtype and rounded once, into `out`, which may be `shift`."""
+    """Write shift + x * scale into `out`, which may be `shift`. Compute in the widest dtype and round once."""
     if torch.compiler.is_compiling():
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(out.dtype)
     return torch.addcmul(shift, x, scale, out=out)
 
 
 def _product_sum(dy: Tensor, x: Tensor, mean: Tensor, dy_sum: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the sums of dy * (x - mean) per ghost batch and channel, and a tensor like `x` to be overwritten."""
+    """Return the sums of dy * (x - mean) per ghost batch and channel, and a scratch tensor like `x`, or None."""
     if torch.compiler.is_compiling():
         return (dy.to(mean.dtype) * (x.to(mean.dtype) - mean)).sum(_REDUCED, keepdim=True), None
     if x.dtype == torch.float16:
         # Products of scaled gradients may exceed 65504, the largest float16. In float32 each product is exact, so
-        # subtracting the mean afterwards loses less than the rounding of the input did.
+        # subtracting the mean afterwards loses less precision than the rounding of the input to float16.
         products = torch.addcmul(mean.new_zeros(1), dy, x)
         return torch.addcmul(products.sum(_REDUCED, keepdim=True), mean, dy_sum, value=-1), None
-    # The only operation of torch that multiplies a difference without storing it is the gradient of the squared error,
-    # 2 * (x - near) * dy. It needs a single dtype; the last line corrects for the rounding of the mean.
-    near = mean.to(x.dtype)
-    products = torch.ops.aten.mse_loss_backward.grad_input(dy, x, near, 0, grad_input=_empty_like(x))
+    # torch's only operation that multiplies a difference without storing the difference is the gradient of the squared
+    # error, 2 * (x - mean) * dy. It needs a single dtype; the last line corrects for rounding the mean to that dtype.
+    rounded_mean = mean.to(x.dtype)
+    products = torch.ops.aten.mse_loss_backward.grad_input(dy, x, rounded_mean, 0, grad_input=_empty_like(x))
     centered = products.sum(_REDUCED, keepdim=True, dtype=mean.dtype) / 2
-    if near.dtype == mean.dtype:
+    if rounded_mean.dtype == mean.dtype:
         return centered, products
-    return torch.addcmul(centered, mean - near, dy_sum, value=-1), products
+    return torch.addcmul(centered, mean - rounded_mean, dy_sum, value=-1), products
 
 
 def _per_channel(values: Tensor) -> Tensor:

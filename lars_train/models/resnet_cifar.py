@@ -1,4 +1,4 @@
-"""The residual networks for 32 x 32 images of He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2.
+"""Residual networks for 32 x 32 images (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2).
 
 6n + 2 layers: a 3 x 3 convolution, three stages of n blocks with 16, 32 and 64 channels, global average
 pooling, a linear layer. Modules are named as in torchvision's ResNets. The ImageNet networks are
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 NormLayer = Callable[[int], nn.Module]
-"""Creates the normalization layer for a number of channels."""
+"""Creates a normalization layer for the given number of channels."""
 
 _WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut without parameters (the paper's option A).
+    """Two 3 x 3 convolutions with a parameter-free shortcut (the paper's option A).
 
     The input is (n, in_planes, H, W), the output (n, planes, ceil(H / stride), ceil(W / stride)). If the shape changes,
     the shortcut takes every `stride`-th pixel and appends channels of zeros.
@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
         self.new_planes = planes - in_planes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (n, in_planes, H, W) activations to those of the next block."""
+        """Map (n, in_planes, H, W) activations to the input of the next block."""
         out: Tensor = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.stride > 1:
@@ -49,11 +49,11 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A network of 6 * `blocks` + 2 layers, from (n, 3, H, W) images to (n, `num_classes`) logits.
 
-    With `stem_stride` 2, which the paper does not have, all stages work on a quarter of the pixels, at a quarter of the
+    With `stem_stride` 2, which is not in the paper, all stages work on a quarter of the pixels, at a quarter of the
     cost.
 
-    Convolutions are initialized as in He et al. 2015 (https://arxiv.org/abs/1502.01852, section 2.2), which section
-    4.2 cites: normal with variance 2 / (k * k * output channels).
+    Convolutions are initialized as in He et al. 2015 (https://arxiv.org/abs/1502.01852, section 2.2), cited in section
+    4.2 of the paper: normal with variance 2 / (k * k * output channels).
     """
 
     def __init__(

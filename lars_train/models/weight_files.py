@@ -1,10 +1,10 @@
-"""Find the network in a file of weights, and the classes of its outputs.
+"""Find the network in a weights file, and the classes of its outputs.
 
 A file may hold a plain state dict, or another program's checkpoint that contains one. The names of the model's tensors
-decide which mapping in the file is the network, and which prefix its names have (``module.``, ``_orig_mod.``,
-``model.``). `Weights.classes` are known for exports and checkpoints of this program, and for files with one of
-`_CLASS_KEYS` beside the network or at one of `_CLASS_PLACES`. weights.py checks that the network fits a model and loads
-it.
+show which mapping in the file is the network, and which prefix its names have (``module.``, ``_orig_mod.``,
+``model.``). Exports and checkpoints of this program contain the classes. Other files may have them under one of
+`_CLASS_KEYS`, beside the network or at one of `_CLASS_PLACES`. `weights` checks that the network fits a model, and
+loads it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ HEAD = "fc."
 """The prefix of the last layer's parameter names, in every model of the factory."""
 
 _COMPILED = "_orig_mod."
-# Keys of class names in files of other programs, in any case. torchvision's data sets have the first; the second is its
-# inverse; id2label is Hugging Face's, names is YOLO's, CLASSES is OpenMMLab's.
+# Keys of class names in files of other programs, in upper or lower case. The first is from torchvision's data sets, and
+# the second is its inverse; id2label is Hugging Face's, names is YOLO's, CLASSES is OpenMMLab's.
 _CLASS_KEYS = ("class_to_idx", "idx_to_class", "classes", "class_names", "id2label", "label_map", "names")
 # Mappings beside the network that hold class names: OpenMMLab's (dataset_meta in newer files), Hugging Face's.
 _CLASS_PLACES = (("meta",), ("meta", "dataset"), ("meta", "dataset_meta"), ("config",))
-_DEEPEST = 4  # levels of nested mappings that are searched for a network
+_MAX_DEPTH = 4  # levels of nested mappings in which to look for a network
 _NOT_WEIGHTS = (
-    (rb"\s*<(!doctype|html|\?xml)", "it is a web page that was downloaded instead of the weights; download them again"),
+    (rb"\s*<(!doctype|html|\?xml)", "it is a web page, not the weights; download them again"),
     (rb"version https://git-lfs", "it is a Git LFS pointer, not the file itself; run `git lfs pull`"),
 )
 
@@ -51,7 +51,7 @@ class Weights:
     origin: str
     """The source, as messages name it: ``model.weights=net.pth``."""
     state: Mapping[str, Tensor]
-    """The tensors by the model's names. `load_state` checks that they fit."""
+    """The tensors by their names in the model. `load_state` checks that they fit."""
     classes: tuple[str, ...] | None = None
     """The class of each output, if the file has them."""
     model: str | None = None
@@ -67,10 +67,10 @@ class Weights:
 
 
 def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weights:
-    """Return the network in the file `path` that has the most of the tensor `names`. Raises `ConfigError`."""
+    """Return the network in the file `path` that matches the most of the tensor `names`. Raises `ConfigError`."""
     origin = f"model.weights={path}"
     content, about = _read(path, origin)
-    # For each mapping with tensors and each prefix of their names: how many of `names` it has.
+    # For each mapping with tensors and each prefix of their names: the number of `names` that match.
     found = [
         (sum(prefix + key in tensors for key in names), where, prefix, tensors)
         for where, tensors in _mappings(content)
@@ -79,37 +79,39 @@ def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weight
     most = max((count for count, *_ in found), default=-1)
     if most < 0:
         raise ConfigError(
-            f"{origin}: holds no state dict (names to tensors), neither by itself nor nested; save it with "
+            f"{origin}: the file holds no state dict (a mapping of names to tensors); save one with "
             "torch.save(model.state_dict(), path)."
         )
     best = [entry for entry in found if entry[0] == most] if most else found[:1]
     plain = [entry for entry in best if "ema" not in _location(*entry[1:3]).lower()] or best
     if len(plain) > 1:
         places = ", ".join(_location(where, prefix) for _, where, prefix, _ in plain)
-        raise ConfigError(f"{origin}: holds more than one network ({places}); save only the one to use.")
+        raise ConfigError(f"{origin}: the file holds more than one network ({places}); save only the one to use.")
     _, where, prefix, tensors = plain[0]
     notes = []
     if len(best) > 1:
         places = ", ".join(_location(*entry[1:3]) for entry in best)
-        notes.append(f"{origin}: of {places}, {_location(where, prefix)} is used; to use another, save only that one.")
+        notes.append(
+            f"{origin}: the file holds {places}; {_location(where, prefix)} is used. Save another one alone to use it."
+        )
     unused_tensors = [key for key in tensors if not key.startswith(prefix)]
     if unused_tensors:
         notes.append(
-            f"{origin}: not used, outside the network {prefix}: {counted(len(unused_tensors), 'tensor')}: "
+            f"{origin}: not used: {counted(len(unused_tensors), 'tensor')} outside the network {prefix}: "
             f"{few(unused_tensors)}."
         )
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    _refuse_clashes(origin, _mappings_to(content, where)[-1], prefix)
+    _check_clashes(origin, _mappings_to(content, where)[-1], prefix)
     about = about or _description(content, where)
     model = about.get("model")
     weights = Weights(origin, state, model=model if isinstance(model, str) else None)
     classes, unused = _classes(_class_entries(about), weights.outputs)
-    notes += [f"{origin}: its entry {key} is not used: {why}." for key, why in unused]
+    notes += [f"{origin}: the entry {key} is not used: {why}." for key, why in unused]
     return replace(weights, classes=classes, notes=tuple(notes))
 
 
-def _refuse_clashes(origin: str, mapping: Mapping[Any, Any], prefix: str) -> None:
-    """Raise `ConfigError` if different tensors of the network have the same name without `_COMPILED`."""
+def _check_clashes(origin: str, mapping: Mapping[Any, Any], prefix: str) -> None:
+    """Raise `ConfigError` if two tensors of the network differ, but their names differ only in `_COMPILED`."""
     first: dict[str, str] = {}
     clashes = []
     for key, value in mapping.items():
@@ -120,8 +122,8 @@ def _refuse_clashes(origin: str, mapping: Mapping[Any, Any], prefix: str) -> Non
             clashes.append(f"{other} and {key}")
     if clashes:
         raise ConfigError(
-            f"{origin}: {counted(len(clashes), 'tensor')} of the network twice, with different values: {few(clashes)}; "
-            "save only the network to use."
+            f"{origin}: the network has {counted(len(clashes), 'tensor')} twice, with different values: "
+            f"{few(clashes)}; save only the network to use."
         )
 
 
@@ -137,7 +139,7 @@ def _classes(about: Mapping[str, Any], outputs: int) -> tuple[tuple[str, ...] | 
         elif len(names) != outputs:
             why = f"{counted(len(names), 'name')} for {counted(outputs, 'output')}"
         elif len(set(names)) < len(names):
-            why = "it has a name twice"
+            why = "a name occurs twice"
         elif used is not None and names != used:
             why = f"it differs from {chosen}"
         else:
@@ -148,7 +150,7 @@ def _classes(about: Mapping[str, Any], outputs: int) -> tuple[tuple[str, ...] | 
 
 
 def _names(value: object) -> tuple[str, ...] | None:
-    """Return the names of class 0, 1, ... from a list, or a mapping from or to class numbers; None for other values."""
+    """Return the names of class 0, 1, ...; None if `value` is neither a list nor a mapping from or to class numbers."""
     if isinstance(value, Mapping):
         by_index = {}
         for key, other in value.items():
@@ -162,14 +164,14 @@ def _names(value: object) -> tuple[str, ...] | None:
 
 
 def _read(path: str | os.PathLike[str], origin: str) -> tuple[Any, dict[str, Any]]:
-    """Return the content of the file, and what safetensors metadata say about the network."""
+    """Return the content of the file, and its safetensors metadata about the network; empty for other formats."""
     name = os.fspath(path)
     if name.endswith(".onnx"):
-        raise ConfigError(f"{origin}: ONNX graphs are not supported; give the .pth or .safetensors of the network.")
+        raise ConfigError(f"{origin}: ONNX graphs are not supported; give the network's .pth or .safetensors file.")
     if Path(name).is_dir():
         raise ConfigError(
             f"{origin}: it is a folder; give a file, such as best.pt in a run's checkpoints/. To evaluate or resume a "
-            "run: checkpoint.path."
+            "run, set checkpoint.path."
         )
     try:
         with Path(name).open("rb") as file:
@@ -185,7 +187,9 @@ def _read(path: str | os.PathLike[str], origin: str) -> tuple[Any, dict[str, Any
     except ConfigError:
         raise
     except ImportError:
-        raise ConfigError(f"{origin}: this needs the package safetensors: pip install 'lars-train[export]'.") from None
+        raise ConfigError(
+            f"{origin}: the package safetensors is not installed; pip install 'lars-train[export]'."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{origin}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # a damaged pickle can raise anything: KeyError, UnicodeDecodeError, struct.error
@@ -193,13 +197,13 @@ def _read(path: str | os.PathLike[str], origin: str) -> tuple[Any, dict[str, Any
         if refused or "TorchScript" in str(error):
             what = refused[1] if refused else "a TorchScript program"
             raise ConfigError(
-                f"{origin}: besides tensors it holds {what}, but only plain values and tensors are loaded, so that no "
-                "code in a file can run. If you trust it, load it in Python (torch.load with weights_only=False, or "
+                f"{origin}: the file holds {what}. Only plain values and tensors are loaded, so that no code in a file "
+                "can run. If you trust the file, load it in Python (torch.load with weights_only=False, or "
                 "torch.jit.load) and save its state_dict() alone with torch.save."
             ) from None
         raise ConfigError(
-            f"{origin}: not a file of plain tensors written by torch.save (or safetensors), or damaged "
-            f"({type(error).__name__}); download it again, or save it with torch.save(model.state_dict(), path)."
+            f"{origin}: the file is damaged, or neither torch.save nor safetensors wrote it ({type(error).__name__}); "
+            "download it again, or save it with torch.save(model.state_dict(), path)."
         ) from error
 
 
@@ -219,14 +223,14 @@ def _json(text: object) -> dict[str, Any]:
 
 
 def _description(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
-    """Return what the file says about the network at `where`: its ``model``, and candidates for its classes by key."""
+    """Return the file's description of the network at `where`: its ``model``, and candidates for its classes by key."""
     *outer, inner = _mappings_to(content, where)
     metadata = getattr(inner, "_metadata", None)
     if isinstance(metadata, Mapping) and (about := _json(metadata.get(KEY))):
         return about
     around = outer[-1] if outer else {}
     parameters = _mapping_at(around, ["hyper_parameters"])  # Lightning's
-    # A setting called classes in a config must not hide the class names of the file itself.
+    # The file's own entries come first: a setting named "classes" in a config must not hide them.
     places = [inner, parameters, *reversed(outer), *(_mapping_at(around, keys) for keys in _CLASS_PLACES)]
     names = next(filter(None, map(_class_entries, places)), {})
     if where != ("model",) or "format" not in around:
@@ -250,7 +254,7 @@ def _mapping_at(place: Any, keys: Sequence[str]) -> Mapping[Any, Any]:
 
 
 def _mappings_to(content: Any, where: tuple[str, ...]) -> list[Mapping[Any, Any]]:
-    """Return the mappings on the way from the whole file to `where`, both included."""
+    """Return the mappings along the path from the whole file to `where`, including both ends."""
     found = [content]
     for key in where:
         found.append(found[-1][key])
@@ -258,8 +262,8 @@ def _mappings_to(content: Any, where: tuple[str, ...]) -> list[Mapping[Any, Any]
 
 
 def _mappings(value: object, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Yield every mapping with tensors in `value`, after the keys that lead to it."""
-    if not isinstance(value, Mapping) or len(where) > _DEEPEST:
+    """Yield every mapping with tensors in `value` as a pair: the keys that lead to it, and its tensors."""
+    if not isinstance(value, Mapping) or len(where) > _MAX_DEPTH:
         return
     tensors = {
         _plain_name(key): item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)
@@ -276,7 +280,7 @@ def _plain_name(key: str) -> str:
 
 
 def _prefixes(tensors: Mapping[str, Tensor], first: str) -> list[str]:
-    """Return the possible prefixes of the model's names: none, and each that precedes its `first` name."""
+    """Return the possible prefixes of the model's names: the empty one, and each that precedes the name `first`."""
     ends = (key.removesuffix(first) for key in tensors if key.endswith(f".{first}"))
     return list(dict.fromkeys(["", *ends]))
 
@@ -286,5 +290,5 @@ def _location(where: Sequence[str], prefix: str) -> str:
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
-    """Join the first of `names`, for a message."""
+    """Join the first `most` of `names` for a message, followed by ``...`` if there are more."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

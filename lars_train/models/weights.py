@@ -1,4 +1,4 @@
-"""Load weights into a model: check that they fit, and match their classes. Hash weights."""
+"""Check that weights fit a model, match their classes, and load them. Compute the hash of a model's weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lars_train.models.weight_files import HEAD, Weights, few, read_weights
 def weights_sha256(network: nn.Module, rounded_to: torch.dtype | None = None) -> str:
     """Return the SHA-256, in hex, of the names and bytes (C order) of all parameters and buffers.
 
-    They are in bytewise order of names. `rounded_to`: the dtype to which floating-point values are rounded first.
+    Tensors are hashed in bytewise order of their names. `rounded_to`: round floating-point values to this dtype first.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
@@ -40,17 +40,17 @@ def load_weights(
 ) -> tuple[str, ...]:
     """Load the network in the file `path` into `model`, in place, and return messages for the user.
 
-    The file must have every parameter and buffer, by name and shape, and no others; only the counters
+    The file must hold exactly the model's parameters and buffers, by name and shape. Only the counters
     ``num_batches_tracked`` may be missing, as in old files. No code in the file is run.
 
     Args:
-        name: the model's name. A file that names another model is refused.
+        name: the model's name. A file that names another model is rejected.
         classes: the class of each output of `model`. If the file names the same classes in another order, the rows of
-            the last layer are reordered; if it names other classes, it is refused.
-        new_head: keep the last layer of `model`, and ignore the file's.
+            the last layer are reordered; if it names other classes, it is rejected.
+        new_head: keep the last layer of `model`, and ignore that of the file.
 
     Raises:
-        ConfigError: the file is missing, holds no network, does not fit the model, or has values that are not finite.
+        ConfigError: the file is missing, holds no network, does not fit the model, or has non-finite values.
     """
     weights = read_weights(path, model.state_dict())
     check_name(weights, name)
@@ -60,35 +60,38 @@ def load_weights(
         own = {key: value for key, value in model.state_dict().items() if key.startswith(HEAD)}
         kept = {key: value for key, value in weights.state.items() if not key.startswith(HEAD)}
         load_state(model, {**kept, **own}, weights.origin)
-        return (*notes, f"{weights.origin}: all but the last layer, which is newly initialized (model.new_head=true).")
+        return (
+            *notes,
+            f"{weights.origin}: used for all layers but the last, which is newly initialized (model.new_head=true).",
+        )
     known, classes = weights.classes, tuple(classes or ())
     if known and classes:
-        _refuse_other_classes(weights.origin, known, classes)
+        _check_same_classes(weights.origin, known, classes)
     load_state(model, weights.state, weights.origin)
     if known and classes and known != classes:
         keep_outputs(model, [known.index(label) for label in classes])
-        notes.append(f"{weights.origin}: its outputs are reordered to match the data set's classes, by name.")
+        notes.append(f"{weights.origin}: the outputs are reordered to match the data set's classes by name.")
     return tuple(notes)
 
 
 def check_name(weights: Weights, name: str | None) -> None:
     """Raise `ConfigError` if the file names another of this program's models."""
-    # Tiny and small have the same shapes.
+    # The shapes do not suffice: those of tiny and small are equal.
     if name is not None and weights.model in model_names() and weights.model != name:
         raise ConfigError(
-            f"{weights.origin}: it is for model {weights.model}, not {name}: choose model={weights.model}."
+            f"{weights.origin}: the weights are for model {weights.model}, not {name}; choose model={weights.model}."
         )
 
 
-def _refuse_other_classes(origin: str, known: Sequence[str], classes: Sequence[str]) -> None:
+def _check_same_classes(origin: str, known: Sequence[str], classes: Sequence[str]) -> None:
     sides = (("in the file", known, set(classes)), ("in the data set", classes, set(known)))
     only_in = [(side, [label for label in names if label not in others]) for side, names, others in sides]
     differences = "; ".join(f"only {side}: {few(names)}" for side, names in only_in if names)
     if differences:
         raise ConfigError(
-            f"{origin}: its {len(known):,} classes are not the data set's {len(classes):,} ({differences}). Rename the "
-            "folders if the classes are the same, save the network without names if its outputs are in the order of "
-            "the data set's classes, or set model.new_head=true, which starts a new last layer."
+            f"{origin}: the file's {len(known):,} classes are not the data set's {len(classes):,} ({differences}). If "
+            "the classes are the same, rename the folders. If the outputs are in the order of the data set's classes, "
+            "save the network without class names. Otherwise set model.new_head=true, which starts a new last layer."
         )
 
 
@@ -103,14 +106,14 @@ def keep_outputs(model: nn.Module, rows: Sequence[int]) -> None:
 
 
 def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None:
-    """Load the state dict `loaded` into `model`, in place. `load_weights` says what it must contain.
+    """Load the state dict `loaded` into `model`, in place. See `load_weights` for the required content.
 
-    Raises `ConfigError`, which names its `origin`, if it does not fit.
+    Raises `ConfigError` if it does not fit; the message names its `origin`.
     """
     expected = model.state_dict()
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
         raise ConfigError(
-            f"{origin}: holds no plain state dict (names to tensors); save it with "
+            f"{origin}: it is not a plain state dict (a mapping of names to tensors); save one with "
             "torch.save(model.state_dict(), path)."
         )
     both = [key for key in expected if key in loaded]
@@ -133,30 +136,30 @@ def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None
         theirs, mine = loaded.get(f"{HEAD}weight"), len(expected[f"{HEAD}weight"])
         outputs = "no last layer" if theirs is None else f"a last layer of {len(theirs):,} outputs"
         raise ConfigError(
-            f"{origin}: it has {outputs}, and the data set has {mine:,} classes ({'; '.join(found)}). Set "
-            "model.new_head=true to start a new last layer and take everything else from the file."
+            f"{origin}: the network has {outputs}, but the data set has {mine:,} classes ({'; '.join(found)}). Set "
+            "model.new_head=true to start a new last layer and take all others from the file."
         )
     if found:
         other = _model_of(loaded)
         remedy = "Check model.name, and how the file was saved" if other is None else f"It fits model={other}"
-        raise ConfigError(f"{origin}: does not fit the model; {'; '.join(found)}. {remedy}.")
+        raise ConfigError(f"{origin}: the weights do not fit the model: {'; '.join(found)}. {remedy}.")
     model.load_state_dict(loaded, strict=False)
 
 
 def check_finite(weights: Weights) -> None:
-    """Raise `ConfigError` if a tensor has values that are not finite."""
-    # A state dict has no checksum, so this is the only sign of damaged bytes.
+    """Raise `ConfigError` if a tensor has non-finite values."""
+    # A state dict has no checksum, so non-finite values are the only sign of damaged bytes.
     floats = {key: value for key, value in weights.state.items() if value.is_floating_point()}
     faulty = [key for key, value in floats.items() if not value.float().isfinite().all()]
     if faulty:
         raise ConfigError(
-            f"{weights.origin}: {counted(len(faulty), 'tensor')} with values that are not finite: {few(faulty)}. The "
-            "file is damaged, or it is from a run that diverged."
+            f"{weights.origin}: {counted(len(faulty), 'tensor')} with non-finite values: {few(faulty)}. The file is "
+            "damaged, or from a run that diverged."
         )
 
 
 def _model_of(state: Mapping[str, Tensor]) -> str | None:
-    """Return the first of this program's models that the state fits, except for the last layer."""
+    """Return the first of this program's models that `state` fits, apart from the last layer, or None."""
     shapes = {key: value.shape for key, value in state.items() if _is_compared(key)}
     if not all(value.is_floating_point() for key, value in state.items() if key in shapes):
         return None

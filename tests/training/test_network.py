@@ -185,7 +185,7 @@ def test_classes_in_another_order_are_evaluated_by_name(
     asked = config(mode="evaluate", data__root=root, checkpoint__path="runs/r")
     assert session.evaluate_only(asked, content, Ranks())["val/top1"] == 100.0
     content["model"] = {**model.state_dict(), "fc.weight": "x"}
-    with pytest.raises(ConfigError, match=r"checkpoint\.path=runs/r: holds no plain state dict"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.path=runs/r: it is not a plain state dict"):
         session.evaluate_only(asked, content, Ranks())
 
 
@@ -306,7 +306,7 @@ def test_a_new_head_is_initialized_and_the_rest_is_loaded(
         folders(tmp_path / "data" / split, {"a": 0, "b": 1})
     changes = {"data__root": str(tmp_path / "data"), "model__weights": weights(NAMES)}
     changes["run__dir"] = str(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"its 12 classes are not the data set's 2 .*model\.new_head=true"):
+    with pytest.raises(ConfigError, match=r"the file's 12 classes are not the data set's 2 .*model\.new_head=true"):
         prepare(config(**changes))
     assert "is newly initialized" in prepare(config(**changes, model__new_head=True)).notes[0]
     for seed in (1, 2):
