@@ -29,8 +29,6 @@ NEVER = {
 PATTERN = re.compile("|".join(rf"(?P<w{i}>(?<![\w.-])(?:{p})(?![\w-]))" for i, p in enumerate(NEVER)), re.IGNORECASE)
 # Names that users rely on, or that belong to other programs.
 NAMES = re.compile(r"plan\.picture|\bpicture: Optional|def tell\(|\.tell\(|.pictures\"|'optimiser'|optimiser=")
-    r"plan\.picture|\bpicture: Optional|def tell\(|\.tell\(|.pictures\"|optimiser"
-)
 FIRST_WORDS = re.compile(r"(?:Whether|What|How|Of)\b")
 SUFFIXES = {".py", ".yaml", ".c", ".sh", ".sbatch"}
 FILES = sorted(
