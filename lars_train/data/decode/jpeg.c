@@ -1,11 +1,12 @@
 /* Decode one view of a JPEG with libjpeg-turbo: only the part that the view needs, resized on the way, to uint8 RGB.
 
    The pixels are those of Pillow's full decode, crop and antialiased bilinear resize: the same filter weights in 22-bit
-   fixed point, columns first, each pass rounded to 8 bits. An image that libjpeg warns of or fails at, or that is not
-   8-bit gray, YCbCr or RGB in Huffman coding, is refused with a code; the caller then uses Pillow. EXIF is ignored.
+   fixed point, columns first, each pass rounded to 8 bits. Decoding returns an error code if libjpeg warns or fails,
+   and for images other than 8-bit gray, YCbCr or RGB in Huffman coding. The caller then uses Pillow. EXIF is ignored.
 
-   Built at install if a C compiler and libjpeg-turbo's headers are available; pillow.py works without it. No static
-   state. For tests: LARS_WITHOUT_PYTHON compiles without Python, LARS_PLAIN_C without vectors. */
+   This file is built at installation if a C compiler and libjpeg-turbo's headers are available; pillow.py works without
+   it. It has no static state. Tests define LARS_WITHOUT_PYTHON to compile without Python, and LARS_PLAIN_C to compile
+   without vector instructions. */
 
 #ifndef LARS_WITHOUT_PYTHON
 #define Py_LIMITED_API 0x030A0000
@@ -41,19 +42,20 @@
 #define MAX_PIXELS ((1u << 30) / 12)
 #define MAX_SCANS 500
 #define MAX_SCANNED ((uint64_t)32 * MAX_PIXELS)
-/* For libjpeg, for the coefficients of an image in several scans: at most 6 bytes per pixel, so 44 million pixels. */
+/* The memory that libjpeg may use for the coefficients of an image in several scans. They take at most 6 bytes per
+   pixel, so 44 million pixels always fit. */
 #define MAX_MEMORY (256L << 20)
 
 /* As in Pillow: sums of products of an 8-bit pixel and a 22-bit weight fit into 32 bits. */
 #define WEIGHT_BITS 22
 #define HALF (1 << (WEIGHT_BITS - 1))
-/* Bytes after each row of pixels that vectors may read or write. */
+/* Bytes after each row of pixels that vector instructions may read or write. */
 #define SLACK 32
-/* Columns of an output row computed at a time. */
+/* Bytes of an output row that resize_down computes at a time. */
 #define BLOCK 32
 /* With more weights, their rounding errors could add up to a level above 255. */
 #define MAX_TAPS 16000
-/* Rows read from libjpeg at a time: with 4:2:0 it produces two. */
+/* Rows read from libjpeg at a time: with 4:2:0, it produces two at once. */
 #define ROWS 2
 /* Output pixels of a row computed at a time with vectors. */
 #define GROUP 4
@@ -62,20 +64,21 @@
 
 enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
 
-/* The image's size as known to the caller; the crop box; the size that the crop is resized to; the left and top corner
-   of the window that is kept of it, with zeros where the window extends beyond it; and the window's side. */
+/* `width`, `height`: the size of the image, as the caller knows it. `left` to `bottom`: the crop box. `wide`, `high`:
+   the size to which the box is resized. `x`, `y`: the left and top corner of the window in the resized box. `size`: the
+   side of the window, which is the output, with zeros beyond the box. */
 typedef struct {
     int width, height, left, top, right, bottom, wide, high, x, y, flip, size;
 } View;
 
-/* The resizing of one axis: for each output pixel of the window, in output order, the first input pixel and `taps`
-   weights (the last ones may be zeros). In the window, the output pixels lie from `from` to `from + count`. The input
-   pixels needed are those from `begin` to `end`. */
+/* The plan to resize one axis. `first`, `weights`: for each output pixel, in output order, its first input pixel and
+   its `taps` weights, of which the last may be zeros. The output pixels lie at `from` to `from + count` in the window.
+   They depend on the input pixels `begin` to `end`. */
 typedef struct {
     int count, from, taps, begin, end;
     int *first;
     int32_t *weights;
-    /* The weights in the order for vectors, if vectors are used. */
+    /* The weights in the order that the vector code reads; unused without vectors. */
     int32_t *spread;
 } Axis;
 
@@ -97,59 +100,60 @@ typedef struct {
     uint8_t *out;
     Axis across, down;
     void *memory[6];
-    void (*weigh)(const Filter *, int, int, const int *, const int *, int, int, double *, int32_t *);
+    void (*set_weights)(const Filter *, int, int, const int *, const int *, int, int, double *, int32_t *);
     void (*resize_across)(const Axis *, int, const uint8_t *const *, uint8_t *const *);
     void (*resize_down)(const uint8_t *const *, const int32_t *, int, int, uint8_t *);
 } Job;
 
 static Job *job_of(j_common_ptr jpeg) { return (Job *)jpeg->client_data; }
 
-static void leave(Job *job, int code) {
+static void fail(Job *job, int code) {
     job->code = code;
     longjmp(job->back, 1);
 }
 
-static void on_error(j_common_ptr jpeg) { leave(job_of(jpeg), DAMAGED); }
+static void on_error(j_common_ptr jpeg) { fail(job_of(jpeg), DAMAGED); }
 
 static void on_message(j_common_ptr jpeg, int level) {
     /* A warning: the data end early or are invalid. */
-    if (level < 0) leave(job_of(jpeg), DAMAGED);
+    if (level < 0) fail(job_of(jpeg), DAMAGED);
 }
 
-static void be_silent(j_common_ptr jpeg) { (void)jpeg; }
+static void ignore_message(j_common_ptr jpeg) { (void)jpeg; }
 
 static void on_progress(j_common_ptr jpeg) {
     /* A few bytes can request any number of scans over the whole image. */
     const j_decompress_ptr reader = (j_decompress_ptr)jpeg;
     const uint64_t scans = (uint64_t)reader->input_scan_number, pixels = (uint64_t)reader->image_width * reader->image_height;
-    if (scans > MAX_SCANS || scans * pixels > MAX_SCANNED) leave(job_of(jpeg), TOO_MUCH);
+    if (scans > MAX_SCANS || scans * pixels > MAX_SCANNED) fail(job_of(jpeg), TOO_MUCH);
 }
 
-static void *take(Job *job, int slot, size_t count, size_t bytes) {
-    if (bytes && count > (size_t)PTRDIFF_MAX / 2 / bytes) leave(job, TOO_MUCH);
+static void *allocate(Job *job, int slot, size_t count, size_t bytes) {
+    if (bytes && count > (size_t)PTRDIFF_MAX / 2 / bytes) fail(job, TOO_MUCH);
     job->memory[slot] = malloc(count * bytes + 1);
-    if (!job->memory[slot]) leave(job, TOO_MUCH);
+    if (!job->memory[slot]) fail(job, TOO_MUCH);
     return job->memory[slot];
 }
 
-static int lesser(int a, int b) { return a < b ? a : b; }
-static int greater(int a, int b) { return a > b ? a : b; }
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
 
-/* The output pixels of an axis, rounded up to whole strips. */
-static int with_last_strip(const Axis *axis) { return (axis->count + STRIP - 1) / STRIP * STRIP; }
+/* Return the number of output pixels of an axis, rounded up to whole strips. */
+static int padded_count(const Axis *axis) { return (axis->count + STRIP - 1) / STRIP * STRIP; }
 
-/* Return the first input pixel under the filter of output pixel `at`, and set their number; rounded as in Pillow. */
-static INLINE int reach(const Filter *filter, int at, int *count) {
+/* Return the first input pixel under the filter of output pixel `at`, and set `count` to their number. Round as Pillow
+   does. */
+static INLINE int filter_range(const Filter *filter, int at, int *count) {
     const double center = (at + 0.5) * filter->scale;
-    const int first = greater((int)(center - filter->support + 0.5), 0);
-    *count = lesser((int)(center + filter->support + 0.5), filter->in) - first;
+    const int first = max_int((int)(center - filter->support + 0.5), 0);
+    *count = min_int((int)(center + filter->support + 0.5), filter->in) - first;
     return first;
 }
 
 /* Compute the weights of STRIP output pixels (`at`, `at + step`, ...), `taps` for each, as Pillow does: in [0, 1] with
-   sum 1, then rounded. Write those of the first `kept` pixels. `scratch`: STRIP times `taps` numbers. */
-static INLINE void weigh(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
-                         double *scratch, int32_t *weights) {
+   sum 1, then rounded. Write the weights of the first `kept` pixels only. `scratch`: STRIP times `taps` numbers. */
+static INLINE void set_weights(const Filter *filter, int at, int step, const int *first, const int *n, int taps,
+                               int kept, double *scratch, int32_t *weights) {
     double center[STRIP], sum[STRIP];
     for (int s = 0; s < STRIP; s++) center[s] = (at + s * step + 0.5) * filter->scale, sum[s] = 0;
     for (int t = 0; t < taps; t++)
@@ -167,37 +171,38 @@ static INLINE void weigh(const Filter *filter, int at, int step, const int *firs
     }
 }
 
-static void weigh_plain(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
-                        double *scratch, int32_t *weights) {
-    weigh(filter, at, step, first, n, taps, kept, scratch, weights);
+static void set_weights_plain(const Filter *filter, int at, int step, const int *first, const int *n, int taps,
+                              int kept, double *scratch, int32_t *weights) {
+    set_weights(filter, at, step, first, n, taps, kept, scratch, weights);
 }
 
 /* Plan the resizing of `in` pixels, from `offset` on, to `out` pixels; the window begins at `start`. `even`: use an
    even number of weights per pixel. */
-static void plan(Job *job, Axis *axis, int slot, int offset, int in, int out, int start, int flip, int even) {
-    const int size = job->view->size, low = greater(start, 0), high = lesser(start + size, out);
+static void plan_axis(Job *job, Axis *axis, int slot, int offset, int in, int out, int start, int flip, int even) {
+    const int size = job->view->size, low = max_int(start, 0), high = min_int(start + size, out);
     const double scale = (double)in / out, support = scale > 1 ? scale : 1;
     const Filter filter = {in, scale, support, 1 / support};
     const int at = flip ? high - 1 : low, step = flip ? -1 : 1;
-    axis->count = greater(high - low, 0);
+    axis->count = max_int(high - low, 0);
     axis->from = flip ? size - (high - start) : low - start;
     if (!axis->count) return;
     /* The last strip repeats the last pixel: its first input pixel is stored again, its weights are not. */
-    const int room = with_last_strip(axis);
-    int *first = axis->first = take(job, slot, room, sizeof(int)), *n = take(job, 4, room, sizeof(int)), most = 0;
+    const int room = padded_count(axis);
+    int *first = axis->first = allocate(job, slot, room, sizeof(int)), *n = allocate(job, 4, room, sizeof(int));
+    int most = 0;
     for (int i = 0; i < room; i++) {
-        first[i] = reach(&filter, at + step * lesser(i, axis->count - 1), n + i);
-        most = greater(most, n[i]);
+        first[i] = filter_range(&filter, at + step * min_int(i, axis->count - 1), n + i);
+        most = max_int(most, n[i]);
     }
-    if (most > MAX_TAPS) leave(job, REFUSED);
+    if (most > MAX_TAPS) fail(job, REFUSED);
     const int left = flip ? axis->count - 1 : 0, right = axis->count - 1 - left;
     axis->begin = offset + first[left], axis->end = offset + first[right] + n[right];
     axis->taps = even ? (most + 1) / 2 * 2 : most;
-    axis->weights = take(job, slot + 1, (size_t)axis->count * axis->taps, sizeof(int32_t));
-    double *scratch = take(job, 5, (size_t)STRIP * axis->taps, sizeof(double));
+    axis->weights = allocate(job, slot + 1, (size_t)axis->count * axis->taps, sizeof(int32_t));
+    double *scratch = allocate(job, 5, (size_t)STRIP * axis->taps, sizeof(double));
     for (int i = 0; i < axis->count; i += STRIP)
-        job->weigh(&filter, at + step * i, step, first + i, n + i, axis->taps, lesser(STRIP, axis->count - i), scratch,
-                   axis->weights + (size_t)i * axis->taps);
+        job->set_weights(&filter, at + step * i, step, first + i, n + i, axis->taps, min_int(STRIP, axis->count - i),
+                         scratch, axis->weights + (size_t)i * axis->taps);
     for (int i = 0; i < room; i++) first[i] += offset;
     for (int i = 4; i < 6; i++) free(job->memory[i]), job->memory[i] = NULL;
 }
@@ -221,7 +226,7 @@ static void resize_across(const Axis *axis, int count, const uint8_t *const *row
 static void resize_down(const uint8_t *const *rows, const int32_t *weights, int taps, int count, uint8_t *to) {
     for (int i = 0; i < count; i += BLOCK) {
         int32_t sums[BLOCK];
-        const int columns = lesser(BLOCK, count - i);
+        const int columns = min_int(BLOCK, count - i);
         for (int c = 0; c < BLOCK; c++) sums[c] = HALF;
         for (int t = 0; t < taps; t++) {
             const uint8_t *row = rows[t] + i;
@@ -232,33 +237,33 @@ static void resize_down(const uint8_t *const *rows, const int32_t *weights, int 
 }
 
 #ifdef HAVE_AVX2
-/* The same with vectors of 16-bit numbers: a weight is its upper part times 2048 plus 11 lower bits. Overflows in the
-   two sums of products cancel in their total. */
+/* The same functions with vectors of 16-bit numbers. A weight is split: 2048 times its upper part, plus its lower 11
+   bits. Overflows in the two sums of products cancel in their total. */
 #define LOWER_BITS 11
 #define LOWER ((1 << LOWER_BITS) - 1)
-/* Two weights for two neighbors in a vector of pixels. */
-static inline int32_t two(int32_t first, int32_t second) { return first | (int32_t)((uint32_t)second << 16); }
+/* Pack 16-bit weights of two adjacent pixels into 32 bits. */
+static inline int32_t pack_pair(int32_t first, int32_t second) { return first | (int32_t)((uint32_t)second << 16); }
 
-AVX2 static void weigh_avx2(const Filter *filter, int at, int step, const int *first, const int *n, int taps, int kept,
-                            double *scratch, int32_t *weights) {
-    weigh(filter, at, step, first, n, taps, kept, scratch, weights);
+AVX2 static void set_weights_avx2(const Filter *filter, int at, int step, const int *first, const int *n, int taps,
+                                  int kept, double *scratch, int32_t *weights) {
+    set_weights(filter, at, step, first, n, taps, kept, scratch, weights);
 }
 
-/* Store one vector for each group of output pixels and each pair of weights: the upper and lower parts for the first
-   pixel, then for the second; in the other half, those for the third and the fourth. */
+/* Store one vector for each group of output pixels and each pair of weights. Its first half has the upper and the lower
+   parts of the weights of the first pixel, then of the second; its second half, those of the third and the fourth. */
 static void spread_weights(Job *job, Axis *axis, int slot) {
     const int groups = (axis->count + GROUP - 1) / GROUP, pairs = axis->taps / 2;
-    int32_t *to = axis->spread = take(job, slot, (size_t)groups * pairs * 2 * GROUP, sizeof(int32_t));
+    int32_t *to = axis->spread = allocate(job, slot, (size_t)groups * pairs * 2 * GROUP, sizeof(int32_t));
     for (int g = 0; g < groups; g++)
         for (int pair = 0; pair < pairs; pair++)
             for (int i = g * GROUP; i < (g + 1) * GROUP; i++, to += 2) {
                 const int32_t *weights = axis->weights + (size_t)i * axis->taps + 2 * pair;
                 const int32_t a = i < axis->count ? weights[0] : 0, b = i < axis->count ? weights[1] : 0;
-                to[0] = two(a >> LOWER_BITS, b >> LOWER_BITS), to[1] = two(a & LOWER, b & LOWER);
+                to[0] = pack_pair(a >> LOWER_BITS, b >> LOWER_BITS), to[1] = pack_pair(a & LOWER, b & LOWER);
             }
 }
 
-/* Combine the upper and lower sums of products to levels. The lower sums include half a level, for rounding. */
+/* Combine the upper and lower sums of products into levels. The lower sums include half a level, for rounding. */
 AVX2 static INLINE __m256i level(__m256i upper, __m256i lower) {
     return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(upper, LOWER_BITS), lower), WEIGHT_BITS);
 }
@@ -266,17 +271,17 @@ AVX2 static INLINE __m256i level(__m256i upper, __m256i lower) {
 /* Resize one or two rows (`count`) with the same weights. */
 AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
                                                                        const uint8_t *const *rows, uint8_t *const *to) {
-    /* Widen two pixels of four channels to 16 bits, with the first and the second pixel's channels in turn. */
-    const __m256i beside = _mm256_set_epi8(-1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0,  //
-                                           -1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0);
-    const __m256i three = _mm256_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0,  //
-                                          -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0);
+    /* Shuffles: interleave the channels of two 4-channel pixels, widened to 16 bits; and keep 3 channels of 4. */
+    const __m256i interleave = _mm256_set_epi8(-1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0,  //
+                                               -1, 7, -1, 3, -1, 6, -1, 2, -1, 5, -1, 1, -1, 4, -1, 0);
+    const __m256i drop_fourth = _mm256_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0,  //
+                                                -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 6, 5, 4, 2, 1, 0);
     const __m256i half = _mm256_set1_epi32(HALF);
     const __m256i zero = _mm256_setzero_si256();
     const int32_t *weights = axis->spread;
     const int *first = axis->first;
     for (int i = 0; i < axis->count; i += GROUP, first += GROUP) {
-        /* For the first and the third pixel, and for the second and the fourth. */
+        /* Index 0: sums of the first and the third pixel of the group. Index 1: of the second and the fourth. */
         __m256i upper[ROWS][2] = {{zero, zero}, {zero, zero}}, lower[ROWS][2] = {{half, half}, {half, half}};
         for (int pair = 0; pair < pairs; pair++, weights += 2 * GROUP) {
             const __m256i all = _mm256_loadu_si256((const void *)weights);
@@ -288,7 +293,7 @@ AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
                     const __m128i one = _mm_loadu_si128((const void *)(from + 4 * (ptrdiff_t)first[k]));
                     const __m128i other = _mm_loadu_si128((const void *)(from + 4 * (ptrdiff_t)first[k + 2]));
                     __m256i pixels = _mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1);
-                    pixels = _mm256_shuffle_epi8(pixels, beside);
+                    pixels = _mm256_shuffle_epi8(pixels, interleave);
                     upper[row][k] = _mm256_add_epi32(upper[row][k], _mm256_madd_epi16(pixels, above[k]));
                     lower[row][k] = _mm256_add_epi32(lower[row][k], _mm256_madd_epi16(pixels, below[k]));
                 }
@@ -296,8 +301,8 @@ AVX2 static INLINE void across_in_pairs(const Axis *axis, int pairs, int count,
         for (int row = 0; row < count; row++) {
             const __m256i evens = level(upper[row][0], lower[row][0]), odds = level(upper[row][1], lower[row][1]);
             const __m256i words = _mm256_packs_epi32(evens, odds);
-            const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), three);
-            /* Bytes written beyond the six lie where the next pixels begin, or in the row's slack. */
+            const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(words, words), drop_fourth);
+            /* Each store writes 8 bytes. The last two are overwritten by the next pixels, or lie in the row's slack. */
             _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i), _mm256_castsi256_si128(bytes));
             _mm_storel_epi64((void *)(to[row] + 3 * (ptrdiff_t)i + 6), _mm256_extracti128_si256(bytes, 1));
         }
@@ -318,11 +323,11 @@ AVX2 static INLINE void down_in_pairs(const uint8_t *const *rows, const int32_t 
     for (int i = 0; i < count; i += BLOCK) {
         __m256i upper[4] = {zero, zero, zero, zero}, lower[4] = {half, half, half, half};
         for (int pair = 0; pair < pairs; pair++) {
-            /* An odd last row is paired with itself, at weight 0. */
+            /* If the number of rows is odd, the last one is paired with itself at weight 0. */
             const int t = 2 * pair, next = t + 1 < taps ? t + 1 : t;
             const int32_t a = weights[t], b = next > t ? weights[next] : 0;
-            const __m256i above = _mm256_set1_epi32(two(a >> LOWER_BITS, b >> LOWER_BITS));
-            const __m256i below = _mm256_set1_epi32(two(a & LOWER, b & LOWER));
+            const __m256i above = _mm256_set1_epi32(pack_pair(a >> LOWER_BITS, b >> LOWER_BITS));
+            const __m256i below = _mm256_set1_epi32(pack_pair(a & LOWER, b & LOWER));
             const __m256i first = _mm256_loadu_si256((const void *)(rows[t] + i));
             const __m256i second = _mm256_loadu_si256((const void *)(rows[next] + i));
             const __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
@@ -356,8 +361,8 @@ AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *wei
 }
 #endif
 
-/* Return 1 for the kinds that are tested for equality with a full decode; Pillow decodes all others. */
-static int is_known(const struct jpeg_decompress_struct *jpeg) {
+/* Return 1 for the kinds of JPEG whose partial decode is tested against the full one; Pillow decodes all others. */
+static int is_supported(const struct jpeg_decompress_struct *jpeg) {
     if (jpeg->data_precision != 8 || jpeg->arith_code) return 0;
     const jpeg_component_info *c = jpeg->comp_info;
     const int whole = c[0].h_samp_factor == 1 && c[0].v_samp_factor == 1;
@@ -369,8 +374,8 @@ static int is_known(const struct jpeg_decompress_struct *jpeg) {
     return jpeg->jpeg_color_space == JCS_YCbCr && c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= 2;
 }
 
-/* Return 1 if a progressive image has all bits of all coefficients. libjpeg smooths an incomplete one, using the blocks
-   around each block, which are missing when it decodes a part. */
+/* Return 1 if a progressive image has all bits of all coefficients. libjpeg smooths an incomplete image with the
+   neighbors of each block, some of which are missing in a partial decode. */
 static int is_complete(const struct jpeg_decompress_struct *jpeg) {
     if (!jpeg->progressive_mode || !jpeg->coef_bits) return 1;
     for (int c = 0; c < jpeg->num_components; c++)
@@ -381,7 +386,7 @@ static int is_complete(const struct jpeg_decompress_struct *jpeg) {
 
 /* Return 1 if the scan, whose last rows were not decoded, continues up to the end-of-image marker. This
    distinguishes a truncated file from a complete one without decoding the rest. */
-static int ends_well(struct jpeg_decompress_struct *jpeg) {
+static int reaches_end(struct jpeg_decompress_struct *jpeg) {
     /* libjpeg has read all scans before the first row. */
     if (jpeg_has_multiple_scans(jpeg)) return 1;
     int marker = jpeg->unread_marker;
@@ -405,32 +410,33 @@ static void read_header(Job *job) {
     jpeg_mem_src(jpeg, job->data, job->length);
     jpeg_read_header(jpeg, TRUE);
     if (jpeg->image_width != (JDIMENSION)view->width || jpeg->image_height != (JDIMENSION)view->height)
-        leave(job, REFUSED);
-    if ((uint64_t)jpeg->image_width * jpeg->image_height > MAX_PIXELS) leave(job, TOO_MUCH);
-    if (!is_known(jpeg)) leave(job, REFUSED);
+        fail(job, REFUSED);
+    if ((uint64_t)jpeg->image_width * jpeg->image_height > MAX_PIXELS) fail(job, TOO_MUCH);
+    if (!is_supported(jpeg)) fail(job, REFUSED);
     job->progress.progress_monitor = on_progress;
     jpeg->progress = &job->progress;
     jpeg->out_color_space = JCS_EXT_RGBX;
 }
 
-/* Restrict decoding to columns `begin` to `end`, and a few around them, and return the first one decoded. Two more
+/* Restrict decoding to columns `begin` to `end` and a few around them. Return the first decoded column. Two more
    columns on each side contribute to the chroma of the requested ones. */
-static int narrow(struct jpeg_decompress_struct *jpeg, int begin, int end) {
+static int crop_columns(struct jpeg_decompress_struct *jpeg, int begin, int end) {
     const int width = (int)jpeg->output_width;
-    begin = greater(begin - 2, 0), end = lesser(end + 2, width);
+    begin = max_int(begin - 2, 0), end = min_int(end + 2, width);
     if (begin == 0 && end == width) return 0;
     JDIMENSION first = (JDIMENSION)begin, columns = (JDIMENSION)(end - begin);
     jpeg_crop_scanline(jpeg, &first, &columns);
     return (int)first;
 }
 
-/* Write the output rows from `at` on that need only the rows in `kept`, up to `have`; return the next output row. */
-static int rows_of_result(Job *job, const uint8_t *kept, size_t stride, int slots, int have, int at, const uint8_t **rows) {
+/* Write output rows from row `at` on, as far as the input rows before `have` allow, and return the next output row.
+   `kept` is a ring buffer of `slots` input rows, already resized across. */
+static int write_rows(Job *job, const uint8_t *kept, size_t stride, int slots, int have, int at, const uint8_t **rows) {
     const Axis *down = &job->down, *across = &job->across;
     const View *view = job->view;
     for (; at < down->count; at++) {
         const int32_t *weights = down->weights + (size_t)at * down->taps;
-        int taps = lesser(down->taps, down->end - down->first[at]);
+        int taps = min_int(down->taps, down->end - down->first[at]);
         while (taps > 1 && !weights[taps - 1]) taps--;
         if (down->first[at] + taps > have) break;
         for (int t = 0; t < taps; t++) rows[t] = kept + (size_t)((down->first[at] + t) % slots) * stride;
@@ -445,27 +451,27 @@ static void decode(Job *job) {
     const View *view = job->view;
     Axis *across = &job->across, *down = &job->down;
     read_header(job);
-    plan(job, across, 0, view->left, view->right - view->left, view->wide, view->x, view->flip, 1);
-    plan(job, down, 2, view->top, view->bottom - view->top, view->high, view->y, 0, 0);
+    plan_axis(job, across, 0, view->left, view->right - view->left, view->wide, view->x, view->flip, 1);
+    plan_axis(job, down, 2, view->top, view->bottom - view->top, view->high, view->y, 0, 0);
     jpeg_start_decompress(jpeg);
-    if (!is_complete(jpeg)) leave(job, REFUSED);
+    if (!is_complete(jpeg)) fail(job, REFUSED);
     if (across->count && down->count) {
-        const int first = narrow(jpeg, across->begin, across->end);
-        for (int i = 0; i < with_last_strip(across); i++) across->first[i] -= first;
+        const int first = crop_columns(jpeg, across->begin, across->end);
+        for (int i = 0; i < padded_count(across); i++) across->first[i] -= first;
 #ifdef HAVE_AVX2
         if (job->resize_across == resize_across_avx2) spread_weights(job, across, 5);
 #endif
-        /* Skip from the first row, and an even number of rows: anything else has been wrong in some versions. */
+        /* Skip only from the first row, and an even number of rows: some versions of libjpeg-turbo fail otherwise. */
         JDIMENSION skipped = (JDIMENSION)(down->begin / 2 * 2);
-        if (skipped && jpeg_skip_scanlines(jpeg, skipped) != skipped) leave(job, REFUSED);
+        if (skipped && jpeg_skip_scanlines(jpeg, skipped) != skipped) fail(job, REFUSED);
         const int slots = down->taps + ROWS;
         const size_t stride = 3 * (size_t)across->count + SLACK;
         /* At the right edge, weights of 0 apply to bytes beyond the last pixel. */
         const size_t wide = 4 * ((size_t)jpeg->output_width + (size_t)across->taps) + SLACK;
         const size_t pointers = sizeof(uint8_t *) * (size_t)slots;
-        /* libjpeg-turbo writes rows aligned to 32 bytes past the cache; it does not at an offset of 16 bytes. */
+        /* libjpeg-turbo bypasses the cache if it writes rows aligned to 32 bytes. An offset of 16 prevents that. */
         const size_t apart = (wide + 31) / 32 * 32;
-        uint8_t *memory = take(job, 4, 1, pointers + slots * stride + ROWS * apart + 64);
+        uint8_t *memory = allocate(job, 4, 1, pointers + slots * stride + ROWS * apart + 64);
         const uint8_t **rows = (const uint8_t **)memory;
         uint8_t *kept = memory + pointers, *decoded = kept + slots * stride;
         decoded += 16 + (32 - (uintptr_t)decoded % 32);
@@ -475,28 +481,28 @@ static void decode(Job *job) {
         int at = 0;
         while (at < down->count) {
             const int row = (int)jpeg->output_scanline, read = (int)jpeg_read_scanlines(jpeg, lines, ROWS);
-            if (read < 1) leave(job, DAMAGED);
-            const int above = lesser(greater(down->begin - row, 0), read);
+            if (read < 1) fail(job, DAMAGED);
+            const int above = min_int(max_int(down->begin - row, 0), read);
             const uint8_t *from[ROWS];
             uint8_t *to[ROWS];
             for (int i = above; i < read; i++)
                 from[i - above] = lines[i], to[i - above] = kept + (size_t)((row + i) % slots) * stride;
             if (above < read) job->resize_across(across, read - above, from, to);
-            at = rows_of_result(job, kept, stride, slots, row + read, at, rows);
+            at = write_rows(job, kept, stride, slots, row + read, at, rows);
         }
     }
-    if (!ends_well(jpeg)) leave(job, CUT_SHORT);
+    if (!reaches_end(jpeg)) fail(job, CUT_SHORT);
 }
 
-/* A separate function: the jump would lose the local variables of decode_view. */
-static int tried(Job *job) {
+/* Separate from decode_view, because longjmp would invalidate local variables of the function that calls setjmp. */
+static int decode_or_fail(Job *job) {
     if (setjmp(job->back)) return job->code;
     decode(job);
     return OK;
 }
 
-/* Write the view of the image in `data` to `out`, uint8 (size, size, 3). Return a code; unless it is OK, `out` is
-   zeros. The view must be sane: a box within the image, all sizes above 0. */
+/* Write the view of the image in `data` to `out`, uint8 (size, size, 3). Return OK, or an error code after filling
+   `out` with zeros. The view must satisfy is_sane. */
 static int decode_view(const uint8_t *data, size_t length, const View *view, uint8_t *out) {
     Job job;
     memset(&job, 0, sizeof job);
@@ -505,23 +511,24 @@ static int decode_view(const uint8_t *data, size_t length, const View *view, uin
     job.jpeg.client_data = &job;
     job.errors.error_exit = on_error;
     job.errors.emit_message = on_message;
-    job.errors.output_message = be_silent;
-    job.weigh = weigh_plain, job.resize_across = resize_across, job.resize_down = resize_down;
+    job.errors.output_message = ignore_message;
+    job.set_weights = set_weights_plain, job.resize_across = resize_across, job.resize_down = resize_down;
 #ifdef HAVE_AVX2
     if (__builtin_cpu_supports("avx2"))
-        job.weigh = weigh_avx2, job.resize_across = resize_across_avx2, job.resize_down = resize_down_avx2;
+        job.set_weights = set_weights_avx2, job.resize_across = resize_across_avx2, job.resize_down = resize_down_avx2;
 #endif
     const size_t bytes = 3 * (size_t)view->size * view->size;
     if (view->x < 0 || view->y < 0 || view->x + view->size > view->wide || view->y + view->size > view->high)
         memset(out, 0, bytes);
-    const int code = tried(&job);
+    const int code = decode_or_fail(&job);
     jpeg_destroy_decompress(&job.jpeg);
     for (size_t i = 0; i < sizeof job.memory / sizeof *job.memory; i++) free(job.memory[i]);
     if (code != OK) memset(out, 0, bytes);
     return code;
 }
 
-/* Read width and height from the frame header of an 8-bit Huffman-coded JPEG; return 0 if there is none in place. */
+/* Read width and height from the frame header of an 8-bit Huffman-coded JPEG; return 0 without such
+   a header. */
 static int frame_size(const uint8_t *data, size_t length, int *width, int *height) {
     if (length < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
     size_t at = 2;
@@ -560,7 +567,7 @@ static const uint8_t *bytes_at(PyObject *given, PyObject *length, size_t *count)
     if (PyErr_Occurred()) return NULL;
     if (!PyBytes_Check(given)) return PyLong_AsVoidPtr(given);
     if (*count == (size_t)PyBytes_Size(given)) return (const uint8_t *)PyBytes_AsString(given);
-    PyErr_SetString(PyExc_ValueError, "the length differs from that of the bytes");
+    PyErr_SetString(PyExc_ValueError, "the length does not match the bytes object");
     return NULL;
 }
 
@@ -589,14 +596,14 @@ static PyObject *decoded(PyObject *self, PyObject *const *args, Py_ssize_t given
     int numbers[12];
     for (int i = 0; i < 12 && !PyErr_Occurred(); i++) {
         const long number = PyLong_AsLong(args[3 + i]);
-        if (number < INT_MIN || number > INT_MAX) PyErr_SetString(PyExc_OverflowError, "a length is not an int");
+        if (number < INT_MIN || number > INT_MAX) PyErr_SetString(PyExc_OverflowError, "an argument is not an int");
         numbers[i] = (int)number;
     }
     if (PyErr_Occurred()) return NULL;
     View view;
     memcpy(&view, numbers, sizeof view);
     if (!out || !is_sane(&view)) {
-        PyErr_SetString(PyExc_ValueError, "the view does not lie in the image");
+        PyErr_SetString(PyExc_ValueError, "the view is invalid, or its box does not lie in the image");
         return NULL;
     }
     PyThreadState *others = PyEval_SaveThread();
