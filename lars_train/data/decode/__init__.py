@@ -1,1 +1,1 @@
-"""Decode the bytes of an image to pixels: Pillow, and libjpeg-turbo in C where it could be built."""
+"""Decode encoded images to pixels, with Pillow or, for JPEGs, an optional C extension on libjpeg-turbo."""

@@ -1,7 +1,7 @@
 """Decode views of JPEGs with the C decoder (jpeg.c), if it was built.
 
-It makes the pixels of pillow.py, at most 1 level apart, several times as fast, and releases the GIL. It is optional and
-rejects no file: Pillow decodes or refuses what it does not decode.
+The C decoder is several times as fast as pillow.py, produces the same pixels to within 1 level, and releases the GIL.
+It is optional, and never the reason to reject a file: Pillow tries every file that the C decoder cannot decode.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from lars_train.extensions import load_extension
 if TYPE_CHECKING:
     from lars_train.data.decode import jpeg
 else:
-    # None: a compiler or libjpeg was missing at the install, or the library has been removed since.
+    # None if a compiler or libjpeg was missing at installation, or libjpeg has been removed since.
     jpeg = load_extension("lars_train.data.decode.jpeg")
 
-# Names that are checked for the suffix of a JPEG.
+# About how many names `has_jpegs` checks.
 _CHECKED_NAMES = 100
 
 REMEDY = (
-    "Install a Linux wheel of this package, which contains it; or a C compiler and libjpeg-turbo 2.1 or newer with its "
-    "headers (Debian, Ubuntu: apt-get install gcc libjpeg-dev; Fedora, RHEL: dnf install gcc libjpeg-turbo-devel), "
-    "then this package again: pip install --force-reinstall --no-deps --no-cache-dir with what it was installed from."
+    "Install a Linux wheel of lars-train, which contains the decoder. Or install a C compiler and libjpeg-turbo 2.1 or "
+    "newer with its headers (Debian, Ubuntu: apt-get install gcc libjpeg-dev; Fedora, RHEL: dnf install gcc "
+    "libjpeg-turbo-devel), then reinstall lars-train from the same path or index: pip install --force-reinstall "
+    "--no-deps --no-cache-dir lars-train (or its path)."
 )
 """What to do if `is_available` returns False, in one line."""
 
@@ -51,7 +52,7 @@ def _decodes() -> bool:
 
 
 def has_jpegs(split: Source) -> bool:
-    """Return True if one of a split's names, of which at most 100 are checked, has the suffix of a JPEG."""
+    """Return True if a split has a name with the suffix of a JPEG, among about 100 evenly spaced names."""
     step = max(1, len(split) // _CHECKED_NAMES)
     return any(split.name(i).lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for i in range(0, len(split), step))
 
@@ -62,9 +63,9 @@ def size_of(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDArray[np.uint8]) -> bool:
-    """Write the view of the JPEG in `data` to `out`. `size`: its `size_of`. Return True if that succeeded.
+    """Decode the view of the JPEG in `data` to `out`, and return True on success. `size`: the result of `size_of`.
 
-    `out`: uint8 (S, S, 3), contiguous, RGB; zeros after a failure. The decoder fails for a file that libjpeg warns of,
+    `out`: uint8 (S, S, 3), contiguous, RGB; zeros after a failure. Decoding fails for a file that libjpeg warns about,
     that is truncated, or that is not 8-bit gray, YCbCr or RGB.
     """
     if not (out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8 and out.ndim == 3):
@@ -73,6 +74,6 @@ def decode_jpeg(data: bytes, size: tuple[int, int], view: Geometry, out: npt.NDA
     if out.shape != (side, side, 3):
         raise ValueError(f"out has the shape {out.shape}, not (S, S, 3)")
     x, y = view.crop[0] - view.pad, view.crop[1] - view.pad
-    # A third of the time of `out.ctypes.data`. For mypy, an array is not a buffer before Python 3.12.
+    # Three times as fast as `out.ctypes.data`. mypy accepts an array as a buffer only from Python 3.12 on.
     address = ctypes.addressof(ctypes.c_char.from_buffer(out))  # type: ignore[arg-type]
     return jpeg.decode(data, len(data), address, *size, *view.box, *view.size, x, y, view.flip, side) == 0

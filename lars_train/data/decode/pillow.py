@@ -1,8 +1,8 @@
 """Decode the bytes of an image to the pixels of one view.
 
-Pillow decodes and resizes; native.py may decode JPEGs instead, to the same pixels except for single levels. Images are
-treated as in torchvision's ImageFolder: decoded in full, not rotated by EXIF, the alpha channel dropped. Sources read
-the bytes, and transforms.py chooses the view.
+Pillow decodes and resizes; native.py can decode JPEGs instead, to the same pixels within 1 level. Images are treated as
+in torchvision's ImageFolder: decoded in full, not rotated by EXIF, the alpha channel dropped. Sources read the bytes,
+and transforms.py chooses the view.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ PILLOW, NATIVE = "pillow", "native"
 """The decoders of JPEGs."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""The image formats that are read, by Pillow's names."""
+"""The supported image formats, by Pillow's names."""
 
 MAX_PIXELS = 2**30 // 12
-"""The largest image in pixels, before and after resizing: Pillow's default limit for decompression bombs."""
+"""The most pixels of an image, before and after resizing: Pillow's default limit for decompression bombs."""
 
 MAX_SCANS = 500
 MAX_SCANNED = 32 * MAX_PIXELS
-"""The most scans of a JPEG, and the most pixels summed over them: a few bytes can request a scan of the whole image.
+"""The most scans of a JPEG, and the most pixels summed over its scans.
 
-Cameras and encoders write about 10 scans.
+A few bytes can request another scan over the whole image. Cameras and encoders write about 10 scans.
 """
 
 # The next marker that is neither a stuffed byte nor a restart marker.
@@ -82,9 +82,9 @@ def decode_into(
     height in pixels. Resizing is Pillow's antialiased bilinear, on 8-bit channels. `decoder`: PILLOW; or NATIVE, which
     must be available, for the JPEGs that it can decode.
 
-    Raises BadImage if the bytes hold no complete image; `out` may hold anything then. Pillow decides this: it decodes
-    all files that NATIVE refuses. NATIVE may not decode the rows below the view, so damage there that keeps the file's
-    structure intact goes unnoticed; Pillow does not notice most of such damage either.
+    Raises BadImage if the bytes hold no complete image; then the content of `out` is undefined. Pillow makes this
+    decision, because it decodes all files that NATIVE rejects. NATIVE does not always decode the rows below the view,
+    so it misses damage there that leaves the file's structure intact. Pillow also misses most of such damage.
     """
     if decoder == NATIVE and isinstance(item, bytes):
         found = native.size_of(item)
@@ -93,7 +93,7 @@ def decode_into(
             _check_size(found, view)
             if native.decode_jpeg(item, found, view, out):
                 return True
-    image = item if isinstance(item, np.ndarray) else _image(item)
+    image = item if isinstance(item, np.ndarray) else _open_image(item)
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
     else:
@@ -107,12 +107,12 @@ def decode_into(
         if view.box != whole:
             image = image.crop(view.box)
         image = image.resize(view.size, Image.Resampling.BILINEAR)
-    _window(np.asarray(image), view, out)
+    _copy_window(np.asarray(image), view, out)
     return False
 
 
-def _window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray[np.uint8]) -> None:
-    """Write the window of a view, (S, S, 3), of the resized image (H, W) or (H, W, 3); zeros beyond the image."""
+def _copy_window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray[np.uint8]) -> None:
+    """Copy the window of `view` from the resized image, (H, W) or (H, W, 3), to `out`, with zeros beyond the image."""
     size = len(out)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
@@ -129,7 +129,7 @@ def _window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray[np.u
         out[:, ::-1, channel][rows, columns] = pixels[y0:y1, x0:x1, channel % pixels.shape[2]]
 
 
-def _silence() -> None:
+def _ignore_warnings() -> None:
     """Ignore Pillow's warnings in this process: about bombs, and about damaged EXIF data, which affects no pixel.
 
     A filter for the decoding only is not possible: `warnings.catch_warnings` is not thread-safe.
@@ -140,7 +140,7 @@ def _silence() -> None:
 
 def whole_image(data: bytes) -> Image.Image:
     """Decode the whole image in `data` with Pillow: 8-bit gray (L) as L, all else as RGB. Raises BadImage."""
-    return _image(data, keep_gray=True)
+    return _open_image(data, keep_gray=True)
 
 
 def _check_size(size: tuple[int, int], view: Geometry) -> None:
@@ -149,17 +149,17 @@ def _check_size(size: tuple[int, int], view: Geometry) -> None:
         raise BadImage(f"{width}x{height} pixels, too elongated to resize to {wide}x{high}")
 
 
-def _image(data: bytes, *, keep_gray: bool = False) -> Image.Image:
+def _open_image(data: bytes, *, keep_gray: bool = False) -> Image.Image:
     if not data:
         raise BadImage("the file is empty")
-    _silence()
+    _ignore_warnings()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
         if data.startswith(b"\xff\xd8"):
             _check_scans(data, *image.size)
-        _check_kind(image)
+        _check_pixel_type(image)
         if keep_gray and image.mode == "L":
             image.load()
             return image
@@ -177,7 +177,7 @@ def _image(data: bytes, *, keep_gray: bool = False) -> Image.Image:
 
 
 def _check_scans(data: bytes, width: int, height: int) -> None:
-    """Raise `BadImage` for a JPEG with too many scans. jpeg.c refuses the same files."""
+    """Raise `BadImage` for a JPEG with too many scans. jpeg.c has the same limits."""
     most = min(MAX_SCANS, MAX_SCANNED // (width * height))
     # The cheap count includes thumbnails and data after the image; the exact count does not.
     if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
@@ -195,8 +195,8 @@ def _count_scans(data: bytes) -> int:
     return scans
 
 
-def _check_kind(image: Image.Image) -> None:
-    """Raise `BadImage` for pixels whose black and white are undefined, or that Pillow reads as another kind."""
+def _check_pixel_type(image: Image.Image) -> None:
+    """Raise `BadImage` for pixel types without a defined black and white, or that Pillow reads as another type."""
     if image.mode == "F":
         raise BadImage(f"floating-point pixels (mode F), whose black and white are undefined; {_CONVERT}")
     if isinstance(image, TiffImageFile):

@@ -1,6 +1,6 @@
-"""A pool of batch buffers: allocated once, and reused when nothing refers to a batch any more.
+"""A pool of batch buffers: allocated once, and reused once no tensor refers to a batch.
 
-Threads share the pool; on request, so do processes that are forked later. The memory is anonymous, so the limit of
+Threads share the pool; so do processes that are forked later, if requested. The memory is anonymous, so the limit of
 /dev/shm does not apply. stream.py and workers.py decide what to write, and when.
 """
 
@@ -73,22 +73,22 @@ class BufferPool:
 
 
 def lend(arrays: Iterable[npt.NDArray[Any]], give_back: Callable[[], None]) -> tuple[Tensor, ...]:
-    """Return tensors on the arrays' memory. Call `give_back` when nothing refers to any of them any more.
+    """Return tensors that share the arrays' memory. Call `give_back` when the last reference to them is gone.
 
-    The garbage collector may be the caller, so `give_back` must be reentrant, as `queue.SimpleQueue.put` is.
+    The garbage collector may make that call, so `give_back` must be reentrant, as `queue.SimpleQueue.put` is.
     """
     lease = _Lease()
     weakref.finalize(lease, give_back).atexit = False
     # A tensor and all views of it keep the lease alive. A view of a numpy array would refer to the base array instead.
-    return tuple(torch.from_numpy(np.asarray(_Held(array, lease))) for array in arrays)
+    return tuple(torch.from_numpy(np.asarray(_LeasedArray(array, lease))) for array in arrays)
 
 
 class _Lease:
     """An object that lives as long as the tensors that `lend` returned."""
 
 
-class _Held:
-    """An array's memory, which keeps a lease alive."""
+class _LeasedArray:
+    """The memory of an array; a tensor made from it keeps a lease alive."""
 
     def __init__(self, array: npt.NDArray[Any], lease: _Lease) -> None:
         self._array, self._lease = array, lease
@@ -126,7 +126,7 @@ def _pages(size: int, shared: bool) -> _Pages:
         return _Pages(-1, size)
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Few systems have huge pages for shared memory. With small pages, first use costs a tenth of the decoding time.
+        # Not for shared memory, where few systems allow it. Small pages add a tenth to the decoding time at first use.
         with suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

@@ -1,6 +1,6 @@
-"""Make the streams of batches of a training run and of an evaluation: which samples, in which order.
+"""Build the batch streams of training and evaluation: choose the samples of each batch, and their order.
 
-stream.py has the workers fill the batches. Batches stay on the host and are not normalized. The trainer decides how
+stream.py runs the workers that fill the batches. Batches are in host memory and not normalized. The trainer decides how
 many bad images end a run.
 """
 
@@ -44,9 +44,9 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSpec:
-    """The source, order and workers of the micro-batches of a training run, on one rank.
+    """The settings of one rank's stream of training micro-batches: source, order and workers.
 
-    Raises ValueError if an epoch's updates need more samples than there are, for an unknown `on_error`, and for a
+    Raises ValueError if an epoch's updates need more samples than the source has, for an unknown `on_error`, and for a
     remote source that is not read by shards.
     """
 
@@ -54,7 +54,7 @@ class LoaderSpec:
     view: View
     seed: int
     batch: int
-    """The global batch: samples of an update on all ranks together."""
+    """The global batch: samples of an update, over all ranks."""
     ghost_batch: int
     ghosts_per_micro: int
     """Ghost batches in a micro-batch."""
@@ -62,25 +62,26 @@ class LoaderSpec:
     rank: int
     world: int
     workers: int
-    """With 0, the calling thread fills the batches."""
+    """Number of workers. With 0, the calling thread fills the batches."""
     pin_memory: bool
     """Page-lock the buffers, for asynchronous copies to a CUDA device."""
     on_error: str
     """The treatment of an image that cannot be read or decoded. "fail": end the stream with `DataError`.
 
-    "skip": replace the image by the next sample that can be decoded, with that sample's label and the augmentation of
-    the bad one's id. Ids follow the paths, so the neighbor nearly always has the same class, and the balance of classes
-    is preserved. The bad image is recorded each time. After 1,000 in a row the stream ends with `DataError`.
+    "skip": replace the image by the next sample that can be decoded, with the label of the replacement and the
+    augmentation of the bad image. Ids are in the order of paths, so the next sample nearly always has the same class,
+    which preserves the balance of classes. `Batch.bad` lists the bad image each time. After 1,000 bad images in a row,
+    the stream ends with `DataError`.
     """
     decoder: str = PILLOW
     """See `pillow.decode_into`."""
     kind: str | None = None
     """The kind of workers: "processes" (on Linux) or "threads"; None: `stream.worker_kind` decides."""
     window: int | None = None
-    """Shards in a window of `order.shard_order`; None: `order.epoch_order`.
+    """Shards in a window of `order.shard_order`; None to use `order.epoch_order`.
 
-    With a window, the next sample of the same shard replaces a bad image, and a remote source's shards are fetched, and
-    held in the cache, when needed.
+    With a window, the next sample of the same shard replaces a bad image. The shards of a remote source are fetched
+    into the cache and held there while they are needed.
     """
 
     def __post_init__(self) -> None:
@@ -134,12 +135,12 @@ class LoaderSpec:
         return shard_order(self.seed, epoch, self.shard, self.window)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """Return the (start, stop) of this rank's micro-batches in an update's samples."""
+        """Return this rank's micro-batches as [start, stop) positions among an update's samples."""
         return micro_bounds(self.batch, self.ghost_batch, self.ghosts_per_micro, self.rank, self.world)
 
     def spans(self, update: int) -> list[Span]:
-        """Return the spans of this rank's micro-batches in the samples of the whole run."""
-        # Ranks are at most one update apart; by then, the shards of the next update must be on their way.
+        """Return the spans of this rank's micro-batches; positions count the samples of the whole run."""
+        # Prefetch up to the end of the next update, because another rank may be one update ahead.
         first, last = update * self.batch, (update + 2) * self.batch - 1
         return [Span(first + i, first + j, last) for i, j in self.bounds()]
 
@@ -148,7 +149,8 @@ def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Strea
     """Return the stream of one rank's micro-batches for the updates [start_update, stop_update), across epochs.
 
     `order.micro_bounds` gives the micro-batches of an update: the same number each time, and none for a rank without
-    ghost batches. A stream that starts at update k equals the rest of one that started at 0.
+    ghost batches. A stream that starts at update k yields the same batches as one that started at 0 yields from update
+    k on.
     """
     source, updates = spec.source, range(start_update, stop_update)
 
@@ -209,7 +211,7 @@ def _for_workers(source: Source) -> Source:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
-    """The source and workers of the micro-batches of an evaluation, on one rank. Fields as in `LoaderSpec`.
+    """The settings of one rank's stream of evaluation micro-batches. Other fields are as in `LoaderSpec`.
 
     Raises ValueError for a remote source that is not read by shards.
     """
@@ -225,7 +227,7 @@ class EvalSpec:
     decoder: str = PILLOW
     kind: str | None = None
     by_shards: bool = False
-    """Read the samples shard by shard; False: in the order of ids."""
+    """True to read the samples shard by shard; False for the order of ids."""
 
     def __post_init__(self) -> None:
         _check_order(self.source, self.by_shards)
@@ -242,7 +244,7 @@ class EvalSpec:
         pin_memory: bool,
         decoder: str,
     ) -> EvalSpec:
-        """Return the spec for an evaluation on `source` as `config` describes, on the rank `ranks.rank`."""
+        """Return the spec of the evaluation of `source` that `config` describes, for rank `ranks.rank`."""
         return cls(
             source=source,
             view=View.from_config(config.data),
@@ -261,7 +263,7 @@ class EvalSpec:
 
 
 def eval_loader(spec: EvalSpec) -> Stream:
-    """Return the stream of one rank's samples, `spec.micro_batch` at a time, each once.
+    """Return the stream of one rank's samples, each exactly once, in batches of `spec.micro_batch`.
 
     An image that cannot be read or decoded keeps its place, with zeros for pixels and the label -1.
     """

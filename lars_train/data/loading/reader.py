@@ -1,6 +1,6 @@
 """Read samples, decode their views into a batch's buffers, and report bad images: the work of a loader's worker.
 
-The view and the label of a sample depend on its id and the epoch only, not on batches, workers or their order.
+The view and the label of a sample depend only on its id and the epoch, not on batches or workers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lars_train.data.order import batch_uniforms
 from lars_train.data.transforms import UNIFORMS, Geometry, View
 from lars_train.messages import printable
 
-_MAX_TRIES = 1000  # samples tried in place of a bad image; with more in a row, the data set is broken
+_MAX_TRIES = 1000  # samples tried for one place in a batch; more bad images in a row mean a broken data set
 
 
 class BadSample(NamedTuple):
@@ -35,9 +35,9 @@ class Outcome(NamedTuple):
     bad: tuple[BadSample, ...] = ()
     """The bad images encountered, in order."""
     fast: int = 0
-    """Views decoded by another decoder than Pillow."""
+    """Views decoded by a decoder other than Pillow."""
     failure: str | None = None
-    """The reason to end the stream with these samples; None to continue."""
+    """The message of the error that ends the stream; None to continue."""
 
 
 class Reader(Protocol):
@@ -61,7 +61,7 @@ class _Reader:
     def _load(
         self, sample: int, geometry: Callable[[int, int], Geometry], out: npt.NDArray[np.uint8]
     ) -> BadSample | bool:
-        """Decode a sample into `out`; zeros for a bad one. Return True if another decoder than Pillow decoded it."""
+        """Decode a sample into `out`; zeros if it is bad. Return True if a decoder other than Pillow decoded it."""
         try:
             return decode_into(out, self._source.read(sample), geometry, decoder=self._decoder)
         except BadImage as error:
@@ -119,7 +119,7 @@ class TrainReader(_Reader):
             count = len(self._source)
             yield from ((sample + step) % count for step in range(1, min(_MAX_TRIES, count)))
         else:
-            # Within the shard: others may not be in the cache.
+            # Stay within the shard, because others may not be in the cache.
             near = np.flatnonzero(self._shard == self._shard[sample])
             after = int(np.searchsorted(near, sample)) + 1
             yield from [*near[after:].tolist(), *near[: after - 1].tolist()][: _MAX_TRIES - 1]

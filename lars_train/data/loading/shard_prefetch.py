@@ -1,6 +1,6 @@
 """Prefetch the shards of a stream's next samples into the cache, and hold them there while they are needed.
 
-Threads of the process that owns the stream do this; the workers, also forked ones, read files that exist.
+Threads in the stream's process fetch the shards. Workers, including forked ones, only read files that exist already.
 shard_windows.py gives the order of the shards; a `ShardCache` fetches them.
 """
 
@@ -19,7 +19,7 @@ from lars_train.errors import DataError
 from lars_train.messages import complain, counted
 
 THREADS = 4
-"""Shards that a stream fetches at the same time."""
+"""Threads of a stream, each of which fetches one shard at a time."""
 
 PATIENCE_S = 600.0
 """Seconds that a stream waits for threads that show no activity."""
@@ -28,7 +28,7 @@ _REPORT_S = 30.0
 _CLOSE_S = 5.0
 
 Hold = Callable[[int, Wait], Held]
-"""A function that holds a shard by its number. It calls its second argument to wait, and now and then with 0 s."""
+"""A function that holds the shard of a given number. To sleep, it calls its second argument, and at times with 0 s."""
 
 
 class _Closed(Exception):
@@ -37,9 +37,10 @@ class _Closed(Exception):
 
 @dataclass
 class _State:
-    """The state that the threads share, by window number.
+    """The state that the threads share. The keys of the dicts are window numbers.
 
-    `todo`: (window, shard) in the order of need; `missing`: the count of a window's shards that are not yet held.
+    `todo`: (window, shard) pairs to fetch, the most urgent first. `missing`: how many shards of a window are not held
+    yet. `first`: the first window that is still needed.
     """
 
     hold: Hold
@@ -54,9 +55,9 @@ class _State:
 
 
 class ShardPrefetcher:
-    """Hold the windows that a stream's `spans`, in ascending order, overlap.
+    """Hold the windows that overlap a stream's `spans`, which are in ascending order.
 
-    `rank`: each rank begins with another shard of a window, so that the ranks of a machine share the work.
+    `rank`: each rank begins with a different shard of a window, so that the ranks of a machine share the work.
     """
 
     def __init__(self, hold: Hold, windows: Windows, spans: Iterable[Span], rank: int, url: str) -> None:
@@ -67,20 +68,20 @@ class ShardPrefetcher:
         threads: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _close, self._state, threads)
         for _ in range(THREADS):
-            thread = threading.Thread(target=_work, args=(self._state,), daemon=True)
+            thread = threading.Thread(target=_fetch_shards, args=(self._state,), daemon=True)
             thread.start()
             threads.append(thread)
 
     def holds(self, oldest: Span, request: Span, *, wait: bool) -> bool:
         """Return True if the windows of `request` are held; with `wait`, wait until they are.
 
-        Releases the windows before `oldest`. Raises the error that prevents holding them, mostly a `DataError`.
+        Releases the windows before `oldest`. If fetching a shard failed, raises its error, usually a `DataError`.
         """
         self._advance(self._windows.at(oldest.start), last_to_hold(self._windows, oldest))
         return self._all_held(self._windows.at(request.stop - 1), wait)
 
     def close(self) -> None:
-        """Release everything. A thread that fetches a shard ends after the current piece."""
+        """Release all shards, and end the threads. A thread that is fetching a shard ends after the current request."""
         self._finalizer()
 
     def _advance(self, first: int, last: int) -> None:
@@ -125,7 +126,7 @@ class ShardPrefetcher:
                     complain(f"waiting for {counted(awaited, 'shard')} of {self._url}")
 
 
-def _work(state: _State) -> None:
+def _fetch_shards(state: _State) -> None:
     def wait(seconds: float) -> None:
         state.last_activity = time.monotonic()
         if state.closed.wait(seconds):

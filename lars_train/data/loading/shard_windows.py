@@ -20,7 +20,7 @@ Shards = npt.NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """The positions [start, stop) of a request's samples. Those up to `soon` are needed soon."""
+    """The positions [start, stop) of a request's samples. Prefetch the shards of positions up to `soon`."""
 
     start: int
     stop: int
@@ -29,23 +29,23 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of a stream, in order. Positions count the samples that the stream takes from them."""
+    """The windows of a stream, in order. A position is the index of a sample among all that the windows supply."""
 
     ends: npt.NDArray[np.int64]
     """Shape (K,): the position at which each window ends."""
     shards: list[Shards]
-    """The shards of each window that hold samples."""
+    """For each window, its shards that are not empty."""
 
     def at(self, position: int) -> int:
-        """Return the number of the window that holds a position; for a position beyond the end, of the last window."""
+        """Return the index of the window that contains a position; beyond the end, that of the last window."""
         return min(int(self.numbers(np.array(position))), len(self.shards) - 1)
 
     def numbers(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the number of each position's window; for positions beyond the end, the number of windows."""
+        """Return the index of each position's window; for positions beyond the end, the number of windows."""
         return np.searchsorted(self.ends, positions, side="right").astype(np.int64, copy=False)
 
     def most_bytes(self, firsts: npt.NDArray[np.int64], lasts: npt.NDArray[np.int64], sizes: Shards) -> int:
-        """Return the most bytes that the windows from first to last take, over all pairs. `sizes`: of all shards."""
+        """Return the bytes of the largest range of windows, firsts[i] to lasts[i]. `sizes`: bytes of each shard."""
         total = np.cumsum([0, *(int(sizes[inside].sum()) for inside in self.shards)])
         beyond = len(self.shards)
         return int((total[np.minimum(lasts + 1, beyond)] - total[np.minimum(firsts, beyond)]).max(initial=0))
@@ -75,7 +75,7 @@ def training_windows(
 
 
 def evaluation_windows(shard: Labels) -> Windows:
-    """Return a window per shard that holds samples, in ascending order. Position p is the p-th sample of `by_shard`."""
+    """Return one window per non-empty shard, in ascending order. Position p is the p-th sample of `by_shard`."""
     counts = np.bincount(shard).astype(np.int64)
     held = np.flatnonzero(counts)
     return Windows(np.cumsum(counts[held]), [held[i : i + 1] for i in range(len(held))])
@@ -87,7 +87,7 @@ def by_shard(shard: Labels) -> npt.NDArray[np.int64]:
 
 
 def window_numbers(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
-    """Yield the numbers of the windows that ascending spans overlap, each once."""
+    """Yield the index of each window that overlaps one of the ascending `spans`, once."""
     following = 0
     for span in spans:
         for number in range(max(windows.at(span.start), following), windows.at(span.stop - 1) + 1):
@@ -96,15 +96,16 @@ def window_numbers(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
 
 
 def last_to_hold(windows: Windows, span: Span) -> int:
-    """Return the last window that a stream at `span` may hold: of what it needs soon, and at least the next one."""
+    """Return the last window that a stream at `span` may hold: that of `span.soon`, but at least the next window."""
     return max(windows.at(span.soon), windows.at(span.start) + 1)
 
 
 def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
-    """Return the bytes that the ranks of a machine need at once in training, which is the most that they hold at once.
+    """Return the most bytes that the ranks of a machine hold at the same time in training, which the cache must fit.
 
-    All ranks agree at the end of each update, and each has taken at most one micro-batch more by then. So if the
-    slowest rank is in update u, none is beyond u + 2, and none holds more than `last_to_hold` at the end of u + 3.
+    The ranks synchronize at the end of each update, and by then each has taken at most one micro-batch of the next. So
+    if the slowest rank is in update u, none is beyond u + 2, and none holds windows beyond `last_to_hold` at the end of
+    u + 3.
     """
     updates = np.arange(int(windows.ends[-1]) // batch if len(windows.ends) else 0)
     firsts = windows.numbers(updates * batch)
@@ -113,7 +114,7 @@ def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
 
 
 def evaluation_room(shard: Labels, micro_batch: int, local_world: int, world: int, sizes: Shards) -> int:
-    """Return the same for an evaluation by `local_world` of `world` ranks, `micro_batch` samples at a time."""
+    """Return the same limit for an evaluation on `local_world` of `world` ranks, `micro_batch` samples at a time."""
     windows = evaluation_windows(shard)
     most = 0
     for rank in range(world):

@@ -1,4 +1,4 @@
-"""A stream of batches: workers fill a pool's buffers ahead, and the stream returns the batches in order.
+"""A stream of batches: workers fill pooled buffers ahead of time, and the stream returns the batches in order.
 
 loader.py decides which samples a batch holds. The content and the order of the batches do not depend on the number or
 the kind of workers.
@@ -30,10 +30,10 @@ PIECE = 32
 """Samples in a piece of work. Several workers share a micro-batch, so that few buffers keep all workers busy."""
 
 MOST_PIECES = 64
-"""The most pieces of a micro-batch; in a very large one, a piece has more samples."""
+"""The most pieces per micro-batch. In a very large micro-batch, the pieces have more samples."""
 
 AHEAD = 4
-"""The least number of micro-batches that are being filled or are ready."""
+"""Micro-batches to prefetch at least: those being filled, and those that are ready."""
 
 LENT = 3
 """Micro-batches that a consumer may hold: one in use, one being copied, one whose copy has not been confirmed."""
@@ -43,7 +43,7 @@ PROCESSES, THREADS = "processes", "threads"
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch. Its memory is reused when no tensor refers to it any more."""
+    """One micro-batch. Its memory is reused once no tensor refers to it."""
 
     images: Tensor
     """uint8 (n, 3, S, S), RGB, in channels-last memory."""
@@ -56,19 +56,20 @@ class Batch:
 
 
 class LoaderStatistics(NamedTuple):
-    """Images and times of the batches that a stream returned."""
+    """Counts and times, summed over the batches that a stream returned."""
 
     images: int = 0
     seconds: float = 0.0
-    """Wall time of filling them, summed over the workers, without waits for free buffers."""
+    """Wall time of filling the batches, summed over the workers, without waits for free buffers."""
     fast: int = 0
-    """Images decoded by another decoder than Pillow."""
+    """Images decoded by a decoder other than Pillow."""
 
 
 class Stream(Iterator[Batch]):
-    """An iterator of batches. Its workers start with it, and end with it or with `close`.
+    """An iterator of batches. The constructor starts the workers; the last batch, an error or `close` ends them.
 
-    It holds `pool_slots` buffers of a micro-batch each. A consumer that holds more than `LENT` batches gets copies.
+    The stream has `pool_slots` buffers of one micro-batch each. A consumer that holds more than `LENT` batches gets
+    copies.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class Stream(Iterator[Batch]):
         self._by_slot: dict[int, _Pending] = {}
         self._most_pending = self._pool.slots - LENT
         self._statistics = LoaderStatistics()
-        self._workers: Workers | None = _workers(kind, reader, self._pool, workers)
+        self._workers: Workers | None = _start_workers(kind, reader, self._pool, workers)
         if pin_memory:
             self._pool.pin()
-        # After all forks: a forked worker would keep files open that the cache removes to make room.
+        # Start the prefetcher after all forks: a forked worker would keep files open that the cache removes.
         self._prefetcher = prefetcher() if prefetcher is not None else None
 
     def __next__(self) -> Batch:
@@ -132,7 +133,7 @@ class Stream(Iterator[Batch]):
                 self._prefetcher.close()
 
     def _request_batches(self, wait: bool) -> None:
-        """Request as many batches as free buffers and held shards allow; `wait` for the shards of the next batch."""
+        """Request batches while buffers are free and shards are held. `wait`: wait for the shards of the next batch."""
         assert self._workers is not None
         while len(self._pending) < self._most_pending:
             self._next_request = request = self._next_request or next(self._requests, None)
@@ -165,10 +166,10 @@ class Stream(Iterator[Batch]):
             done = self._workers.get(timeout)
             if done is None:
                 return False
-            self._note(done)
+            self._record(done)
         return bool(self._pending)
 
-    def _note(self, done: Done) -> None:
+    def _record(self, done: Done) -> None:
         pending = self._by_slot[done.piece.slot]
         pending.left -= 1
         pending.outcomes[done.piece.start] = done.outcome
@@ -199,9 +200,10 @@ def piece_of(batch: int) -> int:
 
 
 def pool_slots(batch: int, workers: int) -> int:
-    """Return the buffers of a stream of micro-batches of `batch` samples: two pieces per worker, and at least `AHEAD`.
+    """Return the number of buffers of a stream of micro-batches of `batch` samples.
 
-    A buffer takes about batch * 3 * S**2 bytes: 8 buffers of 256 samples of 224 x 224 take 0.3 GB.
+    It is `LENT`, plus enough for two pieces per worker and one micro-batch more, at least `AHEAD`. Without workers, it
+    is `LENT` + 1. A buffer takes about batch * 3 * S**2 bytes: 8 buffers of 256 samples of 224 x 224 take 0.3 GB.
     """
     if workers == 0:
         return LENT + 1
@@ -209,17 +211,17 @@ def pool_slots(batch: int, workers: int) -> int:
 
 
 def worker_kind(source: Source, decoder: str) -> str:
-    """Return `THREADS` if the C decoder, which releases the GIL, does the work; else `PROCESSES`.
+    """Return `THREADS` for the C decoder, which releases the GIL, if the source has JPEGs; else `PROCESSES`.
 
-    Threads avoid the fork, which is a risk beside the threads of NCCL and gloo, and the memory of each process. Outside
-    Linux, where fork is unsafe or missing, the answer is always `THREADS`.
+    Threads need less memory than processes, and no fork, which is a risk while NCCL or gloo run threads. Returns
+    `THREADS` on other systems than Linux, where fork is unsafe or missing.
     """
     if sys.platform != "linux":
         return THREADS
     return THREADS if decoder != PILLOW and has_jpegs(source) else PROCESSES
 
 
-def _workers(kind: str, reader: Reader, pool: BufferPool, workers: int) -> Workers:
+def _start_workers(kind: str, reader: Reader, pool: BufferPool, workers: int) -> Workers:
     if workers == 0:
         return NoWorkers(reader, pool)
     return Processes(reader, pool, workers) if kind == PROCESSES else Threads(reader, pool, workers)

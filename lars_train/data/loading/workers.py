@@ -1,7 +1,7 @@
 """The workers of a stream: forked processes, threads, or none. They fill pieces of batches in a pool's buffers.
 
-Each piece goes to a free worker, in order; a result names its piece. Requests are short because the pool holds the
-sample ids. Workers share no lock, so the death of a worker blocks no other.
+Free workers take pieces in order, and each result names its piece. Requests are short, because the sample ids are in
+the pool. Workers share no lock, so the death of one does not block the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lars_train.signals import handle_termination
 START_S = 20.0  # for all processes to start
 START_ATTEMPTS = 4  # for a process that does not start
 _CHECK_S = 5.0  # between a worker's checks that its parent is alive
-# A piece in a pipe. Its length divides a page's, so that a read never returns a part of a piece.
+# The format of a piece in the pipe. Its length divides the page size, so that a read never returns part of a piece.
 _PIECE = struct.Struct("=IIIxxxx")
 _MEMORY = "out of memory; reduce data.workers, or give the job more memory"
 
@@ -90,7 +90,7 @@ class NoWorkers:
         self._pieces.append(piece)
 
     def get(self, timeout: float | None = None) -> Done | None:
-        """Fill and return the next piece; None if there is none, or with a `timeout` of 0."""
+        """Fill and return the next piece; None if no piece is queued, or with a `timeout` of 0."""
         if timeout == 0 or not self._pieces:
             return None
         return fill(self._reader, self._pool, self._pieces.popleft())
@@ -108,7 +108,7 @@ class Threads:
         self._done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
         self._ended = threading.Event()
         arguments = (reader, pool, self._pieces, self._done, self._ended)
-        threads = [threading.Thread(target=_thread, args=arguments, daemon=True) for _ in range(count)]
+        threads = [threading.Thread(target=_run_thread, args=arguments, daemon=True) for _ in range(count)]
         started: list[threading.Thread] = []
         # A finalizer must not refer to its object.
         self._end = weakref.finalize(self, _end_threads, started, self._pieces, self._ended)
@@ -141,7 +141,7 @@ class Threads:
         self._end()
 
 
-def _thread(
+def _run_thread(
     reader: Reader,
     pool: BufferPool,
     pieces: queue.SimpleQueue[Piece | None],
@@ -169,9 +169,9 @@ def _end_threads(
 class Processes:
     """Forked worker processes, which share the memory of the source and of the pool.
 
-    The constructor returns when all have started. Before Python 3.12, a forked process hangs if another thread (of gloo
-    or NCCL, whose calls into Python register threads) held the lock of the interpreter's list of threads at the fork.
-    Such processes are killed and replaced.
+    The constructor returns when all have started. Before Python 3.12, a forked process hangs if another thread holds
+    the lock of the interpreter's thread list during the fork. Threads of gloo and NCCL take this lock when they call
+    into Python. Processes that hang are killed and replaced.
     """
 
     def __init__(self, reader: Reader, pool: BufferPool, count: int) -> None:
@@ -199,7 +199,7 @@ class Processes:
             while silent and (ready := wait(list(silent), max(0.0, end - time.monotonic()))):
                 for results in ready:
                     assert isinstance(results, Connection)
-                    with suppress(EOFError):  # `_received` reports a worker that died
+                    with suppress(EOFError):  # `_receive` reports a worker that died
                         results.recv()
                     silent.remove(results)
             for results in silent:
@@ -221,7 +221,7 @@ class Processes:
             try:
                 results.close()
                 os.close(self._requests)
-                _process(self._work, self._pieces, answer, parent)
+                _run_process(self._work, self._pieces, answer, parent)
                 code = 0
             finally:
                 os._exit(code)
@@ -239,16 +239,16 @@ class Processes:
         if not self._arrived:
             for results in wait(list(self._workers), timeout):
                 assert isinstance(results, Connection)
-                self._arrived.append(self._received(results))
+                self._arrived.append(self._receive(results))
         return self._arrived.popleft() if self._arrived else None
 
-    def _received(self, results: Connection[object, object]) -> Done:
+    def _receive(self, results: Connection[object, object]) -> Done:
         try:
             found = results.recv()
         except (EOFError, OSError):
             process = self._workers.pop(results)
             results.close()
-            raise DataError(f"a loader worker (process {process}) {_reason(process)}.") from None
+            raise DataError(f"a loader worker (process {process}) {_describe_end(process)}.") from None
         if isinstance(found, Done):
             return found
         if isinstance(found, DataError):
@@ -265,12 +265,12 @@ def _pipe() -> tuple[Connection[object, object], Connection[object, object]]:
     return Connection(read, writable=False), Connection(write, readable=False)
 
 
-def _process(work: Callable[[Piece], Done], pieces: int, answer: Connection[object, object], parent: int) -> None:
+def _run_process(work: Callable[[Piece], Done], pieces: int, answer: Connection[object, object], parent: int) -> None:
     """Run a worker process until no pieces are left."""
-    # Ctrl-C reaches the whole process group, and Slurm's signal all processes of a step. Only the parent handles them,
-    # and it ends the workers, which also end when the parent is gone.
+    # Ctrl-C signals the whole process group, and Slurm all processes of a step. Only the parent handles the signal: it
+    # ends the workers. Workers also end when the parent is gone.
     handle_termination(signal.SIG_IGN)
-    # Do not finalize here what the parent left for the garbage collector.
+    # Do not run finalizers here for objects of the parent.
     gc.freeze()
     answer.send(None)
     try:
@@ -287,7 +287,7 @@ def _process(work: Callable[[Piece], Done], pieces: int, answer: Connection[obje
 
 
 def _next_piece(pieces: int, parent: int) -> Piece | None:
-    """Wait for the next piece; return None when there are no more."""
+    """Wait for the next piece; return None when the pipe is closed or the parent is gone."""
     ready = select.poll()
     ready.register(pieces, select.POLLIN)
     while os.getppid() == parent:
@@ -299,12 +299,12 @@ def _next_piece(pieces: int, parent: int) -> Piece | None:
     return None
 
 
-def _reason(process: int) -> str:
-    """Return how a process ended, for a message."""
+def _describe_end(process: int) -> str:
+    """Wait for a process, and describe how it ended, for a message."""
     try:
         _, status = os.waitpid(process, 0)
     except ChildProcessError:
-        return "is gone"
+        return "no longer exists"
     number = -os.waitstatus_to_exitcode(status)
     if number <= 0:
         return f"ended with code {-number}"
@@ -314,8 +314,8 @@ def _reason(process: int) -> str:
         name = f"signal {number}"
     if number == signal.SIGKILL:
         return (
-            f"was killed by {name}, as the system does when memory runs out (see dmesg); reduce data.workers, or give "
-            "the job more memory. The same command resumes from the last checkpoint"
+            f"was killed by {name}; the kernel does this when memory runs out (see dmesg). Reduce data.workers, or "
+            "give the job more memory. The same command resumes from the last checkpoint"
         )
     return f"was killed by {name}: a fault in a library or in the machine; try data.decoder=pillow"
 

@@ -326,7 +326,7 @@ def test_evaluation_keeps_the_place_of_a_bad_image() -> None:
 @forked
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGKILL, "was killed by SIGKILL, .* memory runs out"), (signal.SIGTRAP, "was killed by SIGTRAP: a fault")],
+    [(signal.SIGKILL, "was killed by SIGKILL; .* memory runs out"), (signal.SIGTRAP, "was killed by SIGTRAP: a fault")],
 )
 def test_a_killed_worker_ends_the_stream_with_the_reason(number: int, reason: str) -> None:
     def die(sample: int) -> None:
@@ -563,7 +563,7 @@ def test_worker_processes_share_the_memory_of_the_source() -> None:
 @pytest.mark.parametrize("stuck", [(0,), (1,), (0, 1)])
 def test_workers_that_do_not_start_are_replaced(stuck: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(evaluate(SyntheticImages(23)))
-    run, forks = workers_module._process, mmap.mmap(-1, 1)
+    run, forks = workers_module._run_process, mmap.mmap(-1, 1)
 
     def late(*arguments: Any) -> None:
         forks[0] += 1
@@ -574,7 +574,7 @@ def test_workers_that_do_not_start_are_replaced(stuck: tuple[int, ...], monkeypa
         run(*arguments)
 
     before = workers_of_this_test()
-    monkeypatch.setattr(workers_module, "_process", late)
+    monkeypatch.setattr(workers_module, "_run_process", late)
     monkeypatch.setattr(workers_module, "START_S", 1.0)
     assert same(list(evaluate(SyntheticImages(23), workers=2)), expected)
     assert forks[0] == 2 + len(stuck)
@@ -607,7 +607,7 @@ def test_a_failed_start_of_a_worker_raises(monkeypatch: pytest.MonkeyPatch) -> N
 @forked
 def test_workers_that_never_start_end_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     before = workers_of_this_test()
-    monkeypatch.setattr(workers_module, "_process", lambda *arguments: time.sleep(600))
+    monkeypatch.setattr(workers_module, "_run_process", lambda *arguments: time.sleep(600))
     monkeypatch.setattr(workers_module, "START_S", 0.1)
     with pytest.raises(DataError, match="2 of 2 loader workers did not start"):
         evaluate(SyntheticImages(23), workers=2)
@@ -643,8 +643,8 @@ def test_both_decoders_give_the_same_batches(workers: int, kind: str | None) -> 
 @pytest.mark.skipif(native.jpeg is None, reason="the C decoder was not built")
 def test_pillow_decodes_only_what_the_native_decoder_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[bytes] = []
-    whole = decode_module._image
-    monkeypatch.setattr(decode_module, "_image", lambda data: opened.append(data) or whole(data))
+    whole = decode_module._open_image
+    monkeypatch.setattr(decode_module, "_open_image", lambda data: opened.append(data) or whole(data))
     source = MixedFiles(23)
     list(evaluate(source, decoder=NATIVE))
     assert opened == [source.read(sample) for sample in (3, 5, 7, 8)]
