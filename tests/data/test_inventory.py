@@ -107,7 +107,7 @@ def test_circular_links_and_pipes_are_counted(make_directory: MakeTree) -> None:
     data = open_folder(str(root), None)
     assert data.inventory.skipped == {
         "files without a suffix": 1,
-        "links to a folder around them": 2,
+        "links to an enclosing folder": 2,
         "pipes, sockets and devices": 1,
     }
     assert len(data.train) == 4

@@ -251,11 +251,11 @@ MOVE = r"move the images of cat/train/ to train/cat/"
     [
         (
             ("ds0/train/cat", "ds0/train/dog", "ds0/val/cat", "ds1/train/cat"),
-            r"ds0/ in it has one: make that data\.root",
+            r"ds0/ in it holds train/: give ds0/ as data\.root",
         ),
         (("cat/train", "cat/val", "dog/train", "dog/val"), MOVE),
         (("cat/train", "dog/Test Set", "fox"), MOVE),
-        (("b/training/cat", "b/eval/cat", "a", "c"), r"b/ in it has one: make that data\.root"),
+        (("b/training/cat", "b/eval/cat", "a", "c"), r"b/ in it holds training/: give b/ as data\.root"),
     ],
 )
 def test_splits_within_classes_are_refused(tmp_path: Path, folders: tuple[str, ...], message: str) -> None:

@@ -1,1 +1,1 @@
-"""Sources of images: folders, zips, tar shards, URLs, embedded and downloaded sets. Each makes a `Dataset`."""
+"""Open images as a `Dataset`: from folders, zips, tar shards, URLs, and embedded, downloaded or synthetic data sets."""

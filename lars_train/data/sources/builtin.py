@@ -30,7 +30,7 @@ SIDE = 28
 class _Decoded:
     """The 28 x 28 grayscale images of another source, each decoded on first use and kept: 8 MB in total.
 
-    Decoding them in every epoch would keep one core busy while the others wait.
+    Decoding every image in every epoch would occupy one core while the others wait.
     """
 
     def __init__(self, source: Source) -> None:
@@ -137,14 +137,14 @@ def open_synthetic(train_count: int, val_count: int, num_classes: int, image_siz
 
 @lru_cache(maxsize=1)
 def _pool(pixels: int) -> npt.NDArray[np.uint8]:
-    """Return the noise that images are cut from. Each process makes it on first use, so it is never pickled."""
+    """Return the noise from which images are cut. Each process computes it on first use, so it is never pickled."""
     words = np.random.Philox(key=1).random_raw((_OFFSETS + pixels) // 8 + 1)
     return words.astype("<u8").view(np.uint8) % _LEVELS
 
 
 # Seconds without a response after which a download fails.
 _TIMEOUT_S = 60.0
-# By name: torchvision's class, and how to install the files manually.
+# For each name: torchvision's class, and how to install the files manually.
 _DOWNLOADS = {
     "cifar10": (
         "CIFAR10",
@@ -231,7 +231,7 @@ def open_arrays(name: str, root: str | None, holdout: float | None = None) -> Da
         validation = ArraySource(name, VAL, np.asarray(test.data), test.targets)
     else:
         training, validation = (
-            ArraySource(name, TRAIN, images[ranks], labels[ranks], ranks) for ranks in split_holdout(labels, holdout)
+            ArraySource(name, TRAIN, images[rows], labels[rows], rows) for rows in split_holdout(labels, holdout)
         )
     splits = ((source.name_chunks(), source.labels) for source in (training, validation))
     return Dataset(training, validation, classes, fingerprint(classes, *splits))

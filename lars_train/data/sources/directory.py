@@ -1,9 +1,9 @@
 """Read a directory as a `Tree`, and its samples as a `Source`: one file per sample.
 
-The listing of the class folders is cached, so that a start does not read 1.28 million names. Such an index holds paths,
-labels and file sizes, and the modification time (mtime) and size of every folder. It is valid until a folder changes,
-which happens when files are added, removed or renamed. New content in a file does not matter, because content is read
-from the file itself. Nothing is written to the data folder.
+An index caches the listing of the class folders, so that a start does not read 1.28 million names. The index holds
+paths, labels and file sizes, and the modification time (mtime) and size of every folder. It is valid until a folder
+changes, which happens when files are added, removed or renamed. New content in a file does not matter, because content
+is read from the file itself. Nothing is written to the data folder.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from lars_train.data.inventory import BESIDE, LOOSE, Inventory, merge_counts, pa
 from lars_train.data.sources.index_files import Arrays, Damaged, Outdated, index_lock, load_index, save_index
 from lars_train.data.sources.tree import (
     Listing,
-    Ranks,
+    Rows,
     count_skipped,
     is_hidden,
     is_image,
     join,
+    labels_by_path,
     make_listing,
-    rank_classes,
 )
 from lars_train.data.splits import is_split_name
 from lars_train.errors import ConfigError
 from lars_train.messages import is_rank0, printable
 
 MIN_INDEXED = 10_000
-"""Estimated number of images from which an index is saved; fewer are listed as quickly without one."""
+"""An index is saved from this estimated number of images on; fewer are listed as quickly without an index."""
 
 # 2: skipped files are counted, and more suffixes are images. 3: more folders made by systems are hidden.
 _VERSION = 3
 
-# A folder that changed less than this before it was read may change again with the same mtime: the kernel's clock for
-# mtimes ticks in milliseconds, that of some network file systems in seconds.
+# A folder that changed less than this before it was read may change again with the same mtime, because clocks of mtimes
+# are coarse: milliseconds in the kernel, and seconds on some network file systems.
 _SETTLED_NS = 2_000_000_000
 _THREADS = 8  # more than cores, because they wait for the file system
 
@@ -72,7 +72,7 @@ class FileSource(NamedSource):
 
 
 class DirectoryTree:
-    """The folders and files below the directory `root`. Follows symbolic links, but not in circles."""
+    """The folders and files below the directory `root`. Follows symbolic links, but not cycles."""
 
     variant = ""
     inventory = Inventory()
@@ -119,7 +119,7 @@ class DirectoryTree:
         """Return the content of the file `path`. Raises OSError."""
         return self._path(path).read_bytes()
 
-    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+    def source(self, inside: bytes, names: Names, labels: Labels, rows: Rows | None = None) -> Source:
         """Return a source of the files `names`, which lie below `inside`."""
         return FileSource(self._path(inside), names, labels)
 
@@ -152,9 +152,9 @@ class DirectoryTree:
         path = self._path(join(inside, below))
         resolved = path.resolve()
         if resolved in ancestors:
-            content.skipped["links to a folder around them"] += 1
+            content.skipped["links to an enclosing folder"] += 1
             return
-        # Taken before the entries are read, so that a change in between invalidates the index.
+        # Record the state before reading the entries, so that a change in between invalidates the index.
         content.folders.append(FolderState.at(path, below))
         for entry in self._entries(join(inside, below)):
             if is_hidden(entry.name):
@@ -191,7 +191,7 @@ def _size(entry: os.DirEntry[bytes]) -> int:
 
 
 def is_file(path: Path) -> bool:
-    """Return True if `path` is a file; False if permissions do not allow finding out."""
+    """Return True if `path` is a file; False if that cannot be determined."""
     try:
         return path.is_file()
     except OSError:
@@ -286,7 +286,7 @@ def _read(
             bar.update()
     skipped = merge_counts(*(content.skipped for content in contents))
     listing = make_listing(classes, [[path for path, _ in content.images] for content in contents], skipped)
-    sizes = [size for label in rank_classes(classes) for _, size in contents[label].images]
+    sizes = [size for label in labels_by_path(classes) for _, size in contents[label].images]
     return listing, sizes, folders
 
 

@@ -60,10 +60,10 @@ def open_folder(
 def open_folder_validation(
     root: str | None, cache: CacheSettings | None = None, image_key: str | None = None
 ) -> Dataset:
-    """Open only the validation images at `root`, for a model that has its classes already. The training split is empty.
+    """Open only the validation images at `root`, for a trained model. The training split is empty.
 
-    The class folders lie in a folder with one of the names in splits.py or, without such a folder and without
-    ``train/``, directly in `root`. Tar shards of no split count as validation images, too. `cache`, `image_key`: see
+    The class folders lie in a folder with one of the names in splits.py. Without such a folder and without ``train/``,
+    they lie directly in `root`. Tar shards of no split count as validation images, too. `cache`, `image_key`: see
     `open_tree`. Raises `ConfigError` for any other layout.
     """
     tree = open_tree(root, cache, image_key)
@@ -87,7 +87,8 @@ def open_tree(
     tree = _open_tree(root, cache, image_key, train_only)
     if image_key is not None and not isinstance(tree, WebdatasetTree):
         raise ConfigError(
-            f"data.image_key={image_key}: {tree.place} is not a folder of tars in webdataset's layout; drop it."
+            f"data.image_key={image_key}: {tree.place} is not a folder of tars in webdataset's layout; drop "
+            "data.image_key."
         )
     return tree
 
@@ -123,8 +124,8 @@ def _open_tree(root: str | None, cache: CacheSettings | None, image_key: str | N
 def make_dataset(tree: Tree, folders: SplitFolders, train: Split, val: Split) -> Dataset:
     """Return the `Dataset` of two splits that share `train.classes`."""
     return Dataset(
-        train=tree.source(train.inside, train.names, train.labels, train.ranks),
-        val=tree.source(val.inside, val.names, val.labels, val.ranks),
+        train=tree.source(train.inside, train.names, train.labels, train.rows),
+        val=tree.source(val.inside, val.names, val.labels, val.rows),
         classes=class_names(train.classes),
         fingerprint=fingerprint(
             map(os.fsdecode, train.classes),
@@ -138,7 +139,7 @@ def make_dataset(tree: Tree, folders: SplitFolders, train: Split, val: Split) ->
 
 
 def take_inventory(tree: Tree, folders: SplitFolders, *splits: Split) -> Inventory:
-    """Return which splits of the tree are read, and counts of what is skipped, each folder counted once."""
+    """Return the inventory of a tree: the splits that are read, and the skipped entries, each folder counted once."""
     own, beside, unread_splits = tree.inventory, {}, list[str]()
     # A store names its splits train and val, and records their names in the original data set.
     original_names = {TRAIN.encode(): own.train, VAL.encode(): own.val} if isinstance(tree, ShardTree) else {}

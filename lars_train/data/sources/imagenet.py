@@ -37,7 +37,7 @@ _KAGGLE = b"LOC_val_solution.csv"
 _DEVKIT = b"ILSVRC2012_devkit_t12/data"
 _GROUND_TRUTH = b"ILSVRC2012_validation_ground_truth.txt"
 _META = b"meta.mat"
-# Number of folders above the root that are searched for Kaggle's CSV (Kaggle's images lie in ILSVRC/Data/CLS-LOC).
+# How many folders above the root are searched for Kaggle's CSV (Kaggle's images lie in ILSVRC/Data/CLS-LOC).
 _PARENTS = 3
 # A table of labels: a function from image names to the wnid of each.
 _Table = Callable[[list[bytes]], list[bytes]]
@@ -75,7 +75,7 @@ def both_splits(tree: Tree, folders: SplitFolders, val_labels: str | None) -> tu
         validation = collect_split(tree, folders.val)
         check_same_classes(tree, training, validation)
         return training, validation
-    table = _found(tree, folders.val) if val_labels is None else _given(val_labels)
+    table = _find_table(tree, folders.val) if val_labels is None else _table_at(val_labels)
     return training, _flat(tree, folders.val, training.classes, table)
 
 
@@ -101,9 +101,9 @@ def open_imagenet_validation(
 
 
 def only_validation(tree: Tree, folders: SplitFolders, inside: bytes, val_labels: str | None) -> Split:
-    """Return the validation set in `inside`, labeled as in `both_splits`, with the classes of these images only."""
+    """Return the validation set in `inside`, labeled as in `both_splits`, with only the classes of these images."""
     if is_flat(tree, folders):
-        return _flat(tree, inside, None, _found(tree, inside) if val_labels is None else _given(val_labels))
+        return _flat(tree, inside, None, _find_table(tree, inside) if val_labels is None else _table_at(val_labels))
     if val_labels is not None:
         raise _already_labeled(val_labels)
     return collect_split(tree, inside)
@@ -132,7 +132,7 @@ def _flat(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _
     return Split(inside, builder.build(), ids, classes, skipped=skipped)
 
 
-def _given(val_labels: str) -> _Table:
+def _table_at(val_labels: str) -> _Table:
     """Return the table at the path `val_labels`: a CSV, the devkit's text file, or a folder that contains it."""
     path = user_path(val_labels)
     for folder in (b"", b"data", _DEVKIT):
@@ -146,7 +146,7 @@ def _given(val_labels: str) -> _Table:
     return _table(DirectoryTree(path.parent), os.fsencode(path.name))
 
 
-def _found(tree: Tree, val: bytes) -> _Table:
+def _find_table(tree: Tree, val: bytes) -> _Table:
     """Return Kaggle's CSV in the tree or above it, else the devkit in the tree, else the only CSV in it."""
     for folder in (b"", val):
         if _KAGGLE in tree.files(folder):

@@ -1,8 +1,8 @@
 """Write and memory-map index files (named numpy arrays and a little JSON), and cache them per data set.
 
-All processes of a machine share the mapped pages. The reader accepts no pickles and no object arrays, and checks every
-bound, because an index may come with a store that somebody else made. directory.py and webdataset.py decide what an
-index holds and whether it is up to date. safetensors is a similar format, but would be one more required package and
+All processes of a machine share the mapped pages. An index may come with a store that somebody else made, so the reader
+accepts no pickles and no object arrays, and checks every bound. directory.py and webdataset.py decide what an index
+holds and whether it is up to date. safetensors is a similar format, but would be an additional required package, and
 has no checksum of its header.
 
 Layout, little-endian: magic (8 bytes), CRC-32 of the header (u4), its length (u4), the header (JSON), then the arrays,
@@ -104,7 +104,7 @@ def _view(body: npt.NDArray[np.uint8], dtype: str, count: int, offset: int) -> n
 
 T = TypeVar("T")
 # Indexes kept per path. Several, because nodes with separate copies of the data may share a cache directory, and
-# another run may still have mapped an older one.
+# another run may still map an older index.
 _KEPT = 4
 
 
@@ -118,7 +118,7 @@ def cache_directory() -> Path:
 
 
 def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -> T | None:
-    """Return the result of `use` for the newest index of `place` for which it is not None.
+    """Call `use` on each index of `place`, newest first, and return the first result other than None.
 
     Removes outdated indexes, and those that are damaged or make `use` raise one of `MALFORMED`, with a note on stderr.
     """
@@ -143,7 +143,7 @@ def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -
 
 
 def save_index(place: Path, meta: dict[str, Any], arrays: Arrays) -> None:
-    """Save an index of `place` in the cache, and remove old ones. Call under `index_lock`. Only reports failures."""
+    """Save an index of `place` in the cache, and remove old ones. Call under `index_lock`. Failures raise nothing."""
     key = _key(place)
     try:
         write_mapped(cache_directory() / f"{key}-{time.time_ns():x}.index", meta, arrays)

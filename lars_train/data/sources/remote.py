@@ -1,4 +1,4 @@
-"""Read a packed store at a URL as a `Tree`, through a cache of its index and shards on a local disk.
+"""Read a packed store at a URL as a `Tree`, with a cache of its index and shards on a local disk.
 
 The index is fetched when the store is opened. A shard is fetched when one of its images is read or, for a stream, ahead
 of time (shard_prefetch.py). Every image is verified by its checksum in the index.
@@ -33,15 +33,15 @@ from lars_train.data.sources.shards import (
     parse_splits,
     read_index,
 )
-from lars_train.data.sources.tree import Ranks
+from lars_train.data.sources.tree import Rows
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import cache_folder, read_at, user_path
 from lars_train.messages import complain, first_line, printable
 
 ATTEMPTS_AT_OPEN = 4
-"""Attempts of a request when a store is opened. Fewer, because the URL or the credentials may be wrong."""
+"""Attempts of a request while a store is opened: fewer than later, because the URL or the credentials may be wrong."""
 
-# Metadata that identifies the version of an object. Each file system has some of them.
+# Keys of metadata that identify the version of an object. Each file system reports some of them.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "VersionId", "generation", "ino"),
     *("mtime", "created", "updated", "LastModified", "last_modified", "Last-Modified"),
@@ -51,7 +51,7 @@ _FETCHES = 2  # attempts to get a shard with correct checksums
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """The folder of the cache (None: in the user's cache folder), and the most bytes that it may take."""
+    """The folder of the cache, and the most bytes that it may take. None stands for a folder in the user's cache."""
 
     folder: str | None = None
     limit: int = 64 * 10**9
@@ -83,7 +83,7 @@ class RemoteSplit:
         def fetch(handle: int) -> None:
             for _ in range(_FETCHES):
                 self.objects.fetch(inside, shard.size, handle, wait)
-                wrong = self._wrong(number, handle)
+                wrong = self._find_damage(number, handle)
                 if not wrong:
                     return
             raise DataError(
@@ -91,15 +91,15 @@ class RemoteSplit:
                 "the original with lars-data verify."
             )
 
-        entry = CacheEntry(f"{self.name}/{inside}", shard.size, fetch, lambda handle: self._wrong(number, handle))
+        entry = CacheEntry(f"{self.name}/{inside}", shard.size, fetch, lambda handle: self._find_damage(number, handle))
         return self.cache.hold(entry, wait)
 
     def shard_path(self, shard: Shard) -> str:
         """Return the path of a shard within the store."""
         return shard.path.relative_to(self.cache.folder / self.name).as_posix()
 
-    def _wrong(self, number: int, handle: int) -> str:
-        """Return what is wrong with the content of a shard; empty if all checksums are correct."""
+    def _find_damage(self, number: int, handle: int) -> str:
+        """Verify the checksums of a shard. Return the first failure; empty if all are correct."""
         places = self.packed.places
         samples = np.flatnonzero(places.shard == number)
         for sample in samples[np.argsort(places.offset[samples])].tolist():
@@ -110,11 +110,11 @@ class RemoteSplit:
 
 
 class HeldSource(ShardSource):
-    """Samples of a remote split, for a caller that holds the shards; reading others raises `DataError`."""
+    """Samples of a remote split, for a caller that holds the shards. A missing shard raises `DataError`."""
 
-    def __init__(self, split: RemoteSplit, names: Names, labels: Labels, ranks: Ranks | None) -> None:
+    def __init__(self, split: RemoteSplit, names: Names, labels: Labels, rows: Rows | None) -> None:
         packed = split.packed
-        places = packed.places if ranks is None else packed.places.take(ranks)
+        places = packed.places if rows is None else packed.places.take(rows)
         # Files that stay open would take disk space after they are removed to make room.
         super().__init__(packed.shards, names, labels, places, keep_open=False)
         self.split = split
@@ -139,9 +139,9 @@ class HeldSource(ShardSource):
 class RemoteSource(HeldSource):
     """Samples of a remote split; reading a sample fetches its shard."""
 
-    def __init__(self, split: RemoteSplit, names: Names, labels: Labels, ranks: Ranks | None) -> None:
-        super().__init__(split, names, labels, ranks)
-        self.held = HeldSource(split, names, labels, ranks)
+    def __init__(self, split: RemoteSplit, names: Names, labels: Labels, rows: Rows | None) -> None:
+        super().__init__(split, names, labels, rows)
+        self.held = HeldSource(split, names, labels, rows)
         """The same samples, for a caller that holds the shards."""
 
     @property
@@ -168,9 +168,9 @@ class RemoteTree(ShardTree):
         self.place = url
         self._remote = remote
 
-    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
-        """Return a source that fetches a shard of the split `inside` when it is read."""
-        return RemoteSource(self._remote[os.fsdecode(inside)], names, labels, ranks)
+    def source(self, inside: bytes, names: Names, labels: Labels, rows: Rows | None = None) -> Source:
+        """Return a source of the split `inside` that fetches a shard when one of its samples is read."""
+        return RemoteSource(self._remote[os.fsdecode(inside)], names, labels, rows)
 
 
 def open_remote(url: str, settings: CacheSettings) -> RemoteTree:
@@ -232,7 +232,7 @@ def _index(objects: Objects, cache: ShardCache, name: str) -> tuple[Held, Path]:
 T = TypeVar("T")
 
 ATTEMPTS, FIRST_PAUSE_S, LONGEST_PAUSE_S = 8, 1.0, 30.0
-"""Attempts of a request. The pauses between them double, and are shortened at random by up to a half: 90 s in all."""
+"""Attempts of a request. The pauses double up to a limit, and jitter shortens each by up to half: 91 s at most."""
 
 PIECE_BYTES = 16 << 20
 """Bytes of a shard per request."""

@@ -1,8 +1,8 @@
 """Cache whole files in a folder on a local disk, up to a limit in bytes, for several processes.
 
-Files that a process holds stay. To make room, the least recently used of the others are removed. A file has its final
-name only when it is complete and verified. Processes lock the files themselves (flock), so a killed process leaves no
-stale locks. The caller fetches the bytes (remote.py).
+To make room, the cache removes the least recently used files, but never files that a process holds. A file gets its
+final name only when it is complete and verified. Processes lock the files themselves (flock), so a killed process
+leaves no stale locks. The caller fetches the bytes (remote.py).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _PARTIAL, _MARK = ".partial", ".mark"
 _POLL_S = 0.05
 
 Wait = Callable[[float], None]
-"""A function like `time.sleep`, which raises an exception to end the waiting."""
+"""A function like `time.sleep`. It may raise an exception to end the wait."""
 
 
 class CacheEntry(NamedTuple):
     """A file that the cache can hold: its path below the cache's folder, ``store-X/...``, and its size in bytes.
 
-    `fetch` writes it to a file descriptor. `check` returns what is wrong with the content; empty if nothing is.
+    `fetch` writes it to a file descriptor. `check` returns the reason why the content is invalid; empty if it is valid.
     """
 
     name: str
@@ -147,7 +147,7 @@ class ShardCache:
         except FileNotFoundError:
             return None
         checked = _verified_at(path, handle)
-        # Files that other processes hold have been verified by them.
+        # If another process holds the file, that process has verified it.
         if not checked or not self._started <= checked <= time.time():
             if _try_lock(handle, fcntl.LOCK_EX):
                 return _Unverified(handle)
@@ -168,14 +168,14 @@ class ShardCache:
                 return _Busy("another process is fetching it", os.fstat(handle).st_mtime_ns)
             finally:
                 os.close(handle)
-        # The remainder of a killed fetch is fetched again.
+        # Discard what a killed process fetched.
         os.ftruncate(handle, 0)
         room = self._make_room(size + MARK_BYTES, spare=partial)
         if room < size + MARK_BYTES:
             partial.unlink()
             _release(handle)
             return _Busy(
-                f"there is no room for it: only {room:,} of {self.limit:,} bytes, or of what the disk has, are free "
+                f"there is no room for it: only {room:,} of {self.limit:,} bytes are free in the cache or on its disk "
                 "(if other runs use the rest, raise data.cache_gb or give each run a separate data.cache_dir)",
                 room,
             )
@@ -183,7 +183,7 @@ class ShardCache:
         return _Partial(handle)
 
     def _make_room(self, size: int, spare: Path) -> int:
-        """Remove files that nobody holds until `size` bytes fit, and return the bytes that fit."""
+        """Remove files that no process holds until `size` bytes fit, and return the bytes that fit."""
         used = self.used()
         # Other files may have filled the disk.
         room = min(self.limit - used, shutil.disk_usage(self.folder).free)
@@ -213,7 +213,7 @@ class ShardCache:
         return Held(handle)
 
     def _verify(self, path: Path, handle: int, entry: CacheEntry) -> Held | None:
-        """Verify the existing file and hold it; None if it is damaged, in which case it is removed."""
+        """Verify an existing file and hold it. If it is damaged, remove it and return None."""
         try:
             wrong = entry.check(handle) if os.fstat(handle).st_size == entry.size else "its length is wrong"
             with self._exclusive():

@@ -2,7 +2,7 @@
 
 The index holds names, labels and positions, and is memory-mapped. Since a store may come from somebody else, opening it
 checks every number in the index against the shards. No name in the index becomes a path on disk, except the names of
-the shards, which must be plain file names. lars_train.pack makes stores.
+the shards, which must be plain file names. lars_train.pack writes stores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from lars_train.data.dataset import Labels, NamedSource, Names, Source
 from lars_train.data.inventory import Inventory, parse_counts, parse_inventory
 from lars_train.data.sources.index_files import MALFORMED, Arrays, Damaged, describe_damage, read_mapped
-from lars_train.data.sources.tree import Listing, Ranks
+from lars_train.data.sources.tree import Listing, Rows
 from lars_train.data.splits import SPLITS, is_split_name
 from lars_train.errors import ConfigError
 from lars_train.fsutil import read_at
@@ -38,8 +38,8 @@ PACKING = ".packing"
 """A folder that exists in a store while it is being packed."""
 
 VERSION = 1
-# At most this many shards stay open, and at most one file in this many that the system allows a process. Further shards
-# are opened for each read.
+# Limits on the shards that stay open: their number, and the share (1 / _SHARE) of the process's limit on open files.
+# Other shards are opened for each read.
 _HANDLES, _SHARE = 512, 4
 
 
@@ -59,9 +59,9 @@ class Places:
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
 
-    def take(self, ranks: Ranks) -> Places:
-        """Return the positions of the samples at `ranks`."""
-        return Places(self.shard[ranks], self.offset[ranks], self.size[ranks])
+    def take(self, rows: Rows) -> Places:
+        """Return the positions of the samples at `rows`."""
+        return Places(self.shard[rows], self.offset[rows], self.size[rows])
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Packed:
     listing: Listing
     places: Places
     sums: npt.NDArray[np.uint64]
-    """Shape (N,): the `digest` of each image; empty in an index of shards made by other programs."""
+    """Shape (N,): the `digest` of each image; empty in an index of webdataset's tars."""
 
 
 class ShardSource(NamedSource):
@@ -105,7 +105,7 @@ class ShardSource(NamedSource):
 
 
 class ShardTree:
-    """A store of tar shards: splits are folders, and classes are folders in them. Only what the index lists exists."""
+    """A store of tar shards as a tree of the entries in its index: folders are splits, with classes as subfolders."""
 
     def __init__(
         self, path: Path, splits: dict[str, Packed], variant: str = "", inventory: Inventory | None = None
@@ -139,10 +139,10 @@ class ShardTree:
         """Raise FileNotFoundError: a store has no files beside its images."""
         raise FileNotFoundError(f"{printable(path)} does not exist")
 
-    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+    def source(self, inside: bytes, names: Names, labels: Labels, rows: Rows | None = None) -> Source:
         """Return a source that reads `names` of the split `inside` from its shards."""
         split = self.splits[os.fsdecode(inside)]
-        return ShardSource(split.shards, names, labels, split.places if ranks is None else split.places.take(ranks))
+        return ShardSource(split.shards, names, labels, split.places if rows is None else split.places.take(rows))
 
 
 def digest(data: bytes) -> int:
@@ -258,7 +258,7 @@ def _check_places(places: Places, lengths: npt.NDArray[np.int64]) -> None:
     if not 0 <= places.shard.min() <= places.shard.max() < len(lengths):
         raise Damaged("an image lies in a shard that does not exist")
     length = lengths[places.shard]
-    # Written so that no sum can overflow.
+    # Compare by subtraction: `offset + size` could overflow.
     if np.any(places.offset < 0) or np.any(places.size < 0) or np.any(places.offset > length):
         raise Damaged("an image lies outside its shard")
     if np.any(places.size > length - places.offset):

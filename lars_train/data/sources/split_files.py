@@ -39,7 +39,7 @@ _UNPACK = 'for t in *.tar; do mkdir -p "${t%.tar}" && tar -xf "$t" -C "${t%.tar}
 # With fewer tars than this, each is assumed to be a class only if it is named like ImageNet's.
 _FEWEST_CLASSES = 3
 _WNID = re.compile(r"n\d{8}\.tar")
-# Most folders that look like splits in an inventory.
+# The most unread folders with names like splits that an inventory lists.
 _SHOWN = 6
 
 OF_NO_SPLIT = "parquet files of no split"
@@ -61,8 +61,8 @@ def find_shards(root: Path) -> Shards | None:
     """Return the tar shards in the folder `root`; None if it is not a folder of shards.
 
     Shards lie in folders named after splits, or directly in `root` with the split as a word in each name. Tars beside
-    folders do not count: they are assumed to be archives that were unpacked into these folders. Shards of no split
-    count as `TRAIN`. Without those and without a training set, only `VAL` is returned.
+    folders do not count: they are assumed to be archives that were unpacked into these folders. Without a training set,
+    shards of no split count as `TRAIN`; without such shards, the result has only `VAL`.
     """
     by_split: dict[str, list[str]] = {}
     skipped: dict[str, Counter[str]] = {}
@@ -198,8 +198,8 @@ class _HasImages(Exception):
 def parquet_folders(root: Path) -> list[ParquetFolder]:
     """Find the data sets of parquet files in the folder `root` and up to three levels below it.
 
-    The files of a data set lie in a folder without visible folders, with the split as a word in each name, as in
-    ``train-00000-of-00294.parquet``, or in folders named ``train`` and the like.
+    The files of a data set lie in folders named after splits, or together in a folder without visible folders. In the
+    second case, each name contains the split as a word: ``train-00000-of-00294.parquet``.
     """
     try:
         return _search_parquet(root, _DEPTH)
@@ -224,7 +224,7 @@ def refuse_parquet(path: Path) -> None:
     if path.suffix.lower() == _PARQUET and not path.is_dir():
         folders = [path.parent]
     else:
-        # Class folders need not be searched.
+        # Do not search class folders, of which there may be many.
         folders = [] if _has_class_folders(path) else [folder.path for folder in parquet_folders(path)]
     if not folders:
         return
@@ -258,7 +258,7 @@ def _search_parquet(folder: Path, depth: int) -> list[ParquetFolder]:
         return [ParquetFolder(folder, by_split, _beside_parquet(folder))]
     splits = {name: _list_parquet(folder / name) for name in filter(is_split_name, folders)}
     by_folder = {name: tuple(inside) for name, (inside, below) in splits.items() if inside and not below}
-    # Other folders may hold the training set.
+    # Without a training set here, another folder may hold it.
     if choose_splits(by_folder).train is not None or (by_folder and len(by_folder) == len(folders)):
         return [ParquetFolder(folder, by_folder, count_beside_splits(folder, _PARQUET, OF_NO_SPLIT))]
     if not depth or len(folders) > _MANY_FOLDERS:

@@ -20,7 +20,7 @@ from lars_train.data.inventory import format_counts
 from lars_train.data.sources.directory import DirectoryTree
 from lars_train.data.sources.shards import ShardTree
 from lars_train.data.sources.split_files import advise_decompressing, advise_unpacking
-from lars_train.data.sources.tree import Listing, Ranks, Tree, is_image, join, split_holdout
+from lars_train.data.sources.tree import Listing, Rows, Tree, is_image, join, split_holdout
 from lars_train.data.sources.webdataset import WebdatasetTree
 from lars_train.data.splits import (
     TEST,
@@ -39,7 +39,7 @@ from lars_train.data.splits import (
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, listed, printable
 
-# The first two folders of a name, in text in which a NUL byte follows each name.
+# Matches the first two folders of each name in a text of NUL-terminated names.
 _TWO_FOLDERS = re.compile(rb"(?:\A|\0)([^/\0]+)/([^/\0]+)/")
 
 
@@ -64,14 +64,14 @@ class Split:
     names: Names
     labels: Labels
     classes: tuple[bytes, ...]
-    ranks: Ranks | None = None
-    """Their ranks in the tree's listing of `inside`; None if they are all of it, or not in it."""
+    rows: Rows | None = None
+    """The samples' rows in the tree's listing of `inside`; None for all rows, or for samples that are not in it."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Counts of the entries in `inside` that are not samples, by reason."""
 
 
 def find_splits(tree: Tree, holdout: float | None, *, allow_missing: bool = False) -> SplitFolders:
-    """Find the folders of training and validation set; with `holdout`, both are the same.
+    """Find the folders of the training and the validation set; with `holdout`, both are the same.
 
     `allow_missing`: one of the two may be missing, and the class folders may lie in the root.
     """
@@ -85,7 +85,7 @@ def find_splits(tree: Tree, holdout: float | None, *, allow_missing: bool = Fals
             return SplitFolders(b"", b"" if holdout is not None else None)
         if allow_missing and val is not None and all(is_split_name(os.fsdecode(name)) for name in found):
             return SplitFolders(b"", os.fsencode(val), unused)
-        raise ConfigError(f"data.root={tree.place} has no train/ folder; {_instead(tree, found)}")
+        raise ConfigError(f"data.root={tree.place} has no train/ folder; {_describe_root(tree, found)}")
     inside = os.fsencode(train)
     if holdout is not None:
         return SplitFolders(inside, inside, (*([] if val is None else [val]), *unused))
@@ -102,11 +102,11 @@ def find_validation(tree: Tree) -> tuple[SplitFolders, bytes]:
     if train is None:
         found = tree.folders(b"")
         if val is None and _non_classes(found):
-            raise ConfigError(f"data.root={tree.place} has no validation set; {_instead(tree, found)}")
+            raise ConfigError(f"data.root={tree.place} has no validation set; {_describe_root(tree, found)}")
         inside = b"" if val is None else os.fsencode(val)
         return SplitFolders(b"", inside, unused), inside
     inside = os.fsencode(val or train)
-    # In a store, images of no split are in train.
+    # A store keeps images of no split in train.
     if val is None and not (isinstance(tree, ShardTree) and not tree.inventory.train):
         raise _without_validation(tree, unused, _training_images(tree, train))
     return SplitFolders(os.fsencode(train), inside, unused), inside
@@ -125,7 +125,7 @@ def _without_validation(tree: Tree, unused: Sequence[str], remedy: str) -> Confi
 
 
 def _training_images(tree: Tree, train: str) -> str:
-    """Return how to evaluate the training images if there are no others."""
+    """Return how to evaluate a data set that has only training images, for a message."""
     if isinstance(tree, DirectoryTree):
         return f"data.root={tree.place}/{printable(train)} evaluates the training images."
     return "data.holdout=S evaluates the share S that a run with data.holdout=S does not train on."
@@ -169,8 +169,8 @@ def hold_out(tree: Tree, inside: bytes, share: float) -> tuple[Split, Split]:
             f"{_describe_skipped(listing.skipped)}; {remedy}"
         )
     train, val = (
-        Split(inside, listing.names.take(ranks), listing.labels[ranks], listing.classes, ranks, listing.skipped)
-        for ranks in split_holdout(listing.labels, share)
+        Split(inside, listing.names.take(rows), listing.labels[rows], listing.classes, rows, listing.skipped)
+        for rows in split_holdout(listing.labels, share)
     )
     return train, val
 
@@ -224,7 +224,7 @@ def _list_classes(tree: Tree, inside: bytes) -> Listing:
 def _refuse_data_sets(tree: Tree, listing: Listing) -> None:
     """Raise `ConfigError` if folders in the root hold splits: their images would become one class."""
     blob, _ = listing.names.arrays
-    # The usual case: with one slash per name, the classes have no subfolders.
+    # The usual case: there is one slash per name, so the classes have no subfolders.
     if np.count_nonzero(blob == ord("/")) == len(listing.names):
         return
     folders: dict[str, set[str]] = {}
@@ -242,7 +242,7 @@ def _split_below(tree: Tree, name: bytes, train: bytes) -> str:
     """Return the remedy for a training set in the folder `name` of the root."""
     inner, outer = printable(join(name, train)), printable(join(train, name))
     if tree.folders(join(name, train)):
-        return f"{printable(name)}/ in it has one: make that data.root (or zip that folder)."
+        return f"{printable(name)}/ in it holds {printable(train)}/: give {printable(name)}/ as data.root (or zip it)."
     return f"move the images of {inner}/ to {outer}/, and do the same for the other splits and classes."
 
 
@@ -255,8 +255,8 @@ def _classes_with_fewer(listing: Listing, least: int) -> list[bytes]:
     return [name for name, count in zip(listing.classes, listing.counts().tolist(), strict=True) if count < least]
 
 
-def _instead(tree: Tree, found: Sequence[bytes]) -> str:
-    """Describe what the root holds instead of ``train/``, with a remedy."""
+def _describe_root(tree: Tree, found: Sequence[bytes]) -> str:
+    """Describe the content of a root without ``train/``, with a remedy."""
     if isinstance(tree, WebdatasetTree):
         train = [name for name in tree.inventory.unused if split_word(name) == TRAIN]
         return advise_decompressing(train) or (

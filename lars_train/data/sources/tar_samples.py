@@ -1,10 +1,9 @@
 """Read the samples of one tar in webdataset's layout: group the members, and find the image and the label of each.
 
 Adjacent members whose names agree up to the first dot of the file name are one sample
-(https://github.com/webdataset/webdataset, "WebDataset Format"), with the label in ``.cls`` or ``.json``. A middle part
-of digits belongs to the name (``cat.0.jpg``, ``cat.1.jpg``); if a sample still has several images, data.image_key
-chooses one. For samples without a label, other possible labels are collected as hints, among which `label_place`
-chooses.
+(https://github.com/webdataset/webdataset, "WebDataset Format"). Its label is in ``.cls`` or ``.json``. A middle part of
+digits belongs to the name (``cat.0.jpg``, ``cat.1.jpg``). If a sample still has several images, data.image_key chooses
+one. For a sample without a label, other possible labels are collected as hints; `label_place` chooses among them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lars_train.messages import listed, printable
 LABEL_KEYS = ("label", "cls", "class")
 """The keys of a label in JSON."""
 
-# Most bytes of a member with a number or name, with a number alone, and with JSON metadata.
+# The most bytes of a member that holds a number or a name, only a number, or JSON metadata.
 _MAX_CLS, _MAX_NUMBER, _MAX_JSON = 1024, 16, 1 << 20
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _BOM = b"\xef\xbb\xbf"
@@ -35,13 +34,13 @@ _WORDS = (
     "wnid synset"
 )
 _HINTS = frozenset((*LABEL_KEYS, *_WORDS.split()))
-# Extensions of members that may hold a label; .txt usually holds a caption, but a label if it is always a number.
+# Extensions of members that may hold a label. A .txt usually holds a caption, but may be a label if it is a number.
 _MAY_LABEL = frozenset(word.encode() for word in (*_HINTS, "txt", "json"))
 # Suffixes that suggest a label, also in members that belong to no image.
 _LIKE_LABELS = _MAY_LABEL | {b"npy"}
-# Most distinct JSON keys that are counted, and the most characters of a key.
+# The most distinct JSON keys that are counted, and the most characters of a key.
 _MAX_KEYS, _MAX_KEY_LENGTH = 1000, 40
-# Images in a sample above which dots in the names of images are the likely cause.
+# With more images than this in a sample, the likely cause is dots in the names of images.
 _MANY_IMAGES = 5
 
 Label = int | bytes | None
@@ -93,7 +92,7 @@ def samples_of(
 ) -> Iterator[TarSample]:
     """Yield the samples of the tar open at `handle`, which is shard number `shard`.
 
-    `keys`: of a sample with several images, the first of these extensions that it has is read. `skipped` counts the
+    `keys`: the extensions to read from samples with several images, the preferred one first. `skipped` counts the
     members that belong to no sample or are not read. `candidates` counts the members that may hold the label of a
     sample without one. `orphans` counts the ``.cls`` members that belong to no image, under the name of the first one.
     Raises `BadTar`, `Unclear` and OSError.
@@ -115,8 +114,8 @@ def samples_of(
         if short_key in by_key and short_key not in readings and unlabeled:
             readings[short_key] = _read_label(handle, by_key[short_key], candidates)
         shared = readings.get(short_key, _LabelReading())
-        # A label without an image is alone in its group, or has a longer name than the image. Beside a file of another
-        # kind, it is assumed to be that file's label.
+        # A label member belongs to no image if it is alone in its group, or has a longer name than the image. If the
+        # group has a file of another kind and no image, the label is assumed to be that file's.
         may_be_orphans = any(images.values()) or {_suffix(part) for part in parts} <= _LIKE_LABELS
         may_be_orphans = may_be_orphans and all(reading.label is None for reading in readings.values())
         for key, own in by_key.items():
@@ -134,7 +133,7 @@ def samples_of(
                     if may_be_orphans and _suffix(part) == b"cls":
                         orphans[next(iter(orphans), part.name)] += 1
                     elif may_be_orphans and _suffix(part) in _LIKE_LABELS:
-                        # Listed in the note on labels without a count: the line on skipped files has counted it.
+                        # Add the place for the note on labels, but no count: `skipped` has counted the member.
                         candidates[Place(_suffix(part).decode())] += 0
             image = images[key]
             if image is not None:
@@ -147,8 +146,8 @@ def samples_of(
 def label_place(samples: Iterable[TarSample]) -> Place | None:
     """Return the place of the label in the hints of `samples`, none of which has a label; None if that is uncertain.
 
-    Every sample must have a hint there. If there are several such places, they must divide the samples into the same
-    classes; then the first with numbers is chosen, because numbers define the order of the classes.
+    Every sample must have a hint there. If there are several such places, they must define the same classes; then the
+    first with numbers is chosen, because numbers define the order of the classes.
     """
     tables = [dict(hints) for hints in {sample.hints for sample in samples}]
     shared = sorted(set(tables[0]).intersection(*tables)) if tables else []
@@ -277,7 +276,7 @@ def _read_cls(handle: int, cls: Member, metadata: Member | None) -> _LabelReadin
 
 
 def _hint_in_text(handle: int, part: Member, *, number: bool) -> Label:
-    """Return the number or, unless it must be a `number`, the name in a text member; None for anything else."""
+    """Return the label in a text member: a number or, unless `number` is True, a name. None for anything else."""
     if number and part.size > _MAX_NUMBER:
         return None
     try:
@@ -330,7 +329,7 @@ def shown_label(label: Label) -> str:
 
 
 def is_invalid_number(label: bytes) -> bool:
-    """Return True if `label` is a number, but not the number of a class: signed, or not an integer."""
+    """Return True if `label` is a number, but not a class number: it has a sign, or is not an integer."""
     return _NUMBER.fullmatch(label) is not None and not label.isdigit()
 
 

@@ -4,7 +4,7 @@ Formats: POSIX.1-1988 ustar and POSIX.1-2001 pax (https://pubs.opengroup.org/onl
 "ustar Interchange Format", "pax Header Block"), and GNU's long names and large sizes
 (https://www.gnu.org/software/tar/manual/html_node/Standard.html). A name never becomes a path on disk.
 
-Python's tarfile takes three times as long, and accepts a tar that is cut off after a member as complete.
+Python's tarfile takes three times as long, and accepts a tar that was truncated after a member.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lars_train.fsutil import read_at
 
 BLOCK = 512
-# Most bytes of a pax header or of a long name. A path has at most 4,096 bytes on Linux.
+# The most bytes of a pax header or of a long name. A path has at most 4,096 bytes on Linux.
 _MAX_EXTRA = 1 << 20
 _REGULAR, _SKIPPED, _SPARSE = b"0\x007", b"123456VMD", b"S"
 _END = bytes(BLOCK)
@@ -40,8 +40,8 @@ class BadTar(Exception):
 def members(handle: int, skipped: Counter[str] | None = None) -> Iterator[Member]:
     """Yield the regular files of the tar open at `handle`, in their order in the file.
 
-    Links, folders and devices are skipped; `skipped` counts all but folders. Raises OSError, and `BadTar` for damaged
-    headers, sparse files, negative sizes, sizes beyond the end of the file, and a missing end of the archive.
+    Links, folders and devices are skipped; `skipped` counts all but folders. Raises OSError. Raises `BadTar` for
+    damaged headers, sparse files, negative sizes, sizes beyond the end of the file, and a missing end of the archive.
     """
     length = os.fstat(handle).st_size
     at, path, size = 0, None, None
@@ -55,7 +55,7 @@ def members(handle: int, skipped: Counter[str] | None = None) -> Iterator[Member
         begin = at + BLOCK
         if kind in (b"x", b"L"):
             if stated > min(_MAX_EXTRA, length - begin):
-                raise BadTar(f"the header at byte {at:,} announces {stated:,} bytes of names")
+                raise BadTar(f"the header at byte {at:,} declares {stated:,} bytes of names")
             extra = read_at(handle, stated, begin)
             if kind == b"L":
                 path = extra.rstrip(b"\0")
@@ -89,9 +89,10 @@ def members(handle: int, skipped: Counter[str] | None = None) -> Iterator[Member
 
 
 def entry(name: bytes, content: bytes) -> tuple[bytes, bytes]:
-    """Return the header blocks before `content` in a tar (pax if ustar's are too short), and the padding after it.
+    """Return the header blocks of a file with `content` in a tar, and the padding after the content.
 
-    They depend only on the name and the length: there is no time and no owner.
+    The header is pax if ustar's fields are too short. It records no time and no owner, so header and padding depend
+    only on the name and the length.
     """
     info = tarfile.TarInfo(os.fsdecode(name))
     info.size = len(content)

@@ -1,7 +1,7 @@
 """Define `Tree`, the interface of a directory, zip or store of shards, and `Listing`, the images of one split.
 
-Also decides which files are images, under which reason the others are counted, and which images are held out. Opens
-no files.
+Also decides which files are images, the reason under which others are counted, and which images are held out. Opens no
+files.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _SUFFIXES = (
     b".gif",
 )
 
-# Folders made by operating systems and their tools, in lower case: macOS, Synology, Windows, ext4.
+# Folders that operating systems and their tools create, in lower case: macOS, Synology, Windows, ext4.
 _FOLDERS = (b"__macosx", b"@eadir", b"#recycle", b"$recycle.bin", b"system volume information", b"lost+found")
-# A quick test: paths that do not match have no hidden part.
+# A quick test that spares most paths the full one: a path that does not match has no hidden part.
 _SUSPECT = re.compile(rb"\0|(?:^|/)(?:[./]|$|" + b"|".join(map(re.escape, _FOLDERS)) + rb")", re.IGNORECASE)
 # Files and folders that systems create everywhere. They are skipped without being counted.
 _UNCOUNTED = (b".ds_store", b"thumbs.db", b"desktop.ini", b"__macosx")
 
-Ranks = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
 
 
 class Tree(Protocol):
@@ -61,10 +61,10 @@ class Tree(Protocol):
     """The directory or the zip file."""
 
     variant: str
-    """How the images were re-encoded, see `fingerprint`; empty if they were not."""
+    """Describes how the images were re-encoded; empty if they were not. See `fingerprint`."""
 
     inventory: Inventory
-    """What the listings lack: the original names of a store's splits, and counts of further skipped entries."""
+    """Additions to the listings: the original names of a store's splits, and counts of further skipped entries."""
 
     def folders(self, inside: bytes) -> list[bytes]:
         """Return the names of the folders directly in `inside`, in bytewise order."""
@@ -86,16 +86,16 @@ class Tree(Protocol):
         """Return the content of a small file. Raises OSError."""
         ...
 
-    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+    def source(self, inside: bytes, names: Names, labels: Labels, rows: Rows | None = None) -> Source:
         """Return a source of the samples `names` (paths relative to `inside`) with `labels`, int32 (N,).
 
-        `ranks`: their ranks in ``listing(inside)``; None if they are all of it, or not in it.
+        `rows`: the rows of these samples in ``listing(inside)``; None for all rows, or for samples that are not in it.
         """
         ...
 
 
 def is_hidden(part: bytes) -> bool:
-    """Return True if a file or folder of this name is skipped: dot files, and folders made by systems."""
+    """Return True if a file or folder of this name is skipped: dot files, and folders of operating systems."""
     return not part or part.startswith(b".") or part.lower() in _FOLDERS
 
 
@@ -105,7 +105,7 @@ def is_image(name: bytes) -> bool:
 
 
 def count_skipped(skipped: Counter[str], name: bytes, *, folder: bool = False) -> None:
-    """Count a skipped file or folder under the reason that its name gives, unless systems create it everywhere."""
+    """Count a skipped entry under the reason that its name gives. Ignores files that systems create everywhere."""
     if name.lower() in _UNCOUNTED:
         return
     if name.lower() in _FOLDERS:
@@ -118,7 +118,7 @@ def count_skipped(skipped: Counter[str], name: bytes, *, folder: bool = False) -
 
 
 class HiddenFilter:
-    """Finds the hidden paths among the paths of files, and counts each hidden file or folder once in `skipped`."""
+    """Recognizes hidden paths, and counts each hidden file or folder once in `skipped`."""
 
     def __init__(self, skipped: Counter[str]) -> None:
         self._skipped = skipped
@@ -147,13 +147,13 @@ def join(*parts: bytes) -> bytes:
     return b"/".join(part for part in parts if part)
 
 
-# The key of the generator that chooses held-out images. It never changes, so that the split never changes.
+# The key of the generator that chooses held-out images. A different key would change every held-out split.
 _HOLDOUT_KEY = 20170813
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images below a folder of class folders, in bytewise order of their paths. A rank is an index into them."""
+    """The images below a folder of class folders, in bytewise order of their paths. A row is an index into them."""
 
     classes: tuple[bytes, ...]
     """Names of all class folders in bytewise order, with or without images. A label is an index into them."""
@@ -171,10 +171,10 @@ class Listing:
         return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
 
 
-def rank_classes(classes: Sequence[bytes]) -> list[int]:
-    """Return the labels in the order of their samples.
+def labels_by_path(classes: Sequence[bytes]) -> list[int]:
+    """Return the labels, sorted by the paths of their samples.
 
-    Samples are ordered by their whole path, in which a slash follows the class: ``a-b/`` comes before ``a/``.
+    In a path, a slash follows the class, so ``a-b/`` comes before ``a/``.
     """
     return sorted(range(len(classes)), key=lambda label: classes[label] + b"/")
 
@@ -184,7 +184,7 @@ def make_listing(
 ) -> Listing:
     """Return the listing of class folders. `images`: for each class, paths within its folder in bytewise order."""
     builder = NamesBuilder()
-    order = rank_classes(classes)
+    order = labels_by_path(classes)
     for label in order:
         builder.extend(join(classes[label], image) for image in images[label])
     counts = np.array([len(images[label]) for label in order], np.int64)
@@ -192,17 +192,17 @@ def make_listing(
     return Listing(tuple(classes), builder.build(), labels, skipped=dict(skipped or {}))
 
 
-def split_holdout(labels: Labels, share: float) -> tuple[Ranks, Ranks]:
-    """Return the ranks to train on and the ranks to hold out, both ascending. Each class must have two images.
+def split_holdout(labels: Labels, share: float) -> tuple[Rows, Rows]:
+    """Return the rows to train on and the rows to hold out, both ascending. Each class needs at least two images.
 
-    `labels`, (N,): the label of each rank. Of each class, the nearest whole number to `share` of its images is held
-    out, but at least one and not all. Which ones depends only on their rank within the class and the size of the class.
+    `labels`, (N,): the label of each row. Holds out `share` of each class, rounded to whole images, but at least one
+    and not all. The choice depends only on the size of the class and on an image's position within the class.
     """
     held_out = np.zeros(len(labels), bool)
-    # A stable sort by label keeps the ranks of a class in order.
+    # A stable sort by label keeps the rows of a class in order.
     by_class = np.argsort(labels, kind="stable")
-    for ranks in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
-        held_out[ranks] = holdout_mask(len(ranks), share)
+    for rows in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        held_out[rows] = holdout_mask(len(rows), share)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

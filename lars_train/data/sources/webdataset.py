@@ -1,7 +1,7 @@
 """Open tar shards in webdataset's layout as a store, with an index that is built once and cached.
 
-tar_samples.py reads the samples of a tar and their labels. The class of a sample without a label is the folder in its
-name.
+tar_samples.py reads the samples of a tar and their labels. A sample without a label gets its class from the folder in
+its name.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from lars_train.data.splits import TEST, TRAIN, VAL, find_non_classes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, is_rank0, listed, printable
 
+# Changes that made older indexes invalid:
 # 2: names with digits, several images in a sample, labels and folders are read differently; skipped files are counted.
 # 3: names like those of splits, contradictions between labels, and all kinds of skipped files.
 # 4: labels under other keys and in other members, and where labels come from.
@@ -124,7 +125,7 @@ class _Split:
     candidates: Counter[Place] = field(default_factory=Counter)
     """Counts of members that may hold the label of a sample without one."""
     orphans: Counter[bytes] = field(default_factory=Counter)
-    """The count of ``.cls`` members that belong to no image, under the name of the first one."""
+    """The count of ``.cls`` members that belong to no image; the only key is the name of the first one."""
     note: str = ""
     """Where the labels come from, if the log should say so."""
 
@@ -186,9 +187,8 @@ def _read(root: Path, split: _Split, keys: tuple[str, ...], bar: Any) -> None:
 def _read_hints(splits: Sequence[_Split]) -> None:
     """Label samples without a label from the place that `label_place` finds, and count the members that are not read.
 
-    Sets the note of each split on where its labels come from. If the training set has samples without a label, they
-    decide the place for the validation set, too. If folders define the same classes as the place, they remain the
-    classes.
+    Sets the note of each split on the origin of its labels. If the training set has samples without a label, they also
+    decide the place for the validation set. Folders that define the same classes as the place take precedence.
     """
     unlabeled = next((found for split in splits if (found := [s for s in split.samples if s.label is None])), [])
     place = label_place(unlabeled)
@@ -196,7 +196,7 @@ def _read_hints(splits: Sequence[_Split]) -> None:
         folders = _class_folders(unlabeled, set())
         pairs = {(dict(sample.hints)[place], folders[sample.folder]) for sample in unlabeled}
         if all(len(set(side)) == len(pairs) and b"" not in side for side in zip(*pairs, strict=True)):
-            # The folders are the same classes, and have names.
+            # The folders define the same classes, and have names.
             place = None
     for split in splits:
         samples = split.samples
@@ -257,7 +257,7 @@ def _packed(root: Path, split: _Split, classes: Sequence[bytes], numbers: Mappin
 
 
 def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[Label, int]]:
-    """Return the class names, and the index of each label. Samples without a label get their folder's."""
+    """Return the class names, and the index of each label. Samples without a label are labeled by their folder."""
     for split in splits:
         if not split.samples:
             others = f" (skipped: {format_counts(split.skipped)})" if split.skipped else ""
@@ -332,17 +332,18 @@ def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequenc
         unread = _listed_places(split.candidate_places())
         raise ConfigError(
             f"data.root={root}: {printable(unlabeled.name)} has no label: neither a .cls nor a .json with one of "
-            f"{', '.join(LABEL_KEYS)}, nor a folder in its name{unread and f', and none is clear from {unread}'}; "
+            f"{', '.join(LABEL_KEYS)}, nor a folder in its name{unread and f', nor a clear label in {unread}'}; "
             f"{remedy}"
         )
 
 
 def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[bytes, bytes]:
-    """Map the folder of each sample of a split to the part of it that is the class; empty if it has no parts.
+    """Map the folder of each sample of a split to the part of the path that names the class; ``b""`` for no folder.
 
-    The class is the first part after those that all samples share, as long as each sample has such a part. `known`: the
-    classes of the training set. The samples of a validation set with a single class also share that class; then fewer
-    parts count as shared, such that the classes are known ones.
+    The class is the first part after the prefix that all folders share. A folder that is no longer than the prefix is
+    shared up to its last part, which is then the class. `known`: the classes of the training set. In a validation set
+    with a single class, the shared prefix includes the class; then shorter prefixes are tried until all classes are
+    known.
     """
     parts = {folder: folder.split(b"/") if folder else [] for folder in {sample.folder for sample in samples}}
     levels = zip(*parts.values(), strict=False)
@@ -356,7 +357,7 @@ def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[byte
 
 
 def classes_by_folder(pairs: Collection[tuple[Label, bytes | None]], labels: Sequence[Label]) -> list[bytes]:
-    """Return the folders in the order of `labels` if each label has its own folder, in the same order; else empty.
+    """Return the folder of each label, if each has a folder of its own and folders sort like labels; else no folders.
 
     `pairs`: the distinct pairs of a sample's label and folder.
     """

@@ -1,7 +1,7 @@
 """Read a zip file in place, as a `Tree`, and its samples as a `Source`.
 
 Nothing is extracted, and no name in the zip becomes a path on disk. Entries may be stored or deflated. The zip's
-directory is read once: a source keeps the name of each sample and 29 bytes more, so worker processes need not read the
+directory is read once: a source keeps the name and 29 bytes more per sample, so worker processes need not read the
 directory again. A `zipfile.ZipFile` in each thread would hold the whole directory: 650 bytes an entry, 0.8 GB for
 ImageNet.
 """
@@ -27,7 +27,7 @@ from lars_train.data.inventory import LOOSE, UNSAFE, Inventory, merge_counts
 from lars_train.data.sources.tree import (
     HiddenFilter,
     Listing,
-    Ranks,
+    Rows,
     count_skipped,
     is_hidden,
     is_image,
@@ -45,10 +45,10 @@ _HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 # The highest compression factor of deflate (https://zlib.net/zlib_tech.html, "Maximum Compression Factor").
 _RATIO = 1032
-# Most bytes of a deflated image after decompression. Only a zip bomb exceeds it: images are compressed already, and a
-# stored one takes no more memory than in the zip.
+# The most bytes of a deflated image after decompression. Only a zip bomb exceeds it, because images are compressed
+# already. A stored image needs no limit: it takes no more memory than in the zip.
 _MAX_INFLATED = 128 << 20
-# Most bytes of a file for `ZipTree.read`, which reads tables of labels (ImageNet's longest has 2 MB).
+# The most bytes that `ZipTree.read` reads: it reads tables of labels (ImageNet's longest has 2 MB).
 _MAX_READ = 64 << 20
 # The byte after the slash in ASCII: every path in the folder x sorts before x0.
 _AFTER_SLASH = b"0"
@@ -87,7 +87,7 @@ class ZipSource(NamedSource):
 
 
 class ZipTree:
-    """The folders and files in the zip at `path`. If one folder holds everything, it is the root.
+    """The folders and files in the zip at `path`. If a single folder holds everything, that folder is the root.
 
     Raises `ConfigError` if the file is not a zip, or if images are encrypted, duplicate, or compressed by a method
     other than deflate.
@@ -149,7 +149,7 @@ class ZipTree:
         assert isinstance(data, bytes)
         return data
 
-    def source(self, inside: bytes, names: Names, labels: Labels, ranks: Ranks | None = None) -> Source:
+    def source(self, inside: bytes, names: Names, labels: Labels, rows: Rows | None = None) -> Source:
         """Return a source of the entries `names`, which lie below `inside`."""
         inside = join(self._base, inside)
         entries = np.empty(len(names), _ENTRY)
@@ -231,7 +231,7 @@ class _ZipFile:
 
 
 def _below(paths: list[bytes], prefix: bytes) -> list[bytes]:
-    """Return those of the sorted `paths` that begin with `prefix`, without it."""
+    """Return the sorted `paths` that begin with `prefix`, with the prefix removed."""
     first = bisect_left(paths, prefix)
     end = bisect_left(paths, True, lo=first, key=lambda path: not path.startswith(prefix))
     return [path[len(prefix) :] for path in paths[first:end]]

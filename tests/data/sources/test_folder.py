@@ -213,7 +213,7 @@ MANY = {f"train/c{i}/": b"" for i in range(7)}
         (
             {"pets/train/cat/1.jpg": b"", "other/x.jpg": b""},
             None,
-            r"pets/ in it has one: make that data\.root",
+            r"pets/ in it holds train/: give pets/ as data\.root",
         ),
         ({"train/a/1.jpg": b""}, None, r"data\.root=.*no validation set.*set data\.holdout=0\.1"),
         (

@@ -367,7 +367,7 @@ def test_hostile_headers_are_valid_apart_from_the_attack(tmp_path: Path) -> None
         (pax(b"-3 path=x\n") + header() + DATA + END, "malformed"),
         (pax(b"10 path\n") + header() + DATA + END, "malformed"),
         (pax(b"path=x\n") + header() + DATA + END, "malformed"),
-        (pax(size=1 << 30) + header() + DATA + END, "announces 1,073,741,824 bytes of names"),
+        (pax(size=1 << 30) + header() + DATA + END, "declares 1,073,741,824 bytes of names"),
         (header(b"10000000000", b"L") + header() + DATA + END, "bytes of names"),
         (header(b"10000000000", b"g") + header() + DATA + END, "beyond the end"),
     ],

@@ -381,7 +381,7 @@ def test_images_without_a_label_are_refused(tmp_path: Path) -> None:
     ]
     tar(tmp_path / "data" / "train.tar", {"0.jpg": b"", "0.label": b"1", "1.jpg": b"", "1.json": about(target=2)})
     with pytest.raises(
-        ConfigError, match=r"0\.jpg has no label: .*, and none is clear from \.json \(target\), \.label; add"
+        ConfigError, match=r"0\.jpg has no label: .*, nor a clear label in \.json \(target\), \.label; add"
     ):
         open_folder(str(tmp_path / "data"), 0.5)
 
