@@ -64,9 +64,9 @@ def sample_shards(source: Source) -> Labels:
 
 
 class Names:
-    """A read-only sequence of byte strings in two numpy arrays: the text plus about 8 bytes per name.
+    """A read-only sequence of byte strings, stored in two numpy arrays: the text, and an 8-byte offset per name.
 
-    Reading a name changes no reference count of a shared Python object, so forked workers copy no memory pages.
+    Reading a name updates no reference count of a shared object, so forked workers keep sharing the memory pages.
     """
 
     def __init__(self, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> None:
@@ -83,7 +83,7 @@ class Names:
 
     @classmethod
     def from_arrays(cls, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
-        """Return the names in two arrays of an untrusted file. Raises ValueError unless they are as from `arrays`."""
+        """Build names from two arrays of an untrusted file. Raises ValueError unless they have the form of `arrays`."""
         if blob.dtype != np.uint8 or starts.dtype != np.int64:
             raise ValueError(f"the names are {blob.dtype} and {starts.dtype} instead of uint8 and int64")
         complete = len(starts) > 0 and starts[0] == 0 and starts[-1] == len(blob)
@@ -95,7 +95,7 @@ class Names:
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """The text of all names, each followed by a NUL byte, uint8; and their offsets and the end, int64 (N + 1,)."""
+        """The text, uint8, with a NUL byte after each name; and the offsets of names and end, int64 (N + 1,)."""
         return self._blob, self._starts
 
     def take(self, rows: npt.NDArray[np.int64]) -> Names:
@@ -116,7 +116,7 @@ class Names:
 
 
 class NamedSource:
-    """Base of sources that keep the names and labels of all samples in memory."""
+    """Base class of sources that keep the names and labels of all samples in memory."""
 
     def __init__(self, names: Names, labels: Labels) -> None:
         self.labels = labels
@@ -131,7 +131,7 @@ class NamedSource:
 
 
 class NamesBuilder:
-    """A growing list of names in compact form; `build` returns the `Names`."""
+    """Collects names one by one; `build` returns them as `Names`."""
 
     def __init__(self) -> None:
         self._blob = bytearray()
@@ -145,7 +145,7 @@ class NamesBuilder:
             self._starts.append(len(self._blob))
 
     def build(self) -> Names:
-        """Return all names that were appended."""
+        """Return the appended names."""
         return Names(np.array(self._blob, np.uint8), np.array(self._starts, np.int64))
 
 
@@ -154,8 +154,8 @@ def check_classes(place: str, classes: Sequence[str]) -> None:
     if len(classes) < 2:
         found = f"one class ({printable(classes[0])})" if classes else "no class"
         raise ConfigError(
-            f"{place}: found {found}, but training needs at least two; check that the folders or labels below it are "
-            "the classes."
+            f"{place}: found {found}, but training needs at least two; check that each class has its own "
+            "folder or label."
         )
 
 
@@ -165,12 +165,12 @@ def class_names(classes: Iterable[bytes]) -> tuple[str, ...]:
 
 
 def numbered_name(prefix: str, sample: int) -> str:
-    """Return a name for a sample without a file: zero-padded, so that bytewise order is the order of ids."""
+    """Return a name for a sample without a file. The id is zero-padded, so that bytewise order is the order of ids."""
     return f"{prefix}/{sample:08d}"
 
 
 def numbered_name_chunks(prefix: str, count: int) -> Iterator[bytes]:
-    """Yield what `Names.chunks` would, for the names ``numbered_name(prefix, 0)`` to ``count - 1``."""
+    """Yield the names of samples 0 to `count - 1`, made by `numbered_name`, in the format of `Names.chunks`."""
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         yield "".join(f"{numbered_name(prefix, i)}\0" for i in range(start, stop)).encode()
@@ -183,16 +183,16 @@ def fingerprint(
 ) -> str:
     """Return 16 hex digits of the SHA-256 over the class names and the names and labels of each split.
 
-    A folder and a zip of it have the same fingerprint: how the data is stored does not matter.
+    The storage format does not affect the fingerprint: a folder and a zip of that folder have the same one.
 
-    `splits`: pairs of names (see `Names.chunks`) and labels, shape (N,). `variant`: how the images were re-encoded,
-    empty if they were not. Re-encoded images are different data with the same names.
+    `splits`: pairs of names (see `Names.chunks`) and labels, shape (N,). `variant`: describes how the images were
+    re-encoded; empty if they were not. It is included because re-encoding changes the data but not the names.
     """
     digest = hashlib.sha256()
     for name in classes:
         digest.update(os.fsencode(name) + b"\0")
     for chunks, labels in splits:
-        # The empty name and the count separate splits, so that another division into splits hashes differently.
+        # The empty name and the count separate splits, so that moving a sample to another split changes the hash.
         digest.update(b"\0" + len(labels).to_bytes(8, "little"))
         for chunk in chunks:
             digest.update(chunk)
@@ -214,6 +214,6 @@ class Dataset:
     layout: str = ""
     """16 hex digits of the SHA-256 over the shard numbers of the training samples; empty unless the order uses them."""
     numbers: tuple[int, ...] = ()
-    """The number of each class in the labels of the files; empty if those are names."""
+    """The number that the data set's files use for each class; empty if they use names."""
     inventory: Inventory = field(default_factory=Inventory)
     """The names of the splits, and counts of skipped entries."""

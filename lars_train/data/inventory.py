@@ -1,4 +1,4 @@
-"""Record which splits are read from a data set, and count by reason what is skipped.
+"""Record which splits are read from a data set, and count the skipped entries by reason.
 
 The readers count; this module merges, formats, stores and parses the counts.
 """
@@ -19,7 +19,7 @@ BESIDE = "folders beside the splits"
 LOOSE = "images outside class folders"
 UNSAFE = "entries with unsafe names"
 
-# Most reasons in a line, most reasons that are kept, and the longest suffix that is shown.
+# The most reasons in a line, the most reasons kept, and the longest suffix shown.
 _SHOWN, _KEPT, _SUFFIX = 5, 30, 12
 _OTHERS = "others"
 _PLURALS = re.compile(r"\b(file|image|folder|link|shard|column|group|entrie)s\b")
@@ -42,10 +42,10 @@ class Inventory:
     lookalikes: tuple[str, ...] = ()
     """Some classes whose names are easily confused, see `find_lookalikes`."""
     label_notes: tuple[str, ...] = ()
-    """Where the labels come from, for tars where it is not obvious: ``labels from .json (category)``."""
+    """Where the labels of tars come from, if that is not obvious: ``labels from .json (category)``."""
 
     def lines(self) -> Iterator[str]:
-        """Yield lines for the log: the validation split, notes, and what is skipped. The usual case yields none."""
+        """Yield lines for the log: the validation split, notes, and skipped entries. An empty inventory yields none."""
         unused = f"; not used: {', '.join(map(printable, self.unused))}" if self.unused else ""
         if self.val.lower() == TEST:
             others = ", ".join(VALIDATION[:-1])
@@ -76,7 +76,7 @@ class Inventory:
 
 
 def find_lookalikes(classes: Sequence[str]) -> tuple[str, ...]:
-    """Return up to five classes whose names differ from another's only in case, outer spaces or Unicode form."""
+    """Return up to five classes whose names differ from another's only in case, surrounding spaces or Unicode form."""
     keys = [unicodedata.normalize("NFC", name).casefold().strip() for name in classes]
     count = Counter(keys)
     return tuple(name for name, key in zip(classes, keys, strict=True) if count[key] > 1)[:_SHOWN]
@@ -97,7 +97,7 @@ def _counted(count: int, reason: str) -> str:
 
 
 def merge_counts(*parts: Mapping[str, int]) -> dict[str, int]:
-    """Add counts up, sorted by reason. The 30 most frequent reasons are kept; the rest count as ``others``."""
+    """Sum counts by reason, and sort them by reason. Keeps the 30 most frequent; the rest count as ``others``."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(part)

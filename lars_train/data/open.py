@@ -20,7 +20,7 @@ IMAGENET_CLASSES = 1_000
 
 _TREES = ("folder", "imagenet")
 _COUNTS = ("train_count", "val_count", "num_classes")
-# By setting: the data sets that support it, and the remedy for others.
+# For each setting: the data sets that support it, and the remedy for other data sets.
 _SUPPORTED_BY = {
     "root": ((*_TREES, "cifar10", "fashion_mnist"), "to read your own images, set data=folder"),
     "holdout": ((*_TREES, "mini", "cifar10", "fashion_mnist"), "choose data.train_count and data.val_count instead"),
@@ -54,9 +54,10 @@ def open_dataset(data: DataConfig) -> Dataset:
 
 
 def open_validation(data: DataConfig) -> Dataset:
-    """Open the data set for an evaluation only: the training split may be empty, and validation defines the classes.
+    """Open the data set for evaluation only. The training split may be empty; then validation defines the classes.
 
-    With `data.holdout`, the validation images are held out of the training set. Raises `ConfigError` as `open_dataset`.
+    With `data.holdout`, the validation images are held out of the training set. Raises `ConfigError` for the same
+    reasons as `open_dataset`.
     """
     if data.name not in _TREES:
         return open_dataset(data)
@@ -79,7 +80,7 @@ def open_validation(data: DataConfig) -> Dataset:
 
 
 def _without_holdout(data: DataConfig) -> str:
-    """Return the remedy for a ``data.holdout`` without a training set to hold images out of; empty for other errors."""
+    """Return the remedy if ``data.holdout`` has no training set to hold images out of; empty for other errors."""
     try:
         alone = open_validation(dataclasses.replace(data, holdout=None))
     except ConfigError:

@@ -1,12 +1,12 @@
 """Compute the samples of each update, and the random numbers that augment each sample.
 
-Pure functions of (seed, epoch, update, sample id), in numpy alone. The number of workers and resuming a run change no
-result; the world size only decides which part of a batch a rank takes.
+Pure functions of (seed, epoch, update, sample id), in numpy alone. The results depend neither on the number of workers
+nor on whether a run was resumed. The world size only decides which part of a batch a rank takes.
 
 All random bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), so no two samples and no two of
-the three domains below share a block. All functions use raw bits: numpy guarantees that they are the same in all
-versions, which it does not for `Generator.permutation`
+the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), so each sample and each of the
+three domains below has blocks of its own. All functions use the raw bits, because numpy guarantees them across
+versions, unlike the results of `Generator.permutation`
 (https://numpy.org/doc/stable/reference/random/compatibility.html).
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 _ORDER, _AUGMENTATION, _SHARD_ORDER = 0, 1, 2  # domains: the last counter word
-_UNIT = 2.0**-53  # the step between numbers of 53 random bits in [0, 1)
+_UNIT = 2.0**-53  # the spacing of uniform numbers with 53 random bits
 
 SHARDS = "shards"
 """The value of data.order that shuffles whole shards and the samples within windows of them (`shard_order`)."""
@@ -51,8 +51,8 @@ def shard_windows(seed: int, epoch: int, shards: int, window: int) -> list[npt.N
 def shard_order(seed: int, epoch: int, shard: npt.NDArray[np.integer[Any]], window: int) -> npt.NDArray[np.int64]:
     """Return the order of an epoch that reads a few shards at a time: a permutation of the sample ids, int64 (N,).
 
-    `shard`, (N,): the shard number of each sample. The windows of `shard_windows` follow each other. Within a window,
-    the samples of its shards are sorted by the same words as in `epoch_order`, so a single window gives that order.
+    `shard`, (N,): the shard number of each sample. The order visits the windows of `shard_windows` in turn. Within a
+    window, the samples are sorted by the same random words as in `epoch_order`, so a single window gives that order.
     """
     words = _philox(seed, epoch, _ORDER).random_raw(len(shard))
     shards = int(shard.max(initial=-1)) + 1
@@ -95,7 +95,7 @@ def _share(count: int, rank: int, world: int) -> tuple[int, int]:
 def ghost_run(ghosts: int, rank: int, world: int) -> tuple[int, int]:
     """Return the ghost batches [start, stop) of an update that a rank takes.
 
-    The runs of all ranks follow each other, and their lengths differ by at most one. Some runs are empty if there are
+    The runs of successive ranks are adjacent, and their lengths differ by at most one. Some runs are empty if there are
     fewer ghost batches than ranks. Raises ValueError for a rank outside the world.
     """
     return _share(ghosts, rank, world)

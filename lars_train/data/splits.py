@@ -16,11 +16,11 @@ SPLITS = (TRAIN, VAL)
 VALIDATION = (VAL, "valid", "validation", "dev", TEST)
 """The names of a validation set, in order of preference. A test set comes last, and the log says that it is used."""
 
-# Further names of parts of a data set: no reader uses them as a split, and they are not classes either.
+# Other names for parts of a data set. Readers accept them neither as splits nor as classes.
 _OTHERS = ("training", "testing", "eval", "evaluation", "trainval", "unlabeled", "unlabelled", "holdout")
 _WORDS = frozenset((TRAIN, *VALIDATION, *_OTHERS, "trainset", "valset", "testset"))
 _TRAINING, _UNLABELLED = frozenset((TRAIN, "training", "trainval", "trainset")), frozenset(("unlabeled", "unlabelled"))
-# Words that may stand beside a split word, as in "Test Set", without making the name that of a class.
+# Words that may accompany a split word: a name such as "Test Set" still denotes a split, not a class.
 _FILLERS = frozenset(("set", "split", "images", "data"))
 
 
@@ -51,26 +51,27 @@ def is_split_name(name: str) -> bool:
 
 
 def looks_like_split(name: str) -> bool:
-    """Return True if `name` denotes a part of a data set and nothing else: ``test``, ``train2017``, ``Test Set``."""
+    """Return True if `name` consists of split words and fillers only: ``test``, ``train2017``, ``Test Set``."""
     words = set(_words(name))
     return not words.isdisjoint(_WORDS) and words <= _WORDS | _FILLERS
 
 
 def looks_like_training(name: str) -> bool:
-    """Return True if `name` denotes a training set and nothing else: ``train``, ``training``, ``Train Set``."""
+    """Return True if `name` looks like that of a training set: ``train``, ``training``, ``Train Set``."""
     return looks_like_split(name) and not _TRAINING.isdisjoint(_words(name))
 
 
 def looks_like_validation(name: str) -> bool:
-    """Return True if `name` denotes a labeled part that is not for training: ``val``, ``eval``, ``Test Set``."""
+    """Return True if `name` looks like that of a labeled validation or test set: ``val``, ``eval``, ``Test Set``."""
     return looks_like_split(name) and (_TRAINING | _UNLABELLED).isdisjoint(_words(name))
 
 
 def find_nested_splits(folders: Mapping[str, Set[str]], count: int) -> str:
-    """Return the first of `count` supposed classes that holds splits, so is a data set; empty if all can be classes.
+    """Return the first supposed class folder that is a data set, because it holds splits; empty if there is none.
 
-    `folders`: for each supposed class with subfolders, their names. One class with both a training and a validation set
-    is enough. If different classes hold them, more than half of the classes must hold one.
+    `folders`: the names of the subfolders of each supposed class that has any. `count`: the number of all supposed
+    classes. A single class with both a training and a validation set is enough. If they lie in different classes, more
+    than half of the classes must hold one of them.
     """
     training = [name for name, inside in folders.items() if any(map(looks_like_training, inside))]
     validation = [name for name, inside in folders.items() if any(map(looks_like_validation, inside))]
@@ -81,7 +82,7 @@ def find_nested_splits(folders: Mapping[str, Set[str]], count: int) -> str:
 
 
 def refuse_case_twins(where: str, choice: Choice) -> None:
-    """Raise `ConfigError` if the name of another folder differs from a chosen split's name only in case."""
+    """Raise `ConfigError` if another folder has the name of a chosen split, except for case."""
     for name in (choice.train, choice.val):
         for other in choice.unused:
             if name is not None and name.lower() == other.lower():
@@ -92,15 +93,16 @@ def refuse_case_twins(where: str, choice: Choice) -> None:
 
 
 def has_split_word(name: str) -> bool:
-    """Return True if a word of `name` names a part of a data set: ``train2017``, ``cats of the test set``."""
+    """Return True if `name` contains a split word: ``train2017``, ``cats of the test set``."""
     return not _WORDS.isdisjoint(_words(name))
 
 
 def find_non_classes(names: Sequence[str], *, split: bool = False) -> list[str]:
-    """Return the folder names that denote parts of a data set and not classes; empty if all can be classes.
+    """Return the folder names that denote parts of a data set, not classes; empty if all can be classes.
 
-    One name for which `looks_like_split` holds is enough, and so are split words in half of the names. `split`: the
-    folders lie in a split, where a class may be called ``train``, so more than half of the names must look like splits.
+    Either one name that satisfies `looks_like_split` or split words in half of the names are enough. `split`: the
+    folders lie in a split, where a class may be called ``train``; then more than half of the names must look like
+    splits.
     """
     split_like = [name for name in names if looks_like_split(name)]
     if split:
@@ -116,7 +118,7 @@ def split_word(name: str) -> str:
 
 
 def refuse_unread_splits(where: str, names: Iterable[str]) -> None:
-    """Raise `ConfigError` if files of no split have a name that suggests a split by an unsupported name."""
+    """Raise `ConfigError` if `names`, the files of no split, contain words for splits that are not supported names."""
     wrong = [name for name in names if has_split_word(name)]
     if wrong:
         raise ConfigError(
@@ -125,7 +127,7 @@ def refuse_unread_splits(where: str, names: Iterable[str]) -> None:
 
 
 def unread_split_word(name: str) -> str:
-    """Return the first word of `name` that names a part of a data set; empty if there is none."""
+    """Return the first split word in `name`, whether or not it is a supported name; empty if there is none."""
     return next((word for word in _words(name) if word in _WORDS), "")
 
 

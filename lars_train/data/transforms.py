@@ -1,7 +1,7 @@
-"""Compute the geometry of augmentation: which box of an image is cut, resized, padded, cropped and flipped.
+"""Compute the geometry of augmentation: the crop box of an image, its resize and padding, the window and the flip.
 
-The modules in decode/ apply it to pixels. The caller passes uniform random numbers in [0, 1). Each number has a fixed
-position, so a sample's flip does not depend on how many tries its crop took.
+The modules in decode/ apply it to pixels. The caller passes uniform random numbers in [0, 1). Each has a fixed position
+in the sequence, so a sample's flip does not depend on how many tries its crop took.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from lars_train.config import DataConfig
 
 _TRIES = 10
-_X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # positions below these hold the (area, ratio) of each try
+_X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # positions before these: (area, ratio) of each try
 UNIFORMS = 2 * _TRIES + 3
-"""Number of uniform numbers that `View.train` takes per sample."""
+"""How many uniform numbers `View.train` takes per sample."""
 
 MIN_CROP = 0.08  # of the image's area
 _RATIO = (3 / 4, 4 / 3)  # width / height
@@ -93,9 +93,9 @@ class View:
     def evaluate(self, width: int, height: int) -> Geometry:
         """Return the view of a width x height image for evaluation: the center, at a fixed scale.
 
-        The short side is resized to round(size / eval_crop), and the central size x size window is kept, with the
-        arithmetic of torchvision's Resize and CenterCrop. `eval_crop` lies in (0, 1]; at 1 a size x size image stays
-        unchanged.
+        The short side is resized to round(size / eval_crop), then the central size x size window is cropped. The
+        arithmetic is that of torchvision's Resize and CenterCrop. `eval_crop` lies in (0, 1]; at 1, a size x size image
+        stays unchanged.
         """
         wide, high = _short_side_to(width, height, round(self.size / self.eval_crop))
         crop = (round((wide - self.size) / 2), round((high - self.size) / 2))
