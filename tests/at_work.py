@@ -1,4 +1,4 @@
-"""Functions that ranks run in the tests of `start_processes`, which imports them by name in new processes."""
+"""Functions for the ranks in test_spawn.py. `start_processes` imports them by name in new processes."""
 
 import os
 import signal
@@ -9,18 +9,18 @@ from typing import Any
 from lars_train.errors import DataError, Stopped
 
 
-def sees() -> tuple[str, ...]:
+def rank_variables() -> tuple[str, ...]:
     """Return the variables that a rank finds in its environment."""
     return tuple(os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
-def is_killed_and_its_peer_fails() -> None:
+def kill_rank_1_and_fail_the_other() -> None:
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     raise RuntimeError("connection closed by peer")
 
 
-def is_killed_after_its_work() -> str:
+def kill_rank_1_after_its_work() -> str:
     if os.environ["RANK"] == "1":
 
         def kill() -> None:
@@ -31,19 +31,19 @@ def is_killed_after_its_work() -> str:
     return "done"
 
 
-def hears_nothing(folder: str) -> str:
-    """Return the disposition of SIGHUP after it was sent."""
+def sighup_disposition(folder: str) -> str:
+    """Create a file named after the rank, give the test time to send SIGHUP, and return its disposition."""
     open(os.path.join(folder, os.environ["RANK"]), "w").close()  # noqa: PTH118, PTH123
     time.sleep(1)
     return str(signal.getsignal(signal.SIGHUP))
 
 
-def fails(error: str) -> None:
+def raise_error(error: str) -> None:
     raise {"DataError": DataError, "Stopped": Stopped, "KeyError": KeyError}[error]("the word")
 
 
-def takes_note(folder: str) -> None:
-    """Waits for SIGUSR1, and says so."""
+def stop_at_sigusr1(folder: str) -> None:
+    """Create a file named after the rank, wait for SIGUSR1, and raise `Stopped`."""
     given: list[Any] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: given.append(number))
     open(os.path.join(folder, os.environ["RANK"]), "w").close()  # noqa: PTH118, PTH123

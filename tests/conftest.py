@@ -1,13 +1,13 @@
-"""Pytest settings of all tests: the longest files begin first, and tests that need a newer torch than this one skip."""
+"""Start the longest test files first, and skip tests that need a newer torch than the installed one."""
 
 import old_torch
 import pytest
 
-# The optimizers' tests share it, asserts included.
+# The optimizer tests import asserts from this module.
 pytest.register_assert_rewrite("bases")
 
-# In the order in which they begin, so that no process is left alone with one of them at the end. Those of Slurm mostly
-# wait: they run beside one that keeps a core busy.
+# In starting order, so that at the end no process is alone with a long file. The Slurm tests mostly wait, so they
+# run beside a file that keeps a core busy.
 LONGEST = (
     *("test_launch_forms", "test_slurm", "test_killed_runs", "test_chaos", "test_elastic", "test_docs_commands"),
     *("test_same_curve", "test_two_hosts", "test_scripts", "test_bench_step", "test_bench_input", "test_forecast"),

@@ -1,8 +1,8 @@
-"""Two hosts on this machine, for the tests: each with its own name, address, network, and processes; a cable between.
+"""Two simulated hosts, connected by a virtual cable, each with its own name, address, network and processes.
 
-They are namespaces of the kernel, made without root where the system allows that. A host lives as long as its first
-process, which ends when its creator closes a pipe or dies; with it go all of its processes, and with the last of
-those its end of the cable. Nothing outside the two hosts is touched.
+A host is a set of Linux namespaces; creating them needs no root where the system allows user namespaces. The host
+ends with its initial process, which ends when the creator closes a pipe or dies. All other processes of the host and
+its end of the cable end with it. Nothing outside the two hosts changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tiny import children
 
 TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname")
 ADDRESSES = {"left": "10.0.0.1", "right": "10.0.0.2"}
-# As Debian and Ubuntu install it: a host's own name is on the loopback interface, where no other host finds it.
+# As on Debian and Ubuntu, a host's own name means a loopback address, which other hosts cannot reach.
 HOSTS = "127.0.0.1 localhost\n127.0.1.1 {own}\n{address} {other}\n"
 SETUP = 'hostname "$1" && mount --bind "$2" /etc/hosts && ip link set lo up && echo ready && exec cat'
 
@@ -25,7 +25,7 @@ class Unavailable(Exception):
 
 
 class Host:
-    """One host. `beside`: the one that it shares its rights with. Raises `Unavailable`."""
+    """A host, in the user namespace of the host `beside` if given. Raises `Unavailable`."""
 
     def __init__(self, name: str, hosts: Path, beside: Host | None = None) -> None:
         missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -56,23 +56,29 @@ class Host:
         return ["nsenter", "--target", str(self.first), "--preserve-credentials", *namespaces, "--"]
 
     def command(self, words: list[str], folder: Path) -> list[str]:
-        """`words` as a command that runs there, in `folder`."""
+        """Return `words` as a command that runs on this host, in `folder`."""
         return [*self._inside("--user", "--net", "--pid", "--mount", "--uts", f"--wd={folder}"), *words]
 
     def ip(self, words: str) -> None:
-        """Set the network up from outside, so that process ids mean what they mean here. Raises `Unavailable`."""
+        """Run `ip` in the host's network, but outside its pid namespace: `words` may hold this process's ids.
+
+        Raises `Unavailable`.
+        """
         done = subprocess.run([*self._inside("--user", "--net"), "ip", *words.split()], capture_output=True, text=True)
         if done.returncode:
             raise Unavailable(f"ip {words}: {done.stderr.strip()}")
 
     def lose(self) -> None:
-        """SIGKILL for every process there."""
+        """Kill every process of the host."""
         self._holder.kill()
         self._holder.communicate()
 
 
 def two_hosts(folder: Path) -> tuple[Host, Host]:
-    """Left and right, which reach each other by name; their files are in `folder`. Raises `Unavailable`."""
+    """Return two hosts, left and right, which reach each other by name. Raises `Unavailable`.
+
+    Their /etc/hosts are files in `folder`.
+    """
     names = list(ADDRESSES)
     for own, other in (names, names[::-1]):
         (folder / f"hosts-{own}").write_text(HOSTS.format(own=own, other=other, address=ADDRESSES[other]))

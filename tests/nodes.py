@@ -1,4 +1,4 @@
-"""A run on nodes that come and go, for the tests: its settings, what it has logged, and the curve that it owes."""
+"""A run for the tests of elastic nodes: its command and settings, its log lines, and the expected curve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEEP_ALIVE = "keep_alive_interval=2,keep_alive_max_attempt=4"
 
 
 def launcher(endpoint: str, last_call: int) -> list[str]:
-    """An agent of one to two nodes with a process each, which meet at `endpoint`."""
+    """Return the command of a torchrun agent, one per node; one or two nodes with one rank each meet at `endpoint`."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", endpoint, "--rdzv-id", "test", "--nnodes", "1:2"),
@@ -50,7 +50,7 @@ def losses(folder: Path) -> dict[float, float]:
 
 
 def undisturbed_losses(folder: Path) -> dict[float, float]:
-    """Return the losses of one process that nobody disturbs."""
+    """Return the losses of an uninterrupted run of one process."""
     ran([*ALONE, *SETTINGS], folder)
     return losses(folder / "run")
 

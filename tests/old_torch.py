@@ -1,6 +1,6 @@
-"""Tests that fail in an older torch itself, or count what it does otherwise: they skip there and say so.
+"""Skip tests that need a newer torch: older versions fail by themselves, or differ in what the test counts.
 
-Seen with torch 2.6.0 and 2.11.0 (scripts/dev/test_torch.sh); what fails on 2.11 was not tried on 2.12.
+Found with torch 2.6.0 and 2.11.0 (scripts/dev/test_torch.sh). Tests that fail on 2.11 were not tried on 2.12.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ NEEDS = {
     "test_results_do_not_depend_on_the_number_of_ghost_batches": ("2.13", _INTERPRETER),
     "test_compiled_kernels_make_eight_passes": ("2.11", "Triton 3.2 compiles the kernels otherwise"),
     "test_onnx_graph_gives_the_networks_logits": ("2.11", "onnxscript 0.5 and newer fail"),
-    "test_a_graph_that_computes_something_else_is_not_kept": ("2.11", "onnxscript 0.5 and newer fail"),
+    "test_an_onnx_graph_with_other_logits_is_not_kept": ("2.11", "onnxscript 0.5 and newer fail"),
 }
-"""By part of a test's id: the version of torch that it needs, and why."""
+"""For a part of a test's id: the version of torch that the test needs, and why."""
 
 
 def skip(items: list[pytest.Item]) -> None:

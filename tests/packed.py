@@ -1,4 +1,4 @@
-"""Requests to pack a data set, and the content of data sets and folders, to be compared."""
+"""Requests to pack a data set, and the contents of data sets and folders for comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that stand on the pages: where, what they need, and what is in them."""
+"""Extract the commands on the documentation pages, with their place and the resource that each needs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# In this order: what is run is run in the order of the pages, and those after the first find its runs.
+# The tests run the commands in this order of pages. Later commands use the runs of the first page.
 PAGES = [ROOT / "docs" / "getting_started.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted(path for path in ROOT.glob("docs/*.md") if path not in PAGES)
-# What a page can say that a command needs: in the command's comment, or in the paragraph before its block.
+# Marks of a command that the tests do not run. They are in its comment or in the paragraph before its block.
 _MARK = re.compile(r"\b(needs (?:ImageNet|a cluster|a GPU|object storage|your photographs)|takes (?:hours|minutes))\b")
-# What a command itself says; docs/index.md lists these words.
-_SAYS_ITSELF = re.compile(r"imagenet\b|--nnodes|\bsrun\b|\bsbatch\b|\bkubectl\b|submitit_slurm")
+# A command with one of these words needs no mark; docs/index.md lists them.
+_MARKED_BY_WORD = re.compile(r"imagenet\b|--nnodes|\bsrun\b|\bsbatch\b|\bkubectl\b|submitit_slurm")
 _FORMULA = re.compile(r"\S+\s+[=≈] ")
 _KEYWORDS = {"until", "do", "done", "while", "if", "then", "fi"}
 _REDIRECTED = re.compile(r"\d?[<>]+&?\S+")
@@ -23,7 +23,7 @@ _REDIRECTED = re.compile(r"\d?[<>]+&?\S+")
 
 @dataclass(frozen=True)
 class Command:
-    """A logical line of a block: `line` is the number of its first one, `text` is without comment and line ends."""
+    """A command. `line`: the number of its first line. `text`: its lines joined, without the comment."""
 
     page: Path
     line: int
@@ -33,20 +33,20 @@ class Command:
 
     @property
     def where(self) -> str:
-        """For people, and as a test's id."""
+        """Return page and line, as the id of a test."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of commands; `before`: the paragraph that it stands below."""
+    """A code block with its commands."""
 
     page: Path
     commands: tuple[Command, ...]
 
 
 def blocks(page: Path, text: str | None = None) -> Iterator[Block]:
-    """The blocks of commands of `page`: without a language, or with that of a shell, and no formulas."""
+    """Yield the code blocks of `page` that are shell commands: of no or a shell's language, and not only formulas."""
     lines = (page.read_text() if text is None else text).splitlines()
     number = 0
     while number < len(lines):
@@ -62,14 +62,14 @@ def blocks(page: Path, text: str | None = None) -> Iterator[Block]:
 
 
 def inline(page: Path) -> Iterator[Command]:
-    """The commands within a page's sentences and tables: a program of ours, or a script, with what follows it."""
+    """Yield the commands in code spans of a page: a program of this package, torchrun, srun, or a Python script."""
     text = re.sub(r"^```.*?^```", lambda block: "\n" * block.group().count("\n"), page.read_text(), flags=re.S | re.M)
     for found in re.finditer(r"`((?:python scripts/|lars-train |lars-report |lars-data |torchrun |srun )[^`]+)`", text):
         yield Command(page, text[: found.start()].count("\n") + 1, " ".join(found.group(1).split()))
 
 
 def parts(command: str) -> list[list[str]]:
-    """The words of each program's call in a line of a shell, without redirections, variables and keywords."""
+    """Return the words of each program call in a shell line, without redirections, variables and keywords."""
     lexer = shlex.shlex(_REDIRECTED.sub("", command), posix=True, punctuation_chars=";&|")
     lexer.whitespace_split = True
     lexer.commenters = ""
@@ -88,9 +88,9 @@ def _commands(page: Path, body: list[str], first: int, before: str) -> Iterator[
     while number < len(body):
         start, text, comment = number, "", ""
         while True:
-            code, _, said = re.sub(r"\s+#\s", "\0", body[number]).partition("\0")
+            code, _, remark = re.sub(r"\s+#\s", "\0", body[number]).partition("\0")
             number += 1
-            comment += said
+            comment += remark
             if not code.endswith("\\") or number == len(body):
                 text += code
                 break
@@ -98,10 +98,10 @@ def _commands(page: Path, body: list[str], first: int, before: str) -> Iterator[
         if not text.strip() or text.lstrip().startswith("#"):
             continue
         text = " ".join(text.split()) if "'" not in text else text.strip()
-        mark = _MARK.search(comment) or at_top or _SAYS_ITSELF.search(text)
+        mark = _MARK.search(comment) or at_top or _MARKED_BY_WORD.search(text)
         yield Command(page, first + start, text, comment.strip(), mark.group() if mark else "")
 
 
 def _paragraph(lines: list[str]) -> str:
-    """The last paragraph of `lines`."""
+    """Return the last paragraph of `lines`."""
     return "\n".join(lines).rstrip().rpartition("\n\n")[2]

@@ -1,4 +1,4 @@
-"""Compose and resolve configs for the tests."""
+"""Compose and resolve configs, with a cache of composed command lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A terminal's screen, as far as the program drives it: line ends, the cursor's way up, erasing, and colors."""
+"""An emulator of the terminal features that the program uses: line ends, cursor up, erase, and colors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _PART = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|(.)", re.DOTALL)
 
 
 class Screen:
-    """`columns` wide and as high as needed. A character in the last column moves the cursor only with the next one."""
+    """A screen of `columns` columns and any number of lines.
+
+    After a character in the last column, the cursor moves to the next line only when another character follows.
+    """
 
     def __init__(self, columns: int) -> None:
         self.columns, self._row, self._column = columns, 0, 0
@@ -33,7 +36,7 @@ class Screen:
         return lines
 
     def feed(self, text: str) -> None:
-        """Do what the terminal does with `text`."""
+        """Update the screen as a terminal does for `text`."""
         for number, command, character in _PART.findall(text):
             if command == "A":
                 self._row = max(0, self._row - int(number or 1))
@@ -65,7 +68,7 @@ class Screen:
 
 
 class Terminal(Screen):
-    """A screen behind a pseudo-terminal, the other end of which is `file`."""
+    """A screen that shows what is written to `file`, the other end of a pseudo-terminal."""
 
     def __init__(self, columns: int) -> None:
         super().__init__(columns)
@@ -75,7 +78,7 @@ class Terminal(Screen):
         self.file = os.fdopen(slave, "w", encoding="utf-8")
 
     def read(self) -> list[str]:
-        """Show what was written since; the lines of the screen."""
+        """Show the output since the last call, and return the lines of the screen."""
         self.file.flush()
         found = b""
         while True:
@@ -87,14 +90,14 @@ class Terminal(Screen):
         return self.lines
 
     def close(self) -> None:
-        """Close both ends."""
+        """Close both ends of the pseudo-terminal."""
         self.file.close()
         os.close(self._master)
 
 
 @contextmanager
 def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """Standard output and error on a terminal with so many columns."""
+    """Replace standard output and error by a terminal with `columns` columns."""
     monkeypatch.setenv("TERM", "xterm")
     found = Terminal(columns)
     try:

@@ -1,4 +1,4 @@
-"""Runs our programs in forks of a process that has imported torch once.
+"""Run the programs of this package in forks of a process that has imported torch once.
 
     python tests/shell.py < requests.jsonl > answers.jsonl
 
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 
 def call(program: Callable[[], None]) -> int:
-    """Return the exit code of a program, with whose end everything but the process ends."""
+    """Run a program with its exit handlers, as if the process ended, and return its exit code."""
     code: object = 0
     try:
         program()
@@ -41,7 +41,10 @@ def call(program: Callable[[], None]) -> int:
 
 
 def begin(programs: dict[str, Callable[[], None]], request: dict[str, Any]) -> tuple[int, list[BinaryIO]]:
-    """Run one program in a fork, without the interpreter's own end, which takes a second. Return it and its output."""
+    """Start a program in a fork, and return its process id and output files.
+
+    The fork skips the interpreter's own shutdown, which takes a second.
+    """
     files: list[BinaryIO] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
     child = os.fork()
     if child == 0:
@@ -60,12 +63,12 @@ def begin(programs: dict[str, Callable[[], None]], request: dict[str, Any]) -> t
 def end(child: int, files: list[BinaryIO]) -> tuple[int, str, str]:
     """Wait for a program. Return its exit code, standard output and standard error."""
     _, status = os.waitpid(child, 0)
-    said = []
+    texts = []
     for file in files:
         with file:
             file.seek(0)
-            said.append(file.read().decode(errors="surrogateescape"))
-    return os.waitstatus_to_exitcode(status), said[0], said[1]
+            texts.append(file.read().decode(errors="surrogateescape"))
+    return os.waitstatus_to_exitcode(status), texts[0], texts[1]
 
 
 def python() -> None:
@@ -76,8 +79,8 @@ def python() -> None:
 
 
 def main() -> None:
-    # What a run imports sooner or later, but not matplotlib, whose temporary folder the first fork to end would remove.
-    # A process that is spawned imports this file, but none of these.
+    # The slow imports of a run. Not matplotlib: the first fork to end would remove its temporary folder.
+    # They are in `main` because a spawned process imports this file and does not need them.
     for name in ("torch._dynamo", "torch.utils.tensorboard.writer", "torchvision.models", "lars_train.commands"):
         importlib.import_module(name)
     from tiny import TINY, composed
@@ -86,7 +89,7 @@ def main() -> None:
     from lars_train.pack import lars_data
     from lars_train.report import lars_report
 
-    # Warms the caches of Hydra's parsers.
+    # Warm the caches of Hydra's parsers.
     composed(*TINY)
     gc.freeze()
     programs = {"lars-train": cli.main, "lars-data": lars_data.main, "lars-report": lars_report.main}

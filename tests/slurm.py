@@ -1,7 +1,7 @@
-"""A Slurm of one node on the loopback interface, for the tests: started in a folder, and ended with its jobs.
+"""A Slurm cluster of one node on the loopback interface, with its files in a temporary folder.
 
-The node claims more cores than the machine may have, so that several jobs run at once. Of the partitions `low`
-and `high`, a job in `high` preempts those in `low` by requeuing them.
+The node may claim more cores than the machine has, so that several jobs run at once. Jobs in the partition `high`
+preempt jobs in the partition `low`, which are requeued.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tiny import environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 # https://slurm.schedmd.com/slurm.conf.html. cred_expire is also the delay before a requeued job starts. The limits
-# suit a busy machine: daemons may take long to answer and to start a job (10 s by default, after which Slurm takes the
-# job for lost). Slurm keeps the record of an ended job for MinJobAge, and reads 0 as 2 s, too short for the tests.
+# suit a busy machine, where daemons are slow to answer and to start a job (by default Slurm gives up on a job after
+# 10 s). Slurm keeps the record of an ended job for MinJobAge; it reads 0 as 2 s, which is too short for the tests.
 CONFIG = """
 ClusterName=loopback
 SlurmctldHost=localhost
@@ -69,7 +69,7 @@ def missing() -> str:
 
 
 def until(true: Callable[[], object], what: str, seconds: float = 240, report: Callable[[], str] = str) -> None:
-    """Wait for `true`. The text that `report` returns is shown on a timeout."""
+    """Wait until `true()` holds. On a timeout, fail with `what` and the text that `report` returns."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds} s: {what}\n{report()}"
@@ -77,9 +77,9 @@ def until(true: Callable[[], object], what: str, seconds: float = 240, report: C
 
 
 class Slurm:
-    """The running daemons. Commands find them by `environment`, and lars-train on its PATH.
+    """The running daemons. With `environment`, commands find the daemons and lars-train.
 
-    A daemon that has died is started again before the next command, as a service manager would do.
+    A daemon that has died is restarted before the next command, as a service manager would do.
     """
 
     def __init__(self, folder: Path, cores: int) -> None:
@@ -101,9 +101,9 @@ class Slurm:
         (folder / "slurm.conf").write_text(text)
 
     def start(self) -> None:
-        """Start the daemons; fails the test when they are not ready."""
+        """Start the daemons. Fail the test if they do not become ready."""
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed"}
-        # Forced, because only its own user reaches the folder.
+        # --force: munged objects to a folder that other users cannot reach.
         munged = ["munged", "--foreground", "--force", *(f"--{k}={self.folder}/munge.{v}" for k, v in files.items())]
         self._daemon(munged)
         until((self.folder / "munge.socket").exists, "munged's socket")
@@ -114,7 +114,7 @@ class Slurm:
     def stop(self) -> None:
         """Cancel all jobs, and end the daemons."""
         try:
-            # A job that requeues itself as it ends may need it twice.
+            # A job that requeues itself when it ends may have to be canceled twice.
             until(lambda: not self._cancel_all(), "the end of all jobs", 60)
         finally:
             for daemon in reversed(self._daemons.values()):
@@ -127,7 +127,7 @@ class Slurm:
                     daemon.wait()
 
     def command(self, *words: str) -> str:
-        """Return what a command of Slurm's prints, or an empty string where it fails."""
+        """Return the output of a Slurm command, or an empty string if it fails."""
         for daemon, process in list(self._daemons.items()):
             if process.poll() is not None:
                 self._trouble += f"{daemon[0]} ended with {process.returncode} and was started again\n"
@@ -138,7 +138,7 @@ class Slurm:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def describe(self, job: str) -> str:
-        """Return what the controller knows of a job, the commands that failed so far, and the end of its log."""
+        """Return the controller's description of a job, the failed commands so far, and the end of its log."""
         log = (self.folder / "slurmctld.log").read_text(errors="replace")
         return f"{self.command('scontrol', 'show', 'job', job)}\n{self._trouble[:2000]}\n{log[-8000:]}"
 
@@ -172,6 +172,6 @@ class Slurm:
 
 
 def skip_without_slurm() -> None:
-    """Skip the module, and say what is missing."""
+    """Skip the module if Slurm cannot run here, with the reason."""
     if reason := missing():
         pytest.skip(f"no Slurm: {reason}", allow_module_level=True)

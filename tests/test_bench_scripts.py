@@ -1,4 +1,4 @@
-"""The scripts that measure: each runs on a tiny case, and puts its results between the markers of a page."""
+"""Each benchmark script runs on a tiny case, and writes its results between the markers of a page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN = (
 
 
 def run(script: str, *arguments: str) -> str:
-    """Run a script, which may take long on a busy machine, and return its output."""
+    """Run a script and return its output. The timeout allows for a busy machine."""
     command = [sys.executable, str(SCRIPTS / script), *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,7 +34,7 @@ def run(script: str, *arguments: str) -> str:
 
 
 def measure(folder: Path, script: str, *arguments: str, marker: str = "") -> list[list[str]]:
-    """Run a script, and return the rows of its tables from the page, as cells."""
+    """Run a script that writes into a page, and return the rows of the page's tables as lists of cells."""
     name, page = Path(script).stem, folder / "page.md"
     marker = marker or name
     page.write_text(f"before\n<!-- {marker}: begin -->\nold\n<!-- {marker}: end -->\nafter\n")
@@ -49,7 +49,7 @@ def measure(folder: Path, script: str, *arguments: str, marker: str = "") -> lis
 
 
 def number(cell: str) -> float:
-    """The first number of a cell."""
+    """Return the first number of a cell."""
     return float(re.split(r"[ %]", cell)[0].replace(",", ""))
 
 
@@ -95,8 +95,8 @@ def test_ghost_batches_and_lars_do_not_multiply_the_launches(tmp_path: Path) -> 
         found[ghosts] = [[int(number(cell)) for cell in row[1:]] for row in rows[1:4]]
     assert found["2"] == found["4"]
     bare, one, several = found["4"]
-    # ResNet-18 has 20 batch norms. For each, zeros for its statistics and two sums, where torch counts the batches; its
-    # loss is in the forward pass here, and in the rest there.
+    # ResNet-18 has 20 batch norms. Each adds three launches (zeros for its statistics, two sums) where torch has one
+    # (the batch count). The bare row counts the two launches of the loss as forward pass, the others as the rest.
     assert one[0] - bare[0] == 20 * (3 - 1) - 2
     assert one[2] == several[2] <= 25
     assert several[3] < 30

@@ -1,4 +1,4 @@
-"""scripts/dev/check_wheel.py rejects a wheel without an extension, and a wheel for one machine only."""
+"""scripts/dev/check_wheel.py rejects wheels without an extension, and wheels that fit only one machine."""
 
 from __future__ import annotations
 

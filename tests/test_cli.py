@@ -1,6 +1,6 @@
 """The command line explains bad arguments, reports a sweep's failures, and prints ``--help`` without torch.
 
-The commands are tested where their work is done, and every form of starting them in runs/test_launch_forms.py.
+The tests of each command are beside those of its modules; runs/test_launch_forms.py tests every way to start a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lars_train.training import run_directory
 def test_rank_0_reports_and_fails_for_a_sweep(
     in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # If another rank failed first, the launcher would end rank 0, perhaps in the middle of a good job.
+    # If another rank failed first, the launcher would end rank 0, perhaps in the middle of a job that works.
     for rank, code in (("0", 2), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -35,7 +35,7 @@ def test_rank_0_reports_and_fails_for_a_sweep(
         assert ("job failed" in capsys.readouterr().err) == (rank == "0")
 
 
-def explained(*arguments: str) -> str:
+def explanation_of(*arguments: str) -> str:
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
         composed(*arguments)
     return explain(caught.value, prepared(*arguments))
@@ -78,14 +78,14 @@ def explained(*arguments: str) -> str:
     ],
 )
 def test_a_bad_argument_is_explained_in_one_line(argument: str, words: list[str]) -> None:
-    explanation = explained(argument)
+    explanation = explanation_of(argument)
     assert [word for word in words if word not in explanation] == []
     assert "\n" not in explanation
     for jargon in ("full_key", "object_type", "reference_type", "hydra.cc", "Search path"):
         assert jargon not in explanation
 
 
-def test_the_quotes_recommended_for_an_equals_sign_work() -> None:
+def test_the_suggested_quotes_around_an_equals_sign_work() -> None:
     assert composed('data.root="/a=b"').data.root == "/a=b"
 
 
@@ -170,7 +170,7 @@ def test_a_sweep_tries_every_job_and_reports_failures_at_the_end(
 
 
 def test_the_jobs_of_a_sweep_have_the_given_names(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Also in a folder whose name Hydra's grammar cannot parse without quotes.
+    # The folder's name is one that Hydra's grammar cannot parse without quotes.
     names: list[str] = []
     monkeypatch.setattr("lars_train.cli._run_job", lambda raw, *rest: names.append(raw.run.name))
     (in_empty_folder / "té (1)").mkdir()
@@ -218,7 +218,7 @@ def test_a_run_on_the_cpu_does_not_import_torchs_compiler(tmp_path: Path) -> Non
 def test_a_submitit_job_is_requeued_after_its_checkpoint(
     name: str, queued: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def stops(*arguments: Any) -> None:
+    def raise_stopped(*arguments: Any) -> None:
         raise Stopped(f"{name}: stopped after update 7, with a checkpoint")
 
     def requeue(number: int, frame: Any) -> None:
@@ -227,7 +227,7 @@ def test_a_submitit_job_is_requeued_after_its_checkpoint(
 
     seen: list[int] = []
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"overrides": {"task": []}}))
-    monkeypatch.setattr(commands, "run", stops)
+    monkeypatch.setattr(commands, "run", raise_stopped)
     before = signal.signal(signal.SIGUSR2, requeue)
     try:
         with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""The pages: up to date, whole, and with links that lead somewhere."""
+"""The documentation pages are up to date and complete, and their links resolve."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def reference() -> ModuleType:
     return module
 
 
-def test_the_configuration_page_is_what_the_schema_says(reference: ModuleType) -> None:
+def test_the_configuration_page_matches_the_schema(reference: ModuleType) -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.page(), (
-        "run scripts/dev/make_config_reference.py"
+        "docs/configuration.md is out of date: run scripts/dev/make_config_reference.py"
     )
 
 
@@ -39,7 +39,7 @@ def test_every_key_has_a_meaning(reference: ModuleType) -> None:
 
 
 def slug(heading: str) -> str:
-    """The anchor that a repository's page, and Sphinx here, gives to a heading."""
+    """Return the anchor of a heading, as GitHub and this project's Sphinx settings make it."""
     words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower().strip()
     return re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
 
@@ -49,7 +49,7 @@ def text_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files_and_to_headings_in_them(page: Path) -> None:
+def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)", text_of(page))
     for path, _, anchor in (link.partition("#") for link in links if not re.match(r"[a-z]+:", link)):
         target = page.parent / path if path else page
@@ -59,12 +59,12 @@ def test_links_lead_to_files_and_to_headings_in_them(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_of_this_repository_that_a_page_names_are_there(page: Path) -> None:
+def test_repository_files_named_on_a_page_exist(page: Path) -> None:
     named = re.findall(r"`((?:lars_train|tests|scripts|configs|docs)/[\w./*-]+)`", text_of(page))
     assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
 
 
-def test_all_pages_are_built_and_can_be_reached(tmp_path: Path) -> None:
+def test_all_pages_build_and_are_linked(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
     pytest.importorskip("myst_parser")
     pytest.importorskip("furo")
@@ -75,7 +75,7 @@ def test_all_pages_are_built_and_can_be_reached(tmp_path: Path) -> None:
     assert (tmp_path / "index.html").exists()
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_has_the_current_version() -> None:
     cited = OmegaConf.load(ROOT / "CITATION.cff")
     assert cited["version"] == version("lars-train")
     assert (cited["cff-version"], cited["title"]) == ("1.2.0", "lars-train")

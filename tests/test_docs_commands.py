@@ -1,9 +1,8 @@
-"""Every command of the pages: run here with small settings, in the order of the pages, or marked with what it needs.
-All of them, the marked ones too, are such as the programs take.
+"""Every command on the pages is valid, and runs with small settings unless it is marked as needing more.
 
-What a command needs stands in its comment or in the paragraph before its block ("needs ImageNet", "needs a cluster",
-"needs a GPU", "takes hours", ...), or in the command itself: imagenet, --nnodes, srun (tests/pages.py). Installing is
-CI's part: it runs the README's two commands, and of the others' extras only the names are looked at.
+The mark is in the command's comment or in the paragraph before its block ("needs ImageNet", "needs a cluster",
+"needs a GPU", "takes hours", ...), or is a word of the command itself: imagenet, --nnodes, srun (tests/pages.py).
+CI runs the README's two commands for installation. Of other installation commands only the extras are checked.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ FENCED = [command for block in BLOCKS for command in block.commands]
 INLINE = [command for page in PAGES for command in inline(page)]
 CI = (ROOT / ".ci" / "run").read_text()
 ELLIPSIS = re.compile(r"…|\.\.\.|\[?--?\w+\]?\.\.\.|[A-Z_]+\.\.\.")
-# Programs of others, and what the pages call them with.
+# Commands for development, and third-party programs with any arguments.
 CHECKERS = ("ruff check .", "ruff format --check .", "mypy", "pytest", "python3 -m venv .venv", ". .venv/bin/activate")
 OTHERS = {*"ls sleep kill grep aws kubectl tensorboard sphinx-build cibuildwheel pyproject-build".split()}
-# Instead of what a laptop would take minutes for; what the command itself says of these keys stays.
+# Added to commands that train, except for keys that the command sets. Without them a laptop would take minutes.
 SMALL = {"model": "tiny", "max_updates": "2", "launch.nproc": "1", "launch.threads": "1", "data.holdout": "0.01"}
 RUN = "tried"
 LEAVES = {
@@ -47,19 +46,19 @@ LEAVES = {
 }
 
 
-def composes(settings: list[str]) -> None:
-    """Raises for settings that no run could be started with; for ImageNet up to the learning rate of every update."""
+def assert_composes(settings: list[str]) -> None:
+    """Raise if no run can start with these settings; for ImageNet make the plan too."""
     settings = [setting for setting in settings if setting not in ("-m", "--multirun")]
     if any(setting.startswith("hydra/launcher=submitit") for setting in settings):
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     choices = next((s.partition("=")[2].split(",") for s in settings if s.startswith("batch=")), [""])
     for choice in choices:
-        composes_alone(tuple(f"batch={choice}" if s.startswith("batch=") else s for s in settings))
+        assert_one_composes(tuple(f"batch={choice}" if s.startswith("batch=") else s for s in settings))
 
 
 @cache
-def composes_alone(settings: tuple[str, ...]) -> None:
-    """The same for settings without a sweep."""
+def assert_one_composes(settings: tuple[str, ...]) -> None:
+    """Raise if no run can start with these settings, which are not a sweep."""
     register()
     own = [setting for setting in settings if not setting.startswith("hydra")]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -73,7 +72,7 @@ def composes_alone(settings: tuple[str, ...]) -> None:
 def check_ours(words: list[str]) -> None:
     if any(word in ("--help", "--cfg") for word in words):
         return
-    composes(take_config_file(words[1:])[0])
+    assert_composes(take_config_file(words[1:])[0])
 
 
 def check_store(words: list[str]) -> None:
@@ -86,15 +85,15 @@ def check_torchrun(words: list[str]) -> None:
     args = get_args_parser().parse_args(words[1:])
     assert args.training_script == "lars_train"
     assert args.module
-    composes(args.training_script_args)
+    assert_composes(args.training_script_args)
 
 
 def check_script(words: list[str]) -> None:
-    """Check that the script exists and knows the options; a shell script passes settings to lars-train."""
+    """Check that a script exists and has the options. The settings of a shell script are those of lars-train."""
     path = ROOT / (words[1] if words[0] == "python" else words[0])
     assert path.is_file(), path
     if path.suffix != ".py":
-        composes([word for word in words[1:] if "=" in word])
+        assert_composes([word for word in words[1:] if "=" in word])
         return
     trees = [ast.parse(file.read_text()) for file in (path, ROOT / "scripts" / "shared.py")]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -119,7 +118,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 
 def check(words: list[str]) -> None:
-    # A variable of the shell stands for a number.
+    # Replace shell variables by a number.
     words = [re.sub(r"\$(\{[A-Z_]+\}|[A-Z_]+)", "1", word) for word in words if not ELLIPSIS.fullmatch(word)]
     line = " ".join(words)
     if words[0] in ("srun", "sbatch", "bash"):
@@ -131,18 +130,18 @@ def check(words: list[str]) -> None:
     elif program in CHECKS:
         CHECKS[program](words)
     else:
-        assert line in CHECKERS or program in OTHERS, f"{line}: no test knows this program"
+        assert line in CHECKERS or program in OTHERS, f"{line}: no check for this program; add it to CHECKS or OTHERS"
 
 
 @pytest.mark.parametrize("command", [*FENCED, *INLINE], ids=lambda command: command.where)
-def test_every_command_is_one_that_its_program_takes(command: Command) -> None:
+def test_every_command_is_valid_for_its_program(command: Command) -> None:
     calls = parts(command.text)
     assert calls
     for words in calls:
         if command in FENCED:
             check(words)
         elif words[0] == "lars-data" and "STORE" not in words:
-            # Within a sentence it is cut short.
+            # In a sentence the arguments are left out.
             check([*words, "SOURCE", "STORE"])
         elif words[0] == "torchrun" and "lars_train" not in words:
             check([*words, "-m", "lars_train"])
@@ -151,25 +150,25 @@ def test_every_command_is_one_that_its_program_takes(command: Command) -> None:
 
 
 def is_run_by_ci(command: Command) -> bool:
-    """Return True if it makes an environment, installs, lints or tests."""
+    """Return True for a command that creates an environment, installs, lints or tests."""
     calls = [" ".join(words) for words in parts(command.text)]
     return calls[0].startswith("pip install ") or all(call in CHECKERS for call in calls)
 
 
-def is_a_session(command: Command) -> bool:
-    """Part of a block that one shell has to run as a whole: it has jobs in the background."""
+def is_in_a_session(command: Command) -> bool:
+    """Return True for a command in a block with background jobs, which one shell has to run as a whole."""
     block = next(block for block in BLOCKS if command in block.commands)
     return any(line.text.endswith("&") for line in block.commands)
 
 
-HERE = [c for c in FENCED if not c.needs and not is_run_by_ci(c) and not is_a_session(c)]
+HERE = [c for c in FENCED if not c.needs and not is_run_by_ci(c) and not is_in_a_session(c)]
 
 
 def small(words: list[str], folder: Path, store: int) -> list[str]:
-    """The command with what its capitals stand for (STORE: the one of that number), and small settings if it trains."""
-    stands_for = {"SOURCE": folder / "images", "IMAGES": folder / "images", "STORE": folder / f"store{store}"}
+    """Return the command with its placeholders replaced (STORE by the folder ``store{store}``) and small settings."""
+    placeholders = {"SOURCE": folder / "images", "IMAGES": folder / "images", "STORE": folder / f"store{store}"}
     words = [
-        str(stands_for.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in (w.strip("[]") for w in words)
+        str(placeholders.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in (w.strip("[]") for w in words)
     ]
     given = {word.partition("=")[0] for word in words}
     if words[0] == "lars-train" and given.isdisjoint(("--help", "checkpoint.path", "--config-file")):
@@ -180,7 +179,7 @@ def small(words: list[str], folder: Path, store: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images of two classes."""
+    """Return a folder with images of two classes."""
     made = tmp_path_factory.mktemp("pages")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -194,7 +193,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, tuple[int, str]]:
-    """Exit code and words of every command that is run here, by its text; what stands on two pages is run once."""
+    """Return the exit code and output of every command in `HERE`, by its text; repeated commands run once."""
     lines = [["lars-train", f"run.name={RUN}", *(f"{key}={value}" for key, value in SMALL.items())]]
     stores = 0
     once = list({command.text: parts(command.text) for command in HERE}.items())
@@ -211,22 +210,22 @@ def results(folder: Path) -> dict[str, tuple[int, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", HERE, ids=lambda command: command.where)
-def test_a_command_that_needs_nothing_does_what_the_page_says(
+def test_unmarked_commands_run_and_write_the_stated_files(
     command: Command, folder: Path, results: dict[str, tuple[int, str]]
 ) -> None:
     for word, package in (("safetensors", "safetensors"), (".onnx", "onnxruntime")):
         if word in command.text:
             pytest.importorskip(package)
-    code, said = results[command.text]
-    assert code == 0, said
+    code, output = results[command.text]
+    assert code == 0, output
     for part, file in LEAVES.items():
         if part in command.text:
             assert (folder / file).exists(), file
 
 
 @pytest.mark.slow
-def test_the_pages_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
-    sessions = [block for block in BLOCKS if is_a_session(block.commands[0])]
+def test_the_killed_run_on_the_page_ends_with_the_same_weights(tmp_path: Path) -> None:
+    sessions = [block for block in BLOCKS if is_in_a_session(block.commands[0])]
     assert [block.page.name for block in sessions] == ["same_curve.md"]
     program = tmp_path / "bin" / "lars-train"
     program.parent.mkdir()
@@ -246,7 +245,7 @@ def test_the_pages_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None
     assert re.search(r"resumed +at update|finished", done.stdout)
 
 
-def test_a_command_that_nothing_is_known_of_is_noticed() -> None:
+def test_marks_are_parsed_and_unknown_commands_are_refused() -> None:
     page = ROOT / "docs" / "made_up.md"
     text = """It needs ImageNet:
 
@@ -268,7 +267,7 @@ lars-train x=1 \\
         (10, "make all", ""),
         (11, "lars-train x=1 y=2", "takes hours"),
     ]
-    with pytest.raises(AssertionError, match="no test knows this program"):
+    with pytest.raises(AssertionError, match="no check for this program"):
         check(["make", "all"])
     for words in (["python", "scripts/verify/chaos.py", "--kill"], ["python", "scripts/verify/chaso.py"]):
         with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Exported files, read by those that they are for: torchvision, safetensors, onnxruntime."""
+"""Exported files load in the programs they are made for: torchvision, safetensors, onnxruntime."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs, by the program itself."""
+    """Return the directory of a run of two epochs, started from the command line."""
     folder = tmp_path_factory.mktemp("run")
     ran([*ALONE, *DATA, "model=resnet18", "batch.size=64", "optimizer.lr=2", "epochs=2", "run.name=r"], folder)
     return folder / "runs" / "r"
@@ -44,7 +44,7 @@ def images() -> Tensor:
 
 
 def expected(run: Path) -> Tensor:
-    """Logits of torchvision's own network with the weights of the run's last checkpoint."""
+    """Return the logits of torchvision's network with the weights of the run's last checkpoint."""
     (last,) = (run / "checkpoints").glob(f"*{final(run)['updates']:09d}.pt")
     model = resnet18(num_classes=4)
     model.load_state_dict(torch.load(last, weights_only=True)["model"])
@@ -66,12 +66,12 @@ def check_origin(about: dict[str, Any], run: Path) -> None:
     record = json.loads((run / "run.json").read_text())["started"][-1]
     assert (about["command"], about["versions"]) == (record["command"], record["versions"])
     assert record["host"] not in json.dumps(about)
-    # The row's name does not stand for a size of one's own.
+    # With a given batch size, the name of the row does not apply.
     assert about["batch"] == "64"
 
 
 @pytest.mark.slow
-def test_torchs_file_loads_into_torchvisions_network(run: Path, tmp_path: Path) -> None:
+def test_a_pth_file_loads_into_torchvisions_network(run: Path, tmp_path: Path) -> None:
     path, _ = exported(run, tmp_path / "net.pth")
     state = torch.load(path, weights_only=True)
     model = resnet18(num_classes=4)
@@ -99,7 +99,7 @@ def test_a_safetensors_file_holds_the_same_tensors(run: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
-def test_an_export_comes_back_bit_for_bit_with_its_classes(name: str, run: Path, tmp_path: Path) -> None:
+def test_an_export_loads_bit_for_bit_in_any_class_order(name: str, run: Path, tmp_path: Path) -> None:
     if name.endswith(".safetensors"):
         pytest.importorskip("safetensors")
     path, _ = exported(run, tmp_path / name)
@@ -127,7 +127,7 @@ def test_onnx_graph_gives_the_networks_logits(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_graph_that_computes_something_else_is_not_kept(
+def test_an_onnx_graph_with_other_logits_is_not_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
@@ -138,19 +138,19 @@ def test_a_graph_that_computes_something_else_is_not_kept(
 
 
 @pytest.mark.slow
-def test_the_card_says_what_the_file_is_and_its_code_runs(run: Path, tmp_path: Path) -> None:
+def test_the_card_describes_the_file_and_its_code_runs(run: Path, tmp_path: Path) -> None:
     for name in ("net.pth", "net.safetensors"):
         path, _ = exported(run, tmp_path / name)
         text = path.with_name(CARD).read_text().partition(MARK)[2].partition(MARK)[0]
         assert text.startswith(f"\n\n# {name}\n")
         assert f"{final(run)['final_top1']:.2f} % of 101 validation images" in text
         assert "LARS over SGD, peak lr 2.0" in text
-        model = made_by_the_code_in(text, path)
+        model = run_code_of_card(text, path)
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(images()), expected(run), rtol=0, atol=0)
 
 
-def made_by_the_code_in(text: str, path: Path) -> nn.Module:
+def run_code_of_card(text: str, path: Path) -> nn.Module:
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     scope: dict[str, Any] = {}
     exec(compile(ast.parse(code.replace(repr(path.name), repr(str(path)))), path.name, "exec"), scope)
@@ -160,12 +160,12 @@ def made_by_the_code_in(text: str, path: Path) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_the_code_for_a_network_of_ours_runs(run: Path, tmp_path: Path) -> None:
+def test_the_cards_code_runs_for_a_network_not_in_torchvision(run: Path, tmp_path: Path) -> None:
     about = {**origin(*checkpoint.find(str(run))), "model": "small"}
     network = build_model("small", num_classes=len(about["classes"]), ghost_batch=1, zero_gamma=False)
     for name in ("net.pth", "net.safetensors"):
         module.WRITERS[Path(name).suffix](tmp_path / name, network, about)
-        model = made_by_the_code_in(card(name, about, torchvision=False), tmp_path / name)
+        model = run_code_of_card(card(name, about, torchvision=False), tmp_path / name)
         for key, value in model.state_dict().items():
             torch.testing.assert_close(value, network.state_dict()[key], rtol=0, atol=0)
 
@@ -184,7 +184,7 @@ def test_files_in_one_folder_share_their_card(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(
+def test_an_export_that_cannot_be_written_leaves_no_files(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"suffix selects the format. Use one of .*\.onnx"):

@@ -1,4 +1,4 @@
-"""lars_train/extensions.py: a checkout that hides the installed package decodes and steps as fast as that."""
+"""A checkout without compiled extensions uses those of the installed package if their sources are equal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASK = (
 )
 
 
-def asked(checkout: Path, installed: Path) -> list[str]:
+def import_in_checkout(checkout: Path, installed: Path) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", ASK],
         cwd=checkout,
@@ -33,19 +33,19 @@ def asked(checkout: Path, installed: Path) -> list[str]:
     return done.stdout.split()
 
 
-def test_a_checkout_uses_the_installed_parts_of_its_source(
+def test_a_checkout_uses_installed_extensions_of_equal_source(
     tmp_path: Path,
 ) -> None:
     if not native.is_available() or fused_sgd.kernels is None:
-        pytest.skip("the parts in C are not built here")
+        pytest.skip("the C extensions are not built")
     package, checkout, installed = Path(lars_train.__file__).parent, tmp_path / "checkout", tmp_path / "installed"
     kept = shutil.ignore_patterns("__pycache__", "embedded")
     shutil.copytree(package, installed / "lars_train", ignore=kept)
     shutil.copytree(package, checkout / "lars_train", ignore=shutil.ignore_patterns("__pycache__", "embedded", "*.so"))
-    where, decoder, kernels = asked(checkout, installed)
+    where, decoder, kernels = import_in_checkout(checkout, installed)
     assert Path(where).is_relative_to(checkout)
     assert (decoder, kernels) == ("True", "True")
     for source, expected in (("data/decode/jpeg.c", ["False", "True"]), ("optim/kernels.c", ["False", "False"])):
         with (checkout / "lars_train" / source).open("a") as file:
             file.write("/* Another one. */\n")
-        assert asked(checkout, installed)[1:] == expected
+        assert import_in_checkout(checkout, installed)[1:] == expected

@@ -1,4 +1,4 @@
-"""Files are whole or missing, and paths of the user are found also without a home directory."""
+"""Files are written completely or not at all, and the user's paths work without a home directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lars_train import fsutil
 from lars_train.fsutil import cache_folder, user_path, write_atomic
 
 
-def test_the_content_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, steps = tmp_path / "record.json", list[str]()
     sync, replace = os.fsync, Path.replace
 
@@ -33,7 +33,7 @@ def test_the_content_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pyt
     assert path.read_bytes() == b"abcde"
 
 
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
     write_atomic(path, [b"before"])
 
@@ -47,8 +47,8 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
 
 
 @pytest.fixture
-def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """No home directory, and a folder for temporary files."""
+def without_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Remove the home directory, and return the folder for temporary files."""
 
     def none(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -62,7 +62,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     fsutil._temporary.cache_clear()
 
 
-def test_caches_lie_where_xdg_says_or_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_in_xdg_cache_home_or_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_folder() == Path("/home/ada/.cache/lars_train")
@@ -70,15 +70,15 @@ def test_caches_lie_where_xdg_says_or_in_the_home_directory(monkeypatch: pytest.
     assert cache_folder() == Path("/fast/lars_train")
 
 
-def test_without_a_home_directory_caches_lie_in_a_private_folder(homeless: Path) -> None:
-    assert cache_folder() == homeless / f"lars-train-{os.getuid()}" / "lars_train"
+def test_without_a_home_directory_caches_are_in_a_private_folder(without_home: Path) -> None:
+    assert cache_folder() == without_home / f"lars-train-{os.getuid()}" / "lars_train"
     assert stat.S_IMODE(cache_folder().parent.stat().st_mode) == 0o700
     assert user_path("~/x") == Path("~/x")
 
 
 @pytest.mark.parametrize("kind", ["link", "open to all", "file"])
-def test_a_cache_folder_that_others_can_write_to_is_not_used(kind: str, homeless: Path) -> None:
-    path, elsewhere = homeless / f"lars-train-{os.getuid()}", homeless / "elsewhere"
+def test_a_cache_folder_that_others_can_write_to_is_not_used(kind: str, without_home: Path) -> None:
+    path, elsewhere = without_home / f"lars-train-{os.getuid()}", without_home / "elsewhere"
     elsewhere.mkdir()
     if kind == "link":
         path.symlink_to(elsewhere)
@@ -89,6 +89,6 @@ def test_a_cache_folder_that_others_can_write_to_is_not_used(kind: str, homeless
         path.chmod(0o777)
     found = cache_folder().parent
     assert found != path
-    assert found.resolve().parent == homeless.resolve()
+    assert found.resolve().parent == without_home.resolve()
     assert stat.S_IMODE(found.stat().st_mode) == 0o700
     assert cache_folder().parent == found

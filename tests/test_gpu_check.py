@@ -14,7 +14,7 @@ from tiny import environment
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 STAGES = ["tests", "step", "lars", "training", "more"]
-# A python that runs no stage: the tests fail, compiling takes too long, the trainings leave equal weights.
+# Stands in for python: the tests fail, compiling takes too long, and the training runs end with equal weights.
 STUB = r"""#!/bin/sh
 for folder; do :; done
 folder=${folder#run.dir=}
@@ -126,7 +126,7 @@ def test_all_stages_run_and_the_report_keeps_every_line(tmp_path: Path) -> None:
     report = tmp_path / "here" / "report.txt"
     report.parent.mkdir()
     report.write_text("an earlier stage\n")
-    # The report is relative to the caller's folder.
+    # A relative path of the report starts at the caller's folder.
     done = run("--report", "report.txt", script=script, folder=report.parent, PYTHON=str(stub))
     assert report.read_text() == "an earlier stage\n" + done.stdout
     lines = done.stdout.splitlines()
@@ -139,7 +139,7 @@ def test_all_stages_run_and_the_report_keeps_every_line(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_a_signal_ends_the_part_and_keeps_the_report(tmp_path: Path) -> None:
+def test_a_signal_ends_the_command_and_keeps_the_report(tmp_path: Path) -> None:
     stub, report, started = (tmp_path / name for name in ("stub", "report.txt", "started"))
     stub.write_text(f'#!/bin/sh\n[ "$1" = - ] && exit\necho "a row"\necho $$ >{started}\nexec sleep 60\n')
     stub.chmod(0o755)
@@ -183,7 +183,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], extra: dict
     assert done.stderr.startswith(f"gpu_check.sh: {message}")
 
 
-def test_the_report_says_why_nothing_could_start(tmp_path: Path) -> None:
+def test_the_report_has_the_reason_if_no_stage_can_start(tmp_path: Path) -> None:
     report = tmp_path / "report.txt"
     done = run("lars", "--report", str(report))
     assert done.returncode == 2

@@ -1,6 +1,6 @@
-"""The layout: floors, sizes of modules, functions and folders, names that are unique, public names that are documented.
+"""Rules of the source layout: floors, sizes of modules, functions and folders, unique and documented names.
 
-The table of floors is the one of CONTRIBUTING.md.
+CONTRIBUTING.md has the table of floors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from old_torch import NEEDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lars_train"
-# A room imports from lower floors, and from rooms of its floor without a circle.
+# A room imports from lower floors, and from rooms of the same floor without a cycle.
 FLOORS = (
     {"errors", "extensions", "fsutil", "messages", "optim", "signals"},
     {"config", "models"},
@@ -28,7 +28,7 @@ FLOORS = (
     {"commands"},
     {"__main__", "cli"},
 )
-# The floors within data; the modules at its top are the lowest.
+# The floors within data. The lowest, "", are the modules directly in the folder.
 DATA_FLOORS = ("", "decode", "sources", "loading", "open")
 LINES, FUNCTION_LINES, MODULES = 400, 60, 16
 NAME_LENGTH = 60
@@ -38,12 +38,12 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-# The root's own __init__ is the public face, and imports what it shows.
+# Without the root's __init__, which imports the public names.
 MODULES_OF_ROOMS = [name for name in SOURCES if "." in name]
 
 
-def named(name: str) -> set[str]:
-    """Return what a module imports, by whole names, also within functions."""
+def imported_names(name: str) -> set[str]:
+    """Return the full names that a module imports, including imports within functions."""
     package = name if SOURCES[name].name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(TREES[name]):
@@ -58,7 +58,7 @@ def named(name: str) -> set[str]:
 
 def imported(name: str) -> set[str]:
     """Return the modules of the package that a module imports."""
-    modules = {whole if whole in SOURCES else whole.rpartition(".")[0] for whole in named(name)}
+    modules = {whole if whole in SOURCES else whole.rpartition(".")[0] for whole in imported_names(name)}
     return {module for module in modules if module in SOURCES and module != name}
 
 
@@ -66,14 +66,14 @@ IMPORTS = {name: imported(name) for name in SOURCES}
 
 
 def room(name: str) -> str:
-    """Return the room of a module; the root is the public face, above all rooms."""
+    """Return the room of a module: its folder or module directly below the package."""
     return name.split(".")[1] if "." in name else name
 
 
 def test_every_room_has_its_floor_and_imports_nothing_from_above() -> None:
     floor = {name: number for number, names in enumerate(FLOORS) for name in names}
     assert set(floor) == {room(name) for name in MODULES_OF_ROOMS}
-    # The report's page and the command line show the version, which the public face has.
+    # The report's page and the command line import the version from the package's root.
     floor["lars_train"] = floor["report"]
     upward = [
         f"{name} imports {other}"
@@ -84,7 +84,7 @@ def test_every_room_has_its_floor_and_imports_nothing_from_above() -> None:
     assert not upward
 
 
-def test_within_data_no_module_imports_from_a_folder_above() -> None:
+def test_data_modules_import_only_from_the_same_or_lower_floors() -> None:
     def floor(name: str) -> int:
         part = name.split(".")[2]
         return DATA_FLOORS.index(part) if part in DATA_FLOORS else 0
@@ -100,7 +100,7 @@ def test_within_data_no_module_imports_from_a_folder_above() -> None:
     assert not upward
 
 
-def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
+def test_no_import_cycles_between_modules_or_rooms() -> None:
     rooms = defaultdict(set)
     for name in MODULES_OF_ROOMS:
         rooms[room(name)] |= {room(other) for other in IMPORTS[name] if "." in other} - {room(name)}
@@ -111,23 +111,23 @@ def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
             pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-def test_lars_and_the_models_know_no_config() -> None:
+def test_optim_and_models_do_not_import_the_config() -> None:
     for name in MODULES_OF_ROOMS:
         if room(name) == "optim":
             assert {other for other in IMPORTS[name] if room(other) != "optim"} <= {"lars_train.extensions"}, name
-            roots = {whole.partition(".")[0] for whole in named(name)}
+            roots = {whole.partition(".")[0] for whole in imported_names(name)}
             assert roots - {"lars_train", "torch"} <= sys.stdlib_module_names, name
         if room(name) == "models":
             assert not {other for other in IMPORTS[name] if room(other) == "config"}, name
 
 
-def test_signal_handlers_are_installed_in_signals_alone() -> None:
+def test_only_signals_installs_signal_handlers() -> None:
     installing = {name for name, path in SOURCES.items() if re.search(r"\bsignal\.signal\(", path.read_text())}
     assert installing == {"lars_train.signals"}
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_module_is_read_in_one_sitting(name: str) -> None:
+def test_modules_and_functions_are_short(name: str) -> None:
     assert len(SOURCES[name].read_text().splitlines()) <= LINES
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
@@ -139,12 +139,12 @@ def test_a_module_is_read_in_one_sitting(name: str) -> None:
     assert not long
 
 
-def test_no_folder_has_more_modules_than_one_sees_at_once() -> None:
+def test_no_folder_has_too_many_modules() -> None:
     counts = Counter(path.parent for path in SOURCES.values() if path.name != "__init__.py")
     assert {str(folder): count for folder, count in counts.items() if count > MODULES} == {}
 
 
-def test_no_two_modules_and_no_two_public_classes_have_one_name() -> None:
+def test_names_of_modules_and_public_classes_are_unique() -> None:
     modules = Counter(path.stem for path in SOURCES.values() if path.stem != "__init__")
     classes = Counter(
         node.name
@@ -169,7 +169,7 @@ def test_public_names_are_documented(name: str) -> None:
     assert not bare
 
 
-def test_contributing_shows_these_floors() -> None:
+def test_contributing_has_the_same_floors() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     table = re.findall(r"^\| (\d) \| (.+) \|$", text, re.MULTILINE)
     assert [int(number) for number, _ in table] == list(range(1, len(FLOORS) + 1))
@@ -191,7 +191,7 @@ def test_names_of_tests_are_short() -> None:
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     ]
     assert [entry for entry in found if len(entry.split(": ")[1]) > NAME_LENGTH] == []
-    # Tests that skip with an older torch are known by their names.
+    # old_torch.py refers to tests by name.
     names = {entry.split(": ")[1] for entry in found}
     parts = (part.partition("[")[0].rpartition("::")[2] for part in NEEDS)
     assert [part for part in parts if not any(part in name for name in names)] == []

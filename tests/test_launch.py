@@ -1,4 +1,4 @@
-"""The launcher's environment gives the ranks of this process and the number of processes to start."""
+"""Ranks and the number of processes to start are derived from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TORCHRUN = {
     "MASTER_ADDR": "node1",
     "MASTER_PORT": "29400",
 }
-# The shell of `sbatch --nodes 2 --ntasks-per-node 4`: variables of the job, and none of a step.
+# In the batch script of `sbatch --nodes 2 --ntasks-per-node 4`: variables of the job, but not of a step.
 SBATCH = {
     "SLURM_JOB_ID": "4242",
     "SLURM_JOB_NODELIST": "gpu[07-08]",
@@ -113,7 +113,7 @@ def test_an_incomplete_slurm_step_names_the_missing_variable(missing: str) -> No
 
 
 @pytest.mark.parametrize(("per_node", "local_world"), [("4(x2)", 4), ("3,2", 3), ("1", 2), ("", 2)])
-def test_the_tasks_on_this_machine_are_read_from_slurms_list(per_node: str, local_world: int) -> None:
+def test_tasks_per_machine_are_read_from_slurms_list(per_node: str, local_world: int) -> None:
     ranks = adopt({**SRUN, "SLURM_STEP_TASKS_PER_NODE": per_node})
     assert ranks is not None
     # LOCALID 1 exists, so this machine has at least two.
@@ -178,7 +178,7 @@ def port_of(job: int | str, step: int | str) -> int:
 def test_a_slurm_steps_port_depends_on_job_and_step_alone() -> None:
     # SHA-256 of "1000.1" and "1001.0" by coreutils: the first 16 digits, modulo 12,768, plus 20,000.
     assert (port_of(1000, 1), port_of(1001, 0)) == (20_694, 22_353)
-    # The step number of the shell of `salloc`.
+    # The step number of a shell started by `salloc`.
     assert 20_000 <= port_of(7, 4294967290) < 32_768
 
 
@@ -243,7 +243,7 @@ def test_a_worker_error_has_a_message_or_rank_and_traceback() -> None:
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
 )
-def test_waiting_threads_sleep_soon_unless_the_user_set_it(given: dict[str, str], expected: dict[str, str]) -> None:
+def test_waiting_threads_sleep_soon_unless_the_user_chose(given: dict[str, str], expected: dict[str, str]) -> None:
     environment = dict(given)
     share_cores(environment)
     assert environment == expected

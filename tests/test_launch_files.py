@@ -107,14 +107,14 @@ def test_under_slurm_one_job_of_an_array_is_requeued(tmp_path: Path) -> None:
 def test_slurm_signals_the_steps_and_keeps_the_log(tmp_path: Path) -> None:
     text = SLURM.read_text()
     directives = dict(re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?$", text, re.MULTILINE))
-    # Without "B:", so that the signal goes to the steps; SIGUSR1 is one of those that end a run with a checkpoint.
+    # Without "B:", so that the signal goes to the steps. SIGUSR1 ends a run with a checkpoint.
     assert directives.items() >= {"--signal": "USR1@180", "--requeue": "", "--open-mode": "append"}.items()
     assert text.index("#SBATCH --signal") < text.index("set -uo pipefail")
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.sbatch")), ids=lambda path: path.name)
 def test_slurm_directives_exist_and_have_valid_values(path: Path) -> None:
-    # https://slurm.schedmd.com/sbatch.html; what is none of these is an error to sbatch.
+    # From https://slurm.schedmd.com/sbatch.html; sbatch refuses all others.
     kinds = {
         **dict.fromkeys(("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task"), r"=[1-9]\d*"),
         **dict.fromkeys(("job-name", "output"), r"=[\w%.-]+"),

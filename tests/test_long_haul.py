@@ -1,4 +1,4 @@
-"""scripts/verify/long_haul.py: memory and open files of a short run do not grow, and a growing one is reported."""
+"""scripts/verify/long_haul.py: memory and open files of a short run do not grow, and growth is reported."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def long_haul(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_do_not_grow_over_1000_updates(long_haul: ModuleType, tmp_path: Path) -> None:
-    # The first tenth does not count: 1,200 updates, 24 evaluations.
+def test_memory_and_open_files_do_not_grow_in_1000_updates(long_haul: ModuleType, tmp_path: Path) -> None:
+    # The script ignores the first tenth of 1,200 updates and 24 evaluations.
     settings = [*long_haul.SETTINGS, f"data.train_count={50 * long_haul.BATCH}", "epochs=24", "log_every=10"]
     moments = long_haul.watch(settings, 24 * 50, tmp_path)
     assert moments[-1].update >= 1150
     lines, _ = long_haul.report(moments, settings, 24 * 50, 50)
     text = "\n".join(lines)
-    # MiB over some 1,000 updates, where 0.3 is usual; a long run may grow by 8 over a hundred times as many.
+    # MiB over about 1,000 updates, where 0.3 is usual. The script allows 8 over a hundred times as many.
     memory = re.search(r"memory grew by (-?[\d.]+) MiB", text)
     files = re.search(r"open files grew by (-?\d+)", text)
     assert memory is not None
@@ -39,7 +39,7 @@ def test_memory_and_open_files_do_not_grow_over_1000_updates(long_haul: ModuleTy
 
 def test_growth_is_reported(long_haul: ModuleType) -> None:
     def growth(**changes: float) -> list[str]:
-        """Report on 100 moments; `changes` are added in the second half."""
+        """Report on 100 samples of memory and open files; the second half has `changes` added."""
         moments = []
         for update in range(1, 101):
             values = {"seconds": update / 10, "cpu": update / 10, "memory": 500.0, "files": 7.0}

@@ -1,4 +1,4 @@
-"""Printed text is safe on any terminal, comes from rank 0, and has figures rounded for people."""
+"""Printed text is safe on any terminal, comes from rank 0, and has numbers rounded for reading."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAUNCHERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
         ({"SLURM_PROCID": "8", "SLURM_LOCALID": "0"}, False, True),
     ],
 )
-def test_rank_0_prints_and_one_rank_per_machine_complains(
+def test_rank_0_prints_and_one_rank_per_machine_reports_errors(
     environment: dict[str, str],
     says: bool,
     complains: bool,
@@ -61,7 +61,7 @@ def test_rank_0_prints_and_one_rank_per_machine_complains(
     assert said.err == ("lars-train: a fault\n" if complains else "")
 
 
-def test_a_terminal_gets_long_lines_folded_between_words(
+def test_long_lines_are_folded_between_words_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = "disk           633 kB a checkpoint: 6.33 MB written in all, 2.53 MB at the end"
@@ -88,7 +88,7 @@ def test_a_terminal_gets_long_lines_folded_between_words(
     assert capsys.readouterr() == (f"{disk}\n", f"lars-train: {fault}\n")
 
 
-def test_a_closed_reader_does_not_end_the_program() -> None:
+def test_a_closed_pipe_does_not_end_the_program() -> None:
     code = (
         "import os, sys\n"
         "from lars_train.monitoring.progress import Progress\n"
@@ -165,7 +165,7 @@ def test_sizes_have_three_digits_and_the_largest_fitting_unit(count: float, show
     ("count", "shown"),
     [(56_234_567, "56.2 MFLOP"), (24.5e9, "24.5 GFLOP"), (999.96e9, "1 TFLOP"), (312e12, "312 TFLOP")],
 )
-def test_operations_have_three_digits_too(count: float, shown: str) -> None:
+def test_operations_have_three_digits(count: float, shown: str) -> None:
     assert operations(count) == shown
 
 
@@ -206,7 +206,7 @@ def test_a_count_takes_singular_or_plural(count: int, words: tuple[str, ...], sh
 @pytest.mark.parametrize(
     ("value", "shown"), [(5.0, "5"), (20 / 9, "2.22"), (5 / 9, "0.56"), (0.0, "0"), (1.0, "1"), (0.001234, "0.0012")]
 )
-def test_computed_figures_have_two_or_three_digits(value: float, shown: str) -> None:
+def test_computed_numbers_have_two_or_three_digits(value: float, shown: str) -> None:
     assert format_number(value) == shown
 
 
@@ -218,7 +218,7 @@ def test_no_message_has_an_s_in_parentheses() -> None:
     assert found == []
 
 
-def test_first_line_of_an_error_is_of_its_message_or_its_name() -> None:
+def test_an_errors_first_line_is_from_its_message_or_its_name() -> None:
     assert first_line(ValueError("a\nb")) == "a"
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert (first_line("a\r\nb"), first_line("")) == ("a", "")

@@ -1,4 +1,4 @@
-"""The arithmetic of a run against design.md's numbers, and against brute force."""
+"""The arithmetic of a plan equals the numbers in design.md, and a brute-force count."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_scaling_is_described_in_one_line() -> None:
 
     assert describe("32k", CIFAR) == "32,768 x 50,000 / 1,281,167 = 1278.8, rounded to a multiple of 32: 1,280"
     assert describe("256", CIFAR) == "256 x 50,000 / 1,281,167 = 10.0, rounded to a whole number: 10"
-    # One ghost batch of 32, less than the proportion.
+    # One ghost batch of 32, which is less than the scaled batch.
     assert describe("32k", 1_500) == "32,768 x 1,500 / 1,281,167 = 38.4, rounded to a multiple of 32: 32"
     assert describe("256", MINI) == "256 x 10,000 / 1,281,167 = 2.0, raised to 8"
     assert describe("32k", IMAGENET, scaled=False) == "32,768, not scaled"
@@ -113,7 +113,7 @@ def test_batch_size_is_used_as_given() -> None:
 
 
 @given(size=st.integers(1, 5000), ghost=st.integers(1, 300))
-def test_a_batch_of_broken_ghost_batches_names_the_nearest_valid(size: int, ghost: int) -> None:
+def test_a_batch_that_splits_a_ghost_batch_names_the_nearest(size: int, ghost: int) -> None:
     if size <= ghost or size % ghost == 0:
         assert make_plan(config(size=size, ghost=ghost), 10_000).global_batch == size
         return
@@ -157,7 +157,7 @@ def plan_of(size: int, ghost: int) -> Plan:
 
 
 @given(ghosts=st.integers(1, 30), ghost=st.sampled_from([1, 8, 32]), world=st.integers(1, 40))
-def test_more_ranks_than_ghost_batches_name_what_works(ghosts: int, ghost: int, world: int) -> None:
+def test_more_ranks_than_ghost_batches_names_the_remedy(ghosts: int, ghost: int, world: int) -> None:
     plan = plan_of(ghosts * ghost, ghost)
     if world <= ghosts:
         check_world(plan, world)
@@ -183,7 +183,7 @@ def test_the_remedy_for_too_small_a_batch_is_in_ghost_batches() -> None:
 
 
 @given(micro=st.integers(1, 400), ghost=st.integers(1, 64))
-def test_a_micro_batch_of_broken_ghost_batches_names_valid_ones(micro: int, ghost: int) -> None:
+def test_a_micro_batch_that_splits_a_ghost_batch_is_refused(micro: int, ghost: int) -> None:
     plan = plan_of(8 * ghost, ghost)
     if micro % ghost == 0:
         assert check_micro_batch(plan, micro) * ghost == micro

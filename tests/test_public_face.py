@@ -1,4 +1,4 @@
-"""The names that ``import lars_train`` exports, and its cost."""
+"""The public names of ``import lars_train``, and what the import loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_importing_the_package_imports_neither_torch_nor_hydra() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_lars_and_the_schedule_are_had_from_the_package() -> None:
+def test_lars_and_the_schedule_are_imported_from_the_package() -> None:
     from lars_train import LARS, learning_rate
 
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -34,7 +34,7 @@ def test_lars_and_the_schedule_are_had_from_the_package() -> None:
     assert learning_rate(0, total=10, warmup=2, base=4.0, power=2.0, form="whole") == 2.0
 
 
-def test_all_public_names_exist_and_no_other_is_made_up() -> None:
+def test_all_public_names_exist_and_an_unknown_one_raises() -> None:
     assert set(lars_train.__all__) == {"LARS", "learning_rate", "split_parameters", "__version__"}
     for name in lars_train.__all__:
         assert getattr(lars_train, name) is not None
@@ -43,11 +43,11 @@ def test_all_public_names_exist_and_no_other_is_made_up() -> None:
         getattr(lars_train, missing)
 
 
-def test_the_version_is_the_distributions() -> None:
+def test_the_version_is_that_of_the_distribution() -> None:
     assert lars_train.__version__ == version("lars-train")
 
 
-def test_the_readmes_lars_runs_as_it_stands_there() -> None:
+def test_the_readmes_lars_example_runs_unchanged() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     block = readme.split("```python\n")[1].split("```")[0]
     assert len([line for line in block.splitlines() if line]) == 6
@@ -61,7 +61,7 @@ def test_the_readmes_lars_runs_as_it_stands_there() -> None:
     assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(29.0 * (1 - 1 / 3510) ** 2)
 
 
-def test_the_folder_of_lars_works_in_another_package(tmp_path: Path) -> None:
+def test_the_optim_folder_works_in_another_package(tmp_path: Path) -> None:
     package, copy = Path(lars_train.__file__).parent, tmp_path / "another"
     shutil.copytree(package / "optim", copy / "optim", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(package / "extensions.py", copy)

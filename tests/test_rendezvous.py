@@ -1,6 +1,6 @@
-"""The ranks of a job find rank 0 at MASTER_PORT, and no other program there; gloo uses the interface that reaches it.
+"""Ranks join only rank 0 of the same job at MASTER_PORT, and gloo uses a network interface that reaches it.
 
-That the interface works between hosts is tested in runs/test_two_hosts.py.
+runs/test_two_hosts.py tests the interface between hosts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEP = {
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A free port, which MASTER_PORT names."""
+    """Return a free port, and set MASTER_PORT to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         found = int(probe.getsockname()[1])
@@ -49,7 +49,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.slow
-def test_a_port_in_use_is_one_line_that_names_master_port(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path) -> None:
     port = int(export_slurm(STEP)["MASTER_PORT"])
     with socket.create_server(("127.0.0.1", port)):
         ranks = [
@@ -63,7 +63,7 @@ def test_a_port_in_use_is_one_line_that_names_master_port(tmp_path: Path) -> Non
             )
             for rank in range(2)
         ]
-        # The other rank waits 10 s for an answer; the rest is for the start on a machine under load.
+        # The other rank waits 10 s for an answer; the rest of the timeout is for starting on a busy machine.
         errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], errors
     assert errors[0].startswith(f"lars-train: MASTER_PORT={port}: this port is in use on "), errors[0]
@@ -87,7 +87,7 @@ def test_a_rank_waits_for_its_own_rank_0_at_a_shared_port(port: int) -> None:
             other.start()
         others[1].join(30)
         assert values == {("1000.1", 1): "1000.1"}
-        # All ranks of the first job have come: it no longer needs the port.
+        # All ranks of the first job have joined, so it no longer needs the port.
         first.close()
         second.enter_context(open_job_store("1001.0", Ranks(0, 2), LIMIT)).set("whose", "1001.0")
         others[0].join(30)
@@ -95,7 +95,7 @@ def test_a_rank_waits_for_its_own_rank_0_at_a_shared_port(port: int) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"lars-train 7.0 29500\n", None])
-def test_a_rank_that_another_program_answers_ends_soon(
+def test_a_rank_answered_by_another_program_fails_soon(
     answer: bytes | None, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous, "_WRONG_S", 0.5)
@@ -110,7 +110,7 @@ def test_a_rank_that_another_program_answers_ends_soon(
         server.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_rank_whose_rank_0_never_comes_says_where_it_looked(port: int) -> None:
+def test_a_rank_without_rank_0_reports_address_and_timeout(port: int) -> None:
     with (
         pytest.raises(RuntimeError, match=rf"localhost, port {port} \(MASTER_ADDR, .*distributed\.timeout=0\.5 s"),
         open_job_store("7.1", Ranks(1, 2), timedelta(seconds=0.5)),
@@ -119,7 +119,7 @@ def test_a_rank_whose_rank_0_never_comes_says_where_it_looked(port: int) -> None
 
 
 @pytest.mark.parametrize("text", ["0", "65536", "-1", "ssh", "٣"])
-def test_what_is_no_port_is_refused(text: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_port_is_refused(text: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", text)
     with (
         pytest.raises(ConfigError, match=f"MASTER_PORT={text}: not a port"),
@@ -132,14 +132,14 @@ def test_what_is_no_port_is_refused(text: str, port: int, monkeypatch: pytest.Mo
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setenv(GLOO_INTERFACE, "x")  # so that it is taken back, whatever the test makes of it
+    monkeypatch.setenv(GLOO_INTERFACE, "x")  # so that monkeypatch removes it even if the test sets it
     monkeypatch.delenv(GLOO_INTERFACE)
     return dist.HashStore()
 
 
 @pytest.fixture
-def outward() -> tuple[str, str]:
-    """The interface of this machine's default route, and its address there."""
+def default_interface() -> tuple[str, str]:
+    """Return the interface of this machine's default route, and its address."""
     route = Path("/proc/net/route")
     for line in route.read_text().splitlines()[1:] if route.exists() else ():
         name, destination, gateway, *_ = line.split()
@@ -150,29 +150,31 @@ def outward() -> tuple[str, str]:
     pytest.skip("this machine has no default route")
 
 
-def test_an_interface_is_found_by_its_address(outward: tuple[str, str]) -> None:
-    assert interface_of(outward[1]) == outward[0]
+def test_an_interface_is_found_by_its_address(default_interface: tuple[str, str]) -> None:
+    assert interface_of(default_interface[1]) == default_interface[0]
     assert interface_of("127.0.0.1") is None
     assert interface_of("192.0.2.1") is None
 
 
-def test_rank_0_takes_the_interface_that_another_rank_found(store: dist.Store, outward: tuple[str, str]) -> None:
-    store.set("found1", outward[1])
+def test_rank_0_takes_the_interface_that_another_rank_found(
+    store: dist.Store, default_interface: tuple[str, str]
+) -> None:
+    store.set("found1", default_interface[1])
     choose_interface(store, HERE)
-    assert os.environ[GLOO_INTERFACE] == outward[0]
+    assert os.environ[GLOO_INTERFACE] == default_interface[0]
 
 
-def test_what_the_user_has_set_stays(
-    store: dist.Store, outward: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+def test_an_interface_set_by_the_user_is_kept(
+    store: dist.Store, default_interface: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(GLOO_INTERFACE, "mine")
-    store.set("found1", outward[1])
+    store.set("found1", default_interface[1])
     choose_interface(store, HERE)
     assert os.environ[GLOO_INTERFACE] == "mine"
 
 
 @pytest.mark.parametrize("ranks", [HERE, Ranks(0, 2, 0, 2)], ids=["agents of one host", "one agent"])
-def test_on_one_host_gloo_chooses_as_ever(ranks: Ranks, store: dist.Store) -> None:
+def test_on_one_host_gloo_chooses_its_interface(ranks: Ranks, store: dist.Store) -> None:
     store.set("found1", "")
     choose_interface(store, ranks)
     assert GLOO_INTERFACE not in os.environ

@@ -1,4 +1,4 @@
-"""scripts/verify/same_weights.py sees what differs between two checkouts, and only that."""
+"""scripts/verify/same_weights.py reports differences between the results of two checkouts, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_a_checkout_that_computes_otherwise_is_found(tmp_path: Path) -> None:
+def test_a_checkout_with_other_results_is_reported(tmp_path: Path) -> None:
     for part in ("lars_train", "configs"):
         shutil.copytree(ROOT / part, tmp_path / part)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -1,4 +1,4 @@
-"""reproduce_scaled_table.py: a small study from start to end, and what a second start does."""
+"""reproduce_scaled_table.py: a small study runs from start to end, and a second start trains nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUNS.add("table-32k-sgd-12.8-seed0")
 
 
 def write_images(path: Path, train: int, test: int) -> None:
-    """Write a .zip of two classes of noise that differ in brightness."""
+    """Write a zip with images of two classes: noise of different brightness."""
     generator = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as archive:
         for split, count in (("train", train), ("test", test)):
@@ -37,7 +37,7 @@ def table_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("|")]
 
 
-def test_a_plateau_ends_where_straight_lines_say(
+def test_a_plateaus_ends_are_interpolated_linearly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)
@@ -49,9 +49,9 @@ def test_a_plateau_ends_where_straight_lines_say(
         result: tuple[float | None, float | None] = module.plateau(points)
         return result
 
-    # Half way down on a logarithmic axis: the square root of ten times the rate.
+    # The limit of 78 is halfway to either neighbor: on the logarithmic axis, a factor of the square root of ten.
     assert near(76.0, 80.0, 76.0) == pytest.approx((10**0.5, 10**1.5))
-    # A quarter of the way down to the last one, which is beyond the best's neighbor.
+    # The limit of 78 is a quarter of the way from 79 at a rate of 10 to 75 at 100.
     assert near(80.0, 79.0, 75.0) == (None, pytest.approx(10**1.25))
     assert near(80.0, 79.0, None) == (None, 10.0)
     assert near(79.0, 80.0, 79.0) == (None, None)
@@ -73,7 +73,7 @@ def test_a_second_start_trains_nothing(tmp_path: Path) -> None:
     write_images(tmp_path / "set.zip", 64, 22)
 
     def study(epochs: str) -> subprocess.CompletedProcess[str]:
-        # On a busy machine five trainings take their time.
+        # Five training runs take long on a busy machine.
         command = [sys.executable, str(SCRIPT), *"--data set.zip --quick --write page --epochs".split(), epochs]
         return subprocess.run(
             command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1200, check=False

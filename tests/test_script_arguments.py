@@ -1,4 +1,4 @@
-"""The arguments of scripts, and the parts of pages that they write: scripts/shared.py."""
+"""scripts/shared.py: arguments of scripts, and the parts of pages that scripts write."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_page_without_markers_or_write_access_is_rejected(shared: ModuleType, 
         assert str(rejected.value).startswith(f"{path}: ")
 
 
-def test_results_replace_only_what_is_between_the_markers(shared: ModuleType, tmp_path: Path) -> None:
+def test_results_replace_only_the_text_between_markers(shared: ModuleType, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- a: begin -->\nold\n<!-- a: end -->\nafter\n")
     shared.publish(["new", "lines"], page, "a")

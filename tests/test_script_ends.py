@@ -1,4 +1,4 @@
-"""Scripts that are stopped by a signal leave no process and no folder behind."""
+"""A script stopped by a signal leaves no process and no temporary folder."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ import pytest
 from tiny import alive_in_group, environment
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-# Ignores SIGTERM.
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+# A program that ignores SIGTERM.
+IGNORES_SIGTERM = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+)
 
 
 def left_over(group: int) -> list[int]:
-    """Return the processes of a group that do not end soon; Python's tracker of semaphores ends after its process."""
+    """Return the processes of a group that still run after five seconds.
+
+    Python's tracker of semaphores ends a little after its process.
+    """
     end = time.monotonic() + 5
     while (alive := alive_in_group(group)) and time.monotonic() < end:
         time.sleep(0.05)
     return alive
 
 
-def ended(command: list[str], number: int, folder: Path, sign: str) -> tuple[int, str]:
-    """Signal a script, and no other process, when `sign` exists in `folder`; return its exit code and output.
+def signal_script(command: list[str], number: int, folder: Path, sign: str) -> tuple[int, str]:
+    """Signal only the script when a file `sign` exists in `folder`. Return its exit code and output.
 
-    Nothing of it may remain.
+    Assert that no process and no file remains.
     """
     folder.mkdir()
     with subprocess.Popen(
@@ -69,11 +74,11 @@ def ended(command: list[str], number: int, folder: Path, sign: str) -> tuple[int
     ],
     ids=lambda command: command[0],
 )
-def test_a_signal_to_a_script_ends_its_children_and_folder(
+def test_a_signal_ends_child_processes_and_removes_folders(
     command: list[str], number: signal.Signals, tmp_path: Path
 ) -> None:
     script = [str(SCRIPTS / command[0]), *command[1:]]
-    code, text = ended(script, number, tmp_path / "scratch", "run.json")
+    code, text = signal_script(script, number, tmp_path / "scratch", "run.json")
     assert code == 128 + number
     assert "Traceback" not in text
 
@@ -91,7 +96,7 @@ def test_two_ranks_end_with_their_script(tmp_path: Path) -> None:
         start_new_session=True,
     )
     end = time.monotonic() + 60
-    # The script, the tracker of semaphores and two ranks.
+    # Four processes: the script, the tracker of semaphores and two ranks.
     while len(alive_in_group(process.pid)) < 4 and time.monotonic() < end:
         time.sleep(0.05)
     process.terminate()
@@ -109,7 +114,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("error", [SystemExit(143), ValueError("odd")])
-def test_a_process_ends_when_an_exception_passes(shared: ModuleType, error: BaseException) -> None:
+def test_an_exception_terminates_the_running_process(shared: ModuleType, error: BaseException) -> None:
     with (
         pytest.raises(type(error)) as raised,
         shared.running([sys.executable, "-c", "import time; time.sleep(600)"]) as process,
@@ -120,7 +125,7 @@ def test_a_process_ends_when_an_exception_passes(shared: ModuleType, error: Base
 
 
 def test_a_process_that_ignores_sigterm_is_killed(shared: ModuleType) -> None:
-    with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", IGNORES_SIGTERM], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         shared.stop(process, 0.2)

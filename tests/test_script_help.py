@@ -1,4 +1,4 @@
-"""Every script answers --help at once with what it does, how long it takes, and where its figures stand."""
+"""Every script answers --help at once: its purpose, its duration, and the page with its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PYTHON = sorted(
     path for path in ROOT.glob("scripts/*/**/*.py") if re.search("^if __name__ == .__main__.:$", path.read_text(), re.M)
 )
 SHELL = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch")])
-# Asks each script of its arguments for help in one process, and fails if a script has imported torch for it.
+# Runs each script given as an argument with --help, in one process. Fails if a script imports torch.
 ASK = """
 import contextlib, io, json, runpy, sys
 found = {}
@@ -37,7 +37,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def answers() -> dict[str, str]:
     command = [sys.executable, "-c", ASK, *map(str, PYTHON)]
-    # A second each; this machine may be busy.
+    # One second for each script, because the machine may be busy.
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=len(PYTHON), check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)
@@ -49,7 +49,7 @@ def answers() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", [*PYTHON, *SHELL], ids=lambda path: path.name)
-def test_help_says_what_how_long_and_where_the_figures_stand(path: Path, answers: dict[str, str]) -> None:
+def test_help_states_duration_and_page_of_results(path: Path, answers: dict[str, str]) -> None:
     text = answers[str(path)]
     assert str(path.relative_to(ROOT)) in text
     facts = re.search(r"^Takes .*?\. Figures: (none|docs/\S+\.md)", text, re.MULTILINE | re.DOTALL)
@@ -58,7 +58,7 @@ def test_help_says_what_how_long_and_where_the_figures_stand(path: Path, answers
         assert path.name in (ROOT / facts[1]).read_text()
 
 
-def test_every_path_of_a_script_that_is_named_anywhere_exists() -> None:
+def test_every_script_path_named_in_the_repository_exists() -> None:
     files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob(".ci/*"), *ROOT.glob("docs/**/*.md")]
     files += [path for room in ("lars_train", "scripts", "configs") for path in ROOT.rglob(f"{room}/**/*.*")]
     for path in files:

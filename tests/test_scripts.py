@@ -1,4 +1,4 @@
-"""The shell scripts that reproduce the table parse, and start the right programs, which stubs stand in for."""
+"""The shell scripts that reproduce the table parse and start the right commands, with stubs for the programs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_shell_script_parses_and_quotes_its_variables(path: Path) -> None:
     assert text.startswith("#!/usr/bin/env bash\n")
     assert re.search(r"^set -e?uo pipefail$", text, re.MULTILINE)
     code = re.sub(r"^\s*#.*$", "", text, flags=re.MULTILINE)
-    # Assignments and quoted text are not split into words.
+    # The shell does not split assignments and quoted text into words.
     unassigned = re.sub(r"^\s*(export )?\w+=.*$", "", code, flags=re.MULTILINE)
     assert re.findall(r"\$[\w{@*]+", re.sub(r'"[^"]*"', "", unassigned)) == []
 
@@ -135,7 +135,7 @@ def test_a_preempted_job_is_requeued(tmp_path: Path) -> None:
     assert [command[0] for command in commands] == ["srun", "srun", "scontrol"]
     assert commands[-1] == ["scontrol", "requeue", "4711"]
     directives = re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?$", SLURM.read_text(), re.MULTILINE)
-    # Without "B:", so that the signal goes to the steps; SIGUSR1 is one of those that end a run with a checkpoint.
+    # Without "B:", so that the signal goes to the steps. SIGUSR1 ends a run with a checkpoint.
     assert dict(directives).items() >= {"--signal": "USR1@180", "--requeue": "", "--open-mode": "append"}.items()
     text = SLURM.read_text()
     assert text.index("#SBATCH --signal") < text.index("set -uo pipefail")
@@ -152,9 +152,10 @@ def test_a_users_own_sweep_starts_without_a_plan(tmp_path: Path) -> None:
     assert (code, [command[1] for command in commands]) == (0, ["-m"])
 
 
-def said(script: Path, folder: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of `script` in a shell that knows nothing but the way to programs and `environment`;
-    nothing may be started.
+def run_refused(script: Path, folder: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Return exit code, output and errors of `script` in a shell with only PATH and `environment`.
+
+    Assert that the script starts no program.
     """
     log = folder / "log"
     for name in ("lars-train", "torchrun", "srun", "scontrol"):
@@ -193,7 +194,7 @@ def said(script: Path, folder: Path, *arguments: str, **environment: str) -> tup
 def test_bad_input_is_reported(
     arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    code, out, err = said(SHELL, tmp_path, *arguments, **environment)
+    code, out, err = run_refused(SHELL, tmp_path, *arguments, **environment)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[0]
     assert err.splitlines()[1].startswith("usage: ")
@@ -213,7 +214,7 @@ def test_bad_input_is_reported(
 def test_under_slurm_bad_input_is_reported(
     arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    code, out, err = said(SLURM, tmp_path, *arguments, **environment)
+    code, out, err = run_refused(SLURM, tmp_path, *arguments, **environment)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[0]
     assert err.splitlines()[1].startswith("usage: ")

@@ -1,4 +1,4 @@
-"""The first termination signal is noted, a second one ends the process, and earlier handlers are restored."""
+"""The first termination signal is recorded, a second one ends the process, and earlier handlers are restored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lars_train.signals import TERMINATION_SIGNALS, SignalHandler
 
 
 @pytest.mark.parametrize("number", TERMINATION_SIGNALS)
-def test_a_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
+def test_a_signal_is_only_recorded(number: signal.Signals) -> None:
     if signal.getsignal(number) == signal.SIG_IGN:  # under nohup
         signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
@@ -22,7 +22,7 @@ def test_a_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> N
         assert handler.received == 0
         os.kill(os.getpid(), number)
         assert handler.received == number
-        # A launcher that passes on what the terminal has sent to all.
+        # A launcher may forward a signal that the terminal already sent to every process.
         os.kill(os.getpid(), signal.SIGTERM)
         assert handler.received == number
     assert signal.getsignal(number) is before
@@ -43,7 +43,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert done.returncode == 128 + signal.SIGINT
 
 
-def test_what_was_ignored_before_is_ignored_still() -> None:
+def test_an_ignored_signal_stays_ignored() -> None:
     # As under nohup.
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -1,4 +1,4 @@
-"""Words that a reader has to look at twice stand nowhere in code, configs, scripts and tests."""
+"""Code, configs, scripts and tests avoid words that have a plainer alternative."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEVER = {
     r"\w*(?:colour|behaviour|neighbour|normalis|optimis|initialis|synchronis)\w*": "American spelling",
 }
 PATTERN = re.compile("|".join(rf"(?P<w{i}>(?<![\w.-])(?:{p})(?![\w-]))" for i, p in enumerate(NEVER)), re.IGNORECASE)
-# Names that users rely on, or that belong to other programs.
+# Exceptions: names that users rely on, or that belong to other programs.
 NAMES = re.compile(r"plan\.picture|\bpicture: Optional|def tell\(|\.tell\(|.pictures\"|'optimiser'|optimiser=")
 FIRST_WORDS = re.compile(r"(?:Whether|What|How|Of)\b")
 SUFFIXES = {".py", ".yaml", ".c", ".sh", ".sbatch"}
@@ -52,12 +52,12 @@ def docstrings(text: str) -> Iterator[tuple[int, str]]:
             yield getattr(node, "lineno", 1), words
 
 
-def test_a_word_that_is_never_right_is_found() -> None:
+def test_forbidden_words_are_found_but_not_parts_of_words() -> None:
     assert [line for line, _ in found("told\nretold, storyteller\nplan.picture\nThe picture goes on\n")] == [1, 4, 4]
 
 
 @pytest.mark.parametrize("folder", ["lars_train", "configs", "scripts", "tests"])
-def test_no_word_stands_that_is_never_right(folder: str) -> None:
+def test_no_forbidden_word_is_used(folder: str) -> None:
     files = [path for path in FILES if path.is_relative_to(ROOT / folder)]
     assert files
     hits = [f"{path.relative_to(ROOT)}:{line}: {hit}" for path in files for line, hit in found(path.read_text())]

@@ -1,4 +1,4 @@
-"""The small run that tests share: its settings, how to start it here or in a process, and how to read its files."""
+"""Settings of small runs for the tests, functions that start them, and functions that read their files."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ SETTINGS: dict[str, Any] = {
     "precision": {"name": "fp32"},
     "launch": {"threads": 1},
 }
-"""The config of a run of six updates in this process."""
+"""The config of a run of six updates, for tests that train in their own process."""
 DATA = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
     "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 log_every=2 launch.threads=1"
 ).split()
 TINY = [*DATA, "batch.size=64", "optimizer.lr=2", "epochs=2"]
-"""The command line of a run of 20 updates in its own process, which one or several ranks can share."""
+"""The command line of a run of 20 updates on one or several ranks, each in its own process."""
 ALONE = [sys.executable, "-m", "lars_train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lars_train"]
 COMPILED = {
     "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_no_vectors"),
     "ATEN_CPU_CAPABILITY": "default",
 }
-"""The environment of a test that compiles: without vector instructions, which takes a third less time.
+"""The environment of a test that compiles. Without vector instructions, compiling takes a third less time.
 
-The folder stays from one run of the tests to the next, and holds nothing that was compiled with such instructions.
+The cache folder is kept between test runs, and is used only for code without vector instructions.
 """
 TIMEOUT = 240
-"""Seconds after which a program that a test has started is killed."""
+"""The seconds after which a program started by a test is killed."""
 
 
 def tiny(*changes: dict[str, Any], **values: Any) -> Config:
-    """Return `SETTINGS` with nested `changes` and then `values`, by keys in which two underscores are a dot."""
+    """Return the resolved `SETTINGS` with `changes` merged and then `values` set; ``__`` in a keyword means a dot."""
     raw = OmegaConf.merge(OmegaConf.structured(Config), SETTINGS, *changes)
     for key, value in values.items():
         OmegaConf.update(raw, key.replace("__", "."), value)
@@ -71,33 +71,33 @@ def tiny(*changes: dict[str, Any], **values: Any) -> Config:
 
 
 def prepared(*arguments: str) -> list[str]:
-    """Return a command line as Hydra gets it."""
+    """Return the command line as the program passes it to Hydra."""
     return prepare_arguments(list(arguments), None)
 
 
 def composed(*arguments: str, hydra: bool = False) -> DictConfig:
-    """Return the config of a command line, not resolved; `hydra`: with Hydra's own."""
+    """Return the unresolved config of a command line; with `hydra`, including Hydra's own config."""
     register()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return compose("config", overrides=prepared(*arguments), return_hydra_config=hydra)
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return this process's environment without a launcher's variables, and with `extra`."""
+    """Return this process's environment without the variables of launchers, and with `extra`."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "IMAGENET_DIR")
     kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(("SLURM_", "TORCHELASTIC"))}
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
 class Shell:
-    """A process that runs our programs in forks of itself (tests/shell.py); `prefix`: the command that starts it."""
+    """A process that runs programs in forks of itself (tests/shell.py). `prefix`: words before its command."""
 
     def __init__(self, prefix: Sequence[str] = (), **options: Any) -> None:
         command = [*prefix, sys.executable, str(Path(__file__).with_name("shell.py"))]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
     def run(self, words: Sequence[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """Run `words`, of which the first is lars-train, lars-report or lars-data, with exactly this environment."""
+        """Run the command `words` with exactly this environment; tests/shell.py lists the programs."""
         (done,) = self.run_together(words, folder, [env])
         return done
 
@@ -119,7 +119,7 @@ class Shell:
 
 @cache
 def shell() -> Shell:
-    """Return the shell that all tests of this process share."""
+    """Return the `Shell` that all tests of this process share."""
     made = Shell(env=environment())
     atexit.register(made.close)
     return made
@@ -129,7 +129,7 @@ def start(command: Sequence[str], folder: Path, fresh: bool = False, **extra: st
     """Run `command` with `extra` in its environment.
 
     ``python -m lars_train`` and ``python -c`` run in a fork of a process that has imported torch, which saves the
-    seconds of the import, unless the process is to be `fresh`: for variables that torch or Python reads as it starts.
+    seconds of the import. With `fresh` they run in a new process, for variables that torch or Python reads at startup.
     """
     words = {tuple(ALONE): ["lars-train"], (sys.executable, "-c"): ["python", "-c"]}
     for beginning, own in words.items():
@@ -151,7 +151,7 @@ def start_ranks(arguments: Sequence[str], folder: Path, world: int = 2) -> list[
 
 
 def ran(command: Sequence[str], folder: Path, fresh: bool = False, **extra: str) -> str:
-    """Run `command` as `start` does, and return what it printed; it must succeed and must not warn."""
+    """Run `command` as `start` does, assert that it succeeds without a warning, and return its output."""
     done = start(command, folder, fresh, **extra)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
@@ -176,12 +176,12 @@ def losses(folder: Path) -> list[tuple[float, float]]:
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that `pid` has started."""
+    """Return the ids of the child processes of `pid`."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive_in_group(group: int) -> list[int]:
-    """Return the processes of a process group, without those that have ended."""
+    """Return the ids of the processes in a group that have not ended."""
     alive = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
