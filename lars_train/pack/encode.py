@@ -15,8 +15,8 @@ from lars_train.data.sources.shards import digest
 class Encoding:
     """The encoding of stored images. Without `short` and `longest`, the original bytes are stored.
 
-    `short`, `longest`: upper bounds for the shorter and the longer side, in pixels. `quality`: of JPEGs, on Pillow's
-    scale.
+    `short`, `longest`: upper bounds for the shorter and the longer side, in pixels. `quality`: JPEG quality on
+    Pillow's scale.
     """
 
     short: int | None = None
@@ -30,14 +30,14 @@ class Encoding:
 
     @property
     def variant(self) -> str:
-        """Return the encoding as the fingerprint and the index record it; empty for original bytes."""
+        """Return the encoding as recorded in the fingerprint and the index; empty for original bytes."""
         if not self.reencodes:
             return ""
         side = f"short={self.short}" if self.short is not None else f"max={self.longest}"
         return f"{side} quality={self.quality}"
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the stored size of an image of this size: never larger, in the same proportions, no side below 1."""
+        """Return the stored size of an image: never enlarged, proportions kept, each side at least 1."""
         if self.short is not None:
             limit, side = self.short, min(width, height)
         elif self.longest is not None:
@@ -49,11 +49,11 @@ class Encoding:
         return max(1, round(width * limit / side)), max(1, round(height * limit / side))
 
     def apply(self, data: bytes) -> bytes:
-        """Return the bytes to store for the image in `data`. Raises `BadImage` if it must be decoded and cannot be.
+        """Return the bytes to store for the image in `data`. Raises `BadImage` if decoding fails.
 
-        All become 8-bit JPEGs, gray or YCbCr 4:2:0, resized with Pillow's Lanczos filter, from the pixels that training
-        would see: CMYK is converted; transparency, EXIF data and color profiles are dropped. A gray or RGB JPEG that
-        is small enough already is stored unchanged if re-encoding would not make it shorter.
+        Re-encoded images are 8-bit JPEGs, gray or YCbCr 4:2:0, resized with Pillow's Lanczos filter. They hold the
+        pixels that training would decode: CMYK is converted; transparency, EXIF data and color profiles are dropped.
+        A gray or RGB JPEG that needs no resizing is stored unchanged if re-encoding would not shrink it.
         """
         if not self.reencodes:
             return data
@@ -62,7 +62,7 @@ class Encoding:
         plain = size == decoded.size and _is_plain_jpeg(data)
         if size != decoded.size:
             decoded = decoded.resize(size, Image.Resampling.LANCZOS)
-        # Otherwise Pillow writes comments and other metadata again.
+        # Pillow would copy comments and other metadata to the new file.
         decoded.info.clear()
         file = io.BytesIO()
         decoded.save(file, "JPEG", quality=self.quality)

@@ -14,7 +14,7 @@ BAD_INPUT, BAD_DATA, INTERRUPTED = 2, 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command. Exit codes: 0; 1 for damaged data; 2 for bad input; 130 for Ctrl-C."""
+    """Run the command. Exit codes: 0 for success; 1 for damaged data; 2 for bad input; 130 for Ctrl-C."""
     open_standard_streams()
     args = _parser().parse_args(arguments)
     # Imported here so that --help prints at once.
@@ -38,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     pack = commands.add_parser(
         "pack",
         help="make a store of tar shards from a folder",
-        description="Pack images into tar shards with an index and verify them against the original, which is only "
-        "read. After an interruption, the same command resumes. To train: lars-train data=folder data.root=STORE.",
+        description="Pack images into tar shards with an index and verify them against the original, which is not "
+        "modified. If interrupted, the same command resumes. To train: lars-train data=folder data.root=STORE.",
     )
     pack.add_argument(
         "source",
@@ -50,15 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("store", type=not_empty, help="the folder to create")
     smaller = pack.add_mutually_exclusive_group()
     smaller.add_argument(
-        "--short", type=_positive, metavar="PIXELS", help="shrink images until the shorter side is at most this"
+        "--short", type=_positive_int, metavar="PIXELS", help="shrink images until the shorter side is at most this"
     )
     smaller.add_argument(
-        "--max", type=_positive, metavar="PIXELS", help="shrink images until the longer side is at most this"
+        "--max", type=_positive_int, metavar="PIXELS", help="shrink images until the longer side is at most this"
     )
     pack.add_argument("--quality", type=_quality, metavar="1..95", help="quality of re-encoded JPEGs (default: 90)")
     pack.add_argument(
         "--shards",
-        type=_positive,
+        type=_positive_int,
         metavar="N",
         help="number of shards of train/, or of val/ if there is no train/ (default: one per 4,000 images)",
     )
@@ -66,42 +66,42 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="at an image that cannot be read or, for re-encoding, decoded: end (default), or leave it out",
+        help="action at an image that cannot be read or, when re-encoding, decoded: stop (default) or leave it out",
     )
     pack.add_argument(
-        "--val-labels", type=not_empty, metavar="PATH", help="labels of a flat val/, like data.val_labels"
+        "--val-labels", type=not_empty, metavar="PATH", help="labels of a val/ without folders, see data.val_labels"
     )
     pack.add_argument(
-        "--image-key", metavar="EXT", help="the image to pack of tar samples with several images, like data.image_key"
+        "--image-key", metavar="EXT", help="image to pack if tar samples have several, see data.image_key"
     )
     verify = commands.add_parser(
         "verify", help="check every image of a store", description="Check every image of a store."
     )
     verify.add_argument("store", type=not_empty)
-    verify.add_argument("--source", type=not_empty, help="the original, to which the stored images must be equal")
+    verify.add_argument("--source", type=not_empty, help="the original data set, to compare the stored images with")
     verify.add_argument(
-        "--val-labels", type=not_empty, metavar="PATH", help="labels of a flat val/ in SOURCE, like data.val_labels"
+        "--val-labels", type=not_empty, metavar="PATH", help="labels of a val/ without folders, see data.val_labels"
     )
     verify.add_argument(
-        "--image-key", metavar="EXT", help="the image to compare of tar samples in SOURCE, like data.image_key"
+        "--image-key", metavar="EXT", help="image to compare if tar samples have several, see data.image_key"
     )
     for command in (pack, verify):
-        command.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one per core)")
+        command.add_argument("--jobs", type=_positive_int, metavar="N", help="processes (default: one per core)")
     info = commands.add_parser("info", help="describe a store", description="Describe a store from its index.")
     info.add_argument("store", type=not_empty)
     return parser
 
 
-def _positive(text: str) -> int:
-    return _whole(text, 1, sys.maxsize, "a whole number of at least 1")
+def _positive_int(text: str) -> int:
+    return _int_between(text, 1, sys.maxsize, "a whole number of at least 1")
 
 
 def _quality(text: str) -> int:
-    return _whole(text, 1, 95, "a whole number from 1 to 95")
+    return _int_between(text, 1, 95, "a whole number from 1 to 95")
 
 
-def _whole(text: str, least: int, most: int, expected: str) -> int:
-    if not (text.isdecimal() and least <= int(text) <= most):
+def _int_between(text: str, minimum: int, maximum: int, expected: str) -> int:
+    if not (text.isdecimal() and minimum <= int(text) <= maximum):
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return int(text)
 
@@ -110,7 +110,7 @@ def _whole(text: str, least: int, most: int, expected: str) -> int:
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from tqdm import tqdm
 
-    # No monitoring thread: processes are forked.
+    # Disable tqdm's monitor thread: it is unsafe to fork a process with threads.
     tqdm.monitor_interval = 0
     with tqdm(total=total, desc=what, unit="image", unit_scale=False, dynamic_ncols=True, disable=None) as bar:
 

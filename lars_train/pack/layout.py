@@ -2,9 +2,9 @@
 
 The plan depends only on the original and the settings, so an interrupted run can be resumed.
 
-webdataset splits the last component of a member's name at its first dot into key and extension, and takes neighbors
-with the same key for one sample (https://github.com/webdataset/webdataset, "WebDataset Format"). So each image has
-its own key, without a dot after its last slash.
+WebDataset splits the last component of a tar member's name at its first dot into key and extension. Neighbors with
+the same key form one sample (https://github.com/webdataset/webdataset, "WebDataset Format"). So each image gets its
+own key, without a dot after its last slash.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from lars_train.fsutil import user_path
 from lars_train.pack.parquet import ParquetSource, open_parquet
 
 IMAGES_PER_SHARD = 4000
-"""Images in a shard unless the number of shards is given: 440 MB of ImageNet's original files."""
+"""Default number of images per shard: 440 MB of ImageNet's original files."""
 
 _LABEL = b".cls"
 
-# The key of the generator that draws the order of images in the shards of a split. It is random so that a reader of
-# whole shards meets all classes. Rows of parquet stay next to the others of their row group.
+# Seed of the random order of a split's images. Random, so that a reader of whole shards gets a mix of classes.
+# Parquet rows of the same row group stay together.
 _ORDER_KEY = 20170814
 
 
@@ -48,9 +48,9 @@ class Original:
     fingerprint: str
     """The fingerprint of the splits that exist."""
     inventory: Inventory
-    """The names of the splits in the original, and counts of what lies beside them and is skipped."""
+    """The names of the splits in the original, and counts of the files beside them, which are skipped."""
     skipped: Mapping[str, Mapping[str, int]]
-    """Counts of what is skipped in each split, by reason."""
+    """Counts of the files skipped in each split, by reason."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _splits(
         parts[VAL] = only_validation(tree, folders, folders.val, val_labels)
     else:
         parts[TRAIN], parts[VAL] = both_splits(tree, folders, val_labels)
-    # Each split counts its own skipped files.
+    # Without the skipped files of the splits themselves, which are returned separately.
     beside = take_inventory(tree, folders, *(replace(part, skipped={}) for part in parts.values()))
     return (
         {split: tree.source(part.inside, part.names, part.labels) for split, part in parts.items()},
@@ -111,7 +111,7 @@ def _splits(
 
 
 def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
-    """Return the plan of every shard. `shards`: shards of the first split; the other gets a proportional number."""
+    """Return the plan of every shard. `shards`: number for the first split; the other gets a proportional number."""
     plans = []
     name, first = next((split, len(source)) for split, source in original.splits.items())
     if shards is not None and shards > first:
@@ -121,7 +121,7 @@ def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
         count = min(max(1, count), len(source))
         draws = np.random.Philox(key=_ORDER_KEY)
         if isinstance(source, ParquetSource):
-            order = source.mixed(draws)
+            order = source.shuffled_by_group(draws)
         else:
             order = np.argsort(draws.random_raw(len(source)), kind="stable")
         plans += [
@@ -139,10 +139,11 @@ def key_of(member: bytes) -> tuple[bytes, bytes]:
 
 
 def member_names(names: Iterable[bytes]) -> list[bytes]:
-    """Return the tar members' names for images at these paths, none of which may be hidden, each with a distinct key.
+    """Return the names of the tar members for images at these paths. No path may be hidden.
 
-    A path is its own name, except that percent signs and dots before the suffix become ``%25`` and ``%2E``. If paths
-    differ only in the suffix, the later ones get the folder ``%2E/``, ``%2E/%2E/`` and so on.
+    Each name has a distinct key. It is the path, with percent signs and dots before the suffix replaced by ``%25`` and
+    ``%2E``. Of paths that differ only in the suffix, the second moves into a folder ``%2E/``, the third into
+    ``%2E/%2E/``, and so on.
     """
     taken: set[bytes] = set()
     members = []

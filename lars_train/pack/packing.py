@@ -36,7 +36,8 @@ LEFT_OUT = "images left out by lars-data pack"
 _SHOWN = 5
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
-"""Given an activity and a number of images, a context manager whose value is called with counts of finished images."""
+"""A function of an activity and its number of images. Returns a context manager that yields a function, to be called
+with the number of images finished since its last call."""
 
 
 class SourceSubset:
@@ -65,7 +66,10 @@ class SourceSubset:
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of ``lars-data pack``. `shards`: shards of the training split; `jobs`: processes."""
+    """The settings of ``lars-data pack``.
+
+    `shards`: number of shards of the first split. `skip`: leave out broken images. `jobs`: number of processes.
+    """
 
     source: str
     store: str
@@ -80,9 +84,9 @@ class Request:
 def pack(request: Request, progress: Progress) -> dict[str, Any]:
     """Pack the images and return the store's summary, with the key ``already`` if the store existed.
 
-    The original is only read. Raises `ConfigError` for an original that cannot be packed, or a store that cannot be
-    made there; `DataError` for a broken image (unless `skip`), a store that differs from the original, and errors of
-    the file system. The same request then resumes from the complete shards.
+    The original is not modified. Raises `ConfigError` if the original cannot be packed or the store cannot be created.
+    Raises `DataError` for a broken image (unless `skip`), a store that differs from the original, and file system
+    errors. After a `DataError`, the same request resumes from the complete shards.
     """
     store = user_path(request.store)
     _check_separate(user_path(request.source), store)
@@ -102,7 +106,7 @@ def pack(request: Request, progress: Progress) -> dict[str, Any]:
         with FileLock(store / PACKING / "lock", timeout=0):
             summary = _pack(request, store, original, plans, plan, progress)
     except Timeout:
-        raise ConfigError(f"{store}: another lars-data is packing it; wait for that to end.") from None
+        raise ConfigError(f"{store}: another lars-data process is packing this store; wait for it to end.") from None
     except OSError as error:
         raise DataError(f"{error.filename or store}: {error.strerror or error}") from error
     shutil.rmtree(store / PACKING, ignore_errors=True)
@@ -142,7 +146,7 @@ def _pack(
 def _check_separate(source: Path, store: Path) -> None:
     original, target = source.resolve(), store.resolve()
     if original == target or original in target.parents or target in original.parents:
-        raise ConfigError(f"{store}: the store must lie outside {source}, which is only read.")
+        raise ConfigError(f"{store}: the store must lie outside {source}; choose another folder.")
 
 
 def _existing(store: Path, plan: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +185,10 @@ def _remove_temporary_files(store: Path) -> None:
 
 
 def _prepare(store: Path, plan: dict[str, Any]) -> None:
-    """Make the folders of a store and write its plan. The store is new, or its packing began with the same plan."""
+    """Create the folders of a store and write its plan.
+
+    Raises `ConfigError` unless the store is new, or its packing began with the same plan.
+    """
     path = store / PACKING / "plan.json"
     try:
         if path.exists():
@@ -204,7 +211,7 @@ def _prepare(store: Path, plan: dict[str, Any]) -> None:
 
 
 def _is_unused(store: Path) -> bool:
-    """Return True if the folder does not exist, or holds only what an interrupted start leaves."""
+    """Return True if the folder does not exist, or contains only the folders that an interrupted start creates."""
     if not store.exists():
         return True
     folders = [store / split for split in SPLITS if (store / split).exists()]
@@ -225,7 +232,7 @@ def _assemble(
     records: dict[str, ShardRecord],
     encoding: Encoding,
 ) -> tuple[ShardTree, dict[str, Source]]:
-    """Return the store as a run opens it, and the original's images that it holds."""
+    """Return the store as a run opens it, and for each split the original images that the store contains."""
     splits: dict[str, Packed] = {}
     kept: dict[str, Source] = {}
     classes = tuple(map(os.fsencode, original.classes))
@@ -239,9 +246,9 @@ def _assemble(
         names = NamesBuilder()
         names.extend(os.fsencode(source.name(sample)) for sample in ids.tolist())
         labels = np.ascontiguousarray(source.labels[ids])
-        # In a validation set whose labels came from a table, a class may have no images.
         left_out = sum(len(record.skipped) for record in own)
         skipped = merge_counts(original.skipped.get(split, {}), {LEFT_OUT: left_out} if left_out else {})
+        # Only training classes must have images: a table of validation labels may leave classes empty.
         listing = Listing(classes, names.build(), labels, split == TRAIN, skipped)
         places = Places(shard.astype(np.int32), np.ascontiguousarray(offset), np.ascontiguousarray(size))
         shards = tuple(Shard(shard_path(store, plan), records[plan.name].size) for plan in plans if plan.split == split)
@@ -251,7 +258,7 @@ def _assemble(
 
 
 def _check_classes(store: Path, original: Original, tree: ShardTree, records: dict[str, ShardRecord]) -> None:
-    """Raise `DataError` if a split or a training class has lost its last image: no run could use the store."""
+    """Raise `DataError` if a split or a training class has no images left: no run could use the store."""
     for split, packed in tree.splits.items():
         labels = packed.listing.labels
         before = np.bincount(original.splits[split].labels, minlength=len(original.classes))
@@ -270,7 +277,7 @@ def _check_classes(store: Path, original: Original, tree: ShardTree, records: di
 def _verify(
     request: Request, tree: ShardTree, kept: dict[str, Source], plans: list[ShardPlan], progress: Progress
 ) -> None:
-    """Read the shards again. Remove those with problems, and raise `DataError` for them."""
+    """Verify all shards. Remove those with problems, and raise `DataError` if there are any."""
     check = checker(tree, {} if request.encoding.reencodes else kept)
     problems: list[ShardProblem] = []
     with progress("verifying", sum(map(len, kept.values()))) as tick:
@@ -350,5 +357,5 @@ def _write_index(tree: ShardTree) -> None:
 
 @contextlib.contextmanager
 def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Report no progress."""
+    """A `Progress` that reports nothing."""
     yield lambda count: None

@@ -1,7 +1,7 @@
 """Import parquet data sets of the Hugging Face Hub: find splits and classes, name the images, and read them in order.
 
-Reading images in the order of `ParquetSource.mixed` decodes each row group once, a few rows at a time; any other order
-decodes about a row group per image. parquet_files.py reads the files.
+Reading images in the order of `ParquetSource.shuffled_by_group` decodes each row group once, a few rows at a time. Any
+other order decodes about one row group per image. parquet_files.py reads the files.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lars_train.pack.parquet_files import NoLabels, RowGroups, Rows, image_batch
 # A WordNet id at the end of a name, as in the Hub's ImageNet (n01440764_10026_n01440764.JPEG), or at its beginning, as
 # in ImageNet's own names.
 _WNID = re.compile(rb".*_(n\d{8})|(n\d{8})_.*", re.DOTALL)
-# Rows that are read to check that there are images.
+# Number of rows read to check that a data set contains images.
 _CHECKED_ROWS = 16
 _PNG = b"\x89PNG"
 
 
 class ParquetSource:
-    """Samples in the rows of parquet files, read by one thread at a time.
+    """A source whose samples are rows of parquet files. Not thread-safe.
 
     `column`: the leaf of the encoded images, such as ``image.bytes``; `rows`: the row of each sample, int64 (N,).
     """
@@ -75,8 +75,8 @@ class ParquetSource:
             self._stream = _RowGroupStream(self._groups, group, self._column)
         return self._stream.image(within)
 
-    def mixed(self, draws: np.random.Philox) -> npt.NDArray[np.int64]:
-        """Return all sample ids, int64 (N,): row groups in random order, the rows within each in theirs."""
+    def shuffled_by_group(self, draws: np.random.Philox) -> npt.NDArray[np.int64]:
+        """Return all sample ids, int64 (N,): row groups in random order, the rows of each in file order."""
         turn = np.argsort(np.argsort(draws.random_raw(len(self._groups.number)), kind="stable"))
         return np.lexsort((self._rows, turn[self._groups.of_rows(self._rows)]))
 
@@ -92,7 +92,7 @@ class _RowGroupStream:
         self._damage = ""
 
     def can_reach(self, group: int, within: int) -> bool:
-        """Return True if row `within` of `group` is in memory or still to come."""
+        """Return True if row `within` of `group` is in memory or not read yet."""
         return group == self._group and within >= self._first
 
     def image(self, within: int) -> bytes:
@@ -102,9 +102,9 @@ class _RowGroupStream:
             try:
                 self._batch = next(self._batches)
             except StopIteration:
-                self._damage = "the row is gone; was the file replaced?"
+                self._damage = "the row is missing; was the file replaced?"
             except OSError as error:
-                # Rows behind damage cannot be found, so the batch is not read again for each of them.
+                # No row after the damage can be read, so do not try again for each of them.
                 self._damage = str(error)
         if self._damage:
             raise OSError(self._damage)
@@ -118,9 +118,9 @@ class _RowGroupStream:
 def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, ...], Inventory]:
     """Return the splits in `folder` by their names in a store, the class names, and the inventory.
 
-    The validation set is the first name of `splits.VALIDATION` that has rows; a test set without labels does not count.
-    Either split may be missing. Files of no split are training files. Raises `ConfigError` for a data set that cannot
-    be used, and if pyarrow is not installed.
+    The validation set is the first split of `splits.VALIDATION` that has rows; a test set without labels is skipped.
+    Either split may be missing. Files outside any split are training files. Raises `ConfigError` for a data set that
+    cannot be used, and if pyarrow is not installed.
     """
     from tqdm import tqdm
 
@@ -148,7 +148,7 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
     first = next(iter(found.values()))
     classes, numbers, by_wnid = _classes(folder.path, first, val)
     names = tuple(map(os.fsdecode, classes))
-    # As for folders within a split: with files of no split, a class may well be called train.
+    # split=True, as within a split: if the files belong to no split, a class may be called train.
     if parts := find_non_classes(names, split=True):
         raise ConfigError(
             f"{folder.path}: its classes ({printable(', '.join(parts))}) are parts of a data set. Write a parquet file "
@@ -164,7 +164,7 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
 
 
 def _validation(files: Sequence[Path], split: str, file_done: Callable[[], object]) -> Rows | None:
-    """Read a validation set; return None for a test set without labels: the Hub labels ImageNet's with -1."""
+    """Read a validation set. Return None if it has no rows, or is a test set without labels (ImageNet's are -1)."""
     try:
         rows = read_rows(files, file_done)
     except NoLabels:
@@ -191,16 +191,16 @@ def _check_labels(rows: Rows) -> None:
 
 
 def _check_images(rows: Rows) -> None:
-    """Raise `ConfigError` if the first rows have no images. Damage is found later, when all are read."""
+    """Raise `ConfigError` if the first rows have no images. Damaged images are found later, when all are read."""
     found = list(itertools.islice(rows.images(), _CHECKED_ROWS))
     if found and all(image is None for image in found):
         raise only_paths(rows.groups.place(0)[0], rows.columns.image.partition(".")[0])
 
 
 def _classes(place: Path, train: Rows, val: Rows | None) -> tuple[list[bytes], dict[Label, int], bool]:
-    """Return class names in the order of the training labels, each label's class, and if the names are WordNet ids.
+    """Return class names in the order of the training labels, each label's class, and True if they are WordNet ids.
 
-    `train`: `val` again if there is no training set.
+    Without a training set, `train` and `val` are the same rows.
     """
     known: set[Any] = set(train.labels)
     others: set[Any] = set(val.labels) if val else set()
@@ -223,7 +223,7 @@ def _classes(place: Path, train: Rows, val: Rows | None) -> tuple[list[bytes], d
 
 
 def _class_names(labels: Sequence[Any], names: Sequence[str] | None) -> list[bytes]:
-    """Name classes after the metadata or labels that are names, if these are distinct and not empty; else by number."""
+    """Return class names from the metadata or the labels if they are distinct and not empty, else numbers."""
     if isinstance(labels[0], bytes):
         found = [_folder_name(label.decode("utf-8", "replace")) for label in labels]
     else:
@@ -239,7 +239,7 @@ def _wnid(path: bytes | None) -> bytes | None:
 
 
 def _folder_name(name: str) -> bytes:
-    """Return a class name that can name a folder: without slashes and invisible characters, and not hidden."""
+    """Return `name` as a valid folder name: without slashes or invisible characters, and not hidden."""
     shown = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name).strip().encode()
     return b"_" + shown if shown and is_hidden(shown) else shown
 
@@ -271,7 +271,7 @@ def _names_by_path(
 
 def _names_by_row(rows: Rows, labels: npt.NDArray[np.int32], classes: Sequence[bytes]) -> list[bytes]:
     """Name each row after its file and its number in the file."""
-    # All get the suffix of the first image; most are JPEGs.
+    # Every name gets the suffix that fits the first image. Most images are JPEGs.
     first = next((image for image in rows.images() if image), b"")
     suffix = b".png" if first.startswith(_PNG) else b".jpg"
     stems = [os.fsencode(path.stem) for path in rows.groups.files]

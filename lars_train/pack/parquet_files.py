@@ -1,9 +1,9 @@
 """Read parquet files of images as the Hugging Face Hub stores them: columns, labels, paths and encoded images.
 
 Images lie in a column of type Image (https://huggingface.co/docs/datasets/about_dataset_features), which is a struct of
-``bytes`` and ``path``, or in a plain binary column; labels lie in a column of type ClassLabel. These types and the
-class names are JSON in the schema's metadata; without it, the names of the columns decide. Only this module uses
-pyarrow (https://arrow.apache.org/docs/python/parquet.html), and imports it on first use.
+``bytes`` and ``path``, or in a plain binary column. Labels lie in a column of type ClassLabel. The schema's metadata
+gives these types and the class names in JSON; without metadata, the column names decide. Only this module uses pyarrow
+(https://arrow.apache.org/docs/python/parquet.html), and imports it on first use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lars_train.messages import first_line, printable
 _IMAGES = ("image", "img")
 _LABELS = ("label", "labels", "fine_label", "cls", "class")
 
-# Bytes read at a time; rows per batch when images are read, and when labels and paths are.
+# Bytes per read; rows per batch of images, and per batch of labels and paths.
 _BUFFER = 1 << 20
 _IMAGE_ROWS, _LABEL_ROWS = 16, 1 << 16
 
@@ -42,10 +42,10 @@ class Columns:
     image: str
     """The leaf of the encoded images, such as ``image.bytes``."""
     path: tuple[str, str] | None
-    """The column and the field of the images' paths; None without paths."""
+    """The column and the field of the image paths; None if there are no paths."""
     label: str
     classes: tuple[str, ...] | None
-    """The class names in the metadata; None without."""
+    """The class names from the metadata; None if the metadata has none."""
     others: int = 0
     """Other columns that could be the images or the labels."""
 
@@ -60,7 +60,7 @@ class RowGroups:
     number: npt.NDArray[np.int64]
     """Shape (G,): the number of each group in its file."""
     first: npt.NDArray[np.int64]
-    """Shape (G + 1,): the rows before each group, earlier files included; the last entry counts all rows."""
+    """Shape (G + 1,): the number of rows before each group, over all files; the last entry counts all rows."""
 
     def of_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the row group of each of `rows`."""
@@ -110,20 +110,21 @@ def pyarrow() -> Any:
 def read_rows(files: Sequence[Path], file_done: Callable[[], object]) -> Rows | None:
     """Read the labels and paths of one split; return None if it has no rows. Call `file_done` after each file.
 
-    Raises `ConfigError` for a damaged file and for files that differ in columns or classes; `NoLabels`.
+    Raises `ConfigError` for a damaged file and for files that differ in columns or classes, `NoLabels` if no column
+    holds labels.
     """
     columns: Columns | None = None
     labels: list[Label] = []
     paths: list[bytes | None] = []
     groups: list[tuple[int, int, int]] = []
     for number, path in enumerate(files):
-        with _refusing_damage(path):
+        with _damage_as_config_error(path):
             opened = _open(path)
             own = _columns_of(path, opened.schema_arrow)
             columns = columns or own
             if own != columns:
                 raise ConfigError(
-                    f"{path} has other columns or classes than {files[0].name}; keep them in two folders."
+                    f"{path} and {files[0].name} differ in columns or classes; keep them in separate folders."
                 )
             counts = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
             before = len(paths)
@@ -158,8 +159,8 @@ def image_batches(path: Path, group: int, column: str) -> Iterator[Any]:
 def only_paths(path: Path, column: str) -> ConfigError:
     """Return the error for a file whose `column` holds paths but no images."""
     return ConfigError(
-        f"{path}: {column} holds only the paths of images that lie elsewhere. Get those images and pass their folder, "
-        "or a version of the data set that contains them."
+        f"{path}: {column} holds only the paths of images, not the images. Pass the folder of these images, or a "
+        "version of the data set that contains them."
     )
 
 
@@ -168,13 +169,13 @@ def _open(path: Path) -> Any:
     pyarrow()
     from pyarrow.parquet import ParquetFile
 
-    # No other threads (pre_buffer): worker processes are forked. No memory map: a file that is truncated while it is
+    # pre_buffer would start threads, which are unsafe to fork. With a memory map, a file that is truncated during a
     # read would raise SIGBUS.
     return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
 
 
 @contextlib.contextmanager
-def _refusing_damage(path: Path) -> Iterator[None]:
+def _damage_as_config_error(path: Path) -> Iterator[None]:
     arrow = pyarrow()
     try:
         yield
@@ -203,7 +204,7 @@ def _read(opened: Any, columns: Columns) -> Iterator[tuple[list[Label], list[byt
 
 
 def _as_binary(text: Any) -> Any:
-    """Return an array of strings as binary: they may not be valid UTF-8."""
+    """Return an array of strings as binary, because they may be invalid UTF-8."""
     arrow = pyarrow()
     if arrow.types.is_dictionary(text.type):
         text = text.dictionary_decode()
@@ -256,7 +257,7 @@ def _features(path: Path, schema: Any) -> dict[str, dict[str, Any]]:
 def _candidates(
     names: Sequence[str], features: dict[str, dict[str, Any]], kind: str, usual: Sequence[str]
 ) -> list[str]:
-    """Return the columns of a type; if no column has it, those with a usual name."""
+    """Return the columns of the feature type `kind`; if there are none, the columns with a `usual` name."""
     typed = [name for name in names if features.get(name, {}).get("_type") == kind]
     return typed or [name for name in names if name in usual]
 

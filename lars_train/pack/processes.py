@@ -1,7 +1,7 @@
 """Run tasks in several processes, none of which outlives the command.
 
-`concurrent.futures.ProcessPoolExecutor` does not serve: it reports a failed task only after the running ones end, its
-processes survive a killed command, and only its private list of processes could change that.
+`concurrent.futures.ProcessPoolExecutor` is not suitable: it reports a failed task only after the running tasks end, and
+its processes survive a killed command unless they are ended through its private attributes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lars_train.signals import blocked
 T = TypeVar("T")
 R = TypeVar("R")
 Tick = Callable[[], None]
-"""A task calls it for each image that it has finished."""
+"""Called by a task after each image."""
 _POLL_S = 0.2
 
 
 class _Failure(NamedTuple):
-    """A process sends it in place of a result."""
+    """Sent by a process in place of a result."""
 
     reason: str
 
@@ -37,7 +37,7 @@ def cores() -> int:
 
 
 def run_tasks(tasks: Sequence[T], work: Callable[[T, Tick], R], jobs: int, tick: Callable[[int], None]) -> Iterator[R]:
-    """Yield the results of `work` for `tasks`, in order of completion, from `jobs` processes (1: this one).
+    """Yield the results of `work` for `tasks`, in order of completion, from `jobs` processes (1: this process).
 
     Calls `tick` with the number of images finished since the last call. Raises `DataError` for a `DataError` or an
     OSError in a task, and when a process dies.
@@ -49,7 +49,7 @@ def run_tasks(tasks: Sequence[T], work: Callable[[T, Tick], R], jobs: int, tick:
                 result = work(task, lambda: tick(1))
             yield result
         return
-    # Forked processes share the memory of the samples' names. Outside Linux, fork is unsafe or missing.
+    # Forked processes share the memory of the samples' names. Outside Linux, fork is unsafe or unavailable.
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     started, done = context.Value("q", 0), context.Value("q", 0)
     pipes: dict[Connection, Any] = {}
@@ -89,6 +89,7 @@ def _run(
     def tick() -> None:
         with done.get_lock():
             done.value += 1
+        # A killed parent cannot end its workers.
         if os.getppid() != parent:
             os._exit(1)
 

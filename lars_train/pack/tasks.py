@@ -23,7 +23,7 @@ from lars_train.pack.packing import SUMMARY, Progress, Request, SourceSubset, de
 from lars_train.pack.processes import cores, run_tasks
 from lars_train.pack.verify import ShardProblem, checker, tasks_of
 
-# Problems and classes that are listed.
+# Maximum number of problems, and of classes, to list.
 _SHOWN = 20
 
 
@@ -48,7 +48,7 @@ def run_pack(args: argparse.Namespace, progress: Progress) -> None:
         say(f"{counted(len(summary['skipped']), 'image')} left out.")
     _describe(_store(args.store))
     if summary.get("already"):
-        say("The store existed already, packed with these settings; lars-data verify checks all of it.")
+        say("The store already exists, packed with the same settings. lars-data verify checks it in full.")
     else:
         say(printable(f"verified; the checksums of the classes are in {user_path(args.store) / SUMMARY}"))
 
@@ -58,7 +58,7 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> None:
     store = _store(args.store)
     if any(len(packed.sums) != len(packed.listing.names) for packed in store.splits.values()):
         raise ConfigError(
-            f"{args.store}: another program made these shards, without checksums; pack them to add checksums."
+            f"{args.store}: these shards lack checksums, since another program wrote them; pack them to add checksums."
         )
     sources: dict[str, Source] = {}
     if args.source is not None:
@@ -92,7 +92,7 @@ def _store(path: str) -> ShardTree:
 
 
 def _originals(store: ShardTree, source: str, val_labels: str | None, image_key: str | None) -> dict[str, Source]:
-    """Return for each split of the store its images in the original, matched by name."""
+    """Return the original images of each split of the store, matched by name."""
     original = open_original(source, val_labels, image_key)
     found: dict[str, Source] = {}
     for split, packed in store.splits.items():

@@ -1,4 +1,4 @@
-"""Check that a store holds what its index says and, byte for byte, what the original holds. Change nothing."""
+"""Check the content of a store against its index and, byte for byte, against the original. Modifies nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lars_train.pack.encode import BadImage, check_decodable, digest
 from lars_train.pack.layout import image_path, label_name
 from lars_train.pack.processes import Tick
 
-# Problems reported for one shard.
-_MOST_PROBLEMS = 100
+# Maximum number of problems to report per shard.
+_MAX_PROBLEMS = 100
 _DIFFERS = "its content differs from the index"
 
 
@@ -40,7 +40,7 @@ class ShardChecker:
     decode: bool
 
     def __call__(self, task: tuple[str, int], tick: Tick) -> list[ShardProblem]:
-        """Return the problems of one shard, at most 100: names, labels and places of all members, then every image."""
+        """Check the names, labels and places of a shard's members, then every image. Return at most 100 problems."""
         split, shard = task
         packed = self.splits[split]
         samples = np.flatnonzero(packed.places.shard == shard)
@@ -54,7 +54,7 @@ class ShardChecker:
             problems = [ShardProblem(split, shard, None, found)] if found else []
             for sample in samples.tolist():
                 reason = self._check_image(handle, split, sample)
-                if reason and len(problems) < _MOST_PROBLEMS:
+                if reason and len(problems) < _MAX_PROBLEMS:
                     problems.append(ShardProblem(split, shard, sample, reason))
                 tick()
         finally:
@@ -111,12 +111,12 @@ def tasks_of(tree: ShardTree) -> list[tuple[str, int]]:
 
 
 def checker(tree: ShardTree, sources: dict[str, Source]) -> ShardChecker:
-    """Return the checker of a whole store. `sources`: what its images must equal byte for byte, id by id."""
+    """Return the checker of a whole store. `sources`: by split, the original of each sample."""
     return ShardChecker(tree.splits, sources, bool(tree.variant))
 
 
 def class_checksums(packed: Packed) -> list[str]:
-    """Return 16 hex digits per class: SHA-256 over path, NUL and digest (8 bytes, little-endian) of each image."""
+    """Return 16 hex digits of SHA-256 per class, over path, NUL and digest (8 bytes, little-endian) of each image."""
     digests = [hashlib.sha256() for _ in packed.listing.classes]
     sums = packed.sums.astype("<u8")
     for sample, label in enumerate(packed.listing.labels.tolist()):

@@ -22,9 +22,9 @@ from lars_train.pack.processes import Tick
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """The content of a shard: (sample, offset, bytes, digest) of each image, and the images left out with the reason.
+    """The content of a shard of `size` bytes.
 
-    `size`: bytes of the shard.
+    `rows`: (sample, offset, bytes, digest) of each image. `skipped`: (sample, reason) of each image left out.
     """
 
     size: int
@@ -34,7 +34,11 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Write shards of a store. `sources` and `members` (names in the tar): by split. It can be pickled."""
+    """Write shards of a store. Can be pickled.
+
+    `sources`, `members`: the original images and the names of their tar members, by split. `skip`: leave out broken
+    images.
+    """
 
     store: Path
     sources: dict[str, Source]
@@ -43,7 +47,7 @@ class ShardWriter:
     skip: bool
 
     def __call__(self, plan: ShardPlan, tick: Tick) -> None:
-        """Write one shard, which gets its name when all of it and its record are on disk. Raises `DataError`."""
+        """Write one shard. It gets its final name once it and its record are on disk. Raises `DataError`."""
         rows, skipped = [], []
         temporary = self.store / PACKING / f"{plan.name}.{os.getpid()}.tmp"
         at = 0

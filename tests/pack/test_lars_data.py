@@ -70,7 +70,7 @@ def test_a_store_is_packed_verified_and_described(root: Path, capsys: pytest.Cap
     assert "verified" in out
     fingerprint = next(line for line in out.splitlines() if line.startswith("fingerprint"))
     assert run("pack", "data", "store", "--shards", "2", "--jobs", "1") == 0
-    assert "existed already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert run("verify", "store", "--source", "data", "--jobs", "1") == 0
     assert "intact, and equal to data" in capsys.readouterr().out
     assert run("info", "store") == 0
