@@ -11,15 +11,15 @@ import numpy.typing as npt
 
 from lars_train.messages import printable
 
-_MOST_NAMES = 40
-"""Classes up to which the axes of the plot show names."""
+_MAX_NAMES = 40
+"""Maximum number of classes whose names the axes show."""
 
 
 def write_confusion(folder: Path, classes: Sequence[str], counts: npt.NDArray[np.int64]) -> None:
     """Write ``per_class.csv``, ``confusion.csv`` and ``confusion.png`` into `folder`. Creates the folder.
 
-    `counts`, (C, C + 1): samples of class i that were predicted as class j. The last column counts the samples that
-    cannot be decoded, which count as wrong. Raises `OSError`.
+    `counts`: int64 (C, C + 1), the number of samples of class i that were predicted as class j. The last column counts
+    the samples that cannot be decoded; they are wrong. Raises `OSError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     class_sizes, predicted = counts.sum(1), counts[:, :-1].sum(0)
@@ -53,7 +53,7 @@ def _draw(path: Path, classes: Sequence[str], shares: npt.NDArray[np.float64]) -
     image = axes.imshow(np.ma.masked_equal(shares, 0), norm=LogNorm(1e-3, 1), cmap="cividis", interpolation="nearest")
     figure.colorbar(image, label="share of the class's images")
     axes.set(xlabel="predicted class", ylabel="true class")
-    if len(classes) <= _MOST_NAMES:
+    if len(classes) <= _MAX_NAMES:
         # matplotlib would read text after a dollar sign as math.
         names = [printable(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)

@@ -1,4 +1,4 @@
-"""Name, unit and meaning of every number that a run logs. Scripts rely on the names: they do not change."""
+"""Name, unit and meaning of every number that a run logs. The names are stable, because scripts rely on them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 FIELDS: dict[str, tuple[str, str]] = {
     "update": ("updates", "optimizer steps done when the line was written"),
     "epoch": ("epochs", "update / updates per epoch"),
-    "run/seconds": ("s", "wall time of training up to this line, over all starts, without work that a kill lost"),
+    "run/seconds": ("s", "wall time of training up to this line, over all starts, excluding work lost to a kill"),
     "train/loss": ("nats", "mean loss of the samples since the last line, label smoothing included"),
-    "train/top1": ("percent", "share of the same (augmented) samples whose class ranked first"),
+    "train/top1": ("percent", "top-1 accuracy on the same (augmented) samples"),
     "train/lr": ("1", "learning rate of the last update"),
     "train/images_per_s": ("images/s", "samples of all ranks over wall time since the last line"),
     "train/mfu": (
         "1",
-        "GPUs only: model FLOP utilization: train/images_per_s times the floating-point operations of training on one "
-        "image, over ranks times the rate of matrix products measured when the run started (flops_per_image and "
-        "peak_flops in run.json)",
+        "GPUs only: model FLOP utilization, train/images_per_s * flops_per_image / (ranks * peak_flops). run.json has "
+        "flops_per_image, the operations of training on one image, and peak_flops, the rate of matrix products "
+        "measured at the start",
     ),
-    "train/wait_share": ("1", "share of that time during which rank 0 waited for input"),
+    "train/wait_share": ("1", "share of wall time since the last line during which rank 0 waited for input"),
     "train/grad_norm": ("1", "norm of the full gradient in the last update, before LARS"),
     "train/weight_norm": ("1", "norm of all weights before the last update"),
     "train/update_ratio": ("1", "norm of the change that the last update made to the weights, over train/weight_norm"),
@@ -30,7 +30,10 @@ FIELDS: dict[str, tuple[str, str]] = {
         "estimate of |G|^2, the squared norm of the noise-free gradient, from the gradients of two batch sizes; "
         "exponential average over log lines; absent if an update is one micro-batch on one rank",
     ),
-    "noise/trace": ("images", "estimate of tr(Sigma), the variance of one image's gradient; averaged in the same way"),
+    "noise/trace": (
+        "images",
+        "estimate of tr(Sigma), the variance of one image's gradient; averaged like noise/grad_sq",
+    ),
     "noise/scale": (
         "images",
         "gradient noise scale: noise/trace over noise/grad_sq; absent unless both are above 0",
@@ -45,19 +48,19 @@ FIELDS: dict[str, tuple[str, str]] = {
     "checkpoint/write_seconds": ("s", "time to write and verify the newest checkpoint in the background"),
     "loader/images_per_s": (
         "images/s",
-        "training images that the loaders can deliver: rank 0's images since the last line over the time that its "
-        "workers spent on them (waiting excluded), times workers and ranks",
+        "images/s that the loaders can deliver: rank 0's images since the last line, divided by the time that its "
+        "workers were busy, times workers and ranks",
     ),
     "loader/fast_share": (
         "1",
-        "share of these images that the run's decoder decoded, if it is not Pillow; Pillow decoded the others, or they "
-        "are stored as pixels",
+        "share of rank 0's images since the last line that the run's decoder decoded, if it is not Pillow; the rest "
+        "were decoded by Pillow or are stored as pixels",
     ),
-    "val/top1": ("percent", "validation samples whose class ranked first"),
-    "val/top5": ("percent", "validation samples whose class ranked among the first five"),
+    "val/top1": ("percent", "top-1 accuracy on the validation set"),
+    "val/top5": ("percent", "top-5 accuracy on the validation set"),
     "val/loss": ("nats", "mean loss of the decoded validation samples, without label smoothing"),
-    "val/count": ("images", "validation samples counted, each exactly once"),
-    "val/checksum": ("1", "checksum of the ids of the validation samples counted: equal for equal samples"),
+    "val/count": ("images", "validation samples evaluated, each exactly once"),
+    "val/checksum": ("1", "checksum of the ids of the evaluated samples: equal if the same samples were evaluated"),
     "val/bad_images": ("images", "validation images that cannot be decoded; they count as wrong"),
     "val/best_top1": ("percent", "best val/top1 so far"),
     "val/seconds": ("s", "wall time of the evaluation"),
@@ -77,10 +80,10 @@ TIMING_FIELDS = frozenset(
         "val/seconds",
     )
 )
-"""Fields that differ between two runs with the same results."""
+"""Fields that may differ between two runs with identical results."""
 
 LAYOUT_DEPENDENT_FIELDS = TIMING_FIELDS | {"noise/grad_sq", "noise/trace", "noise/scale", "noise/critical_batch"}
-"""`TIMING_FIELDS`, and fields that depend on the ranks and the micro-batch, whose gradients they are estimated from."""
+"""`TIMING_FIELDS`, and the noise estimates, which depend on the number of ranks and the micro-batch."""
 
 RATIO_FIELDS: dict[str, tuple[str, str]] = {
     "update": ("updates", "optimizer steps done when the line was written"),
@@ -102,5 +105,5 @@ _LINE_FORMATS: dict[str, Callable[[float], str]] = {
 
 
 def format_fields(logged: dict[str, float], *names: str) -> Iterator[str]:
-    """Return the values of the fields `names` that were logged, each as text for a line of progress."""
+    """Return the logged values among the fields `names`, formatted for a progress line."""
     return (_LINE_FORMATS[name](logged[name]) for name in names if name in logged)

@@ -1,6 +1,6 @@
 """Norms, update ratios and trust ratios of an update, per layer and per stage of the network.
 
-A layer is a parameter tensor, as for LARS. A stage is the first part of its name; `conv1` and `bn1` are the stem.
+A layer is one parameter tensor, as in LARS. A stage is the first part of its name; `conv1` and `bn1` are the stem.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LayerValues:
         return values
 
     def by_stage(self) -> Iterator[tuple[str, str, float]]:
-        """Yield (quantity, stage, value): norms over all parameters of the stage, medians of ratios of its layers."""
+        """Yield (quantity, stage, value): norms over the stage's parameters, medians of its layers' trust ratios."""
         for stage, places in self._stages().items():
             weight, grad, update = (_norm(norms[i] for i in places) for norms in self._norms())
             yield "weight_norm", stage, weight

@@ -1,7 +1,7 @@
 """Write the log of a run: a line of ``metrics.jsonl`` per logged update and per evaluation.
 
-TensorBoard gets the same numbers, ``trust_ratios.jsonl`` LARS's trust ratios. Only rank 0 has a log. `tensorboard.py`
-writes what only TensorBoard shows.
+The same numbers go to TensorBoard, and LARS's trust ratios to ``trust_ratios.jsonl``. Only rank 0 has a log.
+`tensorboard.py` adds the histograms, images and charts that only TensorBoard shows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RATIOS_FILE = "trust_ratios.jsonl"
 
 
 class JsonLinesFile:
-    """A file of JSON lines, opened to continue after `update`: lines of later updates are dropped.
+    """A JSON Lines file, opened to continue after `update`: lines of later updates are dropped.
 
-    Lines that cannot be written, because the disk is full, stay in memory until they can. `reason` says why lines are
-    waiting; it is empty if none are. `existing`: the names of the values that the file has for `update` itself.
+    Lines that do not fit on a full disk wait in memory and are written later. `reason`: the error that keeps lines
+    waiting; empty if none wait. `existing`: the names of the values that the file already has for `update`.
     """
 
     def __init__(self, path: Path, update: int) -> None:
@@ -42,7 +42,7 @@ class JsonLinesFile:
     def _write_pending(self) -> None:
         """Write the waiting lines; lines that do not fit on the disk keep waiting."""
         try:
-            if self.reason:  # the last write may have left a part of a line
+            if self.reason:  # the last write may have written part of a line
                 os.ftruncate(self.file.fileno(), self._written_bytes)
             while self._pending:
                 written = self.file.write(self._pending[0])
@@ -91,7 +91,7 @@ class RunLog:
 
     @property
     def reason(self) -> str:
-        """The reason why lines wait in memory, or why TensorBoard's events have stopped; empty if neither happened."""
+        """The error that keeps lines in memory or stopped TensorBoard's events; empty without an error."""
         ratios = self._ratios_reason or (self._ratios.reason if self._ratios else "")
         return self._metrics.reason or ratios or self.board.reason
 
@@ -105,7 +105,7 @@ class RunLog:
         self.board.scalars(values, update)
 
     def write_ratios(self, update: int, layers: list[str], ratios: list[float]) -> None:
-        """Write one line of trust ratios, one for each of the `layers`. Raises nothing if the disk is full."""
+        """Write one line of trust ratios, one per layer. Does not raise if the disk is full."""
         if update == self._start and self._ratios is not None and self._ratios.existing:
             return
         self._pending_ratios.append((update, layers, ratios))
@@ -141,7 +141,7 @@ class RunLog:
         self.board.results(settings, fields)
 
     def sync(self) -> None:
-        """Write and sync the log to disk. A checkpoint relies on the lines before it. Raises `OSError`."""
+        """Write and sync the log to disk. Call before a checkpoint, which relies on earlier lines. Raises `OSError`."""
         self._metrics.sync()
         self._write_waiting_ratios()
         if self._ratios_reason:

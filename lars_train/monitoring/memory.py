@@ -11,7 +11,7 @@ _GIB = 1 << 30
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Return GiB by field of the log. The device's value is the peak since the last call."""
+    """Return the log's memory fields, in GiB. The device's value is the peak since the last call."""
     values = {}
     resident = _resident()
     if resident:

@@ -26,7 +26,7 @@ class NoiseScale:
     trace: float = 0.0
 
     def add(self, small_sq: float, per_small: float, big_sq: float, per_big: float) -> None:
-        """Add an estimate, see `estimates`. Skip one that is not finite (a float16 overflow)."""
+        """Add the estimates of one update (see `estimates`), unless they are not finite (a float16 overflow)."""
         found = estimates(small_sq, per_small, big_sq, per_big)
         if not all(map(math.isfinite, found)):
             return
@@ -35,7 +35,7 @@ class NoiseScale:
         self.trace = DECAY * self.trace + (1 - DECAY) * found[1]
 
     def values(self) -> dict[str, float]:
-        """Return values by field of the log: none before the first estimate, no scale unless both averages are > 0."""
+        """Return the log's noise fields: none before the first estimate, no scale unless both averages are positive."""
         if not self.count:
             return {}
         bias_correction = 1 - DECAY**self.count

@@ -15,13 +15,13 @@ from lars_train.messages import format_duration, ignore_closed_output, paint, pr
 from lars_train.monitoring.fields import format_fields
 
 QUIET, NORMAL, EVERY_LINE = 0, 1, 2
-"""Levels of ``verbosity``: warnings and results; also a line per epoch; also a line per log point."""
+"""Levels of ``verbosity``: warnings and results only; plus a line per epoch; plus a line per log point."""
 
 _SILENCE_S = 600.0
-"""Without a bar, a run that prints nothing else prints a line at the first log point after this many seconds."""
+"""Without a bar, a run that has been silent for this many seconds prints a line at the next log point."""
 _WARNING = "WARNING: "
 _BAR_FIELDS = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "train/wait_share", "train/mfu")
-_LEAST_CELLS, _MOST_CELLS = 10, 40
+_MIN_CELLS, _MAX_CELLS = 10, 40
 # Characters from an empty to a full cell.
 _BLOCKS, _ASCII = " ▏▎▍▌▋▊▉█", " 123456789#"
 
@@ -29,8 +29,8 @@ _BLOCKS, _ASCII = " ▏▎▍▌▋▊▉█", " 123456789#"
 class _Bar(tqdm):  # type: ignore[type-arg]
     """A one-line bar that ignores errors of the terminal.
 
-    The cursor stays at the start of the line: a ``^C`` that the terminal echoes, or a line that another process
-    prints, overwrites a part of the bar, and the next update restores it.
+    The cursor stays at the start of the line. A ``^C`` echoed by the terminal, or a line printed by another process,
+    then overwrites part of the bar, which the next update redraws.
     """
 
     fields: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        # Overwrite a longer line with blanks: the output of a command in a notebook does not support ESC[K.
+        # tqdm pads with blanks. ESC[K would be shorter, but a notebook's command output does not support it.
         show_padded = tqdm.status_printer(file)
 
         def show(text: str) -> None:
@@ -76,14 +76,14 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 def bar_line(title: str, done: int, total: int, fields: Iterable[str], width: int, cells: str = _BLOCKS) -> str:
-    """Return a bar of at most `width` characters: title, cells, and the first `fields` that leave ten cells.
+    """Return a bar of at most `width` characters: title, at least ten cells, counts, and the first `fields` that fit.
 
     `cells`: the characters from an empty to a full cell.
     """
     share, text = done / total if total else 1.0, f" {done:,}/{total:,}"
     room = width - len(title) - len("||")
-    text += fitting_fields(fields, room - _LEAST_CELLS - len(text))
-    size = min(room - len(text), _MOST_CELLS)
+    text += fitting_fields(fields, room - _MIN_CELLS - len(text))
+    size = min(room - len(text), _MAX_CELLS)
     if size < 1:
         return f"{title}{text.lstrip()}"[: max(0, width)]
     steps = len(cells) - 1
@@ -102,9 +102,9 @@ def fitting_fields(fields: Iterable[str], room: int) -> str:
 
 
 class Progress:
-    """The display of rank 0. On other ranks, `shown` is False and nothing is printed.
+    """The progress display of a run. `shown`: False on ranks other than 0, which print nothing.
 
-    `verbosity`: a level, see `QUIET`. Bars need `NORMAL` and a terminal that can move the cursor back.
+    `verbosity`: a level, see `QUIET`. Bars require at least `NORMAL`, and a terminal that can move the cursor back.
     """
 
     def __init__(self, *, shown: bool, epochs: int, verbosity: int = NORMAL) -> None:
@@ -164,7 +164,7 @@ class Progress:
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Any]:
-        """Show a bar over `total` images in place of the epoch's. Yields a function to call with each batch's size."""
+        """Replace the epoch's bar by a bar over `total` images. Yields a function to call with each batch's size."""
         self.close()
         if not self._bars:
             yield lambda count: None

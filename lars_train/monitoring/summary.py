@@ -78,7 +78,7 @@ def flops_line(flops_per_image: float, peak_flops: float | None) -> str:
 
 
 def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str]:
-    """Yield what a run computes on any hardware, and what it skips of the data set, one line each."""
+    """Yield the lines that describe the experiment, which is the same on any hardware, and the files it skips."""
     opt, schedule = config.optimizer, config.schedule
     optimizer = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
     yield f"data           {config.data.name}: {plan.samples:,} training images"
@@ -118,8 +118,8 @@ def epoch_fields(
 ) -> Iterator[str]:
     """Yield the fields of an epoch's line, most important first.
 
-    `logged`: the last logged values. `result`: of the evaluation, if there was one. `seconds_left`: until the end of
-    the run.
+    `logged`: the last logged values. `result`: the epoch's evaluation, if any. `seconds_left`: time to the end of the
+    run.
     """
     yield f"epoch {math.ceil(update / plan.updates_per_epoch)}/{plan.epochs}"
     yield f"update {update:,}"
@@ -133,7 +133,7 @@ def epoch_fields(
 
 
 def validation_gap_note(logged: dict[str, float], result: EvaluationResult) -> str | None:
-    """Return a note that explains validation far below training; None unless weights also change fast."""
+    """Return a note if validation top-1 is far below training top-1 while the weights change fast; else None."""
     moved = logged.get("train/update_ratio", 0.0)
     if logged.get("train/top1", 0.0) - result.top1 < _LARGE_GAP or not moved >= _FAST_WEIGHTS:
         return None
@@ -161,7 +161,7 @@ def final_record(
 ) -> dict[str, Any]:
     """Return the content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
 
-    `published_top1`: of the recipe's row, if the run is that experiment (ResNet-50 on all of ImageNet), else None.
+    `published_top1`: the value of the recipe's row if the run is ResNet-50 on all of ImageNet, else None.
     `passed_over`: global batches without an update, skipped by rollbacks or by float16's loss scaling.
     """
     full = plan.samples == IMAGENET_TRAIN_IMAGES and not plan.scaled and config.model.name == "resnet50"

@@ -1,6 +1,6 @@
 """Write TensorBoard events: curves, histograms over the layers, curves by stage, sample images, and a page of charts.
 
-An error ends the events, never the run; `reason` says why.
+An error stops the events, never the run; `TensorBoardWriter.reason` has the error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FILE_BYTES = 16 << 20
 # Bytes of an event besides its summary: length, two checksums, time, update.
 _EVENT_OVERHEAD = 40
 
-# Columns of the hparams tab to show first: it opens with five columns, in alphabetical order.
+# Columns to show first in the hparams tab, which initially shows five, in alphabetical order.
 _FIRST_SETTINGS = frozenset({"batch", "epochs", "model.name", "optimizer.lr", "optimizer.name"})
 
 _BY_STAGE = {
@@ -37,10 +37,10 @@ _BY_STAGE = {
 
 
 def layout() -> dict[str, dict[str, list[Any]]]:
-    """Return the charts of `CUSTOM_SCALARS_TAB` by heading, the first to read first. Tags are regular expressions.
+    """Return the charts of `CUSTOM_SCALARS_TAB` by heading, most important first. Tags are regular expressions.
 
-    A chart has one curve per run: TensorBoard colors by run, so a second curve would share its color and scale. Only
-    the charts of stages have several.
+    Most charts have one curve per run: TensorBoard colors by run, so a second curve would have the same color and
+    scale. Only the charts by stage have several.
     """
 
     def chart(*tags: str) -> list[Any]:
@@ -77,10 +77,10 @@ def layout() -> dict[str, dict[str, list[Any]]]:
 
 
 class TensorBoardWriter:
-    """Writes events to `folder`. Events after `update`, which a killed run may have left, are purged.
+    """Write events to `folder`. Events after `update`, which a killed run may have left, are purged.
 
-    Events are in several files: a new one starts when the last exceeds `_FILE_BYTES`, and when a run resumes.
-    TensorBoard reads the files of a folder as one, in the order of their names, and purges what a later file says.
+    A new file starts when the current one exceeds `_FILE_BYTES`, and when a run resumes. TensorBoard reads the files
+    of a folder as one, in the order of their names. A later file can purge events of earlier ones.
     """
 
     def __init__(self, folder: Path, update: int) -> None:
@@ -125,12 +125,12 @@ class TensorBoardWriter:
         self._call("close")
 
     def _open_file(self, purge_step: int | None = None) -> None:
-        """Start a file; it purges earlier events of `purge_step` and later."""
+        """Start a new file, which purges the events of earlier files from `purge_step` on."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        threading.excepthook = _quiet_about_events
+        threading.excepthook = _ignore_writer_errors
         self._writer = SummaryWriter(self._folder, purge_step=purge_step)
-        # The second in the name of the file, or the one after.
+        # The second in the file's name, or one more if the clock has ticked since.
         self._second, self._size = int(time.time()), 0
 
     def _add(self, writer: Any, summary: Any, update: int) -> None:
@@ -157,8 +157,8 @@ class TensorBoardWriter:
             self._writer, self.reason = None, f"TensorBoard: {error}"
 
 
-def _quiet_about_events(failure: threading.ExceptHookArgs) -> None:
-    """Python's hook, except for TensorBoard's thread: `TensorBoardWriter.reason` reports its error."""
+def _ignore_writer_errors(failure: threading.ExceptHookArgs) -> None:
+    """Call Python's hook, except for TensorBoard's thread: `TensorBoardWriter.reason` has that thread's error."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)
 
