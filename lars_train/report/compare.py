@@ -24,7 +24,7 @@ from lars_train.report.read import FINISHED, RunRecord
 _AS_RECIPE = "as in the recipe's row"
 RUN = "run"
 """Key of the run's name in `Row.differs`."""
-# Rows are grouped by batch and seed anyway; the contents of a recipe's row are compared field by field.
+# Rows are grouped by batch, and seeds share a row. The values of a recipe's row are compared field by field.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
 
 # Minimum number of significant digits of a float in the column "differs in".
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def first(self) -> RunRecord:
-        """The first run, for everything that all runs of the row share."""
+        """The first run. Use it for values that all runs of the row share."""
         return self.runs[0]
 
     def mean(self, value: Callable[[RunRecord], float | None]) -> Mean | None:
@@ -156,7 +156,7 @@ def _differing_keys(setups: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _implied(runs: Sequence[RunRecord]) -> dict[str, set[str]]:
-    """Return the optimizers whose name implies the value of an option, by option.
+    """Return for each option the optimizers whose name implies its value.
 
     These are the optimizers without the option (null or missing). If a single optimizer has the option, with the same
     value in all its runs, its name implies that value, too.
@@ -205,7 +205,7 @@ def _finished_rows(runs: list[RunRecord], differs: dict[str, str]) -> list[Row]:
     if not runs:
         return []
     seeds: dict[str, RunRecord] = {}
-    # Each seed keeps its first run, and prefers one without problems.
+    # Keep the first run of each seed, preferably one without problems.
     for run in sorted(runs, key=lambda run: bool(run.problems)):
         seeds.setdefault(run.setting("seed"), run)
     kept = tuple(run for run in runs if run in seeds.values())
@@ -213,7 +213,7 @@ def _finished_rows(runs: list[RunRecord], differs: dict[str, str]) -> list[Row]:
 
 
 def _setup(run: RunRecord) -> dict[str, str]:
-    """Return the settings that decide what the run computes; `_AS_RECIPE` for values equal to the recipe's row."""
+    """Return the settings that affect a run's results; `_AS_RECIPE` for values equal to the recipe's row."""
     deviations, row = _deviations(run), _row_settings(run)
     setup = {"recipe": run.setting("recipe.name")}
     for key, value in run.settings.items():
@@ -227,7 +227,7 @@ def _setup(run: RunRecord) -> dict[str, str]:
 
 
 def _add_resolved(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> None:
-    """Add what a run resolves at its start. A run that ended before that takes the value that the others share."""
+    """Add settings that a run resolves at its start. A run that ended earlier gets the value that all others share."""
     found: dict[str, list[Any]] = {
         "precision.name": [run.precision for run in runs],
         "training images": [run.samples for run in runs],

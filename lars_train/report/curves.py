@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
-_MOST_POINTS = 250
-_LONGEST_LABEL = 50
+_MAX_POINTS = 250
+_MAX_LABEL_LENGTH = 50
 # Keys that a short label shows first.
 _FIRST = ("optimizer.name", "optimizer.lr", RUN)
 # Placeholder for the color of text in a plot for the page; nothing else may use it.
@@ -106,15 +106,15 @@ def curve(row: Row, panel: Panel) -> Curve | None:
         x.append(statistics.fmean(float(getattr(p, panel.axis)) for p in points))
         mean.append(statistics.fmean(p.value for p in points))
         deviation.append(statistics.stdev(p.value for p in points) if len(points) > 1 else 0.0)
-    size = math.ceil(len(common) / _MOST_POINTS)
+    size = math.ceil(len(common) / _MAX_POINTS)
     return Curve(_binned(x, size), _binned(mean, size), _binned(deviation, size) if len(by_update) > 1 else None)
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
     """Return a short and unique label per row, for the legend.
 
-    If the list of all differences is too long, the label has optimizer and learning rate. If these are not unique, it
-    has the name of the first run, else the number of the row in the table.
+    A label lists all differences of a row. If that is too long or not unique, the label has optimizer and learning
+    rate, else the name of the first run, else the row's number in the table.
     """
     whole = [_label(row, list(_differences(row, row.differs))) for row in rows]
     short = [_label(row, list(_differences(row, _first_keys(row) or row.differs))) for row in rows]
@@ -128,9 +128,9 @@ def _first_keys(row: Row) -> list[str]:
 
 def _unique_label(number: int, row: Row, *options: Sequence[str]) -> str:
     for candidates in options:
-        if len(candidates[number]) <= _LONGEST_LABEL and candidates.count(candidates[number]) == 1:
+        if len(candidates[number]) <= _MAX_LABEL_LENGTH and candidates.count(candidates[number]) == 1:
             return candidates[number]
-    return _label(row, [f"row {number + 1} of the table"])[: 2 * _LONGEST_LABEL]
+    return _label(row, [f"row {number + 1} of the table"])[: 2 * _MAX_LABEL_LENGTH]
 
 
 def _label(row: Row, differences: list[str]) -> str:
@@ -285,7 +285,7 @@ def _draw_curve(axes: Axes, x: list[float], points: Curve, row: Row, look: _Look
 
 def _legend(figure: Figure, columns: int) -> None:
     """Place the legend below all axes, where it hides no curve."""
-    # A row may appear in some axes only. Reversed: the first axes, which have markers, win.
+    # A row may appear in some axes only. In reverse, so that the first axes, which have markers, take precedence.
     handles = {
         str(line.get_gid()): line for axes in reversed(figure.axes) for line in axes.get_lines() if line.get_gid()
     }

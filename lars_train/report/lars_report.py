@@ -1,4 +1,4 @@
-"""``lars-report``: write a report of run directories. ``lars-train -m`` writes one of its sweep, too."""
+"""The command ``lars-report``: write a report from run directories. ``lars-train -m`` reports its sweep, too."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``lars-report``; ends the process with 0, or 2 for bad input."""
+    """Run ``lars-report``. Exit codes: 0 for success; 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="lars-report",
-        description="Write a table, curves and an HTML page from run directories. The directories are only read.",
+        description="Write a table, curves and an HTML page from run directories. The directories are not modified.",
     )
-    parser.add_argument("directory", nargs="+", type=not_empty, help="a run directory, or a folder that contains some")
+    parser.add_argument(
+        "directory", nargs="+", type=not_empty, help="a run directory, or a folder that contains run directories"
+    )
     parser.add_argument(
         "--out",
         type=not_empty,
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_rows(directories: Sequence[Path]) -> list[Row]:
-    """Return the rows of the table of the runs in `directories`."""
+    """Return the table rows of the runs in `directories`."""
     return make_rows([read_run(directory) for directory in directories])
 
 

@@ -17,7 +17,7 @@ from lars_train.report.files import as_line, relative_path
 from lars_train.report.read import FINISHED, Ratios, RunRecord, read_ratios
 from lars_train.report.table import HEADER, NOTHING, batch_name, cells, elapsed_time, notes, state
 
-_MOST_HEAT_MAPS = 16
+_MAX_HEAT_MAPS = 16
 _FILES = (
     "config.yaml",
     "run.json",
@@ -174,18 +174,18 @@ def _ratios(rows: Sequence[Row]) -> Iterator[str]:
     yield '<section aria-labelledby="ratios">\n<h2 id="ratios">Trust ratios by layer over time</h2>'
     yield "<p class=faint>First seed of each row with LARS. Blank: zero or not finite.</p>"
     yield '<div class="plots">'
-    for name, ratios in found[:_MOST_HEAT_MAPS]:
+    for name, ratios in found[:_MAX_HEAT_MAPS]:
         yield _figure(
             curves.heat_map(ratios),
             name,
             f"Trust ratios of {name}, by layer and update; the table below has the values.",
         )
     yield "</div>"
-    for name, ratios in found[:_MOST_HEAT_MAPS]:
+    for name, ratios in found[:_MAX_HEAT_MAPS]:
         table = _table(f"Trust ratios of {name}", ("layer", "first", "median", "last"), _ratio_rows(ratios))
         yield f"<details>\n<summary>{escape(name)}: values</summary>\n{table}\n</details>"
-    if len(found) > _MOST_HEAT_MAPS:
-        yield f"<p>{len(found) - _MOST_HEAT_MAPS} more rows have trust ratios. Report fewer runs to see them.</p>"
+    if len(found) > _MAX_HEAT_MAPS:
+        yield f"<p>{len(found) - _MAX_HEAT_MAPS} more rows have trust ratios. Report fewer runs to see them.</p>"
     yield "</section>"
 
 

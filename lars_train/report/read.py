@@ -23,9 +23,9 @@ from lars_train.report.files import (
 )
 
 FINISHED, CUT_SHORT, STOPPED, FAILED, UNFINISHED = "finished", "cut short", "stopped", "failed", "unfinished"
-MOST_RUNS = 1000
-_MOST_LINES = 1_000_000
-_DEEPEST = 4
+MAX_RUNS = 1000
+_MAX_LINES = 1_000_000
+_MAX_DEPTH = 4
 _DIVERGED = re.compile(r"(?:Diverged: )?(diverged at update ([0-9,]+):.*)", re.DOTALL)
 _MOVED_ASIDE = re.compile(r"\.old\d+$")
 
@@ -45,9 +45,10 @@ class RunRecord:
     """The contents of a run directory. None where a value is missing or unusable.
 
     `best_top1` and `final_top1`: in percent; for a run that has not ended, `best_top1` is the best so far.
-    `diverged`: the loss diverged; then `updates` counts up to that point, which the next log line detects.
+    `diverged`: the loss diverged. `updates` then ends there, before the log line that detected it.
     `seconds`: wall time of training over all starts. `resumes`: starts that resumed from a checkpoint.
-    `problems`: what could not be read. `recorded`: False if only ``final.json`` gives settings, and only some of them.
+    `problems`: messages about missing or unreadable files. `recorded`: False if run.json has no settings; `settings`
+    then has the few in ``final.json``.
     """
 
     directory: Path
@@ -107,7 +108,7 @@ class Ratios:
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Return the run directories among and below `paths`, each once. Skip runs that were moved aside.
 
-    Raises `ConfigError` for a path that does not exist, is a file or contains no run, and for over `MOST_RUNS` runs.
+    Raises `ConfigError` for a path that does not exist, is a file or contains no run, and for over `MAX_RUNS` runs.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -122,8 +123,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             raise ConfigError(f"{path}: no run directory found (a run directory contains run.json).")
         for run in inside:
             found.setdefault(run.resolve(), run)
-        if len(found) > MOST_RUNS:
-            raise ConfigError(f"{path}: more than {MOST_RUNS:,} run directories. Pass fewer.")
+        if len(found) > MAX_RUNS:
+            raise ConfigError(f"{path}: more than {MAX_RUNS:,} run directories. Pass fewer.")
     return list(found.values())
 
 
@@ -133,7 +134,7 @@ def _below(path: Path) -> list[Path]:
         here = Path(root)
         if "run.json" in names:
             runs.append(here)
-        if "run.json" in names or len(here.relative_to(path).parts) >= _DEEPEST or len(runs) > MOST_RUNS:
+        if "run.json" in names or len(here.relative_to(path).parts) >= _MAX_DEPTH or len(runs) > MAX_RUNS:
             folders.clear()
         folders[:] = sorted(name for name in folders if not _MOVED_ASIDE.search(name) and not name.startswith("."))
     return runs
@@ -234,7 +235,7 @@ def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tu
     if done is not None and planned is not None and done >= last:
         if done >= planned:
             return FINISHED, "", done
-        # After an end by max_updates, final.json keeps that end's record until the next start ends.
+        # After max_updates ends a run, its final.json stays until the next start ends.
         if how == "finished" or "resumed_at" not in start:
             return CUT_SHORT, "by max_updates", done
     update = max(last, integer(ended, "update") or 0)
@@ -249,7 +250,7 @@ def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tu
 
 
 def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[Point, ...], last: int) -> Iterator[str]:
-    """Yield what is missing of the files of a run that ended with a result."""
+    """Yield a message for each gap in the files of a run that ended with a result."""
     for key in ("best_top1", "final_top1"):
         if number(final, key) is None:
             yield f"final.json: no usable {key}"
@@ -260,7 +261,7 @@ def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[P
         yield (
             "metrics.jsonl: "
             + ("no usable line" if (directory / "metrics.jsonl").exists() else "missing")
-            + "; the curves lack this run"
+            + "; the curves omit this run"
         )
     elif last < updates:
         yield f"metrics.jsonl: ends at update {last:,} of {updates:,}, as do the curves"
@@ -274,8 +275,8 @@ def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tu
     loss: dict[int, Point] = {}
     last, passed = 0, None
     for count, line in enumerate(read_lines(directory / "metrics.jsonl", problems)):
-        if count >= _MOST_LINES:
-            problems.append(f"metrics.jsonl: ignored beyond {_MOST_LINES:,} lines")
+        if count >= _MAX_LINES:
+            problems.append(f"metrics.jsonl: ignored beyond {_MAX_LINES:,} lines")
             break
         update, epoch, seconds = integer(line, "update"), number(line, "epoch"), number(line, "run/seconds")
         if update is None or epoch is None:
@@ -292,7 +293,7 @@ def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tu
 
 
 def _settings_of(final: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that ``final.json`` has, for a run whose record cannot be read."""
+    """Return the settings that ``final.json`` has, for a run whose run.json cannot be read."""
     keys = {
         "recipe": "recipe.name",
         "data": "data.name",

@@ -57,8 +57,8 @@ _PRIORITY = (
 )
 _RESULTS = {"best top-1 %", "final top-1 %", "time", "images/s", "difference", "state"}
 # Characters of the batch's cell on a terminal.
-_LONGEST_BATCH = 30
-# Not backslashes: after a backslash in the text, another one would be literal.
+_MAX_BATCH_LENGTH = 30
+# Entities, because a backslash in the text would escape the backslash of an escape.
 _ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[`"})
 
 
@@ -86,7 +86,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def batch_name(run: RunRecord) -> str:
-    """Return the batch's name, and its scaled size on this data set."""
+    """Return the batch's name, and its size if it is scaled to this data set."""
     if not run.scaled:
         return run.batch
     return f"{run.batch} (scaled: {run.global_batch:,}{', raised' if run.raised else ''})"
@@ -191,8 +191,8 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
         texts.append("Unfinished runs have separate rows, with the best top-1 so far, and are in no mean.")
     if not brief:
         texts.append(
-            "time: training and evaluation over all starts of a run, without the gaps between starts and without work "
-            "that a kill lost. images/s: training images over that time."
+            "time: training and evaluation over all starts of a run, excluding gaps between starts and work lost to a "
+            "kill. images/s: training images over that time."
             + (" Both are means over the seeds." if any(len(row.runs) > 1 for row in rows) else "")
         )
     texts += [f"{as_line(run.directory.name)}: {problem}." for run in runs for problem in run.problems]
@@ -213,8 +213,8 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> str:
     ]
     for row, line in zip(rows, lines, strict=True):
         line["state"] = row.first.state
-        if len(line["batch"]) > _LONGEST_BATCH:
-            line["batch"] = f"{line['batch'][:_LONGEST_BATCH]}..."
+        if len(line["batch"]) > _MAX_BATCH_LENGTH:
+            line["batch"] = f"{line['batch'][:_MAX_BATCH_LENGTH]}..."
     informative = [name for name in HEADER if any(line[name] not in _UNINFORMATIVE.get(name, set()) for line in lines)]
     kept, room = list[str](), width - len("|")
     for name in sorted(informative, key=_PRIORITY.index):

@@ -1,4 +1,4 @@
-"""Write a report to a folder, and never overwrite files of others."""
+"""Write a report to a folder, and never overwrite other files there."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def sweep_folder(directories: Sequence[Path]) -> Path:
     digest = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     parents = {Path(path).parent for path in paths}
     beside = Path(os.path.commonpath([str(parent) for parent in parents]))
-    # Runs on several disks have only a folder such as / in common, which is not the user's.
+    # Runs on several disks may share only a folder such as /, which the user cannot write to.
     if len(parents) > 1 and len(beside.parts) < 3:
         beside = Path("runs")
     return Path(os.path.relpath(beside)) / f"report-{digest}"

@@ -71,8 +71,8 @@ def test_a_result_older_than_the_log_is_ignored(start: dict[str, int], make_run:
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        (None, "missing; the curves lack this run"),
-        (0, "no usable line; the curves lack this run"),
+        (None, "missing; the curves omit this run"),
+        (0, "no usable line; the curves omit this run"),
         (1, "ends at update 1 of 12, as do the curves"),
         (12, "ends at update 10 of 12, as do the curves"),
         (14, "the top-1 of the last update, 12, is missing"),
@@ -186,7 +186,7 @@ def test_a_path_without_runs_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         with pytest.raises(ConfigError, match=f"{name}: .*{problem}"):
             find_runs([tmp_path / name])
-    monkeypatch.setattr(read, "MOST_RUNS", 2)
+    monkeypatch.setattr(read, "MAX_RUNS", 2)
     for name in "abc":
         make_run(name)
     with pytest.raises(ConfigError, match="more than 2"):
