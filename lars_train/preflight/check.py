@@ -1,6 +1,6 @@
 """Check the machines for ``mode=check``: each rank measures what a run will use, and all findings are judged together.
 
-Leaves nothing on disk. A failed measurement does not stop the others, where they do not depend on it.
+Leaves nothing on disk. A failed measurement stops only those that depend on it.
 """
 
 from __future__ import annotations
@@ -51,24 +51,25 @@ from lars_train.training.session import find_finished
 
 _T = TypeVar("_T")
 
-# If the model is unknown: about the size of ResNet-50's weights, and of its checkpoint.
+# Used if the model is unknown: about the size of ResNet-50's weights, and of its checkpoint.
 _GRADIENT_BYTES, _CHECKPOINT_BYTES = 102_000_000, 205_000_000
 
 PARTS = {"sample": 2.0, "step": 4.0, "input": 2.0, "exchange": 2.0, "disk": 2.0}
-"""The parts in order, and the most time that each takes, in units of `check.seconds`."""
+"""The parts of a check in order, and the maximum time of each, in units of `check.seconds`."""
 
 TOTAL = 18.0
-"""The time of a check from the start of its process, in the same unit: 90 s of the promised two minutes if
-`check.seconds` is 5. The rest of them is for the launcher and the end."""
+"""The time of a check from the start of its process, in units of `check.seconds`. With the default of 5 s this is 90 s;
+the launcher and the end of the processes take the rest of the promised two minutes."""
 
 MIN_PART = 0.2
-"""The time that a part gets however late it starts, in the same unit."""
+"""The minimum time of a part, even if it starts late, in units of `check.seconds`."""
 
 
 class Budget:
-    """Divides the time of a check, from `started` (`time.monotonic`; default: the start of this process), among parts.
+    """Divide the time of a check among its parts.
 
-    A part reads the clock between its steps and measures less when its time is up, so it overruns by one step at most.
+    `started`: the start of the check on `time.monotonic`; by default, the start of this process. A part reads the clock
+    between its steps and measures less when its time is up, so it overruns by one step at most.
     """
 
     def __init__(self, seconds: float, started: float | None = None) -> None:
@@ -86,7 +87,7 @@ class Budget:
 def _process_start() -> float:
     now = time.monotonic()
     try:
-        # Field 22 of proc_pid_stat(5): clock ticks since the system's start, as is uptime.
+        # Field 22 of proc_pid_stat(5), in clock ticks since boot. /proc/uptime has seconds since boot.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
     except (OSError, ValueError, IndexError):
@@ -95,7 +96,7 @@ def _process_start() -> float:
 
 
 def check(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Return the ``lines`` to print, the ``problems`` (texts; none: ready) and all ``findings``, on every rank.
+    """Return the ``lines`` to print, the ``problems`` as text (empty if ready) and all ``findings``, on every rank.
 
     Collective. Raises `ConfigError` if a rank has no device.
     """
@@ -111,7 +112,7 @@ def check(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 class _Check:
-    """The measurements of one rank, and the errors on the way."""
+    """The measurements of one rank, and the errors that they raised."""
 
     def __init__(self, config: Config, group: Group, device: torch.device) -> None:
         self.config, self.group, self.device = config, group, device
@@ -159,7 +160,7 @@ class _Check:
         return Findings(gathered, clocks, exchange, group.broadcast_from_rank0(demands)), self.notes
 
     def _try(self, measure: Callable[[], _T]) -> _T | None:
-        """Return the measurement; if it fails, add the reason to the errors that would end a run."""
+        """Return the measurement. If it fails, record the error, which would end a run, and return None."""
         try:
             return measure()
         except (ConfigError, DataError) as error:
@@ -214,11 +215,11 @@ class _Check:
         return folder
 
     def _note_time_up(self, measured: str) -> None:
-        """Note what was measured in place of the whole."""
+        """Note that a measurement ran out of time, and what it `measured`."""
         self.notes.append(f"{'time was up':<15}{measured}")
 
     def _find_unshared(self) -> str | None:
-        """Return the run directory if this machine does not see what rank 0 writes there. Collective."""
+        """Return the run directory if this machine does not see a file that rank 0 writes there. Collective."""
         folder = nearest_existing(run_directory(self.config))
         with ExitStack() as stack:
             marker = None

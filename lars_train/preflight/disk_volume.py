@@ -18,14 +18,14 @@ from lars_train.monitoring.log import RATIOS_FILE
 from lars_train.plan import Plan
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-# torch.save: a tensor's record (header, padding, directory entry, pickle); config and plan; per class name.
+# torch.save: bytes per tensor (header, padding, directory entry, pickle); of config and plan; per class name.
 _TENSOR_BYTES, _SETTINGS_BYTES, _CLASS_BYTES = 300, 8_000, 7
 # JSON: punctuation around a name; the digits of a float; a trust ratio of four digits; a line without values.
 _NAME_BYTES, _FLOAT_BYTES, _RATIO_BYTES, _LINE_BYTES = 6, 16, 9, 36
 _WHOLE = {"train/bad_images", "train/checkpoint_failures", "noise/critical_batch", "val/count", "val/bad_images"}
 # TensorBoard: an event without values; a scalar without its tag; a histogram without tag and bins; the layout.
 _EVENT_BYTES, _SCALAR_BYTES, _HISTOGRAM_BYTES, _PAGE_BYTES = 31, 9, 60, 1_500
-# 32 training images, once. As PNG, photographs take two thirds of their bytes, drawings a third: assume half.
+# 32 training images, once. PNG compresses photographs to two thirds, drawings to a third: assume half.
 _SAMPLE_IMAGES = 32 * 3 / 2
 # A histogram has a bin of two float64 for each factor of 1.1 between the smallest and the largest layer. `_DECADES`
 # has the factors of ten between the two, by quantity.
@@ -41,7 +41,7 @@ def volume(
 ) -> dict[str, Any]:
     """Return the bytes of a run by purpose, as plain values.
 
-    At the end there are `keep` checkpoints and the best one, which takes no extra space if it is one of them.
+    At the end, the run keeps `keep` checkpoints and the best one, which takes no extra space if it is one of them.
 
     `slots`: the size of the optimizer's state in multiples of the weights. `several`: an update has more than one
     micro-batch, so that the gradient noise is logged.
@@ -116,13 +116,13 @@ def evaluations(config: Config, plan: Plan) -> int:
 
 
 def checkpoints(config: Config, plan: Plan) -> int:
-    """Return the number of checkpoints of the whole run, without those by the clock (`plan.checkpoint_is_due`)."""
+    """Return the number of checkpoints of the whole run, without those by a timer (`plan.checkpoint_is_due`)."""
     every = config.checkpoint.every_updates or plan.updates_per_epoch
     return _due(plan, every, plan.updates_per_epoch * config.evaluate.every_epochs)
 
 
 def _due(plan: Plan, one: int, other: int) -> int:
-    """Count the updates that are the last or a multiple of either step, in closed form: a run may have millions."""
+    """Count the updates that are the last, or a multiple of `one` or `other`. Closed form: a run may have millions."""
     last = plan.stop
     multiples = last // one + last // other - last // math.lcm(one, other)
     return multiples + (last % one != 0 and last % other != 0)

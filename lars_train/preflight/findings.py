@@ -39,7 +39,7 @@ class Device:
     """``cpu`` or ``cuda``."""
     name: str
     identity: str = ""
-    """The same for two ranks that share a device; empty where ranks may share one."""
+    """Equal for two ranks on the same device; empty for CPUs, which ranks may share."""
     memory: int = 0
     memory_taken: int = 0
     """Bytes in use before this program allocated any."""
@@ -49,7 +49,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Step:
-    """A short training of the configured model on made-up images that are already on the device."""
+    """A short training run of the configured model on random images that are already on the device."""
 
     samples: int
     images_per_s: float
@@ -110,7 +110,7 @@ class OutputFolder:
     """The config key that sets it."""
     path: str
     filesystem: str
-    """The same for two folders that share free space."""
+    """Equal for two folders that share free space."""
     free: int
     needed: int
     """Bytes that a run may still add."""
@@ -130,15 +130,17 @@ class Exchange:
     """Bytes of the all-reduce that was measured; if fewer than `bytes`, `seconds` is scaled up in proportion."""
 
     def bus_bandwidth(self, world: int) -> float:
-        """Return bytes per second over each link, 2 (n - 1) / n times the tensor's (as nccl-tests counts,
-        https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
+        """Return the bus bandwidth in bytes per second, as defined by nccl-tests.
+
+        It is 2 (n - 1) / n times the bytes of the tensor per second, see
+        https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
         """
         return 2 * (world - 1) / world * self.bytes / self.seconds
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds that a rank's clock is ahead of rank 0's, and the largest `error` of that measurement."""
+    """Seconds that a rank's clock is ahead of rank 0's, and the maximum `error` of this value."""
 
     ahead: float
     error: float
@@ -146,7 +148,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Rank:
-    """Everything that one rank found. None: not measured, because it does not apply or an earlier step failed."""
+    """The findings of one rank. A field is None if it does not apply, or if an earlier measurement failed."""
 
     rank: int
     local_rank: int
@@ -183,7 +185,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Demands:
-    """A run's needs, all ranks together."""
+    """The needs of a run, over all ranks."""
 
     global_batch: int
     updates_between_checkpoints: int
@@ -202,7 +204,7 @@ class Findings:
 
     @property
     def device_images_per_s(self) -> float | None:
-        """Images per second that all devices together train on when they wait for nothing but each other."""
+        """Images per second that all devices together train on, if they wait only for each other."""
         steps = [rank.step for rank in self.ranks]
         known = [step.images_per_s for step in steps if step is not None]
         # All ranks wait for the slowest in each update.
@@ -349,4 +351,4 @@ def _describe_network(findings: Findings) -> Iterator[str]:
         f"one number in {1e3 * exchange.latency:.2g} ms{part}",
     )
     furthest = max(findings.clocks, key=lambda clock: abs(clock.ahead))
-    yield _line("clocks", f"within {abs(furthest.ahead):.2g} s, give or take {furthest.error:.2g} s")
+    yield _line("clocks", f"within {abs(furthest.ahead):.2g} s (± {furthest.error:.2g} s)")

@@ -27,19 +27,20 @@ from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import MOST_SAMPLES, cuda_devices, kept_tensors
 from lars_train.training.metrics import flops_per_image
 
-MOST_DEVICES = 4096
+MAX_DEVICES = 4096
 _CITED_MODEL, _CITED_SIZE, _CITED_CLASSES = "resnet50", 224, 1000
 # A training step takes as long as three forward passes (training/metrics.py).
 _FORWARDS_PER_STEP = 3
-# Upper bound on the memory of a process that trains on a CPU: bytes of Python, torch and the libraries, and multiples
-# of weights, activations and the largest activation, which cover what the allocator does not count (workspaces,
-# gradients of activations, kept memory, checkpoints). Fitted to measured runs, some percent above each: docs/plan.md.
+# Upper bound on the memory of a process that trains on a CPU. Python, torch and the libraries take a constant.
+# Multiples of weights, activations and the largest activation cover what the allocator does not count: workspaces,
+# gradients of activations, retained memory, checkpoints. Fitted to measured runs, a few percent above each
+# (docs/plan.md).
 _PROCESS_BYTES = 640 << 20
 _WEIGHTS_FACTOR, _ACTIVATIONS_FACTOR, _LARGEST_FACTOR = 2.0, 1.7, 4.5
 
 
 def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int) -> dict[str, Any]:
-    """Return memory, disk, and hours if ``plan.device`` or ``plan.images_per_second`` gives a rate, as plain values.
+    """Return memory, disk and hours as plain values; hours only if the config gives a rate (``plan.*``).
 
     Sizes are in bytes, times in seconds unless a key says hours. Raises `ConfigError` for a device without a cited
     figure in this precision.
@@ -107,7 +108,7 @@ class _Hours:
 
     def scaling(self, world: int) -> Iterator[dict[str, Any]]:
         """Yield `at` for 1, 2, 4, ... devices and for `world`, up to one ghost batch per device."""
-        most = min(MOST_DEVICES, self.plan.ghosts)
+        most = min(MAX_DEVICES, self.plan.ghosts)
         for devices in sorted({world, most, *(2**k for k in range(most.bit_length()))}):
             yield self.at(devices)
 
@@ -128,7 +129,7 @@ def _rows(
     world: int,
     val_count: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the forecast of each row of the recipe on `world` devices, or one per ghost batch if those are fewer."""
+    """Yield the forecast of each row of the recipe on `world` devices, or on one per ghost batch if that is fewer."""
     for name in config.recipe.rows:
         try:
             row_config = with_row(config, name)
@@ -151,7 +152,7 @@ def _rows(
 
 
 def _optimizer_slots(config: Config) -> int:
-    """Return the size of the optimizer's state in multiples of the weights, by one step on a small layer."""
+    """Return the size of the optimizer's state in multiples of the weights, measured by one step on a small layer."""
     layer = nn.Linear(8, 8, bias=False)
     optimizer = build_optimizer(config.optimizer, layer)
     layer.weight.grad = torch.ones_like(layer.weight)
@@ -161,11 +162,11 @@ def _optimizer_slots(config: Config) -> int:
 
 
 def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: int) -> Iterator[dict[str, int]]:
-    """Yield the bytes of a device at each micro-batch: a `fixed` part, and what the backward pass keeps.
+    """Yield the memory of a device for each micro-batch: a `fixed` part, and activations kept for the backward pass.
 
     On a CPU, add an upper bound on the bytes of the whole process.
     """
-    # Under autocast about half (training/device.py); in float64 twice as much.
+    # Activations take about half under autocast (training/device.py), and twice as much in float64.
     share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(_precision(config), 1.0)
     kept = _kept_tensors(network, plan.ghost_batch, config.data.image_size)
     per_ghost, largest = share * sum(kept), share * max(kept)
@@ -199,7 +200,7 @@ def _on_a_cpu(config: Config) -> bool:
 
 
 def _precision(config: Config) -> str:
-    """Return what a run would choose on ``plan.device``; without one, ``auto``, whose memory is computed as float32."""
+    """Return the precision of a run on ``plan.device``; without a device, ``auto``, forecast like float32."""
     if config.precision.name != AUTO or config.plan.device is None:
         return str(config.precision.name)
     known = CITED[config.plan.device].rates
@@ -223,7 +224,7 @@ def _machine(config: Config, network: nn.Module, ghost_batch: int) -> Machine | 
         if precision not in cited:
             raise ConfigError(
                 f"plan.device={settings.device}: there is no cited figure for precision={precision}; "
-                "give plan.images_per_second."
+                "set plan.images_per_second."
             )
         measured = flops_per_image(_network(_CITED_MODEL, _CITED_CLASSES, ghost_batch), _CITED_SIZE)
         rate = cited[precision] * measured / flops_per_image(network, config.data.image_size)
@@ -253,7 +254,7 @@ def _kept_tensors(network: nn.Module, ghost_batch: int, image_size: int) -> list
 
 
 def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines that print the result of `forecast`."""
+    """Yield lines that describe the result of `forecast`."""
     disk = found["disk"]
     least, most = disk["checkpoints_kept_bytes"]
     log = sum(disk["log_bytes"].values())

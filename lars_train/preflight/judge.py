@@ -1,4 +1,4 @@
-"""Judge findings: what would end a run, and what would hold its devices up. Pure functions."""
+"""Find the problems in findings: errors that would end a run, and bottlenecks for its devices. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ IMAGENET = (IMAGENET_TRAIN_IMAGES, 50_000, 1_000)
 """Training and validation images, and classes (ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/)."""
 
 MIN_OPEN_FILES, FILES_PER_WORKER, FILES_PER_RANK = 1024, 8, 4
-"""Open files that a process may need: at least, for each of its workers (images, shards, pipes), and for each rank of
-the job (sockets)."""
+"""Open files that a process may need: the minimum, per worker (images, shards, pipes), and per rank of the job
+(sockets)."""
 
 MIN_SHARED_MEMORY = 1 << 30
 """Bytes of ``/dev/shm`` that NCCL needs
@@ -38,7 +38,7 @@ LOADER_SHARE = 0.9
 """The share of the images/s the devices consume that the loader must deliver."""
 
 LOADER_SHARE_WITHOUT_WORKERS = 0.25
-"""The same without workers, where the training process also reads: below this, reading takes most of the time."""
+"""The same without workers, when the training process also loads. Below this, loading takes most of its time."""
 
 MIN_CHECKPOINT_S = 5.0
 """A checkpoint that takes fewer seconds than this is never too slow, however often a small run writes one."""
@@ -61,7 +61,7 @@ class Problem:
 
 
 def judge(findings: Findings) -> list[Problem]:
-    """Return all problems, those that keep a run from starting first."""
+    """Return all problems. Those that prevent a start come first."""
     judges = (
         _errors,
         _imagenet_counts,
@@ -148,7 +148,7 @@ def _hosts(findings: Findings) -> Iterator[Problem]:
         if facts.open_files < files:
             root = "" if facts.max_open_files >= files else " (as root; for Docker --ulimit nofile=65536)"
             yield Problem(
-                f"a process may open {facts.open_files:,} files, and a rank may need {files:,}",
+                f"a process can open at most {facts.open_files:,} files, and a rank may need {files:,}",
                 host,
                 f"ulimit -n {files if root else max(files, 65536)} before the start{root}",
             )
@@ -185,13 +185,13 @@ def _devices(findings: Findings) -> Iterator[Problem]:
     for rank in findings.ranks:
         if rank.device.memory_taken > MAX_MEMORY_TAKEN:
             yield Problem(
-                f"{size(rank.device.memory_taken)} of {size(rank.device.memory)} device memory are in use already",
+                f"{size(rank.device.memory_taken)} of {size(rank.device.memory)} device memory are already in use",
                 rank.label,
                 "end the other program (nvidia-smi lists them)",
             )
         if rank.step is not None and not rank.step.finite:
             yield Problem(
-                "a training step on made-up images gave a loss that is not finite",
+                "a training step on random images gave a loss that is not finite",
                 rank.label,
                 "choose another precision; if it persists, have the device tested",
             )
@@ -236,14 +236,14 @@ def _datasets(findings: Findings) -> Iterator[Problem]:
     different = [host for host, fingerprint in prints.items() if fingerprint != first.counts.fingerprint]
     if different:
         yield Problem(
-            f"the data set differs from that on {first.host.name} (file names or labels)",
+            f"the data set differs from the one on {first.host.name} (file names or labels)",
             list_hosts(different),
             "copy the data set again",
         )
 
 
 def _clocks(findings: Findings) -> Iterator[Problem]:
-    """Find clocks that are certainly too far from rank 0's."""
+    """Find clocks that are too far from rank 0's, even if the measurement error is subtracted."""
     skews: dict[str, float] = {}
     for rank, clock in zip(findings.ranks, findings.clocks, strict=False):
         if abs(clock.ahead) - clock.error > MAX_CLOCK_SKEW_S:
@@ -258,7 +258,7 @@ def _clocks(findings: Findings) -> Iterator[Problem]:
 
 
 def _disk_space(findings: Findings) -> Iterator[Problem]:
-    """Find disks without room for what a run keeps on them."""
+    """Find disks with less free space than a run needs."""
     disks: dict[tuple[str, str], dict[str, tuple[str, int, int]]] = defaultdict(dict)
     for rank in findings.ranks:
         for folder in rank.folders:
@@ -317,7 +317,7 @@ def _network_speed(findings: Findings) -> Iterator[Problem]:
 
 
 def _checkpoint_speed(findings: Findings) -> Iterator[Problem]:
-    """Find a disk on which a checkpoint takes longer to write than the run takes to the next one."""
+    """Find a disk that takes longer to write a checkpoint than the interval between checkpoints."""
     step, demands, consumed = findings.ranks[0].step, findings.demands, findings.device_images_per_s
     if step is None or demands is None or not consumed:
         return

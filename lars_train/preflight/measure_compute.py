@@ -1,6 +1,6 @@
-"""Measure what a rank computes with: its machine's limits, its device, and the network between the ranks.
+"""Measure the limits of a rank's machine, its device, and the network between the ranks.
 
-Nothing is judged here.
+judge.py judges the results.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from lars_train.training.run_directory import git_state, versions
 from lars_train.training.trainer import Trainer
 
 _SHARED_MEMORY = Path("/dev/shm")
-# So small that the weights stay as initialized for any number of updates.
+# So small that no number of updates changes the initial weights.
 _LR = 1e-9
-# Updates before the clock runs: cuDNN chooses its kernels, torch.compile compiles.
+# Updates before timing starts, in which cuDNN chooses its kernels and torch.compile compiles.
 _WARM_UP = {"cpu": 1, "cuda": 5}
 # Images of a CPU's first update: batch norm needs two.
 _FIRST_SAMPLES = 2
@@ -48,7 +48,7 @@ _CLOCK_READINGS = 9
 _LATENCY_ROUNDS = 20
 # Bytes of the first all-reduce: enough to measure the bandwidth, and quick on any network.
 _PROBE_BYTES = 1 << 20
-# All-reduces of the measured size: two to warm up, one to choose the number of the rest, and at least two that count.
+# All-reduces of the measured size: two to warm up, one to choose the number of the rest, and at least two timed.
 _MIN_ROUNDS = 5
 
 
@@ -109,7 +109,7 @@ def _cpu_name() -> str:
 
 
 def collect_versions(config: Config, device: torch.device) -> dict[str, str]:
-    """Return what must be the same on every rank: versions, the commit, the decoder in C, and the config's hash."""
+    """Return the values that must be equal on all ranks: versions, commit, C decoder, and the config's hash."""
     git = git_state(Path(__file__).resolve().parent)
     found = {
         **versions(),
@@ -126,10 +126,11 @@ def collect_versions(config: Config, device: torch.device) -> dict[str, str]:
 def measure_step(
     config: Config, plan: Plan, resolved: Resolved, classes: int, device: torch.device, seconds: float, limit: float
 ) -> Step:
-    """Train this rank alone for about `seconds`, one micro-batch per update: forward, backward, optimizer.
+    """Measure training on this rank alone for about `seconds`: forward, backward, optimizer.
 
-    On a CPU the number of images grows from two, up to a micro-batch, as long as everything ends within `limit`
-    seconds. On a CPU too slow for more than two, the first update is the measurement.
+    On a GPU, an update has one micro-batch. On a CPU, it has two images at first, and then more, up to a micro-batch,
+    while the total time stays within `limit` seconds. On a CPU too slow for more than two, the first update is the
+    measurement.
     """
     end = time.perf_counter() + limit
     torch.manual_seed(config.seed)
@@ -143,7 +144,7 @@ def measure_step(
     samples, rate = 0, math.inf
     while sizes:
         samples = sizes[0] if samples == 0 else sizes[-1]
-        batches = _made_up_batches(samples, config.data.image_size, classes, device)
+        batches = _random_batches(samples, config.data.image_size, classes, device)
         trainer.plan = dataclasses.replace(plan, global_batch=samples)
         warm_up = samples > sizes[0] or len(sizes) == 1
         rate = _images_per_s(trainer, batches, samples, seconds, end, warm_up=warm_up)
@@ -163,7 +164,7 @@ def _update_sizes(ghost_batch: int, micro_batch: int) -> list[int]:
     return sorted({*parts, ghost_batch, micro_batch})
 
 
-def _made_up_batches(samples: int, size: int, classes: int, device: torch.device) -> Iterator[Batch]:
+def _random_batches(samples: int, size: int, classes: int, device: torch.device) -> Iterator[Batch]:
     images = torch.randint(256, (samples, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     labels = torch.randint(classes, (samples,))
     return itertools.repeat(Batch(images.to(device), labels.to(device), ()))
@@ -203,7 +204,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def measure_exchange(group: Group, device: torch.device, count: int, seconds: float, limit: float) -> Exchange | None:
-    """All-reduce `count` bytes in one piece for about `seconds`. Return None for a single rank. Collective.
+    """Time all-reduces of `count` bytes for about `seconds`. Return None for a single rank. Collective.
 
     If that would take longer than `limit` seconds, send fewer bytes and scale the time up in proportion.
     """
@@ -237,8 +238,8 @@ def _time_all_reduces(group: Group, values: torch.Tensor, rounds: int) -> float:
 def measure_clocks(group: Group) -> tuple[Clock, ...]:
     """Return each rank's clock against rank 0's: the median of readings that all ranks take together. Collective.
 
-    The ranks synchronize before each reading; how long that takes bounds how far apart the readings are, and is the
-    `error`.
+    The ranks synchronize before each reading. The time that this takes is an upper bound on the distance between the
+    readings, and becomes the `error`.
     """
     readings: list[list[tuple[float, float]]] = []
     for _ in range(_CLOCK_READINGS):
@@ -251,7 +252,7 @@ def measure_clocks(group: Group) -> tuple[Clock, ...]:
 
 
 def clock_offsets(readings: list[list[tuple[float, float]]]) -> tuple[Clock, ...]:
-    """Return each rank's clock. A reading has, for each rank, its clock and the seconds of its synchronization."""
+    """Return each rank's clock. A reading has each rank's time, and the seconds that its synchronization took."""
     clocks = []
     for rank in range(len(readings[0])):
         ahead = median(reading[rank][0] - reading[0][0] for reading in readings)

@@ -1,6 +1,6 @@
-"""Measure what a rank reads and writes: images through the loader, a sample of them, and bytes to the run's folders.
+"""Measure a rank's input and output: the loader, a sample of images, and writes to the run's folders.
 
-Nothing is judged here.
+judge.py judges the results.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from lars_train.preflight.findings import Counts, Input, OutputFolder, TrialRead
 from lars_train.training.resolve import Resolved
 
 MAX_WRITTEN = 10**9
-"""Bytes of a checkpoint that are written at most to measure a disk."""
+"""Maximum number of bytes written to measure a disk."""
 _CHUNK = 1 << 24
-# Of the time for the disk: a sync that takes less was quick.
+# A sync is quick if it takes less than this share of the time for the disk.
 _QUICK_SYNC = 0.1
 _PREFIX = ".lars-train-check-"
 _IMAGES_AT_ONCE = 32
@@ -81,7 +81,7 @@ def measure_loader(
         decoder=resolved.decoder,
     )
     with closing(train_loader(replace(spec, on_error="skip"), 0, plan.updates)) as stream:
-        # Batches that were loaded before the clock started say nothing about the speed.
+        # Discard the batches that fill the buffers: they are loaded before timing starts.
         filled = time.perf_counter() + seconds
         for _ in range(slots - LENT if workers else 1):
             if next(stream, None) is None or time.perf_counter() > filled:
@@ -149,7 +149,7 @@ def read_sample(config: Config, dataset: Dataset, rank: int, count: int, seconds
 def _draw(source: Source, count: int, generator: np.random.Generator) -> list[int]:
     choices = np.arange(len(source))
     if isinstance(source, RemoteSource) and isinstance(source, Sharded):
-        # Fetch one shard, not one for each image.
+        # Draw all images from one shard, instead of fetching a shard per image.
         choices = np.flatnonzero(source.shard == source.shard[generator.integers(len(source))])
     samples: list[int] = generator.choice(choices, min(count, len(choices)), replace=False).tolist()
     return samples

@@ -1,7 +1,7 @@
 """Compute the updates, learning rates, checkpoints and evaluations of a whole run for ``mode=plan``, without training.
 
-The functions that a run calls (plan.py, optim/schedule.py, data/order.py) are called here for every update. No network
-is built, no image read, no run directory written.
+Calls the same functions as a run (plan.py, optim/schedule.py, data/order.py) for every update. Builds no network, reads
+no image, writes no run directory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[
     """Return the run of a resolved config on `world` ranks as plain values, for JSON.
 
     Updates are counted from 1, as in checkpoints and logs. ``lr_first`` and ``lr_last`` are the rates of an epoch's
-    first and last update. ``checkpoints`` leaves out those that a clock, a signal or a divergence causes. Raises
+    first and last update. ``checkpoints`` omits those due to a timer, a signal or a divergence. Raises
     `ConfigError` for more ranks than ghost batches, and for a micro-batch that is not made of whole ghost batches.
     """
     check_world(plan, world)
@@ -110,7 +110,7 @@ def _accumulation(config: Config, plan: Plan, world: int) -> int | None:
 
 
 def describe_rehearsal(rehearsed: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines that print the result of `rehearse`."""
+    """Yield lines that describe the result of `rehearse`."""
     few, many = rehearsed["ghost_batches_per_rank"]
     ghosts = counted(few, "ghost batch", "ghost batches") if few == many else f"{few} or {many} ghost batches"
     yield f"world size     {rehearsed['world']}, {ghosts}{' each' if rehearsed['world'] > 1 else ''} per update"
@@ -132,7 +132,7 @@ def describe_rehearsal(rehearsed: dict[str, Any]) -> Iterator[str]:
 def text_plot(points: Sequence[tuple[float, float]], ends: tuple[str, str]) -> Iterator[str]:
     """Yield the lines of a plot of `points` (x, y), sorted by x, with `ends` as the labels of the x axis.
 
-    The y axis begins at 0, or at the least y if that is negative. Each point is a star.
+    The y axis begins at 0, or at the minimum of y if that is negative. Each point is a star.
     """
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(0.0, *ys), max(ys)

@@ -1,4 +1,4 @@
-"""Compute the time of an update from the rates of its parts, and which part limits it.
+"""Compute the time of an update, and the part that limits it, from the rates of its parts.
 
 The parts: *compute* (images forward and backward on the device, and the overhead of an update), *input* (decoding on
 the device's share of cores, during compute; before it if there are no workers), *network* (the sum of the gradients
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 COMPUTE, INPUT, NETWORK = "compute", "input", "network"
 RING, TREE = "ring", "tree"
 CPU = "cpu"
-"""The cited device that is one core: one process with one thread."""
+"""The cited CPU device: one core, running one process with one thread."""
 # The backward pass is two thirds of a training step (training/metrics.py).
 BACKWARD = 2 / 3
 _MIXED = ("bf16", "fp16")
@@ -60,7 +60,7 @@ class Machine:
     """The speed of a device, its input and its network."""
 
     rate: float
-    """Images per second and device, forward and backward."""
+    """Images per second of one device, forward and backward."""
     input_rate: float | None
     """Images decoded per second for each device; None: input is not modeled."""
     latency: float
@@ -72,7 +72,7 @@ class Machine:
     algorithm: str = "auto"
     """``ring``, ``tree``, or ``auto``, the faster of the two."""
     overhead: float = 0.0
-    """Seconds of an update in addition to its images."""
+    """Seconds of an update besides computing its images."""
     reads: bool = False
     """The training process decodes the images itself, between its computations."""
 

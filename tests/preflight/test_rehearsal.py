@@ -32,7 +32,7 @@ def composed() -> DictConfig:
 
 
 def full(batch: str, **values: Any) -> Config:
-    """A row of the table on 1,281,167 made-up images of 224 pixels, with 50,000 validation images."""
+    """A row of the table on 1,281,167 synthetic images of 224 pixels, with 50,000 validation images."""
     raw = deepcopy(composed())
     raw.batch.name, raw.batch.nominal = batch, nominal_batch(batch)
     for key, value in values.items():
