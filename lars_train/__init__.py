@@ -1,7 +1,7 @@
 """lars-train: ResNet-50 on ImageNet with batches of 256 to 64K, at the accuracy of batch 256.
 
 The public API: the optimizer `LARS`, `split_parameters` for its parameter groups, and the `learning_rate` schedule.
-Each works without the rest. They are imported on first use, so that the command line prints ``--help`` without torch.
+Each can be used alone. They are imported on first use, so that the command line prints ``--help`` without torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The command line: compose the config with Hydra, run the command, and report errors.
 
-torch is not imported until a command needs it. Exit codes: 0; 1 for a failed run, or a check that found a problem; 2
-for bad input; 75 for a run that a signal ended with a checkpoint (128 plus its number for a second signal); 130 for an
-interrupt before or after training.
+torch is not imported until a command needs it.
+
+Exit codes: 0 for success; 1 for a failed run, or a check that found a problem; 2 for bad input; 75 for a run that a
+signal ended with a checkpoint (128 plus its number for a second signal); 130 for an interrupt before or after training.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     os.write(2, text.encode())
     for folder in _scratch:
         shutil.rmtree(folder, ignore_errors=True)
-    # Not by an exception, which could pass through an import.
+    # `sys.exit` would raise an exception, possibly in the middle of an import.
     os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
@@ -121,7 +122,7 @@ def main() -> None:
         sys.exit(0)
     sweeping = not SWEEP.isdisjoint(sys.argv[1:])
     submitted = _choose_sweep_folder() if sweeping else None
-    # Otherwise Hydra prints its errors itself and ends with code 1.
+    # Otherwise Hydra does not raise its errors, but prints them and exits with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs = _Jobs()
     name = NAME if saved else "config"
@@ -145,7 +146,7 @@ def main() -> None:
             with ignore_closed_output():
                 print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
             sys.exit(FAILED)
-        # `_run_job` handles the errors of jobs. Those of Hydra about the command line have several classes.
+        # `_run_job` handles the errors of jobs. Hydra's errors about the command line have no common class.
         complain(explain(error, sys.argv[1:]))
         sys.exit(FAILED if submitted is not None and any(submitted.iterdir()) else BAD_INPUT)
     if submitted is not None:
@@ -174,7 +175,7 @@ def _choose_sweep_folder() -> Path | None:
 
 
 def show_help(settings: list[str], name: str) -> None:
-    """Print ``hydra.help.template``, as Hydra's own ``--help`` does in half a second more."""
+    """Print ``hydra.help.template`` like Hydra's own ``--help``, but half a second faster."""
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose(name, settings, return_hydra_config=True)
     keys = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -182,12 +183,12 @@ def show_help(settings: list[str], name: str) -> None:
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
-    """Rewrite an error of Hydra or OmegaConf about the prepared `arguments` in a line, with the nearest name."""
+    """Return a one-line message for an error of Hydra or OmegaConf about `arguments`, with the closest valid name."""
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: Hydra cannot parse this. A setting is key=value; a value with = , or brackets needs "
-            """quotes inside the shell's: 'data.root="/a=b"'."""
+            """two pairs of quotes, the shell's and Hydra's: 'data.root="/a=b"'."""
         )
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:not in|is not in)", text)
     if unknown:
@@ -207,11 +208,11 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
     if several and several[1] in GROUPS:
         # Without the quotes that `prepare_arguments` put around the values.
         setting = f"{several[1]}={several[2].replace(chr(39), '')}"
-        return f"{setting}: several values are a sweep. For a run of each: -m {setting}"
+        return f"{setting}: several values are a sweep. To run each of them: -m {setting}"
     if "Ambiguous value for argument" in text:
         return (
-            f"{first_line(text)}: several values are a sweep: add -m. A text with a comma needs quotes inside the "
-            """shell's: 'data.root="/a,b"'."""
+            f"{first_line(text)}: several values are a sweep: add -m. A text with a comma needs two pairs of quotes, "
+            """the shell's and Hydra's: 'data.root="/a,b"'."""
         )
     if error.__cause__ is not None:
         text += f"\n{error.__cause__}"
@@ -231,8 +232,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
     """Return the unresolved config of the prepared `arguments` (in a sweep, of its first job) with batch `name`.
 
-    `name` is not a choice of Hydra's. Return None if the other arguments cannot be composed, or if their recipe has a
-    row of that name.
+    `name` is not one of Hydra's choices. Return None if the other arguments cannot be composed, or if their recipe
+    has a row of that name.
     """
     try:
         settings = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
@@ -287,7 +288,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
     except WorkerError as error:
         jobs.fail(label, BAD_INPUT if error.kind == "ConfigError" else FAILED, str(error))
     except Stopped as stopped:
-        # By SystemExit: after an Exception Hydra would start the next job of a sweep.
+        # Exit with SystemExit: after an Exception, Hydra would start the next job of a sweep.
         complain(str(stopped))
         scheduler = signal.getsignal(signal.SIGUSR2)
         if (
@@ -306,7 +307,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
             print(printable_lines(traceback.format_exc()), file=sys.stderr, flush=True)
         jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
     finally:
-        # A failed job has a row in the report. A refused one has none: its directory may hold another run.
+        # A failed job gets a row in the report. A job with bad input gets none: its directory may hold another run.
         refused = (label, BAD_INPUT) in [failure[:2] for failure in jobs.failures]
         if sweeping and not refused and config.mode == "train" and holds_run_of(run_directory(config), config):
             jobs.directories[run_directory(config)] = label

@@ -62,8 +62,8 @@ def _print_notes(notes: Iterable[str]) -> None:
         (complain if note.startswith("WARNING") else say)(note)
 
 
-def _adopt(config: Config) -> Ranks | None:
-    """Return the ranks of a launcher, checked against the config; None without a launcher."""
+def _launcher_ranks(config: Config) -> Ranks | None:
+    """Return the ranks that a launcher started, checked against the config; None without a launcher."""
     ranks = adopt()
     check_nodes(config, ranks)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -76,7 +76,7 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
         # `resume=never` applies to the first start only: a restart must keep the directory it created.
         config = dataclasses.replace(config, resume=AUTO)
     prepared = prepare(config)
-    ranks = _adopt(config)
+    ranks = _launcher_ranks(config)
     count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
     check_world(prepared.plan, ranks.world if ranks else count)
     if cuda_devices(config) == 0:
@@ -144,7 +144,7 @@ def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
         return {}
     path, detail = export(config)
     say(f"written: {path}{f' ({detail})' if detail else ''}")
-    say(f"         {path.with_name(CARD)} describes it and how to use it")
+    say(f"         {path.with_name(CARD)} describes the file and how to use it")
     return {"path": str(path)}
 
 
@@ -216,21 +216,21 @@ def _planned_world(config: Config, plan: Plan) -> int:
 
 
 def _without_files(config: Config) -> Config:
-    """Replace ImageNet without a ``data.root`` with as many made-up images."""
+    """Replace ImageNet without a ``data.root`` with a synthetic data set of the same size."""
     data = config.data
     if (data.name, data.root, data.holdout, data.val_labels) != ("imagenet", None, None, None) or data.order == SHARDS:
         return config
     made_up = dataclasses.replace(
         data, name="synthetic", train_count=IMAGENET_TRAIN_IMAGES, val_count=50_000, num_classes=1_000
     )
-    # The class names in a file of weights would not match those of made-up images.
+    # The class names in a file of weights would not match those of synthetic images.
     model = dataclasses.replace(config.model, weights=None, new_head=False)
     return dataclasses.replace(config, data=made_up, model=model)
 
 
 def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Measure on every rank and print the findings. Rank 0 raises `NotReady` for all."""
-    ranks = _adopt(config)
+    ranks = _launcher_ranks(config)
     # `check` itself lists everything else that is wrong with the config.
     count = 1 if ranks else processes(config, cuda_devices(config), ghosts=cuda_devices(config))
     found: dict[str, Any]

@@ -27,7 +27,7 @@ class DataError(_OneLine, RuntimeError):
 
 
 class NotReady(RuntimeError):
-    """``mode=check`` found problems. The message has their number."""
+    """``mode=check`` found problems. The message states how many."""
 
 
 class Diverged(RuntimeError):

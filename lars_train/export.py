@@ -56,7 +56,7 @@ _CHECKED = 2  # images for the comparison
 
 
 def export(config: Config) -> tuple[Path, str]:
-    """Write the checkpoint's weights in float32, and ``MODEL.md`` beside them. Return the file and a line about it.
+    """Write the checkpoint's weights in float32, and ``MODEL.md`` beside them. Return the file and a line for the user.
 
     ``export.path`` is a ``.pth``, ``.pt``, ``.safetensors`` or ``.onnx`` file; by default a ``.pth`` beside the
     checkpoint. Raises `ConfigError`, and `DataError` for a graph whose results differ from the network's.
@@ -64,7 +64,7 @@ def export(config: Config) -> tuple[Path, str]:
     assert config.checkpoint.path is not None
     source, content = checkpoint.find(config.checkpoint.path)
     name = str(checkpoint.value(content, "config", "model", "name"))
-    # First of all, because the file's name contains the model's.
+    # Build the network first, which checks the model's name: the file's name contains it.
     network = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False)
     load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
     if source.name.startswith(checkpoint.SET_ASIDE):
@@ -138,7 +138,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_torch(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
-    """Write the state dict in float32. Return a line for the user (empty)."""
+    """Write the state dict in float32. Return an empty string: the user needs no further line."""
     state: Any = _state(network)
     state._metadata[KEY] = json.dumps(about)
     torch.save(state, path)
@@ -146,8 +146,8 @@ def write_torch(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
 
 
 def write_safetensors(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
-    """Write the tensors of the state dict in float32. Return a line for the user (empty). Raises `ConfigError`."""
-    _need("safetensors", ".safetensors")
+    """Write the tensors of the state dict in float32. Return an empty string. Raises `ConfigError`."""
+    _require("safetensors", ".safetensors")
     module = importlib.import_module("safetensors.torch")
     module.save_file(dict(_state(network)), path, metadata={"format": "pt", KEY: json.dumps(about)})
     return ""
@@ -158,8 +158,8 @@ def write_onnx(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
 
     Raises `ConfigError` if a package is missing, and `DataError` if onnxruntime's logits differ from the network's.
     """
-    _need("onnx", ".onnx")
-    _need("onnxscript", ".onnx")
+    _require("onnx", ".onnx")
+    _require("onnxscript", ".onnx")
     network = network.float().eval()
     size = int(about["image_size"])
     images = torch.randn(_CHECKED, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -216,7 +216,7 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _need(name: str, suffix: str) -> ModuleType:
+def _require(name: str, suffix: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -226,7 +226,7 @@ def _need(name: str, suffix: str) -> ModuleType:
 def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
     """Return the model card, in Markdown, of the file named `file`. `about`: see `origin`.
 
-    `torchvision`: torchvision has this network.
+    `torchvision`: True if torchvision has this network.
     """
     optimizer = about["optimizer"]
     what = f"LARS over {optimizer['base']}" if optimizer["name"] == "lars" else str(optimizer["base"])
@@ -279,7 +279,7 @@ def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
 
 
 def merge_cards(card: str, other: str, files: Collection[str]) -> str:
-    """Return `card`, followed by the cards in `other` of different files, as far as these are among `files`."""
+    """Return `card`, followed by the cards in `other` that describe other files, if these are among `files`."""
     parts = {}
     for part in other.split(MARK)[1:]:
         if (of := re.search("^# (.+)$", part, re.MULTILINE)) and f"# {of[1]}\n" not in card and of[1] in files:

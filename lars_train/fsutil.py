@@ -58,7 +58,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
 def read_at(handle: int, count: int, offset: int) -> bytes:
     """Read `count` bytes at `offset` of an open file, or fewer where the file ends.
 
-    `os.pread` may return fewer bytes at any place.
+    A single `os.pread` may return fewer bytes anywhere in the file.
     """
     data = os.pread(handle, count, offset)
     while len(data) < count:
@@ -70,7 +70,7 @@ def read_at(handle: int, count: int, offset: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in `folder` to disk."""
+    """Sync the directory entries of `folder` to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with name_in_errors(folder):

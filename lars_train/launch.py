@@ -91,8 +91,8 @@ def step_port(step: str) -> int:
     """Return the port at which the ranks of `step` (``JOB.STEP``) meet: a hash, the same on every rank.
 
     The range 20000 to 32767 lies below the ports that Linux assigns (``net.ipv4.ip_local_port_range`` in
-    https://docs.kernel.org/networking/ip-sysctl.html). By the hash, steps on one host rarely share a port, even those
-    of consecutive jobs.
+    https://docs.kernel.org/networking/ip-sysctl.html). Because of the hash, steps on one host rarely share a port, even
+    those of consecutive jobs.
     """
     digest = hashlib.sha256(step.encode()).digest()
     return _FIRST_PORT + int.from_bytes(digest[:8], "big") % (_END_OF_PORTS - _FIRST_PORT)
@@ -148,11 +148,15 @@ def processes(config: Config, devices: int, ghosts: int) -> int:
 
 
 def check_nodes(config: Config, ranks: Ranks | None) -> None:
-    """Raise `ConfigError` if ``launch.nodes`` is set to another number of machines than the job runs on."""
+    """Raise `ConfigError` if ``launch.nodes`` is set and differs from the number of machines of the job."""
     expected = config.launch.nodes
     found = 1 if ranks is None else -(-ranks.world // ranks.local_world)
     if expected is not None and expected != found:
-        fix = "Start it on each with torchrun or srun (docs/clusters.md)" if ranks is None else "Fix the launcher's"
+        fix = (
+            "Start it on each with torchrun or srun (docs/clusters.md)"
+            if ranks is None
+            else "Fix the launcher's number of machines"
+        )
         raise ConfigError(
             f"launch.nodes={expected}: this job runs on {counted(found, 'machine')}. {fix}, or remove the key."
         )
@@ -166,7 +170,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Ranks:
     except (KeyError, ValueError) as error:
         raise ConfigError(f"the launcher's environment is incomplete: {error}. Start with torchrun.") from None
     if not 0 <= rank < world or not 0 <= local_rank < max(local_world, local_rank + 1):
-        raise ConfigError(f"RANK={rank} and WORLD_SIZE={world} do not fit together. Start with torchrun.")
+        raise ConfigError(f"RANK={rank} and WORLD_SIZE={world} are inconsistent. Start with torchrun.")
     if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise ConfigError("RANK and WORLD_SIZE are set, MASTER_ADDR or MASTER_PORT is not. Start with torchrun.")
     return Ranks(rank, world, local_rank, max(local_world, local_rank + 1))
@@ -224,14 +228,14 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     torch_processes: Any = import_module("torch.multiprocessing")
-    # Drop its warnings that it ends the other processes when one has failed.
+    # Silence its warnings that it ends the other processes after one has failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     # Python's resource tracker removes the semaphores of ended processes. Its warning would follow the error message.
     filters = os.environ.get("PYTHONWARNINGS", "")
     if _QUIET_TRACKER not in filters:
         os.environ["PYTHONWARNINGS"] = f"{filters},{_QUIET_TRACKER}".lstrip(",")
     start_resource_tracker()
-    # The ranks meet at this store and put their result or error there, which outlives them.
+    # The ranks meet at this store, and leave their result or error in it, because it outlives them.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with _forward_signals() as (ranks, forwarded):
         # SIGINT stays blocked until a rank can handle it: during imports it would print a traceback.
@@ -341,8 +345,9 @@ def _failure(
     killed: list[tuple[int, int]],
     forwarded: list[int],
 ) -> Exception:
-    """Return the exception to raise. `error`: torch's, about one process. `killed`: index and signal of each rank that
-    a signal ended.
+    """Return the exception to raise.
+
+    `error`: torch's exception about one process. `killed`: index and signal of each rank that a signal ended.
     """
     for rank, message, _ in reported:
         kind, _, text = message.partition(": ")

@@ -1,6 +1,6 @@
 """Print messages from rank 0, escape text from files for terminals, and format numbers for people.
 
-No text triggers actions of a terminal. A closed output (``| head``, a closed terminal) never ends a run.
+Printed text cannot trigger terminal actions. A closed output (``| head``, a closed terminal) never ends a run.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Plan:
 def scaled_batch(nominal: int, samples: int, ghost_batch: int) -> tuple[int, bool]:
     """Scale `nominal` so that `samples` images give as many updates per epoch as ImageNet gives with `nominal`.
 
-    Returns the global batch, and whether it was raised to the minimum for batch norm.
+    Returns the global batch, and True if it was raised to the minimum for batch norm.
     """
     exact = nominal * samples / IMAGENET_TRAIN_IMAGES
     size = round(exact) if exact <= ghost_batch else ghost_batch * max(1, round(exact / ghost_batch))
@@ -161,14 +161,14 @@ def evaluation_is_due(config: Config, plan: Plan, update: int) -> bool:
 
 
 def checkpoint_is_due(config: Config, plan: Plan, update: int) -> bool:
-    """Return True if update `update` (from 1) always gets a checkpoint; evaluations and the clock add others."""
+    """Return True if update `update` (from 1) always gets a checkpoint. Evaluations and a timer add others."""
     return update == plan.stop or update % (config.checkpoint.every_updates or plan.updates_per_epoch) == 0
 
 
 def check_world(plan: Plan, world: int) -> None:
     """Raise `ConfigError` when there are more ranks than ghost batches."""
     if plan.ghosts < world:
-        # A small global batch may cut a single ghost batch below the configured size.
+        # With a small global batch, the only ghost batch may be smaller than configured.
         least = f"{world * plan.ghost_batch}" if plan.ghosts > 1 else f"{world} times model.ghost_batch"
         ghosts = counted(plan.ghosts, "ghost batch", "ghost batches")
         raise ConfigError(

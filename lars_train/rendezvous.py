@@ -28,7 +28,7 @@ from lars_train.launch import Ranks
 _BACKLOG = 4096
 # Between two attempts to reach rank 0.
 _PAUSE_S = 0.2
-# A wrong answer, or none, for this long means that another program listens.
+# If rank 0 has sent no valid answer for this long, another program is listening.
 _WRONG_S = 10.0
 
 
@@ -124,7 +124,7 @@ def _find_store_port(address: str, port: int, job: str, limit: timedelta) -> int
         time.sleep(_PAUSE_S)
     if wrong_since is not None:
         raise ConfigError(
-            f"MASTER_PORT={port}: another program than rank 0 of this job answers at this port of {address}. "
+            f"MASTER_PORT={port}: a program other than rank 0 of this job answers at this port of {address}. "
             "Set MASTER_PORT to a free port, the same for all ranks, and check MASTER_ADDR."
         )
     raise RuntimeError(
@@ -144,8 +144,8 @@ def choose_interface(store: Store, ranks: Ranks) -> None:
     """Set gloo's network interface in the environment of this rank. Collective for a job on several hosts.
 
     A rank uses the interface that leads to the host of MASTER_ADDR. Ranks on that host, which reach it without a
-    network, use the interface whose address the other hosts reach. If none is found (all hosts are one, or the address
-    has no IPv4), gloo chooses.
+    network, use the interface whose address the other hosts reach. If no interface is found (all ranks are on one host,
+    or the address has no IPv4), gloo chooses one.
     """
     if ranks.world == ranks.local_world or not sys.platform.startswith("linux"):
         return

@@ -62,7 +62,7 @@ def explanation_of(*arguments: str) -> str:
         ("model=small/x", ["model=small/x", "resnet50"]),
         ("optimizer=adam", ["optimizer=adam", "Choose from lars, recipe, sgd"]),
         ("precision=true", ["precision=true", "bf16"]),
-        ("batch=8k,32k", ["batch=8k,32k: several values are a sweep. For a run of each: -m batch=8k,32k"]),
+        ("batch=8k,32k", ["batch=8k,32k: several values are a sweep. To run each of them: -m batch=8k,32k"]),
         ("epochs=many", ["epochs=many: this value does not fit the key", "Integer"]),
         ("compile=auto", ["compile=auto: choose true or false."]),
         ("seed=1.5", ["seed=1.5", "Integer"]),
