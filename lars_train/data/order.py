@@ -4,8 +4,8 @@ Pure functions of (seed, epoch, update, sample id), in numpy alone. The results 
 nor on whether a run was resumed. The world size only decides which part of a batch a rank takes.
 
 All random bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), so each sample and each of the
-three domains below has blocks of its own. All functions use the raw bits, because numpy guarantees them across
+the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), so no block is used for two
+samples, or for two of the three domains below. All functions use the raw bits, because numpy guarantees them across
 versions, unlike the results of `Generator.permutation`
 (https://numpy.org/doc/stable/reference/random/compatibility.html).
 """
@@ -92,10 +92,10 @@ def _share(count: int, rank: int, world: int) -> tuple[int, int]:
     return rank * count // world, (rank + 1) * count // world
 
 
-def ghost_run(ghosts: int, rank: int, world: int) -> tuple[int, int]:
+def ghost_range(ghosts: int, rank: int, world: int) -> tuple[int, int]:
     """Return the ghost batches [start, stop) of an update that a rank takes.
 
-    The runs of successive ranks are adjacent, and their lengths differ by at most one. Some runs are empty if there are
+    The ranges of successive ranks are adjacent, and their lengths differ by at most one. Some are empty if there are
     fewer ghost batches than ranks. Raises ValueError for a rank outside the world.
     """
     return _share(ghosts, rank, world)
@@ -106,13 +106,13 @@ def micro_bounds(batch: int, ghost_batch: int, ghosts_per_micro: int, rank: int,
 
     They are the same for every update, so the length of the list is the rank's accumulation. The global batch of
     `batch` samples is cut into ghost batches of `ghost_batch` samples; the last takes the remainder, so a global batch
-    smaller than `ghost_batch` is a single ghost batch. A rank's run is cut into micro-batches of `ghosts_per_micro`
+    smaller than `ghost_batch` is a single ghost batch. A rank's range is cut into micro-batches of `ghosts_per_micro`
     ghost batches; the last may hold fewer. A rank without ghost batches gets an empty list. Raises ValueError for
     sizes below one and for a rank outside the world.
     """
     if min(batch, ghost_batch, ghosts_per_micro) < 1:
         raise ValueError(f"sizes below one: {batch=}, {ghost_batch=}, {ghosts_per_micro=}")
-    start, stop = ghost_run(-(-batch // ghost_batch), rank, world)
+    start, stop = ghost_range(-(-batch // ghost_batch), rank, world)
     return [
         (ghost * ghost_batch, min(min(ghost + ghosts_per_micro, stop) * ghost_batch, batch))
         for ghost in range(start, stop, ghosts_per_micro)
@@ -156,9 +156,9 @@ def checksum(samples: npt.NDArray[np.int64]) -> int:
     return int(((x ^ (x >> np.uint64(31))) >> np.uint64(32)).sum() % np.uint64(2**32))
 
 
-def eval_run(count: int, rank: int, world: int) -> tuple[int, int]:
+def eval_range(count: int, rank: int, world: int) -> tuple[int, int]:
     """Return the sample ids [start, stop) out of `count` that a rank evaluates.
 
-    Every sample belongs to exactly one rank; a run may be empty. Raises ValueError for a rank outside the world.
+    Every sample belongs to exactly one rank; a range may be empty. Raises ValueError for a rank outside the world.
     """
     return _share(count, rank, world)

@@ -81,7 +81,7 @@ def find_nested_splits(folders: Mapping[str, Set[str]], count: int) -> str:
     return min(both, default="")
 
 
-def refuse_case_twins(where: str, choice: Choice) -> None:
+def reject_case_duplicates(where: str, choice: Choice) -> None:
     """Raise `ConfigError` if another folder has the name of a chosen split, except for case."""
     for name in (choice.train, choice.val):
         for other in choice.unused:
@@ -117,7 +117,7 @@ def split_word(name: str) -> str:
     return next((split for split in (TRAIN, *VALIDATION) if split in words), "")
 
 
-def refuse_unread_splits(where: str, names: Iterable[str]) -> None:
+def reject_unread_splits(where: str, names: Iterable[str]) -> None:
     """Raise `ConfigError` if `names`, the files of no split, contain words for splits that are not supported names."""
     wrong = [name for name in names if has_split_word(name)]
     if wrong:

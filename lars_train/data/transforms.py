@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _TRIES = 10
 _X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # positions before these: (area, ratio) of each try
 UNIFORMS = 2 * _TRIES + 3
-"""How many uniform numbers `View.train` takes per sample."""
+"""Uniform random numbers that `View.train` takes per sample."""
 
 MIN_CROP = 0.08  # of the image's area
 _RATIO = (3 / 4, 4 / 3)  # width / height
@@ -83,9 +83,9 @@ class View:
             crop = (_pick(uniforms[_X], 2 * self.pad + 1), _pick(uniforms[_Y], 2 * self.pad + 1))
             return Geometry((left, top, left + short, top + short), (size, size), self.pad, crop, flipped)
         if self.augment == "scale_crop":
-            wide, high = _short_side_to(width, height, round(size / self.eval_crop))
-            crop = (_pick(uniforms[_X], wide - size + 1), _pick(uniforms[_Y], high - size + 1))
-            return Geometry((0, 0, width, height), (wide, high), 0, crop, flipped)
+            new_width, new_height = _short_side_to(width, height, round(size / self.eval_crop))
+            crop = (_pick(uniforms[_X], new_width - size + 1), _pick(uniforms[_Y], new_height - size + 1))
+            return Geometry((0, 0, width, height), (new_width, new_height), 0, crop, flipped)
         if self.augment == "none":
             return self.evaluate(width, height)._replace(flip=flipped)
         raise ValueError(f"unknown augmentation {self.augment!r}")
@@ -97,9 +97,9 @@ class View:
         arithmetic is that of torchvision's Resize and CenterCrop. `eval_crop` lies in (0, 1]; at 1, a size x size image
         stays unchanged.
         """
-        wide, high = _short_side_to(width, height, round(self.size / self.eval_crop))
-        crop = (round((wide - self.size) / 2), round((high - self.size) / 2))
-        return Geometry((0, 0, width, height), (wide, high), 0, crop, False)
+        new_width, new_height = _short_side_to(width, height, round(self.size / self.eval_crop))
+        crop = (round((new_width - self.size) / 2), round((new_height - self.size) / 2))
+        return Geometry((0, 0, width, height), (new_width, new_height), 0, crop, False)
 
 
 def _pick(uniform: float, choices: int) -> int:
@@ -118,13 +118,13 @@ def _random_box(width: int, height: int, uniforms: Sequence[float], min_crop: fl
     for attempt in range(_TRIES):
         target = area * (min_crop + (1 - min_crop) * uniforms[2 * attempt])
         ratio = math.exp(log_low + (log_high - log_low) * uniforms[2 * attempt + 1])
-        wide, high = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < wide <= width and 0 < high <= height:
-            left = _pick(uniforms[_X], width - wide + 1)
-            top = _pick(uniforms[_Y], height - high + 1)
-            return left, top, left + wide, top + high
+        box_width, box_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = _pick(uniforms[_X], width - box_width + 1)
+            top = _pick(uniforms[_Y], height - box_height + 1)
+            return left, top, left + box_width, top + box_height
     # The largest central box with an allowed ratio. Unlike torchvision's, it is at least one pixel wide and high.
-    wide = max(1, min(width, round(height * _RATIO[1])))
-    high = max(1, min(height, round(width / _RATIO[0])))
-    left, top = (width - wide) // 2, (height - high) // 2
-    return left, top, left + wide, top + high
+    box_width = max(1, min(width, round(height * _RATIO[1])))
+    box_height = max(1, min(height, round(width / _RATIO[0])))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height

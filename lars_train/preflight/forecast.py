@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lars_train.config import AUTO, Config, with_row
-from lars_train.data.order import eval_run
+from lars_train.data.order import eval_range
 from lars_train.errors import ConfigError
 from lars_train.messages import format_duration, size
 from lars_train.models.factory import build_model
@@ -97,7 +97,7 @@ class _Hours:
     def at(self, devices: int) -> dict[str, Any]:
         """Return hours, efficiency, and the parts of an update."""
         update = self._update(devices)
-        start, stop = eval_run(self.val_count, 0, devices)
+        start, stop = eval_range(self.val_count, 0, devices)
         machine = self.machine
         forward = (stop - start) / (_FORWARDS_PER_STEP * machine.rate)
         decoding = (stop - start) / machine.input_rate if machine.input_rate else 0.0

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.data.order import eval_run, ghost_run
+from lars_train.data.order import eval_range, ghost_range
 from lars_train.messages import counted
 from lars_train.plan import (
     Plan,
@@ -42,8 +42,8 @@ def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[
     evaluations = [u for u in range(1, plan.stop + 1) if evaluation_is_due(config, plan, u)]
     # A run writes a checkpoint with each evaluation.
     saved = set(evaluations).union(u for u in range(1, plan.stop + 1) if checkpoint_is_due(config, plan, u))
-    counts = [stop - start for start, stop in (eval_run(val_count, rank, world) for rank in range(world))]
-    ghosts = [stop - start for start, stop in (ghost_run(plan.ghosts, rank, world) for rank in range(world))]
+    counts = [stop - start for start, stop in (eval_range(val_count, rank, world) for rank in range(world))]
+    ghosts = [stop - start for start, stop in (ghost_range(plan.ghosts, rank, world) for rank in range(world))]
     return {
         "format": FORMAT,
         "recipe": config.recipe.name,

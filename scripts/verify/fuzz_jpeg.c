@@ -126,11 +126,12 @@ static View some_view(int width, int height) {
     between(width, &view.left, &view.right);
     between(height, &view.top, &view.bottom);
     if (draw(4) == 0) view.left = view.top = 0, view.right = width, view.bottom = height;
-    view.wide = 1 + (int)draw(draw(8) ? 2 * USUAL_SIDE : 1000), view.high = 1 + (int)draw(draw(8) ? 2 * USUAL_SIDE : 1000);
-    view.x = (int)draw(view.wide + 8) - 4, view.y = (int)draw(view.high + 8) - 4;
-    if (draw(2)) view.wide = view.high = view.size, view.x = view.y = 0;
+    view.new_width = 1 + (int)draw(draw(8) ? 2 * USUAL_SIDE : 1000);
+    view.new_height = 1 + (int)draw(draw(8) ? 2 * USUAL_SIDE : 1000);
+    view.x = (int)draw(view.new_width + 8) - 4, view.y = (int)draw(view.new_height + 8) - 4;
+    if (draw(2)) view.new_width = view.new_height = view.size, view.x = view.y = 0;
     /* Hundreds of weights a pixel. */
-    if (draw(8) == 0) view.wide = 1 + (int)draw(4), view.high = 1 + (int)draw(4), view.x = view.y = 0;
+    if (draw(8) == 0) view.new_width = 1 + (int)draw(4), view.new_height = 1 + (int)draw(4), view.x = view.y = 0;
     return view;
 }
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lars_train.data.order import (
     batch_uniforms,
     epoch_order,
-    eval_run,
-    ghost_run,
+    eval_range,
+    ghost_range,
     micro_batches,
     micro_bounds,
     sample_uniforms,
@@ -153,7 +153,7 @@ def test_samples_epochs_and_the_order_share_no_uniforms() -> None:
 
 @given(st.integers(0, 500), WORLDS)
 def test_ghost_runs_are_contiguous_and_differ_by_at_most_one(ghosts: int, world: int) -> None:
-    runs = [ghost_run(ghosts, rank, world) for rank in range(world)]
+    runs = [ghost_range(ghosts, rank, world) for rank in range(world)]
     assert [ghost for start, stop in runs for ghost in range(start, stop)] == list(range(ghosts))
     lengths = [stop - start for start, stop in runs]
     assert max(lengths) - min(lengths) <= 1
@@ -200,9 +200,9 @@ def test_an_uneven_batch_is_cut_into_whole_ghost_batches() -> None:
 
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="rank 2"):
-        ghost_run(4, 2, 2)
+        ghost_range(4, 2, 2)
     with pytest.raises(ValueError, match="rank -1"):
-        eval_run(4, -1, 2)
+        eval_range(4, -1, 2)
     with pytest.raises(ValueError, match="ghost_batch=0"):
         micro_bounds(8, 0, 1, 0, 1)
     with pytest.raises(ValueError, match="3 updates of 4"):
@@ -213,5 +213,5 @@ def test_impossible_requests_are_refused() -> None:
 
 @given(st.integers(0, 500), WORLDS)
 def test_evaluation_gives_every_sample_to_exactly_one_rank(count: int, world: int) -> None:
-    runs = [eval_run(count, rank, world) for rank in range(world)]
+    runs = [eval_range(count, rank, world) for rank in range(world)]
     assert [sample for start, stop in runs for sample in range(start, stop)] == list(range(count))

@@ -64,11 +64,11 @@
 
 enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
 
-/* `width`, `height`: the size of the image, as the caller knows it. `left` to `bottom`: the crop box. `wide`, `high`:
-   the size to which the box is resized. `x`, `y`: the left and top corner of the window in the resized box. `size`: the
-   side of the window, which is the output, with zeros beyond the box. */
+/* `width`, `height`: the size of the image, as the caller knows it. `left` to `bottom`: the crop box. `new_width`,
+   `new_height`: the size to which the box is resized. `x`, `y`: the left and top corner of the window in the resized
+   box. `size`: the side of the window, which is the output, with zeros beyond the box. */
 typedef struct {
-    int width, height, left, top, right, bottom, wide, high, x, y, flip, size;
+    int width, height, left, top, right, bottom, new_width, new_height, x, y, flip, size;
 } View;
 
 /* The plan to resize one axis. `first`, `weights`: for each output pixel, in output order, its first input pixel and
@@ -451,8 +451,8 @@ static void decode(Job *job) {
     const View *view = job->view;
     Axis *across = &job->across, *down = &job->down;
     read_header(job);
-    plan_axis(job, across, 0, view->left, view->right - view->left, view->wide, view->x, view->flip, 1);
-    plan_axis(job, down, 2, view->top, view->bottom - view->top, view->high, view->y, 0, 0);
+    plan_axis(job, across, 0, view->left, view->right - view->left, view->new_width, view->x, view->flip, 1);
+    plan_axis(job, down, 2, view->top, view->bottom - view->top, view->new_height, view->y, 0, 0);
     jpeg_start_decompress(jpeg);
     if (!is_complete(jpeg)) fail(job, REFUSED);
     if (across->count && down->count) {
@@ -467,17 +467,17 @@ static void decode(Job *job) {
         const int slots = down->taps + ROWS;
         const size_t stride = 3 * (size_t)across->count + SLACK;
         /* At the right edge, weights of 0 apply to bytes beyond the last pixel. */
-        const size_t wide = 4 * ((size_t)jpeg->output_width + (size_t)across->taps) + SLACK;
+        const size_t row_bytes = 4 * ((size_t)jpeg->output_width + (size_t)across->taps) + SLACK;
         const size_t pointers = sizeof(uint8_t *) * (size_t)slots;
         /* libjpeg-turbo bypasses the cache if it writes rows aligned to 32 bytes. An offset of 16 prevents that. */
-        const size_t apart = (wide + 31) / 32 * 32;
-        uint8_t *memory = allocate(job, 4, 1, pointers + slots * stride + ROWS * apart + 64);
+        const size_t row_stride = (row_bytes + 31) / 32 * 32;
+        uint8_t *memory = allocate(job, 4, 1, pointers + slots * stride + ROWS * row_stride + 64);
         const uint8_t **rows = (const uint8_t **)memory;
         uint8_t *kept = memory + pointers, *decoded = kept + slots * stride;
         decoded += 16 + (32 - (uintptr_t)decoded % 32);
-        memset(decoded, 0, ROWS * apart);
+        memset(decoded, 0, ROWS * row_stride);
         JSAMPROW lines[ROWS];
-        for (int i = 0; i < ROWS; i++) lines[i] = decoded + i * apart;
+        for (int i = 0; i < ROWS; i++) lines[i] = decoded + i * row_stride;
         int at = 0;
         while (at < down->count) {
             const int row = (int)jpeg->output_scanline, read = (int)jpeg_read_scanlines(jpeg, lines, ROWS);
@@ -518,7 +518,7 @@ static int decode_view(const uint8_t *data, size_t length, const View *view, uin
         job.set_weights = set_weights_avx2, job.resize_across = resize_across_avx2, job.resize_down = resize_down_avx2;
 #endif
     const size_t bytes = 3 * (size_t)view->size * view->size;
-    if (view->x < 0 || view->y < 0 || view->x + view->size > view->wide || view->y + view->size > view->high)
+    if (view->x < 0 || view->y < 0 || view->x + view->size > view->new_width || view->y + view->size > view->new_height)
         memset(out, 0, bytes);
     const int code = decode_or_fail(&job);
     jpeg_destroy_decompress(&job.jpeg);
@@ -554,8 +554,8 @@ static int frame_size(const uint8_t *data, size_t length, int *width, int *heigh
 static int is_sane(const View *v) {
     const int most = 1 << 28;
     return 0 <= v->left && v->left < v->right && v->right <= v->width && 0 <= v->top && v->top < v->bottom &&
-           v->bottom <= v->height && 0 < v->wide && v->wide < INT_MAX - most && 0 < v->high &&
-           v->high < INT_MAX - most && -most < v->x && v->x < INT_MAX - most && -most < v->y &&
+           v->bottom <= v->height && 0 < v->new_width && v->new_width < INT_MAX - most && 0 < v->new_height &&
+           v->new_height < INT_MAX - most && -most < v->x && v->x < INT_MAX - most && -most < v->y &&
            v->y < INT_MAX - most && 0 < v->size && v->size <= 65535;
 }
 
@@ -616,9 +616,9 @@ static PyMethodDef methods[] = {
     {"size", (PyCFunction)(void (*)(void))size_of, METH_FASTCALL,
      "size(data, length): return (width, height) from the frame header, or None. data: bytes, or an address."},
     {"decode", (PyCFunction)(void (*)(void))decoded, METH_FASTCALL,
-     "decode(data, length, out, width, height, left, top, right, bottom, wide, high, x, y, flip, size): write uint8\n"
-     "(size, size, 3) to the address `out` and return 0; or write zeros and return another number. The arguments are\n"
-     "the image's size, the crop box, the size it is resized to, the corner of the window that is kept, and its side."},
+     "decode(data, length, out, width, height, left, top, right, bottom, new_width, new_height, x, y, flip, size):\n"
+     "write uint8 (size, size, 3) to the address `out` and return 0; or write zeros and return another number. The\n"
+     "arguments are the image's size, the crop box, its new size, the window's corner, flip, and the window's side."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -34,7 +34,7 @@ REMEDY = (
     "libjpeg-turbo-devel), then reinstall lars-train from the same path or index: pip install --force-reinstall "
     "--no-deps --no-cache-dir lars-train (or its path)."
 )
-"""What to do if `is_available` returns False, in one line."""
+"""The remedy if `is_available` returns False, in one line."""
 
 
 @functools.cache

@@ -145,8 +145,8 @@ def whole_image(data: bytes) -> Image.Image:
 
 def _check_size(size: tuple[int, int], view: Geometry) -> None:
     if view.size != size and view.size[0] * view.size[1] > MAX_PIXELS:
-        (width, height), (wide, high) = size, view.size
-        raise BadImage(f"{width}x{height} pixels, too elongated to resize to {wide}x{high}")
+        (width, height), (new_width, new_height) = size, view.size
+        raise BadImage(f"{width}x{height} pixels, too elongated to resize to {new_width}x{new_height}")
 
 
 def _open_image(data: bytes, *, keep_gray: bool = False) -> Image.Image:

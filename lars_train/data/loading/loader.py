@@ -20,7 +20,7 @@ from lars_train.data.loading.reader import BadSample, EvalReader, TrainReader
 from lars_train.data.loading.shard_prefetch import ShardPrefetcher
 from lars_train.data.loading.shard_windows import Span, by_shard, evaluation_windows, training_windows
 from lars_train.data.loading.stream import Batch, BatchRequest, LoaderStatistics, Stream, worker_kind
-from lars_train.data.order import SHARDS, checksum, epoch_order, eval_run, micro_batches, micro_bounds, shard_order
+from lars_train.data.order import SHARDS, checksum, epoch_order, eval_range, micro_batches, micro_bounds, shard_order
 from lars_train.data.sources.remote import RemoteSource
 from lars_train.data.transforms import View
 
@@ -259,7 +259,7 @@ class EvalSpec:
 
     def bounds(self) -> tuple[int, int]:
         """Return the (start, stop) of this rank's samples."""
-        return eval_run(len(self.source), self.rank, self.world)
+        return eval_range(len(self.source), self.rank, self.world)
 
 
 def eval_loader(spec: EvalSpec) -> Stream:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lars_train.data.dataset import Labels
-from lars_train.data.order import eval_run, shard_windows
+from lars_train.data.order import eval_range, shard_windows
 
 Shards = npt.NDArray[np.int64]
 
@@ -118,7 +118,7 @@ def evaluation_room(shard: Labels, micro_batch: int, local_world: int, world: in
     windows = evaluation_windows(shard)
     most = 0
     for rank in range(world):
-        start, stop = eval_run(len(shard), rank, world)
+        start, stop = eval_range(len(shard), rank, world)
         begins = np.arange(start, stop, micro_batch)
         firsts, soon = windows.numbers(begins), windows.numbers(np.minimum(begins + 2 * micro_batch, stop) - 1)
         most = max(most, windows.most_bytes(firsts, np.maximum(soon, firsts + 1), sizes))

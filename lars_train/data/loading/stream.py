@@ -145,7 +145,7 @@ class Stream(Iterator[Batch]):
             self._next_request = None
             count = len(request.samples)
             self._pool.assign(slot, request.epoch, request.samples)
-            piece = piece_of(self._batch)
+            piece = piece_size(self._batch)
             pending = _Pending(slot, request, -(-count // piece))
             self._pending.append(pending)
             self._by_slot[slot] = pending
@@ -194,7 +194,7 @@ class Stream(Iterator[Batch]):
         self._statistics = LoaderStatistics(images, seconds, fast + sum(outcome.fast for outcome in outcomes))
 
 
-def piece_of(batch: int) -> int:
+def piece_size(batch: int) -> int:
     """Return the samples in a piece of a micro-batch of `batch` samples."""
     return max(PIECE, -(-batch // MOST_PIECES))
 
@@ -207,7 +207,7 @@ def pool_slots(batch: int, workers: int) -> int:
     """
     if workers == 0:
         return LENT + 1
-    return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // piece_of(batch))))
+    return LENT + max(AHEAD, 1 - (-2 * workers // -(-batch // piece_size(batch))))
 
 
 def worker_kind(source: Source, decoder: str) -> str:

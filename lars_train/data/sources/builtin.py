@@ -103,7 +103,7 @@ class SyntheticSource:
         """Return the pixels: uint8 (size, size, 3)."""
         pixels = self._size * self._size * 3
         start = (sample + self._salt) * _STRIDE % _OFFSETS
-        noise = _pool(pixels)[start : start + pixels].reshape(self._size, self._size, 3)
+        noise = _noise_pool(pixels)[start : start + pixels].reshape(self._size, self._size, 3)
         image: npt.NDArray[np.uint8] = noise + self._colors[self.labels[sample]]
         return image
 
@@ -136,7 +136,7 @@ def open_synthetic(train_count: int, val_count: int, num_classes: int, image_siz
 
 
 @lru_cache(maxsize=1)
-def _pool(pixels: int) -> npt.NDArray[np.uint8]:
+def _noise_pool(pixels: int) -> npt.NDArray[np.uint8]:
     """Return the noise from which images are cut. Each process computes it on first use, so it is never pickled."""
     words = np.random.Philox(key=1).random_raw((_OFFSETS + pixels) // 8 + 1)
     return words.astype("<u8").view(np.uint8) % _LEVELS

@@ -83,11 +83,11 @@ class DirectoryTree:
 
     def folders(self, inside: bytes) -> list[bytes]:
         """Return the names of the visible folders directly in `inside`, in bytewise order."""
-        return sorted(entry.name for entry in self._shown(inside) if _is_folder(entry))
+        return sorted(entry.name for entry in self._visible_entries(inside) if _is_folder(entry))
 
     def files(self, inside: bytes) -> list[bytes]:
         """Return the names of the visible files directly in `inside`, in bytewise order."""
-        return sorted(entry.name for entry in self._shown(inside) if not _is_folder(entry))
+        return sorted(entry.name for entry in self._visible_entries(inside) if not _is_folder(entry))
 
     def hidden(self) -> Counter[str]:
         """Count the hidden entries directly in the root, by reason."""
@@ -139,7 +139,7 @@ class DirectoryTree:
                 "make it readable, or point data.root elsewhere."
             ) from error
 
-    def _shown(self, inside: bytes) -> Iterator[os.DirEntry[bytes]]:
+    def _visible_entries(self, inside: bytes) -> Iterator[os.DirEntry[bytes]]:
         return (entry for entry in self._entries(inside) if not is_hidden(entry.name))
 
     def _read_class(self, inside: bytes, ancestors: tuple[Path, ...]) -> FolderContent:

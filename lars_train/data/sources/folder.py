@@ -16,7 +16,7 @@ from lars_train.data.inventory import BESIDE, LOOSE, Inventory, find_lookalikes,
 from lars_train.data.sources.directory import DirectoryTree
 from lars_train.data.sources.remote import CacheSettings, open_remote
 from lars_train.data.sources.shards import ShardTree, is_store, open_shard_store
-from lars_train.data.sources.split_files import find_shards, refuse_parquet
+from lars_train.data.sources.split_files import find_shards, reject_parquet
 from lars_train.data.sources.split_folders import (
     Split,
     SplitFolders,
@@ -113,10 +113,10 @@ def _open_tree(root: str | None, cache: CacheSettings | None, image_key: str | N
         shards = find_shards(path)
         if shards is not None:
             return open_webdataset(path, shards, image_key, train_only)
-        refuse_parquet(path)
+        reject_parquet(path)
         return DirectoryTree(path)
     if path.suffix.lower() != ".zip":
-        refuse_parquet(path)
+        reject_parquet(path)
         raise ConfigError(f"data.root={root} is neither a folder nor a .zip; unpack it and give the folder.")
     return ZipTree(path)
 

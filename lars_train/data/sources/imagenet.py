@@ -76,7 +76,7 @@ def both_splits(tree: Tree, folders: SplitFolders, val_labels: str | None) -> tu
         check_same_classes(tree, training, validation)
         return training, validation
     table = _find_table(tree, folders.val) if val_labels is None else _table_at(val_labels)
-    return training, _flat(tree, folders.val, training.classes, table)
+    return training, _label_flat_folder(tree, folders.val, training.classes, table)
 
 
 def is_flat(tree: Tree, folders: SplitFolders) -> bool:
@@ -103,13 +103,15 @@ def open_imagenet_validation(
 def only_validation(tree: Tree, folders: SplitFolders, inside: bytes, val_labels: str | None) -> Split:
     """Return the validation set in `inside`, labeled as in `both_splits`, with only the classes of these images."""
     if is_flat(tree, folders):
-        return _flat(tree, inside, None, _find_table(tree, inside) if val_labels is None else _table_at(val_labels))
+        return _label_flat_folder(
+            tree, inside, None, _find_table(tree, inside) if val_labels is None else _table_at(val_labels)
+        )
     if val_labels is not None:
         raise _already_labeled(val_labels)
     return collect_split(tree, inside)
 
 
-def _flat(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _Table) -> Split:
+def _label_flat_folder(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _Table) -> Split:
     """Return the images directly in `inside`, labeled by `table`; `classes`: None for the classes of these images."""
     images = [name for name in tree.files(inside) if is_image(name)]
     # Do not count the images as loose, and a table beside them as skipped.

@@ -128,12 +128,12 @@ def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -
         except FileNotFoundError:
             continue
         except Outdated:
-            complain(f"NOTE: {path}: another version made the index of {_shown(place)}; it is rebuilt.")
+            complain(f"NOTE: {path}: another version made the index of {_printable_path(place)}; it is rebuilt.")
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             continue
         except (OSError, *MALFORMED) as error:
-            complain(f"NOTE: {path}: the index of {_shown(place)} is damaged ({error}); it is rebuilt.")
+            complain(f"NOTE: {path}: the index of {_printable_path(place)} is damaged ({error}); it is rebuilt.")
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             continue
@@ -187,10 +187,10 @@ def _index_files(place: Path) -> list[Path]:
 
 def _report_unsaved(place: Path, error: Exception) -> None:
     complain(
-        f"no index of {_shown(place)} can be saved in {cache_directory()} ({error}), so the folder is read at every "
-        "start; set XDG_CACHE_HOME to a writable folder."
+        f"no index of {_printable_path(place)} can be saved in {cache_directory()} ({error}), so the folder is read at "
+        "every start; set XDG_CACHE_HOME to a writable folder."
     )
 
 
-def _shown(place: Path) -> str:
+def _printable_path(place: Path) -> str:
     return printable(os.fsencode(place))

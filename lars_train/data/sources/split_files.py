@@ -2,7 +2,7 @@
 
 webdataset.py reads tars. Training does not read parquet: reading one row means reading and decoding the rows before it
 in its row group, which takes longer than decoding the image. lars_train.pack packs parquet files into a store, and
-`refuse_parquet` says so.
+`reject_parquet` says so.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lars_train.data.splits import (
     has_split_word,
     is_split_name,
     looks_like_split,
-    refuse_case_twins,
-    refuse_unread_splits,
+    reject_case_duplicates,
+    reject_unread_splits,
     split_word,
     unread_split_word,
 )
@@ -92,9 +92,9 @@ def find_shards(root: Path) -> Shards | None:
     # Split folders without tars are not read.
     empty = [name for name, tars in by_split.items() if name and not tars]
     unused = (*chosen.unused, *empty, *unread_splits, *compressed_splits.values())
-    refuse_case_twins(f"data.root={root}", chosen)
+    reject_case_duplicates(f"data.root={root}", chosen)
     if not train:
-        refuse_unread_splits(f"data.root={root}", by_split.get("", ()))
+        reject_unread_splits(f"data.root={root}", by_split.get("", ()))
     else:
         words = [unread_split_word(name) for name in by_split.get("", ())]
         unused = (*unused, *sorted({word for word in words if word}))
@@ -213,13 +213,13 @@ def single_parquet_folder(root: Path, folders: Sequence[ParquetFolder]) -> Parqu
         shown = ", ".join(str(folder.path) for folder in folders)
         raise ConfigError(f"{root} holds several data sets of parquet files; give the folder of one: {shown}.")
     if choose_splits(folders[0].files).train is None:
-        refuse_unread_splits(str(folders[0].path), (file.name for file in folders[0].files.get("", ())))
+        reject_unread_splits(str(folders[0].path), (file.name for file in folders[0].files.get("", ())))
     for files in folders[0].files.values():
         _check_complete(folders[0].path, files)
     return folders[0]
 
 
-def refuse_parquet(path: Path) -> None:
+def reject_parquet(path: Path) -> None:
     """Raise `ConfigError` with the command to pack the data if `path` is a parquet file or a folder of such files."""
     if path.suffix.lower() == _PARQUET and not path.is_dir():
         folders = [path.parent]

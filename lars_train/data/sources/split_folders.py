@@ -33,7 +33,7 @@ from lars_train.data.splits import (
     is_split_name,
     looks_like_training,
     looks_like_validation,
-    refuse_case_twins,
+    reject_case_duplicates,
     split_word,
 )
 from lars_train.errors import ConfigError
@@ -79,7 +79,7 @@ def find_splits(tree: Tree, holdout: float | None, *, allow_missing: bool = Fals
         raise ConfigError(f"data.holdout={holdout} must be between 0 and 1; try data.holdout=0.1.")
     found = tree.folders(b"")
     train, val, unused = choice = _choose(tree)
-    refuse_case_twins(f"data.root={tree.place}", choice if holdout is None else choice._replace(val=None))
+    reject_case_duplicates(f"data.root={tree.place}", choice if holdout is None else choice._replace(val=None))
     if train is None:
         if (holdout is not None or allow_missing) and val is None and found and not _non_classes(found):
             return SplitFolders(b"", b"" if holdout is not None else None)
@@ -98,7 +98,7 @@ def find_splits(tree: Tree, holdout: float | None, *, allow_missing: bool = Fals
 def find_validation(tree: Tree) -> tuple[SplitFolders, bytes]:
     """Find the splits, and the folder of the validation images. The training set may be missing."""
     train, val, unused = choice = _choose(tree)
-    refuse_case_twins(f"data.root={tree.place}", choice)
+    reject_case_duplicates(f"data.root={tree.place}", choice)
     if train is None:
         found = tree.folders(b"")
         if val is None and _non_classes(found):

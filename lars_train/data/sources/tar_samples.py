@@ -47,14 +47,14 @@ Label = int | bytes | None
 """A class, by number or by name; None without a label."""
 
 
-class Place(NamedTuple):
+class LabelPlace(NamedTuple):
     """A possible place of the label: a member with this extension, or a key of its JSON."""
 
     extension: str
     key: str = ""
 
 
-Hints = tuple[tuple[Place, int | bytes], ...]
+Hints = tuple[tuple[LabelPlace, int | bytes], ...]
 """Possible labels of a sample that has none in ``.cls`` or under a key in `LABEL_KEYS`."""
 
 
@@ -82,12 +82,12 @@ class _LabelReading(NamedTuple):
     hints: Hints = ()
 
 
-def samples_of(
+def read_samples(
     handle: int,
     shard: int,
     keys: tuple[str, ...],
     skipped: Counter[str],
-    candidates: Counter[Place],
+    candidates: Counter[LabelPlace],
     orphans: Counter[bytes],
 ) -> Iterator[TarSample]:
     """Yield the samples of the tar open at `handle`, which is shard number `shard`.
@@ -127,14 +127,14 @@ def samples_of(
                 if key in readings and used:
                     continue
                 if key in readings and label is None and extension in _MAY_LABEL:
-                    candidates[Place(extension.decode())] += 1
+                    candidates[LabelPlace(extension.decode())] += 1
                 else:
                     count_skipped(skipped, part.name.rpartition(b"/")[2])
                     if may_be_orphans and _suffix(part) == b"cls":
                         orphans[next(iter(orphans), part.name)] += 1
                     elif may_be_orphans and _suffix(part) in _LIKE_LABELS:
                         # Add the place for the note on labels, but no count: `skipped` has counted the member.
-                        candidates[Place(_suffix(part).decode())] += 0
+                        candidates[LabelPlace(_suffix(part).decode())] += 0
             image = images[key]
             if image is not None:
                 hints = reading.hints or shared.hints
@@ -143,7 +143,7 @@ def samples_of(
                 yield TarSample(name, shard, *image[1:], label, folder, interned.setdefault(hints, hints))
 
 
-def label_place(samples: Iterable[TarSample]) -> Place | None:
+def label_place(samples: Iterable[TarSample]) -> LabelPlace | None:
     """Return the place of the label in the hints of `samples`, none of which has a label; None if that is uncertain.
 
     Every sample must have a hint there. If there are several such places, they must define the same classes; then the
@@ -229,7 +229,7 @@ def _is_image_member(member: Member) -> bool:
     return is_image(b"." + _extension(member))
 
 
-def _read_label(handle: int, parts: Sequence[Member], candidates: Counter[Place]) -> _LabelReading:
+def _read_label(handle: int, parts: Sequence[Member], candidates: Counter[LabelPlace]) -> _LabelReading:
     """Read the label in ``.cls`` or, without one, in ``.json``. Raises `Unclear` if the two contradict each other.
 
     Without a label, reads the hints, and counts the keys in JSON in `candidates`.
@@ -242,13 +242,13 @@ def _read_label(handle: int, parts: Sequence[Member], candidates: Counter[Place]
     label = None if metadata is None else _label_in_json(metadata, content)
     if label is not None:
         return _LabelReading(label, (b"json",))
-    hints: list[tuple[Place, int | bytes]] = []
+    hints: list[tuple[LabelPlace, int | bytes]] = []
     for extension in by_extension.keys() & _MAY_LABEL - {b"json"}:
         hint = _hint_in_text(handle, by_extension[extension], number=extension == b"txt")
         if hint is not None:
-            hints.append((Place(extension.decode()), hint))
+            hints.append((LabelPlace(extension.decode()), hint))
     for key, value in content.items() if isinstance(content, dict) else ():
-        place = Place("json", printable(key)[:_MAX_KEY_LENGTH])
+        place = LabelPlace("json", printable(key)[:_MAX_KEY_LENGTH])
         if key and (place in candidates or len(candidates) < _MAX_KEYS):
             candidates[place] += 1
         hint = _as_label(value)
@@ -269,8 +269,8 @@ def _read_cls(handle: int, cls: Member, metadata: Member | None) -> _LabelReadin
     # A number and a name may denote the same class.
     if metadata is not None and type(other) is type(label) and other != label:
         raise Unclear(
-            f"{printable(cls.name)} holds the label {shown_label(label)} and {printable(metadata.name)} "
-            f"{shown_label(other)}; correct one, or leave the image out"
+            f"{printable(cls.name)} holds the label {format_label(label)} and {printable(metadata.name)} "
+            f"{format_label(other)}; correct one, or leave the image out"
         )
     return _LabelReading(label, (b"cls",) if other is None else (b"cls", b"json"))
 
@@ -323,7 +323,7 @@ def _as_label(value: Any) -> Label:
     return value if type(value) is int and 0 <= value < 10**9 else None
 
 
-def shown_label(label: Label) -> str:
+def format_label(label: Label) -> str:
     """Return a label for a message, cut to 80 characters."""
     return printable(label if isinstance(label, bytes) else str(label))[:80]
 

@@ -40,7 +40,7 @@ _SUFFIXES = (
 
 # Folders that operating systems and their tools create, in lower case: macOS, Synology, Windows, ext4.
 _FOLDERS = (b"__macosx", b"@eadir", b"#recycle", b"$recycle.bin", b"system volume information", b"lost+found")
-# A quick test that spares most paths the full one: a path that does not match has no hidden part.
+# A quick check before the full one: a path that does not match has no hidden part.
 _SUSPECT = re.compile(rb"\0|(?:^|/)(?:[./]|$|" + b"|".join(map(re.escape, _FOLDERS)) + rb")", re.IGNORECASE)
 # Files and folders that systems create everywhere. They are skipped without being counted.
 _UNCOUNTED = (b".ds_store", b"thumbs.db", b"desktop.ini", b"__macosx")

@@ -24,12 +24,12 @@ from lars_train.data.sources.split_files import Shards, advise_nested_tars, advi
 from lars_train.data.sources.tar_samples import (
     LABEL_KEYS,
     Label,
-    Place,
+    LabelPlace,
     TarSample,
     Unclear,
+    format_label,
     label_place,
-    samples_of,
-    shown_label,
+    read_samples,
 )
 from lars_train.data.sources.tars import BadTar
 from lars_train.data.sources.tree import Listing
@@ -122,14 +122,14 @@ class _Split:
     samples: list[TarSample] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     """Counts of members that belong to no sample or are not read, by reason."""
-    candidates: Counter[Place] = field(default_factory=Counter)
+    candidates: Counter[LabelPlace] = field(default_factory=Counter)
     """Counts of members that may hold the label of a sample without one."""
     orphans: Counter[bytes] = field(default_factory=Counter)
     """The count of ``.cls`` members that belong to no image; the only key is the name of the first one."""
     note: str = ""
     """Where the labels come from, if the log should say so."""
 
-    def candidate_places(self) -> list[Place]:
+    def candidate_places(self) -> list[LabelPlace]:
         """Return the places in `candidates`, most frequent first."""
         return [place for place, _ in self.candidates.most_common()]
 
@@ -166,7 +166,7 @@ def _read(root: Path, split: _Split, keys: tuple[str, ...], bar: Any) -> None:
         try:
             handle = os.open(root / shard, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                samples += samples_of(handle, number, keys, split.skipped, split.candidates, split.orphans)
+                samples += read_samples(handle, number, keys, split.skipped, split.candidates, split.orphans)
             finally:
                 os.close(handle)
         except (BadTar, OSError) as error:
@@ -222,7 +222,7 @@ def _read_hints(splits: Sequence[_Split]) -> None:
         split.note = "; ".join(parts)
 
 
-def _listed_places(places: Iterable[Place]) -> str:
+def _listed_places(places: Iterable[LabelPlace]) -> str:
     """Return the places of labels for a message: ``.json (caption, url), .txt``."""
     keys: dict[str, list[str]] = {}
     for extension, key in places:
@@ -271,7 +271,7 @@ def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[La
         known = known or {sample.label for sample in split.samples}
     kinds = {type(sample.label): sample for split in splits for sample in split.samples}
     if len(kinds) > 1:
-        shown = ", ".join(f"{printable(sample.name)} has {shown_label(sample.label)}" for sample in kinds.values())
+        shown = ", ".join(f"{printable(sample.name)} has {format_label(sample.label)}" for sample in kinds.values())
         raise ConfigError(
             f"data.root={root}: some labels are numbers and others are names ({shown}); make these shards again."
         )
@@ -281,7 +281,7 @@ def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[La
     if extra:
         raise ConfigError(
             f"data.root={root}: the validation set has {counted(len(extra), 'class', 'classes')} that the training "
-            f"set lacks, such as {shown_label(extra[0])}; make both sets with the same classes."
+            f"set lacks, such as {format_label(extra[0])}; make both sets with the same classes."
         )
     names = [label if isinstance(label, bytes) else b"%d" % label for label in labels]
     numbers = {label: index for index, label in enumerate(labels)}
@@ -357,7 +357,7 @@ def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[byte
 
 
 def classes_by_folder(pairs: Collection[tuple[Label, bytes | None]], labels: Sequence[Label]) -> list[bytes]:
-    """Return the folder of each label, if each has a folder of its own and folders sort like labels; else no folders.
+    """Return the folder of each label, if each has its own folder and folders sort like labels; else no folders.
 
     `pairs`: the distinct pairs of a sample's label and folder.
     """

@@ -208,7 +208,7 @@ def test_a_pool_holds_about_two_pieces_per_worker() -> None:
     for batch in (1, 8, 32, 100, 256, 2048, 50_000):
         for count in (1, 2, 16, 64, 128):
             filled = stream_module.pool_slots(batch, count) - stream_module.LENT
-            pieces = -(-batch // stream_module.piece_of(batch))
+            pieces = -(-batch // stream_module.piece_size(batch))
             # The consumer waits for one of the buffers.
             assert (filled - 1) * pieces >= 2 * count or filled == stream_module.AHEAD
             assert (filled - 2) * pieces < 2 * count or filled == stream_module.AHEAD

@@ -21,7 +21,7 @@ from lars_train.data.loading.shard_windows import (
     training_windows,
     window_numbers,
 )
-from lars_train.data.order import eval_run, micro_batches, micro_bounds, shard_order
+from lars_train.data.order import eval_range, micro_batches, micro_bounds, shard_order
 
 
 def shards_in(windows: Windows, first: int, last: int) -> set[int]:
@@ -93,7 +93,7 @@ def test_evaluation_takes_each_sample_once_within_the_room(counts: list[int], mi
     sizes = np.array(counts, np.int64) * 5 + 3
     most_held = []
     for rank in range(world):
-        start, stop = eval_run(len(shard), rank, world)
+        start, stop = eval_range(len(shard), rank, world)
         held = [0]
         for first in range(start, stop, micro):
             span = Span(first, min(first + micro, stop), min(first + 2 * micro, stop) - 1)
