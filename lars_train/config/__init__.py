@@ -1,6 +1,6 @@
 """A run's config: schema, recipe and checks. `resolve` turns the config that Hydra composed into a checked `Config`.
 
-This package does not import torch, because ``lars-train --help`` must answer at once.
+This package does not import torch, so that ``lars-train --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lars_train.config.checks import check_choices, check_values, refuse_unknown_keys
+from lars_train.config.checks import check_choices, check_known_keys, check_values
 from lars_train.config.recipe import fill_from_recipe, published_top1, with_row
 from lars_train.config.recipe_schema import RecipeConfig
 from lars_train.config.schema import (
@@ -73,9 +73,9 @@ __all__ = [
 def resolve(raw: DictConfig) -> Config:
     """Return the composed config as a checked `Config`, with the recipe's values filled in.
 
-    Raises `ConfigError` for every bad value that can be found without the data and without a device.
+    Raises `ConfigError` for an invalid value, as far as this can be checked without the data and a device.
     """
-    refuse_unknown_keys(raw, OmegaConf.structured(Config))
+    check_known_keys(raw, OmegaConf.structured(Config))
     try:
         config = OmegaConf.to_object(raw)
     except OmegaConfBaseException as error:
@@ -89,15 +89,15 @@ def resolve(raw: DictConfig) -> Config:
 
 
 def restore(values: Any) -> Config:
-    """Return the `Config` of the plain `values` in a checkpoint (``dataclasses.asdict`` of a resolved config).
+    """Return the `Config` stored in a checkpoint as plain `values` (``dataclasses.asdict`` of a resolved config).
 
-    Checkpoints may come from anywhere, so the values are checked like a command line: nothing that they name is looked
-    up or imported, and no interpolation is resolved. Raises `ConfigError` for a key that is not in the schema, and for
-    a value that has the wrong type or that the command line would refuse.
+    A checkpoint may come from an untrusted source, so the values pass the same checks as a command line. Nothing that
+    they name is looked up or imported, and no interpolation is resolved. Raises `ConfigError` for a key that is not in
+    the schema, and for a value that has the wrong type or is invalid on the command line.
     """
-    # A run stores resolved interpolations. An unresolved one could reveal environment variables.
+    # Runs store resolved values. Resolving an interpolation from the file could reveal environment variables.
     if _has_interpolation(values):
-        raise ConfigError("it holds an interpolation, ${...}, or a missing value, ???, which no run stores.")
+        raise ConfigError("it holds an interpolation (${...}) or a missing value (???), which no run stores.")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
         assert isinstance(config, Config)

@@ -1,8 +1,8 @@
 """Prepare the command line for Hydra.
 
-Hydra's grammar turns text such as ``12_34`` into numbers and refuses text that is not ASCII. This module quotes the
-values of keys and groups whose type is text, Hydra's own keys included. It refuses settings that Hydra would misread or
-ignore.
+Hydra's grammar reads text such as ``12_34`` as a number and rejects text that is not ASCII. This module therefore
+quotes the values of groups and of keys whose type is text, including Hydra's own keys. It raises an error for settings
+that Hydra would misread or ignore.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _INFO_TOPICS = {"all", "config", "defaults", "defaults-tree", "plugins", "search
 _CONFIG_FLAGS = {"--config", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 FILE_FLAG = "--config-file"
 
-# Text that Hydra's grammar reads unchanged, except for _RESERVED_WORDS; interpolations count as text.
+# Text that Hydra's grammar leaves unchanged, except for _RESERVED_WORDS. Interpolations count as text.
 _UNQUOTED_TEXT = re.compile(r"(?:[A-Za-z_/]|\$\{[^{}]*\})(?:[A-Za-z0-9_./-]|\$\{[^{}]*\})*|[1-9]\d*k")
 _RESERVED_WORDS = {"null", "true", "false", "inf", "nan"}
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-# Hydra's functions over the values of a sweep. Those in _CHOICE_FUNCTIONS remove one pair of quotes from their values.
+# Hydra's sweep functions. Those in _CHOICE_FUNCTIONS remove one pair of quotes from their values.
 _CHOICE_FUNCTIONS = re.compile(r"(\s*(?:choice|shuffle|sort)\s*\()(.*)(\)\s*)", re.DOTALL)
 _OTHER_FUNCTIONS = re.compile(r"\s*(?:range|interval|glob|tag)\s*\(.*\)\s*", re.DOTALL)
 
@@ -47,26 +47,30 @@ _OTHER_FUNCTIONS = re.compile(r"\s*(?:range|interval|glob|tag)\s*\(.*\)\s*", re.
 def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[str]:
     """Return the command line in a form that Hydra reads correctly.
 
-    Values whose type is text are quoted if Hydra would read them as a number, null (for a group), a truth value or
-    nothing. Keywords of the optimizer's base may be new keys. With IMAGENET_DIR set, ImageNet is the default data set.
-    Raises `ConfigError` for a word that is neither setting nor flag, and for a misused group.
+    Quote text values that Hydra would read as a number, a truth value, null (for a group) or a missing value. Allow new
+    keys among the keywords of the optimizer's base. If IMAGENET_DIR is set, make ImageNet the default data set.
+
+    Raises `ConfigError` for a word that is neither a setting nor a flag, and for a misused group.
     """
     settings, flags = _settings_and_flags(arguments)
     for setting in settings:
-        _refuse_misread(setting)
+        _check_misread(setting)
     hydra_types = _hydra_types(settings)
     prepared = [_prepare(setting, hydra_types) for setting in settings]
     keys = {setting.partition("=")[0] for setting in settings}
-    # A checkpoint records its data set.
+    # The data set then comes from the checkpoint.
     from_checkpoint = "checkpoint.path" in keys and bool({"mode=evaluate", "mode=export"} & set(settings))
     if imagenet_dir and "data" not in keys and not from_checkpoint and _INFORMATION_FLAGS.isdisjoint(flags):
         prepared.append("data=imagenet")
-    # argparse accepts settings only in one sequence, so flags and their values move behind it.
+    # argparse requires that settings are contiguous, so flags and their values move to the end.
     return prepared + flags
 
 
 def take_config_file(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """Return the arguments without ``--config-file FILE``, and the file. Raises `ConfigError` if FILE is missing."""
+    """Return the arguments without ``--config-file FILE``, and the path FILE (None without the flag).
+
+    Raises `ConfigError` if FILE is missing or given twice.
+    """
     rest, file, remaining = [], None, iter(arguments)
     for argument in remaining:
         flag, equals, value = argument.partition("=")
@@ -111,17 +115,17 @@ def _settings_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _explain_unknown_flag(argument: str, following: str) -> str:
     flag, equals, value = argument.partition("=")
     if flag in _CONFIG_FLAGS:
-        return f"{flag}: configs come with lars-train. To run from a saved file: {FILE_FLAG} FILE."
+        return f"{flag}: the folder of configs is part of lars-train. To run from a saved file: {FILE_FLAG} FILE."
     value = value if equals else "" if following.startswith("-") or "=" in following else following
     name = flag.lstrip("-").replace("-", "_")
     probable = [name] if name in GROUPS or is_text(name) else probable_keys(name)
     if len(probable) == 1:
         return f"{argument}: a setting has no dashes; write {probable[0]}={value or '...'}"
-    return f"{argument}: there is no such flag. A setting is key=value; lars-train --help lists the keys."
+    return f"{argument}: unknown flag. A setting is key=value; lars-train --help lists the keys."
 
 
 def _explain_stray_word(arguments: list[str], number: int) -> str:
-    """Return a message that says what to write instead of word `number`, which is neither setting nor flag."""
+    """Return an error message for argument `number`, which is neither a setting nor a flag, with the correct form."""
 
     def joined(left: str, right: str) -> bool:
         return not left.startswith("-") and (left.endswith(("=", ",")) or right.startswith(("=", ",")))
@@ -151,31 +155,31 @@ def _explain_stray_word(arguments: list[str], number: int) -> str:
     return f"{word}: a setting is key=value; lars-train --help lists the keys."
 
 
-def _refuse_misread(setting: str) -> None:
+def _check_misread(setting: str) -> None:
     """Raise `ConfigError` for a setting that Hydra would ignore or misread."""
     key, equals, value = setting.partition("=")
     name = key.lstrip("+~").partition("@")[0]
     if name in GROUPS:
         if key.startswith("~"):
-            raise ConfigError(f"{setting}: a run needs a choice of every group; give {name}=... instead.")
+            raise ConfigError(f"{setting}: a run needs a choice for every group; give {name}=... instead.")
         if key != name:
-            raise ConfigError(f"{setting}: every run has one choice of the group {name}; write {name}={value}")
+            raise ConfigError(f"{setting}: every run has one choice for the group {name}; write {name}={value}")
         if any(part.strip().startswith(("[", "{")) for part in split(value)):
             several = re.sub(r"[\[\]{}\s]", "", value)
             raise ConfigError(
-                f"{setting}: a run has one choice of the group {name}. For a run of each: -m {name}={several}"
+                f"{setting}: a run has one choice for the group {name}. For one run per choice: -m {name}={several}"
             )
     keys = section_keys(name)
     if name not in GROUPS and keys and equals:
-        raise ConfigError(f"{setting}: {name} is a group of keys; set one of {', '.join(keys)}.")
+        raise ConfigError(f"{setting}: {name} is a section, not a key; set one of {', '.join(keys)}.")
     if is_text(name) and value.strip() == "???":
-        raise ConfigError(f"{setting}: ??? means a missing value to Hydra; give another value.")
+        raise ConfigError(f"{setting}: in Hydra, ??? stands for a missing value; give another value.")
     if (is_text(name) or name in GROUPS) and len(split(value)) > 1 and not all(part.strip() for part in split(value)):
-        raise ConfigError(f"{setting}: a value is missing beside a comma.")
+        raise ConfigError(f"{setting}: a value is missing before or after a comma.")
 
 
 def _hydra_types(settings: list[str]) -> dict[str, typing.Any]:
-    """Return the type hints of Hydra's own keys and of the chosen launcher's; empty if `settings` have no such key."""
+    """Return the type hints of the keys of Hydra and its chosen launcher, or nothing if `settings` use no such key."""
     if not any(setting.lstrip("+").startswith("hydra.") for setting in settings):
         return {}
     types = types_within(HydraConf, "hydra.")
@@ -200,10 +204,10 @@ def _prepare(setting: str, hydra_types: dict[str, typing.Any]) -> str:
     name = key.lstrip("+")
     if is_text(name):
         return f"{key}={_quoted_values(value, null=True)}"
-    # hydra.job.env_set maps text to text, so its values are text, too.
+    # The values of a mapping from text to text, such as hydra.job.env_set, are also text.
     in_texts = typing.get_args(hydra_types.get(name.rpartition(".")[0])) == (str, str)
     if in_texts or hydra_types.get(name) in TEXT:
-        # Hydra does not sweep over its own keys: a comma belongs to the text.
+        # Hydra does not sweep over its own keys, so a comma is part of the text.
         return f"{key}={_quote_text(value, null=True, in_function=False)}"
     if key == "optimizer.kwargs" or key.startswith("optimizer.kwargs."):
         return f"++{setting}"
@@ -211,12 +215,12 @@ def _prepare(setting: str, hydra_types: dict[str, typing.Any]) -> str:
         # Shells do not expand a tilde after "=", and Hydra cannot read it.
         value = os.path.expanduser(value)  # noqa: PTH111 (keep ~name if there is no such user)
         return f"{key}={quoted(value)}" if key.startswith("hydra.") else f"{key}={value}"
-    # A value of an untyped key of Hydra that is not ASCII is text, which Hydra's grammar refuses unquoted.
+    # Hydra's grammar rejects text that is not ASCII unless it is quoted, also for Hydra's own untyped keys.
     return f"{key}={quoted(value)}" if key.startswith("hydra.") and not value.isascii() else setting
 
 
 def _rename_batches(value: str) -> str:
-    """Replace the batch sizes in `value` by the names of the choices: ``4096`` becomes ``4k``."""
+    """Replace batch sizes in `value` by the names of their choices: ``4096`` becomes ``4k``."""
     names = {str(nominal_batch(name)): name for name in choices_of("batch")}
     return re.sub(r"(?<![\w.+-])\d+(?![\w.-])", lambda found: names.get(found.group(), found.group()), value)
 
@@ -230,7 +234,7 @@ def _split(value: str) -> Iterator[str]:
     start = position = 0
     while position < len(value):
         if not value[start:position].strip() and (found := _QUOTED.match(value, position)):
-            # Text that only begins with a quotation mark is split at every comma.
+            # Skip quoted text. Text that only begins with a quotation mark is split at every comma.
             end = found.end()
             position = end if not value[end:].strip() or value[end:].lstrip().startswith(",") else position + 1
         elif value.startswith("${", position):
@@ -252,10 +256,10 @@ def _interpolation_end(value: str, start: int) -> int:
 
 
 def _quoted_values(value: str, *, null: bool) -> str:
-    """Quote `value`, or each value of a sweep, as text for Hydra. `null`: the word null means no value."""
+    """Quote `value`, or each value of a sweep, as text for Hydra. With `null`, leave the word null unquoted."""
     found = _CHOICE_FUNCTIONS.fullmatch(value)
     if found and null and "choice" in found.group(1):
-        # The bare values make the same sweep, and Hydra keeps their quotes.
+        # A plain list of values makes the same sweep, and Hydra then keeps the quotes.
         value, found = found.group(2), None
     if found:
         head, values, tail = found.groups()
@@ -264,7 +268,7 @@ def _quoted_values(value: str, *, null: bool) -> str:
         return value
     parts = split(value)
     if len(parts) == 1 and null:
-        # Spaces around a single text belong to it; around commas they do not.
+        # Spaces around a single value belong to the text; spaces around the commas of a sweep do not.
         return _quote_text(value, null=null, in_function=False)
     return ",".join(_quote_one(part, null=null, in_function=False) for part in parts)
 
@@ -284,6 +288,6 @@ def _quote_text(text: str, *, null: bool, in_function: bool) -> str:
     if not text or is_null or (_UNQUOTED_TEXT.fullmatch(text) and text.lower() not in _RESERVED_WORDS):
         return text
     result = text if _QUOTED.fullmatch(text) else quoted(text)
-    # Hydra's functions escape these characters when they remove the quotes.
+    # When Hydra's functions remove the quotes, they escape these characters. Other text needs a second pair of quotes.
     twice = in_function and not re.search(r"[\\()\[\]{}:=, \t]", result)
     return str(QuotedString(result, Quote.double).with_quotes()) if twice else result

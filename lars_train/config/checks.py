@@ -1,4 +1,4 @@
-"""Check a config, as far as that needs neither the data nor a device."""
+"""Check a config, as far as this is possible without the data and without a device."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lars_train.fsutil import user_path
 from lars_train.messages import is_url
 from lars_train.optim.schedule import Form
 
-# Linux's limits in bytes: a name (NAME_MAX), and a whole path (PATH_MAX) without the terminating zero.
+# Linux's limits in bytes, for a file name (NAME_MAX) and for a path (PATH_MAX, less the terminating zero).
 _NAME_MAX, _PATH_MAX = 255, 4095
-# Keys whose value must be above 0, and keys whose value may also be 0.
+# Keys whose value must be above 0.
 _POSITIVE = (
     "epochs",
     "max_updates",
@@ -55,6 +55,7 @@ _POSITIVE = (
     "checkpoint.keep",
     "guard.max_loss",
 )
+# Keys whose value must be 0 or more.
 _NOT_NEGATIVE = (
     "seed",
     "optimizer.momentum",
@@ -70,18 +71,18 @@ _NOT_NEGATIVE = (
 )
 
 
-def refuse_unknown_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> None:
+def check_known_keys(node: DictConfig, schema: DictConfig, prefix: str = "") -> None:
     """Raise `ConfigError` for a key that the schema does not have."""
     # Hydra's +key=value bypasses the schema, and a key that nothing reads would be silently ignored.
     for key in map(str, node):
         if key not in schema:
-            raise ConfigError(f"{prefix}{key}: there is no such key.{suggestion(f'{prefix}{key}')}")
+            raise ConfigError(f"{prefix}{key}: unknown key.{suggestion(f'{prefix}{key}')}")
         if dataclasses.is_dataclass(OmegaConf.get_type(schema, key)):
-            refuse_unknown_keys(node[key], schema[key], f"{prefix}{key}.")
+            check_known_keys(node[key], schema[key], f"{prefix}{key}.")
 
 
 def check_choices(config: Config) -> None:
-    """Raise `ConfigError` for a word that is not a choice of its key."""
+    """Raise `ConfigError` for a value that is not among the choices of its key."""
     choices: dict[str, tuple[str | bool, ...]] = {
         "mode": MODES,
         "resume": (AUTO, "never"),
@@ -109,7 +110,7 @@ def check_choices(config: Config) -> None:
             words = [str(word).lower() if isinstance(word, bool) else word for word in allowed]
             hint = did_you_mean(str(value), words)
             if key == "resume":
-                hint = f" To start from a checkpoint: checkpoint.path={value}"
+                hint = f" To start from a checkpoint, set checkpoint.path={value}"
             raise ConfigError(f"{key}={value}: choose one of {', '.join(words)}.{hint}")
 
 
@@ -123,9 +124,11 @@ def check_values(config: Config) -> None:
     _check_plan(config)
     _check_data(config)
     if config.verbosity not in (0, 1, 2):
-        raise ConfigError(f"verbosity={config.verbosity}: give 0 (quiet), 1 (a line per epoch) or 2 (every log line).")
+        raise ConfigError(
+            f"verbosity={config.verbosity}: give 0 (quiet), 1 (one line per epoch) or 2 (every log line)."
+        )
     if config.seed >= 2**63:
-        raise ConfigError(f"seed={config.seed}: it must be below 2**63, because the generators take 64 bits.")
+        raise ConfigError(f"seed={config.seed}: it must be below 2**63, the limit of the random generators.")
     _check_schedule(config)
     check_lars_options(config.optimizer)
     for key, least in (("micro_batch", 1), ("launch.nproc", 1), ("launch.threads", 1), ("data.workers", 0)):
@@ -146,26 +149,28 @@ def _check_ranges(leaves: dict[str, Any]) -> None:
             finite = " and finite" if math.isinf(value) else ""
             raise ConfigError(f"{key}={value}: it must be {expected}{finite}.")
         if value > FLOAT32_MAX and isinstance(value, float):
-            raise ConfigError(f"{key}={value:g}: it is beyond {FLOAT32_MAX:.4g}, the largest float32.")
+            raise ConfigError(f"{key}={value:g}: it must be at most {FLOAT32_MAX:.4g}, the largest float32.")
     for key in ("optimizer.lr", "optimizer.trust_coef"):
         value = leaves[key]
         if value is not None and 0 < value < FLOAT32_MIN:
-            raise ConfigError(f"{key}={value:g}: it is 0 in float32, whose smallest number is {FLOAT32_MIN:.4g}.")
+            raise ConfigError(
+                f"{key}={value:g}: it rounds to 0 in float32; give at least {FLOAT32_MIN:.4g}, the smallest float32."
+            )
 
 
 def _check_text(leaves: dict[str, Any]) -> None:
-    """Raise `ConfigError` for text that cannot be a path or name: empty, too long, or unprintable for a new folder."""
+    """Raise `ConfigError` for text that is empty, too long for a path or, in the name of a new folder, unprintable."""
     for key, value in leaves.items():
         if not is_text(key) or key == "recipe.source" or value is None:
             continue
         if not value and key not in ("run.dir", "run.name"):
-            raise ConfigError(f"{key}=: the value is empty; give a value, or leave the key out.")
+            raise ConfigError(f"{key}=: the value is empty; give a value, or omit the key.")
         size = len(os.fsencode(value))
         longest = max(len(os.fsencode(part)) for part in value.split("/"))
         if not is_url(value) and (size > _PATH_MAX or longest > _NAME_MAX):
             raise ConfigError(
-                f"{key}={value[:40]}...: it is too long ({size:,} bytes): at most {_NAME_MAX} bytes for a name, "
-                f"{_PATH_MAX:,} for a path."
+                f"{key}={value[:40]}...: it is too long ({size:,} bytes). A name has at most {_NAME_MAX} bytes, a path "
+                f"{_PATH_MAX:,}."
             )
         if "\0" in value:
             raise ConfigError(f"{key}={value}: a name cannot contain a zero byte.")
@@ -173,7 +178,7 @@ def _check_text(leaves: dict[str, Any]) -> None:
         value = leaves[key]
         if value is not None and not value.isprintable():
             raise ConfigError(
-                f"{key}={value!r}: it has a character that cannot be printed, such as a line break; remove it."
+                f"{key}={value!r}: it has an unprintable character, such as a line break; remove that character."
             )
 
 
@@ -181,7 +186,7 @@ def _check_plan(config: Config) -> None:
     nodes, nproc, world = config.launch.nodes, config.launch.nproc, config.plan.world
     if nodes is not None and isinstance(nproc, int) and world not in (None, nodes * nproc):
         raise ConfigError(
-            f"plan.world={world}: launch.nodes={nodes} times launch.nproc={nproc} is {nodes * nproc}; drop one."
+            f"plan.world={world}: launch.nodes={nodes} times launch.nproc={nproc} is {nodes * nproc}; omit one of them."
         )
     if config.plan.picture is not None and not config.plan.picture.lower().endswith(".png"):
         raise ConfigError(
@@ -191,7 +196,7 @@ def _check_plan(config: Config) -> None:
         raise ConfigError(f"plan.overlap={config.plan.overlap}: it must be at least 0 and at most 1.")
     if config.plan.picture is not None and config.plan.device is None and config.plan.images_per_second is None:
         raise ConfigError(
-            f"plan.picture={config.plan.picture}: to plot hours, set plan.device or plan.images_per_second."
+            f"plan.picture={config.plan.picture}: the plot needs a speed; set plan.device or plan.images_per_second."
         )
 
 
@@ -204,14 +209,14 @@ def _check_data(config: Config) -> None:
         raise ConfigError(f"data.holdout={config.data.holdout}: it must be between 0 and 1.")
     if is_url(config.data.root) and config.data.order != "shards":
         raise ConfigError(
-            f"data.root={config.data.root}: data at a URL is fetched shard by shard, which needs data.order=shards; "
-            "a copy on a disk can be read in the global order."
+            f"data.root={config.data.root}: data at a URL is fetched shard by shard, which needs data.order=shards. "
+            "For the global order, copy the data to a disk."
         )
     for key, least_value in (("mean", -math.inf), ("std", 1 / FLOAT32_MAX)):
         values = getattr(config.data, key)
         if len(values) != 3 or not all(abs(v) <= FLOAT32_MAX and v > least_value for v in values):
             raise ConfigError(
-                f"data.{key}={values}: give three numbers in the range of float32, one per channel (std above 0)."
+                f"data.{key}={values}: give three numbers within the range of float32, one per channel (std above 0)."
             )
 
 
@@ -219,46 +224,46 @@ def _check_schedule(config: Config) -> None:
     """Check the learning rates and epochs of a resolved config's schedule against each other."""
     if filled(config.schedule.warmup_epochs) >= filled(config.epochs):
         raise ConfigError(
-            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is not shorter than the run "
-            f"(epochs={config.epochs}): lower it, or train for longer."
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs}: the warm-up must be shorter than the run "
+            f"(epochs={config.epochs}); lower it, or train for longer."
         )
     schedule, lr, epochs = config.schedule, filled(config.optimizer.lr), filled(config.epochs)
     start = "step" if schedule.warmup_start is None else schedule.warmup_start  # null if there is no warm-up
     if isinstance(start, bool) or not (start == "step" or (isinstance(start, int | float) and 0 <= start <= lr)):
         raise ConfigError(
-            f"schedule.warmup_start={start}: give step, or a number from 0 to optimizer.lr={lr:g}, where it ends."
+            f"schedule.warmup_start={start}: give step, or a number from 0 to optimizer.lr={lr:g}, its end."
         )
     if schedule.end_lr is not None and schedule.end_lr > lr:
         raise ConfigError(
-            f"schedule.end_lr={schedule.end_lr:g}: it is above optimizer.lr={lr:g}, where the decay begins."
+            f"schedule.end_lr={schedule.end_lr:g}: it must be at most optimizer.lr={lr:g}, where the decay begins."
         )
     steps = schedule.steps
     if schedule.form == "steps" and not steps:
-        raise ConfigError("schedule.steps: schedule.form=steps needs the epochs of the steps, such as [30,60,80].")
+        raise ConfigError("schedule.form=steps: set schedule.steps to the epochs of the steps, such as [30,60,80].")
     if steps:
         rising = all(a < b for a, b in itertools.pairwise(steps))
         if not rising or not all(map(math.isfinite, steps)) or steps[0] < filled(schedule.warmup_epochs):
             raise ConfigError(
-                f"schedule.steps={steps}: give increasing epochs, none of them within the warm-up "
+                f"schedule.steps={steps}: give epochs in increasing order, after the warm-up "
                 f"(schedule.warmup_epochs={schedule.warmup_epochs:g})."
             )
         if steps[-1] >= epochs:
             raise ConfigError(
-                f"schedule.steps={steps}: the run has only {epochs} epochs; set other steps, or "
-                "schedule.scale_warmup=true, which shrinks the steps of a recipe's row with the run."
+                f"schedule.steps={steps}: the run has only {epochs} epochs. Set other steps, or "
+                "schedule.scale_warmup=true, which scales the steps of a recipe's row to the length of the run."
             )
 
 
 def _check_run(config: Config) -> None:
     name = config.run.name
     if name is not None and (not name or "/" in name or name in (".", "..")):
-        raise ConfigError(f"run.name={name!r}: give a plain folder name, or use run.dir for a path.")
+        raise ConfigError(f"run.name={name!r}: it must be a plain folder name; use run.dir for a path.")
     if config.run.dir is not None and user_path(config.run.dir).parts[:1] == ("~",):
         raise ConfigError(f"run.dir={config.run.dir}: this user has no home directory; give a path without ~.")
     if config.run.dir is not None and Path(config.run.dir).name in ("", ".."):
         raise ConfigError(f"run.dir={config.run.dir!r}: a run needs its own folder; end the path with its name.")
     if config.run.dir is not None and config.run.name is not None:
-        raise ConfigError("run.dir and run.name are both set: run.dir is the whole path already; drop one.")
+        raise ConfigError("run.dir and run.name are both set: run.dir is already the whole path; omit one of them.")
 
 
 def _check_mode(config: Config) -> None:
@@ -272,7 +277,7 @@ def _check_mode(config: Config) -> None:
             "both set; set only the one to evaluate."
         )
     if config.model.new_head and config.mode in ("evaluate", "export"):
-        raise ConfigError(f"model.new_head=true: mode={config.mode} does not train a new last layer; drop it.")
+        raise ConfigError(f"model.new_head=true: mode={config.mode} does not train a new last layer; omit it.")
     if config.model.new_head and config.model.weights is None:
         raise ConfigError("model.new_head=true needs model.weights=FILE, for all layers except the last.")
     if config.mode == "export" and not config.checkpoint.path:

@@ -1,4 +1,4 @@
-"""Look up config keys by name: their types, and suggestions for unknown names. This module does not import torch."""
+"""Look up the types of config keys, and suggest keys for unknown names. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lars_train.config.schema import Config
 from lars_train.errors import closest
 
 GROUPS = ("batch", "recipe", "data", "model", "optimizer", "schedule", "precision")
-# Names in other programs, and the equivalent keys here.
+# Names that other programs use, and the equivalent keys here.
 _ALIASES = {
     "amp": "precision",
     "arch": "model",
@@ -50,12 +50,12 @@ TEXT = (str, Optional[str])
 
 @functools.cache
 def key_types() -> dict[str, Any]:
-    """Return the type hint of every key by its dotted name; that of a section, such as ``run``, is its dataclass."""
+    """Return the type hint of every key by its dotted name. That of a section, such as ``run``, is a dataclass."""
     return types_within(Config)
 
 
 def types_within(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type hints of the dataclass `kind` and of its sections, by dotted name after `prefix`."""
+    """Return the type hints of the fields of dataclass `kind` and of its sections, by dotted name with `prefix`."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
         found[f"{prefix}{name}"] = hint
@@ -70,7 +70,7 @@ def is_text(key: str) -> bool:
 
 
 def section_keys(name: str) -> list[str]:
-    """Return the dotted names of the keys of section `name`; an empty list if there is no such section."""
+    """Return the dotted names of the keys in section `name`, or an empty list if there is no such section."""
     hint = key_types().get(name)
     return [key for key in key_types() if key.startswith(f"{name}.")] if dataclasses.is_dataclass(hint) else []
 
@@ -81,7 +81,7 @@ def leaf_keys() -> list[str]:
 
 
 def probable_keys(key: str) -> list[str]:
-    """Return the keys or groups, at most three, that the unknown `key` probably means."""
+    """Return at most three keys or groups that the user probably meant by the unknown `key`."""
     known = [*leaf_keys(), *GROUPS]
     section, _, leaf = key.rpartition(".")
     candidates = [
@@ -91,7 +91,7 @@ def probable_keys(key: str) -> list[str]:
         [name for name in [None if section in key_types() else closest(key, known)] if name],
         [name for name in known if _one_extends_other(leaf, name.rpartition(".")[2])],
     ]
-    # A similar name in the given section comes before the same name in another section.
+    # A similar name in the given section has priority over the same name in another section.
     near = closest(leaf, [name.removeprefix(f"{section}.") for name in section_keys(section)])
     if near and key not in _ALIASES:
         return [f"{section}.{near}"]
@@ -102,7 +102,7 @@ def suggestion(key: str) -> str:
     """Return ``" Did you mean 'x'?"`` for the unknown `key`, or an empty string."""
     found = probable_keys(key)
     if not found and key.startswith("optimizer."):
-        return f" A keyword of the base class is optimizer.kwargs.{key.removeprefix('optimizer.')}."
+        return f" To pass it to the base class: optimizer.kwargs.{key.removeprefix('optimizer.')}."
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 

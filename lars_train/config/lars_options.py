@@ -1,4 +1,4 @@
-"""Map LARS's options to config keys: their names, choices and presets. This module does not import torch."""
+"""Map the options, choices and presets of LARS to config keys. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 FLOAT32_MIN = 2.0**-149
 NONE: Final = "none"
-"""The word for None in `clip` and `clamp`, because null means "as the recipe's row says"."""
+"""The value of `clip` and `clamp` that stands for None. A null would be filled in from the recipe's row."""
 
-# In the config, `weight_decay` is the amount of weight decay.
+# Renamed, because `optimizer.weight_decay` in the config is the amount of weight decay.
 _NAMES: Final = {name: "decay_placement" if name == "weight_decay" else name for name in DEFAULTS}
 LARS_OPTIONS: Final = tuple(_NAMES.values())
 
@@ -28,10 +28,13 @@ CHOICES: Final[dict[str, tuple[str, ...]]] = {
 
 
 def options_of(preset: str, where: str) -> dict[str, Any]:
-    """Return all options of the preset as config values, by config key. Raises `ConfigError`, which names `where`."""
+    """Return all options of the preset as config values, by config key.
+
+    Raises `ConfigError` if there is no such preset; the message begins with `where`.
+    """
     if preset not in PRESETS:
         raise ConfigError(
-            f"{where}: there is no such preset; choose one of {', '.join(PRESETS)}.{did_you_mean(preset, PRESETS)}"
+            f"{where}: unknown preset; choose one of {', '.join(PRESETS)}.{did_you_mean(preset, PRESETS)}"
         )
     return {_NAMES[name]: _as_config(value) for name, value in {**DEFAULTS, **PRESETS[preset]}.items()}
 
@@ -53,7 +56,7 @@ def changed_options(config: OptimizerConfig) -> list[str]:
 
 
 def check_lars_options(config: OptimizerConfig) -> None:
-    """Raise `ConfigError` for options that `LARS` would refuse, and for numbers beyond float32."""
+    """Raise `ConfigError` for options that `LARS` would reject, and for numbers above the largest float32."""
     keywords = {**DEFAULTS, **lars_keywords(config)}
     try:
         options.check_options(keywords, _setting)
@@ -63,11 +66,11 @@ def check_lars_options(config: OptimizerConfig) -> None:
         value = keywords[name]
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, int | float) and number > FLOAT32_MAX for number in numbers):
-            raise ConfigError(f"{_setting(name, value)}: it is beyond {FLOAT32_MAX:.4g}, the largest float32.")
+            raise ConfigError(f"{_setting(name, value)}: it must be at most {FLOAT32_MAX:.4g}, the largest float32.")
 
 
 def _setting(name: str, value: Any) -> str:
-    """Return an option as the command line takes it: ``optimizer.clip=[0,50]``."""
+    """Return an option in the syntax of the command line: ``optimizer.clip=[0,50]``."""
     return f"optimizer.{_NAMES[name]}={_as_config(value)}".replace(" ", "")
 
 

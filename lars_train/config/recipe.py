@@ -1,4 +1,4 @@
-"""Fill a config from its recipe's row: every value that the command line left open."""
+"""Fill in the values that the command line does not set from the row of the config's recipe."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ _POLYNOMIAL, _STEPS = ("power", "end_lr"), ("steps", "step_factor")
 
 
 def fill_from_recipe(config: Config) -> None:
-    """Replace every `None` for which the recipe's row for ``batch`` has a value. Raises `ConfigError`."""
+    """Replace each `None` in the config by the value of the recipe's row for ``batch``, if the row has one.
+
+    Raises `ConfigError`.
+    """
     row = _recipe_row(config)
     opt, batch = config.optimizer, config.batch
     if batch.nominal != nominal_batch(batch.name):
         raise ConfigError(
-            f"batch.name={batch.name} and batch.nominal={batch.nominal} differ: choose batch={batch.name}."
+            f"batch.name={batch.name} and batch.nominal={batch.nominal} do not match; set batch={batch.name} instead."
         )
     if opt.name == "recipe":
         opt.name = row.optimizer
-    _refuse_ignored_settings(config)
+    _check_ignored_settings(config)
     _check_rate(config, row)
     if opt.name == "lars":
         _fill_lars(config, row)
@@ -42,7 +45,7 @@ def fill_from_recipe(config: Config) -> None:
                 setattr(node, key, getattr(row, key))
     if config.data.min_crop is None and config.data.augment == "inception":
         config.data.min_crop = row.min_crop
-    # The row's momentum is for SGD: another base gets momentum only from the command line.
+    # The row's momentum is meant for SGD. Another base gets momentum only from the command line.
     if opt.base == "SGD":
         opt.momentum = row.momentum if opt.momentum is None else opt.momentum
         opt.nesterov = row.nesterov if opt.nesterov is None else opt.nesterov
@@ -53,7 +56,7 @@ def fill_from_recipe(config: Config) -> None:
 
 
 def _drop_published_results(config: Config) -> None:
-    """Remove ImageNet's published results from the config, and so from the records, of a run on other data."""
+    """Remove the published results, which are for ImageNet, from the config and thus from the records of the run."""
     recipe = config.recipe
 
     def without(row: dict[str, Any]) -> dict[str, Any]:
@@ -63,50 +66,51 @@ def _drop_published_results(config: Config) -> None:
     config.recipe = dataclasses.replace(recipe, common=without(recipe.common), rows=rows)
 
 
-def _refuse_ignored_settings(config: Config) -> None:
+def _check_ignored_settings(config: Config) -> None:
     """Raise `ConfigError` for a setting on the command line that the run would ignore."""
     opt, schedule, data = config.optimizer, config.schedule, config.data
     if data.min_crop is not None and data.augment != "inception":
         raise ConfigError(
-            f"data.min_crop={data.min_crop} has no meaning with data.augment={data.augment}; drop it, or set "
+            f"data.min_crop={data.min_crop} has no effect with data.augment={data.augment}; omit it, or set "
             "data.augment=inception."
         )
     if opt.name == "sgd" and opt.base != "SGD":
         raise ConfigError(
-            f"optimizer.base={opt.base} needs optimizer=lars; optimizer=sgd is torch.optim.SGD without LARS."
+            f"optimizer.base={opt.base}: optimizer=sgd is torch.optim.SGD without LARS. For another base, set "
+            "optimizer=lars."
         )
     if opt.name == "sgd":
         for key in ("preset", "adapt_norm_bias", *LARS_OPTIONS):
             if getattr(opt, key) is not None:
                 raise ConfigError(
-                    f"optimizer.{key}={getattr(opt, key)} is an option of LARS, but this run uses plain sgd; drop it."
+                    f"optimizer.{key}={getattr(opt, key)} is an option of LARS, but this run uses plain sgd; omit it."
                 )
     if schedule.warmup_start is not None and schedule.warmup_epochs == 0:
         raise ConfigError(
-            f"schedule.warmup_start={schedule.warmup_start}: schedule.warmup_epochs=0 means no warm-up; drop one."
+            f"schedule.warmup_start={schedule.warmup_start}: schedule.warmup_epochs=0 means no warm-up; omit one."
         )
 
 
 def _check_rate(config: Config, row: RowConfig) -> None:
-    """Raise `ConfigError` if no learning rate is set and the row's does not apply to this run."""
+    """Raise `ConfigError` if no learning rate is set and that of the row does not apply to this run."""
     opt, batch = config.optimizer, config.batch
     if opt.lr is not None:
         return
     if batch.size is not None:
         raise ConfigError(
-            f"batch.size={batch.size} is not a row of a recipe, so it needs its own learning rate: "
-            f"set optimizer.lr (row {batch.name} of recipe {config.recipe.name} has {row.lr})."
+            f"batch.size={batch.size}: no row of a recipe gives a learning rate for this batch; set optimizer.lr "
+            f"(row {batch.name} of recipe {config.recipe.name} has {row.lr})."
         )
     if opt.name != row.optimizer or opt.base != "SGD":
         what = f"{opt.name} over {opt.base}" if opt.name == "lars" else opt.name
         raise ConfigError(
-            f"optimizer.lr is not set, and row {batch.name} of recipe {config.recipe.name} gives it for "
-            f"{row.optimizer} over SGD only, not for {what}: set optimizer.lr."
+            f"optimizer.lr is not set, and that of row {batch.name} of recipe {config.recipe.name} is for "
+            f"{row.optimizer} over SGD, not for {what}; set optimizer.lr."
         )
 
 
 def _fill_lars(config: Config, row: RowConfig) -> None:
-    """Fill in the options of LARS that are not set: from a preset that is set, else from the row and its preset."""
+    """Fill in the options of LARS that are not set, from `optimizer.preset` or else from the row and its preset."""
     opt = config.optimizer
     given: dict[str, Any]
     if opt.preset is not None:
@@ -132,16 +136,16 @@ def _fill_schedule(config: Config, row: RowConfig) -> None:
     for key in other:
         if getattr(schedule, key) is not None:
             raise ConfigError(
-                f"schedule.{key}={getattr(schedule, key)} has no meaning with schedule.form={schedule.form}; drop it."
+                f"schedule.{key}={getattr(schedule, key)} has no effect with schedule.form={schedule.form}; omit it."
             )
     if schedule.warmup_epochs is None:
         schedule.warmup_epochs = row.warmup_epochs * shrink
         if config.epochs is not None and 0 < config.epochs <= schedule.warmup_epochs:
             raise ConfigError(
-                f"epochs={config.epochs}: the warm-up of row {config.batch.name} is not shorter "
-                f"({schedule.warmup_epochs:g} epochs). Set schedule.scale_warmup=true, which shrinks it with the run "
-                f"to {row.warmup_epochs * config.epochs / row.epochs:.3g} epochs, or set schedule.warmup_epochs, or "
-                "train for longer."
+                f"epochs={config.epochs}: the run must be longer than the warm-up of row {config.batch.name} "
+                f"({schedule.warmup_epochs:g} epochs). Set schedule.scale_warmup=true, which shortens the warm-up in "
+                f"proportion to the run ({row.warmup_epochs * config.epochs / row.epochs:.3g} epochs), or set "
+                "schedule.warmup_epochs, or train for longer."
             )
     if schedule.warmup_start is None and schedule.warmup_epochs > 0:
         schedule.warmup_start = row.warmup_start
@@ -161,7 +165,7 @@ def _recipe_row(config: Config) -> RowConfig:
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"recipe {recipe.name}, row {name}: {key!r} is not a field of a row.{did_you_mean(key, known)}"
+                f"recipe {recipe.name}, row {name}: {key!r} is not a valid field.{did_you_mean(key, known)}"
             )
     row = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RowConfig), values))
     assert isinstance(row, RowConfig)
@@ -169,10 +173,10 @@ def _recipe_row(config: Config) -> RowConfig:
 
 
 def with_row(config: Config, name: str) -> Config:
-    """Return a resolved config with the batch, epochs, warm-up, ghost batch and optimizer of row `name` of its recipe.
+    """Return a copy of a resolved config with the settings of row `name` that determine a run's length and memory.
 
-    These settings determine the length and the memory of a run. A setting that differs from the config's present row
-    stays, as do the learning rate and all others. Raises `ConfigError`.
+    These are batch, epochs, warm-up, ghost batch and optimizer. A setting that the user has changed from the current
+    row stays, as do the learning rate and all others. Raises `ConfigError`.
     """
     own, batch = (
         _recipe_row(config),
@@ -202,7 +206,7 @@ def with_row(config: Config, name: str) -> Config:
 
 
 def published_top1(config: Config) -> float | None:
-    """Return the published best top-1 (percent) of the config's recipe row, or None if there is none."""
+    """Return the published top-1 (percent) of the config's row in its recipe, or None if the row has none."""
     name = row_name(config.recipe.rows, config.batch.name)
     if config.batch.size is not None or name is None:
         return None

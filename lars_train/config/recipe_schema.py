@@ -1,4 +1,4 @@
-"""Define the schema of a recipe and of its rows."""
+"""Define the schema of recipes and their rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Optional
 class RowConfig:
     """One row of a recipe. Each field sets the key of the same name in its group.
 
-    `None` for an option of LARS means the preset's value.
+    `None` for an option of LARS: use the preset's value.
     """
 
     optimizer: str = "lars"
@@ -48,12 +48,12 @@ class RowConfig:
 
 @dataclass
 class RecipeConfig:
-    """A published set of hyper-parameters: what all rows share, and one row per batch."""
+    """A published set of hyper-parameters: values common to all batches, and one row per batch."""
 
     name: str = "torchlars"
     """The name of the recipe."""
     source: str = ""
-    """The publication of the values."""
+    """The publication that gives the values."""
     common: dict[str, Any] = field(default_factory=dict)
     """Values for all rows."""
     rows: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Find the row of a recipe for a batch. If there is none, explain what to do instead."""
+"""Find the row of a recipe for a batch, or explain the alternatives if there is none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lars_train.config.schema import Config, choices_of, config_dir, nominal_bat
 
 
 def row_name(rows: Iterable[str], batch: str) -> str | None:
-    """Return the row for the batch called `batch`, where ``4k`` equals ``4096``; None if there is none."""
+    """Return the name of the row for `batch`, or None. ``4k`` and ``4096`` name the same row."""
     if batch in rows:
         return batch
     size = nominal_batch(batch)
@@ -22,7 +22,7 @@ def row_name(rows: Iterable[str], batch: str) -> str | None:
 
 
 def explain_missing_row(config: Config) -> str:
-    """Return a message for a batch without a row: the nearest rows, and how to interpolate by hand."""
+    """Return an error message for a batch without a row, with the nearest rows and an interpolation between them."""
     recipe, batch, literal = config.recipe, config.batch.name, config.batch.size
     text = f"batch={batch}: recipe {recipe.name} has no row for it; its rows are {', '.join(recipe.rows)}."
     rows = sorted(recipe.rows, key=nominal_batch)
@@ -31,7 +31,7 @@ def explain_missing_row(config: Config) -> str:
         return text
     if literal is not None:
         near = min(rows, key=lambda name: abs(math.log(nominal_batch(name) / literal)))
-        return f"{text} batch.size takes the other values from a row: choose one, such as batch={near}."
+        return f"{text} With batch.size, all other values come from a row; choose a row, such as batch={near}."
     below = max((name for name in rows if nominal_batch(name) < size), key=nominal_batch, default=None)
     above = min((name for name in rows if nominal_batch(name) > size), key=nominal_batch, default=None)
     if below is None or above is None:
@@ -40,13 +40,14 @@ def explain_missing_row(config: Config) -> str:
         elsewhere = f", or a recipe that has the batch ({having})" if having else ""
         added = " ".join([f"batch.size={size}", *_scaled_setting(config)])
         return (
-            f"{text} The nearest is {_row_summary(recipe, near)}; the source has no values beyond it, and nothing is "
-            f"extrapolated. Choose it{elsewhere}, or add {added} and your own optimizer.lr to batch={near}."
+            f"{text} The nearest is {_row_summary(recipe, near)}; the source has no values beyond that row, and "
+            f"lars-train does not extrapolate. Choose that row{elsewhere}, or set {added} and your own optimizer.lr "
+            f"with batch={near}."
         )
     text = f"{text} The nearest are {_row_summary(recipe, below)} and {_row_summary(recipe, above)}. Choose one of them"
     first, second = (_row_values(recipe, name)["optimizer"] for name in (below, above))
     if first != second:
-        return f"{text}; they cannot be interpolated, because one is for {first} and the other for {second}."
+        return f"{text}; interpolation is not possible, because one is for {first} and the other for {second}."
     settings, shrunk = _interpolated(config, below, above)
     given = any(value is not None for value in (config.optimizer.lr, config.schedule.warmup_epochs))
     kept = ", except for the given values" if given else ""
@@ -57,13 +58,13 @@ def explain_missing_row(config: Config) -> str:
 
 
 def _recipes_with_row(batch: str) -> list[str]:
-    """Return the built-in recipes that have a row for the batch called `batch`."""
+    """Return the names of the built-in recipes that have a row for `batch`."""
     rows = {name: OmegaConf.load(config_dir() / "recipe" / f"{name}.yaml").rows for name in choices_of("recipe")}
     return [name for name in rows if row_name([str(row) for row in rows[name]], batch)]
 
 
 def _scaled_setting(config: Config) -> list[str]:
-    """Return the setting that scales a literal batch with the data set as a row's batch is, or the given setting."""
+    """Return the `batch.scaled` setting, if needed, with which `batch.size` is scaled to the data set like a row."""
     scaled = config.batch.scaled
     if scaled is not None:
         return [f"batch.scaled={str(scaled).lower()}"]
@@ -71,9 +72,9 @@ def _scaled_setting(config: Config) -> list[str]:
 
 
 def _interpolated(config: Config, below: str, above: str) -> tuple[str, str]:
-    """Return the settings for a batch between two rows, and a sentence if the warm-up shrinks with the run.
+    """Return the settings for a batch between two rows, and a sentence about the scaled warm-up, or an empty string.
 
-    The settings are those of the nearer row, except for lr, warm-up, ghost batch and given values.
+    The settings are those of the nearer row, except for lr, warm-up, ghost batch and values that the user has set.
     """
     recipe, size, schedule = config.recipe, nominal_batch(config.batch.name), config.schedule
     low, high = nominal_batch(below), nominal_batch(above)
@@ -87,17 +88,17 @@ def _interpolated(config: Config, below: str, above: str) -> tuple[str, str]:
     if warmup is None:
         warmup = first["warmup_epochs"] * (1 - share) + second["warmup_epochs"] * share
         if schedule.scale_warmup and config.epochs not in (None, values["epochs"]):
-            # The key is used as given; only a row's warm-up shrinks with the run.
+            # `scale_warmup` does not affect a value of the key, only that of a row, so scale the printed value here.
             whole, warmup = warmup, warmup * config.epochs / values["epochs"]
             shrunk = (
-                f" Its warm-up is {whole:.3g} of the {values['epochs']} epochs of batch={near}, shrunk to this run's "
-                f"epochs={config.epochs}, because schedule.scale_warmup is true: {whole:.3g} * {config.epochs} / "
-                f"{values['epochs']} = {warmup:.3g}."
+                f" The interpolated warm-up is {whole:.3g} of the {values['epochs']} epochs of batch={near}. Because "
+                f"schedule.scale_warmup is true, it is scaled to this run's epochs={config.epochs}: {whole:.3g} * "
+                f"{config.epochs} / {values['epochs']} = {warmup:.3g}."
             )
     settings = [f"batch={near} batch.size={size} optimizer.lr={lr} schedule.warmup_epochs={warmup:.3g}"]
     ghost = config.model.ghost_batch or int(values["ghost_batch"])
     if size > ghost and size % ghost:
-        # The largest divisor of the batch up to the row's ghost batch; 1 always divides it.
+        # The largest divisor of the batch that is at most the row's ghost batch.
         ghost = max(n for n in range(1, ghost + 1) if size % n == 0)
     if config.model.ghost_batch is not None or ghost != int(values["ghost_batch"]):
         settings.append(f"model.ghost_batch={ghost}")

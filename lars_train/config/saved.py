@@ -1,4 +1,4 @@
-"""Register a whole config from a file, such as the ``config.yaml`` of a run, for ``lars-train --config-file``."""
+"""Register a complete config file, such as the ``config.yaml`` of a run, for ``lars-train --config-file``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lars_train.config import AUTO, Config, RunConfig, config_dir, resolve, run_hash
-from lars_train.config.checks import refuse_unknown_keys
+from lars_train.config.checks import check_known_keys
 from lars_train.config.keys import GROUPS, leaf_keys, section_keys
 from lars_train.errors import ConfigError
 from lars_train.messages import first_line
@@ -25,15 +25,17 @@ _PLACES = ("run.dir", "run.name")
 
 @dataclasses.dataclass(frozen=True)
 class SavedConfig:
-    """The hash of the file's experiment, and True if the command line sets the run directory."""
+    """A config file that is registered with Hydra."""
 
     hash: str | None
+    """The hash of the experiment in the file; None if its config has an error."""
     placed: bool
+    """True if the command line sets the run directory."""
 
     def place(self, config: Config) -> Config:
-        """Return the config without the file's run directory if it is no longer the file's experiment.
+        """Return `config` without the run directory of the file if it describes another experiment than the file.
 
-        So the seeds of a sweep do not share the directory of the run that they vary.
+        A sweep over seeds therefore does not write into the directory of the saved run.
         """
         if self.placed or run_hash(config) == self.hash:
             return config
@@ -41,10 +43,10 @@ class SavedConfig:
 
 
 def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
-    """Register with Hydra the config in `file`, or in the run directory `file`, which the prepared `settings` override.
+    """Register with Hydra the config in `file`, which may also be a run directory.
 
-    Raises `ConfigError` if the file is not a whole config, and for settings that choose a group, because the file
-    already holds the values of its groups.
+    `settings` are the prepared settings of the command line, which override the file. Raises `ConfigError` if the file
+    is not a complete config, and for settings that choose a group, whose values the file already contains.
     """
     path = file / "config.yaml" if file.is_dir() else file
     where = f"--config-file {path}"
@@ -52,27 +54,27 @@ def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
     for group in GROUPS:
         if group in keys:
             write = {"model": "model.name=", "precision": "precision.name="}.get(group, "")
-            hint = f"write {write}... instead" if write else "set single keys, or start without the file"
-            raise ConfigError(f"{group}=...: {where} already has the values of a {group}; {hint}.")
+            hint = f"write {write}... instead" if write else "set single keys, or start without --config-file"
+            raise ConfigError(f"{group}=...: {where} already contains the values of a choice of {group}; {hint}.")
     content = _read(path, where)
     missing = [key for key in leaf_keys() if key not in keys and not _holds(content, key)]
     if missing:
         few = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigError(
-            f"{where}: it lacks {few}. Use a whole config, as runs write it (runs/RUN/config.yaml), or set those keys "
-            "on the command line."
+            f"{where}: missing keys: {few}. Use a complete config, such as runs/RUN/config.yaml, or set those keys on "
+            "the command line."
         )
     placed = not keys.isdisjoint(_PLACES)
     if placed:
         content["run"] = {"dir": None, "name": None}
-    # resume=never applies to a single start.
+    # The file may contain resume=never, which was meant for the start of that run only.
     content["resume"] = AUTO
     try:
         whole = OmegaConf.merge(OmegaConf.structured(Config), content)
         assert isinstance(whole, DictConfig)
         own = run_hash(resolve(whole))
     except ConfigError:
-        # The command line may fix the error; its own error is reported later.
+        # The command line may fix the error. If it does not, the error is raised later.
         own = None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {error.full_key}: {first_line(error)}") from None
@@ -90,15 +92,15 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{where}: it cannot be read ({error.strerror or error}).") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: it is not YAML ({first_line(error)}).") from None
+        raise ConfigError(f"{where}: it is not valid YAML ({first_line(error)}).") from None
     plain: Any = OmegaConf.to_container(content)
     if not isinstance(plain, dict):
-        raise ConfigError(f"{where}: it is not a config, which is a mapping of keys.")
+        raise ConfigError(f"{where}: a config must be a mapping of keys to values.")
     for key, value in plain.items():
         if section_keys(str(key)) and not isinstance(value, dict):
-            raise ConfigError(f"{where}: {key} is not a mapping of keys.")
+            raise ConfigError(f"{where}: {key} must be a mapping of keys to values.")
     try:
-        refuse_unknown_keys(OmegaConf.create(plain), OmegaConf.structured(Config))
+        check_known_keys(OmegaConf.create(plain), OmegaConf.structured(Config))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return {str(key): value for key, value in plain.items()}

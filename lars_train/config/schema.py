@@ -1,7 +1,7 @@
-"""Define the config's schema, one dataclass per group of ``configs/``, and register it with Hydra.
+"""Define the config's schema, one dataclass per section, and register it with Hydra.
 
-`None` in a field that recipes set means "as the recipe's row says"; recipe.py fills it in. recipe_schema.py has the
-schema of recipes.
+In a field that recipes set, `None` means that `recipe.fill_from_recipe` takes the value from the recipe's row. The
+schema of recipes is in `recipe_schema`.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ class RunConfig:
     """The location of the run."""
 
     dir: Optional[str] = None
-    """The whole path of the run directory."""
+    """The path of the run directory."""
     name: Optional[str] = None
-    """The name of the run directory below ``runs/``. With neither ``dir`` nor ``name``, a hash of the experiment."""
+    """The name of the run directory in ``runs/``. By default, the name contains a hash of the experiment."""
 
 
 @dataclass
 class BatchConfig:
-    """The samples of one update."""
+    """The global batch: the samples of one update."""
 
     name: str = "32k"
     """The recipe's row: a batch of ``configs/choices.yaml``."""
     nominal: int = 32768
     """Samples of one update on ImageNet."""
     size: Optional[int] = None
-    """Samples of one update, used as given instead of a recipe's row; requires ``optimizer.lr``."""
+    """Samples of one update, instead of the batch of a recipe's row; requires ``optimizer.lr``."""
     scaled: Optional[bool] = None
     """Shrink the nominal batch in proportion to the data set (null: for all data sets except ImageNet)."""
 
 
 @dataclass
 class DataConfig:
-    """The data set, and how it is read."""
+    """The data set, its order, augmentation and decoding."""
 
     name: str = "mini"
     """imagenet, folder, mini (embedded), cifar10, fashion_mnist or synthetic."""
     root: Optional[str] = None
-    """Folder, ``.zip``, packed store or its URL, tar shards; for torchvision's sets, where to find or download them."""
+    """Folder, ``.zip``, packed store or its URL, tar shards; for torchvision's sets, the folder to read or download."""
     holdout: Optional[float] = None
-    """Validate on this share of ``train/`` instead of ``val/``."""
+    """Use this share of ``train/`` for validation instead of ``val/``."""
     val_labels: Optional[str] = None
     """Labels for a flat ``val/`` of ImageNet: the devkit, or a CSV of file and class."""
     image_key: Optional[str] = None
-    """Extension of the image to read if samples in tars have several: jpg, or jpg:png to try both in turn."""
+    """Extension of the image, if samples in tar shards have several: jpg, or jpg:png to try one after the other."""
     image_size: int = 224
     """Side of the network's input, in pixels."""
     augment: str = "inception"
     """inception (random resized crop), scale_crop (shorter side to size / eval_crop, random crop), pad_crop or none."""
     min_crop: Optional[float] = None
-    """Smallest share of an image's area that ``augment=inception`` crops."""
+    """Smallest crop of ``augment=inception``, as a share of the image's area."""
     flip: bool = True
     """Mirror half of the training images."""
     pad: int = 4
@@ -71,25 +71,25 @@ class DataConfig:
     eval_crop: float = 0.875
     """Evaluation resizes the shorter side to image_size / eval_crop and crops the center."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Mean per channel, on the scale 0 to 1; subtracted."""
+    """Mean per channel, on the scale 0 to 1, to subtract."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Standard deviation per channel, on the scale 0 to 1; divided by."""
+    """Standard deviation per channel, on the scale 0 to 1, to divide by."""
     workers: Union[int, str] = AUTO
     """Loader workers per rank. auto: 0 on CPU; on CUDA the rank's share of cores minus one, at most 16."""
     decoder: str = AUTO
-    """JPEG decoder: native (in C), pillow, or auto: native if every rank has it, else pillow."""
+    """JPEG decoder: native (in C), pillow, or auto (native if every rank has it, else pillow)."""
     order: str = "global"
-    """Order of an epoch: global (a permutation of all samples), or shards (mix a few packed shards at a time)."""
+    """Order of an epoch: global (a permutation of all samples), or shards (shuffle a few packed shards at a time)."""
     window_shards: int = 16
-    """Number of shards among which ``order=shards`` mixes samples."""
+    """Number of shards that ``order=shards`` shuffles at a time."""
     cache_dir: Optional[str] = None
-    """Folder for cached shards if the root is a URL (null: in the user's cache directory)."""
+    """Folder of the shard cache if the root is a URL (null: in the user's cache directory)."""
     cache_gb: float = 64.0
     """Maximum size of the cache, in 10**9 bytes."""
     on_error: str = "skip"
-    """For an image that cannot be decoded: skip (and count it), or fail."""
+    """Response to an image that cannot be decoded: skip (and count it), or fail."""
     max_bad: int = 100
-    """The run ends after more bad images than this, even with ``on_error=skip``; checked after each update."""
+    """Maximum number of bad images. With more, the run ends even if ``on_error=skip``; checked after each update."""
     train_count: Optional[int] = None
     """Training images, for ``data=synthetic`` only."""
     val_count: Optional[int] = None
@@ -107,7 +107,7 @@ class ModelConfig:
     weights: Optional[str] = None
     """Weights to start from or to evaluate: a state_dict, a checkpoint that contains one, or ``.safetensors``."""
     new_head: bool = False
-    """Take all layers except the last from `weights`, for data with other classes."""
+    """Load all layers except the last from `weights`, for data with other classes."""
     ghost_batch: Optional[int] = None
     """Samples per batch-norm statistics."""
     zero_gamma: Optional[bool] = None
@@ -116,10 +116,10 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer: LARS over a class of torch.optim, or plain SGD. Most keys are the recipe's row's."""
+    """The optimizer: LARS over a class of torch.optim, or plain SGD. Most values come from the recipe's row."""
 
     name: str = "recipe"
-    """recipe (as the row says), lars (over `base`) or sgd."""
+    """recipe (the row's optimizer), lars (over `base`) or sgd."""
     base: str = "SGD"
     """A class of ``torch.optim`` for LARS to wrap."""
     lr: Optional[float] = None
@@ -129,13 +129,13 @@ class OptimizerConfig:
     nesterov: Optional[bool] = None
     """Nesterov momentum of the base class, if it has the option."""
     weight_decay: Optional[float] = None
-    """Weight decay of all parameters, or of those that `decay_norm_bias` does not exempt."""
+    """Weight decay of all parameters, or of the weights only if `decay_norm_bias` is false."""
     decay_norm_bias: Optional[bool] = None
-    """Decay batch norm's parameters and biases."""
+    """Apply weight decay to batch norm's parameters and biases."""
     adapt_norm_bias: Optional[bool] = None
     """Apply trust ratios to batch norm's parameters and biases."""
     preset: Optional[str] = None
-    """Values for all options of LARS from `eps` to `clamp` (docs/lars.md); options that are set override it."""
+    """Preset for the options of LARS from `eps` to `clamp` (docs/lars.md). Options that are set override it."""
     eps: Optional[float] = None
     """Term added to the trust ratio's denominator."""
     trust_coef: Optional[float] = None
@@ -149,15 +149,15 @@ class OptimizerConfig:
     zero_decay: Optional[str] = None
     """For parameters without weight decay: adapt or skip."""
     decay_placement: Optional[str] = None
-    """coupled (part of the rescaled gradient) or base (the base decays in its own way after the ratio)."""
+    """coupled (part of the rescaled gradient) or base (the base applies its own weight decay after the ratio)."""
     ratio_placement: Optional[str] = None
     """Trust ratio inside or outside the momentum."""
     lr_placement: Optional[str] = None
     """Learning rate outside or inside the momentum."""
     clamp: Any = None
-    """Limit of the elements of g + wd * w: none, or a number."""
+    """Limit on the absolute value of each element of g + wd * w: none, or a number."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further keywords of the base class."""
+    """Additional keyword arguments of the base class."""
 
 
 @dataclass
@@ -167,19 +167,19 @@ class ScheduleConfig:
     warmup_epochs: Optional[float] = None
     """Epochs of linear warm-up."""
     warmup_start: Any = None
-    """The lr of update 0 (a number), or step: update 0 makes the first of equal steps up to the peak."""
+    """The lr of update 0 (a number), or step: equal steps up to the peak, of which update 0 already makes the first."""
     form: Optional[str] = None
     """whole, restart, mlperf or steps (docs/recipes.md)."""
     power: Optional[float] = None
     """Exponent of the polynomial decay."""
     end_lr: Optional[float] = None
-    """Final learning rate of the polynomial decay."""
+    """Learning rate at the end of the polynomial decay."""
     steps: Optional[list[float]] = None
     """For ``form=steps``: the epochs at which the lr falls."""
     step_factor: Optional[float] = None
-    """For ``form=steps``: the factor of each step."""
+    """For ``form=steps``: the factor by which each step multiplies the lr."""
     scale_warmup: bool = False
-    """Shrink the warm-up and the steps of the recipe's row with the run's epochs."""
+    """Scale the warm-up and the steps of the recipe's row to the run's epochs."""
 
 
 @dataclass
@@ -195,11 +195,11 @@ class LaunchConfig:
     """Machines, and processes per machine."""
 
     nodes: Optional[int] = None
-    """Number of machines. ``mode=plan`` plans for it, and a run under torchrun or Slurm refuses to start on another
-    number (null: one, or the launcher's number).
+    """Number of machines (null: one, or the launcher's number). ``mode=plan`` plans for this number; a run under
+    torchrun or Slurm does not start on another number.
     """
     nproc: Union[int, str] = AUTO
-    """Processes on this machine, unless torchrun or Slurm starts them; auto: one per GPU."""
+    """Processes on this machine, if neither torchrun nor Slurm starts them; auto: one per GPU."""
     threads: Union[int, str] = AUTO
     """CPU threads per process; auto: OMP_NUM_THREADS, or the process's share of the cores."""
 
@@ -216,40 +216,40 @@ class DistributedConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Evaluation while training, and ``mode=evaluate``."""
+    """Evaluation during training, and ``mode=evaluate``."""
 
     every_epochs: int = 1
     """Epochs between evaluations; the last update is always evaluated."""
     report: Optional[str] = None
-    """For ``mode=evaluate``: the folder for the accuracy per class and the confusions."""
+    """For ``mode=evaluate``: the folder to write the accuracy per class and the confusion matrix to."""
     outputs: str = "subset"
-    """For ``mode=evaluate`` on some of the model's classes: predict among these (subset, as published for ImageNet-A
-    and -R), or among all.
+    """For ``mode=evaluate`` on a subset of the model's classes: predict among that subset (subset, as published for
+    ImageNet-A and -R), or among all classes (all).
     """
 
 
 @dataclass
 class CheckpointConfig:
-    """The checkpoints that a run keeps, and the checkpoint that a mode reads."""
+    """The checkpoints to keep, and the checkpoint to read."""
 
     path: Optional[str] = None
-    """The checkpoint, or its run directory, to evaluate, export or start from."""
+    """The checkpoint, or the run directory, to evaluate, export or start from."""
     every_updates: Optional[int] = None
     """Updates between checkpoints (null: one epoch)."""
     every_minutes: Optional[float] = 15.0
-    """Also save after this many minutes since the last checkpoint (null: never)."""
+    """Also save if the last checkpoint is this many minutes old (null: never)."""
     keep: int = 3
     """Number of most recent checkpoints to keep, besides the best."""
 
 
 @dataclass
 class GuardConfig:
-    """The response to a loss that is not finite or too large."""
+    """The response to a loss that is too large or not finite."""
 
     max_loss: Optional[float] = None
-    """A mean loss of an update above this is a divergence, as is any training or validation loss that is not finite."""
+    """Maximum mean loss of an update. A larger one is a divergence, as is a non-finite training or validation loss."""
     on_divergence: str = "stop"
-    """stop, or rollback: resume from the last good checkpoint, skipping the samples up to the update that diverged."""
+    """stop, or rollback: resume from the last good checkpoint and skip the samples up to the update that diverged."""
     max_rollbacks: int = 3
     """Maximum number of rollbacks."""
 
@@ -269,19 +269,19 @@ class PlanConfig:
     path: Optional[str] = None
     """The JSON file to write (null: none)."""
     picture: Optional[str] = None
-    """The PNG to write: hours, efficiency and what limits them on 1 to 4,096 devices (null: none)."""
+    """The PNG file to write: hours, efficiency and the limiting factor on 1 to 4,096 devices (null: none)."""
     world: Optional[int] = None
-    """Number of ranks (null: launch.nodes times launch.nproc, or as many as this machine would start)."""
+    """Number of ranks (null: launch.nodes times launch.nproc, or the number that this machine would start)."""
     device: Optional[str] = None
-    """Device whose cited images/s to use: a100, h100, v100, or cpu, which is one core (docs/plan.md)."""
+    """Device for which to use a published speed: a100, h100, v100, or cpu, which is one core (docs/plan.md)."""
     images_per_second: Optional[float] = None
-    """Images/s of one device, forward and backward, instead of a cited rate."""
+    """Training speed of one device in images/s, instead of a published one."""
     cores: int = 8
-    """Decoding cores per device."""
+    """CPU cores per device that decode images."""
     decode_rate: Optional[float] = None
-    """Images/s that a core decodes (null: ignore input)."""
+    """Images/s that a core decodes (null: ignore the input pipeline)."""
     update_ms: float = 0.0
-    """Milliseconds per update besides its images: the optimizer's step."""
+    """Milliseconds per update that do not depend on the number of images: the optimizer's step."""
     latency_us: float = 10.0
     """Latency of a message between devices, in microseconds."""
     bandwidth_gb: float = 12.5
@@ -297,47 +297,47 @@ class CheckConfig:
     """Settings of ``mode=check``."""
 
     seconds: float = 5.0
-    """Seconds to measure each speed; a check takes at most 18 times as long."""
+    """Seconds for each speed measurement; the whole check takes at most 18 times as long."""
     samples: int = 256
     """Images that each machine decodes."""
 
 
 @dataclass
 class Config:
-    """A whole run."""
+    """The config of a run."""
 
     mode: str = "train"
     """train, evaluate, export, plan or check."""
     seed: int = 0
-    """Seed of the initial weights, the order and the crops."""
+    """Seed of the initial weights, the order of samples and the augmentation."""
     epochs: Optional[int] = None
-    """Length of the schedule."""
+    """Length of the schedule, in epochs."""
     max_updates: Optional[int] = None
-    """Stop after this many updates; the schedule does not change. The same run continues if the number is raised, and
-    is not treated as a shorter run.
+    """Stop after this many updates, without changing the schedule. With a larger number, the same run continues; a
+    number below the updates already made is an error.
     """
     micro_batch: Union[int, str] = AUTO
     """Images per forward pass on a device, in whole ghost batches; auto: as many as fit."""
     label_smoothing: Optional[float] = None
-    """Share of the target that is spread evenly over all classes."""
+    """Share of the target's probability that is spread evenly over all classes."""
     device: str = AUTO
     """auto, cpu or cuda."""
     deterministic: bool = False
-    """Make torch use only deterministic kernels."""
+    """Use only deterministic kernels."""
     compile: bool = False
-    """Train the network through ``torch.compile``."""
+    """Compile the network with ``torch.compile`` for training."""
     channels_last: Union[bool, str] = AUTO
-    """Store weights and images with the channels innermost: true, false, or auto (on every device)."""
+    """Use the channels_last memory format for weights and images: true, false, or auto (on every device)."""
     gradient_compression: str = "none"
-    """none, or bf16: round the values that the ranks exchange to bfloat16. That is part of the experiment: through the
-    rounding, the curve then depends on the world size.
+    """none, or bf16: round the gradients that the ranks exchange to bfloat16. This is part of the experiment, because
+    the results then depend on the world size.
     """
     resume: str = AUTO
-    """auto: resume the run in the run directory; never: move it aside and start again."""
+    """auto: resume the run in the run directory; never: move that run aside and start over."""
     log_every: int = 10
     """Updates between two log lines."""
     verbosity: int = 1
-    """Output. 0: warnings and results; 1: also the setup and each epoch; 2: also each log line."""
+    """Lines to print. 0: warnings and results; 1: also the setup and each epoch; 2: also each log line."""
     run: RunConfig = field(default_factory=RunConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -357,14 +357,14 @@ class Config:
 
 
 def register() -> None:
-    """Register with Hydra the schema, on which ``configs/config.yaml`` builds, and the choices that have no file."""
+    """Register with Hydra the schema that ``configs/config.yaml`` extends, and the choices that have no file."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, names in _named_choices().items():
         for name in names:
             nominal = {"nominal": nominal_batch(name)} if group == "batch" else {}
             store.store(group=group, name=name, node={"name": name, **nominal})
-    # For the help text, because Hydra's own list of groups takes half a second.
+    # The help text uses this resolver, because Hydra's own list of groups takes half a second.
     OmegaConf.register_new_resolver("groups", _groups, replace=True)
 
 
@@ -388,13 +388,13 @@ def _named_choices() -> dict[str, list[str]]:
 
 
 def nominal_batch(name: str) -> int:
-    """Return the samples per update on ImageNet of the batch called `name`: ``256`` or ``8k`` (8,192); else 0."""
+    """Return the samples per update on ImageNet for the batch `name`, such as ``256`` or ``8k`` (8,192); else 0."""
     digits, thousands = name.removesuffix("k"), name.endswith("k")
     return int(digits) * (1024 if thousands else 1) if digits.isascii() and digits.isdigit() else 0
 
 
 def config_dir() -> Path:
-    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the config files: inside an installed package, or beside the package in a checkout."""
     here = Path(__file__).resolve().parent.parent
     installed = here / "configs"
     return installed if installed.is_dir() else here.parent / "configs"

@@ -1,4 +1,4 @@
-"""Read a config as plain values: its leaves, its hash, its paths."""
+"""Derive plain values from a config: its leaves, its hash, its settings, absolute paths."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lars_train.messages import is_url
 
 _T = TypeVar("_T")
 
-# Keys that say where and how a run is executed, not what it computes. The run's hash leaves them out, so that the same
-# experiment finds its directory on other hardware and with other logging.
+# Keys that determine where and how a run is executed, but not its result. The run's hash excludes them, so that the
+# same experiment finds its directory on other hardware and with other logging.
 EXECUTION_KEYS = (
     "mode",
     "max_updates",
@@ -31,7 +31,7 @@ EXECUTION_KEYS = (
     "checkpoint.every_updates",
     "checkpoint.every_minutes",
     "checkpoint.keep",
-    # The guard acts only when a run would otherwise be lost, and the run's record lists its actions.
+    # The guard acts only if a run would otherwise be lost, and it records each of its actions.
     "guard",
     "evaluate.report",
     "evaluate.outputs",
@@ -43,10 +43,10 @@ EXECUTION_KEYS = (
     "data.decoder",
     "data.cache_dir",
     "data.cache_gb",
-    # These decide when a run with damaged images ends, not what it computes until then.
+    # These decide when a run with damaged images ends, but do not change its result up to that point.
     "data.on_error",
     "data.max_bad",
-    # The hash covers the options that the preset fills in.
+    # The hash includes the options that the preset fills in.
     "optimizer.preset",
     "recipe.rows",
     "recipe.common",
@@ -55,7 +55,7 @@ EXECUTION_KEYS = (
 
 
 def run_hash(config: Config) -> str:
-    """Return eight hex digits of the SHA-256 of the settings that determine what the run computes."""
+    """Return the first eight hex digits of the SHA-256 of the settings that determine the run's result."""
     plain = dataclasses.asdict(config)
     for key in EXECUTION_KEYS:
         *path, leaf = key.split(".")
@@ -64,20 +64,20 @@ def run_hash(config: Config) -> str:
             node = node[part]
         node.pop(leaf)
     if config.data.order == "global":
-        # The global order has no windows.
+        # The global order does not use windows of shards.
         plain["data"].pop("window_shards")
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def filled(value: Optional[_T]) -> _T:
-    """Return a value that `resolve` filled in from the recipe. AssertionError for a config that was not resolved."""
+    """Return `value` as not None, because `resolve` has filled it in. Raises `AssertionError` if it is None."""
     assert value is not None, "the config was not resolved"
     return value
 
 
 def absolute_paths(config: Config) -> Config:
-    """Return the config with absolute input paths, for a checkpoint, which may be read from any folder."""
+    """Return the config with absolute input paths, because a checkpoint may be read from any working directory."""
 
     def absolute(path: Optional[str]) -> Optional[str]:
         return path if path is None or is_url(path) else str(user_path(path).resolve())
@@ -92,7 +92,7 @@ def absolute_paths(config: Config) -> Config:
 
 
 def experiment_settings(config: Config, global_batch: int) -> dict[str, Any]:
-    """Return the settings that determine what the run computes, by key. `batch` is the global batch."""
+    """Return the settings that determine the run's result, by key, with ``batch`` set to `global_batch`."""
     left_out = (*EXECUTION_KEYS, "batch")
     settings = {
         key: value

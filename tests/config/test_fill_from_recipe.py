@@ -206,8 +206,8 @@ def test_a_batch_without_a_row_is_refused_with_all_rows(batch: str) -> None:
 
 def test_a_run_shorter_than_its_warm_up_is_offered_scale_warmup() -> None:
     message = refusal("data=cifar10", epochs=2)
-    assert message.startswith("epochs=2: the warm-up of row 32k is not shorter (5 epochs).")
-    assert "schedule.scale_warmup=true, which shrinks it with the run to 0.111 epochs" in message
+    assert message.startswith("epochs=2: the run must be longer than the warm-up of row 32k (5 epochs).")
+    assert "schedule.scale_warmup=true, which shortens the warm-up in proportion to the run (0.111 epochs)" in message
     config = resolved("data=cifar10", epochs=2, schedule__scale_warmup=True)
     assert config.schedule.warmup_epochs == pytest.approx(0.111, abs=1e-3)
     assert "scale_warmup" not in refusal("data=cifar10", epochs=2, schedule__warmup_epochs=3.0)

@@ -87,9 +87,9 @@ def refusal_of(*arguments: str) -> str:
         # log(20480/13056)/log(32768/13056) = 0.48926; 160 is the largest divisor of 20,480 up to 204.
         (("batch=20k", "recipe=mlperf"), ("batch=13056 batch.size=20480", "lr=16.4", "epochs=12.4", "ghost_batch=160")),
         (("batch=24k", "recipe=nus"), ("batch=16k (lr 22.6", "batch=32k (lr 32", "batch=32k batch.size=24576")),
-        (("batch=12k", "recipe=goyal"), ("its rows are 8k.", "nearest is batch=8k", "nothing is extrapolated")),
-        (("batch=128k",), ("nearest is batch=32k (lr 29", "nothing is extrapolated", "batch.size=131072")),
-        (("batch=64k",), ("nothing is extrapolated", "a recipe that has the batch (mlperf)")),
+        (("batch=12k", "recipe=goyal"), ("its rows are 8k.", "nearest is batch=8k", "does not extrapolate")),
+        (("batch=128k",), ("nearest is batch=32k (lr 29", "does not extrapolate", "batch.size=131072")),
+        (("batch=64k",), ("does not extrapolate", "a recipe that has the batch (mlperf)")),
         (("batch=12k", "batch.size=20000", "optimizer.lr=1"), ("no row", "such as batch=16k")),
     ],
 )
@@ -98,14 +98,18 @@ def test_a_batch_of_no_recipe_is_refused_with_the_nearest_rows(
 ) -> None:
     message = refusal_of(*arguments, "data=imagenet")
     assert [word for word in (*words, "has no row for it") if word not in message] == []
-    assert ("by hand" in message) != ("nothing is extrapolated" in message or "such as" in message)
+    assert ("by hand" in message) != ("does not extrapolate" in message or "such as" in message)
 
 
 @pytest.mark.parametrize("batch", ["16k", "20k"])
 @pytest.mark.parametrize("data", ["imagenet", "mini", "cifar10"])
 def test_the_settings_offered_between_two_rows_work(data: str, batch: str) -> None:
     images = {"imagenet": IMAGES, "mini": 10_000, "cifar10": 50_000}[data]
-    message = refusal_of("recipe=mlperf", f"batch={batch}", f"data={data}").split("by hand")[1].split(" Its warm-up")[0]
+    message = (
+        refusal_of("recipe=mlperf", f"batch={batch}", f"data={data}")
+        .split("by hand")[1]
+        .split(" The interpolated warm-up")[0]
+    )
     offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", message)
     config = resolved("recipe=mlperf", f"data={data}", *(setting.rstrip(",") for setting in offered))
     # 16,384 lies at log(16384/13056)/log(32768/13056) = 0.24676 of the way from 12.8 to 21.2, and from 9 to 16 epochs.
@@ -122,8 +126,8 @@ def test_an_offered_warm_up_explains_how_it_shrinks() -> None:
     message = refusal_of("recipe=mlperf", "batch=16k", "epochs=1")
     # 9 + 7 * 0.24676 epochs of 48.
     assert "schedule.warmup_epochs=0.223" in message
-    assert "10.7 of the 48 epochs of batch=13056, shrunk to this run's epochs=1" in message
-    assert "schedule.scale_warmup is true: 10.7 * 1 / 48 = 0.223." in message
+    assert "10.7 of the 48 epochs of batch=13056. Because schedule.scale_warmup is true, it is scaled to" in message
+    assert "this run's epochs=1: 10.7 * 1 / 48 = 0.223." in message
     for more in ("schedule.scale_warmup=false", "data=imagenet"):
         message = refusal_of("recipe=mlperf", "batch=16k", "epochs=20", more)
         assert "schedule.warmup_epochs=10.7" in message

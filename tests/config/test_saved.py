@@ -104,13 +104,13 @@ def test_a_group_is_refused_with_a_config_file(setting: str, words: str, tmp_pat
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("seed: 1\n", "it lacks mode, epochs"),
-        ("- a\n", "it is not a config"),
-        ("a: [\n", "it is not YAML"),
-        ("\xff", "it is not YAML"),
-        ("run: x\n", "run is not a mapping"),
-        ("sede: 1\n", "sede: there is no such key. Did you mean 'seed'?"),
-        ("run: {nam: x}\n", "run.nam: there is no such key. Did you mean 'run.name'?"),
+        ("seed: 1\n", "missing keys: mode, epochs"),
+        ("- a\n", "a config must be a mapping"),
+        ("a: [\n", "it is not valid YAML"),
+        ("\xff", "it is not valid YAML"),
+        ("run: x\n", "run must be a mapping"),
+        ("sede: 1\n", "sede: unknown key. Did you mean 'seed'?"),
+        ("run: {nam: x}\n", "run.nam: unknown key. Did you mean 'run.name'?"),
     ],
 )
 def test_a_file_that_is_not_a_whole_config_is_refused(content: str, words: str, tmp_path: Path) -> None:
@@ -131,6 +131,6 @@ def test_errors_in_a_file_are_named(tmp_path: Path) -> None:
         from_file(tmp_path)
     # Keys of a later version can be given on the command line.
     (tmp_path / "config.yaml").write_text(text.replace("seed: 0\n", ""))
-    with pytest.raises(ConfigError, match="it lacks seed"):
+    with pytest.raises(ConfigError, match="missing keys: seed"):
         from_file(tmp_path)
     assert from_file(tmp_path, "seed=4")[0].seed == 4
