@@ -1,4 +1,4 @@
-"""Commands end well whatever the terminal, the names of the data, and the user's home directory."""
+"""Commands work on any terminal, with any names of images and classes, and without a home directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = (
 ).split()
 ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 CLASSES = (b"caf\xe9", b"dog")
-SPELT = r"caf\xe9"
+ESCAPED = r"caf\xe9"
 
 
 def make_images(root: Path) -> None:
@@ -32,17 +32,17 @@ def make_images(root: Path) -> None:
             try:
                 Path(os.fsdecode(folder)).mkdir(parents=True)
             except OSError:
-                pytest.skip("this file system takes no names that are not UTF-8")
+                pytest.skip("the file system refuses names that are not UTF-8")
             for i in range(4):
                 Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(os.fsdecode(folder + b"/%d.png" % i))
         with open(folder + b"/b\xc3\xa4d.png", "wb") as file:  # noqa: PTH123
             file.write(b"no image")
 
 
-def said(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra: str) -> list[str]:
-    """Run the commands, which must succeed, and return their output."""
+def outputs(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra: str) -> list[str]:
+    """Run the commands, assert that they succeed, and return their output."""
     env = {name: value for name, value in environment(**extra).items() if not (user and name == "HOME")}
-    # Its own shell: Python reads the terminal's encoding while it starts.
+    # A separate shell, because Python reads the terminal's encoding at startup.
     shell = Shell(user, cwd=folder, env=env)
     done = [shell.run(command, folder, env) for command in commands]
     shell.close()
@@ -54,7 +54,7 @@ def said(folder: Path, *commands: list[str], user: tuple[str, ...] = (), **extra
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that any user can write to, with images below a class whose name is not UTF-8."""
+    """Yield a folder that any user can write to, with images of a class whose name is not UTF-8."""
     path = Path(tempfile.mkdtemp(prefix="lars-terminal-"))
     try:
         make_images(path / "images")
@@ -65,9 +65,9 @@ def folder() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
+def test_names_outside_ascii_fail_no_command(folder: Path) -> None:
     run = folder / "runs" / "a"
-    texts = said(
+    texts = outputs(
         folder,
         ["lars-train", *SETTINGS, "mode=plan"],
         ["lars-train", *SETTINGS, "data.on_error=skip", "run.name=a"],
@@ -79,24 +79,24 @@ def test_names_that_are_not_ascii_end_no_command(folder: Path) -> None:
     )
     assert r"images/val/dog/b\xe4d.png cannot be decoded" in texts[1]
     record = [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
-    assert {Path(line["image"]).name for line in record} == {"bäd.png"} or SPELT in str(record)
+    assert {Path(line["image"]).name for line in record} == {"bäd.png"} or ESCAPED in str(record)
     for name in ("per_class.csv", "confusion.csv"):
         with (folder / "mistakes" / name).open(encoding="utf-8", newline="") as file:
-            assert {row[0] for row in csv.reader(file)} == {"class", SPELT, "dog"}
+            assert {row[0] for row in csv.reader(file)} == {"class", ESCAPED, "dog"}
     assert (folder / "mistakes" / "confusion.png").stat().st_size > 0
     # A run directory with a name that is not UTF-8.
     odd = os.fsdecode(os.fsencode(folder / "runs") + b"/caf\xe9")
     shutil.copytree(run, odd)
-    said(folder, ["lars-report", odd, "runs", "--out", "out"], **ASCII)
+    outputs(folder, ["lars-report", odd, "runs", "--out", "out"], **ASCII)
     for name in ("table.csv", "table.md", "report.html"):
         (folder / "out" / name).read_text(encoding="utf-8")
-    assert SPELT in (folder / "out" / "table.csv").read_text(encoding="utf-8")
+    assert ESCAPED in (folder / "out" / "table.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_unreadable_output_ends_no_command(closed: bool, folder: Path) -> None:
+def test_a_closed_or_full_output_fails_no_command(closed: bool, folder: Path) -> None:
     if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
+        pytest.skip("/dev/full is missing")
     training = [[*SETTINGS, "data.on_error=skip", "run.name=b"]] if closed else []
     for arguments in (["--version"], ["--help"], *training):
         reader, pipe = os.pipe()
@@ -134,7 +134,7 @@ def test_every_command_works_without_a_home_directory(folder: Path) -> None:
     ]
     (folder / "tmp").mkdir()
     (folder / "tmp").chmod(0o777)
-    said(folder, *commands, user=user, XDG_CACHE_HOME="", TMPDIR=str(folder / "tmp"))
+    outputs(folder, *commands, user=user, XDG_CACHE_HOME="", TMPDIR=str(folder / "tmp"))
     assert (folder / "tmp" / "lars-train-12345").is_dir()
     done = subprocess.run(
         [*user, *ALONE, *run, "run.dir=~/b"],

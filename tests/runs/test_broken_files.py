@@ -1,4 +1,4 @@
-"""The 200 broken files of a data set count as bad, and whole files of odd formats as good."""
+"""All 200 broken files of a data set count as bad, and valid files of odd formats count as good."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lars_train.training.run_directory import Invocation
 
 VIEW = View("inception", 16, True, 0, 0.875)
 BROKEN = 200
-not_built = pytest.mark.skipif(native.jpeg is None, reason="the decoder in C was not built")
+not_built = pytest.mark.skipif(native.jpeg is None, reason="the C decoder is not built")
 DECODERS = ["pillow", pytest.param("native", marks=not_built)]
 
 
@@ -82,7 +82,7 @@ def png_of_size(side: int) -> bytes:
 
 
 def odd() -> list[bytes]:
-    """Return whole files that are not what a name with .JPEG suggests."""
+    """Return valid images of other formats than their names with .JPEG suggest."""
     deep = np.random.default_rng(0).integers(0, 2**16, (40, 30), dtype=np.uint16)
     return [
         *(encoded(make_image(50, 40), kind) for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")),
@@ -97,7 +97,7 @@ def odd() -> list[bytes]:
 
 @cache
 def files() -> list[tuple[bytes, bool]]:
-    """Return contents, and True for a whole image, in a fixed, mixed order."""
+    """Return contents, each with True for a valid image, in a fixed shuffled order."""
     whole = [*odd(), *jpegs(), *(encoded(make_image(20 + side, 30)) for side in range(24))]
     broken = [b"", bytes(4096), b"<html>404 not found</html>", b"\xff\xd8", b"not an image\n" * 100]
     broken += [png_of_size(20_000), *(of_size(data, 20_000) for data in jpegs())]
@@ -134,7 +134,7 @@ def numbers(batches: list[Batch]) -> list[int]:
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_broken_file_is_loaded_and_no_whole_one_is_lost(decoder: str, workers: int) -> None:
+def test_broken_files_are_bad_and_valid_files_load(decoder: str, workers: int) -> None:
     source, good = Files(), [whole for _, whole in files()]
     count = len(good)
     assert (count, sum(good)) == (240, 40)

@@ -1,4 +1,4 @@
-"""Nodes come and go: two torchrun agents on this machine, one of which is killed or comes later."""
+"""Two torchrun agents, as of two nodes: one is killed, or joins later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lars_train.training.distributed import _agree_on_start
 
 
 class Cluster:
-    """Agents of one run, which share a working directory. `output` returns what one of them has printed."""
+    """The torchrun agents of one run, which share a working directory."""
 
     def __init__(self, folder: Path, last_call: int) -> None:
         self.folder, self.last_call = folder, last_call
@@ -56,7 +56,7 @@ class Cluster:
         return pid
 
     def lose(self, name: str) -> None:
-        """Kill agent and worker together, as when a node is lost."""
+        """Kill the agent and its worker, as if the node was lost."""
         worker = self.worker(name)
         self.agents[name].kill()
         os.kill(worker, signal.SIGKILL)
@@ -90,7 +90,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
 
 
 @pytest.mark.slow
-def test_a_lost_worker_and_a_lost_node_leave_the_curve_the_same(
+def test_a_lost_worker_or_node_does_not_change_the_curve(
     cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
 ) -> None:
     nodes = cluster(5)
@@ -113,13 +113,13 @@ def test_a_lost_worker_and_a_lost_node_leave_the_curve_the_same(
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_restarts_the_group_and_is_used(
+def test_a_joining_node_restarts_the_ranks_and_takes_part(
     cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
 ) -> None:
     nodes = cluster(1)
     nodes.start("host")
     until(lambda: len(lines(tmp_path / "run")) >= 3, "the lone node trains")
-    # It waits here, however long the other takes to come.
+    # Pause the worker until the other node has joined.
     worker = nodes.worker("host")
     os.kill(worker, signal.SIGSTOP)
     assert "world size     1" in nodes.output("host")
@@ -138,7 +138,7 @@ def test_a_node_that_joins_restarts_the_group_and_is_used(
 def test_ranks_of_one_start_agree_despite_an_earlier_start() -> None:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     limit = timedelta(seconds=30)
-    # Of an ended start: greetings, one of them answered.
+    # Keys of an earlier start that ended: two greetings, one of them answered.
     server.set("greeting1", "old")
     server.set("answer.old", "ended")
     server.set("ended.1", "")
@@ -164,7 +164,7 @@ def test_ranks_of_one_start_agree_despite_an_earlier_start() -> None:
     assert "ended" not in found
 
 
-def test_a_rank_that_does_not_come_is_named() -> None:
+def test_a_rank_that_never_joins_is_named() -> None:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(RuntimeError, match=r"^ranks 1, 2 of 3 did not join within distributed.timeout=0.1 s"):
         _agree_on_start(server, Ranks(0, 3), timedelta(seconds=0.1))

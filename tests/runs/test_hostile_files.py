@@ -1,4 +1,4 @@
-"""Untrusted files run no code: hostile checkpoints, weights, stored configs, zips and names are made here."""
+"""Hostile checkpoints, weights, stored configs, zips and names run no code and do not act on a terminal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from lars_train.training.guard import listed_images
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation, check_same_experiment, run_hash
 
-# Red text, a new line that looks like the program's own, HTML, a cell's end, text set from right to left.
+# Red text, a line that imitates the program's output, HTML, the end of a table cell, right-to-left text.
 EVIL = "\x1b[31mred\nlars-train: all is well|<script>alert(1)</script>\r\x07\u202e"
 SHOWN = r"\x1b[31mred\nlars-train: all is well|<script>alert(1)</script>\r\x07\u202e"
 DOTTED = ("os.system", "hostile_module.boom", "torch.hub.load", "builtins.eval", "../../etc/passwd")
@@ -123,7 +123,7 @@ class Bomb:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """A folder that exists once code in a file has run."""
+    """Return the path of a folder that exists only if code in a file has run."""
     return tmp_path / "mark"
 
 
@@ -154,7 +154,7 @@ def test_a_pickle_in_a_file_of_weights_runs_no_code(form: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("where", ["model", "optimizer", "scaler"])
-def test_a_pickle_in_a_checkpoint_of_valid_checksum_is_not_run(where: str, tmp_path: Path, mark: Path) -> None:
+def test_a_pickle_in_a_checkpoint_with_valid_checksum_is_not_run(where: str, tmp_path: Path, mark: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.parent.mkdir()
     path = checkpoint.save(folder, 1, {**content(asdict(config(tmp_path))), where: {"x": Bomb(mark)}}, keep=3)
@@ -187,7 +187,7 @@ def test_a_pickle_in_the_place_of_cifar10_runs_no_code(
 
 @pytest.mark.usefixtures("hostile_module")
 @pytest.mark.parametrize("name", DOTTED)
-def test_a_name_in_a_stored_config_must_be_in_our_lists(name: str, tmp_path: Path) -> None:
+def test_names_in_a_stored_config_must_be_known_choices(name: str, tmp_path: Path) -> None:
     for key in ("model.name", "data.name"):
         path = checkpoint.save(tmp_path / key, 1, content(changed(key, name)), keep=3)
         asked = config(tmp_path / "new", mode="evaluate", checkpoint__path=str(path))
@@ -202,7 +202,7 @@ def test_a_name_in_a_stored_config_must_be_in_our_lists(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["Optimizer", "lr_scheduler", "swa_utils", "__builtins__", "_functional"])
-def test_other_names_in_torch_optim_are_no_optimizers(name: str) -> None:
+def test_other_names_in_torch_optim_are_not_optimizers(name: str) -> None:
     with pytest.raises(ConfigError, match=r"torch\.optim has no such class"):
         optimizer_class(name)
 
@@ -368,7 +368,7 @@ def test_names_in_a_zip_never_become_paths(tmp_path: Path, monkeypatch: pytest.M
     data = open_folder(path, None)
     read = {source.name(i): source.read(i) for source in (data.train, data.val) for i in range(len(source))}
     assert data.classes == ("a", "b")
-    # Odd names of files in a class are allowed: they lead to entries of the zip.
+    # Odd file names within a class are allowed, because they refer to entries of the zip.
     assert {name for name, found in read.items() if found == b"inside"} == {
         "a/C:x.png",
         "b/~root.png",
@@ -561,7 +561,7 @@ NAME = "\x1b[31mcat\nlars-train: all is well|<script>"
 
 @pytest.fixture
 def hostile_folder(tmp_path: Path) -> Path:
-    """Images with class and file names that would act on a terminal; one in each split is broken."""
+    """Write images whose class and file names contain terminal commands; one image in each split is broken."""
     root = tmp_path / "images"
     for split in ("train", "val"):
         for name in (NAME, "dog"):

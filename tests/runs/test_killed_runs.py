@@ -1,6 +1,6 @@
-"""A run that is killed, stopped or interrupted at any instant resumes, and ends as the run that nobody disturbed.
+"""A run that is killed or stopped resumes, and ends bit for bit like an uninterrupted run.
 
-A run on one process and a run on two each go through several ends in turn: one run left alone serves all of them.
+One run of each world size is killed or stopped several times in turn, and compared once with an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tiny import ALONE, TINY, TORCHRUN, alive_in_group, children, environment, f
 
 pytestmark = pytest.mark.slow
 
-# 60 updates. Checkpoints also fall into the middle of an epoch and between two log lines.
+# 60 updates. Some checkpoints are in the middle of an epoch or between two log lines.
 CURVE = [*TINY, "data.augment=pad_crop", "data.workers=1", "epochs=6", "log_every=4", "checkpoint.keep=100"]
 OFTEN = "checkpoint.every_updates=5"
 
 
 def begin(command: list[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
-    """Start a program as the leader of a group of processes."""
+    """Start a program as the leader of a new process group."""
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -46,12 +46,12 @@ def wait_until(true: Callable[[], object], process: subprocess.Popen[str], what:
 
 
 def saved(run: Path) -> list[int]:
-    """Return the updates of the checkpoints that a run has."""
+    """Return the updates of the run's checkpoints."""
     return sorted(int(path.stem.partition("-")[2]) for path in (run / "checkpoints").glob("update-*.pt"))
 
 
 def wait_for_checkpoint(run: Path, process: subprocess.Popen[str], after: int = 0) -> int:
-    """Return the update of the last checkpoint, as soon as it is later than `after`."""
+    """Wait for a checkpoint later than `after`, and return its update."""
     wait_until(lambda: max(saved(run), default=0) > after, process, f"a checkpoint after update {after}")
     return max(saved(run))
 
@@ -60,12 +60,12 @@ def wait_for_group(process: subprocess.Popen[str]) -> None:
     """Wait until all processes of the group have ended."""
     end = time.monotonic() + 60
     while alive_in_group(process.pid):
-        assert time.monotonic() < end, "processes outlive the one that started them"
+        assert time.monotonic() < end, "processes of the group outlived their leader"
         time.sleep(0.05)
 
 
 def stop(process: subprocess.Popen[str], target: int, number: signal.Signals, run: Path) -> str:
-    """Send a signal that stops a run, and return what the program says. Its last checkpoint is that of the signal."""
+    """Stop a run by a signal, assert that it wrote a checkpoint then, and return its error output."""
     os.kill(target, number)
     _, output = process.communicate(timeout=60)
     assert f"{number.name}: stopped after update {max(saved(run))}" in output, output
@@ -79,11 +79,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert losses(one)[-1][0] == 60
 
 
-def test_one_process_ends_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
+def test_one_process_ends_bit_for_bit_as_if_uninterrupted(tmp_path: Path) -> None:
     command = [*ALONE, *CURVE, "launch.nproc=1", "run.name=disturbed"]
     run = tmp_path / "runs/disturbed"
 
-    # Its loader's worker is killed, and one that an evaluation may have at the moment.
+    # Kill the loader's worker, and a worker of an evaluation if there is one.
     process = begin([*command, OFTEN], tmp_path)
     done = wait_for_checkpoint(run, process)
     for worker in children(process.pid):
@@ -94,14 +94,14 @@ def test_one_process_ends_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     assert "was killed by SIGKILL" in output
     assert "Traceback" not in output
 
-    # It is killed with all of its processes.
+    # Kill the run with all its processes.
     process = begin([*command, OFTEN], tmp_path)
     done = wait_for_checkpoint(run, process, max(saved(run)))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     wait_for_group(process)
 
-    # A signal stops it where no checkpoint is due.
+    # Stop the run by a signal at an update without a regular checkpoint.
     process = begin([*command, "checkpoint.every_updates=1000"], tmp_path)
     logged = run / "metrics.jsonl"
     before = logged.stat().st_size
@@ -115,12 +115,12 @@ def test_one_process_ends_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     assert_same_run(run, tmp_path / "runs/alone")
 
 
-def test_two_ranks_end_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
+def test_two_ranks_end_bit_for_bit_as_if_uninterrupted(tmp_path: Path) -> None:
     run = tmp_path / "runs/disturbed"
     own = [*ALONE, *CURVE, OFTEN, "launch.nproc=2", "run.name=disturbed"]
 
-    # The static rendezvous, whose store outlives the processes. A rank is killed, and torchrun restarts both; then one
-    # of the two gets a signal, as when one node is to be given back, and the other ends with it.
+    # With torchrun's static rendezvous, whose store outlives the ranks. Kill a rank, and torchrun restarts both. Then
+    # send a signal to one rank, as if its node was preempted, and both stop.
     torchrun = [*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:], *CURVE, OFTEN, "run.name=disturbed"]
     process = begin(torchrun, tmp_path)
     done = wait_for_checkpoint(run, process)
@@ -132,7 +132,7 @@ def test_two_ranks_end_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     stop(process, children(process.pid)[1], signal.SIGTERM, run)
     assert process.returncode == 1
 
-    # Their launcher is killed: they end with a checkpoint.
+    # Kill the launcher: the ranks stop with a checkpoint.
     done = max(saved(run))
     process = begin(own, tmp_path)
     wait_for_checkpoint(run, process, done)
@@ -140,7 +140,7 @@ def test_two_ranks_end_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     wait_for_group(process)
 
-    # A signal stops their launcher.
+    # Stop the launcher by a signal.
     done = max(saved(run))
     process = begin(own, tmp_path)
     wait_for_checkpoint(run, process, done)
@@ -155,7 +155,7 @@ def test_two_ranks_end_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupt_ends_a_sweep_at_once_and_its_run_resumes(processes: int, tmp_path: Path) -> None:
     settings = [*TINY, f"launch.nproc={processes}", "epochs=400", OFTEN]
-    # A shell's background job, which CI may be, ignores the signal; a terminal's does not.
+    # In a shell's background job, such as CI, SIGINT is ignored. Restore the default, as on a terminal.
     process = begin(
         [*ALONE, "-m", *settings, "run.name=first,second"],
         tmp_path,

@@ -1,4 +1,4 @@
-"""The program runs however it is started: alone, self-launched, by torchrun, in Slurm's environment, in sweeps."""
+"""Every way to start the program: alone, with its own launcher, by torchrun, in Slurm's environment, in sweeps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_same_command_finds_its_own_finished_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / f"{folder.name}.old1" / "final.json").read_bytes() == before
 
 
-def test_the_config_of_a_run_is_its_command(tmp_path: Path) -> None:
+def test_a_run_from_its_config_file_equals_its_command(tmp_path: Path) -> None:
     ran([*ALONE, *TINY, "run.name=12_34", "resume=never"], tmp_path)
     folder = tmp_path / "runs" / "12_34"
     before = (folder / "final.json").read_bytes()
@@ -85,7 +85,7 @@ def test_a_run_resumes_with_another_world_size(tmp_path: Path) -> None:
     )
 
 
-def test_slurm_s_environment_is_adopted(tmp_path: Path) -> None:
+def test_slurms_environment_is_adopted(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -106,7 +106,7 @@ def test_slurm_s_environment_is_adopted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("launcher", [ALONE, TORCHRUN], ids=["alone", "torchrun"])
-def test_a_failed_job_of_a_sweep_leaves_the_others_to_finish(launcher: list[str], tmp_path: Path) -> None:
+def test_a_failed_job_does_not_stop_the_sweep(launcher: list[str], tmp_path: Path) -> None:
     settings = [*DATA, "data.train_count=12800", "max_updates=4", "epochs=2"]
     done = start([*launcher, "-m", "batch=8k,1k,32k", *settings], tmp_path, fresh=True, **DISPLAY)
     assert done.returncode != 0
@@ -253,7 +253,7 @@ def test_compile_and_layout_change_only_rounding(tmp_path: Path) -> None:
     assert [loss for _, loss in got] == pytest.approx([loss for _, loss in expected], rel=1e-3)
 
 
-def test_the_embedded_set_trains_and_is_announced(tmp_path: Path) -> None:
+def test_the_embedded_data_set_trains_with_a_note(tmp_path: Path) -> None:
     output = ran([*ALONE, "max_updates=3", "epochs=1"], tmp_path)
     assert "embedded" in output.splitlines()[0]
     assert "data=imagenet data.root=" in output
@@ -267,7 +267,7 @@ def test_the_embedded_set_trains_and_is_announced(tmp_path: Path) -> None:
 def test_real_photographs_train_from_a_zip(tmp_path: Path) -> None:
     data = os.environ.get("LARS_TEST_DATA")
     if not data:
-        pytest.skip("LARS_TEST_DATA is not set: no real photographs here")
+        pytest.skip("LARS_TEST_DATA is not set")
     # 60 training and 20 validation images per class.
     with ZipFile(Path(data) / "cifar10_jpeg.zip") as whole, ZipFile(tmp_path / "part.zip", "w") as part:
         taken: Counter[str] = Counter()
@@ -302,7 +302,7 @@ def test_the_wheel_works_without_the_checkout(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     # Without build isolation and dependencies, so that no network is needed. torch comes from this environment.
     build = ["wheel", str(copy), "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path)]
-    # Named as the wheels of a release (pyproject.toml, cibuildwheel).
+    # The tag is that of a release's wheels (pyproject.toml, cibuildwheel).
     assert start([*pip, *build, "-C", "--build-option=--py-limited-api=cp310"], tmp_path).returncode == 0
     shutil.rmtree(copy)
     (wheel,) = tmp_path.glob("*.whl")

@@ -78,11 +78,11 @@ def run(root: Path, mode: str, **changes: Any) -> dict[str, Any]:
 
 
 def reported(text: str) -> list[str]:
-    """Return the lines of `LINES` that `text` has, in its order."""
+    """Return those of `LINES` that occur in `text`, in the order of `text`."""
     return [expected for line in text.splitlines() for expected in LINES if line.endswith(expected)]
 
 
-def test_a_run_reports_it_and_keeps_it_in_its_record(
+def test_a_run_reports_and_records_split_and_skipped_files(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(folder, "train", run__dir=str(tmp_path / "run"))
@@ -98,7 +98,7 @@ def test_a_run_reports_it_and_keeps_it_in_its_record(
     assert (record["unused"], record["skipped"]) == (["test"], SKIPPED)
 
 
-def test_an_evaluation_reports_it_and_names_every_class(
+def test_an_evaluation_reports_its_split_and_names_every_class(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = run(folder, "evaluate", checkpoint__path=str(folder / "run"), evaluate__report=str(tmp_path / "report"))
@@ -112,12 +112,14 @@ def test_an_evaluation_reports_it_and_names_every_class(
     assert (tmp_path / "report" / "confusion.png").stat().st_size > 1000
 
 
-def test_a_plan_reports_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_reports_split_and_skipped_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, "plan")
     assert reported(capsys.readouterr().out) == LINES
 
 
-def test_a_check_reports_it(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_reports_split_and_skipped_files(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(check.PARTS, "sample", 1e6)
     try:
         findings = run(folder, "check")["findings"]
@@ -142,7 +144,7 @@ def test_numbers_sorted_as_text_are_reported_before_a_run(
     assert (printed.out + printed.err).count("numbers in text order: output 0, 1, ... is class 0, 1, 10, 2") == 1
 
 
-def test_packing_verifying_and_describing_report_it(
+def test_pack_verify_and_info_report_split_and_skipped_files(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = str(tmp_path / "store")

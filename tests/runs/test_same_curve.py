@@ -1,7 +1,7 @@
-"""One experiment on 1 to 4 ranks, with two micro-batches, with and without loader workers: the curve is the same.
+"""One experiment has the same curve on 1 to 4 ranks, with two micro-batch sizes, with and without loader workers.
 
-scripts/verify/measure_float32_bound.py makes the runs; what is compared here is what their run directories hold.
-This file is the program of the four ranks, which are forks of one process.
+scripts/verify/measure_float32_bound.py trains, and the tests compare the run directories. This file is also the
+program of the four ranks, which are forks of one process.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ sys.path.append(str(ROOT / "scripts" / "verify"))
 script = importlib.import_module("measure_float32_bound")
 PAGE = ROOT / "docs" / "same_curve.md"
 UPDATES = 20
-# Seven ghost batches of four samples: neither 2, 3 nor 4 ranks share them evenly, and of two at a time one is left.
+# An update has seven ghost batches of four samples, which do not divide evenly by 2, 3 or 4 ranks or in pairs.
 WORLDS = (1, 2, 3, 4)
 # World size, micro-batch, loader workers.
 REFERENCE = (1, 4, 0)
-# Every world size with either micro-batch, and each of these with and without workers.
+# Every world size with both micro-batches; some of each with workers, some without.
 OTHERS = [(1, 8, 2), (2, 4, 2), (2, 8, 0), (3, 4, 0), (3, 8, 2), (4, 4, 2), (4, 8, 0)]
-# Pairs that differ in workers alone.
+# Pairs that differ only in the workers.
 WORKERS_ALONE = [((1, 4, 2), REFERENCE), ((3, 8, 2), (3, 8, 0))]
 FLOAT32 = [*OTHERS, (1, 4, 2), (3, 8, 0)]
-# Relative differences after 20 updates in float32; docs/same_curve.md has the measured ones.
+# Bounds of the relative differences after 20 updates in float32; docs/same_curve.md has the measured values.
 BOUNDS = {"losses": 5e-2, "weights": 5e-2, "statistics": 2e-1}
-# Of the losses of the first five updates, before small differences have grown.
+# The bound for the losses of the first five updates, before small differences grow.
 EARLY, EARLY_BOUND = 5, 5e-5
 
 
@@ -61,7 +61,7 @@ class Outcome:
         return [line["train/loss"] for line in self.metrics if "train/loss" in line]
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """By name; `kind`: weights, statistics or momenta."""
+        """Return the tensors of `kind` by name: weights, statistics or momenta."""
         if kind == "momenta":
             return {str(n): state["momentum_buffer"] for n, state in self.saved["optimizer"]["state"].items()}
         model = {name: value for name, value in self.saved["model"].items() if "num_batches" not in name}
@@ -85,8 +85,8 @@ class Runs:
 
 
 def make(folder: Path) -> None:
-    """Make all the runs, in as many forks of this process as there are ranks at most, and print the script's report."""
-    # Imported once for all ranks, which `process_group` would have import it.
+    """Train all runs in four forks of this process, one for each rank, and print the script's report."""
+    # Import once, before the forks. Otherwise `process_group` imports it in every rank.
     importlib.import_module("torch._dynamo")
     chosen = [
         *(("fp64", where) for where in (REFERENCE, *OTHERS)),
@@ -100,7 +100,7 @@ def make(folder: Path) -> None:
 
 
 def train(rank: int, folder: Path, cases: list[Any], port: int) -> None:
-    """The part of one of the ranks, which meet as those that the program starts itself."""
+    """Train as one rank, with the variables that the program's own launcher sets."""
     torch.set_num_threads(1)
     own = {"RANK": rank, "WORLD_SIZE": max(WORLDS), "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": max(WORLDS)}
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
@@ -129,7 +129,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def largest_difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Over the tensors, of |a - b| / |b| with Euclidean norms in float64."""
+    """Return the maximum over the tensors of |a - b| / |b|, with Euclidean norms in float64."""
     assert got.keys() == expected.keys()
     return max(
         float(torch.linalg.vector_norm(got[n].double() - e.double()) / torch.linalg.vector_norm(e.double()))
@@ -141,7 +141,7 @@ def relative(got: Iterable[float], expected: Iterable[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
 
 
-def test_the_runs_that_are_compared_augment_warm_up_and_learn(runs: Runs) -> None:
+def test_the_compared_runs_augment_warm_up_and_learn(runs: Runs) -> None:
     one = runs.of("fp64", 1, 4, 0)
     assert one.saved["update"] == len(one.losses) == UPDATES
     config = one.saved["config"]
@@ -161,7 +161,7 @@ def test_the_runs_that_are_compared_augment_warm_up_and_learn(runs: Runs) -> Non
 
 
 @pytest.mark.parametrize(("world", "micro_batch", "workers"), OTHERS)
-def test_in_float64_the_curve_is_that_of_one_process_anywhere(
+def test_in_float64_the_curve_equals_that_of_one_process(
     world: int, micro_batch: int, workers: int, runs: Runs
 ) -> None:
     got, expected = runs.of("fp64", world, micro_batch, workers), runs.of("fp64", 1, 4, 0)
@@ -188,7 +188,7 @@ def float32_differences(runs: Runs, world: int, micro_batch: int, workers: int) 
 
 
 @pytest.mark.parametrize(("world", "micro_batch", "workers"), FLOAT32)
-def test_in_float32_the_curve_stays_within_the_bound_of_the_docs(
+def test_in_float32_the_curve_stays_within_the_documented_bounds(
     world: int, micro_batch: int, workers: int, runs: Runs
 ) -> None:
     for kind, difference in float32_differences(runs, world, micro_batch, workers).items():
@@ -197,14 +197,14 @@ def test_in_float32_the_curve_stays_within_the_bound_of_the_docs(
     assert relative(got, expected) <= EARLY_BOUND
 
 
-def test_the_script_tells_the_largest_differences(runs: Runs) -> None:
+def test_the_script_reports_the_largest_differences(runs: Runs) -> None:
     found = [float32_differences(runs, *where) for where in FLOAT32]
     largest = {kind: max(differences[kind] for differences in found) for kind in BOUNDS}
     assert min(largest.values()) > 0
     assert row(runs.output, "fp32 | all | all") == pytest.approx(list(largest.values()), rel=0.06)  # two digits
 
 
-def test_the_docs_bound_is_ten_times_what_was_measured() -> None:
+def test_the_documented_bounds_are_ten_times_the_measured() -> None:
     page = PAGE.read_text()
     assert row(page, "bound") == list(BOUNDS.values())
     for measured, bound in zip(row(page, "fp32 | all | all"), BOUNDS.values(), strict=True):
@@ -215,7 +215,7 @@ def test_the_docs_bound_is_ten_times_what_was_measured() -> None:
 
 
 def row(text: str, head: str) -> list[float]:
-    """The numbers of the table row that starts with `head`."""
+    """Return the numbers in the table row that starts with `head`."""
     found = re.search(rf"^\| {re.escape(head)} \|(.*)\|$", text, re.MULTILINE)
     assert found is not None, head
     return [float(cell) for cell in found[1].split("|")]

@@ -1,4 +1,4 @@
-"""The launch files and sweeps on a real Slurm of one node, on which all jobs run side by side."""
+"""The launch files and sweeps on a real Slurm with one node. All jobs run side by side."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SMALL = (
     "model.ghost_batch=8 precision=fp32 optimizer.lr=2 schedule.warmup_epochs=0.5 launch.threads=1 device=cpu "
     "log_every=10"
 ).split()
-# What the script's own directives ask for in GPUs and nodes is not here.
+# These override the script's directives, which ask for GPUs and several nodes.
 TWO_RANKS = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
-# Each member is a run with its own name.
+# Each job of the array is a run with its own name.
 ARRAY = """#!/bin/bash
 srun lars-train "$@" run.name="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" seed="$SLURM_ARRAY_TASK_ID"
 """
@@ -35,7 +35,7 @@ srun lars-train "$@" run.name="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" seed=
 
 @dataclass
 class Jobs:
-    """The jobs that were submitted together, by id, and the command that submits a sweep."""
+    """The ids of the submitted jobs, and the process that submits a sweep."""
 
     slurm: Slurm
     folder: Path
@@ -86,27 +86,30 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 
 
 @pytest.fixture(scope="module")
-def at_once(jobs: Jobs) -> list[str]:
-    """The states of both jobs of two ranks when both train; then one is preempted, and the other's time runs out."""
+def states(jobs: Jobs) -> list[str]:
+    """Return the states of the two training jobs while both train.
+
+    Then submit a job that preempts the first, and shorten the time limit of the second.
+    """
     until(lambda: jobs.trains("preempted") and jobs.trains("timed"), "both runs train")
     states = [jobs.slurm.field(job, "JobState") for job in (jobs.preempted, jobs.timed)]
-    # As many cores as the job that does not give way leaves.
+    # Needs all cores except those of the job that is not preempted.
     jobs.slurm.submit(jobs.folder, "--partition=high", "--ntasks=5", "--wrap=true", "--output=/dev/null")
-    # The script asks for three minutes before the end, and Slurm looks every 30 s for jobs to signal.
+    # The script requests the signal three minutes before the time limit, and Slurm checks every 30 s.
     hours, minutes, _ = map(int, jobs.slurm.field(jobs.timed, "RunTime").split(":"))
     jobs.slurm.command("scontrol", "update", f"JobId={jobs.timed}", f"TimeLimit={60 * hours + minutes + 3}")
     return states
 
 
-def test_two_jobs_on_one_node_train_at_once(jobs: Jobs, at_once: list[str]) -> None:
-    assert at_once == ["RUNNING", "RUNNING"]
+def test_two_jobs_on_one_node_train_at_once(jobs: Jobs, states: list[str]) -> None:
+    assert states == ["RUNNING", "RUNNING"]
     assert step_port(f"{jobs.preempted}.0") != step_port(f"{jobs.timed}.0")
     for job in (jobs.preempted, jobs.timed):
         assert "world size     2" in jobs.log(job)
 
 
-@pytest.mark.usefixtures("at_once")
-def test_a_run_whose_time_is_over_resumes_until_it_is_cancelled(jobs: Jobs) -> None:
+@pytest.mark.usefixtures("states")
+def test_a_run_at_its_time_limit_resumes_until_it_is_canceled(jobs: Jobs) -> None:
     until(lambda: "SIGUSR1" in jobs.log(jobs.timed), "the signal")
     jobs.slurm.command("scontrol", "update", f"JobId={jobs.timed}", "TimeLimit=60")
     until(lambda: "resumed" in jobs.log(jobs.timed), "the job has resumed")
@@ -115,13 +118,13 @@ def test_a_run_whose_time_is_over_resumes_until_it_is_cancelled(jobs: Jobs) -> N
     assert_resumed(jobs, jobs.timed, "timed", "SIGUSR1")
     jobs.slurm.command("scancel", jobs.timed)
     until(lambda: jobs.slurm.field(jobs.timed, "JobState") in ("CANCELLED", "PENDING"), "the job has ended")
-    # It has written a checkpoint, and is not queued again.
+    # The job has written a checkpoint and is not requeued.
     assert jobs.slurm.field(jobs.timed, "JobState") == "CANCELLED"
     assert re.search("SIGTERM: .*checkpoint", jobs.log(jobs.timed))
 
 
-@pytest.mark.usefixtures("at_once")
-def test_a_preempted_run_is_queued_again_and_finishes(jobs: Jobs) -> None:
+@pytest.mark.usefixtures("states")
+def test_a_preempted_run_is_requeued_and_finishes(jobs: Jobs) -> None:
     until(
         lambda: jobs.slurm.field(jobs.preempted, "JobState") == "COMPLETED",
         "the job has resumed and finished",
@@ -144,7 +147,7 @@ def assert_resumed(jobs: Jobs, job: str, name: str, signal: str) -> None:
     assert jobs.slurm.field(job, "Restarts") == "1"
 
 
-def test_the_jobs_of_an_array_name_their_runs_by_its_ids(jobs: Jobs) -> None:
+def test_jobs_of_an_array_have_runs_named_by_its_ids(jobs: Jobs) -> None:
     names = [f"{jobs.array}_{member}" for member in (3, 4)]
     until(lambda: all((jobs.run(name) / "final.json").exists() for name in names), "the array has finished")
     seeds = [json.loads((jobs.run(name) / "run.json").read_text())["settings"]["seed"] for name in names]

@@ -1,4 +1,4 @@
-"""Sweeps whose jobs a scheduler starts: composed for Slurm, and run by submitit on this machine."""
+"""Sweeps whose jobs are started by submitit: the batch script for Slurm, and jobs on this machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_sweep_over_slurm_composes_its_batch_script(tmp_path: Path) -> None:
     assert directives.items() >= {**wanted, "--time": "720"}.items()
 
 
-def test_what_jobs_elsewhere_leave_is_counted(tmp_path: Path) -> None:
+def test_saved_outcomes_of_jobs_are_added_up(tmp_path: Path) -> None:
     first, second, all_of_them = _Jobs(), _Jobs(), _Jobs()
     first.done, first.directories = 1, {Path("runs/a"): "seed=1"}
     second.failures = [("seed=2", 2, "no")]
@@ -60,7 +60,7 @@ def test_what_jobs_elsewhere_leave_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_submitted_sweep_tells_of_each_of_its_jobs(tmp_path: Path) -> None:
+def test_a_submitted_sweep_reports_each_job(tmp_path: Path) -> None:
     settings = ["-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=3", "mode=plan", "batch.size=64,33"]
     done = start([*ALONE, *settings, "optimizer.lr=1"], tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -68,6 +68,6 @@ def test_a_submitted_sweep_tells_of_each_of_its_jobs(tmp_path: Path) -> None:
     assert re.search(r"job failed: .*batch\.size=33.*33 is not a multiple of the ghost batch", done.stderr)
     (folder,) = (tmp_path / "runs" / ".sweeps").iterdir()
     assert sorted(json.loads(path.read_text())["done"] for path in folder.glob("*.json")) == [0, 1]
-    # What a job printed is in its log.
+    # The output of a job is in its log.
     logs = [path.read_text() for path in folder.glob(".submitit/*/*_log.out")]
     assert sum("global batch" in log for log in logs) == 1

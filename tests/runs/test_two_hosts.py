@@ -1,4 +1,4 @@
-"""A run across two hosts, each with its own name, address and network, of which one vanishes."""
+"""A run on two hosts with separate names, addresses and networks, one of which is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hosts import Host, Unavailable, two_hosts
 from nodes import NODE, SETTINGS, assert_same_curve, launcher, lines, undisturbed_losses, until
 from tiny import environment
 
-# Seconds after which a rank that does not answer is given up.
+# The seconds after which a silent rank counts as lost.
 TIMEOUT = "distributed.timeout=10"
 
 
@@ -20,7 +20,7 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
     try:
         made = two_hosts(tmp_path)
     except Unavailable as error:
-        pytest.skip(f"no two hosts can be made here: {error}")
+        pytest.skip(f"cannot simulate two hosts: {error}")
     yield made
     for host in made:
         host.lose()
@@ -40,7 +40,7 @@ def test_a_run_across_two_hosts_survives_the_loss_of_one(hosts: tuple[Host, Host
     staying, leaving = train(left), train(right)
     until(lambda: "world size     2" in output(left) + output(right), "both hosts train")
     until(lambda: len(lines(tmp_path / "run")) >= 4, "updates")
-    # As when its power goes: no process there has the time to close a connection.
+    # As in a power failure, no process of that host can close its connections.
     right.ip("link set cable0 down")
     right.lose()
     leaving.wait(20)

@@ -112,7 +112,7 @@ def test_keywords_of_the_right_type_are_accepted() -> None:
     check_optimizer(config(base="AdamW", kwargs={"betas": [0.9, 0.99], "eps": 1e-6, "foreach": None, "amsgrad": True}))
     check_optimizer(config(base="Adafactor", kwargs={"eps": [None, 1e-3]}))
     check_optimizer(config(base="SGD", kwargs={"dampening": 0.1, "fused": True}))
-    # A device is chosen only later.
+    # The device is chosen later.
     check_optimizer(config(base="AdamW", kwargs={"capturable": True}))
     with pytest.raises(ConfigError, match="capturable=true: it needs CUDA"):
         build_optimizer(config(base="AdamW", kwargs={"capturable": True}), nn.Linear(1, 1))

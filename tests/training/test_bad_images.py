@@ -19,8 +19,8 @@ from lars_train.training.guard import BadImages
 
 
 @dataclass(frozen=True)
-class Three(Group):
-    """Rank 0 of three; the other ranks contribute `others`."""
+class FakeGroup(Group):
+    """A fake group: this is rank 0 of three, and `others` are the values of the other ranks."""
 
     others: tuple[dict[str, str], ...] = ({}, {})
 
@@ -32,7 +32,7 @@ def bad(*places: str) -> Iterable[BadSample]:
     return [BadSample(number, place, f"{place} is broken") for number, place in enumerate(places)]
 
 
-def test_an_image_counts_once_however_often_it_is_found() -> None:
+def test_an_image_found_repeatedly_counts_once() -> None:
     images = BadImages(2, Group(Ranks()))
     images.note(bad("a", "b", "a"))
     images.note(bad("b"))
@@ -43,14 +43,16 @@ def test_an_image_counts_once_however_often_it_is_found() -> None:
 
 
 def test_bad_images_of_all_ranks_are_combined() -> None:
-    images = BadImages(4, Three(Ranks(0, 3), ({"c": "no JPEG", "a": "a is broken"}, {"c": "no JPEG", "b": "empty"})))
+    images = BadImages(
+        4, FakeGroup(Ranks(0, 3), ({"c": "no JPEG", "a": "a is broken"}, {"c": "no JPEG", "b": "empty"}))
+    )
     images.note(bad("a"))
     assert images.collect() == {"a": "a is broken", "c": "no JPEG", "b": "empty"}
     assert images.collect() == {}
 
 
 def test_more_bad_images_than_the_limit_fail_and_are_named() -> None:
-    images = BadImages(2, Three(Ranks(0, 3), ({"c": "no JPEG"}, {})))
+    images = BadImages(2, FakeGroup(Ranks(0, 3), ({"c": "no JPEG"}, {})))
     images.note(bad("a"))
     images.collect()
     images.note(bad("d"))

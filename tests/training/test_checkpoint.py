@@ -159,7 +159,7 @@ def test_a_crash_while_saving_leaves_the_previous_checkpoint(
     found = latest(tmp_path)
     assert found is not None
     assert found[1]["update"] == 1
-    # The partial file does not hinder the next attempt.
+    # The partial file does not prevent the next attempt.
     written(tmp_path, 2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["update-000000001.pt", "update-000000002.pt"]
 
@@ -284,7 +284,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         find(str(path))
     assert not trace.exists()
     torch.load(path, weights_only=False)
-    assert trace.exists()  # the pickle does act if it is loaded
+    assert trace.exists()  # the pickle does run code if it is loaded
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
@@ -326,7 +326,7 @@ def test_a_path_means_a_file_a_run_directory_or_its_checkpoints(tmp_path: Path) 
         assert (found, loaded["update"]) == (second, 2)
 
 
-def test_a_path_below_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (path,) = written(tmp_path / "run", 4)
     assert find("~/run")[0] == path

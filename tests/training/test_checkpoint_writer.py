@@ -52,7 +52,7 @@ def test_a_checkpoint_has_the_values_at_the_time_of_save(tmp_path: Path, monkeyp
     assert loaded["optimizer"]["param_groups"] == [{"params": [0], "lr": 0.1}]
 
 
-def test_best_pt_outlives_later_checkpoints(tmp_path: Path) -> None:
+def test_best_pt_is_kept_when_later_checkpoints_are_written(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep=2)
     for update in (1, 2, 3, 4, 5):
         writer.save(update, content(update))
@@ -69,7 +69,7 @@ def test_best_pt_is_copied_without_hard_links(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    test_best_pt_outlives_later_checkpoints(tmp_path)
+    test_best_pt_is_kept_when_later_checkpoints_are_written(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("failed writing")])

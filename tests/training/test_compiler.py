@@ -25,7 +25,7 @@ def test_compile_true_without_a_compiler_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["compiler", "cache"])
 def test_a_failing_compiler_or_cache_is_one_line(what: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    # In a separate process: torch keeps compiled code, and the place of its cache.
+    # In a separate process, because torch keeps compiled code and the location of its cache.
     own = {"CXX": "/bin/false"} if what == "compiler" else {}
     cache = tmp_path / "file" / "cache" if what == "cache" else tmp_path / "cache"
     code = (

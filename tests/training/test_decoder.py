@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Among(Group):
-    """A rank among others, of which one has only Pillow unless `everywhere`."""
+class FakeGroup(Group):
+    """A fake group, in which another rank has only Pillow unless `everywhere`."""
 
     everywhere: bool = True
 
@@ -42,12 +42,12 @@ class Among(Group):
 
 
 def set_native(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
-    """Make the decoder in C available, or not."""
+    """Make the native decoder available or unavailable."""
     monkeypatch.setattr(native, "is_available", lambda: available)
 
 
-class Named:
-    """A split of one file."""
+class OneFile:
+    """A split with one file."""
 
     labels = np.zeros(1, np.int32)
 
@@ -67,7 +67,7 @@ class Named:
         return b""
 
 
-JPEGS: Source = Named("class/x.JPEG")
+JPEGS: Source = OneFile("class/x.JPEG")
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_the_decoder_follows_config_then_run_then_speed(
 ) -> None:
     set_native(monkeypatch, here)
     config = Config(data=DataConfig(decoder=setting))
-    assert choose_decoder(config, stored, Among(Ranks(), everywhere), CPU) == expected
+    assert choose_decoder(config, stored, FakeGroup(Ranks(), everywhere), CPU) == expected
 
 
 def test_a_missing_native_decoder_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(data=DataConfig(decoder="native"))
     set_native(monkeypatch, True)
     with pytest.raises(ConfigError, match=r"data\.decoder=native: another rank .*libjpeg-dev.*pip install"):
-        choose_decoder(config, None, Among(Ranks(), False), CPU)
+        choose_decoder(config, None, FakeGroup(Ranks(), False), CPU)
     set_native(monkeypatch, False)
     with pytest.raises(ConfigError, match=r"data\.decoder=native: .*libjpeg-dev.*pip install"):
         check_decoder(config)
@@ -142,12 +142,12 @@ def test_decoder_lines_are_printed_once_and_only_for_jpegs(
     text = "".join(lines)
     assert ("libjpeg-dev" in text) == (not here and setting == "auto")
     assert ("at most 1 level" in text) == (stored not in (None, chosen))
-    assert list(decoder_lines(setting, chosen, stored, Named("class/x.png"))) == []
+    assert list(decoder_lines(setting, chosen, stored, OneFile("class/x.png"))) == []
 
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Six JPEGs of two classes to train on, four to evaluate."""
+    """Write six JPEGs of two classes for training, and four for validation."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 4)):
         for number in range(count):

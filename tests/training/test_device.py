@@ -130,7 +130,7 @@ def test_autocast_computes_in_the_named_precision() -> None:
         assert layer.double()(x.double()).dtype == torch.float64
 
 
-def test_every_rank_has_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_uses_the_device_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda(monkeypatch, (9, 0), count=2)
     for name in ("auto", "cuda"):
         assert choose_device(Config(device=name), Ranks(5, 8, 1, 2)) == torch.device("cuda", 1)
@@ -139,7 +139,7 @@ def test_every_rank_has_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch
         choose_device(Config(), Ranks(2, 3, 2, 3))
 
 
-def test_a_task_that_slurm_shows_one_device_uses_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slurm_task_that_sees_one_device_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda(monkeypatch, (9, 0), count=1)
     monkeypatch.setenv("SLURM_LOCALID", "3")
     assert choose_device(Config(), Ranks(3, 4, 3, 4)) == torch.device("cuda", 0)

@@ -58,7 +58,7 @@ def stream(source: Noise, **changes: Any) -> Stream:
 
 
 class FakeCuda:
-    """Streams and events that do nothing; copies are done when `done` is true."""
+    """A fake CUDA runtime. Streams and events do nothing; copies are complete when `done` is true."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done, self.waited = False, 0
@@ -136,7 +136,7 @@ def test_the_source_of_a_copy_is_kept_until_it_is_done(cuda: FakeCuda) -> None:
 
 def test_batches_before_a_loader_failure_still_arrive(cuda: FakeCuda) -> None:
     good = contents(stream(Noise()))
-    # An image of the fourth batch. In an epoch, each image comes once.
+    # An image of the fourth batch. Each image occurs once in an epoch.
     bad = good[3][1][0]
     feed = simulated(stream(Noise(bad)), cuda)
     assert [contents(iter([next(feed)]))[0] for _ in range(3)] == good[:3]
@@ -144,7 +144,7 @@ def test_batches_before_a_loader_failure_still_arrive(cuda: FakeCuda) -> None:
         next(feed)
 
 
-def test_images_have_the_dtype_that_the_network_computes_in() -> None:
+def test_images_have_the_dtype_of_the_networks_computation() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     got = normalizer([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], CPU, Precision("bf16", torch.float32, torch.bfloat16))(pixels)
     mean, std = (

@@ -1,4 +1,4 @@
-"""Two, three and four gloo processes train the same run as one. The tests below start this file as their program.
+"""Two, three and four gloo processes train the same run as one process. This file is also their program.
 
 runs/test_same_curve.py tests that runs have the same curve on any number of ranks.
 """
@@ -112,28 +112,28 @@ def program(rank: int, folder: Path, port: int) -> None:
     if rank < 2:
         train(folder / "mixed", two)
     begin_job()
-    results["waited"] = waited_in_vain(three, folder)
+    results["waited"] = error_about_hanging_rank(three, folder)
     (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
-def waited_in_vain(ranks: Ranks, folder: Path) -> str:
-    """Return a rank's error about rank 1, which joins only after the others have given up."""
+def error_about_hanging_rank(ranks: Ranks, folder: Path) -> str:
+    """Return the error of a rank other than 1. Rank 1 takes no part until the others have timed out."""
     distributed._APART_S = 4.0
     try:
         with process_group(ranks, CPU, 10.0) as group:
             if ranks.rank != 1:
                 group.all_reduce_max([0])
-            wait_for_the_others(folder)
+            wait_for_other_ranks(folder)
     except RuntimeError as error:
         (folder / f"gave-up-{ranks.rank}").touch()
-        # Rank 0 has the store, in which the other looks for the rank that hangs.
-        wait_for_the_others(folder)
+        # Rank 0 must not end before the others have searched its store for the rank that hangs.
+        wait_for_other_ranks(folder)
         return str(error)
     return ""
 
 
-def wait_for_the_others(folder: Path) -> None:
-    """Wait until both ranks have given up."""
+def wait_for_other_ranks(folder: Path) -> None:
+    """Wait until both other ranks have timed out."""
     while len(list(folder.glob("gave-up-*"))) < 2:
         time.sleep(0.05)
 
@@ -161,13 +161,13 @@ def collectives(group: Group) -> dict[str, Any]:
 
 @contextmanager
 def counted_reductions() -> Iterator[dict[str, int]]:
-    """Counts, within it, the gradient reductions that DDP finishes and the micro-batches of this rank."""
+    """Count the gradient reductions of DDP and the micro-batches of this rank within the context."""
     counts = {"reductions": 0, "micro_batches": 0}
     make, step = Trainer.__init__, Trainer.run_update
 
     def init(trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
         make(trainer, *arguments, **keywords)
-        # Without annotations, for DDP would compare them with classes.
+        # A lambda, because DDP rejects string annotations of a hook.
         trainer.forward.register_comm_hook(None, lambda state, bucket: reduce(bucket))
 
     def reduce(bucket: Any) -> Any:
@@ -186,21 +186,21 @@ def counted_reductions() -> Iterator[dict[str, int]]:
 
 
 if __name__ == "__main__":
-    # Imported once for all ranks, which `process_group` would have import it.
+    # Import once, before the forks. Otherwise `process_group` imports it in every rank.
     importlib.import_module("torch._dynamo")
     mp.start_processes(program, (Path(sys.argv[1]), int(sys.argv[2])), nprocs=4, start_method="fork")
     sys.exit()
 
 
 def plain_network() -> CifarResNet:
-    """Return the network with torch's batch norm."""
+    """Return the network with torch's batch norm instead of ghost batch norm."""
     torch.manual_seed(3)
     return CifarResNet(1, num_classes=4)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which four processes have run `program`."""
+    """Run `program` in four processes, and return the folder with their results."""
     folder = tmp_path_factory.mktemp("together")
     torch.save(plain_network().state_dict(), folder / "start.pt")
     with socket.socket() as probe:
@@ -220,7 +220,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The same run in this process."""
+    """Train the same run in this process, and return its directory."""
     threads = torch.get_num_threads()
     directory = tmp_path_factory.mktemp("alone") / "run"
     train(directory, Ranks())
@@ -285,7 +285,7 @@ def test_the_noise_scale_uses_the_ranks_first_micro_batches(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["three", "mixed"])
-def test_several_ranks_end_with_the_weights_of_one(run: str, together: Path, alone: Path) -> None:
+def test_several_ranks_end_with_the_weights_of_one_process(run: str, together: Path, alone: Path) -> None:
     got, expected = saved(together / run), saved(alone)
     assert got["update"] == expected["update"] == UPDATES
     assert got["resolved"]["world"] == {"three": 3, "mixed": 2}[run]
@@ -299,7 +299,7 @@ def test_several_ranks_end_with_the_weights_of_one(run: str, together: Path, alo
 
 
 @pytest.mark.slow
-def test_several_ranks_log_the_curve_of_one(together: Path, alone: Path) -> None:
+def test_several_ranks_log_the_curve_of_one_process(together: Path, alone: Path) -> None:
     got, expected = (
         [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         for directory in (together / "three", alone)
@@ -322,7 +322,7 @@ def test_gradients_are_reduced_once_per_update(together: Path) -> None:
 
 
 @pytest.mark.slow
-def test_collectives_give_every_rank_the_same(together: Path) -> None:
+def test_collectives_return_the_same_on_every_rank(together: Path) -> None:
     for rank in range(3):
         results = json.loads((together / f"results-{rank}.json").read_text())["collectives"]
         assert results == {

@@ -61,32 +61,33 @@ class NoiseSource:
 
 
 @dataclass(frozen=True)
-class Rehearsal(Group):
-    """One of several ranks that run in turn. First each records its inputs to the collectives.
+class TwoPassGroup(Group):
+    """A fake group for ranks that run one after the other, twice.
 
-    Then, with `everyone` filled, each gets the results.
+    In the first pass, `inputs` records what the rank passes to the collectives. In the second pass, `all_inputs` has
+    the inputs of all ranks, and the collectives return their results.
     """
 
-    brought: list[Any] = field(default_factory=list)
-    everyone: list[list[Any]] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    all_inputs: list[list[Any]] = field(default_factory=list)
 
     def all_reduce_sum(self, values: Tensor) -> None:
         together = self.all_gather(values.clone())
         values.copy_(torch.stack(together).sum(0))
 
     def all_gather(self, value: Any) -> list[Any]:
-        self.brought.append(value)
-        return [part[len(self.brought) - 1] for part in self.everyone] or [value]
+        self.inputs.append(value)
+        return [part[len(self.inputs) - 1] for part in self.all_inputs] or [value]
 
 
 def on_ranks(world: int, work: Callable[[Group], Result]) -> list[Result]:
     """Return the result of `work` on each of `world` ranks."""
-    first = [Rehearsal(Ranks(rank, world)) for rank in range(world)]
+    first = [TwoPassGroup(Ranks(rank, world)) for rank in range(world)]
     for group in first:
-        with suppress(ZeroDivisionError, RuntimeError):  # a rank that has no samples, and no inputs of others yet
+        with suppress(ZeroDivisionError, RuntimeError):  # a rank without samples, in the first pass
             work(group)
-    everyone = [group.brought for group in first]
-    return [work(Rehearsal(Ranks(rank, world), everyone=everyone)) for rank in range(world)]
+    all_inputs = [group.inputs for group in first]
+    return [work(TwoPassGroup(Ranks(rank, world), all_inputs=all_inputs)) for rank in range(world)]
 
 
 def network(classes: int) -> nn.Sequential:
@@ -210,13 +211,13 @@ def test_low_precision_logits_are_scored_in_float32() -> None:
     logits = torch.zeros(1, 2, dtype=torch.bfloat16)
     logits[0, 1] = -9.0
 
-    class Says(nn.Module):
+    class ConstantLogits(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return logits.expand(len(x), 2)
 
     seen: list[int] = []
     batches = [Batch(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ()) for n in (3, 2)]
-    result = evaluate(Says(), batches, context(Group(Ranks())), on_batch=seen.append)
+    result = evaluate(ConstantLogits(), batches, context(Group(Ranks())), on_batch=seen.append)
     assert result.loss == pytest.approx(float(np.log1p(np.exp(-9.0))), rel=1e-3)
     assert result.loss > 0
     assert seen == [3, 2]

@@ -1,4 +1,4 @@
-"""Each write of a run fails in turn: the run's error and its directory report it correctly, and the run can resume."""
+"""If any write of a run fails, its error and its directory report that, and the run can resume."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Disk:
         self.watch(None)
 
     def watch(self, folder: Path | None, fails_at: str = "", how: str = "full") -> None:
-        """Make writes fail from `fails_at` on: a write, with ``#N`` its Nth occurrence.
+        """Make the write `fails_at`, or its Nth occurrence with ``#N``, fail, and writes after it according to `how`.
 
-        ``full``: until the run removes its reserve file; ``dying``: for ever; ``once``: only that write.
+        ``full``: all until the run removes its reserve file; ``dying``: all; ``once``: none.
         """
         self.folder, self.how, self.fails, self.seen = folder, how, False, list[str]()
         self.fails_at, _, count = fails_at.partition(" #")
@@ -76,7 +76,7 @@ class Disk:
         now = self.seen[-1] == self.fails_at and self.seen.count(self.fails_at) == self.count
         self.fails = self.fails or (now and self.how != "once")
         if now or self.fails:
-            # As in the system's own error, which has no file name for a sync.
+            # Like the error of the system, which has no file name for a sync.
             raise OSError(self.number, os.strerror(self.number), *(() if what == "fsync" else (str(path),)))
 
 
@@ -115,7 +115,7 @@ def logged(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]
 
 
 def checked(directory: Path, fails_at: str, how: str) -> Exception | None:
-    """Train on a failing disk. Check that the directory agrees with the error, and return that."""
+    """Train on a failing disk, assert that the directory agrees with the error, and return the error."""
     DISK.watch(directory, fails_at, how)
     raised: Exception | None = None
     try:
@@ -124,7 +124,7 @@ def checked(directory: Path, fails_at: str, how: str) -> Exception | None:
         raised = error
     finally:
         DISK.folder = None
-    assert DISK.seen.count(DISK.fails_at) >= DISK.count, f"there is no {fails_at}: {DISK.seen}"
+    assert DISK.seen.count(DISK.fails_at) >= DISK.count, f"the run has no write {fails_at}: {DISK.seen}"
     if not (directory / "run.json").exists():
         assert raised is not None
         assert not (directory / "final.json").exists()
@@ -137,7 +137,7 @@ def checked(directory: Path, fails_at: str, how: str) -> Exception | None:
         return None
     assert not (directory / "final.json").exists()
     assert os.strerror(DISK.number) in str(raised), raised
-    # A disk that accepts no more writes cannot record the end of the run either.
+    # A dying disk cannot record the end of the run either.
     assert run.state == "failed" or (how == "dying" and (run.state, run.reason) == ("unfinished", UNKNOWN))
     if run.state == "failed":
         assert os.strerror(DISK.number) in run.reason
@@ -208,7 +208,7 @@ ONCE = """fsync metrics.jsonl | fsync checkpoints/update-N.partial | rename chec
 open .trust_ratios.fields.json.N | open tensorboard/events.out.tfevents"""
 
 
-def test_after_one_failed_write_a_run_is_whole_or_says_why_not(
+def test_after_one_failed_write_a_run_is_complete_or_says_so(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, point in enumerate(ONCE.replace("\n", " ").split(" | ")):
@@ -230,13 +230,13 @@ def test_after_one_failed_write_a_run_is_whole_or_says_why_not(
 
 @contextlib.contextmanager
 def full_soon(place: Path, kib: int) -> Iterator[Callable[[int], None]]:
-    """Mount a file system of so many KiB at `place`. Yield a function that changes its size."""
+    """Mount a tmpfs at `place`, and yield a function that changes its size, which is in KiB."""
     place.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", place], check=False, capture_output=True
     )
     if done.returncode:
-        pytest.skip(f"no tmpfs may be mounted here: {done.stderr.decode().strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
     try:
         yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True)  # type: ignore
     finally:
@@ -244,7 +244,7 @@ def full_soon(place: Path, kib: int) -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="only root may mount a tmpfs")
-def test_a_run_on_a_small_disk_fails_honestly_and_can_finish(unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_small_disk_reports_it_and_can_finish(unbroken: Path, tmp_path: Path) -> None:
     needed = sum(-(-p.stat().st_size // 4096) * 4 for p in unbroken.rglob("*") if p.is_file() and p.name != "best.pt")
     outcomes = []
     for number, share in enumerate((0.05, 0.2, 0.5, 0.8, 0.9, 0.95, 1.0, 1.6)):

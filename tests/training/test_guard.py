@@ -71,8 +71,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class Spoiled:
-    """Spoils the gradient of the batch at each of `positions`, and records the positions of all batches."""
+class SpoiledGradients:
+    """Set a gradient to NaN for the batch at each of `positions`, and record the positions of all batches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *positions: int, die_at: int | None = None) -> None:
         self.seen: list[int] = []
@@ -94,8 +94,8 @@ class Spoiled:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Spoiled(monkeypatch, 4)
-    # The fifth update spoils the weights; the loss of the sixth shows it.
+    SpoiledGradients(monkeypatch, 4)
+    # The fifth update makes weights NaN, which the loss of the sixth update shows.
     with pytest.raises(Diverged, match=r"diverged at update 6: loss nan, lr 0\.[0-9]+") as caught:
         train(tmp_path / "run")
     assert "largest gradient norms at update 5: conv1.weight nan" in str(caught.value)
@@ -114,9 +114,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(monkeypatch: pyte
 
 
 def test_a_rollback_skips_the_samples_before_the_divergence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spoiled = Spoiled(monkeypatch, 4)
+    spoiled = SpoiledGradients(monkeypatch, 4)
     final = train(tmp_path / "run", on_divergence="rollback")
-    # Positions 4 and 5 lie between the checkpoint and the divergence: they are not repeated.
+    # Positions 4 and 5, between the checkpoint and the divergence, are not repeated.
     assert spoiled.seen == [0, 1, 2, 3, 4, 5, *range(6, 14)]
     step = {"from_update": 6, "to_update": 4, "passed_over_from": 4, "passed_over": 2}
     assert final["updates"] == 12
@@ -129,18 +129,16 @@ def test_a_rollback_skips_the_samples_before_the_divergence(monkeypatch: pytest.
     assert all(math.isfinite(line["train/loss"]) for line in logged if "train/loss" in line)
 
 
-def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_run_killed_after_a_rollback_ends_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as patch:
-        Spoiled(patch, 4)
+        SpoiledGradients(patch, 4)
         unbroken = train(tmp_path / "unbroken", on_divergence="rollback")
     with monkeypatch.context() as patch:
-        Spoiled(patch, 4, die_at=7)
+        SpoiledGradients(patch, 4, die_at=7)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "killed", on_divergence="rollback")
     with monkeypatch.context() as patch:
-        resumed = Spoiled(patch, 4)
+        resumed = SpoiledGradients(patch, 4)
         killed = train(tmp_path / "killed", on_divergence="rollback")
     assert resumed.seen[0] == 6
     records = [(line["action"], line["update"]) for line in lines(tmp_path / "killed/divergence.jsonl")]
@@ -150,7 +148,7 @@ def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(
 
 
 def test_rollbacks_are_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Spoiled(monkeypatch, *range(4, 100))
+    SpoiledGradients(monkeypatch, *range(4, 100))
     with pytest.raises(Diverged, match="Stopped after 2 rollbacks; "):
         train(tmp_path / "run", on_divergence="rollback", max_rollbacks=2)
     # A repeated divergence goes one checkpoint further back.
@@ -170,7 +168,7 @@ def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(
         train(tmp_path / "run", on_divergence="rollback", max_rollbacks=3)
     records = [(line["update"], line.get("to_update")) for line in lines(tmp_path / "run/divergence.jsonl")]
     assert records == [(2, 0), (2, 0), (2, 0), (2, None)]
-    # The checkpoints that the next start finds, and those that are set aside.
+    # The checkpoints that the next start uses, and the discarded ones.
     folder = tmp_path / "run/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["diverged-000000001.pt", "update-000000000.pt"]
     # With keep=1 there is no checkpoint to resume from, and the next start reports that.
@@ -182,8 +180,8 @@ def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(
 
 
 def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # The last step spoils the weights: no training loss is computed from them.
-    Spoiled(monkeypatch, 11)
+    # The last step makes weights NaN, but no training loss is computed from them.
+    SpoiledGradients(monkeypatch, 11)
     directory = tmp_path / "run"
     with pytest.raises(Diverged, match="diverged at update 12: validation loss nan"):
         train(directory)
@@ -213,7 +211,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytes
 
 
 def test_a_rollback_before_the_first_checkpoint_restarts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Spoiled(monkeypatch, 0)
+    SpoiledGradients(monkeypatch, 0)
     final = train(tmp_path / "run", on_divergence="rollback")
     assert final["rollbacks"] == [{"from_update": 2, "to_update": 0, "passed_over_from": 0, "passed_over": 2}]
     assert final["updates"] == 12
@@ -254,7 +252,7 @@ def test_steps_that_float16_skips_do_not_advance_the_schedule(monkeypatch: pytes
         return info
 
     monkeypatch.setattr(Trainer, "run_update", run_update)
-    spoiled = Spoiled(monkeypatch, 1, 2, 11)
+    spoiled = SpoiledGradients(monkeypatch, 1, 2, 11)
     final = train(tmp_path / "run", precision="fp16")
     assert spoiled.seen == list(range(15))
     assert final["passed_over"] == 3
@@ -271,7 +269,7 @@ def test_steps_that_float16_skips_do_not_advance_the_schedule(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("float16")
-def test_float16_that_never_makes_a_step_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_float16_that_never_takes_a_step_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(guard_module, "_MOST_SKIPPED", 5)
     original = Trainer._step
     monkeypatch.setattr(Trainer, "_step", lambda trainer: original(trainer) and False)
@@ -279,7 +277,7 @@ def test_float16_that_never_makes_a_step_ends_the_run(monkeypatch: pytest.Monkey
         train(tmp_path / "run", precision="fp16")
 
 
-def test_the_report_has_the_layers_of_the_update_before() -> None:
+def test_the_report_has_the_layers_of_the_previous_update() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     lars = LARS(optim.SGD(model.parameters(), lr=0.1), trust_coef=0.1, record=True)
     guard = Guard(5.0)
@@ -343,9 +341,9 @@ def test_a_late_check_still_finds_the_update_and_its_layers(
         assert {layer[0]: layer[2] for layer in found.layers}["bias"] == pytest.approx(bad - 1)
 
 
-def test_a_rollback_that_a_kill_undid_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_rollback_undone_by_a_kill_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as patch:
-        Spoiled(patch, 4)
+        SpoiledGradients(patch, 4)
         original = run_module.Run._save
 
         def save(run: run_module.Run) -> None:
@@ -357,7 +355,7 @@ def test_a_rollback_that_a_kill_undid_is_recorded_once(monkeypatch: pytest.Monke
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", on_divergence="rollback")
     assert len(lines(tmp_path / "run/divergence.jsonl")) == 1
-    Spoiled(monkeypatch, 4)
+    SpoiledGradients(monkeypatch, 4)
     assert len(train(tmp_path / "run", on_divergence="rollback")["rollbacks"]) == 1
     assert len(lines(tmp_path / "run/divergence.jsonl")) == 1
 
@@ -368,8 +366,8 @@ def test_a_report_works_without_layers() -> None:
 
 
 def test_a_rollback_keeps_the_best_result_at_its_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # Position 4 spoils the weights after the evaluation at update 4, whose checkpoint comes before it.
-    Spoiled(monkeypatch, 4)
+    # Position 4 makes weights NaN after the evaluation at update 4. The checkpoint is saved before that evaluation.
+    SpoiledGradients(monkeypatch, 4)
     scores = iter([90.0, 90.0, 10.0, 10.0])
     whole = run_module.evaluate_split
 
@@ -387,8 +385,8 @@ def test_a_rollback_keeps_the_best_result_at_its_checkpoint(monkeypatch: pytest.
 
 
 def test_a_rollback_beyond_the_best_result_discards_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # Two divergences after the evaluation at update 8: back to 8, then to 6, and past the samples.
-    Spoiled(monkeypatch, 8, 10)
+    # Two divergences after the evaluation at update 8 roll back to 8, then to 6, and skip the samples.
+    SpoiledGradients(monkeypatch, 8, 10)
     scores = iter([50.0, 90.0, 90.0, 10.0, 10.0])
     whole = run_module.evaluate_split
     monkeypatch.setattr(run_module, "evaluate_split", lambda *a, **k: replace(whole(*a, **k), top1=next(scores)))  # type: ignore[type-var]

@@ -49,7 +49,7 @@ def test_a_large_block_reuses_freed_memory() -> None:
 
 
 def no_library(name: str | None) -> None:
-    raise AssertionError("nothing is to be called")
+    raise AssertionError("unexpected call of the C library")
 
 
 @pytest.mark.parametrize("variable", ["MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])

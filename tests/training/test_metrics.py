@@ -1,4 +1,4 @@
-"""FLOPs match torchvision's count and a sum by hand, the peak is plausible, and the rate has the right time."""
+"""FLOPs match torchvision's count and a sum by hand, the peak is plausible, and rates exclude evaluations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_measured_peak_is_plausible_for_this_machine() -> None:
     threads, before = torch.get_num_threads(), torch.get_rng_state()
     peak_flops.cache_clear()
     found = peak_flops(choose_precision("fp32", CPU), CPU, threads)
-    # From an old, busy processor to more than any node has.
+    # From an old, busy processor to more than any node.
     assert 1e8 < found < 1e15
     assert torch.equal(torch.get_rng_state(), before)
     assert peak_flops(choose_precision("fp32", CPU), CPU, threads) == found

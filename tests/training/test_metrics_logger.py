@@ -1,4 +1,4 @@
-"""The cost of logging: nothing between log lines, and at log lines what a script measures (docs/monitoring.md)."""
+"""Logging costs nothing between log lines; docs/monitoring.md states the measured cost of a log line."""
 
 from __future__ import annotations
 

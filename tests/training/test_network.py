@@ -196,7 +196,7 @@ def test_some_classes_are_evaluated_over_those_or_all_outputs(
     weights: Callable[[Sequence[str] | None], str],
     tmp_path: Path,
 ) -> None:
-    # The images in n09 and n02 are of other classes: one without a folder, and one with a folder.
+    # The images in n09 and n02 show other classes: one that has no folder, and one that has.
     held = {"n02": 4, "n04": 4, "n09": 7, "n11": 11}
     root, labels = folders(tmp_path / "data", held), [int(name[1:]) for name in held]
     images = [pixels(label, number) for label in held.values() for number in range(IMAGES)]
@@ -279,7 +279,7 @@ def test_classes_that_the_model_lacks_are_refused_by_name(
         evaluate(data__root=root, model__weights=weights(None))
 
 
-def test_thousand_unnamed_outputs_are_imagenets_classes() -> None:
+def test_a_thousand_unnamed_outputs_are_imagenets_classes() -> None:
     # https://github.com/pytorch/vision/blob/main/torchvision/models/_meta.py: tench, goldfish, ..., toilet tissue.
     state = {"fc.weight": torch.zeros(1000, 1), "fc.bias": torch.zeros(1000)}
     names, rows, notes = match_classes(Weights("w", state), ["n15075141", "n01443537"])

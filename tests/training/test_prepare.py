@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_checking_writes_nothing(tmp_path: Path) -> None:
+def test_preparing_writes_nothing(tmp_path: Path) -> None:
     prepared = prepare(config(tmp_path / "a" / "run"))
     assert prepared.directory == tmp_path / "a" / "run"
     assert (len(prepared.dataset.train), prepared.plan.updates, prepared.start_from) == (24, 6, None)

@@ -1,7 +1,7 @@
-"""Ranks exchange gradients once per update, counted in bytes on the wire, and rounded if the config says so.
+"""Ranks exchange gradients once per update, counted in bytes on the wire, and in bfloat16 if configured.
 
-The tests below start this file as the program of the ranks. The wire is the loopback interface of a separate network
-namespace, in which nothing else is sent.
+This file is also the program of the ranks. The wire is the loopback interface of a network namespace without any
+other traffic.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 
 def network() -> nn.Module:
-    """Return a network of 2.3 million cheap parameters, with a batch norm, whose statistics are exchanged too."""
+    """Return a fast network with 2.3 million parameters and a batch norm, whose statistics are sent too."""
     torch.manual_seed(0)
     wide = [nn.Flatten(), nn.Linear(48, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)]
     return nn.Sequential(GhostBatchNorm2d(3, ghost_batch=2), *wide)
@@ -92,7 +92,7 @@ def on_the_wire() -> int:
         name, _, numbers = line.partition(":")
         if name.strip() == "lo":
             return int(numbers.split()[8])
-    raise AssertionError("there is no loopback interface")
+    raise AssertionError("no loopback interface in /proc/net/dev")
 
 
 def rank(number: int, folder: str, port: int) -> None:
@@ -114,7 +114,7 @@ def loopback_up() -> None:
 
 if __name__ == "__main__":
     loopback_up()
-    # Imported once for all ranks, which DDP would have import it.
+    # Import once, before the forks. Otherwise DDP imports it in every rank.
     importlib.import_module("torch._dynamo")
     mp.start_processes(rank, (sys.argv[1], 29500), nprocs=WORLD, start_method="fork")
     sys.exit()
@@ -124,7 +124,7 @@ if __name__ == "__main__":
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the ranks. Return the folder of their results."""
     if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode:
-        pytest.skip("no network namespace can be made here")
+        pytest.skip("cannot create a network namespace")
     folder = tmp_path_factory.mktemp("together")
     done = subprocess.run(
         [*NAMESPACE, sys.executable, __file__, str(folder)],

@@ -1,4 +1,4 @@
-"""A run on a store at a URL equals the run on a copy of it, for any cache size, and if it is killed."""
+"""A run on a store at a URL equals the run on a local copy, for any cache size, also after a kill."""
 
 from __future__ import annotations
 
@@ -96,20 +96,20 @@ def train(directory: Path, root: object, **changes: Any) -> dict[str, Any]:
 
 
 def results(directory: Path) -> list[dict[str, Any]]:
-    """Return the log without measured times."""
+    """Return the log lines without measured times."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in lines]
 
 
 @pytest.fixture(scope="module")
-def by_copy(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train on the store itself."""
+def local_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train on the local store."""
     directory = tmp_path_factory.mktemp("copy") / "run"
     train(directory, store)
     return directory
 
 
-def least_cache(tmp_path: Path, store: Path, **changes: Any) -> float:
+def smallest_cache(tmp_path: Path, store: Path, **changes: Any) -> float:
     """Return the cache size that a run requires, from its own error message."""
     settings = {"data__cache_dir": str(tmp_path / "cache"), "data__cache_gb": 0.00003, **changes}
     with pytest.raises(ConfigError) as caught:
@@ -119,9 +119,9 @@ def least_cache(tmp_path: Path, store: Path, **changes: Any) -> float:
     return float(found[1])
 
 
-def test_a_run_on_a_url_equals_the_run_on_a_copy(store: Path, by_copy: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_url_equals_the_run_on_a_copy(store: Path, local_run: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    limit = least_cache(tmp_path, store)
+    limit = smallest_cache(tmp_path, store)
     assert limit * 1e9 < 0.85 * sum(path.stat().st_size for path in store.rglob("*.tar"))
     seen, ended = [0], threading.Event()
 
@@ -139,32 +139,32 @@ def test_a_run_on_a_url_equals_the_run_on_a_copy(store: Path, by_copy: Path, tmp
     train(tmp_path / "run", f"file://{store}", data__cache_dir=str(cache), data__cache_gb=limit)
     ended.set()
     watcher.join()
-    assert results(tmp_path / "run") == results(by_copy)
-    assert final(tmp_path / "run")["weights_sha256"] == final(by_copy)["weights_sha256"]
+    assert results(tmp_path / "run") == results(local_run)
+    assert final(tmp_path / "run")["weights_sha256"] == final(local_run)["weights_sha256"]
     assert 0.5 * limit * 1e9 < max(seen) <= limit * 1e9
 
 
-def test_another_shard_window_gives_another_curve(store: Path, by_copy: Path, tmp_path: Path) -> None:
+def test_another_shard_window_gives_another_curve(store: Path, local_run: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", store, data__window_shards=3, max_updates=2)
-    assert losses(tmp_path / "run") != losses(by_copy)[:2]
+    assert losses(tmp_path / "run") != losses(local_run)[:2]
 
 
-def test_a_checkpoint_moves_between_a_copy_and_the_url(store: Path, by_copy: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_moves_between_a_copy_and_the_url(store: Path, local_run: Path, tmp_path: Path) -> None:
     settings = {"data__cache_dir": str(tmp_path / "cache")}
-    path = str(by_copy / "checkpoints/update-000000004.pt")
+    path = str(local_run / "checkpoints/update-000000004.pt")
     train(tmp_path / "run", f"file://{store}", checkpoint__path=path, **settings)
-    assert final(tmp_path / "run")["weights_sha256"] == final(by_copy)["weights_sha256"]
-    requested = config(tmp_path / "x", f"file://{store}", mode="evaluate", checkpoint__path=str(by_copy), **settings)
+    assert final(tmp_path / "run")["weights_sha256"] == final(local_run)["weights_sha256"]
+    requested = config(tmp_path / "x", f"file://{store}", mode="evaluate", checkpoint__path=str(local_run), **settings)
     chosen, content = session.evaluation_config(requested, ("data.root=x", "data.cache_dir=x"))
-    assert session.evaluate_only(chosen, content, Ranks())["val/top1"] == final(by_copy)["final_top1"]
+    assert session.evaluate_only(chosen, content, Ranks())["val/top1"] == final(local_run)["final_top1"]
 
 
 @pytest.mark.parametrize("change", [{"data__order": "global"}, {"data__window_shards": 3}, {}])
 def test_a_partly_trained_epoch_keeps_its_order(
-    change: dict[str, Any], store: Path, by_copy: Path, tmp_path: Path
+    change: dict[str, Any], store: Path, local_run: Path, tmp_path: Path
 ) -> None:
     root = store if change else make_store(tmp_path, shards=5)
-    at = {update: str(by_copy / f"checkpoints/update-{update:09d}.pt") for update in (4, 6)}
+    at = {update: str(local_run / f"checkpoints/update-{update:09d}.pt") for update in (4, 6)}
     message = r"it was saved within an epoch of data\.order=shards with data\.window_shards=2; choose the same"
     with pytest.raises(ConfigError, match=message):
         prepare(config(tmp_path / "run", root, checkpoint__path=at[4], **change))
@@ -182,7 +182,7 @@ def test_a_run_does_not_resume_on_other_shards(store: Path, tmp_path: Path) -> N
 
 
 def test_a_cache_that_is_too_small_is_a_config_error(store: Path, tmp_path: Path) -> None:
-    one, all_at_once = least_cache(tmp_path, store), least_cache(tmp_path, store, data__window_shards=20)
+    one, all_at_once = smallest_cache(tmp_path, store), smallest_cache(tmp_path, store, data__window_shards=20)
     assert one < all_at_once
     settings = {"data__cache_dir": str(tmp_path / "cache")}
     prepare(config(tmp_path / "run", f"file://{store}", data__cache_gb=one, **settings))
@@ -199,7 +199,7 @@ def test_settings_that_would_be_ignored_are_errors(store: Path, tmp_path: Path) 
         prepare(config(tmp_path / "run", store.parent / "data"))
 
 
-def test_a_run_resumes_after_a_missing_shard_returns(by_copy: Path, store: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_after_a_missing_shard_returns(local_run: Path, store: Path, tmp_path: Path) -> None:
     settings = {"data__cache_dir": str(tmp_path / "cache")}
     prepared = prepare(config(tmp_path / "run", f"file://{store}", **settings))
     assert isinstance(prepared.dataset.train, RemoteSource)
@@ -209,7 +209,7 @@ def test_a_run_resumes_after_a_missing_shard_returns(by_copy: Path, store: Path,
         session.train(prepared, Ranks(), Invocation())
     (tmp_path / "away.tar").rename(moved)
     train(tmp_path / "run", f"file://{store}", **settings)
-    assert final(tmp_path / "run")["weights_sha256"] == final(by_copy)["weights_sha256"]
+    assert final(tmp_path / "run")["weights_sha256"] == final(local_run)["weights_sha256"]
 
 
 COMMAND = (
@@ -221,13 +221,13 @@ COMMAND = (
 
 
 @pytest.mark.slow
-def test_a_killed_remote_run_with_the_least_cache_ends_the_same(store: Path, tmp_path: Path) -> None:
+def test_a_killed_run_with_the_smallest_cache_ends_the_same(store: Path, tmp_path: Path) -> None:
     register()
     here = [f"data.root={store}", f"run.dir={tmp_path}/copy"]
     with initialize_config_dir(str(config_dir()), version_base=None):
         raw = compose("config", [a for a in COMMAND if not a.startswith(("data.cache_dir", "run.dir"))] + here)
     session.train(prepare(resolve(raw)), Ranks(), Invocation())
-    limit = least_cache(tmp_path, store, epochs=12)
+    limit = smallest_cache(tmp_path, store, epochs=12)
     command = [*ALONE, *COMMAND, f"data.root=file://{store}", f"data.cache_gb={limit}"]
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **quiet)

@@ -58,8 +58,8 @@ def network() -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Among(Group):
-    """A group in which the minimum of the other ranks is `least`."""
+class FakeGroup(Group):
+    """A fake group. `least` is the minimum over the other ranks."""
 
     least: int = 1 << 62
 
@@ -74,7 +74,7 @@ def of_pillow(micro_batch: int, precision: str, threads: int, world: int, device
 def decide(network: nn.Module, c: Config, stored: Resolved | None = None, **how: Any) -> Resolved:
     ranks, least = how.get("ranks", Ranks()), how.get("least", 1 << 62)
     kept = None if stored is None else asdict(stored)
-    return resolve_execution(c, how.get("plan", plan()), network, CPU, Among(ranks, least), kept)
+    return resolve_execution(c, how.get("plan", plan()), network, CPU, FakeGroup(ranks, least), kept)
 
 
 def test_open_settings_are_resolved_for_this_machine(network: nn.Module) -> None:
@@ -100,7 +100,9 @@ def test_the_rank_with_the_least_memory_decides(network: nn.Module) -> None:
     assert decide(network, config(), ranks=Ranks(0, 2, 0, 2), least=1).micro_batch == GHOST
 
 
-def test_no_memory_at_all_still_gives_one_ghost_batch(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_free_memory_the_micro_batch_is_one_ghost_batch(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "free_memory", lambda: 0)
     assert decide(network, config()).micro_batch == GHOST
 

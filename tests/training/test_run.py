@@ -284,7 +284,7 @@ def test_a_run_that_stopped_early_resumes_to_the_same_weights(
         assert (final["updates"], final["planned_updates"]) == (stop, 12)
         # An early stop ends with an evaluation.
         assert [v for v in lines(directory) if "val/top1" in v][-1]["update"] == stop
-    # Epoch, updates in the epoch, and updates already made: a bar ends where the run ends.
+    # Epoch, updates in it, and updates already made. The bar of the last epoch ends where the run ends.
     assert bars == [(0, 2, 0), (0, 4, 2), (1, 1, 0), (1, 4, 1)]
     assert train(directory)["updates"] == 12
     assert_equal(state(directory)["model"], state(unbroken)["model"])
@@ -343,7 +343,7 @@ def test_stored_decisions_are_kept(tmp_path: Path) -> None:
     assert state(tmp_path / "run")["resolved"]["micro_batch"] == 8
 
 
-def test_a_damaged_last_checkpoint_costs_only_time(
+def test_a_damaged_last_checkpoint_does_not_change_the_result(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = tmp_path / "run"
@@ -429,7 +429,7 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 training and 8 validation images of 4 classes; two and one of them cannot be decoded."""
+    """Write 48 training and 8 validation images of 4 classes. Two and one of them cannot be decoded."""
     root = tmp_path_factory.mktemp("photographs")
     for split, count in (("train", 12), ("val", 2)):
         for label in range(4):
@@ -519,7 +519,7 @@ def test_a_resumed_run_does_not_report_bad_images_twice(photographs: Path, tmp_p
     assert len((tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_signal_during_an_evaluation_loses_no_update(
+def test_a_signal_during_an_evaluation_loses_no_updates(
     unbroken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     noted: list[SignalHandler] = []
@@ -562,7 +562,7 @@ def test_a_checkpoint_of_another_model_is_skipped_with_a_warning(
     assert "resumed        at update 3" in output.out
 
 
-def test_a_run_without_its_checkpoints_does_not_start_over(tmp_path: Path) -> None:
+def test_a_run_without_its_checkpoints_does_not_restart(tmp_path: Path) -> None:
     train(tmp_path / "run", max_updates=3)
     for path in (tmp_path / "run/checkpoints").iterdir():
         path.unlink()

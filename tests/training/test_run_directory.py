@@ -145,7 +145,7 @@ def test_a_record_that_cannot_be_extended_stays_unchanged(text: str, tmp_path: P
     note_end(tmp_path / "nowhere", "failed", "x")
 
 
-def test_holds_run_of_compares_the_config(tmp_path: Path) -> None:
+def test_holds_run_of_compares_configs(tmp_path: Path) -> None:
     assert not holds_run_of(tmp_path / "run", config())
     open_here(tmp_path / "run").close()
     assert holds_run_of(tmp_path / "run", config(log_every=3))
@@ -234,7 +234,7 @@ def test_a_lock_in_a_directory_moved_aside_does_not_count(
     open_here(directory).close()
 
     def late(file: Any, how: int) -> None:
-        # Another process, with resume=never, is faster, and may have started over.
+        # Before this process locks it, another with resume=never moves the directory aside, and may recreate it.
         directory.rename(tmp_path / "aside")
         if begun:
             directory.mkdir()
@@ -263,7 +263,7 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
 
 
 def test_a_start_killed_early_does_not_block_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # At the slowest point of a start: git runs before the record is written.
+    # At the slowest step of a start: git runs before the record is written.
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -280,8 +280,8 @@ def test_a_start_killed_early_does_not_block_the_next(tmp_path: Path, monkeypatc
 
 
 @dataclass(frozen=True)
-class Elsewhere(Group):
-    """A rank on another machine, which may not see the `token` that rank 0 wrote."""
+class RemoteRank(Group):
+    """A fake group: this is a rank on another machine, and rank 0 has written `token`."""
 
     token: str = "rank 0's"
 
@@ -296,10 +296,10 @@ def test_ranks_without_a_shared_directory_are_an_error(tmp_path: Path, monkeypat
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    group = Elsewhere(Ranks(1, 2))
+    group = RemoteRank(Ranks(1, 2))
     with pytest.raises(ConfigError, match=r"rank 1 on .* does not see what rank 0 wrote .* run\.dir .* share"):
         open_directory(tmp_path / "run", config(), CALL, group)
-    # The token of an earlier start is not accepted.
+    # The rank does not accept the token of an earlier start.
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".shared").write_text("another")
     with pytest.raises(ConfigError, match="does not see"):
@@ -317,7 +317,7 @@ def test_open_directory_waits_for_a_slow_shared_file_system(tmp_path: Path, monk
             (tmp_path / ".shared").write_text("rank 0's")
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert open_directory(tmp_path, config(), CALL, Elsewhere(Ranks(1, 2))) is None
+    assert open_directory(tmp_path, config(), CALL, RemoteRank(Ranks(1, 2))) is None
     assert len(waits) == 3
 
 
@@ -360,7 +360,7 @@ def test_unusable_places_are_refused_and_nothing_is_written(tmp_path: Path, monk
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["cat.jpg", "empty", "file", "photos"]
 
 
-def test_a_run_is_finished_when_final_json_exists(tmp_path: Path) -> None:
+def test_a_run_is_finished_if_final_json_exists(tmp_path: Path) -> None:
     assert finished(tmp_path) is None
     record = {"updates": 7, "planned_updates": 9, "best_top1": 50.0, "directory": "runs/x"}
     (tmp_path / "final.json").write_text(json.dumps(record))

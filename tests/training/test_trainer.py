@@ -118,8 +118,9 @@ def trainer(
 
 
 class PlainLoop:
-    """The same training as a plain loop: one pass over the whole global batch, torch's batch norm on each
-    ghost batch, running statistics, LARS and schedule written out.
+    """The same training as a plain loop over whole global batches.
+
+    It applies torch's batch norm to each ghost batch, and spells out running statistics, LARS and the schedule.
     """
 
     def __init__(self, initial: nn.Module, ghost: int) -> None:
@@ -416,7 +417,7 @@ def test_float16_follows_float32_and_scales_the_loss() -> None:
         norms = [float(info.measures.grad_norm) for info in found if info.measures is not None]
         small = [float(info.first[0]) for info in found if info.first is not None]
         assert small[1] == pytest.approx(small[0], rel=0.05)
-        assert norms[1] == pytest.approx(norms[0], rel=0.02)  # reported without the scale
+        assert norms[1] == pytest.approx(norms[0], rel=0.02)  # the reported loss is not scaled
     assert not exact.scaler.is_enabled()
     assert half.scaler.get_scale() == 2048.0
     for key, p in half.network.named_parameters():
@@ -521,7 +522,10 @@ def test_with_batch_norm_the_noise_scale_uses_ghost_batches(micro: int) -> None:
 
 
 def assert_noise_of(model: nn.Module, each: Tensor, images: Tensor, labels: Tensor, micro: int) -> None:
-    """`each`: float64 (parts, elements), the gradients of equal parts of the global batch, in order."""
+    """Assert that the trainer's noise estimates are those of `each`.
+
+    `each` has the float64 gradients (parts, elements) of equal parts of the global batch, in order.
+    """
     batch = len(images)
     ghost = batch // len(each)
     small, big = each[: micro // ghost].mean(0).square().sum(), each.mean(0).square().sum()
