@@ -153,7 +153,7 @@ def main() -> None:
         jobs.add_saved(submitted)
     if sweeping:
         _report_sweep(jobs)
-    # In a sweep only rank 0 fails: a launcher that sees another rank fail ends rank 0 before it is done.
+    # In a sweep, only rank 0 fails: if another rank failed first, the launcher would end rank 0 too early.
     sys.exit(jobs.exit_code() if not sweeping or is_rank0() else 0)
 
 

@@ -87,7 +87,7 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
             "On ImageNet: lars-train batch=32k data=imagenet data.root=/path/to/imagenet\n"
         )
     _print_notes(prepared.notes)
-    # Under a launcher the ranks decide together, in `train`.
+    # Under a launcher, the ranks check this together in `train`.
     finished = find_finished(prepared) if ranks is None else None
     final: dict[str, Any]
     if finished is not None:
@@ -231,7 +231,7 @@ def _without_files(config: Config) -> Config:
 def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Measure on every rank and print the findings. Rank 0 raises `NotReady` for all."""
     ranks = _launcher_ranks(config)
-    # `check` itself lists everything else that is wrong with the config.
+    # `check` reports all other errors of the config.
     count = 1 if ranks else processes(config, cuda_devices(config), ghosts=cuda_devices(config))
     found: dict[str, Any]
     found = start_processes(_check_worker, (config,), count) if count > 1 else check(config, ranks or Ranks())

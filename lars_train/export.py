@@ -28,7 +28,7 @@ from lars_train.training import checkpoint
 
 CARD = "MODEL.md"
 MARK = "<!-- written by lars-train mode=export -->"
-"""First line of the card of each file in a MODEL.md. A MODEL.md without it is the user's own."""
+"""First line of each card in a MODEL.md. A MODEL.md without this line was not written by lars-train."""
 
 _BUILD_TORCHVISION = "from torchvision.models import get_model\n\nmodel = get_model({model!r}, num_classes={classes})\n"
 _BUILD_OURS = (
@@ -358,7 +358,7 @@ def _part(content: dict[str, Any], *keys: str) -> dict[str, Any]:
 def _evaluation(metrics: Path, update: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for line in read_lines(metrics, []):
-        # After a rollback there may be two; the last belongs to the checkpoint's weights.
+        # After a rollback, an update may have two lines. The last belongs to the checkpoint's weights.
         if line.get("update") == update and "val/top1" in line:
             found = line
     return found

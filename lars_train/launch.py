@@ -76,7 +76,7 @@ def adopt(environment: Mapping[str, str] = os.environ) -> Ranks | None:
 
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how often torchrun has restarted this process after a failure (``--max-restarts``)."""
+    """Return the number of times torchrun has restarted this process after a failure (``--max-restarts``)."""
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -275,7 +275,7 @@ def start_resource_tracker() -> None:
 def exit_with_parent(launcher: int) -> None:
     """Send this process SIGTERM when its parent process, whose id is `launcher`, has ended.
 
-    Otherwise a rank whose launcher was killed would keep training, keep the run directory locked, and never end.
+    Otherwise, after its launcher is killed, a rank would keep training and keep the run directory locked.
     """
 
     def watch() -> None:

@@ -78,7 +78,7 @@ def _erase_line(stream: TextIO) -> str:
 
 @contextmanager
 def ignore_closed_output() -> Iterator[None]:
-    """Ignore errors of printing within the block. After one, output to a closed pipe or terminal is discarded."""
+    """Ignore print errors within the block. After an error, discard output to a closed pipe or terminal."""
     try:
         yield
     except OSError:
@@ -101,7 +101,7 @@ def open_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # `os.open` returns the lowest free number, which is this one.
+            # `os.open` returns the lowest free descriptor, which is `number`.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

@@ -43,7 +43,7 @@ class Plan:
         return self.global_batch // self.ghost_batch
 
     def arithmetic(self) -> str:
-        """Return how the global batch was computed, in one line."""
+        """Return the computation of the global batch as one line of text."""
         if not self.scaled:
             return f"{self.global_batch:,}, not scaled"
         exact = self.nominal_batch * self.samples / IMAGENET_TRAIN_IMAGES

@@ -16,7 +16,7 @@ from typing import Any
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 """Sent by schedulers (Slurm, submitit, Kubernetes, spot machines), by Ctrl-C, and when a terminal closes."""
-# A terminal and a launcher may both deliver the same signal: one that arrives this soon is not a second signal.
+# A terminal and a launcher may both deliver the same signal. Within this time, a repeat is not a second signal.
 _SAME_SIGNAL_S = 1.0
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers

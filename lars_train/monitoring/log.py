@@ -74,8 +74,8 @@ class RunLog:
     """The log of one run, opened to continue after `update`.
 
     Lines and events of later updates, which a killed run may have left, are dropped. Each update appears in the log
-    once, even if the last evaluation is repeated. A value that is not finite is written as null. Raises `KeyError` for
-    a field that is not in `FIELDS`.
+    once, even if a resumed run repeats the last evaluation. A value that is not finite is written as null. Raises
+    `KeyError` for a field that is not in `FIELDS`.
     """
 
     def __init__(self, directory: Path, update: int) -> None:
@@ -112,7 +112,7 @@ class RunLog:
         self._write_waiting_ratios()
 
     def _write_waiting_ratios(self) -> None:
-        """Write the waiting trust ratios; those that do not fit on the disk keep waiting."""
+        """Write the waiting trust ratios. Lines that do not fit on the disk keep waiting."""
         try:
             while self._pending_ratios:
                 update, layers, ratios = self._pending_ratios[0]
@@ -163,7 +163,7 @@ def _described(fields: dict[str, tuple[str, str]]) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, float | int]) -> dict[str, float | int | None]:
-    # JSON has no NaN or infinity: strict readers reject what Python would write.
+    # JSON has no NaN or infinity: strict readers reject the names that Python would write.
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 

@@ -115,7 +115,7 @@ class Progress:
         self._last_printed = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print `text`, above the bar if there is one. At `QUIET`, print warnings only."""
+        """Print `text`, above any bar. At `QUIET`, print only warnings."""
         warns = text.startswith(_WARNING)
         if self._shown and (warns or self._verbosity >= NORMAL):
             self._last_printed = time.monotonic()

@@ -164,7 +164,7 @@ def _existing(store: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(existing: Any, requested: dict[str, Any]) -> str:
-    """Describe how the plan of an existing store differs from the requested one; empty if it cannot be read."""
+    """Return the differences between the plan of an existing store and the requested plan; empty if unreadable."""
     try:
         before, now = (
             {**plan["encoding"], "shards of all splits": len(plan["shards"])} for plan in (existing["plan"], requested)

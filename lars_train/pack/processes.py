@@ -37,10 +37,10 @@ def cores() -> int:
 
 
 def run_tasks(tasks: Sequence[T], work: Callable[[T, Tick], R], jobs: int, tick: Callable[[int], None]) -> Iterator[R]:
-    """Yield the results of `work` for `tasks`, in order of completion, from `jobs` processes (1: this process).
+    """Yield the results of `work` for `tasks`, in order of completion, from `jobs` processes.
 
-    Calls `tick` with the number of images finished since the last call. Raises `DataError` for a `DataError` or an
-    OSError in a task, and when a process dies.
+    With one job, tasks run in this process. Calls `tick` with the number of images finished since the last call.
+    Raises `DataError` for a `DataError` or an OSError in a task, and when a process dies.
     """
     jobs = min(jobs, len(tasks))
     if jobs <= 1:

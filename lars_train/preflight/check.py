@@ -1,4 +1,4 @@
-"""Check the machines for ``mode=check``: each rank measures what a run will use, and all findings are judged together.
+"""Check the machines for ``mode=check``: each rank measures its resources, and all findings are judged together.
 
 Leaves nothing on disk. A failed measurement stops only those that depend on it.
 """

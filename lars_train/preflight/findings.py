@@ -1,6 +1,6 @@
-"""Findings: what the ranks measure before a run, as plain values that pickle, and the lines that report them.
+"""The findings of the ranks before a run, as plain picklable values, and the lines that report them.
 
-Nothing is measured or judged here.
+The modules measure_*.py measure them, judge.py judges them.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: i
 
 
 def _on_a_cpu(config: Config) -> bool:
-    """Return True if the planned devices are CPUs; without ``plan.device``, those of a run on this machine."""
+    """Return True if the planned devices are CPUs; without ``plan.device``, if a run here would use the CPU."""
     if config.plan.device is not None:
         return bool(config.plan.device == CPU)
     return config.device == CPU or (config.device == AUTO and cuda_devices(config) == 0)

@@ -41,7 +41,7 @@ LOADER_SHARE_WITHOUT_WORKERS = 0.25
 """The same without workers, when the training process also loads. Below this, loading takes most of its time."""
 
 MIN_CHECKPOINT_S = 5.0
-"""A checkpoint that takes fewer seconds than this is never too slow, however often a small run writes one."""
+"""A checkpoint that takes less time than this is never reported as slow, even if a small run writes many."""
 
 _FILES_LISTED = 4
 
@@ -276,7 +276,7 @@ def _disk_space(findings: Findings) -> Iterator[Problem]:
 
 
 def _loader_speed(findings: Findings) -> Iterator[Problem]:
-    """Find machines whose devices would wait for images."""
+    """Find machines on which devices would wait for images."""
     for host, ranks in findings.by_host().items():
         known = [(rank.step, rank.input) for rank in ranks if rank.step is not None and rank.input is not None]
         if not known or known[0][1].per_core == 0:

@@ -58,7 +58,7 @@ class Row:
         return self.runs[0]
 
     def mean(self, value: Callable[[RunRecord], float | None]) -> Mean | None:
-        """Return the mean of `value` over the runs that have one; None if none has."""
+        """Return the mean of `value` over the runs for which it is not None; None if there are none."""
         values = [v for v in map(value, self.runs) if v is not None]
         if not values:
             return None
@@ -85,7 +85,7 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Mean best top-1 minus the published one, in points; None if either is missing."""
+        """Mean best top-1 minus the published top-1, in points; None if either is missing."""
         best, published = self.mean(lambda run: run.best_top1), self.published
         return None if best is None or published is None else best.value - published
 

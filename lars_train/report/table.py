@@ -143,7 +143,7 @@ def elapsed_time(seconds: float) -> str:
 
 
 def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
-    """Return the notes below the table. `brief`: leave out the definitions of the columns."""
+    """Return the notes below the table. `brief`: omit the definitions of the columns."""
     runs = [run for row in rows for run in row.runs]
     texts: list[str] = []
     differing = list(dict.fromkeys(key for row in rows if row.first.recorded for key in row.differs if key != RUN))
