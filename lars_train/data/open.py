@@ -1,4 +1,4 @@
-"""Open the data set that the config group `data` describes, and refuse settings that it does not support."""
+"""Open the data set that the config group `data` describes, and reject settings that it does not support."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ from lars_train.messages import is_rank0, printable
 MIN_INDEXED = 10_000
 """An index is saved from this estimated number of images on; fewer are listed as quickly without an index."""
 
-# 2: skipped files are counted, and more suffixes are images. 3: more folders made by systems are hidden.
+# 2: skipped files are counted, and more suffixes are images. 3: more folders of operating systems are hidden.
 _VERSION = 3
 
 # A folder that changed less than this before it was read may change again with the same mtime, because clocks of mtimes

@@ -143,7 +143,7 @@ def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -
 
 
 def save_index(place: Path, meta: dict[str, Any], arrays: Arrays) -> None:
-    """Save an index of `place` in the cache, and remove old ones. Call under `index_lock`. Failures raise nothing."""
+    """Save an index of `place` in the cache, and remove old ones. Call under `index_lock`. Reports any failure."""
     key = _key(place)
     try:
         write_mapped(cache_directory() / f"{key}-{time.time_ns():x}.index", meta, arrays)

@@ -1,8 +1,8 @@
 """Find files that hold many samples each, tars and parquet, and the split that each belongs to. Opens none of them.
 
 webdataset.py reads tars. Training does not read parquet: reading one row means reading and decoding the rows before it
-in its row group, which takes longer than decoding the image. lars_train.pack packs parquet files into a store, and
-`reject_parquet` says so.
+in its row group, which takes longer than decoding the image. lars_train.pack packs parquet files into a store; the
+error of `reject_parquet` gives the command.
 """
 
 from __future__ import annotations
