@@ -21,7 +21,7 @@ KINDS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "gray", "rgb")
 
 @cache
 def synthetic_jpeg(kind: str, width: int, height: int, progressive: bool = False, quality: int = 80) -> bytes:
-    """Return a JPEG of coarse colored noise, in which a swap of rows or columns shows."""
+    """Return a JPEG of coarse colored noise, so that swapped rows or columns are visible."""
     if kind == "4:4:0":
         # Pillow cannot write it: a 4:2:2 with its sides and the first component's sampling factors exchanged.
         data = synthetic_jpeg("4:2:2", height, width, progressive, quality)

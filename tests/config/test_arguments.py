@@ -1,4 +1,4 @@
-"""Text on the command line reaches the config unchanged, and a mistyped line is answered with the correct one."""
+"""Text on the command line reaches the config unchanged, and the error for a mistyped line shows the correct one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lars_train.config.arguments import prepare_arguments, quoted, split, take_c
 from lars_train.config.keys import is_text, key_types, leaf_keys
 from lars_train.errors import ConfigError
 
-# Names that a user may give, and that Hydra's grammar misreads or refuses.
+# Names that a user may choose, but that Hydra's grammar misreads or refuses.
 NAMES = [
     "12_34",
     "2012_10",
@@ -71,7 +71,7 @@ def refusal(*arguments: str) -> str:
 
 
 def parsed(argument: str) -> list[object]:
-    """Return the value in each job, as Hydra's parser reads it from the string that it makes for the job."""
+    """Return the value in each job of a sweep, as Hydra parses it from the override that it makes for the job."""
     parser = OverridesParser.create()
     override = parser.parse_overrides([argument])[0]
     if not override.is_sweep_override():
@@ -131,14 +131,14 @@ def test_text_of_hydras_own_keys_is_unchanged() -> None:
     assert launcher.additional_parameters == {"a": 10}
     del given["hydra.launcher.qos"]
     assert {key: OmegaConf.select(config, key) for key in given} == given
-    # The types of a launcher that does not exist are unknown; Hydra reports it.
+    # A launcher that does not exist has no known types. Hydra reports the error.
     assert prepared("hydra/launcher=none", "hydra.launcher.name=1_0")[1] == "hydra.launcher.name=1_0"
     # Parameters of the sweeper use Hydra's grammar.
     assert prepared("+hydra.sweeper.params.seed=range(3)") == ["+hydra.sweeper.params.seed=range(3)"]
 
 
 def test_no_list_or_mapping_key_holds_typed_text() -> None:
-    # arguments.py would have to quote within such values.
+    # If there were such a key, arguments.py would have to quote text within its values.
     holders = {key_types()[key] for key in leaf_keys() if "str" in repr(key_types()[key]) and not is_text(key)}
     assert holders == {int | str, bool | str, dict[str, typing.Any]}
 
@@ -256,7 +256,7 @@ def test_any_text_is_read_as_the_name_of_a_choice(value: str) -> None:
     ],
     ids=" ".join,
 )
-def test_a_mistyped_line_is_answered_with_the_correct_one(line: list[str], words: list[str]) -> None:
+def test_the_error_for_a_mistyped_line_shows_the_correct_one(line: list[str], words: list[str]) -> None:
     message = refusal(*line)
     assert [word for word in words if word not in message] == []
     assert "\n" not in message
@@ -277,7 +277,7 @@ def test_a_mistyped_line_is_answered_with_the_correct_one(line: list[str], words
     ],
     ids=" ".join,
 )
-def test_hydras_own_flags_and_their_values_pass(line: list[str]) -> None:
+def test_hydras_own_flags_and_their_values_are_unchanged(line: list[str]) -> None:
     assert prepared(*line) == line
 
 
@@ -315,7 +315,7 @@ def test_a_choice_that_looks_like_a_number_is_quoted(given: str, expected: str) 
     assert prepared(given) == [expected]
 
 
-def test_a_batch_may_be_uppercase() -> None:
+def test_a_batch_name_may_be_uppercase() -> None:
     assert prepared("batch=32K") == ["batch=32k"]
     assert prepared("batch=256,8K") == ["batch='256',8k"]
     assert prepared("data.root=/Data/8K", "run.name=Run") == ["data.root=/Data/8K", "run.name=Run"]

@@ -1,4 +1,4 @@
-"""Bad values are refused by name, and the limits themselves are allowed."""
+"""Values out of range are refused with their key, and the limits of a range are allowed."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_invalid_values_are_refused_by_name(values: dict[str, Any], message: str
     assert message in refusal(**values)
 
 
-def test_the_limits_themselves_are_allowed() -> None:
+def test_the_limits_of_a_range_are_allowed() -> None:
     for values in (
         {"data__eval_crop": 1.0},
         {"seed": 2**63 - 1},
@@ -196,7 +196,7 @@ def test_a_failed_interpolation_names_its_key(monkeypatch: pytest.MonkeyPatch) -
     assert re.match(r"optimizer\.base: .*'NOT_SET' not found", refusal(optimizer__base="${oc.env:NOT_SET}"))
 
 
-def test_a_misspelled_choice_is_answered_with_the_nearest() -> None:
+def test_the_error_for_a_misspelled_choice_has_the_nearest() -> None:
     assert "Did you mean 'train'?" in refusal(mode="trian")
     assert "Did you mean 'imagenet'?" in refusal(data__name="imagnet")
 
@@ -221,7 +221,7 @@ def test_optimizer_kwargs_take_any_keyword() -> None:
     assert config.optimizer.kwargs == {"betas": [0.9, 0.99]}
 
 
-def test_a_batchs_name_and_nominal_size_must_agree() -> None:
+def test_the_name_and_nominal_size_of_a_batch_must_agree() -> None:
     with pytest.raises(ConfigError, match=r"batch\.name=8k"):
         resolved(batch__name="8k")
     with pytest.raises(ConfigError, match=r"batch\.nominal=0"):

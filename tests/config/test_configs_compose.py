@@ -21,7 +21,7 @@ ROWS = {
 }
 DATA = ("cifar10", "fashion_mnist", "folder", "imagenet", "mini", "synthetic")
 CHOICES = [(group, name) for group in GROUPS for name in choices_of(group)]
-# A learning rate for optimizers for which the row has none.
+# A learning rate, because the row has one only for its own optimizer.
 LITERAL = ("batch.size=64", "optimizer.lr=0.1")
 
 

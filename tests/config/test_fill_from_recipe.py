@@ -1,4 +1,4 @@
-"""A config takes from its recipe's row what the command line leaves open."""
+"""A config takes the values that the command line does not set from its recipe's row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resolving import refusal, resolved
 from lars_train.config import Config, filled, flatten, published_top1
 from lars_train.errors import ConfigError
 
-# The published table (github.com/kakaobrain/torchlars, README) and what configs/recipe/torchlars.yaml adds to it:
+# The published table (github.com/kakaobrain/torchlars, README) with the additions of configs/recipe/torchlars.yaml:
 # optimizer, lr, warm-up epochs, weight decay, epochs, published top-1.
 TORCHLARS = {
     "256": ("sgd", 0.2, 0.0, 1e-4, 90, 73.79),
@@ -63,7 +63,7 @@ OVERRIDES = {
 
 @pytest.mark.parametrize("key", OVERRIDES)
 def test_a_given_value_overrides_the_row_and_nothing_else(key: str) -> None:
-    # Zero and false are values, too, and must not mean "as the row says".
+    # Zero and false are values too; only null means the value of the row.
     row = flatten(resolved("data=imagenet"))
     extra = {"schedule.warmup_epochs": 1.0} if key == "epochs" else {}
     overridden = flatten(resolved("data=imagenet", **{key: OVERRIDES[key], **extra}))
@@ -204,7 +204,7 @@ def test_a_batch_without_a_row_is_refused_with_all_rows(batch: str) -> None:
     assert "256, 8k, 16k, 32k" in message
 
 
-def test_a_run_shorter_than_its_warm_up_is_offered_scale_warmup() -> None:
+def test_a_run_shorter_than_its_warm_up_suggests_scale_warmup() -> None:
     message = refusal("data=cifar10", epochs=2)
     assert message.startswith("epochs=2: the run must be longer than the warm-up of row 32k (5 epochs).")
     assert "schedule.scale_warmup=true, which shortens the warm-up in proportion to the run (0.111 epochs)" in message

@@ -1,4 +1,4 @@
-"""An unknown name is answered with the probable key or choice, or with nothing if that is unclear."""
+"""The error for an unknown name suggests the probable key or choice, or nothing if that is unclear."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_closest_finds_misspellings_but_not_other_choices(word: str, choices: li
         ("optimizer.betas", "optimizer.kwargs.betas"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_probable_one(key: str, words: str) -> None:
+def test_the_error_for_an_unknown_key_suggests_the_probable(key: str, words: str) -> None:
     assert words in suggestion(key)
 
 

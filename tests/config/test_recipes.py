@@ -151,7 +151,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 @lru_cache
 def imagenet(recipe: str, batch: str, *more: str) -> Config:
-    # Composing takes a quarter of a second, and other tests check the batches' choices.
+    # Not through the choices of `batch`, which other tests check: composing takes a quarter of a second.
     raw = deepcopy(composed(f"recipe={recipe}", "data=imagenet", *more))
     raw.batch.name, raw.batch.nominal = batch, nominal_batch(batch)
     return resolve(raw)

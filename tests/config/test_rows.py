@@ -74,7 +74,7 @@ def refusal_of(*arguments: str) -> str:
         return str(error)
     except MissingConfigException as error:
         return explain(error, prepare_arguments(list(arguments), None))
-    raise AssertionError("it is not refused")
+    raise AssertionError("no recipe refused the settings")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_batch_of_no_recipe_is_refused_with_the_nearest_rows(
 
 @pytest.mark.parametrize("batch", ["16k", "20k"])
 @pytest.mark.parametrize("data", ["imagenet", "mini", "cifar10"])
-def test_the_settings_offered_between_two_rows_work(data: str, batch: str) -> None:
+def test_the_settings_suggested_between_two_rows_work(data: str, batch: str) -> None:
     images = {"imagenet": IMAGES, "mini": 10_000, "cifar10": 50_000}[data]
     message = (
         refusal_of("recipe=mlperf", f"batch={batch}", f"data={data}")
@@ -122,7 +122,7 @@ def test_the_settings_offered_between_two_rows_work(data: str, batch: str) -> No
     assert plan.updates_per_epoch == pytest.approx(IMAGES // nominal_batch(batch), rel=0.35)
 
 
-def test_an_offered_warm_up_explains_how_it_shrinks() -> None:
+def test_a_suggested_warm_up_explains_how_it_shrinks() -> None:
     message = refusal_of("recipe=mlperf", "batch=16k", "epochs=1")
     # 9 + 7 * 0.24676 epochs of 48.
     assert "schedule.warmup_epochs=0.223" in message
@@ -134,7 +134,7 @@ def test_an_offered_warm_up_explains_how_it_shrinks() -> None:
         assert "shrunk" not in message
 
 
-def test_offered_settings_keep_given_values() -> None:
+def test_suggested_settings_keep_given_values() -> None:
     given = ("batch.scaled=false", "optimizer.lr=7.123456", "schedule.warmup_epochs=1.5", "model.ghost_batch=64")
     message = refusal_of("recipe=mlperf", "batch=16k", *given)
     assert [setting for setting in given if setting not in message.split("except for the given values:")[1]] == []

@@ -1,4 +1,4 @@
-"""A run from a saved file has the same config and hash, and a directory that fits its experiment."""
+"""A run from a saved config file has the same config and hash, and its directory only for the same experiment."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_files_run_directory_is_kept_only_for_its_experiment(tmp_path: Path)
     ):
         config, _ = from_file(path, *settings)
         assert (config.run.dir, config.run.name) == run, settings
-        # resume=never applies to a single start.
+        # resume=never applies to one start only.
         assert config.resume == "auto"
     assert from_file(path, "resume=never")[0].resume == "never"
 
@@ -113,7 +113,7 @@ def test_a_group_is_refused_with_a_config_file(setting: str, words: str, tmp_pat
         ("run: {nam: x}\n", "run.nam: unknown key. Did you mean 'run.name'?"),
     ],
 )
-def test_a_file_that_is_not_a_whole_config_is_refused(content: str, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_complete_config_is_refused(content: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError) as caught:

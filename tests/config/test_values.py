@@ -1,4 +1,4 @@
-"""A config's hash and settings cover what a run computes, and nothing else."""
+"""A config's hash and settings cover the keys that affect a run's result, and no others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_flatten_has_every_field_of_the_schema_once() -> None:
     assert leaves["optimizer.kwargs"] == {}
 
 
-# Keys that say how a run is executed and what it reports, not what it computes.
+# Keys that affect how a run is executed or what it reports, but not its result.
 EXECUTION = {
     "compile",
     "channels_last",
@@ -182,7 +182,7 @@ def test_experiment_settings_leave_out_execution() -> None:
     assert shown["batch"] == 128
     assert shown["optimizer.lr"] == 2.5
     assert {"seed", "epochs", "model.name", "recipe.name"} <= shown.keys()
-    # The name 32k is not its batch, and execution and settings of other modes do not affect what it computes.
+    # The batch is not that of the name 32k. The keys of execution and of other modes do not affect the result.
     for other in (
         "batch.name",
         "batch.nominal",

@@ -93,7 +93,7 @@ def test_a_zip_with_backslashes_equals_its_folder(make_zip: MakeTree, make_direc
     assert windows.fingerprint == open_folder(make_directory(PETS), None).fingerprint
 
 
-def test_names_that_lead_out_of_a_zip_are_counted(make_zip: MakeTree) -> None:
+def test_names_that_point_outside_a_zip_are_counted(make_zip: MakeTree) -> None:
     outside = dict.fromkeys(("../x.jpg", "/x.jpg", "train/cat/..\\x.jpg", "train//x.jpg"), b"")
     assert open_folder(make_zip({**PETS, **outside}), None).inventory.skipped == {"entries with unsafe names": 4}
 
@@ -131,7 +131,7 @@ def test_a_store_has_the_inventory_of_its_original(make_tree: MakeTree, tmp_path
     parts = [kept["original"]["skipped"], *(kept["splits"][split]["not_read"] for split in ("train", "val"))]
     assert merge_counts(*parts) == COUNTS
     assert kept["original"] == summary["original"]
-    # So does a store packed from a store.
+    # A store packed from a store has it too.
     pack(Request(str(store), str(tmp_path / "again"), Encoding()), silent)
     assert open_folder(str(tmp_path / "again"), holdout).inventory == packed.inventory
 

@@ -1,4 +1,4 @@
-"""Orders and random numbers are pure functions: the values of Philox, divided among ranks without loss."""
+"""Orders and random numbers are pure functions of Philox, and ranks divide them without loss or repetition."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_values_of_the_order_by_shards_never_change() -> None:
     assert shard_order(2**63 - 1, 89, shard, 2).tolist() == [0, 1, 4, 5, 9, 8, 10, 11, 2, 6, 3, 7]
 
 
-def test_the_order_by_shards_mixes_all_samples() -> None:
+def test_the_order_by_shards_shuffles_all_samples() -> None:
     shard = np.repeat(np.arange(6, dtype=np.int32), 4)
     orders = np.array([shard_order(5, epoch, shard, 2) for epoch in range(4000)])
     places = np.argsort(orders, axis=1)

@@ -1,4 +1,4 @@
-"""Training and validation sets are found by one list of names in folders, zips, tars and parquet."""
+"""Folders, zips, tars and parquet files use one list of names for training and validation sets."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("train", "test"), "test"),
     ],
 )
-def test_every_source_knows_the_same_names_of_splits(
+def test_every_source_has_the_same_names_of_splits(
     tmp_path: Path, source: Callable[[Path, Sequence[str]], Found], names: tuple[str, ...], chosen: str
 ) -> None:
     root = tmp_path / "data"
@@ -122,7 +122,7 @@ def test_the_case_of_a_splits_name_does_not_matter(
 
 @pytest.mark.parametrize("source", [by_folder, by_zip])
 @pytest.mark.parametrize("names", [("training", "testing"), ("val", "test"), ("Testing", "unlabeled")])
-def test_names_of_splits_are_never_taken_for_classes(
+def test_names_of_splits_are_never_classes(
     tmp_path: Path, source: Callable[[Path, Sequence[str]], Found], names: tuple[str, ...]
 ) -> None:
     root = tmp_path / "data"

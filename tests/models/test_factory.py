@@ -1,4 +1,4 @@
-"""Models built by name are torchvision's or the paper's."""
+"""Models built by name equal those of torchvision or of the paper."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_zero_gamma_starts_every_block_as_its_shortcut(name: str, last: str, blo
     assert all((others[k] == 1).all() for k in gammas)
 
 
-def test_a_mistyped_name_is_answered_with_the_nearest() -> None:
+def test_the_error_for_a_mistyped_name_has_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"model\.name=resnet_50.*Did you mean 'resnet50'"):
         build("resnet_50")
 

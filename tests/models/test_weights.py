@@ -1,4 +1,4 @@
-"""Weights from files, also of other programs, load by name, completely or not at all."""
+"""Weights from files of this and other programs load by name, completely or not at all."""
 
 from __future__ import annotations
 
@@ -334,11 +334,11 @@ def test_tensors_with_clashing_names_are_refused_unless_equal(tmp_path: Path) ->
 
 
 def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
-    class Evil:
+    class Hostile:
         def __reduce__(self) -> tuple[object, tuple[Path]]:
             return Path.touch, (tmp_path / "ran",)
 
-    torch.save({"conv1.weight": Evil()}, tmp_path / "w.pt")
+    torch.save({"conv1.weight": Hostile()}, tmp_path / "w.pt")
     with pytest.raises(ConfigError):
         load_weights(build("small"), tmp_path / "w.pt")
     assert not (tmp_path / "ran").exists()

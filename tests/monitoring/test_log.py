@@ -213,7 +213,7 @@ def test_no_two_event_files_start_within_a_second(
     write_many(log, range(1, 41), 0.0, lambda: None)
     log.board.flush()
     assert len(event_files(tmp_path)) == 1
-    now[0] -= 100  # a clock that was set back
+    now[0] -= 100  # the clock was set back
     write_many(log, range(41, 43), 0.0, lambda: None)
     assert len(event_files(tmp_path)) == 1
     now[0] += 101

@@ -21,7 +21,7 @@ def test_estimates_match_appendix_a1_of_the_paper() -> None:
 
 
 def test_estimates_are_unbiased() -> None:
-    """Also for ranks with different counts, and although the small batches are parts of the large batch."""
+    """This holds for ranks with different counts, and although the small batches are parts of the large one."""
     draw, sizes, dimensions, batches = np.random.default_rng(0), (2, 6), 5, 40_000
     gradient, deviations = np.array([1.0, -2.0, 0.5, 0.0, 1.0]), np.array([3.0, 1.0, 2.0, 0.5, 4.0])
     samples = gradient + deviations * draw.standard_normal((batches, sum(sizes), dimensions))

@@ -254,7 +254,7 @@ complain('a fault')
 """
 
 
-def test_notebooks_show_lines_without_remains_of_bars(tmp_path: Path) -> None:
+def test_notebooks_show_lines_without_traces_of_bars(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel")
     from jupyter_client.manager import start_new_kernel
 

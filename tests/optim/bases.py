@@ -1,4 +1,4 @@
-"""Share every dense optimizer of torch.optim, a problem to solve with it, and LARS's rule in float64 NumPy.
+"""Every dense optimizer of torch.optim, a problem for them, and LARS's rule in float64 NumPy.
 
 The reference is the base alone, without weight decay, on gradients that `rescale_by_hand` has rescaled.
 """
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lars_train import LARS
 
-# LARS's steps must not warn. An unclosed file of an earlier test warns in the test that runs when it is collected.
+# LARS's steps must not warn. The exception: garbage collection may report an unclosed file of an earlier test.
 no_warnings = pytest.mark.filterwarnings(
     "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
 )
@@ -215,7 +215,7 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def assert_moved(params: Sequence[Tensor], problem: Problem) -> None:
-    """Assert that every weight with a gradient has changed, so that agreement means something."""
+    """Assert that every weight with a gradient has changed, so that comparisons are not trivial."""
     for p, start in zip(params[:4], problem.weights, strict=False):
         assert not torch.equal(p, start)
 

@@ -1,4 +1,4 @@
-"""LARS keeps its promises as an optimizer: whose objects it shares, what it changes, what it refuses."""
+"""LARS as an optimizer: the objects it shares with its base, the tensors it changes, the settings it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rare cases that failed once: shared or lazy memory, autograd's version counters, hooks, default devices."""
+"""Regression tests of rare cases: shared or lazy memory, autograd's version counters, hooks, default devices."""
 
 from __future__ import annotations
 

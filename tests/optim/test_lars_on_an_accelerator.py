@@ -1,4 +1,4 @@
-"""A step on a GPU, seen on fake CUDA tensors, makes few calls, all on torch's fast path, and never waits."""
+"""A step on fake CUDA tensors makes few calls, all on torch's fast path, and never waits for the device."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_fsdp2_trains_like_one_process_with_one_collective(two_ranks: list[dict[
 
 
 if __name__ == "__main__":
-    # Imported once for both ranks.
+    # Import once, before the fork of both ranks.
     import torch.distributed.fsdp
     import torch.distributed.tensor.debug
 

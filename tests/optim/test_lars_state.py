@@ -73,7 +73,7 @@ def test_a_copy_continues_like_the_original_independently(base: Base, how: str, 
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copied_lbfgs_is_as_unusable_as_without_lars(how: str) -> None:
+def test_a_copied_lbfgs_fails_as_without_lars(how: str) -> None:
     for wrap in (lambda base: base, LARS):
         optimizer = COPIES[how](wrap(optim.LBFGS([Parameter(torch.ones(2))])))
         with pytest.raises(AttributeError, match="_params"):

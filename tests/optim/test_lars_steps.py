@@ -1,4 +1,4 @@
-"""LARS over every dense optimizer of torch.optim steps as the rule says.
+"""LARS over every dense optimizer of torch.optim steps by the rule.
 
 bases.py has the reference: the base alone, without weight decay, on gradients rescaled by hand in float64.
 """
@@ -67,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         if base.takes(*keywords)
     ],
 )
-def test_steps_equal_the_bases_own_on_gradients_rescaled_by_hand(base: Base, variant: str) -> None:
+def test_steps_equal_the_base_on_gradients_rescaled_by_hand(base: Base, variant: str) -> None:
     lars = assert_agrees(base, Problem(base), **VARIANTS[variant])
     assert lars.param_groups[0].get("weight_decay", 0.0) == base.decay
 

@@ -1,4 +1,4 @@
-"""Every parameter is in exactly one group, the right one."""
+"""Every parameter is in exactly one group, with or without weight decay as configured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store equals the folder that it was packed from, for every reader and after every interruption."""
+"""A store equals the folder it was packed from, for every reader and after any interruption."""
 
 from __future__ import annotations
 
@@ -201,15 +201,15 @@ def pack_until_killed(number: int, asked: Request) -> None:
 
     fsync, replace = os.fsync, Path.replace
 
-    def dying_fsync(handle: int) -> None:
+    def killing_fsync(handle: int) -> None:
         count()
         fsync(handle)
 
-    def dying_replace(self: Path, target: Path) -> Path:
+    def killing_replace(self: Path, target: Path) -> Path:
         count()
         return replace(self, target)
 
-    os.fsync, Path.replace = dying_fsync, dying_replace  # type: ignore[assignment, method-assign]
+    os.fsync, Path.replace = killing_fsync, killing_replace  # type: ignore[assignment, method-assign]
     pack(asked, silent)
 
 
@@ -222,7 +222,7 @@ def test_killed_at_any_point_packing_resumes_to_the_same_store(tmp_path: Path) -
     context = multiprocessing.get_context("fork")
     kills = 0
     while True:
-        # Each time a little later, on the files that earlier kills left.
+        # Each kill comes a little later, with the files of the earlier attempts in place.
         process = context.Process(
             target=pack_until_killed, args=(kills % 9 + 1, request(root, tmp_path / "store", shards=2))
         )
@@ -308,19 +308,19 @@ def test_an_original_that_changes_during_packing_is_refused(
 ) -> None:
     verify = packing._verify
 
-    def meanwhile(*arguments: Any) -> None:
+    def change_before_verifying(*arguments: Any) -> None:
         (Path(root) / "train/a/2.jpg").write_bytes(b"other")
         verify(*arguments)
 
-    monkeypatch.setattr(packing, "_verify", meanwhile)
+    monkeypatch.setattr(packing, "_verify", change_before_verifying)
     with pytest.raises(DataError, match=r"a/2\.jpg: differs from the original"):
         pack(request(root, tmp_path / "store"), silent)
 
-    def later(*arguments: Any) -> None:
+    def change_after_verifying(*arguments: Any) -> None:
         verify(*arguments)
         (Path(root) / "train/a/new.jpg").write_bytes(b"other")
 
-    monkeypatch.setattr(packing, "_verify", later)
+    monkeypatch.setattr(packing, "_verify", change_after_verifying)
     with pytest.raises(DataError, match="files appeared or vanished"):
         pack(request(root, tmp_path / "store"), silent)
 

@@ -172,7 +172,7 @@ def test_a_subset_of_the_classes_equals_its_folder(tmp_path: Path) -> None:
     assert store.fingerprint == data.fingerprint
 
 
-def test_packing_decodes_each_row_group_twice_by_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_decodes_each_row_group_twice_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[str, int]] = []
     rows_at_a_time: list[int] = []
     batches = parquet.image_batches
@@ -211,12 +211,12 @@ def pack_until_killed(number: int, asked: Request) -> None:
     read = parquet.ParquetSource.read
     calls = itertools.count(1)
 
-    def dying(self: parquet.ParquetSource, sample: int) -> bytes:
+    def killing(self: parquet.ParquetSource, sample: int) -> bytes:
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, sample)
 
-    parquet.ParquetSource.read = dying  # type: ignore[method-assign]
+    parquet.ParquetSource.read = killing  # type: ignore[method-assign]
     pack(asked, silent)
 
 
@@ -546,7 +546,7 @@ def test_a_text_label_that_is_an_odd_number_is_refused(tmp_path: Path, label: st
         open_original(str(tmp_path / "hub"), None)
 
 
-def test_what_is_not_packed_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_columns_and_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[Row] = [(b"%d" % i, None, i % 2) for i in range(4)]
     for name in ("train", "valid", "extra"):
         write(tmp_path / "hub" / f"{name}-0.parquet", rows if name == "train" else rows[:1], classes=None)
@@ -564,25 +564,25 @@ def test_what_is_not_packed_is_counted(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_each_kind_of_mismatch_between_files_has_its_message(tmp_path: Path) -> None:
-    def fails(place: str, message: str) -> None:
+    def assert_refused(place: str, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             open_original(str(tmp_path / place), None)
 
     hub(tmp_path / "gap")
     (tmp_path / "gap/data/train-00001-of-00003.parquet").unlink()
-    fails("gap", r"has 2 of 3 files train-\.\.\.; train-00001-of-00003\.parquet is missing: download")
+    assert_refused("gap", r"has 2 of 3 files train-\.\.\.; train-00001-of-00003\.parquet is missing: download")
     for config in ("full", "small"):
         hub(tmp_path / "configs" / config)
-    fails("configs", r"several data sets of parquet files; give the folder of one: .*full/data, .*small/data")
+    assert_refused("configs", r"several data sets of parquet files; give the folder of one: .*full/data, .*small/data")
     rows = [(b"x", f"{i}.jpg", i % 2) for i in range(4)]
     write(tmp_path / "mixed" / "train-a.parquet", rows)
     write(tmp_path / "mixed" / "train-b.parquet", rows, classes=ENGLISH[::-1])
-    fails("mixed", r"train-b\.parquet and train-a\.parquet differ in columns or classes")
+    assert_refused("mixed", r"train-b\.parquet and train-a\.parquet differ in columns or classes")
     write(tmp_path / "split" / "train.parquet", rows)
     write(tmp_path / "split" / "val.parquet", rows, classes=ENGLISH[::-1])
-    fails("split", "the training and the validation set have different classes")
+    assert_refused("split", "the training and the validation set have different classes")
     write(tmp_path / "split" / "val.parquet", [(b"x", "1.jpg", 3)])
-    fails("split", "the training set lacks 1 class of the validation set, such as 3")
+    assert_refused("split", "the training set lacks 1 class of the validation set, such as 3")
 
 
 def test_without_pyarrow_only_parquet_is_refused_with_the_remedy(folder: str, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def children() -> set[str]:
     return set(path.read_text().split()) if path.exists() else set()
 
 
-def test_the_death_of_a_worker_is_raised_and_ends_the_others(tmp_path: Path) -> None:
+def test_a_killed_worker_raises_an_error_and_ends_the_others(tmp_path: Path) -> None:
     before = children()
     with pytest.raises(DataError, match="a worker process ended by signal 9"):
         list(run_tasks([tmp_path / "sleeps", tmp_path / "dies"], die, 2, lambda count: None))

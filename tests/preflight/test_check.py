@@ -65,13 +65,13 @@ SMALL = ["model=small", "batch.size=8", "optimizer.lr=1", "model.ghost_batch=4",
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lars_train.preflight.check.say", lambda text: None)
-    # This process started long before the test, and `check.seconds` is small here.
+    # The real start of this process, long before the test, would use up the small `check.seconds`.
     monkeypatch.setattr(check, "_process_start", lambda: time.monotonic() + 60)
     monkeypatch.setitem(check.PARTS, "sample", 1e6)
     return tmp_path
 
 
-def test_the_embedded_data_set_is_ready_and_no_file_stays(folder: Path) -> None:
+def test_the_embedded_data_set_is_ready_and_no_file_remains(folder: Path) -> None:
     found = checked("data=mini")
     assert found["problems"] == []
     assert found["lines"][-1] == "ready"
@@ -106,7 +106,7 @@ def test_broken_images_are_found_with_their_files(folder: Path) -> None:
         assert str(root / "train" / "n1" / f"{name}.JPEG") in problem
 
 
-def test_an_error_is_listed_and_the_rest_is_still_measured(folder: Path) -> None:
+def test_an_error_is_listed_and_the_other_parts_are_measured(folder: Path) -> None:
     found = checked("data=imagenet", "data.root=/nowhere/at/all")
     (problem,) = found["problems"]
     assert "data.root=/nowhere/at/all" in problem

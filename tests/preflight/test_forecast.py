@@ -111,8 +111,8 @@ def test_without_workers_times_add_up_and_overhead_counts_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """A plan's disk usage, and the directory of the same run."""
+def disk_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Return a plan's disk usage, and the directory of the same run."""
     directory = tmp_path_factory.mktemp("planned") / "run"
     config = composed(f"{SMALL} micro_batch=16 checkpoint.every_updates=20 run.dir={directory}")
     threads = torch.get_num_threads()
@@ -122,16 +122,16 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "trust_ratios.jsonl", "tensorboard"])
-def test_logs_have_the_planned_size(both: tuple[dict[str, Any], Path], name: str) -> None:
-    disk, directory = both
+def test_logs_have_the_planned_size(disk_and_run: tuple[dict[str, Any], Path], name: str) -> None:
+    disk, directory = disk_and_run
     path = directory / name
     files = path.iterdir() if path.is_dir() else [path]
     assert disk["log_bytes"][name] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.2)
 
 
-def test_checkpoints_have_the_planned_size(both: tuple[dict[str, Any], Path]) -> None:
-    disk, directory = both
-    # 64 updates: a checkpoint each 20 and at the end of each epoch of 32; the last three stay.
+def test_checkpoints_have_the_planned_size(disk_and_run: tuple[dict[str, Any], Path]) -> None:
+    disk, directory = disk_and_run
+    # 64 updates: a checkpoint every 20 and at the end of each epoch of 32; the last three are kept.
     sizes = [path.stat().st_size for path in (directory / "checkpoints").glob("update-*.pt")]
     assert len(sizes) == 3
     assert disk["checkpoint_bytes"] == pytest.approx(sizes[-1], rel=0.2)

@@ -1,4 +1,4 @@
-"""Each fault in given findings is reported with its place, and nothing else is."""
+"""Each fault in the findings is reported with its place, and nothing else is reported."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_without_workers_loading_and_computing_take_turns() -> None:
     assert rank(0).images_per_s == 2500
     assert problems(findings(alone, rank(1, input=alone.input))) == []
     unknown = rank(0, input=dataclasses.replace(INPUT, images_per_s=0.0, per_core=0.0))
-    # As of a data set of one batch.
+    # As for a data set of one batch.
     assert dataclasses.replace(unknown, input=dataclasses.replace(unknown.input, workers=0)).images_per_s is None
     assert problems(findings(unknown, rank(1, input=unknown.input))) == []
     slow = [rank(n, input=dataclasses.replace(INPUT, images_per_s=600.0, workers=0)) for n in (0, 1)]

@@ -1,4 +1,4 @@
-"""``mode=plan`` has the numbers of the published table at full size, and a run does what was planned."""
+"""``mode=plan`` has the numbers of the published table at full size, and runs follow their plan."""
 
 from __future__ import annotations
 

@@ -51,10 +51,10 @@ def settings_of(batch: str) -> dict[str, Any]:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a run with the given top-1 after each epoch (4 updates of 10 s) and returns its path.
+    """Return a function that writes a run with the given top-1 after each epoch, and returns its path.
 
-    `ended`: how the last start ended, None if it did not; `planned`: epochs; `done`: write ``final.json``; `changes`:
-    settings with ``__`` for the dot; `samples`: images of the training set.
+    An epoch has 4 updates of 10 s. `planned`: epochs; `ended`: how the last start ended, None if it did not; `done`:
+    write ``final.json``; `samples`: images of the training set; `changes`: settings with ``__`` for the dot.
     """
 
     def make(

@@ -22,7 +22,7 @@ def rows(make_run: MakeRun) -> list[Row]:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def stub_contents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the slow contents, which other tests cover."""
     monkeypatch.setattr(write, "overview", lambda rows: {"png": b"p", "svg": b"s"})
     monkeypatch.setattr(write, "page", lambda rows, folder: "page")
@@ -89,7 +89,7 @@ def test_a_file_in_place_of_a_folder_is_an_error(rows: list[Row], tmp_path: Path
         write_report(rows, tmp_path / "file" / "report")
 
 
-def test_a_sweeps_report_is_beside_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_a_sweep_is_beside_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = sweep_folder([Path("runs/a"), Path("runs/b")])
     assert one == sweep_folder([tmp_path / "runs/b", Path("runs/a")])

@@ -274,7 +274,7 @@ def test_other_threads_run_during_decoding() -> None:
     other = threading.Thread(target=lambda: done.append(gate.acquire()))
     other.start()
     before = sys.getswitchinterval()
-    # No thread is forced to release the GIL, so the other thread gets it only if the decoder releases it.
+    # The interpreter forces no switch of threads, so the other thread runs only if the decoder releases the GIL.
     sys.setswitchinterval(1000)
     try:
         gate.release()

@@ -134,7 +134,7 @@ SIXTEEN = np.random.default_rng(0).integers(0, 2**16, (24, 24, 4), dtype=np.uint
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_sixteen_bit_grey_is_scaled_to_eight(kind: str) -> None:
+def test_sixteen_bit_gray_is_scaled_to_eight(kind: str) -> None:
     values = SIXTEEN[..., 0]
     data = encode(Image.fromarray(values), kind)
     found = decode_unchanged(data)[..., 1]
@@ -277,7 +277,7 @@ def test_the_bomb_limit_is_pillows_default() -> None:
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
 
 
-def test_an_image_that_resizing_would_blow_up_is_bad() -> None:
+def test_an_image_that_resizing_would_make_huge_is_bad() -> None:
     with pytest.raises(BadImage, match="1x2000000 pixels, too elongated to resize to 256x512000000"):
         decode(noise(1, 2_000_000, 1), View("none", 224, False, 0, 0.875).evaluate, 224)
 

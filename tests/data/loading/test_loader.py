@@ -1,4 +1,4 @@
-"""A stream's batches depend only on the data set, the seed and the update, whichever workers fill them."""
+"""The batches of a stream depend only on data set, seed and update, and not on the workers."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_buffer_is_reused_only_when_no_tensor_refers_to_it(kind: str) -> None:
         # More batches than the pool has buffers: a part of the images, or only the labels.
         held.append((number, batch.images[:, 1:], None) if number % 2 else (number, None, batch.labels[1:]))
         if number % 20 == 19:
-            time.sleep(0.02)  # time to fill all free buffers
+            time.sleep(0.02)  # enough time to fill all free buffers
             for held_number, images, labels in held:
                 if images is not None:
                     assert torch.equal(images, expected[held_number].images[:, 1:])
@@ -230,7 +230,7 @@ def test_threads_are_used_if_the_decoder_releases_the_gil(suffix: str, decoder: 
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 5])
-def test_a_stream_from_a_later_update_is_the_rest_of_the_whole(start: int) -> None:
+def test_a_stream_can_start_at_a_later_update(start: int) -> None:
     source = SyntheticImages(23, empty={5})
     assert same(list(train(source))[2 * start :], list(train(source, start_update=start)))
 
@@ -396,7 +396,7 @@ def test_close_ends_the_workers_and_the_stream(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exhausted_and_forgotten_streams_have_no_workers(kind: str) -> None:
+def test_exhausted_and_deleted_streams_have_no_workers(kind: str) -> None:
     before = workers_of_this_test()
     stream = train(SyntheticImages(23), workers=2, kind=kind)
     assert len(list(stream)) == 10

@@ -60,14 +60,14 @@ def test_training_finds_its_samples_in_its_windows(
                 first, last = windows.at(span.start), windows.at(span.stop - 1)
                 assert set(shard[micro].tolist()) <= shards_in(windows, first, last)
                 assert last <= last_to_hold(windows, span)
-        # One rank anywhere in this update, another up to two updates ahead.
+        # A rank may be anywhere in this update, and another up to two updates ahead.
         slow = min((s for rank in range(world) for s in spans(update, rank)), key=lambda s: s.start)
         ahead = [s for u in (update, update + 1, update + 2) if u < updates for r in range(world) for s in spans(u, r)]
         held = [
             set(range(windows.at(slow.start), min(last_to_hold(windows, s), len(windows.shards) - 1) + 1))
             for s in ahead
         ]
-        # A shard in the windows of two epochs takes its bytes once, but may be counted twice.
+        # A shard in the windows of two epochs is stored once, but may be counted twice.
         taken = sum(sizes[list(shards_in(windows, n, n))].sum() for n in set().union(*held))
         assert taken <= room
     everything = [span for update in range(updates) for span in spans(update, 0)]
@@ -82,7 +82,7 @@ def test_training_finds_its_samples_in_its_windows(
     st.integers(1, 20),
     st.integers(1, 4),
 )
-def test_evaluation_takes_each_sample_once_within_the_room(counts: list[int], micro: int, world: int) -> None:
+def test_evaluation_takes_each_sample_once_within_the_cache(counts: list[int], micro: int, world: int) -> None:
     shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     shard = shard[np.random.default_rng(0).permutation(len(shard))]
     order, windows = by_shard(shard), evaluation_windows(shard)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and Fashion-MNIST are read with torchvision, downloaded silently and once; failures have a message."""
+"""CIFAR-10 and Fashion-MNIST are read with torchvision, and downloaded once without output or with a clear error."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_damaged_file_is_reported_with_its_folder(fashion: Path) -> None:
 
 
 class Downloader:
-    """A fake of torchvision's class. The first instance that may download does, and takes some time."""
+    """A fake of torchvision's class. The first instance with download=True downloads, which takes some time."""
 
     present = False
     downloads = 0

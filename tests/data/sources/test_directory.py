@@ -1,4 +1,4 @@
-"""A folder's index gives the same data set as the folder, is made once, and is not used if it is old or damaged."""
+"""A folder's index gives the same data set as the folder, is built once, and is not used if stale or damaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = [f"{split}/{name}" for split in ("train", "val") for name in NAMES]
 
 
 def backdate(root: Path) -> None:
-    """Set the folders' times back, as if nothing had changed for a long time."""
+    """Set the modification times of the folders back, as if they had not changed for a long time."""
     for path in (root, *root.rglob("*")):
         if path.is_dir():
             os.utime(path, (1_000_000_000, 1_000_000_000))
@@ -39,7 +39,7 @@ def put(path: Path, content: bytes = b"") -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the cache folder, and have folders of any size indexed."""
+    """Return the cache folder, and index folders of any size."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(directory, "MIN_INDEXED", 1)
     return tmp_path / "cache" / "lars_train" / "index"
@@ -149,7 +149,7 @@ def a_link_to_another_folder(root: Path) -> None:
     "change",
     [a_new_file, a_file_removed, another_name, a_new_class, a_file_in_a_folder_below, a_link_to_another_folder],
 )
-def test_added_removed_and_renamed_files_are_noticed(cache: Path, root: Path, change: Callable[[Path], None]) -> None:
+def test_added_removed_and_renamed_files_are_detected(cache: Path, root: Path, change: Callable[[Path], None]) -> None:
     before = open_folder(str(root), None)
     change(root)
     after = open_folder(str(root), None)
@@ -158,7 +158,7 @@ def test_added_removed_and_renamed_files_are_noticed(cache: Path, root: Path, ch
         assert after.fingerprint == walked_fingerprint(root)
 
 
-def test_a_change_in_a_linked_folder_is_noticed(cache: Path, root: Path) -> None:
+def test_a_change_in_a_linked_folder_is_detected(cache: Path, root: Path) -> None:
     a_link_to_another_folder(root)
     backdate(root)
     backdate(root.parent / "elsewhere")
@@ -336,7 +336,7 @@ def open_and_count(root: str, start: float, counts: multiprocessing.SimpleQueue[
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_one_of_several_processes_reads_the_folder(cache: Path, root: Path) -> None:
+def test_only_one_of_several_processes_reads_the_folder(cache: Path, root: Path) -> None:
     context = multiprocessing.get_context("fork")
     counts: multiprocessing.SimpleQueue[tuple[str, int]] = context.SimpleQueue()
     start = time.time() + 0.2

@@ -154,7 +154,7 @@ def test_a_source_can_be_pickled(make_tree: MakeTree) -> None:
 
 
 def test_holdout_replaces_the_validation_folder(make_tree: MakeTree) -> None:
-    # So that hyper-parameters can be chosen without the test images.
+    # With holdout, hyperparameters can be tuned without the test images.
     files = {f"train/{c}/{i}.jpg": b"" for c in "ab" for i in range(4)}
     data = open_folder(make_tree({**files, "val/a/9.jpg": b"", "test/b/9.jpg": b""}), 0.25)
     names = [source.name(i) for source in (data.train, data.val) for i in range(len(source))]

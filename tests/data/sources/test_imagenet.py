@@ -100,7 +100,7 @@ def test_any_table_of_image_and_wnid_is_accepted(tmp_path: Path, make_tree: Make
     path = tmp_path / "labels.csv"
     path.write_text(table, newline="")
     check(make_tree(FLAT), str(path))
-    # Also in the tree.
+    # The table may also be in the tree.
     check(make_tree({**FLAT, "val/labels.csv": table.encode()}))
 
 

@@ -44,7 +44,7 @@ def test_the_archive_is_balanced_sorted_stored_and_small() -> None:
     }
 
 
-def test_the_license_of_the_images_lies_beside_them() -> None:
+def test_the_license_of_the_images_is_beside_the_archive() -> None:
     text = (ARCHIVE.parent / "LICENSE").read_text()
     assert "MIT License" in text
     assert "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in text
@@ -62,7 +62,7 @@ def test_the_embedded_set_opens() -> None:
             assert name.split("/")[0] == data.classes[data.train.labels[sample]]
             image = Image.open(io.BytesIO(archive.read(f"train/{name}")))
             assert (image.mode, image.size, image.format) == ("L", (28, 28), "PNG")
-            # Decoded once, then cached.
+            # The first read decodes, the second uses the cache.
             for _ in range(2):
                 assert np.array_equal(data.train.read(sample), np.asarray(image))
             assert data.train.location(sample) == f"{ARCHIVE}!train/{name}"

@@ -1,4 +1,4 @@
-"""A store at a URL gives the samples of its local copy, with a small cache, unreliable servers and damaged files."""
+"""A store at a URL gives the same samples as its local copy, also with a small cache and an unreliable server."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Flaky(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """Objects in memory, on a server that fails as a test requires."""
+    """A fake server with objects in memory. A test makes it fail by `before` and `after`."""
 
     protocol = "flaky"
     objects: dict[str, bytes] = {}  # noqa: RUF012
@@ -279,7 +279,7 @@ def test_ranks_that_share_the_smallest_cache_take_all_samples(packed: Path, tmp_
         batches = stream(train, rank=rank, world=3, start_update=4, window=1)
         for batch in batches:
             parts[rank].append((batch.images.numpy().tobytes(), batch.labels.tolist()))
-            # The ranks of a run also wait for each other at the end of each update.
+            # As in a run, the ranks wait for each other at the end of each update.
             together.wait()
         batches.close()
 
@@ -315,7 +315,7 @@ def test_an_evaluation_with_a_small_cache_sees_every_sample_once(
 
 
 def test_occasional_failures_of_the_server_change_nothing(flaky: str, tmp_path: Path, local: Dataset) -> None:
-    # For each object, two requests fail, one is cut short, and one succeeds.
+    # Of the requests for each object, two fail, one is cut short, and one succeeds.
     calls: Counter[str] = Counter()
     here = threading.local()
 
@@ -389,7 +389,7 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again(packed: Path, tmp_path: P
     assert same(dataset, local)
 
 
-def test_a_store_that_was_packed_again_is_noticed(flaky: str, tmp_path: Path, packed: Path) -> None:
+def test_a_store_that_was_repacked_is_detected(flaky: str, tmp_path: Path, packed: Path) -> None:
     before = opened(flaky, tmp_path)
     again = tmp_path / "again"
     pack(Request(str(packed.parent / "data"), str(again), Encoding(), shards=3), silent)

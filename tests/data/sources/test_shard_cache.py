@@ -24,7 +24,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Origin:
-    """Files of `SIZE` bytes, by number. It records each fetch."""
+    """A fake store with numbered files of `SIZE` bytes, which records each fetch."""
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_cache, "PATIENCE_S", 0.3)
 
 
@@ -76,7 +76,7 @@ def read(held: Held) -> bytes:
     return data
 
 
-def test_the_least_recently_used_file_is_evicted_and_no_held_one(folder: Path, origin: Origin) -> None:
+def test_the_least_recently_used_file_without_a_hold_is_evicted(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 3 * ROOM)
     first = cache.hold(origin.entry(1))
     for number in (2, 3, 2, 4, 5):
@@ -102,8 +102,8 @@ def test_concurrent_threads_never_exceed_the_limit(folder: Path, origin: Origin)
     assert max(used) <= 4 * ROOM
 
 
-@pytest.mark.usefixtures("impatient")
-def test_without_room_for_a_file_holding_it_raises(folder: Path, origin: Origin) -> None:
+@pytest.mark.usefixtures("short_timeout")
+def test_holding_a_file_without_space_for_it_raises(folder: Path, origin: Origin) -> None:
     cache = ShardCache(folder, 2 * ROOM)
     held = [cache.hold(origin.entry(number)) for number in (1, 2)]
     with pytest.raises(
@@ -202,7 +202,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_timeout")
 def test_a_killed_process_leaves_no_partial_file_and_no_hold(folder: Path, origin: Origin, process: Any) -> None:
     def work() -> None:
         cache = ShardCache(folder, 2 * ROOM)
@@ -240,7 +240,7 @@ def test_processes_fetch_a_file_once(folder: Path, origin: Origin, process: Any)
     assert sum(count for _, count in found) == 1
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_timeout")
 def test_waiting_for_a_process_without_progress_raises(folder: Path, origin: Origin, process: Any) -> None:
     origin.during = lambda: time.sleep(100)
     process(lambda: ShardCache(folder, 2 * ROOM).hold(origin.entry(1)))
@@ -249,7 +249,7 @@ def test_waiting_for_a_process_without_progress_raises(folder: Path, origin: Ori
         ShardCache(folder, 2 * ROOM).hold(origin.entry(1))
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_timeout")
 def test_a_forked_process_does_not_share_its_parents_hold(folder: Path, origin: Origin, process: Any) -> None:
     cache = ShardCache(folder, ROOM)
     held = cache.hold(origin.entry(1))

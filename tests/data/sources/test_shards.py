@@ -52,7 +52,7 @@ def store(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "store"))
 
 
-def agrees(source: Source) -> bool:
+def has_files(source: Source) -> bool:
     return all(source.read(i) == CONTENT[f"train/{source.name(i)}"] for i in range(len(source)))
 
 
@@ -62,7 +62,7 @@ def test_threads_can_share_a_source(store: Path) -> None:
 
     def read(_: int) -> bool:
         start.wait()
-        return all(agrees(source) for _ in range(20))
+        return all(has_files(source) for _ in range(20))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(4)))
@@ -71,13 +71,15 @@ def test_threads_can_share_a_source(store: Path) -> None:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_processes_can_share_a_source_with_their_parent(store: Path) -> None:
     source = open_folder(str(store), None).train
-    assert agrees(source)  # the parent has the shards open now, and continues to read
+    assert has_files(source)  # the parent has the shards open now, and continues to read
     context = multiprocessing.get_context("fork")
     verdict: multiprocessing.SimpleQueue[bool] = context.SimpleQueue()
-    children = [context.Process(target=lambda: verdict.put(all(agrees(source) for _ in range(20)))) for _ in range(3)]
+    children = [
+        context.Process(target=lambda: verdict.put(all(has_files(source) for _ in range(20)))) for _ in range(3)
+    ]
     for process in children:
         process.start()
-    assert all(agrees(source) for _ in range(20))
+    assert all(has_files(source) for _ in range(20))
     assert [verdict.get() for _ in children] == [True] * 3
     for process in children:
         process.join(30)
@@ -86,7 +88,7 @@ def test_forked_processes_can_share_a_source_with_their_parent(store: Path) -> N
 def test_a_source_with_open_shards_can_be_pickled(store: Path) -> None:
     source = open_folder(str(store), 0.5).train
     source.read(0)
-    assert agrees(pickle.loads(pickle.dumps(source)))
+    assert has_files(pickle.loads(pickle.dumps(source)))
 
 
 def test_more_shards_than_may_be_open_can_be_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +101,8 @@ def test_more_shards_than_may_be_open_can_be_read(store: Path, monkeypatch: pyte
     before = handles()
     source = open_folder(str(store), None).train
     opened = handles()
-    assert agrees(source)
-    assert agrees(source)
+    assert has_files(source)
+    assert has_files(source)
     assert handles() == opened + 2
     del source
     assert handles() == before
@@ -129,7 +131,7 @@ def test_a_changed_or_missing_shard_is_an_error(store: Path) -> None:
     with pytest.raises(ConfigError, match=r"store: train/train-000001\.tar cannot be read \(No such file"):
         open_folder(str(store), None)
     shard.write_bytes(raw)
-    assert agrees(open_folder(str(store), None).train)
+    assert has_files(open_folder(str(store), None).train)
 
 
 @pytest.mark.parametrize("name", ["fifo", "folder", "device"])

@@ -122,7 +122,7 @@ def test_one_of_several_images_in_a_sample_can_be_chosen(tmp_path: Path) -> None
         assert data.inventory.skipped == {"images beside that of data.image_key": 4}
     with pytest.raises(ConfigError, match=r"none of data\.image_key=tif \(mask.*data\.image_key=tif:jpg,"):
         open_imagenet(root, None, None, image_key="tif")
-    # If dots in the names make one sample of many images, the remedy is to replace the dots.
+    # If dots in names merge images into one sample, the remedy is to replace the dots.
     for names in (
         [f"ILSVRC2012.val.{i}" for i in range(1000)],
         [f"ILSVRC2012.val_{i}" for i in range(1000)],
@@ -134,7 +134,7 @@ def test_one_of_several_images_in_a_sample_can_be_chosen(tmp_path: Path) -> None
                 open_folder(dotted, None, image_key=key)
             assert "image_key" not in str(error.value)
             assert len(str(error.value)) < len(dotted) + 400
-    # A sample with one image does not need it.
+    # The only image of a sample need not match data.image_key.
     one = both(tmp_path / "one", {"a/1.png": b"", "b/1.png": b""})
     assert len(open_folder(one, None, image_key="jpg").train) == 2
 
@@ -184,7 +184,7 @@ def test_labels_that_contradict_the_training_folders_are_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("cls", "about", "wrong"),
+    ("cls", "metadata", "wrong"),
     [
         (b"0", b'{"label": 1}', "0 and .*json 1"),
         (b"0", b'{"cls": "1"}', "0 and .*json 1"),
@@ -195,8 +195,8 @@ def test_labels_that_contradict_the_training_folders_are_refused(tmp_path: Path)
         (b"1", b"no JSON", ""),
     ],
 )
-def test_contradicting_labels_of_a_sample_are_refused(tmp_path: Path, cls: bytes, about: bytes, wrong: str) -> None:
-    tar(tmp_path / "data" / "0.tar", {"a.jpg": b"", "a.cls": cls, "a.json": about, "b.jpg": b"", "b.cls": cls})
+def test_contradicting_labels_of_a_sample_are_refused(tmp_path: Path, cls: bytes, metadata: bytes, wrong: str) -> None:
+    tar(tmp_path / "data" / "0.tar", {"a.jpg": b"", "a.cls": cls, "a.json": metadata, "b.jpg": b"", "b.cls": cls})
     if wrong:
         with pytest.raises(ConfigError, match=rf"a\.cls holds the label {wrong}; correct one"):
             open_validation(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=0.5))
@@ -266,7 +266,7 @@ def test_other_members_of_a_sample_are_counted(tmp_path: Path) -> None:
 
 
 def chunk(members_of: Any, count: int = 4) -> dict[str, bytes]:
-    """Return images of the classes 0 and 1 in turn, two to a folder that is not a class."""
+    """Return images of the classes 0 and 1 in turn. Each folder has two images and is not a class."""
     files = {}
     for i in range(count):
         files |= {f"chunk{i // 2}/{i}.{kind}": content for kind, content in members_of(i % 2).items()}
@@ -274,12 +274,12 @@ def chunk(members_of: Any, count: int = 4) -> dict[str, bytes]:
     return files
 
 
-def said(data: Dataset) -> list[str]:
+def notes(data: Dataset) -> list[str]:
     """Return the log lines on labels and skipped files."""
     return [line for line in data.inventory.lines() if "labels" in line or "skipped" in line]
 
 
-def about(**values: Any) -> bytes:
+def json_of(**values: Any) -> bytes:
     return json.dumps(values).encode()
 
 
@@ -289,15 +289,19 @@ CAT, DOG = "cat", "dog"
 @pytest.mark.parametrize(
     ("members_of", "classes", "expected"),
     [
-        (lambda c: {"json": about(url="x", category=(DOG, CAT)[c])}, (CAT, DOG), [".json (category)"]),
-        (lambda c: {"json": about(class_id=c + 8), "txt": b"a cat"}, ("8", "9"), [".json (class_id)", "8 .txt files"]),
-        (lambda c: {"json": about(Class=(DOG, CAT)[c])}, (CAT, DOG), [".json (Class)"]),
+        (lambda c: {"json": json_of(url="x", category=(DOG, CAT)[c])}, (CAT, DOG), [".json (category)"]),
+        (
+            lambda c: {"json": json_of(class_id=c + 8), "txt": b"a cat"},
+            ("8", "9"),
+            [".json (class_id)", "8 .txt files"],
+        ),
+        (lambda c: {"json": json_of(Class=(DOG, CAT)[c])}, (CAT, DOG), [".json (Class)"]),
         (lambda c: {"label": b"%d\n" % (c + 9)}, ("9", "10"), [".label"]),
-        (lambda c: {"lbl": (b"dog", b"cat")[c], "json": about(caption="x")}, (CAT, DOG), [".lbl", "8 .json files"]),
+        (lambda c: {"lbl": (b"dog", b"cat")[c], "json": json_of(caption="x")}, (CAT, DOG), [".lbl", "8 .json files"]),
         (lambda c: {"txt": b"%d" % (c + 9)}, ("9", "10"), [".txt"]),
         # Both places define the same classes; numbers are preferred.
         (
-            lambda c: {"json": about(category_name=(DOG, CAT)[c], category_id=c)},
+            lambda c: {"json": json_of(category_name=(DOG, CAT)[c], category_id=c)},
             ("0", "1"),
             [".json (category_id)"],
         ),
@@ -311,7 +315,7 @@ def test_labels_under_other_keys_and_extensions_are_noted(
     names = [classes.index(c) if classes != (CAT, DOG) else (DOG, CAT).index(c) for _, c, _ in everything(data)[0]]
     assert names == [int(content) for *_, content in everything(data)[0]] == [0, 1, 0, 1]
     source, *skipped = expected
-    assert said(data) == [f"NOTE: labels from {source}", *(f"skipped: {counts}" for counts in skipped)]
+    assert notes(data) == [f"NOTE: labels from {source}", *(f"skipped: {counts}" for counts in skipped)]
     # The index and a packed store keep the notes.
     assert open_folder(str(tmp_path / "data"), None).inventory == data.inventory
     pack(Request(str(tmp_path / "data"), str(tmp_path / "store"), Encoding()), silent)
@@ -321,16 +325,16 @@ def test_labels_under_other_keys_and_extensions_are_noted(
 @pytest.mark.parametrize(
     ("members_of", "expected"),
     [
-        # As img2dataset writes them.
+        # The format of img2dataset.
         (
-            lambda c: {"txt": b"a cat", "json": about(caption="a cat", url="x", key="0")},
+            lambda c: {"txt": b"a cat", "json": json_of(caption="a cat", url="x", key="0")},
             [".json (caption, url, key), .txt", "8 .json files, 8 .txt files"],
         ),
         (
-            lambda c: {"json": about(target=c, category="pet")},
+            lambda c: {"json": json_of(target=c, category="pet")},
             [".json (target, category)", "8 .json files"],
         ),
-        (lambda c: {"json": about(category=[c])}, [".json (category)", "8 .json files"]),
+        (lambda c: {"json": json_of(category=[c])}, [".json (category)", "8 .json files"]),
         (lambda c: {"txt": b"%d" % c if c else b"a cat"}, [".txt", "8 .txt files"]),
         (lambda c: {"label": b"1\n2"}, [".label", "8 .label files"]),
         (lambda c: {"label": b"\xff\x00"}, [".label", "8 .label files"]),
@@ -348,46 +352,46 @@ def test_possible_labels_are_noted_if_folders_are_the_classes(
     assert data.classes == ("chunk0", "chunk1")
     places, *counts = expected or [""]
     note = [f"NOTE: labels from folders in the names, not from {places}"] if expected else []
-    assert said(data) == note + [f"skipped: {count}" for count in counts]
+    assert notes(data) == note + [f"skipped: {count}" for count in counts]
 
 
 def test_folders_equal_to_the_classes_of_a_key_keep_their_names(tmp_path: Path) -> None:
     labels = {"cat": 7, "dog": 3}
     files = {
-        f"{c}/{i}.{kind}": about(category_id=n) for c, n in labels.items() for i in "12" for kind in ("jpg", "json")
+        f"{c}/{i}.{kind}": json_of(category_id=n) for c, n in labels.items() for i in "12" for kind in ("jpg", "json")
     }
     data = open_folder(both(tmp_path / "data", files), None)
     assert data.classes == ("cat", "dog")
-    assert said(data) == [
+    assert notes(data) == [
         "NOTE: labels from folders in the names, not from .json (category_id)",
         "skipped: 8 .json files",
     ]
 
 
 def test_members_beside_a_labeled_image_are_counted(tmp_path: Path) -> None:
-    files = chunk(lambda c: {"cls": b"%d" % c, "txt": b"a cat", "json": about(caption="a cat"), "label": b"x"})
+    files = chunk(lambda c: {"cls": b"%d" % c, "txt": b"a cat", "json": json_of(caption="a cat"), "label": b"x"})
     data = open_folder(both(tmp_path / "data", files), None)
-    assert said(data) == ["skipped: 8 .json files, 8 .label files, 8 .txt files"]
-    assert said(open_folder(both(tmp_path / "two", chunk(lambda c: {"json": about(label=c, x=1)})), None)) == []
+    assert notes(data) == ["skipped: 8 .json files, 8 .label files, 8 .txt files"]
+    assert notes(open_folder(both(tmp_path / "two", chunk(lambda c: {"json": json_of(label=c, x=1)})), None)) == []
 
 
 def test_images_without_a_label_are_refused(tmp_path: Path) -> None:
     named = chunk(lambda c: {"cls": b"chunk%d" % c})
     tar(tmp_path / "data" / "train.tar", named | {"chunk0/x.jpg": b"", "chunk1/y.jpg": b"", "chunk1/y.txt": b"a cat"})
     tar(tmp_path / "data" / "val.tar", named)
-    assert said(open_folder(str(tmp_path / "data"), None)) == [
+    assert notes(open_folder(str(tmp_path / "data"), None)) == [
         "NOTE: train: labels of 2 images from folders in the names, not from .txt",
         "skipped: 1 .txt file",
     ]
-    tar(tmp_path / "data" / "train.tar", {"0.jpg": b"", "0.label": b"1", "1.jpg": b"", "1.json": about(target=2)})
+    tar(tmp_path / "data" / "train.tar", {"0.jpg": b"", "0.label": b"1", "1.jpg": b"", "1.json": json_of(target=2)})
     with pytest.raises(
         ConfigError, match=r"0\.jpg has no label: .*, nor a clear label in \.json \(target\), \.label; add"
     ):
         open_folder(str(tmp_path / "data"), 0.5)
 
 
-def apart(layout: str, kind: str) -> list[tuple[str, bytes]]:
-    """Four images in the folders part0 and part1, and four members of `kind` that do not belong to them."""
+def unmatched(layout: str, kind: str) -> list[tuple[str, bytes]]:
+    """Return four images in the folders part0 and part1, and four members of `kind` with other keys."""
     image, label = {
         "longer": ("part{}/{}.front.jpg", f"part{{}}/{{}}.front.{kind}"),
         "later": ("part{}/{}.jpg", f"part{{}}/{{}}.{kind}"),
@@ -402,7 +406,7 @@ def apart(layout: str, kind: str) -> list[tuple[str, bytes]]:
 
 @pytest.mark.parametrize("layout", ["longer", "later", "elsewhere", "appended"])
 def test_labels_without_an_image_are_refused_or_noted(tmp_path: Path, layout: str) -> None:
-    files = apart(layout, "cls")
+    files = unmatched(layout, "cls")
     label = next(name for name, _ in files if name.endswith(".cls"))
     expected = (
         f"its shards hold 4 .cls files belonging to no image, such as {label}, and {files[0][0]} has no label; the"
@@ -410,9 +414,9 @@ def test_labels_without_an_image_are_refused_or_noted(tmp_path: Path, layout: st
     with pytest.raises(ConfigError, match=f"{re.escape(expected)}.* must be adjacent and share their name"):
         open_folder(both(tmp_path / "data", files), None)
     for kind in ("json", "npy", "label"):
-        data = open_folder(both(tmp_path / kind, apart(layout, kind)), None)
+        data = open_folder(both(tmp_path / kind, unmatched(layout, kind)), None)
         assert data.classes == ("part0", "part1")
-        assert said(data) == [
+        assert notes(data) == [
             f"NOTE: labels from folders in the names, not from .{kind}",
             f"skipped: 8 .{kind} files",
         ]
@@ -421,7 +425,7 @@ def test_labels_without_an_image_are_refused_or_noted(tmp_path: Path, layout: st
 def test_labels_without_an_image_are_ignored_if_images_have_one(tmp_path: Path) -> None:
     more = {"chunk0/9.cls": b"1", "chunk0/8.json": b"1"}
     data = open_folder(both(tmp_path / "data", chunk(lambda c: {"cls": b"%d" % c}) | more), None)
-    assert (data.classes, said(data)) == (("0", "1"), ["skipped: 2 .cls files, 2 .json files"])
+    assert (data.classes, notes(data)) == (("0", "1"), ["skipped: 2 .cls files, 2 .json files"])
 
 
 def test_class_tars_are_refused_with_the_command_to_unpack_them(tmp_path: Path) -> None:

@@ -43,13 +43,13 @@ class Barrier(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-def agrees(source: Source) -> bool:
+def has_files(source: Source) -> bool:
     return all(source.read(i) == CONTENT[f"train/{source.name(i)}"] for i in range(len(source)))
 
 
 def read_together(source: Source, start: Barrier, rounds: int) -> bool:
     start.wait(30)
-    return all(agrees(source) for _ in range(rounds))
+    return all(has_files(source) for _ in range(rounds))
 
 
 def child(source: Source, start: Barrier, verdict: multiprocessing.SimpleQueue[bool]) -> None:
@@ -68,7 +68,7 @@ def archive(tmp_path: Path) -> str:
 def test_stored_and_deflated_entries_are_read(tmp_path: Path, method: int) -> None:
     source = open_folder(pack(tmp_path / "x.zip", method), None).train
     assert len(source) == 20
-    assert agrees(source)
+    assert has_files(source)
     assert sorted(os.listdir(tmp_path)) == ["x.zip"]
 
 
@@ -84,13 +84,13 @@ def test_entries_of_a_streamed_zip_are_read(tmp_path: Path) -> None:
             archive.writestr(name, content)
     # Bytes before the zip are allowed (self-extracting zips begin with a program).
     (tmp_path / "x.zip").write_bytes(b"#!program" + pipe.getvalue())
-    assert agrees(open_folder(str(tmp_path / "x.zip"), None).train)
+    assert has_files(open_folder(str(tmp_path / "x.zip"), None).train)
 
 
 def test_one_folder_around_everything_is_the_root(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.zip", 0, {f"pets/{n}": c for n, c in CONTENT.items()} | {"README": b""})
     source = open_folder(path, None).train
-    assert agrees(source)
+    assert has_files(source)
     assert source.location(0) == f"{path}!pets/train/a/0.jpg"
     classes = pack(tmp_path / "y.zip", 0, {n.replace("train/", "pets/"): b"" for n in CONTENT if "val" not in n})
     assert open_folder(classes, 0.1).classes == ("a", "b")
@@ -99,7 +99,7 @@ def test_one_folder_around_everything_is_the_root(tmp_path: Path) -> None:
 def test_a_leading_dot_and_slash_is_removed_from_names(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.zip", 0, {"./": b"", **{f"./{name}": data for name, data in CONTENT.items()}})
     data = open_folder(path, None)
-    assert agrees(data.train)
+    assert has_files(data.train)
     assert data.inventory.skipped == {}
     assert data.fingerprint == open_folder(pack(tmp_path / "y.zip", 0), None).fingerprint
     # Only once: the rest is not a plain name.
@@ -123,7 +123,7 @@ def test_hostile_names_are_skipped(tmp_path: Path) -> None:
     data = open_folder(path, None)
     assert data.classes == ("a", "b")
     assert len(data.train) == 20
-    assert agrees(data.train)
+    assert has_files(data.train)
     assert sorted(os.listdir(tmp_path)) == ["x.zip"]
 
 
@@ -165,7 +165,7 @@ def test_a_zip_that_changes_during_the_run_is_an_oserror(archive: str) -> None:
 
 def test_threads_can_share_a_source(archive: str) -> None:
     source = open_folder(archive, None).train
-    assert agrees(source)
+    assert has_files(source)
     start = threading.Barrier(4)
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda _: read_together(source, start, 100), range(4)))
@@ -174,7 +174,7 @@ def test_threads_can_share_a_source(archive: str) -> None:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_processes_can_share_a_source_with_their_parent(archive: str) -> None:
     source = open_folder(archive, None).train
-    assert agrees(source)  # the parent has the file open now, and continues to read
+    assert has_files(source)  # the parent has the file open now, and continues to read
     context = multiprocessing.get_context("fork")
     verdict: multiprocessing.SimpleQueue[bool] = context.SimpleQueue()
     start = context.Barrier(4)
@@ -194,7 +194,7 @@ def test_a_source_with_an_open_file_can_be_pickled(archive: str) -> None:
     thread = threading.Thread(target=lambda: copy.read(0))
     thread.start()
     thread.join()
-    assert agrees(copy)
+    assert has_files(copy)
 
 
 def test_a_sample_takes_29_bytes_and_its_name(tmp_path: Path) -> None:
