@@ -138,7 +138,7 @@ def main() -> None:
         else:
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
     except BrokenPipeError:
-        # The reader of the output has ended (`| head`).
+        # The reader of the pipe has exited (`| head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as error:
@@ -158,9 +158,9 @@ def main() -> None:
 
 
 def _choose_sweep_folder() -> Path | None:
-    """Set ``hydra.sweep.dir``. Return the folder where submitted jobs save their results, or None if none are."""
+    """Set ``hydra.sweep.dir``. Return the folder where submitted jobs save their results; None without such jobs."""
     if any(map(_SUBMITS.match, sys.argv[1:])):
-        # Beside the runs, where all machines see it.
+        # Next to the run directories, which all machines can access.
         folder = Path("runs", ".sweeps", uuid.uuid4().hex[:8]).absolute()
         folder.mkdir(parents=True)
         sys.argv.insert(1, f"hydra.sweep.dir={quoted(str(folder))}")

@@ -86,7 +86,7 @@ def export(config: Config) -> tuple[Path, str]:
     about = origin(source, content)
     if target.suffix == ".onnx" and not isinstance(about["image_size"], int):
         raise ConfigError(f"checkpoint.path={config.checkpoint.path}: the checkpoint has no image size.")
-    # Some writers choose the format by the suffix.
+    # Keep the suffix, by which some writers choose the format.
     partial = target.with_name(f".partial-{target.name}")
     try:
         check = WRITERS[target.suffix](partial, network, about)

@@ -52,10 +52,10 @@ class Ranks:
 
 
 def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Make waiting threads yield their cores almost at once. Call it before torch is imported.
+    """Make waiting threads yield their cores almost immediately. Call this before torch is imported.
 
     By default the threads of libgomp, which run torch's operations, spin for milliseconds
-    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html), perhaps on the core that the thread they wait for
+    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html), perhaps on a core that the awaited thread
     needs. OMP_WAIT_POLICY and GOMP_SPINCOUNT set by the user are kept. Child processes inherit the setting.
     """
     if "OMP_WAIT_POLICY" not in environment:
@@ -88,7 +88,7 @@ def step_name(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def step_port(step: str) -> int:
-    """Return the port at which the ranks of `step` (``JOB.STEP``) meet: a hash, the same on every rank.
+    """Return the rendezvous port of the ranks of `step` (``JOB.STEP``): a hash of `step`, equal on every rank.
 
     The range 20000 to 32767 lies below the ports that Linux assigns (``net.ipv4.ip_local_port_range`` in
     https://docs.kernel.org/networking/ip-sysctl.html). Because of the hash, steps on one host rarely share a port, even
@@ -314,7 +314,10 @@ def _rank(
 
 @contextmanager
 def _forward_signals() -> Iterator[tuple[list[BaseProcess], list[int]]]:
-    """Forward signals to the processes of the first list within the context, and record them in the second."""
+    """Forward termination signals within the context. Yields the list of processes, and the list of forwarded signals.
+
+    The caller fills the first list.
+    """
     ranks: list[BaseProcess] = []
     forwarded: list[int] = []
 
@@ -333,7 +336,7 @@ def _send_signal(ranks: list[BaseProcess], number: int) -> None:
 
 
 def _reported_errors(store: Any, count: int) -> list[tuple[int, str, str]]:
-    """Return rank, message and traceback of each rank that reported an error, in the order of the reports."""
+    """Return (rank, message, traceback) of each reported error, earliest first."""
     errors = [json.loads(store.get(f"error{rank}")) for rank in range(count) if store.check([f"error{rank}"])]
     return [(rank, message, trace) for _, rank, message, trace in sorted(errors)]
 

@@ -67,8 +67,8 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         )
 
     def _times(self, state: Mapping[str, Any]) -> Iterator[str]:
-        made = state["n"] - state["initial"]
-        rate = state["rate"] or (made / state["elapsed"] if made and state["elapsed"] else None)
+        advanced = state["n"] - state["initial"]
+        rate = state["rate"] or (advanced / state["elapsed"] if advanced and state["elapsed"] else None)
         if rate:
             yield f"{format_duration((state['total'] - state['n']) / rate)} left"
         if self.run_left is not None:

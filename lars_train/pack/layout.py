@@ -132,7 +132,7 @@ def shard_plans(original: Original, shards: int | None) -> list[ShardPlan]:
 
 
 def key_of(member: bytes) -> tuple[bytes, bytes]:
-    """Return webdataset's key of a member, and the extension without its first dot."""
+    """Return the WebDataset key of a tar member, and the extension without its first dot."""
     folder, slash, base = member.rpartition(b"/")
     stem, _, extension = base.partition(b".")
     return folder + slash + stem, extension
@@ -159,7 +159,7 @@ def member_names(names: Iterable[bytes]) -> list[bytes]:
 
 
 def image_path(member: bytes) -> bytes:
-    """Return the path that `member_names` turned into `member`."""
+    """Return the image path from which `member_names` made `member`."""
     return b"/".join(part for part in unquote_to_bytes(member).split(b"/") if part != b".")
 
 

@@ -227,14 +227,14 @@ class Findings:
 
 
 def list_hosts(hosts: Iterable[str]) -> str:
-    """Return the distinct names, cut after a few with the number of the rest."""
+    """Return the first few distinct names, and the number of the rest."""
     names = sorted(set(hosts))
     more = f" and {len(names) - _HOSTS_LISTED} more" if len(names) > _HOSTS_LISTED else ""
     return ", ".join(names[:_HOSTS_LISTED]) + more
 
 
 def describe_findings(findings: Findings) -> Iterator[str]:
-    """Yield the report, one or more lines for each subject."""
+    """Yield the lines of the report: one or more per subject."""
     yield from _per_host(findings, "machine", _describe_machine)
     yield from _per_host(findings, "limits", _describe_limits)
     yield from _describe_devices(findings)
@@ -324,9 +324,9 @@ def _describe_speeds(findings: Findings) -> Iterator[str]:
             f"{rate(sum(loader.images_per_s for loader in inputs))} images/s, {rate(per_core)} per core, {workers}, "
             f"decoder {inputs[0].decoder}",
         )
-    together = [images for rank in findings.ranks if (images := rank.images_per_s) is not None]
-    if together:
-        yield _line("both", f"{rate(len(together) * min(together))} images/s, all ranks at the speed of the slowest")
+    speeds = [images for rank in findings.ranks if (images := rank.images_per_s) is not None]
+    if speeds:
+        yield _line("combined", f"{rate(len(speeds) * min(speeds))} images/s, all ranks at the speed of the slowest")
 
 
 def _describe_folders(findings: Findings) -> Iterator[str]:

@@ -95,7 +95,7 @@ class _Hours:
     val_count: int
 
     def at(self, devices: int) -> dict[str, Any]:
-        """Return hours, efficiency, and the parts of an update."""
+        """Return hours, efficiency and the parts of an update on `devices` devices."""
         update = self._update(devices)
         start, stop = eval_range(self.val_count, 0, devices)
         machine = self.machine

@@ -173,7 +173,7 @@ def _random_batches(samples: int, size: int, classes: int, device: torch.device)
 def _images_per_s(
     trainer: Trainer, batches: Iterator[Batch], samples: int, seconds: float, end: float, *, warm_up: bool
 ) -> float:
-    """Measure for `seconds` or until `end`. Without `warm_up`, measure the first update alone."""
+    """Measure for `seconds` or until `end`. Without `warm_up`, time only the first update."""
     device = trainer.device
     for _ in range(_WARM_UP.get(device.type, _WARM_UP["cuda"]) if warm_up else 0):
         trainer.run_update(batches, 1, measure=False)

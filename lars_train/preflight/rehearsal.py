@@ -94,7 +94,7 @@ def _epochs(config: Config, plan: Plan) -> Iterator[dict[str, float]]:
 
 
 def _curve(config: Config, plan: Plan) -> Iterator[list[float]]:
-    """Yield update and rate, evenly spaced over the run, and on both sides of the warm-up's end."""
+    """Yield (update, learning rate), evenly spaced over the run and on both sides of the warm-up's end."""
     rate = make_schedule(plan, config)
     even = {round(k * (plan.stop - 1) / (_CURVE_POINTS - 1)) for k in range(_CURVE_POINTS)}
     bend = {u for u in (plan.warmup_updates - 1, plan.warmup_updates) if 0 <= u < plan.stop}
