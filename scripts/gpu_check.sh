@@ -4,16 +4,16 @@
 # Test, measure and train on a GPU, in stages of at most four minutes; without STAGE all of them in this order:
 #
 #   tests      the tests marked cuda
-#   step       an update of ResNet-50 by micro-batch and ghost batch, beside a bare loop; first eager, then compiled
-#   lars       the step of LARS beside other optimizers and other implementations
-#   training   a training, the same stopped by SIGTERM and resumed: equal weights? then one at full speed
-#   more       the other contenders of bench_step.py, in turns
+#   step       an update of ResNet-50 by micro-batch and ghost batch, and a bare loop; first eager, then compiled
+#   lars       the step of LARS, other optimizers and other implementations
+#   training   compares a run with the same run stopped by SIGTERM and resumed; then a run at full speed
+#   more       the other contenders of bench_step.py
 #
-# Every line is appended to FILE (gpu_check.txt) at once: a limit, a crash or a signal loses none that was printed.
-# A part that fails does not stop the next one. A second start of `step` gets further, because compiled code is cached.
+# Every line is appended to FILE (gpu_check.txt) at once, so that a limit, a crash or a signal loses no printed line.
+# A failed part does not stop the next one. A second start of `step` gets further, because compiled code is cached.
 #
-# The script runs the package of its checkout, which need not be installed. PYTHON names the interpreter; PYTHONPATH may
-# name a folder with packages. A stage whose packages are missing is skipped.
+# The script runs the package of its checkout, installed or not. PYTHON names the interpreter; PYTHONPATH may name a
+# folder with packages. A stage with missing packages is skipped.
 #
 # --dry-run needs no GPU: it prints the commands and checks them with scripts/dev/check_commands.py.
 #
@@ -99,7 +99,7 @@ part() { # NAME SECONDS COMMAND...
 stage_tests() {
     local files
     mapfile -t files < <(grep -rl --include='*.py' 'pytest\.mark\.cuda' tests | sort)
-    # The options in pyproject.toml need a plugin that may be missing.
+    # The pytest options in pyproject.toml need a plugin that may be missing.
     part tests 240 "$python" -m pytest -o addopts= --import-mode=importlib --continue-on-collection-errors -m cuda \
         -v -rs --tb=short "${files[@]}"
 }
@@ -135,7 +135,7 @@ same_weights() {
     whole=$(grep sha256_float32 "$scratch/whole/final.json")
     resumed=$(grep sha256_float32 "$scratch/stopped/final.json")
     if [ -n "$whole" ] && [ "$whole" = "$resumed" ]; then
-        echo "== training: the resumed run has the weights of the one that was not stopped: $whole"
+        echo "== training: the resumed run has the same weights as the run that was not stopped: $whole"
     else
         echo "== training: WEIGHTS DIFFER: not stopped:${whole:- none}; resumed:${resumed:- none}"
         failed+=("training, equal weights")
@@ -155,7 +155,7 @@ end() {
     rm -rf "$scratch"
     exec >&- 2>&-
     [ -n "$writer" ] || return
-    # A process that a part left behind may keep the output open.
+    # A process left behind by a part may keep the output open.
     for _ in {1..30}; do
         kill -0 "$writer" 2>/dev/null || break
         sleep 0.1
@@ -208,7 +208,7 @@ if [ -z "$dry" ]; then
     header="=== $(date -u '+%Y-%m-%d %H:%M') UTC, gpu_check.sh ${stages[*]}"
     { echo "$header" >>"$report"; } 2>/dev/null || refuse "$report: cannot be written; --report names another file"
     echo "$header"
-    # tee ends only when all output is closed.
+    # tee ends when all output is closed.
     exec > >(trap '' INT TERM HUP && exec tee -a "$report") 2>&1
     writer=$!
 fi

@@ -1,4 +1,4 @@
-"""Helpers that the scripts share: arguments, parts of pages, configs of lars-train, child processes.
+"""Helpers shared by the scripts: arguments, parts of pages, configs of lars-train, child processes.
 
 Nothing here imports torch or another large package at the top, so that every script answers --help within a second.
 """
@@ -23,12 +23,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lars_train.config import Config
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
 GRACE_S = 10.0
-"""Seconds from SIGTERM to SIGKILL. A run of lars-train ends after its update, with a checkpoint."""
+"""Seconds from SIGTERM to SIGKILL. On SIGTERM a run of lars-train finishes its update and writes a checkpoint."""
 # A terminal and a parent script may both report the same Ctrl-C.
 _SAME_SIGNAL_S = 1.0
 
@@ -37,7 +39,7 @@ _SAME_SIGNAL_S = 1.0
 
 
 def make_parser(description: str | None, *markers: str) -> argparse.ArgumentParser:
-    """Return a parser whose help is a script's docstring; with `markers`, it takes ``--write PAGE``."""
+    """Return a parser with a script's docstring as its help and, given `markers`, an option ``--write PAGE``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if markers:
 
@@ -69,11 +71,30 @@ def seconds(text: str) -> float:
     return value
 
 
+def require_cuda(parser: argparse.ArgumentParser, device: str) -> None:
+    """Exit with code 2 if `device` is cuda and torch finds none."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+
+
+def pin_to_one_core() -> None:
+    """Restrict this process to one core, where the system supports it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def compose_config(keys: Sequence[str]) -> Config:
-    """Return the config that `keys` give lars-train.
+    """Compose the config of a lars-train command with the settings `keys`.
 
     Raises:
-        ConfigError: lars-train rejects the keys; the message is the program's own.
+        ConfigError: lars-train rejects a setting; the message is the one that lars-train prints.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -118,7 +139,7 @@ def cpu_name() -> str:
 
 
 def software(*packages: str) -> str:
-    """Return the versions of Python, torch and those of `packages` that are installed."""
+    """Return the versions of Python, torch, and the installed ones among `packages`."""
     found = [f"Python {platform.python_version()}"]
     for name in ("torch", *packages):
         try:
@@ -148,7 +169,7 @@ def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
 
 
 def between_markers(text: str, name: str, lines: list[str]) -> str:
-    """Return `text` with `lines` in place of what is between the two marker comments of `name`.
+    """Return `text` with `lines` between the two marker comments of `name`, replacing the former lines.
 
     Raises:
         ValueError: `text` does not have both markers, in order.
@@ -162,10 +183,10 @@ def between_markers(text: str, name: str, lines: list[str]) -> str:
 
 
 def check_page(path: Path, *markers: str) -> Path:
-    """Return `path` if it can be written and has all `markers`; called before hours of measuring, not after.
+    """Return `path` if it is writable and has all `markers`. Call it before a measurement of hours, not after.
 
     Raises:
-        ValueError: what is wrong with the page, in one line.
+        ValueError: the page is missing or not writable, or lacks a marker. The message is one line.
     """
     try:
         # Opened for writing, but not changed.
@@ -181,7 +202,7 @@ def check_page(path: Path, *markers: str) -> Path:
 
 
 def require_page(parser: argparse.ArgumentParser, page: Path | None, *markers: str) -> None:
-    """Exit with code 2 unless there is no page, or it can be written and has all `markers`."""
+    """Exit with code 2 if a page is given that is not writable or lacks one of `markers`."""
     if page:
         try:
             check_page(page, *markers)
@@ -192,9 +213,20 @@ def require_page(parser: argparse.ArgumentParser, page: Path | None, *markers: s
 def publish(lines: list[str], page: Path | None, marker: str) -> None:
     """Print `lines`, and put them between the markers of `page`, if there is one."""
     print("\n".join(lines), flush=True)
+    write_page(lines, page, marker)
+
+
+def write_page(lines: list[str], page: Path | None, marker: str) -> None:
+    """Put `lines` between the markers of `page`, if there is one."""
     if page:
         text = between_markers(page.read_text(encoding="utf-8"), marker, lines)
         page.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write a figure as `stem`.png and `stem`.svg; equal figures give equal files."""
+    figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=160, metadata={"Software": None})
+    figure.savefig(stem.with_name(f"{stem.name}.svg"), metadata={"Date": None})
 
 
 # Child processes
@@ -219,7 +251,7 @@ def exit_on_signals() -> None:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _Signals.process:
-        # A fork, which has nothing to close.
+        # A forked child, which has no contexts to close.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
@@ -234,13 +266,13 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def running(command: Sequence[str], *, grace: float = GRACE_S, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command within the context: wait for it at the end, stop it if an exception (also SystemExit) passes.
+    """Run a command within the context. Wait for it at the end; stop it on an exception, including SystemExit.
 
     Args:
-        grace: seconds from SIGTERM to SIGKILL; more than the command gives its own children.
+        grace: seconds from SIGTERM to SIGKILL; longer than the command's grace for its own children.
         options: of subprocess.Popen.
     """
-    # Between the start of the process and the assignment nobody could stop it: a signal waits.
+    # Until `process` is assigned, no code could stop the child: defer signals.
     _Signals.deferred = True
     try:
         process: subprocess.Popen[bytes] = subprocess.Popen(command, **options)
@@ -280,7 +312,7 @@ def run(command: Sequence[str], *, grace: float = GRACE_S, **options: Any) -> in
 def exit_with_ranks() -> Iterator[None]:
     """Exit as `exit_on_signals` does when a signal stops the processes of `lars_train.launch.start_processes`.
 
-    The message of `Stopped` promises a checkpoint, which only a training has.
+    The message of `Stopped` promises a checkpoint, which only a training run writes.
     """
     from lars_train.errors import Stopped
 

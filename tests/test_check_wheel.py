@@ -60,4 +60,4 @@ def test_a_wheel_for_one_python_or_one_machine_is_rejected(tag: str, script: Mod
 
 
 def test_a_wheel_without_libjpeg_turbo_is_rejected(script: ModuleType) -> None:
-    assert script.problems(FILES, MANYLINUX, repaired=True) == ["it lacks libjpeg-turbo. Run auditwheel repair."]
+    assert script.problems(FILES, MANYLINUX, repaired=True) == ["the wheel lacks libjpeg-turbo. Run auditwheel repair."]

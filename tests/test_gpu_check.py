@@ -134,7 +134,7 @@ def test_all_stages_run_and_the_report_keeps_every_line(tmp_path: Path) -> None:
     starts = [line for line in lines if line.startswith("ran ")]
     assert len([line for line in lines if line.startswith("== ") and ", at most " in line]) == len(starts) - 1 == 10
     assert any(re.match("== step, compiled: exit code 143 after . s, cut at its limit", line) for line in lines)
-    assert any("the resumed run has the weights of the one that was not stopped" in line for line in lines)
+    assert any("the resumed run has the same weights as the run that was not stopped" in line for line in lines)
     assert lines[-1] == "=== failed: tests"
     assert done.returncode == 1
 

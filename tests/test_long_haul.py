@@ -50,8 +50,8 @@ def test_growth_is_reported(long_haul: ModuleType) -> None:
         return found
 
     assert growth() == []
-    assert growth(memory=9) == ["memory grew by 9.0 MiB; at most 8 is flat"]
-    assert growth(files=3) == ["open files grew by 3; at most 2 is flat"]
+    assert growth(memory=9) == ["memory grew by 9.0 MiB; the limit is 8"]
+    assert growth(files=3) == ["open files grew by 3; the limit is 2"]
 
 
 @pytest.mark.parametrize(

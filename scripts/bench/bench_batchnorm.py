@@ -3,10 +3,10 @@
     python scripts/bench/bench_batchnorm.py                     # the CPU in one thread
     python scripts/bench/bench_batchnorm.py --device cuda --dtype bfloat16
 
-The shapes are those of ResNet-50 at 224 pixels, in channels_last. On CUDA ghost batches are normalized three ways: by
-the Triton kernels, which a layer uses by default, by torch's operations one after another, and by those compiled. A
-round times each contender once per shape; the next round starts one contender later. On CUDA a time is the mean of 20
-calls, which the host queues without waiting, as in training. Ratios are taken within a round.
+The shapes are those of ResNet-50 at 224 pixels, in channels_last. On CUDA, ghost batches are normalized three ways: by
+Triton kernels (a layer's default), by separate torch operations, and by the same operations compiled. Each round times
+every contender once per shape and starts one contender later than the round before. On CUDA a time is the mean of 20
+calls, queued without waiting, as in training. Ratios are taken within a round.
 
 Takes about a minute. Figures: docs/same_curve.md.
 """
@@ -30,7 +30,7 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
     PARSER.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of activations")
     PARSER.add_argument("--samples", type=shared.positive_int, help="per micro-batch (64, on CUDA 256)")
     PARSER.add_argument("--ghosts", type=shared.positive_int, default=8, help="ghost batches per micro-batch (8)")
-    PARSER.add_argument("--rounds", type=shared.positive_int, default=15, help="per shape, at least 2 (15)")
+    PARSER.add_argument("--rounds", type=shared.positive_int, default=15, help="rounds per shape, at least 2 (15)")
     ARGS = PARSER.parse_args()
 
 import torch
@@ -48,13 +48,12 @@ Run = Callable[[], None]
 
 
 def main(parser: ArgumentParser, args: Namespace) -> None:
-    """Print a table row by row."""
+    """Check the arguments, measure, and print the table row by row."""
     cuda = args.device == "cuda"
     samples = args.samples or (256 if cuda else 64)
     if samples % args.ghosts or args.rounds < 2:
         parser.error(f"--samples {samples} must be a multiple of --ghosts {args.ghosts}, and --rounds at least 2")
-    if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here")
+    shared.require_cuda(parser, args.device)
     torch.set_num_threads(1)
     where = torch.cuda.get_device_name() if cuda else f"{shared.cpu_name()}, one thread"
     print(f"{where}, torch {torch.__version__}, {args.dtype}.")
@@ -78,7 +77,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def contenders(x: Tensor, ghosts: int) -> dict[str, Run]:
-    """Return forward and backward of plain batch norm, of one ghost batch, and of `ghosts`, each over `x`."""
+    """Return functions that run forward and backward over `x`, by contender."""
     samples, channels = x.shape[:2]
     grad = torch.randn_like(x)
 
@@ -109,7 +108,7 @@ def contenders(x: Tensor, ghosts: int) -> dict[str, Run]:
         try:
             runs[COMPILED]()
         except Exception as error:  # anything that a compiler raises
-            print(f"torch.compile fails here: {error}".splitlines()[0], file=sys.stderr)
+            print(f"torch.compile fails here: {shared.first_line(error)}", file=sys.stderr)
             del runs[COMPILED]
     return runs
 
@@ -138,7 +137,7 @@ def synchronize() -> None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return median and 10th to 90th percentile."""
+    """Format the median and the 10th to 90th percentile."""
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return f"{tenths[4]:.2f} ({tenths[0]:.2f} to {tenths[8]:.2f})"
 

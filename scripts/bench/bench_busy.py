@@ -1,12 +1,11 @@
-"""Time a run on a CPU that other processes use too, by how its threads wait for one another.
+"""Time a run while other processes use the same CPU, for several settings of how its threads wait.
 
     python scripts/bench/bench_busy.py [--write docs/performance.md]            # the bare run and ResNet-50
-    python scripts/bench/bench_busy.py -- model=resnet101 …                     # another run
     python scripts/bench/bench_busy.py --environments '' GOMP_SPINCOUNT=300000  # other environment variables
 
-Each environment is a column: '' is what lars-train chooses by itself, the others set variables, several with spaces in
-between. The runs take turns of a few seconds, so that a machine whose speed changes slows down all of them. Images are
-counted by the updates in the log; evaluations take part of the time. The busy processes are Python loops.
+Each environment is a column: '' is the default of lars-train, the others are variables separated by spaces. The runs
+take turns of a few seconds, so a change in the machine's speed affects all of them. Images are counted by the updates
+in the log; evaluations take part of the time. The busy processes are Python loops.
 
 Takes about 15 minutes. Figures: docs/performance.md.
 """
@@ -30,10 +29,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 
-# libgomp's own default: about as many iterations of an empty loop before a thread sleeps,
+# libgomp's default: about this many iterations of an empty loop before a thread sleeps,
 # https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html.
 LIBRARY = "GOMP_SPINCOUNT=300000"
 WARM_UP = 5
+BUSY = (0, 1, 2)
+"""Numbers of busy processes."""
 RUNS = (
     (),
     tuple(
@@ -49,25 +50,23 @@ Rates = dict[tuple[str, int], list[float]]
 def main() -> None:
     """Measure, print, write."""
     parser = shared.make_parser(__doc__, "bench_busy")
-    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="busy processes (0 1 2)")
     environments = ["", LIBRARY, "OMP_WAIT_POLICY=passive"]
     parser.add_argument("--environments", nargs="+", default=environments, metavar="'NAME=VALUE …'")
     parser.add_argument("--rounds", type=shared.positive_int, default=10, help="(10)")
     parser.add_argument("--seconds", type=shared.seconds, default=4.0, help="per turn (4)")
-    parser.add_argument("settings", nargs="*", help="of lars-train, after --")
     args = parser.parse_args()
     lines = [
         f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {len(os.sched_getaffinity(0))} cores; "
         f"{shared.software()}. Images/s in {args.rounds} turns of {args.seconds:g} s, mean (least to most of a turn), "
-        "and the share of the same run's beside the fewest busy processes."
+        "and its share of the same run's mean alone."
     ]
-    for settings in [args.settings] if args.settings else RUNS:
+    for settings in RUNS:
         lines += table(args, settings, measure(args, settings))
     shared.publish(lines, args.write, "bench_busy")
 
 
 def measure(args: argparse.Namespace, settings: Sequence[str]) -> Rates:
-    """Start one run per environment, and let them take turns."""
+    """Start one run per environment; return the images/s of their turns."""
     found: Rates = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as runs:
         paused = {
@@ -75,8 +74,8 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> Rates:
             for i, name in enumerate(dict.fromkeys(args.environments))
         }
         for number in range(args.rounds):
-            for busy in args.busy:
-                # Back and forth, so that none always follows the same one.
+            for busy in BUSY:
+                # In alternating directions, so that no run always follows the same one.
                 for name in paused if number % 2 else reversed(paused):
                     with busy_loops(busy):
                         found.setdefault((name, busy), []).append(paused[name].images_per_s(args.seconds))
@@ -86,24 +85,24 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> Rates:
 
 
 def table(args: argparse.Namespace, settings: Sequence[str], found: Rates) -> list[str]:
-    """Return one run's part of the page."""
+    """Return the table of one run, with its command."""
     names = list(dict.fromkeys(args.environments))
 
     def cell(name: str, busy: int) -> str:
-        own, quiet = found[name, busy], statistics.mean(found[name, args.busy[0]])
-        share = "" if busy == args.busy[0] else f" = {statistics.mean(own) / quiet:.2f}"
+        own, quiet = found[name, busy], statistics.mean(found[name, 0])
+        share = "" if busy == 0 else f" = {statistics.mean(own) / quiet:.2f}"
         return f"{statistics.mean(own):,.3g} ({min(own):,.3g} to {max(own):,.3g}){share}"
 
     head = " | ".join(f"`{name}`" if name else "default" for name in names)
     lines = ["", f"`{shlex.join(['lars-train', *settings])}`", "", f"| | {head} |", f"|---|{'---:|' * len(names)}"]
-    for busy in args.busy:
+    for busy in BUSY:
         cells = " | ".join(cell(name, busy) for name in names)
         lines.append(f"| {f'beside {busy} busy' if busy else 'alone'} | {cells} |")
     return lines
 
 
 class PausedRun:
-    """A run that is stopped except during its turns."""
+    """A run that is paused (SIGSTOP) except during its turns."""
 
     def __init__(self, folder: Path, settings: Sequence[str], variables: str, runs: ExitStack) -> None:
         """Start the run with `variables` in its environment, wait for its first updates, and pause it."""
@@ -116,7 +115,7 @@ class PausedRun:
         command = [sys.executable, "-m", "lars_train", *settings, *own]
         self._process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
         runs.callback(self._process.wait)
-        runs.callback(self._process.kill)  # in the middle of an update that nobody needs
+        runs.callback(self._process.kill)  # no result is lost: the log is read between turns
         while self._updates() < WARM_UP:
             if self._process.poll() is not None:
                 raise subprocess.CalledProcessError(self._process.returncode, "lars-train")
@@ -125,7 +124,7 @@ class PausedRun:
         self._images = json.loads((folder / "run/run.json").read_text())["plan"]["global_batch"]
 
     def images_per_s(self, span: float) -> float:
-        """Run for `span` seconds, and return the speed."""
+        """Let the run continue for `span` seconds; return its images/s."""
         before, began = self._updates(), time.perf_counter()
         self._process.send_signal(signal.SIGCONT)
         time.sleep(span)

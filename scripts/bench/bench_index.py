@@ -1,10 +1,10 @@
-"""Measure ImageNet's index: the time to open it, and the memory of the processes of a node that hold it.
+"""Measure the time to open ImageNet's index, and the memory that it takes in all processes of a node.
 
     python scripts/bench/bench_index.py [--images 1281167] [--processes 8]
 
-The class folders are real and empty; their index is made up, with names and labels like ImageNet's. Each process opens
-the data set as a rank does. The memory is what all of them together hold more than before, after every name and label
-was read, as proportional set size: a page that k processes share counts 1/k in each.
+The class folders are real and empty; their index is synthetic, with names and labels like ImageNet's. Each process
+opens the data set as a rank does. The memory is the growth of all processes together after reading every name and
+label, as proportional set size: a page that k processes share counts 1/k in each.
 
 Takes about a minute. Figures: docs/prepare_data.md.
 """
@@ -28,7 +28,7 @@ LONG_AGO = 1_000_000_000
 
 
 def make_index(root: Path, images: int) -> None:
-    """Make empty class folders below `root`, and an index that lists images in them."""
+    """Create empty class folders below `root`, and an index that lists images in them."""
     from lars_train.data.sources import directory
 
     directory.MIN_INDEXED = 0
@@ -49,13 +49,13 @@ def make_index(root: Path, images: int) -> None:
 
 
 def proportional_memory() -> int:
-    """Return this process's memory in bytes, with shared pages in proportion."""
+    """Return this process's proportional set size in bytes."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1]) * 1024
 
 
 def hold(root: Path, pipe: Connection) -> None:
-    """Open the data set at the first message, report its size and time, and the memory at the second message."""
+    """Open the data set at the first message and send its size and times; at the second, send the memory."""
     from lars_train.data.sources.imagenet import open_imagenet
 
     pipe.recv()
@@ -70,7 +70,7 @@ def hold(root: Path, pipe: Connection) -> None:
 def main() -> None:
     """Measure and print."""
     parser = shared.make_parser(__doc__)
-    parser.add_argument("--images", type=shared.positive_int, default=1_281_167, help="of training (1281167)")
+    parser.add_argument("--images", type=shared.positive_int, default=1_281_167, help="training images (1281167)")
     parser.add_argument("--processes", type=shared.positive_int, default=8, help="(8)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def main() -> None:
         for pipe in pipes:  # one after another
             pipe.send(None)
             opened.append(pipe.recv())
-        for pipe in pipes:  # all hold it by now
+        for pipe in pipes:  # all processes have opened it by now
             pipe.send(None)
         memory = sum(pipe.recv() for pipe in pipes)
         for pipe, process in zip(pipes, processes, strict=True):
@@ -97,7 +97,7 @@ def main() -> None:
     counts, walls, seconds = zip(*opened, strict=True)
     print(f"{counts[0]:,} training images and 50,000 for validation; index files of {size / 1e6:.0f} MB")
     print(f"to open: {statistics.median(walls):.3f} s, {statistics.median(seconds):.3f} s of CPU (medians)")
-    print(f"{args.processes} processes hold {memory / 1e6:.0f} MB more than before they opened it")
+    print(f"{args.processes} processes hold {memory / 1e6:.0f} MB more than before opening it")
 
 
 if __name__ == "__main__":

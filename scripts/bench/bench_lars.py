@@ -1,16 +1,15 @@
-"""Time one optimizer step: LARS, torch's SGD and Adam, torchlars's formula, other packages, and the memory floor in C.
+"""Time one optimizer step: LARS, torch's SGD and Adam, other implementations of LARS, and a lower bound in C.
 
     python scripts/bench/bench_lars.py [--write docs/lars.md]       # needs 9 GB
     python scripts/bench/bench_lars.py --device cuda --write docs/lars.md
 
 All contenders run in one process, on the CPU in one thread on one core. Each has its own weights, gradients and state.
-A round times every contender once; the next round starts one contender later and runs in the opposite direction
-(optax always comes last, because its threads would slow down the next contender). After each round, outside the timed
-region, all gradients are set back to the same values, also those that nobody changed: some contenders rescale them in
-place, and they would drift to zero. A step therefore finds its tensors in memory rather than in the cache. Ratios are
-taken within a round; the medians over the rounds are printed.
+A round times every contender once; the next round starts one contender later, in the opposite direction. optax always
+comes last, because its threads would slow down the next contender. After each round all gradients are reset, outside
+the timed region, because some contenders rescale them in place. A step therefore finds its tensors in memory rather
+than in the cache. Ratios are medians over the rounds, each taken within a round.
 
-At the end contenders that claim the same update are compared; if their weights differ, the exit code is 1.
+At the end the script compares the weights of contenders that claim the same update. If they differ, the exit code is 1.
 
 Packages that are not installed are listed as skipped: ``pip install timm pytorch_optimizer torch_optimizer open-lars
 optax jax`` installs all of them. The floor needs a C compiler (``cc``, or the one that ``CC`` names).
@@ -43,7 +42,7 @@ import shared
 
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__)
-    PARSER.add_argument("--rounds", type=shared.positive_int, default=30, help="after 5 that do not count (30)")
+    PARSER.add_argument("--rounds", type=shared.positive_int, default=30, help="counted rounds, after 5 others (30)")
     PARSER.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     PARSER.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the page's markers")
     ARGS = PARSER.parse_args()
@@ -117,7 +116,7 @@ Times = dict[str, np.ndarray]
 
 @dataclass
 class Problem:
-    """A model's weights and one set of gradients, all on one device, float32."""
+    """The float32 weights and gradients of a model, on one device."""
 
     name: str
     weights: list[Tensor]
@@ -140,7 +139,7 @@ class Problem:
 
 @dataclass
 class Contender:
-    """A step to time. Those with the same `update` must arrive at the same weights; `last` ones end every round."""
+    """A step to time. Contenders with the same `update` must reach the same weights; a `last` one ends each round."""
 
     name: str
     step: Callable[[], object]
@@ -151,10 +150,10 @@ class Contender:
 
 
 class TorchlarsFormula:
-    """The step of torchlars, written plainly (https://github.com/kakaobrain/torchlars, ``lars.py``).
+    """The step of torchlars's ``lars.py`` (https://github.com/kakaobrain/torchlars).
 
-    The ratio is a 0-D tensor, computed by torch or, with `on_host`, in Python numbers, like the C++ extension that
-    torchlars has for the CPU (``adaptive_lr.cc``).
+    The ratio is computed by torch as a 0-D tensor or, with `on_host`, in Python floats, as torchlars's C++ extension
+    for the CPU does (``adaptive_lr.cc``).
     """
 
     def __init__(self, base: SGD | Adam, *, on_host: bool = False) -> None:
@@ -186,11 +185,11 @@ def torchlars_ratio(weight_norm: Tensor, grad_norm: Tensor, decay: float, on_hos
 
 
 def package(module: str, name: str, **options: float) -> Build:
-    """Return a function that builds the optimizer `name` of a package, imported when it is called."""
+    """Return a function that imports a package and builds its optimizer `name`."""
     return lambda parameters: getattr(importlib.import_module(module), name)(parameters, **HYPER, **options)
 
 
-# Name, update, how to build it. Packages use the same trust coefficient, and their own defaults for the rest.
+# Name, update, build function. Packages get the same trust coefficient; other options keep their defaults.
 OPTIMIZERS: tuple[tuple[str, str, Build], ...] = (
     ("SGD, single", "sgd", lambda p: SGD(p, **HYPER, foreach=False, fused=False)),
     ("SGD, foreach", "sgd", lambda p: SGD(p, **HYPER, foreach=True)),
@@ -241,7 +240,7 @@ def torch_contender(name: str, given: Problem, build: Build) -> Contender:
 
 
 def optax_contender(given: Problem) -> Contender:
-    """Return optax.lars with the addition of its updates, compiled together; old weights and state are donated."""
+    """Return optax.lars, jitted with `apply_updates`, with donated weights and state."""
     if given.weights[0].device.type != "cpu":
         raise RuntimeError("measured on the CPU only")
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -260,8 +259,8 @@ def optax_contender(given: Problem) -> Contender:
     def step() -> None:
         state[0] = jax.block_until_ready(compiled(*state[0], grads))
 
-    # Its gradients are arguments, which nobody changes. XLA's threads keep running after the result is ready: the next
-    # contender took up to 1.6 times as long.
+    # `step` does not change its gradients. XLA's threads keep running after the result is ready, which slowed the next
+    # contender by up to 1.6 times.
     return Contender("optax.lars, jit", step, lambda: None, last=True)
 
 
@@ -274,7 +273,7 @@ def compile_floor(folder: Path) -> ctypes.CDLL:
     source, unlinked, library = folder / "floor.c", folder / "floor.o", folder / "floor.so"
     source.write_text(FLOOR_SOURCE)
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    # Linked separately: -ffast-math at the link would turn off subnormal numbers for the whole process.
+    # Link separately: with -ffast-math, the linker would turn off subnormal numbers for the whole process.
     for arguments in (
         ["-O3", "-march=native", "-ffast-math", "-fPIC", "-c", str(source), "-o", str(unlinked)],
         ["-shared", str(unlinked), "-o", str(library), "-lm"],
@@ -314,16 +313,15 @@ def floor_contender(name: str, kernel: Any, scalars: tuple[float, ...], given: P
 
 
 def contenders_for(given: Problem, skipped: list[str]) -> list[Contender]:
-    """Return all contenders that run here, after a first step that allocates their state; note others in `skipped`."""
+    """Return all contenders that run here, after a first step that allocates their state; add others to `skipped`."""
     contenders: list[Contender] = []
 
     def add(name: str, make: Callable[[], Contender], update: str = "") -> None:
         try:
             contender = make()
             contender.step()
-        # A package that fails with this torch, by whatever error, must not end the script.
-        except Exception as error:
-            reason = "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+        except Exception as error:  # anything that a package raises
+            reason = "not installed" if isinstance(error, ModuleNotFoundError) else shared.first_line(error)
             skipped.append(f"{name} ({reason})")
             return
         contender.restore()
@@ -334,23 +332,18 @@ def contenders_for(given: Problem, skipped: list[str]) -> list[Contender]:
         add(name, partial(torch_contender, name, given, build), update)
     add("optax.lars, jit", partial(optax_contender, given))
     if given.weights[0].device.type != "cpu":
-        skipped.append("the C floor (it is the CPU's)")
+        skipped.append("the C floor (CPU only)")
         return contenders
     try:
         with tempfile.TemporaryDirectory() as folder:
             floor = compile_floor(Path(folder))
     except RuntimeError as error:
-        skipped.append(f"the C floor ({first_line(error)})")
+        skipped.append(f"the C floor ({shared.first_line(error)})")
         return contenders
     scalars = (LR, MOMENTUM, DECAY)
     add("C floor: SGD", partial(floor_contender, "C floor: SGD", floor.sgd_step, scalars, given), "sgd")
     add(FLOOR, partial(floor_contender, FLOOR, floor.lars_step, (*scalars, EPS, TRUST), given), "lars")
     return contenders
-
-
-def first_line(error: Exception) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
@@ -379,7 +372,7 @@ def measure(contenders: list[Contender], rounds: int, device: torch.device) -> T
         for number in range(-WARM_UP, rounds):
             first = number % len(rotating)
             order = rotating[first:] + rotating[:first]
-            # Backwards every other round, so that none always follows the same one.
+            # In alternating directions, so that no contender always follows the same one.
             for contender in (order if number % 2 else order[::-1]) + last:
                 elapsed = milliseconds(contender.step, device)
                 if number >= 0:
@@ -392,7 +385,7 @@ def measure(contenders: list[Contender], rounds: int, device: torch.device) -> T
 
 
 def disagreements(contenders: list[Contender], given: Problem) -> list[str]:
-    """Return a line for each contender whose weights differ from those of the first with the same update."""
+    """Compare contenders of the same update with the first of them; return a line for each difference."""
 
     def distance(one: list[Tensor], other: list[Tensor]) -> float:
         norms = (torch.linalg.vector_norm(a - b, dtype=torch.float64).item() for a, b in zip(one, other, strict=True))
@@ -405,53 +398,36 @@ def disagreements(contenders: list[Contender], given: Problem) -> list[str]:
             other = first.setdefault(contender.update, contender)
             apart = distance(contender.weights, other.weights) / distance(given.weights, other.weights)
             if not apart <= SAME_UPDATE:
-                found.append(f"{given.name}: {contender.name} and {other.name} differ by {apart:.1e} of their way")
+                found.append(
+                    f"{given.name}: {contender.name} and {other.name} differ by {apart:.1e} of the distance covered"
+                )
     return found
 
 
 def ratio(times: Times, name: str, to: str) -> float | None:
-    """Return the median over the rounds of one contender's time by another's; None if one did not run."""
+    """Return the median over the rounds of the ratio of two times; None if a contender did not run."""
     return float(np.median(times[name] / times[to])) if name in times and to in times else None
 
 
 def table(times: Times) -> list[str]:
     """Return the times as a Markdown table."""
     lines = [
-        "| one step of | median, ms | 10th to 90th percentile, ms | ÷ SGD fused | ÷ C floor |",
-        "|---|---:|---:|---:|---:|",
+        "| one step of | median, ms | 10th to 90th percentile, ms | ÷ SGD fused | ÷ C floor | ÷ LARS |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, own in times.items():
         low, middle, high = np.percentile(own, [10, 50, 90])
-        shares = [ratio(times, name, to) for to in (SGD_FUSED, FLOOR)]
+        shares = [ratio(times, name, to) for to in (SGD_FUSED, FLOOR, OURS)]
         cells = " | ".join("-" if s is None else f"{s:.2f}" for s in shares)
         lines.append(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} | {cells} |")
     return lines
 
 
-def ratios(contenders: list[Contender], times: Times) -> str:
-    """Return the ratios of LARS to simpler steps, and of others to LARS, in a line."""
-    peers = [c.name for c in contenders if not c.update]
-    best = min(peers, key=lambda name: float(np.median(times[name])), default="none")
-    pairs = {
-        "LARS to SGD fused": (OURS, SGD_FUSED),
-        "LARS to the floor": (OURS, FLOOR),
-        "torchlars's formula to LARS": (PLAIN, OURS),
-        "torchlars's formula, fused base, to LARS": (PLAIN_FUSED, OURS),
-        "the same with the ratio on the host": (PLAIN + ON_HOST, OURS),
-        "and over a fused base": (PLAIN_FUSED + ON_HOST, OURS),
-        f"the best peer ({best}) to LARS": (best, OURS),
-        "LARS over Adam to torchlars's formula over it": (OURS_ADAM, PLAIN_ADAM),
-        "LARS over Adam, fused to torchlars's formula over it": (f"{OURS_ADAM}, fused", f"{PLAIN_ADAM}, fused"),
-    }
-    found = {what: ratio(times, *pair) for what, pair in pairs.items()}
-    return f"Ratios: {'; '.join(f'{what}: {value:.2f}' for what, value in found.items() if value is not None)}."
-
-
 def extra_peak(step: Callable[[], object], device: torch.device) -> int:
     """Return the peak bytes of tensors that a step allocates beyond those that existed before.
 
-    On CUDA from `torch.cuda.max_memory_allocated`. On the CPU from the allocations that torch.profiler records: a
-    resident set also holds what malloc keeps back.
+    On CUDA it comes from `torch.cuda.max_memory_allocated`. On the CPU it comes from the allocations that
+    torch.profiler records, because the resident set includes freed memory that malloc keeps.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -473,7 +449,7 @@ def extra_peak(step: Callable[[], object], device: torch.device) -> int:
 
 
 def memory_section(given: Problem, device: torch.device) -> list[str]:
-    """Return a table of the extra peak memory of a step, not the first, with its heading."""
+    """Return a table of the extra peak memory of a second step."""
     how = "`torch.cuda.max_memory_allocated`" if device.type == "cuda" else "torch.profiler's record of allocations"
     lines = ["", f"**Memory**, {given.name}: the peak that a step allocates, by {how}.", ""]
     lines += ["| one step of | extra peak, bytes | ÷ size of the gradients |", "|---|---:|---:|"]
@@ -489,7 +465,7 @@ def memory_section(given: Problem, device: torch.device) -> list[str]:
 
 
 def report(args: Namespace) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the Markdown of each part when it is measured, and its disagreements."""
+    """Measure part by part; yield the Markdown of each, and its disagreements."""
     device = torch.device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{shared.cpu_name()}, one thread"
     yield (
@@ -507,7 +483,7 @@ def report(args: Namespace) -> Iterator[tuple[list[str], list[str]]]:
         contenders = contenders_for(given, skipped)
         times = measure(contenders, args.rounds, device)
         lines = ["", f"**{given.name}**: {len(given.weights):,} tensors, {given.elements:,} elements.", ""]
-        lines += [*table(times), "", ratios(contenders, times)]
+        lines += table(times)
         if skipped:
             lines += ["", f"Skipped: {'; '.join(skipped)}."]
         yield lines, disagreements(contenders, given)
@@ -517,15 +493,13 @@ def report(args: Namespace) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def main(parser: ArgumentParser, args: Namespace) -> int:
-    """Measure, print, write; return 1 if contenders of the same update disagree."""
+    """Measure, print, write. Return 1 if contenders of the same update disagree."""
     marker = f"bench_lars {args.device}"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here")
+    shared.require_cuda(parser, args.device)
     shared.require_page(parser, args.write, marker)
     if args.device == "cpu":
         torch.set_num_threads(1)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        shared.pin_to_one_core()
     lines: list[str] = []
     wrong: list[str] = []
     for part, faults in report(args):
@@ -534,9 +508,8 @@ def main(parser: ArgumentParser, args: Namespace) -> int:
             print(line, file=sys.stderr)
         lines += part
         wrong += faults
-    if args.write and not wrong:
-        text = shared.between_markers(args.write.read_text(encoding="utf-8"), marker, lines)
-        args.write.write_text(text, encoding="utf-8")
+    if not wrong:
+        shared.write_page(lines, args.write, marker)
     return 1 if wrong else 0
 
 

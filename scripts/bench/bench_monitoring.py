@@ -1,13 +1,13 @@
-"""Time a run's logging: updates with log lines beside the same updates without any.
+"""Time the logging of a run: updates with log lines, compared with the same updates without.
 
     python scripts/bench/bench_monitoring.py [--write docs/monitoring.md]     # ResNet-18 on the CPU in one thread
     python scripts/bench/bench_monitoring.py --every 1 model=resnet50         # a line per update; any settings
 
-Two runs of one config in one process take turns: a block of `--every` updates of one is followed by a block of the
-other, and which of them starts changes each time. At the end of its block one run writes its log line (norms of layers,
-noise scale, metrics.jsonl, TensorBoard), and the other none. Ratios are taken within a pair of blocks, of the process's
-CPU time on the CPU, where other processes do not count, and of wall time on CUDA. Beside the ratio stands the time of
-the measurements and log lines themselves: where other processes make the ratio uncertain, go by that.
+Two runs of the same config in one process take turns, in blocks of `--every` updates; each pair of blocks starts with
+the other run. At the end of its block one run writes a log line (norms of layers, noise scale, metrics.jsonl,
+TensorBoard); the other writes none. A ratio compares the two blocks of a pair: CPU time of the process on the CPU, so
+that other processes do not count, and wall time on CUDA. The time of the measurements and log lines themselves is
+printed too; it is more reliable where other processes disturb the ratio.
 
 Takes about three minutes. Figures: docs/monitoring.md.
 """
@@ -36,13 +36,10 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
     ARGS = PARSER.parse_args()
 
 import torch
+from training_steps import endless_run
 
-from lars_train.launch import Ranks
-from lars_train.training.device import choose_device
 from lars_train.training.device_prefetch import DevicePrefetcher
-from lars_train.training.distributed import Group
 from lars_train.training.metrics import Measures
-from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
 
 NEVER = 10**9
@@ -71,7 +68,7 @@ def measure(every: int, pairs: int, settings: Sequence[str]) -> list[str]:
             for name, lines in (("logs", every), ("silent", NEVER))
         )
         runs = [(run, stack.enter_context(closing(run._batches()))) for run in (logs, silent)]
-        # One block each first: it allocates memory, starts TensorBoard's thread and writes example images.
+        # The first block of a run allocates memory, starts TensorBoard's thread and writes example images.
         for run, batches in runs:
             run.begin()
             block(run, batches, every)
@@ -87,7 +84,7 @@ def measure(every: int, pairs: int, settings: Sequence[str]) -> list[str]:
 
         for owner, name in (
             (logs.logger, "log_update"),
-            # The other run measures nothing.
+            # Patched in the class: the other run takes no measures.
             (Measures, "before_step"),
             (Measures, "after_step"),
             (logs.trainer.first_gradient, "take"),
@@ -119,14 +116,11 @@ def measure(every: int, pairs: int, settings: Sequence[str]) -> list[str]:
 def make_run(directory: Path, log_every: int, updates: int, settings: Sequence[str]) -> Run:
     """Return a run in `directory` in which no epoch ends before `updates`."""
     keys = [*SETTINGS, *settings, f"log_every={log_every}", f"run.dir={directory}", "verbosity=0"]
-    config = shared.compose_config(keys)
-    config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
-    directory.mkdir()
-    return Run(prepare(config), Group(Ranks()), choose_device(config, Ranks()))
+    return endless_run(shared.compose_config(keys), updates)
 
 
 def block(run: Run, batches: DevicePrefetcher, updates: int) -> float:
-    """Return the seconds of `clock` that some updates take."""
+    """Run some updates; return their seconds by `clock`."""
     started = clock(run.context.device)
     for _ in range(updates):
         run._one_update(batches)
@@ -134,7 +128,7 @@ def block(run: Run, batches: DevicePrefetcher, updates: int) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Return the time in seconds, after the device has finished its work."""
+    """Return wall time after the device has finished its work, on CUDA; CPU time on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()

@@ -1,11 +1,11 @@
-"""Time the exchange of gradients between two processes: updates with it, beside the same work without it.
+"""Time the gradient all-reduce between two processes: updates with it, compared with the same work without.
 
     python scripts/bench/bench_reduction.py [--write docs/performance.md]  # ResNet-50 at 224 and a small ResNet at 32
 
-Two processes of one thread, each on its own core, are joined by gloo. In turn both make updates as two ranks, which sum
-their gradients once per update, after the last micro-batch's backward pass; and updates of the same micro-batches, each
-alone. The wall time of the slower process counts. Each rank sends about one copy of its gradients
-(tests/training/test_reduction.py counts the bytes).
+Two processes with one thread each, on separate cores, communicate by gloo. They alternate between updates as two ranks,
+which sum their gradients once per update, after the backward pass of the last micro-batch; and updates of the same
+micro-batches without communication. The wall time of the slower process counts. Each rank sends about one copy of its
+gradients (tests/training/test_reduction.py counts the bytes).
 
 Takes about eight minutes. Figures: docs/performance.md.
 """
@@ -48,7 +48,7 @@ TIMEOUT_S = 600.0
 
 
 def times_of_rank(case: Case, micro_batches: int, rounds: int, seconds: float) -> list[tuple[float, float]]:
-    """Run one rank; return the seconds of an update with and without the exchange, by round."""
+    """Run one rank; return the seconds of an update with and without all-reduce, by round."""
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -63,8 +63,8 @@ def times_of_rank(case: Case, micro_batches: int, rounds: int, seconds: float) -
 
     with process_group(Ranks(rank, WORLD, rank, WORLD), CPU, TIMEOUT_S) as group:
         together, alone = (
-            updates(make_trainer(case, case.images, precision(), group=of, micro_batches=micro_batches))
-            for of in (group, Group(Ranks()))
+            updates(make_trainer(case, case.images, precision(), group=joined, micro_batches=micro_batches))
+            for joined in (group, Group(Ranks()))
         )
         for warm_up in (together, alone, together, alone):
             warm_up()
@@ -103,7 +103,7 @@ def row(case: Case, micro_batches: int, found: list[tuple[float, float]]) -> str
 def main(parser: ArgumentParser, args: Namespace) -> None:
     """Measure, print, write."""
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < WORLD:
-        parser.error("needs two cores, and a system that pins processes to them")
+        parser.error(f"needs {WORLD} cores, and a system that can pin processes to them")
     lines = [
         f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {WORLD} processes of one thread on a core each, "
         f"gloo, {precision().name}; {shared.software()}. {args.rounds} rounds; the ratio is the median over the rounds "

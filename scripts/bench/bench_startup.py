@@ -1,10 +1,11 @@
-"""Time a command until its first update, and find where that time goes.
+"""Time the start of lars-train up to its first update, stage by stage.
 
     python scripts/bench/bench_startup.py [--write docs/performance.md]      # the embedded data set
 
-Wall time of whole processes, in turns: `--help`; Python with torch alone; a run of one update, until its run directory,
-its logs, its first line in them and its end; and a sweep of two such runs, from the end of the first to the first
-update of the second. Files are read once before the clock starts. Images of 64 pixels keep the update itself short.
+Wall time of whole processes, in turns: `--help`; Python with `import torch`; a run of one update, up to its run
+directory, its logs, the first line in them, and its end; a sweep of two such runs, from the end of the first to the
+first update of the second. A first round, which does not count, reads all files. Images of 64 pixels keep the update
+itself short.
 
 Takes about four minutes. Figures: docs/performance.md.
 """
@@ -29,11 +30,11 @@ SETTINGS = (
 HELP, FIRST, TORCH, DIRECTORY, SET_UP, END, NEXT = (
     "`lars-train --help`",
     "a run of one update, to its first update",
-    "by itself: Python, and `import torch`",
+    "Python and `import torch` alone",
     "the run, to its run directory: imports, settings, checks",
-    "the same, until all is set up: data, network, logs",
-    "the same, to its end, with evaluation and checkpoint",
-    "in a sweep, from the end of a run to the first update of the next",
+    "the run, until data, network and logs are set up",
+    "the run, to its end, with evaluation and checkpoint",
+    "in a sweep, from the end of one run to the first update of the next",
 )
 PROGRAM = [sys.executable, "-m", "lars_train"]
 LIMIT_S = 600.0
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def time_process(command: list[str]) -> float:
-    """Return the seconds that a command takes; it must succeed."""
+    """Run a command, which must succeed; return its seconds."""
     began = time.perf_counter()
     with shared.running(command, stdout=subprocess.DEVNULL) as process:
         wait(process)
@@ -82,7 +83,7 @@ def time_process(command: list[str]) -> float:
 
 
 def time_run(settings: list[str]) -> dict[str, float]:
-    """Return the seconds until each stage of a run of one update."""
+    """Run one update; return the seconds to each stage."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         began = time.perf_counter()
@@ -109,10 +110,11 @@ def time_between_runs(settings: list[str]) -> float:
 
 
 def wait_until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> float:
-    """Return when a stage is reached, to a hundredth of a second.
+    """Poll every 10 ms until a stage is reached; return the time.
 
     Raises:
-        CalledProcessError: the process ended before.
+        CalledProcessError: the process ended before that.
+        TimeoutError: the stage was not reached in LIMIT_S.
     """
     end = time.perf_counter() + LIMIT_S
     while not reached():
@@ -131,7 +133,7 @@ def wait(process: subprocess.Popen[bytes]) -> None:
 
 
 def has_update(path: Path) -> bool:
-    """Return True if the log has the line of an update."""
+    """Return True if the log contains an update."""
     return path.exists() and b'"train/loss"' in path.read_bytes()
 
 

@@ -5,27 +5,25 @@
     python scripts/bench/bench_step.py --device cuda --case resnet50 --ghost 32 --sweep 256 128 64 32  # by micro-batch
 
 All contenders take the same images from memory, one micro-batch per update, which is one ghost batch unless `--ghost`
-is given. They take turns of an update or more while the others wait; wall time counts. Where a process happens to place
-its memory changes its speed by several percent for as long as it lives. Contenders that keep freed memory, as the
-program does, therefore share a process and are compared within it; each of the others has its own process, as its users
-would have it. All processes are restarted a few times. On a GPU all share one process, and a turn ends when the device
-is done.
+says otherwise. They take turns of at least one update; wall time counts. The placement of a process's memory changes
+its speed by several percent for its whole life. Contenders that keep freed memory, as lars-train does, therefore share
+a process and are compared within it; each other contender has its own process, as in practice. All processes are
+restarted a few times. On a GPU all share one process, and a turn ends when the device has finished.
 
 - (a) a bare loop with the defaults of torchvision's references/classification: float32, NCHW, eager, SGD
 - (b) timm's step: its network, optimizer and loss, channels_last, autocast if the processor has bf16; and the same with
-  freed memory kept, which no flag of timm does
-- (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD, freed memory kept (as
-  lars_train/training/device.py sets malloc); and the same without compile
-- (d) lars-train's update, from images in host memory (the others have theirs normalized and on the device): LARS, ghost
-  batch norm, schedule, guard, meters, as a run makes it by default; with compile=true; and "without the trainer": the
-  same network, optimizer and loss in a loop. The trainer's own cost is too small to measure between processes:
-  bench_trainer.py measures it.
+  freed memory kept, for which timm has no option
+- (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD, freed memory kept (malloc set
+  as in lars_train/training/device.py); and the same without compile
+- (d) lars-train's default update: LARS, ghost batch norm, schedule, guard, meters; with compile=true; and "without the
+  trainer": the same network, optimizer and loss in a loop. It takes images from host memory; the others have theirs
+  normalized on the device. The cost of the trainer itself is too small for this: see bench_trainer.py.
 
-Memory is the peak of a process with nothing else in two updates, less what it had before; on a GPU, of the device.
+Memory is the growth of the peak during two updates, of a process with one contender or, on a GPU, of the device.
 
 `--sweep` measures one configuration after another in this process and prints each row at once: each contender at each
-micro-batch, and (d) both in ghost batches of `--ghost` and in one of the whole micro-batch. A configuration that fails
-is a row with the reason. A signal loses only the current row.
+micro-batch, and (d) in ghost batches of `--ghost` and of the whole micro-batch. A configuration that fails gets a row
+with the reason. A signal loses only the current row.
 
 Takes about 25 minutes on two cores, a few on a GPU. Figures: docs/performance.md.
 """
@@ -50,7 +48,7 @@ import shared
 
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__)
-    PARSER.add_argument("--starts", type=shared.positive_int, default=4, help="of all processes (4)")
+    PARSER.add_argument("--starts", type=shared.positive_int, default=4, help="restarts of all processes (4)")
     PARSER.add_argument("--rounds", type=shared.positive_int, default=18, help="per start (18)")
     # A median over many short turns leaves out the short disturbances of a shared machine.
     PARSER.add_argument("--seconds", type=shared.seconds, default=0.3, help="per turn, at least one update (0.3)")
@@ -98,7 +96,7 @@ Times = dict[str, list[float]]
 
 
 class Worker:
-    """A process with some contenders: `memory` in MB by contender, and why others are `skipped`."""
+    """A process with some contenders: `memory` in MB by contender, and the reason by contender `skipped`."""
 
     def __init__(self, names: list[str], case: Case, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -115,7 +113,7 @@ class Worker:
             raise
 
     def turn(self, name: str, seconds: float) -> float:
-        """Return the seconds of an update of `name`: the mean of those that fit into `seconds`, one at least."""
+        """Let `name` run for at least `seconds` and one update; return the mean seconds of an update."""
         self._pipe.send((name, seconds))
         return float(self._answer())
 
@@ -135,9 +133,9 @@ class Worker:
 
 
 def serve(pipe: Connection, case: Case, names: list[str], threads: int) -> None:
-    """Run a worker: two updates of each contender, the first of which compiles, then a turn for each message."""
+    """Run a worker: two updates of each contender (the first compiles), then a turn for each message."""
     torch.set_num_threads(threads)
-    # On a GPU all contenders have what the program sets up.
+    # On a GPU all contenders share the set-up of lars-train.
     if case.device.type == "cuda" or any(name in TOGETHER for name in names):
         set_up(Config(), case.device, threads)
     steps: dict[str, Step] = {}
@@ -150,10 +148,10 @@ def serve(pipe: Connection, case: Case, names: list[str], threads: int) -> None:
             step()
             step()
         except Exception as error:  # anything that a peer or a compiler raises
-            skipped[name] = first_line(error)
+            skipped[name] = shared.first_line(error)
         else:
             steps[name], memory[name] = step, peak_memory(case.device) - before
-    gc.freeze()  # what exists by now is not searched again at each turn
+    gc.freeze()  # keeps the collections before each turn short
     pipe.send((memory, skipped))
     while True:
         try:
@@ -165,7 +163,7 @@ def serve(pipe: Connection, case: Case, names: list[str], threads: int) -> None:
 
 
 def turn(step: Step, device: torch.device, seconds: float) -> float:
-    """Return the seconds of an update: the mean of those that fit into `seconds`, one at least."""
+    """Run for at least `seconds` and one update; return the mean seconds of an update."""
     started, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - started < seconds:
         step()
@@ -177,13 +175,8 @@ def turn(step: Step, device: torch.device, seconds: float) -> float:
     return (time.perf_counter() - started) / count
 
 
-def first_line(error: Exception) -> str:
-    """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
 def peak_memory(device: torch.device, *, reset: bool = False) -> float:
-    """Return the peak memory of this process in MB; on a GPU, the device's since the last `reset`."""
+    """Return the peak memory in MB: of this process, or of the GPU since the last `reset`."""
     if device.type == "cuda":
         if reset:
             gc.collect()
@@ -191,7 +184,7 @@ def peak_memory(device: torch.device, *, reset: bool = False) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage's figure, which starts at that of the parent process.
+        # getrusage's figure starts at the parent process's peak.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -220,23 +213,23 @@ def sweep(case: Case, args: Namespace) -> None:
 
 
 def sweep_cells(name: str, case: Case, args: Namespace) -> tuple[str, str, str]:
-    """Return a configuration's time, speed and memory; or why it failed."""
+    """Return the time, speed and memory of a configuration, or the reason of its failure."""
     before = peak_memory(case.device, reset=True)
     try:
         step = STEPS[name](case)
         step()
         turn(step, case.device, 0.0)
-        # On the CPU the peak is that of the whole process, which has measured others before.
+        # On the CPU the peak covers the whole process, which has measured other configurations before.
         memory = f"{peak_memory(case.device) - before:,.0f}" if case.device.type == "cuda" else "-"
         times = 1000 * np.array([turn(step, case.device, args.seconds) for _ in range(args.rounds)])
     except Exception as error:  # out of memory, or anything that a compiler or a peer raises
-        return first_line(error).replace("|", "\\|"), "-", "-"
+        return shared.first_line(error).replace("|", "\\|"), "-", "-"
     low, middle, high = np.percentile(times, [10, 50, 90])
     return f"{middle:,.1f} ({low:,.1f} to {high:,.1f})", f"{1000 * case.images / middle:,.1f}", memory
 
 
 def measure(case: Case, args: Namespace, skipped: list[str], times: Times, memory: dict[str, float]) -> None:
-    """Fill in `times` and `memory`; an exception leaves whole rounds there."""
+    """Fill in `times` and `memory`. After an exception, `times` holds the complete rounds."""
     threads, on_cpu = torch.get_num_threads(), case.device.type == "cpu"
 
     def start(stack: ExitStack, names: list[str]) -> Worker:
@@ -251,7 +244,7 @@ def measure(case: Case, args: Namespace, skipped: list[str], times: Times, memor
                 raise ChildProcessError(why)
             skipped.append(f"{case.name}: {name}: {why}")
 
-    # On a GPU torch keeps freed memory for all.
+    # On a GPU torch always keeps freed memory.
     names: list[str] = args.only or [name for name in STEPS if on_cpu or name != TIMM_KEPT]
     groups = [names]
     if on_cpu:
@@ -277,7 +270,7 @@ def measure(case: Case, args: Namespace, skipped: list[str], times: Times, memor
 
 
 def table(case: Case, times: Times, memory: dict[str, float]) -> list[str]:
-    """Return a table of rates, memory, and ratios of speeds as medians over the rounds."""
+    """Return a table of images/s, memory, and median ratios of speed."""
 
     def ratio(name: str, to: str) -> str:
         return f"{np.median(np.array(times[to]) / np.array(times[name])):.2f}" if to in times else "-"
@@ -300,7 +293,7 @@ def table(case: Case, times: Times, memory: dict[str, float]) -> list[str]:
 
 
 def select_cases(parser: ArgumentParser, args: Namespace) -> list[Case]:
-    """Check the arguments, and return the cases that they select."""
+    """Check the arguments; return the selected cases."""
     if args.sweep and (args.images or args.write):
         parser.error("--sweep chooses the micro-batches; leave out --images and --write")
     if unknown := set(args.only or ()) - set(STEPS):
@@ -314,8 +307,7 @@ def select_cases(parser: ArgumentParser, args: Namespace) -> list[Case]:
                 if size % (args.ghost or size):
                     parser.error(f"--ghost {args.ghost}: does not divide {size} images")
             cases.append(replace(case, images=images, size=args.size or case.size, ghost=args.ghost or images))
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here")
+    shared.require_cuda(parser, args.device)
     return cases
 
 
@@ -346,14 +338,12 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
         try:
             measure(case, args, skipped, times, memory)
         finally:
-            if times:  # also after a signal: what was measured until then
+            if times:  # also after a signal: the complete rounds
                 lines += table(case, times, memory)
                 print("\n".join(table(case, times, memory)), flush=True)
     lines += [f"- left out: {why}" for why in skipped]
     print("\n".join(lines[len(lines) - len(skipped) :]))
-    if args.write:
-        text = args.write.read_text(encoding="utf-8")
-        args.write.write_text(shared.between_markers(text, marker(args), lines), encoding="utf-8")
+    shared.write_page(lines, args.write, marker(args))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python scripts/bench/bench_trainer.py [--write docs/performance.md]      # ResNet-50 at 224 and a small ResNet at 32
 
-A run as `lars-train` makes it, with log lines and a progress bar on a terminal, is timed on the CPU, where an operation
-is done when its call returns. An update's time is its input, the step (normalization, forward, loss, backward, running
-statistics, optimizer, clearing of gradients), and the rest, which is the result. Shares within one process do not
-depend on the machine's changing speed, as a ratio between two processes does (bench_step.py). The small network has
-256 images per update, the smallest global batch of the recipes; beside it stands one with 128.
+The script times a complete run, with log lines and a progress bar on a terminal, on the CPU, where an operation is
+finished when its call returns. The time of an update has three parts: input, step (normalization, forward, loss,
+backward, running statistics, optimizer, clearing of gradients), and the rest, which is the result. These shares do not
+depend on the changing speed of the machine, unlike a ratio between two processes (bench_step.py). The small network
+runs with 256 images per update, the smallest global batch of the recipes, and with 128.
 
 Takes about four minutes. Figures: docs/performance.md.
 """
@@ -39,11 +39,9 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
     ARGS = PARSER.parse_args()
 
 import torch
+from training_steps import endless_run
 
-from lars_train.launch import Ranks
 from lars_train.training.device_prefetch import DevicePrefetcher
-from lars_train.training.distributed import Group
-from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
 
 COMMON = "data=synthetic optimizer.lr=0.1 schedule.warmup_epochs=0 epochs=1 launch.nproc=1 device=cpu"
@@ -57,13 +55,13 @@ CASES = {
 
 
 class Stopwatch:
-    """Seconds spent within wrapped calls, without the nested calls that are excluded."""
+    """Seconds spent in wrapped calls, less the excluded calls nested in them."""
 
     def __init__(self) -> None:
         self.seconds, self._within = 0.0, False
 
     def wrap(self, function: Callable[..., Any], *, counts: bool = True) -> Callable[..., Any]:
-        """Return `function` timed or, without `counts`, excluded from the time of its caller."""
+        """Wrap `function` to add its time or, with `counts` false, to subtract it from its caller's."""
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
             before = self._within
@@ -85,11 +83,11 @@ def timed(run: Run) -> Iterator[tuple[Stopwatch, Stopwatch]]:
     step, waiting, trainer = Stopwatch(), Stopwatch(), run.trainer
     with ExitStack() as patches:
         for owner, name in (
-            # Includes freeing the graph at its end, which every loop has.
+            # Includes freeing the graph at the end, as in every loop.
             (trainer, "_forward_backward"),
             (trainer.optimizer, "step"),
             (trainer.optimizer, "zero_grad"),
-            # torch's batch norms do this in their forward pass.
+            # torch's batch norms update them in their forward pass.
             (trainer.running_statistics, "update"),
         ):
             patches.enter_context(patch.object(owner, name, step.wrap(getattr(owner, name))))
@@ -100,7 +98,7 @@ def timed(run: Run) -> Iterator[tuple[Stopwatch, Stopwatch]]:
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """Make standard error a terminal whose text is discarded, and standard output a file."""
+    """Redirect standard error to a terminal that discards its text, and standard output to /dev/null."""
     own, other = os.openpty()
     with (
         subprocess.Popen(["cat"], stdin=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
@@ -112,19 +110,13 @@ def terminal() -> Iterator[None]:
             yield
 
 
-def make_run(directory: Path, updates: int, settings: Sequence[str]) -> Run:
-    """Return a run in `directory` in which no epoch ends before `updates`."""
-    config = shared.compose_config([*COMMON.split(), *settings, "data.val_count=64", f"run.dir={directory}"])
-    config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
-    directory.mkdir()
-    return Run(prepare(config), Group(Ranks()), torch.device("cpu"))
-
-
 def measure(settings: Sequence[str], intervals: int) -> tuple[Run, list[tuple[float, float, float]]]:
-    """Return the seconds in all, of the steps and of their input by log interval; the first does not count."""
+    """Return the run and, by log interval after the first, the seconds in all, of the steps, and of input."""
     with tempfile.TemporaryDirectory() as folder, terminal():
-        every = shared.compose_config([*COMMON.split(), *settings]).log_every
-        run = make_run(Path(folder) / "run", every * (intervals + 1), settings)
+        keys = [*COMMON.split(), *settings, "data.val_count=64", f"run.dir={folder}/run"]
+        config = shared.compose_config(keys)
+        every = config.log_every
+        run = endless_run(config, every * (intervals + 1))
         found = []
         with closing(run._batches()) as batches, timed(run) as (step, waiting):
             run.begin()
@@ -139,7 +131,7 @@ def measure(settings: Sequence[str], intervals: int) -> tuple[Run, list[tuple[fl
 
 
 def row(name: str, run: Run, found: list[tuple[float, float, float]]) -> str:
-    """Return a row of the table; shares are taken over whole intervals, so that each includes its log line."""
+    """Return a row of the table. Shares are of whole intervals, so that each includes its log line."""
     every, side = run.config.log_every, run.config.data.image_size
     update = statistics.median(whole for whole, _, _ in found) / every
     shares = [(whole - steps - waited) / whole for whole, steps, waited in found]
@@ -157,7 +149,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
     names = [args.case] if args.case else list(CASES)
     rows = []
     with shared.config_errors(parser):
-        for name in names:  # all settings are checked before the first run
+        for name in names:  # check all settings before the first run
             shared.compose_config([*COMMON.split(), *CASES[name][0].split(), *args.settings])
         for name in names:
             keys, intervals = CASES[name]
@@ -166,7 +158,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
         f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {torch.get_num_threads()} threads; "
         f"{shared.software()}. Medians over log intervals.",
         "",
-        "| | an update, ms | of it, input | the trainer around the step, ms | share (least to most) |",
+        "| | an update, ms | input | the trainer around the step, ms | share (least to most) |",
         "|---|---:|---:|---:|---:|",
         *rows,
     ]

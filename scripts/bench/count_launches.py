@@ -1,11 +1,11 @@
-"""Count the operations of an update beside a bare loop's: a GPU's kernel launches, counted without a GPU.
+"""Count the kernel launches of an update and of a bare loop, without a GPU.
 
     python scripts/bench/count_launches.py [--write docs/performance.md]      # ResNet-50
 
-Each operation that computes counts once; views and bare allocations do not count. On a GPU an operation is one kernel
-or a few; one over lists of tensors (`_foreach_...`) is few for all the tensors. The trainer takes the paths that it has
-for a GPU, without autocast, which adds a cast for each weight and input that is not cast yet. In an update of several
-micro-batches the first two columns count once for each, and the optimizer's once.
+Each operation that computes counts once; views and bare allocations do not count. On a GPU an operation launches one
+kernel or a few, also an operation over lists of tensors (`_foreach_...`). The trainer takes its GPU code paths, without
+autocast, which would add a cast for each weight and input not cast yet. In an update of several micro-batches, forward
+and backward count once per micro-batch, the optimizer once.
 
 Takes about a minute on any CPU. Figures: docs/performance.md.
 """
@@ -27,9 +27,12 @@ import shared
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "count_launches")
     PARSER.add_argument("--model", default="resnet50", metavar="NAME", help="(resnet50)")
-    PARSER.add_argument("--images", type=shared.positive_int, default=8, help="per micro-batch; changes no count (8)")
-    PARSER.add_argument("--size", type=shared.positive_int, default=64, help="of an image; changes no count (64)")
-    PARSER.add_argument("--ghosts", type=shared.positive_int, default=4, help="ghost batches per micro-batch (4)")
+    PARSER.add_argument(
+        "--size", type=shared.positive_int, default=64, help="side of an image in pixels; does not change counts (64)"
+    )
+    PARSER.add_argument(
+        "--ghosts", type=int, default=4, choices=(2, 4), help="ghost batches per micro-batch of 8 images (4)"
+    )
     ARGS = PARSER.parse_args()
 
 import torch
@@ -45,9 +48,10 @@ from lars_train.models.factory import model_names
 from lars_train.optim import fused_sgd, rescale
 from lars_train.training.device import choose_precision
 
+IMAGES = 8
 FORWARD, BACKWARD, OPTIMIZER, REST = PHASES = ("forward", "backward", "optimizer", "rest")
 KERNELS = 3  # per direction of ghost batch norm: `normalize` and `gradients` in lars_train/models/ghost_kernels.py
-# These change a tensor's shape or place; no kernel runs.
+# These allocate, or change a tensor's shape or storage; no kernel runs.
 _FREE = (
     "empty",
     "new_empty",
@@ -63,7 +67,7 @@ _NOT_ON_DEVICE = ("prim::", "profiler::", "aten::promote_types", "aten::result_t
 
 
 class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
-    """Counts operations by the phase of the update that calls them."""
+    """Counts operations by the phase of the update."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
@@ -79,7 +83,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore
         return func(*args, **(kwargs or {}))
 
     def within(self, phase: str | None, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `call` with its operations counted in `phase`; None: not counted."""
+        """Wrap `call` to count its operations in `phase`, or not at all if None."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             before, self.phase = self.phase, phase
@@ -91,7 +95,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore
         return counted
 
     def as_kernels(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `call` counted as the kernels of ghost_kernels.py that a GPU runs in its place."""
+        """Wrap `call` to count as the kernels of ghost_kernels.py, which a GPU runs instead."""
         uncounted = self.within(None, call)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +111,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore
 
 
 def bare_loop(case: Case) -> dict[str, int]:
-    """Count a loop of forward, backward and torch's SGD over lists of tensors."""
+    """Count the operations of a bare loop: forward, backward, and torch's SGD over lists of tensors."""
     model = plain_network(case).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=True)
     images, labels = pixels(case)
@@ -127,11 +131,11 @@ def bare_loop(case: Case) -> dict[str, int]:
 
 
 def update(case: Case, ghosts: int, *, measure: bool = False, triton: bool = True) -> dict[str, int]:
-    """Count the trainer's update of one micro-batch of `ghosts` ghost batches.
+    """Count the operations of a trainer's update of one micro-batch of `ghosts` ghost batches.
 
     Args:
-        measure: measure for a log line at its end.
-        triton: with the kernels of ghost batch norm.
+        measure: include the measurements for a log line.
+        triton: count the Triton kernels of ghost batch norm.
     """
     trainer = make_trainer(case, case.images // ghosts, choose_precision("fp32", CPU))
     optimizer = trainer.optimizer
@@ -146,7 +150,7 @@ def update(case: Case, ghosts: int, *, measure: bool = False, triton: bool = Tru
         with ExitStack() as patches:
             backward = found.within(BACKWARD, torch.autograd.backward)
             patches.enter_context(patch.object(torch.autograd, "backward", backward))
-            # Not the optimizer's own step: LARS checks whether anybody has replaced it.
+            # The optimizer's step stays: LARS checks that it was not replaced.
             patches.enter_context(patch.object(trainer.scaler, "step", lambda _: step()))
             for name in ("_normalize", "_gradients") if triton else ():
                 kernels = found.as_kernels(getattr(ghost_norm, name))
@@ -158,7 +162,7 @@ def update(case: Case, ghosts: int, *, measure: bool = False, triton: bool = Tru
 
 @contextmanager
 def gpu_paths() -> Iterator[None]:
-    """Take the paths for devices where reading a value waits, and where a loop over ghost batches costs launches."""
+    """Patch the trainer to take its GPU code paths on the CPU."""
 
     def at_once(layer: GhostBatchNorm2d, input: Tensor, ghost: int) -> tuple[Tensor, Tensor]:
         alone = len(input) == ghost
@@ -177,9 +181,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
     """Count, print, write."""
     if args.model not in model_names():
         parser.error(f"--model {args.model}: no such network; choose from {', '.join(model_names())}")
-    if args.images % args.ghosts or args.images // args.ghosts < 2:
-        parser.error(f"--ghosts {args.ghosts}: --images {args.images} must be a multiple of it, at least twice it")
-    case, ghosts = Case(args.model, args.images, args.size, 1000), args.ghosts
+    case, ghosts = Case(args.model, IMAGES, args.size, 1000), args.ghosts
     rows = {
         "a bare loop: torch's batch norm, SGD over lists": bare_loop(case),
         "an update, its micro-batch one ghost batch": update(case, 1),

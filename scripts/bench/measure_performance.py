@@ -2,10 +2,10 @@
 
     python scripts/bench/measure_performance.py [--write docs/performance.md]      # about an hour on two idle cores
 
-Each part is a script that can also run alone and has its own markers on the page: the step beside bare loops and timm
-(bench_step.py), the trainer around the step (bench_trainer.py), the step's time by operation (profile_step.py), the
-exchange of gradients (bench_reduction.py), start-up (bench_startup.py), a long run (long_haul.py). With ``--write``
-each part's lines are put on the page as soon as the part has ended.
+Each part is a script with its own markers on the page, and can run alone: the step, compared with bare loops and timm
+(bench_step.py); the trainer around the step (bench_trainer.py); the step by kind of operation (profile_step.py); the
+gradient all-reduce (bench_reduction.py); start-up (bench_startup.py); a long run (long_haul.py). With ``--write`` the
+results of each part appear on the page as soon as the part ends.
 
 Takes about an hour. Figures: docs/performance.md.
 """
@@ -25,7 +25,7 @@ MARKER = "measure_performance"
 
 
 def main() -> int:
-    """Measure, print, write; return 1 if a script failed, whose part of the page stays unchanged."""
+    """Measure, print, write. Return 1 if a script failed; its part of the page stays unchanged."""
     parser = shared.make_parser(__doc__, MARKER)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run only these")
     args = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> int:
             page.write_text(f"<!-- {part}: begin -->\n<!-- {part}: end -->\n")
             (script,) = shared.SCRIPTS.glob(f"*/{part}.py")
             command = [sys.executable, str(script), "--write", str(page)]
-            # A part that is stopped waits for its own children.
+            # A stopped part waits for its own children.
             code = shared.run(command, grace=2 * shared.GRACE_S, stdout=subprocess.DEVNULL)
             lines = page.read_text().strip().splitlines()[2:-2]
             if not lines:
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def machine() -> str:
-    """Return the processor and what decides its speed: cores, and instructions for bfloat16."""
+    """Return the processor, its number of cores, and its instructions for bfloat16."""
     from lars_train.pack.processes import cores
 
     cpuinfo = Path("/proc/cpuinfo")

@@ -2,8 +2,8 @@
 
     python scripts/bench/profile_step.py [--write docs/performance.md]
 
-The update is bench_step.py's: one micro-batch, which is one ghost batch. torch's profiler reports the time of each
-operation without the operations that it calls; Python and the profiler itself take the rest.
+The update is the one of bench_step.py: one micro-batch, which is one ghost batch. Each operation counts without the
+operations that it calls, as torch's profiler reports it. The rest is time in Python and in the profiler itself.
 
 Takes about a minute. Figures: docs/performance.md.
 """
@@ -44,16 +44,16 @@ KINDS = {
     "ReLUs": ("relu", "clamp_min", "threshold"),
     "conversions between precisions and layouts": ("aten::copy_", "aten::_to_copy", "aten::to"),
     "pooling, the last layer, loss": ("pool", "addmm", "aten::mm", "softmax", "nll_loss", "aten::mean"),
-    "sums with the shortcuts, of gradients": ("aten::add",),
+    "additions: shortcuts, gradients": ("aten::add",),
 }
-"""Parts of the operations' names; the first kind that matches."""
+"""Substrings of operation names by kind; the first match counts."""
 OPTIMIZER, OTHER, REST = "optimizer", "other operations", "Python and the profiler"
 Kind = tuple[str, bool]
-"""The kind of an operation, and True in the backward pass."""
+"""The kind of an operation, and whether it belongs to the backward pass."""
 
 
 def kind_of(name: str, callers: Iterable[str]) -> Kind:
-    """Return the kind of an operation by its name and its callers' names."""
+    """Classify an operation by its name and the names of its callers."""
     names = (name, *callers)
     if any(one.startswith("Optimizer.step") for one in names):
         return OPTIMIZER, False
@@ -62,7 +62,7 @@ def kind_of(name: str, callers: Iterable[str]) -> Kind:
 
 
 def profile_once(step: Step) -> dict[Kind, float]:
-    """Return the seconds of one step by kind."""
+    """Profile one step; return its seconds by kind."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         started = time.perf_counter()
         step()
@@ -108,8 +108,8 @@ def main(args: Namespace) -> None:
         *(f"| {kind} | {share(kind):.1%} | {share(kind, True):.1%} |" for kind in (*KINDS, OTHER)),
         *(f"| {kind} | {share(kind):.1%} | |" for kind in (OPTIMIZER, REST)),
         "",
-        f"Square matrix products reach {peak / 1e12:.2f} TFLOP/s here; the convolutions and the last layer, in the "
-        f"convolutions' time, {flops / spent / 1e12:.2f}; in the update's, {flops / wall / 1e12:.2f}.",
+        f"TFLOP/s: square matrix products reach {peak / 1e12:.2f} here. The network's products reach "
+        f"{flops / spent / 1e12:.2f} over the time of the convolutions, {flops / wall / 1e12:.2f} over the update.",
     ]
     shared.publish(lines, args.write, "profile_step")
 

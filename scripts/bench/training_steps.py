@@ -1,6 +1,6 @@
-"""Training steps to measure: lars-train's own, bare loops, and timm's; for bench_step.py, which describes them.
+"""Training steps to measure: of lars-train, of bare loops, and of timm. The help of bench_step.py describes them.
 
-bench_reduction.py, count_launches.py and profile_step.py take parts of it.
+The other scripts of this folder share cases, networks, trainers and runs with it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
-from lars_train.training.device import Precision, choose_precision
+from lars_train.training.device import Precision, choose_device, choose_precision
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext, normalizer
 from lars_train.training.distributed import Group
+from lars_train.training.prepare import prepare
+from lars_train.training.run import Run
 from lars_train.training.trainer import Hyper, Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -34,7 +37,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A network, by the name of both libraries, and the images it takes at once, in ghost batches of `ghost`."""
+    """A network, by its name in torchvision and timm, and a micro-batch of `images` in ghost batches of `ghost`."""
 
     name: str
     images: int
@@ -44,14 +47,14 @@ class Case:
     device: torch.device = CPU
 
 
-# At 224 pixels as many as leave room for all contenders in 24 GiB; at 32 the recipes' smallest global batch.
+# At 224 pixels as many images as fit into 24 GiB with all contenders; at 32 the smallest global batch of the recipes.
 CASES = (Case("resnet50", 16, 224, 1000), Case("small", 256, 32, 10))
-# The largest micro-batch that a run takes.
+# The largest micro-batch that lars-train chooses.
 CASES_ON_CUDA = (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA))
 
 
 def precision(device: torch.device = CPU) -> Precision:
-    """Return what ``precision=auto`` selects on a device."""
+    """Return the precision that ``precision=auto`` selects on a device."""
     return choose_precision("auto", device)
 
 
@@ -63,20 +66,20 @@ def pixels(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def normalized(case: Case, kind: Precision) -> tuple[Tensor, Tensor]:
-    """Return images as the network takes them, channels last, and labels, on the device."""
+    """Return normalized images in channels-last memory, and labels, on the device."""
     images, labels = pixels(case)
     return normalizer(MEAN, STD, case.device, kind)(images), labels.to(case.device)
 
 
 def ghost_network(case: Case, ghost: int) -> nn.Module:
-    """Return the network as lars-train makes it, with ghost batch norm."""
+    """Return lars-train's network, with ghost batch norm."""
     torch.manual_seed(0)
     model = build_model(case.name, num_classes=case.classes, ghost_batch=ghost, zero_gamma=False)
     return model.to(case.device).to(memory_format=torch.channels_last).train()
 
 
 def plain_network(case: Case) -> nn.Module:
-    """Return the network with torch's batch norm, for the loops that are not lars-train's."""
+    """Return the network with torch's batch norm, for bare loops."""
     if case.name.startswith("resnet"):
         from torchvision.models import get_model
 
@@ -164,7 +167,7 @@ def make_trainer(
     group: Group | None = None,
     micro_batches: int = 1,
 ) -> Trainer:
-    """Return a trainer as a run makes it, for updates of `micro_batches` per rank in ghost batches of `ghost`."""
+    """Return a run's trainer, for updates of `micro_batches` per rank in ghost batches of `ghost`."""
     group = group or Group(Ranks())
     batch, many = group.ranks.world * micro_batches * case.images, 10**6
     plan = Plan(
@@ -206,6 +209,13 @@ def ours(case: Case, compiled: bool = False) -> Step:
     return step
 
 
+def endless_run(config: Config, updates: int) -> Run:
+    """Return a run of synthetic data in a new ``run.dir``, in which no epoch ends before `updates`."""
+    config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
+    Path(str(config.run.dir)).mkdir()
+    return Run(prepare(config), Group(Ranks()), choose_device(config, Ranks()))
+
+
 class SameBatch(Stream):
     """A stream that returns the same batch every time."""
 
@@ -220,7 +230,7 @@ class SameBatch(Stream):
 
 
 def without_trainer(case: Case) -> Step:
-    """Return (d) without the trainer: no schedule, guard, meters, running statistics and counting."""
+    """Return (d) without the trainer: no schedule, guard, meters, running statistics or counters."""
     kind = precision(case.device)
     model = ghost_network(case, case.ghost)
     optimizer = build_optimizer(lars_options(), model)

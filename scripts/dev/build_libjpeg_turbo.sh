@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Build libjpeg-turbo as a shared library, for wheels that carry it.
+# Build libjpeg-turbo as a shared library, to be bundled with wheels.
 #
 #     scripts/dev/build_libjpeg_turbo.sh PREFIX
 #
-# Downloads the source of the version below, checks its digest, and installs headers and library into PREFIX/include and
-# PREFIX/lib. Needs curl, cmake, a C compiler and, on x86-64, nasm. cibuildwheel runs it (pyproject.toml): manylinux_2_28
-# has libjpeg-turbo 1.5.3, and lars_train/data/decode/jpeg.c needs 2.1.
+# Downloads a fixed version of the source, checks its digest, and installs headers and library into PREFIX/include and
+# PREFIX/lib. Needs curl, cmake, a C compiler and, on x86-64, nasm. cibuildwheel runs it (pyproject.toml), because
+# manylinux_2_28 has libjpeg-turbo 1.5.3, and lars_train/data/decode/jpeg.c needs 2.1.
 #
 # Takes about two minutes. Figures: none; docs/releasing.md says where it runs.
 set -euo pipefail
@@ -27,7 +27,7 @@ curl -fsSL --retry 3 -o source.tar.gz \
     "https://github.com/libjpeg-turbo/libjpeg-turbo/archive/refs/tags/$version.tar.gz"
 echo "$digest  source.tar.gz" | sha256sum --check --quiet
 tar -xzf source.tar.gz
-# Without REQUIRE_SIMD a missing nasm gives a warning and a library without vector instructions.
+# Without REQUIRE_SIMD, a missing nasm causes only a warning, and the library lacks vector instructions.
 cmake -S "libjpeg-turbo-$version" -B build -DCMAKE_BUILD_TYPE=Release -DREQUIRE_SIMD=ON -DWITH_TURBOJPEG=OFF \
     -DENABLE_STATIC=OFF -DCMAKE_INSTALL_PREFIX="$prefix" -DCMAKE_INSTALL_LIBDIR="$prefix/lib"
 cmake --build build --parallel "$(nproc)"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Build this machine's wheel with libjpeg-turbo inside, and check it where no compiler is found.
+# Build a wheel for this machine that includes libjpeg-turbo, and check it in an environment without a compiler.
 #
 #     scripts/dev/build_wheel.sh [FOLDER]
 #
 # Writes the source distribution and the wheel to FOLDER (default: dist). Needs a C compiler, libjpeg-turbo with its
-# headers, and a `python` with lars-train's dependencies; downloads the build tools. The wheel requires a glibc as new as
-# this machine's libjpeg-turbo does: wheels for a release come from cibuildwheel (docs/releasing.md).
+# headers, and a `python` with the dependencies of lars-train; downloads the build tools. The wheel requires the same
+# glibc as the libjpeg-turbo of this machine. Wheels for a release come from cibuildwheel (docs/releasing.md).
 #
 # Takes a few minutes. Figures: none; docs/releasing.md says when to run it.
 set -euo pipefail
@@ -35,13 +35,13 @@ PATH="$scratch/tools/bin:$PATH" auditwheel repair -w "$scratch/repaired" "$scrat
 echo "== check"
 python -m venv "$scratch/check"
 "$scratch/check/bin/pip" install -q --no-deps "$scratch"/repaired/*.whl
-# The dependencies of the calling `python`, after the wheel just installed.
+# Add the dependencies of the calling `python`, after the installed wheel on sys.path.
 packages=$("$scratch/check/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 python - >"$packages/dependencies.pth" <<'PYTHON'
 import sys
 print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 PYTHON
-# This PATH has no compiler, nor any other program.
+# This PATH contains no compiler.
 env -i HOME="$HOME" PATH="$scratch/check/bin" "$scratch/check/bin/python" scripts/dev/check_wheel.py
 
 mkdir -p "$folder"

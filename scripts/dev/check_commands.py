@@ -2,9 +2,9 @@
 
     python scripts/dev/check_commands.py < COMMANDS      # one command a line, `python ...`, quoted as for a shell
 
-Each command starts in its own process, in which torch finds no CUDA device. It must get as far as to ask for one: its
-files exist, its imports work and its arguments are valid. pytest must collect a test. A line is printed for each
-command; the exit code is 1 if one is wrong.
+Each command runs in its own process, in which torch finds no CUDA device. It must fail for that reason: then its files
+exist, its imports work and its arguments are valid. pytest must collect a test instead. The script prints a verdict for
+each command; the exit code is 1 if a command is wrong.
 
 Takes about a minute. Figures: none; gpu_check.sh --dry-run runs it (docs/performance.md).
 """
@@ -37,7 +37,7 @@ class Started:
     output: TextIO
 
     def outcome(self) -> tuple[bool, str]:
-        """Return whether the command is right, and the last line that it wrote."""
+        """Return True if the command is right, and its last line of output."""
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         self.output.seek(0)
@@ -53,7 +53,7 @@ def is_pytest(words: list[str]) -> bool:
 
 
 def start(words: list[str]) -> Started:
-    """Start a command in a fork of this process, which spares it the import of torch."""
+    """Start a command in a fork of this process, which has imported torch already."""
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed when it is read)
     pid = os.fork()
     if pid == 0:
@@ -70,7 +70,7 @@ def start(words: list[str]) -> Started:
 
 
 def exit_code(words: list[str]) -> int:
-    """Run ``python`` with `words` behind it in this process and return its exit code."""
+    """Run a ``python`` command in this process; return its exit code."""
     _, first, *rest = words + (["--collect-only", "-q"] if is_pytest(words) else [])
     try:
         if first == "-m":

@@ -1,12 +1,12 @@
-"""Check a release's wheel: complete, with its own libjpeg-turbo, able to decode and to train.
+"""Check a wheel for a release: it is complete, brings libjpeg-turbo, decodes and trains.
 
-    python scripts/dev/check_wheel.py WHEEL     # a wheel as it was built, before auditwheel
+    python scripts/dev/check_wheel.py WHEEL     # a built wheel, before auditwheel
     python scripts/dev/check_wheel.py           # the wheel that this Python has installed
 
-Both extensions are optional to setuptools: without a compiler or libjpeg's headers a build succeeds and leaves them
-out. The first form rejects such a wheel. The second form also requires libjpeg-turbo in lars_train.libs, decodes JPEGs
-with the native decoder, compares the pixels with Pillow's bit for bit, and trains for two updates on a folder of JPEGs.
-Both exit with 1 at the first failure and name it.
+Both extensions are optional: without a compiler or the headers of libjpeg, setuptools builds a wheel that lacks them.
+The first form rejects such a wheel. The second form also requires libjpeg-turbo in lars_train.libs, decodes JPEGs with
+the native decoder, compares the pixels with Pillow's bit for bit, and trains for two updates on a folder of JPEGs. Both
+report the first failure and exit with 1.
 
 Takes half a minute. Figures: none; docs/releasing.md says where it runs.
 """
@@ -36,10 +36,10 @@ BUILT = {
     ),
     r"[^/]*\.dist-info/licenses/LICENSES/libjpeg-turbo\.txt": "libjpeg-turbo's license. See license-files",
 }
-"""What a wheel must contain: patterns of paths, and what is missing where none matches."""
+"""Required files: patterns of paths, each with the missing part to report."""
 
 REPAIRED = {r"lars_train\.libs/libjpeg[^/]*": "libjpeg-turbo. Run auditwheel repair"}
-"""What it must contain once auditwheel has copied the libraries into it."""
+"""Further files required after ``auditwheel repair``."""
 
 TRAINING = (
     "data=folder data.root=. data.decoder=native data.image_size=32 model=tiny batch.size=8 optimizer=lars "
@@ -48,18 +48,22 @@ TRAINING = (
 
 
 def problems(files: Iterable[str], metadata: str, repaired: bool) -> list[str]:
-    """Return what is wrong with a wheel that holds `files` and whose metadata file WHEEL reads `metadata`."""
+    """Return the faults of a wheel with these `files` and this content of its file WHEEL."""
     names = list(files)
     parts, platform = ({**BUILT, **REPAIRED}, "manylinux") if repaired else (BUILT, "linux")
-    found = [f"it lacks {what}." for pattern, what in parts.items() if not any(re.fullmatch(pattern, n) for n in names)]
+    found = [
+        f"the wheel lacks {what}."
+        for pattern, what in parts.items()
+        if not any(re.fullmatch(pattern, n) for n in names)
+    ]
     tags = re.findall(r"^Tag: (.+)$", metadata, re.MULTILINE)
     if not tags or not all(re.fullmatch(rf"cp310-abi3-{platform}_?\w+", tag) for tag in tags):
-        found.append(f"its tag is {', '.join(tags) or 'missing'}, not cp310-abi3-{platform}. See docs/releasing.md.")
+        found.append(f"the tag is {', '.join(tags) or 'missing'}, not cp310-abi3-{platform}. See docs/releasing.md.")
     return found
 
 
 def check_built(path: Path) -> None:
-    """Check the contents of a wheel that was just built; raises SystemExit."""
+    """Check the contents of a built wheel; raises SystemExit."""
     with zipfile.ZipFile(path) as wheel:
         names = wheel.namelist()
         metadata = next(wheel.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
@@ -68,14 +72,14 @@ def check_built(path: Path) -> None:
 
 
 def loaded_libjpegs() -> list[str]:
-    """Return the libjpegs that this process has loaded with the decoder, by their paths."""
+    """Import the decoder; return the paths of the libjpegs that this process has loaded."""
     importlib.import_module("lars_train.data.decode.jpeg")
     paths = (line.split(maxsplit=5)[5:] for line in Path("/proc/self/maps").read_text().splitlines())
     return sorted({path[0] for path in paths if path and Path(path[0]).name.startswith("libjpeg")})
 
 
 def images() -> Iterator[tuple[str, bytes]]:
-    """Yield made-up JPEGs, each with a name for its kind."""
+    """Yield synthetic JPEGs, each with a name for its kind."""
     import numpy as np
     from PIL import Image
 
@@ -96,7 +100,7 @@ def images() -> Iterator[tuple[str, bytes]]:
 
 
 def check_pixels() -> int:
-    """Compare views by the native decoder with Pillow's pixels and return their number; raises SystemExit."""
+    """Compare the native decoder with Pillow, pixel by pixel; return the number of views. Raises SystemExit."""
     import numpy as np
     from PIL import Image
 
@@ -136,7 +140,7 @@ def check_training(folder: Path) -> None:
 
 
 def check_installed() -> None:
-    """Check the installed wheel, and what it does; raises SystemExit."""
+    """Check the files and the behavior of the installed wheel; raises SystemExit."""
     try:
         installed = distribution("lars-train")
     except PackageNotFoundError:
@@ -148,7 +152,7 @@ def check_installed() -> None:
     if [Path(library).parent for library in libraries] != [place / "lars_train.libs"]:
         sys.exit(f"the native decoder loads {', '.join(libraries)}, not libjpeg-turbo from {place / 'lars_train.libs'}")
     print(f"lars-train {installed.version} in {place}; its decoder loads {libraries[0]}")
-    print(f"{check_pixels()} views decoded, with Pillow's pixels")
+    print(f"{check_pixels()} views decoded, equal to Pillow's")
     with tempfile.TemporaryDirectory() as folder:
         check_training(Path(folder))
     print("lars-train data.decoder=native: two updates trained")
@@ -157,7 +161,7 @@ def check_installed() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "wheel", nargs="?", type=Path, metavar="WHEEL", help="a wheel as built; default: the installed one"
+        "wheel", nargs="?", type=Path, metavar="WHEEL", help="a built wheel (default: the installed one)"
     )
     given = parser.parse_args().wheel
     check_installed() if given is None else check_built(given)

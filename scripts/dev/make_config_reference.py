@@ -29,14 +29,14 @@ from lars_train.config.recipe_schema import RowConfig
 HEAD = """# Configuration
 
 Every key of `lars-train`, from the schema in `lars_train/config/schema.py`; `scripts/dev/make_config_reference.py`
-writes this page. `key=value` on the command line sets a key, `group=choice` takes a file of `configs/`. `null`: as the
-recipe's row says, or not set. `lars-train --cfg job …` prints what a command line composes to.
+writes this page. On the command line, `key=value` sets a key and `group=choice` selects a file of `configs/`. `null`:
+the value of the recipe's row, or not set. `lars-train --cfg job …` prints the composed config.
 """
 TYPES = {"str": "text", "int": "whole number", "float": "number", "bool": "true, false", "Any": "any"}
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """Return the string below each field of a class."""
+    """Return the docstring below each field of a class."""
     (tree,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(tree, ast.ClassDef)
     found = {}
@@ -66,7 +66,7 @@ def type_name(hint: Any) -> str:
 
 
 def default(field: dataclasses.Field[Any]) -> str:
-    """Return the value without any file and command line."""
+    """Return the default of a field as text."""
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
@@ -75,7 +75,7 @@ def default(field: dataclasses.Field[Any]) -> str:
 
 
 def table(kind: type, prefix: str) -> list[str]:
-    """Return the table of a class's fields that are not groups themselves."""
+    """Return the table of a class's fields, except groups."""
     hints, texts = typing.get_type_hints(kind), meanings(kind)
     lines = ["| key | type | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
@@ -87,7 +87,7 @@ def table(kind: type, prefix: str) -> list[str]:
 
 
 def keys_without_meaning() -> list[str]:
-    """Return keys without a meaning, except a row's, which are explained where they belong."""
+    """Return the keys without a meaning, except those of a row, which are explained in their groups."""
     kinds = {
         field.name: typing.get_type_hints(schema.Config)[field.name] for field in dataclasses.fields(schema.Config)
     }

@@ -3,10 +3,10 @@
     python scripts/dev/make_mini.py             # writes lars_train/data/embedded/fashion_mnist_mini.zip
     python scripts/dev/make_mini.py --check     # builds it in memory; exit code 1 if the file differs
 
-The source is a directory with the four IDX files, plain or gzipped. Two ways to get it: the Debian package
-`dataset-fashion-mnist` (/usr/share/datasets/fashion-mnist), or `torchvision.datasets.FashionMNIST(DIR, download=True)`,
-then `--source DIR`. Images are drawn with a fixed key, evenly per class, and named by their index in the IDX file. The
-same source and the same Pillow give the same bytes. The script downloads nothing and is not needed to use the package.
+The source is a directory with the four IDX files, plain or gzipped, from the Debian package `dataset-fashion-mnist`
+(/usr/share/datasets/fashion-mnist) or from `torchvision.datasets.FashionMNIST(DIR, download=True)` with `--source DIR`.
+Images are drawn with a fixed key, equally many per class, and named by their index in the IDX file. The same source and
+the same Pillow give the same bytes. The script downloads nothing; the package contains its result.
 
 Takes half a minute. Figures: none; docs/getting_started.md uses the data set.
 """
@@ -27,19 +27,8 @@ from PIL import Image, features
 
 TARGET = shared.ROOT / "lars_train/data/embedded/fashion_mnist_mini.zip"
 LAYOUTS = (".", "raw", "FashionMNIST/raw")
-# Index = Zalando's label.
-CLASSES = (
-    "t-shirt-top",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle-boot",
-)
+# By label of Fashion-MNIST.
+CLASSES = "t-shirt-top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
 # Split in the zip: prefix of the IDX files, images per class, Philox key.
 SPLITS = {"train": ("train", 1000, 1), "val": ("t10k", 200, 2)}
 
@@ -65,7 +54,7 @@ def find_idx(source: Path, stem: str) -> Path:
 
 
 def choose(labels: np.ndarray, per_class: int, key: int) -> np.ndarray:
-    """Return `per_class` indices of each class, the first in a keyed permutation of all images."""
+    """Return the first `per_class` indices of each class in a keyed permutation of all images."""
     order = np.argsort(np.random.Philox(key=key).random_raw(len(labels)), kind="stable")
     return np.concatenate([order[labels[order] == k][:per_class] for k in range(len(CLASSES))])
 
@@ -78,7 +67,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def encoder() -> str:
-    """Return the versions that the PNG bytes depend on; the zip's comment."""
+    """Return the versions that determine the PNG bytes, for the comment of the zip."""
     zlib = f"zlib-ng {ng}" if (ng := features.version("zlib_ng")) else f"zlib {features.version('zlib')}"
     return f"Pillow {features.version('pil')}, {zlib}"
 
@@ -103,7 +92,7 @@ def build(source: Path) -> bytes:
 
 
 def pixels_of(archive: bytes) -> dict[str, bytes]:
-    """Return the pixels of every entry, which do not depend on the encoder."""
+    """Return the pixels of every entry, which are independent of the encoder."""
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         return {n: Image.open(io.BytesIO(opened.read(n))).tobytes() for n in opened.namelist()}
 
@@ -115,7 +104,7 @@ def check(built: bytes, target: Path) -> int:
         return 1
     present = target.read_bytes()
     if built == present:
-        print(f"{target} is what this script makes")
+        print(f"{target} equals the output of this script")
         return 0
     if pixels_of(built) == pixels_of(present):
         print(f"{target} has the same images, compressed by another version; here: {encoder()}")

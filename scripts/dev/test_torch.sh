@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Run the tests under another version of torch, in its own environment, which is kept.
+# Run the tests under another version of torch, in a separate environment that is kept.
 #
 #     scripts/dev/test_torch.sh VERSION [PYTEST_ARGUMENT ...]
 #     scripts/dev/test_torch.sh 2.6                           # every test on the newest 2.6.x
-#     scripts/dev/test_torch.sh 2.11 -n 0 tests/optim         # some of them
+#     scripts/dev/test_torch.sh 2.11 -n 0 tests/optim         # a part of them
 #
 # The environment is build/torch-VERSION, about 6 GB; the first call downloads it. pip chooses the matching torchvision.
-# Exits with pytest's exit code, or with 2 if the environment cannot be made.
+# Exits with pytest's exit code, or with 2 if it cannot create the environment.
 #
-# Takes hours for every test, minutes for some. Figures: none; docs/getting_started.md names the supported versions.
+# Takes hours for all tests, minutes for a part. Figures: none; docs/getting_started.md names the supported versions.
 set -euo pipefail
 case "${1:-}" in -h | --help)
     sed -n '2,/^\(#[^ ]\|[^#]\)/{s/^# //p;s/^#$//p}' "$0"

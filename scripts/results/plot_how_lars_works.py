@@ -3,9 +3,9 @@
     python scripts/results/plot_how_lars_works.py --write docs/how_lars_works.md
     python scripts/results/plot_how_lars_works.py --epochs 2        # a quicker look
 
-All runs have batch 32k of the default recipe at the scale of the embedded set, its warm-up and poly(2), the tiny
-network, the same seed and one process; only the optimizer and its learning rate differ. The same command finds runs
-that have ended. It writes STEM_ratios and STEM_curves, each as .png and .svg.
+All runs use row 32k of the default recipe, scaled to the embedded set, with its warm-up and poly(2), the tiny network,
+the same seed and one process; only the optimizer and its learning rate differ. The runs are in build/how_lars_works;
+finished runs are not repeated. The plots are docs/results/how_lars_works_ratios and _curves, each as .png and .svg.
 
 Takes about five minutes. Figures: docs/how_lars_works.md.
 """
@@ -25,11 +25,7 @@ import shared
 
 if __name__ == "__main__":  # parsed before matplotlib is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "plot_how_lars_works")
-    PARSER.add_argument(
-        "--runs", type=Path, default=shared.ROOT / "build" / "how_lars_works", help="folder of the runs"
-    )
     PARSER.add_argument("--epochs", type=shared.positive_int, default=6, help="per run (6)")
-    PARSER.add_argument("--out", type=Path, default=shared.ROOT / "docs/results/how_lars_works", metavar="STEM")
     ARGS = PARSER.parse_args()
 
 import matplotlib as mpl
@@ -39,10 +35,11 @@ from matplotlib.figure import Figure
 from lars_train.report.curves import COLORS, LINES, MARKERS
 from lars_train.report.read import FINISHED, Ratios, RunRecord, read_ratios, read_run
 
+OUT = shared.ROOT / "docs/results"
 SETTINGS = (
     "batch=32k model=tiny precision=fp32 seed=0 log_every=3 verbosity=0 launch.nproc=1 launch.threads=1 data.workers=0"
 ).split()
-# The row's own lr; the same without LARS; the linear rule, 0.1 at 256 (Goyal et al. 2017); a much smaller one.
+# The lr of the row, with and without LARS; linear scaling from 0.1 at 256 (Goyal et al. 2017); a much smaller lr.
 RUNS = {
     "LARS, lr 29": ("lars", ()),
     "SGD, lr 29": ("sgd-29", ("optimizer=sgd", "optimizer.lr=29")),
@@ -64,7 +61,7 @@ STYLE: Any = {
 
 
 def train(directory: Path, epochs: int, settings: Sequence[str]) -> RunRecord:
-    """Return the run in `directory`, trained to its end unless it has ended; a run that diverges ends early."""
+    """Train the run in `directory` unless it has finished; return its record. A run that diverges ends early."""
     own = (f"run.dir={directory}", f"epochs={epochs}", *settings)
     code = shared.run([sys.executable, "-m", "lars_train", *SETTINGS, *own])
     if code and not (directory / "divergence.jsonl").exists():
@@ -73,13 +70,13 @@ def train(directory: Path, epochs: int, settings: Sequence[str]) -> RunRecord:
 
 
 def draw_ratios(ratios: Ratios, per_epoch: float) -> Figure:
-    """Plot trust ratios over epochs: each matrix; of batch norm's scales and shifts the medians and ranges."""
+    """Plot trust ratios over epochs: each matrix, and the median and range of batch norm's scales and shifts."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 4.0), layout="constrained")
         left, right = figure.subplots(1, 2, sharex=True, sharey=True)
         layers, colors = matrices(ratios), mpl.colormaps["viridis"]
         for number, layer in enumerate(layers):
-            # From the input, dark, to the output, light.
+            # Dark near the input, light near the output.
             look: Any = {"color": colors(0.92 * number / max(1, len(layers) - 1)), "linestyle": LINES[number % 4]}
             left.plot(*series(ratios, layer, per_epoch), **look, linewidth=1.2, label=layer.removesuffix(".weight"))
         rest = vectors(ratios)
@@ -119,7 +116,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], **look: Any) -> Non
 
 
 def series(ratios: Ratios, layer: str, per_epoch: float) -> tuple[list[float], list[float]]:
-    """Return epochs and trust ratios of a layer; a ratio that was not finite is a gap."""
+    """Return epochs and trust ratios of a layer, with NaN for a ratio that was not finite."""
     column = ratios.layers.index(layer)
     values = [line[column] for line in ratios.values]
     return [update / per_epoch for update in ratios.updates], [math.nan if v is None else v for v in values]
@@ -136,7 +133,7 @@ def vectors(ratios: Ratios) -> list[str]:
 
 
 def page_lines(runs: dict[str, RunRecord], ratios: Ratios, epochs: int) -> list[str]:
-    """Return the page's part: command and versions, the end of each run, and the spread of the ratios."""
+    """Return the lines for the page: command and versions, the end of each run, and the spread of the ratios."""
     command = f"python scripts/results/plot_how_lars_works.py --epochs {epochs} --write docs/how_lars_works.md"
     lines = [
         f"`{command}` on {shared.cpu_name()}, one thread; {shared.software()}.",
@@ -156,24 +153,20 @@ def page_lines(runs: dict[str, RunRecord], ratios: Ratios, epochs: int) -> list[
     return lines
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write `stem`.png and `stem`.svg."""
-    figure.savefig(stem.with_name(stem.name + ".png"), dpi=160, metadata={"Software": None})
-    figure.savefig(stem.with_name(stem.name + ".svg"), metadata={"Date": None})
-
-
 def main() -> None:
-    """Train runs that have not ended, draw, and write the page's part."""
+    """Train unfinished runs, plot, and write the page."""
     args = ARGS
-    runs = {label: train(args.runs / name, args.epochs, settings) for label, (name, settings) in RUNS.items()}
+    runs = {
+        label: train(shared.ROOT / "build/how_lars_works" / name, args.epochs, settings)
+        for label, (name, settings) in RUNS.items()
+    }
     first = next(iter(runs.values()))
     ratios = read_ratios(first.directory)
     if ratios is None:
         sys.exit(f"{first.directory} has no trust ratios")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     per_epoch = first.updates / args.epochs
-    save(draw_ratios(ratios, per_epoch), args.out.with_name(args.out.name + "_ratios"))
-    save(draw_curves(runs), args.out.with_name(args.out.name + "_curves"))
+    shared.save_figure(draw_ratios(ratios, per_epoch), OUT / "how_lars_works_ratios")
+    shared.save_figure(draw_curves(runs), OUT / "how_lars_works_curves")
     shared.publish(page_lines(runs, ratios, args.epochs), args.write, "plot_how_lars_works")
 
 

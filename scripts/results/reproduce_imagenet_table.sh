@@ -6,9 +6,9 @@
 #   NODES=4 NODE=1 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet          second, and so on
 #
 # /data/imagenet is the folder or URL with ImageNet's train/ and val/; a SETTING is key=value, such as seed=1. Several
-# machines must share the file system of the current folder: the runs are in ./runs. The same command resumes, and finished
-# rows only print themselves. mode=plan at the end prints the plan for one machine, without training. Bad input ends the
-# script with exit code 2 before anything starts.
+# machines must share the file system of the current folder; the runs are in ./runs. The same command resumes, and finished
+# rows only print their results. mode=plan at the end prints the plan for one machine, without training. Bad input ends
+# the script with exit code 2 before anything starts.
 #
 # Takes hours to days: docs/results.md has hours, disk and memory. Figures: docs/results.md.
 set -euo pipefail
@@ -24,7 +24,7 @@ refuse() {
     exit 2
 }
 
-# A whole number, short enough for the shell to compare.
+# True for a whole number that the shell can compare.
 whole() {
     [[ "$1" =~ ^(0|[1-9][0-9]{0,5})$ ]]
 }
@@ -60,8 +60,8 @@ if [ "$nodes" -gt 1 ]; then
     fi
 fi
 
-# A row of each kind (without LARS, with it) is planned first: bad input is reported once, not for each row and process,
-# and exits with 2, which torchrun would turn into 1. A user's own sweep (seed=1,2) has no single plan.
+# Plan a row of each kind first (without and with LARS): then bad input is reported once, not for each row and process,
+# and the exit code is 2, which torchrun would turn into 1. A sweep by the user (seed=1,2) has no single plan.
 case "$*" in
     *[,\(]*) ;;
     *)

@@ -7,16 +7,16 @@
 `--data`: a folder or .zip of small images with train/ and test/ (or val/), or a set that torchvision downloads, cifar10
 or fashion_mnist. The same command resumes after an interruption; lars-train rejects runs of other settings or images.
 
-1. Choices, on a tenth of the training images that is held out; the test images are not read. One run for each learning
-   rate of three sweeps: SGD at the 256 row, SGD and LARS at the 32K row.
-2. The table: all training images, evaluated on the test images. Each cell with several seeds:
-   - the rows of the recipe unchanged;
+1. Choices: three sweeps of the learning rate (SGD at the 256 row, SGD and LARS at the 32K row), with one run for each
+   value. They are evaluated on a held-out tenth of the training images; the test images are not read.
+2. The table: runs on all training images, evaluated on the test images, with several seeds for each cell:
+   - the unchanged rows of the recipe;
    - the 256 row with the best learning rate of its sweep;
-   - beside each LARS row plain SGD, its learning rate scaled linearly from 0.1 at 256 (at 32K also from 0.2);
+   - for each LARS row plain SGD, with the learning rate scaled linearly from 0.1 at 256 (at 32K also from 0.2);
    - at 32K both optimizers with the best learning rates of their sweeps.
 
-All runs share network, data, epochs, ghost batch, schedule (warm-up scaled with the epochs) and arithmetic. Plain SGD
-keeps the weight decay of the recipe's SGD row; at large batches it has the warm-up of the LARS row beside it.
+All runs share network, data, epochs, ghost batch, schedule (warm-up scaled with the epochs) and precision. Plain SGD
+keeps the weight decay of the recipe's SGD row; at large batches it has the warm-up of the corresponding LARS row.
 
 Takes a night on two cores, with --quick ten minutes. Figures: docs/results.md.
 """
@@ -53,14 +53,14 @@ from scaled_report import (
 
 ROWS = ("256", "8k", "16k", "32k")
 SGD_SWEEP_256 = (0.05, 0.1, 0.2)
-# As many for one as for the other, a factor of 2 apart, with the recipe's or the linearly scaled value among them.
+# Equally many values for both, a factor of 2 apart, including the recipe's or the linearly scaled value.
 SGD_SWEEP_32K = (0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
 LARS_SWEEP_32K = (3.625, 7.25, 14.5, 29.0, 58.0, 116.0)
 LINEAR = {"8k": (3.2,), "16k": (6.4,), "32k": (12.8, 25.6)}
 RECIPE = {("256", "sgd"): 0.2, ("32k", "lars"): 29.0}
 # The recipe's 256 row, which has no LARS.
 SGD = ("optimizer=sgd", "optimizer.weight_decay=1e-4")
-# float32 on any processor, so that parts of a study can run on several.
+# float32 on every processor, so that parts of a study can run on different machines.
 COMMON = (
     "model=tiny precision=fp32 schedule.scale_warmup=true checkpoint.keep=1 launch.nproc=1 launch.threads=1 "
     "data.workers=0"
@@ -70,15 +70,15 @@ FOLDER = (
     "data.mean=[0.4914,0.4822,0.4465] data.std=[0.2470,0.2435,0.2616]"
 ).split()
 SETS = ("cifar10", "fashion_mnist")
-# A full study and a quick one. Half as many epochs are too few updates for the 32K row of this network: at lr 29 it had
-# 72.5 % of the held-out images after 15 epochs and 79.3 % after 30.
+# Of a full study and a quick one. 15 epochs are too few updates for the 32K row of this network: at lr 29 it reached
+# 72.5 % on the held-out images, and 79.3 % after 30 epochs.
 EPOCHS, SEEDS = (30, 4), (3, 1)
 LOG_EVERY = {"256": 2000, "8k": 100, "16k": 40, "32k": 20}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row with an optimizer and a learning rate (None: the recipe's)."""
+    """A row with an optimizer and a learning rate (None: the value of the recipe)."""
 
     row: str
     optimizer: str
@@ -86,7 +86,7 @@ class Cell:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings of its runs."""
+        """The settings of the cell's runs."""
         lr = () if self.lr is None else (f"optimizer.lr={self.lr:g}",)
         # At the 256 row plain SGD is the recipe's own.
         return (f"batch={self.row}", *lr, *(SGD if self.optimizer == "sgd" and self.row != "256" else ()))
@@ -94,7 +94,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """A training of a cell with a seed, for a choice (on held-out images) or for the table."""
+    """One run of a cell, for a choice (on held-out images) or for the table."""
 
     cell: Cell
     seed: int
@@ -102,29 +102,29 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         lr = "recipe" if self.cell.lr is None else f"{self.cell.lr:g}"
         return f"{'choice' if self.choice else 'table'}-{self.cell.row}-{self.cell.optimizer}-{lr}-seed{self.seed}"
 
 
 class Study:
-    """The runs of a data set in a folder, a few at a time."""
+    """The runs of a study in a folder, one per core at a time."""
 
-    def __init__(self, data: Sequence[str], folder: Path, epochs: int, jobs: int) -> None:
-        self.data, self.folder, self.epochs, self.jobs = tuple(data), folder, epochs, jobs
+    def __init__(self, data: Sequence[str], folder: Path, epochs: int) -> None:
+        self.data, self.folder, self.epochs = tuple(data), folder, epochs
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopped = threading.Event()
 
     def train(self, runs: Sequence[Run]) -> None:
-        """Train all runs that have not ended; exit with the first failure's code when the others have ended."""
+        """Train all unfinished runs. After a failure, wait for the others and exit with its code."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             codes = [code for code in pool.map(self._train, runs) if code]
         if codes:
             sys.exit(codes[0])
 
     def outcome(self, run: Run) -> dict[str, Any]:
-        """Return the run's ``final.json``; empty if it diverged or has not ended."""
+        """Return the run's ``final.json``, or an empty dict if it diverged or has not finished."""
         path = self.folder / run.name / "final.json"
         return json.loads(path.read_text()) if path.exists() and not self.diverged(run) else {}
 
@@ -133,7 +133,7 @@ class Study:
         return (self.folder / run.name / "divergence.jsonl").exists()
 
     def stop(self, number: int) -> None:
-        """Forward a signal to the running processes, which write a checkpoint, and start no more."""
+        """Start no more runs; forward a signal to the running ones, which write a checkpoint."""
         self.stopped.set()
         for process in tuple(self.processes):
             process.send_signal(number)
@@ -150,7 +150,7 @@ class Study:
         place = f"run.dir={quoted(str(self.folder / run.name))}"
         log = self.folder / f"{run.name}.log"
         with log.open("ab") as output:
-            # A run that has ended with these settings ends at once; lars-train rejects other settings.
+            # lars-train ends at once if the run has finished, and rejects a run of other settings.
             process = subprocess.Popen(
                 [*(sys.executable, "-m", "lars_train"), *self.data, *COMMON, *holdout, *run.cell.settings, *own, place],
                 stdout=output,
@@ -180,7 +180,7 @@ def sweep_cells(quick: bool) -> dict[str, list[Cell]]:
 
 
 def table_cells(best: Sequence[Cell], quick: bool) -> list[Cell]:
-    """Return the cells of the table in order, each once."""
+    """Return the distinct cells of the table, in order."""
     recipe = [Cell("256", "sgd"), *(Cell(row, "lars") for row in ROWS[1:])]
     if quick:
         return [*recipe, Cell("32k", "sgd", 12.8)]
@@ -190,7 +190,7 @@ def table_cells(best: Sequence[Cell], quick: bool) -> list[Cell]:
 
 
 def as_in_recipe(cell: Cell) -> Cell:
-    """Return the recipe's cell for a cell of a sweep with the recipe's learning rate."""
+    """Return the cell, with lr None if it is the recipe's."""
     return replace(cell, lr=None) if cell.lr == RECIPE.get((cell.row, cell.optimizer)) else cell
 
 
@@ -212,7 +212,7 @@ def result(study: Study, cell: Cell, seeds: int, baseline: Cell) -> Result:
 
 
 def write(args: Namespace, study: Study, sweeps: dict[str, list[Point]], cells: list[Cell], lines: list[str]) -> None:
-    """Write records, lars-report's files, plots, and `lines` on the page in `args.write`."""
+    """Write records, a report by lars-report, plots, and the page with `lines` into `args.write`."""
     from lars_train.report.lars_report import read_rows
     from lars_train.report.write import write_report
 
@@ -242,11 +242,8 @@ def parse_arguments(parser: ArgumentParser) -> Namespace:
     """Return the command line, checked and completed."""
     parser.add_argument("--data", required=True, help="folder or .zip of images, or cifar10, fashion_mnist")
     parser.add_argument("--quick", action="store_true", help="recipe rows and SGD at 32K, 4 epochs, one seed")
-    parser.add_argument("--runs", type=Path, help="folder of the runs (runs/scaled-DATA, with -quick)")
-    parser.add_argument("--jobs", type=shared.positive_int, default=os.cpu_count() or 1, help="runs at a time (cores)")
     parser.add_argument("--write", type=Path, metavar="DIR", help="folder for page, plots, report and records")
     parser.add_argument("--epochs", type=shared.positive_int, help="per run (30; quick: 4)")
-    parser.add_argument("--seeds", type=shared.positive_int, help="per cell of the table (3; quick: 1)")
     args = parser.parse_args()
     if args.data not in SETS and not Path(args.data).exists():
         parser.error(f"--data {args.data}: no such file or folder, and none of {', '.join(SETS)}")
@@ -255,8 +252,8 @@ def parse_arguments(parser: ArgumentParser) -> Namespace:
             open_page(args.write)
         except (OSError, ValueError) as error:
             parser.error(f"--write {args.write}: {error}; choose another folder")
-    args.epochs, args.seeds = args.epochs or EPOCHS[args.quick], args.seeds or SEEDS[args.quick]
-    args.runs = args.runs or Path("runs") / f"scaled-{Path(args.data).stem}{'-quick' if args.quick else ''}"
+    args.epochs, args.seeds = args.epochs or EPOCHS[args.quick], SEEDS[args.quick]
+    args.runs = Path("runs") / f"scaled-{Path(args.data).stem}{'-quick' if args.quick else ''}"
     return args
 
 
@@ -266,7 +263,7 @@ def main() -> None:
     from lars_train.config.arguments import quoted
 
     data = (f"data={args.data}",) if args.data in SETS else (*FOLDER, f"data.root={quoted(args.data)}")
-    study = Study(data, args.runs, args.epochs, args.jobs)
+    study = Study(data, args.runs, args.epochs)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: study.stop(number))
     sweeps = {name: [Run(cell, 0, choice=True) for cell in own] for name, own in sweep_cells(args.quick).items()}

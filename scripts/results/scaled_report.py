@@ -1,4 +1,4 @@
-"""The report of reproduce_scaled_table.py: tables, plots, lars-report's files, and the records of the runs."""
+"""Report of reproduce_scaled_table.py: tables, plots, and records of the runs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ROWS = {
     "16k": (("#009E73", "-."),),
     "32k": (("#D55E00", "-"), ("#CC79A7", ":")),
 }
-"""Styles of the curves of each row, the first and a second."""
+"""Styles for the first and a second curve of each row."""
 NEAR = 2.0
-"""Points of top-1 below the best of a sweep that count as near it."""
+"""A learning rate is near the best if its top-1 is at most this many points lower."""
 PUBLISHED = {"8k": 73.79 - 73.78, "16k": 73.79 - 73.36, "32k": 73.79 - 72.26}
-"""Points of top-1 that the published rows lose against the 256 row (https://github.com/kakaobrain/torchlars)."""
+"""Points of top-1 by which the published rows are below the 256 row (https://github.com/kakaobrain/torchlars)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Result:
 
 
 def sweep_table(name: str, points: Sequence[Point]) -> list[str]:
-    """Return top-1 on the held-out images over the learning rate, and the range of rates that is near the best."""
+    """Return a table of held-out top-1 by learning rate, and the range of rates near the best."""
     rates = [f"{point.lr:g}{' (recipe)' if point.recipe else ''}" for point in points]
     found = ["diverged" if point.top1 is None else f"{point.top1:.2f}" for point in points]
     lines = [
@@ -73,10 +73,10 @@ def sweep_table(name: str, points: Sequence[Point]) -> list[str]:
 
 
 def plateau(points: Sequence[Point]) -> tuple[float | None, float | None]:
-    """Return the lowest and the highest learning rate around the best point that are near it.
+    """Return the lowest and the highest learning rate near the best point.
 
-    Between two points top-1 is a straight line over the logarithm of the learning rate; next to a point that diverged,
-    the plateau ends at the last one that did not. None on a side where the sweep ends before the plateau does.
+    Top-1 is interpolated linearly over the logarithm of the learning rate. Next to a point that diverged, the plateau
+    ends at the last point that did not. None on a side where the sweep ends before the plateau.
     """
     ordered = sorted(points, key=lambda point: point.lr)
     found = [-math.inf if point.top1 is None else point.top1 for point in ordered]
@@ -96,7 +96,7 @@ def plateau(points: Sequence[Point]) -> tuple[float | None, float | None]:
 
 
 def result_table(results: Sequence[Result]) -> list[str]:
-    """Return the table, with the distance of each cell from the baseline."""
+    """Return the table, with the difference of each cell from the baseline."""
     lines = [
         "| row | batch | optimizer | lr | top-1 %, last epoch | top-1 %, best epoch | to the 256 row | published |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
@@ -117,7 +117,7 @@ def result_table(results: Sequence[Result]) -> list[str]:
 
 
 def spread(values: Sequence[float], diverged: int) -> str:
-    """Return mean and standard deviation over the seeds, and the number that diverged."""
+    """Format the mean and standard deviation over the seeds, and the number of diverged runs."""
     text = f"{fmean(values):.2f}" if values else ""
     text += f" ± {stdev(values):.2f}" if len(values) > 1 else ""
     return f"{text} ({diverged} diverged)".strip() if diverged else text
@@ -140,11 +140,11 @@ def draw_sweeps(sweeps: Mapping[str, Sequence[Point]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter("{x:g}")
         figure.legend(loc="outside upper center", ncols=len(sweeps))
-        save(figure, path)
+        shared.save_figure(figure, path)
 
 
 def draw_curves(panels: Mapping[str, Sequence[Sequence[Path]]], path: Path) -> None:
-    """Plot top-1 over epochs as PATH.svg and PATH.png: a panel per title, with a curve for the records of each cell.
+    """Plot top-1 over epochs as PATH.svg and PATH.png, with one panel per title and one curve per cell.
 
     Curves are means over the seeds, with a band of one standard deviation.
     """
@@ -175,17 +175,11 @@ def draw_curves(panels: Mapping[str, Sequence[Sequence[Path]]], path: Path) -> N
             axes.legend(loc="lower right")
         row[0].set_ylabel("top-1 on test images (%)")
         row[0].set_ylim(bottom=0)
-        save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write PATH.svg and PATH.png, equal for equal figures."""
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=150)
+        shared.save_figure(figure, path)
 
 
 def open_page(folder: Path) -> Path:
-    """Return README.md in `folder` with the markers, made if there is none.
+    """Return README.md in `folder`, created with the markers if it is missing.
 
     Raises:
         ValueError: a README.md without the markers exists.
@@ -198,7 +192,7 @@ def open_page(folder: Path) -> Path:
 
 
 def write_records(runs: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy the files of runs that are worth keeping into `folder`, without hosts and places; return the copies."""
+    """Copy the RECORDS of runs into `folder`, without host names and paths; return the copies."""
     for run in runs:
         (folder / run.name).mkdir(parents=True, exist_ok=True)
         for name in RECORDS:

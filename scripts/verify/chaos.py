@@ -1,14 +1,14 @@
-"""Kill runs at random instants, resume them each time, and compare their ends with those of undisturbed runs.
+"""Kill and resume runs at random instants, and compare their results with those of undisturbed runs.
 
     python scripts/verify/chaos.py [--write docs/same_curve.md]     # 50 kills
     python scripts/verify/chaos.py --kills 5                   # two minutes
 
-A run is two processes on the CPU, with synthetic images, random augmentation, and more checkpoints than it needs. A
-kill is, by lot: SIGKILL of one rank, of all ranks, of the launcher, of everything at once, or SIGTERM. Its instant is
-drawn too, from the start of the process on, so that starts, checkpoints, evaluations and ends of epochs are all hit.
-When a run has ended, its weights (SHA-256) and every line of its metrics.jsonl, except times and rates, must equal
-those of the undisturbed run. Runs with new seeds follow until the number of kills is reached. The exit code is the
-number of runs that differ.
+A run has two processes on the CPU, synthetic images, random augmentation, and frequent checkpoints. Each kill is drawn
+at random: SIGKILL of one rank, of all ranks, of the launcher or of everything at once, or SIGTERM; so is its instant,
+from the start of the process on, so that starts, checkpoints, evaluations and ends of epochs are all hit. The weights
+(SHA-256) of a finished run and every line of its metrics.jsonl, except times and rates, must equal those of the
+undisturbed run. Runs with new seeds follow until the number of kills is reached. The exit code is the number of runs
+that differ, at most 100.
 
 Takes about ten minutes on two cores. Figures: docs/same_curve.md.
 """
@@ -39,15 +39,15 @@ SETTINGS = (
     "log_every=3 checkpoint.every_updates=7 launch.nproc=2 launch.threads=1 data.workers=1"
 ).split()
 KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
-# The latest kill, in seconds after the process's entry in the run's record in most cases, else after its start.
+# Latest instant of a kill, in seconds: after the entry in the run's record in four of five cases, else after the start.
 LATEST_KILL_S = 8.0
 
 
 def main() -> None:
-    """Run, and print a line per run and a summary."""
+    """Run, kill and compare; print a line per run and a summary."""
     parser = shared.make_parser(__doc__, "chaos")
-    parser.add_argument("--kills", type=shared.positive_int, default=50, help="over all runs (50)")
-    parser.add_argument("--seed", type=int, default=0, help="of kinds and instants (0)")
+    parser.add_argument("--kills", type=shared.positive_int, default=50, help="kills over all runs (50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of kinds and instants (0)")
     args = parser.parse_args()
     began = time.monotonic()
     lines = [f"`python scripts/verify/chaos.py --kills {args.kills} --seed {args.seed}`:", ""]
@@ -68,17 +68,16 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(kills.items()))
-    lines += ["", f"{kills.total()} kills ({counts}) in {runs} runs: {differing} differ from the run left alone."]
+    lines += ["", f"{kills.total()} kills ({counts}) in {runs} runs: {differing} differ from the undisturbed run."]
     print(lines[-1])
-    if args.write:
-        lines[-1] += f" {(time.monotonic() - began) / 60:.0f} minutes on {os.cpu_count()} cores, {shared.software()}."
-        args.write.write_text(shared.between_markers(args.write.read_text(), "chaos", lines))
+    lines[-1] += f" {(time.monotonic() - began) / 60:.0f} minutes on {os.cpu_count()} cores, {shared.software()}."
+    shared.write_page(lines, args.write, "chaos")
     sys.exit(min(differing, 100))
 
 
 @contextmanager
 def start(folder: str, seed: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a run in its own process group; it ends with the context."""
+    """Start a run in its own process group, within the context."""
     command = [sys.executable, "-m", "lars_train", *SETTINGS, seed, f"run.name={name}"]
     with (
         (Path(folder) / f"{name}.log").open("ab") as log,
@@ -88,7 +87,7 @@ def start(folder: str, seed: str, name: str) -> Iterator[subprocess.Popen[bytes]
 
 
 def disturb(folder: str, seed: str, directory: Path, generator: random.Random, kills: Counter[str], most: int) -> None:
-    """Start the run again and again, and kill it, until it has ended by itself."""
+    """Start and kill the run until it finishes."""
     while not (directory / "final.json").exists():
         with start(folder, seed, directory.name) as process:
             if kills.total() < most:
@@ -106,7 +105,7 @@ def disturb(folder: str, seed: str, directory: Path, generator: random.Random, k
 
 
 def wait_for_record(process: subprocess.Popen[bytes], directory: Path) -> None:
-    """Wait until `process` has entered its start in the run's record, after its imports, or has ended."""
+    """Wait until `process` has recorded its start in run.json, after its imports, or has ended."""
     record = directory / "run.json"
     before = record.stat().st_mtime_ns if record.exists() else 0
     while process.poll() is None and not (record.exists() and record.stat().st_mtime_ns != before):
@@ -114,7 +113,7 @@ def wait_for_record(process: subprocess.Popen[bytes], directory: Path) -> None:
 
 
 def kill(launcher: int, kind: str, generator: random.Random) -> None:
-    """Send the signals of one kill; processes that have ended are ignored."""
+    """Send the signals of one kill; ignore processes that have ended."""
     with suppress(ProcessLookupError):
         if kind == "everything":
             os.killpg(launcher, signal.SIGKILL)
@@ -127,7 +126,7 @@ def kill(launcher: int, kind: str, generator: random.Random) -> None:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Return the processes of the ranks; none if the launcher has ended."""
+    """Return the process ids of the ranks, or none if the launcher has ended."""
 
     def is_rank(pid: str) -> bool:
         return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -139,19 +138,19 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def wait(process: subprocess.Popen[bytes], *, may_fail: bool = False) -> None:
-    """Wait until the process and its whole group have ended; exit if they do not, or if an undisturbed run fails."""
+    """Wait until the whole process group has ended. Exit if it does not, or if an undisturbed run fails."""
     process.wait(600)
     end = time.monotonic() + 120
     while alive(process.pid):
         if time.monotonic() > end:
-            sys.exit(f"processes of a killed run do not end: {alive(process.pid)}")
+            sys.exit(f"processes of a killed run are still running after 120 s: {alive(process.pid)}")
         time.sleep(0.05)
     if process.returncode and not may_fail:
-        sys.exit(f"the run left alone has failed (exit code {process.returncode})")
+        sys.exit(f"the undisturbed run failed (exit code {process.returncode})")
 
 
 def alive(group: int) -> list[int]:
-    """Return the processes of a group that have not ended."""
+    """Return the processes of a group that are still running."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -164,16 +163,16 @@ def alive(group: int) -> list[int]:
 
 
 def compare(alone: Path, killed: Path) -> str:
-    """Return the first difference between two finished runs; empty if there is none."""
+    """Return the first difference between two finished runs, or an empty string."""
     ends = [json.loads((run / "final.json").read_text()) for run in (alone, killed)]
     for key in ("weights_sha256", "best_top1", "final_top1", "updates"):
         if ends[0][key] != ends[1][key]:
-            return f"{key}: {ends[0][key]} left alone, {ends[1][key]} killed"
+            return f"{key}: {ends[0][key]} undisturbed, {ends[1][key]} killed"
     one, other = log_lines(alone), log_lines(killed)
     for expected, found in zip(one, other, strict=False):
         if expected != found:
-            return f"metrics.jsonl: {expected} left alone, {found} killed"
-    return "" if len(one) == len(other) else f"metrics.jsonl: {len(one)} lines left alone, {len(other)} killed"
+            return f"metrics.jsonl: {expected} undisturbed, {found} killed"
+    return "" if len(one) == len(other) else f"metrics.jsonl: {len(one)} lines undisturbed, {len(other)} killed"
 
 
 def log_lines(run: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,15 @@
-"""Compare the update time that a plan predicts with real runs of one and two processes on this CPU.
+"""Compare the update time that a plan predicts with real runs of one and of two processes on this CPU.
 
     python scripts/verify/check_plan.py [--rounds 5] [--updates 5] [--write docs/plan.md]
     python scripts/verify/check_plan.py --cpu [--write docs/plan.md]   # images/s of ResNet-50: the plan's row for CPUs
 
-As many processes as the run has hold two things: the run itself (loader, gradients, all-reduce, LARS, log lines), and a
-bare loop that measures the inputs of a plan: images/s forward and backward, seconds of the optimizer's step, images/s
-of the loader, seconds of a small and a large all-reduce by gloo. The two take turns, a block of each in every round, so
-that other work on the machine slows both. The bare loop waits for the slowest process after every two micro-batches;
-the run has up to four of them per update.
+Each process contains the run itself (loader, gradients, all-reduce, LARS, log lines) and a bare loop. The loop measures
+the inputs of a plan: images/s of forward and backward, seconds of the optimizer's step, images/s of the loader, and
+seconds of a small and a large all-reduce by gloo. Run and loop take turns in blocks, so that other work on the machine
+slows both. The loop waits for the slowest process after every two micro-batches; the run has up to four per update.
 
-Each round gives a planned and a measured time of an update, as wall time and as CPU time (where other processes do not
-count), and so an error. The table has medians, and the least and greatest error. Nothing here applies to GPUs.
+Each round gives a planned and a measured time of an update, hence an error, for wall time and for CPU time (which
+excludes other processes). The table shows medians, and the smallest and largest error. It does not apply to GPUs.
 
 Takes about ten minutes. Figures: docs/plan.md.
 """
@@ -37,7 +36,7 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
     PARSER = shared.make_parser(__doc__)
     PARSER.add_argument("--rounds", type=shared.positive_int, default=5, help="at least 2 (5)")
     PARSER.add_argument("--updates", type=shared.positive_int, default=5, help="per block (5)")
-    PARSER.add_argument("--cpu", action="store_true", help="measure ResNet-50 on one thread instead")
+    PARSER.add_argument("--cpu", action="store_true", help="instead, measure ResNet-50 on one thread")
     PARSER.add_argument("--write", type=Path, metavar="PAGE", help="put the results between the page's markers")
     ARGS = PARSER.parse_args()
 
@@ -54,9 +53,9 @@ from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
 
 SMALL, LARGE, REDUCTIONS = 1024, 1 << 24, 5
-MICRO_BATCHES = 2  # between two waits for the other process
+MICRO_BATCHES = 2  # between waits for the other process
 WARM_UP = 3
-# One network that is nearly all computation, and one whose gradients and step take time.
+# A network that mostly computes, and one with expensive gradients and optimizer steps.
 CASES = {
     "small at 32 pixels, 128 images an update": "model=small batch.size=128 micro_batch=32 model.ghost_batch=32",
     "resnet18 at 32 pixels, 32 images an update": "model=resnet18 batch.size=32 micro_batch=8 model.ghost_batch=8",
@@ -70,7 +69,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall time, and CPU time as the mean over the processes."""
+    """Wall time, and CPU time averaged over the processes."""
 
     wall: float
     cpu: float
@@ -81,7 +80,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Round:
-    """An update, planned and measured; `parts` of the plan in wall time."""
+    """The planned and measured time of an update; `parts` of the planned wall time."""
 
     planned: Seconds
     measured: Seconds
@@ -89,7 +88,7 @@ class Round:
 
 
 class BareLoop:
-    """The inputs of a plan, measured without the run's code around them."""
+    """A loop that measures the inputs of a plan, without the code of a run."""
 
     def __init__(self, run: Run, batches: DevicePrefetcher) -> None:
         config, self.run, self.batches = run.config, run, batches
@@ -102,7 +101,7 @@ class BareLoop:
         self.buffers = {size: torch.zeros(size // 4) for size in (SMALL, LARGE)}
 
     def measure(self, updates: int) -> tuple[Seconds, dict[str, float]]:
-        """Return the time of an update planned from the loop, and its parts in wall time."""
+        """Measure the inputs; return the planned time of an update, and its parts in wall time."""
         group, world = self.run.group, self.run.group.ranks.world
         images = self._timed(self._forward_backward, updates)
         step = self._timed(self._step, updates, prepare=self._one_pass)
@@ -114,7 +113,7 @@ class BareLoop:
         size = 4 * sum(p.numel() for p in self.network.parameters())
 
         def plan(images: float, step: float, read: float, small: float, large: float) -> tuple[float, dict[str, float]]:
-            # Gloo sums by a ring: with two ranks, two messages, and the bytes once.
+            # Gloo sums in a ring: two ranks exchange two messages, and send the bytes once.
             bandwidth, rate = (LARGE - SMALL) / max(large - small, 1e-9), MICRO_BATCHES * self.samples / images
             machine = Machine(rate, self.samples / read, small / 2, bandwidth, 0.0, "ring", step, reads=True)
             samples = self.run.plan.global_batch // world
@@ -139,7 +138,7 @@ class BareLoop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _timed(self, work: Callable[[], object], times: int, prepare: Callable[[], object] | None = None) -> Seconds:
-        """Return the mean of `times` calls, each of which all processes begin and end together."""
+        """Return the mean time of a call; all processes begin and end each call together."""
         wall = cpu = 0.0
         for _ in range(times):
             if prepare is not None:
@@ -151,7 +150,7 @@ class BareLoop:
 
 
 def timed(group: Group, work: Callable[[], object]) -> Seconds:
-    """Return the time of `work`, until the last process has finished. Collective."""
+    """Return the time of `work` until the last process finishes. Collective."""
     group.all_reduce_max([0])
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -162,7 +161,7 @@ def timed(group: Group, work: Callable[[], object]) -> Seconds:
 
 
 def measure_rounds(config: Config, rounds: int, updates: int) -> list[Round]:
-    """Run one process of the run. Collective."""
+    """Run one process: return the rounds. Collective."""
     prepared, ranks, device = prepare(config), current_ranks(), torch.device("cpu")
     torch.set_num_threads(1)
     prepared.directory.mkdir(parents=True, exist_ok=True)
@@ -231,7 +230,7 @@ def compare(rounds: int, updates: int) -> list[str]:
 
 
 def measure_cpu() -> list[str]:
-    """Return images/s of ResNet-50 at 224 pixels on one thread: forward, backward and step."""
+    """Measure images/s of ResNet-50 at 224 pixels on one thread: forward, backward and step."""
     settings = "model=resnet50 data.image_size=224 data.num_classes=1000 batch.size=16 micro_batch=16".split()
     config = make_config(Path("unused"), [*settings, "model.ghost_batch=16"], 1)
     torch.set_num_threads(1)

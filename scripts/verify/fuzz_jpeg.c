@@ -1,7 +1,7 @@
 /* Feeds mutated JPEGs and random views to lars_train/data/decode/jpeg.c; scripts/verify/fuzz_jpeg.py builds it with sanitizers.
 
    fuzz_jpeg SEEDS COUNT SECONDS START OUT: SEEDS holds each seed with its length (4 bytes, little-endian) before it.
-   What is decoded is the same for the same START. At a finding the input is written to OUT. */
+   The same START gives the same inputs. At a finding the input is written to OUT. */
 
 #include <time.h>
 #include <unistd.h>
@@ -13,7 +13,7 @@ void __sanitizer_set_death_callback(void (*callback)(void)) __attribute__((weak)
 
 #define MOST_SEEDS 4096
 #define LONGEST (1 << 18)
-/* Larger ones only now and then: they take their time. */
+/* Larger images are slow, and are decoded rarely. */
 #define USUAL_PIXELS (1 << 19)
 #define USUAL_SIDE 48
 
@@ -50,7 +50,7 @@ static void insert_piece(size_t at, const uint8_t *piece, size_t length) {
     input_length += length;
 }
 
-/* A place with a marker; the beginning if chance finds none. */
+/* The position of a marker after a random start, or 0 if there is none. */
 static size_t some_marker(void) {
     size_t at = draw(input_length);
     for (size_t i = 0; i + 1 < input_length; i++, at++) {
@@ -68,13 +68,13 @@ static void edit_marker(void) {
     switch (draw(4)) {
     case 0: input[at + 1] = kinds[draw(sizeof kinds)]; break;
     case 1: input[at + 2 + draw(2)] = (uint8_t)draw(256); break;
-    /* A little more or less than the segment's length. */
+    /* Change the segment's length by at most 4. */
     case 2: input[at + 3] += (uint8_t)(draw(9) - 4); break;
     default: input[at + 4 + draw(16)] = draw(2) ? (uint8_t)draw(256) : (uint8_t)draw(4);
     }
 }
 
-/* Size, sampling factors, number of components. */
+/* Change the size, sampling factors or number of components. */
 static void edit_frame(void) {
     for (size_t at = 0; at + 19 < input_length; at++) {
         if (input[at] != 0xFF || input[at + 1] < 0xC0 || input[at + 1] > 0xC2) continue;
@@ -130,13 +130,13 @@ static View some_view(int width, int height) {
     view.new_height = 1 + (int)draw(draw(8) ? 2 * USUAL_SIDE : 1000);
     view.x = (int)draw(view.new_width + 8) - 4, view.y = (int)draw(view.new_height + 8) - 4;
     if (draw(2)) view.new_width = view.new_height = view.size, view.x = view.y = 0;
-    /* Hundreds of weights a pixel. */
+    /* Strong reduction: hundreds of weights per pixel. */
     if (draw(8) == 0) view.new_width = 1 + (int)draw(4), view.new_height = 1 + (int)draw(4), view.x = view.y = 0;
     return view;
 }
 
-/* One decode in memory of just the right size, where one byte more or less is found. */
-static int one(void) {
+/* Decode once, in buffers of exact size, so that the sanitizer detects every access outside. */
+static int decode_once(void) {
     int width = 1 + (int)draw(64), height = 1 + (int)draw(64);
     uint8_t *data = malloc(input_length ? input_length : 1);
     memcpy(data, input, input_length);
@@ -177,9 +177,9 @@ int main(int argc, char **argv) {
         memcpy(input, seeds[seed], lengths[seed]);
         input_length = lengths[seed];
         for (uint64_t times = draw(16) ? 1 + draw(4) : 0; times; times--) mutate();
-        /* One that takes so long is a finding, too. */
+        /* An input that takes a minute is a finding, too. */
         alarm(60);
-        outcomes[1 + one()]++;
+        outcomes[1 + decode_once()]++;
     }
     for (int i = 0; i < seed_count; i++) free((void *)seeds[i]);
     printf("%ld inputs: %ld decoded, %ld refused, %ld damaged, %ld cut short, %ld too much, %ld not tried\n", done,

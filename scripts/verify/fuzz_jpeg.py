@@ -1,11 +1,11 @@
-"""Feed mutated JPEGs to the decoder in C, built with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Fuzz the C decoder with mutated JPEGs, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
     python scripts/verify/fuzz_jpeg.py --count 1000000
     python scripts/verify/fuzz_jpeg.py --leak 100000
 
-The first command decodes random views of small JPEGs of all kinds after random damage (fuzz_jpeg.c). Any finding of the
-sanitizers, crash, leak, or input that takes a minute ends it, and saves the input. The second decodes whole and damaged
-JPEGs in this process with the installed decoder; the exit code is 1 if its memory grew.
+The first command damages small JPEGs of all kinds at random and decodes random views (fuzz_jpeg.c). It stops at the
+first finding of a sanitizer, crash, leak, or input that takes a minute, and saves the input. The second command decodes
+whole and damaged JPEGs in this process with the installed decoder; the exit code is 1 if its memory grows.
 
 Takes about ten minutes for a million inputs. Figures: docs/input.md.
 """
@@ -28,12 +28,12 @@ import shared
 from PIL import Image
 
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-# Allowed growth of memory after the first tenth of the images: an allocator may keep this much without a leak.
+# Permitted growth of memory after the first tenth of the images; without a leak an allocator may keep this much.
 GROWTH_MB = 4.0
 
 
 def seeds() -> list[bytes]:
-    """Return small JPEGs of every kind that is decoded, and of some that are rejected, such as CMYK."""
+    """Return small JPEGs of all supported kinds, and of some unsupported ones, such as CMYK."""
     rng = np.random.default_rng(0)
     found = []
     for (width, height), subsampling, progressive in itertools.product(
@@ -56,7 +56,7 @@ def seeds() -> list[bytes]:
 
 
 def as_440(data: bytes) -> bytes:
-    """Turn a 4:2:2 JPEG into 4:4:0, which Pillow does not write: swap sides and sampling factors, keep the blocks."""
+    """Turn a 4:2:2 JPEG into 4:4:0, which Pillow cannot write: swap sides and sampling factors, keep the blocks."""
     at = next(i for i in range(len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
     height, width = data[at + 5 : at + 7], data[at + 7 : at + 9]
     return data[: at + 5] + width + height + data[at + 9 : at + 11] + b"\x12" + data[at + 12 :]
@@ -84,7 +84,7 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
 
 
 def fuzz(count: int, seconds: int, start: int, flags: tuple[str, ...], keep: Path) -> int:
-    """Run the fuzzer; return 0 without a finding."""
+    """Build and run the fuzzer; return 1 after a finding, else 0."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         program = build(folder, flags)
@@ -97,12 +97,12 @@ def fuzz(count: int, seconds: int, start: int, flags: tuple[str, ...], keep: Pat
         if done.returncode:
             if finding.exists():
                 shutil.copy(finding, keep)
-            print(f"a finding (status {done.returncode}); the input: {keep if finding.exists() else 'not saved'}")
+            print(f"finding (exit code {done.returncode}); input: {keep if finding.exists() else 'not saved'}")
         return 1 if done.returncode else 0
 
 
 def leak(count: int) -> int:
-    """Decode `count` JPEGs, a third of them damaged; return 0 if memory stays constant after the first tenth."""
+    """Decode `count` JPEGs, a third of them damaged; return 1 if memory grows after the first tenth, else 0."""
     from lars_train.data.decode import native
     from lars_train.data.transforms import Geometry
 
@@ -138,11 +138,13 @@ def main(argv: list[str] | None = None) -> int:
     """Fuzz, or look for a leak; return the exit code."""
     parser = shared.make_parser(__doc__)
     parser.add_argument("--count", type=shared.positive_int, default=1_000_000, help="mutated inputs (1,000,000)")
-    parser.add_argument("--seconds", type=shared.positive_int, default=86_400, help="end after these in any case")
-    parser.add_argument("--start", type=int, default=0, help="another number gives other inputs")
-    parser.add_argument("--keep", type=Path, default=Path("finding.jpg"), help="file for the input of a finding")
-    parser.add_argument("--no-vectors", action="store_true", help="the code for processors without AVX2")
-    parser.add_argument("--leak", type=shared.positive_int, metavar="COUNT", help="decode COUNT images here instead")
+    parser.add_argument("--seconds", type=shared.positive_int, default=86_400, help="time limit (86,400)")
+    parser.add_argument("--start", type=int, default=0, help="seed of the mutations (0)")
+    parser.add_argument("--keep", type=Path, default=Path("finding.jpg"), help="where to save the input of a finding")
+    parser.add_argument("--no-vectors", action="store_true", help="fuzz the code for processors without AVX2")
+    parser.add_argument(
+        "--leak", type=shared.positive_int, metavar="COUNT", help="instead, decode COUNT images in this process"
+    )
     args = parser.parse_args(argv)
     if args.leak:
         return leak(args.leak)

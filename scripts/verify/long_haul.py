@@ -2,14 +2,14 @@
 
     python scripts/verify/long_haul.py [--write docs/performance.md]      # 100,000 updates, 100 evaluations
 
-A tiny network on synthetic images, with everything around the step that a run of days has: log lines, TensorBoard,
-per-layer values, checkpoints and evaluations. The script reads what the system reports about the process, and compares
-the second tenth of the run with the last. The exit code is 1 if something grew.
+A tiny network trains on synthetic images, with everything around the step in a long run: log lines, TensorBoard,
+per-layer values, checkpoints and evaluations. The script reads the system's figures about the process, and compares
+the second tenth of the run with the last. The exit code is 1 if a figure grew.
 
-Time is the process's CPU time, in samples of an epoch, so that each has its log lines, checkpoints and evaluation; the
-lower quartile of each tenth is compared. What other processes do to caches and clock for part of a tenth therefore does
-not count. What they do throughout a tenth does: the report shows the range of all samples. A slowdown of fewer than
-three quarters of the samples, or below the limit, goes unnoticed.
+Time is the CPU time of the process per epoch, so that each sample includes log lines, checkpoints and an evaluation.
+The script compares the lower quartile of each tenth, so that other processes that disturb a part of a tenth do not
+count; the report shows the range of all samples. A slowdown is not detected if it affects less than three quarters of
+the samples, or is below the limit.
 
 Takes about nine minutes. Figures: docs/performance.md.
 """
@@ -35,7 +35,7 @@ SETTINGS = (
     f"data.image_size=16 model=tiny model.ghost_batch={BATCH} batch.size={BATCH} optimizer=lars optimizer.lr=0.5 "
     "schedule.warmup_epochs=1 precision=fp32 checkpoint.every_updates=400 launch.nproc=1 launch.threads=1 verbosity=0"
 ).split()
-# Growth that counts as none: of memory in MiB, of open files, of the time of an update as a ratio.
+# Permitted growth: of memory in MiB, of open files, of the time of an update as a ratio.
 MAX_MEMORY, MAX_FILES, MAX_TIME = 8.0, 2, 1.05
 # A tenth of the run needs two epochs, ten log lines, and three samples of an epoch.
 MIN_EPOCHS, MIN_LINES, MIN_SAMPLES = 20, 100, 3
@@ -44,8 +44,9 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Moment:
-    """The state of the process at an update: seconds since its start, CPU seconds, memory in MiB, open files, bytes of
-    the run's logs, and TensorBoard's event files.
+    """The state of the process at an update.
+
+    `seconds` since the start, `cpu` seconds, `memory` in MiB, open `files`, and the size and number of log files.
     """
 
     update: int
@@ -59,7 +60,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Tenth:
-    """A tenth of the run: medians of MiB of memory and of open files, and CPU milliseconds per update by sample."""
+    """A tenth of the run: median MiB of memory, median open files, and CPU milliseconds per update of each sample."""
 
     memory: float
     files: float
@@ -72,9 +73,9 @@ class Tenth:
 
 
 def main() -> int:
-    """Run, print the figures, and return 1 if something grew."""
+    """Run and print the figures. Return 1 if a figure grew."""
     parser = shared.make_parser(__doc__, "long_haul")
-    parser.add_argument("--epochs", type=shared.positive_int, default=100, help="with an evaluation each (100)")
+    parser.add_argument("--epochs", type=shared.positive_int, default=100, help="each with an evaluation (100)")
     parser.add_argument("--updates", type=shared.positive_int, default=1000, help="per epoch (1,000)")
     parser.add_argument("--log-every", type=shared.positive_int, default=10, help="updates between log lines (10)")
     args = parser.parse_args()
@@ -95,7 +96,7 @@ def main() -> int:
 
 
 def watch(settings: list[str], updates: int, folder: Path) -> list[Moment]:
-    """Run, and look at the process a few hundred times.
+    """Run, and sample the state of the process about 400 times.
 
     Raises:
         CalledProcessError: the run failed.
@@ -105,7 +106,7 @@ def watch(settings: list[str], updates: int, folder: Path) -> list[Moment]:
     began = time.perf_counter()
     with (folder / "output").open("wb") as log, shared.running(command, stdout=log, stderr=log) as process:
         while process.poll() is None:
-            moment = look(process.pid, folder / "run", time.perf_counter() - began)
+            moment = sample(process.pid, folder / "run", time.perf_counter() - began)
             if moment is not None and moment.update >= (moments[-1].update if moments else 0) + updates / 400:
                 moments.append(moment)
             time.sleep(0.02)
@@ -115,8 +116,8 @@ def watch(settings: list[str], updates: int, folder: Path) -> list[Moment]:
     return moments
 
 
-def look(pid: int, run: Path, seconds: float) -> Moment | None:
-    """Return the state of the process; None before its first log line, or after its end."""
+def sample(pid: int, run: Path, seconds: float) -> Moment | None:
+    """Return the state of the process, or None before its first log line and after its end."""
     try:
         update = last_update(run / "metrics.jsonl")
         # After the name in brackets, fields 12 and 13 are the ticks in user and in system mode.
@@ -134,7 +135,7 @@ def look(pid: int, run: Path, seconds: float) -> Moment | None:
 
 
 def last_update(path: Path) -> int | None:
-    """Return the update of the last whole line of a run's metrics."""
+    """Return the update of the last complete line of a run's metrics."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
         lines = file.read().split(b"\n")[:-1]
@@ -142,7 +143,7 @@ def last_update(path: Path) -> int | None:
 
 
 def summarize(moments: list[Moment], epoch: int, name: str) -> Tenth:
-    """Return the figures of a tenth of the run; a sample of the time lasts an epoch at least.
+    """Return the figures of a tenth of the run. Each sample of the time covers at least an epoch.
 
     Raises:
         ValueError: the tenth has too few samples.
@@ -154,15 +155,15 @@ def summarize(moments: list[Moment], epoch: int, name: str) -> Tenth:
             times.append(1000 * (end.cpu - first.cpu) / (end.update - first.update))
     if len(times) < MIN_SAMPLES:
         raise ValueError(
-            f"the {name} tenth of the run has {len(times)} samples of an epoch, and needs {MIN_SAMPLES}: pass more "
-            "--epochs or more --updates"
+            f"the {name} tenth of the run has {len(times)} samples of an epoch, but needs {MIN_SAMPLES}; increase "
+            "--epochs or --updates"
         )
     memory, files = (statistics.median(getattr(one, key) for one in moments) for key in ("memory", "files"))
     return Tenth(memory, files, tuple(times))
 
 
 def report(moments: list[Moment], settings: list[str], updates: int, epoch: int) -> tuple[list[str], list[str]]:
-    """Return the figures as Markdown, and what grew beyond its limit."""
+    """Return the figures as Markdown, and a line for each figure that grew beyond its limit."""
     end = moments[-1].update if moments else 0
     early = summarize([one for one in moments if 0.1 * end <= one.update < 0.2 * end], epoch, "second")
     late = summarize([one for one in moments if one.update >= 0.9 * end], epoch, "last")
@@ -186,11 +187,11 @@ def report(moments: list[Moment], settings: list[str], updates: int, epoch: int)
         f"{times[0]} | {times[1]} |",
         "",
         f"Bytes of metrics.jsonl and TensorBoard's files an update: {last.log_bytes / last.update:,.0f}; TensorBoard's "
-        f"event files, each closed before the next: {last.event_files}.",
+        f"event files, of which one is open at a time: {last.event_files}.",
         "",
         *(f"- over a long run: {what}" for what, _, _ in growth),
     ]
-    return lines, [f"{what}; at most {most:g} is flat" for what, most, value in growth if value > most]
+    return lines, [f"{what}; the limit is {most:g}" for what, most, value in growth if value > most]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Measure how far rounding drives runs apart that differ only in world size, micro-batch and loader workers.
+"""Measure how rounding separates runs that differ only in world size, micro-batch and loader workers.
 
     python scripts/verify/measure_float32_bound.py [--write docs/same_curve.md]
     python scripts/verify/measure_float32_bound.py --precision fp64           # nearly without rounding
 
-Each run is the program's own, on the CPU: synthetic images, random crops and flips, a ResNet of 8 layers with batch
-norm, LARS over SGD with momentum, warm-up, 7 ghost batches of 4 samples per update, which ranks share unevenly. A run
-is compared with the run of the same seed and precision on one process, one ghost batch at a time, without
-loader workers. All runs share one start of as many processes as the largest world size.
+Each run is a complete lars-train run on the CPU: synthetic images, random crops and flips, a ResNet of 8 layers with
+batch norm, LARS over SGD with momentum, warm-up, and 7 ghost batches of 4 samples per update, unevenly distributed over
+the ranks. The reference is the run of the same seed and precision on one process, one ghost batch at a time, without
+loader workers. The processes are started once, as many as the largest world size, and used for all runs.
 
 Takes about three minutes on two cores. Figures: docs/same_curve.md.
 """
@@ -33,12 +33,15 @@ import shared
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "measure_float32_bound")
     PARSER.add_argument("--precision", nargs="+", choices=["fp32", "fp64"], default=["fp32"])
-    PARSER.add_argument("--world", nargs="+", type=shared.positive_int, default=[1, 2, 3, 4], help="sizes, at most 7")
+    PARSER.add_argument(
+        "--world", nargs="+", type=shared.positive_int, default=[1, 2, 3, 4], help="world sizes, at most 7"
+    )
     PARSER.add_argument("--micro-batch", nargs="+", type=int, default=[4, 8, 28], help="multiples of the ghost batch 4")
     PARSER.add_argument("--workers", nargs="+", type=int, default=[0], help="loader processes per rank")
-    PARSER.add_argument("--seeds", type=shared.positive_int, default=10, help="their number, from 0 on (10)")
-    PARSER.add_argument("--epochs", type=shared.positive_int, default=4, help="of 5 updates, first a warm-up (4)")
-    PARSER.add_argument("--keep", type=Path, help="an empty folder for the run directories, otherwise removed")
+    PARSER.add_argument("--seeds", type=shared.positive_int, default=10, help="number of seeds, from 0 (10)")
+    PARSER.add_argument(
+        "--epochs", type=shared.positive_int, default=4, help="each of 5 updates, the first is the warm-up (4)"
+    )
     ARGS = PARSER.parse_args()
 
 from omegaconf import DictConfig, OmegaConf
@@ -64,7 +67,7 @@ SETTINGS: dict[str, Any] = {
         "image_size": 12,
         "augment": "inception",
         "eval_crop": 1.0,
-        # A few images more than the updates of an epoch use.
+        # A few more images than the updates of an epoch use.
         "train_count": UPDATES_PER_EPOCH * GLOBAL_BATCH + 3,
         "val_count": 5,
         "num_classes": 4,
@@ -81,7 +84,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run: `micro_batch` in samples, `workers` of each rank."""
+    """A run; `micro_batch` is in samples, `workers` is per rank."""
 
     precision: str
     seed: int
@@ -91,12 +94,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         return f"{self.precision}-seed{self.seed}-world{self.world}-micro{self.micro_batch}-workers{self.workers}"
 
     @property
     def reference(self) -> Case:
-        """The run that it is compared with."""
+        """The reference of the run."""
         return Case(self.precision, self.seed, 1, GHOST_BATCH, 0)
 
 
@@ -114,18 +117,18 @@ class Distance:
 
 
 def train_all(folder: str, cases: list[Case], epochs: int) -> None:
-    """Run one process's part of all runs; runs that need fewer processes overlap."""
+    """Run this process's ranks of all runs. Runs that need fewer processes overlap."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for number, case in enumerate(cases):
         begin_job()
-        # In turn with the lowest and with the highest ranks.
+        # Alternate between the lowest and the highest processes.
         place = rank - (processes - case.world) * (number % 2)
         if 0 <= place < case.world:
             train(Path(folder) / case.name, case, Ranks(place, case.world, place, case.world), epochs)
 
 
 def train(directory: Path, case: Case, ranks: Ranks, epochs: int) -> None:
-    """Run one rank's part of a run."""
+    """Train one rank of a run."""
     own = {
         "epochs": epochs,
         "seed": case.seed,
@@ -154,7 +157,7 @@ def compare(folder: Path, case: Case) -> Distance:
 
 
 def outcome(directory: Path) -> tuple[list[float], dict[str, Tensor]]:
-    """Return the mean loss of each update and the model's state at the end."""
+    """Return the mean loss of each update and the final state of the model."""
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     found = checkpoint.latest(directory / "checkpoints")
     assert found is not None
@@ -167,7 +170,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def table(precision: str, distances: dict[Case, Distance]) -> Iterator[str]:
-    """Yield the largest differences over seeds and workers, by world size and micro-batch, and those by update."""
+    """Yield tables of the largest differences: by world size and micro-batch, and by update."""
     yield "| precision | world size | micro-batch | losses | weights | statistics |"
     yield "|---|---:|---:|---:|---:|---:|"
 
@@ -190,15 +193,13 @@ def table(precision: str, distances: dict[Case, Distance]) -> Iterator[str]:
 
 
 def check(parser: ArgumentParser, args: Namespace) -> None:
-    """Reject arguments that do not fit the runs."""
+    """Exit with code 2 if arguments do not fit the runs."""
     if max(args.world) > GHOSTS:
         parser.error(f"--world: {GHOSTS} ghost batches serve at most {GHOSTS} ranks")
     if any(size < 1 or size % GHOST_BATCH for size in args.micro_batch):
-        parser.error(f"--micro-batch: must be multiples of the ghost batch of {GHOST_BATCH} samples")
-    if args.keep and args.keep.exists() and any(args.keep.iterdir()):
-        parser.error(f"--keep {args.keep}: is not empty; runs that exist there would not be repeated")
+        parser.error(f"--micro-batch: pass multiples of the ghost batch, {GHOST_BATCH}")
     if args.epochs < 2:
-        parser.error("--epochs: needs at least two, of which the first is the warm-up")
+        parser.error("--epochs: pass at least 2; the first is the warm-up")
 
 
 def main(parser: ArgumentParser, args: Namespace) -> None:
@@ -208,7 +209,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
     cases = [Case(*one) for one in values]
     cases = sorted({*cases, *(case.reference for case in cases)}, key=lambda case: (-case.world, case.name))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.keep or Path(scratch)
+        folder = Path(scratch)
         with shared.exit_with_ranks():
             start_processes(train_all, (str(folder), cases, args.epochs), max(args.world))
         distances = {case: compare(folder, case) for case in cases if case != case.reference}

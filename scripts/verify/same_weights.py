@@ -1,13 +1,13 @@
-"""Run the same short commands in two checkouts, and compare their results bit for bit.
+"""Run the same short commands in two checkouts and compare the results bit for bit.
 
     git worktree add ../before HEAD~1
     python scripts/verify/same_weights.py ../before
     python scripts/verify/same_weights.py ../before --only zip evaluate
 
-The other checkout is compared with this script's own: weights, the lines of metrics.jsonl except times, rates and
-memory, and what evaluations, exports and packing print and write. A checkout without C extensions borrows the other's
-if their sources are equal; if neither has any, both use those of the installed package. The exit code is 1 if something
-differs, and 2 if a command failed.
+The script compares its own checkout with the other one: weights, the lines of metrics.jsonl except times, rates and
+memory, and the output of evaluations, exports and packing. A checkout without C extensions borrows those of the other
+if their sources are equal; if neither has any, both use the installed package's. The exit code is 1 if a result
+differs, and 2 if a command fails.
 
 Takes about four minutes on two cores. Figures: none; docs/index.md lists the pages.
 """
@@ -46,8 +46,8 @@ FOLDER = (
     "data=folder data.image_size=24 model=tiny model.ghost_batch=8 batch.size=16 optimizer.lr=1 epochs=2 "
     "schedule.warmup_epochs=0 precision=fp32 data.workers=1"
 )
-# By name: commands, each a program and its arguments, run one after another in their own folder. A program that ends
-# with ! is killed at its fourth log line.
+# Commands by name. The commands of a case run one after another in their own folder. A program with a ! is killed at
+# its fourth log line.
 CASES = {
     "default": ["lars-train max_updates=6"],
     "batch=256": ["lars-train batch=256 max_updates=6"],
@@ -84,7 +84,7 @@ CASES = {
 
 
 def main() -> None:
-    """Run, compare, and print a line for each case."""
+    """Run, compare, and print a verdict for each case."""
     parser = shared.make_parser(__doc__)
     parser.add_argument("other", type=Path, help="the root of the other checkout")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
@@ -94,7 +94,9 @@ def main() -> None:
         roots = (("a", args.other), ("b", shared.ROOT))
         checkouts = [copy_checkout(root.resolve(), Path(folder) / side) for side, root in roots]
         if not lend_extensions(*checkouts):
-            parser.error(f"{args.other}: its C sources differ, and it has no extensions; run pip install -e . there")
+            parser.error(
+                f"{args.other}: the C sources differ, and a checkout has no extensions; run pip install -e . in it"
+            )
         for checkout in checkouts:
             write_images(checkout.parent / "work")
         for name in args.only:
@@ -110,7 +112,7 @@ def main() -> None:
 
 
 def copy_checkout(root: Path, place: Path) -> Path:
-    """Return a copy of a checkout's package, so that nothing else of it is imported or written."""
+    """Copy the package of a checkout, so that nothing else of the checkout is imported or written."""
     checkout = place / "checkout"
     for part in ("lars_train", "configs"):
         shutil.copytree(root / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -119,7 +121,7 @@ def copy_checkout(root: Path, place: Path) -> Path:
 
 
 def lend_extensions(one: Path, other: Path) -> bool:
-    """Copy C extensions to a checkout that has none; return False if their sources differ."""
+    """Copy C extensions to a checkout that has none. Return False if the sources differ."""
     built, sources = ([sorted(root.glob(pattern)) for root in (one, other)] for pattern in _EXTENSIONS)
     if all(built):
         return True
@@ -128,14 +130,14 @@ def lend_extensions(one: Path, other: Path) -> bool:
     lender, files = (other, built[1]) if built[1] else (one, built[0])
     borrower = one if lender is other else other
     for path in files:
-        # Next to its source, which may have moved.
+        # Next to the source file, which may have moved.
         (source,) = borrower.glob(f"lars_train/**/{path.name.split('.')[0].lstrip('_')}.c")
         shutil.copy(path, source.parent / path.name)
     return True
 
 
 def write_images(folder: Path) -> None:
-    """Write three classes of 20 training and 4 validation JPEGs, as a tree and in a zip; the same each time."""
+    """Write 20 training and 4 validation JPEGs of three classes, as a tree and in a zip, always the same."""
     import numpy as np
     from PIL import Image
 
@@ -154,7 +156,7 @@ def write_images(folder: Path) -> None:
 
 
 def outcome(checkout: Path, commands: Sequence[str]) -> dict[str, str]:
-    """Return what the commands print and write, by name."""
+    """Run the commands; return their output and files by name."""
     work = checkout.parent / "work" / "case"
     work.mkdir()
     environment = {
@@ -194,12 +196,12 @@ def entry_point(checkout: Path, program: str) -> str:
 
 
 def run_and_kill(command: Sequence[str], work: Path, environment: dict[str, str]) -> None:
-    """Start a command, and kill it when it has logged four lines."""
+    """Start a command and kill it after its fourth log line."""
     log, end = work / "runs/r/metrics.jsonl", time.monotonic() + _LIMIT_S
     with subprocess.Popen(command, cwd=work, env=environment, stdout=subprocess.DEVNULL) as process:
         while not log.is_file() or log.read_bytes().count(b"\n") < 4:
             if process.poll() is not None or time.monotonic() > end:
-                fail(f"{command}: ended before it was killed")
+                fail(f"{command}: ended or timed out before its fourth log line")
             time.sleep(0.01)
         process.kill()
 
@@ -211,7 +213,7 @@ def fail(what: str) -> NoReturn:
 
 
 def content(path: Path) -> str:
-    """Return what a file has in common with another run's; empty for files that are not compared."""
+    """Return the comparable content of a file; empty for files that are not compared."""
     if path.name == "final.json":
         return str(json.loads(path.read_text())["weights_sha256"])
     if path.name == "metrics.jsonl":

@@ -22,4 +22,4 @@ def test_a_run_killed_at_a_random_instant_ends_bit_for_bit() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 kills" in done.stdout
-    assert "0 differ from the run left alone" in done.stdout
+    assert "0 differ from the undisturbed run" in done.stdout

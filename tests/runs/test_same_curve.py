@@ -96,7 +96,7 @@ def make(folder: Path) -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     mp.start_processes(train, (folder, cases, store.port), nprocs=max(WORLDS), start_method="fork")
     apart = {case: script.compare(folder, case) for case in cases if case.reference != case}
-    print("\n".join(script.report(script.arguments(["--precision", "fp64", "fp32", "--seeds", "1"]), apart)))
+    print("\n".join(line for precision in ("fp64", "fp32") for line in script.table(precision, apart)))
 
 
 def train(rank: int, folder: Path, cases: list[Any], port: int) -> None:

@@ -1,19 +1,19 @@
-"""Measure how many images/s one CPU core decodes and augments, beside torchvision's reference and libjpeg's floor.
+"""Measure images/s that one CPU core decodes and augments; compare with torchvision and a lower bound by libjpeg.
 
     python scripts/bench/input/bench_input.py IMAGES [--peers] [--write docs/input.md --plot docs/results/input]
 
-IMAGES is a folder with JPEGs at any depth, or a training's `data.root`: a store of `lars-data pack`, tar shards, or a
-zip. Each contender reads every image, decodes it, and makes a 224 x 224 view: for training a random resized crop,
-flipped half of the time, for evaluation the center of the image resized to 256. Contenders take turns, a quarter of the
-images each time, on one core; this process's CPU time counts. The same is done with two stores of smaller copies, made
-in a temporary folder as `lars-data pack` makes them.
+IMAGES is a folder with JPEGs at any depth, or a `data.root` for training: a store of `lars-data pack`, tar shards, or a
+zip. Each contender reads and decodes every image and makes a 224 x 224 view: for training a random resized crop with a
+random flip, for evaluation the center of the image resized to 256. Contenders take turns on one core, with a quarter of
+the images per turn; the CPU time of this process counts. Two stores of smaller copies, made as by `lars-data pack`, are
+measured in the same way.
 
-- reference: Pillow and torchvision's v1 transforms, to a normalized float32 tensor (ours leaves that to the device)
-- ours, native and Pillow: lars_train.data.decode.pillow to uint8 in a batch's buffer, with its own crops
-- floor: libjpeg-turbo decoding the rows and columns of the crop and nothing else (a C function compiled here)
-- with --peers: other libraries that are installed (peers.py)
+- reference: Pillow and torchvision's v1 transforms, to a normalized float32 tensor
+- ours, native and Pillow: lars_train.data.decode.pillow, to uint8 in the buffer of a batch, normalized on the device
+- floor: libjpeg-turbo decoding the rows and columns of the crop and nothing else (C code in contenders.py)
+- with --peers: other installed libraries (peers.py)
 
-Then the images are measured end to end, with workers, into a batch on the device (end_to_end.py).
+Then whole pipelines with workers are measured, up to a batch on the device (end_to_end.py).
 
 Takes about an hour with --peers, a few minutes without. Figures: docs/input.md.
 """
@@ -36,10 +36,10 @@ import shared
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "bench_input")
     PARSER.add_argument("images", type=Path, metavar="IMAGES", help="a folder with JPEGs, a store or a zip")
-    PARSER.add_argument("--rounds", type=shared.positive_int, default=9, help="after one that does not count (9)")
+    PARSER.add_argument("--rounds", type=shared.positive_int, default=9, help="counted rounds, after one other (9)")
     PARSER.add_argument("--files", type=shared.positive_int, default=200, help="images at most, evenly spread (200)")
     PARSER.add_argument("--peers", action="store_true", help="other libraries too (pip install 'lars-train[bench]')")
-    PARSER.add_argument("--pillow-simd", type=Path, metavar="DIR", help="from pip install --no-deps --target DIR")
+    PARSER.add_argument("--pillow-simd", type=Path, metavar="DIR", help="folder of pillow-simd")
     PARSER.add_argument("--plot", type=Path, metavar="STEM", help="draw the results as STEM.png and STEM.svg")
     ARGS = PARSER.parse_args()
 
@@ -48,7 +48,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from contenders import FLOOR, OURS, REFERENCE, TASKS, Contender, full_decode, own_contenders
-from images import Images, open_images, pack_copies, read
+from images import Images, open_images, pack_copies
 from peers import PACKAGES, peer_contenders
 from PIL import features
 from results import Distance, Key, Results, comparisons, draw, tables
@@ -63,7 +63,7 @@ RAW = "original"
 
 
 def make_stores(images: Images, folder: Path) -> dict[str, Source]:
-    """Return the stores by their names in the tables; images that were re-encoded are not copied again."""
+    """Return the stores by name. Images that are re-encoded already get no smaller copies."""
     if images.variant:
         return {f"{RAW} ({images.variant})": images.source}
     return {
@@ -74,7 +74,7 @@ def make_stores(images: Images, folder: Path) -> dict[str, Source]:
 
 
 def compare(contenders: list[Contender], stores: dict[str, Source], skipped: list[str]) -> dict[Key, Distance]:
-    """Return the distance of views from Pillow's full decode; remove peers that fail at an image from the list."""
+    """Compare the views with Pillow's full decode; remove peers that fail from `contenders`."""
     found: dict[Key, Distance] = {}
     for store, source in stores.items():
         images = SourceSubset(source, np.arange(min(len(source), COMPARED)))
@@ -103,37 +103,32 @@ def as_rows(view: Any) -> npt.NDArray[np.uint8]:
 
 
 def distance(differences: list[npt.NDArray[Any]]) -> Distance:
-    """Return the distance of views, from their differences."""
+    """Summarize the differences between views."""
     sizes = [np.abs(one) for one in differences]
     mean, most = float(np.mean([one.mean() for one in sizes])), max(int(one.max()) for one in sizes)
     return Distance(mean, most, sum(bool(one.any()) for one in sizes), len(sizes))
 
 
-def mean_size(images: Source) -> float:
-    """Return the mean bytes of an image."""
-    return sum(len(read(images, sample)) for sample in range(len(images))) / len(images)
-
-
 def measure(contenders: list[Contender], stores: dict[str, Source], rounds: int) -> dict[Key, npt.NDArray[np.float64]]:
     """Return images per second of CPU time in each round; a first round does not count."""
     found: dict[Key, list[float]] = {}
-    # Other machines' work slows this one down for seconds at a time: contenders take turns after a few images.
+    # Other load slows a machine down for seconds at a time, so contenders take turns after a few images.
     parts = {
         store: [SourceSubset(source, ids) for ids in np.array_split(np.arange(len(source)), min(PARTS, len(source)))]
         for store, source in stores.items()
     }
     groups = [(store, task) for store in stores for task in TASKS]
     gc.collect()
-    gc.freeze()  # what the libraries hold is not searched again before each turn
+    gc.freeze()  # keeps the collections before each turn short
     for number in range(-1, rounds):
         shuffle = random.Random(number).shuffle
         shuffle(groups)
         for store, task in groups:
-            takers = [one for one in contenders if task in one.tasks]
-            seconds = dict.fromkeys((one.name for one in takers), 0.0)
+            able = [one for one in contenders if task in one.tasks]
+            seconds = dict.fromkeys((one.name for one in able), 0.0)
             for part, images in enumerate(parts[store]):
-                shuffle(takers)
-                for contender in takers:
+                shuffle(able)
+                for contender in able:
                     gc.collect()
                     before = time.process_time()
                     contender.run(task, images, PARTS * (number + 1) + part)
@@ -146,15 +141,15 @@ def measure(contenders: list[Contender], stores: dict[str, Source], rounds: int)
 
 
 def conditions(args: Namespace, images: Images) -> list[str]:
-    """Return a paragraph on what was measured where."""
+    """Return a paragraph about the command, the machine and the method."""
     command = f"python scripts/bench/input/bench_input.py IMAGES{' --peers' if args.peers else ''}"
     packages = PACKAGES if args.peers else PACKAGES[:3]
     return [
         f"`{command}` on {shared.cpu_name()}, one core; {shared.software(*packages)}, Pillow's libjpeg-turbo "
         f"{features.version('libjpeg_turbo')}. {len(images.source)} images, {images.kind}, {args.rounds} rounds "
         "after one that does not count; images per second of CPU time. Ratios are medians over the rounds. Pixels are "
-        "compared with Pillow's full decode by torchvision's v1 transforms, in levels of 255; those who decode regions "
-        "alone (DALI, nvImageCodec, tf.data, TurboJPEG) show in evaluation what lies up to half a pixel beside.",
+        "compared with Pillow's full decode by torchvision's v1 transforms, in levels of 255. In evaluation, decoders "
+        "of regions (DALI, nvImageCodec, tf.data, TurboJPEG) are up to half a pixel off.",
         "",
     ]
 
@@ -168,11 +163,10 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stores = make_stores(images, folder)
-        # First, because it forks: peers have threads.
+        # First, because it forks, and peers start threads.
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         whole = end_to_end.measure(images.source, (args.rounds + 1) // 2, device)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        shared.pin_to_one_core()
         contenders = own_contenders(folder, skipped)
         if args.peers:
             contenders += peer_contenders(folder, images.source, args.pillow_simd, skipped)

@@ -1,8 +1,8 @@
 """Contenders of bench_input.py: torchvision's reference, lars-train's decoders, and libjpeg-turbo's floor.
 
-Each makes a view of 224 x 224 pixels from the bytes of one JPEG at a time, on one core. All crops are lars-train's,
-drawn from the seed, the round and the image's number, so that all contenders have the same work. What a contender needs
-to know about an image, such as its size, it finds out itself.
+Each makes a view of 224 x 224 pixels from the bytes of one JPEG at a time, on one core. All use lars-train's crops,
+drawn from the seed, the round and the number of the image, so that all do the same work; only the reference draws its
+own. A contender reads the size of an image itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FLOOR_C = """
 #include <stdlib.h>
 #include <jpeglib.h>
 
-/* The rows from top to bottom and the columns from left to right, into a buffer of a few rows; the rows read. */
+/* Decode rows top to bottom and columns left to right into a buffer of two rows; return the number of rows. */
 int region(const unsigned char *data, unsigned long length, int left, int top, int right, int bottom) {
     struct jpeg_decompress_struct jpeg;
     struct jpeg_error_mgr errors;
@@ -69,16 +69,16 @@ int region(const unsigned char *data, unsigned long length, int left, int top, i
 """
 
 Draw = Callable[[int, int], Geometry]
-"""From an image's width and height to its view."""
+"""Maps the width and height of an image to its view."""
 Decode = Callable[[bytes, Draw], Any]
-"""From the bytes of a JPEG to its view: uint8, an array (224, 224, 3) or a tensor (3, 224, 224), RGB."""
+"""Decodes a JPEG to its view: RGB, uint8, an array (224, 224, 3) or a tensor (3, 224, 224)."""
 Pass = Callable[[str, Source, int], Iterator[Any]]
-"""From a task, images and the number of a round to all views, in order."""
+"""Yields the views of all images for a task and a round, in order."""
 
 
 @dataclass
 class Contender:
-    """A pass to time, and the pass whose pixels are compared, if they can be; `tasks` are those it can do."""
+    """A pass to time, and a pass whose pixels can be compared, or None."""
 
     name: str
     timed: Pass
@@ -92,7 +92,7 @@ class Contender:
 
 
 def by_image(name: str, decode: Decode) -> Contender:
-    """Return a contender that takes images one by one."""
+    """Return a contender that decodes images one by one."""
 
     def views(task: str, images: Source, number: int) -> Iterator[Any]:
         for data, draw in draws(task, images, number):
@@ -102,7 +102,7 @@ def by_image(name: str, decode: Decode) -> Contender:
 
 
 def draws(task: str, images: Source, number: int) -> Iterator[tuple[bytes, Draw]]:
-    """Yield the bytes of each image, read now, and the function that draws its view."""
+    """Read image by image; yield the bytes, and the function that draws the view."""
     for start in range(0, len(images), BATCH):
         samples = list(range(start, min(start + BATCH, len(images))))
         for sample, uniforms in zip(samples, batch_uniforms(0, number, samples, UNIFORMS).tolist(), strict=True):
@@ -110,14 +110,14 @@ def draws(task: str, images: Source, number: int) -> Iterator[tuple[bytes, Draw]
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Return width and height from the header, the quickest way that exists."""
+    """Read width and height from the header, with the native decoder if it is available."""
     return native.size_of(data) or Image.open(io.BytesIO(data)).size
 
 
 def window(view: Geometry) -> tuple[int, int, int, int]:
-    """Return left, top, right, bottom of the source pixels that a view shows, rounded; for training its box.
+    """Return left, top, right, bottom of the region that a view shows, in whole source pixels.
 
-    Decoders of regions resize this to the view in evaluation, which is up to half a pixel off.
+    In training it is the box. In evaluation it is rounded: decoders of regions are up to half a pixel off.
     """
     corners = []
     for axis in (0, 1):
@@ -129,17 +129,22 @@ def window(view: Geometry) -> tuple[int, int, int, int]:
 
 
 def reference(task: str, images: Source, number: int) -> Iterator[torch.Tensor]:
-    """Yield views as torchvision's and PyTorch's own training scripts make them, with their own crops."""
+    """Yield the views of torchvision's and PyTorch's training scripts, with their own crops."""
     torch.manual_seed(number)
-    train = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
-    first = train if task == TRAIN else [transforms.Resize(256), transforms.CenterCrop(SIZE)]
-    transform = transforms.Compose([*first, transforms.ToTensor(), NORMALIZE])
+    transform = reference_transform(task)
     for sample in range(len(images)):
         yield transform(Image.open(io.BytesIO(read(images, sample))).convert("RGB"))
 
 
+def reference_transform(task: str) -> Any:
+    """Return torchvision's v1 transforms of an image for a task."""
+    train = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
+    first = train if task == TRAIN else [transforms.Resize(256), transforms.CenterCrop(SIZE)]
+    return transforms.Compose([*first, transforms.ToTensor(), NORMALIZE])
+
+
 def full_decode(task: str, images: Source, number: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield what pixels are compared with: Pillow's full decode and torchvision's v1 transforms, with our boxes."""
+    """Yield the views for comparisons: Pillow's full decode and torchvision's v1 transforms, with our boxes."""
     for data, draw in draws(task, images, number):
         image = Image.open(io.BytesIO(data)).convert("RGB")
         if task == EVAL:
@@ -153,7 +158,7 @@ def full_decode(task: str, images: Source, number: int) -> Iterator[npt.NDArray[
 
 
 def ours(name: str, decoder: str) -> Contender:
-    """Return a decoder of lars-train as the loader calls it: into the buffer of a batch, which is reused."""
+    """Return a decoder of lars-train that writes into a reused batch buffer, as in the loader."""
     batch = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
 
     def views(task: str, images: Source, number: int) -> Iterator[npt.NDArray[np.uint8]]:
@@ -164,7 +169,7 @@ def ours(name: str, decoder: str) -> Contender:
 
 
 def source_box(view: Geometry) -> tuple[int, int, int, int]:
-    """Return the box of source pixels that contribute to a view: its own, and the filter's reach beside it."""
+    """Return the box of source pixels that contribute to a view, with the margin of the resize filter."""
     bounds = []
     for axis in (0, 1):
         low, high = view.box[axis], view.box[axis + 2]
@@ -177,7 +182,7 @@ def source_box(view: Geometry) -> tuple[int, int, int, int]:
 
 
 def make_floor(folder: Path) -> Contender:
-    """Return libjpeg-turbo decoding the same crops, and nothing else, compiled in `folder`."""
+    """Compile the floor in `folder`: libjpeg-turbo decoding the same crops, and nothing else."""
     source, compiled = folder / "floor.c", folder / "floor.so"
     source.write_text(FLOOR_C)
     compiler = os.environ.get("CC", "cc")
@@ -193,7 +198,7 @@ def make_floor(folder: Path) -> Contender:
 
 
 def own_contenders(folder: Path, skipped: list[str]) -> list[Contender]:
-    """Return all that run here; note others in `skipped`, with the reason."""
+    """Return all contenders that run here; add others to `skipped`, with the reason."""
     found = [Contender(REFERENCE, reference, full_decode), ours(PILLOW, decoders.PILLOW)]
     if native.is_available():
         found.append(ours(NATIVE, decoders.NATIVE))

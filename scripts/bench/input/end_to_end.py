@@ -1,11 +1,11 @@
-"""The second part of bench_input.py: from stored images to a normalized batch on a device, with workers.
+"""Second part of bench_input.py: whole pipelines, from stored images to normalized batches on a device, with workers.
 
-- reference: as torchvision's own training script: Pillow and v1 transforms to a normalized float32 tensor in torch's
-  DataLoader, default_collate, the batch moved to the device
-- ours: lars_train's loader, with threads and with processes; the batch is moved to the device and normalized there
+- reference: torchvision's training script: Pillow and v1 transforms to a normalized float32 tensor in torch's
+  DataLoader, default_collate, then the copy to the device
+- ours: lars_train's loader, with threads and with processes; the batch is copied to the device and normalized there
 
-The process keeps freed memory, as a training on a CPU does, and so do all contenders' workers. The CPU time of this
-process and its workers counts, from their start to their end; wall time means little if the machine has other work.
+This process and all workers keep freed memory, as training on a CPU does. The CPU time of this process and its workers
+counts, from their start to their end; wall time means little on a machine with other work.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from contenders import BATCH, NORMALIZE, SIZE, VIEW
+from contenders import BATCH, NORMALIZE, REFERENCE, TRAIN, VIEW, reference_transform
 from images import read
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from lars_train.data.dataset import Source
 from lars_train.data.decode import native
@@ -34,18 +33,15 @@ from lars_train.data.loading.stream import PROCESSES, THREADS
 from lars_train.training.device import Precision, keep_freed_memory
 from lars_train.training.device_prefetch import DevicePrefetcher, normalizer
 
-PASSES = 8  # over the images: the start of a stream is then a small part, as in a training
-REFERENCE = "reference"
+PASSES = 8  # over the images, so that the start of a stream is a small part, as in training
 WORKERS = (1, 2)
 
 
 class ReferenceSet(Dataset[tuple[torch.Tensor, int]]):
-    """torchvision's ImageFolder with its training transforms."""
+    """The images with torchvision's training transforms."""
 
     def __init__(self, images: Source) -> None:
-        first = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
-        self.transform = transforms.Compose([*first, transforms.ToTensor(), NORMALIZE])
-        self.images = images
+        self.transform, self.images = reference_transform(TRAIN), images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,7 +87,7 @@ def ours(decoder: str, kind: str, images: Source, workers: int, device: torch.de
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of this process and of its children that have ended."""
+    """Return the CPU time of this process and its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -104,7 +100,7 @@ def measure(images: Source, rounds: int, device: torch.device) -> list[str]:
         if decoder == PILLOW or native.is_available():
             streams |= {f"ours, {name}, {kind}": partial(ours, decoder, kind) for kind in (THREADS, PROCESSES)}
     found: dict[tuple[int, str], list[tuple[float, float]]] = {(w, name): [] for w in WORKERS for name in streams}
-    # What the libraries hold is not searched again at each turn, which would cost the fastest most.
+    # Keep the collections before each turn short: they would cost the fastest contender most.
     gc.collect()
     gc.freeze()
     for number in range(-1, rounds):

@@ -1,7 +1,7 @@
-"""The images of bench_input.py: a folder, a zip or tar shards, and copies packed as `lars-data pack` does.
+"""The images of bench_input.py: a folder, a zip or tar shards, and copies as packed by `lars-data pack`.
 
-They are read through the sources that a training reads through. Only JPEGs that Pillow decodes in full, gray or RGB,
-are used, so that every contender has the same work.
+They are read through lars-train's sources. Only gray or RGB JPEGs that Pillow decodes in full are used, so that every
+contender has the same work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUFFIXES = (".jpg", ".jpeg")
 
 
 class Images(NamedTuple):
-    """A source, the kind of its storage, and how its images were re-encoded, if they were."""
+    """A source, the kind of its storage, and the name of its re-encoding, if any."""
 
     source: Source
     kind: str
@@ -36,10 +36,10 @@ class Images(NamedTuple):
 
 
 def open_images(path: Path, most: int) -> Images:
-    """Return at most `most` of the JPEGs in `path`, evenly spread; of a store, from its training split.
+    """Return at most `most` of the JPEGs in `path`, evenly spread; a store gives its training split.
 
     Raises:
-        ConfigError: there are none, or `path` cannot be opened.
+        ConfigError: `path` cannot be opened, or contains no JPEG.
     """
     tree = open_tree(str(path))
     if isinstance(tree, DirectoryTree):
@@ -61,7 +61,7 @@ def pack_copies(images: Source, folder: Path, encoding: Encoding) -> Source:
     """Return the images re-encoded into a new store in `folder`."""
     originals = folder / "originals"
     for sample in range(len(images)):
-        # A store has at least two classes.
+        # A store needs at least two classes.
         place = originals / ("a" if 2 * sample < len(images) else "b")
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{sample:08d}.jpg").write_bytes(read(images, sample))

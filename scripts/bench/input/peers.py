@@ -1,10 +1,10 @@
-"""Peers of bench_input.py: other libraries, from the bytes of a JPEG and a box to a view, with one thread each.
+"""Peers of bench_input.py: other libraries, which make a view from a JPEG and a box, with one thread each.
 
-All return uint8 and leave normalizing to the device, which is each library's best form. Those that decode whole images
-crop the box and resize it with an antialiased filter; those that decode regions let the decoder crop.
+All return uint8, the fastest form of each library, and leave normalization to the device. Decoders of whole images crop
+the box and resize it with an antialiased filter; decoders of regions crop themselves.
 
-Each library is imported when its peer is made, and tried on two images before anything is measured; one that is not
-installed or fails is skipped, with the reason. `pip install 'lars-train[bench]'` installs those that pip can install.
+A library is imported when its peer is created, and tried on two images before the measurement. A library that is not
+installed or fails is skipped, with the reason. `pip install 'lars-train[bench]'` installs most of them.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def pillow(module: Any, draft: bool) -> Decode:
         width, height = image.size
         shape = draw(width, height)
         if draft:
-            # The smallest of libjpeg's scales in which the box still has the pixels of the view.
+            # The smallest of libjpeg's scales at which the box has enough pixels for the view.
             shares = [shape.size[axis] / (shape.box[axis + 2] - shape.box[axis]) for axis in (0, 1)]
             image.draft("RGB", (int(width * shares[0]), int(height * shares[1])))
         image = image.convert("RGB")
@@ -158,7 +158,7 @@ def pillow_simd(folder: Path) -> Decode:
             del sys.modules[key]
         sys.modules.update(before)
     if folder.resolve() not in Path(str(images.__file__)).resolve().parents:
-        raise ImportError(f"{folder} does not contain it")
+        raise ImportError(f"{folder} does not contain pillow-simd")
     return pillow(images, draft=False)
 
 
@@ -209,7 +209,7 @@ class Region(ctypes.Structure):
 
 def turbojpeg() -> Decode:
     """Return TurboJPEG 3, https://github.com/libjpeg-turbo/libjpeg-turbo/blob/main/src/turbojpeg.h."""
-    try:  # the package of that name has 3.0
+    try:  # the package turbojpeg contains version 3.0
         found = [str(file.locate()) for file in files("turbojpeg") or () if file.name.startswith("libturbojpeg")]
     except PackageNotFoundError:
         found = []
@@ -245,10 +245,10 @@ def turbojpeg() -> Decode:
 
 
 def peer_contenders(folder: Path, images: Source, simd: Path | None, skipped: list[str]) -> list[Contender]:
-    """Return all peers that run here; note others in `skipped`, with the reason.
+    """Return all peers that run here; add others to `skipped`, with the reason.
 
     Args:
-        folder: for what a peer writes.
+        folder: for files that peers write.
         simd: the folder of pillow-simd.
     """
     decoders: dict[str, Callable[[], Decode]] = {
@@ -271,7 +271,7 @@ def peer_contenders(folder: Path, images: Source, simd: Path | None, skipped: li
     if simd is not None:
         decoders["pillow-simd"] = partial(pillow_simd, simd)
     else:
-        skipped.append("pillow-simd: give --pillow-simd DIR, from pip install --no-deps --target DIR pillow-simd")
+        skipped.append("pillow-simd: pip install --no-deps --target DIR pillow-simd, then pass --pillow-simd DIR")
     few = SourceSubset(images, np.arange(min(2, len(images))))
     found = []
     for name in (*decoders, *pipelines):

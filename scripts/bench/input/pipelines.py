@@ -1,7 +1,7 @@
 """Peers of bench_input.py that are whole pipelines: DALI, tf.data and turboloader, with one thread each.
 
-DALI and tf.data get bytes and boxes a batch at a time, as their loaders would read them; turboloader reads a tar by
-itself, with its own crops.
+DALI and tf.data receive batches of bytes and boxes, as from their own loaders; turboloader reads a tar itself and draws
+its own crops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def batches(task: str, images: Source, number: int) -> Iterator[list[tuple[bytes, tuple[int, int, int, int], bool]]]:
-    """Yield batches of bytes, the box (left, top, right, bottom) of the view, and True if it is mirrored."""
+    """Yield batches of bytes, box (left, top, right, bottom), and True for a mirrored view."""
     batch = []
     for data, draw in draws(task, images, number):
         view = draw(*size_of(data))
@@ -37,7 +37,7 @@ def batches(task: str, images: Source, number: int) -> Iterator[list[tuple[bytes
 
 
 def dali(name: str) -> Contender:
-    """Return DALI's decoder of regions with our boxes; image_random_crop is the same with its own boxes."""
+    """Return DALI's decoder of regions with our boxes (image_random_crop would draw its own)."""
     from nvidia.dali import Pipeline, fn, types
 
     pipe = Pipeline(BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
@@ -65,7 +65,7 @@ def dali(name: str) -> Contender:
 
 
 def tensorflow(name: str) -> Contender:
-    """Return tf.data with decode_and_crop_jpeg, which takes the same boxes."""
+    """Return tf.data with decode_and_crop_jpeg and our boxes."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
@@ -103,10 +103,10 @@ def tensorflow(name: str) -> Contender:
 
 
 def turboloader(folder: Path, name: str) -> Contender:
-    """Return its fused loader, to float32 and for training alone; it has no center crop."""
+    """Return turboloader's fused loader to float32. It has no center crop, so it cannot evaluate."""
     from _turboloader import DirectBatchLoader
 
-    # The images are kept, so that no others get their id.
+    # Keeps the images alive, so that no others get their id.
     loaders: dict[int, tuple[Source, Any]] = {}
     batch = np.empty((BATCH, SIZE, SIZE, 3), np.float32)
 

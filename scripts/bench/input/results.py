@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import shared
 from contenders import EVAL, FLOOR, NATIVE, OURS, REFERENCE, TASKS, TRAIN
 
 Key = tuple[str, str, str]
@@ -16,7 +17,7 @@ Key = tuple[str, str, str]
 
 
 class Distance(NamedTuple):
-    """The distance of a contender's pixels from Pillow's full decode, in levels of 255; and the views that differ."""
+    """Mean and largest difference from Pillow's full decode, in levels of 255, and how many views `of` all differ."""
 
     mean: float
     most: int
@@ -28,8 +29,8 @@ class Distance(NamedTuple):
 class Results:
     """Results by contender, task and store.
 
-    `stores`: mean bytes of an image by store; the first is what ratios refer to. `rates`: images per second of CPU time
-    in each round, in the same order in every array.
+    `stores`: mean bytes of an image by store; ratios refer to the first store. `rates`: images per second of CPU time,
+    round by round.
     """
 
     stores: dict[str, float]
@@ -74,7 +75,7 @@ def _cells(results: Results, key: Key, base: str) -> list[str]:
 
 
 def comparisons(results: Results) -> Iterator[str]:
-    """Yield lines that compare ours, native with the fastest peer, and its pixels with Pillow's."""
+    """Yield lines that compare the native decoder with the fastest peer, and its pixels with Pillow's."""
     peers = [name for name in results.contenders if name not in (REFERENCE, *OURS, FLOOR)]
     for store in results.stores:
         for task in TASKS:
@@ -115,7 +116,7 @@ def draw(results: Results, stem: Path) -> None:
         figure = Figure(figsize=(9.5, 1.6 + 0.33 * len(names)), layout="constrained")
         both = figure.subplots(1, len(TASKS), sharex=True, sharey=True)
         for axes, task, title in zip(both, TASKS, ("Training", "Evaluation"), strict=True):
-            # A color and a marker per store, each a little lower than the last, so that none hides another.
+            # A color and a marker per store, each a little lower than the one before, so that none hides another.
             for number, (store, color, marker) in enumerate(zip(results.stores, COLORS, MARKERS, strict=False)):
                 rows = [row for row, name in enumerate(names) if (name, task, store) in results.rates]
                 rates = np.array([results.rates[names[row], task, store] for row in rows])
@@ -134,5 +135,4 @@ def draw(results: Results, stem: Path) -> None:
             axes.grid(alpha=0.3)
         figure.supxlabel("images per CPU-second: median over the rounds, and 10th to 90th percentile")
         figure.legend(*both[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results.stores))
-        figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=160, metadata={"Software": None})
-        figure.savefig(stem.with_name(f"{stem.name}.svg"), metadata={"Date": None})
+        shared.save_figure(figure, stem)

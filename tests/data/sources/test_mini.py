@@ -111,7 +111,7 @@ def test_the_script_reports_differences(tmp_path: Path, capsys: pytest.CaptureFi
     target = tmp_path / "x.zip"
     for present, code, message in (
         (None, 1, "is missing"),
-        (archive(1, b"one"), 0, "is what this script makes"),
+        (archive(1, b"one"), 0, "equals the output of this script"),
         (archive(1, b"two"), 1, "same images, compressed by another version"),
         (archive(2, b"one"), 1, "other images"),
     ):
