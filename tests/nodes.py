@@ -32,9 +32,9 @@ def launcher(endpoint: str, last_call: int) -> list[str]:
     ]
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.02)
 

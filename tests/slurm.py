@@ -68,10 +68,10 @@ def missing() -> str:
     return "" if os.geteuid() == 0 else "slurmd needs root"
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 240, report: Callable[[], str] = str) -> None:
-    """Wait until `true()` holds. On a timeout, fail with `what` and the text that `report` returns."""
+def until(condition: Callable[[], object], what: str, seconds: float = 240, report: Callable[[], str] = str) -> None:
+    """Wait until `condition()` is true. On a timeout, fail with `what` and the text that `report` returns."""
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}\n{report()}"
         time.sleep(0.2)
 

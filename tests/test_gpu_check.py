@@ -177,7 +177,7 @@ def test_different_weights_are_a_failure(tmp_path: Path) -> None:
         ([], {"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: no such program"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], extra: dict[str, str], message: str) -> None:
+def test_bad_input_prints_one_line_and_exits_with_2(arguments: list[str], extra: dict[str, str], message: str) -> None:
     done = run(*arguments, **extra)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"gpu_check.sh: {message}")

@@ -55,10 +55,10 @@ def test_rank_0_prints_and_one_rank_per_machine_reports_errors(
         monkeypatch.setenv(name, value)
     say("a line")
     complain("a fault")
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert is_rank0() is says
-    assert said.out == ("a line\n" if says else "")
-    assert said.err == ("lars-train: a fault\n" if complains else "")
+    assert printed.out == ("a line\n" if says else "")
+    assert printed.err == ("lars-train: a fault\n" if complains else "")
 
 
 def test_long_lines_are_folded_between_words_on_a_terminal(
@@ -175,7 +175,7 @@ def test_large_rates_are_whole_numbers(per_s: float, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (0.4, "0 s"),
         (89.0, "89 s"),
@@ -185,8 +185,8 @@ def test_large_rates_are_whole_numbers(per_s: float, shown: str) -> None:
         (273_600.0, "3 d 4 h"),
     ],
 )
-def test_durations_have_their_two_largest_units(seconds: float, said: str) -> None:
-    assert format_duration(seconds) == said
+def test_durations_have_their_two_largest_units(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_counts_and_seconds_are_checked(shared: ModuleType) -> None:
         ("results/reproduce_scaled_table.py --data nowhere.zip", "--data nowhere.zip: no such file or folder"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(command: str, message: str) -> None:
+def test_bad_input_prints_one_line_and_exits_with_2(command: str, message: str) -> None:
     name, *rest = command.split()
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / name), *rest],

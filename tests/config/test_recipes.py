@@ -157,7 +157,7 @@ def imagenet(recipe: str, batch: str, *more: str) -> Config:
     return resolve(raw)
 
 
-def test_every_row_of_every_recipe_is_pinned_here() -> None:
+def test_every_row_of_every_recipe_is_tested() -> None:
     rows = set()
     for path in (config_dir() / "recipe").glob("*.yaml"):
         content = OmegaConf.load(path)

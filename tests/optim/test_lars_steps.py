@@ -75,7 +75,7 @@ def test_steps_equal_the_base_on_gradients_rescaled_by_hand(base: Base, variant:
 def database() -> list[Any]:
     from torch.testing._internal import common_optimizers
 
-    # Importing it forbids setting torch.backends' flags in the whole process; undo that.
+    # Importing it freezes the flags of torch.backends in the whole process. Undo that.
     torch.backends.__allow_nonbracketed_mutation_flag = True
     return list(common_optimizers.optim_db)
 

@@ -157,7 +157,7 @@ def test_webdataset_reads_every_image_with_its_label(packed: tuple[str, Path]) -
         assert sorted(pairs) == sorted(expected)
 
 
-def test_a_shard_mixes_the_classes(packed: tuple[str, Path]) -> None:
+def test_each_shard_has_several_classes(packed: tuple[str, Path]) -> None:
     for path in (packed[1] / "train").glob("*.tar"):
         labels = [int(sample["cls"]) for sample in webdataset_samples(path)]
         assert len(set(labels)) > 2
@@ -253,7 +253,7 @@ def test_complete_shards_are_not_written_again(root: str, tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         pack(request(root, tmp_path / "store"), silent)
     first, written[:] = list(written), []
-    # A shard that was truncated since then is written again.
+    # A shard that has been truncated is written again.
     os.truncate(tmp_path / "store" / "train" / first[1], 512)
     monkeypatch.setattr(writer.ShardWriter, "__call__", lambda *a: (written.append(a[1].name), write(*a)))
     pack(request(root, tmp_path / "store"), silent)
@@ -341,7 +341,7 @@ def test_the_summary_has_count_and_checksum_of_every_class(packed: tuple[str, Pa
 
 def encoded(size: tuple[int, int], kind: str, mode: str = "RGB", **options: Any) -> bytes:
     file = io.BytesIO()
-    # Opaque colors that change slowly, so that a JPEG comes close to them.
+    # Opaque, slowly changing colors, which a JPEG stores almost exactly.
     y, x = np.mgrid[: size[1], : size[0]]
     waves = [128 + 100 * np.sin(x / (40 + k) + y / 45 + k) for k in range(3)]
     pixels = np.stack([*waves, np.full(x.shape, 255)], -1).astype(np.uint8)
@@ -437,7 +437,7 @@ def test_an_unreadable_file_counts_as_broken(tmp_path: Path) -> None:
     assert len(open_folder(str(tmp_path / "store"), None).train) == 5
 
 
-def test_no_store_without_images_of_every_training_class(tmp_path: Path) -> None:
+def test_packing_needs_images_of_every_training_class(tmp_path: Path) -> None:
     good, bad = IMAGES["wide.jpg"], IMAGES["wide.jpg"][:300]
     files = {f"{split}/{c}/{i}.jpg": good for split in ("train", "val") for c in "ab" for i in range(2)}
     small = {"encoding": Encoding(short=24), "skip": True}

@@ -195,7 +195,7 @@ def test_packing_decodes_each_row_group_twice_in_small_batches(tmp_path: Path, m
     decoded.clear()
     pack(request(str(tmp_path / "hub"), tmp_path / "four", shards=4), silent)
     assert len(decoded) <= 2 * (9 + 3)
-    # Not in the order of the files, so that a reader of whole shards does not meet one class after the other.
+    # Shuffled, so that a reader of whole shards does not get one class after the other.
     assert first != sorted(first)
 
 
@@ -535,7 +535,7 @@ def test_a_label_without_a_class_is_reported_with_its_row(tmp_path: Path, label:
 
 
 @pytest.mark.parametrize("label", ["-1", "1.0", "+1"])
-def test_a_text_label_that_is_an_odd_number_is_refused(tmp_path: Path, label: str) -> None:
+def test_a_text_label_that_is_an_unusual_number_is_refused(tmp_path: Path, label: str) -> None:
     write(
         tmp_path / "hub" / "train.parquet",
         [(b"x", None, "cat"), (b"y", None, label)],

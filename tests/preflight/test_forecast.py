@@ -166,7 +166,7 @@ def test_a_cpu_process_takes_at_most_the_planned_memory(
     model: str, size: int, micro_batch: int, tmp_path: Path
 ) -> None:
     if not Path("/proc/self/status").exists():
-        pytest.skip("no /proc/self/status, which has the peak memory of a process")
+        pytest.skip("needs /proc/self/status for the peak memory of a process")
     settings = (
         f"data=synthetic model={model} data.image_size={size} data.num_classes=1000 model.ghost_batch=16 "
         f"data.train_count={4 * micro_batch} data.val_count={micro_batch} micro_batch={micro_batch} "
@@ -270,7 +270,7 @@ def test_too_few_embedded_images_name_the_plan_for_imagenet() -> None:
     assert planned("batch=32k launch.nodes=4 launch.nproc=8 data=imagenet model=small")["world"] == 32
 
 
-def test_memory_and_rate_are_of_one_precision() -> None:
+def test_memory_and_rate_have_the_same_precision() -> None:
     whole, half = (planned(f"{SMALL} precision={name}")["forecast"] for name in ("fp32", "bf16"))
     with pytest.raises(ConfigError, match=r"plan\.device=v100: there is no cited figure for precision=bf16"):
         planned(f"{SMALL} precision=bf16 plan.device=v100")

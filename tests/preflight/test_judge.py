@@ -166,7 +166,7 @@ def test_differing_versions_configs_and_data_are_reported() -> None:
 
 
 @given(st.floats(-100, 100), st.floats(0, 3))
-def test_only_a_clock_surely_over_a_second_off_is_reported(ahead: float, error: float) -> None:
+def test_only_clocks_certainly_off_by_a_second_are_reported(ahead: float, error: float) -> None:
     found = problems(findings(clocks=(Clock(0.0, 0.0),) * 2 + (Clock(ahead, error),) * 2))
     if abs(ahead) - error > 1:
         assert len(found) == 1

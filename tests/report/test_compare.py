@@ -54,7 +54,7 @@ def test_seeds_share_a_row_with_mean_and_deviation(make_run: MakeRun) -> None:
     ],
     ids=["unfinished", "failed", "stopped", "cut short"],
 )
-def test_unfinished_runs_are_in_no_mean(arguments: dict[str, Any], make_run: MakeRun) -> None:
+def test_unfinished_runs_are_excluded_from_means(arguments: dict[str, Any], make_run: MakeRun) -> None:
     found = rows(
         make_run("a", top1=(1.0, 70.0), seed=1), make_run("b", top1=(90.0,), seed=2, **arguments), make_run("c", seed=3)
     )
@@ -64,7 +64,7 @@ def test_unfinished_runs_are_in_no_mean(arguments: dict[str, Any], make_run: Mak
     assert found[1].published is None
 
 
-def test_a_finished_resumed_run_is_in_the_mean(make_run: MakeRun) -> None:
+def test_a_finished_resumed_run_is_included_in_the_mean(make_run: MakeRun) -> None:
     (row,) = rows(make_run("a", seed=1), make_run("b", seed=2, starts=3))
     assert [run.resumes for run in row.runs] == [0, 2]
 
@@ -94,7 +94,7 @@ def test_a_seed_counts_only_once(make_run: MakeRun) -> None:
     assert [run.directory.name for run in row.repeats] == ["b"]
 
 
-def test_of_equal_seeds_the_complete_run_counts(make_run: MakeRun) -> None:
+def test_among_equal_seeds_the_complete_run_counts(make_run: MakeRun) -> None:
     damaged = make_run("a", top1=(50.0,))
     (damaged / "metrics.jsonl").unlink()
     (row,) = rows(damaged, make_run("b", top1=(60.0,)), make_run("c", top1=(70.0,), seed=1))

@@ -118,7 +118,7 @@ def nobody() -> tuple[str, ...]:
         check = [*command, sys.executable, "-c", "import os, lars_train; os._exit(os.getuid() != 12345)"]
         if shutil.which(command[0]) and not subprocess.run(check, capture_output=True, check=False).returncode:
             return command
-    pytest.skip("neither unshare nor setpriv can start a process of another user here")
+    pytest.skip("neither unshare nor setpriv can start a process as another user")
 
 
 def test_every_command_works_without_a_home_directory(folder: Path) -> None:

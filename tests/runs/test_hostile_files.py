@@ -278,7 +278,7 @@ def test_a_regular_checkpoint_is_evaluated(tmp_path: Path) -> None:
         {"optimizer": 3},
     ],
 )
-def test_a_checkpoint_of_odd_values_is_refused_in_one_line(entry: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_with_odd_values_is_refused_in_one_line(entry: dict[str, Any], tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path / "c", 1, {**content(changed("epochs", 2)), **entry}, keep=3)
     messages = []
     for mode, command in (("export", export), ("train", prepare)):
@@ -494,7 +494,7 @@ def test_an_image_with_a_huge_declared_size_is_not_decoded() -> None:
     raw[16:24] = struct.pack(">II", 10_000, 10_000)  # IHDR: width and height
     raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
     with pytest.raises(BadImage, match="10000x10000 pixels exceed the limit of"):
-        decode(bytes(raw), lambda width, height: pytest.fail("it was decoded"), 8)
+        decode(bytes(raw), lambda width, height: pytest.fail("the image was decoded"), 8)
 
 
 def test_no_text_can_act_on_a_terminal() -> None:
@@ -522,7 +522,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line[1:-1].split("|")]
 
 
-def test_a_table_keeps_its_form_whatever_its_cells_hold() -> None:
+def test_a_table_stays_valid_for_any_cell_contents() -> None:
     row = (EVIL, "a\\|b", "[x](javascript:1)", "`", "<img src=x>", "&lt;", *map(str, range(len(HEADER) - 6)))
     text = markdown_table(HEADER, [row])
     head, _, line = text.split("\n")

@@ -37,9 +37,9 @@ def begin(command: list[str], folder: Path, **options: Any) -> subprocess.Popen[
     )
 
 
-def wait_until(true: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
     end = time.monotonic() + 120
-    while not true():
+    while not condition():
         assert process.poll() is None, (f"the run ended without {what}", *process.communicate())
         assert time.monotonic() < end, f"not within 120 s: {what}"
         time.sleep(0.005)

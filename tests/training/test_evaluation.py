@@ -55,7 +55,7 @@ class NoiseSource:
 
     def read(self, sample: int) -> npt.NDArray[np.uint8]:
         if sample in self.bad:
-            raise OSError("no such luck")
+            raise OSError("read error")
         image: npt.NDArray[np.uint8] = self.pixels[sample]
         return image
 
@@ -172,15 +172,13 @@ def test_a_bad_image_counts_as_wrong_but_not_in_the_loss(world: int) -> None:
         assert (result.top1, result.top5) == pytest.approx((top1, top5))
         assert result.loss == pytest.approx(loss, rel=1e-12)
         assert [(b.sample, b.where, b.reason) for b in result.bad] == [
-            (s, f"/val/{s}.png", "no such luck") for s in source.bad
+            (s, f"/val/{s}.png", "read error") for s in source.bad
         ]
         assert result.values()["val/bad_images"] == 4
 
 
 def test_images_that_are_all_bad_give_no_result() -> None:
-    with pytest.raises(
-        DataError, match=r"none of the 3 validation images can be decoded \(/val/0\.png: no such luck\)"
-    ):
+    with pytest.raises(DataError, match=r"none of the 3 validation images can be decoded \(/val/0\.png: read error\)"):
         split_result(NoiseSource(3, 7, bad=(0, 1, 2)), network(7))
 
 

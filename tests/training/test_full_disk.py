@@ -90,7 +90,7 @@ def fsync(handle: int) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hooked() -> Iterator[None]:
+def audit_hook() -> Iterator[None]:
     sys.addaudithook(DISK.hook)
     threads = torch.get_num_threads()
     yield

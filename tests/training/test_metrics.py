@@ -97,7 +97,7 @@ assert settings() == before, (settings(), before)
 def test_the_peak_uses_tf32_if_convolutions_do(case: str, tmp_path: Path) -> None:
     setting, expected = _SETTINGS[case]
     if "newer" in case and not hasattr(torch.backends.cudnn, "conv"):
-        pytest.skip("this torch has only the older names")
+        pytest.skip("this version of torch has only the older names of the settings")
     done = start([sys.executable, "-c", _MEASURED.format(setting=setting, expected=expected)], tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -152,7 +152,7 @@ def test_an_update_sends_no_more_than_one_ring_all_reduce(compression: str, size
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """Open a process group of one rank."""
+    """Open a process group with one rank."""
     importlib.import_module("torch._dynamo")  # see `process_group`
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield

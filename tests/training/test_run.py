@@ -323,7 +323,7 @@ def test_a_finished_run_is_reported_and_not_trained_again(
     assert (unbroken / "run.json").read_text() == before
 
 
-def test_resume_never_starts_over(unbroken: Path, tmp_path: Path) -> None:
+def test_resume_equals_never_starts_over(unbroken: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     train(directory, max_updates=5)
     train(directory, max_updates=2, resume="never")

@@ -67,7 +67,7 @@ def by_native(data: bytes, view: Geometry, size: int) -> Pixels:
 
 @settings(deadline=None, max_examples=250)
 @given(st.sampled_from(KINDS), st.booleans(), st.integers(1, 700), st.integers(1, 500), st.booleans(), st.data())
-def test_any_view_of_any_kind_has_pillows_pixels(
+def test_every_view_of_every_jpeg_has_pillows_pixels(
     kind: str, progressive: bool, width: int, height: int, small: bool, data: st.DataObject
 ) -> None:
     if small:
@@ -147,7 +147,7 @@ def test_too_many_scans_are_bad_for_either_decoder() -> None:
             decode(more, lambda w, h: view, 16, decoder=choice)
 
 
-def test_either_decoder_has_the_same_bound_of_scans_times_pixels() -> None:
+def test_both_decoders_have_the_same_limit_of_scans_times_pixels() -> None:
     most = decode_module.MAX_SCANNED // (4000 * 4000)
     assert most == 178
     view = Geometry((0, 0, 4000, 4000), (16, 16), 0, (0, 0), False)
@@ -234,7 +234,7 @@ def test_a_file_truncated_anywhere_is_bad_for_both_decoders(kind: str, progressi
 
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from(["4:2:0", "4:4:4", "gray"]), st.booleans(), st.data())
-def test_damaged_files_have_pillows_outcome(kind: str, progressive: bool, data: st.DataObject) -> None:
+def test_damaged_files_have_the_same_outcome_as_pillow(kind: str, progressive: bool, data: st.DataObject) -> None:
     item = bytearray(synthetic_jpeg(kind, 40, 40, progressive, 40))
     # From the frame header on: Pillow parses the segments before it by itself.
     first = next(i for i in range(len(item)) if item[i] == 0xFF and item[i + 1] in (0xC0, 0xC2))

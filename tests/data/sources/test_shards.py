@@ -96,7 +96,7 @@ def test_more_shards_than_may_be_open_can_be_read(store: Path, monkeypatch: pyte
         return len(os.listdir("/proc/self/fd"))
 
     if not Path("/proc/self/fd").exists():
-        pytest.skip("counts the open files in /proc")
+        pytest.skip("needs /proc to count open files")
     monkeypatch.setattr(shards, "_HANDLES", 2)
     before = handles()
     source = open_folder(str(store), None).train
