@@ -27,13 +27,13 @@ from lars_train.training.device_prefetch import RankContext
 from lars_train.training.trainer import Hyper, Trainer
 
 ALL, SUBSET = "all", "subset"
-"""Values of `evaluate.outputs`: the outputs that the prediction is chosen from."""
+"""Values of `evaluate.outputs`: the outputs among which evaluation predicts."""
 
 
 def make_network(config: Config, classes: Sequence[str] | int) -> nn.Module:
-    """Return the config's model for `classes` on the CPU, with weights from ``model.weights`` if set, else initialized.
+    """Return the config's model for `classes`, on the CPU, with the weights of ``model.weights`` or new ones.
 
-    `classes`: their names, which are compared with those of the weights file, or their number.
+    `classes`: the class names, which are compared with those of the weights file, or the number of classes.
     """
     return start_network(config, classes)[0]
 
@@ -54,11 +54,11 @@ class EvaluatedNetwork:
     """A network to evaluate, and the meaning of its outputs."""
 
     network: nn.Module
-    """The first outputs are the data set's classes, in their order."""
+    """The network. Its first outputs are the data set's classes, in the order of the data set."""
     classes: tuple[str, ...]
     """The class of each output."""
     trained: int
-    """The number of outputs that the network was trained with. `network` may have fewer."""
+    """The number of outputs during training. `network` may have fewer."""
     notes: tuple[str, ...]
     """Messages to the user about how the classes were matched."""
 
@@ -68,9 +68,9 @@ def network_to_evaluate(
 ) -> EvaluatedNetwork:
     """Return the network of the checkpoint `content`, or of ``model.weights``, for a data set with these `classes`.
 
-    The classes are some or all of the network's, in any order. With ``evaluate.outputs=subset`` the network keeps only
-    their outputs; with ``all`` the other outputs follow. `numbers`: see `match_classes`. Raises `ConfigError` for a
-    class that the network does not have.
+    The data set may have all classes of the network or a subset, in any order. With ``evaluate.outputs=subset`` the
+    returned network has only the outputs of `classes`; with ``all`` the other outputs follow. `numbers`: see
+    `match_classes`. Raises `ConfigError` for a class that the network does not have.
     """
     if config.model.weights is not None:
         with torch.device("meta"):
@@ -100,13 +100,17 @@ def network_to_evaluate(
 def match_classes(
     weights: Weights, classes: Sequence[str], numbers: Sequence[int] = ()
 ) -> tuple[Sequence[str], list[int], tuple[str, ...]]:
-    """Return a name for each output, the output of each of `classes`, and messages to the user about the match.
+    """Match a data set's `classes` to the outputs of a network, by the first of these rules that applies:
 
-    Classes match by name. If all names on both sides are numbers, they match by number, whatever their leading zeros.
-    Otherwise, names that are whole numbers below the number of outputs, and not classes of the network, are indices of
-    outputs, unless the network's own names are numbers. So are `numbers`, by which the data set's files label classes
-    with other names. Outputs without names are ImageNet's classes if there are 1,000 and `classes` are
-    among those, else `classes` in order. Raises `ConfigError`.
+    1. By name. Outputs without names have ImageNet's names if there are 1,000 and ImageNet has all of `classes`.
+    2. By number, ignoring leading zeros, if all names on both sides are numbers.
+    3. By index, if none of `classes` is a name of the network, and the names are not numbers on both sides: `numbers`,
+       or else names that are whole numbers, are indices of outputs if all are below the number of outputs. `numbers`
+       are the labels of `classes` in the data set's files.
+    4. In order, if the outputs have no names and there are as many as `classes`.
+
+    Return a name for each output, the output of each of `classes`, and messages to the user about the match. Raises
+    `ConfigError` if no rule applies.
     """
     names, count = weights.classes, weights.outputs
     if names is None and count == len(wnids()) and set(classes) <= set(wnids()):
@@ -118,7 +122,7 @@ def match_classes(
     by_number = {_unpadded(label): row for row, label in enumerate(own)} if _are_numbers(own) else {}
     numeric = len(by_number) > 0 and _are_numbers(classes)
     if len(by_number) < len(own):
-        by_number = {}  # 1 and 01 are two classes there
+        by_number = {}  # the network has both 1 and 01
     if numeric:
         found = [by_number[_unpadded(label)] for label in classes if _unpadded(label) in by_number]
         if len({*found}) == len(classes):
@@ -141,16 +145,16 @@ def match_classes(
         return classes, list(range(count)), () if warning is None else (warning,)
     if names is None:
         raise ConfigError(
-            f"{weights.origin}: it has {count:,} outputs, the data set {len(classes):,} classes, and the file does not "
-            "say which output is which class. Name the folders by the numbers of the outputs (from 0), or use a file "
-            "with class names, such as mode=export writes."
+            f"{weights.origin}: the network has {count:,} outputs, the data set has {len(classes):,} classes, and the "
+            "file does not name the classes of the outputs. Name the folders by the numbers of the outputs (from 0), "
+            "or use a file with class names, such as mode=export writes."
         )
     unknown = [label for label in classes if label not in index]
     unknown = [label for label in unknown if _unpadded(label) not in by_number] or unknown
     raise ConfigError(
         f"{weights.origin}: {len(unknown):,} of the data set's {len(classes):,} classes are not among the model's "
-        f"{count:,}: {few(unknown, 5)}; the model has {few(names)}. Choose the data set that it was trained for, or "
-        "give the folders the names of the model's classes."
+        f"{count:,}: {few(unknown, 5)}; the model has {few(names)}. Choose the data set that the model was trained on, "
+        "or give the folders the names of the model's classes."
     )
 
 
@@ -173,7 +177,7 @@ def _unpadded(label: str) -> str:
 
 
 def check_single_samples(config: Config, classes: int) -> None:
-    """Raise `ConfigError` if the model cannot take batch-norm statistics of one image: some layer sees one pixel."""
+    """Raise `ConfigError` if a batch-norm layer has one pixel per image, which gives no variance for a single image."""
     network = _network(config, classes).to("meta").train()
     try:
         network(torch.empty(1, 3, config.data.image_size, config.data.image_size, device="meta"))
@@ -181,12 +185,12 @@ def check_single_samples(config: Config, classes: int) -> None:
         size = config.data.image_size
         if config.batch.size == 1:
             raise ConfigError(
-                f"batch.size=1: an update of one image has no variance for batch norm where {config.model.name} has "
-                f"reduced it to one pixel (data.image_size={size}); use at least 2."
+                f"batch.size=1: {config.model.name} reduces an image to one pixel (data.image_size={size}), where "
+                "batch norm needs more than one image; use at least 2."
             ) from None
         raise ConfigError(
-            f"model.ghost_batch={config.model.ghost_batch}: a ghost batch of one image has no variance where "
-            f"{config.model.name} has reduced it to one pixel (data.image_size={size}); use at least 2."
+            f"model.ghost_batch={config.model.ghost_batch}: {config.model.name} reduces an image to one pixel "
+            f"(data.image_size={size}), where batch norm needs more than one image; use at least 2."
         ) from None
 
 
@@ -200,10 +204,10 @@ def _network(config: Config, outputs: int) -> nn.Module:
 
 
 # Classes of torch.optim that cannot train these networks, with or without LARS.
-_UNFIT = {
-    "LBFGS": "it evaluates the loss again within its step, but this trainer makes one pass per update",
-    "Muon": "it takes only matrices, and these networks consist of convolutions",
-    "SparseAdam": "it takes only sparse gradients, and these networks have dense ones",
+_UNSUPPORTED = {
+    "LBFGS": "it evaluates the loss repeatedly within a step, but lars-train makes one pass per update",
+    "Muon": "it supports only matrices, but these networks consist of convolutions",
+    "SparseAdam": "it supports only sparse gradients, but these networks have dense ones",
 }
 # Keywords that have their own config keys.
 _OWN_KEYS = ("params", "lr", "momentum", "nesterov", "weight_decay")
@@ -212,11 +216,11 @@ _OWN_KEYS = ("params", "lr", "momentum", "nesterov", "weight_decay")
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """Return the optimizer of `model`'s parameters, with the config's peak lr.
 
-    Raises `ConfigError` for a class that torch.optim does not have, and for keywords that the class does not take, at
+    Raises `ConfigError` for a class that is not in torch.optim, and for keywords that the class does not support, at
     all or on the parameters' device.
     """
     if config.kwargs.get("capturable") and any(parameter.device.type == "cpu" for parameter in model.parameters()):
-        raise ConfigError("optimizer.kwargs.capturable=true: it needs CUDA, and this run is on the CPU; remove it.")
+        raise ConfigError("optimizer.kwargs.capturable=true: it needs CUDA, but this run is on the CPU; omit it.")
     return _optimizer(config, model)
 
 
@@ -245,7 +249,7 @@ def build_trainer(
     schedule: Callable[[int], float],
     context: RankContext,
 ) -> Trainer:
-    """Return the trainer of `network`, which is on the context's device, with the config's optimizer. Collective."""
+    """Return a trainer for `network`, which must be on the context's device. Collective."""
     return Trainer(
         network,
         build_optimizer(config.optimizer, network),
@@ -259,7 +263,7 @@ def build_trainer(
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Raise `ConfigError` if `build_optimizer` would, without a model and its device."""
+    """Raise the errors of `build_optimizer` that do not depend on the model and its device."""
     _optimizer(config, nn.Linear(1, 1))
 
 
@@ -268,10 +272,13 @@ def optimizer_class(name: str) -> Any:
     choices = sorted(
         key
         for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer and key not in _UNFIT
+        if isinstance(value, type)
+        and issubclass(value, Optimizer)
+        and value is not Optimizer
+        and key not in _UNSUPPORTED
     )
-    if name in _UNFIT:
-        raise ConfigError(f"optimizer.base={name}: {_UNFIT[name]}; choose another of {', '.join(choices)}.")
+    if name in _UNSUPPORTED:
+        raise ConfigError(f"optimizer.base={name}: {_UNSUPPORTED[name]}; choose another of {', '.join(choices)}.")
     if name not in choices:
         raise ConfigError(
             f"optimizer.base={name}: torch.optim has no such class; it has {', '.join(choices)}."
@@ -303,13 +310,15 @@ def _keywords(config: OptimizerConfig, base_class: Any) -> dict[str, Any]:
         keywords["momentum"] = config.momentum
     if config.nesterov is not None:
         if "nesterov" not in known:
-            raise ConfigError(f"optimizer.nesterov={config.nesterov}: torch.optim.{config.base} has no such momentum.")
+            raise ConfigError(
+                f"optimizer.nesterov={config.nesterov}: torch.optim.{config.base} has no Nesterov momentum."
+            )
         keywords["nesterov"] = config.nesterov
     return keywords
 
 
 def _expected(value: Any, keyword: inspect.Parameter) -> str:
-    """Return the kind of value that `keyword` takes, judged by its default, or an empty string if `value` fits."""
+    """Return the kind of value that `keyword` needs, inferred from its default, or an empty string if `value` fits."""
     default = keyword.default
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "true or false"

@@ -1,16 +1,16 @@
 """Save and load checkpoints: one file per saved update, written atomically and verified before use.
 
-A file is a ``torch.save`` archive of plain values and tensors, so that it loads with ``weights_only=True``, followed by
-a line with the SHA-256 of all its bytes. Readers of archives skip that line. (The archive's own checksums cover its
-records, but not the headers that locate them.) `Run._save` stores:
+A file is a ``torch.save`` archive of plain values and tensors, so that it loads with ``weights_only=True``. A last line
+contains the SHA-256 of all bytes before it, because the archive's own checksums cover its records but not the headers
+that locate them. Readers of archives ignore that line. `Run._save` stores:
 
 - `Trainer.state`: ``update``, ``skipped``, ``model`` (with batch norm's buffers), ``optimizer``, ``scaler``, ``meter``
 - `RunState`: ``best_top1``, ``best_update``, ``seconds``, ``bad``, ``rollbacks``, ``noise``
-- the run: ``config``, ``plan``, ``resolved`` (decisions for the machine), ``classes``, ``fingerprint`` and ``layout``
-  of the data
+- the run: ``config``, ``plan``, ``resolved`` (settings chosen for the machine), ``classes``, ``fingerprint`` and
+  ``layout`` of the data
 - ``format``, the version of this list
 
-There is no random state to save: order and augmentation are functions of the seed (data/order.py).
+There is no random state to save, because order and augmentation are functions of the seed (data/order.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lars_train.messages import first_line, ignore_closed_output, printable
 from lars_train.monitoring.noise import NoiseScale
 
 FORMAT = 1
-# The entries that every reader of a checkpoint relies on.
+# The entries on which every reader of a checkpoint relies.
 _ENTRIES = {
     "update": int,
     "model": dict,
@@ -50,7 +50,7 @@ _ENTRIES = {
 _MARK = b"\nsha256 of the bytes before this line: "
 _TRAILER = len(_MARK) + 64 + 1
 SET_ASIDE = "diverged-"
-"""Prefix of the names of checkpoints that neither a start nor an export may use."""
+"""Name prefix of the checkpoints of a diverged run, which no start and no export uses."""
 _NAME = re.compile(r"update-(\d{9})\.pt")
 
 
@@ -60,12 +60,12 @@ _SURVIVES = {"survives_rollback": True}
 
 @dataclass
 class RunState:
-    """The state of a run that is not the trainer's. A checkpoint holds each field under its name."""
+    """The state of a run apart from the trainer's. A checkpoint stores each field under its name."""
 
     best_top1: float = -math.inf
     best_update: int | None = None
     seconds: float = field(default=0.0, metadata=_SURVIVES)
-    """Wall time of training over earlier starts, without time that a kill undid. In a checkpoint: over all starts."""
+    """Wall time of training over earlier starts, without time whose progress was lost. In a checkpoint: all starts."""
     bad: dict[str, str] = field(default_factory=dict, metadata=_SURVIVES)
     """The images that cannot be decoded: path or URL, and reason."""
     rollbacks: list[dict[str, int]] = field(default_factory=list, metadata=_SURVIVES)
@@ -75,11 +75,11 @@ class RunState:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count the wall time of this start from now on."""
+        """Start counting the wall time of this start."""
         self._started = time.perf_counter()
 
     def total_seconds(self) -> float:
-        """Return the wall time of training over all starts, this one included."""
+        """Return the wall time of training over all starts, including this one."""
         return self.seconds + time.perf_counter() - self._started
 
     def stored(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class RunState:
     def restore(self, content: dict[str, Any], *, rollback: bool = False) -> None:
         """Read the fields from the `content` of a checkpoint. Raises `ConfigError` if one is missing.
 
-        A `rollback` undoes neither the time that has passed nor the bad images and rollbacks so far.
+        With `rollback`, keep the wall time, the bad images and the earlier rollbacks.
         """
         for each in fields(self):
             if not (rollback and each.metadata.get("survives_rollback")):
@@ -99,17 +99,17 @@ class RunState:
 
 
 class DamagedCheckpoint(Exception):
-    """The file is not a complete checkpoint of this program; the message says why."""
+    """The file is not a complete checkpoint of this program. The message gives the reason."""
 
 
 class NewerCheckpoint(DamagedCheckpoint):
-    """A newer version of this program wrote the file. This version cannot use it."""
+    """A newer version of this program wrote the file, and this version cannot read it."""
 
 
 def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: int | None = None) -> Path:
-    """Write the checkpoint of `update`; remove all but the last `keep` and that of `spare`. Return its path.
+    """Write the checkpoint of `update` and return its path. Remove all but the last `keep` and that of `spare`.
 
-    The file gets its name only when it is complete on disk and its checksum matches.
+    The file is renamed to its final name only when it is complete on disk and its checksum matches.
     """
     folder.mkdir(exist_ok=True)
     path = path_of(folder, update)
@@ -130,7 +130,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: i
             raise DamagedCheckpoint("the checksum at its end is missing")
         partial.replace(path)
     except Exception:
-        # On a full disk it would take up the space for later files.
+        # On a full disk the partial file would take up space that later files need.
         discard(partial)
         raise
     sync_folder(folder)
@@ -141,7 +141,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: i
 
 
 def keep_best(folder: Path, update: int) -> None:
-    """Make ``best.pt`` the checkpoint of `update`. It stays when that checkpoint is removed."""
+    """Make ``best.pt`` a hard link to the checkpoint of `update` (or a copy), so that it outlives that file."""
     partial, best = folder / "best.partial", folder / "best.pt"
     partial.unlink(missing_ok=True)
     try:
@@ -153,13 +153,13 @@ def keep_best(folder: Path, update: int) -> None:
             discard(partial)
             raise
     partial.replace(best)
-    # `replace` does nothing if both are already the same file.
+    # If both are already the same file, `replace` leaves the partial one in place.
     partial.unlink(missing_ok=True)
     sync_folder(folder)
 
 
-def take_back_best(folder: Path, update: int, best_update: int | None) -> None:
-    """Remove a ``best.pt`` from after `update`, and link the checkpoint of `best_update` instead if it still exists."""
+def roll_back_best(folder: Path, update: int, best_update: int | None) -> None:
+    """If ``best.pt`` is from after `update`, replace it by the checkpoint of `best_update`, or remove it."""
     best = folder / "best.pt"
     if best.exists():
         try:
@@ -173,13 +173,13 @@ def take_back_best(folder: Path, update: int, best_update: int | None) -> None:
 
 
 def restore_best(folder: Path, best_update: int | None) -> None:
-    """Make ``best.pt`` again if it is missing, for example after a full disk, and its checkpoint still exists."""
+    """Recreate a missing ``best.pt``, for example after a full disk, if its checkpoint still exists."""
     if best_update is not None and not (folder / "best.pt").exists() and path_of(folder, best_update).exists():
         keep_best(folder, best_update)
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Rename the checkpoints after update `after` of a diverged run, so that no start uses them. Return their paths."""
+    """Rename a diverged run's checkpoints after update `after`, so that no start uses them. Return the new paths."""
     later = [path for path in listing(folder) if _update_of(path) > after]
     return [path.replace(path.with_name(path.name.replace("update-", SET_ASIDE))) for path in later]
 
@@ -199,9 +199,9 @@ def _update_of(path: Path) -> int:
 
 
 def remove_later(folder: Path, update: int) -> None:
-    """Remove the checkpoints after `update`, which the run that resumes there replaces, and partly written files.
+    """Remove the checkpoints after `update`, which the resumed run will write again, and partly written files.
 
-    Checkpoints of a newer version of this program stay.
+    Keep the checkpoints of a newer version of this program.
     """
     for path in folder.glob("*.partial"):
         path.unlink(missing_ok=True)
@@ -221,7 +221,7 @@ def _is_newer(path: Path) -> bool:
 
 
 class _Hashing:
-    """A file to be written sequentially, with the SHA-256 of what was written."""
+    """A file for sequential writing that computes the SHA-256 of its content."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -241,9 +241,9 @@ class _Hashing:
 
 
 def verify(path: Path) -> bool:
-    """Return True if the file's checksum matches, False for a complete archive without one, from another program.
+    """Return True if the file's checksum matches, False for a complete archive without a checksum.
 
-    Raises `DamagedCheckpoint` otherwise.
+    Another program may have written such an archive. Raises `DamagedCheckpoint` for all other files.
     """
     with path.open("rb") as file:
         length = path.stat().st_size - _TRAILER
@@ -279,19 +279,19 @@ def _digest(file: IO[bytes], length: int) -> bytes:
 def load(path: Path) -> dict[str, Any]:
     """Return the checkpoint at `path`, on the CPU. Raises `DamagedCheckpoint`."""
     try:
-        own = verify(path)
+        has_checksum = verify(path)
     except OSError as error:
         raise DamagedCheckpoint(f"it cannot be read ({error.strerror})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's message advises loading the file without that protection
+    except pickle.UnpicklingError:  # torch's message advises turning weights_only off, which is unsafe
         raise DamagedCheckpoint(
-            "torch cannot read it as plain values and tensors, and nothing else is loaded"
+            "torch cannot read it as plain values and tensors, the only content that is loaded"
         ) from None
     except Exception as error:
         raise DamagedCheckpoint(f"torch cannot read it ({first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise DamagedCheckpoint("it is not a checkpoint of lars-train; pass a file of weights alone as model.weights")
+        raise DamagedCheckpoint("it is not a checkpoint of lars-train; pass a file with weights only as model.weights")
     if content["format"] > FORMAT:
         raise NewerCheckpoint(f"a newer lars-train wrote it (format {content['format']}; this version reads {FORMAT})")
     missing = _ENTRIES.keys() - content.keys()
@@ -301,8 +301,8 @@ def load(path: Path) -> dict[str, Any]:
     if not wrong and not all(isinstance(name, str) for name in content["classes"]):
         wrong = ["classes"]
     if wrong:
-        raise DamagedCheckpoint(f"its {', '.join(wrong)} has another type than a run writes")
-    if not own:
+        raise DamagedCheckpoint(f"entries with an unexpected type: {', '.join(wrong)}")
+    if not has_checksum:
         raise DamagedCheckpoint("it has no checksum at its end: truncated, or written by another program")
     return content
 
@@ -312,7 +312,9 @@ def value(content: dict[str, Any], *keys: str) -> Any:
     found: Any = content
     for key in keys:
         if not isinstance(found, dict) or key not in found:
-            raise ConfigError(f"the checkpoint has no {'.'.join(keys)}, which every run writes; choose another.")
+            raise ConfigError(
+                f"the checkpoint has no {'.'.join(keys)}, which every run writes; choose another checkpoint."
+            )
         found = found[key]
     return found
 
@@ -324,10 +326,15 @@ def latest(
     check: Callable[[dict[str, Any]], None] = lambda content: None,
     last: int | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest usable checkpoint of a run (of update `last` or before), or None if there is no checkpoint.
+    """Return the newest usable checkpoint of a run, or None if there are no checkpoints.
 
-    Skip a damaged one, and one for which `check` raises `ConfigError`; with `warn`, name each on stderr.
-    Raises `ConfigError` if that leaves none: a run that has lost its state does not silently start over.
+    Skip damaged checkpoints, and those for which `check` raises `ConfigError`. Raises `ConfigError` if all are skipped:
+    a run that has lost its state does not silently start over.
+
+    Args:
+        warn: print a warning to stderr for each checkpoint that is skipped.
+        check: raises `ConfigError` for a checkpoint that does not fit.
+        last: consider only checkpoints of this update or before.
     """
     damaged: list[str] = []
     any_newer = False
@@ -343,10 +350,10 @@ def latest(
             damaged.append(f"{path.name}: {error}")
             any_newer = any_newer or isinstance(error, NewerCheckpoint)
             what = "cannot be used" if isinstance(error, NewerCheckpoint) else "is damaged"
-            text = f"WARNING: checkpoint {path} {what}: {error}. Trying the one before it."
+            text = f"WARNING: checkpoint {path} {what}: {error}. Trying the previous one."
         except ConfigError as error:
             unfit = unfit or ConfigError(f"{path}: {error}")
-            text = f"WARNING: checkpoint {path} does not fit: {error} Trying the one before it."
+            text = f"WARNING: checkpoint {path} does not fit: {error} Trying the previous one."
         if warn:
             with ignore_closed_output():
                 print(printable(text), file=sys.stderr, flush=True)
@@ -355,7 +362,7 @@ def latest(
     if damaged:
         raise ConfigError(
             f"no checkpoint in {folder} can be used ({'; '.join(damaged)}); "
-            f"{'continue with that newer lars-train, or ' if any_newer else ''}start over with resume=never."
+            f"{'use that newer lars-train, or ' if any_newer else ''}start over with resume=never."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Write checkpoints in the background: training waits for the copy to host memory, not for the disk."""
+"""Write checkpoints in the background. Training waits for the copy to host memory, but not for the disk."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from lars_train.training.prepare import SAVED
 class CheckpointWriter:
     """Writes the checkpoints of one run, one after another, in a thread. Ranks other than 0 only call `begin`.
 
-    A failed write does not end the run: the last complete checkpoint stays. `failures` counts the failures and
-    `last_failure` is the reason of the latest, even if a later write succeeded. `seconds`: the time to write and verify
-    the newest complete checkpoint; None before the first. `best_lost`: the update whose checkpoint ``best.pt`` should
-    be, if that could not be written. `saved_update`: the update of the last checkpoint that was begun.
+    A failed write does not end the run, and the last complete checkpoint stays.
+
+    Attributes:
+        failures: the number of failed writes.
+        last_failure: the reason for the latest failure, even if a later write succeeded.
+        seconds: the time to write and verify the newest complete checkpoint; None before the first.
+        best_lost: the update of the best checkpoint, if ``best.pt`` could not be written; otherwise None.
+        saved_update: the update of the last checkpoint that was started.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -38,11 +42,11 @@ class CheckpointWriter:
 
     @property
     def reason(self) -> str:
-        """The reason why the newest checkpoint, or ``best.pt``, is not on disk; empty if both are."""
+        """The reason why the newest checkpoint or ``best.pt`` is not on disk; empty if both are."""
         return self._reason or self._best_reason
 
     def begin(self, update: int) -> None:
-        """Note, on every rank, that the checkpoint of `update` begins now, or that training resumes from it."""
+        """Record, on every rank, that the checkpoint of `update` is started, or that training resumes from it."""
         self.saved_update, self._began_at = update, time.perf_counter()
 
     def is_overdue(self, every_minutes: float | None) -> bool:
@@ -50,32 +54,32 @@ class CheckpointWriter:
         return every_minutes is not None and time.perf_counter() - self._began_at > 60 * every_minutes
 
     def save(self, update: int, content: dict[str, Any]) -> None:
-        """Wait for the previous checkpoint, then start writing that of `update`."""
+        """Wait for the previous checkpoint, then start writing the one of `update`."""
         self.wait()
         self._pending.append(self._thread.submit(self._write, update, host_copy(content)))
 
-    def refuse(self, update: int, reason: str) -> None:
+    def record_failure(self, update: int, reason: str) -> None:
         """Record that the checkpoint of `update` could not be written."""
         self.wait()
         self._reason = self._failed(f"the checkpoint of update {update} cannot be written: {reason}")
 
     def keep_best(self, update: int) -> None:
-        """Keep the checkpoint of `update`, which was passed to `save`, as ``best.pt`` too."""
+        """Also keep the checkpoint of `update`, which was passed to `save`, as ``best.pt``."""
         self._pending.append(self._thread.submit(self._keep_best, update))
 
     def roll_back(self, update: int, best_update: int | None) -> None:
-        """Remove the checkpoints and ``best.pt`` from after `update`, and restore ``best.pt`` from `best_update`."""
+        """Remove the checkpoints after `update`, and ``best.pt`` if it is later; then restore it from `best_update`."""
         checkpoint.remove_later(self._folder, update)
-        checkpoint.take_back_best(self._folder, update, best_update)
+        checkpoint.roll_back_best(self._folder, update, best_update)
 
     def wait(self) -> None:
-        """Wait until every checkpoint that was begun is on disk or has failed."""
+        """Wait until every started checkpoint is on disk or has failed."""
         for future in self._pending:
             future.result()
         self._pending.clear()
 
     def close(self) -> None:
-        """Wait, then end the thread."""
+        """Wait for pending writes, then end the thread."""
         self.wait()
         self._thread.shutdown()
 
@@ -101,7 +105,7 @@ class CheckpointWriter:
         self._put_best()
 
     def _put_best(self) -> None:
-        """Make ``best.pt`` the best checkpoint. If that fails, the next checkpoint tries again."""
+        """Make ``best.pt`` the best checkpoint. After a failure, the next `save` tries again."""
         if self._best is None:
             return
         if not checkpoint.path_of(self._folder, self._best).exists():
@@ -129,7 +133,7 @@ def _reason_of(error: Exception) -> str:
 
 
 def host_copy(value: Any) -> Any:
-    """Return `value` with its tensors, also those in dicts, lists and tuples, copied to host memory."""
+    """Return `value` with all tensors, including those in dicts, lists and tuples, copied to host memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -22,7 +22,7 @@ from lars_train.messages import counted
 
 @dataclass(frozen=True)
 class Precision:
-    """`name`: fp32, fp64, bf16 or fp16. Weights have dtype `weights`; matrix products run in `compute`."""
+    """The dtypes of the precision `name` (fp32, fp64, bf16 or fp16): of the weights, and of matrix products."""
 
     name: str
     weights: torch.dtype
@@ -50,15 +50,15 @@ PRECISIONS = tuple(_PRECISIONS)
 
 
 def cuda_devices(config: Config) -> int:
-    """Return the number of CUDA devices that a run of this config may use; 0 means the CPU.
+    """Return the number of CUDA devices that a run of this config may use; 0 for a run on the CPU.
 
-    Raises `ConfigError` for ``device=cuda`` if there is none.
+    Raises `ConfigError` for ``device=cuda`` without a CUDA device.
     """
     if config.device == "cpu":
         return 0
     count = torch.cuda.device_count()
     if config.device == "cuda" and count == 0:
-        raise ConfigError("device=cuda: torch finds no CUDA device here; use device=cpu or device=auto.")
+        raise ConfigError("device=cuda: torch finds no CUDA device; use device=cpu or device=auto.")
     return count
 
 
@@ -68,7 +68,7 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
     if count == 0:
         return torch.device("cpu")
     if count == 1 and "SLURM_LOCALID" in os.environ:
-        # Slurm may show each task only its own device (--gpus-per-task). If tasks in fact share one, NCCL raises.
+        # Slurm may make only one device visible to each task (--gpus-per-task). If tasks share a device, NCCL raises.
         return torch.device("cuda", 0)
     if ranks.local_rank >= count:
         raise ConfigError(
@@ -79,9 +79,9 @@ def choose_device(config: Config, ranks: Ranks) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """Return the precision called `name`; ``auto`` is the fastest that is safe on the device.
+    """Return the precision `name`; for ``auto``, the fastest precision that is safe on the device.
 
-    Raises `ConfigError` for a precision that the device lacks in hardware.
+    Raises `ConfigError` for a precision that the hardware does not support.
     """
     if name == AUTO:
         return _PRECISIONS[_fastest(device)]
@@ -96,12 +96,12 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def choose_layout(config: Config) -> torch.memory_format:
-    """Return the memory format of images and weights. ``auto``: channels last, the fastest for convolutions."""
+    """Return the memory format of images and weights; for ``auto``, channels_last, the fastest for convolutions."""
     return torch.contiguous_format if config.channels_last is False else torch.channels_last
 
 
 def set_up(config: Config, device: torch.device, threads: int) -> None:
-    """Set up the process: CPU threads and memory, the current device, determinism, seeds."""
+    """Set up the process: CPU threads, CPU memory, current device, determinism and seed."""
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     if device.type == "cpu":
@@ -111,16 +111,16 @@ def set_up(config: Config, device: torch.device, threads: int) -> None:
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Only if it changes: this call imports torch's compiler.
+    # Call it only to change the setting, because the call imports torch's compiler.
     if config.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.deterministic)
 
 
 def choose_threads(config: Config, ranks: Ranks) -> int:
-    """Return this process's CPU threads: from the config, OMP_NUM_THREADS, or its share of the available cores."""
+    """Return the number of CPU threads: from the config, OMP_NUM_THREADS, or this process's share of the cores."""
     if config.launch.threads != AUTO:
         return int(config.launch.threads)
-    # torchrun sets it to 1, regardless of the cores.
+    # Ignore the variable under torchrun, which sets it to 1 regardless of the cores.
     number = os.environ.get("OMP_NUM_THREADS", "")
     if number.isdecimal() and int(number) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return int(number)
@@ -128,7 +128,7 @@ def choose_threads(config: Config, ranks: Ranks) -> int:
 
 
 def choose_workers(config: Config, device: torch.device, ranks: Ranks) -> int:
-    """Return the number of this rank's loader workers. 0 on the CPU, where training already uses all cores."""
+    """Return the number of loader workers of this rank; 0 on the CPU, where training already uses all cores."""
     if config.data.workers != AUTO:
         return int(config.data.workers)
     if device.type == "cpu":
@@ -154,7 +154,7 @@ def _cuda_has_bf16(device: torch.device) -> bool:
 def _cpu_has(*flags: str) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
-    else:  # torch before 2.11 knows these flags of x86, and none of ARM
+    else:  # torch before 2.11 detects these flags of x86, and none of ARM
         capabilities = {
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
             "amx_bf16": torch.cpu._is_amx_tile_supported(),
@@ -169,12 +169,12 @@ _GROW_BY = 64 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Make malloc keep freed memory for the next tensor. Return True if it does.
+    """Make glibc's malloc keep freed memory for the next tensor. Return True on success.
 
-    By default glibc maps each block of more than 32 MiB, unmaps it when it is freed, and returns the top of its heap to
-    the system. The activations of each pass then lie in new pages, which the kernel must clear and map one by one
-    (https://man7.org/linux/man-pages/man3/mallopt.3.html). Settings for malloc in the environment take precedence, and
-    other C libraries stay unchanged.
+    By default, glibc maps each block of more than 32 MiB, unmaps the block when it is freed, and returns the top of the
+    heap to the system. The activations of each pass are then in new pages, which the kernel must clear and map one by
+    one (https://man7.org/linux/man-pages/man3/mallopt.3.html). This function does nothing if the environment has
+    settings for malloc, or with other C libraries.
     """
     set_by_user = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
     if set_by_user or not _is_glibc():
@@ -193,17 +193,17 @@ def _is_glibc() -> bool:
 
 # Larger micro-batches were no faster on any device measured so far, and need more memory.
 MOST_SAMPLES = 256
-# The share of free memory for activations. Gradients, the optimizer's state, the loader's buffers and the allocator's
-# slack need the rest.
+# The share of free memory for activations. The rest is for gradients, the optimizer's state, the loader's buffers and
+# the allocator's overhead.
 SHARE_OF_FREE_MEMORY = 0.4
 # The share of a GPU's memory that a trial leaves free, for NCCL, cuDNN's workspaces and fragmentation.
 SHARE_LEFT_FREE = 0.08
 
 
-def ghosts_by_trying(attempt: Callable[[int], None], *, ghost_batch: int, ghosts: int) -> int:
-    """Return the ghost batches per micro-batch: the largest count for which `attempt` does not run out of memory.
+def find_largest_ghosts(attempt: Callable[[int], None], *, ghost_batch: int, ghosts: int) -> int:
+    """Return the largest number of ghost batches per micro-batch for which `attempt` does not run out of memory.
 
-    `ghosts`: the most ghost batches that a rank has in an update. Raises `ConfigError` if not even one fits.
+    `ghosts`: the maximum number of ghost batches of a rank in an update. Raises `ConfigError` if not even one fits.
     """
     fits, too_many = 0, max(1, min(MOST_SAMPLES // ghost_batch, ghosts)) + 1
     candidate = too_many - 1
@@ -217,7 +217,7 @@ def ghosts_by_trying(attempt: Callable[[int], None], *, ghost_batch: int, ghosts
         candidate = (fits + too_many) // 2
     if fits == 0:
         raise ConfigError(
-            f"one ghost batch of {ghost_batch} images does not fit into the device's memory: choose a smaller "
+            f"one ghost batch of {ghost_batch} images does not fit into the device's memory; choose a smaller "
             "model.ghost_batch or data.image_size."
         )
     return fits
@@ -231,7 +231,7 @@ def try_micro_batch(
     device: torch.device,
     layout: torch.memory_format = torch.channels_last,
 ) -> None:
-    """Run a forward and backward pass of `samples` images on `device`, next to everything that training keeps there.
+    """Run a forward and backward pass of `samples` images, with as much device memory in use as during training.
 
     The model stays unchanged. Raises `torch.OutOfMemoryError`.
     """
@@ -253,12 +253,12 @@ def try_micro_batch(
             torch.cuda.empty_cache()
 
 
-def ghosts_that_fit(
+def estimate_ghosts(
     model: nn.Module, *, ghost_batch: int, image_size: int, ghosts: int, free: int, local_world: int
 ) -> int:
-    """Return the ghost batches per micro-batch that fit in this rank's share of `free` bytes, at least one.
+    """Return the number of ghost batches per micro-batch that fit in this rank's share of `free` bytes, at least one.
 
-    `ghosts`: the most ghost batches that a rank has in an update; `local_world`: the ranks that share `free`.
+    `ghosts`: the maximum number of ghost batches of a rank in an update. `local_world`: the ranks that share `free`.
     """
     per_ghost = activation_bytes(model, ghost_batch, image_size)
     budget = SHARE_OF_FREE_MEMORY * free / local_world
@@ -267,18 +267,19 @@ def ghosts_that_fit(
 
 
 def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
-    """Return the bytes of activations for the backward pass of `samples` float32 images, scaled from a pass of two.
+    """Return the bytes of activations that the backward pass of `samples` float32 images needs.
 
-    Autocast keeps about half, so the count is an upper bound for every precision.
+    The number is scaled up from a pass of two images. Autocast saves about half as much, so this is an upper bound for
+    every precision.
     """
     return sum(kept_tensors(model, samples, image_size))
 
 
 def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
-    """Return the bytes of each tensor that `activation_bytes` counts."""
-    # Not on the meta device, where torch imports its compiler. That takes seconds, and this tenths of a second.
+    """Return the bytes of each tensor that `activation_bytes` sums."""
+    # Run on the CPU, in tenths of a second. On the meta device torch imports its compiler, which takes seconds.
     shadow, tried = copy.deepcopy(model).to("cpu").float().train(), min(samples, 2)
-    # By address: the last layer saves its weight as another tensor, transposed.
+    # Compare addresses, because the last layer saves its weight as another, transposed tensor.
     parameters = {p.data_ptr() for p in shadow.parameters()}
     seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
     sizes: list[int] = []
@@ -297,7 +298,7 @@ def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
 
 
 def free_memory() -> int:
-    """Return the bytes of host memory that are free, within the limits of the system and of the control group."""
+    """Return the bytes of host memory that the system and the control group still allow."""
     return min(_system_available(), _control_group_available())
 
 

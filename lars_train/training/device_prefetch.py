@@ -1,6 +1,6 @@
 """Copy a loader's batches to the device, and normalize the images there.
 
-On CUDA the next batch is copied while the device computes on the current one. On the CPU batches pass unchanged.
+On CUDA, the next batch is copied while the device computes on the current one. On the CPU, batches stay unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RankContext:
     group: Group
     precision: Precision
     normalize: Callable[[Tensor], Tensor]
-    """Maps uint8 images (n, 3, S, S) to the network's input on `device`, see `normalizer`."""
+    """Maps uint8 images (n, 3, S, S) to the network's input on `device`; see `normalizer`."""
     layout: torch.memory_format = torch.channels_last
 
     @classmethod
@@ -52,10 +52,10 @@ def normalizer(
     precision: Precision,
     layout: torch.memory_format = torch.channels_last,
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from uint8 images (n, 3, S, S) to normalized ones on `device`: `precision.compute`, `layout`.
+    """Return a function that maps uint8 images (n, 3, S, S) to normalized images on `device`.
 
-    It computes (pixel / 255 - mean) / std in `precision.weights` as one multiply-add, on CUDA by one kernel that also
-    converts.
+    The function computes (pixel / 255 - mean) / std in `precision.weights` as one multiply-add. On CUDA one kernel also
+    converts the dtype. The result has the dtype `precision.compute` and the memory format `layout`.
     """
     factor = 1 / (torch.tensor(std, dtype=precision.weights) * 255)
     offset = -torch.tensor(mean, dtype=precision.weights) * 255 * factor
@@ -64,11 +64,11 @@ def normalizer(
 
     def normalize(images: Tensor) -> Tensor:
         count, channels, height, width = images.shape
-        # As rows of pixels: in channels_last memory, kernels then process whole vectors, not three values at a time.
+        # View the images as rows of pixels, so that kernels process whole vectors rather than three values at a time.
         rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).reshape(-1, width * channels)
         scale, shift = factor.repeat(width), offset.repeat(width)
         if device.type == "cpu":
-            # On the CPU, one kernel for mixed types would copy all of its inputs.
+            # On the CPU, a kernel with mixed dtypes would copy all of its inputs.
             out = memory.empty(rows.shape, precision.weights).copy_(rows)
             out = torch.addcmul(shift, out, scale, out=out).to(precision.compute)
         else:
@@ -80,7 +80,7 @@ def normalizer(
 
 
 class _ReusedMemory:
-    """Host memory that is reused once no tensor refers to it: fresh pages cost more than the computation on them."""
+    """Host memory that is reused once no tensor refers to it, because new pages cost more than the computation."""
 
     def __init__(self) -> None:
         self._free: queue.SimpleQueue[npt.NDArray[np.uint8]] = queue.SimpleQueue()
@@ -101,8 +101,8 @@ class _ReusedMemory:
 class DevicePrefetcher(Iterator[Batch]):
     """Iterates over a stream's batches on `device`, in order.
 
-    Use a batch's tensors on the CUDA stream that is current when the batch is requested. The prefetcher keeps the
-    source of a copy until the copy is done.
+    Use the tensors of a batch on the CUDA stream that was current when `next` returned the batch. The prefetcher keeps
+    the source of a copy alive until the copy is done.
     """
 
     def __init__(self, batches: Stream, device: torch.device) -> None:
@@ -142,7 +142,7 @@ class DevicePrefetcher(Iterator[Batch]):
             if self._batches.ready():
                 self._ahead.append(self._begin_copy(copies))
         except BaseException as error:
-            # Raise it only after the batch before has been used.
+            # Raise the error only when this batch is requested.
             self._ahead.append(error)
 
     def _begin_copy(self, copies: torch.cuda.Stream) -> Batch:

@@ -1,6 +1,6 @@
-"""Join the ranks in one process group per job, and run the few collectives that the trainer needs.
+"""Open one process group per job, and provide the few collectives that the trainer needs.
 
-With a world size of 1 there is no process group, and every collective is the identity.
+With world size 1 there is no process group, and every collective returns its input.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ T = TypeVar("T")
 _base_store: Store | None = None
 _jobs = _groups = 0
 _FAILURE = "failure"
-# Seconds within which all ranks notice that a rank hangs, and seconds by which NCCL's timeout comes after gloo's, whose
-# error names that rank.
-_APART_S = 5.0
-_LATER_S = 60.0
+# The ranks time out within this many seconds of each other if a rank hangs.
+_TIMEOUT_SPREAD_S = 5.0
+# NCCL's timeout is longer than gloo's by this many seconds, because gloo's error names the rank that hangs.
+_EXTRA_NCCL_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """True on rank 0, which alone writes and prints."""
+        """True on rank 0, the only rank that writes and prints."""
         return self.ranks.first
 
     def all_reduce_sum(self, values: Tensor) -> None:
-        """Replace `values` (any shape, on the rank's device) by their sum over the ranks."""
+        """Replace `values` (any shape, on the rank's device) by the sum over the ranks."""
         if self.ranks.world > 1:
             dist.all_reduce(values)
 
@@ -69,7 +69,7 @@ class Group:
         return int(tensor)
 
     def all_reduce_max(self, values: list[int]) -> list[int]:
-        """Return the elementwise maximum over the ranks. The values are in host memory: no device is waited for."""
+        """Return the elementwise maximum over the ranks. They are in host memory, so no rank waits for a device."""
         if self.ranks.world == 1:
             return values
         tensor = torch.tensor(values)
@@ -78,7 +78,7 @@ class Group:
         return largest
 
     def broadcast_from_rank0(self, value: Any) -> Any:
-        """Return rank 0's `value` (anything that pickles) on every rank."""
+        """Return rank 0's `value` (any object that pickles) on every rank."""
         if self.ranks.world == 1:
             return value
         box = [value]
@@ -86,7 +86,7 @@ class Group:
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return the ranks' values, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.ranks.world == 1:
             return [value]
         values: list[Any] = [None] * self.ranks.world
@@ -94,7 +94,7 @@ class Group:
         return values
 
     def on_rank0(self, work: Callable[[], T]) -> T | None:
-        """Call `work` on rank 0 and return its result there, None elsewhere. Every rank raises its `ConfigError`."""
+        """Call `work` on rank 0. Return its result there and None elsewhere; raise its `ConfigError` on every rank."""
         found, error = None, None
         if self.first:
             try:
@@ -105,19 +105,19 @@ class Group:
         return found
 
     def raise_on_all_ranks(self, error: Exception | None) -> None:
-        """Raise the error of the lowest rank that has one on every rank, so that no rank is left waiting."""
+        """Raise on every rank the `error` of the lowest rank that has one, so that no rank keeps waiting."""
         for found in self.all_gather(error):
             if found is not None:
                 raise found
 
 
 def current_ranks() -> Ranks:
-    """Return the ranks that a launcher set for this process, or those of a single process."""
+    """Return the ranks that a launcher has set for this process, or those of a single process."""
     return adopt() or Ranks()
 
 
 def begin_job() -> None:
-    """Count a new job of this process. Ranks keep equal counts, even if one fails before it joins the others."""
+    """Count a new job of this process, so that the counts of all ranks agree even if one fails before it joins."""
     global _jobs, _groups
     _jobs, _groups = _jobs + 1, 0
 
@@ -126,19 +126,19 @@ def begin_job() -> None:
 def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterator[Group]:
     """Open the process group of one job: NCCL on CUDA, gloo on the CPU. `timeout` is in seconds.
 
-    A process may open several in turn (a sweep), in the same order on every rank. Each has its own key prefix in the
-    launcher's store, so that none reads keys of an earlier one.
+    A process may open several groups in turn (a sweep), in the same order on every rank. Each group has its own key
+    prefix in the launcher's store, so that no group reads the keys of an earlier one.
     """
     global _base_store, _groups
     if ranks.world == 1:
         yield Group(ranks)
         return
-    # DDP imports this module. Imported while a group exists, it keeps a reference to the group: the connections of a
-    # failed rank would then stay open, and the others would wait for it.
+    # DDP imports this module. If the import happens while a group exists, the module keeps a reference to the group.
+    # The connections of a failed rank would then stay open, and the other ranks would wait for it.
     importlib.import_module("torch._dynamo")
     limit = timedelta(seconds=timeout)
     if _base_store is None:
-        # Ranks set by hand may span several Slurm steps, so they get no step's name.
+        # Ranks that the user sets by hand may span several Slurm steps, so their job has no step's name.
         job = "-"
         if "RANK" not in os.environ:
             job = step_name()
@@ -157,14 +157,14 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
         store=PrefixStore("group", store),
         rank=ranks.rank,
         world_size=ranks.world,
-        timeout=limit + timedelta(seconds=_LATER_S) if device.type == "cuda" else limit,
+        timeout=limit + timedelta(seconds=_EXTRA_NCCL_TIMEOUT_S) if device.type == "cuda" else limit,
         device_id=device if device.type == "cuda" else None,
     )
     store.set(f"host{ranks.rank}", platform.node())
     try:
         yield Group(ranks, host=dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None)
     except Stopped:
-        raise  # all ranks raise it together
+        raise  # all ranks raise this together
     except Exception as error:
         raise _first_failure(store, ranks, _name_hanging_ranks(store, ranks, error, timeout)) from error
     finally:
@@ -172,15 +172,15 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
 
 
 def _name_hanging_ranks(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exception:
-    """Return `error`, or for a timeout an error that names the ranks that did not answer.
+    """Return `error` or, if it is a timeout, an error that names the ranks that did not answer.
 
-    The other ranks time out at about the same time, and each sets a mark in the store.
+    The ranks that do not hang time out at about the same time, and each of them sets a key in the store.
     """
     if not any(words in str(error).lower() for words in ("timed out", "timeout")):
         return error
     try:
         store.set(f"waited{ranks.rank}", "1")
-        others, end = set(range(ranks.world)) - {ranks.rank}, time.monotonic() + _APART_S
+        others, end = set(range(ranks.world)) - {ranks.rank}, time.monotonic() + _TIMEOUT_SPREAD_S
         while others and time.monotonic() < end:
             others = {rank for rank in others if not store.check([f"waited{rank}"])}
             time.sleep(0.2)
@@ -191,8 +191,8 @@ def _name_hanging_ranks(store: Store, ranks: Ranks, error: Exception, timeout: f
     except RuntimeError:  # the process that hosted the store has ended
         return error
     named = RuntimeError(
-        f"rank {silent}{more} did not answer for {timeout:g} s (distributed.timeout) and hangs: find out what it waits "
-        "for there (storage, a device, the network); the same command resumes from the last checkpoint."
+        f"rank {silent}{more} did not answer for {timeout:g} s (distributed.timeout) and hangs. Find out what the rank "
+        "waits for (storage, a device, the network); the same command resumes from the last checkpoint."
     )
     if ranks.first:
         # Print now: the launcher reports errors only after the hanging rank has ended.
@@ -202,11 +202,12 @@ def _name_hanging_ranks(store: Store, ranks: Ranks, error: Exception, timeout: f
 
 
 def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
-    """Return a unique name for this start of all ranks, the same on each rank.
+    """Agree on a unique name for this start of the ranks, and return it on each rank.
 
-    torchrun keeps its store across restarts, with the addresses of ended processes in it, and counts restarts on each
-    node separately (https://github.com/pytorch/pytorch/issues/108158), so none of its numbers is a unique name. Instead
-    rank 0 answers every greeting, even of an ended process, and continues once each rank has used its answer.
+    torchrun's store survives restarts, together with the addresses of ended processes. torchrun also counts restarts on
+    each node separately (https://github.com/pytorch/pytorch/issues/108158), so its counts are not unique names. Rank 0
+    therefore draws a name and sends it to every rank that has set a greeting, including greetings of ended processes.
+    Rank 0 continues once each rank has confirmed the name.
 
     Raises `RuntimeError` if a rank does not join within `limit`.
     """
@@ -233,7 +234,7 @@ def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
 
 
 def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
-    """Return the failure that came first. The others follow from it: a failing rank makes the other ranks fail."""
+    """Return the failure that came first on any rank, because a failing rank makes the other ranks fail."""
     mine = json.dumps([ranks.rank, type(error).__name__, str(error)])
     try:
         rank, kind, text = json.loads(store.compare_set(_FAILURE, "", mine))
@@ -252,19 +253,20 @@ def _first_failure(store: Store, ranks: Ranks, error: Exception) -> Exception:
 NONE, BF16 = "none", "bf16"
 
 
-def over_ranks(
+def wrap_in_ddp(
     network: Any, device: torch.device, *, bucket_mb: float = 25.0, compression: str = NONE
 ) -> DistributedDataParallel:
-    """Return `network` in DDP: its gradients are means over the ranks, and within `no_sync` this rank's own.
+    """Wrap `network` in DDP. Gradients are means over the ranks, except within `no_sync`.
 
-    Each gradient is a view of its bucket, so that all-reduce needs no second copy of it in memory.
+    Each gradient is a view of its bucket, so that all-reduce needs no second copy of the gradients in memory.
 
     Args:
-        network: a module, compiled or not, on `device`.
-        bucket_mb: MiB of gradients that one all-reduce sends.
-        compression: ``bf16``: round each rank's gradients to bfloat16 and sum them in it, at half the bytes.
+        network: a module on `device`, compiled or not.
+        bucket_mb: MiB of gradients per all-reduce.
+        compression: with ``bf16``, each rank's gradients are rounded to bfloat16 and summed in bfloat16, which halves
+            the bytes to send.
     """
-    # RunningStatistics computes equal buffers on all ranks, so DDP broadcasts none. torch 2.13 renamed the argument.
+    # DDP need not broadcast buffers: RunningStatistics makes them equal on all ranks. torch 2.13 renamed the argument.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     no_sync: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False

@@ -1,4 +1,4 @@
-"""Evaluate exactly: every validation sample counts once, at any world size and batch."""
+"""Evaluate a network, counting every validation sample exactly once at any world size and batch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ SMALLEST_BATCH = 64
 
 
 def evaluation_batch(micro_batch: int) -> int:
-    """Return the micro-batch of an evaluation in a run with `micro_batch`."""
+    """Return the micro-batch for evaluations in a run that trains with `micro_batch`."""
     return max(micro_batch, SMALLEST_BATCH)
 
 
 @dataclass(frozen=True)
 class Result:
-    """`top1`, `top5` in percent of all `count` samples; `loss` is the mean over the `decoded` ones.
+    """The result of an evaluation.
 
-    A sample that cannot be decoded counts as wrong and is listed in `bad`.
+    `top1` and `top5` are in percent of all `count` samples; `loss` is the mean over the `decoded` samples. A sample
+    that cannot be decoded counts as wrong and is listed in `bad`.
     """
 
     top1: float
@@ -42,7 +43,7 @@ class Result:
     checksum: int = 0
     """`order.checksum` of the counted samples."""
     confusion: Tensor | None = None
-    """int64 (C, C): decoded samples of class i that were classified as j; None if not requested."""
+    """int64 (C, C): the number of decoded samples of class i that were classified as j; None if not requested."""
 
     def values(self) -> dict[str, float]:
         """Return the values by their names in the log."""
@@ -65,12 +66,12 @@ def evaluate_split(
     ended: Callable[[], bool] = lambda: False,
     classes: int | None = None,
 ) -> Result | None:
-    """Evaluate `model` on the whole split `spec.source`, this rank on its part of it. Collective.
+    """Evaluate `model` on the split `spec.source`, of which each rank evaluates a part. Collective.
 
-    Return None if `ended`, called before each batch, was true on any rank. `classes`: see `evaluate`.
+    `ended` is called before each batch; the result is None if it returned True on any rank. `classes`: see `evaluate`.
 
-    Raises `DataError` if no sample can be decoded, and `RuntimeError` if the counted samples are not those of the
-    split, each once.
+    Raises `DataError` if no sample can be decoded, and `RuntimeError` unless every sample of the split was counted
+    exactly once.
     """
     split, (start, stop) = spec.source, spec.bounds()
     batches = DevicePrefetcher(eval_loader(spec), context.device)
@@ -99,17 +100,17 @@ def evaluate(
     ended: Callable[[], bool] = lambda: False,
     classes: int | None = None,
 ) -> Result | None:
-    """Evaluate `model` on this rank's `batches` and sum over the ranks. Collective.
+    """Evaluate `model` on this rank's `batches` and sum the results over the ranks. Collective.
 
-    `on_batch` gets each batch's size. `ended`: see `evaluate_split`. `classes`: count confusions of so many classes.
-    Top-5 of a data set with fewer than 5 classes is taken over all of its classes.
+    `on_batch` is called with the size of each batch. `ended`: see `evaluate_split`. `classes`: the number of classes
+    for a confusion matrix; None for no matrix. With fewer than 5 classes, top-5 counts all of them.
     """
     device, group = context.device, context.group
     was_training = model.training
     model.eval()
-    # float64 keeps counts exact up to 2^53, and sums losses without rounding that would depend on the world size.
+    # In float64, counts are exact up to 2^53, and the rounding of sums of losses does not depend on the world size.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
-    # The last row counts samples that cannot be decoded, whose label is -1.
+    # The last row counts the samples that cannot be decoded, which have the label -1.
     confusion = None if classes is None else torch.zeros((classes + 1) * classes, dtype=torch.int64, device=device)
     samples = 0
     bad: list[BadSample] = []

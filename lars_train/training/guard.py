@@ -1,6 +1,6 @@
-"""Watch a run for divergence, without waiting for the device, and for images that cannot be decoded.
+"""Detect divergence without waiting for the device, and collect images that cannot be decoded.
 
-`Guard` finds a divergence, `RollbackPolicy` decides how the run responds, `BadImages` collects bad images.
+`Guard` finds a divergence, `RollbackPolicy` decides how the run responds, and `BadImages` collects bad images.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from lars_train.training import checkpoint
 from lars_train.training.distributed import Group
 
 DIVERGENCES = "divergence.jsonl"
-"""The file of a run's divergences and the response to each. Only rank 0 writes it."""
+"""The file that lists a run's divergences and the response to each. Only rank 0 writes it."""
 _SHOWN = 5
-# More updates than usual between two checks, which come with log lines and checkpoints.
-_MOST_LOSSES = _MOST_LAYERS = 1024
-# Batches in a row without an update. float16's loss scale starts at 2**16: after so many halvings it is not the cause.
-_MOST_SKIPPED = 60
+# More than the usual number of updates between two checks, which are made with log lines and checkpoints.
+_MAX_LOSSES = _MAX_LAYERS = 1024
+# Batches in a row without an update. float16's loss scale starts at 2**16; so many halvings rule it out as the cause.
+_MAX_SKIPPED = 60
 
 
 @dataclass(frozen=True)
 class Divergence:
     """The first `update` whose loss was above the limit or not finite.
 
-    `quantity`: ``train/loss``, computed from the weights before that update, or ``val/loss``, from those after it.
-
-    `layers`: per adapted parameter (name, |w|, |g|, trust ratio) at update `layers_of`. That is the update before,
-    whose weights gave that loss, or `update` itself if it is the first since a start or rollback. Empty for an
-    optimizer other than LARS, and if more than a thousand updates passed between two checks.
+    Attributes:
+        quantity: ``train/loss``, computed with the weights before the update, or ``val/loss``, with those after it.
+        layers: (name, |w|, |g|, trust ratio) of each adapted parameter at update `layers_of`. Empty for an optimizer
+            other than LARS, and if more than a thousand updates passed between two checks.
+        layers_of: the update before `update`, which made the weights that gave the loss; `update` itself if it is the
+            first one since a start or rollback.
     """
 
     update: int
@@ -57,8 +58,8 @@ class Divergence:
     quantity: str = "train/loss"
 
     @property
-    def sound(self) -> int:
-        """The last update whose weights may be good. Weights that gave an infinite or NaN loss are not."""
+    def last_good_update(self) -> int:
+        """The last update whose weights may be good, which excludes weights that gave an infinite or NaN loss."""
         weights_of = self.update if self.quantity == "val/loss" else self.update - 1
         return weights_of if math.isfinite(self.loss) else weights_of - 1
 
@@ -93,24 +94,24 @@ class Divergence:
 
 
 class Guard:
-    """Keeps the losses of updates on the device, with the norms of the layers, until the host checks them.
+    """Keeps losses and layer norms of updates on the device until the host checks them.
 
-    `max_loss`: the mean loss of a global batch above which an update counts as diverged; None: only a loss that is not
-    finite. All ranks get the same result if they pass the same losses.
+    An update has diverged if the mean loss of its global batch is above `max_loss` or not finite; with None, only if
+    not finite. Ranks that record the same losses get the same result.
     """
 
     def __init__(self, max_loss: float | None) -> None:
-        # At most the largest finite number: infinity is above it, and NaN compares false.
+        # Limit it to the largest finite number, so that infinity is above it. NaN compares false with any number.
         self._max_loss = min(math.inf if max_loss is None else max_loss, sys.float_info.max)
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drop all records, for example after a restore."""
         self._skipped_in_a_row = 0
         # Losses of consecutive updates up to `_last`. Those before `_seen` have been checked.
         self._losses: list[Tensor] = []
         self._began = self._seen = self._last = 0
-        self._layers: deque[Callable[[], Layers] | None] = deque(maxlen=_MOST_LAYERS)
+        self._layers: deque[Callable[[], Layers] | None] = deque(maxlen=_MAX_LAYERS)
 
     def watch(self, update: int, loss: Tensor, optimizer: Optimizer) -> None:
         """Record the mean `loss` (one element, on the device) of `update`, the last update of `optimizer`."""
@@ -119,27 +120,27 @@ class Guard:
             self._began = self._seen = update
         self._last = update
         self._losses.append(loss)
-        if len(self._losses) == _MOST_LOSSES:
-            # One tensor, because each small one takes a whole block of memory.
+        if len(self._losses) == _MAX_LOSSES:
+            # Merge them into one tensor, because each small tensor occupies a whole block of memory.
             self._losses = [self._all_losses()]
         self._layers.append(optimizer.recorded() if isinstance(optimizer, LARS) else None)
 
     def skip(self, update: int) -> None:
         """Count a batch after `update` that made no update.
 
-        Raises `Diverged` if there were more in a row than float16's loss scale explains.
+        Raises `Diverged` if there are more such batches in a row than float16's loss scale can explain.
         """
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > _MOST_SKIPPED:
+        if self._skipped_in_a_row > _MAX_SKIPPED:
             raise Diverged(
                 f"after update {update:,} the gradients of {self._skipped_in_a_row} batches in a row were not finite "
-                "in float16, at any loss scale: choose precision=bf16, or lower optimizer.lr."
+                "in float16, at any loss scale; choose precision=bf16, or lower optimizer.lr."
             )
 
     def found(self, network: nn.Module, lr_of: Any) -> Divergence | None:
         """Return the first divergence since the last check, or None. The host waits for the device.
 
-        `lr_of`: from an update's number to its learning rate.
+        `lr_of`: a function that maps an update's number to its learning rate.
         """
         losses = self._all_losses().tolist() if self._losses else []
         for update, loss in enumerate(losses, start=self._seen):
@@ -147,15 +148,15 @@ class Guard:
                 of = max(update - 1, self._began)
                 return Divergence(update, loss, lr_of(update), self._layers_of(of, network), of)
         self._losses, self._seen = [], self._last + 1
-        # Keep the layers of the last update, for a divergence at the next one.
-        self._layers = deque(list(self._layers)[-1:], maxlen=_MOST_LAYERS)
+        # Keep the layers of the last update, because the next update may diverge.
+        self._layers = deque(list(self._layers)[-1:], maxlen=_MAX_LAYERS)
         return None
 
     def _all_losses(self) -> Tensor:
         return torch.cat([loss.reshape(-1) for loss in self._losses])
 
     def _layers_of(self, update: int, network: nn.Module) -> tuple[tuple[str, float, float, float], ...]:
-        """Return the layers at `update`, or nothing if they are no longer kept."""
+        """Return the layers at `update`, or an empty tuple if they are no longer available."""
         place = update - (self._last - len(self._layers) + 1)
         layers = self._layers[place] if place >= 0 else None
         if layers is None:
@@ -166,10 +167,17 @@ class Guard:
 
 
 class RollbackPolicy:
-    """Decides how a run responds to a divergence: resume from an earlier checkpoint, or stop. Rank 0 records it.
+    """Decides how a run responds to a divergence: resume from an earlier checkpoint, or stop.
 
-    `directory`: the run directory. `newest` loads the newest usable checkpoint of an update or before, and raises
-    `ConfigError` if all are damaged. `newest` and `decide` are collective. `say` prints a line.
+    Rank 0 records the decision.
+
+    Args:
+        config: the limits of rollbacks.
+        directory: the run directory.
+        group: the ranks. `newest` and `decide` are collective.
+        newest: loads the newest usable checkpoint of the given update or before. Raises `ConfigError` if all are
+            damaged.
+        say: prints a line.
     """
 
     def __init__(
@@ -187,14 +195,15 @@ class RollbackPolicy:
     ) -> tuple[dict[str, Any], dict[str, int]]:
         """Return the content of the checkpoint to resume from, and the record of this rollback.
 
-        `rollbacks`: the records of earlier rollbacks; `skipped`: global batches skipped before `divergence`. Raises
-        `Diverged` with the report if the config allows no rollback, or no more, or if no checkpoint is left for one.
+        `rollbacks`: the records of earlier rollbacks. `skipped`: the number of global batches skipped before
+        `divergence`. Raises `Diverged` with the report if the config allows no further rollback, or if there is no
+        checkpoint for one.
         """
         start, lines = None, divergence.lines()
         if self._config.on_divergence == "rollback" and len(rollbacks) < self._config.max_rollbacks:
-            start = self._target(divergence.sound, rollbacks)
+            start = self._target(divergence.last_good_update, rollbacks)
             if start is None:
-                lines.append("No earlier checkpoint is left (checkpoint.keep, checkpoint.every_updates).")
+                lines.append("There is no earlier checkpoint (see checkpoint.keep, checkpoint.every_updates).")
         if start is None:
             self._stop(divergence, lines, len(rollbacks))
         first = start["update"] + start["skipped"]
@@ -210,19 +219,19 @@ class RollbackPolicy:
             self._say(f"WARNING: {line}")
         return start, step
 
-    def _target(self, sound: int, rollbacks: list[dict[str, int]]) -> dict[str, Any] | None:
-        """Return the newest checkpoint of update `sound` or before that may be good, or None.
+    def _target(self, last_good_update: int, rollbacks: list[dict[str, int]]) -> dict[str, Any] | None:
+        """Return the newest checkpoint of update `last_good_update` or before, or None.
 
-        A rollback that has made no progress since the previous one goes further back.
+        If the run has made no progress since the previous rollback, return an earlier checkpoint than that one used.
         """
 
         def newest(last: int) -> dict[str, Any] | None:
             try:
-                return self._newest(min(last, sound))
+                return self._newest(min(last, last_good_update))
             except ConfigError:  # all are damaged
                 return None
 
-        found = newest(sound)
+        found = newest(last_good_update)
         if found is None or found["update"] > max((step["to_update"] for step in rollbacks), default=-1):
             return found
         before = rollbacks[-1]["to_update"]
@@ -234,12 +243,12 @@ class RollbackPolicy:
         after = f" after {counted(rollbacks, 'rollback')}" if rollbacks else ""
         if self._group.first:
             with contextlib.suppress(OSError):
-                renamed = checkpoint.set_aside(self._directory / "checkpoints", divergence.sound)
+                renamed = checkpoint.set_aside(self._directory / "checkpoints", divergence.last_good_update)
                 lines += [f"Set aside: {path}" for path in renamed]
         lines.append(
             f"Stopped{after}; divergence.jsonl in {self._directory} has the report. "
-            "Lower optimizer.lr, raise schedule.warmup_epochs, or resume from the last checkpoint without the "
-            "samples before the divergence (guard.on_divergence=rollback, guard.max_rollbacks)."
+            "Lower optimizer.lr, raise schedule.warmup_epochs, or skip the samples before the divergence by resuming "
+            "from the last checkpoint with guard.on_divergence=rollback (see guard.max_rollbacks)."
         )
         raise Diverged("\n".join(lines))
 
@@ -252,16 +261,19 @@ class RollbackPolicy:
 
 
 def record_divergence(directory: Path, divergence: Divergence, action: dict[str, Any]) -> None:
-    """Append a line with `action`: the response, and where the run resumes. Atomic. Raises OSError."""
+    """Append a line with the divergence and `action` (the response, and where the run resumes), atomically.
+
+    Raises `OSError`.
+    """
     path = directory / DIVERGENCES
     before = path.read_bytes() if path.exists() else b""
     write_atomic(path, [before, json.dumps({**divergence.record(), **action}).encode() + b"\n"])
 
 
-def take_back_divergences(directory: Path, rollbacks: int) -> None:
-    """Keep the lines of the first `rollbacks` rollbacks. A resumed run repeats later ones, which a kill undid.
+def roll_back_divergences(directory: Path, rollbacks: int) -> None:
+    """Remove the lines after the first `rollbacks` rollbacks, because a resumed run repeats later ones.
 
-    A line that a kill truncated is dropped too.
+    Also remove a line that is incomplete because the process was killed.
     """
     path = directory / DIVERGENCES
     if not path.exists():
@@ -277,7 +289,7 @@ def take_back_divergences(directory: Path, rollbacks: int) -> None:
 
 
 def listed_images(path: Path) -> set[str]:
-    """Return the images that ``bad_images.jsonl`` lists. A line that a kill truncated lists none."""
+    """Return the images that ``bad_images.jsonl`` lists. Ignore a line that is incomplete after a kill."""
     listed = set()
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -287,8 +299,8 @@ def listed_images(path: Path) -> set[str]:
     return listed
 
 
-def moved(known: dict[str, str], before: str | None, root: str | None) -> dict[str, str]:
-    """Return the `known` images by their current paths, after the data set moved from `before` (absolute) to `root`."""
+def with_current_paths(known: dict[str, str], before: str | None, root: str | None) -> dict[str, str]:
+    """Return `known` with the images' current paths after the data set moved from `before` (absolute) to `root`."""
     if before is None or root is None:
         return known
     here = root if is_url(root) else str(user_path(root))
@@ -300,9 +312,10 @@ def moved(known: dict[str, str], before: str | None, root: str | None) -> dict[s
 
 
 class BadImages:
-    """The images that cannot be decoded. `known`: path or URL, and reason; the same on every rank after `collect`.
+    """The images that cannot be decoded.
 
-    `known` starts with the images of earlier starts. `collect` adds new ones to that dict.
+    `known` maps the path or URL of an image to the reason. Pass the images of earlier starts; `collect` adds new ones
+    to that dict, after which it is the same on every rank.
     """
 
     def __init__(self, limit: int, group: Group, known: dict[str, str] | None = None) -> None:
@@ -312,14 +325,14 @@ class BadImages:
         self._unwritten: list[str] = []
 
     def note(self, samples: Iterable[BadSample]) -> None:
-        """Add images that this rank has found."""
+        """Add bad images that this rank has found."""
         for sample in samples:
             self._found[sample.where] = sample.reason
 
     def collect(self) -> dict[str, str]:
-        """Combine what the ranks have found; return the new images, by path or URL. Collective.
+        """Combine the ranks' bad images, and return the new ones with reasons, by path or URL. Collective.
 
-        Raises `DataError` on every rank if there are more than the limit.
+        Raises `DataError` on every rank if there are more bad images than the limit.
         """
         everyone = self._group.all_gather(self._found)
         self._found = {}
@@ -338,7 +351,7 @@ class BadImages:
         """Call `collect`. Rank 0 prints the new images and lists them in `path`, even if `collect` raises. Collective.
 
         Args:
-            path: ``bad_images.jsonl``, which lists an image once however often the run resumes.
+            path: ``bad_images.jsonl``, which lists each image once even if the run resumes.
             update: the run's last update.
             say: prints a line.
         """
@@ -357,7 +370,7 @@ class BadImages:
                     self.write(path)
 
     def write(self, path: Path) -> None:
-        """Write the lines that could not be written so far; the next checkpoint relies on them. Raises OSError."""
+        """Write pending lines, on which the next checkpoint relies. Raises `OSError`."""
         if self._unwritten:
             before = path.read_bytes() if path.exists() else b""
             write_atomic(path, [before, "".join(self._unwritten).encode()])

@@ -1,4 +1,4 @@
-"""Measure what a log line reports: gradients and updates of each layer, times, FLOPs relative to the peak."""
+"""Measure values for log lines: gradients and updates of each layer, times, FLOPs relative to the peak."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lars_train.training.device import Precision
 
 @dataclass
 class Measures:
-    """The norms of one update. Call `before_step` before LARS changes the gradients, and `after_step` after the step.
+    """The norms of one update, for the n `parameters` that have gradients. All tensors are on the device.
 
-    `parameters`: the n parameters that have gradients. All tensors are on the device.
+    Call `before_step` before LARS changes the gradients, and `after_step` after the optimizer's step.
     """
 
     parameters: list[nn.Parameter]
@@ -38,7 +38,7 @@ class Measures:
     weight_norm: Tensor
     """|w| of all parameters, a scalar."""
     grad_norm: Tensor
-    """|g| of all, a scalar."""
+    """|g| of all parameters, a scalar."""
     before: list[Tensor] = field(default_factory=list)
 
     @classmethod
@@ -87,9 +87,9 @@ class Measures:
 
 
 class FirstGradient:
-    """Measures |g| of this rank's first micro-batch of an update, before further micro-batches or ranks are added.
+    """Measures |g| of this rank's first micro-batch of an update, without other micro-batches and ranks.
 
-    Hooks read that gradient from the parameters' `grad` during the backward pass, so nothing is computed twice.
+    Hooks read `grad` of each parameter during the backward pass, so no gradient is computed twice.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -101,11 +101,11 @@ class FirstGradient:
             norms.append(torch.linalg.vector_norm(parameter.grad))
 
     @contextmanager
-    def taken(self) -> Iterator[list[Tensor]]:
-        """Yield a list that a backward pass in the context fills with |g| of each parameter, scalars on the device."""
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Yield a list to which a backward pass in the context appends |g| of each parameter, as device scalars."""
         norms: list[Tensor] = []
 
-        # Autograd calls these hooks once the gradient is complete, before those of DDP, which send it.
+        # Autograd calls these hooks when the gradient is complete, before DDP's hooks, which all-reduce the gradient.
         hooks: list[Any] = [p.register_post_accumulate_grad_hook for p in self._parameters]
         handles = [register(lambda parameter: self.take(parameter, norms)) for register in hooks]
         try:
@@ -121,25 +121,25 @@ def small_batch(norms: list[Tensor], factor: Tensor, samples: int) -> Tensor:
     `norms`: per parameter, |g / factor|. `factor` is a scalar on the device.
     """
     squared = (torch.stack(norms).double() * factor).square().sum()
-    # Filled on the device: creating a tensor from numbers would copy from the host and wait.
+    # Use `full_like`, which fills on the device. A tensor from Python numbers would need a copy from the host.
     return torch.stack((squared, torch.full_like(squared, 1 / samples), torch.ones_like(squared)))
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations that training takes, and that the hardware can do."""
+    """The floating-point operations of training, and the peak rate of the hardware."""
 
     per_image: float
-    """Forward and backward."""
+    """Operations per image, forward and backward."""
     peak: float | None
-    """Per second; None: not known, so the log has no ``train/mfu``."""
+    """Operations per second; None if unknown, which leaves ``train/mfu`` out of the log."""
 
 
 @dataclass
 class Interval:
     """The time since the log line of `update`, or since training resumed there. All times are in seconds.
 
-    `started`: on the clock of `time.perf_counter`. `leave_out` moves it forward.
+    `started` is a value of `time.perf_counter`. `exclude` moves it forward.
     """
 
     update: int
@@ -147,25 +147,25 @@ class Interval:
     waited: float = 0.0
     """Time spent waiting for input."""
     saving: float = 0.0
-    """Time spent saving checkpoints, which is excluded from the time of the updates."""
+    """Time spent saving checkpoints, which does not count as time of the updates."""
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Exclude the time of an evaluation."""
         self.started += seconds
 
     def save(self, seconds: float) -> None:
-        """Exclude the time of a checkpoint, and report it separately."""
+        """Exclude the time of saving a checkpoint, which the log reports separately."""
         self.saving += seconds
-        self.leave_out(seconds)
+        self.exclude(seconds)
 
     def values(self, update: int, now: float, *, global_batch: int, flops: Flops) -> dict[str, float]:
         """Return the values for the log line of `update`, by their names in `fields.FIELDS`.
 
         Args:
             update: the last update in the interval, which the device has finished.
-            now: `time.perf_counter()` at that moment.
+            now: `time.perf_counter()` when the device had finished.
             global_batch: images per update.
-            flops: with the peak of all ranks together.
+            flops: the operations, with the total peak of all ranks.
         """
         elapsed = now - self.started
         rate = (update - self.update) * global_batch / elapsed
@@ -178,22 +178,22 @@ class Interval:
         }
 
 
-# A backward pass costs two forward passes: the gradients of inputs and of weights. Chowdhery et al. 2022,
-# https://arxiv.org/abs/2204.02311, appendix B, count "model FLOPs" in this way.
-_PASSES = 3
-# Rows and columns of the matrices: large enough to approach a device's peak, small enough to be quick on a CPU.
-_SIDE = {"cpu": 512, "cuda": 4096}
+# A backward pass costs as much as two forward passes, for the gradients of inputs and of weights. "Model FLOPs" are
+# counted in this way by Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B.
+_FORWARD_EQUIVALENTS = 3
+# Rows and columns of the matrices: enough to approach a GPU's peak, and few enough to be quick on a CPU.
+_MATRIX_SIZE = {"cpu": 512, "cuda": 4096}
 _SECONDS, _LEAST = 0.03, 3
 
 
 def flops_per_image(network: nn.Module, image_size: int) -> int:
-    """Return the floating-point operations that training on one (3, S, S) image takes, forward and backward.
+    """Return the floating-point operations of training on one (3, S, S) image, forward and backward.
 
-    They are the multiplications and additions of convolutions and matrix products. The network stays unchanged.
+    Count the multiplications and additions of convolutions and matrix products. The network stays unchanged.
     """
-    # Only the layers' shapes matter, so the copy has no weights and computes little: 0.02 s for ResNet-50. Torch's
-    # FlopCounterMode counts the same in 0.15 s if torchvision is loaded, and otherwise in 1.1 s, because it imports
-    # torch._dynamo (on one core; the networks of this package do not need torchvision).
+    # Only the layers' shapes matter, so run a copy without weights, which takes 0.02 s for ResNet-50 on one core.
+    # Torch's FlopCounterMode gives the same count in 0.15 s if torchvision is loaded. Otherwise it imports
+    # torch._dynamo and takes 1.1 s, and the networks of this package do not need torchvision.
     nothing = torch.empty(0)
     memo: dict[int, Any] = {id(p): nn.Parameter(nothing) for p in network.parameters()}
     memo |= {id(b): nothing for b in network.buffers()}
@@ -222,41 +222,42 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
     with torch.no_grad():
         shadow(torch.zeros(1, 3, image_size, image_size))
-    return _PASSES * forward
+    return _FORWARD_EQUIVALENTS * forward
 
 
 @functools.cache
 def peak_flops(precision: Precision, device: torch.device, threads: int) -> float:
-    """Return the floating-point operations per second of square matrix products in `precision.compute`, best of a few.
+    """Measure the floating-point operations per second of square matrix products in `precision.compute`.
 
-    On the CPU, with `threads` threads, which the caller has set. The host waits for the device. float32 products use
-    TF32 if convolutions do, which is torch's default. Convolutions would exceed a peak measured without it.
+    The result is the best of a few measurements. The host waits for the device. `threads` is part of the cache key: the
+    caller has set this number of CPU threads. float32 products use TF32 if convolutions do, which is torch's default;
+    convolutions would exceed a peak without TF32.
     """
-    side = _SIDE.get(device.type, _SIDE["cuda"])
-    # A separate generator, so that a run draws the same numbers whether or not this was measured before.
+    side = _MATRIX_SIZE.get(device.type, _MATRIX_SIZE["cuda"])
+    # A separate generator, so that a run draws the same random numbers with or without this measurement.
     draw = torch.Generator(device).manual_seed(0)
     a, b = (torch.rand(side, side, device=device, generator=draw).to(precision.compute) for _ in range(2))
     best, end, done = float("inf"), time.perf_counter() + _SECONDS, 0
-    with _products_as_convolutions():
+    with _matmul_precision_of_cudnn():
         while done < _LEAST or time.perf_counter() < end:
             started = time.perf_counter()
             torch.mm(a, b)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            # The best of several: the first call also initializes the library.
+            # Keep the best of several, because the first call also initializes the library.
             best, done = min(best, time.perf_counter() - started), done + 1
     return 2 * side**3 / best
 
 
 @contextmanager
-def _products_as_convolutions() -> Iterator[None]:
-    """Let CUDA's float32 products use TF32 exactly if cuDNN's convolutions may."""
+def _matmul_precision_of_cudnn() -> Iterator[None]:
+    """Within the context, let CUDA's float32 matrix products use TF32 if and only if cuDNN's convolutions may."""
     products, convolutions = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
-    # torch before 2.9 has only the older name. Newer versions raise for it in a process that has set the newer one.
+    # torch before 2.9 has only the old name. Newer versions raise for the old name once a process has set the new one.
     newer = hasattr(convolutions, "conv")
     name = "fp32_precision" if newer else "allow_tf32"
     before, target = getattr(products, name), getattr(convolutions.conv if newer else convolutions, name)
-    if before == target:  # perhaps because both follow a global setting, which setting one of them would end
+    if before == target:  # Both may follow a global setting, and assigning one of them would detach it.
         yield
         return
     setattr(products, name, target)

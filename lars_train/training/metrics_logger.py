@@ -29,8 +29,13 @@ _SHOWN_IMAGES = 32
 class MetricsLogger:
     """Computes a run's values on every rank, writes them on rank 0, and shows them through `progress`.
 
-    `log`: rank 0's files and TensorBoard events. `interval`: the time since the last log line. `values`: the values of
-    the last log line. `run_left`: the estimate in it of the seconds to the end of the run. `flops`: of one rank.
+    The argument `flops` is that of one rank.
+
+    Attributes:
+        log: the files and TensorBoard events; None except on rank 0.
+        interval: the time since the last log line.
+        values: the values of the last log line.
+        run_left: the estimated seconds to the end of the run, as of the last log line.
     """
 
     def __init__(
@@ -65,23 +70,23 @@ class MetricsLogger:
         self.interval = Interval(self._trainer.update)
 
     def roll_back(self) -> None:
-        """Remove what was logged after the trainer's update, and continue from there."""
+        """Remove log entries after the trainer's update, and continue from there."""
         self.begin()
         if self.log is not None:
             self.log.close()
             self.log = RunLog(self._directory, self._trainer.update)
 
     def keep_images(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield `batches`, and copy the run's first images for TensorBoard."""
+        """Yield `batches`, and keep a copy of the run's first images for TensorBoard."""
         for batch in batches:
             if self._images is None:
                 self._images = batch.images[:_SHOWN_IMAGES].clone()
             yield batch
 
     def log_update(self, info: UpdateInfo, loaded: LoaderStatistics) -> None:
-        """Log the trainer's last update, and the sums of its meter since the last log line. Collective."""
+        """Log the trainer's last update, and the totals of its meter since the last log line. Collective."""
         trainer = self._trainer
-        # The host waits for the device here, once per log line.
+        # The host waits for the device once per log line, here.
         loss, hits, count, bad = trainer.meter.total(trainer.group).tolist()
         trainer.meter.sums.zero_()
         if bad:
@@ -113,24 +118,24 @@ class MetricsLogger:
             self._write_layers(info.lr, info.measures)
 
     def log_evaluation(self, result: Result, seconds: float) -> None:
-        """Log `result`, which took `seconds`. `state` already includes it."""
+        """Log the `result` of an evaluation that took `seconds`. Update `RunState.best_top1` before this call."""
         self._evaluation_seconds = seconds
-        self.interval.leave_out(seconds)
+        self.interval.exclude(seconds)
         self._write({**result.values(), "val/best_top1": self._state.best_top1, "val/seconds": seconds})
 
     def report_bad(self) -> None:
-        """Print the bad images found since the last call, and list them in a file. Collective."""
+        """Print the bad images found since the last call, and add them to ``bad_images.jsonl``. Collective."""
         self.bad.report(self._bad_path, self._trainer.update, self._progress.say)
 
     def end_epoch(self, result: Result | None = None, *, first: bool = False) -> None:
-        """Print the epoch's line, with the evaluation's `result` if it had one. `first`: it is the run's first one."""
+        """Print the epoch's line, with the `result` of its evaluation, if any. `first`: the run's first evaluation."""
         update, plan, best = self._trainer.update, self._trainer.plan, self._state.best_top1
         self._progress.end_epoch(*epoch_fields(update, plan, self.values, result, best, self.run_left))
         if first and result is not None and (note := validation_gap_note(self.values, result)):
             self._progress.say(note)
 
     def finish(self) -> str:
-        """Write the run's settings and results to TensorBoard. Return why events are missing; empty if none are."""
+        """Write the run's settings and results to TensorBoard. Return the reason for missing events, if any, or ""."""
         if self.log is None:
             return ""
         settings = experiment_settings(self._config, self._trainer.plan.global_batch)
@@ -165,7 +170,7 @@ class MetricsLogger:
         return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 
     def _time_left(self, images_per_s: float) -> float:
-        """Return the seconds to the end of the run, at this rate and with evaluations as long as the last one."""
+        """Estimate the seconds to the end of the run from this rate and the duration of the last evaluation."""
         plan, update = self._trainer.plan, self._trainer.update
         evaluations = sum(
             evaluation_is_due(self._config, plan, end)
@@ -193,7 +198,7 @@ class MetricsLogger:
             self._images = None
 
     def _warn_of_failures(self) -> None:
-        """Print the write failures since the last log line."""
+        """Print a warning about failed writes since the last log line."""
         if self.log is not None and self.log.reason != self._reported_reason:
             self._reported_reason = self.log.reason
             if self._reported_reason:

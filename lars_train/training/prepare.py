@@ -20,7 +20,7 @@ from lars_train.training.resolve import check_cache, check_decoder
 from lars_train.training.run_directory import run_directory, runs_of_moved_images
 
 SAVED = ".saved"
-"""The file of a run directory that records that checkpoints were saved."""
+"""The file in a run directory that shows that checkpoints have been saved."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Check config, data and checkpoint against each other. Reads only. Raises `ConfigError`."""
+    """Check that config, data and checkpoint fit together, without writing anything. Raises `ConfigError`."""
     check_optimizer(config.optimizer)
     check_decoder(config)
     dataset = open_dataset(config.data)
@@ -50,7 +50,7 @@ def prepare(config: Config) -> Prepared:
     notes: tuple[str, ...] = () if warning is None else (warning,)
     if config.run.dir is None and config.run.name is None and not directory.exists():
         notes += tuple(
-            f"NOTE: {other} holds the same run with its images in another place; run.dir={other} continues it."
+            f"NOTE: {other} has the same run with its images in another place; to resume that run: run.dir={other}"
             for other in runs_of_moved_images(directory, config, dataset.fingerprint)
         )
     if config.model.weights is not None or config.model.name not in model_names():
@@ -71,11 +71,12 @@ def prepare(config: Config) -> Prepared:
 def continuation(
     prepared: Prepared, *, warn: bool = True, last: int | None = None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest usable checkpoint of this run that fits its model and data; None for a new run. Reads only.
+    """Return this run's newest usable checkpoint that fits its model and data, or None for a new run.
 
-    With `last`, return the newest of that update or before, or None. `warn`: name skipped checkpoints on stderr.
+    With `last`, return the newest checkpoint of that update or before, or None. `warn`: print a warning to stderr for
+    each checkpoint that is skipped. Writes nothing.
 
-    Raises `ConfigError` if none fits, if all are damaged, or if they have been deleted.
+    Raises `ConfigError` if no checkpoint fits, if all are damaged, or if they have been deleted.
     """
 
     def check(content: dict[str, Any]) -> None:
@@ -83,8 +84,8 @@ def continuation(
         check_same_images(content, prepared.dataset)
         if checkpoint.value(content, "layout") != prepared.dataset.layout:
             raise ConfigError(
-                "the store's images lie in other shards than during the training so far, so data.order=shards means "
-                "another order; restore that store, or start over with resume=never."
+                "the store now has its images in other shards, so that data.order=shards gives another order; restore "
+                "the store that the run was trained on, or start over with resume=never."
             )
 
     folder = prepared.directory / "checkpoints"
@@ -92,17 +93,17 @@ def continuation(
     if found is None and last is None and (prepared.directory / SAVED).exists():
         if any(folder.glob(f"{checkpoint.SET_ASIDE}*.pt")):
             raise ConfigError(
-                f"{folder}: the run diverged, and no checkpoint from before that is left; lower optimizer.lr, or start "
-                "over with resume=never."
+                f"{folder}: the run diverged, and there is no checkpoint from before the divergence; lower "
+                "optimizer.lr, or start over with resume=never."
             )
         raise ConfigError(
-            f"{folder}: the run's checkpoints are missing; put them back, or start over with resume=never."
+            f"{folder}: the run's checkpoints are missing; restore them, or start over with resume=never."
         )
     return found
 
 
 def load_continuation(prepared: Prepared, group: Group, last: int | None = None) -> dict[str, Any] | None:
-    """Return the content of the `continuation` that rank 0 finds, on every rank. Collective."""
+    """Return on every rank the content of the checkpoint that `continuation` finds on rank 0. Collective."""
     found = group.on_rank0(lambda: continuation(prepared, last=last))
     path = group.broadcast_from_rank0(found and found[0])
     if path is None:
@@ -111,15 +112,15 @@ def load_continuation(prepared: Prepared, group: Group, last: int | None = None)
 
 
 def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> None:
-    """Raise `ConfigError` if a checkpoint is of another model, or was trained on other classes."""
+    """Raise `ConfigError` if the model or the classes of a checkpoint are not those of this run."""
     theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
     if theirs != model:
-        raise ConfigError(f"the checkpoint is of model {theirs}, not {model}: choose model={theirs}.")
+        raise ConfigError(f"the checkpoint is of model {theirs}, not {model}; choose model={theirs}.")
     if classes != dataset.classes:
         raise ConfigError(
             f"the checkpoint was trained on another data set: it has {len(classes)} classes "
-            f"({', '.join(classes[:3])}, ...), the chosen one {len(dataset.classes)} "
-            f"({', '.join(dataset.classes[:3])}, ...); the checkpoint's was "
+            f"({', '.join(classes[:3])}, ...), the chosen data set has {len(dataset.classes)} "
+            f"({', '.join(dataset.classes[:3])}, ...). The checkpoint was trained with "
             f"data={checkpoint.value(content, 'config', 'data', 'name')}."
         )
 
@@ -129,13 +130,13 @@ def check_same_images(content: dict[str, Any], dataset: Dataset) -> None:
     if content["fingerprint"] != dataset.fingerprint:
         raise ConfigError(
             "the data set is not the one that the checkpoint was trained on (its file names or labels differ, or this "
-            "version reads files that an earlier one skipped, such as .jfif); restore it, or start over with "
-            "resume=never."
+            "version reads files that an earlier version skipped, such as .jfif); restore the data set, or start over "
+            "with resume=never."
         )
 
 
 def _check_same_order(content: dict[str, Any], config: Config, dataset: Dataset) -> None:
-    """Raise `ConfigError` if the rest of a partly trained epoch would be in another order."""
+    """Raise `ConfigError` if a checkpoint is from within an epoch that this run would continue in another order."""
     order, window = (checkpoint.value(content, "config", "data", key) for key in ("order", "window_shards"))
     same = order == config.data.order and checkpoint.value(content, "layout") == dataset.layout
     if order == SHARDS:
@@ -143,7 +144,7 @@ def _check_same_order(content: dict[str, Any], config: Config, dataset: Dataset)
     done = content["update"] + checkpoint.value(content, "skipped")
     if not same and done % checkpoint.value(content, "plan", "updates_per_epoch"):
         raise ConfigError(
-            f"checkpoint.path={config.checkpoint.path}: it was saved within an epoch of data.order={order}"
+            f"checkpoint.path={config.checkpoint.path}: the checkpoint is from within an epoch of data.order={order}"
             f"{f' with data.window_shards={window}' if order == SHARDS else ''}; choose the same order of the same "
             "shards, or a checkpoint from the end of an epoch."
         )
@@ -153,23 +154,23 @@ def _check_position(content: dict[str, Any], config: Config, plan: Plan) -> None
     update, per_epoch = content["update"], checkpoint.value(content, "plan", "updates_per_epoch")
     if per_epoch != plan.updates_per_epoch or update > plan.updates:
         raise ConfigError(
-            f"checkpoint.path={config.checkpoint.path}: it is at update {update} of a run with {per_epoch} updates per "
-            f"epoch, which does not fit this run ({plan.updates} updates, {plan.updates_per_epoch} per epoch); choose "
-            "the same batch and at least as many epochs."
+            f"checkpoint.path={config.checkpoint.path}: update {update} of a run with {per_epoch} updates per epoch "
+            f"does not fit this run ({plan.updates} updates, {plan.updates_per_epoch} per epoch); choose the same "
+            "batch and at least as many epochs."
         )
 
 
 def _check_optimizer_state(content: dict[str, Any], config: Config) -> None:
-    # The settings that decide the form of the optimizer's state.
+    # The settings that determine the form of the optimizer's state.
     keys: tuple[str, ...] = ("base", "decay_norm_bias")
     if config.optimizer.name == "lars":
-        # With the lr inside the momentum, the buffers hold steps rather than gradients.
+        # With the lr inside the momentum, the momentum buffers hold steps rather than gradients.
         keys = (*keys, "adapt_norm_bias", "lr_placement")
     for key in keys:
         mine, theirs = getattr(config.optimizer, key), checkpoint.value(content, "config", "optimizer", key)
         if theirs != mine:
             raise ConfigError(
-                f"checkpoint.path={config.checkpoint.path}: its optimizer state is of optimizer.{key}={theirs}, which "
-                f"does not fit optimizer.{key}={mine}; choose the same, or start from its weights alone (mode=export, "
-                "then model.weights=FILE)."
+                f"checkpoint.path={config.checkpoint.path}: the optimizer state is of optimizer.{key}={theirs}, which "
+                f"does not fit optimizer.{key}={mine}; use the same value, or start from the weights alone "
+                "(mode=export, then model.weights=FILE)."
             )

@@ -1,6 +1,6 @@
 """Resolve the settings that the config leaves to the machine: micro-batch, precision, decoder, threads.
 
-A resumed run keeps these decisions. This module also checks the size of the shard cache, and sets up torch.compile.
+A resumed run keeps these settings. This module also checks the size of the shard cache, and sets up torch.compile.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lars_train.training.device import (
     choose_layout,
     choose_precision,
     choose_threads,
+    estimate_ghosts,
+    find_largest_ghosts,
     free_memory,
-    ghosts_by_trying,
-    ghosts_that_fit,
     try_micro_batch,
 )
 from lars_train.training.distributed import Group
@@ -44,7 +44,7 @@ from lars_train.training.evaluation import evaluation_batch
 class Resolved:
     """The resolved settings of a run. `micro_batch` is in samples.
 
-    `world` and `device` (a device type) are what `threads` was chosen for. `decoder`: NATIVE or PILLOW
+    `threads` was chosen for a world size of `world` and the device type `device`. `decoder` is NATIVE or PILLOW
     (data/decode/pillow.py).
     """
 
@@ -60,7 +60,7 @@ class Resolved:
 def resolve_execution(
     config: Config, plan: Plan, network: nn.Module, device: torch.device, group: Group, stored: dict[str, Any] | None
 ) -> Resolved:
-    """Resolve the settings that the config leaves open, or keep those in `stored` (from a checkpoint). Collective.
+    """Resolve the settings that the config leaves open. Keep those in `stored`, from a checkpoint. Collective.
 
     Raises `ConfigError` for a precision that the device does not support, for a decoder that is not available, or if
     not even one ghost batch fits into the device's memory.
@@ -75,8 +75,8 @@ def resolve_execution(
     if config.micro_batch != AUTO:
         ghosts = check_micro_batch(plan, int(config.micro_batch))
     elif device.type == "cuda":
-        # Try a stored micro-batch too: this device may have less memory than the one it was chosen on.
-        ghosts = ghosts_by_trying(
+        # Also try a stored micro-batch, because this device may have less memory than the one that it was chosen for.
+        ghosts = find_largest_ghosts(
             lambda count: try_micro_batch(
                 network, count * plan.ghost_batch, size, precision, device, choose_layout(config)
             ),
@@ -86,7 +86,7 @@ def resolve_execution(
     elif known is not None:
         ghosts = known
     else:
-        ghosts = ghosts_that_fit(
+        ghosts = estimate_ghosts(
             network,
             ghost_batch=plan.ghost_batch,
             image_size=size,
@@ -94,7 +94,7 @@ def resolve_execution(
             free=free_memory(),
             local_world=ranks.local_world,
         )
-    # The same for every rank: the slowest one sets the pace anyway, and one number can be recorded.
+    # Use the same for every rank: the slowest rank determines the speed anyway, and the record needs only one number.
     ghosts = group.all_reduce_min(min(ghosts, most), device)
     threads = choose_threads(config, ranks)
     if kept and config.launch.threads == AUTO and (kept.world, kept.device) == (ranks.world, device.type):
@@ -112,16 +112,16 @@ def resolve_execution(
 
 
 def check_decoder(config: Config) -> None:
-    """Raise `ConfigError` if the decoder that the config names is not available. Touches no device."""
+    """Raise `ConfigError` if the config's decoder is not available. Uses no device."""
     if config.data.decoder == NATIVE and not native.is_available():
         raise _no_decoder("the decoder in C is not available.")
 
 
 def choose_decoder(config: Config, stored: str | None, group: Group, device: torch.device) -> str:
-    """Return the config's decoder, else `stored`, else the fastest; the same on every rank. Collective.
+    """Return the config's decoder, or else `stored`, or else the fastest; the same on every rank. Collective.
 
-    An unknown `stored` name, from another version's checkpoint, is ignored. Raises `ConfigError` if the config names a
-    decoder that any rank lacks.
+    An unknown `stored` name, which may come from another version's checkpoint, is ignored. Raises `ConfigError` if the
+    config names a decoder that is missing on any rank.
     """
     check_decoder(config)
     setting = config.data.decoder
@@ -135,20 +135,20 @@ def choose_decoder(config: Config, stored: str | None, group: Group, device: tor
 
 
 def decoder_lines(setting: str, chosen: str, stored: str | None, split: Source) -> Iterator[str]:
-    """Yield lines about the decoder for the start of a run; none if `split` has no JPEGs.
+    """Yield lines about the decoder to print at the start of a run; none if `split` has no JPEGs.
 
     Args:
         setting: the config's ``data.decoder``.
         chosen: the return value of `choose_decoder`.
-        stored: the decoder of the run so far; None for a new run.
-        split: the images to be decoded.
+        stored: the decoder of the run up to now; None for a new run.
+        split: the images to decode.
     """
     if not native.has_jpegs(split):
         return
     if stored is not None and chosen != stored:
         yield (
-            f"WARNING: this run has decoded JPEGs with {stored} so far, and uses {chosen} from here on: pixels differ "
-            "by at most 1 level, so the weights will not be bit-identical to those of a run without this change."
+            f"WARNING: this run has decoded JPEGs with {stored} so far, and now uses {chosen}. Pixels differ by at "
+            "most 1 level, so the weights will not be bit-identical to those of a run without this change."
         )
     if setting != AUTO or chosen == NATIVE:
         return
@@ -159,7 +159,7 @@ def decoder_lines(setting: str, chosen: str, stored: str | None, split: Source) 
         )
     elif stored == PILLOW:
         yield (
-            "NOTE: Pillow decodes the JPEGs, as at the start of this run; data.decoder=native is faster, but some "
+            "NOTE: Pillow decodes the JPEGs, as at the start of this run. data.decoder=native is faster, but some "
             "pixels may differ by 1 level."
         )
     else:
@@ -173,10 +173,10 @@ def _no_decoder(reason: str) -> ConfigError:
 def check_cache(
     config: Config, dataset: Dataset, plan: Plan | None, *, micro_batch: int = 1, ranks: Ranks | None = None
 ) -> None:
-    """Raise `ConfigError` if the shard cache is too small for what this machine's ranks may hold at once.
+    """Raise `ConfigError` if the cache is too small for the shards that this machine's ranks may use at once.
 
-    Local data needs no cache. `plan`: None for an evaluation alone. Before a device is chosen, `micro_batch` and
-    `ranks` are unknown; their defaults give the least that any run needs.
+    Local data needs no cache. `plan`: None for an evaluation alone. The defaults of `micro_batch` and `ranks`, for use
+    before they are known, give the minimum that any run needs.
     """
     train, val, ranks = dataset.train, dataset.val, ranks or Ranks()
     if not isinstance(train, RemoteSource) or not isinstance(val, RemoteSource):
@@ -201,7 +201,7 @@ def check_cache(
     if needed > config.data.cache_gb * 1e9:
         fewer = ", or reduce data.window_shards" if plan is not None else ""
         raise ConfigError(
-            f"data.cache_gb={config.data.cache_gb:g}: up to {_gb(needed)} are in use at once ({' and '.join(uses)}); "
+            f"data.cache_gb={config.data.cache_gb:g}: the run uses up to {_gb(needed)} at once ({' and '.join(uses)}); "
             f"set data.cache_gb={_rounded_up(needed)} or more{fewer}."
         )
 
@@ -214,21 +214,21 @@ def _rounded_up(count: int) -> str:
     return f"{count / 1e9 * 1.005:.3g}"
 
 
-_INSTEAD = "compile=false trains without it, to the same result up to rounding."
+_WITHOUT_COMPILER = "compile=false gives the same result up to rounding."
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise `ConfigError` if torch.compile does not work on the device. Takes seconds, to compile a line of code."""
+    """Raise `ConfigError` if torch.compile does not work on the device. Compiles one line of code, in seconds."""
     missing = missing_tool(device)
     if missing is not None:
-        raise ConfigError(f"compile=true: torch.compile needs {missing}, which was not found; {_INSTEAD}")
+        raise ConfigError(f"compile=true: torch.compile needs {missing}, which was not found; {_WITHOUT_COMPILER}")
     try:
         _keep_compiled()
         torch.compile(_add_relu, dynamic=False)(torch.zeros(8, device=device))
-    except Exception as error:  # the compiler, and the C++ compiler that it calls, may raise anything
+    except Exception as error:  # torch's compiler, and the C++ compiler that it runs, may raise anything
         line = first_line(str(error).strip())
         raise ConfigError(
-            f"compile=true: torch.compile does not work here ({type(error).__name__}: {line}); {_INSTEAD}"
+            f"compile=true: torch.compile does not work here ({type(error).__name__}: {line}); {_WITHOUT_COMPILER}"
         ) from None
 
 
@@ -237,17 +237,17 @@ def _add_relu(values: Tensor) -> Tensor:
 
 
 def missing_tool(device: torch.device) -> str | None:
-    """Return the tool that torch.compile needs for the device and this machine lacks, or None."""
+    """Return the name of a tool that torch.compile needs for the device if it is not installed, else None."""
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "triton"
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
     return None if any(map(shutil.which, compilers)) else "a C++ compiler"
 
 
-def compiled_of(network: nn.Module) -> Any:
+def compile_network(network: nn.Module) -> Any:
     """Return `network` compiled by torch.compile, with the same parameters.
 
-    Each micro-batch size is compiled separately: a run has few sizes, and code for any size is slower.
+    Each micro-batch size is compiled separately, because a run has few sizes, and code for dynamic sizes is slower.
     """
     _keep_compiled()
     return torch.compile(network, dynamic=False)

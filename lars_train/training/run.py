@@ -1,4 +1,4 @@
-"""Run a training on one rank, from its last checkpoint to its end: updates, log lines, evaluations, checkpoints."""
+"""Train on one rank, from the last checkpoint to the end: updates, log lines, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lars_train.training.device import choose_precision, choose_workers, set_up
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split, evaluation_batch
-from lars_train.training.guard import BadImages, Divergence, RollbackPolicy, moved, take_back_divergences
+from lars_train.training.guard import BadImages, Divergence, RollbackPolicy, roll_back_divergences, with_current_paths
 from lars_train.training.metrics import Flops, flops_per_image, peak_flops
 from lars_train.training.metrics_logger import MetricsLogger
 from lars_train.training.prepare import Prepared, load_continuation
@@ -39,8 +39,10 @@ from lars_train.training.resolve import check_cache, check_compiler, decoder_lin
 class Run:
     """A training run on one rank. The constructor and `train` are collective.
 
-    `resumed_at`: the update that this start, or the last rollback, resumed from. `result`: of the last evaluation.
-    `incomplete`: what the finished run lacks apart from its weights and its metrics, which are complete.
+    Attributes:
+        resumed_at: the update from which this start or the last rollback resumed.
+        result: the result of the last evaluation.
+        incomplete: a line for each part that is missing from the finished run. Weights and metrics are always complete.
     """
 
     def __init__(self, prepared: Prepared, group: Group, device: torch.device) -> None:
@@ -51,7 +53,7 @@ class Run:
         network = make_network(config, dataset.classes)
         stored = checkpoint.value(start, "resolved") if start is not None else None
         self.resolved = resolve_execution(config, plan, network, device, group, stored)
-        self.decoded_so_far = None if stored is None else stored["decoder"]
+        self.previous_decoder = None if stored is None else stored["decoder"]
         set_up(config, device, self.resolved.threads)
         precision = choose_precision(self.resolved.precision, device)
         self.context = RankContext.from_config(config, device, group, precision)
@@ -60,11 +62,11 @@ class Run:
         check_cache(config, dataset, plan, micro_batch=self.resolved.micro_batch, ranks=group.ranks)
         network = self.context.place(network)
         self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
-        # Not on a CPU: other processes share it, so its measured peak depends on the moment.
+        # No peak for a CPU, because other processes share it and the measurement depends on them.
         peak = None if device.type == "cpu" else peak_flops(precision, device, self.resolved.threads)
         self.flops = Flops(flops_per_image(network, config.data.image_size), peak)
         if config.compile:
-            self.progress.say("compile        on: a minute or two for each micro-batch size, less if it is cached")
+            self.progress.say("compile        on: a minute or two for each micro-batch size, less if cached")
             group.on_rank0(lambda: check_compiler(device))
         self.trainer = build_trainer(config, plan, network, make_schedule(plan, config), self.context)
         self.state = RunState()
@@ -77,7 +79,7 @@ class Run:
         if group.first:
             checkpoint.remove_later(checkpoints, self.trainer.update)
             checkpoint.restore_best(checkpoints, self.state.best_update)
-            take_back_divergences(directory, len(self.state.rollbacks))
+            roll_back_divergences(directory, len(self.state.rollbacks))
         self.writer = CheckpointWriter(checkpoints, config.checkpoint.keep)
         self.logger = MetricsLogger(
             config,
@@ -116,11 +118,12 @@ class Run:
             self.trainer.restore(start)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"the checkpoint's state does not fit this run: {first_line(str(error))}; start over with resume=never."
+                f"the state in the checkpoint does not fit this run: {first_line(str(error))}; start over with "
+                "resume=never."
             ) from error
         self.state.restore(start)
         root = checkpoint.value(start, "config", "data", "root")
-        self.state.bad = moved(self.state.bad, root, self.config.data.root)
+        self.state.bad = with_current_paths(self.state.bad, root, self.config.data.root)
 
     def train(self) -> dict[str, Any]:
         """Train to the end. Return the content of ``final.json``."""
@@ -128,12 +131,12 @@ class Run:
         self.begin()
         try:
             with self.signals:
-                if self.resumed_at and self._evaluation_is_due():  # the run may have ended before that evaluation
+                if self.resumed_at and self._evaluation_is_due():  # the last start may have ended before it evaluated
                     self._roll_back(self._evaluate())
                 if self.trainer.update == 0 and self.config.guard.on_divergence == "rollback":
                     self._save()
                 while self.trainer.update < self.plan.stop:
-                    self._roll_back(self._updates_in_order())
+                    self._roll_back(self._train_until_divergence())
                 return self._finish()
         finally:
             self.close()
@@ -144,7 +147,7 @@ class Run:
         lines = [
             *startup_lines(config, self.plan, resolved, self.prepared.directory, self.resumed_at, dataset.inventory),
             flops_line(self.flops.per_image, self.flops.peak),
-            *decoder_lines(config.data.decoder, resolved.decoder, self.decoded_so_far, dataset.train),
+            *decoder_lines(config.data.decoder, resolved.decoder, self.previous_decoder, dataset.train),
         ]
         for line in lines:
             self.progress.say(line)
@@ -162,8 +165,8 @@ class Run:
         self.writer.close()
         self.logger.close()
 
-    def _updates_in_order(self) -> Divergence | None:
-        """Make updates to the end, until a divergence, or until the loader ends early because batches were skipped."""
+    def _train_until_divergence(self) -> Divergence | None:
+        """Make updates until the end, a divergence, or the end of a loader that skipped batches have exhausted."""
         last = self.plan.stop + self.trainer.skipped
         with closing(self._batches()) as batches:
             while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:
@@ -183,7 +186,7 @@ class Run:
         config, per_epoch = self.config, self.plan.updates_per_epoch
         epoch, done = divmod(self.trainer.update, per_epoch)
         if done == 0 or self.trainer.update == self.resumed_at:
-            # max_updates may end the run within the epoch.
+            # With max_updates, the run may end within the epoch.
             self.progress.start_epoch(epoch, min(per_epoch, self.plan.stop - epoch * per_epoch), done)
         update = self.trainer.update + 1
         log_now = log_is_due(config, self.plan, update)
@@ -196,11 +199,11 @@ class Run:
         if log_now:
             self.logger.log_update(info, batches.statistics())
         self.progress.advance(self.logger.values, self.logger.run_left)
-        # The clock of rank 0 decides.
+        # All ranks follow the clock of rank 0.
         overdue_here = self.group.first and self.writer.is_overdue(config.checkpoint.every_minutes)
         signal_number, overdue = self.group.all_reduce_max([self.signals.received, overdue_here])
         save_now = signal_number or overdue or checkpoint_is_due(config, self.plan, update)
-        # Before the checkpoint, so that a diverged run saves none.
+        # Check before saving, so that a diverged run saves no checkpoint.
         if log_now or save_now:
             divergence = self.trainer.divergence()
             if divergence is not None:
@@ -210,15 +213,15 @@ class Run:
         if signal_number:
             self._stop(signal_number)
         if self._evaluation_is_due():
-            return self._evaluate_in_turn()
+            return self._save_and_evaluate()
         if update % per_epoch == 0:
             self.logger.end_epoch()
         return None
 
-    def _evaluate_in_turn(self) -> Divergence | None:
+    def _save_and_evaluate(self) -> Divergence | None:
         """Save a checkpoint, evaluate, and print the epoch's line. Collective."""
         if self.writer.saved_update != self.trainer.update:
-            # A termination signal during the evaluation then loses no updates.
+            # So a termination signal during the evaluation loses no updates.
             self._save()
         first = self.state.best_top1 == -math.inf
         divergence = self._evaluate()
@@ -230,7 +233,10 @@ class Run:
         return evaluation_is_due(self.config, self.plan, self.trainer.update)
 
     def _evaluate(self) -> Divergence | None:
-        """Evaluate, and keep the best checkpoint. Return a divergence if the loss is not finite. Collective."""
+        """Evaluate, and keep the checkpoint if it is the best. Return a divergence if the loss is not finite.
+
+        Collective.
+        """
         started = time.perf_counter()
         result = evaluate_split(
             self.trainer.network,
@@ -262,7 +268,7 @@ class Run:
         return None
 
     def _save(self) -> None:
-        """Save a checkpoint, after syncing the log that a resumed run continues. Collective."""
+        """Save a checkpoint. First sync the log, which a resumed run continues. Collective."""
         started = time.perf_counter()
         self.writer.begin(self.trainer.update)
         state = self.trainer.state()
@@ -272,7 +278,7 @@ class Run:
             try:
                 self.logger.sync()
             except OSError as error:
-                self.writer.refuse(self.trainer.update, str(error))
+                self.writer.record_failure(self.trainer.update, str(error))
                 return
             dataset = self.prepared.dataset
             content = {
@@ -289,18 +295,18 @@ class Run:
         self.logger.interval.save(time.perf_counter() - started)
 
     def _roll_back(self, divergence: Divergence | None) -> None:
-        """Resume from a checkpoint before `divergence`, if not None; repeat while the run diverges. Collective.
+        """Resume from a checkpoint before `divergence`, unless it is None. Repeat while the run diverges. Collective.
 
         Raises `Diverged` if the run must stop instead.
         """
         while divergence is not None:
             self.writer.wait()
             self._resume_at(*self.rollback_policy.decide(divergence, self.state.rollbacks, self.trainer.skipped))
-            # The checkpoint was saved before its evaluation, so evaluate again, as a restart from it would.
+            # A checkpoint is saved before its evaluation, so evaluate again, as after a restart.
             divergence = self._evaluate() if self.trainer.update and self._evaluation_is_due() else None
 
     def _resume_at(self, start: dict[str, Any], step: dict[str, int]) -> None:
-        """Resume from the checkpoint `start`, after the samples that the rollback `step` skips. Collective."""
+        """Resume from the checkpoint `start`, and skip the samples that the rollback `step` names. Collective."""
         self.state.rollbacks.append(step)
         self.trainer.restore(start)
         self.trainer.skipped = step["passed_over_from"] + step["passed_over"] - step["to_update"]
@@ -309,17 +315,17 @@ class Run:
         if self.group.first:
             self.writer.roll_back(self.trainer.update, self.state.best_update)
         self.logger.roll_back()
-        # Otherwise a kill before the next checkpoint would bring the skipped samples back.
+        # Save now: after a kill before the next checkpoint, the run would otherwise train on the skipped samples.
         self._save()
 
     def _stop(self, number: int) -> NoReturn:
-        """Raise `Stopped` for the signal `number`, once the checkpoint is on disk. Collective."""
+        """Wait until the checkpoint is on disk, then raise `Stopped` for the signal `number`. Collective."""
         name, update = signal.Signals(number).name, self.trainer.update
         error = None
         self.writer.wait()
         if self.writer.reason:
-            error = DataError(f"{name}: {self.writer.reason}; the same command resumes from the checkpoint before it.")
-        # No rank ends before the checkpoint is whole: a launcher that sees one rank end signals the others again.
+            error = DataError(f"{name}: {self.writer.reason}; the same command resumes from the previous checkpoint.")
+        # No rank ends before the checkpoint is complete, because a launcher that sees a rank end signals the others.
         self.group.raise_on_all_ranks(error)
         raise Stopped(
             f"{name}: stopped after update {update:,}, with a checkpoint; the same command resumes from there."
@@ -335,12 +341,16 @@ class Run:
         except OSError as failure:
             reason = reason or str(failure)
         if reason:
-            error = DataError(f"{reason}. Free some space, or make it writable, and run the same command again.")
+            error = DataError(
+                f"{reason}. Free some space, or make the directory writable, and run the same command again."
+            )
         self.group.raise_on_all_ranks(error)
         if reason := self.logger.finish():
             self.incomplete.append(reason)
         if self.writer.best_lost is not None:
-            self.incomplete.append(f"best.pt is not the checkpoint of update {self.writer.best_lost:,}, the best one")
+            self.incomplete.append(
+                f"best.pt is not the best checkpoint, which was that of update {self.writer.best_lost:,}"
+            )
         for line in self.incomplete:
             self.progress.say(f"WARNING: the run has finished, but is incomplete: {line}.")
         return final_record(

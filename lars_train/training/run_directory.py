@@ -1,6 +1,6 @@
-"""Find, lock and check the run directory, and keep the record of what made the run (run.json).
+"""Find, lock and check the run directory, and write the run's record (run.json).
 
-The same command finds the same directory, on one device or on a thousand: its name has no time stamp.
+The same command finds the same directory, on one device or on a thousand, because the name has no time stamp.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from lars_train.messages import say, utf8
 from lars_train.plan import Plan
 from lars_train.training.distributed import Group
 
-# Files that a start may leave if it is killed before its record is whole.
+# Files that a start may leave behind if it is killed before its record is complete.
 _BEFORE_RECORD = (".lock", ".reserve", "..reserve.*", ".run.json.*")
-# Reserves space so that a run on a full disk can still write its result and, in its record, how it ended.
+# A file that reserves space, so that a run on a full disk can still write its result and record its end.
 _RESERVE, _RESERVE_BYTES = ".reserve", 64 << 10
 _VERSIONED = ("lars-train", "torch", "torchvision", "hydra-core", "numpy", "pillow", "tensorboard")
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """The command line and its composed config, for ``.hydra/`` and the record. Plain values, so that it pickles."""
+    """The command line and its composed config, for ``.hydra/`` and the record. All values are plain and pickle."""
 
     command: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -69,14 +69,14 @@ def finished(directory: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         path = directory / "final.json"
-        raise ConfigError(f"{path} cannot be read ({error}); start over with resume=never.") from None
+        raise ConfigError(f"{path} cannot be read ({error}). Start over with resume=never.") from None
     if not isinstance(content, dict) or not {"updates", "planned_updates", "best_top1", "directory"} <= content.keys():
-        raise ConfigError(f"{directory / 'final.json'} is not what a run writes; start over with resume=never.")
+        raise ConfigError(f"{directory / 'final.json'} is not a file that a run writes. Start over with resume=never.")
     return content
 
 
 def holds_run_of(directory: Path, config: Config) -> bool:
-    """Return True if the directory's record is of a run of this config; False for a record that cannot be read."""
+    """Return True if the record in the directory is that of a run of this config, False if it cannot be read."""
     try:
         found = json.loads((directory / "run.json").read_text())
     except (OSError, ValueError):
@@ -85,9 +85,9 @@ def holds_run_of(directory: Path, config: Config) -> bool:
 
 
 def check_same_experiment(directory: Path, config: Config, fingerprint: str = "") -> None:
-    """Raise `ConfigError` if the directory holds a run of another config. Reads only.
+    """Raise `ConfigError` if the directory holds a run of another config. Writes nothing.
 
-    The same images at another path do not count as another config. `fingerprint`: of this config's data set.
+    The same images at another path do not count as another config. `fingerprint` is that of this config's data set.
     """
     record = directory / "run.json"
     if not record.exists() or config.resume != AUTO:
@@ -114,7 +114,7 @@ def check_same_experiment(directory: Path, config: Config, fingerprint: str = ""
 def runs_of_moved_images(directory: Path, config: Config, fingerprint: str) -> list[Path]:
     """Return the runs beside `directory` that differ from this config only in the path of their images.
 
-    `directory` is named by the config's hash. `fingerprint`: of this config's data set.
+    The name of `directory` ends with the config's hash. `fingerprint` is that of this config's data set.
     """
     found = []
     for record in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*/run.json"):
@@ -125,7 +125,7 @@ def runs_of_moved_images(directory: Path, config: Config, fingerprint: str) -> l
 
 
 def _moved(record: dict[str, Any], config: Config, fingerprint: str) -> bool:
-    """Return True if the record is of this config's run with the same images in another place."""
+    """Return True if the record is that of this config's run with the same images in another place."""
     settings, data = record["settings"], record.get("data") or {}
     recorded_place = {key: settings.get(f"data.{key}") for key in ("root", "val_labels")}
     there = dataclasses.replace(config, data=dataclasses.replace(config.data, **recorded_place))
@@ -133,14 +133,14 @@ def _moved(record: dict[str, Any], config: Config, fingerprint: str) -> bool:
 
 
 def check_usable(directory: Path) -> None:
-    """Raise `ConfigError` if the directory cannot be created or written to, or is no run directory. Writes nothing."""
+    """Raise `ConfigError` if the directory cannot be created or written, or is not a run directory. Writes nothing."""
     if directory.exists():
         if not directory.is_dir():
             raise ConfigError(f"run directory {directory} is a file. Choose another run.dir.")
         others = [p for p in directory.iterdir() if not any(p.match(pattern) for pattern in _BEFORE_RECORD)]
         if others and not (directory / "run.json").exists():
             raise ConfigError(
-                f"run directory {directory} holds other files and no run (run.json). Choose another run.dir."
+                f"run directory {directory} holds other files but no run (run.json). Choose another run.dir."
             )
     parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -148,9 +148,9 @@ def check_usable(directory: Path) -> None:
 
 
 def open_directory(directory: Path, config: Config, invocation: Invocation, group: Group) -> IO[str] | None:
-    """Create the directory (with ``resume=never``, move an old run aside) and check that all ranks share it.
+    """Create the directory and check that all ranks share it. With ``resume=never``, move an old run aside. Collective.
 
-    Return, on rank 0, the lock that keeps a second start out. The lock ends with the process. Collective.
+    Rank 0 returns the lock that prevents a second start; the other ranks return None. The lock ends with the process.
     """
     lock, error, token = None, None, uuid.uuid4().hex
     recorded = False
@@ -169,7 +169,7 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
         except OSError as failure:
             error = ConfigError(f"run directory {directory} cannot be written ({failure}).")
             if recorded:
-                note_end(directory, "failed", str(error))
+                record_end(directory, "failed", str(error))
             if lock is not None:
                 discard(directory / _RESERVE)
         except ConfigError as failure:
@@ -182,8 +182,8 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
             None
             if seen
             else ConfigError(
-                f"run directory {directory.absolute()}: rank {group.ranks.rank} on {platform.node()} does not see "
-                "what rank 0 wrote there. Put run.dir on a file system that all nodes share."
+                f"run directory {directory.absolute()}: rank {group.ranks.rank} on {platform.node()} does not see the "
+                "files of rank 0. Put run.dir on a file system that all nodes share."
             )
         )
     except BaseException:
@@ -194,7 +194,7 @@ def open_directory(directory: Path, config: Config, invocation: Invocation, grou
 
 
 def data_record(dataset: Dataset) -> dict[str, Any]:
-    """Return the record of the data set: counts, fingerprint, where the splits were found, what was skipped."""
+    """Return the record of the data set: counts, fingerprint, locations of the splits, and skipped files."""
     return {
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
@@ -204,25 +204,27 @@ def data_record(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def note_start(directory: Path, *, plan: Plan, data: dict[str, Any], **start: Any) -> None:
-    """Add to the record the run's `plan` and `data`, and the values of this `start`. Raises OSError."""
-    _put_record(directory / "run.json", _noted(directory, {"plan": dataclasses.asdict(plan), "data": data}, start))
+def record_start(directory: Path, *, plan: Plan, data: dict[str, Any], **start: Any) -> None:
+    """Add to the record the run's `plan` and `data`, and the values of this `start`. Raises `OSError`."""
+    _put_record(
+        directory / "run.json", _updated_record(directory, {"plan": dataclasses.asdict(plan), "data": data}, start)
+    )
 
 
-def note_end(directory: Path, how: str, reason: str = "", **values: Any) -> None:
+def record_end(directory: Path, how: str, reason: str = "", **values: Any) -> None:
     """Record `how` this start ended: ``stopped`` (by a signal) or ``failed``.
 
-    A start without such an entry was killed, or is still running. If the record cannot be written, it stays unchanged.
+    A start without such an entry was killed, or is still running. If writing fails, the record stays unchanged.
     """
     discard(directory / _RESERVE)
     with contextlib.suppress(OSError):
-        _put_record(directory / "run.json", _noted(directory, {}, _ended(how, reason, values)))
+        _put_record(directory / "run.json", _updated_record(directory, {}, _end_entry(how, reason, values)))
 
 
-def conclude(directory: Path, final: dict[str, Any], **values: Any) -> None:
-    """Write ``final.json`` and record that this start has finished: both, or neither. Raises OSError."""
+def record_finish(directory: Path, final: dict[str, Any], **values: Any) -> None:
+    """Write ``final.json`` and record that this start has finished, or do neither. Raises `OSError`."""
     discard(directory / _RESERVE)
-    record = _noted(directory, {}, _ended("finished", "", values))
+    record = _updated_record(directory, {}, _end_entry("finished", "", values))
     contents = {directory / "final.json": final, directory / "run.json": record}
     staged: dict[Path, Path] = {}
     try:
@@ -238,23 +240,26 @@ def conclude(directory: Path, final: dict[str, Any], **values: Any) -> None:
 
 
 def disk_error(directory: Path, error: OSError) -> DataError:
-    """Return the user's message for `error`, raised by a write to `directory`."""
+    """Return the error to show the user if writing to `directory` raised `error`."""
     if not directory.is_dir():
         return DataError(f"run directory {directory} was removed while the run used it.")
     what = f"{error.filename} cannot be written" if error.filename else "it cannot be written"
     return DataError(
-        f"run directory {directory}: {what} ({error.strerror or error}). Free some space, or make it writable, and run "
-        "the same command again: it resumes from the last checkpoint."
+        f"run directory {directory}: {what} ({error.strerror or error}). Free some space, or make it writable. The "
+        "same command then resumes from the last checkpoint."
     )
 
 
-def _ended(how: str, reason: str, values: dict[str, Any]) -> dict[str, Any]:
+def _end_entry(how: str, reason: str, values: dict[str, Any]) -> dict[str, Any]:
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return {"ended": {"how": how, "reason": reason, "time": now, **values}}
 
 
-def _noted(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    """Return the record with more values of the run and of its last start. Raises OSError, also if it is damaged."""
+def _updated_record(directory: Path, run: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with additional values for the run and its last start.
+
+    Raises `OSError` if the record cannot be read or is damaged.
+    """
     path = directory / "run.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text())
@@ -283,7 +288,7 @@ def _reserve(directory: Path) -> None:
 def _move_aside(directory: Path) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         return
-    # Fails if another process is running it.
+    # Raises `ConfigError` if another process is running it.
     with _lock(directory):
         number = 1
         while (aside := directory.with_name(f"{directory.name}.old{number}")).exists():
@@ -304,17 +309,17 @@ def _lock(directory: Path) -> IO[str]:
         is_ours = False
     if not is_ours:
         file.close()
-        raise ConfigError(f"run directory {directory}: another process is running it now. Wait until it ends.")
+        raise ConfigError(f"run directory {directory}: another process is using it. Wait until that process ends.")
     return file
 
 
 def _write_record(directory: Path, config: Config, invocation: Invocation) -> None:
-    # The first file to be written: it distinguishes a run directory from a folder of other files.
+    # Write this file first, because it distinguishes a run directory from a folder of other files.
     path = directory / "run.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     root = before.get("settings", {}).get("data.root", config.data.root)
     if root != config.data.root:
-        say(f"data.root      was {root} so far in this run; the images are the same (by names and labels)")
+        say(f"data.root      was {root} so far in this run; the images' names and labels are the same")
     record = {
         **{key: before[key] for key in ("plan", "data") if key in before},
         "hash": run_hash(config),
@@ -362,7 +367,7 @@ def _start_entry(invocation: Invocation) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return the commit of the checkout that the code runs from, and whether it has changes; None if not known.
+    """Return the commit of the checkout that contains the code, and True if it has changes; None if unknown.
 
     For an installed package, the commit is known if pip installed it from ``git+URL``, but not after ``pip install .``.
     """

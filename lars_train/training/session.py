@@ -1,4 +1,4 @@
-"""Run the modes that compute, train and evaluate, on one rank."""
+"""Run ``mode=train`` and ``mode=evaluate`` on one rank."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ from lars_train.training.run_directory import (
     Invocation,
     check_same_experiment,
     check_usable,
-    conclude,
     data_record,
     disk_error,
     finished,
-    note_end,
-    note_start,
     open_directory,
+    record_end,
+    record_finish,
+    record_start,
 )
 
 
 def find_finished(prepared: Prepared) -> dict[str, Any] | None:
-    """Return ``final.json`` if the run has already finished at the update that the config asks for. Reads only.
+    """Return the content of ``final.json`` if the run has already finished at the config's last update, else None.
 
-    Raises `ConfigError` if the directory cannot be used, holds a run of another config or one beyond that update, or
-    has only checkpoints that the run cannot resume from.
+    Writes nothing. Raises `ConfigError` if the directory cannot be used, holds a run of another config or a run beyond
+    that update, or has only checkpoints from which the run cannot resume.
     """
     config, directory = prepared.config, prepared.directory
     check_usable(directory)
@@ -74,7 +74,7 @@ def find_finished(prepared: Prepared) -> dict[str, Any] | None:
 
 
 def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str, Any]:
-    """Train a new run, resume an existing one, or find it finished. Return the content of ``final.json``. Collective.
+    """Start or resume a run, unless it has already finished, and return the content of ``final.json``. Collective.
 
     Raises `ConfigError`, `DataError`.
     """
@@ -83,7 +83,7 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
     device = choose_device(config, ranks)
     choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
-        # Only rank 0 looks, so that all ranks agree, even if a shared file system shows a file late on some nodes.
+        # Only rank 0 checks, so that all ranks agree even if a shared file system shows a file late on some nodes.
         final: dict[str, Any] | None = group.broadcast_from_rank0(find_finished(prepared) if group.first else None)
         if final is not None:
             say(ALREADY_FINISHED)
@@ -97,7 +97,7 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
 
 
 def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[str, Any]:
-    """Run the training; record how it began and how it ended."""
+    """Train, and record the start and the end."""
     run, directory = None, prepared.directory
     try:
         run = Run(prepared, group, device)
@@ -105,15 +105,15 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
             resolved = dataclasses.asdict(run.resolved)
             flops = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
             began = {"resumed_at": run.resumed_at, "resolved": resolved, **flops}
-            # Left by an earlier end at max_updates, which this start exceeds.
+            # The file may exist from an earlier start that ended at a lower max_updates.
             (directory / "final.json").unlink(missing_ok=True)
-            note_start(directory, plan=prepared.plan, data=data_record(prepared.dataset), **began)
+            record_start(directory, plan=prepared.plan, data=data_record(prepared.dataset), **began)
         final = run.train()
         failure = None
         if group.first:
             try:
                 ended = {"update": final["updates"], "seconds": final["seconds"]}
-                conclude(directory, final, **ended, **({"incomplete": run.incomplete} if run.incomplete else {}))
+                record_finish(directory, final, **ended, **({"incomplete": run.incomplete} if run.incomplete else {}))
             except OSError as error:
                 failure = disk_error(directory, error)
         group.raise_on_all_ranks(failure)
@@ -122,7 +122,7 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
         if group.first:
             reason = f"{type(cause).__name__}: {first_line(str(cause))}"
             progress = {} if run is None else {"update": run.trainer.update, "seconds": run.state.total_seconds()}
-            note_end(directory, "stopped" if isinstance(cause, Stopped) else "failed", reason, **progress)
+            record_end(directory, "stopped" if isinstance(cause, Stopped) else "failed", reason, **progress)
         if cause is not error:
             raise cause from error
         raise
@@ -135,9 +135,9 @@ def _is_in(directory: Path, error: OSError) -> bool:
 
 
 def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Config, dict[str, Any] | None]:
-    """Return the config to evaluate with, and the checkpoint's content if the config names a checkpoint.
+    """Return the config for an evaluation, and the checkpoint's content if the config names a checkpoint.
 
-    Model, data and precision are the checkpoint's, except for keys on the command line (`overrides`). Raises
+    Model, data and precision come from the checkpoint, except for keys on the command line (`overrides`). Raises
     `ConfigError`.
     """
     if config.checkpoint.path is None:
@@ -147,7 +147,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
         stored = restore(content["config"])
     except ConfigError as error:
         raise ConfigError(f"checkpoint.path={config.checkpoint.path}: its config does not fit: {error}") from None
-    # The weights that the run started from; the checkpoint has its own.
+    # Ignore the weights from which the run started, because the checkpoint has its own.
     stored.model.weights = None
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for group in ("model", "data", "precision"):
@@ -164,7 +164,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
 
 
 def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
-    """Evaluate a checkpoint, or ``model.weights``, on the whole validation set. Return values by name. Collective."""
+    """Evaluate a checkpoint or ``model.weights`` on the validation set. Return the values by name. Collective."""
     dataset = open_validation(config.data)
     for line in dataset.inventory.lines():
         say(f"{'data':<15}{line}")
@@ -198,8 +198,8 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
         assert result is not None
         if not math.isfinite(result.loss):
             raise Diverged(
-                f"val/loss is {result.loss}: the network's outputs are not finite, so its top-1 means nothing. Either "
-                "the checkpoint is of a run that has diverged (choose an earlier one), or precision is too low for it."
+                f"val/loss is {result.loss}: the network's outputs are not finite, so the top-1 is meaningless. Either "
+                "the run diverged (choose an earlier checkpoint), or the precision is too low."
             )
         if group.first and config.evaluate.report is not None:
             _report(config.evaluate.report, result, dataset, evaluated.classes)

@@ -17,10 +17,10 @@ from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.models.batchnorm import RunningStatistics
 from lars_train.plan import Plan
 from lars_train.training.device_prefetch import RankContext
-from lars_train.training.distributed import NONE, Group, over_ranks
+from lars_train.training.distributed import NONE, Group, wrap_in_ddp
 from lars_train.training.guard import Divergence, Guard
 from lars_train.training.metrics import FirstGradient, Measures, small_batch
-from lars_train.training.resolve import compiled_of
+from lars_train.training.resolve import compile_network
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Hyper:
     """Hyper-parameters of the loop."""
 
     schedule: Callable[[int], float]
-    """From an update's number, counted from 0, to its learning rate."""
+    """Maps an update's number, counted from 0, to its learning rate."""
     label_smoothing: float
     max_loss: float | None = None
     """See `Guard`."""
 
 
 class Meter:
-    """Sums over the samples since the last log line: loss, correct predictions, samples, newly found bad images.
+    """Sums since the last log line: loss, correct predictions, samples, and newly found bad images.
 
     The sums stay on the device, in float64, until a log line reads them.
     """
@@ -63,7 +63,7 @@ class Meter:
         self._bad += bad
 
     def total(self, group: Group) -> Tensor:
-        """Return the sums over all ranks. Rank 0 keeps them, the others restart from zero. Collective."""
+        """Return the sums over all ranks. Rank 0 keeps the totals, and the other ranks restart at zero. Collective."""
         group.all_reduce_sum(self.sums)
         total = self.sums.clone()
         if not group.first:
@@ -81,10 +81,10 @@ class Meter:
 
 
 class Trainer:
-    """Model, optimizer and position of a run; `run_update` advances it by one update.
+    """The model, the optimizer and the position of a run, which `run_update` advances by one update.
 
     Checkpoints and evaluations use `network`. `forward` is the same network, compiled if `compiled`, and inside DDP if
-    there are several ranks. `bucket_mb`, `compression`: see `over_ranks`.
+    there are several ranks. `bucket_mb`, `compression`: see `wrap_in_ddp`.
     """
 
     def __init__(
@@ -109,19 +109,19 @@ class Trainer:
         self.guard = Guard(hyper.max_loss)
         self.update = 0
         self.skipped = 0
-        """Global batches that made no update: the next one is number `update` + `skipped`."""
-        self.forward: Any = compiled_of(network) if compiled else network
+        """The number of global batches that made no update. The next global batch has number `update` + `skipped`."""
+        self.forward: Any = compile_network(network) if compiled else network
         if self.group.ranks.world > 1:
-            self.forward = over_ranks(self.forward, self.device, bucket_mb=bucket_mb, compression=compression)
+            self.forward = wrap_in_ddp(self.forward, self.device, bucket_mb=bucket_mb, compression=compression)
 
     def run_update(self, batches: Iterator[Batch], micro_batches: int, *, measure: bool) -> UpdateInfo:
         """Make one update from this rank's next `micro_batches` of `batches`. Collective.
 
         The gradient is the sum of the samples' gradients over all ranks, divided by the global batch. Ranks may have
-        different numbers of samples. With `measure`, the norms for the log are computed too. If float16's loss scale
-        was too high, no update is made: `UpdateInfo.made` is False, and this batch is skipped.
+        different numbers of samples. With `measure`, also compute the norms for the log. If float16's loss scale is too
+        high, the batch is skipped without an update, and `UpdateInfo.made` is False.
 
-        Raises `Diverged` if that happens too often in a row, see `Guard.skip`.
+        Raises `Diverged` if too many batches in a row are skipped; see `Guard.skip`.
         """
         info = UpdateInfo(self.hyper.schedule(self.update))
         loss: Tensor | None = None
@@ -161,7 +161,7 @@ class Trainer:
 
     def _step(self) -> bool:
         scales = self.precision.scales_loss
-        # No further wait: the scaler has already waited for the device to decide whether to step.
+        # Reading the scale costs no further wait: to decide on the step, the scaler has already waited for the device.
         scale = self.scaler.get_scale() if scales else 0.0
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -177,7 +177,7 @@ class Trainer:
             logits = self.forward(images)
         logits = logits.to(self.precision.weights)
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.hyper.label_smoothing)
-        # DDP averages over ranks; the factor makes that the sum over the global batch, divided by its size.
+        # DDP averages over ranks. The factor turns this average into the sum over the global batch divided by its size.
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))
         self.meter.add(loss, logits, labels, len(batch.bad))
@@ -191,15 +191,15 @@ class Trainer:
 
     @contextmanager
     def _first_gradient(self, info: UpdateInfo, samples: int) -> Iterator[None]:
-        with self.first_gradient.taken() as norms:
+        with self.first_gradient.recording() as norms:
             yield
-        # Undo the factor of `_forward_backward`, for the mean over these samples. float16's scale is on the device.
+        # Undo the factor of `_forward_backward`, to get the mean over these samples. float16's scale is on the device.
         scale = self.scaler.scale(torch.ones((), dtype=torch.float64, device=self.device))
         factor = self.plan.global_batch / (self.group.ranks.world * samples) / scale
         info.first = small_batch(norms, factor, samples)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as plain values and tensors. Collective."""
+        """Return the state for a checkpoint, as plain values and tensors. Collective."""
         self.meter.total(self.group)
         return {
             "update": self.update,
@@ -211,16 +211,16 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from `state`."""
+        """Resume from the return value of `state`."""
         self.network.load_state_dict(state["model"])
-        # Load the optimizer's state but keep this run's settings, tensors among them as the same objects.
+        # Load the optimizer's state but keep this run's settings. Settings that are tensors must stay the same objects.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({k: v for k, v in state["optimizer"].items() if k != "lars"})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self.scaler.load_state_dict(state["scaler"])
         self.update, self.skipped = state["update"], state["skipped"]
-        self.guard.forget()
+        self.guard.reset()
         self.meter.sums.zero_()
         if self.group.first:
             self.meter.sums.copy_(state["meter"])
@@ -229,7 +229,7 @@ class Trainer:
 def _set_lr(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            # Fill in place: a CUDA graph reads this tensor at each replay. The host does not wait.
+            # Fill in place, because a CUDA graph reads this tensor at each replay. The host does not wait.
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
@@ -248,4 +248,4 @@ class UpdateInfo:
     measures: Measures | None = None
     """None if the update was not measured."""
     first: Tensor | None = None
-    """`small_batch` of this rank's first micro-batch; None if not measured, or if that is the whole global batch."""
+    """`small_batch` of this rank's first micro-batch; None if not measured, or if it is the whole global batch."""

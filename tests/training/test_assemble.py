@@ -69,7 +69,7 @@ def test_an_unsuitable_optimizer_is_refused_with_a_reason(base: str) -> None:
         ({"base": "Optimizer"}, "no such class"),
         ({"kwargs": {"dampenin": 0.1}}, "Did you mean 'dampening'"),
         ({"kwargs": {"nesterov": True}}, "use optimizer.nesterov"),
-        ({"base": "AdamW", "nesterov": True}, "has no such momentum"),
+        ({"base": "AdamW", "nesterov": True}, "has no Nesterov momentum"),
         ({"kwargs": {"lr": 1.0}}, "use optimizer.lr"),
         ({"base": "AdamW", "momentum": 0.9}, "has no momentum"),
         ({"base": "Adam", "kwargs": {"betas": [2.0, 0.9]}}, "rejects its keywords"),

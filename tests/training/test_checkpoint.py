@@ -135,7 +135,7 @@ def test_if_no_checkpoint_is_usable_each_is_named_with_a_reason(tmp_path: Path) 
     message = str(caught.value)
     assert "update-000000002.pt: a newer lars-train wrote it (format 99" in message
     assert "update-000000001.pt: it is not a complete archive" in message
-    assert "continue with that newer lars-train, or start over with resume=never" in message
+    assert "use that newer lars-train, or start over with resume=never" in message
 
 
 @pytest.mark.parametrize("step", ["fsync", "verify", "replace"])

@@ -120,7 +120,7 @@ def test_a_missing_native_decoder_is_refused_with_the_remedy(monkeypatch: pytest
             "pillow",
             "pillow",
             True,
-            ["NOTE: Pillow decodes the JPEGs, as at the start of this run; data.decoder=native"],
+            ["NOTE: Pillow decodes the JPEGs, as at the start of this run. data.decoder=native"],
         ),
         ("auto", "pillow", "native", False, ["WARNING: this run has decoded JPEGs with native", "NOTE: "]),
         ("pillow", "pillow", "native", True, ["WARNING: this run has decoded JPEGs with native"]),
@@ -272,6 +272,7 @@ def test_a_run_with_an_unknown_decoder_resumes_with_a_warning(
     capsys.readouterr()
     train(photographs, tmp_path / "run")
     assert (
-        capsys.readouterr().out.count("WARNING: this run has decoded JPEGs with library so far, and uses native") == 1
+        capsys.readouterr().out.count("WARNING: this run has decoded JPEGs with library so far, and now uses native")
+        == 1
     )
     assert decoders(tmp_path / "run") == ["library", "native"]

@@ -153,7 +153,7 @@ def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.Mo
     assert cuda_devices(Config()) == 0
     assert choose_device(Config(), Ranks(3, 4, 3, 4)) == CPU
     for ask in (cuda_devices, lambda c: choose_device(c, Ranks())):
-        with pytest.raises(ConfigError, match="device=cuda: torch finds no CUDA device here; use device=cpu"):
+        with pytest.raises(ConfigError, match="device=cuda: torch finds no CUDA device; use device=cpu"):
             ask(Config(device="cuda"))
 
 

@@ -118,7 +118,7 @@ def program(rank: int, folder: Path, port: int) -> None:
 
 def error_about_hanging_rank(ranks: Ranks, folder: Path) -> str:
     """Return the error of a rank other than 1. Rank 1 takes no part until the others have timed out."""
-    distributed._APART_S = 4.0
+    distributed._TIMEOUT_SPREAD_S = 4.0
     try:
         with process_group(ranks, CPU, 10.0) as group:
             if ranks.rank != 1:

@@ -173,9 +173,9 @@ def test_no_rollback_resumes_from_weights_with_a_nonfinite_loss(
     assert sorted(path.name for path in folder.iterdir()) == ["diverged-000000001.pt", "update-000000000.pt"]
     # With keep=1 there is no checkpoint to resume from, and the next start reports that.
     monkeypatch.setitem(SETTINGS, "checkpoint", {"every_updates": 1, "keep": 1})
-    with pytest.raises(Diverged, match="No earlier checkpoint is left"):
+    with pytest.raises(Diverged, match="There is no earlier checkpoint"):
         train(tmp_path / "one", on_divergence="rollback")
-    with pytest.raises(ConfigError, match=r"the run diverged, and no checkpoint .*resume=never"):
+    with pytest.raises(ConfigError, match=r"the run diverged, and there is no checkpoint .*resume=never"):
         train(tmp_path / "one", on_divergence="rollback")
 
 
@@ -199,7 +199,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(monkeypatch: pytes
         export(settings(mode="export", checkpoint={"path": str(aside)}))
     shutil.copyfile(aside, copy)
     spoiled = {"checkpoint": {"path": str(copy)}}
-    with pytest.raises(ConfigError, match=r"values that are not finite .*the run has diverged"):
+    with pytest.raises(ConfigError, match=r"values that are not finite .*the run diverged"):
         export(settings(mode="export", **spoiled))
     with pytest.raises(Diverged, match="val/loss is nan"):
         session.evaluate_only(*session.evaluation_config(settings(mode="evaluate", **spoiled), ()), Ranks())
@@ -270,7 +270,7 @@ def test_steps_that_float16_skips_do_not_advance_the_schedule(monkeypatch: pytes
 
 @pytest.mark.usefixtures("float16")
 def test_float16_that_never_takes_a_step_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(guard_module, "_MOST_SKIPPED", 5)
+    monkeypatch.setattr(guard_module, "_MAX_SKIPPED", 5)
     original = Trainer._step
     monkeypatch.setattr(Trainer, "_step", lambda trainer: original(trainer) and False)
     with pytest.raises(Diverged, match="6 batches in a row"):
@@ -296,7 +296,7 @@ def test_the_report_has_the_layers_of_the_previous_update() -> None:
     for layer, (name, weight, grad) in zip(found.layers, expected, strict=True):
         assert layer[0] == name
         assert layer[1:] == pytest.approx((weight, grad, 0.1 * weight / (grad + 1e-8)), rel=1e-5)
-    guard.forget()
+    guard.reset()
     assert guard.found(model, float) is None
 
 
@@ -320,8 +320,8 @@ def test_a_divergence_in_the_first_update_reports_its_own_layers() -> None:
 def test_a_late_check_still_finds_the_update_and_its_layers(
     monkeypatch: pytest.MonkeyPatch, bad: int, has_layers: bool
 ) -> None:
-    monkeypatch.setattr(guard_module, "_MOST_LOSSES", 4)
-    monkeypatch.setattr(guard_module, "_MOST_LAYERS", 7)
+    monkeypatch.setattr(guard_module, "_MAX_LOSSES", 4)
+    monkeypatch.setattr(guard_module, "_MAX_LAYERS", 7)
     model = nn.Linear(2, 1)
     lars = LARS(optim.SGD(model.parameters(), lr=0.1), record=True)
     guard = Guard(None)

@@ -130,7 +130,7 @@ def test_the_rate_excludes_evaluations_and_checkpoints() -> None:
     interval = Interval(0, 50.0)
     interval.waited += 1.0
     interval.save(3.0)
-    interval.leave_out(20.0)
+    interval.exclude(20.0)
     interval.save(1.0)
     values = interval.values(5, 84.0, global_batch=32, flops=Flops(1.0, 1.0))
     assert values["train/images_per_s"] == 5 * 32 / 10

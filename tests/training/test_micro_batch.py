@@ -15,8 +15,8 @@ from lars_train.training.device import (
     MOST_SAMPLES,
     activation_bytes,
     choose_precision,
+    estimate_ghosts,
     free_memory,
-    ghosts_that_fit,
     try_micro_batch,
 )
 
@@ -63,7 +63,7 @@ def fitting(**changes: Any) -> int:
     settings: dict[str, Any] = {"ghost_batch": 4, "image_size": 16, "ghosts": 1000, "free": 1 << 40, "local_world": 1}
     settings |= changes
     model = build_model("small", num_classes=10, ghost_batch=settings["ghost_batch"], zero_gamma=False)
-    return ghosts_that_fit(model, **settings)
+    return estimate_ghosts(model, **settings)
 
 
 def test_the_micro_batch_is_bounded_on_every_side() -> None:

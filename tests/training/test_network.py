@@ -275,7 +275,9 @@ def test_classes_that_the_model_lacks_are_refused_by_name(
     root = folders(tmp_path / "data", {"n03": 3, "cat": 1, "dog": 2})
     with pytest.raises(ConfigError, match="2 of the data set's 3 classes are not among the model's 12: cat, dog; the"):
         evaluate(data__root=root, model__weights=weights(NAMES))
-    with pytest.raises(ConfigError, match=r"it has 12 outputs, the data set 3 classes, .* which output is which class"):
+    with pytest.raises(
+        ConfigError, match=r"the network has 12 outputs, the data set has 3 classes, .* does not name the classes"
+    ):
         evaluate(data__root=root, model__weights=weights(None))
 
 

@@ -35,7 +35,7 @@ from lars_train.optim.lars import LARS
 from lars_train.plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.device_prefetch import RankContext
-from lars_train.training.distributed import BF16, NONE, over_ranks, process_group
+from lars_train.training.distributed import BF16, NONE, process_group, wrap_in_ddp
 from lars_train.training.trainer import Hyper, Trainer
 
 WORLD, ACCUMULATION, UPDATES = 2, 3, 4
@@ -161,7 +161,7 @@ def alone() -> Iterator[None]:
 
 def test_gradients_are_views_of_their_buckets(alone: None) -> None:
     model = network()
-    parallel = over_ranks(model, CPU, bucket_mb=25.0)
+    parallel = wrap_in_ddp(model, CPU, bucket_mb=25.0)
     # From the second pass on, torch fills its buckets in another order.
     for _ in range(2):
         parallel(torch.zeros(2, 3, 4, 4)).sum().backward()

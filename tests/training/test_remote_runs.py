@@ -165,7 +165,7 @@ def test_a_partly_trained_epoch_keeps_its_order(
 ) -> None:
     root = store if change else make_store(tmp_path, shards=5)
     at = {update: str(local_run / f"checkpoints/update-{update:09d}.pt") for update in (4, 6)}
-    message = r"it was saved within an epoch of data\.order=shards with data\.window_shards=2; choose the same"
+    message = r"is from within an epoch of data\.order=shards with data\.window_shards=2; choose the same"
     with pytest.raises(ConfigError, match=message):
         prepare(config(tmp_path / "run", root, checkpoint__path=at[4], **change))
     prepare(config(tmp_path / "run", root, checkpoint__path=at[6], **change))
@@ -177,7 +177,7 @@ def test_a_run_does_not_resume_on_other_shards(store: Path, tmp_path: Path) -> N
     train(tmp_path / "run", link, max_updates=2)
     link.unlink()
     link.symlink_to(make_store(tmp_path, shards=5))
-    with pytest.raises(ConfigError, match="lie in other shards than during the training so far"):
+    with pytest.raises(ConfigError, match="the store now has its images in other shards"):
         train(tmp_path / "run", link)
 
 

@@ -40,9 +40,9 @@ from lars_train.training.run_directory import (
     finished,
     git_state,
     holds_run_of,
-    note_end,
-    note_start,
     open_directory,
+    record_end,
+    record_start,
     run_directory,
 )
 
@@ -117,13 +117,13 @@ def test_every_start_is_recorded(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["started"]) == 3
 
 
-def test_note_start_and_note_end_extend_the_last_start(tmp_path: Path) -> None:
+def test_record_start_and_record_end_extend_the_last_start(tmp_path: Path) -> None:
     directory, plan = tmp_path / "run", make_plan(config(), 1000)
     open_here(directory).close()
-    note_start(directory, plan=plan, data={"classes": 2}, resumed_at=0)
-    note_end(directory, "stopped", "SIGTERM", update=7)
+    record_start(directory, plan=plan, data={"classes": 2}, resumed_at=0)
+    record_end(directory, "stopped", "SIGTERM", update=7)
     open_here(directory).close()
-    note_start(directory, plan=plan, data={"classes": 2}, resumed_at=7)
+    record_start(directory, plan=plan, data={"classes": 2}, resumed_at=7)
     record = json.loads((directory / "run.json").read_text())
     assert record["plan"] == asdict(plan)
     assert record["data"] == {"classes": 2}
@@ -133,16 +133,16 @@ def test_note_start_and_note_end_extend_the_last_start(tmp_path: Path) -> None:
     assert first["command"] == second["command"]
     assert {"how": "stopped", "reason": "SIGTERM", "update": 7}.items() <= first["ended"].items()
     assert "ended" not in second
-    note_end(directory, "finished")
+    record_end(directory, "finished")
     assert json.loads((directory / "run.json").read_text())["started"][1]["ended"]["how"] == "finished"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"started": []}', '{"started": 5}', '{"started": [3]}'])
 def test_a_record_that_cannot_be_extended_stays_unchanged(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
-    note_end(tmp_path, "failed", "x")
+    record_end(tmp_path, "failed", "x")
     assert (tmp_path / "run.json").read_text() == text
-    note_end(tmp_path / "nowhere", "failed", "x")
+    record_end(tmp_path / "nowhere", "failed", "x")
 
 
 def test_holds_run_of_compares_configs(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_second_start_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     lock = open_here(directory)
     before = (directory / "run.json").read_text()
     for resume in ("auto", "never"):
-        with pytest.raises(ConfigError, match="another process is running it now"):
+        with pytest.raises(ConfigError, match="another process is using it"):
             open_here(directory, config(resume=resume))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert (directory / "run.json").read_text() == before
@@ -242,7 +242,7 @@ def test_a_lock_in_a_directory_moved_aside_does_not_count(
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(ConfigError, match="another process is running it now"):
+    with pytest.raises(ConfigError, match="another process is using it"):
         open_here(directory)
 
 
@@ -255,7 +255,7 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(ConfigError, match="another process is running it now"):
+        with pytest.raises(ConfigError, match="another process is using it"):
             open_here(directory)
         other.kill()
         other.wait()
@@ -297,7 +297,7 @@ def test_ranks_without_a_shared_directory_are_an_error(tmp_path: Path, monkeypat
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     group = RemoteRank(Ranks(1, 2))
-    with pytest.raises(ConfigError, match=r"rank 1 on .* does not see what rank 0 wrote .* run\.dir .* share"):
+    with pytest.raises(ConfigError, match=r"rank 1 on .* does not see the files of rank 0\. .* run\.dir .* share"):
         open_directory(tmp_path / "run", config(), CALL, group)
     # The rank does not accept the token of an earlier start.
     (tmp_path / "run").mkdir()
@@ -366,7 +366,7 @@ def test_a_run_is_finished_if_final_json_exists(tmp_path: Path) -> None:
     (tmp_path / "final.json").write_text(json.dumps(record))
     assert finished(tmp_path) == record
     (tmp_path / "final.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"final\.json is not what a run writes.*resume=never"):
+    with pytest.raises(ConfigError, match=r"final\.json is not a file that a run writes.*resume=never"):
         finished(tmp_path)
     (tmp_path / "final.json").write_text('{"updates": 7')
     with pytest.raises(ConfigError, match=r"final\.json cannot be read .*resume=never"):
