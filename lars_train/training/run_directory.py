@@ -245,8 +245,8 @@ def disk_error(directory: Path, error: OSError) -> DataError:
         return DataError(f"run directory {directory} was removed while the run used it.")
     what = f"{error.filename} cannot be written" if error.filename else "it cannot be written"
     return DataError(
-        f"run directory {directory}: {what} ({error.strerror or error}). Free some space, or make it writable. The "
-        "same command then resumes from the last checkpoint."
+        f"run directory {directory}: {what} ({error.strerror or error}). Free some space, or make it writable, and run "
+        "the same command again to resume from the last checkpoint."
     )
 
 
