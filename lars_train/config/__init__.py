@@ -11,20 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lars_train.config.checks import check_choices, check_known_keys, check_values
+from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, PlanConfig
 from lars_train.config.recipe import fill_from_recipe, published_top1, with_row
 from lars_train.config.recipe_schema import RecipeConfig
 from lars_train.config.schema import (
     AUTO,
     BatchConfig,
-    CheckConfig,
     CheckpointConfig,
     Config,
     DataConfig,
-    EvaluateConfig,
     LaunchConfig,
     ModelConfig,
     OptimizerConfig,
-    PlanConfig,
     PrecisionConfig,
     RunConfig,
     ScheduleConfig,

@@ -109,9 +109,9 @@ def _check_settings(data: DataConfig) -> None:
     for key, (names, remedy) in _SUPPORTED_BY.items():
         value = getattr(data, key)
         if value is not None and data.name not in names:
-            raise ConfigError(f"data.{key}={value} has no meaning with data={data.name}; {remedy}.")
+            raise ConfigError(f"data.{key}={value} has no effect with data={data.name}; {remedy}.")
     if data.cache_dir is not None and not is_url(data.root):
-        raise ConfigError(f"data.cache_dir={data.cache_dir} has no meaning unless data.root is a URL; drop it.")
+        raise ConfigError(f"data.cache_dir={data.cache_dir} has no meaning unless data.root is a URL; omit it.")
 
 
 def _open(data: DataConfig) -> Dataset:

@@ -78,20 +78,20 @@ def test_cifar10_and_fashion_mnist_are_read_from_the_root(pets: str, name: str) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "mini", "root": "/x"}, r"data\.root=/x has no meaning with data=mini; .*set data=folder"),
-        ({"name": "synthetic", "root": "/x"}, r"data\.root=/x has no meaning with data=synthetic"),
+        ({"name": "mini", "root": "/x"}, r"data\.root=/x has no effect with data=mini; .*set data=folder"),
+        ({"name": "synthetic", "root": "/x"}, r"data\.root=/x has no effect with data=synthetic"),
         (
             {"name": "synthetic", "holdout": 0.1},
-            r"data\.holdout=0\.1 has no meaning with data=synthetic; .*data\.val_count",
+            r"data\.holdout=0\.1 has no effect with data=synthetic; .*data\.val_count",
         ),
         (
             {"name": "folder", "val_labels": "x.csv"},
-            r"data\.val_labels=x\.csv has no meaning with data=folder",
+            r"data\.val_labels=x\.csv has no effect with data=folder",
         ),
-        ({"name": "mini", "image_key": "jpg"}, r"data\.image_key=jpg has no meaning with data=mini"),
+        ({"name": "mini", "image_key": "jpg"}, r"data\.image_key=jpg has no effect with data=mini"),
         ({"name": "folder", "root": ".", "image_key": "jpg"}, r"image_key=jpg: .* is not a folder of tars"),
-        ({"name": "mini", "train_count": 100}, r"data\.train_count=100 has no meaning with data=mini"),
-        ({"name": "folder", "num_classes": 5}, r"data\.num_classes=5 has no meaning with data=folder"),
+        ({"name": "mini", "train_count": 100}, r"data\.train_count=100 has no effect with data=mini"),
+        ({"name": "folder", "num_classes": 5}, r"data\.num_classes=5 has no effect with data=folder"),
         ({"name": "synthetic", "train_count": 100}, r"data\.name=synthetic needs .*data\.val_count"),
         ({"name": "folder"}, r"data\.root is not set"),
         ({"name": "imagenet"}, r"data\.root is not set"),

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from lars_train.config import Config, config_dir, register, resolve
 from lars_train.config.arguments import prepare_arguments
-from lars_train.config.schema import CheckConfig
+from lars_train.config.mode_schema import CheckConfig
 from lars_train.launch import Ranks
 from lars_train.plan import Plan
 from lars_train.preflight import check, measure_compute, measure_io

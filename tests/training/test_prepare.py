@@ -99,7 +99,7 @@ def test_a_run_with_only_damaged_checkpoints_is_unchanged(trained: Path, tmp_pat
     ("changes", "reason"),
     [
         ({"optimizer__base": "Adan"}, r"torch\.optim has no such class"),
-        ({"data__root": "/x"}, r"data\.root=/x has no meaning with data=synthetic"),
+        ({"data__root": "/x"}, r"data\.root=/x has no effect with data=synthetic"),
         ({"batch__size": 10}, r"not a multiple of the ghost batch"),
         ({"micro_batch": 6}, r"micro_batch=6 is not a multiple"),
         (
