@@ -145,7 +145,9 @@ def test_a_pickle_in_a_file_of_weights_runs_no_code(form: str, tmp_path: Path, m
         path.write_bytes(pickle.dumps({"conv.weight": Bomb(mark)}, protocol=2))
     else:
         torch.save({"conv.weight": Bomb(mark)}, path, _use_new_zipfile_serialization=form == "archive")
-    with pytest.raises(ConfigError, match=r"model\.weights=.*(not a file of|only) plain (values and )?tensors"):
+    with pytest.raises(
+        ConfigError, match=r"model\.weights=.*(not a file of plain tensors|Only plain values and tensors are loaded)"
+    ):
         load_weights(torch.nn.Linear(1, 1), str(path))
     assert not mark.exists()
     if form != "bare pickle":
@@ -386,7 +388,7 @@ def test_a_folder_name_in_a_zip_finds_no_labels_outside(tmp_path: Path) -> None:
     elsewhere.mkdir(parents=True)
     (elsewhere.parent / "LOC_val_solution.csv").write_text("1,a\n")
     (tmp_path / "data" / "x.zip!pets").symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match="nor a ILSVRC2012_devkit"):
+    with pytest.raises(ConfigError, match="nor ILSVRC2012_devkit"):
         open_imagenet(path, None, None)
     # In its regular place the table is found.
     (tmp_path / "data" / "LOC_val_solution.csv").write_text("1,b\n")
@@ -452,7 +454,10 @@ def declare(raw: bytes, name: str, size: int) -> bytes:
     return bytes(edited)
 
 
-@pytest.mark.parametrize(("size", "reason"), [(ZEROS, "is deflated, and 167,772,160 bytes"), (2**32 - 2, "can be")])
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [(ZEROS, "is deflated, and has 167,772,160 bytes"), (2**32 - 2, "states a size that deflate cannot reach")],
+)
 def test_a_zip_bomb_is_refused_when_the_zip_is_opened(bomb: bytes, size: int, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(declare(bomb, "train/a/9.png", size))
     with pytest.raises(ConfigError, match=rf"train/a/9\.png .*{reason}"):
@@ -688,7 +693,7 @@ def test_a_table_of_labels_that_cannot_be_parsed_is_refused(tmp_path: Path) -> N
     # Longer than the limit of Python's parser for a field.
     table_of_labels = b'1,"' + b"a" * 200_000 + b'"\n'
     path = packed(tmp_path / "x.zip", {"train/a/1.png": png(), "val/1.png": png(), "labels.csv": table_of_labels})
-    with pytest.raises(ConfigError, match=r"data\.val_labels: .*labels\.csv is no table of image and wnid"):
+    with pytest.raises(ConfigError, match=r"data\.val_labels: .*labels\.csv is not a table of image and wnid"):
         open_imagenet(path, None, None)
 
 
