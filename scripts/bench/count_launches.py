@@ -171,7 +171,7 @@ def gpu_paths() -> Iterator[None]:
     one_by_one = GhostBatchNorm2d._one_by_one
     with (
         patch.object(fused_sgd, "applies_to", lambda base, rule: False),
-        patch.object(rescale, "in_reach_of_the_host", lambda tensor: False),
+        patch.object(rescale, "is_host_tensor", lambda tensor: False),
         patch.object(GhostBatchNorm2d, "_one_by_one", at_once),
     ):
         yield
