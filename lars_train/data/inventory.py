@@ -42,7 +42,7 @@ class Inventory:
     lookalikes: tuple[str, ...] = ()
     """Some classes whose names are easily confused, see `find_lookalikes`."""
     label_notes: tuple[str, ...] = ()
-    """Where the labels of tars come from, if that is not obvious: ``labels from .json (category)``."""
+    """Notes on the source of labels in tars, if it is not obvious: ``labels from .json (category)``."""
 
     def lines(self) -> Iterator[str]:
         """Yield lines for the log: the validation split, notes, and skipped entries. An empty inventory yields none."""

@@ -127,7 +127,7 @@ class _Split:
     orphans: Counter[bytes] = field(default_factory=Counter)
     """The count of ``.cls`` members that belong to no image; the only key is the name of the first one."""
     note: str = ""
-    """Where the labels come from, if the log should say so."""
+    """The source of the labels, for the log; empty if it is the usual one."""
 
     def candidate_places(self) -> list[LabelPlace]:
         """Return the places in `candidates`, most frequent first."""
