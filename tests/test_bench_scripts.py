@@ -110,12 +110,6 @@ def test_bench_trainer_has_a_row_for_a_run(tmp_path: Path) -> None:
     assert number(share) == pytest.approx(100 * number(around) / number(update), abs=0.5)
 
 
-def test_bench_workers_has_a_row_for_each_contender(tmp_path: Path) -> None:
-    rows = measure(tmp_path, "bench/bench_workers.py", *"--workers 1 --rounds 1 --seconds 0.2".split())
-    assert [row[2] for row in rows] == ["", "", "1", "1", "1", "1"]
-    assert all(number(cell) > 0 for row in rows[2:] for cell in row[3:])
-
-
 def test_bench_startup_times_every_stage(tmp_path: Path) -> None:
     rows = measure(tmp_path, "bench/bench_startup.py", "--rounds", "1", "--model", "tiny")
     times = [number(row[1]) for row in rows[1:]]

@@ -1,6 +1,6 @@
 """Measure images/s that one CPU core decodes and augments; compare with torchvision and a lower bound by libjpeg.
 
-    python scripts/bench/input/bench_input.py IMAGES [--peers] [--write docs/input.md --plot docs/results/input]
+    python scripts/bench/input/bench_input.py IMAGES [--peers] [--write docs/benchmarks.md --plot docs/results/input]
 
 IMAGES is a folder with JPEGs at any depth, or a `data.root` for training: a store of `lars-data pack`, tar shards, or a
 zip. Each contender reads and decodes every image and makes a 224 x 224 view: for training a random resized crop with a
@@ -15,7 +15,7 @@ measured in the same way.
 
 Then whole pipelines with workers are measured, up to a batch on the device (end_to_end.py).
 
-Takes about an hour with --peers, a few minutes without. Figures: docs/input.md.
+Takes about an hour with --peers, a few minutes without. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations
