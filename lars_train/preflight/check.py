@@ -58,8 +58,8 @@ PARTS = {"sample": 2.0, "step": 4.0, "input": 2.0, "exchange": 2.0, "disk": 2.0}
 """The parts of a check in order, and the maximum time of each, in units of `check.seconds`."""
 
 TOTAL = 18.0
-"""The time of a check from the start of its process, in units of `check.seconds`. With the default of 5 s this is 90 s;
-the launcher and the end of the processes take the rest of the promised two minutes."""
+"""The time of a check from the start of its process, in units of `check.seconds`. With the default of 5 s this is 90 s,
+which leaves 30 s of the two minutes in docs/plan.md to start and end the processes."""
 
 MIN_PART = 0.2
 """The minimum time of a part, even if it starts late, in units of `check.seconds`."""
@@ -144,7 +144,7 @@ class _Check:
         limit = self.budget.seconds_for("exchange")
         exchange = measure_exchange(group, self.device, gradients, config.check.seconds, limit)
         if exchange is not None and exchange.sent < exchange.bytes:
-            self._note_time_up(f"all-reduces of {size(exchange.sent)}, scaled up to {size(exchange.bytes)}")
+            self._note_time_up(f"all-reduces of {size(exchange.sent)}, their time scaled up to {size(exchange.bytes)}")
         checkpoint = _CHECKPOINT_BYTES if step is None else step.checkpoint_bytes
         folders = [self._try(lambda: self._inspect_checkpoints(prepared, checkpoint))] if group.first else []
         if prepared is not None and ranks.local_rank == 0:
@@ -192,7 +192,10 @@ class _Check:
         limit = self.budget.seconds_for("step")
         step = self._try(lambda: measure_step(config, plan, resolved, classes, self.device, seconds, limit))
         if step is not None and step.samples < plan.ghost_batch:
-            self._note_time_up(f"updates of {counted(step.samples, 'image')}; a ghost batch has {plan.ghost_batch}")
+            self._note_time_up(
+                f"training measured with updates of {counted(step.samples, 'image')}, fewer than the ghost batch's "
+                f"{plan.ghost_batch}"
+            )
         self.group.all_reduce_max([0])
         half = min(seconds, self.budget.seconds_for("input") / 2)
         loader = self._try(
@@ -209,7 +212,7 @@ class _Check:
         try:
             folder = inspect_checkpoint_folder(self.config, directory, checkpoint_bytes, seconds)
         except OSError as error:
-            raise ConfigError(f"run directory {directory}: it cannot be written ({error.strerror}).") from None
+            raise ConfigError(f"run directory {directory}: cannot be written ({error.strerror}).") from None
         if 0 < folder.written < min(checkpoint_bytes, MAX_WRITTEN):
             self._note_time_up(f"{size(folder.written)} of a checkpoint's {size(checkpoint_bytes)} written")
         return folder

@@ -1,7 +1,7 @@
 """Compute the bytes that a run leaves on disk: its checkpoints and logs, summed over the network's tensors and layers.
 
-Most of each sum follows from the file formats; the other constants were measured on the files of real runs. Files of a
-few kilobytes that a run has once (config, record, results) are not counted.
+Most terms follow from the file formats; the rest are constants, measured on the files of real runs. Files of a few
+kilobytes that a run has once (config, record, results) are not counted.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Rank:
     @property
     def label(self) -> str:
         """The rank, its device and its machine, for a message."""
-        return f"rank {self.rank} ({self.device.name}, number {self.local_rank} of {self.host.name})"
+        return f"rank {self.rank} ({self.device.name}, local rank {self.local_rank} on {self.host.name})"
 
     @property
     def images_per_s(self) -> float | None:
@@ -344,11 +344,12 @@ def _describe_network(findings: Findings) -> Iterator[str]:
     if exchange is None:
         return
     share = findings.exchange_share
-    part = "" if share is None else f", {100 * share:.2g} % of an update's computation"
+    part = "" if share is None else f", {100 * share:.2g} % of an update's compute time"
+    speed = f"{size(exchange.bus_bandwidth(world))}/s per link"
     yield _line(
         "all-reduce",
-        f"{size(exchange.bytes)} in {1e3 * exchange.seconds:.3g} ms, {size(exchange.bus_bandwidth(world))}/s per link, "
-        f"one number in {1e3 * exchange.latency:.2g} ms{part}",
+        f"{size(exchange.bytes)} in {1e3 * exchange.seconds:.3g} ms ({speed}{part}), "
+        f"latency {1e3 * exchange.latency:.2g} ms",
     )
     furthest = max(findings.clocks, key=lambda clock: abs(clock.ahead))
     yield _line("clocks", f"within {abs(furthest.ahead):.2g} s (± {furthest.error:.2g} s)")

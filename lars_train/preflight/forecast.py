@@ -276,7 +276,7 @@ def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
         yield (
             f"update         {expected['seconds']:.3g} s: compute {expected['compute']:.3g}, "
             f"input {expected['input']:.3g}, "
-            f"network {expected['network']:.3g} (not hidden, of {expected['reduction']:.3g}); "
+            f"network {expected['network']:.3g} exposed of {expected['reduction']:.3g}; "
             f"limited by {expected['limit']}"
         )
         share = 100 * expected["efficiency"]

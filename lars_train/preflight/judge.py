@@ -35,7 +35,7 @@ SLOW_DEVICE = 0.8
 """A device slower than this share of the median is reported."""
 
 LOADER_SHARE = 0.9
-"""The share of the images/s the devices consume that the loader must deliver."""
+"""A loader is slow if it delivers less than this share of the images/s that the devices consume."""
 
 LOADER_SHARE_WITHOUT_WORKERS = 0.25
 """The same without workers, when the training process also loads. Below this, loading takes most of its time."""

@@ -236,7 +236,7 @@ def _time_all_reduces(group: Group, values: torch.Tensor, rounds: int) -> float:
 
 
 def measure_clocks(group: Group) -> tuple[Clock, ...]:
-    """Return each rank's clock against rank 0's: the median of readings that all ranks take together. Collective.
+    """Return the offset of each rank's clock from rank 0's: the median of readings that all take together. Collective.
 
     The ranks synchronize before each reading. The time that this takes is an upper bound on the distance between the
     readings, and becomes the `error`.
@@ -252,7 +252,7 @@ def measure_clocks(group: Group) -> tuple[Clock, ...]:
 
 
 def clock_offsets(readings: list[list[tuple[float, float]]]) -> tuple[Clock, ...]:
-    """Return each rank's clock. A reading has each rank's time, and the seconds that its synchronization took."""
+    """Return the offset of each rank's clock. `readings`: by reading and rank, (time, seconds to synchronize)."""
     clocks = []
     for rank in range(len(readings[0])):
         ahead = median(reading[rank][0] - reading[0][0] for reading in readings)

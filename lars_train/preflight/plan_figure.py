@@ -1,4 +1,7 @@
-"""Draw the figure of ``plan.picture``: hours, efficiency and the parts of an update by devices, and the schedule."""
+"""Draw the figure of ``plan.picture``.
+
+It shows hours, efficiency and the parts of an update against the number of devices, and the learning rate.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ _LEFT, _RIGHT = 0.8, 5200
 
 
 def draw(found: dict[str, Any], curve: Sequence[Sequence[float]], path: Path) -> None:
-    """Draw the forecast `found`, which has hours, as a PNG. `curve`: the rehearsal's ``lr_curve``. Raises `OSError`."""
+    """Draw the forecast `found`, which must include hours, as a PNG. Raises `OSError`.
+
+    `curve`: the rehearsal's ``lr_curve``.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

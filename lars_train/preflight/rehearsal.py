@@ -32,7 +32,7 @@ _PLOT_WIDTH, _PLOT_HEIGHT = 60, 8
 
 
 def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[str, Any]:
-    """Return the run of a resolved config on `world` ranks as plain values, for JSON.
+    """Return what a run of a resolved config on `world` ranks would do, as plain values for JSON.
 
     Updates are counted from 1, as in checkpoints and logs. ``lr_first`` and ``lr_last`` are the rates of an epoch's
     first and last update. ``checkpoints`` omits those due to a timer, a signal or a divergence. Raises
@@ -125,7 +125,7 @@ def describe_rehearsal(rehearsed: dict[str, Any]) -> Iterator[str]:
         yield f"     {line}"
     yield f"images         {rehearsed['samples_per_epoch']:,} per epoch, {rehearsed['samples_in_all']:,} in total"
     yield f"checkpoints    {len(rehearsed['checkpoints']):,} written, {rehearsed['checkpoints_kept']} kept at the end"
-    yield f"evaluations    {len(rehearsed['evaluations']):,} of {counted(rehearsed['evaluated_images'], 'image')}"
+    yield f"evaluations    {len(rehearsed['evaluations']):,}, each of {counted(rehearsed['evaluated_images'], 'image')}"
     yield f"log lines      {rehearsed['log_lines']:,}"
 
 
