@@ -285,7 +285,8 @@ def _draw_curve(axes: Axes, x: list[float], points: Curve, row: Row, look: _Look
 
 def _legend(figure: Figure, columns: int) -> None:
     """Place the legend below all axes, where it hides no curve."""
-    # A row may appear in some axes only. In reverse, so that the first axes, which have markers, take precedence.
+    # A row may appear in some axes only. Reversed, because the handles of the first axes, which have markers, come last
+    # and replace the others.
     handles = {
         str(line.get_gid()): line for axes in reversed(figure.axes) for line in axes.get_lines() if line.get_gid()
     }

@@ -40,7 +40,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file with one per line.
+    """Yield the objects of a JSON Lines file.
 
     Other lines are skipped, and their count is added to `problems`. A last line without a newline is not counted: a
     run may still be writing it.

@@ -60,12 +60,12 @@ def report_sweep(runs: Mapping[Path, str]) -> None:
     Errors are only printed, because the runs themselves are done.
     """
     rows: list[Row] = []
-    with _errors_printed("the table was not made"):
+    with _errors_printed("cannot make the table"):
         rows = read_rows(list(runs))
         say(terminal(rows))
     for directory, label in runs.items():
         say(f"{directory}  {label}")
-    with _errors_printed("the report was not written"):
+    with _errors_printed("cannot write the report"):
         folder = sweep_folder(list(runs))
         write_report(rows, folder)
         say(f"report         {relative_path(folder / 'report.html', Path())}")

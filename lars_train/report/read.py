@@ -32,7 +32,7 @@ _MOVED_ASIDE = re.compile(r"\.old\d+$")
 
 @dataclass(frozen=True)
 class Point:
-    """A logged value at an update. `epoch` in epochs; `seconds` of training wall time, None if not logged."""
+    """A logged value at an update. `epoch` is fractional. `seconds`: training wall time so far; None if not logged."""
 
     update: int
     epoch: float
@@ -45,7 +45,7 @@ class RunRecord:
     """The contents of a run directory. None where a value is missing or unusable.
 
     `best_top1` and `final_top1`: in percent; for a run that has not ended, `best_top1` is the best so far.
-    `diverged`: the loss diverged. `updates` then ends there, before the log line that detected it.
+    `diverged`: the loss diverged. `updates` then counts up to the divergence, not to the log line that detected it.
     `seconds`: wall time of training over all starts. `resumes`: starts that resumed from a checkpoint.
     `problems`: messages about missing or unreadable files. `recorded`: False if run.json has no settings; `settings`
     then has the few in ``final.json``.
@@ -141,7 +141,7 @@ def _below(path: Path) -> list[Path]:
 
 
 def read_run(directory: Path) -> RunRecord:
-    """Read the run in `directory`. Raises nothing: the run's `problems` list what cannot be read."""
+    """Read the run in `directory`. A file that cannot be parsed raises nothing: the run's `problems` list it."""
     problems: list[str] = []
     record, final = (_object(directory / name, problems) for name in ("run.json", "final.json"))
     settings = {as_line(k): v for k, v in _dict(record, "settings").items()}
@@ -254,7 +254,7 @@ def _missing(directory: Path, final: dict[str, Any], updates: int, top1: tuple[P
     for key in ("best_top1", "final_top1"):
         if number(final, key) is None:
             yield f"final.json: no usable {key}"
-    # A final.json copied without run.json is not meant to be a complete run directory.
+    # A directory with only a copied final.json is not meant to be a complete run directory.
     if not updates or not (directory / "run.json").exists():
         return
     if not last:

@@ -58,7 +58,7 @@ _PRIORITY = (
 _RESULTS = {"best top-1 %", "final top-1 %", "time", "images/s", "difference", "state"}
 # Characters of the batch's cell on a terminal.
 _MAX_BATCH_LENGTH = 30
-# Entities, because a backslash in the text would escape the backslash of an escape.
+# HTML entities instead of backslash escapes: a backslash that precedes an escape would cancel it.
 _ENTITIES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|[`"})
 
 
@@ -167,7 +167,7 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
             "comparable."
         )
     texts += [
-        f"raised: the batch in proportion to the data set would be below {size}, the minimum for batch norm."
+        f"raised: scaled to the data set, the batch would be below {size}, the minimum for batch norm."
         for size in sorted({run.global_batch for run in runs if run.raised and run.global_batch is not None})
     ]
     if any(len(row.runs) > 1 for row in rows):

@@ -109,7 +109,7 @@ def test_sweep_results_are_printed_if_the_report_fails(
     assert "| 8k " in out
     assert "(failed): at update 12: Diverged: x" in out
     assert [line.split()[-1] for line in out.splitlines() if line.startswith(str(tmp_path))] == list(runs.values())
-    assert err == "lars-train: the report was not written: RuntimeError: no fonts\n"
+    assert err == "lars-train: cannot write the report: RuntimeError: no fonts\n"
     monkeypatch.setattr(lars_report, "read_rows", fail)
     report_sweep(runs)
     out, err = capsys.readouterr()

@@ -200,7 +200,7 @@ def test_notes_explain_the_rows(make_run: MakeRun) -> None:
     for part in (
         "differ in more than batch and recipe row: optimizer.lr.",
         "scaled: measured on mini with small",
-        "raised: the batch in proportion to the data set would be below 8,",
+        "raised: scaled to the data set, the batch would be below 8,",
         "sample standard deviation over the seeds",
         "Not in the mean, because another run has the same seed: e.",
         "Unfinished runs have separate rows",
