@@ -15,8 +15,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/mfu": (
         "1",
         "GPUs only: model FLOP utilization, train/images_per_s * flops_per_image / (ranks * peak_flops). run.json has "
-        "flops_per_image, the operations of training on one image, and peak_flops, the rate of matrix products "
-        "measured at the start",
+        "flops_per_image, the floating-point operations to train on one image, and peak_flops, the rate of matrix "
+        "products measured at the start",
     ),
     "train/wait_share": ("1", "share of wall time since the last line during which rank 0 waited for input"),
     "train/grad_norm": ("1", "norm of the full gradient in the last update, before LARS"),
@@ -53,8 +53,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     ),
     "loader/fast_share": (
         "1",
-        "share of rank 0's images since the last line that the run's decoder decoded, if it is not Pillow; the rest "
-        "were decoded by Pillow or are stored as pixels",
+        "share of rank 0's images since the last line that a decoder other than Pillow decoded; Pillow decoded the "
+        "rest, or they are stored as pixels",
     ),
     "val/top1": ("percent", "top-1 accuracy on the validation set"),
     "val/top5": ("percent", "top-5 accuracy on the validation set"),

@@ -68,7 +68,7 @@ def startup_lines(
 
 
 def flops_line(flops_per_image: float, peak_flops: float | None) -> str:
-    """Return the operations of training on an image and, for ``train/mfu``, the measured operations/s of a rank."""
+    """Describe the operations to train on an image and, for ``train/mfu``, the measured operations/s of a rank."""
     relative = (
         ""
         if peak_flops is None

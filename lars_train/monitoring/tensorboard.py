@@ -130,11 +130,11 @@ class TensorBoardWriter:
 
         threading.excepthook = _ignore_writer_errors
         self._writer = SummaryWriter(self._folder, purge_step=purge_step)
-        # The second in the file's name, or one more if the clock has ticked since.
+        # The timestamp in the file's name, in seconds, or the next second if it has begun in the meantime.
         self._second, self._size = int(time.time()), 0
 
     def _add(self, writer: Any, summary: Any, update: int) -> None:
-        # Names do not order files started within the same second: start the next one at a later event.
+        # Two files started within one second have no order by name. In that case, a later event starts the next file.
         if self._size > _FILE_BYTES and int(time.time()) > self._second:
             # Close first: TensorBoard stops reading a file once a later one exists.
             writer.close()
@@ -189,7 +189,7 @@ def _add_results(file: Any, settings: dict[str, Any], curves: list[str]) -> None
     simple = {printable(k): v if isinstance(v, bool | int | float) else printable(str(v)) for k, v in settings.items()}
     # SummaryWriter.add_hparams would plot the results again, in charts of one point at update 0.
     experiment, *others = hparams(simple, dict.fromkeys(curves, 0.0))  # type: ignore[no-untyped-call]
-    # The tab sorts its columns, and puts those first that are marked as differing between runs.
+    # The tab shows the columns marked as differing between runs first, then the others, in alphabetical order.
     described = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(described.content)
     for info in content.experiment.hparam_infos:
