@@ -2,8 +2,9 @@
 
 torch is not imported until a command needs it.
 
-Exit codes: 0 for success; 1 for a failed run, or a check that found a problem; 2 for bad input; 75 for a run that a
-signal ended with a checkpoint (128 plus its number for a second signal); 130 for an interrupt before or after training.
+Exit codes: 0 for success; 1 for a failed run, or a check that found a problem; 2 for bad input; 75 if a
+termination signal stopped the run, which the same command resumes; 128 plus the signal's number if a second signal
+ended the run at once; 130 for Ctrl-C before or after training.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
         return f"{setting}: several values are a sweep. To run each of them: -m {setting}"
     if "Ambiguous value for argument" in text:
         return (
-            f"{first_line(text)}: several values are a sweep: add -m. A text with a comma needs two pairs of quotes, "
+            f"{first_line(text)}: several values are a sweep: add -m. A value with a comma needs two pairs of quotes, "
             """the shell's and Hydra's: 'data.root="/a,b"'."""
         )
     if error.__cause__ is not None:
@@ -232,13 +233,13 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
     """Return the unresolved config of the prepared `arguments` (in a sweep, of its first job) with batch `name`.
 
-    `name` is not one of Hydra's choices. Return None if the other arguments cannot be composed, or if their recipe
-    has a row of that name.
+    Call this only if `name` is not one of Hydra's choices. Return None if the other arguments cannot be composed, or if
+    their recipe has a row of that name.
     """
     try:
         settings = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
         overrides = [
-            # Hydra reports the first job of a sweep that fails.
+            # Of a sweep, take the first job, whose error Hydra reports.
             f"{str(override.input_line).partition('=')[0]}={next(override.sweep_string_iterator())}"
             if override.is_sweep_override()
             else str(override.input_line)

@@ -193,7 +193,7 @@ def _write_plan(config: Config, rehearsed: dict[str, Any]) -> None:
         try:
             path.write_text(json.dumps(rehearsed, indent=1) + "\n")
         except OSError as error:
-            raise ConfigError(f"plan.path={path}: it cannot be written ({error.strerror}).") from None
+            raise ConfigError(f"plan.path={path}: cannot be written ({error.strerror}).") from None
         say(f"plan           {path}")
     if config.plan.picture is not None:
         from lars_train.preflight.plan_figure import draw
@@ -202,7 +202,7 @@ def _write_plan(config: Config, rehearsed: dict[str, Any]) -> None:
         try:
             draw(rehearsed["forecast"], rehearsed["lr_curve"], path)
         except OSError as error:
-            raise ConfigError(f"plan.picture={path}: it cannot be written ({error.strerror}).") from None
+            raise ConfigError(f"plan.picture={path}: cannot be written ({error.strerror}).") from None
         say(f"figure         {path}")
 
 
@@ -231,7 +231,7 @@ def _without_files(config: Config) -> Config:
 def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
     """Measure on every rank and print the findings. Rank 0 raises `NotReady` for all."""
     ranks = _launcher_ranks(config)
-    # `check` reports all other errors of the config.
+    # Only an invalid launch.nproc raises here. `check` reports all other errors of the config among its findings.
     count = 1 if ranks else processes(config, cuda_devices(config), ghosts=cuda_devices(config))
     found: dict[str, Any]
     found = start_processes(_check_worker, (config,), count) if count > 1 else check(config, ranks or Ranks())

@@ -50,7 +50,7 @@ _MIN_SIMILARITY = 0.7
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """Return the choice that `word` misspells or abbreviates, or None: no suggestion is better than a wrong suggestion.
+    """Return the choice that `word` misspells or abbreviates, or None: a wrong suggestion is worse than none.
 
     Case is ignored. Different digits mean a different thing, not a misspelling: ``fp8`` is not ``fp64``.
     """

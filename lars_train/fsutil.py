@@ -24,7 +24,7 @@ def write_atomic(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
 
 
 def stage(path: Path, pieces: Sequence[bytes | memoryview]) -> Path:
-    """Write the content for `path` to disk under a temporary name beside it; return that path. Raises `OSError`."""
+    """Write the content for `path` to disk in a temporary file beside it, and return its path. Raises `OSError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with name_in_errors(path), temporary.open("wb") as file:
@@ -46,7 +46,7 @@ def discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Add `path` to an `OSError` from the block that names no file, as after a failed write."""
+    """Add `path` to an `OSError` raised in the block if the error names no file, as that of a failed write."""
     try:
         yield
     except OSError as error:

@@ -153,7 +153,7 @@ def check_nodes(config: Config, ranks: Ranks | None) -> None:
     found = 1 if ranks is None else -(-ranks.world // ranks.local_world)
     if expected is not None and expected != found:
         fix = (
-            "Start it on each with torchrun or srun (docs/clusters.md)"
+            "Start it on each machine with torchrun or srun (docs/clusters.md)"
             if ranks is None
             else "Fix the launcher's number of machines"
         )
@@ -221,14 +221,14 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
 
     Raises:
         WorkerError: a process failed: the one that was killed, else the first that reported an error.
-        Stopped: the processes ended by a forwarded signal, or agreed to end.
+        Stopped: a forwarded signal ended the processes, or a rank raised `Stopped`.
     """
-    # Not torch.distributed.elastic: its launcher hangs if a process is killed between the end of its work and its exit
-    # (an Event is set there, and `Condition.notify` waits for each waiter).
+    # Not torch.distributed.elastic: its launcher hangs if a process is killed between the end of its work and its exit.
+    # The process waits there for an Event of the launcher, and `Event.set` blocks until each waiting process wakes up.
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     torch_processes: Any = import_module("torch.multiprocessing")
-    # Silence its warnings that it ends the other processes after one has failed.
+    # Silence torch's warning that it ends the other processes because one failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     # Python's resource tracker removes the semaphores of ended processes. Its warning would follow the error message.
     filters = os.environ.get("PYTHONWARNINGS", "")

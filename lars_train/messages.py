@@ -144,8 +144,8 @@ def printable_lines(text: str) -> str:
 def wrap_line(line: str, width: int) -> list[str]:
     """Wrap `line` between words to at most `width` columns. Later lines are indented below the text of a label.
 
-    Words, such as paths, and settings in a row are not broken, so that they can be copied. Table rows (``|``) are not
-    wrapped.
+    Paths and other words are not broken, and consecutive settings of a command stay on one line, so that they can be
+    copied. Table rows (``|``) are not wrapped.
     """
     if len(line) <= width or line.startswith("|"):
         return [line]
@@ -200,7 +200,7 @@ def _in_largest_unit(count: float, units: dict[str, float]) -> str:
 
 
 def rate(per_s: float) -> str:
-    """Format a rate: as a whole number from 100, with three digits below."""
+    """Format a rate: as a whole number if it is at least 100, else with three digits."""
     return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
 
 

@@ -64,7 +64,7 @@ def scaled_batch(nominal: int, samples: int, ghost_batch: int) -> tuple[int, boo
     size = round(exact) if exact <= ghost_batch else ghost_batch * max(1, round(exact / ghost_batch))
     if size >= SMALLEST_SCALED_BATCH:
         return size, False
-    # If ghost batches are smaller than the minimum, round it up to a whole number of them.
+    # If ghost batches are smaller than the minimum, round the minimum up to a multiple of the ghost batch.
     unit = ghost_batch if ghost_batch < SMALLEST_SCALED_BATCH else SMALLEST_SCALED_BATCH
     return math.ceil(SMALLEST_SCALED_BATCH / unit) * unit, True
 
