@@ -179,13 +179,13 @@ def small(words: list[str], folder: Path, store: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with images of two classes."""
+    """Return a folder with the data set `images`, which has two classes."""
     made = tmp_path_factory.mktemp("pages")
     rng = np.random.default_rng(0)
-    for split in ("train", "val"):
+    for split, count in (("train", 20), ("val", 4)):
         for label in ("cat", "dog"):
             (made / "images" / split / label).mkdir(parents=True)
-            for number in range(4):
+            for number in range(count):
                 image = Image.fromarray(rng.integers(0, 256, (300, 280, 3), dtype=np.uint8))
                 image.save(made / "images" / split / label / f"{number}.jpg")
     return made
@@ -221,6 +221,16 @@ def test_unmarked_commands_run_and_write_the_stated_files(
     for part, file in LEAVES.items():
         if part in command.text:
             assert (folder / file).exists(), file
+
+
+@pytest.mark.slow
+def test_the_tutorials_code_predicts_a_class(folder: Path, results: dict[str, tuple[int, str]]) -> None:
+    assert results
+    page = (ROOT / "docs" / "train_on_your_images.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    done = shell().run(["python", "-c", code], folder, environment())
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(cat|dog) \d+%\n", done.stdout)
 
 
 @pytest.mark.slow
