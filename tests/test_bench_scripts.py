@@ -117,25 +117,10 @@ def test_bench_startup_times_every_stage(tmp_path: Path) -> None:
     assert times[1] < times[2] <= times[3] <= times[4] <= times[5]
 
 
-def test_bench_batchnorm_compares_ghost_batches_with_plain_ones() -> None:
-    output = run("bench/bench_batchnorm.py", *"--samples 2 --ghosts 2 --rounds 2".split())
-    assert re.search(r"Sums of the medians, times plain: one ghost batch [\d.]+, ghost batches [\d.]+\.", output)
-
-
 def test_bench_index_reports_time_and_memory() -> None:
     output = run("bench/bench_index.py", *"--images 2000 --processes 2".split())
     assert output.startswith("2,000 training images")
     assert "2 processes hold" in output
-
-
-def test_measure_performance_puts_each_part_on_its_page() -> None:
-    page = (SCRIPTS.parent / "docs/performance.md").read_text()
-    output = run("bench/measure_performance.py", "--help")
-    parts = re.search(r"--only \{([\w,]+)\}", output)
-    assert parts is not None
-    for part in ("measure_performance", *parts[1].split(",")):
-        assert f"<!-- {part}: begin -->" in page
-        assert len(list(SCRIPTS.glob(f"*/{part}.py"))) == 1
 
 
 def photograph(seed: int, size: tuple[int, int]) -> bytes:

@@ -69,7 +69,6 @@ def signal_script(command: list[str], number: int, folder: Path, sign: str) -> t
     "command",
     [
         ["verify/long_haul.py"],
-        ["bench/measure_performance.py", "--only", "long_haul"],
         ["bench/bench_startup.py", "--model", "tiny"],
     ],
     ids=lambda command: command[0],

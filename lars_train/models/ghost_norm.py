@@ -29,7 +29,7 @@ from lars_train.messages import complain
 
 LARGE = 1 << 24
 """The number of values from which an H100 takes longer for its passes than the host takes to launch a few more kernels.
-For a single ghost batch, a pass of torch's kernels takes up to three times as long (docs/performance.md)."""
+For a single ghost batch, a pass of torch's kernels takes up to three times as long (docs/gpu_notes.md)."""
 
 # The reduced dimensions of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)

@@ -1,13 +1,13 @@
 """Time a run while other processes use the same CPU, for several settings of how its threads wait.
 
-    python scripts/bench/bench_busy.py [--write docs/performance.md]            # the bare run and ResNet-50
+    python scripts/bench/bench_busy.py [--write docs/benchmarks.md]            # the bare run and ResNet-50
     python scripts/bench/bench_busy.py --environments '' GOMP_SPINCOUNT=300000  # other environment variables
 
 Each environment is a column: '' is the default of lars-train, the others are variables separated by spaces. The runs
 take turns of a few seconds, so a change in the machine's speed affects all of them. Images are counted by the updates
 in the log; evaluations take part of the time. The busy processes are Python loops.
 
-Takes about 15 minutes. Figures: docs/performance.md.
+Takes about 15 minutes. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations

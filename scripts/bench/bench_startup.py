@@ -1,13 +1,13 @@
 """Time the start of lars-train up to its first update, stage by stage.
 
-    python scripts/bench/bench_startup.py [--write docs/performance.md]      # the embedded data set
+    python scripts/bench/bench_startup.py [--write docs/benchmarks.md]      # the embedded data set
 
 Wall time of whole processes, in turns: `--help`; Python with `import torch`; a run of one update, up to its run
 directory, its logs, the first line in them, and its end; a sweep of two such runs, from the end of the first to the
 first update of the second. A first round, which does not count, reads all files. Images of 64 pixels keep the update
 itself short.
 
-Takes about four minutes. Figures: docs/performance.md.
+Takes about four minutes. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations

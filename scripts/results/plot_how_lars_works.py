@@ -1,6 +1,6 @@
 """Train the embedded data set at one large batch with and without LARS, and draw the plots of docs/how_lars_works.md.
 
-    python scripts/results/plot_how_lars_works.py --write docs/how_lars_works.md
+    python scripts/results/plot_how_lars_works.py --write docs/benchmarks.md
     python scripts/results/plot_how_lars_works.py --epochs 2        # a quicker look
 
 All runs use row 32k of the default recipe, scaled to the embedded set, with its warm-up and poly(2), the tiny network,
@@ -134,7 +134,7 @@ def vectors(ratios: Ratios) -> list[str]:
 
 def page_lines(runs: dict[str, RunRecord], ratios: Ratios, epochs: int) -> list[str]:
     """Return the lines for the page: command and versions, the end of each run, and the spread of the ratios."""
-    command = f"python scripts/results/plot_how_lars_works.py --epochs {epochs} --write docs/how_lars_works.md"
+    command = f"python scripts/results/plot_how_lars_works.py --epochs {epochs} --write docs/benchmarks.md"
     lines = [
         f"`{command}` on {shared.cpu_name()}, one thread; {shared.software()}.",
         "",

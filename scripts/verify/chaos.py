@@ -1,6 +1,6 @@
 """Kill and resume runs at random instants, and compare their results with those of undisturbed runs.
 
-    python scripts/verify/chaos.py [--write docs/same_curve.md]     # 50 kills
+    python scripts/verify/chaos.py [--write docs/benchmarks.md]     # 50 kills
     python scripts/verify/chaos.py --kills 5                   # two minutes
 
 A run has two processes on the CPU, synthetic images, random augmentation, and frequent checkpoints. Each kill is drawn
@@ -10,7 +10,7 @@ from the start of the process on, so that starts, checkpoints, evaluations and e
 undisturbed run. Runs with new seeds follow until the number of kills is reached. The exit code is the number of runs
 that differ, at most 100.
 
-Takes about ten minutes on two cores. Figures: docs/same_curve.md.
+Takes about ten minutes on two cores. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Check that memory, open files and the time of an update stay constant over a long run.
 
-    python scripts/verify/long_haul.py [--write docs/performance.md]      # 100,000 updates, 100 evaluations
+    python scripts/verify/long_haul.py [--write docs/benchmarks.md]      # 100,000 updates, 100 evaluations
 
 A tiny network trains on synthetic images, with everything around the step in a long run: log lines, TensorBoard,
 per-layer values, checkpoints and evaluations. The script reads the system's figures about the process, and compares
@@ -11,7 +11,7 @@ The script compares the lower quartile of each tenth, so that other processes th
 count; the report shows the range of all samples. A slowdown is not detected if it affects less than three quarters of
 the samples, or is below the limit.
 
-Takes about nine minutes. Figures: docs/performance.md.
+Takes about nine minutes. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure how rounding separates runs that differ only in world size, micro-batch and loader workers.
 
-    python scripts/verify/measure_float32_bound.py [--write docs/same_curve.md]
+    python scripts/verify/measure_float32_bound.py [--write docs/benchmarks.md]
     python scripts/verify/measure_float32_bound.py --precision fp64           # nearly without rounding
 
 Each run is a complete lars-train run on the CPU: synthetic images, random crops and flips, a ResNet of 8 layers with
@@ -8,7 +8,7 @@ batch norm, LARS over SGD with momentum, warm-up, and 7 ghost batches of 4 sampl
 the ranks. The reference is the run of the same seed and precision on one process, one ghost batch at a time, without
 loader workers. The processes are started once, as many as the largest world size, and used for all runs.
 
-Takes about three minutes on two cores. Figures: docs/same_curve.md.
+Takes about three minutes on two cores. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations
