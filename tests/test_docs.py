@@ -17,9 +17,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    path = ROOT / "scripts" / "dev" / "make_config_reference.py"
+def load_script(name: str) -> ModuleType:
+    path = ROOT / "scripts" / "dev" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -28,9 +27,20 @@ def reference() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return load_script("make_config_reference")
+
+
 def test_the_configuration_page_matches_the_schema(reference: ModuleType) -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.page(), (
         "docs/configuration.md is out of date: run scripts/dev/make_config_reference.py"
+    )
+
+
+def test_the_metrics_page_matches_the_fields() -> None:
+    assert (ROOT / "docs" / "metrics.md").read_text() == load_script("make_metrics_reference").page(), (
+        "docs/metrics.md is out of date: run scripts/dev/make_metrics_reference.py"
     )
 
 

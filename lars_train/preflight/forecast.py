@@ -34,7 +34,7 @@ _FORWARDS_PER_STEP = 3
 # Upper bound on the memory of a process that trains on a CPU. Python, torch and the libraries take a constant.
 # Multiples of weights, activations and the largest activation cover what the allocator does not count: workspaces,
 # gradients of activations, retained memory, checkpoints. Fitted to measured runs, a few percent above each
-# (docs/plan.md).
+# (docs/benchmarks.md).
 _PROCESS_BYTES = 640 << 20
 _WEIGHTS_FACTOR, _ACTIVATIONS_FACTOR, _LARGEST_FACTOR = 2.0, 1.7, 4.5
 

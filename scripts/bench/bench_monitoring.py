@@ -1,6 +1,6 @@
 """Time the logging of a run: updates with log lines, compared with the same updates without.
 
-    python scripts/bench/bench_monitoring.py [--write docs/monitoring.md]     # ResNet-18 on the CPU in one thread
+    python scripts/bench/bench_monitoring.py [--write docs/benchmarks.md]     # ResNet-18 on the CPU in one thread
     python scripts/bench/bench_monitoring.py --every 1 model=resnet50         # a line per update; any settings
 
 Two runs of the same config in one process take turns, in blocks of `--every` updates; each pair of blocks starts with
@@ -9,7 +9,7 @@ TensorBoard); the other writes none. A ratio compares the two blocks of a pair: 
 that other processes do not count, and wall time on CUDA. The time of the measurements and log lines themselves is
 printed too; it is more reliable where other processes disturb the ratio.
 
-Takes about three minutes. Figures: docs/monitoring.md.
+Takes about three minutes. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare the update time that a plan predicts with real runs of one and of two processes on this CPU.
 
-    python scripts/verify/check_plan.py [--rounds 5] [--updates 5] [--write docs/plan.md]
-    python scripts/verify/check_plan.py --cpu [--write docs/plan.md]   # images/s of ResNet-50: the plan's row for CPUs
+    python scripts/verify/check_plan.py [--rounds 5] [--updates 5] [--write docs/benchmarks.md]
+    python scripts/verify/check_plan.py --cpu [--write docs/benchmarks.md]   # the plan's row for CPUs
 
 Each process contains the run itself (loader, gradients, all-reduce, LARS, log lines) and a bare loop. The loop measures
 the inputs of a plan: images/s of forward and backward, seconds of the optimizer's step, images/s of the loader, and
@@ -11,7 +11,7 @@ slows both. The loop waits for the slowest process after every two micro-batches
 Each round gives a planned and a measured time of an update, hence an error, for wall time and for CPU time (which
 excludes other processes). The table shows medians, and the smallest and largest error. It does not apply to GPUs.
 
-Takes about ten minutes. Figures: docs/plan.md.
+Takes about ten minutes. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations

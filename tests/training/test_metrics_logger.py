@@ -1,4 +1,4 @@
-"""Logging costs nothing between log lines; docs/monitoring.md states the measured cost of a log line."""
+"""Logging costs nothing between log lines; docs/benchmarks.md states the measured cost of a log line."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_script_compares_updates_with_and_without_log_lines() -> None:
 
 
 def test_the_page_states_a_cost_below_one_percent() -> None:
-    page = (ROOT / "docs" / "monitoring.md").read_text()
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
     share = re.search(r"measuring for a line and writing it: [\d.]+ ms, ([\d.]+) % of the updates' time", page)
     assert share is not None
     assert float(share.group(1)) <= 1
