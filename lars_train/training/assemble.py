@@ -102,11 +102,11 @@ def match_classes(
 ) -> tuple[Sequence[str], list[int], tuple[str, ...]]:
     """Match a data set's `classes` to the outputs of a network, by the first of these rules that applies:
 
-    1. By name. Outputs without names have ImageNet's names if there are 1,000 and ImageNet has all of `classes`.
+    1. By name. 1,000 outputs without names get ImageNet's names if ImageNet has all of `classes`.
     2. By number, ignoring leading zeros, if all names on both sides are numbers.
-    3. By index, if none of `classes` is a name of the network, and the names are not numbers on both sides: `numbers`,
-       or else names that are whole numbers, are indices of outputs if all are below the number of outputs. `numbers`
-       are the labels of `classes` in the data set's files.
+    3. By index: the labels of `classes` in the data set's files (`numbers`), or else the names themselves, are indices
+       of outputs. This rule requires that all are different whole numbers below the number of outputs, that the network
+       has none of the names in `classes`, and that the names are not numbers on both sides.
     4. In order, if the outputs have no names and there are as many as `classes`.
 
     Return a name for each output, the output of each of `classes`, and messages to the user about the match. Raises
@@ -131,7 +131,7 @@ def match_classes(
             return own, found, (f"NOTE: classes are matched by number, ignoring leading zeros: {shown}.",)
     outputs = names or [f"output {row}" for row in range(count)]
     rows = list(numbers) or [int(label) if label.isascii() and label.isdigit() else count for label in classes]
-    # If the network's classes are numbers, a number is not an index: output 2 of 0, 1, 10, 11, 2 is class 10.
+    # A number is not an index if the network's classes are numbers too: of classes 0, 1, 10, 11, 2, output 2 is 10.
     indices = not numeric and index.keys().isdisjoint(classes)
     if indices and max(rows) < count and len({*rows}) == len(rows):
         shown = "; ".join(
@@ -147,7 +147,7 @@ def match_classes(
         raise ConfigError(
             f"{weights.origin}: the network has {count:,} outputs, the data set has {len(classes):,} classes, and the "
             "file does not name the classes of the outputs. Name the folders by the numbers of the outputs (from 0), "
-            "or use a file with class names, such as mode=export writes."
+            "or use a file with class names, such as one that mode=export writes."
         )
     unknown = [label for label in classes if label not in index]
     unknown = [label for label in unknown if _unpadded(label) not in by_number] or unknown
@@ -163,8 +163,8 @@ def text_order(classes: Sequence[str]) -> str | None:
     if not _are_numbers(classes) or list(classes) == sorted(classes, key=int):
         return None
     return (
-        f"WARNING: the classes are numbers in text order: output 0, 1, ... is class {few(classes, 5)}. Names of equal "
-        "length (00, 01, 02) are in numeric order."
+        f"WARNING: the classes are numbers in text order: outputs 0, 1, ... are the classes {few(classes, 5)}. For "
+        "numeric order, give all names the same length (00, 01, 02)."
     )
 
 
@@ -177,7 +177,10 @@ def _unpadded(label: str) -> str:
 
 
 def check_single_samples(config: Config, classes: int) -> None:
-    """Raise `ConfigError` if a batch-norm layer has one pixel per image, which gives no variance for a single image."""
+    """Raise `ConfigError` if the network reduces an image to one pixel before a batch-norm layer.
+
+    Call this for (ghost) batches of one image: the layer would then have one value per channel, which has no variance.
+    """
     network = _network(config, classes).to("meta").train()
     try:
         network(torch.empty(1, 3, config.data.image_size, config.data.image_size, device="meta"))

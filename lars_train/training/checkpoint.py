@@ -50,7 +50,7 @@ _ENTRIES = {
 _MARK = b"\nsha256 of the bytes before this line: "
 _TRAILER = len(_MARK) + 64 + 1
 SET_ASIDE = "diverged-"
-"""Name prefix of the checkpoints of a diverged run, which no start and no export uses."""
+"""Name prefix of a diverged run's checkpoints, from which neither a resumed run nor an export reads."""
 _NAME = re.compile(r"update-(\d{9})\.pt")
 
 
@@ -65,7 +65,10 @@ class RunState:
     best_top1: float = -math.inf
     best_update: int | None = None
     seconds: float = field(default=0.0, metadata=_SURVIVES)
-    """Wall time of training over earlier starts, without time whose progress was lost. In a checkpoint: all starts."""
+    """Wall time of training in earlier starts, each up to the checkpoint from which the next one resumed.
+
+    In a checkpoint, this includes the start that wrote it.
+    """
     bad: dict[str, str] = field(default_factory=dict, metadata=_SURVIVES)
     """The images that cannot be decoded: path or URL, and reason."""
     rollbacks: list[dict[str, int]] = field(default_factory=list, metadata=_SURVIVES)
@@ -107,8 +110,9 @@ class NewerCheckpoint(DamagedCheckpoint):
 
 
 def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: int | None = None) -> Path:
-    """Write the checkpoint of `update` and return its path. Remove all but the last `keep` and that of `spare`.
+    """Write the checkpoint of `update` and return its path. Remove older ones, except the last `keep`.
 
+    `spare`: an update whose checkpoint also stays.
     The file is renamed to its final name only when it is complete on disk and its checksum matches.
     """
     folder.mkdir(exist_ok=True)
@@ -120,7 +124,7 @@ def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: i
             try:
                 torch.save({"format": FORMAT, **content}, cast("IO[bytes]", hashing))
             except RuntimeError:
-                if hashing.error is not None:  # torch hides it behind an error in its C++ source
+                if hashing.error is not None:  # torch's C++ code raises RuntimeError instead of the write's error
                     raise hashing.error from None
                 raise
             file.write(_MARK + hashing.digest.hexdigest().encode() + b"\n")
@@ -179,7 +183,7 @@ def restore_best(folder: Path, best_update: int | None) -> None:
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Rename a diverged run's checkpoints after update `after`, so that no start uses them. Return the new paths."""
+    """Rename a diverged run's checkpoints after update `after`, so that no run resumes from them. Return the paths."""
     later = [path for path in listing(folder) if _update_of(path) > after]
     return [path.replace(path.with_name(path.name.replace("update-", SET_ASIDE))) for path in later]
 

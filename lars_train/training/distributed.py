@@ -69,7 +69,7 @@ class Group:
         return int(tensor)
 
     def all_reduce_max(self, values: list[int]) -> list[int]:
-        """Return the elementwise maximum over the ranks. They are in host memory, so no rank waits for a device."""
+        """Return the elementwise maximum over the ranks. The values are in host memory: no rank waits for a device."""
         if self.ranks.world == 1:
             return values
         tensor = torch.tensor(values)
@@ -117,7 +117,10 @@ def current_ranks() -> Ranks:
 
 
 def begin_job() -> None:
-    """Count a new job of this process, so that the counts of all ranks agree even if one fails before it joins."""
+    """Start a new job, whose number is part of the names of its process groups' keys in the store.
+
+    Call this on every rank before anything can fail, because a rank that fails before it joins must also count the job.
+    """
     global _jobs, _groups
     _jobs, _groups = _jobs + 1, 0
 
@@ -133,12 +136,12 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
     if ranks.world == 1:
         yield Group(ranks)
         return
-    # DDP imports this module. If the import happens while a group exists, the module keeps a reference to the group.
-    # The connections of a failed rank would then stay open, and the other ranks would wait for it.
+    # Import torch._dynamo before DDP does: if it is imported while a group exists, it keeps a reference to the group.
+    # The connections of a failed rank would then stay open, and the other ranks would wait for that rank.
     importlib.import_module("torch._dynamo")
     limit = timedelta(seconds=timeout)
     if _base_store is None:
-        # Ranks that the user sets by hand may span several Slurm steps, so their job has no step's name.
+        # If the user sets RANK by hand, the ranks may be in several Slurm steps, so no step's name can name the job.
         job = "-"
         if "RANK" not in os.environ:
             job = step_name()
@@ -174,7 +177,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
 def _name_hanging_ranks(store: Store, ranks: Ranks, error: Exception, timeout: float) -> Exception:
     """Return `error` or, if it is a timeout, an error that names the ranks that did not answer.
 
-    The ranks that do not hang time out at about the same time, and each of them sets a key in the store.
+    Every waiting rank times out at about the same time and sets a key in the store. A rank without a key hangs.
     """
     if not any(words in str(error).lower() for words in ("timed out", "timeout")):
         return error
@@ -206,8 +209,8 @@ def _agree_on_start(store: Store, ranks: Ranks, limit: timedelta) -> str:
 
     torchrun's store survives restarts, together with the addresses of ended processes. torchrun also counts restarts on
     each node separately (https://github.com/pytorch/pytorch/issues/108158), so its counts are not unique names. Rank 0
-    therefore draws a name and sends it to every rank that has set a greeting, including greetings of ended processes.
-    Rank 0 continues once each rank has confirmed the name.
+    therefore draws a name. Each other rank sets a greeting in the store; rank 0 answers every greeting with the name,
+    even those of ended processes, and continues once each rank has confirmed the name.
 
     Raises `RuntimeError` if a rank does not join within `limit`.
     """

@@ -32,9 +32,10 @@ from lars_train.training.distributed import Group
 DIVERGENCES = "divergence.jsonl"
 """The file that lists a run's divergences and the response to each. Only rank 0 writes it."""
 _SHOWN = 5
-# More than the usual number of updates between two checks, which are made with log lines and checkpoints.
+# More than the usual number of updates between two checks. A check comes with each log line and checkpoint.
 _MAX_LOSSES = _MAX_LAYERS = 1024
-# Batches in a row without an update. float16's loss scale starts at 2**16; so many halvings rule it out as the cause.
+# Batches in a row without an update. Each halves float16's loss scale, which starts at 2**16, so after this many the
+# scale is not the cause.
 _MAX_SKIPPED = 60
 
 
@@ -46,8 +47,8 @@ class Divergence:
         quantity: ``train/loss``, computed with the weights before the update, or ``val/loss``, with those after it.
         layers: (name, |w|, |g|, trust ratio) of each adapted parameter at update `layers_of`. Empty for an optimizer
             other than LARS, and if more than a thousand updates passed between two checks.
-        layers_of: the update before `update`, which made the weights that gave the loss; `update` itself if it is the
-            first one since a start or rollback.
+        layers_of: the update whose layers are in `layers`. This is the update before `update`, because it made the
+            weights that gave the loss, or `update` itself if it is the first one since a start or rollback.
     """
 
     update: int
@@ -101,14 +102,14 @@ class Guard:
     """
 
     def __init__(self, max_loss: float | None) -> None:
-        # Limit it to the largest finite number, so that infinity is above it. NaN compares false with any number.
+        # A finite limit, so that an infinite loss exceeds it. For a loss of NaN, `loss <= limit` is False.
         self._max_loss = min(math.inf if max_loss is None else max_loss, sys.float_info.max)
         self.reset()
 
     def reset(self) -> None:
         """Drop all records, for example after a restore."""
         self._skipped_in_a_row = 0
-        # Losses of consecutive updates up to `_last`. Those before `_seen` have been checked.
+        # The losses of updates `_seen` to `_last`, which have not been checked yet.
         self._losses: list[Tensor] = []
         self._began = self._seen = self._last = 0
         self._layers: deque[Callable[[], Layers] | None] = deque(maxlen=_MAX_LAYERS)
@@ -212,7 +213,7 @@ class RollbackPolicy:
         step["passed_over"] = count
         self._record(divergence, {"action": "rollback", **step})
         lines.append(
-            f"Resuming from update {start['update']:,} without the next {counted(count, 'batch', 'batches')}: "
+            f"Resuming from update {start['update']:,} and skipping the next {counted(count, 'batch', 'batches')}: "
             f"rollback {len(rollbacks) + 1} of at most {self._config.max_rollbacks}."
         )
         for line in lines:
@@ -222,7 +223,7 @@ class RollbackPolicy:
     def _target(self, last_good_update: int, rollbacks: list[dict[str, int]]) -> dict[str, Any] | None:
         """Return the newest checkpoint of update `last_good_update` or before, or None.
 
-        If the run has made no progress since the previous rollback, return an earlier checkpoint than that one used.
+        If the run has made no progress since the previous rollback, return a checkpoint before the one used then.
         """
 
         def newest(last: int) -> dict[str, Any] | None:
@@ -271,7 +272,7 @@ def record_divergence(directory: Path, divergence: Divergence, action: dict[str,
 
 
 def roll_back_divergences(directory: Path, rollbacks: int) -> None:
-    """Remove the lines after the first `rollbacks` rollbacks, because a resumed run repeats later ones.
+    """Remove the lines of all rollbacks but the first `rollbacks`, because a resumed run repeats the others.
 
     Also remove a line that is incomplete because the process was killed.
     """

@@ -87,7 +87,7 @@ class Measures:
 
 
 class FirstGradient:
-    """Measures |g| of this rank's first micro-batch of an update, without other micro-batches and ranks.
+    """Measures |g| of this rank's first micro-batch of an update, before other micro-batches and ranks are added.
 
     Hooks read `grad` of each parameter during the backward pass, so no gradient is computed twice.
     """
@@ -115,10 +115,13 @@ class FirstGradient:
                 handle.remove()
 
 
-def small_batch(norms: list[Tensor], factor: Tensor, samples: int) -> Tensor:
-    """Return float64 (3,) to be summed over ranks: |g|^2 of the mean gradient of `samples`, 1 / `samples`, and 1.
+def noise_terms(norms: list[Tensor], factor: Tensor, samples: int) -> Tensor:
+    """Return the small-batch terms of the noise scale (`monitoring.noise`), float64 (3,), to be summed over the ranks:
+    |g|^2, where g is the mean gradient of `samples` samples; 1 / `samples`; and 1, which counts the ranks.
 
-    `norms`: per parameter, |g / factor|. `factor` is a scalar on the device.
+    Args:
+        norms: each parameter's |g| divided by `factor`.
+        factor: a scalar on the device.
     """
     squared = (torch.stack(norms).double() * factor).square().sum()
     # Use `full_like`, which fills on the device. A tensor from Python numbers would need a copy from the host.
@@ -203,7 +206,7 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
         nonlocal forward
         assert not isinstance(layer.padding, str)
         each = zip(images.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
-        sides = [(side + 2 * pad - apart * (wide - 1) - 1) // step + 1 for side, pad, apart, wide, step in each]
+        sides = [(n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for n, pad, dilation, kernel, stride in each]
         taps = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
         forward += 2 * layer.out_channels * math.prod(sides) * taps
         return images.new_zeros(1, layer.out_channels, *sides)

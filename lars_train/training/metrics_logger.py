@@ -156,16 +156,16 @@ class MetricsLogger:
 
     def _update_values(self, info: UpdateInfo, measures: Measures) -> dict[str, float]:
         values, noise, group = measures.values(), self._state.noise, self._trainer.group
-        if info.first is not None:
-            group.all_reduce_sum(info.first)
-            small_sq, per_small, ranks = info.first.tolist()
+        if info.noise_terms is not None:
+            group.all_reduce_sum(info.noise_terms)
+            small_sq, per_small, ranks = info.noise_terms.tolist()
             per_big = 1 / self._trainer.plan.global_batch
             noise.add(small_sq / ranks, per_small / ranks, values["train/grad_norm"] ** 2, per_big)
         return {**values, **noise.values()}
 
     def _loader_values(self, loaded: LoaderStatistics) -> dict[str, float]:
         if not loaded.seconds:
-            return {}  # fewer ghost batches than ranks
+            return {}  # this rank has loaded nothing: there are fewer ghost batches than ranks
         rate = loaded.images / loaded.seconds * max(1, self._workers) * self._trainer.group.ranks.world
         return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 

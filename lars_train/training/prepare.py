@@ -115,7 +115,7 @@ def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> N
     """Raise `ConfigError` if the model or the classes of a checkpoint are not those of this run."""
     theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
     if theirs != model:
-        raise ConfigError(f"the checkpoint is of model {theirs}, not {model}; choose model={theirs}.")
+        raise ConfigError(f"the checkpoint holds model {theirs}, not {model}; choose model={theirs}.")
     if classes != dataset.classes:
         raise ConfigError(
             f"the checkpoint was trained on another data set: it has {len(classes)} classes "
@@ -170,7 +170,7 @@ def _check_optimizer_state(content: dict[str, Any], config: Config) -> None:
         mine, theirs = getattr(config.optimizer, key), checkpoint.value(content, "config", "optimizer", key)
         if theirs != mine:
             raise ConfigError(
-                f"checkpoint.path={config.checkpoint.path}: the optimizer state is of optimizer.{key}={theirs}, which "
-                f"does not fit optimizer.{key}={mine}; use the same value, or start from the weights alone "
-                "(mode=export, then model.weights=FILE)."
+                f"checkpoint.path={config.checkpoint.path}: its optimizer state comes from a run with "
+                f"optimizer.{key}={theirs} and does not fit optimizer.{key}={mine}; use the same value, or start from "
+                "the weights alone (mode=export, then model.weights=FILE)."
             )

@@ -94,7 +94,7 @@ def resolve_execution(
             free=free_memory(),
             local_world=ranks.local_world,
         )
-    # Use the same for every rank: the slowest rank determines the speed anyway, and the record needs only one number.
+    # All ranks use the smallest micro-batch: the slowest rank sets the speed anyway, and the record needs one number.
     ghosts = group.all_reduce_min(min(ghosts, most), device)
     threads = choose_threads(config, ranks)
     if kept and config.launch.threads == AUTO and (kept.world, kept.device) == (ranks.world, device.type):

@@ -166,7 +166,7 @@ class Run:
         self.logger.close()
 
     def _train_until_divergence(self) -> Divergence | None:
-        """Make updates until the end, a divergence, or the end of a loader that skipped batches have exhausted."""
+        """Make updates until the run ends or diverges, or the loader ends early because batches were skipped."""
         last = self.plan.stop + self.trainer.skipped
         with closing(self._batches()) as batches:
             while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:
@@ -325,7 +325,7 @@ class Run:
         self.writer.wait()
         if self.writer.reason:
             error = DataError(f"{name}: {self.writer.reason}; the same command resumes from the previous checkpoint.")
-        # No rank ends before the checkpoint is complete, because a launcher that sees a rank end signals the others.
+        # All ranks wait until the checkpoint is complete: when one rank ends, its launcher signals the others.
         self.group.raise_on_all_ranks(error)
         raise Stopped(
             f"{name}: stopped after update {update:,}, with a checkpoint; the same command resumes from there."

@@ -42,7 +42,7 @@ _VERSIONED = ("lars-train", "torch", "torchvision", "hydra-core", "numpy", "pill
 
 @dataclass(frozen=True)
 class Invocation:
-    """The command line and its composed config, for ``.hydra/`` and the record. All values are plain and pickle."""
+    """The command line and its composed config, for ``.hydra/`` and the record. All fields can be pickled."""
 
     command: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -71,12 +71,12 @@ def finished(directory: Path) -> dict[str, Any] | None:
         path = directory / "final.json"
         raise ConfigError(f"{path} cannot be read ({error}). Start over with resume=never.") from None
     if not isinstance(content, dict) or not {"updates", "planned_updates", "best_top1", "directory"} <= content.keys():
-        raise ConfigError(f"{directory / 'final.json'} is not a file that a run writes. Start over with resume=never.")
+        raise ConfigError(f"{directory / 'final.json'} was not written by a run. Start over with resume=never.")
     return content
 
 
 def holds_run_of(directory: Path, config: Config) -> bool:
-    """Return True if the record in the directory is that of a run of this config, False if it cannot be read."""
+    """Return True if the directory holds a run of this config, False if not or if its record cannot be read."""
     try:
         found = json.loads((directory / "run.json").read_text())
     except (OSError, ValueError):
@@ -125,7 +125,7 @@ def runs_of_moved_images(directory: Path, config: Config, fingerprint: str) -> l
 
 
 def _moved(record: dict[str, Any], config: Config, fingerprint: str) -> bool:
-    """Return True if the record is that of this config's run with the same images in another place."""
+    """Return True if the recorded run differs from this config only in the path of the same images."""
     settings, data = record["settings"], record.get("data") or {}
     recorded_place = {key: settings.get(f"data.{key}") for key in ("root", "val_labels")}
     there = dataclasses.replace(config, data=dataclasses.replace(config.data, **recorded_place))
@@ -266,7 +266,7 @@ def _updated_record(directory: Path, run: dict[str, Any], start: dict[str, Any])
         record.update(run)
         record["started"][-1].update(start)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise OSError(errno.EINVAL, "not a record that a run writes", str(path)) from None
+        raise OSError(errno.EINVAL, "the record is damaged", str(path)) from None
     return record
 
 
@@ -288,7 +288,7 @@ def _reserve(directory: Path) -> None:
 def _move_aside(directory: Path) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         return
-    # Raises `ConfigError` if another process is running it.
+    # Raises `ConfigError` if another process uses the directory.
     with _lock(directory):
         number = 1
         while (aside := directory.with_name(f"{directory.name}.old{number}")).exists():
@@ -367,8 +367,9 @@ def _start_entry(invocation: Invocation) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return the commit of the checkout that contains the code, and True if it has changes; None if unknown.
+    """Return the ``commit`` of the checkout that contains the code, and ``dirty``: True if files have changed since.
 
+    Return None if the commit is unknown.
     For an installed package, the commit is known if pip installed it from ``git+URL``, but not after ``pip install .``.
     """
 

@@ -19,7 +19,7 @@ from lars_train.plan import Plan
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import NONE, Group, wrap_in_ddp
 from lars_train.training.guard import Divergence, Guard
-from lars_train.training.metrics import FirstGradient, Measures, small_batch
+from lars_train.training.metrics import FirstGradient, Measures, noise_terms
 from lars_train.training.resolve import compile_network
 
 
@@ -133,7 +133,7 @@ class Trainer:
             info.bad.extend(batch.bad)
             first_of_several = k == 0 and micro_batches * self.group.ranks.world > 1
             with (
-                self._reduce_gradients_after(last=k == micro_batches - 1),
+                self._synchronize_gradients_if(k == micro_batches - 1),
                 self._first_gradient(info, len(batch.labels)) if measure and first_of_several else nullcontext(),
             ):
                 part = self._forward_backward(batch)
@@ -161,7 +161,7 @@ class Trainer:
 
     def _step(self) -> bool:
         scales = self.precision.scales_loss
-        # Reading the scale costs no further wait: to decide on the step, the scaler has already waited for the device.
+        # In float16 the host waits for the device twice: for the gradients, and for the step and the new scale.
         scale = self.scaler.get_scale() if scales else 0.0
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -183,8 +183,8 @@ class Trainer:
         self.meter.add(loss, logits, labels, len(batch.bad))
         return loss.detach()
 
-    def _reduce_gradients_after(self, *, last: bool) -> AbstractContextManager[None]:
-        if last or self.group.ranks.world == 1:
+    def _synchronize_gradients_if(self, is_last: bool) -> AbstractContextManager[None]:
+        if is_last or self.group.ranks.world == 1:
             return nullcontext()
         no_sync: AbstractContextManager[None] = self.forward.no_sync()
         return no_sync
@@ -196,7 +196,7 @@ class Trainer:
         # Undo the factor of `_forward_backward`, to get the mean over these samples. float16's scale is on the device.
         scale = self.scaler.scale(torch.ones((), dtype=torch.float64, device=self.device))
         factor = self.plan.global_batch / (self.group.ranks.world * samples) / scale
-        info.first = small_batch(norms, factor, samples)
+        info.noise_terms = noise_terms(norms, factor, samples)
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as plain values and tensors. Collective."""
@@ -247,5 +247,5 @@ class UpdateInfo:
     bad: list[BadSample] = field(default_factory=list)
     measures: Measures | None = None
     """None if the update was not measured."""
-    first: Tensor | None = None
-    """`small_batch` of this rank's first micro-batch; None if not measured, or if it is the whole global batch."""
+    noise_terms: Tensor | None = None
+    """See `metrics.noise_terms`; None if not measured, or if the first micro-batch is the whole global batch."""

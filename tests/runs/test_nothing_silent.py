@@ -141,7 +141,7 @@ def test_numbers_sorted_as_text_are_reported_before_a_run(
     with contextlib.suppress(NotReady):
         run(tmp_path, mode)
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("numbers in text order: output 0, 1, ... is class 0, 1, 10, 2") == 1
+    assert (printed.out + printed.err).count("in text order: outputs 0, 1, ... are the classes 0, 1, 10, 2") == 1
 
 
 def test_pack_verify_and_info_report_split_and_skipped_files(

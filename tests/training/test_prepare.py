@@ -52,7 +52,7 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model__name": "resnet20"}, r"the checkpoint is of model small, not resnet20; choose model=small"),
+        ({"model__name": "resnet20"}, r"the checkpoint holds model small, not resnet20; choose model=small"),
         ({"data__num_classes": 5}, r"another data set: it has 4 classes .* the chosen data set has 5"),
         ({"data__train_count": 25}, r"file names or labels differ"),
         ({"batch__size": 4}, r"update 1 of a run with 3 updates per epoch does not fit this run"),

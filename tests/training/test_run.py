@@ -558,7 +558,7 @@ def test_a_checkpoint_of_another_model_is_skipped_with_a_warning(
     capfd.readouterr()
     assert train(tmp_path / "run", max_updates=5)["updates"] == 5
     output = capfd.readouterr()
-    assert "update-000000004.pt does not fit: the checkpoint is of model resnet20" in output.err
+    assert "update-000000004.pt does not fit: the checkpoint holds model resnet20" in output.err
     assert "resumed        at update 3" in output.out
 
 

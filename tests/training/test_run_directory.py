@@ -366,7 +366,7 @@ def test_a_run_is_finished_if_final_json_exists(tmp_path: Path) -> None:
     (tmp_path / "final.json").write_text(json.dumps(record))
     assert finished(tmp_path) == record
     (tmp_path / "final.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"final\.json is not a file that a run writes.*resume=never"):
+    with pytest.raises(ConfigError, match=r"final\.json was not written by a run.*resume=never"):
         finished(tmp_path)
     (tmp_path / "final.json").write_text('{"updates": 7')
     with pytest.raises(ConfigError, match=r"final\.json cannot be read .*resume=never"):

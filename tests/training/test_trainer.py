@@ -415,7 +415,7 @@ def test_float16_follows_float32_and_scales_the_loss() -> None:
     for update in range(4):
         found = [t.run_update(micro_batches(*global_batch(16, update), 8), 2, measure=True) for t in (exact, half)]
         norms = [float(info.measures.grad_norm) for info in found if info.measures is not None]
-        small = [float(info.first[0]) for info in found if info.first is not None]
+        small = [float(info.noise_terms[0]) for info in found if info.noise_terms is not None]
         assert small[1] == pytest.approx(small[0], rel=0.05)
         assert norms[1] == pytest.approx(norms[0], rel=0.02)  # the reported loss is not scaled
     assert not exact.scaler.is_enabled()
@@ -534,9 +534,9 @@ def assert_noise_of(model: nn.Module, each: Tensor, images: Tensor, labels: Tens
     trace = (small - big) / (1 / micro - 1 / batch)
     t = trainer(model, plan(batch, ghost))
     info = t.run_update(micro_batches(images, labels, micro), batch // micro, measure=True)
-    assert info.first is not None
+    assert info.noise_terms is not None
     assert info.measures is not None
-    small_sq, per_small, ranks = info.first.tolist()
+    small_sq, per_small, ranks = info.noise_terms.tolist()
     found = estimates(small_sq / ranks, per_small / ranks, float(info.measures.grad_norm) ** 2, 1 / batch)
     assert found == pytest.approx((float(grad_sq), float(trace)), rel=1e-9)
 
@@ -544,7 +544,7 @@ def assert_noise_of(model: nn.Module, each: Tensor, images: Tensor, labels: Tens
 def test_a_single_micro_batch_gives_no_noise_scale() -> None:
     info = trainer(network(2), plan(4, 2)).run_update(micro_batches(*global_batch(4, 0), 4), 1, measure=True)
     assert info.measures is not None
-    assert info.first is None
+    assert info.noise_terms is None
 
 
 def test_measuring_an_update_does_not_change_it() -> None:
