@@ -47,8 +47,8 @@ _OTHER_FUNCTIONS = re.compile(r"\s*(?:range|interval|glob|tag)\s*\(.*\)\s*", re.
 def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[str]:
     """Return the command line in a form that Hydra reads correctly.
 
-    Quote text values that Hydra would read as a number, a truth value, null (for a group) or a missing value. Allow new
-    keys among the keywords of the optimizer's base. If IMAGENET_DIR is set, make ImageNet the default data set.
+    Quote text values that Hydra would read as a number, a truth value, null (for a group) or a missing value. Allow any
+    key in optimizer.kwargs. If IMAGENET_DIR is set, make ImageNet the default data set.
 
     Raises `ConfigError` for a word that is neither a setting nor a flag, and for a misused group.
     """

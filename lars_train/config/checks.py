@@ -231,7 +231,7 @@ def _check_schedule(config: Config) -> None:
     start = "step" if schedule.warmup_start is None else schedule.warmup_start  # null if there is no warm-up
     if isinstance(start, bool) or not (start == "step" or (isinstance(start, int | float) and 0 <= start <= lr)):
         raise ConfigError(
-            f"schedule.warmup_start={start}: give step, or a number from 0 to optimizer.lr={lr:g}, its end."
+            f"schedule.warmup_start={start}: give step, or a number from 0 to the peak, optimizer.lr={lr:g}."
         )
     if schedule.end_lr is not None and schedule.end_lr > lr:
         raise ConfigError(

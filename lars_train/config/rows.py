@@ -64,7 +64,7 @@ def _recipes_with_row(batch: str) -> list[str]:
 
 
 def _scaled_setting(config: Config) -> list[str]:
-    """Return the `batch.scaled` setting, if needed, with which `batch.size` is scaled to the data set like a row."""
+    """Return the setting that scales `batch.size` to the data set, as a row's batch is; empty if it is not needed."""
     scaled = config.batch.scaled
     if scaled is not None:
         return [f"batch.scaled={str(scaled).lower()}"]
@@ -88,7 +88,7 @@ def _interpolated(config: Config, below: str, above: str) -> tuple[str, str]:
     if warmup is None:
         warmup = first["warmup_epochs"] * (1 - share) + second["warmup_epochs"] * share
         if schedule.scale_warmup and config.epochs not in (None, values["epochs"]):
-            # `scale_warmup` does not affect a value of the key, only that of a row, so scale the printed value here.
+            # `scale_warmup` scales a row's warm-up, but not a given one. So the message gives the scaled value.
             whole, warmup = warmup, warmup * config.epochs / values["epochs"]
             shrunk = (
                 f" The interpolated warm-up is {whole:.3g} of the {values['epochs']} epochs of batch={near}. Because "

@@ -52,7 +52,7 @@ class DataConfig:
     name: str = "mini"
     """imagenet, folder, mini (embedded), cifar10, fashion_mnist or synthetic."""
     root: Optional[str] = None
-    """Folder, ``.zip``, packed store or its URL, tar shards; for torchvision's sets, the folder to read or download."""
+    """Folder, ``.zip``, packed store or its URL, tar shards; for torchvision's sets, the download folder."""
     holdout: Optional[float] = None
     """Use this share of ``train/`` for validation instead of ``val/``."""
     val_labels: Optional[str] = None
@@ -90,7 +90,9 @@ class DataConfig:
     on_error: str = "skip"
     """Response to an image that cannot be decoded: skip (and count it), or fail."""
     max_bad: int = 100
-    """Maximum number of bad images. With more, the run ends even if ``on_error=skip``; checked after each update."""
+    """Maximum number of bad images. With more, the run ends even if ``on_error=skip``: at the next log line, checkpoint
+    or evaluation.
+    """
     train_count: Optional[int] = None
     """Training images, for ``data=synthetic`` only."""
     val_count: Optional[int] = None
@@ -168,7 +170,7 @@ class ScheduleConfig:
     warmup_epochs: Optional[float] = None
     """Epochs of linear warm-up."""
     warmup_start: Any = None
-    """The lr of update 0 (a number), or step: equal steps up to the peak, of which update 0 already makes the first."""
+    """The lr of update 0 (a number), or step: equal steps from 0 up to the peak, the first at update 0."""
     form: Optional[str] = None
     """whole, restart, mlperf or steps (docs/recipes.md)."""
     power: Optional[float] = None
@@ -196,8 +198,8 @@ class LaunchConfig:
     """Machines, and processes per machine."""
 
     nodes: Optional[int] = None
-    """Number of machines (null: one, or the launcher's number). ``mode=plan`` plans for this number; a run under
-    torchrun or Slurm does not start on another number.
+    """Number of machines (null: one, or the launcher's number). ``mode=plan`` plans for this number. Under torchrun or
+    Slurm, a run on any other number of machines is an error.
     """
     nproc: Union[int, str] = AUTO
     """Processes on this machine, if neither torchrun nor Slurm starts them; auto: one per GPU."""
