@@ -1,7 +1,7 @@
 """Batch norm over ghost batches, with running statistics updated once per update.
 
-The statistics of an activation's ghost batch normalize it, whatever the hardware and the micro-batch. The caller of
-`RunningStatistics.update` provides the communication between ranks.
+Each activation is normalized by the statistics of its ghost batch, on any hardware and for any micro-batch. The caller
+of `RunningStatistics.update` provides the communication between ranks.
 """
 
 from __future__ import annotations

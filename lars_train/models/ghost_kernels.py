@@ -10,7 +10,7 @@ which reads or writes every value once:
 Between the two kernels of a pair, a small kernel combines the chunks, at most `PROGRAMS` per ghost batch and block of
 channels. So each direction takes three launches for any number of ghost batches. Between load and store, values are
 float32. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches: results for a ghost
-batch are bit-identical in any micro-batch of two or more.
+batch are bit-identical in any micro-batch of two or more ghost batches.
 
 Importing this module imports triton, which comes with torch for CUDA on Linux; `ghost_norm` works without it.
 """
@@ -144,7 +144,7 @@ def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-# Triton would compile a kernel that is specialized on a size again for each layer.
+# Otherwise Triton would specialize a kernel on its sizes, and compile it again for each layer.
 _jit: Any = triton.jit(do_not_specialize=["ghosts", "rows", "chunk_rows", "groups"])
 
 

@@ -28,8 +28,9 @@ from torch.autograd.function import once_differentiable
 from lars_train.messages import complain
 
 LARGE = 1 << 24
-"""The number of values from which an H100 takes longer for its passes than the host takes to launch a few more kernels.
-For a single ghost batch, a pass of torch's kernels takes up to three times as long (docs/gpu_notes.md)."""
+"""The number of values from which a single ghost batch uses the Triton kernels instead of torch's batch norm, which is
+slower on the device but takes fewer launches. With fewer values, an H100 waits for the host to launch
+(docs/gpu_notes.md)."""
 
 # The reduced dimensions of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)
@@ -69,7 +70,7 @@ def ghost_norm(
 
 
 def is_faster_for_single_ghost(input: Tensor) -> bool:
-    """Return True if `ghost_norm` is faster than torch's batch norm if `input` (n, C, H, W) is a single ghost batch."""
+    """Return True if `ghost_norm` is faster than torch's batch norm for `input` (n, C, H, W), a single ghost batch."""
     return input.numel() >= LARGE and _has_kernels(input)
 
 

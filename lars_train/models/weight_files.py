@@ -67,7 +67,7 @@ class Weights:
 
 
 def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weights:
-    """Return the network in the file `path` that matches the most of the tensor `names`. Raises `ConfigError`."""
+    """Return the network in the file `path` that has the most of the tensor `names`. Raises `ConfigError`."""
     origin = f"model.weights={path}"
     content, about = _read(path, origin)
     # For each mapping with tensors and each prefix of their names: the number of `names` that match.
@@ -92,12 +92,12 @@ def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weight
     if len(best) > 1:
         places = ", ".join(_location(*entry[1:3]) for entry in best)
         notes.append(
-            f"{origin}: the file holds {places}; {_location(where, prefix)} is used. Save another one alone to use it."
+            f"{origin}: the file holds {places}; {_location(where, prefix)} is used. To use another, save it alone."
         )
     unused_tensors = [key for key in tensors if not key.startswith(prefix)]
     if unused_tensors:
         notes.append(
-            f"{origin}: not used: {counted(len(unused_tensors), 'tensor')} outside the network {prefix}: "
+            f"{origin}: not used: {counted(len(unused_tensors), 'tensor')} whose names do not begin with {prefix!r}: "
             f"{few(unused_tensors)}."
         )
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

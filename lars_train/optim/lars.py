@@ -44,8 +44,8 @@ class LARS(Optimizer):
 
     `param_groups`, `state` and `defaults` are the base's objects, so a learning-rate scheduler for either optimizer
     acts on both. Each optimizer has its own step hooks; the base's hooks run within LARS's step. After a step, `grad`
-    holds the rescaled gradient, or the original one if the update did not rescale it. LARS allocates no further tensors
-    of that size between steps. Parameters that share memory are rescaled one after another, in an unspecified order.
+    holds the rescaled gradient, or the original one if the update did not rescale it. Between steps, LARS keeps no
+    other tensors of that size. Parameters that share memory are rescaled one after another, in an unspecified order.
 
     Norms and ratios are computed in float32, or in float64 for float64 gradients. A non-finite gradient follows the
     formula and affects no other tensor. The host never waits for an accelerator. For a DTensor, the norms are over the
@@ -349,7 +349,7 @@ class LARS(Optimizer):
         return loss
 
     def _hide_applied_settings(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
-        """Set to neutral values what LARS has already applied: weight decay to 0, and an lr inside the momentum to 1.
+        """Neutralize the settings that LARS has already applied: weight decay to 0, an lr inside the momentum to 1.
 
         Return the old values for `_restore`. Not a context manager, because torch.compile cannot break a graph within
         one.

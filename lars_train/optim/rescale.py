@@ -5,10 +5,10 @@ each tensor before the next. On an accelerator the host must not wait: the ratio
 is a ``_foreach_`` call, so that the number of calls does not depend on the number of tensors.
 
 torch runs a ``_foreach_`` call as one kernel launch if, at each position of the lists, the tensors have equal device,
-dtype, sizes and strides (``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``). The only
-call that accepts 0-D factors there is ``_foreach_addcmul_``, as ``tensor1`` with the others' device and dtype
-(``foreach_pointwise_op_0d_tensor1_`` in ``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``,
-https://github.com/pytorch/pytorch/pull/172731); ``_foreach_mul_`` does not.
+dtype, sizes and strides (``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``). Only
+``_foreach_addcmul_`` makes an exception, for 0-D factors: it takes them in one launch as ``tensor1``, if they have the
+device and dtype of the other tensors (``foreach_pointwise_op_0d_tensor1_`` in
+``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``, https://github.com/pytorch/pytorch/pull/172731).
 """
 
 from __future__ import annotations
@@ -256,8 +256,8 @@ def have_same_layout(one: Tensor, other: Tensor) -> bool:
 class _Bulk:
     """The intermediate results for a part on an accelerator.
 
-    `local_grads` are this rank's shards of the gradients. `grads` and `weights` are these shards in at least float32.
-    `decayed` is g + wd * w. `norms` are those of weights and gradients, (n,) each.
+    `local_grads` are this rank's shards of the gradients. `grads` and `weights` are this rank's shards in at least
+    float32. `decayed` is g + wd * w. `norms` are the norms of weights and of gradients, (n,) each.
     """
 
     part: Part

@@ -150,7 +150,7 @@ def test_the_plain_network_is_preferred_to_the_averaged(tmp_path: Path) -> None:
     (note,) = assert_loads({"model": state, "model_ema": averaged}, tmp_path / "w.pth", state)
     assert "holds model, model_ema.module; model is used" in note
     (note,) = assert_loads(averaged, tmp_path / "w.pth", average)
-    assert "not used: 1 tensor outside the network module.: n_averaged" in note
+    assert "not used: 1 tensor whose names do not begin with 'module.': n_averaged" in note
     torch.save({"state_dict": {**prefixed(state, "student."), **prefixed(average, "teacher.")}}, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"more than one network \(state_dict\.student, state_dict\.teacher\)"):
         load_weights(build("small"), tmp_path / "w.pth")
