@@ -374,7 +374,7 @@ def latest(
 def find(text: str) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint that ``checkpoint.path`` names: a file, or the newest of a run directory.
 
-    Raises `ConfigError` if it is missing or damaged.
+    Raises `ConfigError` if it is missing, damaged or of a newer version.
     """
     path = user_path(text)
     if not path.exists():
@@ -388,4 +388,4 @@ def find(text: str) -> tuple[Path, dict[str, Any]]:
     try:
         return path, load(path)
     except DamagedCheckpoint as error:
-        raise ConfigError(f"checkpoint.path={text}: the file is damaged: {error}.") from None
+        raise ConfigError(f"checkpoint.path={text}: the file cannot be used: {error}.") from None

@@ -163,7 +163,7 @@ def test_a_pickle_in_a_checkpoint_with_valid_checksum_is_not_run(where: str, tmp
     assert checkpoint.verify(path)
     for mode in ("evaluate", "export", "train"):
         asked = config(tmp_path / "new", mode=mode, checkpoint__path=str(path))
-        with pytest.raises(ConfigError, match="the file is damaged: torch cannot read it"):
+        with pytest.raises(ConfigError, match="the file cannot be used: torch cannot read it"):
             {"evaluate": lambda c: session.evaluation_config(c, ()), "export": export, "train": prepare}[mode](asked)
     with pytest.raises(ConfigError, match=r"no checkpoint in .* can be used"):
         checkpoint.latest(folder)

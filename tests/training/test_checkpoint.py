@@ -339,5 +339,5 @@ def test_a_wrong_path_says_what_is_wrong(tmp_path: Path) -> None:
         find(str(tmp_path))
     damaged = tmp_path / "x.pt"
     damaged.write_text("text")
-    with pytest.raises(ConfigError, match=r"checkpoint.path=.*x.pt: the file is damaged: "):
+    with pytest.raises(ConfigError, match=r"checkpoint.path=.*x.pt: the file cannot be used: "):
         find(str(damaged))
