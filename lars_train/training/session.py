@@ -137,8 +137,8 @@ def _is_in(directory: Path, error: OSError) -> bool:
 def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Config, dict[str, Any] | None]:
     """Return the config for an evaluation, and the checkpoint's content if the config names a checkpoint.
 
-    Model, data and precision come from the checkpoint, except for keys on the command line (`overrides`). Raises
-    `ConfigError`.
+    Model, data, precision, `channels_last` and `deterministic` come from the checkpoint, except for keys on the command
+    line (`overrides`). Raises `ConfigError`.
     """
     if config.checkpoint.path is None:
         return config, None
@@ -150,16 +150,16 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
     # Ignore the weights from which the run started, because the checkpoint has its own.
     stored.model.weights = None
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    for group in ("model", "data", "precision"):
-        if group in keys:
-            setattr(stored, group, getattr(config, group))
+    for name in ("model", "data", "precision", "channels_last", "deterministic"):
+        if name in keys:
+            setattr(stored, name, getattr(config, name))
             continue
         for key in keys:
-            if key.startswith(f"{group}."):
+            if key.startswith(f"{name}."):
                 leaf = key.split(".")[1]
-                setattr(getattr(stored, group), leaf, getattr(getattr(config, group), leaf))
+                setattr(getattr(stored, name), leaf, getattr(getattr(config, name), leaf))
     execution = ("mode", "device", "launch", "distributed", "checkpoint", "evaluate", "export", "micro_batch")
-    merged = dataclasses.replace(stored, **{key: getattr(config, key) for key in execution})
+    merged = dataclasses.replace(stored, **{key: getattr(config, key) for key in (*execution, "verbosity")})
     return merged, content
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -402,8 +403,10 @@ def test_evaluating_the_checkpoint_gives_the_runs_own_result(unbroken: Path, tmp
     assert result["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
     assert (result["model"], result["data"], result["undecodable"]) == ("small", "synthetic", [])
     # Keys on the command line take precedence.
-    c, content = session.evaluation_config(asked, ("data.val_count=9999", "device=cpu"))
+    asked = replace(asked, verbosity=2, deterministic=True, channels_last=False)
+    c, content = session.evaluation_config(asked, ("data.val_count=9999", "device=cpu", "deterministic=true"))
     assert (c.data.val_count, c.data.pad) == (9999, 2)
+    assert (c.verbosity, c.deterministic, c.channels_last) == (2, True, "auto")
 
 
 def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> None:
