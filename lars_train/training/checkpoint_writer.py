@@ -71,6 +71,11 @@ class CheckpointWriter:
         """Remove the checkpoints after `update`, and ``best.pt`` if it is later; then restore it from `best_update`."""
         checkpoint.remove_later(self._folder, update)
         checkpoint.roll_back_best(self._folder, update, best_update)
+        # A later best checkpoint has been removed. Its update will be made again, with other weights.
+        if self._best is not None and self._best > update:
+            self._best, self._best_reason = None, ""
+        if self.best_lost is not None and self.best_lost > update:
+            self.best_lost = None
 
     def wait(self) -> None:
         """Wait until every started checkpoint is on disk or has failed."""

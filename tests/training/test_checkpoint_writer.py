@@ -127,3 +127,24 @@ def test_best_pt_is_retried_after_a_failed_write(tmp_path: Path, monkeypatch: py
     assert (writer.reason, writer.best_lost) == ("", None)
     assert load(tmp_path / "best.pt")["update"] == 1
     assert [load(path)["update"] for path in listing(tmp_path)] == [4]
+
+
+def test_a_rollback_drops_a_best_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = CheckpointWriter(tmp_path, keep=3)
+    writer.save(1, content(1))
+    writer.keep_best(1)
+    writer.save(2, content(2))
+    writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "keep_best", full)
+        writer.keep_best(2)
+        writer.wait()
+    writer.roll_back(1, best_update=1)
+    assert (writer.reason, writer.best_lost) == ("", None)
+    writer.save(2, content(2))
+    writer.close()
+    assert (writer.reason, writer.best_lost) == ("", None)
+    assert load(tmp_path / "best.pt")["update"] == 1
