@@ -83,7 +83,7 @@ class Names:
 
     @classmethod
     def from_arrays(cls, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
-        """Build names from two arrays of an untrusted file. Raises ValueError unless they have the form of `arrays`."""
+        """Build names from `arrays` that were read from an untrusted file. Raises ValueError if they are malformed."""
         if blob.dtype != np.uint8 or starts.dtype != np.int64:
             raise ValueError(f"the names are {blob.dtype} and {starts.dtype} instead of uint8 and int64")
         complete = len(starts) > 0 and starts[0] == 0 and starts[-1] == len(blob)
@@ -95,7 +95,7 @@ class Names:
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """The text, uint8, with a NUL byte after each name; and the offsets of names and end, int64 (N + 1,)."""
+        """The text, uint8, with a NUL byte after each name; and N offsets of names and the text's length, int64."""
         return self._blob, self._starts
 
     def take(self, rows: npt.NDArray[np.int64]) -> Names:

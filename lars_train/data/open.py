@@ -38,7 +38,7 @@ def open_dataset(data: DataConfig) -> Dataset:
     dataset = _open(data)
     check_classes(_place(data), dataset.classes)
     if data.name == "imagenet" and len(dataset.classes) != IMAGENET_CLASSES:
-        # Imported here because it imports torch.
+        # Imported here because it imports the config package, which lars-data does without.
         from lars_train.plan import IMAGENET_TRAIN_IMAGES
 
         raise ConfigError(
@@ -88,8 +88,8 @@ def _without_holdout(data: DataConfig) -> str:
     if alone.inventory.train:
         return ""
     return (
-        f" To evaluate all {counted(len(alone.val), 'image')} in it, set data.holdout=null (now {data.holdout:g}, the "
-        "checkpoint's value unless you set it)."
+        f" To evaluate all {counted(len(alone.val), 'image')} of the data set, set data.holdout=null (now "
+        f"{data.holdout:g}, the checkpoint's value unless you set it)."
     )
 
 

@@ -100,9 +100,9 @@ def has_split_word(name: str) -> bool:
 def find_non_classes(names: Sequence[str], *, split: bool = False) -> list[str]:
     """Return the folder names that denote parts of a data set, not classes; empty if all can be classes.
 
-    Either one name that satisfies `looks_like_split` or split words in half of the names are enough. `split`: the
-    folders lie in a split, where a class may be called ``train``; then more than half of the names must look like
-    splits.
+    If at least half of the names contain a split word, returns these names. Otherwise, returns the names that satisfy
+    `looks_like_split`. `split`: the folders lie in a split, where a class may be called ``train``; then the result is
+    empty unless more than half of the names look like splits.
     """
     split_like = [name for name in names if looks_like_split(name)]
     if split:
@@ -118,7 +118,7 @@ def split_word(name: str) -> str:
 
 
 def reject_unread_splits(where: str, names: Iterable[str]) -> None:
-    """Raise `ConfigError` if `names`, the files of no split, contain words for splits that are not supported names."""
+    """Raise `ConfigError` if a file outside any split has an unsupported split word in its name: ``eval-0.tar``."""
     wrong = [name for name in names if has_split_word(name)]
     if wrong:
         raise ConfigError(
@@ -126,8 +126,8 @@ def reject_unread_splits(where: str, names: Iterable[str]) -> None:
         )
 
 
-def unread_split_word(name: str) -> str:
-    """Return the first split word in `name`, whether or not it is a supported name; empty if there is none."""
+def any_split_word(name: str) -> str:
+    """Return the first split word in `name`, supported or not (``eval`` is not); empty if there is none."""
     return next((word for word in _words(name) if word in _WORDS), "")
 
 

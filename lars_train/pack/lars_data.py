@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="action at an image that cannot be read or, when re-encoding, decoded: stop (default) or leave it out",
+        help="if an image cannot be read or, when re-encoding, decoded: stop (fail, default) or leave it out (skip)",
     )
     pack.add_argument(
         "--val-labels", type=not_empty, metavar="PATH", help="labels of a val/ without folders, see data.val_labels"

@@ -80,11 +80,11 @@ def open_original(root: str, val_labels: str | None, image_key: str | None = Non
             raise ConfigError(f"{root} holds re-encoded images; pack the original.")
         splits, classes, read, skipped = _splits(tree, val_labels)
     names = [[os.fsencode(source.name(i)) for i in range(len(source))] for source in splits.values()]
-    runs = [
+    contents = [
         ([b"".join(name + b"\0" for name in listed)], source.labels)
         for listed, source in zip(names, splits.values(), strict=True)
     ]
-    return Original(classes, splits, fingerprint(classes, *runs), read, skipped)
+    return Original(classes, splits, fingerprint(classes, *contents), read, skipped)
 
 
 def _splits(

@@ -36,8 +36,10 @@ LEFT_OUT = "images left out by lars-data pack"
 _SHOWN = 5
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
-"""A function of an activity and its number of images. Returns a context manager that yields a function, to be called
-with the number of images finished since its last call."""
+"""A function that takes the name of an activity and the number of its images, and returns a context manager.
+
+The context manager yields a function to call with the number of images finished since its last call.
+"""
 
 
 class SourceSubset:
@@ -267,9 +269,9 @@ def _check_classes(store: Path, original: Original, tree: ShardTree, records: di
             continue
         reasons = [why for record in records.values() for _, why in record.skipped]
         example = f", the first because: {reasons[0]}" if reasons else ""
-        what = f"of class {original.classes[lost[0]]}, " if len(labels) else ""
+        what = f"of class {original.classes[lost[0]]} " if len(labels) else ""
         raise DataError(
-            f"{store}: no image {what}of {split}/ can be packed ({len(reasons):,} were left out{example}). Fix the "
+            f"{store}: no image {what}in {split}/ can be packed ({len(reasons):,} were left out{example}). Fix the "
             "images, or remove the class, and pack again."
         )
 
@@ -317,12 +319,12 @@ def _summary(
         for plan in plans
         for sample, reason in records[plan.name].skipped
     ]
-    runs = [(packed.listing.names.chunks(), packed.listing.labels) for packed in tree.splits.values()]
+    contents = [(packed.listing.names.chunks(), packed.listing.labels) for packed in tree.splits.values()]
     return {
         "format": f"lars-train store, version {VERSION}",
         "made_from": printable(request.source),
         "encoding": asdict(request.encoding) if request.encoding.reencodes else "as the files are",
-        "fingerprint": fingerprint(original.classes, *runs, variant=tree.variant),
+        "fingerprint": fingerprint(original.classes, *contents, variant=tree.variant),
         "original": tree.inventory.record(),
         "splits": {
             split: {

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
 from lars_train.data.inventory import Inventory, merge_counts
-from lars_train.data.sources.split_files import OF_NO_SPLIT, ParquetFolder
+from lars_train.data.sources.split_files import PARQUET_OUTSIDE, ParquetFolder
 from lars_train.data.sources.tar_samples import Label, is_invalid_number
 from lars_train.data.sources.tree import is_hidden, is_image
 from lars_train.data.sources.webdataset import classes_by_folder
@@ -156,7 +156,7 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
         )
     sources = {split: _source(rows, classes, numbers, by_wnid) for split, rows in found.items()}
     counts = {
-        OF_NO_SPLIT: len(left.get("", ())) if name else 0,
+        PARQUET_OUTSIDE: len(left.get("", ())) if name else 0,
         "other columns of images or labels": first.columns.others,
     }
     skipped = merge_counts(folder.skipped, {reason: count for reason, count in counts.items() if count})

@@ -218,7 +218,7 @@ def _columns_of(path: Path, schema: Any) -> Columns:
     images = _candidates(schema.names, features, "Image", _IMAGES)
     column = _pick(images, _IMAGES)
     if column is None:
-        raise ConfigError(f"{path}: which column holds the images? {_expected('Image', _IMAGES, schema)}")
+        raise ConfigError(f"{path}: unclear which column holds the images. {_expected('Image', _IMAGES, schema)}")
     kind, path_leaf = schema.field(column).type, None
     image = column
     if types.is_struct(kind):
@@ -233,7 +233,7 @@ def _columns_of(path: Path, schema: Any) -> Columns:
     labels = _candidates(schema.names, features, "ClassLabel", _LABELS)
     label = _pick(labels, _LABELS)
     if label is None:
-        raise NoLabels(f"{path}: which column holds the labels? {_expected('ClassLabel', _LABELS, schema)}")
+        raise NoLabels(f"{path}: unclear which column holds the labels. {_expected('ClassLabel', _LABELS, schema)}")
     kind = schema.field(label).type
     if not (types.is_integer(kind) or _is_text(kind)):
         raise ConfigError(f"{path}: column {label} is of type {kind}; a label is an integer or a string.")

@@ -122,5 +122,6 @@ def _data_errors() -> Iterator[None]:
 def _check_end(process: Any) -> None:
     process.join()
     if process.exitcode:
-        how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-        raise DataError(f"a worker process ended by {how}; the same command resumes from the complete shards.")
+        code = process.exitcode
+        end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise DataError(f"a worker process {end}; the same command resumes from the complete shards.")

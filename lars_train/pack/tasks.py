@@ -144,8 +144,8 @@ def _describe(store: ShardTree) -> None:
     lines += replace(
         store.inventory, skipped=skipped, unvalidated=unvalidated, lookalikes=find_lookalikes(named)
     ).lines()
-    runs = [(packed.listing.names.chunks(), packed.listing.labels) for packed in store.splits.values()]
+    contents = [(packed.listing.names.chunks(), packed.listing.labels) for packed in store.splits.values()]
     classes = [os.fsdecode(name) for name in next(iter(store.splits.values())).listing.classes]
-    lines.append(f"fingerprint {fingerprint(classes, *runs, variant=store.variant)}")
+    lines.append(f"fingerprint {fingerprint(classes, *contents, variant=store.variant)}")
     for line in lines:
         say(printable(line))

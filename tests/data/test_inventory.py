@@ -162,7 +162,7 @@ def test_an_index_of_an_earlier_version_is_rebuilt_with_a_note(
         before.setattr(directory, "_VERSION", 1)
         open_folder(root, None)
     assert len(open_folder(root, None).train) == 4
-    assert capsys.readouterr().err.count("another version made the index") == 2
+    assert capsys.readouterr().err.count("was made by another version of lars-train") == 2
     open_folder(root, None)
     assert capsys.readouterr().err == ""
 

@@ -144,7 +144,7 @@ def test_an_evaluation_without_validation_images_is_refused(make_directory: Make
         }
     )
     for settings, message in (
-        ({"root": f"{root}/t"}, rf"has no validation set .*; data\.root={root}/t/train evaluates the training images"),
+        ({"root": f"{root}/t"}, rf"has no validation set .*; to evaluate .* images, set data\.root={root}/t/train\."),
         ({"root": f"{root}/v"}, "v/val has no class folders"),
         ({"root": f"{root}/o"}, r"one class \(cat\)"),
         ({"root": f"{root}/c", "order": "shards"}, "is not stored in tar shards"),
@@ -155,8 +155,8 @@ def test_an_evaluation_without_validation_images_is_refused(make_directory: Make
     assert len(open_validation(DataConfig(name="folder", root=f"{root}/t/train")).val) == 2
     # The share that the checkpoint held out does not count as a validation set.
     for settings, remedy in (
-        ({"root": f"{root}/s"}, "To evaluate all 2 images in it, set data.holdout=null (now 0.1, the checkpoint's"),
-        ({"root": f"{root}/c"}, "To evaluate all 2 images in it, set data.holdout=null (now 0.1, the checkpoint's"),
+        ({"root": f"{root}/s"}, "To evaluate all 2 images of the data set, set data.holdout=null (now 0.1, the"),
+        ({"root": f"{root}/c"}, "To evaluate all 2 images of the data set, set data.holdout=null (now 0.1, the"),
         ({"root": f"{root}/t"}, ""),
         ({"root": f"{root}/v"}, ""),
     ):

@@ -135,7 +135,7 @@ def test_names_of_splits_are_never_classes(
 
 
 def every_source(root: Path, files: Sequence[str]) -> list[str]:
-    """Write the files into a folder, a zip, and a tar of no split, and return their paths."""
+    """Write the files into a folder, a zip, and a tar outside any split, and return their paths."""
     (root / "tars").mkdir(parents=True)
     with (
         zipfile.ZipFile(root / "data.zip", "w") as archive,
@@ -223,7 +223,7 @@ def test_shards_named_eval_are_reported_as_unused(tmp_path: Path) -> None:
         open_folder(str(tmp_path / "data"), None)
     tar(tmp_path / "data" / "val-0.tar", b"x")
     inventory = open_folder(str(tmp_path / "data"), None).inventory
-    assert (inventory.unused, inventory.skipped) == (("eval",), {"shards of no split": 1})
+    assert (inventory.unused, inventory.skipped) == (("eval",), {"shards outside any split": 1})
 
 
 def test_classes_with_the_words_of_splits_stay_classes(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_shards_of_no_split_are_counted(tmp_path: Path) -> None:
     for name in ("train-0", "val-0", "extra-0", "extra-1"):
         tar(tmp_path / "data" / f"{name}.tar", b"x")
     (tmp_path / "data" / "README").write_bytes(b"")
-    assert read(tmp_path / "data")[0].skipped == {"files without a suffix": 1, "shards of no split": 2}
+    assert read(tmp_path / "data")[0].skipped == {"files without a suffix": 1, "shards outside any split": 2}
 
 
 def test_files_beside_folders_of_splits_are_counted(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_files_beside_folders_of_splits_are_counted(tmp_path: Path) -> None:
             (root / folder / f"0.{kind}").write_bytes(b"")
         for name in (f"extra.{kind}", "loose.jpg", ".x.jpg", "README.md"):
             (root / name).write_bytes(b"")
-        assert source(root, ("train", "val"))[0].skipped == {**beside, f"{none} of no split": 1}
+        assert source(root, ("train", "val"))[0].skipped == {**beside, f"{none} outside any split": 1}
 
 
 def test_files_beside_parquet_files_are_counted(tmp_path: Path) -> None:

@@ -442,10 +442,10 @@ def test_packing_needs_images_of_every_training_class(tmp_path: Path) -> None:
     files = {f"{split}/{c}/{i}.jpg": good for split in ("train", "val") for c in "ab" for i in range(2)}
     small = {"encoding": Encoding(short=24), "skip": True}
     some = put(tmp_path / "some", files | {f"train/b/{i}.jpg": bad for i in range(2)})
-    with pytest.raises(DataError, match=r"no image of class b, of train/ can be packed \(2 were left out, the first"):
+    with pytest.raises(DataError, match=r"no image of class b in train/ can be packed \(2 were left out, the first"):
         pack(request(some, tmp_path / "one", **small), silent)
     none = put(tmp_path / "none", dict.fromkeys(files, bad))
-    with pytest.raises(DataError, match=r"no image of train/ can be packed"):
+    with pytest.raises(DataError, match=r"no image in train/ can be packed"):
         pack(request(none, tmp_path / "other", **small), silent)
     for store in ("one", "other"):
         with pytest.raises(ConfigError, match="is an incomplete store"):

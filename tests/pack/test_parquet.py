@@ -499,10 +499,10 @@ def refused(tmp_path: Path, **columns: Any) -> str:
 
 def test_each_kind_of_unusable_column_has_its_message(tmp_path: Path) -> None:
     image = pa.array([{"bytes": b"x", "path": "1.jpg"}])
-    assert "which column holds the labels? Expected a column of type ClassLabel, or one called label" in refused(
+    assert "which column holds the labels. Expected a column of type ClassLabel, or one called label" in refused(
         tmp_path, image=image
     )
-    assert "which column holds the images?" in refused(tmp_path, label=[1], photo=[b"x"])
+    assert "unclear which column holds the images." in refused(tmp_path, label=[1], photo=[b"x"])
     assert "the columns are label, pho\\u202eto" in refused(tmp_path, label=[1], **{"pho\u202eto": [b"x"]})
     for elsewhere in (
         pa.array([{"bytes": None, "path": "/data/1.jpg"}], image.type),
@@ -559,7 +559,7 @@ def test_skipped_columns_and_files_are_counted(tmp_path: Path, capsys: pytest.Ca
     assert "validation: valid; not used: test\n" in out
     assert "NOTE: classes without validation images: 1\n" in out
     data = open_folder(str(tmp_path / "store"), None)
-    assert data.inventory.skipped == {"other columns of images or labels": 2, "parquet files of no split": 1}
+    assert data.inventory.skipped == {"other columns of images or labels": 2, "parquet files outside any split": 1}
     assert (data.inventory.val, data.inventory.unused, data.inventory.unvalidated) == ("valid", ("test",), 1)
 
 

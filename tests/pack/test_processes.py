@@ -56,7 +56,7 @@ def children() -> set[str]:
 
 def test_a_killed_worker_raises_an_error_and_ends_the_others(tmp_path: Path) -> None:
     before = children()
-    with pytest.raises(DataError, match="a worker process ended by signal 9"):
+    with pytest.raises(DataError, match="a worker process was killed by signal 9"):
         list(run_tasks([tmp_path / "sleeps", tmp_path / "dies"], die, 2, lambda count: None))
     assert not list(tmp_path.iterdir())
     assert children() <= before

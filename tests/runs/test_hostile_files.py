@@ -456,7 +456,7 @@ def declare(raw: bytes, name: str, size: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("size", "reason"),
-    [(ZEROS, "is deflated, and has 167,772,160 bytes"), (2**32 - 2, "states a size that deflate cannot reach")],
+    [(ZEROS, "is deflated, and would have 167,772,160 bytes"), (2**32 - 2, "states a size that deflate cannot reach")],
 )
 def test_a_zip_bomb_is_refused_when_the_zip_is_opened(bomb: bytes, size: int, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(declare(bomb, "train/a/9.png", size))

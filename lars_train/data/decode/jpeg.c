@@ -141,8 +141,8 @@ static int max_int(int a, int b) { return a > b ? a : b; }
 /* Return the number of output pixels of an axis, rounded up to whole strips. */
 static int padded_count(const Axis *axis) { return (axis->count + STRIP - 1) / STRIP * STRIP; }
 
-/* Return the first input pixel under the filter of output pixel `at`, and set `count` to their number. Round as Pillow
-   does. */
+/* Return the first input pixel under the filter of output pixel `at`, and set `count` to the number of input pixels
+   under it. Round as Pillow does. */
 static INLINE int filter_range(const Filter *filter, int at, int *count) {
     const double center = (at + 0.5) * filter->scale;
     const int first = max_int((int)(center - filter->support + 0.5), 0);
@@ -186,7 +186,7 @@ static void plan_axis(Job *job, Axis *axis, int slot, int offset, int in, int ou
     axis->count = max_int(high - low, 0);
     axis->from = flip ? size - (high - start) : low - start;
     if (!axis->count) return;
-    /* The last strip repeats the last pixel: its first input pixel is stored again, its weights are not. */
+    /* Pad the last strip with copies of the last output pixel: store `first` for each copy, but no weights. */
     const int room = padded_count(axis);
     int *first = axis->first = allocate(job, slot, room, sizeof(int)), *n = allocate(job, 4, room, sizeof(int));
     int most = 0;

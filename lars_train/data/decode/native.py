@@ -52,7 +52,7 @@ def _decodes() -> bool:
 
 
 def has_jpegs(split: Source) -> bool:
-    """Return True if a split has a name with the suffix of a JPEG, among about 100 evenly spaced names."""
+    """Return True if any of about 100 evenly spaced names in a split has the suffix of a JPEG."""
     step = max(1, len(split) // _CHECKED_NAMES)
     return any(split.name(i).lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for i in range(0, len(split), step))
 

@@ -46,7 +46,7 @@ _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 
 _CONVERT = "convert it to 8 or 16 unsigned bits"
 
-# An entry of warnings.filters. Decompression bombs are refused below.
+# An entry of warnings.filters. The code below rejects decompression bombs.
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -76,15 +76,15 @@ def decode_into(
     *,
     decoder: str = PILLOW,
 ) -> bool:
-    """Write the view of one image to `out`, uint8 (S, S, 3), RGB, contiguous. Return True if `decoder` decoded it.
+    """Write the view of one image to `out`, uint8 (S, S, 3), RGB, contiguous. Return True if NATIVE decoded it.
 
     `item`: an encoded image, or decoded uint8 pixels, (H, W) or (H, W, 3). `geometry`: a pure function of width and
     height in pixels. Resizing is Pillow's antialiased bilinear, on 8-bit channels. `decoder`: PILLOW; or NATIVE, which
     must be available, for the JPEGs that it can decode.
 
-    Raises BadImage if the bytes hold no complete image; then the content of `out` is undefined. Pillow makes this
-    decision, because it decodes all files that NATIVE rejects. NATIVE does not always decode the rows below the view,
-    so it misses damage there that leaves the file's structure intact. Pillow also misses most of such damage.
+    Raises BadImage if the bytes hold no complete image; then the content of `out` is undefined. Only Pillow can reject
+    a file, because it decodes every file that NATIVE cannot decode. NATIVE may skip the rows below the view, and then
+    misses damage there that leaves the file's structure intact. Pillow misses most such damage, too.
     """
     if decoder == NATIVE and isinstance(item, bytes):
         found = native.size_of(item)
@@ -132,7 +132,7 @@ def _copy_window(pixels: npt.NDArray[np.uint8], view: Geometry, out: npt.NDArray
 def _ignore_warnings() -> None:
     """Ignore Pillow's warnings in this process: about bombs, and about damaged EXIF data, which affects no pixel.
 
-    A filter for the decoding only is not possible: `warnings.catch_warnings` is not thread-safe.
+    The filter cannot be limited to the decoding, because `warnings.catch_warnings` is not thread-safe.
     """
     if list(warnings.filters[:1]) != [_QUIET]:
         warnings.filterwarnings("ignore", module=_QUIET[3].pattern)
@@ -182,8 +182,8 @@ def _check_scans(data: bytes, width: int, height: int) -> None:
     # The cheap count includes thumbnails and data after the image; the exact count does not.
     if data.count(b"\xff\xda") > most and (scans := _count_scans(data)) > most:
         raise BadImage(
-            f"a JPEG of {scans} scans on {width}x{height} pixels; at most {most} scans are decoded at this size "
-            f"({MAX_SCANS}, and {MAX_SCANNED} pixels summed over the scans). Save it again with fewer scans"
+            f"a JPEG with {scans} scans of {width}x{height} pixels; at this size, at most {most} are decoded (the "
+            f"limits are {MAX_SCANS} scans, and {MAX_SCANNED:,} pixels in all scans). Save it again with fewer scans"
         )
 
 

@@ -1,4 +1,4 @@
-"""A pool of batch buffers: allocated once, and reused once no tensor refers to a batch.
+"""A pool of batch buffers, allocated once. A buffer is reused when no tensor refers to its batch anymore.
 
 Threads share the pool; so do processes that are forked later, if requested. The memory is anonymous, so the limit of
 /dev/shm does not apply. stream.py and workers.py decide what to write, and when.

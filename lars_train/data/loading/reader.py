@@ -49,7 +49,7 @@ class Reader(Protocol):
     def fill(
         self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
     ) -> Outcome:
-        """Write the views to `images`, uint8 (n, S, S, 3), and `labels`, int64 (n,)."""
+        """Write the views of `samples` to `images`, uint8 (n, S, S, 3), and their labels to `labels`, int64 (n,)."""
         ...
 
 
@@ -61,7 +61,10 @@ class _Reader:
     def _load(
         self, sample: int, geometry: Callable[[int, int], Geometry], out: npt.NDArray[np.uint8]
     ) -> BadSample | bool:
-        """Decode a sample into `out`; zeros if it is bad. Return True if a decoder other than Pillow decoded it."""
+        """Decode a sample into `out`, and return True if a decoder other than Pillow decoded it.
+
+        For a bad image, write zeros and return the `BadSample`.
+        """
         try:
             return decode_into(out, self._source.read(sample), geometry, decoder=self._decoder)
         except BadImage as error:

@@ -28,7 +28,10 @@ _REPORT_S = 30.0
 _CLOSE_S = 5.0
 
 Hold = Callable[[int, Wait], Held]
-"""A function that holds the shard of a given number. To sleep, it calls its second argument, and at times with 0 s."""
+"""A function that fetches the shard with the given number, and holds it in the cache.
+
+It calls its second argument in place of `time.sleep`, and from time to time with 0 s, to report activity.
+"""
 
 
 class _Closed(Exception):

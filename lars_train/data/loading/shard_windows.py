@@ -20,7 +20,7 @@ Shards = npt.NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """The positions [start, stop) of a request's samples. Prefetch the shards of positions up to `soon`."""
+    """The positions [start, stop) of a request's samples, and `soon`, the last position whose shard to prefetch."""
 
     start: int
     stop: int
@@ -45,7 +45,10 @@ class Windows:
         return np.searchsorted(self.ends, positions, side="right").astype(np.int64, copy=False)
 
     def most_bytes(self, firsts: npt.NDArray[np.int64], lasts: npt.NDArray[np.int64], sizes: Shards) -> int:
-        """Return the bytes of the largest range of windows, firsts[i] to lasts[i]. `sizes`: bytes of each shard."""
+        """Return the size in bytes of the largest range of windows. `sizes`: the size of each shard in bytes.
+
+        Range i has the windows `firsts[i]` to `lasts[i]`, both included.
+        """
         total = np.cumsum([0, *(int(sizes[inside].sum()) for inside in self.shards)])
         beyond = len(self.shards)
         return int((total[np.minimum(lasts + 1, beyond)] - total[np.minimum(firsts, beyond)]).max(initial=0))
@@ -101,11 +104,11 @@ def last_to_hold(windows: Windows, span: Span) -> int:
 
 
 def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
-    """Return the most bytes that the ranks of a machine hold at the same time in training, which the cache must fit.
+    """Return the most bytes that the ranks of a machine hold at the same time in training: the cache's minimum size.
 
-    The ranks synchronize at the end of each update, and by then each has taken at most one micro-batch of the next. So
-    if the slowest rank is in update u, none is beyond u + 2, and none holds windows beyond `last_to_hold` at the end of
-    u + 3.
+    The ranks synchronize at the end of each update. Before that, a rank takes at most one micro-batch of the next
+    update. So while the slowest rank's next micro-batch is in update u, no rank's is beyond update u + 2. The windows
+    that the ranks hold then lie between the start of update u and `last_to_hold` of the last span of update u + 2.
     """
     updates = np.arange(int(windows.ends[-1]) // batch if len(windows.ends) else 0)
     firsts = windows.numbers(updates * batch)
@@ -114,7 +117,10 @@ def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
 
 
 def evaluation_room(shard: Labels, micro_batch: int, local_world: int, world: int, sizes: Shards) -> int:
-    """Return the same limit for an evaluation on `local_world` of `world` ranks, `micro_batch` samples at a time."""
+    """Return the most bytes that the ranks of a machine hold at the same time in an evaluation.
+
+    `local_world` of the `world` ranks run on the machine, and each reads `micro_batch` samples at a time.
+    """
     windows = evaluation_windows(shard)
     most = 0
     for rank in range(world):

@@ -30,7 +30,7 @@ from lars_train.signals import handle_termination
 
 START_S = 20.0  # for all processes to start
 START_ATTEMPTS = 4  # for a process that does not start
-_CHECK_S = 5.0  # between a worker's checks that its parent is alive
+_CHECK_S = 5.0  # between a process's checks that its parent is alive; also the longest wait for a thread to end
 # The format of a piece in the pipe. Its length divides the page size, so that a read never returns part of a piece.
 _PIECE = struct.Struct("=IIIxxxx")
 _MEMORY = "out of memory; reduce data.workers, or give the job more memory"

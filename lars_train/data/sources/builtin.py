@@ -30,7 +30,7 @@ SIDE = 28
 class _Decoded:
     """The 28 x 28 grayscale images of another source, each decoded on first use and kept: 8 MB in total.
 
-    Decoding every image in every epoch would occupy one core while the others wait.
+    Otherwise, a loader without workers would decode every image again in each epoch, on one core.
     """
 
     def __init__(self, source: Source) -> None:
@@ -118,7 +118,7 @@ def class_colors(num_classes: int) -> npt.NDArray[np.uint8]:
 
 
 def open_synthetic(train_count: int, val_count: int, num_classes: int, image_size: int) -> Dataset:
-    """Open two splits of synthetic images. The time to open them and to read an image does not depend on the counts."""
+    """Open two splits of synthetic images. The time to read an image does not depend on the counts."""
     width = len(str(num_classes - 1))
     classes = tuple(f"class-{label:0{width}d}" for label in range(num_classes))
     train = SyntheticSource(TRAIN, train_count, num_classes, image_size, salt=0)

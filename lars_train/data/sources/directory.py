@@ -39,9 +39,11 @@ from lars_train.errors import ConfigError
 from lars_train.messages import is_rank0, printable
 
 MIN_INDEXED = 10_000
-"""An index is saved from this estimated number of images on; fewer are listed as quickly without an index."""
+"""The estimated number of images from which an index is saved. Without an index, listing fewer is as fast."""
 
-# 2: skipped files are counted, and more suffixes are images. 3: more folders of operating systems are hidden.
+# Changes that made older indexes invalid:
+# 2: skipped files are counted, and more suffixes denote images.
+# 3: more folders of operating systems are hidden.
 _VERSION = 3
 
 # A folder that changed less than this before it was read may change again with the same mtime, because clocks of mtimes
@@ -199,7 +201,7 @@ def is_file(path: Path) -> bool:
 
 
 def count_beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
-    """Count the entries of `root` beside the split folders, which are not read; `reason` counts files with `suffix`."""
+    """Count the entries of `root` other than split folders, by reason. `reason`: that of files with `suffix`."""
     skipped: Counter[str] = Counter()
     with os.scandir(os.fsencode(root)) as entries:
         for entry in entries:
@@ -215,7 +217,10 @@ def count_beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
 
 
 class FolderState(NamedTuple):
-    """The mtime and size of a folder when it was read. `path` is relative to the class folder; empty for the split."""
+    """The mtime and size of a folder when it was read.
+
+    `path` is relative to the class folder in a `FolderContent`, and to the split in an index.
+    """
 
     path: bytes
     changed_ns: int

@@ -63,7 +63,7 @@ def open_folder_validation(
     """Open only the validation images at `root`, for a trained model. The training split is empty.
 
     The class folders lie in a folder with one of the names in splits.py. Without such a folder and without ``train/``,
-    they lie directly in `root`. Tar shards of no split count as validation images, too. `cache`, `image_key`: see
+    they lie directly in `root`. Tar shards outside any split count as validation images, too. `cache`, `image_key`: see
     `open_tree`. Raises `ConfigError` for any other layout.
     """
     tree = open_tree(root, cache, image_key)

@@ -52,8 +52,9 @@ def open_imagenet(
 ) -> Dataset:
     """Open the data set at `root`: ``train/<wnid>/`` and ``val/<wnid>/``, or all images directly in ``val/``.
 
-    In the second case, `val_labels` is the path of a CSV of image and wnid, or of the devkit; by default, both are
-    searched for in and above `root`. `holdout`, `cache` and `image_key`: see `open_folder`. Raises `ConfigError`.
+    In the second case, `val_labels` is the path of a CSV of image and wnid, or of the devkit. By default, `root` is
+    searched for both, and the folders above it for Kaggle's CSV. `holdout`, `cache` and `image_key`: see `open_folder`.
+    Raises `ConfigError`.
     """
     tree = open_tree(root, cache, image_key, train_only=holdout is not None)
     folders = find_splits(tree, holdout)
@@ -94,7 +95,7 @@ def _already_labeled(val_labels: str) -> ConfigError:
 def open_imagenet_validation(
     root: str | None, val_labels: str | None, cache: CacheSettings | None = None, image_key: str | None = None
 ) -> Dataset:
-    """Open only the validation images, as `open_folder_validation` does, also if all lie directly in ``val/``."""
+    """Open only the validation images, as `open_folder_validation` does, even if all lie directly in ``val/``."""
     tree = open_tree(root, cache, image_key)
     folders, inside = find_validation(tree)
     return validation_only(tree, folders, only_validation(tree, folders, inside, val_labels))
@@ -114,7 +115,7 @@ def only_validation(tree: Tree, folders: SplitFolders, inside: bytes, val_labels
 def _label_flat_folder(tree: Tree, inside: bytes, classes: tuple[bytes, ...] | None, table: _Table) -> Split:
     """Return the images directly in `inside`, labeled by `table`; `classes`: None for the classes of these images."""
     images = [name for name in tree.files(inside) if is_image(name)]
-    # Do not count the images as loose, and a table beside them as skipped.
+    # Count neither the images as loose nor a table of labels beside them as skipped.
     skipped = {
         why: count for why, count in tree.listing(inside).skipped.items() if why not in (LOOSE, suffix_reason(_KAGGLE))
     }

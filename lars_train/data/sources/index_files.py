@@ -128,7 +128,10 @@ def load_index(place: Path, use: Callable[[dict[str, Any], Arrays], T | None]) -
         except FileNotFoundError:
             continue
         except Outdated:
-            complain(f"NOTE: {path}: another version made the index of {_printable_path(place)}; it is rebuilt.")
+            complain(
+                f"NOTE: {path}: the index of {_printable_path(place)} was made by another version of lars-train; it is "
+                "rebuilt."
+            )
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             continue

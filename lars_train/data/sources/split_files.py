@@ -22,6 +22,7 @@ from lars_train.data.sources.tree import count_skipped, is_hidden, is_image
 from lars_train.data.splits import (
     TRAIN,
     VAL,
+    any_split_word,
     choose_splits,
     has_split_word,
     is_split_name,
@@ -29,7 +30,6 @@ from lars_train.data.splits import (
     reject_case_duplicates,
     reject_unread_splits,
     split_word,
-    unread_split_word,
 )
 from lars_train.errors import ConfigError
 from lars_train.messages import printable
@@ -42,10 +42,10 @@ _WNID = re.compile(r"n\d{8}\.tar")
 # The most unread folders with names like splits that an inventory lists.
 _SHOWN = 6
 
-OF_NO_SPLIT = "parquet files of no split"
+PARQUET_OUTSIDE, TARS_OUTSIDE = "parquet files outside any split", "shards outside any split"
 _PARQUET = ".parquet"
-# Depth of the search: the cache of huggingface_hub has the files in snapshots/REVISION/data. More folders than this are
-# assumed to be classes.
+# Levels of folders to search for parquet files: huggingface_hub's cache has them in snapshots/REVISION/data. More than
+# _MANY_FOLDERS folders in a folder are assumed to be classes.
 _DEPTH, _MANY_FOLDERS = 3, 32
 _NUMBERED = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.parquet")
 
@@ -62,7 +62,7 @@ def find_shards(root: Path) -> Shards | None:
 
     Shards lie in folders named after splits, or directly in `root` with the split as a word in each name. Tars beside
     folders do not count: they are assumed to be archives that were unpacked into these folders. Without a training set,
-    shards of no split count as `TRAIN`; without such shards, the result has only `VAL`.
+    shards outside any split count as `TRAIN`; without such shards, the result has only `VAL`.
     """
     by_split: dict[str, list[str]] = {}
     skipped: dict[str, Counter[str]] = {}
@@ -73,7 +73,7 @@ def find_shards(root: Path) -> Shards | None:
     if any(map(is_split_name, folders)):
         for name in filter(is_split_name, folders):
             by_split[name], _, skipped[name] = _list_tars(root, f"{name}/")
-        beside = count_beside_splits(root, ".tar", "shards of no split")
+        beside = count_beside_splits(root, ".tar", TARS_OUTSIDE)
         unread_splits = [name for name in sorted(folders) if looks_like_split(name) and not is_split_name(name)]
         unread_splits = unread_splits[:_SHOWN]
         beside[BESIDE] -= len(unread_splits)
@@ -96,9 +96,9 @@ def find_shards(root: Path) -> Shards | None:
     if not train:
         reject_unread_splits(f"data.root={root}", by_split.get("", ()))
     else:
-        words = [unread_split_word(name) for name in by_split.get("", ())]
+        words = [any_split_word(name) for name in by_split.get("", ())]
         unused = (*unused, *sorted({word for word in words if word}))
-        beside["shards of no split"] += words.count("")
+        beside[TARS_OUTSIDE] += words.count("")
     files = {TRAIN: by_split.get(train, []), VAL: by_split.get(chosen.val or "-", [])}
     files = {split: tars for split, tars in files.items() if tars}
     counts = merge_counts(+beside, *(skipped[name] for name in (train, chosen.val) if name in skipped))
@@ -188,7 +188,7 @@ class ParquetFolder:
     path: Path
     files: dict[str, tuple[Path, ...]]
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """Counts of entries beside the files or split folders, which are not read, by reason."""
+    """Counts of the other entries of the folder, by reason. None of them is read."""
 
 
 class _HasImages(Exception):
@@ -208,7 +208,7 @@ def parquet_folders(root: Path) -> list[ParquetFolder]:
 
 
 def single_parquet_folder(root: Path, folders: Sequence[ParquetFolder]) -> ParquetFolder:
-    """Return the only one of `folders`. Raises `ConfigError` if there are several, or if files of it are missing."""
+    """Return the only folder in `folders`. Raises `ConfigError` if there are several, or if files are missing in it."""
     if len(folders) > 1:
         shown = ", ".join(str(folder.path) for folder in folders)
         raise ConfigError(f"{root} holds several data sets of parquet files; give the folder of one: {shown}.")
@@ -260,7 +260,7 @@ def _search_parquet(folder: Path, depth: int) -> list[ParquetFolder]:
     by_folder = {name: tuple(inside) for name, (inside, below) in splits.items() if inside and not below}
     # Without a training set here, another folder may hold it.
     if choose_splits(by_folder).train is not None or (by_folder and len(by_folder) == len(folders)):
-        return [ParquetFolder(folder, by_folder, count_beside_splits(folder, _PARQUET, OF_NO_SPLIT))]
+        return [ParquetFolder(folder, by_folder, count_beside_splits(folder, _PARQUET, PARQUET_OUTSIDE))]
     if not depth or len(folders) > _MANY_FOLDERS:
         return []
     return [found for name in folders for found in _search_parquet(folder / name, depth - 1)]
@@ -310,6 +310,6 @@ def _check_complete(place: Path, files: Sequence[Path]) -> None:
             missing = next(number for number in range(count) if number not in numbers)
             raise ConfigError(
                 f"{place} has {len(numbers)} of {count} files {name}-...; "
-                f"{name}-{missing:05d}-of-{count:05d}.parquet is missing: download the missing files or, to "
-                "use only these, give a folder of links to them with other names."
+                f"{name}-{missing:05d}-of-{count:05d}.parquet is missing: download the missing files. To use only "
+                "the files that exist, give a folder with a link to each of them under another name."
             )

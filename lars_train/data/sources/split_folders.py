@@ -106,7 +106,7 @@ def find_validation(tree: Tree) -> tuple[SplitFolders, bytes]:
         inside = b"" if val is None else os.fsencode(val)
         return SplitFolders(b"", inside, unused), inside
     inside = os.fsencode(val or train)
-    # A store keeps images of no split in train.
+    # A store of images outside any split has them in train.
     if val is None and not (isinstance(tree, ShardTree) and not tree.inventory.train):
         raise _without_validation(tree, unused, _training_images(tree, train))
     return SplitFolders(os.fsencode(train), inside, unused), inside
@@ -127,8 +127,8 @@ def _without_validation(tree: Tree, unused: Sequence[str], remedy: str) -> Confi
 def _training_images(tree: Tree, train: str) -> str:
     """Return how to evaluate a data set that has only training images, for a message."""
     if isinstance(tree, DirectoryTree):
-        return f"data.root={tree.place}/{printable(train)} evaluates the training images."
-    return "data.holdout=S evaluates the share S that a run with data.holdout=S does not train on."
+        return f"to evaluate the training images, set data.root={tree.place}/{printable(train)}."
+    return "to evaluate the images that a run with data.holdout=S held out, set data.holdout=S here, too."
 
 
 def _is_other_validation(name: bytes) -> bool:
@@ -211,7 +211,7 @@ def _list_classes(tree: Tree, inside: bytes) -> Listing:
             "UTF-8; rename one."
         )
     if not inside:
-        _refuse_data_sets(tree, listing)
+        _reject_data_sets(tree, listing)
     parts = _non_classes(listing.classes, split=True) if inside else []
     if parts:
         raise ConfigError(
@@ -221,7 +221,7 @@ def _list_classes(tree: Tree, inside: bytes) -> Listing:
     return listing
 
 
-def _refuse_data_sets(tree: Tree, listing: Listing) -> None:
+def _reject_data_sets(tree: Tree, listing: Listing) -> None:
     """Raise `ConfigError` if folders in the root hold splits: their images would become one class."""
     blob, _ = listing.names.arrays
     # The usual case: there is one slash per name, so the classes have no subfolders.

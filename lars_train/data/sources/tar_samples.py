@@ -171,7 +171,7 @@ def _image(parts: Sequence[Member], keys: tuple[str, ...], skipped: Counter[str]
     chosen = next((images[key] for key in keys if key in images), None)
     if chosen is None:
         sample, shown = printable(_long_key(parts[0])), listed(list(images))
-        wrong = f"several images, none of data.image_key={':'.join(keys)}" if keys else "several images"
+        wrong = f"several images, but none for data.image_key={':'.join(keys)}" if keys else "several images"
         # Prefer a plain extension: x.jpg before x.mask.png.
         plain = min(images, key=lambda extension: extension.count("."))
         if "." in plain and (len(images) > _MANY_IMAGES or any(map(str.isdigit, plain.split(".")))):
@@ -187,7 +187,7 @@ def _image(parts: Sequence[Member], keys: tuple[str, ...], skipped: Counter[str]
             f"the sample {sample} has {wrong} ({shown}); name the extension of the one to read, such as "
             f"data.image_key={likely}, or give each image another name before the first dot"
         )
-    skipped["images beside that of data.image_key"] += len(images) - 1
+    skipped["images not chosen by data.image_key"] += len(images) - 1
     return chosen
 
 
@@ -262,7 +262,7 @@ def _read_cls(handle: int, cls: Member, metadata: Member | None) -> _LabelReadin
     try:
         other = None if metadata is None else _label_in_json(metadata, _json(handle, metadata))
     except (BadTar, Unclear):
-        # The JSON is not about the label.
+        # The label is in .cls, so JSON that cannot be read does no harm.
         other = None
     if isinstance(other, bytes) and other.isdigit() and len(other) < 10:
         other = int(other)

@@ -39,9 +39,9 @@ from lars_train.messages import counted, is_rank0, listed, printable
 
 # Changes that made older indexes invalid:
 # 2: names with digits, several images in a sample, labels and folders are read differently; skipped files are counted.
-# 3: names like those of splits, contradictions between labels, and all kinds of skipped files.
-# 4: labels under other keys and in other members, and where labels come from.
-# 5: labels that belong to no image.
+# 3: names are checked for those of splits, and labels for contradictions; all kinds of skipped files are counted.
+# 4: labels are also read under other keys and from other members, and the index records where they come from.
+# 5: labels that belong to no image are recognized.
 _VERSION = 5
 
 
@@ -118,7 +118,7 @@ class _Split:
     name: str
     files: list[str]
     named: bool
-    """True if the tars are named after this split; False for tars of no split, which count as training."""
+    """True if the tars are named after this split; False for tars outside any split, which count as training."""
     samples: list[TarSample] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     """Counts of members that belong to no sample or are not read, by reason."""
@@ -196,7 +196,7 @@ def _read_hints(splits: Sequence[_Split]) -> None:
         folders = _class_folders(unlabeled, set())
         pairs = {(dict(sample.hints)[place], folders[sample.folder]) for sample in unlabeled}
         if all(len(set(side)) == len(pairs) and b"" not in side for side in zip(*pairs, strict=True)):
-            # The folders define the same classes, and have names.
+            # The folders define the same classes, and name them.
             place = None
     for split in splits:
         samples = split.samples
@@ -340,10 +340,9 @@ def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequenc
 def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[bytes, bytes]:
     """Map the folder of each sample of a split to the part of the path that names the class; ``b""`` for no folder.
 
-    The class is the first part after the prefix that all folders share. A folder that is no longer than the prefix is
-    shared up to its last part, which is then the class. `known`: the classes of the training set. In a validation set
-    with a single class, the shared prefix includes the class; then shorter prefixes are tried until all classes are
-    known.
+    The class is the first part after the prefix that all folders share. The prefix never includes the last part of a
+    folder, so that each folder has a class. `known`: the classes of the training set. In a validation set with a single
+    class, the shared prefix may include the class; then shorter prefixes are tried until all classes are known.
     """
     parts = {folder: folder.split(b"/") if folder else [] for folder in {sample.folder for sample in samples}}
     levels = zip(*parts.values(), strict=False)

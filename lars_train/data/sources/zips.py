@@ -72,7 +72,7 @@ class ZipSource(NamedSource):
         return printable(f"{self._file.path}!") + printable(join(self._inside, self._names[sample]))
 
     def read(self, sample: int) -> bytes:
-        """Return the encoded image. Raises OSError, also for a wrong size or CRC-32."""
+        """Return the encoded image. Raises OSError if reading fails, or if the size or the CRC-32 is wrong."""
         header, packed, size, crc, deflated = self._entries[sample].item()
         try:
             data = self._file.entry(header, packed)
@@ -305,5 +305,5 @@ def _problem(info: zipfile.ZipInfo, length: int) -> str:
     if info.file_size > _RATIO * info.compress_size:
         return "states a size that deflate cannot reach"
     if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > _MAX_INFLATED:
-        return f"is deflated, and has {info.file_size:,} bytes after decompression"
+        return f"is deflated, and would have {info.file_size:,} bytes, more than the limit of {_MAX_INFLATED:,}"
     return ""

@@ -143,7 +143,7 @@ def test_too_many_scans_are_bad_for_either_decoder() -> None:
     assert not out.any()
     for choice in (PILLOW, NATIVE):
         decode(most, lambda w, h: view, 16, decoder=choice)
-        with pytest.raises(BadImage, match=r"of 501 scans on 40x33 pixels; at most 500 scans .* Save it again with"):
+        with pytest.raises(BadImage, match=r"501 scans of 40x33 pixels; .* at most 500 are .* Save it again with"):
             decode(more, lambda w, h: view, 16, decoder=choice)
 
 
@@ -157,7 +157,7 @@ def test_both_decoders_have_the_same_limit_of_scans_times_pixels() -> None:
     more = many_scans(4000, 4000, most + 1)
     assert native.jpeg.decode(*arguments(more, 4000, view, out)) == 4
     for choice in (PILLOW, NATIVE):
-        with pytest.raises(BadImage, match=r"of 179 scans on 4000x4000 pixels; at most 178 scans"):
+        with pytest.raises(BadImage, match=r"with 179 scans of 4000x4000 pixels; .* at most 178 are decoded"):
             decode(more, lambda w, h: view, 16, decoder=choice)
     assert not isinstance(outcome(many_scans(4000, 4000, most), view, 16, PILLOW), str)
 

@@ -119,8 +119,8 @@ def test_one_of_several_images_in_a_sample_can_be_chosen(tmp_path: Path) -> None
         data = open_folder(root, None, image_key=key)
         assert [content for _, _, content in everything(data)[0]] == [kind] * 2
         # Two in each split.
-        assert data.inventory.skipped == {"images beside that of data.image_key": 4}
-    with pytest.raises(ConfigError, match=r"none of data\.image_key=tif \(mask.*data\.image_key=tif:jpg,"):
+        assert data.inventory.skipped == {"images not chosen by data.image_key": 4}
+    with pytest.raises(ConfigError, match=r"none for data\.image_key=tif \(mask.*data\.image_key=tif:jpg,"):
         open_imagenet(root, None, None, image_key="tif")
     # If dots in names merge images into one sample, the remedy is to replace the dots.
     for names in (
@@ -745,7 +745,7 @@ def test_labels_of_validation_shards_alone_are_in_numeric_order(tmp_path: Path) 
 
 def test_training_shards_do_not_serve_as_validation(tmp_path: Path) -> None:
     tar(tmp_path / "data" / "train-0.tar", {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(4)})
-    with pytest.raises(ConfigError, match=r"has no validation set .*; data\.holdout=S evaluates the share"):
+    with pytest.raises(ConfigError, match=r"has no validation set .*; to evaluate .* held out, set data\.holdout=S"):
         open_validation(DataConfig(name="folder", root=str(tmp_path / "data")))
     assert len(open_validation(DataConfig(name="folder", root=str(tmp_path / "data"), holdout=0.25)).val) == 2
 
