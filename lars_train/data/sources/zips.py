@@ -80,9 +80,9 @@ class ZipSource(NamedSource):
                 # One byte more than the stated size is enough to detect a wrong size.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise OSError(f"{self.location(sample)}: cannot be read: {error}") from error
+            raise OSError(f"cannot be read: {error}") from error
         if len(data) != size or zlib.crc32(data) != crc:
-            raise OSError(f"{self.location(sample)}: damaged: size or CRC-32 differs from the zip's directory")
+            raise OSError("damaged: the size or the CRC-32 differs from the zip's directory")
         return data
 
 

@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 
 from lars_train.data.dataset import Source
+from lars_train.data.decode.pillow import PILLOW
+from lars_train.data.loading.reader import EvalReader
 from lars_train.data.sources.folder import open_folder
+from lars_train.data.transforms import View
 from lars_train.errors import ConfigError
 
 MakeTree = Callable[[Mapping[Any, bytes]], str]
@@ -134,7 +137,7 @@ def test_a_name_in_another_code_page_keeps_its_bytes(tmp_path: Path) -> None:
     assert [source.read(i) for i in range(len(source)) if source.name(i) == "a/é.jpg"] == [b"accent"]
 
 
-def test_a_damaged_entry_is_an_oserror_with_its_name(tmp_path: Path) -> None:
+def test_a_damaged_entry_is_reported_with_its_name_once(tmp_path: Path) -> None:
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         name = "train/a/3.jpg"
         path = Path(pack(tmp_path / "x.zip", method))
@@ -143,9 +146,12 @@ def test_a_damaged_entry_is_an_oserror_with_its_name(tmp_path: Path) -> None:
             raw[archive.getinfo(name).header_offset + 30 + len(name) + 40] ^= 0x55
         path.write_bytes(raw)
         source = open_folder(str(path), None).train
-        with pytest.raises(OSError, match=r"damaged|cannot be read") as caught:
+        with pytest.raises(OSError, match=r"^(damaged|cannot be read)"):
             source.read(3)
-        assert source.location(3) in str(caught.value)
+        reader = EvalReader(source, View("none", 8, False, 0, 1.0), PILLOW)
+        (bad,) = reader.fill(0, [3], np.empty((1, 8, 8, 3), np.uint8), np.empty(1, np.int64)).bad
+        assert bad.where == f"{path}!{name}"
+        assert name not in bad.reason
         assert source.read(4) == CONTENT["train/a/4.jpg"]
 
 
@@ -153,13 +159,13 @@ def test_a_zip_that_changes_during_the_run_is_an_oserror(archive: str) -> None:
     source = open_folder(archive, None).train
     kept = pickle.dumps(source)
     Path(archive).write_bytes(b"\0" * 200_000)
-    with pytest.raises(OSError, match=r"a/1\.jpg.*replaced"):
+    with pytest.raises(OSError, match="replaced"):
         source.read(1)
     Path(archive).write_bytes(b"")
-    with pytest.raises(OSError, match=r"a/1\.jpg.*too short"):
+    with pytest.raises(OSError, match="too short"):
         source.read(1)
     Path(archive).unlink()
-    with pytest.raises(OSError, match=r"a/1\.jpg"):
+    with pytest.raises(OSError, match="No such file"):
         pickle.loads(kept).read(1)
 
 
