@@ -74,8 +74,10 @@ def run_tasks(tasks: Sequence[T], work: Callable[[T, Tick], R], jobs: int, tick:
                 if isinstance(result, _Failure):
                     raise DataError(result.reason)
                 yield result
-            tick(done.value - reported)
-            reported = done.value
+            # Read the shared count once: a process may increase it between two reads.
+            finished = done.value
+            tick(finished - reported)
+            reported = finished
     finally:
         for process in pipes.values():
             process.terminate()

@@ -192,8 +192,10 @@ def parse_splits(path: Path, meta: dict[str, Any], arrays: Arrays, *, check_file
     OSError, and `MALFORMED`.
     """
     classes = tuple(name.encode("latin-1") for name in meta["classes"])
-    if len(classes) != len(set(classes)) or any(b"\0" in name for name in classes):
+    if len(classes) != len(set(classes)):
         raise Damaged("a class is listed twice")
+    if any(b"\0" in name for name in classes):
+        raise Damaged("the name of a class holds a NUL byte")
     splits = {}
     for name, split in meta["splits"].items():
         if name not in SPLITS:
