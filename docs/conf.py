@@ -2,7 +2,11 @@
 
 project = "lars-train"
 author = "The lars-train maintainers"
-extensions = ["myst_parser"]
+# docs/python_api.md shows the docstrings; napoleon reads their sections "Args:" and "Raises:".
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 html_theme = "furo"
 html_title = "lars-train"
 # A heading can be linked to as on a page of a repository.

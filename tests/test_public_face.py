@@ -61,6 +61,16 @@ def test_the_readmes_lars_example_runs_unchanged() -> None:
     assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(29.0 * (1 - 1 / 3510) ** 2)
 
 
+def test_the_training_loop_of_the_api_page_trains() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python_api.md").read_text()
+    block = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(block, names)
+    assert names["optimizer"].param_groups[1]["lr"] == pytest.approx(0.01**2)
+    assert names["loss"] < 2.0 < torch.log(torch.tensor(10.0))
+
+
 def test_the_optim_folder_works_in_another_package(tmp_path: Path) -> None:
     package, copy = Path(lars_train.__file__).parent, tmp_path / "another"
     shutil.copytree(package / "optim", copy / "optim", ignore=shutil.ignore_patterns("__pycache__"))

@@ -57,11 +57,11 @@ class LARS(Optimizer):
         optimizer: torchlars's name for `base_optimizer`.
         eps: added to the ratio's denominator; at least 0.
         trust_coef: the trust coefficient; above 0.
-        denominator: ``"split"``: |g| + wd * |w| + eps. ``"combined"``: |g + wd * w| + eps; the rule for |g| = 0
-            then applies to |g + wd * w| = 0 (optax).
+        denominator: ``"split"``: ``|g| + wd * |w| + eps``. ``"combined"``: ``|g + wd * w| + eps``; the rule for
+            ``|g| = 0`` then applies to ``|g + wd * w| = 0`` (optax).
         clip: limits of the ratio r. ``"lr"``: min(r / lr, 1), so that the step is at most the base's (apex LARC,
             timm's trust_clip). ``(low, high)``: min(max(r, low), high) (NUS-HPC has 0 and 50).
-        zero_norm: the rule if |w| or |g| is 0. ``"decay"``: g + wd * w with the ratio 1, clipped. ``"skip"``: g
+        zero_norm: the rule if ``|w|`` or ``|g|`` is 0. ``"decay"``: g + wd * w with the ratio 1, clipped. ``"skip"``: g
             unchanged, neither decayed nor clipped (apex LARC).
         zero_decay: the rule for groups whose weight decay is 0. ``"adapt"``: as for other groups. ``"skip"``: as for
             groups with ``exclude`` (timm).
@@ -205,10 +205,10 @@ class LARS(Optimizer):
         self.base_optimizer.add_param_group(param_group)
 
     def layers(self) -> Layers | None:
-        """Return the parameters adapted in the last step, and their |w|, |g| and ratios as one float32 tensor (3, n).
+        """Return the parameters adapted in the last step, and a float32 tensor (3, n): ``|w|``, ``|g|`` and the ratios.
 
-        The tensor is on the parameters' device; the host does not wait. With the combined denominator, |g| stands for
-        |g + wd * w|. Returns None before the first step with ``record``.
+        The tensor is on the parameters' device; the host does not wait. With the combined denominator, ``|g|`` is
+        ``|g + wd * w|``. Returns None before the first step with ``record``.
         """
         return self._last_step.layers() if self._last_step.enabled else None
 
