@@ -149,7 +149,7 @@ def test_a_machine_without_the_run_directory_is_reported() -> None:
 
 def test_shared_busy_slow_and_wrong_devices_are_reported() -> None:
     assert_only(findings(on_device(1, identity="GPU-0")), "alpha", "2 ranks use the same device")
-    assert_only(findings(on_device(3, memory_taken=9 * GB)), "rank 3", "number 1 of beta", "9 GB of 80 GB")
+    assert_only(findings(on_device(3, memory_taken=9 * GB)), "rank 3", "local rank 1 on beta", "9 GB of 80 GB")
     assert_only(findings(rank(1, step=dataclasses.replace(STEP, finite=False))), "rank 1", "not finite")
     assert_only(findings(rank(1, step=dataclasses.replace(STEP, images_per_s=1900.0))), "rank 1", "1,900", "2,500")
     assert problems(findings(rank(1, step=dataclasses.replace(STEP, images_per_s=2100.0)))) == []

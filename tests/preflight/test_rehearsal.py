@@ -116,7 +116,7 @@ def test_a_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "epoch  90: 0.00358 to 2.35e-06\n",
         "world size     256, 4 ghost batches each",
         "1,277,952 per epoch, 115,015,680 in total",
-        "90 of 50,000 images",
+        "evaluations    90, each of 50,000 images",
     ):
         assert part in printed
 
