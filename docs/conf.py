@@ -12,3 +12,13 @@ html_title = "lars-train"
 # A heading can be linked to as on a page of a repository.
 myst_heading_anchors = 4
 exclude_patterns = ["results"]
+
+
+def shorten(app, what, name, obj, options, signature, returns):
+    """Leave out of signatures the parameters that LARS takes only to reject them with a helpful message."""
+    return (signature or "").replace("*extra, ", "*, ").replace(", **unknown", "") or None, returns
+
+
+def setup(app):
+    """Register the function above with autodoc."""
+    app.connect("autodoc-process-signature", shorten)
