@@ -173,6 +173,8 @@ def small(words: list[str], folder: Path, store: int) -> list[str]:
     given = {word.partition("=")[0] for word in words}
     if words[0] == "lars-train" and given.isdisjoint(("--help", "checkpoint.path", "--config-file")):
         added = {"model": "tiny"} if "mode=plan" in words else SMALL
+        if "mode=check" in words:
+            added = {**SMALL, "check.seconds": "0.3"}
         words += [f"{key}={value}" for key, value in added.items() if key not in given]
     return words
 
