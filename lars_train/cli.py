@@ -10,6 +10,7 @@ ended the run at once; 130 for Ctrl-C before or after training.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,6 @@ import traceback
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from types import FrameType
 
 import hydra
@@ -34,6 +34,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from lars_train import __version__
 from lars_train.config import Config, choices_of, config_dir, nominal_batch, register, resolve
 from lars_train.config.arguments import HELP, SWEEP, prepare_arguments, quoted, take_config_file
+from lars_train.config.help import overview, page
 from lars_train.config.keys import GROUPS, suggestion
 from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.saved import NAME, SavedConfig, register_saved
@@ -112,6 +113,9 @@ def main() -> None:
     command = (Path(sys.argv[0]).name if "__main__" not in sys.argv[0] else "python -m lars_train", *sys.argv[1:])
     try:
         arguments, file = take_config_file(sys.argv[1:])
+        if HELP.intersection(arguments):
+            show_help([word for word in arguments if not word.startswith("-") and "=" not in word])
+            sys.exit(0)
         sys.argv[1:] = prepare_arguments(arguments, None if file else os.environ.get("IMAGENET_DIR"))
         register()
         saved = register_saved(file, [argument for argument in sys.argv[1:] if "=" in argument]) if file else None
@@ -134,10 +138,7 @@ def main() -> None:
             jobs.save(submitted)
 
     try:
-        if HELP.intersection(sys.argv[1:]):
-            show_help([argument for argument in sys.argv[1:] if not argument.startswith("-")], name)
-        else:
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
     except BrokenPipeError:
         # The reader of the pipe has exited (`| head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -175,12 +176,9 @@ def _choose_sweep_folder() -> Path | None:
     return None
 
 
-def show_help(settings: list[str], name: str) -> None:
-    """Print ``hydra.help.template`` like Hydra's own ``--help``, but half a second faster."""
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = hydra.compose(name, settings, return_hydra_config=True)
-    keys = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    say(Template(config.hydra.help.template).substitute(CONFIG=OmegaConf.to_yaml(keys)))
+def show_help(names: Sequence[str]) -> None:
+    """Print the overview, or the pages of the groups and keys in `names`. Raises `ConfigError` for an unknown name."""
+    say("\n\n".join(map(page, names)) if names else overview())
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
@@ -274,6 +272,8 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         from lars_train import commands
         from lars_train.launch import WorkerError
         from lars_train.training.run_directory import Invocation, holds_run_of, run_directory
+
+        config = _with_stored_scaling(config) if raw.batch.scaled is None else config
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
         return
@@ -312,6 +312,19 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         refused = (label, BAD_INPUT) in [failure[:2] for failure in jobs.failures]
         if sweeping and not refused and config.mode == "train" and holds_run_of(run_directory(config), config):
             jobs.directories[run_directory(config)] = label
+
+
+def _with_stored_scaling(config: Config) -> Config:
+    """Return `config` with ``batch.scaled=true`` if the stored run of the same settings has it, else unchanged.
+
+    At first, rows were scaled to folders by default. A run that began so continues so.
+    """
+    from lars_train.training.run_directory import holds_run_of, run_directory
+
+    if config.data.name != "folder" or config.batch.size is not None:
+        return config
+    scaled = dataclasses.replace(config, batch=dataclasses.replace(config.batch, scaled=True))
+    return scaled if holds_run_of(run_directory(scaled), scaled) else config
 
 
 def _report_sweep(jobs: _Jobs) -> None:

@@ -94,7 +94,13 @@ def make_plan(config: Config, samples: int) -> Plan:
             f"(model.ghost_batch={ghost}). The nearest multiples: {near}."
         )
     if size > samples:
-        remedy = "Use more images" if raised else "Use batch.scaled=true or a smaller batch"
+        shrunk, _ = scaled_batch(nominal, samples, ghost)
+        remedy = "Use more images"
+        if shrunk <= samples:
+            remedy = (
+                f"Set batch.scaled=true, which shrinks the batch in proportion to the data set (here to {shrunk:,}), "
+                "or set batch.size and optimizer.lr"
+            )
         raise ConfigError(
             f"{_batch_key(config)}: a global batch of {size:,} is larger than the training set "
             f"({counted(samples, 'image')}). {remedy}."

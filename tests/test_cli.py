@@ -5,6 +5,7 @@ The tests of each command are beside those of its modules; runs/test_launch_form
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from tiny import TINY, composed, environment, prepared
 
 from lars_train import cli, commands
 from lars_train.cli import explain, main
+from lars_train.config import OptimizerConfig
 from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.training import run_directory
 
@@ -60,7 +62,7 @@ def explanation_of(*arguments: str) -> str:
         ("data=imagnet", ["data=imagnet", "Did you mean 'imagenet'?"]),
         ("model=resnet51", ["model=resnet51", "resnet50", "wide_resnet50_2"]),
         ("model=small/x", ["model=small/x", "resnet50"]),
-        ("optimizer=adam", ["optimizer=adam", "Choose from lars, recipe, sgd"]),
+        ("optimizer=adam", ["optimizer=adam", "Choose from adamw, lars, recipe, sgd, torch"]),
         ("precision=true", ["precision=true", "bf16"]),
         ("batch=8k,32k", ["batch=8k,32k: several values are a sweep. To run each of them: -m batch=8k,32k"]),
         ("epochs=many", ["epochs=many: this value does not fit the key", "Integer"]),
@@ -181,9 +183,9 @@ def test_the_jobs_of_a_sweep_have_the_given_names(in_empty_folder: Path, monkeyp
     assert names[4:] == ["12_34"]
 
 
-def test_help_lists_groups_and_keys_and_imports_no_torch(tmp_path: Path) -> None:
+def test_help_is_one_screen_and_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.argv = ['lars-train', '--help']\n"
+        "import sys; sys.argv = ['lars-train', 'batch=8k', '--help']\n"
         "from lars_train.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: print('ENDED', end.code, 'torch' in sys.modules)\n"
@@ -192,11 +194,35 @@ def test_help_lists_groups_and_keys_and_imports_no_torch(tmp_path: Path) -> None
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=with_folder, capture_output=True, text=True, check=False
     )
-    assert done.stdout.splitlines()[-1] == "ENDED 0 False", done.stderr
-    for word in ("batch: 256, 512, 1k", "precision: auto", "trust_coef", "launch:", "torchrun", "mode=evaluate"):
+    *lines, end = done.stdout.splitlines()
+    assert end == "ENDED 0 False", done.stderr
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 80
+    for group, choice in (("batch", "32k*"), ("data", "mini*"), ("optimizer", "recipe*"), ("precision", "auto*")):
+        assert any(line.split()[:1] == [group] and choice in line.split() for line in lines), group
+    for word in ("optimizer.lr", "checkpoint.path", "launch,", "torchrun", "mode=evaluate"):
         assert word in done.stdout
-    assert max(map(len, done.stdout.partition("Examples")[2].splitlines()[:-1])) <= 80
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_on_a_group_lists_its_keys_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.show_help(["optimizer", "general"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(OptimizerConfig):
+        assert f"\noptimizer.{field.name}=" in text
+    for line in ("optimizer.base=SGD   (text)", "log_every=10   (whole number)", "compile=false   (true or false)"):
+        assert f"\n{line}\n" in text
+    assert "\n    The trust coefficient.\n" in text
+    assert "\ndata.root" not in text
+    cli.show_help(["data.on_error"])
+    assert capsys.readouterr().out.startswith("data.on_error=skip   (text)\n    Response to an image")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("optimizr", "optimizer"), ("num_workers", "data.workers")])
+def test_help_on_an_unknown_group_names_the_closest(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=f"--help {name}: .*Did you mean '{meant}'"):
+        cli.show_help([name])
+    assert run_main(monkeypatch, "--help", name) == 2
 
 
 @pytest.mark.slow

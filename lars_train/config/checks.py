@@ -90,7 +90,7 @@ def check_choices(config: Config) -> None:
         "channels_last": (AUTO, True, False),
         "gradient_compression": ("none", "bf16"),
         "precision.name": tuple(choices_of("precision")),
-        "optimizer.name": tuple(choices_of("optimizer")),
+        "optimizer.name": ("recipe", "lars", "sgd", "torch"),
         "data.name": tuple(choices_of("data")),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
         "data.decoder": (AUTO, "native", "pillow"),

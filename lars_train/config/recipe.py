@@ -50,9 +50,14 @@ def fill_from_recipe(config: Config) -> None:
         opt.momentum = row.momentum if opt.momentum is None else opt.momentum
         opt.nesterov = row.nesterov if opt.nesterov is None else opt.nesterov
     if batch.scaled is None:
-        batch.scaled = config.data.name != "imagenet" and batch.size is None
+        batch.scaled = scales_by_default(config)
     if config.data.name != "imagenet":
         _drop_published_results(config)
+
+
+def scales_by_default(config: Config) -> bool:
+    """Return True if a null `batch.scaled` means true: for a row of the recipe on a small data set that is built in."""
+    return config.batch.size is None and config.data.name not in ("imagenet", "folder")
 
 
 def _drop_published_results(config: Config) -> None:
@@ -77,13 +82,14 @@ def _check_ignored_settings(config: Config) -> None:
     if opt.name == "sgd" and opt.base != "SGD":
         raise ConfigError(
             f"optimizer.base={opt.base}: optimizer=sgd is torch.optim.SGD without LARS. For another base, set "
-            "optimizer=lars."
+            "optimizer=torch, or optimizer=lars for LARS over it."
         )
-    if opt.name == "sgd":
+    if opt.name != "lars":
         for key in ("preset", "adapt_norm_bias", *LARS_OPTIONS):
             if getattr(opt, key) is not None:
                 raise ConfigError(
-                    f"optimizer.{key}={getattr(opt, key)} is an option of LARS, but this run uses plain sgd; omit it."
+                    f"optimizer.{key}={getattr(opt, key)} is an option of LARS, but this run uses plain {opt.base}; "
+                    "omit it."
                 )
     if schedule.warmup_start is not None and schedule.warmup_epochs == 0:
         raise ConfigError(
@@ -102,7 +108,7 @@ def _check_rate(config: Config, row: RowConfig) -> None:
             f"(row {batch.name} of recipe {config.recipe.name} has {row.lr})."
         )
     if opt.name != row.optimizer or opt.base != "SGD":
-        what = f"{opt.name} over {opt.base}" if opt.name == "lars" else opt.name
+        what = f"{opt.name} over {opt.base}" if opt.name == "lars" else f"plain {opt.base}"
         raise ConfigError(
             f"optimizer.lr is not set, and that of row {batch.name} of recipe {config.recipe.name} is for "
             f"{row.optimizer} over SGD, not for {what}; set optimizer.lr."

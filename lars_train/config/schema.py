@@ -42,7 +42,9 @@ class BatchConfig:
     size: Optional[int] = None
     """Samples of one update, instead of the batch of a recipe's row; requires ``optimizer.lr``."""
     scaled: Optional[bool] = None
-    """Shrink the nominal batch in proportion to the data set (null: for all data sets except ImageNet)."""
+    """Shrink the nominal batch in proportion to the data set (null: for all data sets except
+    ImageNet and folders, unless `size` is set).
+    """
 
 
 @dataclass
@@ -119,12 +121,12 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer: LARS over a class of torch.optim, or plain SGD. Most values come from the recipe's row."""
+    """The optimizer: a class of torch.optim, with or without LARS. Most values come from the recipe's row."""
 
     name: str = "recipe"
-    """recipe (the row's optimizer), lars (over `base`) or sgd."""
+    """recipe (the row's optimizer), lars (over `base`), torch (`base` without LARS) or sgd."""
     base: str = "SGD"
-    """A class of ``torch.optim`` for LARS to wrap."""
+    """A class of ``torch.optim``."""
     lr: Optional[float] = None
     """The peak learning rate."""
     momentum: Optional[float] = None
@@ -305,13 +307,6 @@ def register() -> None:
         for name in names:
             nominal = {"nominal": nominal_batch(name)} if group == "batch" else {}
             store.store(group=group, name=name, node={"name": name, **nominal})
-    # The help text uses this resolver, because Hydra's own list of groups takes half a second.
-    OmegaConf.register_new_resolver("groups", _groups, replace=True)
-
-
-def _groups() -> str:
-    groups = sorted({path.parent.name for path in config_dir().glob("*/*.yaml")} | _named_choices().keys())
-    return "\n".join(f"{group}: {', '.join(choices_of(group))}" for group in groups)
 
 
 def choices_of(group: str) -> list[str]:

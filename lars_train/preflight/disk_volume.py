@@ -32,7 +32,7 @@ _SAMPLE_IMAGES = 32 * 3 / 2
 _BYTES_PER_DECADE = 16 / math.log10(1.1)
 _DECADES = {
     "lars": {"weight_norm": 2.0, "grad_norm": 1.7, "update_ratio": 0.5, "trust_ratio": 2.2, "layer_lr": 2.2},
-    "sgd": {"weight_norm": 2.0, "grad_norm": 1.7, "update_ratio": 2.0},
+    "plain": {"weight_norm": 2.0, "grad_norm": 1.7, "update_ratio": 2.0},
 }
 
 
@@ -97,7 +97,7 @@ def _scalars(tags: list[str]) -> int:
 
 def _layers(config: Config, names: list[str]) -> int:
     """Return the bytes of the event with histograms over the layers and a scalar for each stage."""
-    decades, stages = _DECADES[config.optimizer.name], set(map(stage_of, names))
+    decades, stages = _DECADES["lars" if config.optimizer.name == "lars" else "plain"], set(map(stage_of, names))
     histograms = sum(
         _HISTOGRAM_BYTES + len(f"layers/{what}") + round(_BYTES_PER_DECADE * count) for what, count in decades.items()
     )

@@ -231,13 +231,13 @@ def _optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     avoid_dynamo_import()
     base_class = optimizer_class(config.base)
     keywords = _keywords(config, base_class)
-    adapt = config.name == "sgd" or config.adapt_norm_bias is not False
+    adapt = config.name != "lars" or config.adapt_norm_bias is not False
     groups = parameter_groups(model, filled(config.weight_decay), filled(config.decay_norm_bias), adapt)
     try:
         base: Optimizer = base_class(groups, lr=filled(config.lr), **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer.base={config.base} rejects its keywords: {error}") from None
-    if config.name == "sgd":
+    if config.name != "lars":
         return base
     try:
         return LARS(base, **lars_keywords(config), record=True)

@@ -66,7 +66,7 @@ COMMON = (
     "data.workers=0"
 ).split()
 FOLDER = (
-    "data=folder data.image_size=32 data.augment=pad_crop data.eval_crop=1.0 "
+    "batch.scaled=true data=folder data.image_size=32 data.augment=pad_crop data.eval_crop=1.0 "
     "data.mean=[0.4914,0.4822,0.4465] data.std=[0.2470,0.2435,0.2616]"
 ).split()
 SETS = ("cifar10", "fashion_mnist")

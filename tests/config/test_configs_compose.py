@@ -41,8 +41,11 @@ def test_every_shipped_choice_composes_and_resolves(group: str, name: str) -> No
         return
     row = ("batch='8k'",) if group == "recipe" else ()
     config = resolved(chosen, *row, *(LITERAL if group == "optimizer" else ()))
-    if group in ("batch", "data", "model", "precision", "recipe") or (group == "optimizer" and name != "recipe"):
+    if group in ("batch", "data", "model", "precision", "recipe"):
         assert getattr(config, group).name == name
+    if group == "optimizer" and name != "recipe":
+        expected = {"adamw": ("torch", "AdamW")}.get(name, (name, "SGD"))
+        assert (config.optimizer.name, config.optimizer.base) == expected
     for value in (
         config.epochs,
         config.label_smoothing,
@@ -60,7 +63,7 @@ def test_every_shipped_choice_composes_and_resolves(group: str, name: str) -> No
 def test_every_data_set_resolves_with_every_row(data: str, row: str) -> None:
     config = resolved(f"data={data}", f"batch='{row}'")
     assert (config.data.name, config.batch.name) == (data, row)
-    assert config.batch.scaled is (data != "imagenet")
+    assert config.batch.scaled is (data not in ("imagenet", "folder"))
     assert config.optimizer.name == ("sgd" if row == "256" else "lars")
     assert config.epochs == (10 if data == "mini" else 90)
 

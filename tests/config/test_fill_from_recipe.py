@@ -153,6 +153,8 @@ def test_the_row_chooses_the_optimizer_unless_it_is_given() -> None:
         (("optimizer=lars", "batch='256'"), {}),
         (("optimizer=lars",), {"optimizer__base": "AdamW"}),
         ((), {"optimizer__base": "AdamW"}),
+        (("optimizer=adamw",), {}),
+        (("optimizer=torch", "batch='256'"), {"optimizer__base": "RMSprop"}),
     ],
 )
 def test_an_optimizer_other_than_the_rows_needs_an_lr(choices: tuple[str, ...], values: Any) -> None:
@@ -177,8 +179,8 @@ def test_a_literal_batch_needs_an_lr_and_is_not_scaled() -> None:
 
 
 @pytest.mark.parametrize("data", ["imagenet", "folder", "mini", "cifar10", "fashion_mnist", "synthetic"])
-def test_rows_scale_on_all_data_except_imagenet_by_default(data: str) -> None:
-    assert resolved(f"data={data}").batch.scaled is (data != "imagenet")
+def test_rows_scale_on_built_in_data_by_default(data: str) -> None:
+    assert resolved(f"data={data}").batch.scaled is (data not in ("imagenet", "folder"))
     assert resolved(f"data={data}", batch__scaled=True).batch.scaled is True
     assert resolved(f"data={data}", batch__scaled=False).batch.scaled is False
 
@@ -218,7 +220,8 @@ def test_a_literal_batch_needs_a_row_for_the_other_values() -> None:
         resolved("batch=64k", batch__size=64, optimizer__lr=1.0)
 
 
-def test_lars_options_are_refused_with_plain_sgd() -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "torch", "adamw"])
+def test_lars_options_are_refused_without_lars(optimizer: str) -> None:
     for key, value in {"trust_coef": 0.1, "preset": "mlperf", "clip": "none", "adapt_norm_bias": True}.items():
         with pytest.raises(ConfigError, match=rf"optimizer\.{key}"):
-            resolved("optimizer=sgd", optimizer__lr=1.0, **{f"optimizer__{key}": value})
+            resolved(f"optimizer={optimizer}", optimizer__lr=1.0, **{f"optimizer__{key}": value})

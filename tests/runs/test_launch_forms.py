@@ -240,6 +240,16 @@ def test_any_torch_optimizer_runs_under_lars(tmp_path: Path) -> None:
     assert "optimizer      SGD" in output
 
 
+def test_a_torch_optimizer_without_lars_makes_its_own_steps(tmp_path: Path) -> None:
+    plain = ["optimizer.lr=0.01", "optimizer.weight_decay=0.02", "max_updates=3", "log_every=1"]
+    output = ran([*ALONE, *TINY, "optimizer=adamw", *plain, "run.name=adamw"], tmp_path)
+    assert "optimizer      AdamW, peak lr 0.01, weight decay 0.02" in output
+    ran([*ALONE, *TINY, "optimizer=torch", "optimizer.base=AdamW", *plain, "run.name=torch"], tmp_path)
+    ran([*ALONE, *TINY, "optimizer=lars", "optimizer.base=AdamW", *plain, "run.name=lars"], tmp_path)
+    found = {name: final(tmp_path / "runs" / name)["weights_sha256"] for name in ("adamw", "torch", "lars")}
+    assert found["adamw"] == found["torch"] != found["lars"]
+
+
 def test_compile_and_layout_change_only_rounding(tmp_path: Path) -> None:
     small = [*ALONE, *TINY, "data.val_count=64", "max_updates=2"]
     output = ran([*small, "run.name=eager"], tmp_path)
@@ -262,6 +272,19 @@ def test_the_embedded_data_set_trains_with_a_note(tmp_path: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "final.json", "run.json", ".hydra", "tensorboard"} <= {
         path.name for path in folder.iterdir()
     }
+
+
+def test_a_row_is_scaled_to_a_folder_only_on_request(tmp_path: Path) -> None:
+    _, settings = broken_images(tmp_path)
+    row = [*ALONE, *(s for s in settings if not s.startswith(("batch", "optimizer"))), "batch=8k", "run.name=r"]
+    refused = start(row, tmp_path)
+    assert refused.returncode == 2
+    assert "batch=8k: a global batch of 8,192 is larger than the training set (24 images)" in refused.stderr
+    assert "batch.scaled=true, which shrinks the batch in proportion to the data set (here to 8)" in refused.stderr
+    ran([*row, "batch.scaled=true", "max_updates=1"], tmp_path)
+    # A run that began scaled, as all did at first, resumes so.
+    ran([*row, "max_updates=2"], tmp_path)
+    assert final(tmp_path / "runs" / "r")["updates"] == 2
 
 
 def test_real_photographs_train_from_a_zip(tmp_path: Path) -> None:

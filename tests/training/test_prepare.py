@@ -56,7 +56,10 @@ def test_a_checkpoint_that_fits_is_read(trained: Path, tmp_path: Path) -> None:
         ({"data__num_classes": 5}, r"another data set: it has 4 classes .* the chosen data set has 5"),
         ({"data__train_count": 25}, r"file names or labels differ"),
         ({"batch__size": 4}, r"update 1 of a run with 3 updates per epoch does not fit this run"),
-        ({"optimizer__base": "AdamW"}, r"state comes from a run with optimizer\.base=SGD.* optimizer\.base=AdamW.* model\.weights"),
+        (
+            {"optimizer__base": "AdamW"},
+            r"state comes from a run with optimizer\.base=SGD.* optimizer\.base=AdamW.* model\.weights",
+        ),
         ({"optimizer__decay_norm_bias": False}, r"optimizer\.decay_norm_bias=True.* use the same value"),
         ({"optimizer__adapt_norm_bias": False}, r"optimizer\.adapt_norm_bias=True.* use the same value"),
         ({"optimizer__preset": "mlperf"}, r"optimizer\.lr_placement=outside.* use the same value"),
