@@ -1,4 +1,4 @@
-"""Two torchrun agents, as of two nodes: one is killed, or joins later."""
+"""Two torchrun agents, as of two nodes: one joins later, loses its worker, and is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from tiny import children, environment
 from lars_train.launch import Ranks
 from lars_train.training.distributed import _agree_on_start
 
+RESUMED = "resumed        at update"
+
 
 class Cluster:
     """The torchrun agents of one run, which share a working directory."""
 
-    def __init__(self, folder: Path, last_call: int) -> None:
-        self.folder, self.last_call = folder, last_call
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -34,7 +36,7 @@ class Cluster:
     def start(self, name: str) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.agents[name] = subprocess.Popen(
-                [*launcher(f"localhost:{self.port}", self.last_call), *SETTINGS],
+                [*launcher(f"localhost:{self.port}", 2), *SETTINGS],
                 cwd=self.folder,
                 env=environment(**NODE),
                 stdout=log,
@@ -46,10 +48,6 @@ class Cluster:
 
     def all_output(self) -> str:
         return "".join(self.output(name) for name in self.agents)
-
-    def listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def worker(self, name: str) -> int:
         (pid,) = children(self.agents[name].pid)
@@ -72,67 +70,43 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Callable[[int], Cluster]]:
-    made: list[Cluster] = []
-
-    def make(last_call: int) -> Cluster:
-        made.append(Cluster(tmp_path, last_call))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.end()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
-    return undisturbed_losses(tmp_path_factory.mktemp("undisturbed"))
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path)
+    yield made
+    made.end()
 
 
 @pytest.mark.slow
-def test_a_lost_worker_or_node_does_not_change_the_curve(
-    cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
-) -> None:
-    nodes = cluster(5)
-    nodes.start("host")
-    until(nodes.listens, "the rendezvous")
-    nodes.start("other")
-    until(lambda: "world size     2" in nodes.all_output(), "both nodes train")
-    begun = len(lines(tmp_path / "run"))
-    until(lambda: len(lines(tmp_path / "run")) >= begun + 3, "updates")
-    os.kill(nodes.worker("other"), signal.SIGKILL)
-    until(lambda: "resumed        at update" in nodes.all_output(), "both nodes continue after the loss of a worker")
-    begun = len(lines(tmp_path / "run"))
-    until(lambda: len(lines(tmp_path / "run")) >= begun + 3, "updates")
-    nodes.lose("other")
-    assert nodes.agents["host"].wait(120) == 0, nodes.output("host")
-    resumed = nodes.output("host").rpartition("world size")[2]
-    assert resumed.split()[0] == "1"
-    assert "resumed        at update" in resumed
-    assert_same_curve(tmp_path / "run", undisturbed)
+def test_nodes_that_join_and_are_lost_do_not_change_the_curve(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
 
+    def wait_for_updates() -> None:
+        begun = len(lines(run))
+        until(lambda: len(lines(run)) >= begun + 3, "updates")
 
-@pytest.mark.slow
-def test_a_joining_node_restarts_the_ranks_and_takes_part(
-    cluster: Callable[[int], Cluster], undisturbed: dict[float, float], tmp_path: Path
-) -> None:
-    nodes = cluster(1)
-    nodes.start("host")
-    until(lambda: len(lines(tmp_path / "run")) >= 3, "the lone node trains")
+    cluster.start("host")
+    wait_for_updates()
     # Pause the worker until the other node has joined.
-    worker = nodes.worker("host")
+    worker = cluster.worker("host")
     os.kill(worker, signal.SIGSTOP)
-    assert "world size     1" in nodes.output("host")
-    nodes.start("other")
-    until(lambda: "closing signal SIGTERM" in nodes.output("host"), "the restart")
+    assert "world size     1" in cluster.output("host")
+    cluster.start("other")
+    until(lambda: "closing signal SIGTERM" in cluster.output("host"), "the restart")
     os.kill(worker, signal.SIGCONT)
-    for agent in nodes.agents.values():
-        assert agent.wait(120) == 0, nodes.all_output()
-    assert "SIGTERM: stopped after update" in nodes.output("host")
-    joined = nodes.all_output().rpartition("world size")[2]
-    assert joined.split()[0] == "2"
-    assert "resumed        at update" in joined
-    assert_same_curve(tmp_path / "run", undisturbed)
+    until(lambda: "world size     2" in cluster.all_output(), "both nodes train")
+    assert "SIGTERM: stopped after update" in cluster.output("host")
+    wait_for_updates()
+    resumed = cluster.all_output().count(RESUMED)
+    os.kill(cluster.worker("other"), signal.SIGKILL)
+    until(lambda: cluster.all_output().count(RESUMED) > resumed, "both nodes continue after the loss of a worker")
+    wait_for_updates()
+    cluster.lose("other")
+    assert cluster.agents["host"].wait(120) == 0, cluster.output("host")
+    alone = cluster.output("host").rpartition("world size")[2]
+    assert alone.split()[0] == "1"
+    assert RESUMED in alone
+    (tmp_path / "undisturbed").mkdir()
+    assert_same_curve(run, undisturbed_losses(tmp_path / "undisturbed"))
 
 
 def test_ranks_of_one_start_agree_despite_an_earlier_start() -> None:
