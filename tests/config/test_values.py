@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from resolving import resolved
 
@@ -156,6 +156,7 @@ def test_the_hash_does_not_depend_on_the_origin_of_values() -> None:
 
 
 @given(first=st.integers(0, 2**63 - 1), second=st.integers(0, 2**63 - 1))
+@settings(deadline=None)
 def test_seeds_have_different_hashes(first: int, second: int) -> None:
     one, two = Config(seed=first), Config(seed=second)
     assert (run_hash(one) == run_hash(two)) == (first == second)
