@@ -1,7 +1,6 @@
 """Make the embedded data set: 10,000 training and 2,000 test images of Fashion-MNIST in one zip.
 
-    python scripts/dev/make_mini.py             # writes lars_train/data/embedded/fashion_mnist_mini.zip
-    python scripts/dev/make_mini.py --check     # builds it in memory; exit code 1 if the file differs
+    python scripts/dev/make_mini.py     # writes lars_train/data/embedded/fashion_mnist_mini.zip
 
 The source is a directory with the four IDX files, plain or gzipped, from the Debian package `dataset-fashion-mnist`
 (/usr/share/datasets/fashion-mnist) or from `torchvision.datasets.FashionMNIST(DIR, download=True)` with `--source DIR`.
@@ -91,43 +90,17 @@ def build(source: Path) -> bytes:
     return out.getvalue()
 
 
-def pixels_of(archive: bytes) -> dict[str, bytes]:
-    """Return the pixels of every entry, which are independent of the encoder."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-        return {n: Image.open(io.BytesIO(opened.read(n))).tobytes() for n in opened.namelist()}
-
-
-def check(built: bytes, target: Path) -> int:
-    """Compare `built` with the file; return the exit code."""
-    if not target.is_file():
-        print(f"{target} is missing")
-        return 1
-    present = target.read_bytes()
-    if built == present:
-        print(f"{target} equals the output of this script")
-        return 0
-    if pixels_of(built) == pixels_of(present):
-        print(f"{target} has the same images, compressed by another version; here: {encoder()}")
-    else:
-        print(f"{target} has other images")
-    return 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write or check the file; return the exit code."""
+def main() -> None:
+    """Write the file."""
     parser = shared.make_parser(__doc__)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--target", type=Path, default=TARGET)
-    parser.add_argument("--check", action="store_true", help="compare only; write nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     built = build(args.source)
-    if args.check:
-        return check(built, args.target)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     args.target.write_bytes(built)
     print(f"{args.target}: {len(built):,} bytes")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

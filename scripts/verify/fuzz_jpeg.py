@@ -1,11 +1,9 @@
 """Fuzz the C decoder with mutated JPEGs, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
     python scripts/verify/fuzz_jpeg.py --count 1000000
-    python scripts/verify/fuzz_jpeg.py --leak 100000
 
-The first command damages small JPEGs of all kinds at random and decodes random views (fuzz_jpeg.c). It stops at the
-first finding of a sanitizer, crash, leak, or input that takes a minute, and saves the input. The second command decodes
-whole and damaged JPEGs in this process with the installed decoder; the exit code is 1 if its memory grows.
+The fuzzer (fuzz_jpeg.c) damages small JPEGs of all kinds at random and decodes random views. It stops at the first
+finding of a sanitizer, crash, leak, or input that takes a minute, and saves the input.
 
 Takes about ten minutes for a million inputs. Figures: docs/input.md.
 """
@@ -28,8 +26,6 @@ import shared
 from PIL import Image
 
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-# Permitted growth of memory after the first tenth of the images; without a leak an allocator may keep this much.
-GROWTH_MB = 4.0
 
 
 def seeds() -> list[bytes]:
@@ -83,72 +79,29 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
     return program
 
 
-def fuzz(count: int, seconds: int, start: int, flags: tuple[str, ...], keep: Path) -> int:
-    """Build and run the fuzzer; return 1 after a finding, else 0."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        program = build(folder, flags)
-        with (folder / "seeds").open("wb") as file:
-            for seed in seeds():
-                file.write(struct.pack("<I", len(seed)) + seed)
-        finding = folder / "finding.jpg"
-        arguments = [str(folder / "seeds"), str(count), str(seconds), str(start), str(finding)]
-        done = subprocess.run([str(program), *arguments])
-        if done.returncode:
-            if finding.exists():
-                shutil.copy(finding, keep)
-            print(f"finding (exit code {done.returncode}); input: {keep if finding.exists() else 'not saved'}")
-        return 1 if done.returncode else 0
-
-
-def leak(count: int) -> int:
-    """Decode `count` JPEGs, a third of them damaged; return 1 if memory grows after the first tenth, else 0."""
-    from lars_train.data.decode import native
-    from lars_train.data.transforms import Geometry
-
-    if not native.is_available():
-        print(f"the decoder in C is not installed. {native.REMEDY}")
-        return 1
-    rng = np.random.default_rng(0)
-    images = []
-    for data in seeds():
-        size = native.size_of(data)
-        if size is not None:
-            images += [(data, size), (data, size), (data[: int(len(data) * rng.uniform(0.7, 1))], size)]
-    out = np.empty((32, 32, 3), np.uint8)
-    before, decoded = 0.0, 0
-    for i in range(count):
-        data, (width, height) = images[i % len(images)]
-        box = (i % width, i % height, width, height)
-        decoded += native.decode_jpeg(data, (width, height), Geometry(box, (32, 32), 0, (0, 0), i % 2 == 1), out)
-        if i == count // 10:
-            before = resident_mb()
-    grown = resident_mb() - before
-    print(f"{count} images, {decoded} decoded: {grown:+.2f} MB after the first tenth, at most {GROWTH_MB:g} allowed")
-    return 1 if grown > GROWTH_MB else 0
-
-
-def resident_mb() -> float:
-    """Return the resident set of this process in MB, from Linux's /proc."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Fuzz, or look for a leak; return the exit code."""
+    """Build and run the fuzzer; return 1 after a finding, else 0."""
     parser = shared.make_parser(__doc__)
     parser.add_argument("--count", type=shared.positive_int, default=1_000_000, help="mutated inputs (1,000,000)")
     parser.add_argument("--seconds", type=shared.positive_int, default=86_400, help="time limit (86,400)")
     parser.add_argument("--start", type=int, default=0, help="seed of the mutations (0)")
     parser.add_argument("--keep", type=Path, default=Path("finding.jpg"), help="where to save the input of a finding")
     parser.add_argument("--no-vectors", action="store_true", help="fuzz the code for processors without AVX2")
-    parser.add_argument(
-        "--leak", type=shared.positive_int, metavar="COUNT", help="instead, decode COUNT images in this process"
-    )
     args = parser.parse_args(argv)
-    if args.leak:
-        return leak(args.leak)
-    return fuzz(args.count, args.seconds, args.start, (*SANITIZED, *["-DLARS_PLAIN_C"] * args.no_vectors), args.keep)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        program = build(folder, (*SANITIZED, *["-DLARS_PLAIN_C"] * args.no_vectors))
+        with (folder / "seeds").open("wb") as file:
+            for seed in seeds():
+                file.write(struct.pack("<I", len(seed)) + seed)
+        finding = folder / "finding.jpg"
+        numbers = map(str, (args.count, args.seconds, args.start))
+        code = subprocess.run([str(program), str(folder / "seeds"), *numbers, str(finding)]).returncode
+        if code:
+            if finding.exists():
+                shutil.copy(finding, args.keep)
+            print(f"finding (exit code {code}); input: {args.keep if finding.exists() else 'not saved'}")
+        return 1 if code else 0
 
 
 if __name__ == "__main__":

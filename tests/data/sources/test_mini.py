@@ -85,40 +85,16 @@ def test_classes_look_like_their_names() -> None:
     assert boot[:8, :8].mean() < boot[:8, 16:].mean()
 
 
-def test_the_script_reproduces_the_archive() -> None:
+def test_the_script_reproduces_the_images() -> None:
     if not FASHION_MNIST.is_dir():
         pytest.skip(f"{FASHION_MNIST} is missing (Debian package dataset-fashion-mnist)")
-    make = script()
-    built, present = make.build(FASHION_MNIST), ARCHIVE.read_bytes()
-    with zipfile.ZipFile(ARCHIVE) as archive:
-        made_with = archive.comment.decode()
-    if made_with == make.encoder():
-        assert built == present
-    else:  # another zlib compresses the same pixels to other bytes
-        assert make.pixels_of(built) == make.pixels_of(present)
 
+    def pixels(archive: bytes) -> dict[str, bytes]:
+        """Return the pixels of every entry. Another zlib compresses them to other bytes."""
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+            return {name: Image.open(io.BytesIO(opened.read(name))).tobytes() for name in opened.namelist()}
 
-def test_the_script_reports_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make = script()
-
-    def archive(value: int, comment: bytes) -> bytes:
-        out = io.BytesIO()
-        with zipfile.ZipFile(out, "w") as opened:
-            opened.comment = comment
-            opened.writestr("train/bag/1.png", make.encode_png(np.full((28, 28), value, np.uint8)))
-        return out.getvalue()
-
-    target = tmp_path / "x.zip"
-    for present, code, message in (
-        (None, 1, "is missing"),
-        (archive(1, b"one"), 0, "equals the output of this script"),
-        (archive(1, b"two"), 1, "same images, compressed by another version"),
-        (archive(2, b"one"), 1, "other images"),
-    ):
-        if present is not None:
-            target.write_bytes(present)
-        assert make.check(archive(1, b"one"), target) == code
-        assert message in capsys.readouterr().out
+    assert pixels(script().build(FASHION_MNIST)) == pixels(ARCHIVE.read_bytes())
 
 
 def test_the_script_reads_both_layouts_of_the_source(tmp_path: Path) -> None:
