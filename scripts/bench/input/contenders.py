@@ -1,104 +1,56 @@
-"""Contenders of bench_input.py: torchvision's reference, lars-train's decoders, and libjpeg-turbo's floor.
+"""Contenders of bench_input.py: torchvision's transforms, lars-train's decoders, TurboJPEG and DALI.
 
-Each makes a view of 224 x 224 pixels from the bytes of one JPEG at a time, on one core. All use lars-train's crops,
-drawn from the seed, the round and the number of the image, so that all do the same work; only the reference draws its
-own. A contender reads the size of an image itself.
+Each makes views of 224 x 224 pixels from the bytes of JPEGs, in one thread. All use lars-train's crops, drawn from the
+seed, the round and the number of the image, so that all do the same work; only the reference draws its own. They read
+the size of an image themselves. All but the reference return uint8, and leave normalization to the device.
 """
 
 from __future__ import annotations
 
 import ctypes
 import io
-import os
-import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from math import floor
-from pathlib import Path
+from importlib.metadata import files
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from images import read
 from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import functional
+from torchvision.transforms.v2 import functional as v2
 
 from lars_train.data.dataset import Source
 from lars_train.data.decode import native
 from lars_train.data.decode import pillow as decoders
 from lars_train.data.order import batch_uniforms
 from lars_train.data.transforms import UNIFORMS, Geometry, View
+from lars_train.pack.packing import SourceSubset
 
 SIZE, BATCH = 224, 64
 VIEW = View("inception", SIZE, True, 0, 0.875)
 TASKS = TRAIN, EVAL = ("train", "eval")
-REFERENCE, NATIVE, PILLOW, FLOOR = "reference", "ours, native", "ours, Pillow", "floor"
-OURS = (NATIVE, PILLOW)
+REFERENCE, NATIVE, PILLOW = "reference", "ours, native", "ours, Pillow"
 NORMALIZE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-FLOOR_C = """
-#include <stdio.h>
-#include <stdlib.h>
-#include <jpeglib.h>
-
-/* Decode rows top to bottom and columns left to right into a buffer of two rows; return the number of rows. */
-int region(const unsigned char *data, unsigned long length, int left, int top, int right, int bottom) {
-    struct jpeg_decompress_struct jpeg;
-    struct jpeg_error_mgr errors;
-    jpeg.err = jpeg_std_error(&errors);
-    jpeg_create_decompress(&jpeg);
-    jpeg_mem_src(&jpeg, data, length);
-    jpeg_read_header(&jpeg, TRUE);
-    jpeg.out_color_space = JCS_EXT_RGBX;
-    jpeg_start_decompress(&jpeg);
-    JDIMENSION first = left, width = right - left;
-    if (first || width < jpeg.output_width) jpeg_crop_scanline(&jpeg, &first, &width);
-    if (top > 1) jpeg_skip_scanlines(&jpeg, top / 2 * 2);
-    const size_t stride = (4 * (size_t)width + 63) / 64 * 64;
-    unsigned char *rows = malloc(2 * stride + 128), *at = rows + 16 + (64 - (size_t)rows % 64);
-    JSAMPROW lines[2] = {at, at + stride};
-    int read = 0;
-    while ((int)jpeg.output_scanline < bottom) read += jpeg_read_scanlines(&jpeg, lines, 2);
-    free(rows);
-    jpeg_destroy_decompress(&jpeg);
-    return read;
-}
-"""
+PACKAGES = ("torchvision", "pillow", "numpy", "turbojpeg", "nvidia-dali-cuda120")
 
 Draw = Callable[[int, int], Geometry]
 """Maps the width and height of an image to its view."""
 Decode = Callable[[bytes, Draw], Any]
-"""Decodes a JPEG to its view: RGB, uint8, an array (224, 224, 3) or a tensor (3, 224, 224)."""
-Pass = Callable[[str, Source, int], Iterator[Any]]
+"""Decodes a JPEG to its view: an array (224, 224, 3) or a tensor (3, 224, 224)."""
+Contender = Callable[[str, Source, int], Iterator[Any]]
 """Yields the views of all images for a task and a round, in order."""
 
 
-@dataclass
-class Contender:
-    """A pass to time, and a pass whose pixels can be compared, or None."""
-
-    name: str
-    timed: Pass
-    compared: Pass | None
-    tasks: tuple[str, ...] = TASKS
-
-    def run(self, task: str, images: Source, number: int) -> None:
-        """Make one pass."""
-        for _ in self.timed(task, images, number):
-            pass
-
-
-def by_image(name: str, decode: Decode) -> Contender:
-    """Return a contender that decodes images one by one."""
-
-    def views(task: str, images: Source, number: int) -> Iterator[Any]:
-        for data, draw in draws(task, images, number):
-            yield decode(data, draw)
-
-    return Contender(name, views, views)
+def read(images: Source, sample: int) -> bytes:
+    """Return the bytes of an image."""
+    data = images.read(sample)
+    assert isinstance(data, bytes)
+    return data
 
 
 def draws(task: str, images: Source, number: int) -> Iterator[tuple[bytes, Draw]]:
@@ -109,12 +61,64 @@ def draws(task: str, images: Source, number: int) -> Iterator[tuple[bytes, Draw]
             yield read(images, sample), partial(VIEW.train, uniforms=uniforms) if task == TRAIN else VIEW.evaluate
 
 
-def size_of(data: bytes) -> tuple[int, int]:
-    """Read width and height from the header, with the native decoder if it is available."""
-    return native.size_of(data) or Image.open(io.BytesIO(data)).size
+def by_image(decode: Decode) -> Contender:
+    """Return a contender that decodes images one by one."""
+
+    def views(task: str, images: Source, number: int) -> Iterator[Any]:
+        for data, draw in draws(task, images, number):
+            yield decode(data, draw)
+
+    return views
 
 
-def window(view: Geometry) -> tuple[int, int, int, int]:
+def reference_transform(task: str) -> Any:
+    """Return torchvision's v1 transforms of an image for a task."""
+    train = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
+    first = train if task == TRAIN else [transforms.Resize(256), transforms.CenterCrop(SIZE)]
+    return transforms.Compose([*first, transforms.ToTensor(), NORMALIZE])
+
+
+def reference(task: str, images: Source, number: int) -> Iterator[torch.Tensor]:
+    """Yield the views of torchvision's and PyTorch's training scripts, with their own crops."""
+    torch.manual_seed(number)
+    transform = reference_transform(task)
+    for sample in range(len(images)):
+        yield transform(Image.open(io.BytesIO(read(images, sample))).convert("RGB"))
+
+
+def expected(data: bytes, draw: Draw) -> Any:
+    """Return the view to compare with: Pillow's full decode and torchvision's v1 functions, with our boxes."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    view = draw(*image.size)
+    left, top, right, bottom = view.box
+    image = functional.resized_crop(image, top, left, bottom - top, right - left, [view.size[1], view.size[0]])
+    image = functional.crop(image, view.crop[1], view.crop[0], SIZE, SIZE)
+    return functional.hflip(image) if view.flip else image
+
+
+def ours(decoder: str) -> Contender:
+    """Return a decoder of lars-train that writes into a reused batch buffer, as in the loader."""
+    batch = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
+
+    def views(task: str, images: Source, number: int) -> Iterator[npt.NDArray[np.uint8]]:
+        for i, (data, draw) in enumerate(draws(task, images, number)):
+            yield decoders.decode(data, draw, SIZE, decoder=decoder, out=batch[i % BATCH])
+
+    return views
+
+
+def torchvision_v2(data: bytes, draw: Draw) -> Any:
+    """Return the view by `decode_image` and torchvision's v2 functions on a tensor."""
+    image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    view = draw(image.shape[2], image.shape[1])
+    left, top, right, bottom = view.box
+    image = v2.crop(image, top, left, bottom - top, right - left)
+    image = v2.resize(image, [view.size[1], view.size[0]], antialias=True)
+    image = v2.crop(image, view.crop[1], view.crop[0], SIZE, SIZE)
+    return v2.horizontal_flip(image) if view.flip else image
+
+
+def region(view: Geometry) -> tuple[int, int, int, int]:
     """Return left, top, right, bottom of the region that a view shows, in whole source pixels.
 
     In training it is the box. In evaluation it is rounded: decoders of regions are up to half a pixel off.
@@ -128,84 +132,101 @@ def window(view: Geometry) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def reference(task: str, images: Source, number: int) -> Iterator[torch.Tensor]:
-    """Yield the views of torchvision's and PyTorch's training scripts, with their own crops."""
-    torch.manual_seed(number)
-    transform = reference_transform(task)
-    for sample in range(len(images)):
-        yield transform(Image.open(io.BytesIO(read(images, sample))).convert("RGB"))
+class _Region(ctypes.Structure):
+    """tjregion of turbojpeg.h."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in ("x", "y", "w", "h"))
 
 
-def reference_transform(task: str) -> Any:
-    """Return torchvision's v1 transforms of an image for a task."""
-    train = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
-    first = train if task == TRAIN else [transforms.Resize(256), transforms.CenterCrop(SIZE)]
-    return transforms.Compose([*first, transforms.ToTensor(), NORMALIZE])
+def turbojpeg() -> Contender:
+    """Return TurboJPEG 3, which decodes regions, from the package turbojpeg, and torch's antialiased resize.
+
+    https://github.com/libjpeg-turbo/libjpeg-turbo/blob/main/src/turbojpeg.h
+    """
+    paths = [file.locate() for file in files("turbojpeg") or () if file.name.startswith("libturbojpeg")]
+    library = ctypes.CDLL(str(paths[0]))
+    decompress, subsampling, wide, high, rgb = 1, 4, 5, 6, 0
+    unit = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8}  # width of a block, by TJSAMP
+    pointer = ctypes.c_void_p
+    library.tj3Init.restype = pointer
+    library.tj3DecompressHeader.argtypes = [pointer, ctypes.c_char_p, ctypes.c_size_t]
+    library.tj3Get.argtypes = [pointer, ctypes.c_int]
+    library.tj3SetCroppingRegion.argtypes = [pointer, _Region]
+    library.tj3Decompress8.argtypes = [pointer, ctypes.c_char_p, ctypes.c_size_t, pointer, ctypes.c_int, ctypes.c_int]
+    handle = library.tj3Init(decompress)
+
+    def check(name: str, *arguments: Any) -> None:
+        if getattr(library, name)(handle, *arguments):
+            raise ValueError(name)
+
+    def decode(data: bytes, draw: Draw) -> torch.Tensor:
+        library.tj3SetCroppingRegion(handle, _Region(0, 0, 0, 0))
+        check("tj3DecompressHeader", data, len(data))
+        view = draw(library.tj3Get(handle, wide), library.tj3Get(handle, high))
+        left, top, right, bottom = region(view)
+        first = left - left % unit[library.tj3Get(handle, subsampling)]
+        pixels = np.empty((bottom - top, right - first, 3), np.uint8)
+        check("tj3SetCroppingRegion", _Region(first, top, right - first, bottom - top))
+        check("tj3Decompress8", data, len(data), pixels.ctypes.data, 0, rgb)
+        image = torch.from_numpy(pixels[:, left - first :]).permute(2, 0, 1)[None]
+        image = interpolate(image, size=(SIZE, SIZE), mode="bilinear", antialias=True)[0]
+        return image.flip(-1) if view.flip else image
+
+    return by_image(decode)
 
 
-def full_decode(task: str, images: Source, number: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield the views for comparisons: Pillow's full decode and torchvision's v1 transforms, with our boxes."""
-    for data, draw in draws(task, images, number):
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        if task == EVAL:
-            image = functional.center_crop(functional.resize(image, 256), [SIZE, SIZE])
-        else:
-            view = draw(*image.size)
-            left, top, right, bottom = view.box
-            image = functional.resized_crop(image, top, left, bottom - top, right - left, [SIZE, SIZE])
-            image = functional.hflip(image) if view.flip else image
-        yield np.asarray(image)
+def dali() -> Contender:
+    """Return DALI's decoder of regions on the CPU, with our boxes (image_random_crop would draw its own)."""
+    from nvidia.dali import Pipeline, fn, types
 
-
-def ours(name: str, decoder: str) -> Contender:
-    """Return a decoder of lars-train that writes into a reused batch buffer, as in the loader."""
-    batch = np.zeros((BATCH, SIZE, SIZE, 3), np.uint8)
+    pipe = Pipeline(BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    with pipe:
+        inputs = ("data", "start", "shape", "flip")
+        data, start, shape, flip = (fn.external_source(name=one, device="cpu") for one in inputs)
+        how = {"axes": [0, 1], "output_type": types.RGB, "adjust_orientation": False}
+        pixels = fn.decoders.image_slice(data, start=start, shape=shape, **how)
+        how = {"interp_type": types.INTERP_LINEAR, "antialias": True, "device": "cpu"}
+        pipe.set_outputs(fn.flip(fn.resize(pixels, resize_x=SIZE, resize_y=SIZE, **how), horizontal=flip))
+    pipe.build()
 
     def views(task: str, images: Source, number: int) -> Iterator[npt.NDArray[np.uint8]]:
-        for i, (data, draw) in enumerate(draws(task, images, number)):
-            yield decoders.decode(data, draw, SIZE, decoder=decoder, out=batch[i % BATCH])
+        drawn = [
+            (data, draw(*(native.size_of(data) or Image.open(io.BytesIO(data)).size)))
+            for data, draw in draws(task, images, number)
+        ]
+        for batch in (drawn[i : i + BATCH] for i in range(0, len(drawn), BATCH)):
+            boxes = np.array([region(view) for _, view in batch], np.int32)
+            starts, ends = boxes[:, [1, 0]], boxes[:, [3, 2]]
+            pipe.feed_input("data", [np.frombuffer(data, np.uint8) for data, _ in batch])
+            pipe.feed_input("start", list(starts))
+            pipe.feed_input("shape", list(ends - starts))
+            pipe.feed_input("flip", [np.int32(view.flip) for _, view in batch])
+            (decoded,) = pipe.run()
+            yield from (np.array(decoded.at(i)) for i in range(len(decoded)))
 
-    return Contender(name, views, views)
-
-
-def source_box(view: Geometry) -> tuple[int, int, int, int]:
-    """Return the box of source pixels that contribute to a view, with the margin of the resize filter."""
-    bounds = []
-    for axis in (0, 1):
-        low, high = view.box[axis], view.box[axis + 2]
-        scale = (high - low) / view.size[axis]
-        reach = max(scale, 1.0)
-        begin, end = (view.crop[axis] + 0.5) * scale - reach, (view.crop[axis] + SIZE - 0.5) * scale + reach
-        bounds.append((low + max(0, floor(begin + 0.5)), min(high, low + floor(end + 0.5))))
-    (left, right), (top, bottom) = bounds
-    return left, top, right, bottom
+    return views
 
 
-def make_floor(folder: Path) -> Contender:
-    """Compile the floor in `folder`: libjpeg-turbo decoding the same crops, and nothing else."""
-    source, compiled = folder / "floor.c", folder / "floor.so"
-    source.write_text(FLOOR_C)
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(source), "-ljpeg", "-o", str(compiled)], check=True)
-    region = ctypes.CDLL(str(compiled)).region
-    region.argtypes = [ctypes.c_char_p, ctypes.c_ulong, *[ctypes.c_int] * 4]
-
-    def rows(task: str, images: Source, number: int) -> Iterator[int]:
-        for data, draw in draws(task, images, number):
-            yield region(data, len(data), *source_box(draw(*size_of(data))))
-
-    return Contender(FLOOR, rows, None)
-
-
-def own_contenders(folder: Path, skipped: list[str]) -> list[Contender]:
-    """Return all contenders that run here; add others to `skipped`, with the reason."""
-    found = [Contender(REFERENCE, reference, full_decode), ours(PILLOW, decoders.PILLOW)]
+def make_contenders(images: Source, skipped: list[str]) -> dict[str, Contender]:
+    """Return all contenders that run here, the reference first; add others to `skipped`, with the reason."""
+    found: dict[str, Contender] = {REFERENCE: reference, PILLOW: ours(decoders.PILLOW)}
     if native.is_available():
-        found.append(ours(NATIVE, decoders.NATIVE))
+        found[NATIVE] = ours(decoders.NATIVE)
     else:
         skipped.append(f"{NATIVE}: {native.REMEDY}")
-    try:
-        found.append(make_floor(folder))
-    except (OSError, subprocess.CalledProcessError) as error:
-        skipped.append(f"{FLOOR}: {error}")
+    peers: dict[str, Callable[[], Contender]] = {
+        "torchvision v2, tensor": lambda: by_image(torchvision_v2),
+        "TurboJPEG 3, region": turbojpeg,
+        "DALI, image_slice": dali,
+    }
+    few = SourceSubset(images, np.arange(min(2, len(images))))
+    for name, make in peers.items():
+        try:
+            peer = make()
+            for task in TASKS:
+                list(peer(task, few, 0))
+        except Exception as error:  # anything that another library raises
+            skipped.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        else:
+            found[name] = peer
     return found

@@ -20,8 +20,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from contenders import BATCH, NORMALIZE, REFERENCE, TRAIN, VIEW, reference_transform
-from images import read
+from contenders import BATCH, NORMALIZE, REFERENCE, TRAIN, VIEW, read, reference_transform
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,7 +40,7 @@ class ReferenceSet(Dataset[tuple[torch.Tensor, int]]):
     """The images with torchvision's training transforms."""
 
     def __init__(self, images: Source) -> None:
-        self.transform, self.images = reference_transform(TRAIN), images
+        self.images, self.transform = images, reference_transform(TRAIN)
 
     def __len__(self) -> int:
         return len(self.images)
