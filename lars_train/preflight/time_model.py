@@ -34,7 +34,7 @@ _NVIDIA = (
 )
 
 
-# Measured by scripts/verify/check_plan.py --cpu, see docs/plan.md.
+# Images per second of CPU time: this program, ResNet-50 at 224 pixels in float32, on one thread of an AMD EPYC.
 CPU_RATE = 2.16
 
 CITED = {
@@ -48,10 +48,7 @@ CITED = {
         "https://github.com/mlcommons/training_results_v3.0/blob/main/NVIDIA/results/dgxh100_ngc23.04_mxnet/resnet/"
         "result_0.txt, an eighth of DGX H100's throughput in MLPerf; mixed precision",
     ),
-    CPU: Cited(
-        {"fp32": CPU_RATE},
-        "docs/plan.md, this program on one thread of an AMD EPYC (scripts/verify/check_plan.py --cpu); fp32",
-    ),
+    CPU: Cited({"fp32": CPU_RATE}, "this program on one thread of an AMD EPYC; fp32"),
 }
 
 

@@ -1,13 +1,13 @@
-"""Time a run while other processes use the same CPU, for several settings of how its threads wait.
+"""Time a bare `lars-train` while other processes use the same CPU, for several settings of how its threads wait.
 
-    python scripts/bench/bench_busy.py [--write docs/benchmarks.md]            # the bare run and ResNet-50
+    python scripts/bench/bench_busy.py [--write docs/benchmarks.md]
     python scripts/bench/bench_busy.py --environments '' GOMP_SPINCOUNT=300000  # other environment variables
 
 Each environment is a column: '' is the default of lars-train, the others are variables separated by spaces. The runs
 take turns of a few seconds, so a change in the machine's speed affects all of them. Images are counted by the updates
 in the log; evaluations take part of the time. The busy processes are Python loops.
 
-Takes about 15 minutes. Figures: docs/benchmarks.md.
+Takes about seven minutes. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -35,14 +34,6 @@ LIBRARY = "GOMP_SPINCOUNT=300000"
 WARM_UP = 5
 BUSY = (0, 1, 2)
 """Numbers of busy processes."""
-RUNS = (
-    (),
-    tuple(
-        "model=resnet50 data=synthetic data.train_count=1600 data.val_count=16 data.image_size=64 batch.size=16 "
-        "model.ghost_batch=16 optimizer.lr=0.01 schedule.warmup_epochs=0".split()
-    ),
-)
-"""Settings of the bare run, and of a short one of ResNet-50."""
 Rates = dict[tuple[str, int], list[float]]
 """Images/s of each turn, by environment and number of busy processes."""
 
@@ -53,24 +44,22 @@ def main() -> None:
     environments = ["", LIBRARY, "OMP_WAIT_POLICY=passive"]
     parser.add_argument("--environments", nargs="+", default=environments, metavar="'NAME=VALUE …'")
     parser.add_argument("--rounds", type=shared.positive_int, default=10, help="(10)")
-    parser.add_argument("--seconds", type=shared.seconds, default=4.0, help="per turn (4)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per turn (4)")
     args = parser.parse_args()
     lines = [
         f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {len(os.sched_getaffinity(0))} cores; "
         f"{shared.software()}. Images/s in {args.rounds} turns of {args.seconds:g} s, mean (least to most of a turn), "
         "and its share of the same run's mean alone."
     ]
-    for settings in RUNS:
-        lines += table(args, settings, measure(args, settings))
-    shared.publish(lines, args.write, "bench_busy")
+    shared.publish([*lines, *table(measure(args))], args.write, "bench_busy")
 
 
-def measure(args: argparse.Namespace, settings: Sequence[str]) -> Rates:
+def measure(args: argparse.Namespace) -> Rates:
     """Start one run per environment; return the images/s of their turns."""
     found: Rates = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as runs:
         paused = {
-            name: PausedRun(Path(folder) / str(i), settings, name, runs)
+            name: PausedRun(Path(folder) / str(i), name, runs)
             for i, name in enumerate(dict.fromkeys(args.environments))
         }
         for number in range(args.rounds):
@@ -79,14 +68,12 @@ def measure(args: argparse.Namespace, settings: Sequence[str]) -> Rates:
                 for name in paused if number % 2 else reversed(paused):
                     with busy_loops(busy):
                         found.setdefault((name, busy), []).append(paused[name].images_per_s(args.seconds))
-            latest = ", ".join(f"{name or 'default'} {busy}: {own[-1]:.0f}" for (name, busy), own in found.items())
-            print(f"round {number + 1}: {latest}", file=sys.stderr, flush=True)
     return found
 
 
-def table(args: argparse.Namespace, settings: Sequence[str], found: Rates) -> list[str]:
-    """Return the table of one run, with its command."""
-    names = list(dict.fromkeys(args.environments))
+def table(found: Rates) -> list[str]:
+    """Return a table with a column per environment."""
+    names = list(dict.fromkeys(name for name, _ in found))
 
     def cell(name: str, busy: int) -> str:
         own, quiet = found[name, busy], statistics.mean(found[name, 0])
@@ -94,7 +81,7 @@ def table(args: argparse.Namespace, settings: Sequence[str], found: Rates) -> li
         return f"{statistics.mean(own):,.3g} ({min(own):,.3g} to {max(own):,.3g}){share}"
 
     head = " | ".join(f"`{name}`" if name else "default" for name in names)
-    lines = ["", f"`{shlex.join(['lars-train', *settings])}`", "", f"| | {head} |", f"|---|{'---:|' * len(names)}"]
+    lines = ["", f"| | {head} |", f"|---|{'---:|' * len(names)}"]
     for busy in BUSY:
         cells = " | ".join(cell(name, busy) for name in names)
         lines.append(f"| {f'beside {busy} busy' if busy else 'alone'} | {cells} |")
@@ -104,7 +91,7 @@ def table(args: argparse.Namespace, settings: Sequence[str], found: Rates) -> li
 class PausedRun:
     """A run that is paused (SIGSTOP) except during its turns."""
 
-    def __init__(self, folder: Path, settings: Sequence[str], variables: str, runs: ExitStack) -> None:
+    def __init__(self, folder: Path, variables: str, runs: ExitStack) -> None:
         """Start the run with `variables` in its environment, wait for its first updates, and pause it."""
         chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
         environment = {name: value for name, value in os.environ.items() if name not in chosen}
@@ -112,7 +99,7 @@ class PausedRun:
         folder.mkdir()
         own = ["epochs=100000", "schedule.scale_warmup=false", "log_every=1", f"run.dir={folder}/run", "verbosity=0"]
         self._log = folder / "run/metrics.jsonl"
-        command = [sys.executable, "-m", "lars_train", *settings, *own]
+        command = [sys.executable, "-m", "lars_train", *own]
         self._process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
         runs.callback(self._process.wait)
         runs.callback(self._process.kill)  # no result is lost: the log is read between turns

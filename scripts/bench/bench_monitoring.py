@@ -1,15 +1,13 @@
-"""Time the logging of a run: updates with log lines, compared with the same updates without.
+"""Time the log lines of a run: measuring for them and writing them, as a share of the updates' time.
 
     python scripts/bench/bench_monitoring.py [--write docs/benchmarks.md]     # ResNet-18 on the CPU in one thread
     python scripts/bench/bench_monitoring.py --every 1 model=resnet50         # a line per update; any settings
 
-Two runs of the same config in one process take turns, in blocks of `--every` updates; each pair of blocks starts with
-the other run. At the end of its block one run writes a log line (norms of layers, noise scale, metrics.jsonl,
-TensorBoard); the other writes none. A ratio compares the two blocks of a pair: CPU time of the process on the CPU, so
-that other processes do not count, and wall time on CUDA. The time of the measurements and log lines themselves is
-printed too; it is more reliable where other processes disturb the ratio.
+A log line has norms of layers and the noise scale, and goes to metrics.jsonl and TensorBoard. Its share is measured
+within one run, so that the changing speed of a machine does not count: CPU time of the process on the CPU, wall time on
+CUDA.
 
-Takes about three minutes. Figures: docs/benchmarks.md.
+Takes about two minutes. Figures: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,19 +28,24 @@ import shared
 
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "bench_monitoring")
-    PARSER.add_argument("--every", type=shared.positive_int, default=10, help="log_every, and updates per block (10)")
-    PARSER.add_argument("--pairs", type=shared.positive_int, default=10, help="of blocks, at least 2 (10)")
+    PARSER.add_argument("--every", type=shared.positive_int, default=10, help="log_every (10)")
+    PARSER.add_argument("--lines", type=shared.positive_int, default=20, help="after one that does not count (20)")
     PARSER.add_argument("settings", nargs="*", help="settings of lars-train")
     ARGS = PARSER.parse_args()
 
 import torch
-from training_steps import endless_run
+from hydra import compose, initialize_config_dir
 
-from lars_train.training.device_prefetch import DevicePrefetcher
+from lars_train.config import config_dir, register, resolve
+from lars_train.config.arguments import prepare_arguments
+from lars_train.errors import ConfigError
+from lars_train.launch import Ranks
+from lars_train.training.device import choose_device
+from lars_train.training.distributed import Group
 from lars_train.training.metrics import Measures
+from lars_train.training.prepare import prepare
 from lars_train.training.run import Run
 
-NEVER = 10**9
 SETTINGS = (
     "data=synthetic data.image_size=64 data.num_classes=100 data.val_count=64 data.workers=0 model=resnet18 "
     "model.ghost_batch=16 batch.size=32 micro_batch=16 optimizer.lr=1 epochs=1 schedule.warmup_epochs=0 "
@@ -52,79 +55,75 @@ SETTINGS = (
 
 def main(parser: ArgumentParser, args: Namespace) -> None:
     """Measure, print, write."""
-    if args.pairs < 2:
-        parser.error("--pairs must be at least 2")
-    with shared.config_errors(parser):
-        lines = measure(args.every, args.pairs, args.settings)
+    try:
+        lines = measure(args.every, args.lines, args.settings)
+    except ConfigError as error:
+        parser.error(str(error))
     shared.publish(lines, args.write, "bench_monitoring")
 
 
-def measure(every: int, pairs: int, settings: Sequence[str]) -> list[str]:
+def measure(every: int, lines: int, settings: Sequence[str]) -> list[str]:
     """Return the figures as Markdown."""
-    logging = [0.0]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        logs, silent = (
-            make_run(Path(folder) / name, lines, every * (pairs + 2), settings)
-            for name, lines in (("logs", every), ("silent", NEVER))
-        )
-        runs = [(run, stack.enter_context(closing(run._batches()))) for run in (logs, silent)]
-        # The first block of a run allocates memory, starts TensorBoard's thread and writes example images.
-        for run, batches in runs:
-            run.begin()
-            block(run, batches, every)
+        run = make_run(Path(folder) / "run", every, every * (lines + 1), settings)
+        device, logging = run.context.device, [0.0]
 
         def timed(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any) -> Any:
-                started = clock(logs.context.device)
+                started = clock(device)
                 result = function(*arguments)
-                logging[0] += clock(logs.context.device) - started
+                logging[0] += clock(device) - started
                 return result
 
             return call
 
         for owner, name in (
-            (logs.logger, "log_update"),
-            # Patched in the class: the other run takes no measures.
+            (run.logger, "log_update"),
             (Measures, "before_step"),
             (Measures, "after_step"),
-            (logs.trainer.first_gradient, "take"),
+            (run.trainer.first_gradient, "take"),
         ):
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
-        ratios, blocks = [], []
-        for pair in range(pairs):
-            seconds = {run: block(run, batches, every) for run, batches in (runs if pair % 2 else runs[::-1])}
-            ratios.append(seconds[logs] / seconds[silent])
-            blocks.append(seconds[silent])
-        for run, _ in runs:
-            run.close()
-    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
-    config, device = logs.config, logs.context.device
-    cpu = f"{shared.cpu_name()}, {logs.resolved.threads} thread(s)"
+        shares, milliseconds = [], []
+        with closing(run._batches()) as batches:
+            run.begin()
+            for _ in range(lines + 1):
+                logging[0], started = 0.0, clock(device)
+                for _ in range(every):
+                    run._one_update(batches)
+                total = clock(device) - started
+                shares.append(logging[0] / (total - logging[0]))
+                milliseconds.append(1e3 * logging[0])
+        run.close()
+    # The first line starts TensorBoard's thread and writes example images.
+    del shares[0], milliseconds[0]
+    config = run.config
+    cpu = f"{shared.cpu_name()}, {run.resolved.threads} thread(s)"
     return [
-        f"{config.model.name} at {config.data.image_size} pixels, {logs.plan.global_batch} images an update in "
-        f"micro-batches of {logs.resolved.micro_batch}, {logs.resolved.precision}, a log line every {every} update(s); "
-        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}, {shared.software()}; {pairs} pairs "
-        f"of blocks in turns (`{shared.command_line(__file__).removeprefix('python ')}`):",
+        f"{config.model.name} at {config.data.image_size} pixels, {run.plan.global_batch} images an update in "
+        f"micro-batches of {run.resolved.micro_batch}, {run.resolved.precision}, a log line every {every} update(s); "
+        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}, {shared.software()}; median of "
+        f"{lines} lines (`{shared.command_line(__file__).removeprefix('python ')}`):",
         "",
-        f"- updates with their log lines over updates without: {statistics.median(ratios):.4f} (10th to 90th "
-        f"percentile {tenths[0]:.4f} to {tenths[-1]:.4f}) of {statistics.median(blocks) / every * 1e3:,.1f} ms;",
-        f"- measuring for a line and writing it: {logging[0] / pairs * 1e3:.1f} ms, "
-        f"{100 * logging[0] / sum(blocks):.2f} % of the updates' time.",
+        f"- measuring for a line and writing it: {statistics.median(milliseconds):.1f} ms, "
+        f"{100 * statistics.median(shares):.2f} % of the updates' time (least to most: {100 * min(shares):.2f} to "
+        f"{100 * max(shares):.2f}).",
     ]
 
 
 def make_run(directory: Path, log_every: int, updates: int, settings: Sequence[str]) -> Run:
-    """Return a run in `directory` in which no epoch ends before `updates`."""
+    """Return a run of synthetic data in the new `directory`, in which no epoch ends before `updates`.
+
+    Raises:
+        ConfigError: lars-train rejects a setting.
+    """
     keys = [*SETTINGS, *settings, f"log_every={log_every}", f"run.dir={directory}", "verbosity=0"]
-    return endless_run(shared.compose_config(keys), updates)
-
-
-def block(run: Run, batches: DevicePrefetcher, updates: int) -> float:
-    """Run some updates; return their seconds by `clock`."""
-    started = clock(run.context.device)
-    for _ in range(updates):
-        run._one_update(batches)
-    return clock(run.context.device) - started
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = resolve(compose("config", prepare_arguments(keys, None)))
+    config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
+    directory.mkdir()
+    return Run(prepare(config), Group(Ranks()), choose_device(config, Ranks()))
 
 
 def clock(device: torch.device) -> float:

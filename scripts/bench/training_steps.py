@@ -1,14 +1,10 @@
-"""Training steps to measure: of lars-train, of bare loops, and of timm. The help of bench_step.py describes them.
-
-The other scripts of this folder share cases, networks, trainers and runs with it.
-"""
+"""Training steps to measure: of lars-train, of bare loops, and of timm. The help of bench_step.py describes them."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +16,14 @@ from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
-from lars_train.training.device import Precision, choose_device, choose_precision
+from lars_train.training.device import Precision, choose_precision
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext, normalizer
 from lars_train.training.distributed import Group
-from lars_train.training.prepare import prepare
-from lars_train.training.run import Run
 from lars_train.training.trainer import Hyper, Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
-TIMM_KEPT = "(b) timm, freed memory kept"
 OURS, TUNED, WITHOUT = "(d) lars-train", "(d) lars-train, compiled", "(d) without the trainer"
 Step = Callable[[], object]
 
@@ -53,7 +46,7 @@ CASES = (Case("resnet50", 16, 224, 1000), Case("small", 256, 32, 10))
 CASES_ON_CUDA = (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA))
 
 
-def precision(device: torch.device = CPU) -> Precision:
+def precision(device: torch.device) -> Precision:
     """Return the precision that ``precision=auto`` selects on a device."""
     return choose_precision("auto", device)
 
@@ -69,13 +62,6 @@ def normalized(case: Case, kind: Precision) -> tuple[Tensor, Tensor]:
     """Return normalized images in channels-last memory, and labels, on the device."""
     images, labels = pixels(case)
     return normalizer(MEAN, STD, case.device, kind)(images), labels.to(case.device)
-
-
-def ghost_network(case: Case, ghost: int) -> nn.Module:
-    """Return lars-train's network, with ghost batch norm."""
-    torch.manual_seed(0)
-    model = build_model(case.name, num_classes=case.classes, ghost_batch=ghost, zero_gamma=False)
-    return model.to(case.device).to(memory_format=torch.channels_last).train()
 
 
 def plain_network(case: Case) -> nn.Module:
@@ -111,24 +97,6 @@ def bare(case: Case) -> Step:
     return step
 
 
-def best(case: Case, compiled: bool) -> Step:
-    """Return contender (c)."""
-    model = plain_network(case).to(memory_format=torch.channels_last)
-    forward = torch.compile(model) if compiled else model
-    optimizer = plain_sgd(model, fused=True)
-    kind = precision(case.device)
-    images, labels = normalized(case, kind)
-
-    def step() -> None:
-        with kind.autocast(case.device):
-            logits = forward(images)
-        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 def of_timm(case: Case) -> Step:
     """Return contender (b).
 
@@ -158,93 +126,29 @@ def of_timm(case: Case) -> Step:
     return step
 
 
-def make_trainer(
-    case: Case,
-    ghost: int,
-    kind: Precision,
-    *,
-    compiled: bool = False,
-    group: Group | None = None,
-    micro_batches: int = 1,
-) -> Trainer:
-    """Return a run's trainer, for updates of `micro_batches` per rank in ghost batches of `ghost`."""
-    group = group or Group(Ranks())
-    batch, many = group.ranks.world * micro_batches * case.images, 10**6
-    plan = Plan(
-        samples=many * batch,
-        nominal_batch=batch,
-        global_batch=batch,
-        ghost_batch=ghost,
-        scaled=False,
-        raised=False,
-        epochs=1,
-        updates_per_epoch=many,
-        updates=many,
-        stop=many,
-        warmup_updates=many // 10,
-    )
-    model, settings = ghost_network(case, ghost), lars_options()
-    schedule = make_schedule(plan, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole")))
-    return Trainer(
-        model,
-        build_optimizer(settings, model),
-        plan,
-        Hyper(schedule, 0.0),
-        RankContext(case.device, group, kind, normalizer(MEAN, STD, case.device, kind)),
-        compiled=compiled,
-    )
-
-
-def ours(case: Case, compiled: bool = False) -> Step:
-    """Return contender (d)."""
-    trainer = make_trainer(case, case.ghost, precision(case.device), compiled=compiled)
-    images, labels = pixels(case)
-    if case.device.type == "cuda":
-        images, labels = images.pin_memory(), labels.pin_memory()
-    batches = DevicePrefetcher(SameBatch(Batch(images, labels, ())), case.device)
-
-    def step() -> None:
-        trainer.run_update(batches, 1, measure=False)
-
-    return step
-
-
-def endless_run(config: Config, updates: int) -> Run:
-    """Return a run of synthetic data in a new ``run.dir``, in which no epoch ends before `updates`."""
-    config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
-    Path(str(config.run.dir)).mkdir()
-    return Run(prepare(config), Group(Ranks()), choose_device(config, Ranks()))
-
-
-class SameBatch(Stream):
-    """A stream that returns the same batch every time."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._same = batch
-
-    def __next__(self) -> Batch:
-        return self._same
-
-    def ready(self) -> bool:
-        return True
-
-
-def without_trainer(case: Case) -> Step:
-    """Return (d) without the trainer: no schedule, guard, meters, running statistics or counters."""
+def best(case: Case, compiled: bool) -> Step:
+    """Return contender (c)."""
+    model = plain_network(case).to(memory_format=torch.channels_last)
+    forward = torch.compile(model) if compiled else model
+    optimizer = plain_sgd(model, fused=True)
     kind = precision(case.device)
-    model = ghost_network(case, case.ghost)
-    optimizer = build_optimizer(lars_options(), model)
-    normalize = normalizer(MEAN, STD, case.device, kind)
-    images, labels = (tensor.to(case.device) for tensor in pixels(case))
+    images, labels = normalized(case, kind)
 
     def step() -> None:
         with kind.autocast(case.device):
-            logits = model(normalize(images))
-        torch.autograd.backward(functional.cross_entropy(logits.to(kind.weights), labels))
+            logits = forward(images)
+        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def ghost_network(case: Case) -> nn.Module:
+    """Return lars-train's network, with ghost batch norm."""
+    torch.manual_seed(0)
+    model = build_model(case.name, num_classes=case.classes, ghost_batch=case.ghost, zero_gamma=False)
+    return model.to(case.device).to(memory_format=torch.channels_last).train()
 
 
 def lars_options() -> OptimizerConfig:
@@ -261,10 +165,77 @@ def lars_options() -> OptimizerConfig:
     )
 
 
+class SameBatch(Stream):
+    """A stream that returns the same batch every time."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._same = batch
+
+    def __next__(self) -> Batch:
+        return self._same
+
+    def ready(self) -> bool:
+        return True
+
+
+def ours(case: Case, compiled: bool = False) -> Step:
+    """Return contender (d): the update of a run's trainer."""
+    many, kind = 10**6, precision(case.device)
+    plan = Plan(
+        samples=many * case.images,
+        nominal_batch=case.images,
+        global_batch=case.images,
+        ghost_batch=case.ghost,
+        scaled=False,
+        raised=False,
+        epochs=1,
+        updates_per_epoch=many,
+        updates=many,
+        stop=many,
+        warmup_updates=many // 10,
+    )
+    model, settings = ghost_network(case), lars_options()
+    schedule = make_schedule(plan, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole")))
+    trainer = Trainer(
+        model,
+        build_optimizer(settings, model),
+        plan,
+        Hyper(schedule, 0.0),
+        RankContext(case.device, Group(Ranks()), kind, normalizer(MEAN, STD, case.device, kind)),
+        compiled=compiled,
+    )
+    images, labels = pixels(case)
+    if case.device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    batches = DevicePrefetcher(SameBatch(Batch(images, labels, ())), case.device)
+
+    def step() -> None:
+        trainer.run_update(batches, 1, measure=False)
+
+    return step
+
+
+def without_trainer(case: Case) -> Step:
+    """Return (d) without the trainer: no schedule, guard, meters, running statistics or counters."""
+    kind = precision(case.device)
+    model = ghost_network(case)
+    optimizer = build_optimizer(lars_options(), model)
+    normalize = normalizer(MEAN, STD, case.device, kind)
+    images, labels = (tensor.to(case.device) for tensor in pixels(case))
+
+    def step() -> None:
+        with kind.autocast(case.device):
+            logits = model(normalize(images))
+        torch.autograd.backward(functional.cross_entropy(logits.to(kind.weights), labels))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 STEPS: dict[str, Callable[[Case], Step]] = {
     BARE: bare,
     TIMM: of_timm,
-    TIMM_KEPT: of_timm,
     BEST_EAGER: lambda case: best(case, compiled=False),
     BEST: lambda case: best(case, compiled=True),
     OURS: ours,

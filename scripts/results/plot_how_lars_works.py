@@ -63,7 +63,8 @@ STYLE: Any = {
 def train(directory: Path, epochs: int, settings: Sequence[str]) -> RunRecord:
     """Train the run in `directory` unless it has finished; return its record. A run that diverges ends early."""
     own = (f"run.dir={directory}", f"epochs={epochs}", *settings)
-    code = shared.run([sys.executable, "-m", "lars_train", *SETTINGS, *own])
+    with shared.running([sys.executable, "-m", "lars_train", *SETTINGS, *own]) as process:
+        code = process.wait()
     if code and not (directory / "divergence.jsonl").exists():
         sys.exit(code)
     return read_run(directory)

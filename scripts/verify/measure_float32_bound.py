@@ -36,18 +36,14 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
     PARSER.add_argument(
         "--world", nargs="+", type=shared.positive_int, default=[1, 2, 3, 4], help="world sizes, at most 7"
     )
-    PARSER.add_argument("--micro-batch", nargs="+", type=int, default=[4, 8, 28], help="multiples of the ghost batch 4")
-    PARSER.add_argument("--workers", nargs="+", type=int, default=[0], help="loader processes per rank")
     PARSER.add_argument("--seeds", type=shared.positive_int, default=10, help="number of seeds, from 0 (10)")
-    PARSER.add_argument(
-        "--epochs", type=shared.positive_int, default=4, help="each of 5 updates, the first is the warm-up (4)"
-    )
     ARGS = PARSER.parse_args()
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from lars_train.config import Config, resolve
+from lars_train.errors import Stopped
 from lars_train.launch import Ranks, start_processes
 from lars_train.training import checkpoint, session
 from lars_train.training.distributed import begin_job
@@ -55,8 +51,9 @@ from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 
 GHOST_BATCH, GHOSTS, UPDATES_PER_EPOCH = 4, 7, 5
-GLOBAL_BATCH = GHOST_BATCH * GHOSTS
+GLOBAL_BATCH, MICRO_BATCHES, EPOCHS = GHOST_BATCH * GHOSTS, (4, 8, 28), 4
 SETTINGS: dict[str, Any] = {
+    "epochs": EPOCHS,
     "log_every": 1,
     "device": "cpu",
     "label_smoothing": 0.1,
@@ -116,7 +113,7 @@ class Distance:
     statistics: float
 
 
-def train_all(folder: str, cases: list[Case], epochs: int) -> None:
+def train_all(folder: str, cases: list[Case]) -> None:
     """Run this process's ranks of all runs. Runs that need fewer processes overlap."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for number, case in enumerate(cases):
@@ -124,13 +121,12 @@ def train_all(folder: str, cases: list[Case], epochs: int) -> None:
         # Alternate between the lowest and the highest processes.
         place = rank - (processes - case.world) * (number % 2)
         if 0 <= place < case.world:
-            train(Path(folder) / case.name, case, Ranks(place, case.world, place, case.world), epochs)
+            train(Path(folder) / case.name, case, Ranks(place, case.world, place, case.world))
 
 
-def train(directory: Path, case: Case, ranks: Ranks, epochs: int) -> None:
+def train(directory: Path, case: Case, ranks: Ranks) -> None:
     """Train one rank of a run."""
     own = {
-        "epochs": epochs,
         "seed": case.seed,
         "micro_batch": case.micro_batch,
         "precision": {"name": case.precision},
@@ -192,39 +188,20 @@ def table(precision: str, distances: dict[Case, Distance]) -> Iterator[str]:
         yield f"| {precision} | {update} | {max(a.losses[update - 1] for a in mine.values()):.1e} |"
 
 
-def check(parser: ArgumentParser, args: Namespace) -> None:
-    """Exit with code 2 if arguments do not fit the runs."""
-    if max(args.world) > GHOSTS:
-        parser.error(f"--world: {GHOSTS} ghost batches serve at most {GHOSTS} ranks")
-    if any(size < 1 or size % GHOST_BATCH for size in args.micro_batch):
-        parser.error(f"--micro-batch: pass multiples of the ghost batch, {GHOST_BATCH}")
-    if args.epochs < 2:
-        parser.error("--epochs: pass at least 2; the first is the warm-up")
-
-
 def main(parser: ArgumentParser, args: Namespace) -> None:
     """Measure, print, write."""
-    check(parser, args)
-    values = itertools.product(args.precision, range(args.seeds), args.world, args.micro_batch, args.workers)
+    if max(args.world) > GHOSTS:
+        parser.error(f"--world: {GHOSTS} ghost batches serve at most {GHOSTS} ranks")
+    values = itertools.product(args.precision, range(args.seeds), args.world, MICRO_BATCHES, [0])
     cases = [Case(*one) for one in values]
     cases = sorted({*cases, *(case.reference for case in cases)}, key=lambda case: (-case.world, case.name))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with shared.exit_with_ranks():
-            start_processes(train_all, (str(folder), cases, args.epochs), max(args.world))
+        start_processes(train_all, (str(folder), cases), max(args.world))
         distances = {case: compare(folder, case) for case in cases if case != case.reference}
-    options: dict[str, Any] = {
-        "precision": " ".join(args.precision),
-        "world": " ".join(map(str, args.world)),
-        "micro-batch": " ".join(map(str, args.micro_batch)),
-        "workers": " ".join(map(str, args.workers)),
-        "seeds": args.seeds,
-        "epochs": args.epochs,
-    }
-    command = " ".join(f"--{name} {value}" for name, value in options.items())
     lines = [
-        f"`python scripts/verify/measure_float32_bound.py {command}` on {shared.cpu_name()}; {shared.software()}. "
-        f"{args.epochs * UPDATES_PER_EPOCH} updates of {GLOBAL_BATCH} samples ({GHOSTS} ghost batches of "
+        f"`{shared.command_line(__file__)}` on {shared.cpu_name()}; {shared.software()}. "
+        f"{EPOCHS * UPDATES_PER_EPOCH} updates of {GLOBAL_BATCH} samples ({GHOSTS} ghost batches of "
         f"{GHOST_BATCH}), learning rate at its peak after {UPDATES_PER_EPOCH}; the largest relative differences over "
         f"{args.seeds} seeds.",
     ]
@@ -235,4 +212,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
 
 if __name__ == "__main__":
     shared.exit_on_signals()
-    main(PARSER, ARGS)
+    try:
+        main(PARSER, ARGS)
+    except Stopped as stopped:  # its message promises a checkpoint, which only a training run writes
+        sys.exit(stopped.code)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -320,32 +318,6 @@ def test_every_field_of_the_json_is_documented(tmp_path: Path) -> None:
         return {k for k in values if k not in files and f"`{k}`" not in page}.union(*map(undocumented, values.values()))
 
     assert undocumented(json.loads(path.read_text())) == set()
-
-
-@pytest.fixture(scope="module")
-def check_plan() -> ModuleType:
-    path = ROOT / "scripts" / "verify" / "check_plan.py"
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-def test_check_plan_plans_and_runs(check_plan: ModuleType, tmp_path: Path) -> None:
-    settings = "data.image_size=8 model=tiny batch.size=16 micro_batch=8 model.ghost_batch=8".split()
-    (first, second) = check_plan.measure_rounds(check_plan.make_config(tmp_path / "run", settings, 2), 2, 2)
-    for found in (first, second):
-        assert found.planned.wall > 0
-        assert found.measured.wall > 0
-    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    # Three updates to warm up, and two rounds of two; a line every second update.
-    assert [json.loads(line)["update"] for line in logged] == [2, 4, 6]
 
 
 def test_the_figure_is_a_png(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def train(rank: int, folder: Path, cases: list[Any], port: int) -> None:
     own = {"RANK": rank, "WORLD_SIZE": max(WORLDS), "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": max(WORLDS)}
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({key: str(value) for key, value in {**own, **meeting}.items()})
-    script.train_all(str(folder), cases, 4)
+    script.train_all(str(folder), cases)
 
 
 if __name__ == "__main__":

@@ -108,16 +108,14 @@ def test_monitoring_costs_nothing_between_log_lines(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_the_script_compares_updates_with_and_without_log_lines() -> None:
+def test_the_script_times_log_lines() -> None:
     import bench_monitoring
 
     output = "\n".join(bench_monitoring.measure(2, 2, SETTINGS))
-    ratio = re.search(r"over updates without: (\d+\.\d+) ", output)
-    line = re.search(r"measuring for a line and writing it: (\d+\.\d+) ms", output)
-    assert ratio is not None
+    line = re.search(r"measuring for a line and writing it: (\d+\.\d+) ms, (\d+\.\d+) % of the updates' time", output)
     assert line is not None
-    assert float(ratio.group(1)) > 0.5
     assert 0 < float(line.group(1)) < 1000
+    assert float(line.group(2)) > 0
 
 
 def test_the_page_states_a_cost_below_one_percent() -> None:
