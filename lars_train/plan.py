@@ -11,7 +11,7 @@ from typing import cast
 from lars_train.config import Config, filled
 from lars_train.errors import ConfigError
 from lars_train.messages import counted
-from lars_train.optim.schedule import STEPS, Form, learning_rate
+from lars_train.optim.schedule import COSINE, STEPS, Form, learning_rate
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 SMALLEST_SCALED_BATCH = 8
@@ -143,13 +143,17 @@ def make_schedule(plan: Plan, config: Config) -> Callable[[int], float]:
     )
     if form == STEPS:
         steps = tuple(round(epoch * plan.updates_per_epoch) for epoch in filled(schedule.steps))
-        return functools.partial(rate, power=0.0, steps=steps, factor=filled(schedule.step_factor))
+        return functools.partial(rate, steps=steps, factor=filled(schedule.step_factor))
+    if form == COSINE:
+        return functools.partial(rate, end=schedule.end_lr or 0.0)
     return functools.partial(rate, power=filled(schedule.power), end=schedule.end_lr or 0.0)
 
 
 def describe_decay(config: Config) -> str:
     """Describe the learning rate's decay as the published table does: ``poly(2)``, ``x0.1 at epochs 30, 60, 80``."""
     schedule = config.schedule
+    if schedule.form == COSINE:
+        return "cosine"
     if schedule.form == STEPS:
         epochs = ", ".join(f"{epoch:.3g}" for epoch in filled(schedule.steps))
         return f"x{filled(schedule.step_factor):g} at epochs {epochs}"

@@ -13,8 +13,10 @@ from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.schema import Config, nominal_batch
 from lars_train.errors import ConfigError, did_you_mean
 
-# Settings that only some forms of the schedule use.
-_POLYNOMIAL, _STEPS = ("power", "end_lr"), ("steps", "step_factor")
+# Settings that only some forms of the schedule use, and the forms that do not use all of the polynomial's.
+_FORM_SETTINGS = ("power", "end_lr", "steps", "step_factor")
+_POLYNOMIAL = ("power", "end_lr")
+_USED = {"cosine": ("end_lr",), "steps": ("steps", "step_factor")}
 
 
 def fill_from_recipe(config: Config) -> None:
@@ -138,9 +140,9 @@ def _fill_schedule(config: Config, row: RowConfig) -> None:
         shrink = config.epochs / row.epochs
     if schedule.form is None:
         schedule.form = row.form
-    used, other = (_STEPS, _POLYNOMIAL) if schedule.form == "steps" else (_POLYNOMIAL, _STEPS)
-    for key in other:
-        if getattr(schedule, key) is not None:
+    used = _USED.get(schedule.form, _POLYNOMIAL)
+    for key in _FORM_SETTINGS:
+        if key not in used and getattr(schedule, key) is not None:
             raise ConfigError(
                 f"schedule.{key}={getattr(schedule, key)} has no effect with schedule.form={schedule.form}; omit it."
             )

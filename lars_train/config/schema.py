@@ -174,11 +174,11 @@ class ScheduleConfig:
     warmup_start: Any = None
     """The lr of update 0 (a number), or step: equal steps from 0 up to the peak, the first at update 0."""
     form: Optional[str] = None
-    """whole, restart, mlperf or steps (docs/recipes.md)."""
+    """whole, restart, mlperf, cosine or steps (docs/recipes.md)."""
     power: Optional[float] = None
     """Exponent of the polynomial decay."""
     end_lr: Optional[float] = None
-    """Learning rate at the end of the polynomial decay."""
+    """Learning rate at the end of the polynomial or cosine decay."""
     steps: Optional[list[float]] = None
     """For ``form=steps``: the epochs at which the lr falls."""
     step_factor: Optional[float] = None

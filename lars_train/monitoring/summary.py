@@ -105,7 +105,8 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         length = format_number(filled(schedule.warmup_epochs))
         epochs = f"{length} epoch{'' if length == '1' else 's'}"
         warmup = f"warm-up {counted(plan.warmup_updates, 'update')} ({epochs}), then "
-    yield f"schedule       {warmup}{describe_decay(config)}, {schedule.form} form"
+    decay = describe_decay(config)
+    yield f"schedule       {warmup}{decay}" + (f", {schedule.form} form" if decay != schedule.form else "")
 
 
 def epoch_fields(

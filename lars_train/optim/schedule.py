@@ -1,7 +1,7 @@
-"""Compute the learning rate of every update: linear warm-up, then polynomial or step decay.
+"""Compute the learning rate of every update: linear warm-up, then polynomial, cosine or step decay.
 
 The rate is a pure function of the update's number: no optimizer, no epochs, no state. This module does not import
-torch.
+torch. `schedulers` has the same function as torch's learning-rate schedulers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias, get_args
 
-Form: TypeAlias = Literal["whole", "restart", "mlperf", "steps"]
+Form: TypeAlias = Literal["whole", "restart", "mlperf", "cosine", "steps"]
 
 WHOLE: Final = "whole"
 """Decay measured over the whole run, warm-up included: e + (b - e)(1 - u/I)^p.
@@ -34,6 +34,13 @@ The MLPerf reference, whose ``decay_steps`` is train_steps - warmup_steps + 1
 ``PolynomialDecayWithWarmup``).
 """
 
+COSINE: Final = "cosine"
+"""Half a period of the cosine, from the end of the warm-up: e + (b - e)(1 + cos(pi (u - W)/(I - W)))/2.
+
+Loshchilov and Hutter 2016 (https://arxiv.org/abs/1608.03983, equation 5) without restarts. SimCLR, BYOL, Barlow Twins,
+SwAV and VICReg use it after a linear warm-up.
+"""
+
 STEPS: Final = "steps"
 """The base rate b, multiplied by `factor` at each update in `steps`.
 
@@ -47,7 +54,7 @@ def learning_rate(
     total: int,
     warmup: int,
     base: float,
-    power: float,
+    power: float = 1.0,
     form: Form,
     end: float = 0.0,
     start: float | None = None,
@@ -66,9 +73,9 @@ def learning_rate(
         total: updates of the run, I.
         warmup: updates of the warm-up, W; 0 for no warm-up.
         base: the learning rate at the end of the warm-up, b.
-        power: the exponent of the decay, p; `STEPS` does not use it.
-        form: ``"whole"``, ``"restart"``, ``"mlperf"`` or ``"steps"``.
-        end: the learning rate that a polynomial decay approaches, e.
+        power: the exponent of the decay, p; `COSINE` and `STEPS` do not use it.
+        form: ``"whole"``, ``"restart"``, ``"mlperf"``, ``"cosine"`` or ``"steps"``.
+        end: the learning rate that a polynomial or cosine decay approaches, e.
         start: the learning rate of update 0, if there is a warm-up.
         steps: for `STEPS`, the updates, from 0, at which the rate is multiplied by `factor`.
         factor: for `STEPS`, the factor of each step.
@@ -95,4 +102,23 @@ def learning_rate(
     # 1 - (u - s)/n, written as (s + n - u)/n to save a rounding.
     first = 0 if form == WHOLE else warmup
     length = total - first + (form == MLPERF)
-    return float(end + (base - end) * ((first + length - update) / length) ** power)
+    left = (first + length - update) / length
+    # (1 + cos(pi x))/2 = sin(pi (1 - x)/2)^2, which loses no digits near the end.
+    decay = math.sin(math.pi / 2 * left) ** 2 if form == COSINE else left**power
+    return float(end + (base - end) * decay)
+
+
+def scaled_lr(base: float, batch: int, rule: Literal["linear", "sqrt"] = "linear", base_batch: int = 256) -> float:
+    """Return the learning rate for a batch of `batch` samples, where `base` is the rate for `base_batch` samples.
+
+    ``"linear"``: ``base * batch / base_batch``. ``"sqrt"``: ``base * sqrt(batch / base_batch)``.
+
+    Source of the linear rule: Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 2.1. Raises `ValueError` for
+    an unknown rule, and for a rate or batch that is not finite and above 0.
+    """
+    if rule not in ("linear", "sqrt"):
+        raise ValueError(f"rule={rule!r}: choose 'linear' or 'sqrt'")
+    for name, value in (("base", base), ("batch", batch), ("base_batch", base_batch)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value}: it must be finite and above 0")
+    return base * batch / base_batch if rule == "linear" else base * math.sqrt(batch / base_batch)

@@ -101,7 +101,10 @@ def policy(run: RunRecord) -> str:
 
 
 def _decay(run: RunRecord) -> str:
-    if run.settings.get("schedule.form") == "steps":
+    form = run.settings.get("schedule.form")
+    if form == "cosine":
+        return "cosine"
+    if form == "steps":
         epochs = ", ".join(f"{epoch:.3g}" for epoch in run.settings["schedule.steps"])
         return f"x{_number(run, 'schedule.step_factor')} at epochs {epochs}"
     return f"poly({_number(run, 'schedule.power')})"

@@ -103,6 +103,12 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"schedule.step_factor": 0.2}, "schedule.step_factor=0.2 has no effect"),
         ({"schedule.form": "steps", "schedule.power": 2.0}, "schedule.power=2.0 has no effect"),
         ({"schedule.form": "steps", "schedule.end_lr": 0.1}, "schedule.end_lr=0.1 has no effect"),
+        (
+            {"schedule.form": "cosine", "schedule.power": 2.0},
+            "schedule.power=2.0 has no effect with",
+        ),
+        ({"schedule.form": "cosine", "schedule.steps": [1.0]}, "schedule.steps=[1.0] has no effect"),
+        ({"schedule.form": "cosine", "schedule.end_lr": 30.0}, "schedule.end_lr=30"),
         ({"schedule.form": "steps"}, "schedule.form=steps: set schedule.steps"),
         ({"schedule.form": "steps", "schedule.steps": [4.0, 2.0]}, "schedule.steps=[4.0, 2.0]"),
         ({"schedule.form": "steps", "schedule.steps": [0.5]}, "after the warm-up"),

@@ -96,6 +96,16 @@ def test_step_decay_can_be_set_directly_or_by_a_row() -> None:
     assert {key: leaves[key] for key in (*STEPS, *without)} == STEPS | without
 
 
+def test_a_cosine_keeps_the_rows_end_and_has_no_power() -> None:
+    row = flatten(resolved("data=imagenet"))
+    assert flatten(resolved("data=imagenet", schedule__form="cosine")) == row | {
+        "schedule.form": "cosine",
+        "schedule.power": None,
+    }
+    assert resolved("recipe=mlperf", "data=imagenet", schedule__form="cosine").schedule.end_lr == 1e-4
+    assert resolved("data=imagenet", schedule__form="cosine", schedule__end_lr=0.5).schedule.end_lr == 0.5
+
+
 def test_the_steps_of_a_row_shrink_with_the_warm_up() -> None:
     schedule = resolved("recipe=goyal", "batch=8k", "data=mini").schedule
     assert schedule.steps == pytest.approx([30 / 9, 60 / 9, 80 / 9])

@@ -98,6 +98,8 @@ def test_startup_lines_use_singular_and_few_digits() -> None:
     assert "warm-up 22 updates (0.56 epochs), then" in startup(replace(PLAN, warmup_updates=22), part)
     none = replace(CONFIG, schedule=replace(CONFIG.schedule, warmup_epochs=0.0))
     assert "schedule       no warm-up, poly(2)" in startup(replace(PLAN, warmup_updates=0), none)
+    cosine = replace(CONFIG, schedule=replace(CONFIG.schedule, power=None, form="cosine"))
+    assert "then cosine\n" in startup(config=cosine)
 
 
 def test_startup_lines_report_gradient_compression() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import decimal
+import math
 import subprocess
 import sys
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_train.optim.schedule import RESTART, WHOLE, Form, learning_rate
+from lars_train.optim.schedule import RESTART, WHOLE, Form, learning_rate, scaled_lr
 
 IMAGES, EPOCHS = 1_281_167, 90
 
@@ -97,13 +100,61 @@ def test_without_warm_up_whole_and_restart_are_equal() -> None:
         ({"base": float("nan")}, "base=nan"),
         ({"power": -2.0}, "power=-2.0"),
         ({"power": float("inf")}, "power=inf"),
-        ({"form": "cosine"}, "form='cosine'"),
+        ({"form": "cos"}, "form='cos'"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"update": 3, "total": 10, "warmup": 2, "base": 1.0, "power": 2.0, "form": "whole"}
     with pytest.raises(ValueError, match=message):
         learning_rate(**(good | arguments))
+
+
+def test_a_cosine_equals_its_formula_and_ends_above_its_limit() -> None:
+    def rate(update: int) -> float:
+        return learning_rate(update, total=1000, warmup=100, base=4.8, form="cosine", end=0.0048)
+
+    with decimal.localcontext(prec=40):
+        pi = Decimal("3.141592653589793238462643383279502884197")
+        for update in (101, 400, 550, 999):
+            angle = pi * (update - 100) / 900
+            cosine = sum((-1) ** k * angle ** (2 * k) / math.factorial(2 * k) for k in range(30))
+            exact = Decimal("0.0048") + (Decimal("4.8") - Decimal("0.0048")) * (1 + cosine) / 2
+            assert rate(update) == pytest.approx(float(exact), rel=1e-14)
+    assert rate(99) == rate(100) == 4.8
+    assert rate(550) == pytest.approx((4.8 + 0.0048) / 2)
+    assert 0.0048 < rate(999) < 0.0049
+
+
+# The learning rates that the methods' papers and programs state for a batch (docs/own_loop.md).
+PUBLISHED = [
+    (0.3, 4096, "linear", 256, 4.8),  # SimCLR
+    (0.075, 4096, "sqrt", 1, 4.8),  # SimCLR
+    (0.2, 4096, "linear", 256, 3.2),  # BYOL, TiCo
+    (0.2, 2048, "linear", 256, 1.6),  # Barlow Twins, VICReg
+    (0.6, 256, "linear", 256, 0.6),  # SwAV
+]
+
+
+@pytest.mark.parametrize(("base", "batch", "rule", "base_batch", "expected"), PUBLISHED)
+def test_scaled_lr_gives_the_published_rates(
+    base: float, batch: int, rule: Any, base_batch: int, expected: float
+) -> None:
+    assert scaled_lr(base, batch, rule, base_batch) == pytest.approx(expected, rel=1e-15)
+    assert scaled_lr(base, batch) == base * batch / 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "square"}, "rule='square': choose 'linear' or 'sqrt'"),
+        ({"batch": 0}, "batch=0"),
+        ({"base_batch": -1}, "base_batch=-1"),
+        ({"base": float("nan")}, "base=nan"),
+    ],
+)
+def test_scaled_lr_refuses_a_bad_argument_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scaled_lr(**({"base": 0.3, "batch": 4096} | arguments))
 
 
 def test_the_schedule_does_not_import_torch() -> None:

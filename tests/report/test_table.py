@@ -70,6 +70,7 @@ def test_a_full_run_makes_the_published_row(make_run: MakeRun) -> None:
             "LR policy",
             "LARS + x0.1 at epochs 30, 60",
         ),
+        ("32k", {"schedule__form": "cosine", "schedule__power": None}, "LR policy", "LARS + cosine"),
         ("32k", {"planned": 100}, "updates", "12 of 400"),
         ("32k", {"planned": 100}, "state", "cut short by max_updates"),
         ("32k", {"schedule__warmup_epochs": 0.4444444}, "warm-up epochs", "0.44"),

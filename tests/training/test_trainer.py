@@ -473,6 +473,9 @@ def test_the_loop_uses_the_configs_schedule() -> None:
     config = Config(optimizer=OptimizerConfig(lr=LR), schedule=ScheduleConfig(power=POWER, form="restart"))
     rate = make_schedule(plan(4, 2), config)
     assert [rate(u) for u in (0, 1, 2, 5)] == pytest.approx([LR / 2, LR, LR, LR * (1 - 3 / 6) ** 2])
+    config.schedule = ScheduleConfig(form="cosine", end_lr=LR / 4)
+    rate = make_schedule(plan(4, 2), config)
+    assert [rate(u) for u in (0, 1, 2, 5)] == pytest.approx([LR / 2, LR, LR, LR * 5 / 8])
 
 
 def normalized(images: Tensor) -> Tensor:
