@@ -27,6 +27,8 @@ NEEDS = {
         "2.11",
         "SequentialLR warns",
     ),
+    "test_a_cosine_equals_torchs_linear_and_cosine_in_sequence": ("2.11", "SequentialLR warns"),
+    "test_restart_equals_torchs_linear_and_polynomial_in_sequence": ("2.11", "SequentialLR warns"),
     "test_a_layer_on_cuda_uses_the_kernels_in_channels_last": ("2.13", _FAKE_CUDA),
     "test_one_ghost_batch_uses_the_kernels_only_if_large": ("2.11", _FAKE_CUDA),
     "test_fake_tensors_and_compiled_models_avoid_the_kernels": ("2.13", _FAKE_CUDA),

@@ -37,6 +37,7 @@ SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
+STUBS = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE.rglob("*.pyi")}
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 # Without the root's __init__, which imports the public names.
 MODULES_OF_ROOMS = [name for name in SOURCES if "." in name]
@@ -57,8 +58,9 @@ def imported_names(name: str) -> set[str]:
 
 
 def imported(name: str) -> set[str]:
-    """Return the modules of the package that a module imports."""
-    modules = {whole if whole in SOURCES else whole.rpartition(".")[0] for whole in imported_names(name)}
+    """Return the modules of the package that a module imports, C extensions excepted."""
+    names = imported_names(name) - STUBS
+    modules = {whole if whole in SOURCES else whole.rpartition(".")[0] for whole in names}
     return {module for module in modules if module in SOURCES and module != name}
 
 

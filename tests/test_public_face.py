@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lars_train
+from lars_train import optim
 
 
 def test_importing_the_package_imports_neither_torch_nor_hydra() -> None:
@@ -35,9 +36,13 @@ def test_lars_and_the_schedule_are_imported_from_the_package() -> None:
 
 
 def test_all_public_names_exist_and_an_unknown_one_raises() -> None:
-    assert set(lars_train.__all__) == {"LARS", "learning_rate", "split_parameters", "__version__"}
+    assert set(lars_train.__all__) == {
+        *("LARS", "WarmupCosine", "WarmupPoly", "WarmupSteps", "__version__"),
+        *("learning_rate", "scaled_lr", "split_parameters"),
+    }
+    assert lars_train.__all__ == optim.__all__
     for name in lars_train.__all__:
-        assert getattr(lars_train, name) is not None
+        assert getattr(lars_train, name) is getattr(optim, name) is not None
     missing = "SARL"
     with pytest.raises(AttributeError, match="no attribute 'SARL'"):
         getattr(lars_train, missing)

@@ -19,15 +19,19 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from ..extensions import load_extension
 from .rescale import Record, have_same_layout, is_adapted
 from .rule import Rule
 
 if TYPE_CHECKING:
     from . import kernels
 else:
-    # None: not compiled at install.
-    kernels = load_extension(f"{__package__}.kernels")
+    try:
+        from ..extensions import load_extension
+    except ImportError:  # torch_lars, which is pure Python
+        kernels = None
+    else:
+        # None: not compiled at install.
+        kernels = load_extension(f"{__package__}.kernels")
 
 # The size up to which torch's kernels, too, use one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
 _ONE_THREAD = 32768

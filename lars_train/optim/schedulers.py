@@ -1,0 +1,155 @@
+"""Schedule the learning rate per update in a training loop of your own: `learning_rate` as torch's schedulers.
+
+The schedulers are for any torch optimizer. For `LARS`, pass LARS or its base: they share their parameter groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .schedule import COSINE, STEPS, learning_rate
+
+
+class _WarmupScheduler(LRScheduler):
+    """Set each group's lr to `learning_rate` of the update, with the group's initial lr as the base.
+
+    `end_factor` and `start_factor` are relative to that lr, so groups with different lrs keep their proportion.
+    `settings` are further arguments of `learning_rate`. Without `total`, the schedule has no end.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: int,
+        total: int | None,
+        end_factor: float,
+        start_factor: float | None,
+        last_epoch: int,
+        **settings: Any,
+    ) -> None:
+        self.warmup, self.total, self.end_factor, self.start_factor = warmup, total, end_factor, start_factor
+        self.settings = settings
+        self._rate(0, 1.0)  # raises for bad settings
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """Return the lr of each group for the coming update, ``last_epoch``, counted from 0."""
+        update = self.last_epoch
+        return [
+            base * self._rate(update, 1.0) if isinstance(base, Tensor) else self._rate(update, base)
+            for base in self.base_lrs
+        ]
+
+    def _rate(self, update: int, base: float) -> float:
+        if self.total is not None and update >= self.total > self.warmup:
+            return base * self.end_factor
+        return learning_rate(
+            update,
+            total=max(update, self.warmup) + 1 if self.total is None else self.total,
+            warmup=self.warmup,
+            base=base,
+            end=base * self.end_factor,
+            start=None if self.start_factor is None else base * self.start_factor,
+            **self.settings,
+        )
+
+
+class WarmupCosine(_WarmupScheduler):
+    """Raise the lr linearly during a warm-up, then lower it along half a period of the cosine.
+
+    Call ``step()`` after each update of the optimizer. After `total` updates the lr stays at its end. The scheduler
+    acts on each parameter group in proportion to the lr that the group had when the scheduler was created. It resumes
+    from its `state_dict`, which includes the settings below.
+
+    Args:
+        optimizer: any torch optimizer; LARS or its base.
+        warmup: updates of the warm-up, W; 0 for no warm-up.
+        total: updates of the run, warm-up included; more than `warmup`.
+        end_factor: the lr at the end, as a fraction of the group's lr.
+        start_factor: the lr of update 0, as a fraction of the group's lr; the lr then reaches its peak at update W.
+            None: (u + 1) / W of the peak at update u, so update 0 does not have an lr of 0.
+        last_epoch: as in torch's schedulers: the update from which to resume, less 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: int,
+        total: int,
+        *,
+        end_factor: float = 0.0,
+        start_factor: float | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        super().__init__(optimizer, warmup, total, end_factor, start_factor, last_epoch, form=COSINE)
+
+
+class WarmupPoly(_WarmupScheduler):
+    """Raise the lr linearly during a warm-up, then lower it by a power of what is left of the run.
+
+    Like `WarmupCosine`, with the arguments:
+
+    Args:
+        power: the exponent of the decay.
+        form: ``"whole"``: what is left of the whole run, warm-up included, so the lr drops at the end of the warm-up
+            (the LARS paper). ``"restart"``: what is left of the updates after the warm-up (NUS-HPC; MLPerf's rule is
+            this with a `total` larger by 1).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: int,
+        total: int,
+        power: float,
+        form: Literal["whole", "restart"],
+        *,
+        end_factor: float = 0.0,
+        start_factor: float | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if form not in ("whole", "restart"):
+            raise ValueError(f"form={form!r}: choose 'whole' or 'restart'")
+        super().__init__(optimizer, warmup, total, end_factor, start_factor, last_epoch, form=form, power=power)
+
+
+class WarmupSteps(_WarmupScheduler):
+    """Raise the lr linearly during a warm-up, then multiply it by `factor` at each update in `steps`.
+
+    Like `WarmupCosine`, but without an end, and with the arguments:
+
+    Args:
+        steps: updates, counted from 0, in increasing order and not before the end of the warm-up.
+        factor: the factor of each step.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: int,
+        steps: Sequence[int],
+        factor: float = 0.1,
+        *,
+        start_factor: float | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if not all(before < after for before, after in pairwise([warmup - 1, *steps, math.inf])):
+            raise ValueError(f"steps={list(steps)}: give updates in increasing order, none before warmup={warmup}")
+        settings = {"form": STEPS, "steps": list(steps), "factor": factor}
+        super().__init__(optimizer, warmup, None, 0.0, start_factor, last_epoch, **settings)
