@@ -95,7 +95,7 @@ class Names:
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """The text, uint8, with a NUL byte after each name; and N offsets of names and the text's length, int64."""
+        """The text, uint8, with a NUL after each name; and the offset of each name and of the end, int64 (N + 1,)."""
         return self._blob, self._starts
 
     def take(self, rows: npt.NDArray[np.int64]) -> Names:

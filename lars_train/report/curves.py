@@ -30,7 +30,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 _MAX_POINTS = 250
 _MAX_LABEL_LENGTH = 50
-# Keys that a short label shows first.
+# The only keys that a short label shows, if the row differs in any of them.
 _FIRST = ("optimizer.name", "optimizer.lr", RUN)
 # Placeholder for the color of text in a plot for the page; nothing else may use it.
 _INK = "#1b1c1d"

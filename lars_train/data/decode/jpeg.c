@@ -1,8 +1,9 @@
 /* Decode one view of a JPEG with libjpeg-turbo: only the part that the view needs, resized on the way, to uint8 RGB.
 
    The pixels are those of Pillow's full decode, crop and antialiased bilinear resize: the same filter weights in 22-bit
-   fixed point, columns first, each pass rounded to 8 bits. Decoding returns an error code if libjpeg warns or fails,
-   and for images other than 8-bit gray, YCbCr or RGB in Huffman coding. The caller then uses Pillow. EXIF is ignored.
+   fixed point, the horizontal pass before the vertical one, each pass rounded to 8 bits. Decoding returns an error code
+   if libjpeg warns or fails, and for images other than 8-bit gray, YCbCr or RGB in Huffman coding. The caller then uses
+   Pillow. EXIF is ignored.
 
    This file is built at installation if a C compiler and libjpeg-turbo's headers are available; pillow.py works without
    it. It has no static state. Tests define LARS_WITHOUT_PYTHON to compile without Python, and LARS_PLAIN_C to compile

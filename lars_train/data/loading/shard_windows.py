@@ -20,7 +20,7 @@ Shards = npt.NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """The positions [start, stop) of a request's samples, and `soon`, the last position whose shard to prefetch."""
+    """The positions [start, stop) of a request's samples, and `soon`, the last position whose shard is prefetched."""
 
     start: int
     stop: int

@@ -67,7 +67,7 @@ class Workers(Protocol):
         ...
 
     def close(self) -> None:
-        """End the workers at once. They write to no buffer afterwards."""
+        """End the workers without filling the queued pieces. Do not read buffers of unfinished batches afterwards."""
         ...
 
 
@@ -162,7 +162,7 @@ def _end_threads(
     for _ in threads:
         pieces.put(None)
     for thread in threads:
-        # A thread that waits for storage writes to no buffer, so it need not delay the end.
+        # Do not wait longer for a thread blocked by storage: nobody reads the buffer that it may still write to.
         thread.join(_CHECK_S)
 
 

@@ -38,7 +38,7 @@ _DTYPES = ("|u1", "<u4", "<i4", "<i8", "<u8")
 
 
 class Damaged(Exception):
-    """The file is not one that `write_mapped` wrote; str(e) is the reason, in one line."""
+    """An index is malformed or does not match its data; str(e) is the reason, in one line."""
 
 
 MALFORMED = (Damaged, ValueError, KeyError, TypeError, IndexError, AttributeError)

@@ -322,7 +322,7 @@ def _info(fs: Any, path: str) -> dict[str, Any]:
 
 def _range(fs: Any, path: str, start: int, stop: int, size: int) -> bytes:
     data: bytes = fs.cat_file(path, start=start, end=stop)
-    # A simple web server may not support ranges, and send the whole object.
+    # A simple web server may ignore the range and send the whole object.
     if len(data) == size:
         data = data[start:stop]
     if len(data) != stop - start:
