@@ -317,7 +317,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
 def _with_stored_scaling(config: Config) -> Config:
     """Return `config` with ``batch.scaled=true`` if the stored run of the same settings has it, else unchanged.
 
-    At first, rows were scaled to folders by default. A run that began so continues so.
+    Earlier versions scaled the batch to folders by default. A run that they started keeps its scaled batch.
     """
     from lars_train.training.run_directory import holds_run_of, run_directory
 

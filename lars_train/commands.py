@@ -83,7 +83,7 @@ def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
         choose_precision(config.precision.name, torch.device("cpu"))
     if config.data.name == "mini" and config.verbosity:
         say(
-            "This trains on 10,000 embedded images of Fashion-MNIST: the published table, scaled down.\n"
+            "This trains on 10,000 embedded images of Fashion-MNIST: a published ImageNet recipe, scaled down.\n"
             "On ImageNet: lars-train batch=32k data=imagenet data.root=/path/to/imagenet\n"
         )
     _print_notes(prepared.notes)

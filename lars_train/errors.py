@@ -23,7 +23,7 @@ class ConfigError(_OneLine, ValueError):
 
 
 class DataError(_OneLine, RuntimeError):
-    """Damaged data that ``data.on_error`` and ``data.max_bad`` do not tolerate. The message is one line."""
+    """Damaged data beyond ``data.max_bad``, or a failed disk, download or worker. The message is one line."""
 
 
 class NotReady(RuntimeError):
@@ -31,7 +31,7 @@ class NotReady(RuntimeError):
 
 
 class Diverged(RuntimeError):
-    """The training loss exceeded the limits of ``guard``. The message is the report."""
+    """A loss that is too large or not finite, or gradients that stay non-finite. The message is the report."""
 
 
 class Stopped(Exception):

@@ -46,7 +46,7 @@ def discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Add `path` to an `OSError` raised in the block if the error names no file, as that of a failed write."""
+    """Add `path` to an `OSError` raised in the block if the error names no file. A failed write names none."""
     try:
         yield
     except OSError as error:

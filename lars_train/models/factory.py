@@ -37,7 +37,7 @@ _TORCHVISION = (
 def model_names() -> tuple[str, ...]:
     """Return every name that `build_model` knows.
 
-    ``small`` is a CIFAR ResNet of 8 layers; ``tiny`` is ``small`` at half the width and height.
+    ``small`` is a CIFAR ResNet of 8 layers; ``tiny`` is ``small`` with stride 2 in the first convolution.
     """
     return (*_CIFAR, *_TORCHVISION)
 

@@ -113,7 +113,7 @@ def collect_versions(config: Config, device: torch.device) -> dict[str, str]:
     git = git_state(Path(__file__).resolve().parent)
     found = {
         **versions(),
-        "the commit": "an installed package" if git is None else git["commit"][:12] + (" + changes" * git["dirty"]),
+        "the commit": "unknown (no checkout)" if git is None else git["commit"][:12] + (" + changes" * git["dirty"]),
         "the decoder in C": "built" if native.is_available() else "missing",
         "config": run_hash(config),
     }

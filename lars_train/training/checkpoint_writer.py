@@ -17,7 +17,9 @@ from lars_train.training.prepare import SAVED
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, one after another, in a thread. Ranks other than 0 only call `begin`.
+    """Writes the checkpoints of one run, one after another, in a thread.
+
+    Only rank 0 writes. On the other ranks, only `begin` has an effect.
 
     A failed write does not end the run, and the last complete checkpoint stays.
 

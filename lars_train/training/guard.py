@@ -45,10 +45,11 @@ class Divergence:
 
     Attributes:
         quantity: ``train/loss``, computed with the weights before the update, or ``val/loss``, with those after it.
-        layers: (name, |w|, |g|, trust ratio) of each adapted parameter at update `layers_of`. Empty for an optimizer
-            other than LARS, and if more than a thousand updates passed between two checks.
-        layers_of: the update whose layers are in `layers`. This is the update before `update`, because it made the
-            weights that gave the loss, or `update` itself if it is the first one since a start or rollback.
+        layers: (name, |w|, |g|, trust ratio) of each adapted parameter at update `layers_of`. Empty for ``val/loss``,
+            for an optimizer other than LARS, and if more than a thousand updates passed between two checks.
+        layers_of: the update whose layers are in `layers`. For ``train/loss``, this is the update before `update`,
+            because it made the weights that gave the loss, or `update` itself if it is the first one since a start or
+            rollback. For ``val/loss``, it is `update`.
     """
 
     update: int
