@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import ALONE, TINY, TORCHRUN, alive_in_group, children, environment, final, losses, metrics, ran
+from tiny import (
+    ALONE,
+    TINY,
+    TORCHRUN,
+    alive_in_group,
+    children,
+    environment,
+    final,
+    losses,
+    metrics,
+    ran,
+    start_ranks,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +82,13 @@ def stop(process: subprocess.Popen[str], target: int, number: signal.Signals, ru
     _, output = process.communicate(timeout=60)
     assert f"{number.name}: stopped after update {max(saved(run))}" in output, output
     return output
+
+
+def train_two_ranks(arguments: list[str], folder: Path) -> str:
+    """Train two ranks to the end, and return the output of rank 0."""
+    done = start_ranks(arguments, folder)
+    assert [rank.returncode for rank in done] == [0, 0], [rank.stderr for rank in done]
+    return done[0].stdout
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -147,8 +166,8 @@ def test_two_ranks_end_bit_for_bit_as_if_uninterrupted(tmp_path: Path) -> None:
     stop(process, process.pid, signal.SIGUSR1, run)
     assert process.returncode == 75
 
-    assert "resumed" in ran(own, tmp_path)
-    ran([*ALONE, *CURVE, "launch.nproc=2", "run.name=alone"], tmp_path)
+    assert "resumed" in train_two_ranks([*CURVE, OFTEN, "run.name=disturbed"], tmp_path)
+    train_two_ranks([*CURVE, "run.name=alone"], tmp_path)
     assert_same_run(run, tmp_path / "runs/alone")
 
 
