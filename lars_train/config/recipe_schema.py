@@ -23,6 +23,7 @@ class RowConfig:
     preset: str = "torchlars"
     eps: Optional[float] = None
     trust_coef: Optional[float] = None
+    ratio_of: Optional[str] = None
     denominator: Optional[str] = None
     clip: Any = None
     zero_norm: Optional[str] = None

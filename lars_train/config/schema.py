@@ -145,6 +145,8 @@ class OptimizerConfig:
     """Term added to the trust ratio's denominator."""
     trust_coef: Optional[float] = None
     """The trust coefficient."""
+    ratio_of: Optional[str] = None
+    """gradient (|w| to the norm of the gradient) or step (|w| to the norm of the base's step; over AdamW: LAMB)."""
     denominator: Optional[str] = None
     """split: |g| + wd * |w| + eps; combined: |g + wd * w| + eps."""
     clip: Any = None

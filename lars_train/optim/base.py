@@ -20,6 +20,8 @@ _EQUIVALENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **dict.fromkeys(("trust_clip", "clip_lr", "clip"), lambda value: {"clip": "lr"} if value else {}),
     "always_adapt": lambda value: {} if value else {"zero_decay": "skip"},
 }
+# Bases of torch, and of other packages under the same names, whose step is not proportional to the lr.
+_NONLINEAR = frozenset({"Adafactor", "ASGD", "Rprop"})
 
 
 def check_base(
@@ -79,7 +81,21 @@ def check_groups(groups: list[dict[str, Any]], rule: Rule) -> None:
     if any(group.get("differentiable") for group in groups):
         raise ValueError("LARS cannot be differentiated through: set the base's differentiable=False")
     if rule.needs_lr and any("lr" not in group for group in groups):
-        raise ValueError("clip='lr' and lr_placement='inside' need a base with an lr in its parameter groups")
+        raise ValueError(
+            "clip='lr', lr_placement='inside' and ratio_of='step' need a base with an lr in its parameter groups"
+        )
+
+
+def check_rule(base: Optimizer, rule: Rule) -> None:
+    """Raise `ValueError` if `rule` scales the base's step, but the step of `base` cannot be scaled."""
+    if not rule.changes_step:
+        return
+    kind = type(base).__name__
+    option = "ratio_of='step'" if rule.ratio_of == "step" else "ratio_placement='outside'"
+    if calls_closure(base):
+        raise ValueError(f"{option} needs a base that makes one update per step; {kind} makes several")
+    if rule.ratio_of == "step" and not _NONLINEAR.isdisjoint(parent.__name__ for parent in type(base).__mro__):
+        raise ValueError(f"{option} needs a base whose step is proportional to its lr; the step of {kind} is not")
 
 
 def calls_closure(base: Optimizer) -> bool:

@@ -44,6 +44,7 @@ def applies_to(base: Optimizer, rule: Rule) -> bool:
     """Return True if this module can replace the step of `base`: torch's own SGD, without step hooks."""
     return (
         type(base) is SGD
+        and rule.ratio_of == "gradient"
         and rule.denominator == "split"
         and rule.weight_decay == "coupled"
         and rule.clamp is None

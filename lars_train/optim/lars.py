@@ -2,7 +2,8 @@
 
 Every parameter tensor counts as a layer. LARS rescales its gradient by the trust ratio; the unchanged base optimizer
 then makes the update. `options` defines and checks the options, and has presets for other implementations. `rule`
-computes the ratio, `rescale` applies it to the gradients, and `fused_sgd` is the fast path for SGD on the CPU.
+computes the ratio. `rescale` applies it to the gradients, `rescale_step` to the base's step. `fused_sgd` is the fast
+path for SGD on the CPU.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import fused_sgd
-from .base import calls_closure, check_base, check_groups, failed_for_closure, is_plain
+from .base import calls_closure, check_base, check_groups, check_rule, failed_for_closure, is_plain
 from .options import DEFAULTS, PRESETS
-from .rescale import Layers, Record, apply_outside, check_gradients, copy_weights, group_parameters, rescale
+from .rescale import Layers, Record, check_gradients, group_parameters, rescale
+from .rescale_step import apply_outside, copy_weights, hide_settings, restore_settings, scale_step
 from .rule import Rule
-
-_NO_DECAY = 0.0
 
 
 class LARS(Optimizer):
@@ -57,6 +57,10 @@ class LARS(Optimizer):
         optimizer: torchlars's name for `base_optimizer`.
         eps: added to the ratio's denominator; at least 0.
         trust_coef: the trust coefficient; above 0.
+        ratio_of: ``"gradient"``: as above. ``"step"``: LARS scales the base's step by ``ratio * lr``. The ratio is
+            ``trust_coef * |w| / (|u| + eps)``; u is the step that the base makes with an lr of 1, its weight decay
+            included (over AdamW: LAMB). The base's step must be proportional to its lr. LARS copies the weights for
+            each step. `denominator`, `zero_norm`, `weight_decay`, both placements and `clamp` keep their defaults.
         denominator: ``"split"``: ``|g| + wd * |w| + eps``. ``"combined"``: ``|g + wd * w| + eps``; the rule for
             ``|g| = 0`` then applies to ``|g + wd * w| = 0`` (optax).
         clip: limits of the ratio r. ``"lr"``: min(r / lr, 1), so that the step is at most the base's (apex LARC,
@@ -93,6 +97,7 @@ class LARS(Optimizer):
         trust_coef: float = 0.001,
         *extra: NoReturn,
         optimizer: Optimizer | None = None,
+        ratio_of: Literal["gradient", "step"] = "gradient",
         denominator: Literal["split", "combined"] = "split",
         clip: Literal["lr"] | tuple[float, float] | None = None,
         zero_norm: Literal["decay", "skip"] = "decay",
@@ -113,12 +118,8 @@ class LARS(Optimizer):
         options = {name: given[name] for name in DEFAULTS}
         changed = {name: value for name, value in options.items() if value != DEFAULTS[name]}
         check_base(base, LARS, changed, extra, unknown)
-        if ratio_placement == "outside" and calls_closure(base):
-            kind = type(base).__name__
-            raise ValueError(
-                f"ratio_placement='outside' needs a base that makes one update per step; {kind} makes several"
-            )
         rule = Rule(**options)
+        check_rule(base, rule)
         check_groups(base.param_groups, rule)
         # Optimizer.__init__ would create new parameter groups; this sets up only the rest (hooks, profiling).
         self.__setstate__({"base_optimizer": base, "rule": rule, "record": record})
@@ -247,6 +248,7 @@ class LARS(Optimizer):
         if unknown:
             raise ValueError(f"the state dict's 'lars' entry has {sorted(unknown)}; LARS has no such options")
         rule = Rule(**options)
+        check_rule(self.base_optimizer, rule)
         excluded = [group.get("exclude") for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         self._state_is_new = True
@@ -305,10 +307,10 @@ class LARS(Optimizer):
 
     def _step_base(self, record: Record | None) -> None:
         parts = group_parameters(self.param_groups, self.rule)
-        rescale(parts, self.rule, record)
-        outside = self.rule.ratio_placement == "outside"
-        before = [copy_weights(part) for part in parts] if outside else []
-        hidden = self._hide_applied_settings()
+        if self.rule.ratio_of == "gradient":
+            rescale(parts, self.rule, record)
+        before = [copy_weights(part) for part in parts] if self.rule.changes_step else []
+        hidden = hide_settings(self.param_groups, self.rule)
         try:
             if torch.compiler.is_compiling() and is_plain(self.base_optimizer):
                 # torch's wrapper breaks the graph in order to disable gradients, which LARS.step has already done.
@@ -324,8 +326,10 @@ class LARS(Optimizer):
                 ) from error
             raise
         finally:
-            _restore(hidden)
-        if outside:
+            restore_settings(hidden)
+        if self.rule.ratio_of == "step":
+            scale_step(parts, before, self.rule, record)
+        elif self.rule.changes_step:
             for part, weights in zip(parts, before, strict=True):
                 apply_outside(part, weights)
 
@@ -341,34 +345,9 @@ class LARS(Optimizer):
             return loss
 
         base: Any = self.base_optimizer
-        hidden = self._hide_applied_settings()
+        hidden = hide_settings(self.param_groups, self.rule)
         try:
             loss: float = base.step(rescaled)
         finally:
-            _restore(hidden)
+            restore_settings(hidden)
         return loss
-
-    def _hide_applied_settings(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
-        """Neutralize the settings that LARS has already applied: weight decay to 0, an lr inside the momentum to 1.
-
-        Return the old values for `_restore`. Not a context manager, because torch.compile cannot break a graph within
-        one.
-        """
-        hidden: list[tuple[dict[str, Any], str, Any, Any]] = []
-        for group in self.param_groups:
-            if self.rule.weight_decay == "coupled" and group.get("weight_decay", 0) != 0:
-                base_decays = group.get("exclude", False) and self.rule.lr_placement == "outside"
-                if not base_decays:
-                    hidden.append((group, "weight_decay", group["weight_decay"], _NO_DECAY))
-                    group["weight_decay"] = _NO_DECAY
-            if self.rule.lr_placement == "inside":
-                lr = group["lr"]
-                group["lr"] = torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0
-                hidden.append((group, "lr", lr, group["lr"]))
-        return hidden
-
-
-def _restore(hidden: list[tuple[dict[str, Any], str, Any, Any]]) -> None:
-    for group, key, value, replacement in hidden:
-        if group[key] is replacement:  # otherwise a step hook of the base has set a new value
-            group[key] = value

@@ -22,6 +22,7 @@ class Options:
 
     eps: float = 1e-8
     trust_coef: float = 0.001
+    ratio_of: Literal["gradient", "step"] = "gradient"
     denominator: Literal["split", "combined"] = "split"
     clip: Literal["lr"] | tuple[float, float] | None = None
     zero_norm: Literal["decay", "skip"] = "decay"
@@ -43,6 +44,12 @@ _CONFLICTS = (
     (("ratio_placement", "outside"), ("lr_placement", "inside")),
     (("weight_decay", "base"), ("ratio_placement", "outside")),
     (("weight_decay", "base"), ("lr_placement", "inside")),
+    # The step contains the weight decay, and its ratio is always outside the momentum.
+    (("ratio_of", "step"), ("denominator", "combined")),
+    (("ratio_of", "step"), ("zero_norm", "skip")),
+    (("ratio_of", "step"), ("weight_decay", "base")),
+    (("ratio_of", "step"), ("ratio_placement", "outside")),
+    (("ratio_of", "step"), ("lr_placement", "inside")),
 )
 
 
@@ -77,7 +84,8 @@ def check_options(options: Mapping[str, Any], setting: Callable[[str, Any], str]
             f"{setting('clip', clip)}: give {setting('clip', None)}, {setting('clip', 'lr')}, or two bounds such as "
             f"{setting('clip', (0, 50))}"
         )
-    for pair in _CONFLICTS:
+    clamped_step = (("ratio_of", "step"), ("clamp", clamp))
+    for pair in _CONFLICTS if clamp is None else (*_CONFLICTS, clamped_step):
         if all(options[name] == value for name, value in pair):
             one, other = (setting(name, value) for name, value in pair)
             raise ValueError(f"{one} conflicts with {other}: no known rule combines them; change one of them")
@@ -98,7 +106,7 @@ CHOICES: Final[dict[str, tuple[str, ...]]] = {
 
 DEFAULTS: Final[dict[str, Any]] = asdict(Options())
 
-# Learning rate, momentum and weight decay are settings of the base optimizer, which is torch's SGD for all presets.
+# Learning rate, momentum and weight decay are settings of the base optimizer: torch's AdamW for lamb, SGD for the rest.
 # Parameters that an implementation does not adapt belong in groups with exclude=True; each entry names them.
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://github.com/kakaobrain/torchlars: the defaults of `LARS`.
@@ -125,4 +133,7 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://pypi.org/project/pytorch-optimizer 4.1.0, LARS. Vectors: exclude=True, weight_decay=0. If only the
     # gradient is zero, that implementation's ratio is trust_coef / wd; here the ratio is 1.
     "pytorch-optimizer": {"eps": 0.0},
+    # You et al. 2020, https://arxiv.org/abs/1904.00962, Algorithm 2, over AdamW, whose eps is 1e-6 there. timm's Lamb
+    # has zero_decay="skip" unless always_adapt=True; its trust_clip=True is clip=(0, 1).
+    "lamb": {"eps": 0.0, "trust_coef": 1.0, "ratio_of": "step"},
 }

@@ -88,7 +88,7 @@ def group_parameters(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]
     """Group the parameters that have gradients to rescale by decay, lr, device, dtype and sharding."""
     parts: dict[Any, Part] = {}
     for group in groups:
-        decay = float(group.get("weight_decay", 0.0)) if rule.weight_decay == "coupled" else 0.0
+        decay = float(group.get("weight_decay", 0.0)) if rule.adds_decay else 0.0
         adapted = is_adapted(group, rule)
         if not adapted and rule.lr_placement == "outside":
             continue
@@ -101,7 +101,7 @@ def group_parameters(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]
             if _is_dtensor(grad) and grad.placements != parameter.placements:
                 # The gradient may still be a partial sum. The base's step would also redistribute it.
                 parameter.grad = grad = grad.redistribute(parameter.device_mesh, parameter.placements)
-            key = (decay, id(lr) if isinstance(lr, Tensor) else lr, adapted, grad.device, grad.dtype, _shards(grad))
+            key = (decay, id(lr) if isinstance(lr, Tensor) else lr, adapted, grad.device, grad.dtype, shards_of(grad))
             parts.setdefault(key, Part(decay, lr, adapted)).parameters.append(parameter)
     return list(parts.values())
 
@@ -153,7 +153,7 @@ def rescale(parts: Iterable[Part], rule: Rule, record: Record | None) -> None:
 
     If the ratios are outside the momentum, store them in ``part.ratios`` instead of applying them.
     """
-    in_bulk: list[_Bulk] = []
+    in_bulk: list[Bulk] = []
     for part in parts:
         grads = [p.grad for p in part.parameters if p.grad is not None]
         if is_host_tensor(grads[0]):
@@ -162,26 +162,9 @@ def rescale(parts: Iterable[Part], rule: Rule, record: Record | None) -> None:
             ]
         else:
             in_bulk.append(_prepare_bulk(grads, part, rule))
-    _sum_over_shards([bulk for bulk in in_bulk if bulk.norms is not None and bulk.shards and bulk.shards[1]])
+    sum_over_shards(in_bulk)
     for bulk in in_bulk:
         bulk.part.ratios = _finish_bulk(bulk, rule, record)
-
-
-def apply_outside(part: Part, before: list[Tensor]) -> None:
-    """Apply ``part.ratios`` to the step that the base has made: w = before + ratio * (w - before), in place."""
-    weights = [_local(w) for w in part.parameters]
-    if isinstance(part.ratios[0], Tensor):
-        torch._foreach_sub_(weights, before)
-        torch._foreach_addcmul_(before, part.ratios, weights)
-        torch._foreach_copy_(weights, before)
-    else:
-        for weight, start, ratio in zip(weights, before, part.ratios, strict=True):
-            weight.copy_(start.lerp_(weight, ratio))
-
-
-def copy_weights(part: Part) -> list[Tensor]:
-    """Return copies of the weights of `part`, this rank's shard of each."""
-    return clones([_local(w) for w in part.parameters])
 
 
 def clones(tensors: list[Tensor]) -> list[Tensor]:
@@ -191,7 +174,7 @@ def clones(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]  # torch before 2.12: one launch per tensor on a GPU
 
 
-def _host_norm(tensor: Tensor) -> float:
+def host_norm(tensor: Tensor) -> float:
     """Return |x|, accumulated in at least float32."""
     return float(_norm(tensor, dtype=torch.float32 if tensor.dtype in _HALF else None))
 
@@ -204,14 +187,14 @@ def _rescale_on_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, recor
         return ratio
     ratio, decay = 1.0, part.decay
     if part.adapted:
-        weight_norm = _host_norm(weight)
+        weight_norm = host_norm(weight)
         if rule.denominator == "combined":
             grad.add_(weight, alpha=decay)
-            grad_norm = _host_norm(grad)
+            grad_norm = host_norm(grad)
             ratio, _ = rule.ratio(weight_norm, grad_norm, decay, part.lr)
             decay = 0.0
         else:
-            grad_norm = _host_norm(grad)
+            grad_norm = host_norm(grad)
             ratio, decay = rule.ratio(weight_norm, grad_norm, decay, part.lr)
         if record is not None:
             record.parameters.append(weight)
@@ -253,11 +236,12 @@ def have_same_layout(one: Tensor, other: Tensor) -> bool:
 
 
 @dataclass
-class _Bulk:
+class Bulk:
     """The intermediate results for a part on an accelerator.
 
-    `local_grads` are this rank's shards of the gradients. `grads` and `weights` are this rank's shards in at least
-    float32. `decayed` is g + wd * w. `norms` are the norms of weights and of gradients, (n,) each.
+    `local_grads` are this rank's shards of the gradients; in `scale_step`, of the changes of the weights. `grads` and
+    `weights` are this rank's shards in at least float32. `decayed` is g + wd * w. `norms` are the norms of weights and
+    of gradients, (n,) each.
     """
 
     part: Part
@@ -269,14 +253,14 @@ class _Bulk:
     norms: tuple[Tensor, Tensor] | None = None
 
 
-def _prepare_bulk(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
-    shards = _shards(grads[0])
-    weights, local_grads = [_local(w) for w in part.parameters], [_local(g) for g in grads]
+def _prepare_bulk(grads: list[Tensor], part: Part, rule: Rule) -> Bulk:
+    shards = shards_of(grads[0])
+    weights, local_grads = [local_shard(w) for w in part.parameters], [local_shard(g) for g in grads]
     dtype = torch.promote_types(local_grads[0].dtype, torch.float32)
     grads = local_grads
     if dtype != local_grads[0].dtype:
         weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in local_grads]
-    bulk = _Bulk(part, shards, local_grads, grads, weights)
+    bulk = Bulk(part, shards, local_grads, grads, weights)
     if part.adapted:
         if rule.denominator == "combined":
             bulk.decayed = _decayed(grads, weights, part.decay, None)
@@ -284,11 +268,12 @@ def _prepare_bulk(grads: list[Tensor], part: Part, rule: Rule) -> _Bulk:
     return bulk
 
 
-def _sum_over_shards(bulks: list[_Bulk]) -> None:
+def sum_over_shards(bulks: list[Bulk]) -> None:
     """Turn the norms of shards into norms of whole parameters, with one collective per kind of sharding."""
-    alike: dict[Any, list[_Bulk]] = {}
+    alike: dict[Any, list[Bulk]] = {}
     for bulk in bulks:
-        alike.setdefault((bulk.shards, bulk.grads[0].device), []).append(bulk)
+        if bulk.norms is not None and bulk.shards and bulk.shards[1]:
+            alike.setdefault((bulk.shards, bulk.grads[0].device), []).append(bulk)
     for (shards, _), same_sharding in alike.items():
         mesh, dimensions = shards
         norms = [norm for bulk in same_sharding for norm in bulk.norms or ()]
@@ -301,7 +286,7 @@ def _sum_over_shards(bulks: list[_Bulk]) -> None:
             bulk.norms = next(whole).to(dtype), next(whole).to(dtype)
 
 
-def _finish_bulk(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
+def _finish_bulk(bulk: Bulk, rule: Rule, record: Record | None) -> list[Tensor]:
     part, local_grads, grads, weights, decayed = bulk.part, bulk.local_grads, bulk.grads, bulk.weights, bulk.decayed
     dtype = grads[0].dtype
     ratios = decays = None
@@ -319,12 +304,12 @@ def _finish_bulk(bulk: _Bulk, rule: Rule, record: Record | None) -> list[Tensor]
         torch._foreach_clamp_max_(decayed, rule.clamp)
     if rule.ratio_placement == "outside":
         torch._foreach_copy_(local_grads, decayed)
-        return _aligned_scalars(ratios) if ratios is not None else []
+        return aligned_scalars(ratios) if ratios is not None else []
     factors = torch.ones(len(grads), dtype=dtype, device=grads[0].device) if ratios is None else ratios
     if rule.lr_placement == "inside":
         factors = factors * part.lr
     torch._foreach_zero_(grads)
-    torch._foreach_addcmul_(grads, _aligned_scalars(factors), decayed)
+    torch._foreach_addcmul_(grads, aligned_scalars(factors), decayed)
     if local_grads is not grads:
         torch._foreach_copy_(local_grads, grads)
     return []
@@ -336,11 +321,11 @@ def _decayed(grads: list[Tensor], weights: list[Tensor], decay: float, decays: T
     if decays is None:
         return list(torch._foreach_add(grads, weights, alpha=decay))
     decayed = clones(grads)
-    torch._foreach_addcmul_(decayed, _aligned_scalars(decays.to(grads[0].dtype)), weights)
+    torch._foreach_addcmul_(decayed, aligned_scalars(decays.to(grads[0].dtype)), weights)
     return decayed
 
 
-def _aligned_scalars(factors: Tensor) -> list[Tensor]:
+def aligned_scalars(factors: Tensor) -> list[Tensor]:
     """Return the elements of `factors` (n,) as 0-D tensors, four elements apart in memory.
 
     This alignment lets the kernel load four elements at once, which requires that all its tensors are aligned, 0-D
@@ -352,7 +337,7 @@ def _aligned_scalars(factors: Tensor) -> list[Tensor]:
 _Shards = tuple[Any, tuple[int, ...]] | None
 
 
-def _shards(tensor: Tensor) -> _Shards:
+def shards_of(tensor: Tensor) -> _Shards:
     """Return the device mesh of a DTensor and the mesh dimensions that shard it; None for a plain tensor."""
     if not _is_dtensor(tensor):
         return None
@@ -365,6 +350,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def _local(tensor: Any) -> Tensor:
+def local_shard(tensor: Any) -> Tensor:
+    """Return this rank's shard of a DTensor, or a plain tensor itself."""
     local: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor
     return local

@@ -21,8 +21,18 @@ class Rule(Options):
 
     @property
     def needs_lr(self) -> bool:
-        """True if the rescaled gradient depends on the learning rate."""
-        return self.clip == "lr" or self.lr_placement == "inside"
+        """True if LARS uses the learning rate."""
+        return self.clip == "lr" or self.lr_placement == "inside" or self.ratio_of == "step"
+
+    @property
+    def adds_decay(self) -> bool:
+        """True if LARS adds the weight decay to the gradient; otherwise the base applies it."""
+        return self.weight_decay == "coupled" and self.ratio_of == "gradient"
+
+    @property
+    def changes_step(self) -> bool:
+        """True if LARS scales the change of the weights that the base has made."""
+        return self.ratio_placement == "outside" or self.ratio_of == "step"
 
     def ratio_function(self, decay: float, lr: Any) -> Callable[[float, float], tuple[float, float]]:
         """Return a function that maps a tensor's |w| and |g| to its trust ratio and its weight decay (`decay` or 0).

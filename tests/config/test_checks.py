@@ -94,6 +94,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(key: str) -> None:
         ({"optimizer.denominator": "both"}, "optimizer.denominator=both"),
         ({"optimizer.lr_placement": "inside", "optimizer.ratio_placement": "outside"}, "optimizer.lr_placement=inside"),
         ({"optimizer.lr_placement": "inside", "optimizer.decay_placement": "base"}, "optimizer.decay_placement=base"),
+        ({"optimizer.ratio_of": "step", "optimizer.clamp": 10.0}, "optimizer.ratio_of=step"),
         ({"schedule.warmup_start": 29.5}, "schedule.warmup_start=29.5"),
         ({"schedule.warmup_start": -0.1}, "schedule.warmup_start=-0.1"),
         ({"schedule.warmup_start": "slow"}, "schedule.warmup_start=slow"),

@@ -73,7 +73,11 @@ def test_a_given_value_overrides_the_row_and_nothing_else(key: str) -> None:
 
 
 # Options that conflict with others.
-ALONE = {"optimizer.ratio_placement": "outside", "optimizer.decay_placement": "base"}
+ALONE = {
+    "optimizer.ratio_of": "step",
+    "optimizer.ratio_placement": "outside",
+    "optimizer.decay_placement": "base",
+}
 
 
 STEPS = {"schedule.form": "steps", "schedule.steps": [10.0, 20.0], "schedule.step_factor": 0.5}

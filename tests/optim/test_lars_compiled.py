@@ -106,3 +106,18 @@ def test_lbfgs_under_torch_compile_steps_as_without() -> None:
     run(alone, plain, problem, range(1), decays=[0.0])
     assert_close(params, plain, base.tolerance)
     assert_moved(params, problem)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_scales_the_step_of_the_base() -> None:
+    base = next(base for base in BASES if base.name == "SGD")  # torch compiles AdamW to float32 arithmetic
+    weights, grads = sharded_weights()
+    params, plain = ([Parameter(w.clone()) for w in weights] for _ in range(2))
+    lars, eager = (LARS(base.build(groups_of(base, p)), ratio_of="step", **OPTIONS) for p in (params, plain))
+    breaks, _ = compiled(lars, params, grads)
+    assert breaks == {}
+    for update in range(3):
+        for p, grad in zip(plain, grads[update], strict=True):
+            p.grad = grad.clone()
+        eager.step()
+    assert_close(params, plain, base.tolerance)

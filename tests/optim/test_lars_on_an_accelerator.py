@@ -80,6 +80,7 @@ def test_a_step_of_resnet50_makes_at_most_25_calls() -> None:
         {"denominator": "combined"},
         {"lr_placement": "inside"},
         {"ratio_placement": "outside", "clamp": 10.0},
+        {"ratio_of": "step"},
         {"record": True},
     ],
     ids=str,
@@ -90,7 +91,9 @@ def test_calls_do_not_grow_with_the_tensors(options: dict[str, Any]) -> None:
     assert len(few) <= 35
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": "lr", "zero_norm": "skip"}, {"record": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": "lr", "zero_norm": "skip"}, {"ratio_of": "step"}, {"record": True}], ids=str
+)
 def test_no_call_waits_for_the_device(options: dict[str, Any]) -> None:
     with on_cuda(SHAPES, **options) as (lars, params), Calls() as calls:
         lars.step()

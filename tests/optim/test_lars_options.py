@@ -302,6 +302,7 @@ def test_layers_returns_norms_and_ratios_of_the_last_step(path: str, options: di
         ({"clamp": 0.0}, "clamp"),
         ({"ratio_placement": "outside", "lr_placement": "inside"}, "lr_placement='inside'"),
         ({"weight_decay": "base", "lr_placement": "inside"}, "weight_decay='base'"),
+        ({"ratio_of": "update"}, "ratio_of"),
     ],
 )
 def test_invalid_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:

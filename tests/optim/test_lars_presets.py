@@ -247,4 +247,4 @@ def test_a_preset_takes_overrides_and_an_unknown_one_is_refused() -> None:
     assert LARS.preset("larc", base, trust_coef=0.5).rule.trust_coef == 0.5
     assert LARS.preset("larc", base, trust_coef=0.5).rule.clip == "lr"
     with pytest.raises(ValueError, match="choose one of torchlars, mlperf, timm, larc, optax, nus-hpc"):
-        LARS.preset("lamb", base)
+        LARS.preset("lion", base)

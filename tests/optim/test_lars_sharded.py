@@ -120,6 +120,8 @@ def program(rank: int, folder: Path) -> None:
             results[base.name] = {"alone": on_two_ranks(base, mesh, False, {})}
             for name, options in SHARDED_OPTIONS.items():
                 results[base.name][name] = on_two_ranks(base, mesh, True, options)
+            if base.kind is torch.optim.AdamW:
+                results["of the step"] = on_two_ranks(base, mesh, True, {"ratio_of": "step"})
             if "error" not in results[base.name]["alone"]:
                 results[base.name]["fsdp"] = fsdp_on_two_ranks(base, mesh, rank)
     finally:
@@ -171,6 +173,21 @@ def test_dtensor_shards_step_like_the_whole_with_one_collective(
         inside = base.keywords["lr"] if options == "lr-inside" else 1.0
         stepped(reference, plain, [inside * grad for grad in grads_by_rule])
     assert_close([torch.tensor(w, dtype=torch.float64) for w in seen["weights"]], plain, base.tolerance)
+    for with_lars, without in zip(seen["counts"], alone["counts"], strict=True):
+        assert with_lars == without | {ALL_REDUCE: without.get(ALL_REDUCE, 0) + 1}
+
+
+@pytest.mark.slow
+def test_steps_of_shards_are_scaled_with_one_collective(two_ranks: list[dict[str, Any]]) -> None:
+    seen, alone = two_ranks[0]["of the step"], two_ranks[0]["AdamW"]["alone"]
+    assert seen == two_ranks[1]["of the step"]
+    base = next(base for base in BASES if base.kind is torch.optim.AdamW)
+    weights, grads = sharded_weights()
+    whole = [Parameter(w) for w in weights]
+    reference = LARS(base.build(groups_of(base, whole)), ratio_of="step", **OPTIONS)
+    for update in range(UPDATES):
+        stepped(reference, whole, grads[update])
+    assert_close([torch.tensor(w, dtype=torch.float64) for w in seen["weights"]], whole, base.tolerance)
     for with_lars, without in zip(seen["counts"], alone["counts"], strict=True):
         assert with_lars == without | {ALL_REDUCE: without.get(ALL_REDUCE, 0) + 1}
 

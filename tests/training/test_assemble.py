@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from resolving import resolved
 from torch import nn
 
 from lars_train.config import OptimizerConfig
@@ -54,6 +55,17 @@ def test_every_suitable_optimizer_trains_a_network_under_lars(base: str) -> None
     model(torch.randn(8, 3, 5, 5)).square().mean().backward()
     optimizer.step()
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_the_preset_lamb_over_adamw_scales_its_steps() -> None:
+    given = ("optimizer=lars", "optimizer.base=AdamW", "optimizer.preset=lamb", "optimizer.lr=4e-3")
+    lamb = resolved("data=imagenet", *given, "+optimizer.kwargs.eps=1e-6").optimizer
+    optimizer = build_optimizer(lamb, nn.Linear(2, 2))
+    assert isinstance(optimizer, LARS)
+    assert isinstance(optimizer.base_optimizer, torch.optim.AdamW)
+    assert (optimizer.rule.ratio_of, optimizer.rule.trust_coef, optimizer.rule.eps) == ("step", 1.0, 0.0)
+    with pytest.raises(ConfigError, match=r"optimizer\.base=Adafactor: ratio_of='step' needs a base whose step is"):
+        check_optimizer(config(base="Adafactor", ratio_of="step"))
 
 
 @pytest.mark.parametrize("base", ["LBFGS", "Muon", "SparseAdam"])
