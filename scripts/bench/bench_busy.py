@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -76,7 +77,7 @@ def table(found: Rates) -> list[str]:
     names = list(dict.fromkeys(name for name, _ in found))
 
     def cell(name: str, busy: int) -> str:
-        own, quiet = found[name, busy], statistics.mean(found[name, 0])
+        own, quiet = found[name, busy], statistics.mean(found[name, 0]) or math.nan
         share = "" if busy == 0 else f" = {statistics.mean(own) / quiet:.2f}"
         return f"{statistics.mean(own):,.3g} ({min(own):,.3g} to {max(own):,.3g}){share}"
 
