@@ -196,7 +196,7 @@ def dali() -> Contender:
         ]
         for batch in (drawn[i : i + BATCH] for i in range(0, len(drawn), BATCH)):
             boxes = np.array([region(view) for _, view in batch], np.int32)
-            starts, ends = boxes[:, [1, 0]], boxes[:, [3, 2]]
+            starts, ends = (np.ascontiguousarray(boxes[:, corner]) for corner in ([1, 0], [3, 2]))
             pipe.feed_input("data", [np.frombuffer(data, np.uint8) for data, _ in batch])
             pipe.feed_input("start", list(starts))
             pipe.feed_input("shape", list(ends - starts))
