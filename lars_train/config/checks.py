@@ -100,7 +100,7 @@ def check_choices(config: Config) -> None:
         "schedule.form": get_args(Form),
         **CHOICES,
         "guard.on_divergence": ("stop", "rollback"),
-        "plan.device": ("a100", "cpu", "h100", "v100"),
+        "plan.device": ("a100", "cpu", "h100", "h200", "v100"),
         "plan.all_reduce": (AUTO, "ring", "tree"),
     }
     leaves = flatten(config)

@@ -39,9 +39,9 @@ class PlanConfig:
     world: Optional[int] = None
     """Number of ranks (null: launch.nodes times launch.nproc, or the number that this machine would start)."""
     device: Optional[str] = None
-    """Device for which to use a published speed: a100, h100, v100, or cpu, which is one core (docs/plan.md)."""
+    """Device with a published speed: a100, h100, h200, v100, or cpu, which is one core (docs/plan.md)."""
     images_per_second: Optional[float] = None
-    """Training speed of one device in images/s, instead of a published one."""
+    """Training speed of one device in images/s at your micro-batch, instead of a published one."""
     cores: int = 8
     """CPU cores per device that decode images."""
     decode_rate: Optional[float] = None
@@ -51,11 +51,11 @@ class PlanConfig:
     latency_us: float = 10.0
     """Latency of a message between devices, in microseconds."""
     bandwidth_gb: float = 12.5
-    """Bandwidth from a device to its neighbor, in 10**9 bytes/s."""
+    """Bandwidth from a device to one of another node, in 10**9 bytes/s."""
     all_reduce: str = "auto"
-    """ring, tree, or auto: the faster."""
+    """ring, tree, or auto, the faster, between nodes."""
     overlap: float = 1.0
-    """Share of the last micro-batch's backward pass that overlaps with communication."""
+    """Share of the last micro-batch's backward pass that overlaps with communication; the last bucket never does."""
 
 
 @dataclass

@@ -1,36 +1,32 @@
 """Forecast a run for ``mode=plan``: memory per device, bytes on disk, and hours, as values and as lines to print.
 
 The network is built and counted on the CPU. No other device is touched, and nothing is measured: rates come from the
-config (``plan.*``) or from the figures that time_model.py cites.
+config (``plan.*``) or from the figures that devices.py cites.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from lars_train.config import AUTO, Config, with_row
-from lars_train.data.order import eval_range
 from lars_train.errors import ConfigError
-from lars_train.messages import format_duration, size
+from lars_train.messages import counted, format_duration, size
 from lars_train.models.factory import build_model
 from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
-from lars_train.preflight.disk_volume import evaluations, volume
-from lars_train.preflight.time_model import CITED, CPU, Machine, Update, update_seconds
+from lars_train.preflight.devices import CPU, DEVICES
+from lars_train.preflight.disk_volume import volume
+from lars_train.preflight.hours import Hours, make_machine, planned_micro_batch, planned_precision
+from lars_train.preflight.time_model import Machine
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import MOST_SAMPLES, cuda_devices, kept_tensors
-from lars_train.training.metrics import flops_per_image
 
-MAX_DEVICES = 4096
-_CITED_MODEL, _CITED_SIZE, _CITED_CLASSES = "resnet50", 224, 1000
-# A training step takes as long as three forward passes (training/metrics.py).
-_FORWARDS_PER_STEP = 3
 # Upper bound on the memory of a process that trains on a CPU. Python, torch and the libraries take a constant.
 # Multiples of weights, activations and the largest activation cover what the allocator does not count: workspaces,
 # gradients of activations, retained memory, checkpoints. Fitted to measured runs, a few percent above each
@@ -40,83 +36,74 @@ _WEIGHTS_FACTOR, _ACTIVATIONS_FACTOR, _LARGEST_FACTOR = 2.0, 1.7, 4.5
 
 
 def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int) -> dict[str, Any]:
-    """Return memory, disk and hours as plain values; hours only if the config gives a rate (``plan.*``).
+    """Return memory, disk and hours as plain values; hours by cited device if the config gives no rate (``plan.*``).
 
     Sizes are in bytes, times in seconds unless a key says hours. Raises `ConfigError` for a device without a cited
     figure in this precision.
     """
     network = _network(config.model.name, len(classes), plan.ghost_batch)
-    width = {"fp64": 8}.get(_precision(config), 4)
+    width = {"fp64": 8}.get(planned_precision(config), 4)
     weights = width * sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
     slots = _optimizer_slots(config)
-    several = world > 1 or accumulation(plan, world, _micro_batch(config, plan) // plan.ghost_batch) > 1
+    several = world > 1 or accumulation(plan, world, planned_micro_batch(config, plan) // plan.ghost_batch) > 1
     disk = functools.partial(volume, network=network, classes=classes, slots=slots, several=several)
     found: dict[str, Any] = {
-        "precision": _precision(config),
+        "precision": planned_precision(config),
         "weight_bytes": weights,
         "gradient_bytes": weights,
         "optimizer_bytes": slots * weights,
         "memory_per_device": list(_memory(config, plan, network, world, fixed=2 * weights + buffers + slots * weights)),
         "disk": disk(config, plan),
     }
-    machine = _machine(config, network, plan.ghost_batch)
-    sent_bytes = weights // 2 if config.gradient_compression == "bf16" else weights
-    found["rows"] = list(
-        _rows(config, plan, disk, machine=machine, sent_bytes=sent_bytes, world=world, val_count=val_count)
+    machine = make_machine(config, network)
+    hours = functools.partial(
+        Hours,
+        gradient_bytes=weights // 2 if config.gradient_compression == "bf16" else weights,
+        buckets=math.ceil(weights / (config.distributed.bucket_mb * (1 << 20))),
+        val_count=val_count,
     )
+    found["rows"] = list(_rows(config, plan, disk, hours=hours, machine=machine, world=world))
     if machine is None:
+        found["by_device"] = list(_cited_devices(config, plan, network, hours=hours, world=world))
         return found
-    found["rate"] = {
-        "images_per_second": machine.rate,
-        "source": "plan.images_per_second" if config.plan.images_per_second else CITED[str(config.plan.device)].source,
+    found["rate"] = _describe_machine(config, machine)
+    expected = hours(config, plan, machine)
+    found["scaling"] = list(expected.scaling(world))
+    found["expected"] = expected.at(world)
+    return found
+
+
+def _describe_machine(config: Config, machine: Machine) -> dict[str, Any]:
+    """Return what hours are computed from, as plain values."""
+    source = "plan.images_per_second"
+    if config.plan.images_per_second is None:
+        source = DEVICES[str(config.plan.device)].figures[planned_precision(config)].source
+    return {
+        "images_per_second": machine.speed.rate,
+        "floor": machine.speed.floor,
+        "launch": [*machine.speed.launch, machine.speed.launch_update],
+        "source": source,
         "input_images_per_second": machine.input_rate,
         "latency": machine.latency,
         "bandwidth": machine.bandwidth,
+        "devices_per_node": machine.node,
+        "link": machine.link if machine.node > 1 else machine.bandwidth,
         "all_reduce": machine.algorithm,
         "overlap": machine.overlap,
         "overhead": machine.overhead,
         "reads": machine.reads,
     }
-    hours = _Hours(config, plan, machine, sent_bytes, val_count)
-    found["scaling"] = list(hours.scaling(world))
-    found["expected"] = hours.at(world)
-    return found
 
 
-@dataclass(frozen=True)
-class _Hours:
-    """The hours of a run as a function of its devices."""
-
-    config: Config
-    plan: Plan
-    machine: Machine
-    sent_bytes: int
-    val_count: int
-
-    def at(self, devices: int) -> dict[str, Any]:
-        """Return hours, efficiency and the parts of an update on `devices` devices."""
-        update = self._update(devices)
-        start, stop = eval_range(self.val_count, 0, devices)
-        machine = self.machine
-        forward = (stop - start) / (_FORWARDS_PER_STEP * machine.rate)
-        decoding = (stop - start) / machine.input_rate if machine.input_rate else 0.0
-        evaluation = forward + decoding if machine.reads else max(forward, decoding)
-        seconds = self.plan.stop * update.seconds + evaluations(self.config, self.plan) * evaluation
-        efficiency = self._update(1).seconds / devices / update.seconds
-        return {"devices": devices, "hours": seconds / 3600, "efficiency": efficiency, **vars(update)}
-
-    def scaling(self, world: int) -> Iterator[dict[str, Any]]:
-        """Yield `at` for 1, 2, 4, ... devices and for `world`, up to one ghost batch per device."""
-        most = min(MAX_DEVICES, self.plan.ghosts)
-        for devices in sorted({world, most, *(2**k for k in range(most.bit_length()))}):
-            yield self.at(devices)
-
-    def _update(self, devices: int) -> Update:
-        micro = _micro_batch(self.config, self.plan)
-        samples = math.ceil(self.plan.ghosts / devices) * self.plan.ghost_batch
-        last = samples - (math.ceil(samples / micro) - 1) * micro
-        return update_seconds(self.machine, devices, samples=samples, last=last, size=self.sent_bytes)
+def _cited_devices(
+    config: Config, plan: Plan, network: nn.Module, *, hours: Callable[..., Hours], world: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the hours on `world` of each cited device that has a figure in the run's precision."""
+    for name, device in DEVICES.items():
+        planned = dataclasses.replace(config, plan=dataclasses.replace(config.plan, device=name))
+        if planned_precision(planned) in device.figures:
+            yield {"device": name, **hours(planned, plan, make_machine(planned, network)).at(world)}
 
 
 def _rows(
@@ -124,10 +111,9 @@ def _rows(
     plan: Plan,
     disk: Callable[[Config, Plan], dict[str, Any]],
     *,
+    hours: Callable[..., Hours],
     machine: Machine | None,
-    sent_bytes: int,
     world: int,
-    val_count: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield the forecast of each row of the recipe on `world` devices, or on one per ghost batch if that is fewer."""
     for name in config.recipe.rows:
@@ -146,8 +132,8 @@ def _rows(
             "disk_bytes": disk(row_config, row)["bytes"],
         }
         if machine is not None:
-            hours = _Hours(row_config, row, machine, sent_bytes, val_count)
-            entry |= {"expected": hours.at(devices), "scaling": list(hours.scaling(devices))}
+            run = hours(row_config, row, machine)
+            entry |= {"expected": run.at(devices), "scaling": list(run.scaling(devices))}
         yield entry
 
 
@@ -167,7 +153,7 @@ def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: i
     On a CPU, add an upper bound on the bytes of the whole process.
     """
     # Activations take about half under autocast (training/device.py), and twice as much in float64.
-    share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(_precision(config), 1.0)
+    share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(planned_precision(config), 1.0)
     kept = _kept_tensors(network, plan.ghost_batch, config.data.image_size)
     per_ghost, largest = share * sum(kept), share * max(kept)
     most = max(1, min(MOST_SAMPLES // plan.ghost_batch, plan.ghosts))
@@ -199,50 +185,6 @@ def _on_a_cpu(config: Config) -> bool:
     return config.device == CPU or (config.device == AUTO and cuda_devices(config) == 0)
 
 
-def _precision(config: Config) -> str:
-    """Return the precision of a run on ``plan.device``; without a device, ``auto``, forecast like float32."""
-    if config.precision.name != AUTO or config.plan.device is None:
-        return str(config.precision.name)
-    known = CITED[config.plan.device].rates
-    return next(name for name in ("bf16", "fp16", "fp32") if name in known)
-
-
-def _micro_batch(config: Config, plan: Plan) -> int:
-    if config.micro_batch != AUTO:
-        return int(config.micro_batch)
-    return max(1, MOST_SAMPLES // plan.ghost_batch) * plan.ghost_batch
-
-
-def _machine(config: Config, network: nn.Module, ghost_batch: int) -> Machine | None:
-    settings = config.plan
-    rate = settings.images_per_second
-    if rate is None:
-        if settings.device is None:
-            return None
-        cited = CITED[settings.device].rates
-        precision = _precision(config)
-        if precision not in cited:
-            raise ConfigError(
-                f"plan.device={settings.device}: there is no cited figure for precision={precision}; "
-                "set plan.images_per_second."
-            )
-        measured = flops_per_image(_network(_CITED_MODEL, _CITED_CLASSES, ghost_batch), _CITED_SIZE)
-        rate = cited[precision] * measured / flops_per_image(network, config.data.image_size)
-    # As in training: a CPU's cores are busy computing, so the training process reads the images.
-    reads = config.data.workers == 0 or (config.data.workers == AUTO and settings.device == CPU)
-    cores = 1 if reads else settings.cores
-    return Machine(
-        rate,
-        None if settings.decode_rate is None else settings.decode_rate * cores,
-        settings.latency_us / 1e6,
-        settings.bandwidth_gb * 1e9,
-        0.0 if settings.device == CPU else settings.overlap,
-        settings.all_reduce,
-        settings.update_ms / 1e3,
-        reads,
-    )
-
-
 @functools.cache
 def _network(name: str, classes: int, ghost_batch: int) -> nn.Module:
     return build_model(name, num_classes=classes, ghost_batch=ghost_batch, zero_gamma=False)
@@ -269,10 +211,13 @@ def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
     yield from _memory_table(found["memory_per_device"])
     expected = found.get("expected")
     if expected is None:
-        yield "time           unknown: set plan.device or plan.images_per_second"
+        yield from _device_table(found["by_device"])
     else:
         rate = found["rate"]
         yield f"rate           {rate['images_per_second']:,.4g} images/s per device ({rate['source']})"
+        if rate["floor"]:
+            few, many, floor = (f"{1e3 * seconds:.3g}" for seconds in (*rate["launch"][:2], rate["floor"]))
+            yield f"               and {floor} ms per micro-batch; the host launches one in {few} to {many} ms"
         yield (
             f"update         {expected['seconds']:.3g} s: compute {expected['compute']:.3g}, "
             f"input {expected['input']:.3g}, "
@@ -296,8 +241,19 @@ def _memory_table(entries: list[dict[str, Any]]) -> Iterator[str]:
         yield "               libraries and workspaces; request this from Slurm per rank"
 
 
+def _device_table(entries: list[dict[str, Any]]) -> Iterator[str]:
+    if not entries:
+        yield "time           unknown: no device has a published speed in this precision; set plan.images_per_second"
+        return
+    yield f"time           on {counted(entries[0]['devices'], 'device')}; set plan.device for more"
+    for entry in entries:
+        name = f"{entry['device']}, one core" if entry["device"] == CPU else entry["device"]
+        yield f"               {name:<13}{_time(entry['hours']):>13}  limited by {entry['limit']}"
+
+
 def _rows_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "rows           batch     devices         time  limited by       disk"
+    timed = any("expected" in row for row in rows)
+    yield f"rows           batch{'     devices         time  limited by' if timed else ''}       disk"
     hours = 0.0
     for row in rows:
         if "problem" in row:
@@ -305,7 +261,7 @@ def _rows_table(rows: list[dict[str, Any]]) -> Iterator[str]:
             continue
         expected, disk = row.get("expected"), size(row["disk_bytes"])
         if expected is None:
-            yield f"               {row['row']:<6}{'':>11}{'?':>13}  {'?':<10}{disk:>11}"
+            yield f"               {row['row']:<6}{disk:>10}"
             continue
         hours += expected["hours"]
         most = "*" if expected["devices"] == row["most_devices"] else " "

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lars_train.preflight.time_model import COMPUTE, INPUT, NETWORK
+from lars_train.preflight.time_model import COMPUTE, INPUT, LAUNCH, NETWORK
 from lars_train.report.curves import COLORS, LINES
 
 # The marker of a point by its limit: filled if devices compute, hollow if they wait.
-_MARKERS = {COMPUTE: ("o", True), NETWORK: ("s", False), INPUT: ("^", False)}
+_MARKERS = {COMPUTE: ("o", True), LAUNCH: ("D", False), NETWORK: ("s", False), INPUT: ("^", False)}
 _LEFT, _RIGHT = 0.8, 5200
 
 

@@ -1,9 +1,9 @@
 """Compute the time of an update, and the part that limits it, from the rates of its parts.
 
-The parts: *compute* (images forward and backward on the device, and the overhead of an update), *input* (decoding on
-the device's share of cores, during compute; before it if there are no workers), *network* (the sum of the gradients
-over all devices, partly hidden by the backward pass). Pure arithmetic: nothing is measured, and checkpoints, start-up
-and stragglers are not counted.
+The parts: *compute* (images forward and backward on the device, or on the host that launches its kernels if that takes
+longer, and the overhead of an update), *input* (decoding on the device's share of cores, during compute; before it if
+there are no workers), *network* (the sum of the gradients over all devices, partly hidden by the backward pass). Pure
+arithmetic: nothing is measured, and checkpoints, start-up and stragglers are not counted.
 """
 
 from __future__ import annotations
@@ -11,67 +11,61 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-COMPUTE, INPUT, NETWORK = "compute", "input", "network"
+COMPUTE, LAUNCH, INPUT, NETWORK = "compute", "launch", "input", "network"
 RING, TREE = "ring", "tree"
-CPU = "cpu"
-"""The cited CPU device: one core, running one process with one thread."""
 # The backward pass is two thirds of a training step (training/metrics.py).
 BACKWARD = 2 / 3
-_MIXED = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
-class Cited:
-    """Images per second at which one device trains ResNet-50 at 224 pixels, by precision, and the source."""
+class Speed:
+    """The speed of one device, and of the host that launches its kernels."""
 
-    rates: dict[str, float]
-    source: str
-
-
-_NVIDIA = (
-    "https://github.com/NVIDIA/DeepLearningExamples/tree/master/PyTorch/Classification/ConvNets/resnet50v1.5"
-    "#training-performance-results, one GPU"
-)
-
-
-# Images per second of CPU time: this program, ResNet-50 at 224 pixels in float32, on one thread of an AMD EPYC.
-CPU_RATE = 2.16
-
-CITED = {
-    # fp32 is TF32 here.
-    "a100": Cited({"fp32": 938, **dict.fromkeys(_MIXED, 2470)}, f"{_NVIDIA}, A100 80GB; TF32 and mixed precision"),
-    # A V100 has no bfloat16 arithmetic.
-    "v100": Cited({"fp32": 367, "fp16": 1200}, f"{_NVIDIA}, V100 16GB; FP32 and mixed precision"),
-    # 56,056 on eight devices, the median of epochs 16 to 31. The source has no figure for fp32.
-    "h100": Cited(
-        dict.fromkeys(_MIXED, 7007),
-        "https://github.com/mlcommons/training_results_v3.0/blob/main/NVIDIA/results/dgxh100_ngc23.04_mxnet/resnet/"
-        "result_0.txt, an eighth of DGX H100's throughput in MLPerf; mixed precision",
-    ),
-    CPU: Cited({"fp32": CPU_RATE}, "this program on one thread of an AMD EPYC; fp32"),
-}
+    rate: float
+    """Images per second, forward and backward, apart from `floor`."""
+    floor: float = 0.0
+    """Seconds that a micro-batch takes besides its images."""
+    launch: tuple[float, float] = (0.0, 0.0)
+    """Seconds in which the host launches a micro-batch of one ghost batch, and of several."""
+    launch_update: float = 0.0
+    """Seconds in which the host launches the rest of an update."""
 
 
 @dataclass(frozen=True)
 class Machine:
     """The speed of a device, its input and its network."""
 
-    rate: float
-    """Images per second of one device, forward and backward."""
+    speed: Speed
     input_rate: float | None
     """Images decoded per second for each device; None: input is not modeled."""
     latency: float
     """Seconds of one message between neighbors."""
     bandwidth: float
-    """Bytes per second from a device to a neighbor."""
+    """Bytes per second from a device to a neighbor in another node."""
     overlap: float = 1.0
     """The share of the last micro-batch's backward pass that hides the network."""
     algorithm: str = "auto"
-    """``ring``, ``tree``, or ``auto``, the faster of the two."""
+    """``ring``, ``tree``, or ``auto``, the faster of the two, between the nodes."""
     overhead: float = 0.0
     """Seconds of an update besides computing its images."""
     reads: bool = False
     """The training process decodes the images itself, between its computations."""
+    node: int = 1
+    """Devices in a node."""
+    link: float = math.inf
+    """Bytes per second from a device to a neighbor in its node."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An update on the busiest device."""
+
+    samples: int
+    micro_batch: int
+    ghost_batch: int
+    gradient_bytes: int
+    buckets: int = 1
+    """The buckets of gradients, summed one after the other. The sum of the last one begins when backward has ended."""
 
 
 @dataclass(frozen=True)
@@ -86,33 +80,44 @@ class Update:
     limit: str
 
 
-def all_reduce_seconds(machine: Machine, world: int, size: int) -> float:
-    """Return the seconds to sum `size` bytes over p = `world` devices.
+def all_reduce_seconds(machine: Machine, world: int, size: float) -> float:
+    """Return the seconds to sum `size` bytes over `world` devices.
 
-    Ring: 2 (p - 1) consecutive messages of size / p bytes (Patarasuk and Yuan 2009,
-    https://doi.org/10.1016/j.jpdc.2008.09.002). Tree: up and down two binary trees that share the bytes, pipelined in
-    small pieces: 2 log2 p consecutive messages, and twice the bytes over each link (Sanders, Speck and Träff 2009,
-    https://doi.org/10.1016/j.parco.2009.09.001).
+    A ring within each node leaves every device with the sum of its share of the bytes, the devices with the same share
+    sum it between the n nodes, and the ring passes the shares on. A ring over p devices: 2 (p - 1) consecutive messages
+    of size / p bytes (Patarasuk and Yuan 2009, https://doi.org/10.1016/j.jpdc.2008.09.002). Between nodes also a tree:
+    up and down two binary trees that share the bytes, pipelined in small pieces: 2 log2 n consecutive messages, and
+    twice the bytes over each link (Sanders, Speck and Träff 2009, https://doi.org/10.1016/j.parco.2009.09.001).
     """
-    if world == 1:
-        return 0.0
-    ring = 2 * (world - 1) * (machine.latency + size / world / machine.bandwidth)
-    tree = 2 * math.ceil(math.log2(world)) * machine.latency + 2 * size / machine.bandwidth
-    return {RING: ring, TREE: tree}.get(machine.algorithm, min(ring, tree))
+    local = min(machine.node, world)
+    nodes, share = math.ceil(world / local), size / local
+    within = _ring(local, size, machine.latency, machine.link)
+    if nodes == 1:
+        return within
+    ring = _ring(nodes, share, machine.latency, machine.bandwidth)
+    tree = 2 * math.ceil(math.log2(nodes)) * machine.latency + 2 * share / machine.bandwidth
+    return within + {RING: ring, TREE: tree}.get(machine.algorithm, min(ring, tree))
 
 
-def update_seconds(machine: Machine, world: int, *, samples: int, last: int, size: int) -> Update:
-    """Return the time of one update.
+def _ring(devices: int, size: float, latency: float, bandwidth: float) -> float:
+    return 2 * (devices - 1) * (latency + size / devices / bandwidth)
 
-    Args:
-        samples: images of the update on the busiest device.
-        last: images of its last micro-batch.
-        size: bytes of gradients.
-    """
-    compute = samples / machine.rate + machine.overhead
-    decoding = samples / machine.input_rate if machine.input_rate else 0.0
-    reduction = all_reduce_seconds(machine, world, size)
-    exposed = max(0.0, reduction - machine.overlap * BACKWARD * last / machine.rate)
+
+def update_seconds(machine: Machine, world: int, work: Work) -> Update:
+    """Return the time of one update on `world` devices."""
+    speed, count = machine.speed, math.ceil(work.samples / work.micro_batch)
+    last = work.samples - (count - 1) * work.micro_batch
+    launch, launch_last = (speed.launch[samples > work.ghost_batch] for samples in (work.micro_batch, last))
+    host = (count - 1) * launch + launch_last + speed.launch_update
+    device = count * speed.floor + work.samples / speed.rate
+    # The host does not wait for the device, so the slower of the two sets the pace.
+    compute = max(host, device) + machine.overhead
+    decoding = work.samples / machine.input_rate if machine.input_rate else 0.0
+    bucket = all_reduce_seconds(machine, world, work.gradient_bytes / work.buckets)
+    reduction = work.buckets * bucket
+    backward = BACKWARD * max(launch_last, speed.floor + last / speed.rate)
+    exposed = max(bucket, reduction - machine.overlap * backward)
     seconds = compute + exposed + decoding if machine.reads else max(compute + exposed, decoding)
-    limit = INPUT if decoding > compute + exposed else NETWORK if reduction > compute else COMPUTE
+    compute_limit = LAUNCH if host > device else COMPUTE
+    limit = INPUT if decoding > compute + exposed else NETWORK if reduction > compute else compute_limit
     return Update(seconds, compute, decoding, exposed, reduction, limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -277,24 +278,36 @@ def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
 
 def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
     """Return the bytes of each tensor that `activation_bytes` sums."""
-    # Run on the CPU, in tenths of a second. On the meta device torch imports its compiler, which takes seconds.
-    shadow, tried = copy.deepcopy(model).to("cpu").float().train(), min(samples, 2)
-    # Compare addresses, because the last layer saves its weight as another, transposed tensor.
-    parameters = {p.data_ptr() for p in shadow.parameters()}
+    device, tried = device_to_count_on(), min(samples, 2)
+    memo: dict[int, object] = {}
+    if device == "meta":
+        memo |= {id(p): nn.Parameter(torch.empty_like(p, device=device)) for p in model.parameters()}
+        memo |= {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
+    shadow = copy.deepcopy(model, memo).to(device).float().train()
+    # The last layer saves its weight as another, transposed tensor with the same storage.
+    parameters = {p.untyped_storage() for p in shadow.parameters()}
     seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
     sizes: list[int] = []
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and storage not in seen:
+        if storage not in parameters and storage not in seen:
             seen.add(storage)
             sizes.append(storage.nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        output = shadow(torch.zeros(tried, 3, image_size, image_size))
+        output = shadow(torch.zeros(tried, 3, image_size, image_size, device=device))
     del output
     return [size * samples // tried for size in sizes]
+
+
+def device_to_count_on() -> str:
+    """Return a device for passes whose shapes alone matter: ``meta`` computes nothing, so it is ten times as fast.
+
+    Its first use imports torch's compiler, which takes seconds. Return ``cpu`` if torchvision has not imported that.
+    """
+    return "meta" if "torch._dynamo" in sys.modules else "cpu"
 
 
 def free_memory() -> int:

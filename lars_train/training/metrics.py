@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lars_train.monitoring.layers import LayerValues
 from lars_train.optim.lars import LARS
 from lars_train.optim.rescale import clones
-from lars_train.training.device import Precision
+from lars_train.training.device import Precision, device_to_count_on
 
 
 @dataclass
@@ -224,7 +224,7 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
         elif isinstance(module, nn.BatchNorm2d):
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
     with torch.no_grad():
-        shadow(torch.zeros(1, 3, image_size, image_size))
+        shadow(torch.zeros(1, 3, image_size, image_size, device=device_to_count_on()))
     return _FORWARD_EQUIVALENTS * forward
 
 

@@ -1,4 +1,4 @@
-"""A plan agrees with a message-by-message simulation, with torch's record of allocations, and with real runs."""
+"""A forecast agrees with torch's record of allocations, with hours computed by hand, and with real runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lars_train.launch import Ranks, check_nodes
 from lars_train.models.factory import build_model
 from lars_train.plan import Plan, checkpoint_is_due, evaluation_is_due, log_is_due
 from lars_train.preflight import disk_volume
+from lars_train.preflight.devices import DEVICES
 from lars_train.preflight.forecast import describe_forecast
 from lars_train.preflight.plan_figure import draw
 from lars_train.preflight.rehearsal import text_plot
-from lars_train.preflight.time_model import CITED, Machine, all_reduce_seconds, update_seconds
 from lars_train.training import session
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import activation_bytes
@@ -66,46 +66,6 @@ def test_activations_match_the_allocator_after_a_forward_pass(samples: int) -> N
     # The images are kept for the backward pass too, and were allocated before.
     held += images.numel() * images.element_size()
     assert activation_bytes(network, samples, 32) == pytest.approx(held, rel=0.15)
-
-
-@given(world=st.integers(2, 40), size=st.integers(1, 10**9))
-def test_a_ring_takes_the_sum_of_its_messages(world: int, size: int) -> None:
-    machine = Machine(1.0, None, latency=1e-5, bandwidth=1e9, algorithm="ring")
-    seconds = 0.0
-    for _phase in ("scatter", "gather"):
-        for _step in range(world - 1):
-            seconds += 1e-5 + size / world / 1e9
-    assert all_reduce_seconds(machine, world, size) == pytest.approx(seconds)
-
-
-def test_many_devices_use_a_tree_and_few_a_ring() -> None:
-    ring, tree, either = (Machine(1.0, None, 1e-5, 1e10, algorithm=name) for name in ("ring", "tree", "auto"))
-    for world, best in ((8, ring), (4096, tree)):
-        assert all_reduce_seconds(either, world, 10**8) == all_reduce_seconds(best, world, 10**8)
-    # By hand: 2 x 12 messages of 10 microseconds, and 2 x 0.1 GB at 10 GB/s.
-    assert all_reduce_seconds(tree, 4096, 10**8) == pytest.approx(24e-5 + 0.02)
-
-
-def test_the_part_that_takes_longest_is_named() -> None:
-    def update(input_rate: float | None, bandwidth: float, overlap: float) -> tuple[str, float]:
-        machine = Machine(100.0, input_rate, 0.0, bandwidth, overlap, "ring")
-        found = update_seconds(machine, 2, samples=200, last=100, size=10**6)
-        return found.limit, found.seconds
-
-    assert update(None, 1e6, 0.0) == ("compute", pytest.approx(2 + 1))
-    assert update(None, 1e6, 1.0) == ("compute", pytest.approx(2 + 1 - 2 / 3))
-    assert update(None, 1e5, 0.0) == ("network", pytest.approx(2 + 10))
-    assert update(40.0, 1e6, 0.0) == ("input", pytest.approx(5))
-
-
-def test_without_workers_times_add_up_and_overhead_counts_once() -> None:
-    def seconds(**more: Any) -> float:
-        machine = Machine(100.0, 50.0, 0.0, 1e6, 0.0, "ring", **more)
-        return update_seconds(machine, 1, samples=200, last=100, size=10**6).seconds
-
-    assert seconds() == pytest.approx(200 / 50)
-    assert seconds(reads=True) == pytest.approx(200 / 100 + 200 / 50)
-    assert seconds(reads=True, overhead=0.5) == pytest.approx(200 / 100 + 0.5 + 200 / 50)
 
 
 @pytest.fixture(scope="module")
@@ -229,19 +189,38 @@ def test_each_row_has_the_hours_computed_by_hand() -> None:
         assert part in words
 
 
+def test_without_a_rate_every_cited_device_has_hours() -> None:
+    found = planned("data=imagenet plan.world=8")["forecast"]
+    assert [entry["device"] for entry in found["by_device"]] == list(DEVICES)
+    for entry in found["by_device"]:
+        alone = planned(f"data=imagenet plan.world=8 plan.device={entry['device']}")["forecast"]
+        assert entry == {"device": entry["device"], **alone["expected"]}
+        assert "by_device" not in alone
+    words = "\n".join(describe_forecast(found))
+    assert re.search(r"time +on 8 devices; .*\n +a100 +1 h \d+ min  limited by compute\n +h100 .*\n +h200 ", words)
+    assert "rows           batch       disk\n" in words
+    found = planned("data=imagenet plan.world=8 precision=bf16")["forecast"]
+    assert [entry["device"] for entry in found["by_device"]] == ["a100", "h100", "h200"]
+    assert "time           unknown: no device" in "\n".join(
+        describe_forecast(planned("data=imagenet precision=fp64 plan.world=8")["forecast"])
+    )
+
+
+def test_many_devices_are_less_efficient_than_one() -> None:
+    def efficiency(device: str, world: int) -> float:
+        found = planned(f"data=imagenet batch=32k plan.device={device} plan.world={world}")["forecast"]["expected"]
+        return float(found["efficiency"])
+
+    assert 0.95 < efficiency("h100", 8) < 1
+    # With 64 images each, the host launches more slowly than the device computes.
+    assert efficiency("h100", 512) < 0.5
+    assert efficiency("a100", 1024) < efficiency("a100", 512) < 0.95
+
+
 def test_another_row_keeps_the_users_settings() -> None:
     moved = with_row(composed("batch=32k data=imagenet epochs=10 schedule.scale_warmup=true"), "256")
     assert (moved.epochs, moved.optimizer.name, moved.schedule.warmup_epochs) == (10, "sgd", 0)
     assert (moved.batch.nominal, moved.model.ghost_batch) == (256, 32)
-
-
-@pytest.mark.parametrize("name", CITED)
-def test_a_cited_device_has_a_rate_and_a_source(name: str) -> None:
-    cited = CITED[name]
-    assert cited.rates
-    assert re.match(r"https://\S+, |docs/plan\.md, ", cited.source)
-    for rate in cited.rates.values():
-        assert f"{rate:,}" in (ROOT / "docs" / "plan.md").read_text()
 
 
 def test_a_wrong_number_of_nodes_is_refused() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from copy import deepcopy
 from fractions import Fraction
 from functools import lru_cache
@@ -13,6 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from tiny import environment
 
 from lars_train import commands
 from lars_train.config import Config, config_dir, nominal_batch, register, resolve
@@ -177,3 +181,17 @@ def test_a_run_does_what_was_planned(schedule: dict[str, Any], tmp_path: Path) -
     assert [entry["update"] for entry in logged if "val/top1" in entry] == planned["evaluations"]
     assert final["val_count"] == planned["evaluated_images"] == 7
     assert final["policy"] == planned["policy"]
+
+
+@pytest.mark.slow
+def test_a_plan_takes_little_longer_than_importing_torch() -> None:
+    def cpu_seconds(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], env=environment(), check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # Not seconds, which depend on the machine: importing takes three to seven.
+    imports = min(cpu_seconds("-c", "import torch, torchvision") for _ in range(2))
+    plan = cpu_seconds("-m", "lars_train", "mode=plan", "data=imagenet", "batch=256")
+    assert plan < 1.7 * imports

@@ -17,6 +17,7 @@ from lars_train.training.device import (
     choose_precision,
     estimate_ghosts,
     free_memory,
+    kept_tensors,
     try_micro_batch,
 )
 
@@ -47,6 +48,16 @@ def test_activation_bytes_matches_a_real_forward_pass(name: str, size: int, samp
     model = build_model(name, num_classes=10, ghost_batch=samples, zero_gamma=False)
     real = kept_for_backward(model, samples, size)
     assert activation_bytes(model, samples, size) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("ghost_batch", [1, 4])
+def test_counts_on_the_meta_device_are_those_on_the_cpu(ghost_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("resnet18", num_classes=10, ghost_batch=ghost_batch, zero_gamma=False)
+    found = []
+    for name in ("cpu", "meta"):
+        monkeypatch.setattr(device, "device_to_count_on", lambda name=name: name)
+        found.append(kept_tensors(model, 4, 64))
+    assert found[0] == found[1]
 
 
 def test_counting_activations_leaves_the_model_unchanged() -> None:

@@ -1,0 +1,125 @@
+"""Cite published training speeds of devices, and convert them to the speed of this program's training step.
+
+All figures are of ResNet-50 at 224 pixels. A micro-batch takes a constant, `_FLOOR`, and a time per image, so small
+micro-batches are slower per image. Programs differ in the time per image. MLPerf's compute batch norm, ReLU and sums
+within the convolutions' kernels, and launch kernels by CUDA graphs. This program has separate kernels, which move
+`SEPARATE_BYTES` more through the device's memory, and its host launches each of them. docs/plan.md compares the model
+with published results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lars_train.preflight.time_model import Speed
+
+CPU = "cpu"
+"""The cited CPU device: one core, running one process with one thread."""
+
+FLOPS_PER_IMAGE = 24_535_105_536
+"""Of the cited figures' network, ResNet-50 at 224 pixels with 1,000 classes (`training.metrics.flops_per_image`)."""
+TENSORS = 161
+"""Parameter tensors of ResNet-50. The number of a network's kernels is assumed to be proportional to this number."""
+SEPARATE_BYTES = 240e6
+"""Bytes per image that separate kernels read and write beyond what fused kernels do, in 16 bits: 473 MB less 233 MB,
+counted from the layers (docs/plan.md)."""
+
+# Seconds of a micro-batch that its images do not add to: some hundred kernels, each with a shortest time. From the
+# H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is 3.8 ms, less
+# the network's share.
+_FLOOR = 3.5e-3
+# Seconds in which a host launches an operation: 22.2 ms for an update of 559, measured on one host with slow cores
+# (docs/gpu_notes.md), which the H100 waited for.
+_LAUNCH = 22.2e-3 / 559
+# Operations of a micro-batch, forward and backward, if it is one ghost batch and if it is several, and of an update
+# (operations that compute, counted with torch 2.14).
+_OPERATIONS_OF_ONE, _OPERATIONS_OF_SEVERAL, _OPERATIONS_OF_UPDATE = 516, 781, 43
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published speed. `fused`: by MLPerf's kind of program; otherwise by a program with separate kernels."""
+
+    images_per_second: float
+    """Of one device among those of a machine."""
+    micro_batch: int
+    source: str
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class CitedDevice:
+    """A device with its figures by precision; `memory` and `link` are in bytes per second, from its data sheet."""
+
+    figures: dict[str, Figure]
+    memory: float = 0.0
+    """Bandwidth of the device's memory. 0 for a CPU."""
+    link: float = 0.0
+    """Bandwidth to the other devices of its machine, in one direction. 0: as to those of other machines."""
+
+
+_NVIDIA = (
+    "https://github.com/NVIDIA/DeepLearningExamples/tree/master/PyTorch/Classification/ConvNets/resnet50v1.5"
+    "#training-performance-results"
+)
+_MLPERF = "https://github.com/mlcommons/training_results_v4.0/tree/main/NVIDIA/results"
+
+# The links are half of what the data sheets give for both directions together.
+DEVICES = {
+    # 16,621 and 7,248 images/s on eight devices. fp32 is TF32.
+    "a100": CitedDevice(
+        {
+            **dict.fromkeys(("bf16", "fp16"), Figure(2078, 256, f"{_NVIDIA}, 8 x A100 80GB, mixed precision")),
+            "fp32": Figure(906, 256, f"{_NVIDIA}, 8 x A100 80GB, TF32"),
+        },
+        memory=2.039e12,
+        link=300e9,
+    ),
+    # The source has no figure for fp32.
+    "h100": CitedDevice(
+        dict.fromkeys(
+            ("bf16", "fp16"),
+            Figure(7134, 400, f"{_MLPERF}/eos_ngc24.04_mxnet/resnet, 8 x H100, mixed precision", fused=True),
+        ),
+        memory=3.35e12,
+        link=450e9,
+    ),
+    "h200": CitedDevice(
+        dict.fromkeys(
+            ("bf16", "fp16"),
+            Figure(7872, 400, f"{_MLPERF}/h200_ngc24.04_mxnet/resnet, 8 x H200, mixed precision", fused=True),
+        ),
+        memory=4.8e12,
+        link=450e9,
+    ),
+    # 8,322 and 2,855 images/s on eight devices. A V100 has no bfloat16 arithmetic.
+    "v100": CitedDevice(
+        {
+            "fp16": Figure(1040, 256, f"{_NVIDIA}, 8 x V100 16GB, mixed precision"),
+            "fp32": Figure(357, 112, f"{_NVIDIA}, 8 x V100 16GB, FP32"),
+        },
+        memory=0.9e12,
+        link=150e9,
+    ),
+    CPU: CitedDevice(
+        {
+            "fp32": Figure(2.16, 16, "this program on one thread of an AMD EPYC"),
+        }
+    ),
+}
+
+
+def speed(device: CitedDevice, precision: str, *, fused: bool = False) -> Speed:
+    """Return the speed of ResNet-50 at 224 pixels on `device`: of this program, or if `fused` of MLPerf's programs.
+
+    Raises `KeyError` for a precision without a figure.
+    """
+    figure = device.figures[precision]
+    if not device.memory:
+        return Speed(figure.images_per_second)
+    seconds = 1 / figure.images_per_second - _FLOOR / figure.micro_batch
+    seconds += (figure.fused - fused) * SEPARATE_BYTES / device.memory
+    if fused:
+        return Speed(1 / seconds, _FLOOR)
+    launch = (_LAUNCH * _OPERATIONS_OF_ONE, _LAUNCH * _OPERATIONS_OF_SEVERAL)
+    return Speed(1 / seconds, _FLOOR, launch, _LAUNCH * _OPERATIONS_OF_UPDATE)
