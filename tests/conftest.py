@@ -9,7 +9,7 @@ pytest.register_assert_rewrite("bases")
 # In starting order, so that at the end no process is alone with a long file. The Slurm tests mostly wait, so they
 # run beside a file that keeps a core busy.
 LONGEST = (
-    *("test_launch_forms", "test_slurm", "test_killed_runs", "test_chaos", "test_elastic", "test_docs_commands"),
+    *("test_launch_forms", "test_slurm", "test_killed_runs", "test_elastic", "test_docs_commands"),
     *("test_same_curve", "test_two_hosts", "test_scripts", "test_bench_step", "test_bench_input", "test_forecast"),
     *("test_distributed", "test_run", "test_full_disk", "test_remote_runs", "test_lars_sharded", "test_export"),
 )

@@ -159,13 +159,6 @@ def test_two_ranks_end_bit_for_bit_as_if_uninterrupted(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     wait_for_group(process)
 
-    # Stop the launcher by a signal.
-    done = max(saved(run))
-    process = begin(own, tmp_path)
-    wait_for_checkpoint(run, process, done)
-    stop(process, process.pid, signal.SIGUSR1, run)
-    assert process.returncode == 75
-
     assert "resumed" in train_two_ranks([*CURVE, OFTEN, "run.name=disturbed"], tmp_path)
     train_two_ranks([*CURVE, "run.name=alone"], tmp_path)
     assert_same_run(run, tmp_path / "runs/alone")
