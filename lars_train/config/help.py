@@ -119,9 +119,21 @@ def default_choices() -> dict[str, str]:
     return {str(group): str(choice) for group, choice in pairs if " " not in str(group)}
 
 
+def models_of_data() -> dict[str, str]:
+    """Return the model that a data set chooses unless the command line does, by data set, if it is not the default."""
+    found = {}
+    for name in choices_of("data"):
+        for one in OmegaConf.load(config_dir() / "data" / f"{name}.yaml").get("defaults", []):
+            if not isinstance(one, str) and "override /model" in one:
+                found[name] = str(one["override /model"])
+    return found
+
+
 def overview() -> str:
     """Return the text of ``--help``: groups with their choices, frequent keys, and examples."""
     groups = [_row(group, _choices(group), 11) for group in GROUPS]
+    chosen = "; ".join(f"{model} with data={data}" for data, model in models_of_data().items())
+    groups.insert(GROUPS.index("model") + 1, _row("", f"By default: {chosen}", 11))
     keys = []
     for key in _OFTEN_SET:
         section, _, name = key.rpartition(".")

@@ -27,6 +27,7 @@ from lars_train.config.help import (
     dotted,
     keys_of,
     meanings,
+    models_of_data,
     sections,
     type_name,
 )
@@ -79,7 +80,8 @@ def page() -> str:
     keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(RowConfig))
     lines += ["", "## A row of a recipe", "", intro(RowConfig), "", f"{keys}."]
     chosen = ", ".join(f"`{group}={choice}`" for group, choice in default_choices().items())
-    lines += ["", "## What a bare `lars-train` chooses", "", f"{chosen}."]
+    by_data = ", ".join(f"`model={model}` with `data={data}`" for data, model in models_of_data().items())
+    lines += ["", "## Default choices", "", f"{chosen}; but {by_data}."]
     return "\n".join(lines) + "\n"
 
 
