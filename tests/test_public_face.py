@@ -63,7 +63,7 @@ def test_the_readmes_lars_example_runs_unchanged() -> None:
     names["optimizer"].step()
     names["scheduler"].step()
     assert not torch.equal(before, names["model"].fc.weight)
-    assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(29.0 * (1 - 1 / 3510) ** 2)
+    assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(29.0 * 2 / 195)
 
 
 def test_the_training_loop_of_the_api_page_trains() -> None:
