@@ -301,6 +301,7 @@ class Config:
     check: CheckConfig = field(default_factory=CheckConfig)
 
 
+@functools.cache
 def register() -> None:
     """Register with Hydra the schema that ``configs/config.yaml`` extends, and the choices that have no file."""
     store = ConfigStore.instance()
