@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import COMPILED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -29,6 +31,7 @@ from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.device_prefetch import RankContext, normalizer
 from lars_train.training.distributed import Group
+from lars_train.training.resolve import missing_tool
 from lars_train.training.trainer import Hyper, Meter, Trainer
 
 CPU = torch.device("cpu")
@@ -576,3 +579,19 @@ def test_norms_of_layers_and_updates_match_the_tensors() -> None:
     assert info.measures.values()["train/weight_norm"] == pytest.approx(whole, rel=1e-12)
     assert info.measures.values()["train/update_ratio"] == pytest.approx(way / whole, rel=1e-12)
     assert info.measures.before == []  # the copy is released
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_like_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing_tool(CPU) is not None:
+        pytest.skip(f"{missing_tool(CPU)} is missing")
+    for name, value in COMPILED.items():
+        monkeypatch.setenv(name, value)
+    which, found = plan(8, 4), []
+    for compiled in (False, True):
+        made = trainer(tiny_network(4), which, FP32, compiled=compiled)
+        for update in range(2):
+            made.run_update(micro_batches(*global_batch(8, update), 8), 1, measure=False)
+        found.append({name: value.double() for name, value in made.network.state_dict().items()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
