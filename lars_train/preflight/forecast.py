@@ -1,6 +1,6 @@
 """Forecast a run for ``mode=plan``: memory per device, bytes on disk, and hours, as values and as lines to print.
 
-The network is built and counted on the CPU. No other device is touched, and nothing is measured: rates come from the
+The network is only counted. No device other than the CPU is touched, and nothing is measured: rates come from the
 config (``plan.*``) or from the figures that devices.py cites.
 """
 
@@ -18,14 +18,14 @@ from torch import nn
 from lars_train.config import AUTO, Config, with_row
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, format_duration, size
-from lars_train.models.factory import build_model
+from lars_train.models.factory import build_model, is_torchvision_model
 from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
 from lars_train.preflight.devices import CPU, DEVICES
 from lars_train.preflight.disk_volume import volume
 from lars_train.preflight.hours import Hours, make_machine, planned_micro_batch, planned_precision
 from lars_train.preflight.time_model import Machine
 from lars_train.training.assemble import build_optimizer
-from lars_train.training.device import MOST_SAMPLES, cuda_devices, kept_tensors
+from lars_train.training.device import MOST_SAMPLES, cuda_devices, device_to_count_on, kept_tensors
 
 # Upper bound on the memory of a process that trains on a CPU. Python, torch and the libraries take a constant.
 # Multiples of weights, activations and the largest activation cover what the allocator does not count: workspaces,
@@ -187,7 +187,10 @@ def _on_a_cpu(config: Config) -> bool:
 
 @functools.cache
 def _network(name: str, classes: int, ghost_batch: int) -> nn.Module:
-    return build_model(name, num_classes=classes, ghost_batch=ghost_batch, zero_gamma=False)
+    if is_torchvision_model(name):
+        import torchvision  # noqa: F401 - before a device is chosen, see device_to_count_on
+    with torch.device(device_to_count_on()):
+        return build_model(name, num_classes=classes, ghost_batch=ghost_batch, zero_gamma=False)
 
 
 @functools.cache
