@@ -133,6 +133,19 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://pypi.org/project/pytorch-optimizer 4.1.0, LARS. Vectors: exclude=True, weight_decay=0. If only the
     # gradient is zero, that implementation's ratio is trust_coef / wd; here the ratio is 1.
     "pytorch-optimizer": {"eps": 0.0},
+    # https://github.com/Lightning-Universe/lightning-bolts 0.7, pl_bolts/optimizers/lars.py, which lightly copies
+    # (https://pypi.org/project/lightly, lightly/utils/lars.py).
+    "bolts": {"zero_norm": "skip", "zero_decay": "skip"},
+    # https://github.com/facebookresearch/moco-v3, moco/optimizer.py, as in https://github.com/facebookresearch/barlowtwins,
+    # main.py. Vectors: exclude=True, weight_decay=0.
+    "moco-v3": {"eps": 0.0, "denominator": "combined"},
+    # https://github.com/facebookresearch/swav, main_swav.py: apex's LARC with trust_coefficient=0.001, clip=False. As
+    # https://github.com/vturrisi/solo-learn, solo/utils/lars.py. Its clip_lr=True is clip="lr" here; with
+    # exclude_bias_n_norm=True, vectors: exclude=True, weight_decay=0.
+    "swav": {"zero_norm": "skip"},
+    # https://github.com/open-mmlab/mmpretrain 1.2, mmpretrain/engine/optimizers/lars.py. Its lars_exclude=True is
+    # exclude=True here.
+    "mmpretrain": {"lr_placement": "inside"},
     # You et al. 2020, https://arxiv.org/abs/1904.00962, Algorithm 2, over AdamW, whose eps is 1e-6 there. timm's Lamb
     # has zero_decay="skip" unless always_adapt=True; its trust_clip=True is clip=(0, 1).
     "lamb": {"eps": 0.0, "trust_coef": 1.0, "ratio_of": "step"},

@@ -235,6 +235,88 @@ def test_nus_hpc(zeros: bool, scale: float) -> None:
     assert_equal(run(LARS.preset("nus-hpc", base), params, gradients), values)
 
 
+def by_hand(
+    rule: Callable[[Array, Array, bool, float], Array], zeros: bool, nesterov: bool, *, lr_inside: bool = False
+) -> list[Array]:
+    """Return the weights after five updates of torch's SGD with the gradients that `rule` returns.
+
+    Args:
+        rule: maps weight, gradient, whether the weight is a vector, and lr to the new gradient.
+        lr_inside: multiply the gradient by the lr, and step with an lr of 1.
+    """
+    values, gradients = tensors(zeros)
+    buffers: list[Array | None] = [None] * len(values)
+    for grads, rate in zip(gradients, RATES, strict=True):
+        for i, g in enumerate(grads):
+            d = rule(values[i], g, VECTORS[i], rate) * (rate if lr_inside else 1.0)
+            before = buffers[i]
+            buffers[i] = buffer = d if before is None else MOMENTUM * before + d
+            values[i] = values[i] - (1.0 if lr_inside else rate) * (d + MOMENTUM * buffer if nesterov else buffer)
+    return values
+
+
+ssl = pytest.mark.parametrize(("zeros", "nesterov"), list(itertools.product([False, True], repeat=2)))
+
+
+@ssl
+@pytest.mark.parametrize("decay", [DECAY, 0.0])
+def test_bolts(zeros: bool, nesterov: bool, decay: float) -> None:
+    # lars.py: neither ratio nor decay if the decay or a norm is 0.
+    def rule(w: Array, g: Array, vector: bool, rate: float) -> Array:
+        if decay == 0 or norm(w) == 0 or norm(g) == 0:
+            return g
+        return (g + decay * w) * 0.001 * norm(w) / (norm(g) + decay * norm(w) + 1e-8)
+
+    expected = by_hand(rule, zeros, nesterov)
+    assert_equal(ours("bolts", zeros, nesterov=nesterov, decay=decay), expected)
+    if importlib.util.find_spec("lightly") is not None:
+        lars = pytest.importorskip("lightly.utils.lars").LARS
+        assert_equal(theirs(lars, zeros, nesterov=nesterov, weight_decay=decay), expected)
+
+
+@ssl
+def test_moco_v3(zeros: bool, nesterov: bool) -> None:
+    # optimizer.py: the norm of the decayed gradient, and no eps; vectors are neither decayed nor adapted.
+    def rule(w: Array, g: Array, vector: bool, rate: float) -> Array:
+        if vector:
+            return g
+        d = g + DECAY * w
+        return d * (0.001 * norm(w) / norm(d) if norm(w) > 0 and norm(d) > 0 else 1.0)
+
+    expected = by_hand(rule, zeros, nesterov)
+    assert_equal(ours("moco-v3", zeros, excluded_decay=0.0, nesterov=nesterov), expected)
+
+
+@ssl
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("exclude", [False, True])
+def test_swav_and_solo_learn(zeros: bool, nesterov: bool, clip: bool, exclude: bool) -> None:
+    # LARC.py and lars.py: neither ratio nor decay if a norm is 0. solo-learn can clip, and exclude vectors.
+    def rule(w: Array, g: Array, vector: bool, rate: float) -> Array:
+        if norm(w) == 0 or norm(g) == 0 or (vector and exclude):
+            return g
+        ratio = 0.001 * norm(w) / (norm(g) + DECAY * norm(w) + 1e-8)
+        return (g + DECAY * w) * (min(ratio / rate, 1.0) if clip else ratio)
+
+    options: dict[str, Any] = {"clip": "lr"} if clip else {}
+    got = ours("swav", zeros, excluded_decay=0.0 if exclude else None, nesterov=nesterov, **options)
+    assert_equal(got, by_hand(rule, zeros, nesterov))
+
+
+@ssl
+@pytest.mark.parametrize("excluded_decay", [None, 0.0, DECAY])
+def test_mmpretrain(zeros: bool, nesterov: bool, excluded_decay: float | None) -> None:
+    # lars.py: the lr is in the momentum. lars_exclude leaves out the ratio alone; decay_mult=0 leaves out the decay.
+    def rule(w: Array, g: Array, vector: bool, rate: float) -> Array:
+        if vector and excluded_decay is not None:
+            return g + excluded_decay * w
+        zero = norm(w) == 0 or norm(g) == 0
+        return (g + DECAY * w) * (1.0 if zero else 0.001 * norm(w) / (norm(g) + DECAY * norm(w) + 1e-8))
+
+    expected = by_hand(rule, zeros, nesterov, lr_inside=True)
+    assert_equal(ours("mmpretrain", zeros, excluded_decay=excluded_decay, nesterov=nesterov), expected)
+
+
 def test_torchlars_is_the_default() -> None:
     assert PRESETS["torchlars"] == {}
     params = parameters(tensors(False)[0])
