@@ -1,8 +1,9 @@
 """lars-train: ResNet-50 on ImageNet with batches of 256 to 64K, at the accuracy of batch 256.
 
-The public API is that of `lars_train.optim`: the optimizer `LARS`, `split_parameters` for its parameter groups, the
-`learning_rate` schedule with the schedulers `WarmupCosine`, `WarmupPoly` and `WarmupSteps`, and `scaled_lr`. Each can
-be used alone. They are imported on first use, so that the command line prints ``--help`` without torch.
+The public API is that of `lars_train.optim`: the optimizer `LARS`, `parameter_groups` and `split_parameters` for its
+parameters, the `learning_rate` schedule with the schedulers `WarmupCosine`, `WarmupPoly` and `WarmupSteps`, and
+`scaled_lr`. Each can be used alone. They are imported on first use, so that the command line prints ``--help`` without
+torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lars_train.optim import WarmupPoly as WarmupPoly
     from lars_train.optim import WarmupSteps as WarmupSteps
     from lars_train.optim import learning_rate as learning_rate
+    from lars_train.optim import parameter_groups as parameter_groups
     from lars_train.optim import scaled_lr as scaled_lr
     from lars_train.optim import split_parameters as split_parameters
 
@@ -28,6 +30,7 @@ __all__ = [
     "WarmupSteps",
     "__version__",
     "learning_rate",
+    "parameter_groups",
     "scaled_lr",
     "split_parameters",
 ]

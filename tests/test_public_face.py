@@ -38,7 +38,7 @@ def test_lars_and_the_schedule_are_imported_from_the_package() -> None:
 def test_all_public_names_exist_and_an_unknown_one_raises() -> None:
     assert set(lars_train.__all__) == {
         *("LARS", "WarmupCosine", "WarmupPoly", "WarmupSteps", "__version__"),
-        *("learning_rate", "scaled_lr", "split_parameters"),
+        *("learning_rate", "parameter_groups", "scaled_lr", "split_parameters"),
     }
     assert lars_train.__all__ == optim.__all__
     for name in lars_train.__all__:

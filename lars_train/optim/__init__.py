@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .lars import LARS as LARS
+    from .param_groups import parameter_groups as parameter_groups
     from .param_groups import split_parameters as split_parameters
     from .schedule import learning_rate as learning_rate
     from .schedule import scaled_lr as scaled_lr
@@ -31,6 +32,7 @@ _LAZY = {
     "WarmupPoly": "schedulers",
     "WarmupSteps": "schedulers",
     "learning_rate": "schedule",
+    "parameter_groups": "param_groups",
     "scaled_lr": "schedule",
     "split_parameters": "param_groups",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "WarmupSteps",
     "__version__",
     "learning_rate",
+    "parameter_groups",
     "scaled_lr",
     "split_parameters",
 ]

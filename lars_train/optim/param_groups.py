@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -43,22 +44,38 @@ def _is_bias_name(name: str) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, decay_norm_bias: bool, adapt_norm_bias: bool = True
+    model: nn.Module,
+    weight_decay: float,
+    decay_norm_bias: bool = False,
+    adapt_norm_bias: bool = False,
+    *,
+    lr: float | None = None,
+    norm_bias_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer, with every parameter of `model` in exactly one.
 
     A group has the keys ``params`` (in the order of ``model.named_parameters()``), ``weight_decay`` and ``name``:
     ``"decay"`` for the weights; for biases and normalization layers ``"norm_bias"`` if they are decayed, else
-    ``"no_decay"``. Empty groups are left out.
+    ``"no_decay"``. With `lr`, it also has the key ``lr``. Empty groups are left out.
 
     Args:
         weight_decay: weight decay of the groups that are decayed.
         decay_norm_bias: decay biases and normalization layers too (the second list of `split_parameters`).
         adapt_norm_bias: if False, the group of biases and normalization layers gets ``exclude=True``, so that `LARS`
-            does not adapt it. If `decay_norm_bias` and `adapt_norm_bias` are both True, all parameters are in one
+            does not adapt it. If nothing distinguishes biases and normalization layers, all parameters are in one
             group, ``"decay"``.
+        lr: the learning rate of the weights. None: the optimizer's.
+        norm_bias_lr_factor: the learning rate of biases and normalization layers, as a multiple of `lr`. torch's
+            schedulers derive each group's rate from its first one, so that most of them keep the factor.
+
+    Raises:
+        ValueError: `norm_bias_lr_factor` is negative or not finite, or it needs `lr`.
     """
-    alike = decay_norm_bias and adapt_norm_bias
+    if not (math.isfinite(norm_bias_lr_factor) and norm_bias_lr_factor >= 0):
+        raise ValueError(f"norm_bias_lr_factor={norm_bias_lr_factor}: it must be finite and at least 0")
+    if lr is None and norm_bias_lr_factor != 1:
+        raise ValueError(f"norm_bias_lr_factor={norm_bias_lr_factor} needs lr, of which it is a multiple")
+    alike = decay_norm_bias and adapt_norm_bias and norm_bias_lr_factor == 1
     weights, rest = (list(model.parameters()), []) if alike else split_parameters(model)
     others = {"weight_decay": weight_decay, "name": "norm_bias"} if decay_norm_bias else {}
     exclude = {} if adapt_norm_bias else {"exclude": True}
@@ -66,4 +83,6 @@ def parameter_groups(
         {"params": weights, "weight_decay": weight_decay, "name": "decay"},
         {"params": rest, "weight_decay": 0.0, "name": "no_decay", **others, **exclude},
     ]
+    if lr is not None:
+        groups[0]["lr"], groups[1]["lr"] = lr, lr * norm_bias_lr_factor
     return [group for group in groups if group["params"]]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import lr_scheduler
 
+from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups, split_parameters
 
 
@@ -58,9 +63,54 @@ def test_decay_norm_bias_false_exempts_biases_and_norm_layers() -> None:
 
 def test_decay_norm_bias_true_decays_everything() -> None:
     model = Net()
-    groups = parameter_groups(model, 5e-4, decay_norm_bias=True)
+    groups = parameter_groups(model, 5e-4, decay_norm_bias=True, adapt_norm_bias=True)
     assert named(model, groups) == {"decay": [n for n, _ in model.named_parameters()]}
     assert groups[0]["weight_decay"] == 5e-4
+
+
+# mmpretrain's multiplier; the two rates of Barlow Twins.
+FACTORS = [0.024, 0.0048 / 0.2]
+SCHEDULERS: list[Callable[[Any], Any]] = [
+    lambda o: lr_scheduler.LambdaLR(o, lambda update: 1 / (1 + update)),
+    lambda o: lr_scheduler.PolynomialLR(o, total_iters=8, power=2),
+    lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=8),
+]
+
+
+@pytest.mark.parametrize("make", SCHEDULERS)
+@pytest.mark.parametrize("factor", FACTORS)
+def test_schedulers_keep_the_lr_factor(factor: float, make: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    groups = parameter_groups(model, 1e-6, lr=1.6, norm_bias_lr_factor=factor)
+    assert [(g["lr"], g["weight_decay"], g.get("exclude", False)) for g in groups] == [
+        (1.6, 1e-6, False),
+        (1.6 * factor, 0.0, True),
+    ]
+    lars = LARS.preset("moco-v3", torch.optim.SGD(groups, lr=1.6, momentum=0.9))
+    scheduler = make(lars)
+    rates, bias = [], model.fc.bias
+    for _ in range(7):
+        weights, rest = (g["lr"] for g in lars.param_groups)
+        assert rest == pytest.approx(factor * weights, rel=1e-12)
+        rates.append(weights)
+        before, buffer = bias.detach().clone(), lars.state[bias].get("momentum_buffer", torch.zeros(2)).clone()
+        bias.grad = torch.randn(2)
+        momentum = 0.9 * buffer + bias.grad
+        lars.step()
+        torch.testing.assert_close(bias.detach(), before - rest * momentum)
+        scheduler.step()
+    assert len(set(rates)) == len(rates)
+
+
+def test_an_lr_factor_needs_an_lr_and_separates_the_groups() -> None:
+    groups = parameter_groups(Net(), 0.1, True, True, lr=2.0, norm_bias_lr_factor=0.5)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [("decay", 2.0, 0.1), ("norm_bias", 1.0, 0.1)]
+    assert not any("lr" in g for g in parameter_groups(Net(), 0.1))
+    with pytest.raises(ValueError, match=r"norm_bias_lr_factor=0.5 needs lr"):
+        parameter_groups(Net(), 0.1, norm_bias_lr_factor=0.5)
+    with pytest.raises(ValueError, match=r"norm_bias_lr_factor=-1: it must be finite and at least 0"):
+        parameter_groups(Net(), 0.1, lr=1.0, norm_bias_lr_factor=-1)
 
 
 @pytest.mark.parametrize("decay_norm_bias", [True, False])
