@@ -123,8 +123,10 @@ def models_of_data() -> dict[str, str]:
     """Return the model that a data set chooses unless the command line does, by data set, if it is not the default."""
     found = {}
     for name in choices_of("data"):
-        for one in OmegaConf.load(config_dir() / "data" / f"{name}.yaml").get("defaults", []):
-            if not isinstance(one, str) and "override /model" in one:
+        file = OmegaConf.to_container(OmegaConf.load(config_dir() / "data" / f"{name}.yaml"))
+        assert isinstance(file, dict)
+        for one in file.get("defaults", []):
+            if isinstance(one, dict) and "override /model" in one:
                 found[name] = str(one["override /model"])
     return found
 
