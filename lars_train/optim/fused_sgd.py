@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from .rescale import Record, have_same_layout, is_adapted
+from .rescale import Record, have_same_layout, is_adapted, is_compiling
 from .rule import Rule
 
 if TYPE_CHECKING:
@@ -38,18 +38,21 @@ _ONE_THREAD = 32768
 # 1 - (1 - r) has a rounding error of 1e-16, which is visible in float64 for smaller ratios.
 _SMALLEST_IN_DAMPENING = 1e-4
 _PLAIN_TYPES = (Parameter, Tensor)
+# Older versions lack the kernel for the CPU (before 2.4), or increment_version for a list.
+_HAS_KERNEL = torch.__version__ >= "2.6"
 
 
 def applies_to(base: Optimizer, rule: Rule) -> bool:
     """Return True if this module can replace the step of `base`: torch's own SGD, without step hooks."""
     return (
-        type(base) is SGD
+        _HAS_KERNEL
+        and type(base) is SGD
         and rule.ratio_of == "gradient"
         and rule.denominator == "split"
         and rule.weight_decay == "coupled"
         and rule.clamp is None
         and ("step" not in vars(base) or is_wrapped_by_scheduler(base))
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and not has_step_hooks(base)
     )
 

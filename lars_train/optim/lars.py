@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from . import fused_sgd
 from .base import calls_closure, check_base, check_groups, check_rule, failed_for_closure, is_plain
 from .options import DEFAULTS, PRESETS
-from .rescale import Layers, Record, check_gradients, group_parameters, rescale
+from .rescale import Layers, Record, check_gradients, group_parameters, is_compiling, rescale
 from .rescale_step import apply_outside, copy_weights, hide_settings, restore_settings, scale_step
 from .rule import Rule
 
@@ -312,7 +312,7 @@ class LARS(Optimizer):
         before = [copy_weights(part) for part in parts] if self.rule.changes_step else []
         hidden = hide_settings(self.param_groups, self.rule)
         try:
-            if torch.compiler.is_compiling() and is_plain(self.base_optimizer):
+            if is_compiling() and is_plain(self.base_optimizer):
                 # torch's wrapper breaks the graph in order to disable gradients, which LARS.step has already done.
                 inspect.unwrap(type(self.base_optimizer).step)(self.base_optimizer)
             else:

@@ -17,7 +17,7 @@ _NORM_LAYERS = (
     nn.InstanceNorm3d,
     nn.GroupNorm,
     nn.LayerNorm,
-    nn.RMSNorm,
+    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),  # torch 2.4
 )
 
 

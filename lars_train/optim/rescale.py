@@ -24,6 +24,7 @@ from .rule import Rule
 
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
+_KNOWS_COMPILER = hasattr(torch.compiler, "is_compiling")  # torch 2.3
 _SMALL = 8192  # elements up to which a pass over memory costs less than a call
 
 
@@ -117,7 +118,7 @@ def check_gradients(groups: Iterable[dict[str, Any]], rule: Rule) -> None:
     Replace a gradient by a copy if its elements share memory (an expanded tensor), or if it is a lazy negation or
     conjugate. Raises `RuntimeError` for a sparse gradient, and for a complex gradient if the rule clamps elements.
     """
-    clamps, eager, strided = rule.clamp is not None, not torch.compiler.is_compiling(), torch.strided
+    clamps, eager, strided = rule.clamp is not None, not is_compiling(), torch.strided
     for group in groups:
         for parameter in group["params"]:
             grad = parameter.grad
@@ -143,9 +144,14 @@ def _needs_copy(grad: Tensor) -> bool:
     return overlaps or grad.is_neg() or grad.is_conj()
 
 
+def is_compiling() -> bool:
+    """Return True within torch.compile; always False with torch before 2.3."""
+    return _KNOWS_COMPILER and torch.compiler.is_compiling()
+
+
 def is_host_tensor(tensor: Tensor) -> bool:
     """Return True if the host can read `tensor` without waiting: a plain CPU tensor, outside torch.compile."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_compiling()
 
 
 def rescale(parts: Iterable[Part], rule: Rule, record: Record | None) -> None:

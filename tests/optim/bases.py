@@ -78,8 +78,9 @@ class Base:
         return self.build(params, **(changes | decay))
 
 
-# torch before 2.9 does not have Muon.
+# torch before 2.9 does not have Muon, before 2.5 no Adafactor, which torch_lars supports.
 MUON: Any = getattr(optim, "Muon", None)
+ADAFACTOR: Any = getattr(optim, "Adafactor", None)
 BASES = [
     Base(optim.SGD, {"lr": 0.5, "momentum": 0.9}),
     Base(optim.Adam, {"lr": 0.05}),
@@ -92,7 +93,7 @@ BASES = [
     Base(optim.ASGD, {"lr": 0.5, "t0": 2}),
     Base(optim.RMSprop, {"lr": 0.05, "momentum": 0.9}),
     Base(optim.Rprop, {"lr": 0.05}),
-    Base(optim.Adafactor, {"lr": 0.05}),
+    *([Base(ADAFACTOR, {"lr": 0.05})] if ADAFACTOR else []),
     Base(optim.LBFGS, {"lr": 0.1, "max_iter": 3}),
     *([Base(MUON, {"lr": 0.05})] if MUON else []),
 ]
