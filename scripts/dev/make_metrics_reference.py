@@ -33,15 +33,14 @@ One JSON object per log line, if the optimizer is LARS. `trust_ratios.fields.jso
 """
 
 
-def table(fields: dict[str, tuple[str, str]]) -> list[str]:
-    """Return the table of `fields`: name, unit and meaning."""
-    rows = (f"| `{name}` | {unit} | {meaning.replace('|', '&#124;')} |" for name, (unit, meaning) in fields.items())
-    return ["", "| field | unit | meaning |", "|---|---|---|", *rows]
+def field_list(fields: dict[str, tuple[str, str]]) -> list[str]:
+    """Return `fields` as a list of names, units and meanings, which a phone shows whole."""
+    return ["", *(f"- `{name}`{f' ({unit})' if unit else ''}: {meaning}" for name, (unit, meaning) in fields.items())]
 
 
 def page() -> str:
     """Return the whole page."""
-    return HEAD + "\n".join(table(FIELDS)) + "\n" + RATIOS + "\n".join(table(RATIO_FIELDS)) + "\n"
+    return HEAD + "\n".join(field_list(FIELDS)) + "\n" + RATIOS + "\n".join(field_list(RATIO_FIELDS)) + "\n"
 
 
 if __name__ == "__main__":
