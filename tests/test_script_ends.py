@@ -45,6 +45,8 @@ def signal_script(command: list[str], number: int, folder: Path, sign: str) -> t
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # In a background job, such as CI, SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         try:
             end = time.monotonic() + 120

@@ -257,7 +257,7 @@ def test_a_torch_optimizer_without_lars_makes_its_own_steps(tmp_path: Path) -> N
     assert found["adamw"] == found["torch"] != found["lars"]
 
 
-def test_compile_and_layout_are_reported_and_change_only_rounding(tmp_path: Path) -> None:
+def test_compile_and_layout_change_only_rounding(tmp_path: Path) -> None:
     small = [*ALONE, *TINY, "data.val_count=64", "max_updates=2"]
     output = ran([*small, "run.name=eager"], tmp_path)
     assert "channels last, not compiled" in output

@@ -292,7 +292,7 @@ def test_a_thousand_unnamed_outputs_are_imagenets_classes() -> None:
 def test_numbers_in_text_order_give_a_warning(tmp_path: Path) -> None:
     warning = text_order(["0", "1", "10", "11", "2"])
     assert warning is not None
-    assert "is class 0, 1, 10, 11, 2" in warning
+    assert "are the classes 0, 1, 10, 11, 2." in warning
     for fine in (["0", "1", "2"], ["00", "01", "10"], ["a", "b"], ["0", "1", "10", "2x"]):
         assert text_order(fine) is None
     for split in ("train", "val"):
