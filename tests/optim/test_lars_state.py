@@ -197,6 +197,31 @@ def test_distributed_checkpoint_saves_and_restores_the_state(base: Base, flatten
     assert_same(list(other.parameters()), list(model.parameters()))
 
 
+@pytest.mark.parametrize("bolts", [False, True], ids=["timm", "bolts"])
+def test_a_state_dict_of_timm_or_bolts_continues_their_updates(bolts: bool) -> None:
+    kind = pytest.importorskip("timm.optim.lars").Lars
+
+    def train(optimizer: Optimizer, weight: Parameter, updates: range) -> None:
+        for update in updates:
+            weight.grad = 0.3 * weight.detach() + 0.1 * (update + 1)
+            optimizer.step()
+
+    theirs, ours = (Parameter(torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(4, 3)) for _ in range(2))
+    timm = kind([theirs], lr=0.5, momentum=0.9, weight_decay=DECAY)
+    train(timm, theirs, range(3))
+    ours.data.copy_(theirs.data)
+    state = copy.deepcopy(timm.state_dict())
+    if bolts:  # the same rule and the same state, with other names in the groups
+        (group,) = state["param_groups"]
+        group["trust_coefficient"] = group.pop("trust_coeff")
+        del group["trust_clip"], group["always_adapt"]
+    lars = LARS.preset("bolts" if bolts else "timm", optim.SGD([ours], lr=0.1))
+    lars.load_state_dict(state)
+    train(timm, theirs, range(3, 6))
+    train(lars, ours, range(3, 6))
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
+
+
 def test_distributed_checkpoint_refuses_lbfgs_as_without_lars() -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
