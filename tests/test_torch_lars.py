@@ -1,8 +1,8 @@
 """The distribution torch-lars, built from `lars_train/optim`, works with torch alone, and beside lars-train.
 
-Its lowest torch, 2.1, was tried with tests/optim as torch_lars: 1,121 tests passed. Most of the others use what torch 2.1
-lacks, such as Adafactor, fused Adam on the CPU or ``torch.amp.GradScaler``. torch before 2.6 has no fast path for SGD on
-the CPU.
+Its lowest torch, 2.1, was tried with tests/optim as torch_lars: 1,121 tests passed. Most of the others use what
+torch 2.1 lacks, such as Adafactor, fused Adam on the CPU or ``torch.amp.GradScaler``. torch before 2.6 has no fast path
+for SGD on the CPU.
 """
 
 from __future__ import annotations
