@@ -1,4 +1,4 @@
-"""lars-train: ResNet-50 on ImageNet with batches of 256 to 64K, at the accuracy of batch 256.
+"""lars-train: large-batch training of ResNets on ImageNet with LARS, at batches of 256 to 64K.
 
 The public API is that of `lars_train.optim`: the optimizer `LARS`, `parameter_groups` and `split_parameters` for its
 parameters, the `learning_rate` schedule with the schedulers `WarmupCosine`, `WarmupPoly` and `WarmupSteps`, and

@@ -17,7 +17,7 @@ CPU = "cpu"
 """The cited CPU device: one core, running one process with one thread."""
 
 FLOPS_PER_IMAGE = 24_535_105_536
-"""Of the cited figures' network, ResNet-50 at 224 pixels with 1,000 classes (`training.metrics.flops_per_image`)."""
+"""Operations per image of ResNet-50 at 224 pixels with 1,000 classes (`training.metrics.flops_per_image`)."""
 TENSORS = 161
 """Parameter tensors of ResNet-50. The number of a network's kernels is assumed to be proportional to this number."""
 SEPARATE_BYTES = 240e6
@@ -41,7 +41,7 @@ class Figure:
     """A published speed. `fused`: by MLPerf's kind of program; otherwise by a program with separate kernels."""
 
     images_per_second: float
-    """Of one device among those of a machine."""
+    """Images/s of one device, measured among those of a machine."""
     micro_batch: int
     source: str
     fused: bool = False
