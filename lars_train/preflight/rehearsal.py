@@ -1,6 +1,6 @@
 """Compute the updates, learning rates, checkpoints and evaluations of a whole run for ``mode=plan``, without training.
 
-Calls the same functions as a run (plan.py, optim/schedule.py, data/order.py) for every update. Builds no network, reads
+Calls the same functions as a run (plan.py, optim/schedule.py, data/order.py). Builds no network, reads
 no image, writes no run directory.
 """
 
@@ -21,9 +21,9 @@ from lars_train.plan import (
     checkpoint_is_due,
     describe_decay,
     evaluation_is_due,
-    log_is_due,
     make_schedule,
 )
+from lars_train.preflight.disk_volume import log_lines
 
 FORMAT = 1
 _LR_LINES = 10
@@ -39,7 +39,8 @@ def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[
     `ConfigError` for more ranks than ghost batches, and for a micro-batch that is not made of whole ghost batches.
     """
     check_world(plan, world)
-    evaluations = [u for u in range(1, plan.stop + 1) if evaluation_is_due(config, plan, u)]
+    epoch_ends = {*range(plan.updates_per_epoch, plan.stop + 1, plan.updates_per_epoch), plan.stop}
+    evaluations = [u for u in sorted(epoch_ends) if evaluation_is_due(config, plan, u)]
     # A run writes a checkpoint with each evaluation.
     saved = set(evaluations).union(u for u in range(1, plan.stop + 1) if checkpoint_is_due(config, plan, u))
     counts = [stop - start for start, stop in (eval_range(val_count, rank, world) for rank in range(world))]
@@ -70,7 +71,7 @@ def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[
         "policy": describe_decay(config),
         "lr_per_epoch": list(_epochs(config, plan)),
         "lr_curve": list(_curve(config, plan)),
-        "log_lines": sum(log_is_due(config, plan, u) for u in range(1, plan.stop + 1)),
+        "log_lines": log_lines(config, plan),
         "checkpoints": sorted(saved),
         "checkpoints_kept": min(len(saved), config.checkpoint.keep) + 1,
         "evaluations": evaluations,
