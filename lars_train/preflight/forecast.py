@@ -19,6 +19,8 @@ from lars_train.config import AUTO, Config, with_row
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, format_duration, size
 from lars_train.models.factory import build_model, is_torchvision_model
+from lars_train.optim import fused_sgd
+from lars_train.optim.lars import LARS
 from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
 from lars_train.preflight.devices import CPU, DEVICES
 from lars_train.preflight.disk_volume import volume
@@ -45,7 +47,8 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
     width = {"fp64": 8}.get(planned_precision(config), 4)
     weights = width * sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
-    slots = _optimizer_slots(config)
+    slots, copies = _optimizer_memory(config)
+    held = 2 * weights + buffers + slots * weights
     several = world > 1 or accumulation(plan, world, planned_micro_batch(config, plan) // plan.ghost_batch) > 1
     disk = functools.partial(volume, network=network, classes=classes, slots=slots, several=several)
     found: dict[str, Any] = {
@@ -53,7 +56,8 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
         "weight_bytes": weights,
         "gradient_bytes": weights,
         "optimizer_bytes": slots * weights,
-        "memory_per_device": list(_memory(config, plan, network, world, fixed=2 * weights + buffers + slots * weights)),
+        "step_bytes": copies * weights,
+        "memory_per_device": list(_memory(config, plan, network, world, fixed=held, step=copies * weights)),
         "disk": disk(config, plan),
     }
     machine = make_machine(config, network)
@@ -137,20 +141,31 @@ def _rows(
         yield entry
 
 
-def _optimizer_slots(config: Config) -> int:
-    """Return the size of the optimizer's state in multiples of the weights, measured by one step on a small layer."""
+def _optimizer_memory(config: Config) -> tuple[int, int]:
+    """Return the optimizer's state, and LARS's copy of the weights during a step, in multiples of the weights.
+
+    The state is measured by one step on a small layer.
+    """
     layer = nn.Linear(8, 8, bias=False)
     optimizer = build_optimizer(config.optimizer, layer)
     layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
     held = {id(v): v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)}
-    return sum(v.numel() for v in held.values()) // layer.weight.numel()
+    slots = sum(v.numel() for v in held.values()) // layer.weight.numel()
+    if not isinstance(optimizer, LARS):
+        return slots, 0
+    # On the CPU, the fast path over SGD needs no copy, because it computes a tensor's whole update at once.
+    is_fused = _on_a_cpu(config) and fused_sgd.applies_to(optimizer.base_optimizer, optimizer.rule)
+    return slots, int(optimizer.rule.changes_step and not is_fused)
 
 
-def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: int) -> Iterator[dict[str, int]]:
+def _memory(
+    config: Config, plan: Plan, network: nn.Module, world: int, *, fixed: int, step: int
+) -> Iterator[dict[str, int]]:
     """Yield the memory of a device for each micro-batch: a `fixed` part, and activations kept for the backward pass.
 
-    On a CPU, add an upper bound on the bytes of the whole process.
+    The optimizer's step, which needs `step` more bytes, begins when the activations are free again. On a CPU, add an
+    upper bound on the bytes of the whole process.
     """
     # Activations take about half under autocast (training/device.py), and twice as much in float64.
     share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(planned_precision(config), 1.0)
@@ -165,7 +180,7 @@ def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: i
         entry = {
             "micro_batch": ghosts * plan.ghost_batch,
             "activation_bytes": activations,
-            "bytes": fixed + activations,
+            "bytes": fixed + max(activations, step),
             "accumulation": accumulation(plan, world, ghosts),
         }
         if _on_a_cpu(config):
@@ -174,6 +189,7 @@ def _memory(config: Config, plan: Plan, network: nn.Module, world: int, fixed: i
                 + _WEIGHTS_FACTOR * fixed
                 + _ACTIVATIONS_FACTOR * activations
                 + _LARGEST_FACTOR * largest * ghosts
+                + step
             )
         yield entry
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from copy import deepcopy
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,33 @@ def test_memory_at_a_micro_batch_matches_the_allocator() -> None:
     held = sum(event.self_cpu_memory_usage for event in recorded.events())
     del output
     assert memory["bytes"] == pytest.approx(held, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("rule", "copies"), [("ratio_of=gradient", 0), ("ratio_of=step", 1), ("ratio_placement=outside", 0)]
+)
+def test_a_copy_of_the_weights_in_the_step_is_planned(rule: str, copies: int) -> None:
+    # With weight decay, SGD's own step needs a further tensor.
+    settings = f"{SMALL} batch.size=8 model.ghost_batch=4 micro_batch=4 data.image_size=8 optimizer.{rule}"
+    settings += " optimizer.weight_decay=0"
+    found = planned(settings)["forecast"]
+    network = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False)
+    optimizer = build_optimizer(composed(settings).optimizer, network)
+    for update in range(2):
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=update == 1) as recorded:
+            optimizer.step()
+    kineto: Any = recorded.profiler
+    events = sorted(kineto.kineto_results.events(), key=lambda event: event.start_ns())
+    most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    assert found["step_bytes"] == copies * found["weight_bytes"]
+    assert found["step_bytes"] == pytest.approx(most, abs=0.02 * found["weight_bytes"])
+    memory = found["memory_per_device"][0]
+    # The activations of four small images take less than the weights.
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in network.buffers())
+    held = 3 * found["weight_bytes"] + buffers
+    assert memory["bytes"] == held + (found["weight_bytes"] if copies else memory["activation_bytes"])
 
 
 @pytest.mark.slow
