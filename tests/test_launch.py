@@ -249,6 +249,16 @@ def test_waiting_threads_sleep_soon_unless_the_user_chose(given: dict[str, str],
     assert environment == expected
 
 
+def test_garbage_is_collected_rarely_until_training_begins() -> None:
+    # In its own process: the exit handler stays registered.
+    code = (
+        "import gc; from lars_train.launch import collect_garbage_as_usual, start_faster; usual = gc.get_threshold();"
+        "start_faster(); assert gc.get_threshold()[0] > 10 * usual[0];"
+        "collect_garbage_as_usual(); assert gc.get_threshold() == usual"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_detecting_the_launcher_needs_no_torch() -> None:
     code = "import sys; from lars_train.launch import adopt; adopt(); sys.exit('torch' in sys.modules)"
     clean = without(dict(os.environ), *TORCHRUN)

@@ -17,7 +17,7 @@ from lars_train.data.loading.loader import EvalSpec
 from lars_train.data.open import open_validation
 from lars_train.errors import ConfigError, Diverged, Stopped
 from lars_train.fsutil import user_path
-from lars_train.launch import Ranks
+from lars_train.launch import Ranks, collect_garbage_as_usual
 from lars_train.messages import complain, first_line, say
 from lars_train.monitoring.confusion import write_confusion
 from lars_train.monitoring.progress import Progress
@@ -101,6 +101,7 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
     run, directory = None, prepared.directory
     try:
         run = Run(prepared, group, device)
+        collect_garbage_as_usual()
         if group.first:
             resolved = dataclasses.asdict(run.resolved)
             flops = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
