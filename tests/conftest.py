@@ -1,7 +1,18 @@
 """Start the longest test files first, and skip tests that need a newer torch than the installed one."""
 
+import atexit
+import gc
+import os
+from pathlib import Path
+
 import old_torch
 import pytest
+
+STARTUP = Path(__file__).with_name("startup")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STARTUP), os.environ.get("PYTHONPATH"))))
+# As STARTUP does in other processes.
+gc.set_threshold(100_000)
+atexit.register(gc.freeze)
 
 # The optimizer tests import asserts from this module.
 pytest.register_assert_rewrite("bases")

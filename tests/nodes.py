@@ -12,7 +12,7 @@ import pytest
 from tiny import ALONE, ran
 
 SETTINGS = (
-    "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 model=small "
+    "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=8 model=small "
     "model.ghost_batch=16 precision=fp64 schedule.warmup_epochs=0.5 log_every=2 batch.size=64 optimizer.lr=2 "
     "epochs=6 checkpoint.every_updates=5 evaluate.every_epochs=6 launch.threads=1 run.dir=run"
 ).split()
