@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import subprocess
@@ -65,11 +66,14 @@ def test_a_sweep_has_a_row_for_each_configuration_failed_or_not() -> None:
     assert all((row[3] == "LookupError: timm has no such network") == (row[0] == timm) for row in rows)
 
 
-def test_bench_startup_times_every_stage(tmp_path: Path) -> None:
-    rows = measure(tmp_path, "bench/bench_startup.py", "--rounds", "1", "--model", "tiny")
-    times = [number(row[1]) for row in rows[1:]]
-    assert len(times) == 7
-    assert times[1] < times[2] <= times[3] <= times[4] <= times[5]
+def test_bench_startup_times_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS / "bench")
+    module = importlib.import_module("bench_startup")
+    settings = [*module.SETTINGS, "model=tiny", "launch.threads=1"]
+    times = module.time_run(settings)
+    assert list(times) == [module.DIRECTORY, module.SET_UP, module.FIRST, module.END]
+    assert 0 < times[module.DIRECTORY] <= times[module.SET_UP] <= times[module.FIRST] <= times[module.END]
+    assert module.time_between_runs(settings) > 0
 
 
 def photograph(seed: int, size: tuple[int, int]) -> bytes:
