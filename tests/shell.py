@@ -2,9 +2,13 @@
 
     python tests/shell.py < requests.jsonl > answers.jsonl
 
-A line of requests is a list of programs that run at the same time: {"words": [...], "folder": ..., "environment":
-{...}, "timeout": seconds}. The first word is lars-train, lars-report, lars-data or python, which takes -c and code.
-The answer is a list of [exit code, standard output, standard error].
+A request is a line of JSON, and so is its answer:
+
+    {"begin": {"words": [...], "folder": ..., "environment": {...}, "timeout": seconds, "log": file or null}}: its id
+    {"end": [process id, seconds]}: [exit code, standard output, standard error], or null if it is still running then
+
+The first word is lars-train, lars-report, lars-data, torchrun, or python, which takes -c and code. torchrun's workers
+are forks, too. `log`: a file for both outputs.
 """
 
 from __future__ import annotations
@@ -15,11 +19,15 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
+
+POLL_S = 0.01
 
 
 def call(program: Callable[[], None]) -> int:
@@ -40,35 +48,59 @@ def call(program: Callable[[], None]) -> int:
     return code if isinstance(code, int) else int(code is not None)
 
 
-def begin(programs: dict[str, Callable[[], None]], request: dict[str, Any]) -> tuple[int, list[BinaryIO]]:
-    """Start a program in a fork, and return its process id and output files.
+def become(words: Sequence[str], environment: dict[str, str]) -> None:
+    """Turn this fork into the process that ``words`` would start in a new session, run it, and exit.
 
     The fork skips the interpreter's own shutdown, which takes a second.
     """
-    files: list[BinaryIO] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
+    os.setsid()
+    # As exec does. A child must not keep its parent's connections open.
+    os.closerange(3, 4096)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    # In a shell's background job, such as CI, SIGINT is ignored. Restore the default, as on a terminal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tempfile.tempdir = None
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = list(words)
+    os._exit(call(PROGRAMS[words[0]]))
+
+
+def begin(request: dict[str, Any]) -> tuple[int, list[BinaryIO]]:
+    """Start a program in a fork, and return its process id and output files."""
+    if request["log"]:
+        files: list[BinaryIO] = [open(request["log"], "wb")] * 2  # noqa: PTH123, SIM115
+    else:
+        files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
     child = os.fork()
     if child == 0:
         signal.alarm(request["timeout"])
         for file, number in ((open(os.devnull), 0), (files[0], 1), (files[1], 2)):  # noqa: PTH123, SIM115
             os.dup2(file.fileno(), number)
-        tempfile.tempdir = None
         os.chdir(request["folder"])
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        sys.argv = request["words"]
-        os._exit(call(programs[sys.argv[0]]))
+        become(request["words"], request["environment"])
     return child, files
 
 
-def end(child: int, files: list[BinaryIO]) -> tuple[int, str, str]:
-    """Wait for a program. Return its exit code, standard output and standard error."""
-    _, status = os.waitpid(child, 0)
+def end(child: int, seconds: float) -> tuple[int, str, str] | None:
+    """Wait for a program at most `seconds`. Return its exit code, standard output and standard error."""
+    limit = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() > limit:
+            return None
+        time.sleep(POLL_S)
     texts = []
-    for file in files:
-        with file:
+    for file in OUTPUTS.pop(child):
+        if file.readable():
             file.seek(0)
             texts.append(file.read().decode(errors="surrogateescape"))
-    return os.waitstatus_to_exitcode(status), texts[0], texts[1]
+        file.close()
+    out, error = texts or ("", "")
+    return os.waitstatus_to_exitcode(status), out, error
 
 
 def python() -> None:
@@ -78,10 +110,41 @@ def python() -> None:
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
 
+class Worker(subprocess.Popen[bytes]):
+    """A worker of torchrun, in a fork."""
+
+    def __init__(self, words: Sequence[str], environment: dict[str, str]) -> None:
+        self._words, self._environment = words, environment
+        super().__init__(words)
+
+    def _execute_child(self, *arguments: object) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            # Without ``python -u -m lars_train``.
+            become(["lars-train", *self._words[4:]], self._environment)
+        self._child_created = True
+
+
+def torchrun() -> None:
+    """Do what ``python -m torch.distributed.run`` does, with forks as workers of ``-m lars_train``."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda self, words, environment: Worker(words, environment)  # type: ignore[method-assign]
+    run.main(sys.argv[1:])
+
+
+OUTPUTS: dict[int, list[BinaryIO]] = {}
+PROGRAMS: dict[str, Callable[[], None]] = {"python": python, "torchrun": torchrun}
+
+
 def main() -> None:
     # The slow imports of a run. Not matplotlib: the first fork to end would remove its temporary folder.
     # They are in `main` because a spawned process imports this file and does not need them.
-    for name in ("torch._dynamo", "torch.utils.tensorboard.writer", "torchvision.models", "lars_train.commands"):
+    for name in (
+        *("torch._dynamo", "torch.utils.tensorboard.writer", "torchvision.models", "torch.distributed.run"),
+        "lars_train.commands",
+    ):
         importlib.import_module(name)
     from tiny import TINY, composed
 
@@ -92,11 +155,15 @@ def main() -> None:
     # Warm the caches of Hydra's parsers.
     composed(*TINY)
     gc.freeze()
-    programs = {"lars-train": cli.main, "lars-data": lars_data.main, "lars-report": lars_report.main}
-    programs["python"] = python
+    PROGRAMS.update({"lars-train": cli.main, "lars-data": lars_data.main, "lars-report": lars_report.main})
+    answer: object
     while line := sys.stdin.readline():
-        begun = [begin(programs, request) for request in json.loads(line)]
-        print(json.dumps([end(*program) for program in begun]), flush=True)
+        request = json.loads(line)
+        if "begin" in request:
+            answer, OUTPUTS[answer] = begin(request["begin"])
+        else:
+            answer = end(*request["end"])
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

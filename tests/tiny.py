@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,39 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
+class Program:
+    """A running program, with the interface of `subprocess.Popen`: a fork of a `Shell` that leads a new session."""
+
+    def __init__(self, ask: Callable[[str, object], Any], words: Sequence[str], pid: int) -> None:
+        self._ask, self.args, self.pid = ask, words, pid
+        self._ended: tuple[int, str, str] | None = None
+
+    @property
+    def returncode(self) -> int | None:
+        return self._ended and self._ended[0]
+
+    def poll(self) -> int | None:
+        if self._ended is None:
+            self._ended = self._ask("end", [self.pid, 0])
+        return self.returncode
+
+    def communicate(self, timeout: float = TIMEOUT) -> tuple[str, str]:
+        """Wait for the end, and return standard output and standard error. Raises `subprocess.TimeoutExpired`."""
+        self._ended = self._ended or self._ask("end", [self.pid, timeout])
+        if self._ended is None:
+            raise subprocess.TimeoutExpired(list(self.args), timeout)
+        return self._ended[1], self._ended[2]
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        self.communicate(timeout)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
 class Shell:
     """A process that runs programs in forks of itself (tests/shell.py). `prefix`: words before its command."""
 
@@ -96,8 +130,16 @@ class Shell:
         command = [*prefix, sys.executable, str(Path(__file__).with_name("shell.py"))]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
+    def begin(self, words: Sequence[str], folder: Path, env: dict[str, str], log: Path | None = None) -> Program:
+        """Start the command `words` with exactly this environment; tests/shell.py lists the programs.
+
+        `log`: a file for both outputs.
+        """
+        one = {"words": list(words), "folder": str(folder), "environment": env, "timeout": TIMEOUT}
+        return Program(self._ask, words, self._ask("begin", {**one, "log": log and str(log)}))
+
     def run(self, words: Sequence[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """Run the command `words` with exactly this environment; tests/shell.py lists the programs."""
+        """Run a command as `begin` does, to its end."""
         (done,) = self.run_together(words, folder, [env])
         return done
 
@@ -105,16 +147,18 @@ class Shell:
         self, words: Sequence[str], folder: Path, envs: Sequence[dict[str, str]]
     ) -> list[subprocess.CompletedProcess[str]]:
         """Run `words` in several processes at the same time, one with each environment."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        one = {"words": list(words), "folder": str(folder), "timeout": TIMEOUT}
-        print(json.dumps([{**one, "environment": env} for env in envs]), file=self._server.stdin, flush=True)
-        answers = json.loads(self._server.stdout.readline())
-        return [subprocess.CompletedProcess(words, code, stdout, stderr) for code, stdout, stderr in answers]
+        begun = [self.begin(words, folder, env) for env in envs]
+        return [subprocess.CompletedProcess(words, one.wait(2 * TIMEOUT), *one.communicate()) for one in begun]
 
     def close(self) -> None:
         """End the process."""
         self._server.communicate()
+
+    def _ask(self, what: str, argument: object) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps({what: argument}), file=self._server.stdin, flush=True)
+        return json.loads(self._server.stdout.readline())
 
 
 @cache
@@ -138,6 +182,13 @@ def start(command: Sequence[str], folder: Path, fresh: bool = False, **extra: st
     return subprocess.run(
         command, cwd=folder, env=environment(**extra), capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
+
+
+def begin(command: Sequence[str], folder: Path, log: Path | None = None, **extra: str) -> Program:
+    """Start ``python -m lars_train`` or ``python -m torch.distributed.run`` in a fork; see `start`."""
+    own = {tuple(ALONE): "lars-train", tuple(TORCHRUN[:3]): "torchrun"}
+    (length, word) = next((len(k), v) for k, v in own.items() if tuple(command[: len(k)]) == k)
+    return shell().begin([word, *command[length:]], folder, environment(**extra), log)
 
 
 def start_ranks(arguments: Sequence[str], folder: Path, world: int = 2) -> list[subprocess.CompletedProcess[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from nodes import NODE, SETTINGS, assert_same_curve, launcher, lines, undisturbed_losses, until
-from tiny import children, environment
+from tiny import Program, begin, children
 
 from lars_train.launch import Ranks
 from lars_train.training.distributed import _agree_on_start
@@ -28,20 +27,14 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        self.agents: dict[str, Program] = {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
 
     def start(self, name: str) -> None:
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self.agents[name] = subprocess.Popen(
-                [*launcher(f"localhost:{self.port}", 2), *SETTINGS],
-                cwd=self.folder,
-                env=environment(**NODE),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        command = [*launcher(f"localhost:{self.port}", 2), *SETTINGS]
+        self.agents[name] = begin(command, self.folder, self.folder / f"{name}.log", **NODE)
 
     def output(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import (
     ALONE,
     TINY,
     TORCHRUN,
+    Program,
     alive_in_group,
+    begin,
     children,
-    environment,
     final,
     losses,
     metrics,
@@ -35,21 +34,7 @@ CURVE = [*TINY, "data.augment=pad_crop", "data.workers=1", "epochs=6", "log_ever
 OFTEN = "checkpoint.every_updates=5"
 
 
-def begin(command: list[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
-    """Start a program as the leader of a new process group."""
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
-
-
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
+def wait_until(condition: Callable[[], object], process: Program, what: str) -> None:
     end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, (f"the run ended without {what}", *process.communicate())
@@ -62,13 +47,13 @@ def saved(run: Path) -> list[int]:
     return sorted(int(path.stem.partition("-")[2]) for path in (run / "checkpoints").glob("update-*.pt"))
 
 
-def wait_for_checkpoint(run: Path, process: subprocess.Popen[str], after: int = 0) -> int:
+def wait_for_checkpoint(run: Path, process: Program, after: int = 0) -> int:
     """Wait for a checkpoint later than `after`, and return its update."""
     wait_until(lambda: max(saved(run), default=0) > after, process, f"a checkpoint after update {after}")
     return max(saved(run))
 
 
-def wait_for_group(process: subprocess.Popen[str]) -> None:
+def wait_for_group(process: Program) -> None:
     """Wait until all processes of the group have ended."""
     end = time.monotonic() + 60
     while alive_in_group(process.pid):
@@ -76,7 +61,7 @@ def wait_for_group(process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def stop(process: subprocess.Popen[str], target: int, number: signal.Signals, run: Path) -> str:
+def stop(process: Program, target: int, number: signal.Signals, run: Path) -> str:
     """Stop a run by a signal, assert that it wrote a checkpoint then, and return its error output."""
     os.kill(target, number)
     _, output = process.communicate(timeout=60)
@@ -167,12 +152,7 @@ def test_two_ranks_end_bit_for_bit_as_if_uninterrupted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupt_ends_a_sweep_at_once_and_its_run_resumes(processes: int, tmp_path: Path) -> None:
     settings = [*TINY, f"launch.nproc={processes}", "epochs=400", OFTEN]
-    # In a shell's background job, such as CI, SIGINT is ignored. Restore the default, as on a terminal.
-    process = begin(
-        [*ALONE, "-m", *settings, "run.name=first,second"],
-        tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = begin([*ALONE, "-m", *settings, "run.name=first,second"], tmp_path)
     wait_for_checkpoint(tmp_path / "runs/first", process)
     os.killpg(process.pid, signal.SIGINT)
     _, output = process.communicate(timeout=60)
