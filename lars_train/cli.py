@@ -135,7 +135,12 @@ def main() -> None:
     name = NAME if saved else "config"
 
     def job(raw: DictConfig) -> None:
+        failures = len(jobs.failures)
         _run_job(raw, command, jobs, sweeping, saved)
+        if len(jobs.failures) > failures:
+            # Close the connections of the job's process group, which a reference cycle through the traceback keeps
+            # open. The other ranks wait for this rank until then.
+            gc.collect()
         if submitted is not None and is_rank0():
             jobs.save(submitted)
 
@@ -311,12 +316,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         jobs.fail(label, FAILED, f"{type(error).__name__}: {error}")
     finally:
         # A failed job gets a row in the report. A job with bad input gets none: its directory may hold another run.
-        failures = [failure[:2] for failure in jobs.failures]
-        refused = (label, BAD_INPUT) in failures
-        if (label, FAILED) in failures:
-            # Close the connections of the job's process group, which a reference cycle through the traceback keeps
-            # open. The other ranks wait for this rank until then.
-            gc.collect()
+        refused = (label, BAD_INPUT) in [failure[:2] for failure in jobs.failures]
         if sweeping and not refused and config.mode == "train" and holds_run_of(run_directory(config), config):
             jobs.directories[run_directory(config)] = label
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import subprocess
 import threading
 import time
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from tiny import ALONE, TINY, environment
+from tiny import TINY, environment, shell
 
 from lars_train import rendezvous
 from lars_train.errors import ConfigError
@@ -52,19 +51,9 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path) -> None:
     port = int(export_slurm(STEP)["MASTER_PORT"])
     with socket.create_server(("127.0.0.1", port)):
-        ranks = [
-            subprocess.Popen(
-                [*ALONE, *TINY, "run.name=taken"],
-                cwd=tmp_path,
-                env=environment(**STEP | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        # The other rank waits 10 s for an answer; the rest of the timeout is for starting on a busy machine.
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        own = [STEP | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+        ranks = shell().run_together(["lars-train", *TINY, "run.name=taken"], tmp_path, [environment(**o) for o in own])
+    errors = [rank.stderr for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], errors
     assert errors[0].startswith(f"lars-train: MASTER_PORT={port}: this port is in use on "), errors[0]
     assert errors[0].count("\n") == 1

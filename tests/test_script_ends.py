@@ -66,14 +66,12 @@ def signal_script(command: list[str], number: int, folder: Path, sign: str) -> t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    "command",
+    ("command", "number"),
     [
-        ["verify/long_haul.py"],
-        ["bench/bench_startup.py", "--model", "tiny"],
+        (["verify/long_haul.py"], signal.SIGTERM),
+        (["bench/bench_startup.py", "--model", "tiny"], signal.SIGINT),
     ],
-    ids=lambda command: command[0],
 )
 def test_a_signal_ends_child_processes_and_removes_folders(
     command: list[str], number: signal.Signals, tmp_path: Path

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from tiny import ALONE, environment, final, losses, ran
+from tiny import ALONE, begin, final, losses, ran
 
 from lars_train.config import Config, config_dir, register, resolve
 from lars_train.data.sources.remote import RemoteSource
@@ -229,8 +228,7 @@ def test_a_killed_run_with_the_smallest_cache_ends_the_same(store: Path, tmp_pat
     session.train(prepare(resolve(raw)), Ranks(), Invocation())
     limit = smallest_cache(tmp_path, store, epochs=12)
     command = [*ALONE, *COMMAND, f"data.root=file://{store}", f"data.cache_gb={limit}"]
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **quiet)
+    process = begin(command, tmp_path)
     end = time.monotonic() + 120
     while not (tmp_path / "run/checkpoints/update-000000016.pt").exists():
         assert process.poll() is None, process.communicate()
