@@ -94,16 +94,9 @@ def make_plan(config: Config, samples: int) -> Plan:
             f"(model.ghost_batch={ghost}). The nearest multiples: {near}."
         )
     if size > samples:
-        shrunk, _ = scaled_batch(nominal, samples, ghost)
-        remedy = "Use more images"
-        if shrunk <= samples:
-            remedy = (
-                f"Set batch.scaled=true, which shrinks the batch in proportion to the data set (here to {shrunk:,}), "
-                "or set batch.size and optimizer.lr"
-            )
         raise ConfigError(
             f"{_batch_key(config)}: a global batch of {size:,} is larger than the training set "
-            f"({counted(samples, 'image')}). {remedy}."
+            f"({counted(samples, 'image')}). {_with_few_images(nominal, samples, ghost)}."
         )
     per_epoch = samples // size
     updates = per_epoch * epochs
@@ -111,7 +104,7 @@ def make_plan(config: Config, samples: int) -> Plan:
     if warmup >= updates:
         raise ConfigError(
             f"schedule.warmup_epochs={warmup_epochs}: the warm-up ({counted(warmup, 'update')}) is not "
-            f"shorter than the run ({counted(updates, 'update')})."
+            f"shorter than the run ({counted(updates, 'update')}). Lower it, or raise epochs."
         )
     return Plan(
         samples=samples,
@@ -203,6 +196,21 @@ def check_micro_batch(plan: Plan, micro_batch: int) -> int:
 def accumulation(plan: Plan, world: int, ghosts_per_micro: int) -> int:
     """Return the largest number of micro-batches that any rank processes in one update."""
     return math.ceil(math.ceil(plan.ghosts / world) / ghosts_per_micro)
+
+
+def _with_few_images(nominal: int, samples: int, ghost_batch: int) -> str:
+    """Return the remedy for a batch that is larger than the training set: settings that fit."""
+    shrunk, _ = scaled_batch(nominal, samples, ghost_batch)
+    if shrunk > samples:
+        return "Use more images"
+    # 32, or a smaller power of two for fewer images, in whole ghost batches.
+    size = min(32, 1 << (samples.bit_length() - 1))
+    size = size // ghost_batch * ghost_batch or size
+    lr = 0.16 * size / 256  # recipe goyal has 0.1 for 256 images, torchlars 0.2
+    return (
+        f"Set batch.size and optimizer.lr, such as batch.size={size} optimizer=sgd optimizer.lr={lr:g}, or set "
+        f"batch.scaled=true, which shrinks the batch in proportion to the data set (here to {shrunk:,})"
+    )
 
 
 def _batch_key(config: Config) -> str:

@@ -129,7 +129,8 @@ def test_a_batch_that_splits_a_ghost_batch_names_the_nearest(size: int, ghost: i
 def test_a_batch_larger_than_the_data_names_the_remedy() -> None:
     message = refusal(config("8k"), 8191)
     assert message.startswith("batch=8k:")
-    assert "batch.scaled=true" in message
+    first, second = "batch.size=32 optimizer=sgd optimizer.lr=0.02", "batch.scaled=true"
+    assert 0 < message.index(first) < message.index(second)
     assert make_plan(config("8k"), 8192).updates_per_epoch == 1
     # Scaling does not help if there are fewer images than batch norm needs.
     message = refusal(config("32k", scaled=True, warmup=0), 7)
@@ -137,10 +138,22 @@ def test_a_batch_larger_than_the_data_names_the_remedy() -> None:
     assert "more images" in message
 
 
+@given(samples=st.integers(8, 5000), ghost=st.integers(1, 300))
+def test_the_batch_that_a_refusal_offers_makes_a_plan(samples: int, ghost: int) -> None:
+    message = refusal(config("32k", ghost=ghost), samples)
+    offered = re.search(r"batch\.size=(\d+)", message)
+    if offered is None:
+        # 32,768 images are not whole ghost batches, or even the smallest scaled batch does not fit.
+        assert "nearest multiples" in message or "more images" in message
+        return
+    assert make_plan(config(size=int(offered[1]), ghost=ghost, warmup=0), samples).updates_per_epoch >= 1
+
+
 def test_a_warm_up_that_fills_the_run_is_refused() -> None:
     # Shorter than the run in epochs, but rounded to as many updates.
     message = refusal(config(size=960, epochs=1, warmup=0.9), 960)
     assert message.startswith("schedule.warmup_epochs=0.9:")
+    assert message.endswith("Lower it, or raise epochs.")
     assert make_plan(config(size=960, epochs=1, warmup=0.4), 960).warmup_updates == 0
     assert make_plan(config(size=96, epochs=1, warmup=0.9), 960).warmup_updates == 9
 

@@ -150,10 +150,11 @@ def _fill_schedule(config: Config, row: RowConfig) -> None:
         schedule.warmup_epochs = row.warmup_epochs * shrink
         if config.epochs is not None and 0 < config.epochs <= schedule.warmup_epochs:
             raise ConfigError(
-                f"epochs={config.epochs}: the run must be longer than the warm-up of row {config.batch.name} "
-                f"({schedule.warmup_epochs:g} epochs). Set schedule.scale_warmup=true, which shortens the warm-up in "
-                f"proportion to the run ({row.warmup_epochs * config.epochs / row.epochs:.3g} epochs), or set "
-                "schedule.warmup_epochs, or train for longer."
+                f"epochs={config.epochs}: the run must be longer than its warm-up, which has "
+                f"{schedule.warmup_epochs:g} epochs if schedule.warmup_epochs is not set. "
+                f"Set schedule.warmup_epochs to less than {config.epochs}, or raise epochs, "
+                "or set schedule.scale_warmup=true, which shortens the warm-up in proportion to the run "
+                f"({row.warmup_epochs * config.epochs / row.epochs:.3g} epochs)."
             )
     if schedule.warmup_start is None and schedule.warmup_epochs > 0:
         schedule.warmup_start = row.warmup_start
