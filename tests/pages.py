@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / "getting_started.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted(path for path in ROOT.glob("docs/*.md") if path not in PAGES)
 # Marks of a command that the tests do not run. They are in its comment or in the paragraph before its block.
-_MARK = re.compile(r"\b(needs (?:ImageNet|a cluster|a GPU|object storage|your photographs)|takes (?:hours|minutes))\b")
+_MARK = re.compile(
+    r"\b(needs (?:ImageNet|a cluster|a GPU|object storage|the network|your photographs)|takes (?:hours|minutes))\b"
+)
 # A command with one of these words needs no mark; docs/index.md lists them.
 _MARKED_BY_WORD = re.compile(r"imagenet\b|--nnodes|\bsrun\b|\bsbatch\b|\bkubectl\b|submitit_slurm")
 _FORMULA = re.compile(r"\S+\s+[=≈] ")

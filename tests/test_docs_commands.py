@@ -33,7 +33,7 @@ CI = (ROOT / ".ci" / "run").read_text()
 ELLIPSIS = re.compile(r"…|\.\.\.|\[?--?\w+\]?\.\.\.|[A-Z_]+\.\.\.")
 # Commands for development, and third-party programs with any arguments.
 CHECKERS = ("ruff check .", "ruff format --check .", "mypy", "pytest", "python3 -m venv .venv", ". .venv/bin/activate")
-OTHERS = {*"ls sleep kill grep aws kubectl tensorboard sphinx-build cibuildwheel pyproject-build".split()}
+OTHERS = {*"ls sleep kill grep curl aws kubectl tensorboard sphinx-build cibuildwheel pyproject-build".split()}
 # Added to commands that train, except for keys that the command sets. Without them a laptop would take minutes.
 SMALL = {"model": "tiny", "max_updates": "2", "launch.nproc": "1", "launch.threads": "1", "data.holdout": "0.01"}
 RUN = "tried"
