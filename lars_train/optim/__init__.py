@@ -1,8 +1,8 @@
 """LARS around any torch optimizer, with learning-rate schedules and parameter groups.
 
-This package is also distributed alone, as ``torch-lars`` with the import name ``torch_lars``: of the modules outside
-the folder it imports only `extensions`, which loads the C kernels, and that only where it exists. The public names are
-imported on first use, so that `schedule` can be used without torch.
+The distribution ``torch-lars`` contains this folder alone, under the import name ``torch_lars``. So the only module
+that the folder imports from outside is `extensions`, which loads the C kernels, and it works without that module. The
+public names are imported on first use, so that `schedule` can be used without torch.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _EQUIVALENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **dict.fromkeys(("trust_clip", "clip_lr", "clip"), lambda value: {"clip": "lr"} if value else {}),
     "always_adapt": lambda value: {} if value else {"zero_decay": "skip"},
 }
-# Bases of torch, and of other packages under the same names, whose step is not proportional to the lr.
+# Names of bases, in torch and other packages, whose step is not proportional to the lr.
 _NONLINEAR = frozenset({"Adafactor", "ASGD", "Rprop"})
 
 
@@ -79,7 +79,7 @@ def check_base(
 def check_groups(groups: list[dict[str, Any]], rule: Rule) -> None:
     """Raise `ValueError` if LARS, or `rule`, cannot be applied to a parameter group."""
     if any(group.get("differentiable") for group in groups):
-        raise ValueError("LARS cannot be differentiated through: set the base's differentiable=False")
+        raise ValueError("LARS does not support differentiable=True: leave it out")
     if rule.needs_lr and any("lr" not in group for group in groups):
         raise ValueError(
             "clip='lr', lr_placement='inside' and ratio_of='step' need a base with an lr in its parameter groups"

@@ -9,8 +9,8 @@ def avoid_dynamo_import() -> None:
     """Stop torch's optimizers from importing ``torch._dynamo`` when their methods are first called.
 
     torch 2.14 wraps the methods that are excluded from compilation (`torch._disable_dynamo`). On its first call, a
-    wrapper imports ``torch._dynamo`` and caches the function to call. This function fills that cache with the
-    unwrapped method. The steps of torch's own classes still import ``torch._dynamo``, but LARS over SGD on the CPU does
+    wrapper imports ``torch._dynamo`` and caches the function to call. `avoid_dynamo_import` puts the unwrapped method
+    into that cache. The steps of torch's own classes still import ``torch._dynamo``, but LARS over SGD on the CPU does
     not call them. Use this function only if the optimizers run outside compiled code. If torch wraps the methods in
     another way, it does nothing.
     """

@@ -1,8 +1,9 @@
-"""Step LARS over SGD on the CPU at memory speed: compute a tensor's norms, then its whole update, then the next tensor.
+"""Step LARS over SGD on the CPU at memory speed, tensor by tensor: first its norms, then its whole update.
 
-If `kernels.c` was compiled at install, it updates short tensors, and all tensors if torch has one thread. Otherwise
-torch's fused SGD kernel does, on all threads. Both read weight, gradient and momentum once and write back only what
-changes. The scalars of torch's kernel can include the ratio r, which saves a pass over the gradient::
+The C kernels (`kernels.c`, if it was compiled at install) update short tensors, and all tensors if torch has one
+thread. torch's fused SGD kernel updates the others, on all threads. Both read weight, gradient and momentum once and
+write back only what changes. The scalars of torch's kernel can include the ratio r, which saves a pass over the
+gradient::
 
     buffer = momentum * buffer + (1 - dampening) * (g + wd * w)      with 1 - dampening = r
     w      = w - lr * buffer                                         without momentum: lr * r for lr
@@ -35,10 +36,10 @@ else:
 
 # The size up to which torch's kernels, too, use one thread (at::internal::GRAIN_SIZE in ATen/TensorIterator.h).
 _ONE_THREAD = 32768
-# 1 - (1 - r) has a rounding error of 1e-16, which is visible in float64 for smaller ratios.
+# 1 - (1 - r) has a rounding error of 1e-16, which is visible in float64 if r is smaller than this.
 _SMALLEST_IN_DAMPENING = 1e-4
 _PLAIN_TYPES = (Parameter, Tensor)
-# Older versions lack the kernel for the CPU (before 2.4), or increment_version for a list.
+# Older versions of torch lack the kernel for the CPU (before 2.4), or increment_version for a list.
 _HAS_KERNEL = torch.__version__ >= "2.6"
 
 

@@ -60,7 +60,7 @@ class LARS(Optimizer):
         ratio_of: ``"gradient"``: as above. ``"step"``: LARS scales the base's step by ``ratio * lr``. The ratio is
             ``trust_coef * |w| / (|u| + eps)``; u is the step that the base makes with an lr of 1, its weight decay
             included (over AdamW: LAMB). The base's step must be proportional to its lr. LARS copies the weights for
-            each step. `denominator`, `zero_norm`, `weight_decay`, both placements and `clamp` keep their defaults.
+            each step. `denominator`, `zero_norm`, `weight_decay`, both placements and `clamp` must have their defaults.
         denominator: ``"split"``: ``|g| + wd * |w| + eps``. ``"combined"``: ``|g + wd * w| + eps``; the rule for
             ``|g| = 0`` then applies to ``|g + wd * w| = 0`` (optax).
         clip: limits of the ratio r. ``"lr"``: min(r / lr, 1), so that the step is at most the base's (apex LARC,
@@ -322,7 +322,7 @@ class LARS(Optimizer):
                 kind = type(self.base_optimizer).__name__
                 raise TypeError(
                     f"LARS does not support {kind}: its step calls the closure itself but declares closure=None, so "
-                    f"LARS did not pass one. If {kind} wraps an optimizer, make LARS that optimizer."
+                    f"LARS did not pass one. If {kind} wraps an optimizer, let it wrap LARS."
                 ) from error
             raise
         finally:

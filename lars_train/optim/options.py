@@ -44,7 +44,7 @@ _CONFLICTS = (
     (("ratio_placement", "outside"), ("lr_placement", "inside")),
     (("weight_decay", "base"), ("ratio_placement", "outside")),
     (("weight_decay", "base"), ("lr_placement", "inside")),
-    # The step contains the weight decay, and its ratio is always outside the momentum.
+    # With ratio_of="step", the weight decay is part of the step, and the ratio is outside the momentum.
     (("ratio_of", "step"), ("denominator", "combined")),
     (("ratio_of", "step"), ("zero_norm", "skip")),
     (("ratio_of", "step"), ("weight_decay", "base")),
@@ -102,7 +102,7 @@ def _is_number(value: Any) -> bool:
 CHOICES: Final[dict[str, tuple[str, ...]]] = {
     name: get_args(hint) for name, hint in get_type_hints(Options).items() if get_origin(hint) is Literal
 }
-"""The choices of each option that takes one of a few words."""
+"""The allowed values of each option that is a word."""
 
 DEFAULTS: Final[dict[str, Any]] = asdict(Options())
 
@@ -139,9 +139,9 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://github.com/facebookresearch/moco-v3, moco/optimizer.py, as in https://github.com/facebookresearch/barlowtwins,
     # main.py. Vectors: exclude=True, weight_decay=0.
     "moco-v3": {"eps": 0.0, "denominator": "combined"},
-    # https://github.com/facebookresearch/swav, main_swav.py: apex's LARC with trust_coefficient=0.001, clip=False. As
-    # https://github.com/vturrisi/solo-learn, solo/utils/lars.py. Its clip_lr=True is clip="lr" here; with
-    # exclude_bias_n_norm=True, vectors: exclude=True, weight_decay=0.
+    # https://github.com/facebookresearch/swav, main_swav.py: apex's LARC with trust_coefficient=0.001, clip=False.
+    # https://github.com/vturrisi/solo-learn, solo/utils/lars.py, has the same rule: clip_lr=True there is clip="lr"
+    # here, exclude_bias_n_norm=True is exclude=True, weight_decay=0 for vectors.
     "swav": {"zero_norm": "skip"},
     # https://github.com/open-mmlab/mmpretrain 1.2, mmpretrain/engine/optimizers/lars.py. Its lars_exclude=True is
     # exclude=True here.

@@ -25,7 +25,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """Return the weights of `model`, and separately its biases and the parameters of torch's normalization layers.
 
     Both lists are in the order of ``model.named_parameters()``; every parameter is in exactly one of them. Many recipes
-    neither decay nor adapt the second list: a group with ``weight_decay=0`` and ``exclude=True``.
+    neither decay nor adapt the second list (see `parameter_groups`).
     """
     exempt = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _is_bias_name(name)}
     for module in model.modules():
@@ -59,22 +59,21 @@ def parameter_groups(
     ``"no_decay"``. With `lr`, it also has the key ``lr``. Empty groups are left out.
 
     Args:
-        weight_decay: weight decay of the groups that are decayed.
+        weight_decay: the weight decay of decayed groups.
         decay_norm_bias: decay biases and normalization layers too (the second list of `split_parameters`).
         adapt_norm_bias: if False, the group of biases and normalization layers gets ``exclude=True``, so that `LARS`
-            does not adapt it. If nothing distinguishes biases and normalization layers, all parameters are in one
-            group, ``"decay"``.
+            does not adapt it. With both flags and a factor of 1, all parameters are in one group, ``"decay"``.
         lr: the learning rate of the weights. None: the optimizer's.
-        norm_bias_lr_factor: the learning rate of biases and normalization layers, as a multiple of `lr`. torch's
-            schedulers derive each group's rate from its first one, so that most of them keep the factor.
+        norm_bias_lr_factor: the learning rate of biases and normalization layers, as a multiple of `lr`. Most of
+            torch's schedulers keep the factor, because they multiply each group's initial rate.
 
     Raises:
-        ValueError: `norm_bias_lr_factor` is negative or not finite, or it needs `lr`.
+        ValueError: `norm_bias_lr_factor` is negative or not finite, or differs from 1 without `lr`.
     """
     if not (math.isfinite(norm_bias_lr_factor) and norm_bias_lr_factor >= 0):
         raise ValueError(f"norm_bias_lr_factor={norm_bias_lr_factor}: it must be finite and at least 0")
     if lr is None and norm_bias_lr_factor != 1:
-        raise ValueError(f"norm_bias_lr_factor={norm_bias_lr_factor} needs lr, of which it is a multiple")
+        raise ValueError(f"norm_bias_lr_factor={norm_bias_lr_factor} is a multiple of lr: pass lr, too")
     alike = decay_norm_bias and adapt_norm_bias and norm_bias_lr_factor == 1
     weights, rest = (list(model.parameters()), []) if alike else split_parameters(model)
     others = {"weight_decay": weight_decay, "name": "norm_bias"} if decay_norm_bias else {}

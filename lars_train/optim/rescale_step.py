@@ -1,7 +1,7 @@
-"""Scale the change of the weights that the base has made, by a ratio of the gradients or of the change itself.
+"""Scale the base's step by trust ratios: those of the gradients (`apply_outside`) or of the step itself (`scale_step`).
 
 Both need a copy of the weights from before the step. As in `rescale`, the host computes the ratios of CPU tensors, and
-it never waits for an accelerator.
+never waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .rule import Rule
 
 _NO_DECAY = 0.0
 Hidden = list[tuple[dict[str, Any], str, Any, Any]]
-"""Settings of groups that the base must not use: the group, its key, the old and the temporary value."""
+"""Settings that are hidden from the base; for each its group, its key, the old value and the temporary value."""
 
 
 def hide_settings(groups: Sequence[dict[str, Any]], rule: Rule) -> Hidden:
-    """Set what LARS applies itself to a neutral value: weight decay to 0, the lr to 1.
+    """Replace the settings that LARS applies itself by neutral values: weight decay by 0, lr by 1.
 
     Return the old values for `restore_settings`. Not a context manager, because torch.compile cannot break a graph
     within one.
@@ -60,7 +60,7 @@ def restore_settings(hidden: Hidden) -> None:
 
 
 def copy_weights(part: Part) -> list[Tensor]:
-    """Return copies of the weights of `part`, this rank's shard of each."""
+    """Copy this rank's shards of the weights of `part`."""
     return clones([local_shard(w) for w in part.parameters])
 
 
@@ -77,10 +77,10 @@ def apply_outside(part: Part, before: list[Tensor]) -> None:
 
 
 def scale_step(parts: Sequence[Part], before: Sequence[list[Tensor]], rule: Rule, record: Record | None) -> None:
-    """Scale the step that the base has made with an lr of 1 by lr times its trust ratio, in place.
+    """Multiply the base's step by the lr and by its trust ratio, in place.
 
-    The ratio is that of the norm of `before` to the norm of the step. To scale a step of lr 1 is more precise than to
-    divide a step by lr, which may be tiny or 0.
+    The base has made the step with an lr of 1: with a tiny lr the step would lose digits, and with an lr of 0 it would
+    be lost. The ratio follows from the norms of `before` and of the step.
     """
     in_bulk: list[tuple[Bulk, list[Tensor]]] = []
     for part, starts in zip(parts, before, strict=True):

@@ -1,7 +1,7 @@
 """Compute the learning rate of every update: linear warm-up, then polynomial, cosine or step decay.
 
 The rate is a pure function of the update's number: no optimizer, no epochs, no state. This module does not import
-torch. `schedulers` has the same function as torch's learning-rate schedulers.
+torch. The classes in `schedulers` apply it to an optimizer.
 """
 
 from __future__ import annotations

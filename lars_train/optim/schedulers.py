@@ -1,6 +1,6 @@
-"""Schedule the learning rate per update in a training loop of your own: `learning_rate` as torch's schedulers.
+"""Learning-rate schedulers for any torch optimizer, per update: a warm-up, then a decay.
 
-The schedulers are for any torch optimizer. For `LARS`, pass LARS or its base: they share their parameter groups.
+They set the rates that `learning_rate` computes. With `LARS`, pass LARS or its base: they share their parameter groups.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .schedule import COSINE, STEPS, learning_rate
 
 
 class _WarmupScheduler(LRScheduler):
-    """Set each group's lr to `learning_rate` of the update, with the group's initial lr as the base.
+    """Set the lr of each group by `learning_rate`, with the group's initial lr as its base rate.
 
-    `end_factor` and `start_factor` are relative to that lr, so groups with different lrs keep their proportion.
+    `end_factor` and `start_factor` are relative to the initial lr, so groups with different lrs keep their proportion.
     `settings` are further arguments of `learning_rate`. Without `total`, the schedule has no end.
     """
 
@@ -64,18 +64,18 @@ class _WarmupScheduler(LRScheduler):
 class WarmupCosine(_WarmupScheduler):
     """Raise the lr linearly during a warm-up, then lower it along half a period of the cosine.
 
-    Call ``step()`` after each update of the optimizer. After `total` updates the lr stays at its end. The scheduler
-    acts on each parameter group in proportion to the lr that the group had when the scheduler was created. It resumes
-    from its `state_dict`, which includes the settings below.
+    Call ``step()`` after each update of the optimizer. After `total` updates the lr stays at its end. The peak of each
+    parameter group is the lr that the group had when the scheduler was created. The scheduler resumes from its
+    `state_dict`, arguments included.
 
     Args:
         optimizer: any torch optimizer; LARS or its base.
         warmup: updates of the warm-up, W; 0 for no warm-up.
         total: updates of the run, warm-up included; more than `warmup`.
-        end_factor: the lr at the end, as a fraction of the group's lr.
-        start_factor: the lr of update 0, as a fraction of the group's lr; the lr then reaches its peak at update W.
-            None: (u + 1) / W of the peak at update u, so update 0 does not have an lr of 0.
-        last_epoch: as in torch's schedulers: the update from which to resume, less 1.
+        end_factor: the lr at the end, as a fraction of the peak.
+        start_factor: the lr of update 0, as a fraction of the peak, which the lr reaches at update W. None: update u
+            has (u + 1) / W of the peak, so the lr of update 0 is above 0.
+        last_epoch: torch's name for the number of the last update made, from 0; -1 for a new schedule.
 
     Raises:
         ValueError: an argument is out of range.
@@ -95,15 +95,15 @@ class WarmupCosine(_WarmupScheduler):
 
 
 class WarmupPoly(_WarmupScheduler):
-    """Raise the lr linearly during a warm-up, then lower it by a power of what is left of the run.
+    """Raise the lr linearly during a warm-up, then lower it as a power of the share of the run that is left.
 
-    Like `WarmupCosine`, with the arguments:
+    The other arguments are those of `WarmupCosine`.
 
     Args:
         power: the exponent of the decay.
-        form: ``"whole"``: what is left of the whole run, warm-up included, so the lr drops at the end of the warm-up
-            (the LARS paper). ``"restart"``: what is left of the updates after the warm-up (NUS-HPC; MLPerf's rule is
-            this with a `total` larger by 1).
+        form: ``"whole"``: the share is of the whole run, warm-up included, so the lr drops at the end of the warm-up
+            (the LARS paper). ``"restart"``: the share is of the updates after the warm-up (NUS-HPC; also MLPerf, whose
+            `total` is larger by 1).
 
     Raises:
         ValueError: an argument is out of range.
@@ -129,10 +129,10 @@ class WarmupPoly(_WarmupScheduler):
 class WarmupSteps(_WarmupScheduler):
     """Raise the lr linearly during a warm-up, then multiply it by `factor` at each update in `steps`.
 
-    Like `WarmupCosine`, but without an end, and with the arguments:
+    The schedule has no end. The other arguments are those of `WarmupCosine`.
 
     Args:
-        steps: updates, counted from 0, in increasing order and not before the end of the warm-up.
+        steps: updates, counted from 0, in increasing order, none before the end of the warm-up.
         factor: the factor of each step.
 
     Raises:

@@ -107,7 +107,7 @@ def test_an_lr_factor_needs_an_lr_and_separates_the_groups() -> None:
     groups = parameter_groups(Net(), 0.1, True, True, lr=2.0, norm_bias_lr_factor=0.5)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [("decay", 2.0, 0.1), ("norm_bias", 1.0, 0.1)]
     assert not any("lr" in g for g in parameter_groups(Net(), 0.1))
-    with pytest.raises(ValueError, match=r"norm_bias_lr_factor=0.5 needs lr"):
+    with pytest.raises(ValueError, match=r"norm_bias_lr_factor=0.5 is a multiple of lr"):
         parameter_groups(Net(), 0.1, norm_bias_lr_factor=0.5)
     with pytest.raises(ValueError, match=r"norm_bias_lr_factor=-1: it must be finite and at least 0"):
         parameter_groups(Net(), 0.1, lr=1.0, norm_bias_lr_factor=-1)
