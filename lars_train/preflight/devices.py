@@ -21,8 +21,9 @@ FLOPS_PER_IMAGE = 24_535_105_536
 TENSORS = 161
 """Parameter tensors of ResNet-50. The number of a network's kernels is assumed to be proportional to this number."""
 SEPARATE_BYTES = 240e6
-"""Bytes per image that separate kernels read and write beyond what fused kernels do, in 16 bits: 473 MB less 233 MB,
-counted from the layers (docs/plan.md)."""
+"""Bytes per image that separate kernels read and write beyond what fused kernels do, in 16 bits: 473 MB less 233 MB.
+Passes over the output of a layer, 2 bytes each: 8 instead of 3 for batch norm, 5 instead of none for ReLU, 6 instead of
+3 for the sum with the shortcut."""
 
 # Seconds of a micro-batch that its images do not add to: some hundred kernels, each with a shortest time. From the
 # H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is 3.8 ms, less

@@ -156,7 +156,7 @@ def test_separate_kernels_move_the_bytes_that_are_assumed() -> None:
             module.register_forward_hook(count)
     with torch.no_grad():
         network(torch.zeros(1, 3, 224, 224))
-    # Passes over a tensor, forward and backward, that fused kernels do without (docs/plan.md): 5 of 8 for batch norm,
+    # Passes over a tensor, forward and backward, that fused kernels do without: 5 of 8 for batch norm,
     # all 5 for ReLU, 3 of 6 for the sum with the shortcut. Each reads or writes 2 bytes.
     values = 5 * counts[nn.Conv2d] + 5 * counts[nn.ReLU] + 3 * counts[Bottleneck]
     assert 2 * values == pytest.approx(SEPARATE_BYTES, rel=0.01)
