@@ -8,17 +8,19 @@ A request is a line of JSON, and so is its answer:
     {"end": [process id, seconds]}: [exit code, standard output, standard error], or null if it is still running then
 
 The first word is lars-train, lars-report, lars-data, torchrun, or python, which takes -c and code. torchrun's workers
-are forks, too. `log`: a file for both outputs.
+and the ranks that lars-train starts are forks, too. `log`: a file for both outputs.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -56,8 +58,7 @@ def become(words: Sequence[str], environment: dict[str, str]) -> None:
     os.setsid()
     # As exec does. A child must not keep its parent's connections open.
     os.closerange(3, 4096)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
+    restore_signals()
     # In a shell's background job, such as CI, SIGINT is ignored. Restore the default, as on a terminal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None
@@ -65,6 +66,13 @@ def become(words: Sequence[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     sys.argv = list(words)
     os._exit(call(PROGRAMS[words[0]]))
+
+
+def restore_signals() -> None:
+    """Remove the handlers of the parent process."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def begin(request: dict[str, Any]) -> tuple[int, list[BinaryIO]]:
@@ -134,6 +142,35 @@ def torchrun() -> None:
     run.main(sys.argv[1:])
 
 
+def rank(number: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Call `work` as in a process that was spawned: without the parent's connections and handlers."""
+    for file in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(file)).st_mode):
+                os.close(int(file))
+    restore_signals()
+    atexit._clear()
+    try:
+        work(number, *arguments)
+    finally:
+        atexit._run_exitfuncs()
+
+
+def lars_train() -> None:
+    """Do what ``python -m lars_train`` does, with forks as its ranks."""
+    import torch.multiprocessing as processes
+
+    from lars_train import cli
+
+    start = processes.start_processes
+
+    def fork(work: Callable[..., None], arguments: tuple[Any, ...], **options: Any) -> Any:
+        return start(rank, (work, arguments), **options | {"start_method": "fork"})
+
+    processes.start_processes = fork
+    cli.main()
+
+
 OUTPUTS: dict[int, list[BinaryIO]] = {}
 PROGRAMS: dict[str, Callable[[], None]] = {"python": python, "torchrun": torchrun}
 
@@ -148,14 +185,13 @@ def main() -> None:
         importlib.import_module(name)
     from tiny import TINY, composed
 
-    from lars_train import cli
     from lars_train.pack import lars_data
     from lars_train.report import lars_report
 
     # Warm the caches of Hydra's parsers.
     composed(*TINY)
     gc.freeze()
-    PROGRAMS.update({"lars-train": cli.main, "lars-data": lars_data.main, "lars-report": lars_report.main})
+    PROGRAMS.update({"lars-train": lars_train, "lars-data": lars_data.main, "lars-report": lars_report.main})
     answer: object
     while line := sys.stdin.readline():
         request = json.loads(line)

@@ -169,26 +169,35 @@ def shell() -> Shell:
     return made
 
 
+def _program(command: Sequence[str]) -> list[str] | None:
+    """Return the words of `command` for a `Shell`, or None if a `Shell` does not have the program."""
+    programs = {tuple(ALONE): ["lars-train"], tuple(TORCHRUN[:3]): ["torchrun"]}
+    programs[sys.executable, "-c"] = ["python", "-c"]
+    for beginning, own in programs.items():
+        if tuple(command[: len(beginning)]) == beginning:
+            return [*own, *command[len(beginning) :]]
+    return None
+
+
 def start(command: Sequence[str], folder: Path, fresh: bool = False, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run `command` with `extra` in its environment.
 
-    ``python -m lars_train`` and ``python -c`` run in a fork of a process that has imported torch, which saves the
-    seconds of the import. With `fresh` they run in a new process, for variables that torch or Python reads at startup.
+    ``python -m lars_train``, ``python -m torch.distributed.run`` and ``python -c`` run in a fork of a process that has
+    imported torch, which saves the seconds of the import. With `fresh` they run in a new process, for variables that
+    torch or Python reads at startup.
     """
-    words = {tuple(ALONE): ["lars-train"], (sys.executable, "-c"): ["python", "-c"]}
-    for beginning, own in words.items():
-        if not fresh and tuple(command[: len(beginning)]) == beginning:
-            return shell().run([*own, *command[len(beginning) :]], folder, environment(**extra))
+    if not fresh and (own := _program(command)):
+        return shell().run(own, folder, environment(**extra))
     return subprocess.run(
         command, cwd=folder, env=environment(**extra), capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
 
 
 def begin(command: Sequence[str], folder: Path, log: Path | None = None, **extra: str) -> Program:
-    """Start ``python -m lars_train`` or ``python -m torch.distributed.run`` in a fork; see `start`."""
-    own = {tuple(ALONE): "lars-train", tuple(TORCHRUN[:3]): "torchrun"}
-    (length, word) = next((len(k), v) for k, v in own.items() if tuple(command[: len(k)]) == k)
-    return shell().begin([word, *command[length:]], folder, environment(**extra), log)
+    """Start a program in a fork; see `start`."""
+    own = _program(command)
+    assert own is not None, command
+    return shell().begin(own, folder, environment(**extra), log)
 
 
 def start_ranks(arguments: Sequence[str], folder: Path, world: int = 2) -> list[subprocess.CompletedProcess[str]]:
