@@ -137,7 +137,7 @@ def main() -> None:
     def job(raw: DictConfig) -> None:
         failures = len(jobs.failures)
         _run_job(raw, command, jobs, sweeping, saved)
-        if len(jobs.failures) > failures:
+        if sweeping and len(jobs.failures) > failures and jobs.failures[-1][1] == FAILED:
             # Close the connections of the job's process group, which a reference cycle through the traceback keeps
             # open. The other ranks wait for this rank until then.
             gc.collect()

@@ -242,7 +242,7 @@ def test_the_killed_run_on_the_page_ends_with_the_same_weights(tmp_path: Path) -
     program = tmp_path / "bin" / "lars-train"
     program.parent.mkdir()
     program.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" -m lars_train "$@" model=tiny launch.threads=1 data.holdout=0.01\n'
+        f'#!/bin/sh\nexec "{sys.executable}" -m lars_train "$@" model=small launch.threads=1 data.holdout=0.01\n'
     )
     program.chmod(0o755)
     # As in a terminal, each job is its own process group.
