@@ -22,7 +22,7 @@ from lars_train.models.factory import build_model
 from lars_train.models.weights import load_weights
 from lars_train.training import checkpoint
 
-SIZE = 16
+SIZE = 8
 
 
 @pytest.fixture(scope="module")
