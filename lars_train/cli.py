@@ -162,7 +162,7 @@ def main() -> None:
         jobs.add_saved(submitted)
     if sweeping:
         _report_sweep(jobs)
-    # In a sweep, only rank 0 fails: if another rank failed first, the launcher would end rank 0 too early.
+    # In a sweep, the other ranks exit with 0: if one of them failed first, the launcher would end rank 0 too early.
     sys.exit(jobs.exit_code() if not sweeping or is_rank0() else 0)
 
 
@@ -193,8 +193,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override}: Hydra cannot parse this. A setting is key=value; a value with = , or brackets needs "
-            """two pairs of quotes, the shell's and Hydra's: 'data.root="/a=b"'."""
+            f"{error.override}: Hydra cannot parse this. A setting is key=value; a value with an equals sign, a comma "
+            """or brackets needs two pairs of quotes, the shell's and Hydra's: 'data.root="/a=b"'."""
         )
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:not in|is not in)", text)
     if unknown:
@@ -236,10 +236,10 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
-    """Return the unresolved config of the prepared `arguments` (in a sweep, of its first job) with batch `name`.
+    """Return the config of the prepared `arguments` with batch `name`, before `resolve`.
 
-    Call this only if `name` is not one of Hydra's choices. Return None if the other arguments cannot be composed, or if
-    their recipe has a row of that name.
+    In a sweep, return the config of the first job. Call this only if `name` is not one of Hydra's choices. Return None
+    if the other arguments cannot be composed, or if their recipe has a row of that name.
     """
     try:
         settings = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
@@ -324,7 +324,7 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
 def _with_stored_scaling(config: Config) -> Config:
     """Return `config` with ``batch.scaled=true`` if the stored run of the same settings has it, else unchanged.
 
-    Earlier versions scaled the batch to folders by default. A run that they started keeps its scaled batch.
+    With data=folder, earlier versions scaled the batch by default. A run that they started keeps its scaled batch.
     """
     from lars_train.training.run_directory import holds_run_of, run_directory
 

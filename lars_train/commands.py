@@ -216,7 +216,7 @@ def _planned_world(config: Config, plan: Plan) -> int:
 
 
 def _without_files(config: Config) -> Config:
-    """Replace ImageNet without a ``data.root`` with a synthetic data set of the same size."""
+    """If ``data.root`` is not set, replace ImageNet with a synthetic data set of the same size."""
     data = config.data
     if (data.name, data.root, data.holdout, data.val_labels) != ("imagenet", None, None, None) or data.order == SHARDS:
         return config

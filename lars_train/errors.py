@@ -31,14 +31,14 @@ class NotReady(RuntimeError):
 
 
 class Diverged(RuntimeError):
-    """A loss that is too large or not finite, or gradients that stay non-finite. The message is the report."""
+    """A loss that is too large or not finite, or gradients that stay non-finite. The message may have several lines."""
 
 
 class Stopped(Exception):
-    """The run ended after a termination signal and wrote a checkpoint. The message says how to resume.
+    """A termination signal ended the run. The same command resumes from the last checkpoint.
 
-    `code`: the exit code: 75 (EX_TEMPFAIL of sysexits.h: try again), or 128 plus the signal's number if a second signal
-    ended the run immediately.
+    `code` is the exit code: 75 (EX_TEMPFAIL of sysexits.h, "try again"). If a second signal ended the run at once, the
+    code is 128 plus the number of that signal.
     """
 
     def __init__(self, message: str, code: int = 75) -> None:

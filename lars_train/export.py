@@ -64,7 +64,7 @@ def export(config: Config) -> tuple[Path, str]:
     assert config.checkpoint.path is not None
     source, content = checkpoint.find(config.checkpoint.path)
     name = str(checkpoint.value(content, "config", "model", "name"))
-    # Build the network first, which checks the model's name: the file's name contains it.
+    # Build the network first, because this checks the model's name, which becomes part of the file's name.
     network = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False)
     load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
     if source.name.startswith(checkpoint.SET_ASIDE):
@@ -138,7 +138,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_torch(path: Path, network: nn.Module, about: dict[str, Any]) -> str:
-    """Write the state dict in float32. Return an empty string: the user needs no further line."""
+    """Write the state dict in float32. Return an empty string, because there is no check to report."""
     state: Any = _state(network)
     state._metadata[KEY] = json.dumps(about)
     torch.save(state, path)
@@ -315,11 +315,11 @@ def _cell(value: Any) -> str:
 
 
 def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the origin of the checkpoint `content`, read from the file `source`, as JSON values; None if unknown.
+    """Return the origin of the checkpoint `content`, read from the file `source`, as JSON values by name.
 
-    ``top1``, ``top5`` (percent) and ``evaluated`` (images) come from the line of its update in the run's metrics.jsonl.
-    They are None if that update was not evaluated or `source` is not in a run directory. Machines and folders are left
-    out.
+    Unknown values are None. ``top1``, ``top5`` (percent) and ``evaluated`` (images) come from the run's metrics.jsonl,
+    from the line of the checkpoint's update. They are None if that update was not evaluated or `source` is not in a run
+    directory. Names of machines and folders are left out.
     """
     run = source.resolve().parent.parent
     evaluated = _evaluation(run / "metrics.jsonl", content["update"])

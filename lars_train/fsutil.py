@@ -24,7 +24,10 @@ def write_atomic(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
 
 
 def stage(path: Path, pieces: Sequence[bytes | memoryview]) -> Path:
-    """Write the content for `path` to disk in a temporary file beside it, and return its path. Raises `OSError`."""
+    """Write the content for `path` to a temporary file beside it, sync that to disk, and return its path.
+
+    Raises `OSError`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with name_in_errors(path), temporary.open("wb") as file:
@@ -46,7 +49,7 @@ def discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Add `path` to an `OSError` raised in the block if the error names no file. A failed write names none."""
+    """Add `path` to an `OSError` raised in the block if the error names no file, as after a failed write."""
     try:
         yield
     except OSError as error:

@@ -33,7 +33,7 @@ from lars_train.errors import ConfigError, Stopped
 from lars_train.messages import counted, open_standard_streams
 from lars_train.signals import blocked, handle_termination, termination_handler
 
-# Iterations of an empty loop, chosen by the measurements in docs/performance.md.
+# Iterations of an empty loop before a thread yields its core, chosen by the measurements in docs/performance.md.
 _SPINS = "1000"
 _FIRST_PORT, _END_OF_PORTS = 20_000, 32_768
 _GC_THRESHOLDS = gc.get_threshold()
@@ -149,7 +149,9 @@ def first_host(nodes: str) -> str:
 
 
 def processes(config: Config, devices: int, ghosts: int) -> int:
-    """Return the processes to start on this machine: ``launch.nproc``, or one per device up to one per ghost batch.
+    """Return the number of processes to start on this machine.
+
+    It is ``launch.nproc``; for ``auto``, the number of devices, but at most the number of ghost batches.
 
     `devices`: the accelerators of this machine (0: CPU only, where one process uses all cores).
     Raises `ConfigError` if ``launch.nproc`` exceeds the devices.
@@ -241,8 +243,8 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
         WorkerError: a process failed: the one that was killed, else the first that reported an error.
         Stopped: a forwarded signal ended the processes, or a rank raised `Stopped`.
     """
-    # Not torch.distributed.elastic: its launcher hangs if a process is killed between the end of its work and its exit.
-    # The process waits there for an Event of the launcher, and `Event.set` blocks until each waiting process wakes up.
+    # Not torch.distributed.elastic: its launcher hangs if a process is killed after its work, but before its exit. In
+    # between, a process waits for an Event of the launcher, and `Event.set` blocks until each waiting process wakes up.
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     torch_processes: Any = import_module("torch.multiprocessing")
@@ -377,7 +379,7 @@ def _failure(
             return Stopped(text) if kind == "Stopped" else WorkerError(rank, message)
     second = [rank.exitcode - 128 for rank in ranks if rank.exitcode is not None and rank.exitcode > 128]
     if forwarded and second:
-        return Stopped(f"{signal.Signals(second[0]).name}, the second signal: ended at once.", 128 + second[0])
+        return Stopped(f"{signal.Signals(second[0]).name} was the second signal: ended at once.", 128 + second[0])
     if forwarded and (not reported or any(number in forwarded for _, number in killed)):
         name = signal.Signals(forwarded[0]).name
         return Stopped(f"{name}: stopped; the same command resumes from the last checkpoint.")

@@ -142,10 +142,11 @@ def printable_lines(text: str) -> str:
 
 
 def wrap_line(line: str, width: int) -> list[str]:
-    """Wrap `line` between words to at most `width` columns. Later lines are indented below the text of a label.
+    """Wrap `line` between words to at most `width` columns.
 
-    Paths and other words are not broken, and consecutive settings of a command stay on one line, so that they can be
-    copied. Table rows (``|``) are not wrapped.
+    If `line` begins with a label, the later lines are aligned with the text after the label. Paths and other words are
+    not broken, and consecutive settings of a command stay on one line, so that they can be copied. Table rows (``|``)
+    are not wrapped.
     """
     if len(line) <= width or line.startswith("|"):
         return [line]

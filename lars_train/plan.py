@@ -182,7 +182,7 @@ def check_world(plan: Plan, world: int) -> None:
 
 
 def check_micro_batch(plan: Plan, micro_batch: int) -> int:
-    """Return the ghost batches in a micro-batch of `micro_batch` samples. Raises `ConfigError` for a remainder."""
+    """Return the number of ghost batches in `micro_batch` samples. Raises `ConfigError` unless it is whole."""
     if micro_batch % plan.ghost_batch:
         below = micro_batch // plan.ghost_batch * plan.ghost_batch
         near = [str(n) for n in (below, below + plan.ghost_batch) if n]

@@ -12,7 +12,7 @@ def avoid_dynamo_import() -> None:
     wrapper imports ``torch._dynamo`` and caches the function to call. `avoid_dynamo_import` puts the unwrapped method
     into that cache. The steps of torch's own classes still import ``torch._dynamo``, but LARS over SGD on the CPU does
     not call them. Use this function only if the optimizers run outside compiled code. If torch wraps the methods in
-    another way, it does nothing.
+    another way, the function does nothing.
     """
     for name in dir(Optimizer):
         method = getattr(getattr(Optimizer, name), "__wrapped__", None)

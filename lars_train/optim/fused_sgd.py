@@ -6,7 +6,7 @@ write back only what changes. The scalars of torch's kernel can include the rati
 gradient::
 
     buffer = momentum * buffer + (1 - dampening) * (g + wd * w)      with 1 - dampening = r
-    w      = w - lr * buffer                                         without momentum: lr * r for lr
+    w      = w - lr * buffer                                         without momentum: lr * r in place of lr
 """
 
 from __future__ import annotations

@@ -35,21 +35,23 @@ class LARS(Optimizer):
         g     = ratio * (g + wd * w)
 
     Then the base steps with its weight decay set to 0. The decay is part of the rescaled gradient, even if the base
-    decouples weight decay (AdamW). The ratio is therefore inside the momentum, and the base applies the learning rate
-    as usual. In a group with ``maximize``, wd has the opposite sign, so that weights still decay. The base updates a
-    group with ``exclude=True`` without LARS: no ratio, and its own weight decay.
+    decouples weight decay (AdamW). The ratio is therefore inside the momentum: the base accumulates gradients that are
+    already rescaled. The base applies the learning rate as usual. In a group with ``maximize``, wd has the opposite
+    sign, so that weights still decay. The base updates a group with ``exclude=True`` without LARS: no ratio, and its
+    own weight decay.
 
     Source: You, Gitman, Ginsburg 2017, https://arxiv.org/abs/1708.03888, section 4; eps and the case of a
     zero norm as in torchlars (https://github.com/kakaobrain/torchlars).
 
     `param_groups`, `state` and `defaults` are the base's objects, so a learning-rate scheduler for either optimizer
     acts on both. Each optimizer has its own step hooks; the base's hooks run within LARS's step. After a step, `grad`
-    holds the rescaled gradient, or the original one if the update did not rescale it. Between steps, LARS keeps no
-    other tensors of that size. Parameters that share memory are rescaled one after another, in an unspecified order.
+    holds the rescaled gradient, or the original one if the update did not rescale it. Between steps, LARS holds no
+    other tensors as large as the gradients. Parameters that share memory are rescaled one after another, in an
+    unspecified order.
 
-    Norms and ratios are computed in float32, or in float64 for float64 gradients. A non-finite gradient follows the
-    formula and affects no other tensor. The host never waits for an accelerator. For a DTensor, the norms are over the
-    whole parameter; one collective serves all DTensors on the same mesh.
+    Norms and ratios are computed in float32, or in float64 for float64 gradients. The formula also applies to a
+    non-finite gradient, which affects no other tensor. The host never waits for an accelerator. For a DTensor, the
+    norms are over the whole parameter; one collective serves all DTensors on the same mesh.
 
     Args:
         base_optimizer: an instance of any torch optimizer. If its step requires a closure and calls it itself
@@ -65,15 +67,15 @@ class LARS(Optimizer):
             ``|g| = 0`` then applies to ``|g + wd * w| = 0`` (optax).
         clip: limits of the ratio r. ``"lr"``: min(r / lr, 1), so that the step is at most the base's (apex LARC,
             timm's trust_clip). ``(low, high)``: min(max(r, low), high) (NUS-HPC has 0 and 50).
-        zero_norm: the rule if ``|w|`` or ``|g|`` is 0. ``"decay"``: g + wd * w with the ratio 1, clipped. ``"skip"``: g
-            unchanged, neither decayed nor clipped (apex LARC).
+        zero_norm: the rule if ``|w|`` or ``|g|`` is 0. ``"decay"``: g + wd * w with a ratio of 1, to which
+            `clip` applies. ``"skip"``: g unchanged, neither decayed nor clipped (apex LARC).
         zero_decay: the rule for groups whose weight decay is 0. ``"adapt"``: as for other groups. ``"skip"``: as for
             groups with ``exclude`` (timm).
         weight_decay: ``"coupled"``: as above. ``"base"``: wd is 0 in the formula, and the base applies its own weight
             decay after the ratio.
         ratio_placement: ``"inside"`` the momentum, as above. ``"outside"``: the base steps with g + wd * w, and LARS
-            multiplies the resulting change of w by the ratio (NUS-HPC). The dtype must be able to represent the step
-            before that multiplication.
+            multiplies the resulting change of w by the ratio (NUS-HPC). The dtype of w must be able to represent the
+            change before that multiplication.
         lr_placement: ``"outside"`` the momentum, as in torch's SGD. ``"inside"``: g is also multiplied by the lr, and
             the base steps with an lr of 1 (MLPerf, optax). The two differ when the lr changes.
         clamp: limit on the absolute value of each element of g + wd * w, or None (NUS-HPC has 10).
@@ -231,7 +233,7 @@ class LARS(Optimizer):
         """Load a state dict that `state_dict` returned, options included.
 
         A state dict of the base alone, which is also torchlars's format, is accepted. Options that are missing from the
-        state dict stay unchanged, as does a missing ``exclude`` of a group.
+        state dict stay unchanged, and so does the ``exclude`` of a group whose entry has none.
 
         Raises:
             ValueError: the ``"lars"`` entry is not in the format of `state_dict`, or the base rejects the rest.
@@ -269,8 +271,8 @@ class LARS(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Rescale the gradients and make one update. Return the closure's loss, or None without a closure.
 
-        LARS first calls `closure` once, with gradients enabled. If the base calls the closure itself, it may do so any
-        number of times.
+        LARS calls `closure` once, before the update and with gradients enabled. A base that calls the closure itself
+        (LBFGS) makes these calls instead, any number of them.
 
         Raises:
             RuntimeError: a gradient is sparse. No gradient or parameter has been changed.

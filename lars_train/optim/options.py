@@ -62,7 +62,7 @@ def check_options(options: Mapping[str, Any], setting: Callable[[str, Any], str]
 
     Args:
         options: the value of every option, by name.
-        setting: formats an option's name and value for messages, in the syntax of the user.
+        setting: formats an option's name and value for messages, as the user would write them.
     """
     for name in ("eps", "trust_coef", "clamp"):
         value = options[name]
@@ -133,8 +133,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # https://pypi.org/project/pytorch-optimizer 4.1.0, LARS. Vectors: exclude=True, weight_decay=0. If only the
     # gradient is zero, that implementation's ratio is trust_coef / wd; here the ratio is 1.
     "pytorch-optimizer": {"eps": 0.0},
-    # https://github.com/Lightning-Universe/lightning-bolts 0.7, pl_bolts/optimizers/lars.py, which lightly copies
-    # (https://pypi.org/project/lightly, lightly/utils/lars.py).
+    # https://github.com/Lightning-Universe/lightning-bolts 0.7, pl_bolts/optimizers/lars.py. The package lightly has a
+    # copy (https://pypi.org/project/lightly, lightly/utils/lars.py).
     "bolts": {"zero_norm": "skip", "zero_decay": "skip"},
     # https://github.com/facebookresearch/moco-v3, moco/optimizer.py, as in https://github.com/facebookresearch/barlowtwins,
     # main.py. Vectors: exclude=True, weight_decay=0.

@@ -54,9 +54,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer, with every parameter of `model` in exactly one.
 
-    A group has the keys ``params`` (in the order of ``model.named_parameters()``), ``weight_decay`` and ``name``:
-    ``"decay"`` for the weights; for biases and normalization layers ``"norm_bias"`` if they are decayed, else
-    ``"no_decay"``. With `lr`, it also has the key ``lr``. Empty groups are left out.
+    A group has the keys ``params`` (in the order of ``model.named_parameters()``), ``weight_decay``, ``name``, and
+    ``lr`` if `lr` is given. The name is ``"decay"`` for the weights. For biases and normalization layers, it is
+    ``"norm_bias"`` if they are decayed, else ``"no_decay"``. Empty groups are left out.
 
     Args:
         weight_decay: the weight decay of decayed groups.

@@ -5,9 +5,9 @@ each tensor before the next. On an accelerator the host must not wait: the ratio
 is a ``_foreach_`` call, so that the number of calls does not depend on the number of tensors.
 
 torch runs a ``_foreach_`` call as one kernel launch if, at each position of the lists, the tensors have equal device,
-dtype, sizes and strides (``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``). Only
-``_foreach_addcmul_`` makes an exception, for 0-D factors: it takes them in one launch as ``tensor1``, if they have the
-device and dtype of the other tensors (``foreach_pointwise_op_0d_tensor1_`` in
+dtype, sizes and strides (``check_fast_path_restrictions`` in torch's ``include/ATen/native/ForeachUtils.h``). The
+exception is ``_foreach_addcmul_``: it is also one launch if ``tensor1`` is a list of 0-D factors that have the device
+and dtype of the other tensors (``foreach_pointwise_op_0d_tensor1_`` in
 ``aten/src/ATen/native/cuda/ForeachPointwiseOp.cu``, https://github.com/pytorch/pytorch/pull/172731).
 """
 
@@ -223,8 +223,8 @@ def _rescale_on_host(weight: Tensor, grad: Tensor, part: Part, rule: Rule, recor
 def _scaled_sum(grad: Tensor, weight: Tensor, factor: float, decay: float) -> None:
     """Compute g = factor * g + factor * decay * w in place, in one pass over memory instead of two.
 
-    torch's only operation with both factors is `addr_`, here as the outer product of a single 1 with w. `factor` must
-    not be 0, because torch would then not read g, and non-finite values in g would be lost.
+    torch's only operation with both factors is `addr_`, which adds an outer product: here that of the vector (1) and w.
+    `factor` must not be 0, because torch would then not read g, and non-finite values in g would be lost.
     """
     one = torch.ones(1, dtype=grad.dtype, device=grad.device)
     row = torch.as_strided(grad, (1, grad.numel()), (grad.numel(), 1))

@@ -31,7 +31,7 @@ class Rule(Options):
 
     @property
     def changes_step(self) -> bool:
-        """True if LARS scales the change of the weights that the base has made."""
+        """True if LARS scales the change that the base made to the weights."""
         return self.ratio_placement == "outside" or self.ratio_of == "step"
 
     def ratio_function(self, decay: float, lr: Any) -> Callable[[float, float], tuple[float, float]]:

@@ -1,7 +1,8 @@
 """Compute the learning rate of every update: linear warm-up, then polynomial, cosine or step decay.
 
 The rate is a pure function of the update's number: no optimizer, no epochs, no state. This module does not import
-torch. The classes in `schedulers` apply it to an optimizer.
+torch. The classes in `schedulers` apply the rate to an optimizer. In the formulas, u, I, W, b, p and e are the
+arguments of `learning_rate`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Form: TypeAlias = Literal["whole", "restart", "mlperf", "cosine", "steps"]
 WHOLE: Final = "whole"
 """Decay measured over the whole run, warm-up included: e + (b - e)(1 - u/I)^p.
 
-Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power, where Intel-Caffe replaces the first updates by a warm-up.
+Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power, whose first updates Intel-Caffe replaces by a warm-up.
 The LARS paper uses it with power 2 (You, Gitman, Ginsburg 2017, https://arxiv.org/abs/1708.03888, sections 5 and 6).
 The rate drops at the end of the warm-up.
 """
@@ -69,7 +70,7 @@ def learning_rate(
     warm-up the rate follows `form`.
 
     Args:
-        update: the update's number, from 0.
+        update: the update's number, from 0, u.
         total: updates of the run, I.
         warmup: updates of the warm-up, W; 0 for no warm-up.
         base: the learning rate at the end of the warm-up, b.

@@ -64,8 +64,8 @@ class _WarmupScheduler(LRScheduler):
 class WarmupCosine(_WarmupScheduler):
     """Raise the lr linearly during a warm-up, then lower it along half a period of the cosine.
 
-    Call ``step()`` after each update of the optimizer. After `total` updates the lr stays at its end. The peak of each
-    parameter group is the lr that the group had when the scheduler was created. The scheduler resumes from its
+    Call ``step()`` after each update of the optimizer. After `total` updates the lr keeps its final value. The peak of
+    each parameter group is the lr that the group had when the scheduler was created. The scheduler resumes from its
     `state_dict`, arguments included.
 
     Args:

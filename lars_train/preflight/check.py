@@ -106,7 +106,7 @@ def check(config: Config, ranks: Ranks) -> dict[str, Any]:
         findings, notes = _Check(config, group, device).run()
         problems = list(map(str, judge(findings)))
         lines = [*describe_findings(findings), *notes, "", *format_verdict(problems)]
-        # No rank ends before all have the findings: a launcher may end the others when it sees one end.
+        # Wait until all ranks have the findings: when one rank exits, a launcher may end the others.
         group.all_reduce_max([0])
     return {"lines": lines, "problems": problems, "findings": dataclasses.asdict(findings)}
 
@@ -218,7 +218,7 @@ class _Check:
         return folder
 
     def _note_time_up(self, measured: str) -> None:
-        """Note that a measurement ran out of time, and what it `measured`."""
+        """Add a note for a measurement that ran out of time; `measured` describes its result."""
         self.notes.append(f"{'time was up':<15}{measured}")
 
     def _find_unshared(self) -> str | None:

@@ -1,10 +1,10 @@
 """Cite published training speeds of devices, and convert them to the speed of this program's training step.
 
-All figures are of ResNet-50 at 224 pixels. A micro-batch takes a constant, `_FLOOR`, and a time per image, so small
-micro-batches are slower per image. Programs differ in the time per image. MLPerf's compute batch norm, ReLU and sums
-within the convolutions' kernels, and launch kernels by CUDA graphs. This program has separate kernels, which move
-`SEPARATE_BYTES` more through the device's memory, and its host launches each of them. docs/plan.md compares the model
-with published results.
+All figures are of ResNet-50 at 224 pixels. A micro-batch takes a constant time, `_FLOOR`, plus a time per image, so
+small micro-batches are slower per image. Programs differ in the time per image. MLPerf's programs compute batch norm,
+ReLU and sums inside the convolution kernels, and launch kernels through CUDA graphs. This program has separate kernels.
+They move `SEPARATE_BYTES` more per image through the device's memory, and the host launches each of them. docs/plan.md
+compares the model with published results.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ SEPARATE_BYTES = 240e6
 Passes over the output of a layer, 2 bytes each: 8 instead of 3 for batch norm, 5 instead of none for ReLU, 6 instead of
 3 for the sum with the shortcut."""
 
-# Seconds of a micro-batch that its images do not add to: some hundred kernels, each with a shortest time. From the
-# H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is 3.8 ms, less
-# the network's share.
+# Seconds that a micro-batch takes regardless of its images: each of its hundreds of kernels has a minimum time.
+# From the H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is
+# 3.8 ms, less the network's share.
 _FLOOR = 3.5e-3
-# Seconds in which a host launches an operation: 22.2 ms for an update of 559, measured on one host with slow cores
-# (docs/gpu_notes.md), which the H100 waited for.
+# Seconds that a host needs to launch an operation. An update of 559 operations took 22.2 ms on a host with slow cores,
+# for which the H100 waited (docs/gpu_notes.md).
 _LAUNCH = 22.2e-3 / 559
-# Operations of a micro-batch, forward and backward, if it is one ghost batch and if it is several, and of an update
-# (operations that compute, counted with torch 2.14).
+# Operations that compute, counted with torch 2.14: forward and backward of a micro-batch of one ghost batch, and of
+# several; and the rest of an update.
 _OPERATIONS_OF_ONE, _OPERATIONS_OF_SEVERAL, _OPERATIONS_OF_UPDATE = 516, 781, 43
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A published speed. `fused`: by MLPerf's kind of program; otherwise by a program with separate kernels."""
+    """A published speed. `fused`: the program has fused kernels, as MLPerf's programs do."""
 
     images_per_second: float
-    """Images/s of one device, measured among those of a machine."""
+    """Images/s per device while all devices of a machine train together; for a CPU, of one core alone."""
     micro_batch: int
     source: str
     fused: bool = False
@@ -56,7 +56,7 @@ class CitedDevice:
     memory: float = 0.0
     """Bandwidth of the device's memory. 0 for a CPU."""
     link: float = 0.0
-    """Bandwidth to the other devices of its machine, in one direction. 0: as to those of other machines."""
+    """Bandwidth to the other devices of its machine, in one direction. 0: the same as to other machines."""
 
 
 _NVIDIA = (
@@ -111,7 +111,7 @@ DEVICES = {
 
 
 def speed(device: CitedDevice, precision: str, *, fused: bool = False) -> Speed:
-    """Return the speed of ResNet-50 at 224 pixels on `device`: of this program, or if `fused` of MLPerf's programs.
+    """Return the speed of ResNet-50 at 224 pixels on `device`: with MLPerf's programs if `fused`, else with this one.
 
     Raises `KeyError` for a precision without a figure.
     """

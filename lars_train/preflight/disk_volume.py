@@ -27,8 +27,8 @@ _WHOLE = {"train/bad_images", "train/checkpoint_failures", "noise/critical_batch
 _EVENT_BYTES, _SCALAR_BYTES, _HISTOGRAM_BYTES, _PAGE_BYTES = 31, 9, 60, 1_500
 # 32 training images, once. PNG compresses photographs to two thirds, drawings to a third: assume half.
 _SAMPLE_IMAGES = 32 * 3 / 2
-# A histogram has a bin of two float64 for each factor of 1.1 between the smallest and the largest layer. `_DECADES`
-# has the factors of ten between the two, by quantity.
+# A histogram of the layers' values has a bin of two float64 for each factor of 1.1 between the smallest and the largest
+# value. `_DECADES` has this range in decades (factors of ten), by quantity.
 _BYTES_PER_DECADE = 16 / math.log10(1.1)
 _DECADES = {
     "lars": {"weight_norm": 2.0, "grad_norm": 1.7, "update_ratio": 0.5, "trust_ratio": 2.2, "layer_lr": 2.2},

@@ -1,6 +1,6 @@
 """The findings of the ranks before a run, as plain picklable values, and the lines that report them.
 
-The modules measure_*.py measure them, judge.py judges them.
+The modules measure_*.py make the findings; judge.py judges them.
 """
 
 from __future__ import annotations

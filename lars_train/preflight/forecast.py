@@ -1,7 +1,7 @@
 """Forecast a run for ``mode=plan``: memory per device, bytes on disk, and hours, as values and as lines to print.
 
-The network is only counted. No device other than the CPU is touched, and nothing is measured: rates come from the
-config (``plan.*``) or from the figures that devices.py cites.
+The network is not trained: only its tensors and operations are counted. No accelerator is used, and no speed is
+measured: rates come from the config (``plan.*``) or from the figures that devices.py cites.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
 
 
 def _describe_machine(config: Config, machine: Machine) -> dict[str, Any]:
-    """Return what hours are computed from, as plain values."""
+    """Return the values from which the hours are computed, by name."""
     source = "plan.images_per_second"
     if config.plan.images_per_second is None:
         source = DEVICES[str(config.plan.device)].figures[planned_precision(config)].source
@@ -103,7 +103,7 @@ def _describe_machine(config: Config, machine: Machine) -> dict[str, Any]:
 def _cited_devices(
     config: Config, plan: Plan, network: nn.Module, *, hours: Callable[..., Hours], world: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield the hours on `world` of each cited device that has a figure in the run's precision."""
+    """Yield the hours of a run on `world` devices, for each cited device with a figure in the run's precision."""
     for name, device in DEVICES.items():
         planned = dataclasses.replace(config, plan=dataclasses.replace(config.plan, device=name))
         if planned_precision(planned) in device.figures:
@@ -236,7 +236,7 @@ def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
         yield f"rate           {rate['images_per_second']:,.4g} images/s per device ({rate['source']})"
         if rate["floor"]:
             few, many, floor = (f"{1e3 * seconds:.3g}" for seconds in (*rate["launch"][:2], rate["floor"]))
-            yield f"               and {floor} ms per micro-batch; the host launches one in {few} to {many} ms"
+            yield f"               and {floor} ms per micro-batch, which the host launches in {few} to {many} ms"
         yield (
             f"update         {expected['seconds']:.3g} s: compute {expected['compute']:.3g}, "
             f"input {expected['input']:.3g}, "

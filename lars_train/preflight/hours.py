@@ -22,7 +22,7 @@ from lars_train.training.device import MOST_SAMPLES
 from lars_train.training.metrics import flops_per_image
 
 MAX_DEVICES = 4096
-# Devices in a node unless launch.nproc says it, as in the machines of the cited figures.
+# Devices in a node if launch.nproc=auto, as in the machines of the cited figures.
 _NODE = 8
 # A training step takes as long as three forward passes (training/metrics.py).
 _FORWARDS_PER_STEP = 3

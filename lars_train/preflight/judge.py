@@ -130,7 +130,7 @@ def _bad_images(findings: Findings) -> Iterator[Problem]:
     if len(hosts) > _FILES_LISTED:
         images += f"; and {len(hosts) - _FILES_LISTED} more"
     demands = findings.demands
-    allowed = f" (data.max_bad: a run ends with more than {demands.max_bad})" if demands is not None else ""
+    allowed = f" (a run fails with more than data.max_bad={demands.max_bad})" if demands is not None else ""
     yield Problem(
         f"{len(hosts)} of {tried:,} sampled images cannot be decoded{allowed}: {images}",
         list_hosts([name for names in hosts.values() for name in names]),

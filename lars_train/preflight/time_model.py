@@ -1,9 +1,13 @@
 """Compute the time of an update, and the part that limits it, from the rates of its parts.
 
-The parts: *compute* (images forward and backward on the device, or on the host that launches its kernels if that takes
-longer, and the overhead of an update), *input* (decoding on the device's share of cores, during compute; before it if
-there are no workers), *network* (the sum of the gradients over all devices, partly hidden by the backward pass). Pure
-arithmetic: nothing is measured, and checkpoints, start-up and stragglers are not counted.
+The parts:
+
+- *compute*: the forward and backward pass and the overhead of an update. The pass takes as long as the slower of the
+  device, which computes, and the host, which launches kernels.
+- *input*: decoding on the device's share of cores, during compute; between computations if there are no workers.
+- *network*: the sum of the gradients over all devices, partly hidden by the backward pass.
+
+Pure arithmetic: nothing is measured, and checkpoints, start-up and stragglers are not counted.
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ class Speed:
     rate: float
     """Images per second, forward and backward, apart from `floor`."""
     floor: float = 0.0
-    """Seconds that a micro-batch takes besides its images."""
+    """Seconds of a micro-batch in addition to the time of its images."""
     launch: tuple[float, float] = (0.0, 0.0)
-    """Seconds in which the host launches a micro-batch of one ghost batch, and of several."""
+    """Seconds that the host needs to launch a micro-batch of one ghost batch, and one of several."""
     launch_update: float = 0.0
-    """Seconds in which the host launches the rest of an update."""
+    """Seconds that the host needs to launch the rest of an update."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Machine:
     overlap: float = 1.0
     """The share of the last micro-batch's backward pass that hides the network."""
     algorithm: str = "auto"
-    """``ring``, ``tree``, or ``auto``, the faster of the two, between the nodes."""
+    """The all-reduce between nodes: ``ring``, ``tree``, or ``auto`` (the faster of the two)."""
     overhead: float = 0.0
     """Seconds of an update besides computing its images."""
     reads: bool = False
@@ -65,7 +69,7 @@ class Work:
     ghost_batch: int
     gradient_bytes: int
     buckets: int = 1
-    """The buckets of gradients, summed one after the other. The sum of the last one begins when backward has ended."""
+    """The number of gradient buckets, summed one after the other; the last one after the backward pass has ended."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,13 @@ class Update:
 def all_reduce_seconds(machine: Machine, world: int, size: float) -> float:
     """Return the seconds to sum `size` bytes over `world` devices.
 
-    A ring within each node leaves every device with the sum of its share of the bytes, the devices with the same share
-    sum it between the n nodes, and the ring passes the shares on. A ring over p devices: 2 (p - 1) consecutive messages
-    of size / p bytes (Patarasuk and Yuan 2009, https://doi.org/10.1016/j.jpdc.2008.09.002). Between nodes also a tree:
-    up and down two binary trees that share the bytes, pipelined in small pieces: 2 log2 n consecutive messages, and
-    twice the bytes over each link (Sanders, Speck and Träff 2009, https://doi.org/10.1016/j.parco.2009.09.001).
+    First, a ring within each node leaves each device with the node's sum of one share of the bytes. Then the devices
+    that hold the same share sum it over the n nodes. Last, the rings pass the shares to all devices of a node.
+
+    A ring over p devices takes 2 (p - 1) consecutive messages of size / p bytes (Patarasuk and Yuan 2009,
+    https://doi.org/10.1016/j.jpdc.2008.09.002). Between nodes, a tree may replace the ring: the bytes go up and down
+    two binary trees, half through each, pipelined in small pieces. This takes 2 log2 n consecutive messages, and twice
+    the bytes over each link (Sanders, Speck and Träff 2009, https://doi.org/10.1016/j.parco.2009.09.001).
     """
     local = min(machine.node, world)
     nodes, share = math.ceil(world / local), size / local

@@ -111,7 +111,12 @@ def test_images_that_cannot_be_decoded_are_named() -> None:
     bad = tuple(f"/data/train/n01/{number}.JPEG (broken)" for number in range(6))
     found = findings(rank(3, sample=TrialRead(256, 1, 0.1, bad)))
     assert_only(
-        found, "beta", "6 of 1,024", "/data/train/n01/0.JPEG (broken)", "and 2 more", "a run ends with more than 100"
+        found,
+        "beta",
+        "6 of 1,024",
+        "/data/train/n01/0.JPEG (broken)",
+        "and 2 more",
+        "a run fails with more than data.max_bad=100",
     )
 
 
