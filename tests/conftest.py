@@ -20,9 +20,10 @@ pytest.register_assert_rewrite("bases")
 # In starting order, so that at the end no process is alone with a long file. The Slurm tests mostly wait, so they
 # run beside a file that keeps a core busy.
 LONGEST = (
-    *("test_launch_forms", "test_slurm", "test_killed_runs", "test_elastic", "test_docs_commands"),
-    *("test_same_curve", "test_two_hosts", "test_scripts", "test_bench_step", "test_bench_input", "test_forecast"),
-    *("test_distributed", "test_run", "test_full_disk", "test_remote_runs", "test_lars_sharded", "test_export"),
+    *("test_launch_forms", "test_slurm", "test_docs_commands", "test_scaled_table", "test_two_hosts", "test_spawn"),
+    *("test_bench_scripts", "test_forecast", "test_killed_runs", "test_same_curve", "test_any_terminal", "test_export"),
+    *("test_full_disk", "test_same_weights", "test_cli", "test_run", "test_torch_lars", "test_hostile_files"),
+    *("test_ghost_kernels", "test_elastic", "test_distributed", "test_remote_runs", "test_lars_sharded"),
 )
 
 
