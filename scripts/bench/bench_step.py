@@ -57,21 +57,7 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
 
 import numpy as np
 import torch
-from training_steps import (
-    BARE,
-    BEST,
-    BEST_EAGER,
-    CASES,
-    CASES_ON_CUDA,
-    OURS,
-    STEPS,
-    TIMM,
-    TUNED,
-    WITHOUT,
-    Case,
-    Step,
-    precision,
-)
+from training_steps import BARE, BEST, BEST_EAGER, CASES, OURS, STEPS, TIMM, TUNED, WITHOUT, Case, Step, precision
 
 from lars_train.config import Config
 from lars_train.training.device import available_cores, set_up
@@ -229,7 +215,7 @@ def select_cases(parser: ArgumentParser, args: Namespace) -> list[Case]:
     if unknown := set(args.only or ()) - set(STEPS):
         parser.error(f"--only {unknown.pop()!r}: no such contender; choose from {', '.join(map(repr, STEPS))}")
     cases = []
-    for case in CASES if args.device == "cpu" else CASES_ON_CUDA:
+    for case in CASES[args.device]:
         if args.case in (None, case.name):
             images = args.images or case.images
             for size in args.sweep or [images]:

@@ -40,10 +40,12 @@ class Case:
     device: torch.device = CPU
 
 
-# At 224 pixels as many images as fit into 24 GiB with all contenders; at 32 the smallest global batch of the recipes.
-CASES = (Case("resnet50", 16, 224, 1000), Case("small", 256, 32, 10))
-# The largest micro-batch that lars-train chooses.
-CASES_ON_CUDA = (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA))
+CASES = {
+    # At 224 pixels what fits into 24 GiB with all contenders; at 32 the smallest global batch of the recipes.
+    "cpu": (Case("resnet50", 16, 224, 1000), Case("small", 256, 32, 10)),
+    # The largest micro-batch that lars-train chooses.
+    "cuda": (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA)),
+}
 
 
 def precision(device: torch.device) -> Precision:

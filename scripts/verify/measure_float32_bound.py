@@ -33,9 +33,7 @@ import shared
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "measure_float32_bound")
     PARSER.add_argument("--precision", nargs="+", choices=["fp32", "fp64"], default=["fp32"])
-    PARSER.add_argument(
-        "--world", nargs="+", type=shared.positive_int, default=[1, 2, 3, 4], help="world sizes, at most 7"
-    )
+    PARSER.add_argument("--world", nargs="+", type=shared.positive_int, default=[1, 2, 3, 4], help="sizes, at most 7")
     PARSER.add_argument("--seeds", type=shared.positive_int, default=10, help="number of seeds, from 0 (10)")
     ARGS = PARSER.parse_args()
 
