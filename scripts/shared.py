@@ -13,7 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 GRACE_S = 10.0
 """Seconds from SIGTERM to SIGKILL. On SIGTERM a run of lars-train finishes its update and writes a checkpoint."""
 
@@ -39,15 +40,20 @@ def make_parser(description: str | None, *markers: str) -> argparse.ArgumentPars
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if markers:
-
-        def page(text: str) -> Path:
-            try:
-                return check_page(Path(text), *markers)
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        parser.add_argument("--write", type=page, metavar="PAGE", help="put the results between the page's markers")
+        parser.add_argument("--write", type=page_with(*markers), metavar="PAGE", help="put the results between markers")
     return parser
+
+
+def page_with(*markers: str) -> Callable[[str], Path]:
+    """Return an argument's type: the path of a page that passes `check_page`."""
+
+    def page(text: str) -> Path:
+        try:
+            return check_page(Path(text), *markers)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return page
 
 
 def positive_int(text: str) -> int:
@@ -65,10 +71,10 @@ def require_cuda(parser: argparse.ArgumentParser, device: str) -> None:
         parser.error("--device cuda: torch finds no CUDA device here")
 
 
-def pin_to_one_core() -> None:
-    """Restrict this process to one core, where the system supports it."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def pin_to_cores(count: int) -> None:
+    """Restrict this thread to `count` of the cores that the process had at its start, where the system supports it."""
+    if CORES:
+        os.sched_setaffinity(0, CORES[-count:])
 
 
 def first_line(error: Exception) -> str:

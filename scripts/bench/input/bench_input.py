@@ -186,7 +186,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
         # First, because it forks, and peers start threads.
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         whole = end_to_end.measure(stores[ORIGINAL], (args.rounds + 1) // 2, device)
-        shared.pin_to_one_core()
+        shared.pin_to_cores(1)
         contenders = make_contenders(stores[ORIGINAL], skipped)
         apart = compare(contenders, stores)
         rates = measure(contenders, stores, args.rounds)
