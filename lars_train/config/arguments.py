@@ -58,7 +58,7 @@ def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[st
     hydra_types = _hydra_types(settings)
     prepared = [_prepare(setting, hydra_types) for setting in settings]
     keys = {setting.partition("=")[0] for setting in settings}
-    # The data set then comes from the checkpoint.
+    # To evaluate or export a checkpoint, take the data set from the checkpoint.
     from_checkpoint = "checkpoint.path" in keys and bool({"mode=evaluate", "mode=export"} & set(settings))
     if imagenet_dir and "data" not in keys and not from_checkpoint and _INFORMATION_FLAGS.isdisjoint(flags):
         prepared.append("data=imagenet")
@@ -288,6 +288,7 @@ def _quote_text(text: str, *, null: bool, in_function: bool) -> str:
     if not text or is_null or (_UNQUOTED_TEXT.fullmatch(text) and text.lower() not in _RESERVED_WORDS):
         return text
     result = text if _QUOTED.fullmatch(text) else quoted(text)
-    # When Hydra's functions remove the quotes, they escape these characters. Other text needs a second pair of quotes.
+    # Hydra's functions remove one pair of quotes, and escape these characters to keep the text intact. Text without any
+    # of them needs a second pair of quotes.
     twice = in_function and not re.search(r"[\\()\[\]{}:=, \t]", result)
     return str(QuotedString(result, Quote.double).with_quotes()) if twice else result

@@ -1,6 +1,6 @@
 """Write the text of ``lars-train --help [GROUP]`` from the schema and the files of ``configs/``.
 
-Every field of the schema has a docstring below it, which only the source holds, so this module parses the source.
+Python does not keep the docstrings below the schema's fields, so this module parses the source.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def sections() -> dict[str, type]:
-    """Return the dataclass of each group of keys by its name; that of the keys without a section is `GENERAL`."""
+    """Return the dataclass of each group of keys, by the group's name: `GENERAL` for the keys without a section."""
     hints = typing.get_type_hints(Config)
     nested = {name: typing.cast(type, hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     return {GENERAL: Config, **nested}
@@ -120,7 +120,7 @@ def default_choices() -> dict[str, str]:
 
 
 def models_of_data() -> dict[str, str]:
-    """Return the model that a data set chooses unless the command line does, by data set, if it is not the default."""
+    """Return, by data set, the default model of each data set that has its own."""
     found = {}
     for name in choices_of("data"):
         file = OmegaConf.to_container(OmegaConf.load(config_dir() / "data" / f"{name}.yaml"))

@@ -50,7 +50,7 @@ TEXT = (str, Optional[str])
 
 @functools.cache
 def key_types() -> dict[str, Any]:
-    """Return the type hint of every key by its dotted name. That of a section, such as ``run``, is a dataclass."""
+    """Return the type hint of every key by its dotted name. The hint of a section, such as ``run``, is a dataclass."""
     return types_within(Config)
 
 

@@ -17,7 +17,7 @@ FLOAT32_MIN = 2.0**-149
 NONE: Final = "none"
 """The value of `clip` and `clamp` that stands for None. A null would be filled in from the recipe's row."""
 
-# Renamed, because `optimizer.weight_decay` in the config is the amount of weight decay.
+# The option `weight_decay` has the key `decay_placement`, because `optimizer.weight_decay` is the amount of decay.
 _NAMES: Final = {name: "decay_placement" if name == "weight_decay" else name for name in DEFAULTS}
 LARS_OPTIONS: Final = tuple(_NAMES.values())
 

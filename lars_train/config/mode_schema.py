@@ -15,8 +15,8 @@ class EvaluateConfig:
     report: Optional[str] = None
     """For ``mode=evaluate``: the folder to write the accuracy per class and the confusion matrix to."""
     outputs: str = "subset"
-    """For ``mode=evaluate`` on a subset of the model's classes: predict among that subset (subset, as published for
-    ImageNet-A and -R), or among all classes (all).
+    """For ``mode=evaluate`` on a subset of the model's classes: predict only among that subset (subset, as in the
+    published results on ImageNet-A and -R), or among all classes (all).
     """
 
 
@@ -41,7 +41,7 @@ class PlanConfig:
     device: Optional[str] = None
     """Device with a published speed: a100, h100, h200, v100, or cpu, which is one core (docs/plan.md)."""
     images_per_second: Optional[float] = None
-    """Training speed of one device in images/s at your micro-batch, instead of a published one."""
+    """Training speed of one device in images/s at your micro-batch, instead of a published speed."""
     cores: int = 8
     """CPU cores per device that decode images."""
     decode_rate: Optional[float] = None
@@ -51,11 +51,13 @@ class PlanConfig:
     latency_us: float = 10.0
     """Latency of a message between devices, in microseconds."""
     bandwidth_gb: float = 12.5
-    """Bandwidth from a device to one of another node, in 10**9 bytes/s."""
+    """Bandwidth from a device to a device of another node, in 10**9 bytes/s."""
     all_reduce: str = "auto"
-    """ring, tree, or auto, the faster, between nodes."""
+    """All-reduce algorithm between nodes: ring, tree, or auto (the faster of the two)."""
     overlap: float = 1.0
-    """Share of the last micro-batch's backward pass that overlaps with communication; the last bucket never does."""
+    """Share of the last micro-batch's backward pass that can overlap with communication. The all-reduce of the last
+    bucket never overlaps.
+    """
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Fill in the values that the command line does not set from the row of the config's recipe."""
+"""Fill in, from the row of the config's recipe, the values that the command line does not set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.schema import Config, nominal_batch
 from lars_train.errors import ConfigError, did_you_mean
 
-# Settings that only some forms of the schedule use, and the forms that do not use all of the polynomial's.
+# Settings that only some forms of the schedule use. Forms that are not in _USED decay by a polynomial.
 _FORM_SETTINGS = ("power", "end_lr", "steps", "step_factor")
 _POLYNOMIAL = ("power", "end_lr")
 _USED = {"cosine": ("end_lr",), "steps": ("steps", "step_factor")}
@@ -58,7 +58,7 @@ def fill_from_recipe(config: Config) -> None:
 
 
 def scales_by_default(config: Config) -> bool:
-    """Return True if a null `batch.scaled` means true: for a row of the recipe on a small data set that is built in."""
+    """Return True if a null `batch.scaled` means true: no `batch.size`, and neither ImageNet nor a folder."""
     return config.batch.size is None and config.data.name not in ("imagenet", "folder")
 
 

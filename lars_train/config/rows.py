@@ -64,7 +64,7 @@ def _recipes_with_row(batch: str) -> list[str]:
 
 
 def _scaled_setting(config: Config) -> list[str]:
-    """Return the setting that scales `batch.size` to the data set, as a row's batch is; empty if it is not needed."""
+    """Return the setting that scales `batch.size` to the data set, as rows are scaled; an empty list if not needed."""
     scaled = config.batch.scaled
     if scaled is not None:
         return [f"batch.scaled={str(scaled).lower()}"]
@@ -72,7 +72,7 @@ def _scaled_setting(config: Config) -> list[str]:
 
 
 def _interpolated(config: Config, below: str, above: str) -> tuple[str, str]:
-    """Return the settings for a batch between two rows, and a sentence about the scaled warm-up, or an empty string.
+    """Return the settings for a batch between two rows, and a sentence about the scaled warm-up (empty if unscaled).
 
     The settings are those of the nearer row, except for lr, warm-up, ghost batch and values that the user has set.
     """

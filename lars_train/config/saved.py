@@ -33,7 +33,7 @@ class SavedConfig:
     """True if the command line sets the run directory."""
 
     def place(self, config: Config) -> Config:
-        """Return `config` without the run directory of the file if it describes another experiment than the file.
+        """Return `config`, without the file's run directory if `config` and the file describe different experiments.
 
         A sweep over seeds therefore does not write into the directory of the saved run.
         """
@@ -55,7 +55,7 @@ def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
         if group in keys:
             write = {"model": "model.name=", "precision": "precision.name="}.get(group, "")
             hint = f"write {write}... instead" if write else "set single keys, or start without --config-file"
-            raise ConfigError(f"{group}=...: {where} already contains the values of a choice of {group}; {hint}.")
+            raise ConfigError(f"{group}=...: {where} already sets the keys of the group {group}; {hint}.")
     content = _read(path, where)
     missing = [key for key in leaf_keys() if key not in keys and not _holds(content, key)]
     if missing:

@@ -1,7 +1,7 @@
 """Define the config's schema, one dataclass per section, and register it with Hydra.
 
-In a field that recipes set, `None` means that `recipe.fill_from_recipe` takes the value from the recipe's row. The
-schema of recipes is in `recipe_schema`, those of the modes other than training in `mode_schema`.
+In a field that recipes set, `None` means that `recipe.fill_from_recipe` takes the value from the recipe's row. Recipes
+have their schema in `recipe_schema`, the modes other than training in `mode_schema`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class BatchConfig:
     size: Optional[int] = None
     """Samples of one update, instead of the batch of a recipe's row; requires ``optimizer.lr``."""
     scaled: Optional[bool] = None
-    """Shrink the nominal batch in proportion to the data set (null: for all data sets except
-    ImageNet and folders, unless `size` is set).
+    """Shrink the nominal batch in proportion to the data set. null: false if `size` is set or the data is
+    ImageNet or a folder, else true.
     """
 
 
@@ -54,17 +54,23 @@ class DataConfig:
     name: str = "mini"
     """imagenet, folder, mini (embedded), cifar10, fashion_mnist or synthetic."""
     root: Optional[str] = None
-    """Folder, ``.zip``, packed store or its URL, tar shards; for torchvision's sets, the download folder."""
+    """The images: a folder, ``.zip``, tar shards, packed store or a store's URL; for cifar10 and fashion_mnist, the
+    download folder.
+    """
     holdout: Optional[float] = None
     """Use this share of ``train/`` for validation instead of ``val/``."""
     val_labels: Optional[str] = None
     """Labels for a flat ``val/`` of ImageNet: the devkit, or a CSV of file and class."""
     image_key: Optional[str] = None
-    """Extension of the image, if samples in tar shards have several: jpg, or jpg:png to try one after the other."""
+    """For tar shards with several images in a sample: the extension of the image to read (jpg), or several extensions
+    to try in order (jpg:png).
+    """
     image_size: int = 224
     """Side of the network's input, in pixels."""
     augment: str = "inception"
-    """inception (random resized crop), scale_crop (shorter side to size / eval_crop, random crop), pad_crop or none."""
+    """inception (random resized crop), scale_crop (resize the shorter side to image_size / eval_crop, then crop at
+    random), pad_crop or none.
+    """
     min_crop: Optional[float] = None
     """Smallest crop of ``augment=inception``, as a share of the image's area."""
     flip: bool = True
@@ -114,7 +120,7 @@ class ModelConfig:
     new_head: bool = False
     """Load all layers except the last from `weights`, for data with other classes."""
     ghost_batch: Optional[int] = None
-    """Samples per batch-norm statistics."""
+    """Samples over which batch norm computes each mean and variance in training."""
     zero_gamma: Optional[bool] = None
     """Start the last gamma of every residual block at 0."""
 
@@ -146,21 +152,23 @@ class OptimizerConfig:
     trust_coef: Optional[float] = None
     """The trust coefficient."""
     ratio_of: Optional[str] = None
-    """gradient (|w| to the norm of the gradient) or step (|w| to the norm of the base's step; over AdamW: LAMB)."""
+    """The trust ratio compares |w| with the norm of the gradient (gradient) or of the base's step (step; over AdamW,
+    this is LAMB).
+    """
     denominator: Optional[str] = None
     """split: |g| + wd * |w| + eps; combined: |g + wd * w| + eps."""
     clip: Any = None
-    """Limits of the trust ratio r: none, lr (min(r / lr, 1)), or two bounds."""
+    """Limits of the trust ratio r: none, lr (replace r by min(r / lr, 1)), or two bounds."""
     zero_norm: Optional[str] = None
     """If |w| or |g| is 0: decay (g + wd * w with the ratio 1) or skip (g unchanged)."""
     zero_decay: Optional[str] = None
-    """For parameters without weight decay: adapt or skip."""
+    """Parameters without weight decay: adapt (like all others) or skip (no trust ratio)."""
     decay_placement: Optional[str] = None
     """coupled (part of the rescaled gradient) or base (the base applies its own weight decay after the ratio)."""
     ratio_placement: Optional[str] = None
-    """Trust ratio inside or outside the momentum."""
+    """inside (rescale the gradients that the momentum accumulates) or outside (rescale the step after the momentum)."""
     lr_placement: Optional[str] = None
-    """Learning rate outside or inside the momentum."""
+    """outside (the lr multiplies the momentum buffer) or inside (the momentum buffer sums gradients times lr)."""
     clamp: Any = None
     """Limit on the absolute value of each element of g + wd * w: none, or a number."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -174,7 +182,7 @@ class ScheduleConfig:
     warmup_epochs: Optional[float] = None
     """Epochs of linear warm-up."""
     warmup_start: Any = None
-    """The lr of update 0 (a number), or step: equal steps from 0 up to the peak, the first at update 0."""
+    """The lr of update 0 (a number), or step: the W updates of the warm-up have lr / W, 2 lr / W, ..., lr."""
     form: Optional[str] = None
     """whole, restart, mlperf, cosine or steps (docs/recipes.md)."""
     power: Optional[float] = None
@@ -262,7 +270,7 @@ class Config:
     number below the updates already made is an error.
     """
     micro_batch: Union[int, str] = AUTO
-    """Images per forward pass on a device, in whole ghost batches; auto: as many as fit."""
+    """Images per forward pass on a device, a multiple of the ghost batch; auto: as many as fit."""
     label_smoothing: Optional[float] = None
     """Share of the target's probability that is spread evenly over all classes."""
     device: str = AUTO
@@ -327,7 +335,7 @@ def _named_choices() -> dict[str, list[str]]:
 
 
 def nominal_batch(name: str) -> int:
-    """Return the samples per update on ImageNet for the batch `name`, such as ``256`` or ``8k`` (8,192); else 0."""
+    """Return the samples per update on ImageNet for the batch `name`, such as ``256`` or ``8k``; 0 for other names."""
     digits, thousands = name.removesuffix("k"), name.endswith("k")
     return int(digits) * (1024 if thousands else 1) if digits.isascii() and digits.isdigit() else 0
 

@@ -39,7 +39,7 @@ EXECUTION_KEYS = (
     "plan",
     "check",
     "data.workers",
-    # Decoders differ by at most one level per pixel, less than the arithmetic of two devices.
+    # Pixels differ between decoders by at most one level, which matters less than the arithmetic of another device.
     "data.decoder",
     "data.cache_dir",
     "data.cache_gb",
@@ -71,7 +71,7 @@ def run_hash(config: Config) -> str:
 
 
 def filled(value: Optional[_T]) -> _T:
-    """Return `value` as not None, because `resolve` has filled it in. Raises `AssertionError` if it is None."""
+    """Return `value`, which `resolve` has filled in, with a type without None. Raises `AssertionError` for None."""
     assert value is not None, "the config was not resolved"
     return value
 

@@ -73,7 +73,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             )
         ghosts = samples // ghost
         # On an accelerator a loop would launch kernels for each ghost batch. On the CPU torch's batch-norm kernel in a
-        # loop is faster than a sequence of operations on all ghost batches; the meta device counts for the CPU.
+        # loop is faster than a sequence of operations on all ghost batches. The meta device
+        # takes the CPU's path, because its passes measure the memory that the CPU needs.
         at_once = input.device.type not in ("cpu", "meta") and (ghosts > 1 or is_faster_for_single_ghost(input))
         output, sums = self._at_once(input, ghosts) if at_once else self._one_by_one(input, ghost)
         self.ghost_sums.add_(sums, alpha=ghost)
@@ -109,8 +110,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 class RunningStatistics:
     """Updates a model's running statistics, once per update, from the accumulated statistics of its ghost batches.
 
-    For each `GhostBatchNorm2d`, ``running = (1 - momentum) * running + momentum * mean``, where `mean` averages the
-    ghost batches' means (and their unbiased variances) over all samples since the last update, on all ranks.
+    For each `GhostBatchNorm2d`, ``running = (1 - momentum) * running + momentum * mean``. For `running_mean`, `mean` is
+    the average of the ghost batches' means; for `running_var`, of their unbiased variances. The averages are over all
+    samples since the last update, on all ranks.
     """
 
     def __init__(self, model: nn.Module) -> None:

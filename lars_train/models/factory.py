@@ -54,7 +54,7 @@ def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bo
 
     Args:
         name: one of `model_names`.
-        ghost_batch: samples per batch-norm statistics.
+        ghost_batch: samples over which batch norm computes each mean and variance in training.
         zero_gamma: initialize the last gamma of every residual block to 0 rather than 1 (Goyal et al. 2017,
             https://arxiv.org/abs/1706.02677, section 5.1).
 

@@ -7,10 +7,10 @@ which reads or writes every value once:
 - `_chunk_moments` reads x (1), `_normalize` reads x and writes the output (2);
 - `_chunk_sums` reads dy and x (2), `_input_gradient` reads dy and x and writes the gradient (3): 8 in all.
 
-Between the two kernels of a pair, a small kernel combines the chunks, at most `PROGRAMS` per ghost batch and block of
-channels. So each direction takes three launches for any number of ghost batches. Between load and store, values are
-float32. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches: results for a ghost
-batch are bit-identical in any micro-batch of two or more ghost batches.
+Between the two kernels of a pair, a small kernel combines the chunks of each ghost batch and block of channels. There
+are at most `PROGRAMS` such chunks. So each direction takes three launches for any number of ghost batches. Between load
+and store, values are float32. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches:
+results for a ghost batch are bit-identical in any micro-batch of two or more ghost batches.
 
 Importing this module imports triton, which comes with torch for CUDA on Linux; `ghost_norm` works without it.
 """
@@ -28,11 +28,11 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-# The approximate number of programs per ghost batch, for layers with enough tiles. On a GPU with 132 multiprocessors
-# that each run 4 or more programs at once, 8 ghost batches take up to 8 rounds, of which the last may be partial.
+# The approximate number of programs per ghost batch, for layers with enough tiles. A GPU with 132 multiprocessors that
+# each run 4 programs or more runs at least 528 at once, so 8 ghost batches take at most 8 rounds.
 PROGRAMS = 512
-# Each of the 128 threads of a program loads four times 16 bytes, the widest load: 8 KiB. 64 channels in half precision
-# are a cache line of 128 bytes.
+# Each of the 128 threads of a program makes four loads of 16 bytes, the widest load: 8 KiB in all. 64 channels in half
+# precision are a cache line of 128 bytes.
 TILE_BYTES = 8192
 TILE_CHANNELS = 64
 # The number of values that a program reads to combine chunks: chunks times channels.
@@ -76,8 +76,8 @@ def gradients(
         mean, inverse: (ghosts, C), as returned by `normalize`.
 
     Returns:
-        The input's gradient, like `input`. In float32 (2, ghosts, C): the sums over each ghost batch of the gradient,
-        and of the gradient times the normalized input.
+        The input's gradient, like `input`, and two sums over each ghost batch, float32 (2, ghosts, C): of the output's
+        gradient, and of that gradient times the normalized input.
     """
     ghosts = len(mean)
     tiling = _tiling(input, ghosts)

@@ -28,9 +28,11 @@ from torch.autograd.function import once_differentiable
 from lars_train.messages import complain
 
 LARGE = 1 << 24
-"""The number of values from which a single ghost batch uses the Triton kernels instead of torch's batch norm, which is
-slower on the device but takes fewer launches. With fewer values, an H100 waits for the host to launch
-(docs/gpu_notes.md)."""
+"""A single ghost batch of at least this many values uses the Triton kernels instead of torch's batch norm.
+
+Torch's batch norm is slower on the device but takes fewer launches. With fewer values than this, an H100 waits for the
+host to launch the kernels (docs/gpu_notes.md).
+"""
 
 # The reduced dimensions of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)

@@ -67,7 +67,7 @@ class Weights:
 
 
 def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weights:
-    """Return the network in the file `path` that has the most of the tensor `names`. Raises `ConfigError`."""
+    """Return the network in the file `path` that has the most tensors with these `names`. Raises `ConfigError`."""
     origin = f"model.weights={path}"
     content, about = _read(path, origin)
     # For each mapping with tensors and each prefix of their names: the number of `names` that match.
@@ -164,7 +164,7 @@ def _names(value: object) -> tuple[str, ...] | None:
 
 
 def _read(path: str | os.PathLike[str], origin: str) -> tuple[Any, dict[str, Any]]:
-    """Return the content of the file, and its safetensors metadata about the network; empty for other formats."""
+    """Return the file's content, and its metadata about the network, which is empty unless the file is safetensors."""
     name = os.fspath(path)
     if name.endswith(".onnx"):
         raise ConfigError(f"{origin}: ONNX graphs are not supported; give the network's .pth or .safetensors file.")
@@ -223,7 +223,7 @@ def _json(text: object) -> dict[str, Any]:
 
 
 def _description(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
-    """Return the file's description of the network at `where`: its ``model``, and candidates for its classes by key."""
+    """Return entries that describe the network at `where`: ``model``, its name, and possible class names by key."""
     *outer, inner = _mappings_to(content, where)
     metadata = getattr(inner, "_metadata", None)
     if isinstance(metadata, Mapping) and (about := _json(metadata.get(KEY))):

@@ -90,7 +90,7 @@ def _check_same_classes(origin: str, known: Sequence[str], classes: Sequence[str
     if differences:
         raise ConfigError(
             f"{origin}: the file's {len(known):,} classes are not the data set's {len(classes):,} ({differences}). If "
-            "the classes are the same, rename the folders. If the outputs are in the order of the data set's classes, "
+            "only the names differ, rename the folders. If the outputs are in the order of the data set's classes, "
             "save the network without class names. Otherwise set model.new_head=true, which starts a new last layer."
         )
 

@@ -19,7 +19,7 @@ def write_confusion(folder: Path, classes: Sequence[str], counts: npt.NDArray[np
     """Write ``per_class.csv``, ``confusion.csv`` and ``confusion.png`` into `folder`. Creates the folder.
 
     `counts`: int64 (C, C + 1), the number of samples of class i that were predicted as class j. The last column counts
-    the samples that cannot be decoded; they are wrong. Raises `OSError`.
+    the samples that cannot be decoded, which count as wrong. Raises `OSError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     class_sizes, predicted = counts.sum(1), counts[:, :-1].sum(0)

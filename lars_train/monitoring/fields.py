@@ -53,8 +53,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     ),
     "loader/fast_share": (
         "1",
-        "share of rank 0's images since the last line that a decoder other than Pillow decoded; Pillow decoded the "
-        "rest, or they are stored as pixels",
+        "share of rank 0's images since the last line that a decoder other than Pillow decoded; the other images are "
+        "decoded by Pillow or stored as pixels",
     ),
     "val/top1": ("percent", "top-1 accuracy on the validation set"),
     "val/top5": ("percent", "top-5 accuracy on the validation set"),

@@ -1,6 +1,7 @@
 """Norms, update ratios and trust ratios of an update, per layer and per stage of the network.
 
-A layer is one parameter tensor, as in LARS. A stage is the first part of its name; `conv1` and `bn1` are the stem.
+A layer is one parameter tensor, as in LARS. The first part of a layer's name is its stage; `conv1` and `bn1` form the
+stage `stem`.
 """
 
 from __future__ import annotations

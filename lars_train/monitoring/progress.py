@@ -76,9 +76,9 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 def bar_line(title: str, done: int, total: int, fields: Iterable[str], width: int, cells: str = _BLOCKS) -> str:
-    """Return a bar of at most `width` characters: title, at least ten cells, counts, and the first `fields` that fit.
+    """Return a bar of at most `width` characters: title, cells, counts, and the first `fields` that leave ten cells.
 
-    `cells`: the characters from an empty to a full cell.
+    Without room for a single cell, return only title and counts. `cells`: the characters from an empty to a full cell.
     """
     share, text = done / total if total else 1.0, f" {done:,}/{total:,}"
     room = width - len(title) - len("||")

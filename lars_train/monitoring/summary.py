@@ -78,7 +78,7 @@ def flops_line(flops_per_image: float, peak_flops: float | None) -> str:
 
 
 def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str]:
-    """Yield the lines that describe the experiment, which is the same on any hardware, and the files it skips."""
+    """Yield lines that describe the experiment (the same on any hardware), and the skipped files of the data set."""
     opt, schedule = config.optimizer, config.schedule
     optimizer = f"LARS over {opt.base}" if opt.name == "lars" else opt.base
     yield f"data           {config.data.name}: {plan.samples:,} training images"

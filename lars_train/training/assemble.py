@@ -105,8 +105,8 @@ def match_classes(
     1. By name. 1,000 outputs without names get ImageNet's names if ImageNet has all of `classes`.
     2. By number, ignoring leading zeros, if all names on both sides are numbers.
     3. By index: the labels of `classes` in the data set's files (`numbers`), or else the names themselves, are indices
-       of outputs. This rule requires that all are different whole numbers below the number of outputs, that the network
-       has none of the names in `classes`, and that the names are not numbers on both sides.
+       of outputs. The indices must be different whole numbers below the number of outputs. This rule does not apply if
+       the network has one of the names in `classes`, or if all names on both sides are numbers.
     4. In order, if the outputs have no names and there are as many as `classes`.
 
     Return a name for each output, the output of each of `classes`, and messages to the user about the match. Raises
@@ -131,7 +131,7 @@ def match_classes(
             return own, found, (f"NOTE: classes are matched by number, ignoring leading zeros: {shown}.",)
     outputs = names or [f"output {row}" for row in range(count)]
     rows = list(numbers) or [int(label) if label.isascii() and label.isdigit() else count for label in classes]
-    # A number is not an index if the network's classes are numbers too: of classes 0, 1, 10, 11, 2, output 2 is 10.
+    # If the network's classes are numbers too, a number is not an index: in the order 0, 1, 10, 11, 2, output 2 is 10.
     indices = not numeric and index.keys().isdisjoint(classes)
     if indices and max(rows) < count and len({*rows}) == len(rows):
         shown = "; ".join(
@@ -219,8 +219,8 @@ _OWN_KEYS = ("params", "lr", "momentum", "nesterov", "weight_decay")
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """Return the optimizer of `model`'s parameters, with the config's peak lr.
 
-    Raises `ConfigError` for a class that is not in torch.optim, and for keywords that the class does not support, at
-    all or on the parameters' device.
+    Raises `ConfigError` for a class that is not in torch.optim, and for keywords that the class, or the parameters'
+    device, does not support.
     """
     if config.kwargs.get("capturable") and any(parameter.device.type == "cpu" for parameter in model.parameters()):
         raise ConfigError("optimizer.kwargs.capturable=true: it needs CUDA, but this run is on the CPU; omit it.")

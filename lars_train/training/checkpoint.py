@@ -50,7 +50,7 @@ _ENTRIES = {
 _MARK = b"\nsha256 of the bytes before this line: "
 _TRAILER = len(_MARK) + 64 + 1
 SET_ASIDE = "diverged-"
-"""Name prefix of a diverged run's checkpoints, from which neither a resumed run nor an export reads."""
+"""The name prefix of checkpoints that a diverged run has set aside. Neither a resumed run nor an export reads them."""
 _NAME = re.compile(r"update-(\d{9})\.pt")
 
 
@@ -65,9 +65,9 @@ class RunState:
     best_top1: float = -math.inf
     best_update: int | None = None
     seconds: float = field(default=0.0, metadata=_SURVIVES)
-    """Wall time of training in earlier starts, each up to the checkpoint from which the next one resumed.
+    """Wall time of training in earlier starts, each up to the checkpoint from which the next start resumed.
 
-    In a checkpoint, this includes the start that wrote it.
+    The value in a checkpoint includes the start that wrote the checkpoint.
     """
     bad: dict[str, str] = field(default_factory=dict, metadata=_SURVIVES)
     """The images that cannot be decoded: path or URL, and reason."""

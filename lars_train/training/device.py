@@ -112,7 +112,7 @@ def set_up(config: Config, device: torch.device, threads: int) -> None:
         torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Call it only to change the setting, because the call imports torch's compiler.
+    # Call torch only to change the setting, because this call imports torch's compiler.
     if config.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.deterministic)
 
@@ -270,8 +270,8 @@ def estimate_ghosts(
 def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
     """Return the bytes of activations that the backward pass of `samples` float32 images needs.
 
-    The number is scaled up from a pass of two images. Autocast saves about half as much, so this is an upper bound for
-    every precision.
+    The number is scaled up from a pass of two images. Under autocast a pass keeps about half as much, so the number is
+    an upper bound for every precision but fp64, which needs twice as much.
     """
     return sum(kept_tensors(model, samples, image_size))
 
@@ -305,7 +305,8 @@ def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
 def device_to_count_on() -> str:
     """Return a device for passes whose shapes alone matter: ``meta`` computes nothing, so it is ten times as fast.
 
-    Its first use imports torch's compiler, which takes seconds. Return ``cpu`` if torchvision has not imported that.
+    The first use of ``meta`` imports torch's compiler, which takes seconds. Return ``cpu`` unless the compiler has
+    already been imported, for example by torchvision.
     """
     return "meta" if "torch._dynamo" in sys.modules else "cpu"
 

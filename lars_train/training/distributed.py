@@ -117,7 +117,7 @@ def current_ranks() -> Ranks:
 
 
 def begin_job() -> None:
-    """Start a new job, whose number is part of the names of its process groups' keys in the store.
+    """Start a new job. Its number is part of each key that the job's process groups have in the store.
 
     Call this on every rank before anything can fail, because a rank that fails before it joins must also count the job.
     """

@@ -108,7 +108,7 @@ def evaluate(
     device, group = context.device, context.group
     was_training = model.training
     model.eval()
-    # In float64, counts are exact up to 2^53, and sums of losses at different world sizes differ by little rounding.
+    # In float64, counts are exact up to 2^53, and sums of losses differ only by rounding between world sizes.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     # The last row counts the samples that cannot be decoded, which have the label -1.
     confusion = None if classes is None else torch.zeros((classes + 1) * classes, dtype=torch.int64, device=device)

@@ -47,9 +47,9 @@ class Divergence:
         quantity: ``train/loss``, computed with the weights before the update, or ``val/loss``, with those after it.
         layers: (name, |w|, |g|, trust ratio) of each adapted parameter at update `layers_of`. Empty for ``val/loss``,
             for an optimizer other than LARS, and if more than a thousand updates passed between two checks.
-        layers_of: the update whose layers are in `layers`. For ``train/loss``, this is the update before `update`,
-            because it made the weights that gave the loss, or `update` itself if it is the first one since a start or
-            rollback. For ``val/loss``, it is `update`.
+        layers_of: the update whose layers are in `layers`. For ``val/loss``, this is `update`. For ``train/loss``, this
+            is the update before `update`, because it made the weights that gave the loss. For the first update
+            since a start or rollback, this is `update`.
     """
 
     update: int
@@ -61,7 +61,7 @@ class Divergence:
 
     @property
     def last_good_update(self) -> int:
-        """The last update whose weights may be good, which excludes weights that gave an infinite or NaN loss."""
+        """The last update whose weights may be good. Weights that gave an infinite or NaN loss are not good."""
         weights_of = self.update if self.quantity == "val/loss" else self.update - 1
         return weights_of if math.isfinite(self.loss) else weights_of - 1
 
@@ -128,7 +128,7 @@ class Guard:
         self._layers.append(optimizer.recorded() if isinstance(optimizer, LARS) else None)
 
     def skip(self, update: int) -> None:
-        """Count a batch after `update` that made no update.
+        """Count a batch that made no update. `update`: the last update that was made.
 
         Raises `Diverged` if there are more such batches in a row than float16's loss scale can explain.
         """
@@ -240,7 +240,7 @@ class RollbackPolicy:
         return newest(before - 1) or newest(before) or found
 
     def _stop(self, divergence: Divergence, lines: list[str], rollbacks: int) -> NoReturn:
-        """Record the divergence, rename the checkpoints after its last sound update, and raise `Diverged`."""
+        """Record the divergence, rename the checkpoints after its `last_good_update`, and raise `Diverged`."""
         self._record(divergence, {"action": "stop"})
         after = f" after {counted(rollbacks, 'rollback')}" if rollbacks else ""
         if self._group.first:
@@ -316,8 +316,8 @@ def with_current_paths(known: dict[str, str], before: str | None, root: str | No
 class BadImages:
     """The images that cannot be decoded.
 
-    `known` maps the path or URL of an image to the reason. Pass the images of earlier starts; `collect` adds new ones
-    to that dict, after which it is the same on every rank.
+    `known` maps the path or URL of an image to the reason. Pass the images of earlier starts. `collect` adds the new
+    images of all ranks to that dict, so that the dict is the same on every rank.
     """
 
     def __init__(self, limit: int, group: Group, known: dict[str, str] | None = None) -> None:

@@ -116,8 +116,10 @@ class FirstGradient:
 
 
 def noise_terms(norms: list[Tensor], factor: Tensor, samples: int) -> Tensor:
-    """Return the small-batch terms of the noise scale (`monitoring.noise`), float64 (3,), to be summed over the ranks:
-    |g|^2, where g is the mean gradient of `samples` samples; 1 / `samples`; and 1, which counts the ranks.
+    """Return this rank's terms of the noise scale (`monitoring.noise`) for the small batch, float64 (3,).
+
+    The terms are |g|^2, where g is the mean gradient of `samples` samples; 1 / `samples`; and 1, to count ranks.
+    The caller sums each term over the ranks.
 
     Args:
         norms: each parameter's |g| divided by `factor`.
@@ -195,8 +197,8 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
     Count the multiplications and additions of convolutions and matrix products. The network stays unchanged.
     """
     # Only the layers' shapes matter, so run a copy without weights, which takes 0.02 s for ResNet-50 on one core.
-    # Torch's FlopCounterMode gives the same count in 0.15 s if torchvision is loaded. Otherwise it imports
-    # torch._dynamo and takes 1.1 s, and the networks of this package do not need torchvision.
+    # Torch's FlopCounterMode gives the same count in 0.15 s if torchvision is loaded. Without torchvision, which the
+    # networks of this package do not need, it imports torch._dynamo and takes 1.1 s.
     nothing = torch.empty(0)
     memo: dict[int, Any] = {id(p): nn.Parameter(nothing) for p in network.parameters()}
     memo |= {id(b): nothing for b in network.buffers()}
@@ -233,8 +235,8 @@ def peak_flops(precision: Precision, device: torch.device, threads: int) -> floa
     """Measure the floating-point operations per second of square matrix products in `precision.compute`.
 
     The result is the best of a few measurements. The host waits for the device. `threads` is part of the cache key: the
-    caller has set this number of CPU threads. float32 products use TF32 if convolutions do, which is torch's default;
-    convolutions would exceed a peak without TF32.
+    caller has set this number of CPU threads. float32 products use TF32 if convolutions do, which is torch's default:
+    convolutions with TF32 would exceed a peak that was measured without TF32.
     """
     side = _MATRIX_SIZE.get(device.type, _MATRIX_SIZE["cuda"])
     # A separate generator, so that a run draws the same random numbers with or without this measurement.

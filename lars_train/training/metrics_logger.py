@@ -29,7 +29,7 @@ _SHOWN_IMAGES = 32
 class MetricsLogger:
     """Computes a run's values on every rank, writes them on rank 0, and shows them through `progress`.
 
-    The argument `flops` is that of one rank.
+    The argument `flops` holds the peak of one rank.
 
     Attributes:
         log: the files and TensorBoard events; None except on rank 0.

@@ -84,7 +84,7 @@ def continuation(
         check_same_images(content, prepared.dataset)
         if checkpoint.value(content, "layout") != prepared.dataset.layout:
             raise ConfigError(
-                "the store now has its images in other shards, so that data.order=shards gives another order; restore "
+                "the store now has its images in other shards, so data.order=shards gives another order; restore "
                 "the store that the run was trained on, or start over with resume=never."
             )
 

@@ -75,7 +75,7 @@ def resolve_execution(
     if config.micro_batch != AUTO:
         ghosts = check_micro_batch(plan, int(config.micro_batch))
     elif device.type == "cuda":
-        # Also try a stored micro-batch, because this device may have less memory than the one that it was chosen for.
+        # Try a stored micro-batch again, because this device may have less memory than the device of the earlier start.
         ghosts = find_largest_ghosts(
             lambda count: try_micro_batch(
                 network, count * plan.ghost_batch, size, precision, device, choose_layout(config)
@@ -193,7 +193,7 @@ def check_cache(
             updates=plan.stop,
         )
         room = training_room(windows, plan.global_batch, train.sizes)
-        uses.append(f"{_gb(room)} for training, by windows of data.window_shards={config.data.window_shards} shards")
+        uses.append(f"{_gb(room)} for training with data.window_shards={config.data.window_shards}")
         needed += room
     room = evaluation_room(val.shard, evaluation_batch(micro_batch), ranks.local_world, ranks.world, val.sizes)
     uses.append(f"{_gb(room)} for the evaluation")

@@ -166,7 +166,7 @@ class Run:
         self.logger.close()
 
     def _train_until_divergence(self) -> Divergence | None:
-        """Make updates until the run ends or diverges, or the loader ends early because batches were skipped."""
+        """Make updates until the run ends or diverges, or until no batches are left because some made no update."""
         last = self.plan.stop + self.trainer.skipped
         with closing(self._batches()) as batches:
             while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:
@@ -315,7 +315,7 @@ class Run:
         if self.group.first:
             self.writer.roll_back(self.trainer.update, self.state.best_update)
         self.logger.roll_back()
-        # Save now: after a kill before the next checkpoint, the run would otherwise train on the skipped samples.
+        # Save now. Otherwise, a run that is killed before the next checkpoint would train on the skipped samples.
         self._save()
 
     def _stop(self, number: int) -> NoReturn:

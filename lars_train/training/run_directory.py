@@ -303,7 +303,7 @@ def _lock(directory: Path) -> IO[str]:
     file = (directory / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another process with `resume=never` may have moved the directory aside before this lock.
+        # Another process with `resume=never` may have moved the directory aside before this process locked the file.
         is_ours = os.path.samestat(os.fstat(file.fileno()), (directory / ".lock").stat())
     except (BlockingIOError, FileNotFoundError):
         is_ours = False
