@@ -20,7 +20,7 @@ from lars_train.errors import ConfigError
 from lars_train.messages import printable
 
 Labels = npt.NDArray[np.int32]
-# Names are built and copied in chunks of this many, so that temporary memory does not grow with the split.
+# Names are built and copied this many at a time, so that temporary memory does not grow with the split.
 _CHUNK = 65536
 
 
@@ -95,7 +95,7 @@ class Names:
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """The text, uint8, with a NUL after each name; and the offset of each name and of the end, int64 (N + 1,)."""
+        """The text, uint8, with a NUL after each name; and int64 (N + 1,): the start of each name, then the end."""
         return self._blob, self._starts
 
     def take(self, rows: npt.NDArray[np.int64]) -> Names:

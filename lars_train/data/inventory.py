@@ -118,7 +118,7 @@ def suffix_reason(name: bytes) -> str:
 
 
 def parse_counts(content: Any) -> dict[str, int]:
-    """Return counts from the JSON of an untrusted file. Raises ValueError for anything else."""
+    """Return counts from the JSON of an untrusted file. Raises ValueError if they are malformed."""
     if not isinstance(content, dict) or len(content) > _KEPT + 1:
         raise ValueError("the counts of skipped files are malformed")
     for reason, count in content.items():
@@ -130,7 +130,7 @@ def parse_counts(content: Any) -> dict[str, int]:
 def parse_inventory(content: Any) -> Inventory:
     """Return an inventory from the `Inventory.record` in an untrusted file.
 
-    Raises ValueError, KeyError or TypeError for anything else.
+    Raises ValueError, KeyError or TypeError if it is malformed.
     """
     # Stores of earlier versions have no notes on labels.
     names, notes = [content["train"], content["val"], *content["unused"]], [*content.get("labels", ())]

@@ -54,7 +54,7 @@ def open_dataset(data: DataConfig) -> Dataset:
 
 
 def open_validation(data: DataConfig) -> Dataset:
-    """Open the data set for evaluation only. The training split may be empty; then validation defines the classes.
+    """Open the data set for evaluation only. If the training split is empty, the validation split defines the classes.
 
     With `data.holdout`, the validation images are held out of the training set. Raises `ConfigError` for the same
     reasons as `open_dataset`.
@@ -80,7 +80,7 @@ def open_validation(data: DataConfig) -> Dataset:
 
 
 def _without_holdout(data: DataConfig) -> str:
-    """Return the remedy if ``data.holdout`` has no training set to hold images out of; empty for other errors."""
+    """Return the remedy if ``data.holdout`` failed because the training set is missing; empty for other errors."""
     try:
         alone = open_validation(dataclasses.replace(data, holdout=None))
     except ConfigError:
@@ -88,8 +88,8 @@ def _without_holdout(data: DataConfig) -> str:
     if alone.inventory.train:
         return ""
     return (
-        f" To evaluate all {counted(len(alone.val), 'image')} of the data set, set data.holdout=null (now "
-        f"{data.holdout:g}, the checkpoint's value unless you set it)."
+        f" To evaluate all {counted(len(alone.val), 'image')} of the data set, set data.holdout=null. "
+        f"Its value {data.holdout:g} comes from the checkpoint unless you set it."
     )
 
 

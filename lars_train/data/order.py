@@ -4,9 +4,9 @@ Pure functions of (seed, epoch, update, sample id), in numpy alone. The results 
 nor on whether a run was resumed. The world size only decides which part of a batch a rank takes.
 
 All random bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), so no block is used for two
-samples, or for two of the three domains below. All functions use the raw bits, because numpy guarantees them across
-versions, unlike the results of `Generator.permutation`
+the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain). So two samples never share
+a block, and neither do two of the three domains below. All functions use the raw bits, because numpy guarantees them
+across versions, unlike the results of `Generator.permutation`
 (https://numpy.org/doc/stable/reference/random/compatibility.html).
 """
 
@@ -22,7 +22,7 @@ _ORDER, _AUGMENTATION, _SHARD_ORDER = 0, 1, 2  # domains: the last counter word
 _UNIT = 2.0**-53  # the spacing of uniform numbers with 53 random bits
 
 SHARDS = "shards"
-"""The value of data.order that shuffles whole shards and the samples within windows of them (`shard_order`)."""
+"""The value of data.order that shuffles the shards, and then the samples of a few shards at a time (`shard_order`)."""
 
 
 def _philox(seed: int, epoch: int, domain: int) -> np.random.Philox:
@@ -52,7 +52,8 @@ def shard_order(seed: int, epoch: int, shard: npt.NDArray[np.integer[Any]], wind
     """Return the order of an epoch that reads a few shards at a time: a permutation of the sample ids, int64 (N,).
 
     `shard`, (N,): the shard number of each sample. The order visits the windows of `shard_windows` in turn. Within a
-    window, the samples are sorted by the same random words as in `epoch_order`, so a single window gives that order.
+    window, the samples are sorted by the same random words as in `epoch_order`. With a single
+    window, both orders are the same.
     """
     words = _philox(seed, epoch, _ORDER).random_raw(len(shard))
     shards = int(shard.max(initial=-1)) + 1

@@ -67,11 +67,11 @@ def looks_like_validation(name: str) -> bool:
 
 
 def find_nested_splits(folders: Mapping[str, Set[str]], count: int) -> str:
-    """Return the first supposed class folder that is a data set, because it holds splits; empty if there is none.
+    """Return the first supposed class folder that is in fact a data set, with splits in it; empty if there is none.
 
-    `folders`: the names of the subfolders of each supposed class that has any. `count`: the number of all supposed
-    classes. A single class with both a training and a validation set is enough. If they lie in different classes, more
-    than half of the classes must hold one of them.
+    `folders`: for each supposed class with subfolders, their names. `count`: the number of all supposed classes. A
+    class with a training set and a validation set is a data set. If no class has both, the first class with a training
+    set is returned, provided that another has a validation set, and that more than half of the classes have either.
     """
     training = [name for name, inside in folders.items() if any(map(looks_like_training, inside))]
     validation = [name for name, inside in folders.items() if any(map(looks_like_validation, inside))]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from lars_train.config import DataConfig
 
 _TRIES = 10
-_X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2  # positions before these: (area, ratio) of each try
+# Positions in `uniforms`. The numbers before them are the (area, ratio) pairs of the tries.
+_X, _Y, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2
 UNIFORMS = 2 * _TRIES + 3
 """Uniform random numbers that `View.train` takes per sample."""
 

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--val-labels", type=not_empty, metavar="PATH", help="labels of a val/ without folders, see data.val_labels"
     )
     pack.add_argument(
-        "--image-key", metavar="EXT", help="image to pack if tar samples have several, see data.image_key"
+        "--image-key", metavar="EXT", help="extension to pack if tar samples have several images, see data.image_key"
     )
     verify = commands.add_parser(
         "verify", help="check every image of a store", description="Check every image of a store."
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--val-labels", type=not_empty, metavar="PATH", help="labels of a val/ without folders, see data.val_labels"
     )
     verify.add_argument(
-        "--image-key", metavar="EXT", help="image to compare if tar samples have several, see data.image_key"
+        "--image-key", metavar="EXT", help="extension to compare if tar samples have several images, see data.image_key"
     )
     for command in (pack, verify):
         command.add_argument("--jobs", type=_positive_int, metavar="N", help="processes (default: one per core)")

@@ -92,7 +92,7 @@ def _splits(
 ) -> tuple[dict[str, Source], tuple[str, ...], Inventory, dict[str, Mapping[str, int]]]:
     folders = find_splits(tree, None, allow_missing=True)
     if val_labels is not None and not is_flat(tree, folders):
-        raise ConfigError(f"--val-labels={val_labels}: there is no flat val/ to label; omit the flag.")
+        raise ConfigError(f"--val-labels={val_labels}: only a val/ without class folders needs labels; omit the flag.")
     parts: dict[str, Split] = {}
     if folders.val is None:
         parts[TRAIN] = collect_split(tree, folders.train)

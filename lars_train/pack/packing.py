@@ -294,8 +294,8 @@ def _verify(
             shard_path(tree.path, plan).unlink(missing_ok=True)
     shown = "; ".join(describe_problem(problem, tree) for problem in problems[:_SHOWN])
     raise DataError(
-        f"{counted(len(problems), 'problem')} in {counted(len(bad), 'shard')}, now removed: {shown}. "
-        "Run the same command again."
+        f"{counted(len(problems), 'problem')} in {counted(len(bad), 'shard')}: {shown}. "
+        "Damaged shards were removed. Run the same command again."
     )
 
 

@@ -148,7 +148,7 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
     first = next(iter(found.values()))
     classes, numbers, by_wnid = _classes(folder.path, first, val)
     names = tuple(map(os.fsdecode, classes))
-    # split=True, as within a split: if the files belong to no split, a class may be called train.
+    # split=True allows a class called train, even if the files belong to no split.
     if parts := find_non_classes(names, split=True):
         raise ConfigError(
             f"{folder.path}: its classes ({printable(', '.join(parts))}) are parts of a data set. Write a parquet file "

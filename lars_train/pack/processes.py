@@ -1,7 +1,7 @@
 """Run tasks in several processes, none of which outlives the command.
 
-`concurrent.futures.ProcessPoolExecutor` is not suitable: it reports a failed task only after the running tasks end, and
-its processes survive a killed command unless they are ended through its private attributes.
+`concurrent.futures.ProcessPoolExecutor` is not suitable: it reports a failed task only after the running tasks end. Its
+processes survive a killed command unless they are ended through private attributes of the executor.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _originals(store: ShardTree, source: str, val_labels: str | None, image_key:
         ):
             raise DataError(f"{source}: its classes or labels differ from those of {split} in the store.")
         if len(names) < len(unpacked):
-            say(printable(f"{split}: not in the store: {counted(len(unpacked) - len(names), 'image')} of {source}"))
+            say(printable(f"{split}: the store lacks {counted(len(unpacked) - len(names), 'image')} of {source}"))
     return found
 
 

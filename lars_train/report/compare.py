@@ -24,7 +24,8 @@ from lars_train.report.read import FINISHED, RunRecord
 _AS_RECIPE = "as in the recipe's row"
 RUN = "run"
 """Key of the run's name in `Row.differs`."""
-# Rows are grouped by batch, and seeds share a row. The values of a recipe's row are compared field by field.
+# Settings that are not compared: execution and seed set no rows apart, `_sort_key` groups rows by batch, and `_setup`
+# compares each setting with its value in the recipe's row.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
 
 # Minimum number of significant digits of a float in the column "differs in".
@@ -156,10 +157,10 @@ def _differing_keys(setups: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _implied(runs: Sequence[RunRecord]) -> dict[str, set[str]]:
-    """Return for each option the optimizers whose name implies its value.
+    """Return, for each option, the optimizers whose name alone determines the value of the option.
 
-    These are the optimizers without the option (null or missing). If a single optimizer has the option, with the same
-    value in all its runs, its name implies that value, too.
+    These are the optimizers without the option (null or missing). If only one optimizer has the option, and all its
+    runs have the same value, its name determines that value, too.
     """
     values: dict[str, dict[str, set[str]]] = {}
     keys = dict.fromkeys(key for run in runs for key in run.settings if key.startswith("optimizer."))
@@ -227,7 +228,10 @@ def _setup(run: RunRecord) -> dict[str, str]:
 
 
 def _add_resolved(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> None:
-    """Add settings that a run resolves at its start. A run that ended earlier gets the value that all others share."""
+    """Add settings that a run resolves at its start.
+
+    A run that ended before it resolved them gets the value that all others share.
+    """
     found: dict[str, list[Any]] = {
         "precision.name": [run.precision for run in runs],
         "training images": [run.samples for run in runs],

@@ -30,7 +30,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 _MAX_POINTS = 250
 _MAX_LABEL_LENGTH = 50
-# The only keys that a short label shows, if the row differs in any of them.
+# If a row differs in any of these keys, its short label shows only these.
 _FIRST = ("optimizer.name", "optimizer.lr", RUN)
 # Placeholder for the color of text in a plot for the page; nothing else may use it.
 _INK = "#1b1c1d"
@@ -285,8 +285,8 @@ def _draw_curve(axes: Axes, x: list[float], points: Curve, row: Row, look: _Look
 
 def _legend(figure: Figure, columns: int) -> None:
     """Place the legend below all axes, where it hides no curve."""
-    # A row may appear in some axes only. Reversed, because the handles of the first axes, which have markers, come last
-    # and replace the others.
+    # A row may appear in some axes only. The axes are visited in reverse, so that handles of the first axes, which have
+    # markers, replace the others.
     handles = {
         str(line.get_gid()): line for axes in reversed(figure.axes) for line in axes.get_lines() if line.get_gid()
     }

@@ -205,7 +205,7 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
 def terminal(rows: Sequence[Row], width: int | None = None) -> str:
     """Return the table and its notes for a terminal, with the informative columns that fit.
 
-    `width`: of the lines; None: the terminal's, or 80 if standard output is not a terminal.
+    `width`: the most characters in a line; None for the terminal's width, or 80 if standard output is no terminal.
     """
     width = terminal_width(sys.stdout) if width is None else width
     lines = [dict(zip(HEADER, cells(row), strict=True)) for row in rows]
@@ -236,7 +236,7 @@ def terminal(rows: Sequence[Row], width: int | None = None) -> str:
     left_out = [name for name in informative if name not in kept]
     if left_out:
         text += wrap_line(
-            f"Left out to fit {width} columns: {', '.join(left_out)}. See table.md of lars-report.", width
+            f"Columns left out to fit {width} characters: {', '.join(left_out)}. See table.md of lars-report.", width
         )
     for note in notes(rows, brief=True):
         text += wrap_line(note, width)

@@ -182,7 +182,7 @@ def test_images_beside_the_only_folder_of_a_zip_are_counted(make_zip: MakeTree) 
 
 
 def test_images_outside_all_folders_are_reported(make_tree: MakeTree) -> None:
-    with pytest.raises(ConfigError, match=r"no train/ folder; 2 images directly in it"):
+    with pytest.raises(ConfigError, match=r"no train/ folder; it holds 2 images outside class folders"):
         open_folder(make_tree({"1.jpg": b"", "2.jpg": b"", "x.txt": b""}), 0.5)
 
 

@@ -155,8 +155,14 @@ def test_an_evaluation_without_validation_images_is_refused(make_directory: Make
     assert len(open_validation(DataConfig(name="folder", root=f"{root}/t/train")).val) == 2
     # The share that the checkpoint held out does not count as a validation set.
     for settings, remedy in (
-        ({"root": f"{root}/s"}, "To evaluate all 2 images of the data set, set data.holdout=null (now 0.1, the"),
-        ({"root": f"{root}/c"}, "To evaluate all 2 images of the data set, set data.holdout=null (now 0.1, the"),
+        (
+            {"root": f"{root}/s"},
+            "To evaluate all 2 images of the data set, set data.holdout=null. Its value 0.1 comes from",
+        ),
+        (
+            {"root": f"{root}/c"},
+            "To evaluate all 2 images of the data set, set data.holdout=null. Its value 0.1 comes from",
+        ),
         ({"root": f"{root}/t"}, ""),
         ({"root": f"{root}/v"}, ""),
     ):

@@ -126,7 +126,7 @@ def test_a_difference_from_the_original_is_reported(root: Path, capsys: pytest.C
     assert run("verify", "store", "--source", "data", "--jobs", "1") == 1
     out, err = capsys.readouterr()
     assert "b/2.png: differs from the original" in out
-    assert "val: not in the store: 1 image of data\n" in out
+    assert "val: the store lacks 1 image of data\n" in out
     assert "1 problem: 1 in val/b" in err
     (root / "data/val/b/2.png").unlink()
     assert run("verify", "store", "--source", "data", "--jobs", "1") == 1
@@ -139,7 +139,7 @@ def test_a_difference_from_the_original_is_reported(root: Path, capsys: pytest.C
         (("pack", "nowhere", "store"), "data.root=nowhere cannot be opened"),
         (("pack", "data", "data/store"), "must lie outside data"),
         (("pack", "data", "store", "--quality", "90"), "--quality requires"),
-        (("pack", "data", "store", "--val-labels", "x.csv"), "no flat val/ to label"),
+        (("pack", "data", "store", "--val-labels", "x.csv"), "only a val/ without class folders needs labels"),
         (("verify", "data"), "data is not a store; `lars-data pack data STORE`"),
         (("info", "nowhere"), "nowhere cannot be opened"),
     ],

@@ -175,7 +175,7 @@ def test_a_terminal_gets_columns_that_fit_and_names_the_others(make_run: MakeRun
     assert {"batch", "LR policy", "lr", "best top-1 %", "state"} <= set(header)
     assert [line[header.index("state")] for line in lines] == ["finished", "finished", "finished", "failed"]
     unwrapped = " ".join(text.split())
-    (left_out,) = re.findall(rf"Left out to fit {width} columns: ([^.]*)\.", unwrapped)
+    (left_out,) = re.findall(rf"Columns left out to fit {width} characters: ([^.]*)\.", unwrapped)
     assert {*header, *left_out.split(", ")} == set(table.HEADER) - {"published", "difference"}
     assert "32k (failed): diverged at update 6: loss nan, lr 2" in unwrapped
     for decay in ("0.001", "0.0001"):

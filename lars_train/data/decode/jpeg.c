@@ -65,9 +65,9 @@
 
 enum { OK = 0, REFUSED = 1, DAMAGED = 2, CUT_SHORT = 3, TOO_MUCH = 4 };
 
-/* `width`, `height`: the size of the image, as the caller knows it. `left` to `bottom`: the crop box. `new_width`,
-   `new_height`: the size to which the box is resized. `x`, `y`: the left and top corner of the window in the resized
-   box. `size`: the side of the window, which is the output, with zeros beyond the box. */
+/* `width`, `height`: the size that the image must have. `left` to `bottom`: the crop box. `new_width`, `new_height`:
+   the size to which the box is resized. `x`, `y`: the left and top corner of the window in the resized box. `size`: the
+   side of the window. The window is the output; beyond the box, it has zeros. */
 typedef struct {
     int width, height, left, top, right, bottom, new_width, new_height, x, y, flip, size;
 } View;
@@ -250,8 +250,8 @@ AVX2 static void set_weights_avx2(const Filter *filter, int at, int step, const 
     set_weights(filter, at, step, first, n, taps, kept, scratch, weights);
 }
 
-/* Store one vector for each group of output pixels and each pair of weights. Its first half has the upper and the lower
-   parts of the weights of the first pixel, then of the second; its second half, those of the third and the fourth. */
+/* Store one vector for each group of output pixels and each pair of weights. For each of the four pixels in turn,
+   the vector has the upper parts of the two weights, then their lower parts. */
 static void spread_weights(Job *job, Axis *axis, int slot) {
     const int groups = (axis->count + GROUP - 1) / GROUP, pairs = axis->taps / 2;
     int32_t *to = axis->spread = allocate(job, slot, (size_t)groups * pairs * 2 * GROUP, sizeof(int32_t));
@@ -362,7 +362,7 @@ AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *wei
 }
 #endif
 
-/* Return 1 for the kinds of JPEG whose partial decode is tested against the full one; Pillow decodes all others. */
+/* Return 1 for kinds of JPEG for which tests compare a partial decode with a full one; Pillow decodes all others. */
 static int is_supported(const struct jpeg_decompress_struct *jpeg) {
     if (jpeg->data_precision != 8 || jpeg->arith_code) return 0;
     const jpeg_component_info *c = jpeg->comp_info;
@@ -375,7 +375,7 @@ static int is_supported(const struct jpeg_decompress_struct *jpeg) {
     return jpeg->jpeg_color_space == JCS_YCbCr && c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= 2;
 }
 
-/* Return 1 if a progressive image has all bits of all coefficients. libjpeg smooths an incomplete image with the
+/* Return 0 for a progressive image that lacks some bits of its coefficients. libjpeg smooths such an image with the
    neighbors of each block, some of which are missing in a partial decode. */
 static int is_complete(const struct jpeg_decompress_struct *jpeg) {
     if (!jpeg->progressive_mode || !jpeg->coef_bits) return 1;

@@ -25,7 +25,7 @@ else:
     # None if a compiler or libjpeg was missing at installation, or libjpeg has been removed since.
     jpeg = load_extension("lars_train.data.decode.jpeg")
 
-# About how many names `has_jpegs` checks.
+# `has_jpegs` checks about this many names.
 _CHECKED_NAMES = 100
 
 REMEDY = (

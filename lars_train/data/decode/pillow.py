@@ -46,7 +46,7 @@ _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 
 _CONVERT = "convert it to 8 or 16 unsigned bits"
 
-# An entry of warnings.filters. The code below rejects decompression bombs.
+# An entry of warnings.filters. It may hide warnings about decompression bombs, because `_open_image` rejects them.
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -83,7 +83,7 @@ def decode_into(
     must be available, for the JPEGs that it can decode.
 
     Raises BadImage if the bytes hold no complete image; then the content of `out` is undefined. Only Pillow can reject
-    a file, because it decodes every file that NATIVE cannot decode. NATIVE may skip the rows below the view, and then
+    a file, because it tries every file that NATIVE cannot decode. NATIVE may skip the rows below the view, and then
     misses damage there that leaves the file's structure intact. Pillow misses most such damage, too.
     """
     if decoder == NATIVE and isinstance(item, bytes):
@@ -196,7 +196,7 @@ def _count_scans(data: bytes) -> int:
 
 
 def _check_pixel_type(image: Image.Image) -> None:
-    """Raise `BadImage` for pixel types without a defined black and white, or that Pillow reads as another type."""
+    """Raise `BadImage` for pixels without a defined black and white, and for types that Pillow mistakes for others."""
     if image.mode == "F":
         raise BadImage(f"floating-point pixels (mode F), whose black and white are undefined; {_CONVERT}")
     if isinstance(image, TiffImageFile):

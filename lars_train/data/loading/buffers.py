@@ -73,13 +73,14 @@ class BufferPool:
 
 
 def lend(arrays: Iterable[npt.NDArray[Any]], give_back: Callable[[], None]) -> tuple[Tensor, ...]:
-    """Return tensors that share the arrays' memory. Call `give_back` when the last reference to them is gone.
+    """Return tensors that share the arrays' memory. A finalizer calls `give_back` when no reference to them is left.
 
-    The garbage collector may make that call, so `give_back` must be reentrant, as `queue.SimpleQueue.put` is.
+    The finalizer may run during garbage collection, so `give_back` must be reentrant, as `queue.SimpleQueue.put` is.
     """
     lease = _Lease()
     weakref.finalize(lease, give_back).atexit = False
-    # A tensor and all views of it keep the lease alive. A view of a numpy array would refer to the base array instead.
+    # A tensor and all views of it keep a `_LeasedArray` and its lease alive. A numpy view would not do instead, because
+    # views of it refer to the base array.
     return tuple(torch.from_numpy(np.asarray(_LeasedArray(array, lease))) for array in arrays)
 
 
@@ -126,7 +127,7 @@ def _pages(size: int, shared: bool) -> _Pages:
         return _Pages(-1, size)
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Not for shared memory, where few systems allow it. Small pages add a tenth to the decoding time at first use.
+        # Few systems allow huge pages for shared memory. Small pages slow decoding into a new buffer by a tenth.
         with suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

@@ -139,7 +139,7 @@ class LoaderSpec:
         return micro_bounds(self.batch, self.ghost_batch, self.ghosts_per_micro, self.rank, self.world)
 
     def spans(self, update: int) -> list[Span]:
-        """Return the spans of this rank's micro-batches; positions count the samples of the whole run."""
+        """Return the spans of this rank's micro-batches. Positions count the samples from the start of the run."""
         # Prefetch up to the end of the next update, because another rank may be one update ahead.
         first, last = update * self.batch, (update + 2) * self.batch - 1
         return [Span(first + i, first + j, last) for i, j in self.bounds()]
@@ -211,7 +211,7 @@ def _for_workers(source: Source) -> Source:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
-    """The settings of one rank's stream of evaluation micro-batches. Other fields are as in `LoaderSpec`.
+    """The settings of one rank's stream of evaluation micro-batches. `LoaderSpec` describes the other fields.
 
     Raises ValueError for a remote source that is not read by shards.
     """

@@ -99,16 +99,17 @@ def window_numbers(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
 
 
 def last_to_hold(windows: Windows, span: Span) -> int:
-    """Return the last window that a stream at `span` may hold: that of `span.soon`, but at least the next window."""
+    """Return the last window that a stream at `span` may hold: the next, or that of `span.soon` if it is later."""
     return max(windows.at(span.soon), windows.at(span.start) + 1)
 
 
 def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
     """Return the most bytes that the ranks of a machine hold at the same time in training: the cache's minimum size.
 
-    The ranks synchronize at the end of each update. Before that, a rank takes at most one micro-batch of the next
-    update. So while the slowest rank's next micro-batch is in update u, no rank's is beyond update u + 2. The windows
-    that the ranks hold then lie between the start of update u and `last_to_hold` of the last span of update u + 2.
+    The ranks synchronize at the end of each update. While a rank waits for the others there, it has taken at most one
+    micro-batch of the next update. So if the slowest rank takes its next micro-batch from update u, every other rank
+    takes its next one from update u + 2 or earlier. The windows that the ranks hold then lie between the start of
+    update u and `last_to_hold` of the last span of update u + 2.
     """
     updates = np.arange(int(windows.ends[-1]) // batch if len(windows.ends) else 0)
     firsts = windows.numbers(updates * batch)

@@ -36,7 +36,7 @@ AHEAD = 4
 """The fewest micro-batches to prefetch, counting those being filled and those that are ready."""
 
 LENT = 3
-"""Micro-batches that a consumer may hold: one in use, one being copied, one whose copy has not been confirmed."""
+"""Micro-batches that a consumer may hold: one in use, one being copied, one that is copied but not yet released."""
 
 PROCESSES, THREADS = "processes", "threads"
 
@@ -202,9 +202,9 @@ def piece_size(batch: int) -> int:
 def pool_slots(batch: int, workers: int) -> int:
     """Return the number of buffers of a stream of micro-batches of `batch` samples.
 
-    The number is `LENT` for the consumer, plus the micro-batches to prefetch: enough for two pieces per worker, plus
-    one, and never fewer than `AHEAD`. Without workers, it is `LENT` + 1. A buffer takes about batch * 3 * S**2 bytes: 8
-    buffers of 256 samples of 224 x 224 take 0.3 GB.
+    The consumer may hold `LENT`. The others are for micro-batches to prefetch: as many as make two pieces per worker,
+    and one more, but at least `AHEAD`. Without workers, the number is `LENT` + 1. A buffer takes about
+    batch * 3 * S**2 bytes: 8 buffers of 256 samples of 224 x 224 take 0.3 GB.
     """
     if workers == 0:
         return LENT + 1
@@ -214,8 +214,8 @@ def pool_slots(batch: int, workers: int) -> int:
 def worker_kind(source: Source, decoder: str) -> str:
     """Return `THREADS` for the C decoder, which releases the GIL, if the source has JPEGs; else `PROCESSES`.
 
-    Threads need less memory than processes, and no fork, which is a risk while NCCL or gloo run threads. Outside Linux,
-    fork is unsafe or missing, so this function always returns `THREADS` there.
+    Threads need less memory than processes. Processes need a fork, which may hang while NCCL or gloo run threads.
+    Outside Linux, fork is unsafe or missing, so this function always returns `THREADS` there.
     """
     if sys.platform != "linux":
         return THREADS

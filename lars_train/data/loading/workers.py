@@ -1,6 +1,6 @@
 """The workers of a stream: forked processes, threads, or none. They fill pieces of batches in a pool's buffers.
 
-Free workers take pieces in order, and each result names its piece. Requests are short, because the sample ids are in
+Free workers take pieces in order, and each result names its piece. A request does not hold the sample ids, which are in
 the pool. Workers share no lock, so the death of one does not block the others.
 """
 
@@ -33,7 +33,7 @@ START_ATTEMPTS = 4  # for a process that does not start
 _CHECK_S = 5.0  # between a process's checks that its parent is alive; also the longest wait for a thread to end
 # The format of a piece in the pipe. Its length divides the page size, so that a read never returns part of a piece.
 _PIECE = struct.Struct("=IIIxxxx")
-_MEMORY = "out of memory; reduce data.workers, or give the job more memory"
+_MEMORY = "a loader worker ran out of memory; reduce data.workers, or give the job more memory."
 
 
 class Piece(NamedTuple):
@@ -131,7 +131,7 @@ class Threads:
         except queue.Empty:
             return None
         if isinstance(found, MemoryError):
-            raise DataError(f"a loader worker: {_MEMORY}.")
+            raise DataError(_MEMORY)
         if isinstance(found, BaseException):
             raise found
         return found
@@ -177,7 +177,7 @@ class Processes:
     def __init__(self, reader: Reader, pool: BufferPool, count: int) -> None:
         self._work: Callable[[Piece], Done] = lambda piece: fill(reader, pool, piece)
         self._pieces, self._requests = os.pipe()
-        # Several workers poll for a piece, and only one reads it.
+        # All idle workers poll for the same piece. Those that do not get it must not block in `os.read`.
         os.set_blocking(self._pieces, False)
         self._workers: dict[Connection[object, object], int] = {}
         self._arrived: deque[Done] = deque()
@@ -253,7 +253,7 @@ class Processes:
             return found
         if isinstance(found, DataError):
             raise found
-        raise DataError(f"a loader worker: {_MEMORY}.") if found is None else RuntimeError(str(found))
+        raise DataError(_MEMORY) if found is None else RuntimeError(str(found))
 
     def close(self) -> None:
         """Kill the processes."""

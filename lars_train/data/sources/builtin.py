@@ -202,8 +202,8 @@ def open_arrays(name: str, root: str | None, holdout: float | None = None) -> Da
     """Open the data set `name`, ``cifar10`` or ``fashion_mnist``, after downloading it into `root` if it is missing.
 
     `root` is ``$XDG_CACHE_HOME/lars_train/<name>`` by default (``~/.cache/lars_train/<name>`` without that variable).
-    With `holdout`, that share of each class of the training images is the validation set, and the test images are not
-    used. Raises `ConfigError` if the files are missing and cannot be downloaded.
+    With `holdout`, that share of each training class becomes the validation set, and the test images are not used.
+    Raises `ConfigError` if the files are missing and cannot be downloaded.
     """
     from torchvision import datasets
 

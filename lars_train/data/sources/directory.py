@@ -39,15 +39,15 @@ from lars_train.errors import ConfigError
 from lars_train.messages import is_rank0, printable
 
 MIN_INDEXED = 10_000
-"""The estimated number of images from which an index is saved. Without an index, listing fewer is as fast."""
+"""The fewest images, by an estimate, for which an index is saved. Fewer are listed as fast without one."""
 
 # Changes that made older indexes invalid:
 # 2: skipped files are counted, and more suffixes denote images.
 # 3: more folders of operating systems are hidden.
 _VERSION = 3
 
-# A folder that changed less than this before it was read may change again with the same mtime, because clocks of mtimes
-# are coarse: milliseconds in the kernel, and seconds on some network file systems.
+# A folder that changed less than this before it was read may change again without a new mtime. The clocks of mtimes
+# are coarse: they tick in milliseconds in the kernel, and in seconds on some network file systems.
 _SETTLED_NS = 2_000_000_000
 _THREADS = 8  # more than cores, because they wait for the file system
 
@@ -201,7 +201,7 @@ def is_file(path: Path) -> bool:
 
 
 def count_beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
-    """Count the entries of `root` other than split folders, by reason. `reason`: that of files with `suffix`."""
+    """Count the entries of `root` other than split folders, by reason. Files with `suffix` count as `reason`."""
     skipped: Counter[str] = Counter()
     with os.scandir(os.fsencode(root)) as entries:
         for entry in entries:

@@ -44,8 +44,8 @@ def open_folder(
     """Open the data set at `root`, a directory, a zip or a store of tar shards.
 
     `root` holds ``train/`` and a validation set with one of the names in splits.py. With `holdout`, that share of each
-    class of the training images is the validation set instead, even if `root` has one; then the class folders may also
-    lie directly in `root`. `cache`, `image_key`: see `open_tree`. Raises `ConfigError` for any other layout.
+    training class becomes the validation set, even if `root` has one. The class folders may then also lie directly in
+    `root`. `cache`, `image_key`: see `open_tree`. Raises `ConfigError` for any other layout.
     """
     tree = open_tree(root, cache, image_key, train_only=holdout is not None)
     folders = find_splits(tree, holdout)

@@ -232,7 +232,7 @@ def _index(objects: Objects, cache: ShardCache, name: str) -> tuple[Held, Path]:
 T = TypeVar("T")
 
 ATTEMPTS, FIRST_PAUSE_S, LONGEST_PAUSE_S = 8, 1.0, 30.0
-"""Attempts of a request. The pauses double up to a limit, and jitter shortens each by up to half: 91 s at most."""
+"""Attempts of a request. Pauses double up to a limit, and jitter shortens them by up to half: 91 s at most in total."""
 
 PIECE_BYTES = 16 << 20
 """Bytes of a shard per request."""

@@ -22,7 +22,7 @@ from lars_train.errors import DataError
 from lars_train.messages import complain
 
 PATIENCE_S = 300.0
-"""Seconds to wait without progress while another process fetches a file, or holds files that could make room."""
+"""Seconds to wait without progress while another process fetches a file, or holds files that take up the room."""
 
 MARK_BYTES = 256
 """Most bytes that the cache stores beside each file."""
@@ -86,7 +86,7 @@ class _StallCheck:
         if progress != self.progress:
             self.progress, self.since = progress, time.monotonic()
         elif time.monotonic() - self.since > PATIENCE_S:
-            raise DataError(f"{why}, and nothing has changed for {PATIENCE_S:.0f} s.")
+            raise DataError(f"{why}; no progress for {PATIENCE_S:.0f} s.")
 
 
 class ShardCache:
@@ -99,8 +99,8 @@ class ShardCache:
     def hold(self, entry: CacheEntry, wait: Wait = time.sleep) -> Held:
         """Hold a file, after fetching it if it is missing or damaged. Files of earlier runs are verified first.
 
-        Raises `DataError` if there is no room for it, or if another process that fetches it makes no progress; OSError;
-        and what `fetch` and `wait` raise.
+        Raises `DataError` if there is no room for the file, or if another process that fetches it makes no progress.
+        Also raises OSError, and the exceptions of `fetch` and `wait`.
         """
         path = self.folder / entry.name
         if entry.size + MARK_BYTES > self.limit:

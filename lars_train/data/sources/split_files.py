@@ -39,7 +39,7 @@ _UNPACK = 'for t in *.tar; do mkdir -p "${t%.tar}" && tar -xf "$t" -C "${t%.tar}
 # With fewer tars than this, each is assumed to be a class only if it is named like ImageNet's.
 _FEWEST_CLASSES = 3
 _WNID = re.compile(r"n\d{8}\.tar")
-# The most unread folders with names like splits that an inventory lists.
+# An inventory lists at most this many folders that look like splits but are not read.
 _SHOWN = 6
 
 PARQUET_OUTSIDE, TARS_OUTSIDE = "parquet files outside any split", "shards outside any split"
@@ -131,10 +131,10 @@ def advise_unpacking(root: Path, tars: Sequence[str]) -> str:
 def advise_nested_tars(root: Path, split: str, tars: Sequence[str]) -> str:
     """Return the remedy for a tar of tars, such as ImageNet's training archive."""
     if len(tars) > 1 or "/" in tars[0]:
-        return "Unpack them, and each tar in them into a folder named after it."
+        return "Unpack the shards, and unpack each tar in them into a folder with the tar's name."
     folder, tar = shlex.quote(str(root)), shlex.quote(tars[0])
     return (
-        "It holds tars, as ImageNet's training archive does; unpack it, and then each of them: "
+        f"{printable(tars[0])} holds tars, as ImageNet's training archive does; unpack it, and then each tar in it: "
         f"(cd {folder} && mkdir -p {split} && tar -xf {tar} -C {split} && cd {split} && {_UNPACK})"
     )
 
@@ -311,5 +311,5 @@ def _check_complete(place: Path, files: Sequence[Path]) -> None:
             raise ConfigError(
                 f"{place} has {len(numbers)} of {count} files {name}-...; "
                 f"{name}-{missing:05d}-of-{count:05d}.parquet is missing: download the missing files. To use only "
-                "the files that exist, give a folder with a link to each of them under another name."
+                "the files that exist, make a folder with links to them under other names, and give that folder."
             )

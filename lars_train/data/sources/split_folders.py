@@ -46,8 +46,8 @@ _TWO_FOLDERS = re.compile(rb"(?:\A|\0)([^/\0]+)/([^/\0]+)/")
 class SplitFolders(NamedTuple):
     """The folders of the splits below a root. They are equal if the validation images are held out of `train`.
 
-    `val` is None if there is no validation set. Both are ``b""`` if the class folders lie in the root; `train` alone is
-    ``b""`` if there is no training set.
+    A split is ``b""`` if its class folders lie in the root. Without a training set, `train` is ``b""``, too. Without a
+    validation set, `val` is None.
     """
 
     train: bytes
@@ -106,7 +106,7 @@ def find_validation(tree: Tree) -> tuple[SplitFolders, bytes]:
         inside = b"" if val is None else os.fsencode(val)
         return SplitFolders(b"", inside, unused), inside
     inside = os.fsencode(val or train)
-    # A store of images outside any split has them in train.
+    # A store that was packed from images outside any split has these images in train.
     if val is None and not (isinstance(tree, ShardTree) and not tree.inventory.train):
         raise _without_validation(tree, unused, _training_images(tree, train))
     return SplitFolders(os.fsencode(train), inside, unused), inside
@@ -216,13 +216,13 @@ def _list_classes(tree: Tree, inside: bytes) -> Listing:
     if parts:
         raise ConfigError(
             f"data.root: {_place(tree, inside)} holds {_listed(parts)}, which are parts of the data, not classes; "
-            f"give the folder above train/, or put the class folders in {printable(inside)}/."
+            f"set data.root to the folder that contains train/, or put the class folders in {printable(inside)}/."
         )
     return listing
 
 
 def _reject_data_sets(tree: Tree, listing: Listing) -> None:
-    """Raise `ConfigError` if folders in the root hold splits: their images would become one class."""
+    """Raise `ConfigError` if folders in the root hold splits: each such folder would become one class."""
     blob, _ = listing.names.arrays
     # The usual case: there is one slash per name, so the classes have no subfolders.
     if np.count_nonzero(blob == ord("/")) == len(listing.names):
@@ -242,7 +242,8 @@ def _split_below(tree: Tree, name: bytes, train: bytes) -> str:
     """Return the remedy for a training set in the folder `name` of the root."""
     inner, outer = printable(join(name, train)), printable(join(train, name))
     if tree.folders(join(name, train)):
-        return f"{printable(name)}/ in it holds {printable(train)}/: give {printable(name)}/ as data.root (or zip it)."
+        folder = printable(name)
+        return f"{folder}/ in it holds {printable(train)}/: give {folder}/ as data.root, or a zip of it."
     return f"move the images of {inner}/ to {outer}/, and do the same for the other splits and classes."
 
 
@@ -261,7 +262,7 @@ def _describe_root(tree: Tree, found: Sequence[bytes]) -> str:
         train = [name for name in tree.inventory.unused if split_word(name) == TRAIN]
         return advise_decompressing(train) or (
             f"all its tars belong to {printable(tree.inventory.val)}. Name the training shards train-*.tar; "
-            "mode=evaluate needs neither them nor data.holdout."
+            "mode=evaluate needs no training shards and no data.holdout."
         )
     for name in found:
         inner = choose_splits(map(os.fsdecode, tree.folders(name))).train
@@ -269,15 +270,19 @@ def _describe_root(tree: Tree, found: Sequence[bytes]) -> str:
             return _split_below(tree, name, os.fsencode(inner))
     loose = sum(map(is_image, tree.files(b"")))
     if not found and loose:
-        return f"{counted(loose, 'image')} directly in it. Put the images of each class in a separate folder in train/."
+        return (
+            f"it holds {counted(loose, 'image')} outside class folders. Put the images of each class in a separate "
+            "folder in train/."
+        )
     packed = [name for name in map(os.fsdecode, tree.files(b"")) if name.lower().endswith(".zip")]
     if not found and packed:
         return (
             f"{printable(packed[0])} in it is not read; unzip it, or zip train/ and val/ together and give that file."
         )
     if not found:
-        return f"it holds no folders at all{_describe_skipped(tree.inventory.skipped)}. Give the folder above train/."
-    # Split folders with unsupported names are not classes to hold images out of.
+        skipped = _describe_skipped(tree.inventory.skipped)
+        return f"it holds no folders at all{skipped}. Set data.root to the folder that contains train/."
+    # Folders named like splits are not classes, so data.holdout is no remedy.
     parts = _non_classes(found)
     if parts and 2 * len(parts) < len(found):
         others = [name for name in found if name not in parts]
@@ -291,13 +296,13 @@ def _describe_root(tree: Tree, found: Sequence[bytes]) -> str:
     if tars := _tars_beside(tree, found):
         return f"{tars} To train on the class folders, move them into train/."
     return (
-        f"found {_listed(found)}. Give the folder above train/; if these are the classes, "
+        f"found {_listed(found)}. Set data.root to the folder that contains train/; if these are the classes, "
         "set data.holdout=0.1 to train on nine tenths of them and validate on the rest."
     )
 
 
 def _tars_beside(tree: Tree, folders: Sequence[bytes]) -> str:
-    """Return the remedy for tars in the root from which none of the `folders` was unpacked; empty without such tars."""
+    """Return the remedy for tars in the root that were not unpacked into one of `folders`; empty if there are none."""
     files = tree.files(b"") if isinstance(tree, DirectoryTree) else []
     tars = [name for name in files if name.lower().endswith(b".tar") and name[:-4] not in folders]
     if not tars:

@@ -23,7 +23,7 @@ from lars_train.messages import listed, printable
 LABEL_KEYS = ("label", "cls", "class")
 """The keys of a label in JSON."""
 
-# The most bytes of a member that holds a number or a name, only a number, or JSON metadata.
+# The most bytes of a member with a class number or name, of one that may hold only a number, and of one with JSON.
 _MAX_CLS, _MAX_NUMBER, _MAX_JSON = 1024, 16, 1 << 20
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _BOM = b"\xef\xbb\xbf"
@@ -93,8 +93,9 @@ def read_samples(
     """Yield the samples of the tar open at `handle`, which is shard number `shard`.
 
     `keys`: the extensions to read from samples with several images, the preferred one first. `skipped` counts the
-    members that belong to no sample or are not read. `candidates` counts the members that may hold the label of a
-    sample without one. `orphans` counts the ``.cls`` members that belong to no image, under the name of the first one.
+    members that belong to no sample or are not read. `candidates` counts the members that may hold a label, in
+    samples without one in the usual places. `orphans` counts the ``.cls`` members that belong to no image, under the
+    name of the first one.
     Raises `BadTar`, `Unclear` and OSError.
     """
     hidden = HiddenFilter(skipped)
@@ -114,8 +115,8 @@ def read_samples(
         if short_key in by_key and short_key not in readings and unlabeled:
             readings[short_key] = _read_label(handle, by_key[short_key], candidates)
         shared = readings.get(short_key, _LabelReading())
-        # A label member belongs to no image if it is alone in its group, or has a longer name than the image. If the
-        # group has a file of another kind and no image, the label is assumed to be that file's.
+        # A label member belongs to no image if its group holds only label members, or if its name is longer than that
+        # of the group's image. In a group without an image, a file of another kind is assumed to own the label.
         may_be_orphans = any(images.values()) or {_suffix(part) for part in parts} <= _LIKE_LABELS
         may_be_orphans = may_be_orphans and all(reading.label is None for reading in readings.values())
         for key, own in by_key.items():
@@ -144,10 +145,10 @@ def read_samples(
 
 
 def label_place(samples: Iterable[TarSample]) -> LabelPlace | None:
-    """Return the place of the label in the hints of `samples`, none of which has a label; None if that is uncertain.
+    """Return the place to read the labels of `samples` from, none of which has a label; None if that is uncertain.
 
-    Every sample must have a hint there. If there are several such places, they must define the same classes; then the
-    first with numbers is chosen, because numbers define the order of the classes.
+    Every sample must have a hint at that place. Several such places must define the same classes. The first place with
+    numbers is then chosen, because numbers define the order of the classes.
     """
     tables = [dict(hints) for hints in {sample.hints for sample in samples}]
     shared = sorted(set(tables[0]).intersection(*tables)) if tables else []
@@ -209,7 +210,7 @@ def _suffix(member: Member) -> bytes:
 
 
 def _short_extension(member: Member) -> bytes:
-    """Return the extension without leading parts of digits, unless it has no others: ``jpg`` for ``0.jpg``."""
+    """Return the extension without leading parts of digits, but always with its last part: ``jpg`` for ``0.jpg``."""
     extension = _extension(member)
     if not extension[:1].isdigit():
         return extension

@@ -39,7 +39,8 @@ from lars_train.messages import counted, is_rank0, listed, printable
 
 # Changes that made older indexes invalid:
 # 2: names with digits, several images in a sample, labels and folders are read differently; skipped files are counted.
-# 3: names are checked for those of splits, and labels for contradictions; all kinds of skipped files are counted.
+# 3: class folders named like splits, and labels that contradict each other, are rejected; all kinds of skipped files
+#    are counted.
 # 4: labels are also read under other keys and from other members, and the index records where they come from.
 # 5: labels that belong to no image are recognized.
 _VERSION = 5
@@ -60,8 +61,9 @@ def open_webdataset(
     The index is valid as long as the names, sizes and mtimes of the shards stay the same. If it is not, one process
     rebuilds it, and the others wait.
 
-    `image_key`: of a sample with several images, the extension of the one to read. Several extensions are separated by
-    ``:``; the first that a sample has is used. `train_only`: ignore the validation set unless there is no training set.
+    `image_key`: the extension of the image to read from a sample with several images. Several extensions are separated
+    by ``:``; the first that a sample has is used. `train_only`: ignore the validation set unless there is no training
+    set.
     """
     if train_only and TRAIN in shards.files:
         shards = shards._replace(files={TRAIN: shards.files[TRAIN]})
@@ -123,7 +125,7 @@ class _Split:
     skipped: Counter[str] = field(default_factory=Counter)
     """Counts of members that belong to no sample or are not read, by reason."""
     candidates: Counter[LabelPlace] = field(default_factory=Counter)
-    """Counts of members that may hold the label of a sample without one."""
+    """Counts of members that may hold a label, in samples without one in the usual places."""
     orphans: Counter[bytes] = field(default_factory=Counter)
     """The count of ``.cls`` members that belong to no image; the only key is the name of the first one."""
     note: str = ""
@@ -185,10 +187,10 @@ def _read(root: Path, split: _Split, keys: tuple[str, ...], bar: Any) -> None:
 
 
 def _read_hints(splits: Sequence[_Split]) -> None:
-    """Label samples without a label from the place that `label_place` finds, and count the members that are not read.
+    """Read missing labels from the place that `label_place` finds, and count the members that are not read.
 
-    Sets the note of each split on the origin of its labels. If the training set has samples without a label, they also
-    decide the place for the validation set. Folders that define the same classes as the place take precedence.
+    Sets the note of each split on the source of its labels. If training samples lack a label, they decide the place for
+    both splits. If folders define the same classes as the labels at that place, the folders are used instead.
     """
     unlabeled = next((found for split in splits if (found := [s for s in split.samples if s.label is None])), [])
     place = label_place(unlabeled)
@@ -298,7 +300,7 @@ def _classes(root: Path, splits: Sequence[_Split]) -> tuple[list[bytes], dict[La
 
 
 def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequence[str]) -> None:
-    """Label the samples of a split that have no label by their class folder.
+    """Give each sample without a label its class folder as label.
 
     Raises `ConfigError` for a sample that has neither. `known`: the labels of the training set. `tars`: all tars of the
     data set, for the remedy.
@@ -318,8 +320,8 @@ def _label_by_folder(root: Path, split: _Split, known: Set[Label], tars: Sequenc
     if parts:
         raise ConfigError(
             f"data.root={root}: folders in its shards are splits, not classes ({printable(', '.join(parts))}); "
-            "unpack the shards, and give the folder above train/; if these are classes, name the shards "
-            "train-*.tar and val-*.tar."
+            "unpack the shards, and set data.root to the folder that contains train/; if these are classes, name the "
+            "shards train-*.tar and val-*.tar."
         )
     any_label = any(sample.label is not None or sample.folder for sample in samples)
     samples[:] = [
@@ -356,9 +358,9 @@ def _class_folders(samples: Sequence[TarSample], known: Set[Label]) -> dict[byte
 
 
 def classes_by_folder(pairs: Collection[tuple[Label, bytes | None]], labels: Sequence[Label]) -> list[bytes]:
-    """Return the folder of each label, if each has its own folder and folders sort like labels; else no folders.
+    """Return the folder of each of the sorted `labels`; an empty list if folders and labels do not match one to one.
 
-    `pairs`: the distinct pairs of a sample's label and folder.
+    Folders must also sort like their labels. `pairs`: the distinct pairs of a sample's label and folder.
     """
     folders = dict(pairs)
     named = [folder for folder in (folders[label] for label in labels) if folder is not None]

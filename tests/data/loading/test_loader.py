@@ -365,7 +365,7 @@ def breaks(sample: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exception_in_a_worker_ends_the_stream(kind: str) -> None:
     before = workers_of_this_test()
-    with pytest.raises(DataError, match=r"a loader worker: out of memory; reduce data\.workers"):
+    with pytest.raises(DataError, match=r"a loader worker ran out of memory; reduce data\.workers"):
         list(train(SyntheticImages(20, on_read=runs_out_of_memory), workers=2, kind=kind))
     with pytest.raises((ZeroDivisionError, RuntimeError), match="in the source"):
         list(train(SyntheticImages(20, on_read=breaks), workers=2, kind=kind))

@@ -245,7 +245,7 @@ def test_waiting_for_a_process_without_progress_raises(folder: Path, origin: Ori
     origin.during = lambda: time.sleep(100)
     process(lambda: ShardCache(folder, 2 * ROOM).hold(origin.entry(1)))
     wait_until(lambda: (folder / "store-x/1.tar.partial").exists())
-    with pytest.raises(DataError, match=r"1\.tar: another process is fetching it, and nothing has changed for 0 s"):
+    with pytest.raises(DataError, match=r"1\.tar: another process is fetching it; no progress for 0 s"):
         ShardCache(folder, 2 * ROOM).hold(origin.entry(1))
 
 

@@ -471,7 +471,7 @@ def test_a_tar_of_tars_is_refused_with_the_command_to_unpack_it(tmp_path: Path) 
     tar(root / "ILSVRC2012_img_train.tar", inner)
     with pytest.raises(ConfigError, match=r"hold no images \(skipped: 2 \.tar files\)") as error:
         open_folder(str(root), 0.5)
-    subprocess.run(["sh", "-ec", str(error.value).partition("each of them: ")[2]], check=True)
+    subprocess.run(["sh", "-ec", str(error.value).partition("each tar in it: ")[2]], check=True)
     assert open_folder(str(root), 0.5).classes == ("n01440764", "n01443537")
 
 
@@ -692,7 +692,7 @@ def test_holdout_needs_training_tars(tmp_path: Path, shard: str) -> None:
     tar(tmp_path / "data" / shard, {f"{c}/{i}.jpg": b"" for c in "ab" for i in range(2)})
     for holdout in (None, 0.5):
         with pytest.raises(
-            ConfigError, match=r"all its tars belong to test\. .* train-\*\.tar; mode=evaluate needs neither"
+            ConfigError, match=r"all its tars belong to test\. .* train-\*\.tar; mode=evaluate needs no training shards"
         ):
             open_folder(str(tmp_path / "data"), holdout)
 
