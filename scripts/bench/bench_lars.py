@@ -1,6 +1,6 @@
 """Time one optimizer step: LARS, torch's SGD and Adam, and other implementations of LARS.
 
-    python scripts/bench/bench_lars.py [--write docs/benchmarks.md] [--short PAGE ...]     # needs 13 GB
+    python scripts/bench/bench_lars.py [--write docs/benchmarks.md] [--short PAGE ...]     # needs 12 GB
     python scripts/bench/bench_lars.py --device cuda --write docs/benchmarks.md
 
 All contenders run in one process, on the CPU on one core per thread. Each has its own weights, gradients and state. A
