@@ -200,7 +200,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
     if unknown:
         key = unknown.group(1).split("@")[0]
         meant = suggestion(key.lstrip("+~"))
-        return f"there is no key or group {key!r}.{meant} lars-train --help lists all."
+        return f"there is no key or group {key!r}.{meant} lars-train --help lists the groups, --help GROUP its keys."
     choice = re.search(rf"Could not find '({'|'.join(GROUPS)})/([^']*)'", text)
     if choice:
         group, name = choice.groups()

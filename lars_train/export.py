@@ -51,7 +51,7 @@ _USES = {
 TOLERANCE = 1e-4
 """Largest difference between the graph's and the network's logits, relative to max(1, the largest logit)."""
 
-_EXTRA = "install it with: pip install 'lars-train[export]'"
+_EXTRA = "install it with: pip install '.[export]' in a clone of lars-train"
 _CHECKED = 2  # images for the comparison
 
 

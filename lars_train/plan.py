@@ -209,7 +209,8 @@ def _with_few_images(nominal: int, samples: int, ghost_batch: int) -> str:
     lr = 0.16 * size / 256  # recipe goyal has 0.1 for 256 images, torchlars 0.2
     return (
         f"Set batch.size and optimizer.lr, such as batch.size={size} optimizer=sgd optimizer.lr={lr:g}, or set "
-        f"batch.scaled=true, which shrinks the batch in proportion to the data set (here to {shrunk:,})"
+        f"batch.scaled=true, which shrinks the batch in proportion to the data set (here to {shrunk:,}) "
+        "and keeps the row's lr"
     )
 
 

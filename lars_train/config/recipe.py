@@ -106,8 +106,9 @@ def _check_rate(config: Config, row: RowConfig) -> None:
         return
     if batch.size is not None:
         raise ConfigError(
-            f"batch.size={batch.size}: no row of a recipe gives a learning rate for this batch; set optimizer.lr "
-            f"(row {batch.name} of recipe {config.recipe.name} has {row.lr})."
+            f"batch.size={batch.size}: no row of a recipe gives a learning rate for this batch; set optimizer.lr, "
+            f"for a small batch with optimizer=sgd (row {batch.name} of recipe {config.recipe.name}: "
+            f"{row.optimizer}, {row.lr})."
         )
     if opt.name != row.optimizer or opt.base != "SGD":
         what = f"{opt.name} over {opt.base}" if opt.name == "lars" else f"plain {opt.base}"

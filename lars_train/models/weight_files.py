@@ -187,9 +187,7 @@ def _read(path: str | os.PathLike[str], origin: str) -> tuple[Any, dict[str, Any
     except ConfigError:
         raise
     except ImportError:
-        raise ConfigError(
-            f"{origin}: the package safetensors is not installed; pip install 'lars-train[export]'."
-        ) from None
+        raise ConfigError(f"{origin}: the package safetensors is not installed; pip install safetensors.") from None
     except OSError as error:
         raise ConfigError(f"{origin}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # a damaged pickle can raise anything: KeyError, UnicodeDecodeError, struct.error

@@ -101,9 +101,7 @@ def pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ConfigError(
-            "Reading parquet requires pyarrow, which is not installed: pip install 'lars-train[parquet]', or pyarrow."
-        ) from error
+        raise ConfigError("Reading parquet requires pyarrow, which is not installed: pip install pyarrow.") from error
     return pyarrow
 
 

@@ -233,7 +233,7 @@ def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
         yield from _device_table(found["by_device"])
     else:
         rate = found["rate"]
-        yield f"rate           {rate['images_per_second']:,.4g} images/s per device ({rate['source']})"
+        yield f"rate           {rate['images_per_second']:,.4g} images/s per device (from {rate['source']})"
         if rate["floor"]:
             few, many, floor = (f"{1e3 * seconds:.3g}" for seconds in (*rate["launch"][:2], rate["floor"]))
             yield f"               and {floor} ms per micro-batch, which the host launches in {few} to {many} ms"
@@ -264,7 +264,7 @@ def _device_table(entries: list[dict[str, Any]]) -> Iterator[str]:
     if not entries:
         yield "time           unknown: no device has a published speed in this precision; set plan.images_per_second"
         return
-    yield f"time           on {counted(entries[0]['devices'], 'device')}; set plan.device for more"
+    yield f"time           on {counted(entries[0]['devices'], 'device')}; set plan.device for efficiency and limits"
     for entry in entries:
         name = f"{entry['device']}, one core" if entry["device"] == CPU else entry["device"]
         yield f"               {name:<13}{_time(entry['hours']):>13}  limited by {entry['limit']}"

@@ -595,5 +595,5 @@ def test_without_pyarrow_only_parquet_is_refused_with_the_remedy(folder: str, tm
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "verified" in done.stdout
     assert done.returncode == 2
-    assert "pip install 'lars-train[parquet]'" in done.stderr
+    assert "pip install pyarrow" in done.stderr
     assert not (tmp_path / "two").exists()

@@ -308,7 +308,7 @@ class Objects:
 
                 fs, root = url_to_fs(self.url, use_listings_cache=False)
             except ImportError as error:
-                remedy = "for s3:// and https://: pip install 'lars-train[remote]'"
+                remedy = "for s3:// and https://: pip install s3fs aiohttp"
                 raise DataError(f"{self.url}: a library is missing ({error}; {remedy}).") from error
             except Exception as error:
                 raise DataError(f"{self.url} cannot be used ({_describe_error(error)}).") from error
