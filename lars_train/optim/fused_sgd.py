@@ -102,6 +102,8 @@ def _buffer_fits(weight: Tensor, state: Any) -> bool:
 
 def _update_group(group: dict[str, Any], state: Any, rule: Rule, record: Record | None, done: list[Tensor]) -> bool:
     entries, remaining = _eligible(group, state)
+    if not entries:
+        return remaining  # without reading the lr, which may be on an accelerator
     # Look up attributes before the loop: for small tensors, the overhead of the loop matters.
     c_kernels_up_to = -1.0
     if kernels is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,12 +25,16 @@ _WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_selec
 
 
 class Calls(TorchDispatchMode):
-    """The dispatched operators with their arguments, and in `to_host` those that copy device values to the host."""
+    """The dispatched operators with their arguments.
+
+    `to_host` has those that copy device values to the host, `from_host` those that read a CPU tensor for the device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, tuple[Any, ...]]] = []
         self.to_host: list[str] = []
+        self.from_host: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.name().startswith(_NO_CALLS):
@@ -39,6 +43,8 @@ class Calls(TorchDispatchMode):
         given, got = ({t.device.type for t in tree_leaves(x) if isinstance(t, Tensor)} for x in (args, result))
         if "cuda" in given and "cpu" in got:
             self.to_host.append(func.name())
+        if "cpu" in given and "cuda" in got:
+            self.from_host.append(func.name())
         return result
 
 
@@ -103,6 +109,59 @@ def test_no_call_waits_for_the_device(options: dict[str, Any]) -> None:
         # Check that the counter counts.
         params[0].detach().cpu()
         assert calls.to_host == ["aten::_to_copy"]
+
+
+CAPTURABLE: dict[str, Callable[[Any], LARS]] = {
+    "SGD": lambda params: LARS(torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)),
+    "AdamW": lambda params: LARS(torch.optim.AdamW(params, capturable=True)),
+    "lamb": lambda params: LARS.preset("lamb", torch.optim.AdamW(params, capturable=True)),
+}
+
+
+@pytest.mark.parametrize("make", CAPTURABLE.values(), ids=CAPTURABLE)
+def test_a_cuda_graph_can_capture_a_step(make: Callable[[Any], LARS]) -> None:
+    # https://docs.pytorch.org/docs/stable/notes/cuda.html#constraints: the same calls and tensors in every replay,
+    # nothing copied to or from the host.
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in SHAPES[:7]]
+        lars = make(params)
+        if "capturable" in lars.defaults:
+            # A tensor, so that replays use its current value. The constructor would read it.
+            lars.param_groups[0]["lr"] = torch.ones((), device="cuda")
+        for p in params:
+            p.grad = torch.empty_like(p)
+
+        def tensors() -> list[int]:
+            states = [t for own in lars.state.values() for t in own.values() if isinstance(t, Tensor)]
+            return [id(t) for t in (*params, *(p.grad for p in params), *states)]
+
+        lars.step()
+        before, made = tensors(), []
+        for _ in range(2):
+            with Calls() as calls:
+                lars.step()
+            assert calls.to_host == calls.from_host == []
+            assert not {plain(name) for name, _ in calls.made} & set(_WAITS)
+            made.append([name for name, _ in calls.made])
+        assert tensors() == before
+        assert made[0] == made[1]
+        with Calls() as calls:
+            params[0].detach().copy_(torch.zeros(params[0].shape))
+        assert calls.from_host == ["aten::copy_"]  # the counter counts
+
+
+@pytest.mark.parametrize("preset", ["torchlars", "larc", "mlperf"])
+def test_lars_over_sgd_leaves_an_lr_on_the_device(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # SGD's fused step takes such an lr, but has no kernel for fake tensors.
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: None)
+    with on_cuda(SHAPES[:7]) as (lars, params):
+        lars = LARS.preset(preset, lars.base_optimizer)
+        lars.param_groups[0]["lr"] = torch.ones((), device="cuda")
+        with Calls() as calls:
+            lars.step()
+        assert calls.to_host == calls.from_host == []
+        assert calls.made
+        assert params[0].grad is not None
 
 
 def test_every_call_over_lists_is_on_the_multi_tensor_fast_path() -> None:
