@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from .fused_sgd import has_step_hooks
+from .options import DEFAULTS, PRESETS
 from .rule import Rule
 
 _SGD_OPTIONS = [name for name in inspect.signature(SGD).parameters if name != "params"]
@@ -20,6 +21,8 @@ _EQUIVALENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **dict.fromkeys(("trust_clip", "clip_lr", "clip"), lambda value: {"clip": "lr"} if value else {}),
     "always_adapt": lambda value: {} if value else {"zero_decay": "skip"},
 }
+# The key that shows whose parameter groups a state dict has, and the preset of that implementation.
+_STATE_OF = {"trust_coeff": "timm", "trust_coefficient": "bolts"}
 # Names of bases, in torch and other packages, whose step is not proportional to the lr.
 _NONLINEAR = frozenset({"Adafactor", "ASGD", "Rprop"})
 
@@ -96,6 +99,32 @@ def check_rule(base: Optimizer, rule: Rule) -> None:
         raise ValueError(f"{option} needs a base that makes one update per step; {kind} makes several")
     if rule.ratio_of == "step" and not _NONLINEAR.isdisjoint(parent.__name__ for parent in type(base).__mro__):
         raise ValueError(f"{option} needs a base whose step is proportional to its lr; the step of {kind} is not")
+
+
+def check_state(groups: Sequence[Mapping[str, Any]], base: Optimizer, rule: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a state dict is of timm's or lightning-bolts' LARS, and `rule` over `base` differs from it.
+
+    Args:
+        groups: the parameter groups of the state dict.
+        base: the optimizer that LARS wraps.
+        rule: LARS's options by name.
+    """
+    for group in groups:
+        for key, preset in _STATE_OF.items():
+            if key not in group:
+                continue
+            own = DEFAULTS | PRESETS[preset]
+            theirs = own | {"trust_coef": group[key], "eps": group.get("eps", own["eps"])}
+            theirs |= {"clip": "lr"} if group.get("trust_clip") else {}
+            theirs |= {"zero_decay": "adapt"} if group.get("always_adapt") else {}
+            if theirs == rule and "dampening" in base.defaults:
+                continue
+            changed = {name: value for name, value in theirs.items() if value != own[name]}
+            call = _call("LARS.preset", f"{preset!r}, torch.optim.SGD(…)", changed)
+            raise ValueError(
+                f"the state dict is of {preset}'s LARS with another rule. To continue its updates, load it into "
+                f"{call}. To use the rule of this LARS, first delete {key!r} from the state dict's parameter groups."
+            )
 
 
 def calls_closure(base: Optimizer) -> bool:

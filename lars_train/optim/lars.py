@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import fused_sgd
-from .base import calls_closure, check_base, check_groups, check_rule, failed_for_closure, is_plain
+from .base import calls_closure, check_base, check_groups, check_rule, check_state, failed_for_closure, is_plain
 from .options import DEFAULTS, PRESETS
 from .rescale import Layers, Record, check_gradients, group_parameters, is_compiling, rescale
 from .rescale_step import apply_outside, copy_weights, hide_settings, restore_settings, scale_step
@@ -233,15 +233,19 @@ class LARS(Optimizer):
         """Load a state dict that `state_dict` returned, options included.
 
         A state dict of the base alone, which is also torchlars's format, is accepted. Options that are missing from the
-        state dict stay unchanged, and so does the ``exclude`` of a group whose entry has none.
+        state dict stay unchanged, and so does the ``exclude`` of a group whose entry has none. LARS over SGD also loads
+        a state dict of timm's or lightning-bolts' LARS, if both have the same rule.
 
         Raises:
-            ValueError: the ``"lars"`` entry is not in the format of `state_dict`, or the base rejects the rest.
+            ValueError: the ``"lars"`` entry is not in the format of `state_dict`, the base rejects the rest, or the
+                state dict is of timm's or lightning-bolts' LARS with another rule; the message shows the one to choose.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        if "lars" not in state_dict:
+            check_state(state_dict["param_groups"], self.base_optimizer, asdict(self.rule))
         stored = state_dict.pop("lars", {})
         if not isinstance(stored, dict):
             raise ValueError(f"the state dict's 'lars' entry is {stored!r}; it must be a dict of options by name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -197,9 +198,22 @@ def test_distributed_checkpoint_saves_and_restores_the_state(base: Base, flatten
     assert_same(list(other.parameters()), list(model.parameters()))
 
 
-@pytest.mark.parametrize("bolts", [False, True], ids=["timm", "bolts"])
-def test_a_state_dict_of_timm_or_bolts_continues_their_updates(bolts: bool) -> None:
+# Options of timm's Lars, which has the same rule and the same state as bolts'. The rest of the call for each.
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "timm": ({}, ""),
+    "bolts": ({}, ""),
+    "timm-changed": (
+        {"trust_coeff": 0.02, "eps": 0.5, "trust_clip": True, "always_adapt": True},
+        ", eps=0.5, trust_coef=0.02, clip='lr', zero_decay='adapt'",
+    ),
+    "bolts-changed": ({"trust_coeff": 0.02}, ", trust_coef=0.02"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_state_dict_of_timm_or_bolts_continues_their_updates(name: str) -> None:
     kind = pytest.importorskip("timm.optim.lars").Lars
+    (preset, _, changed), (options, rest) = name.partition("-"), FOREIGN[name]
 
     def train(optimizer: Optimizer, weight: Parameter, updates: range) -> None:
         for update in updates:
@@ -207,19 +221,50 @@ def test_a_state_dict_of_timm_or_bolts_continues_their_updates(bolts: bool) -> N
             optimizer.step()
 
     theirs, ours = (Parameter(torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(4, 3)) for _ in range(2))
-    timm = kind([theirs], lr=0.5, momentum=0.9, weight_decay=DECAY)
+    decay = 0.0 if options.get("always_adapt") else DECAY
+    timm = kind([theirs], lr=0.5, momentum=0.9, weight_decay=decay, **options)
     train(timm, theirs, range(3))
     ours.data.copy_(theirs.data)
     state = copy.deepcopy(timm.state_dict())
-    if bolts:  # the same rule and the same state, with other names in the groups
-        (group,) = state["param_groups"]
+    (group,) = state["param_groups"]
+    if preset == "bolts":
         group["trust_coefficient"] = group.pop("trust_coeff")
         del group["trust_clip"], group["always_adapt"]
-    lars = LARS.preset("bolts" if bolts else "timm", optim.SGD([ours], lr=0.1))
+    lars = LARS.preset(preset, optim.SGD([ours], lr=0.1))
+    call = f"LARS.preset({preset!r}, torch.optim.SGD(…){rest})"
+    for other in (
+        LARS(optim.SGD([ours], lr=0.1)),
+        LARS.preset(preset, optim.AdamW([ours])),
+        *([lars] if changed else []),
+    ):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match=re.escape(f"load it into {call}. ")):
+            other.load_state_dict(state)
+        assert other.state_dict() == before
+    if changed:
+        lars = eval(call.replace("…", "[ours], lr=0.1"), {"LARS": LARS, "torch": torch, "ours": ours})
     lars.load_state_dict(state)
     train(timm, theirs, range(3, 6))
     train(lars, ours, range(3, 6))
     torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
+    # Once loaded, the options are LARS's own.
+    again = LARS(optim.SGD([ours], lr=0.1))
+    again.load_state_dict(lars.state_dict())
+    assert again.rule == lars.rule
+
+
+def test_a_state_dict_of_timm_loads_with_our_rule_on_request() -> None:
+    kind = pytest.importorskip("timm.optim.lars").Lars
+    weight = Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    timm, lars = kind([weight], lr=0.5, momentum=0.9, trust_coeff=0.02), LARS(optim.SGD([weight], lr=0.1))
+    timm.step()
+    state = timm.state_dict()
+    for group in state["param_groups"]:
+        del group["trust_coeff"]  # as the message says
+    lars.load_state_dict(state)
+    assert (lars.trust_coef, lars.param_groups[0]["lr"]) == (0.001, 0.5)
+    assert torch.equal(lars.state[weight]["momentum_buffer"], timm.state[weight]["momentum_buffer"])
 
 
 def test_distributed_checkpoint_refuses_lbfgs_as_without_lars() -> None:
