@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from bases import no_warnings
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
-from lars_train import LARS, WarmupCosine, WarmupPoly, WarmupSteps, learning_rate
+from lars_train import LARS, WarmupCosine, WarmupPoly, WarmupSteps, learning_rate, parameter_groups
 
 pytestmark = no_warnings
 
@@ -114,6 +115,36 @@ def test_groups_keep_the_proportion_of_their_rates(make: Callable[[Optimizer], A
     optimizer = lars(0.2, 0.0048)
     for weights, biases in rates(optimizer, make(optimizer), TOTAL + 3):
         assert biases == pytest.approx(weights * 0.024, rel=1e-12)
+
+
+# The factor of the lr at update u, by hand, for `SCHEDULERS`.
+FACTORS: dict[str, Callable[[int], float]] = {
+    "cosine": lambda u: (
+        0.25 + 0.75 * u / WARMUP
+        if u < WARMUP
+        else 0.01 + 0.99 * (1 + math.cos(math.pi * (u - WARMUP) / (TOTAL - WARMUP))) / 2
+    ),
+    "whole": lambda u: (u + 1) / WARMUP if u < WARMUP else (1 - u / TOTAL) ** 2,
+    "restart": lambda u: (u + 1) / WARMUP if u < WARMUP else 0.1 + 0.9 * (1 - (u - WARMUP) / (TOTAL - WARMUP)) ** 2,
+    "steps": lambda u: (u + 1) / WARMUP if u < WARMUP else 0.5 ** sum(u >= step for step in (6, 10, 15)),
+}
+
+
+@pytest.mark.parametrize("form", SCHEDULERS)
+@pytest.mark.parametrize("factor", [0.024, 0.0])
+def test_a_groups_lr_factor_is_kept_as_by_torchs_lambda(form: str, factor: float) -> None:
+    def optimizer() -> LARS:
+        groups = parameter_groups(torch.nn.Linear(3, 2), 1e-6, lr=1.6, norm_bias_lr_factor=factor)
+        assert [group.get("exclude") for group in groups] == [None, True]
+        return LARS(SGD(groups, momentum=0.9))
+
+    ours, theirs = optimizer(), optimizer()
+    found = rates(ours, SCHEDULERS[form](ours))
+    expected = rates(theirs, lr_scheduler.LambdaLR(theirs, FACTORS[form]))
+    for (weights, biases), (their_weights, their_biases) in zip(found, expected, strict=True):
+        assert weights == pytest.approx(their_weights, rel=1e-12, abs=1e-15)
+        assert biases == pytest.approx(their_biases, rel=1e-12, abs=1e-15)
+        assert biases == pytest.approx(factor * weights, rel=1e-12)
 
 
 @every_scheduler
