@@ -1,4 +1,4 @@
-"""LARS over DTensors and FSDP2: shards step like the whole, with one collective for all norms.
+"""LARS over DTensors, FSDP2 and DDP: shards step like the whole, with one collective for all norms.
 
 A fixture runs this file as a program in two processes.
 """
@@ -6,7 +6,10 @@ A fixture runs this file as a program in two processes.
 from __future__ import annotations
 
 import json
+import math
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import warnings
@@ -35,12 +38,13 @@ from bases import (
     sharded_weights,
     wide,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lars_train import LARS
 
 pytestmark = no_warnings
+ROOT = Path(__file__).parents[2]
 
 
 def stepped(optimizer: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -98,14 +102,38 @@ def fsdp_on_two_ranks(base: Base, mesh: Any, rank: int) -> dict[str, Any]:
     return {"weights": [w.detach().tolist() for w in full], "counts": counts}
 
 
+def ddp_on_two_ranks(base: Base, rank: int) -> list[list[float]]:
+    """Train a model with DDP, each rank on its half of the batch, with one synchronization for two backward passes."""
+    model = Matrices()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    lars = base.lars(model.parameters())
+    for update in range(UPDATES):
+        lars.zero_grad()
+        with ddp.no_sync():
+            ddp(fsdp_batch(update)[rank::2]).square().sum().backward()
+        ddp(fsdp_batch(update + 1)[rank::2]).square().sum().backward()
+        lars.step()
+    return [p.tolist() for p in model.parameters()]
+
+
 def fsdp_batch(update: int) -> Tensor:
     return torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3) * (1 + update)
 
 
+DDP_BASES = ("SGD", "AdamW")
 SHARDED_OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "lr-inside": {"lr_placement": "inside"}}
 
 
-def program(rank: int, folder: Path) -> None:
+def run_example(rank: int, port: str) -> dict[str, Any]:
+    """Run examples/fsdp.py as torchrun does. Return the weights that it would save."""
+    settings = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(settings)
+    sys.path.insert(0, str(ROOT / "packaging" / "torch-lars"))
+    weights: dict[str, Tensor] = runpy.run_path(str(ROOT / "examples" / "fsdp.py"))["weights"]
+    return {name: value.tolist() for name, value in weights.items()}
+
+
+def program(rank: int, folder: Path, port: str) -> None:
     """Run everything that one of the two processes does, and write the results."""
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -124,16 +152,22 @@ def program(rank: int, folder: Path) -> None:
                 results["of the step"] = on_two_ranks(base, mesh, True, {"ratio_of": "step"})
             if "error" not in results[base.name]["alone"]:
                 results[base.name]["fsdp"] = fsdp_on_two_ranks(base, mesh, rank)
+            if base.name in DDP_BASES:
+                results[base.name]["ddp"] = ddp_on_two_ranks(base, rank)
     finally:
         dist.destroy_process_group()
+    results["example"] = run_example(rank, port)
     (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, __file__, str(folder), str(port)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -219,9 +253,55 @@ def test_fsdp2_trains_like_one_process_with_one_collective(two_ranks: list[dict[
     assert [count[ALL_REDUCE] for count in seen["counts"]] == [1] * UPDATES
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DDP_BASES)
+def test_ddp_trains_like_one_process(two_ranks: list[dict[str, Any]], name: str) -> None:
+    seen = two_ranks[0][name]["ddp"]
+    assert seen == two_ranks[1][name]["ddp"]
+    base = next(base for base in BASES if base.name == name)
+    model = Matrices()
+    reference = base.alone(model.parameters())
+    for update in range(UPDATES):
+        reference.zero_grad()
+        # DDP averages the gradients of the ranks.
+        for batch in (fsdp_batch(update), fsdp_batch(update + 1)):
+            (model(batch).square().sum() / 2).backward()
+        rescale_by_hand(reference, [base.decay])
+        reference.step()
+    assert_close([torch.tensor(w, dtype=torch.float64) for w in seen], list(model.parameters()), base.tolerance)
+
+
+@pytest.mark.slow
+def test_the_fsdp_example_trains_like_one_process(two_ranks: list[dict[str, Any]]) -> None:
+    # The example without FSDP2, in plain torch.
+    torch.manual_seed(0)
+    images = torch.randn(2048, 64)
+    labels = (images @ torch.randn(64, 10)).argmax(1)
+    model = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 10))
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    adapted = [model[0].weight, model[3].weight]
+    others = [p for p in model.parameters() if p is not adapted[0] and p is not adapted[1]]
+    groups: Any = [{"params": adapted, "lr": 8.0, "weight_decay": 1e-4}, {"params": others, "lr": 0.1}]
+    optimizer = LARS(torch.optim.SGD([groups[0], groups[1] | {"exclude": True}], momentum=0.9))
+    peaks, update = [8.0, 0.1], 0
+    for _ in range(3):
+        for batch in torch.randperm(2048).split(256):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                cosine = (1 + math.cos(math.pi * (update - 2) / 22)) / 2
+                group["lr"] = peak * ((update + 1) / 2 if update < 2 else cosine)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            update += 1
+    for seen in (ranks["example"] for ranks in two_ranks):
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(torch.tensor(seen[name]), weight, rtol=1e-3, atol=1e-5)
+            assert not torch.allclose(weight, start[name], rtol=1e-2, atol=1e-4)
+
+
 if __name__ == "__main__":
     # Import once, before the fork of both ranks.
     import torch.distributed.fsdp
     import torch.distributed.tensor.debug
 
-    mp.start_processes(program, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
+    mp.start_processes(program, (Path(sys.argv[1]), sys.argv[2]), nprocs=2, start_method="fork")
