@@ -146,8 +146,13 @@ def test_the_readme_lists_every_preset_and_option() -> None:
     assert [name for name in (*PRESETS, *DEFAULTS) if f"`{name}`" not in text] == []
 
 
-def test_the_example_is_short() -> None:
-    assert len((ROOT / "examples" / "plain_loop.py").read_text().splitlines()) <= 40
+def test_the_examples_are_short_and_name_their_command() -> None:
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    assert len(examples) == 5
+    for path in examples:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 40, path.name
+        assert lines[2].endswith(f" examples/{path.name}")
 
 
 @pytest.mark.parametrize("page", [PROJECT / "README.md", ROOT / "docs" / "own_loop.md"], ids=lambda page: page.name)
