@@ -191,7 +191,7 @@ def test_an_export_that_cannot_be_written_leaves_no_files(
         exported(run, tmp_path / "net.tflite")
     monkeypatch.setattr(module.importlib, "import_module", absent)
     for suffix in ("safetensors", "onnx"):
-        with pytest.raises(ConfigError, match=rf"\.{suffix} requires the package .*lars-train\[export\]"):
+        with pytest.raises(ConfigError, match=rf"\.{suffix} requires the package .*pip install '\.\[export\]"):
             exported(run, tmp_path / f"net.{suffix}")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / CARD).write_text("# My own model\n")

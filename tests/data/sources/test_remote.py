@@ -434,7 +434,7 @@ def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
-    with pytest.raises(ConfigError, match=r"Install s3fs to access S3.*pip install 'lars-train\[remote\]'"):
+    with pytest.raises(ConfigError, match=r"Install s3fs to access S3.*pip install s3fs aiohttp"):
         opened("s3://bucket/x", tmp_path)
 
 
