@@ -40,7 +40,7 @@ from lars_train.config.keys import GROUPS, suggestion
 from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.saved import NAME, SavedConfig, register_saved
 from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, did_you_mean
-from lars_train.launch import share_cores, start_faster
+from lars_train.launch import collect_garbage_rarely, share_cores
 from lars_train.messages import (
     complain,
     first_line,
@@ -110,7 +110,7 @@ def main() -> None:
     """Run ``lars-train`` or ``python -m lars_train``, and exit with its code."""
     open_standard_streams()
     share_cores()
-    start_faster()
+    collect_garbage_rarely()
     handle_termination(_exit_on_signal)
     command = (Path(sys.argv[0]).name if "__main__" not in sys.argv[0] else "python -m lars_train", *sys.argv[1:])
     try:

@@ -65,7 +65,7 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
-def start_faster() -> None:
+def collect_garbage_rarely() -> None:
     """Collect garbage rarely until `collect_garbage_as_usual`, and not at exit. Call this before torch is imported.
 
     Importing torch creates a million objects that stay. Python's default is to search them for unused cycles during
@@ -313,7 +313,7 @@ def _rank(
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     open_standard_streams()
-    start_faster()
+    collect_garbage_rarely()
     exit_with_parent(launcher)
     # Ctrl-C reaches every process of the terminal. During training `SignalHandler` records it. Before and after, this
     # process ends without a message, because the launcher prints one.

@@ -66,14 +66,27 @@ def test_a_sweep_has_a_row_for_each_configuration_failed_or_not() -> None:
     assert all((row[3] == "LookupError: timm has no such network") == (row[0] == timm) for row in rows)
 
 
-def test_bench_startup_times_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_startup_times_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS / "bench")
     module = importlib.import_module("bench_startup")
     settings = [*module.SETTINGS, "model=tiny", "launch.threads=1"]
+    assert module.time_process([sys.executable, "-c", "import time; time.sleep(0.2)"]) > 0.2
     times = module.time_run(settings)
     assert list(times) == [module.DIRECTORY, module.SET_UP, module.FIRST, module.END]
     assert 0 < times[module.DIRECTORY] <= times[module.SET_UP] <= times[module.FIRST] <= times[module.END]
     assert module.time_between_runs(settings) > 0
+    # The page has the medians of the rounds after the first, here of known times.
+    rounds = iter([9.0, 1.0, 4.0, 2.0])
+    monkeypatch.setattr(module, "time_process", lambda command: 0.5)
+    monkeypatch.setattr(module, "time_run", lambda settings: dict.fromkeys(times, next(rounds)))
+    monkeypatch.setattr(module, "time_between_runs", lambda settings: 3.0)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench_startup: begin -->\n<!-- bench_startup: end -->\n")
+    monkeypatch.setattr(sys, "argv", ["bench_startup.py", "--rounds", "3", "--write", str(page)])
+    module.main()
+    _, *rows = [line.split("|")[-2].strip() for line in page.read_text().splitlines() if line.endswith(") |")]
+    constant, varied = "0.50 (0.50 to 0.50)", "2.00 (1.00 to 4.00)"
+    assert rows == [constant, constant, *[varied] * 4, "3.00 (3.00 to 3.00)"]
 
 
 def photograph(seed: int, size: tuple[int, int]) -> bytes:

@@ -253,8 +253,8 @@ def test_garbage_is_collected_rarely_until_training_begins() -> None:
     # In its own process: the exit handler stays registered.
     code = (
         "import gc; gc.set_threshold(700, 10, 10)\n"
-        "from lars_train.launch import collect_garbage_as_usual, start_faster\n"
-        "start_faster(); assert gc.get_threshold()[0] >= 100_000\n"
+        "from lars_train.launch import collect_garbage_as_usual, collect_garbage_rarely\n"
+        "collect_garbage_rarely(); assert gc.get_threshold()[0] >= 100_000\n"
         "collect_garbage_as_usual(); assert gc.get_threshold() == (700, 10, 10)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -32,7 +32,7 @@ def test_memory_and_open_files_do_not_grow_in_500_updates(long_haul: ModuleType,
     files = re.search(r"\| open files \| (\d+) \| (\d+) \|", text)
     assert memory is not None
     assert files is not None
-    assert float(memory[2]) - float(memory[1]) < 6
+    assert float(memory[2]) - float(memory[1]) < 3
     assert int(files[2]) - int(files[1]) <= 2
 
 
