@@ -15,6 +15,7 @@ from yaml import YAMLError
 from lars_train.config import AUTO, Config, RunConfig, config_dir, resolve, run_hash
 from lars_train.config.checks import check_known_keys
 from lars_train.config.keys import GROUPS, leaf_keys, section_keys
+from lars_train.config.values import LATER_KEYS
 from lars_train.errors import ConfigError
 from lars_train.messages import first_line
 
@@ -57,7 +58,8 @@ def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
             hint = f"write {write}... instead" if write else "set single keys, or start without --config-file"
             raise ConfigError(f"{group}=...: {where} already sets the keys of the group {group}; {hint}.")
     content = _read(path, where)
-    missing = [key for key in leaf_keys() if key not in keys and not _holds(content, key)]
+    needed = [key for key in leaf_keys() if key not in LATER_KEYS]
+    missing = [key for key in needed if key not in keys and not _holds(content, key)]
     if missing:
         few = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 from typing import Any, Optional, TypeVar
 
 from lars_train.config.schema import Config
@@ -53,6 +55,10 @@ EXECUTION_KEYS = (
     "recipe.source",
 )
 
+# Keys that the first version did not have, with the value that leaves a run as that version made it. With this value,
+# the hash leaves the key out, so that the same command finds the run of an older version.
+LATER_KEYS: dict[str, Any] = {}
+
 
 def run_hash(config: Config) -> str:
     """Return the first eight hex digits of the SHA-256 of the settings that determine the run's result."""
@@ -63,9 +69,15 @@ def run_hash(config: Config) -> str:
         for part in path:
             node = node[part]
         node.pop(leaf)
+    for key, off in LATER_KEYS.items():
+        *path, leaf = key.split(".")
+        node = functools.reduce(operator.getitem, path, plain)
+        if node[leaf] == off:
+            node.pop(leaf)
     if config.data.order == "global":
         # The global order does not use windows of shards.
         plain["data"].pop("window_shards")
+    plain = {section: values for section, values in plain.items() if values != {}}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -26,6 +26,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lars_train.config import AUTO, EXECUTION_KEYS, Config, flatten, run_hash
+from lars_train.config.values import LATER_KEYS
 from lars_train.data.dataset import Dataset
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import discard, name_in_errors, stage, sync_folder, user_path, wait_for, write_atomic
@@ -103,7 +104,8 @@ def check_same_experiment(directory: Path, config: Config, fingerprint: str = ""
     differences = [
         f"{key}: {settings.get(key)!r} there, {value!r} now"
         for key, value in mine.items()
-        if settings.get(key) != value and not f"{key}.".startswith(tuple(f"{k}." for k in EXECUTION_KEYS))
+        if settings.get(key, LATER_KEYS.get(key)) != value
+        and not f"{key}.".startswith(tuple(f"{k}." for k in EXECUTION_KEYS))
     ]
     raise ConfigError(
         f"{directory} holds a run of another config ({'; '.join(differences[:5]) or 'an older schema'}). "

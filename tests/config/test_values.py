@@ -17,6 +17,12 @@ from lars_train.config import Config, absolute_paths, experiment_settings, flatt
 from lars_train.errors import ConfigError
 
 
+def test_commands_of_the_first_version_keep_their_hash() -> None:
+    # Recorded with commit 27db652. A run of that version resumes only if its command still has the same hash.
+    recorded = {("data=imagenet",): "9b11aab4", ("data=cifar10", "batch=8k"): "c2aa4fd0"}
+    assert {words: run_hash(resolved(*words)) for words in recorded} == recorded
+
+
 def test_flatten_has_every_field_of_the_schema_once() -> None:
     def count(node: Any) -> int:
         if not dataclasses.is_dataclass(node):
