@@ -1,7 +1,7 @@
 """How Sphinx makes the pages of docs/: `sphinx-build -W docs build/docs` (`pip install '.[docs]'`)."""
 
 project = "lars-train"
-author = "The lars-train maintainers"
+author = project_copyright = "The lars-train maintainers"
 # docs/python_api.md shows the docstrings; napoleon reads their sections "Args:" and "Raises:".
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 autodoc_member_order = "bysource"
@@ -9,6 +9,8 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 html_theme = "furo"
 html_title = "lars-train"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 # A heading can be linked to as on a page of a repository.
 myst_heading_anchors = 4
 exclude_patterns = ["results"]
