@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -191,7 +192,12 @@ def test_a_plan_takes_little_longer_than_importing_torch() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # Not seconds, which depend on the machine: importing takes three to seven.
-    imports = min(cpu_seconds("-c", "import torch, torchvision") for _ in range(2))
-    plan = cpu_seconds("-m", "lars_train", "mode=plan", "data=imagenet", "batch=256")
-    assert plan < 1.7 * imports
+    # Not seconds, which depend on the machine: importing takes three to seven. The least of up to four measurements,
+    # because a neighbor on the machine costs CPU time too.
+    imports, plan = math.inf, math.inf
+    for _ in range(4):
+        imports = min(imports, cpu_seconds("-c", "import torch, torchvision"))
+        plan = min(plan, cpu_seconds("-m", "lars_train", "mode=plan", "data=imagenet", "batch=256"))
+        if plan < 1.7 * imports:
+            return
+    pytest.fail(f"the plan took {plan:.2f} s of CPU time, the imports {imports:.2f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -126,12 +127,12 @@ def test_a_run_on_a_url_equals_the_run_on_a_copy(store: Path, local_run: Path, t
 
     def watch() -> None:
         while not ended.wait(0.002):
-            for _ in range(2):
+            # The cache may change while its sizes are read, so count only sizes that a second reading confirms.
+            with contextlib.suppress(FileNotFoundError):
                 files = [path for path in cache.rglob("*") if path.is_file()]
-                try:
-                    seen.append(sum(path.stat().st_size for path in files))
-                except FileNotFoundError:
-                    continue
+                sizes = [path.stat().st_size for path in files]
+                if [path.stat().st_size for path in files] == sizes:
+                    seen.append(sum(sizes))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
