@@ -89,6 +89,7 @@ def check_choices(config: Config) -> None:
         "device": (AUTO, "cpu", "cuda"),
         "channels_last": (AUTO, True, False),
         "gradient_compression": ("none", "bf16"),
+        "loss": ("cross_entropy", "bce"),
         "precision.name": tuple(choices_of("precision")),
         "optimizer.name": ("recipe", "lars", "sgd", "torch"),
         "data.name": tuple(choices_of("data")),
@@ -119,8 +120,7 @@ def check_values(config: Config) -> None:
     leaves = flatten(config)
     _check_ranges(leaves)
     _check_text(leaves)
-    if not 0 <= leaves["label_smoothing"] < 1:
-        raise ConfigError(f"label_smoothing={leaves['label_smoothing']}: it must be at least 0 and below 1.")
+    _check_loss(config)
     _check_plan(config)
     _check_data(config)
     if config.verbosity not in (0, 1, 2):
@@ -180,6 +180,23 @@ def _check_text(leaves: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{key}={value!r}: it has an unprintable character, such as a line break; remove that character."
             )
+
+
+def _check_loss(config: Config) -> None:
+    smoothing, threshold = filled(config.label_smoothing), config.bce_threshold
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"label_smoothing={smoothing}: it must be at least 0 and below 1.")
+    if threshold is None:
+        return
+    if config.loss != "bce":
+        raise ConfigError(f"bce_threshold={threshold} has no effect with loss={config.loss}; omit it, or set loss=bce.")
+    if not 0 <= threshold < 1:
+        raise ConfigError(f"bce_threshold={threshold}: it must be at least 0 and below 1.")
+    if threshold and smoothing:
+        raise ConfigError(
+            f"label_smoothing={smoothing} has no effect with bce_threshold={threshold}, which makes every target 0 or "
+            "1; set one of them to 0."
+        )
 
 
 def _check_plan(config: Config) -> None:

@@ -40,13 +40,15 @@ def fill_from_recipe(config: Config) -> None:
     for node, keys in (
         (opt, ("lr", "weight_decay", "decay_norm_bias")),
         (config.model, ("ghost_batch", "zero_gamma")),
-        (config, ("epochs", "label_smoothing")),
+        (config, ("epochs", "label_smoothing", "loss")),
     ):
         for key in keys:
             if getattr(node, key) is None:
                 setattr(node, key, getattr(row, key))
     if config.data.min_crop is None and config.data.augment == "inception":
         config.data.min_crop = row.min_crop
+    if config.bce_threshold is None and config.loss == "bce":
+        config.bce_threshold = row.bce_threshold
     # The row's momentum is meant for SGD. Another base gets momentum only from the command line.
     if opt.base == "SGD":
         opt.momentum = row.momentum if opt.momentum is None else opt.momentum

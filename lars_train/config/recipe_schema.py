@@ -41,6 +41,8 @@ class RowConfig:
     step_factor: float = 0.1
     epochs: int = 90
     label_smoothing: float = 0.0
+    loss: str = "cross_entropy"
+    bce_threshold: float = 0.0
     zero_gamma: bool = False
     min_crop: float = 0.08
     ghost_batch: int = 32

@@ -273,6 +273,10 @@ class Config:
     """Images per forward pass on a device, a multiple of the ghost batch; auto: as many as fit."""
     label_smoothing: Optional[float] = None
     """Share of the target's probability that is spread evenly over all classes."""
+    loss: Optional[str] = None
+    """The training loss: cross_entropy, or bce (the binary cross entropy of every class, mean over the classes)."""
+    bce_threshold: Optional[float] = None
+    """For ``loss=bce``: targets above this value become 1, all others 0. 0: keep the targets of mixed images."""
     device: str = AUTO
     """auto, cpu or cuda."""
     deterministic: bool = False

@@ -57,7 +57,10 @@ EXECUTION_KEYS = (
 
 # Keys that the first version did not have, with the value that leaves a run as that version made it. With this value,
 # the hash leaves the key out, so that the same command finds the run of an older version.
-LATER_KEYS: dict[str, Any] = {}
+LATER_KEYS: dict[str, Any] = {
+    "loss": "cross_entropy",
+    "bce_threshold": None,
+}
 
 
 def run_hash(config: Config) -> str:

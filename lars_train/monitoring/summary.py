@@ -11,6 +11,7 @@ from lars_train.config import Config, filled, published_top1
 from lars_train.config.lars_options import changed_options
 from lars_train.data.inventory import Inventory
 from lars_train.messages import counted, format_duration, format_number, operations
+from lars_train.models.losses import BCE
 from lars_train.monitoring.fields import format_fields
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
 
@@ -100,6 +101,9 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         exceptions = f" except {', '.join(changed)}" if changed else ""
         without = "" if opt.adapt_norm_bias in (None, True) else "; none for batch norm and biases"
         yield f"               trust ratios as in {opt.preset or 'torchlars'}{exceptions}{without}"
+    if config.loss == BCE:
+        above = f", targets above {config.bce_threshold:g} become 1" if config.bce_threshold else ""
+        yield f"loss           binary cross entropy, mean over the classes{above}"
     warmup = "no warm-up, "
     if plan.warmup_updates:
         length = format_number(filled(schedule.warmup_epochs))

@@ -16,6 +16,7 @@ from lars_train.config.lars_options import FLOAT32_MAX, lars_keywords
 from lars_train.data.sources.imagenet import wnids
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.factory import build_model
+from lars_train.models.losses import TrainingLoss
 from lars_train.models.weight_files import Weights, few, read_weights
 from lars_train.models.weights import check_finite, check_name, keep_outputs, load_state, load_weights
 from lars_train.optim.eager import avoid_dynamo_import
@@ -257,12 +258,16 @@ def build_trainer(
         network,
         build_optimizer(config.optimizer, network),
         plan,
-        Hyper(schedule, filled(config.label_smoothing), config.guard.max_loss),
+        Hyper(schedule, _training_loss(config), config.guard.max_loss),
         context,
         compiled=config.compile,
         bucket_mb=config.distributed.bucket_mb,
         compression=config.gradient_compression,
     )
+
+
+def _training_loss(config: Config) -> TrainingLoss:
+    return TrainingLoss(filled(config.label_smoothing), filled(config.loss), config.bce_threshold or 0.0)
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.models.batchnorm import RunningStatistics
+from lars_train.models.losses import TrainingLoss
 from lars_train.plan import Plan
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import NONE, Group, wrap_in_ddp
@@ -29,7 +29,7 @@ class Hyper:
 
     schedule: Callable[[int], float]
     """Maps an update's number, counted from 0, to its learning rate."""
-    label_smoothing: float
+    loss: TrainingLoss
     max_loss: float | None = None
     """See `Guard`."""
 
@@ -176,7 +176,7 @@ class Trainer:
         with self.precision.autocast(self.device):
             logits = self.forward(images)
         logits = logits.to(self.precision.weights)
-        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.hyper.label_smoothing)
+        loss = self.hyper.loss(logits, labels)
         # DDP averages over ranks. The factor turns this average into the sum over the global batch divided by its size.
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))

@@ -14,6 +14,7 @@ from lars_train.config import Config, OptimizerConfig, ScheduleConfig
 from lars_train.data.loading.loader import Batch, Stream
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
+from lars_train.models.losses import TrainingLoss
 from lars_train.plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, choose_precision
@@ -202,7 +203,7 @@ def ours(case: Case, compiled: bool = False) -> Step:
         model,
         build_optimizer(settings, model),
         plan,
-        Hyper(schedule, 0.0),
+        Hyper(schedule, TrainingLoss()),
         RankContext(case.device, Group(Ranks()), kind, normalizer(MEAN, STD, case.device, kind)),
         compiled=compiled,
     )

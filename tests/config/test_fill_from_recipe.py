@@ -72,6 +72,14 @@ def test_a_given_value_overrides_the_row_and_nothing_else(key: str) -> None:
     assert overridden == row | {key: OVERRIDES[key]} | extra | without
 
 
+def test_a_row_sets_the_loss_and_a_threshold_only_for_bce() -> None:
+    row = {"recipe.rows.32k.loss": "bce", "recipe.rows.32k.bce_threshold": 0.2}
+    found = [resolved("data=imagenet", **row, **own) for own in ({}, {"bce_threshold": 0}, {"loss": "cross_entropy"})]
+    assert [(c.loss, c.bce_threshold) for c in found] == [("bce", 0.2), ("bce", 0), ("cross_entropy", None)]
+    default = resolved("data=imagenet")
+    assert (default.loss, default.bce_threshold) == ("cross_entropy", None)
+
+
 # Options that conflict with others.
 ALONE = {
     "optimizer.ratio_of": "step",

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from lars_train.data.loading.loader import Batch
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.losses import TrainingLoss
 from lars_train.optim.lars import LARS
 from lars_train.plan import Plan
 from lars_train.training.device import Precision
@@ -74,7 +75,7 @@ def trained(rank: int, compression: str, base: Any) -> tuple[Trainer, list[int]]
             model,
             base(model),
             plan(),
-            Hyper(lambda update: 0.1, 0.0),
+            Hyper(lambda update: 0.1, TrainingLoss()),
             RankContext(CPU, group, Precision("fp32", torch.float32, torch.float32), lambda x: x.float() / 255),
             compression=compression,
         )

@@ -22,6 +22,7 @@ from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.factory import build_model
+from lars_train.models.losses import BCE, TrainingLoss
 from lars_train.models.resnet_cifar import CifarResNet
 from lars_train.monitoring.noise import estimates
 from lars_train.optim import fused_sgd, rescale
@@ -98,7 +99,13 @@ def tiny_network(ghost: int) -> nn.Module:
 
 
 def trainer(
-    model: nn.Module, which: Plan, precision: Precision = FP64, name: str = "lars", lr: float = LR, **kwargs: Any
+    model: nn.Module,
+    which: Plan,
+    precision: Precision = FP64,
+    name: str = "lars",
+    lr: float = LR,
+    loss: TrainingLoss = TrainingLoss(SMOOTHING),  # noqa: B008 - frozen
+    **kwargs: Any,
 ) -> Trainer:
     optimizer = OptimizerConfig(
         name=name,
@@ -114,7 +121,7 @@ def trainer(
         model,
         build_optimizer(optimizer, model),
         which,
-        Hyper(make_schedule(which, config), SMOOTHING),
+        Hyper(make_schedule(which, config), loss),
         RankContext(CPU, ALONE, precision, normalizer(MEAN, STD, CPU, precision)),
         **kwargs,
     )
@@ -507,6 +514,26 @@ def gradients_of_samples(model: nn.Module, images: Tensor, labels: Tensor) -> Te
 
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, normalized(images), labels)
     return torch.cat([g.flatten(1) for g in found.values()], dim=1)
+
+
+def test_the_gradient_of_bce_is_that_of_torchs_mean() -> None:
+    model = network(4)
+    images, labels = global_batch(8, 0)
+    plain = CifarResNet(1, num_classes=CLASSES, norm_layer=nn.BatchNorm2d).double()
+    plain.load_state_dict(model.state_dict())
+    targets = F.one_hot(labels, CLASSES).double()
+    losses = [
+        F.binary_cross_entropy_with_logits(plain(x), y)
+        for x, y in zip(normalized(images).split(4), targets.split(4), strict=True)
+    ]
+    mean = torch.stack(losses).mean()
+    torch.autograd.backward(mean)
+    expected = math.sqrt(sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None))
+    t = trainer(model, plan(8, 4), loss=TrainingLoss(name=BCE))
+    info = t.run_update(micro_batches(images, labels, 4), 2, measure=True)
+    assert info.measures is not None
+    assert float(info.measures.grad_norm) == pytest.approx(expected, rel=1e-12)
+    assert float(t.meter.sums[0]) == pytest.approx(8 * float(mean.detach()), rel=1e-12)
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
