@@ -44,6 +44,12 @@ def test_the_metrics_page_matches_the_fields() -> None:
     )
 
 
+def test_the_table_of_recipes_matches_their_files() -> None:
+    assert (ROOT / "docs" / "recipes.md").read_text() == load_script("make_recipe_table").page(), (
+        "docs/recipes.md is out of date: run scripts/dev/make_recipe_table.py"
+    )
+
+
 def test_every_key_has_a_meaning(reference: ModuleType) -> None:
     assert reference.keys_without_meaning() == []
 

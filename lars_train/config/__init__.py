@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lars_train.config.checks import check_choices, check_known_keys, check_values
 from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, PlanConfig
-from lars_train.config.recipe import fill_from_recipe, published_top1, with_row
+from lars_train.config.recipe import fill_from_recipe, lacks, published_top1, with_row
 from lars_train.config.recipe_schema import RecipeConfig
 from lars_train.config.schema import (
     AUTO,
@@ -58,6 +58,7 @@ __all__ = [
     "experiment_settings",
     "filled",
     "flatten",
+    "lacks",
     "nominal_batch",
     "published_top1",
     "register",

@@ -32,6 +32,10 @@ def fill_from_recipe(config: Config) -> None:
         )
     if opt.name == "recipe":
         opt.name = row.optimizer
+    if opt.base is None:
+        opt.base = row.base
+    if opt.base == row.base:
+        opt.kwargs = {**row.kwargs, **opt.kwargs}
     _check_ignored_settings(config)
     _check_rate(config, row)
     if opt.name == "lars":
@@ -68,11 +72,11 @@ def _drop_published_results(config: Config) -> None:
     """Remove the published results, which are for ImageNet, from the config and thus from the records of the run."""
     recipe = config.recipe
 
-    def without(row: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in row.items() if key != "published_top1"}
+    def without(values: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in values.items() if key != "published_top1"}
+        return {key: without(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
-    rows = {name: without(row) for name, row in recipe.rows.items()}
-    config.recipe = dataclasses.replace(recipe, common=without(recipe.common), rows=rows)
+    config.recipe = dataclasses.replace(recipe, common=without(recipe.common), rows=without(recipe.rows))
 
 
 def _check_ignored_settings(config: Config) -> None:
@@ -112,11 +116,11 @@ def _check_rate(config: Config, row: RowConfig) -> None:
             f"for a small batch with optimizer=sgd (row {batch.name} of recipe {config.recipe.name}: "
             f"{row.optimizer}, {row.lr})."
         )
-    if opt.name != row.optimizer or opt.base != "SGD":
+    if (opt.name, opt.base) != (row.optimizer, row.base):
         what = f"{opt.name} over {opt.base}" if opt.name == "lars" else f"plain {opt.base}"
         raise ConfigError(
             f"optimizer.lr is not set, and that of row {batch.name} of recipe {config.recipe.name} is for "
-            f"{row.optimizer} over SGD, not for {what}; set optimizer.lr."
+            f"{row.optimizer} over {row.base}, not for {what}; set optimizer.lr."
         )
 
 
@@ -173,7 +177,7 @@ def _recipe_row(config: Config) -> RowConfig:
     if name is None:
         raise ConfigError(explain_missing_row(config))
     known = {f.name for f in dataclasses.fields(RowConfig)}
-    values = {**recipe.common, **recipe.rows[name]}
+    values = recipe.row(name, config.epochs)
     for key in values:
         if key not in known:
             raise ConfigError(
@@ -206,8 +210,8 @@ def with_row(config: Config, name: str) -> Config:
         moved.epochs = row.epochs
     if moved.model.ghost_batch == own.ghost_batch:
         moved.model.ghost_batch = row.ghost_batch
-    if moved.optimizer.name == own.optimizer:
-        moved.optimizer.name = row.optimizer
+    if (moved.optimizer.name, moved.optimizer.base) == (own.optimizer, own.base):
+        moved.optimizer.name, moved.optimizer.base = row.optimizer, row.base
 
     def shrink(of: RowConfig, epochs: int | None) -> float:
         return (epochs or of.epochs) / of.epochs if config.schedule.scale_warmup else 1.0
@@ -222,5 +226,11 @@ def published_top1(config: Config) -> float | None:
     name = row_name(config.recipe.rows, config.batch.name)
     if config.batch.size is not None or name is None:
         return None
-    value = {**config.recipe.common, **config.recipe.rows[name]}.get("published_top1")
+    value = config.recipe.row(name, config.epochs).get("published_top1")
     return None if value is None else float(value)
+
+
+def lacks(config: Config) -> list[str]:
+    """Return what the source of the config's row has and lars-train has not."""
+    name = row_name(config.recipe.rows, config.batch.name)
+    return [] if name is None else list(config.recipe.row(name, config.epochs).get("lacks", []))

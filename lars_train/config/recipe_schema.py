@@ -10,10 +10,14 @@ from typing import Any, Optional
 class RowConfig:
     """One row of a recipe. Each field sets the key of the same name in its group.
 
-    `None` for an option of LARS: use the preset's value.
+    `None` for an option of LARS: use the preset's value. `by_epochs`: by number of epochs, the values for a run of that
+    length. `source`: the publication, if it is not the recipe's. `lacks`: what the source has and lars-train has not; a
+    run prints it at its start.
     """
 
     optimizer: str = "lars"
+    base: str = "SGD"
+    kwargs: dict[str, Any] = field(default_factory=dict)
     lr: Optional[float] = None
     momentum: float = 0.9
     nesterov: bool = False
@@ -47,6 +51,9 @@ class RowConfig:
     min_crop: float = 0.08
     ghost_batch: int = 32
     published_top1: Optional[float] = None
+    source: Optional[str] = None
+    by_epochs: dict[str, Any] = field(default_factory=dict)
+    lacks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -61,3 +68,9 @@ class RecipeConfig:
     """Values for all rows."""
     rows: dict[str, Any] = field(default_factory=dict)
     """One row per batch, by `batch.name`."""
+
+    def row(self, name: str, epochs: Optional[int] = None) -> dict[str, Any]:
+        """Return the values that the recipe gives row `name` for a run of `epochs` epochs (None: the row's length)."""
+        values = {**self.common, **self.rows[name]}
+        lengths = values.pop("by_epochs", {})
+        return {**values, **lengths.get(str(epochs or values.get("epochs")), {})}

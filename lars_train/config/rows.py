@@ -111,4 +111,4 @@ def _row_summary(recipe: RecipeConfig, name: str) -> str:
 
 
 def _row_values(recipe: RecipeConfig, name: str) -> Mapping[str, Any]:
-    return {**dataclasses.asdict(RowConfig(lr=1.0)), **recipe.common, **recipe.rows[name]}
+    return {**dataclasses.asdict(RowConfig(lr=1.0)), **recipe.row(name)}

@@ -131,8 +131,8 @@ class OptimizerConfig:
 
     name: str = "recipe"
     """recipe (the row's optimizer), lars (over `base`), torch (`base` without LARS) or sgd."""
-    base: str = "SGD"
-    """A class of ``torch.optim``."""
+    base: Optional[str] = None
+    """A class of ``torch.optim``; null: that of the recipe's row."""
     lr: Optional[float] = None
     """The peak learning rate."""
     momentum: Optional[float] = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lars_train.config import Config, filled, published_top1
+from lars_train.config import Config, filled, lacks, published_top1
 from lars_train.config.lars_options import changed_options
 from lars_train.data.inventory import Inventory
 from lars_train.messages import counted, format_duration, format_number, operations
@@ -89,6 +89,8 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         yield f"{'':<15}{line}"
     yield f"model          {config.model.name}, {config.data.image_size} pixels"
     yield f"recipe         {config.recipe.name}"
+    if missing := lacks(config):
+        yield f"               not implemented: {'; '.join(missing)}"
     yield f"global batch   {counted(plan.global_batch, 'image')} per update ({plan.arithmetic()})"
     if plan.raised:
         yield f"               NOTE: raised to {plan.global_batch}, the smallest batch for batch norm; lr is unchanged"

@@ -281,6 +281,7 @@ def _recipe_row(run: RunRecord) -> dict[str, Any]:
     names = dict.fromkeys(key.removeprefix(start).partition(".")[0] for key in run.settings if key.startswith(start))
     # The schema has the defaults of a row.
     row: dict[str, Any] = dataclasses.asdict(RowConfig())
-    for prefix in ("recipe.common.", f"{start}{row_name(names, batch) if isinstance(batch, str) else None}."):
+    own = f"{start}{row_name(names, batch) if isinstance(batch, str) else None}."
+    for prefix in ("recipe.common.", own, f"{own}by_epochs.{run.settings.get('epochs')}."):
         row.update({k.removeprefix(prefix): v for k, v in run.settings.items() if k.startswith(prefix)})
     return row

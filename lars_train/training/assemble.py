@@ -230,7 +230,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     avoid_dynamo_import()
-    base_class = optimizer_class(config.base)
+    base_class = optimizer_class(filled(config.base))
     keywords = _keywords(config, base_class)
     adapt = config.name != "lars" or config.adapt_norm_bias is not False
     groups = parameter_groups(model, filled(config.weight_decay), filled(config.decay_norm_bias), adapt)

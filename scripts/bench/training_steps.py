@@ -158,6 +158,7 @@ def lars_options() -> OptimizerConfig:
     """Return LARS with the values of the recipe's 32K row."""
     return OptimizerConfig(
         name="lars",
+        base="SGD",
         lr=1.0,
         momentum=0.9,
         weight_decay=5e-4,

@@ -15,7 +15,11 @@ from lars_train.errors import ConfigError
 GROUPS = ("batch", "data", "model", "optimizer", "precision", "recipe", "schedule")
 ROWS = {
     "torchlars": ("256", "8k", "16k", "32k"),
-    "mlperf": ("1632", "3264", "4k", "8k", "13056", "32k", "48k", "58880", "64k", "67840"),
+    "mlperf": (
+        *("1632", "2k", "3200", "3264", "4k", "8k", "13056", "16k", "20k", "32k", "35k", "40448", "48k", "56k"),
+        *("58880", "64k", "67456", "67840"),
+    ),
+    "lamb": ("4k", "8k", "16k", "32k"),
     "nus": ("512", "1k", "4k", "8k", "16k", "32k"),
     "goyal": ("8k",),
 }
@@ -39,7 +43,7 @@ def test_every_shipped_choice_composes_and_resolves(group: str, name: str) -> No
         with pytest.raises(ConfigError, match=f"batch={name}: .*256, 8k, 16k, 32k"):
             resolved(chosen)
         return
-    row = ("batch='8k'",) if group == "recipe" else ()
+    row = (f"batch='{ROWS[name][0]}'",) if group == "recipe" else ()
     config = resolved(chosen, *row, *(LITERAL if group == "optimizer" else ()))
     if group in ("batch", "data", "model", "precision", "recipe"):
         assert getattr(config, group).name == name
@@ -95,15 +99,21 @@ def test_batch_names_give_the_nominal_size() -> None:
         "1k": 1024,
         "1632": 1632,
         "2k": 2048,
+        "3200": 3200,
         "3264": 3264,
         "4k": 4096,
         "8k": 8192,
         "13056": 13056,
         "16k": 16384,
+        "20k": 20480,
         "32k": 32768,
+        "35k": 35840,
+        "40448": 40448,
         "48k": 49152,
+        "56k": 57344,
         "58880": 58880,
         "64k": 65536,
+        "67456": 67456,
         "67840": 67840,
     }
     for name, size in nominal.items():

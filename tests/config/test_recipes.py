@@ -4,7 +4,9 @@ Sources and formulas: configs/recipe/*.yaml. W and I are a row's updates in the 
 
 - torchlars: b (u + 1)/W, then b (1 - u/I)^2
 - mlperf: b u/W up to and including u = W, then (b - e)(1 - (u - W)/D)^2 + e, e = 0.0001, D = I - W + 1
+- mlperf, rows of NVIDIA's program: b (u + 1)/W, then (b - e)(1 - (u - W)/(I - W))^2 + e
 - nus: b u/W, then b (1 - (u - W)/(I - W))^2
+- lamb: b u/W, then b (1 - (u - W)/(I - W))
 - goyal: 0.1 + (b - 0.1) u/W, then b/10^n, where n of the epochs 30, 60 and 80 have passed
 """
 
@@ -62,10 +64,42 @@ RATES: dict[tuple[str, str], tuple[int, int, dict[int, float]]] = {
         {0: 0.1487179487179, 97: 14.57435897436, 195: 25.86728395062, 1852: 6.470723127247, 3509: 2.353876997752e-06},
     ),
     ("mlperf", "1632"): (29045, 1570, {0: 0.0, 785: 3.7, 1570: 7.4, 15307: 1.850344332120, 29044: 1.000392083735e-04}),
+    ("mlperf", "2k"): (22500, 1875, {0: 0.0, 937: 4.4976, 1875: 9.0, 12187: 2.250511358787, 22499: 1.000846189532e-04}),
+    ("mlperf", "3200"): (14800, 800, {0: 0.01375, 400: 5.51375, 800: 11.0, 7800: 2.750075, 14799: 1.000561219388e-04}),
     ("mlperf", "3264"): (14504, 784, {0: 0.0, 392: 5.25, 784: 10.5, 7644: 2.625457635472, 14503: 1.002230866724e-04}),
     ("mlperf", "4k"): (13104, 1560, {0: 0.0, 780: 5.0, 1560: 10.0, 7332: 2.500508102342, 13103: 1.003001012289e-04}),
     ("mlperf", "8k"): (6864, 780, {0: 0.0, 390: 8.5, 780: 17.0, 3822: 4.251471984131, 6863: 1.018364757283e-04}),
     ("mlperf", "13056"): (4704, 882, {0: 0.0, 441: 6.4, 882: 12.8, 2793: 3.201749283817, 4703: 1.035031438567e-04}),
+    ("mlperf", "16k"): (
+        3744,
+        702,
+        {0: 0.03133903133903, 351: 11.03133903134, 702: 22.0, 2223: 5.500075, 3743: 1.023774001585e-04},
+    ),
+    ("mlperf", "20k"): (
+        3224,
+        744,
+        {0: 0.02956989247312, 372: 11.02956989247, 744: 22.0, 1984: 5.500075, 3223: 1.035769868626e-04},
+    ),
+    ("mlperf", "35k"): (
+        2100,
+        595,
+        {0: 0.03680672268908, 297: 10.96840336134, 595: 21.9, 1347: 5.482353131467, 2099: 1.096687233033e-04},
+    ),
+    ("mlperf", "40448"): (
+        2170,
+        744,
+        {0: 0.0260752688172, 372: 9.726075268817, 744: 19.4, 1457: 4.850075, 2169: 1.095402650437e-04},
+    ),
+    ("mlperf", "56k"): (
+        1716,
+        704,
+        {0: 0.03267045454545, 352: 11.53267045455, 704: 23.0, 1210: 5.750075, 1715: 1.224576817323e-04},
+    ),
+    ("mlperf", "67456"): (
+        1620,
+        558,
+        {0: 0.04426344086022, 279: 12.39376344086, 558: 24.699, 1089: 6.174825, 1619: 1.218992165583e-04},
+    ),
     ("mlperf", "32k"): (2262, 624, {0: 0.0, 312: 10.6, 624: 21.2, 1443: 5.306544300588, 2261: 1.315671879868e-04}),
     ("mlperf", "48k"): (1846, 624, {0: 0.0, 312: 9.7025, 624: 19.405, 1235: 4.859261563091, 1845: 1.518941599715e-04}),
     ("mlperf", "58880"): (
@@ -79,9 +113,9 @@ RATES: dict[tuple[str, str], tuple[int, int, dict[int, float]]] = {
         {0: 0.0, 294: 12.32853310696, 589: 24.699, 1140: 6.186026312891, 1690: 1.812057119420e-04},
     ),
     ("mlperf", "67840"): (
-        1638,
+        1620,
         558,
-        {0: 0.0, 279: 12.3495, 558: 24.699, 1098: 6.186254382099, 1637: 1.845446664744e-04},
+        {0: 0.0, 279: 12.3495, 558: 24.699, 1089: 6.186448009193, 1619: 1.874321330939e-04},
     ),
     ("nus", "512"): (
         225180,
@@ -105,31 +139,55 @@ RATES: dict[tuple[str, str], tuple[int, int, dict[int, float]]] = {
         {0: 0.0, 195: 11.31370849898, 390: 22.62741699797, 3705: 5.656854249492, 7019: 5.1476371e-07},
     ),
     ("nus", "32k"): (3510, 546, {0: 0.0, 273: 16.0, 546: 32.0, 2028: 8.0, 3509: 3.6424498e-06}),
+    ("lamb", "4k"): (
+        28080,
+        780,
+        {0: 0.0, 390: 0.00707106781187, 780: 0.0141421356237, 14430: 0.00707106781187, 28079: 5.18026945924e-07},
+    ),
+    ("lamb", "8k"): (14040, 780, {0: 0.0, 390: 0.01, 780: 0.02, 7410: 0.01, 14039: 1.50829562594e-06}),
+    ("lamb", "16k"): (
+        7020,
+        780,
+        {0: 0.0, 390: 0.0141421356237, 780: 0.0282842712475, 3900: 0.0141421356237, 7019: 4.53273577684e-06},
+    ),
+    ("lamb", "32k"): (3510, 780, {0: 0.0, 390: 0.02, 780: 0.04, 2145: 0.02, 3509: 1.4652014652e-05}),
     ("goyal", "8k"): (14040, 780, {0: 0.1, 390: 1.65, 4679: 3.2, 4680: 0.32, 12480: 0.0032}),
 }
 
-# Momentum, weight decay, eps (None: no LARS), epochs, samples per batch-norm statistics, published top-1.
-VALUES: dict[tuple[str, str], tuple[float, float, float | None, int, int, float]] = {
+# Momentum (None: not SGD), weight decay, eps (None: no LARS), epochs, samples per batch-norm statistic, published top-1
+VALUES: dict[tuple[str, str], tuple[float | None, float, float | None, int, int, float]] = {
     ("torchlars", "256"): (0.9, 1e-4, None, 90, 32, 73.79),
     ("torchlars", "8k"): (0.9, 5e-4, 1e-8, 90, 32, 73.78),
     ("torchlars", "16k"): (0.9, 5e-4, 1e-8, 90, 32, 73.36),
     ("torchlars", "32k"): (0.9, 5e-4, 1e-8, 90, 32, 72.26),
     ("mlperf", "1632"): (0.9, 5e-5, 1e-7, 37, 204, 75.9),
+    ("mlperf", "2k"): (0.9, 5e-5, 1e-7, 36, 256, 75.9),
+    ("mlperf", "3200"): (0.9, 5e-5, 0.0, 37, 400, 75.9),
     ("mlperf", "3264"): (0.9, 5e-5, 1e-7, 37, 204, 75.9),
     ("mlperf", "4k"): (0.9, 2e-4, 1e-7, 42, 64, 75.9),
     ("mlperf", "8k"): (0.9, 2e-4, 1e-7, 44, 64, 75.9),
     ("mlperf", "13056"): (0.9, 2.5e-5, 1e-7, 48, 204, 75.9),
+    ("mlperf", "16k"): (0.9, 2e-4, 0.0, 48, 128, 75.9),
+    ("mlperf", "20k"): (0.9, 2.5e-5, 0.0, 52, 40, 75.9),
     ("mlperf", "32k"): (0.94, 2.5e-5, 1e-7, 58, 128, 75.9),
+    ("mlperf", "35k"): (0.94, 2.5e-5, 0.0, 60, 35, 75.9),
+    ("mlperf", "40448"): (0.95, 1e-4, 0.0, 70, 32, 75.9),
     ("mlperf", "48k"): (0.951807, 1e-4, 0.0, 71, 256, 75.9),
+    ("mlperf", "56k"): (0.95, 2.5e-5, 0.0, 78, 32, 75.9),
     ("mlperf", "58880"): (0.951807, 1e-4, 0.0, 82, 230, 75.9),
     ("mlperf", "64k"): (0.951807, 1e-4, 1e-7, 89, 128, 75.9),
-    ("mlperf", "67840"): (0.951807, 1e-4, 0.0, 91, 424, 75.9),
+    ("mlperf", "67456"): (0.951807, 1e-4, 0.0, 90, 32, 75.9),
+    ("mlperf", "67840"): (0.951807, 1e-4, 0.0, 90, 424, 75.9),
     ("nus", "512"): (0.9, 1e-4, 1e-5, 90, 64, 77.02),
     ("nus", "1k"): (0.9, 1e-4, 1e-5, 90, 128, 76.96),
     ("nus", "4k"): (0.9, 1e-4, 1e-5, 90, 128, 77.38),
     ("nus", "8k"): (0.9, 1e-4, 1e-5, 90, 128, 77.14),
     ("nus", "16k"): (0.9, 1e-4, 1e-5, 90, 128, 76.96),
     ("nus", "32k"): (0.9, 1e-4, 0.0, 90, 128, 76.75),
+    ("lamb", "4k"): (None, 1.5, 0.0, 90, 64, 77.14),
+    ("lamb", "8k"): (None, 1.5, 0.0, 90, 64, 77.31),
+    ("lamb", "16k"): (None, 1.5, 0.0, 90, 64, 76.91),
+    ("lamb", "32k"): (None, 1.5, 0.0, 90, 128, 76.34),
     ("goyal", "8k"): (0.9, 1e-4, None, 90, 32, 76.26),
 }
 
@@ -138,6 +196,7 @@ SHARED: dict[str, tuple[float, bool, float, bool, bool, bool, str]] = {
     "torchlars": (0.0, False, 0.08, False, True, True, "poly(2)"),
     "mlperf": (0.1, False, 0.05, False, False, False, "poly(2)"),
     "nus": (0.1, False, 0.08, False, False, False, "poly(2)"),
+    "lamb": (0.1, False, 0.08, False, False, False, "poly(1)"),
     "goyal": (0.0, True, 0.08, True, False, True, "x0.1 at epochs 30, 60, 80"),
 }
 
@@ -145,6 +204,7 @@ SHARED: dict[str, tuple[float, bool, float, bool, bool, bool, str]] = {
 RULES: dict[str, dict[str, Any]] = {
     "torchlars": {},
     "mlperf": {"lr_placement": "inside"},
+    "nvidia": {},
     "nus": {"ratio_placement": "outside", "clip": (0.0, 50.0), "clamp": 10.0},
 }
 
@@ -183,23 +243,30 @@ def test_a_row_has_the_values_of_its_source(recipe: str, batch: str) -> None:
     opt, ghost = config.optimizer, config.model.ghost_batch
     found = (opt.momentum, opt.weight_decay, opt.eps, config.epochs, ghost, published_top1(config))
     assert found == VALUES[recipe, batch]
-    flags = (opt.nesterov, opt.decay_norm_bias, opt.adapt_norm_bias if opt.name == "lars" else True)
+    flags = (bool(opt.nesterov), opt.decay_norm_bias, opt.adapt_norm_bias if opt.name == "lars" else True)
     shared = (config.label_smoothing, config.model.zero_gamma, config.data.min_crop, *flags, describe_decay(config))
     assert shared == SHARED[recipe]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "batch"),
-    [("torchlars", "8k"), ("mlperf", "64k"), ("mlperf", "48k"), ("nus", "8k"), ("nus", "32k")],
+    ("recipe", "batch", "rule"),
+    [
+        ("torchlars", "8k", "torchlars"),
+        ("mlperf", "64k", "mlperf"),
+        ("mlperf", "48k", "mlperf"),
+        ("mlperf", "16k", "nvidia"),
+        ("nus", "8k", "nus"),
+        ("nus", "32k", "nus"),
+    ],
 )
-def test_the_optimizer_has_the_rule_and_exclusions_of_the_recipe(recipe: str, batch: str) -> None:
+def test_the_optimizer_has_the_rule_and_exclusions_of_the_recipe(recipe: str, batch: str, rule: str) -> None:
     config = imagenet(recipe, batch)
     with torch.device("meta"):
         network = build_model("resnet50", num_classes=1000, ghost_batch=32, zero_gamma=False)
     optimizer = build_optimizer(config.optimizer, network)
     assert isinstance(optimizer, LARS)
     momentum, decay, eps, *_ = VALUES[recipe, batch]
-    assert asdict(optimizer.rule) == {**asdict(Rule()), **RULES[recipe], "eps": eps, "trust_coef": 0.001}
+    assert asdict(optimizer.rule) == {**asdict(Rule()), **RULES[rule], "eps": eps, "trust_coef": 0.001}
     assert type(optimizer.base_optimizer) is torch.optim.SGD
     groups = [
         (len(group["params"]), group["weight_decay"], group.get("exclude", False), group["momentum"], group["nesterov"])
@@ -228,6 +295,23 @@ def test_goyal_is_nesterov_sgd_without_decay_of_batch_norm() -> None:
     assert groups == [(54, 1e-4, 0.9, True), (107, 0.0, 0.9, True)]
 
 
+def test_lamb_is_adam_with_the_constants_of_its_source() -> None:
+    config = imagenet("lamb", "32k")
+    with torch.device("meta"):
+        network = build_model("resnet50", num_classes=1000, ghost_batch=128, zero_gamma=False)
+    optimizer = build_optimizer(config.optimizer, network)
+    assert isinstance(optimizer, LARS)
+    assert optimizer.rule == LARS.preset("lamb", torch.optim.AdamW(Net().parameters())).rule
+    assert type(optimizer.base_optimizer) is torch.optim.AdamW
+    names = ("weight_decay", "exclude", "betas", "eps")
+    groups = [(len(group["params"]), *(group.get(name, False) for name in names)) for group in optimizer.param_groups]
+    assert groups == [(54, 1.5, False, (0.9, 0.999), 1e-6), (107, 0.0, True, (0.9, 0.999), 1e-6)]
+    given = imagenet("lamb", "32k", "optimizer.kwargs.eps=0.5", "optimizer.base=Adam", "optimizer.lr=0.1").optimizer
+    assert (given.base, given.kwargs) == ("Adam", {"eps": 0.5})
+    given = imagenet("lamb", "32k", "optimizer=lars", "optimizer.base=AdamW", "optimizer.kwargs.eps=0.5").optimizer
+    assert (given.lr, given.kwargs) == (0.04, {"betas": [0.9, 0.999], "eps": 0.5})
+
+
 class Net(nn.Module):
     """A matrix that LARS adapts, and a bias that some recipes exempt."""
 
@@ -240,31 +324,44 @@ def ratio(w: Tensor, g: Tensor, decay: float, eps: float) -> Tensor:
     return 0.001 * w.norm() / (g.norm() + decay * w.norm() + eps)
 
 
-def by_hand(recipe: str, w: Tensor, grads: list[Tensor], rates: list[float], decay: float, adapted: bool) -> Tensor:
+def by_hand(rule: str, w: Tensor, grads: list[Tensor], rates: list[float], decay: float, adapted: bool) -> Tensor:
     """Return the weight after updates of the source's optimizer, with momentum m."""
-    m = {"mlperf": 0.951807}.get(recipe, 0.9)
-    eps = {"torchlars": 1e-8, "mlperf": 1e-7, "nus": 1e-5}.get(recipe, 0.0)
-    w, v = w.clone(), torch.zeros_like(w)
+    m = {"mlperf": 0.951807, "nvidia": 0.95}.get(rule, 0.9)
+    eps = {"torchlars": 1e-8, "mlperf": 1e-7, "nus": 1e-5}.get(rule, 0.0)
+    w, v, last = w.clone(), torch.zeros_like(w), rates[0]
     for g, lr in zip(grads, rates, strict=True):
         r = ratio(w, g, decay, eps) if adapted else torch.tensor(1.0, dtype=torch.float64)
         d = g + decay * w
-        if recipe == "torchlars":
+        if rule == "torchlars":
             v = m * v + r * d
             w -= lr * v
-        elif recipe == "mlperf":
+        elif rule == "mlperf":
             v = m * v + lr * r * d
             w -= v
-        elif recipe == "nus":
+        elif rule == "nvidia":
+            v = m * (lr / last) * v + lr * r * d
+            w -= v
+        elif rule == "nus":
             v = m * v + (d.clamp(-10, 10) if adapted else d)
             w -= lr * r * v
         else:
             v = m * v + d
             w -= lr * (d + m * v)
+        last = lr
     return w
 
 
-@pytest.mark.parametrize(("recipe", "batch"), [("torchlars", "8k"), ("mlperf", "64k"), ("nus", "8k"), ("goyal", "8k")])
-def test_five_updates_equal_those_of_the_sources_optimizer(recipe: str, batch: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "batch", "rule"),
+    [
+        ("torchlars", "8k", "torchlars"),
+        ("mlperf", "64k", "mlperf"),
+        ("mlperf", "56k", "nvidia"),
+        ("nus", "8k", "nus"),
+        ("goyal", "8k", "goyal"),
+    ],
+)
+def test_five_updates_equal_those_of_the_sources_optimizer(recipe: str, batch: str, rule: str) -> None:
     torch.manual_seed(0)
     config = imagenet(recipe, batch)
     net = Net()
@@ -283,7 +380,7 @@ def test_five_updates_equal_those_of_the_sources_optimizer(recipe: str, batch: s
     alike = recipe == "torchlars"
     for name, adapted in (("linear.weight", recipe != "goyal"), ("linear.bias", alike)):
         wd = decay if alike or name == "linear.weight" else 0.0
-        expected = by_hand(recipe, before[name], grads[name], rates, wd, adapted)
+        expected = by_hand(rule, before[name], grads[name], rates, wd, adapted)
         torch.testing.assert_close(dict(net.named_parameters())[name].detach(), expected, rtol=1e-12, atol=1e-13)
 
 
@@ -303,6 +400,10 @@ def test_the_summary_names_the_rule_and_its_changes() -> None:
     message = "\n".join(experiment_lines(goyal, make_plan(goyal, IMAGES), Inventory()))
     assert "then x0.1 at epochs 30, 60, 80" in message
     assert "trust ratios" not in message
+    assert "not implemented: weight decay of the last layer's bias; a last layer that starts" in message
+    torchlars = imagenet("torchlars", "8k")
+    message = "\n".join(experiment_lines(torchlars, make_plan(torchlars, IMAGES), Inventory()))
+    assert "not implemented" not in message
 
 
 def test_every_option_is_a_keyword_of_lars_and_a_config_key() -> None:

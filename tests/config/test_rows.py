@@ -23,7 +23,7 @@ IMAGES = 1_281_167
 @pytest.mark.parametrize(
     ("recipe", "names"),
     [
-        ("mlperf", {"4096": "4k", "49152": "48k", "65536": "64k", "1632": "1632"}),
+        ("mlperf", {"4096": "4k", "57344": "56k", "65536": "64k", "1632": "1632"}),
         ("nus", {"1024": "1k", "4096": "4k"}),
         ("goyal", {"8192": "8k"}),
         ("torchlars", {"256": "256"}),
@@ -53,7 +53,7 @@ def test_a_recipe_may_name_its_rows_4096_or_4k() -> None:
             ("batch=1632",),
             ("batch=256 (lr 0.2, warm-up 0 epochs)", "batch=8k (lr 12.8", "one is for sgd and the other for lars"),
         ),
-        (("recipe=mlperf", "batch=16k"), ("batch=13056 (lr 12.8, warm-up 9 epochs)", "batch=32k (lr 21.2")),
+        (("recipe=nus", "batch=2k"), ("batch=1k (lr 5.65685, warm-up 0.3125 epochs)", "batch=4k (lr 11.3137")),
         (("recipe=nus", "batch=64k"), ("nearest is batch=32k (lr 32", "batch.size=65536")),
         (("recipe=mlperf", "batch=256"), ("nearest is batch=1632 (lr 7.4", "batch.size=256")),
         (("recipe=goyal",), ("its rows are 8k.", "nearest is batch=8k (lr 3.2")),
@@ -84,8 +84,8 @@ def refusal_of(*arguments: str) -> str:
         (("batch=12k",), ("batch=8k (lr 12.8", "batch=16k (lr 25", "batch=16k batch.size=12288 optimizer.lr=18.9")),
         (("batch=12288",), ("batch=8k (lr 12.8", "batch=16k (lr 25", "batch=16k batch.size=12288 optimizer.lr=18.9")),
         (("batch=12K", "recipe=nus"), ("batch=8k (lr 16", "optimizer.lr=19.6 schedule.warmup_epochs=3.96")),
-        # log(20480/13056)/log(32768/13056) = 0.48926; 160 is the largest divisor of 20,480 up to 204.
-        (("batch=20k", "recipe=mlperf"), ("batch=13056 batch.size=20480", "lr=16.4", "epochs=12.4", "ghost_batch=160")),
+        # log(24576/20480)/log(32768/20480) = 0.38793; 32 is the largest divisor of 24,576 up to 40.
+        (("batch=24k", "recipe=mlperf"), ("batch=20k batch.size=24576", "lr=21.7", "epochs=13.6", "ghost_batch=32")),
         (("batch=24k", "recipe=nus"), ("batch=16k (lr 22.6", "batch=32k (lr 32", "batch=32k batch.size=24576")),
         (("batch=12k", "recipe=goyal"), ("its rows are 8k.", "nearest is batch=8k", "does not extrapolate")),
         (("batch=128k",), ("nearest is batch=32k (lr 29", "does not extrapolate", "batch.size=131072")),
@@ -101,7 +101,7 @@ def test_a_batch_of_no_recipe_is_refused_with_the_nearest_rows(
     assert ("by hand" in message) != ("does not extrapolate" in message or "such as" in message)
 
 
-@pytest.mark.parametrize("batch", ["16k", "20k"])
+@pytest.mark.parametrize("batch", ["24k", "28k"])
 @pytest.mark.parametrize("data", ["imagenet", "mini", "cifar10"])
 def test_the_settings_suggested_between_two_rows_work(data: str, batch: str) -> None:
     images = {"imagenet": IMAGES, "mini": 10_000, "cifar10": 50_000}[data]
@@ -112,33 +112,33 @@ def test_the_settings_suggested_between_two_rows_work(data: str, batch: str) -> 
     )
     offered = re.findall(r"\b(?:batch|optimizer|schedule|model)[a-z_.]*=[\w.]+", message)
     config = resolved("recipe=mlperf", f"data={data}", *(setting.rstrip(",") for setting in offered))
-    # 16,384 lies at log(16384/13056)/log(32768/13056) = 0.24676 of the way from 12.8 to 21.2, and from 9 to 16 epochs.
-    way = {"16k": 0.24676, "20k": 0.48926}[batch]
-    assert config.optimizer.lr == pytest.approx(12.8 * (21.2 / 12.8) ** way, rel=5e-3)
-    share = 10 / 48 if data == "mini" else 1
-    assert config.schedule.warmup_epochs == pytest.approx((9 + 7 * way) * share, rel=5e-3)
+    # 24,576 lies at log(24576/20480)/log(32768/20480) = 0.38793 of the way from 22 to 21.2, and from 12 to 16 epochs.
+    way, epochs = {"24k": (0.38793, 52), "28k": (0.71588, 58)}[batch]
+    assert config.optimizer.lr == pytest.approx(22 * (21.2 / 22) ** way, rel=5e-3)
+    share = 10 / epochs if data == "mini" else 1
+    assert config.schedule.warmup_epochs == pytest.approx((12 + 4 * way) * share, rel=5e-3)
     plan = make_plan(config, images)
     assert plan.nominal_batch == nominal_batch(batch)
     assert plan.updates_per_epoch == pytest.approx(IMAGES // nominal_batch(batch), rel=0.35)
 
 
 def test_a_suggested_warm_up_explains_how_it_shrinks() -> None:
-    message = refusal_of("recipe=mlperf", "batch=16k", "epochs=1")
-    # 9 + 7 * 0.24676 epochs of 48.
-    assert "schedule.warmup_epochs=0.223" in message
-    assert "10.7 of the 48 epochs of batch=13056. Because schedule.scale_warmup is true, it is scaled to" in message
-    assert "this run's epochs=1: 10.7 * 1 / 48 = 0.223." in message
+    message = refusal_of("recipe=mlperf", "batch=24k", "epochs=1")
+    # 12 + 4 * 0.38793 epochs of 52.
+    assert "schedule.warmup_epochs=0.261" in message
+    assert "13.6 of the 52 epochs of batch=20k. Because schedule.scale_warmup is true, it is scaled to" in message
+    assert "this run's epochs=1: 13.6 * 1 / 52 = 0.261." in message
     for more in ("schedule.scale_warmup=false", "data=imagenet"):
-        message = refusal_of("recipe=mlperf", "batch=16k", "epochs=20", more)
-        assert "schedule.warmup_epochs=10.7" in message
+        message = refusal_of("recipe=mlperf", "batch=24k", "epochs=20", more)
+        assert "schedule.warmup_epochs=13.6" in message
         assert "shrunk" not in message
 
 
 def test_suggested_settings_keep_given_values() -> None:
     given = ("batch.scaled=false", "optimizer.lr=7.123456", "schedule.warmup_epochs=1.5", "model.ghost_batch=64")
-    message = refusal_of("recipe=mlperf", "batch=16k", *given)
+    message = refusal_of("recipe=mlperf", "batch=24k", *given)
     assert [setting for setting in given if setting not in message.split("except for the given values:")[1]] == []
     assert "batch.scaled=true" not in message
     assert "shrunk" not in message
     assert "batch.scaled=false" in refusal_of("recipe=nus", "batch=64k", "batch.scaled=false")
-    assert "batch.scaled=true" in refusal_of("recipe=mlperf", "batch=20k", "batch.scaled=true", "data=imagenet")
+    assert "batch.scaled=true" in refusal_of("recipe=mlperf", "batch=24k", "batch.scaled=true", "data=imagenet")

@@ -30,7 +30,7 @@ CONFIG = Config(
     batch=BatchConfig(name="32k", nominal=32768),
     recipe=RecipeConfig(rows={"32k": {"published_top1": 72.26}}),
     model=ModelConfig(name="resnet20"),
-    optimizer=OptimizerConfig(name="lars", lr=29.0, weight_decay=5e-4),
+    optimizer=OptimizerConfig(name="lars", base="SGD", lr=29.0, weight_decay=5e-4),
     schedule=ScheduleConfig(warmup_epochs=2.0, power=2.0, form="whole"),
 )
 
@@ -83,7 +83,7 @@ def test_startup_lines_have_notes_on_unusual_settings() -> None:
     )
     assert "stops after update 100 (max_updates)" in startup(replace(PLAN, stop=100))
     assert "at update 1,234 (resume=never starts over)" in startup(resumed_at=1234)
-    plain = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", lr=0.2, weight_decay=1e-4))
+    plain = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", base="SGD", lr=0.2, weight_decay=1e-4))
     assert "optimizer      SGD, peak lr 0.2" in startup(config=plain)
 
 

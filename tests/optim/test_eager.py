@@ -14,7 +14,7 @@ from lars_train.training.assemble import build_optimizer
 
 model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
 flags = {"decay_norm_bias": True, "adapt_norm_bias": True}
-config = OptimizerConfig(name="lars", lr=0.5, momentum=0.9, weight_decay=1e-4, **flags)
+config = OptimizerConfig(name="lars", base="SGD", lr=0.5, momentum=0.9, weight_decay=1e-4, **flags)
 optimizer = build_optimizer(config, model)
 for _ in range(2):
     model(torch.ones(2, 3, 5, 5)).square().sum().backward()

@@ -18,6 +18,7 @@ from lars_train.training.assemble import build_optimizer, check_optimizer
 def config(**values: Any) -> OptimizerConfig:
     common: dict[str, Any] = {
         "name": "lars",
+        "base": "SGD",
         "lr": 0.1,
         "weight_decay": 1e-4,
         "decay_norm_bias": True,

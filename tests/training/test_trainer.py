@@ -109,6 +109,7 @@ def trainer(
 ) -> Trainer:
     optimizer = OptimizerConfig(
         name=name,
+        base="SGD",
         lr=lr,
         momentum=MOMENTUM,
         weight_decay=DECAY,
