@@ -29,7 +29,7 @@ from lars_train.launch import (
     start_resource_tracker,
 )
 from lars_train.messages import complain, counted, is_rank0, printable, say
-from lars_train.monitoring.summary import ALREADY_FINISHED, experiment_lines
+from lars_train.monitoring.summary import ALREADY_FINISHED, FLIPPED, experiment_lines
 from lars_train.monitoring.tensorboard import CUSTOM_SCALARS_TAB
 from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
 from lars_train.preflight.check import check
@@ -127,6 +127,8 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
         f"loss {result['val/loss']:.4f}, {counted(result['val/count'], 'image')}"
         f"{'' if config.data.holdout is None else f' (data.holdout={config.data.holdout:g})'}"
     )
+    if config.evaluate.flip:
+        say(f"evaluate.flip=true: {FLIPPED}")
     if result["classes"] < result["trained_outputs"]:
         say(
             f"evaluate.outputs={config.evaluate.outputs}: the images cover {result['classes']:,} of the model's "

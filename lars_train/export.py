@@ -23,6 +23,7 @@ from lars_train.messages import first_line, utf8
 from lars_train.models.factory import build_model, is_torchvision_model
 from lars_train.models.weight_files import KEY
 from lars_train.models.weights import load_state
+from lars_train.monitoring.summary import FLIPPED
 from lars_train.report.files import Unreadable, commit_of, read_lines, read_object
 from lars_train.training import checkpoint
 
@@ -290,7 +291,8 @@ def merge_cards(card: str, other: str, files: Collection[str]) -> str:
 def _percent(about: dict[str, Any], key: str) -> str:
     if about[key] is None:
         return "not evaluated at this update"
-    return f"{about[key]:.2f} % of {about['evaluated']:,} validation images"
+    how = f", {FLIPPED}" if about.get("flip") else ""
+    return f"{about[key]:.2f} % of {about['evaluated']:,} validation images{how}"
 
 
 def _number(value: Any) -> str:
@@ -319,7 +321,7 @@ def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
 
     Unknown values are None. ``top1``, ``top5`` (percent) and ``evaluated`` (images) come from the run's metrics.jsonl,
     from the line of the checkpoint's update. They are None if that update was not evaluated or `source` is not in a run
-    directory. Names of machines and folders are left out.
+    directory. ``flip``: they were measured with ``evaluate.flip=true``. Names of machines and folders are left out.
     """
     run = source.resolve().parent.parent
     evaluated = _evaluation(run / "metrics.jsonl", content["update"])
@@ -333,6 +335,7 @@ def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
         "top1": evaluated.get("val/top1"),
         "top5": evaluated.get("val/top5"),
         "evaluated": evaluated.get("val/count"),
+        "flip": bool(_part(content, "config", "evaluate").get("flip")),
         "data": data.get("name"),
         "fingerprint": content["fingerprint"],
         "training_images": plan.get("samples"),

@@ -12,6 +12,10 @@ class EvaluateConfig:
 
     every_epochs: int = 1
     """Epochs between evaluations; the last update is always evaluated."""
+    flip: Optional[bool] = None
+    """Predict from the mean of the logits of each image and its mirror image. With ``mode=evaluate``, null means the
+    setting of the run that wrote the checkpoint.
+    """
     report: Optional[str] = None
     """For ``mode=evaluate``: the folder to write the accuracy per class and the confusion matrix to."""
     outputs: str = "subset"

@@ -49,6 +49,8 @@ def fill_from_recipe(config: Config) -> None:
         for key in keys:
             if getattr(node, key) is None:
                 setattr(node, key, getattr(row, key))
+    if config.evaluate.flip is None:
+        config.evaluate.flip = row.flip_evaluation
     if config.data.min_crop is None and config.data.augment == "inception":
         config.data.min_crop = row.min_crop
     if config.bce_threshold is None and config.loss == "bce":

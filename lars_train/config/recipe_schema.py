@@ -8,7 +8,8 @@ from typing import Any, Optional
 
 @dataclass
 class RowConfig:
-    """One row of a recipe. Each field sets the key of the same name in its group.
+    """One row of a recipe. Each field sets the key of the same name in its group; `flip_evaluation` sets
+    ``evaluate.flip``.
 
     `None` for an option of LARS: use the preset's value. `by_epochs`: by number of epochs, the values for a run of that
     length. `source`: the publication, if it is not the recipe's. `lacks`: what the source has and lars-train has not; a
@@ -50,6 +51,7 @@ class RowConfig:
     zero_gamma: bool = False
     min_crop: float = 0.08
     ghost_batch: int = 32
+    flip_evaluation: bool = False
     published_top1: Optional[float] = None
     source: Optional[str] = None
     by_epochs: dict[str, Any] = field(default_factory=dict)

@@ -60,6 +60,7 @@ EXECUTION_KEYS = (
 LATER_KEYS: dict[str, Any] = {
     "loss": "cross_entropy",
     "bce_threshold": None,
+    "evaluate.flip": False,
 }
 
 

@@ -17,6 +17,9 @@ from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_
 
 ALREADY_FINISHED = "This run has finished. resume=never moves it aside and starts a new one."
 
+FLIPPED = "with the mean of the logits of each image and its mirror image"
+"""How ``evaluate.flip=true`` evaluates, in messages."""
+
 # Thresholds of `validation_gap_note`: points of top-1, and train/update_ratio.
 _LARGE_GAP, _FAST_WEIGHTS = 10.0, 0.01
 
@@ -91,6 +94,8 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
     yield f"recipe         {config.recipe.name}"
     if missing := lacks(config):
         yield f"               not implemented: {'; '.join(missing)}"
+    if config.evaluate.flip:
+        yield f"evaluation     {FLIPPED} (evaluate.flip=true)"
     yield f"global batch   {counted(plan.global_batch, 'image')} per update ({plan.arithmetic()})"
     if plan.raised:
         yield f"               NOTE: raised to {plan.global_batch}, the smallest batch for batch norm; lr is unchanged"

@@ -258,7 +258,7 @@ def _row_settings(run: RunRecord) -> dict[str, Any]:
     with contextlib.suppress(ConfigError, TypeError):  # the recipe may name a preset that this version lacks
         row = {**options_of(row["preset"], ""), **row}
     for name, value in row.items():
-        places = ("optimizer.name",) if name == "optimizer" else (name, *(f"{g}.{name}" for g in _GROUPS))
+        places = _PLACES.get(name, (name, *(f"{g}.{name}" for g in _GROUPS)))
         key = next((place for place in places if place in run.settings), None)
         if key is not None:
             found[key] = value
@@ -270,6 +270,8 @@ def _row_settings(run: RunRecord) -> dict[str, Any]:
 
 
 _GROUPS = ("optimizer", "schedule", "model", "data")
+# Fields of a row whose settings have other names.
+_PLACES: dict[str, tuple[str, ...]] = {"optimizer": ("optimizer.name",), "flip_evaluation": ("evaluate.flip",)}
 
 
 def _times(value: Any, factor: float) -> Any:

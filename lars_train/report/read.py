@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lars_train.config.values import LATER_KEYS
 from lars_train.errors import ConfigError
 from lars_train.report.files import (
     Unreadable,
@@ -145,6 +146,8 @@ def read_run(directory: Path) -> RunRecord:
     problems: list[str] = []
     record, final = (_object(directory / name, problems) for name in ("run.json", "final.json"))
     settings = {as_line(k): v for k, v in _dict(record, "settings").items()}
+    if settings:
+        settings = {**LATER_KEYS, **settings}
     plan = {**final, **_dict(record, "plan")}
     starts = record.get("started", [])
     top1, loss, last, seconds = _curves(directory, problems)

@@ -65,10 +65,12 @@ def evaluate_split(
     *,
     ended: Callable[[], bool] = lambda: False,
     classes: int | None = None,
+    flip: bool = False,
 ) -> Result | None:
     """Evaluate `model` on the split `spec.source`, of which each rank evaluates a part. Collective.
 
-    `ended` is called before each batch; the result is None if it returned True on any rank. `classes`: see `evaluate`.
+    `ended` is called before each batch; the result is None if it returned True on any rank. `classes`, `flip`: see
+    `evaluate`.
 
     Raises `DataError` if no sample can be decoded, and `RuntimeError` unless every sample of the split was counted
     exactly once.
@@ -76,7 +78,7 @@ def evaluate_split(
     split, (start, stop) = spec.source, spec.bounds()
     batches = DevicePrefetcher(eval_loader(spec), context.device)
     with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
-        result = evaluate(model, batches, context, on_batch=on_batch, ended=ended, classes=classes)
+        result = evaluate(model, batches, context, on_batch=on_batch, ended=ended, classes=classes, flip=flip)
     if result is None:
         return None
     if not result.decoded:
@@ -99,11 +101,14 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda count: None,
     ended: Callable[[], bool] = lambda: False,
     classes: int | None = None,
+    flip: bool = False,
 ) -> Result | None:
     """Evaluate `model` on this rank's `batches` and sum the results over the ranks. Collective.
 
     `on_batch` is called with the size of each batch. `ended`: see `evaluate_split`. `classes`: the number of classes
-    for a confusion matrix; None for no matrix. With fewer than 5 classes, top-5 counts all of them.
+    for a confusion matrix; None for no matrix. With fewer than 5 classes, top-5 counts all of them. `flip`: the logits
+    are the mean of the logits of an image and its mirror image, as with lr_tta in FFCV's `val_loop`
+    (https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py), which adds the logits.
     """
     device, group = context.device, context.group
     was_training = model.training
@@ -121,7 +126,7 @@ def evaluate(
             break
         labels = batch.labels.to(device, non_blocking=True)
         with context.precision.autocast(device):
-            logits = model(context.normalize(batch.images))
+            logits = _logits(model, context.normalize(batch.images), flip)
         totals += _count(logits, labels)
         if confusion is not None and classes is not None:
             pairs = labels % (classes + 1) * classes + logits.argmax(dim=1)
@@ -150,8 +155,14 @@ def evaluate(
     )
 
 
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
+def _logits(model: nn.Module, images: Tensor, flip: bool) -> Tensor:
+    """Return the logits of normalized `images` (n, 3, S, S) in float32, or in float64 if the model computes in it."""
+    logits: Tensor = model(images)
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (logits + model(images.flip(3))) / 2 if flip else logits
+
+
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
     decoded = labels >= 0
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]

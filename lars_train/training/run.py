@@ -244,6 +244,7 @@ class Run:
             self.context,
             self.progress,
             ended=lambda: bool(self.signals.received),
+            flip=bool(self.config.evaluate.flip),
         )
         if result is None:
             self._stop(self.group.all_reduce_max([self.signals.received])[0])

@@ -138,8 +138,8 @@ def _is_in(directory: Path, error: OSError) -> bool:
 def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Config, dict[str, Any] | None]:
     """Return the config for an evaluation, and the checkpoint's content if the config names a checkpoint.
 
-    Model, data, precision, `channels_last` and `deterministic` come from the checkpoint, except for keys on the command
-    line (`overrides`). Raises `ConfigError`.
+    Model, data, precision, `channels_last`, `deterministic` and `evaluate.flip` come from the checkpoint, except for
+    keys on the command line (`overrides`). Raises `ConfigError`.
     """
     if config.checkpoint.path is None:
         return config, None
@@ -159,6 +159,8 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
             if key.startswith(f"{name}."):
                 leaf = key.split(".")[1]
                 setattr(getattr(stored, name), leaf, getattr(getattr(config, name), leaf))
+    if "evaluate.flip" not in keys:
+        config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, flip=stored.evaluate.flip))
     execution = ("mode", "device", "launch", "distributed", "checkpoint", "evaluate", "export", "micro_batch")
     merged = dataclasses.replace(stored, **{key: getattr(config, key) for key in (*execution, "verbosity")})
     return merged, content
@@ -195,6 +197,7 @@ def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) 
             context,
             Progress(shown=group.first, epochs=1, verbosity=config.verbosity),
             classes=None if config.evaluate.report is None else len(evaluated.classes),
+            flip=bool(config.evaluate.flip),
         )
         assert result is not None
         if not math.isfinite(result.loss):

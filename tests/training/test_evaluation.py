@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import hflip
 
 from lars_train.data.loading.loader import BadSample, Batch, EvalSpec
 from lars_train.data.order import checksum
@@ -100,7 +102,7 @@ def context(group: Group) -> RankContext:
 
 
 def split_result(
-    source: NoiseSource, model: nn.Module, world: int = 1, batch: int = 64, classes: int | None = None
+    source: NoiseSource, model: nn.Module, world: int = 1, batch: int = 64, **options: Any
 ) -> list[Result]:
     return on_ranks(
         world,
@@ -117,7 +119,7 @@ def split_result(
             ),
             context(group),
             Progress(shown=False, epochs=1),
-            classes=classes,
+            **options,
         ),
     )
 
@@ -175,6 +177,26 @@ def test_a_bad_image_counts_as_wrong_but_not_in_the_loss(world: int) -> None:
             (s, f"/val/{s}.png", "read error") for s in source.bad
         ]
         assert result.values()["val/bad_images"] == 4
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 64), (3, 8)])
+def test_flip_evaluates_the_mean_logits_of_image_and_mirror(world: int, batch: int) -> None:
+    source, model = NoiseSource(70, 7, bad=(0, 33)), network(7)
+    kept = [sample for sample in range(70) if sample not in source.bad]
+    images = torch.from_numpy(source.pixels[kept]).permute(0, 3, 1, 2).double() / 255
+    with torch.no_grad():
+        logits = (model(images) + model(hflip(images))) / 2
+    labels = torch.from_numpy(source.labels[kept]).long()
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    for result in split_result(source, model, world, batch, flip=True, classes=7):
+        assert (result.count, result.decoded, len(result.bad)) == (70, 68, 2)
+        assert result.top1 == pytest.approx(100 * int((ranks < 1).sum()) / 70)
+        assert result.top5 == pytest.approx(100 * int((ranks < 5).sum()) / 70)
+        assert result.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-12)
+        assert result.confusion is not None
+        assert int(result.confusion.trace()) == int((ranks < 1).sum())
+    (plain,) = split_result(source, model)
+    assert plain.loss != pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-3)
 
 
 def test_images_that_are_all_bad_give_no_result() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError, Stopped
-from lars_train.export import export
+from lars_train.export import export, origin
 from lars_train.launch import Ranks
 from lars_train.monitoring.fields import FIELDS, TIMING_FIELDS
 from lars_train.monitoring.log import RunLog
@@ -407,6 +407,16 @@ def test_evaluating_the_checkpoint_gives_the_runs_own_result(unbroken: Path, tmp
     c, content = session.evaluation_config(asked, ("data.val_count=9999", "device=cpu", "deterministic=true"))
     assert (c.data.val_count, c.data.pad) == (9999, 2)
     assert (c.verbosity, c.deterministic, c.channels_last) == (2, True, "auto")
+
+
+def test_a_checkpoint_is_evaluated_with_flips_if_its_run_was(tmp_path: Path) -> None:
+    final = train(tmp_path / "run", epochs=1, schedule__warmup_epochs=0, evaluate__flip=True)
+    asked = config(tmp_path / "other", mode="evaluate", checkpoint__path=str(tmp_path / "run"))
+    found = [session.evaluation_config(asked, overrides) for overrides in ((), ("evaluate.flip=false",))]
+    flipped, plain = (session.evaluate_only(*each, Ranks()) for each in found)
+    assert flipped["val/top1"] == final["final_top1"]
+    assert flipped["val/loss"] == lines(tmp_path / "run")[-1]["val/loss"] != plain["val/loss"]
+    assert origin(*checkpoint.find(str(tmp_path / "run")))["flip"] is True
 
 
 def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> None:
