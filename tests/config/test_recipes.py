@@ -210,9 +210,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 @lru_cache
-def imagenet(recipe: str, batch: str, *more: str) -> Config:
+def imagenet(recipe: str, batch: str, *more: str, data: str = "imagenet") -> Config:
     # Not through the choices of `batch`, which other tests check: composing takes a quarter of a second.
-    raw = deepcopy(composed(f"recipe={recipe}", "data=imagenet", *more))
+    raw = deepcopy(composed(f"recipe={recipe}", f"data={data}", *more))
     raw.batch.name, raw.batch.nominal = batch, nominal_batch(batch)
     return resolve(raw)
 
@@ -246,6 +246,16 @@ def test_a_row_has_the_values_of_its_source(recipe: str, batch: str) -> None:
     flags = (bool(opt.nesterov), opt.decay_norm_bias, opt.adapt_norm_bias if opt.name == "lars" else True)
     shared = (config.label_smoothing, config.model.zero_gamma, config.data.min_crop, *flags, describe_decay(config))
     assert shared == SHARED[recipe]
+
+
+@pytest.mark.parametrize(("recipe", "batch"), RATES)
+def test_a_row_scaled_to_cifar10_keeps_its_updates(recipe: str, batch: str) -> None:
+    config = imagenet(recipe, batch, data="cifar10")
+    plan = make_plan(config, 50_000)
+    assert plan.scaled
+    # The scaled batch is rounded to ghost batches.
+    assert plan.updates_per_epoch == pytest.approx(IMAGES // nominal_batch(batch), rel=0.25)
+    assert (config.data.image_size, published_top1(config)) == (32, None)
 
 
 @pytest.mark.parametrize(
