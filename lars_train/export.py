@@ -34,7 +34,7 @@ MARK = "<!-- written by lars-train mode=export -->"
 _BUILD_TORCHVISION = "from torchvision.models import get_model\n\nmodel = get_model({model!r}, num_classes={classes})\n"
 _BUILD_OURS = (
     "from lars_train.models.factory import build_model  # pip install lars-train; torchvision has no such network\n\n"
-    "model = build_model({model!r}, num_classes={classes}, ghost_batch=1, zero_gamma=False)\n"
+    "model = build_model({model!r}, num_classes={classes}, ghost_batch=1, zero_gamma=False{blurpool})\n"
 )
 
 _USES = {
@@ -66,7 +66,8 @@ def export(config: Config) -> tuple[Path, str]:
     source, content = checkpoint.find(config.checkpoint.path)
     name = str(checkpoint.value(content, "config", "model", "name"))
     # Build the network first, because this checks the model's name, which becomes part of the file's name.
-    network = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False)
+    blurpool = bool(content["config"]["model"].get("blurpool"))
+    network = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False, blurpool=blurpool)
     load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
     if source.name.startswith(checkpoint.SET_ASIDE):
         raise ConfigError(
@@ -108,7 +109,7 @@ def export(config: Config) -> tuple[Path, str]:
 
 def _describe(target: Path, about: dict[str, Any]) -> None:
     path = target.with_name(CARD)
-    text = card(target.name, about, torchvision=is_torchvision_model(about["model"]))
+    text = card(target.name, about, torchvision=is_torchvision_model(about["model"]) and not about["blurpool"])
     old_text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     write_atomic(path, [utf8(merge_cards(text, old_text, {file.name for file in target.parent.iterdir()}))])
 
@@ -234,10 +235,12 @@ def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
     suffix = "." + file.rpartition(".")[2]
     first, *rest = _USES[".pth" if suffix == ".pt" else suffix]
     network = [_BUILD_TORCHVISION if torchvision else _BUILD_OURS] if rest else []
-    usage = "".join([first, *network, *rest]).format(file=file, **{**about, "classes": len(about["classes"])})
+    blurpool = bool(about.get("blurpool"))
+    values = {**about, "classes": len(about["classes"]), "blurpool": ", blurpool=True" if blurpool else ""}
+    usage = "".join([first, *network, *rest]).format(file=file, **values)
     epochs = f"{about['epochs']} epoch{'' if about['epochs'] == 1 else 's'}"
     rows = [
-        ("network", about["model"]),
+        ("network", f"{about['model']}{' with blurpool: strided convolutions blur their input' if blurpool else ''}"),
         ("classes", f"{len(about['classes']):,}"),
         ("top-1", _percent(about, "top1")),
         ("top-5", _percent(about, "top5")),
@@ -330,6 +333,7 @@ def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {
         "program": f"lars-train {version('lars-train')}",
         "model": _part(content, "config", "model").get("name"),
+        "blurpool": bool(_part(content, "config", "model").get("blurpool")),
         "classes": list(content["classes"]),
         **{key: data.get(key) for key in ("image_size", "eval_crop", "mean", "std")},
         "top1": evaluated.get("val/top1"),

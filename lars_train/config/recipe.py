@@ -43,7 +43,7 @@ def fill_from_recipe(config: Config) -> None:
     _fill_schedule(config, row)
     for node, keys in (
         (opt, ("lr", "weight_decay", "decay_norm_bias")),
-        (config.model, ("ghost_batch", "zero_gamma")),
+        (config.model, ("ghost_batch", "zero_gamma", "blurpool")),
         (config, ("epochs", "label_smoothing", "loss")),
     ):
         for key in keys:

@@ -51,6 +51,7 @@ class RowConfig:
     zero_gamma: bool = False
     min_crop: float = 0.08
     ghost_batch: int = 32
+    blurpool: bool = False
     flip_evaluation: bool = False
     published_top1: Optional[float] = None
     source: Optional[str] = None

@@ -123,6 +123,8 @@ class ModelConfig:
     """Samples over which batch norm computes each mean and variance in training."""
     zero_gamma: Optional[bool] = None
     """Start the last gamma of every residual block at 0."""
+    blurpool: Optional[bool] = None
+    """Blur the input of strided convolutions (antialiased downsampling, docs/methods.md)."""
 
 
 @dataclass

@@ -61,6 +61,7 @@ LATER_KEYS: dict[str, Any] = {
     "loss": "cross_entropy",
     "bce_threshold": None,
     "evaluate.flip": False,
+    "model.blurpool": False,
 }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.blurpool import add_blurpool
 from lars_train.models.resnet_cifar import CifarResNet
 
 # The number of blocks per stage, and the stride of the first convolution.
@@ -47,7 +48,9 @@ def is_torchvision_model(name: str) -> bool:
     return name in _TORCHVISION
 
 
-def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bool) -> nn.Module:
+def build_model(
+    name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bool, blurpool: bool = False
+) -> nn.Module:
     """Return a newly initialized model on the CPU, from (n, 3, H, W) images to (n, `num_classes`) logits.
 
     A torchvision model has torchvision's modules, so state dicts are interchangeable with torchvision.
@@ -57,6 +60,8 @@ def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bo
         ghost_batch: samples over which batch norm computes each mean and variance in training.
         zero_gamma: initialize the last gamma of every residual block to 0 rather than 1 (Goyal et al. 2017,
             https://arxiv.org/abs/1706.02677, section 5.1).
+        blurpool: blur the input of strided convolutions; see `blurpool.add_blurpool`. The initial weights and the
+            state dict are those of the model without it.
 
     Raises:
         ConfigError: `name` is unknown.
@@ -75,6 +80,8 @@ def build_model(name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bo
             f"model.name={name}: no such model.{did_you_mean(name, model_names())} "
             f"Choose one of {', '.join(model_names())}."
         )
+    if blurpool:
+        add_blurpool(model)
     if zero_gamma:
         _zero_last_gammas(model)
     return model

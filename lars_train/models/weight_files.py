@@ -26,7 +26,7 @@ from lars_train.errors import ConfigError
 from lars_train.messages import counted
 
 KEY = "lars_train"
-"""The metadata entry that `export` writes: JSON with the model's name and its classes."""
+"""The metadata entry that `export` writes: JSON with the model's name, its classes, and whether it has blurpool."""
 
 HEAD = "fc."
 """The prefix of the last layer's parameter names, in every model of the factory."""
@@ -56,6 +56,8 @@ class Weights:
     """The class of each output, if the file has them."""
     model: str | None = None
     """The name of the model, if the file has it."""
+    blurpool: bool | None = None
+    """True if the model has ``model.blurpool``; None if the file does not say so."""
     notes: tuple[str, ...] = ()
     """Messages for the user about how the file was read."""
 
@@ -104,7 +106,13 @@ def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weight
     _check_clashes(origin, _mappings_to(content, where)[-1], prefix)
     about = about or _description(content, where)
     model = about.get("model")
-    weights = Weights(origin, state, model=model if isinstance(model, str) else None)
+    blurpool = about.get("blurpool")
+    weights = Weights(
+        origin,
+        state,
+        model=model if isinstance(model, str) else None,
+        blurpool=blurpool if isinstance(blurpool, bool) else None,
+    )
     classes, unused = _classes(_class_entries(about), weights.outputs)
     notes += [f"{origin}: the entry {key} is not used: {why}." for key, why in unused]
     return replace(weights, classes=classes, notes=tuple(notes))
@@ -221,7 +229,10 @@ def _json(text: object) -> dict[str, Any]:
 
 
 def _description(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
-    """Return entries that describe the network at `where`: ``model``, its name, and possible class names by key."""
+    """Return entries that describe the network at `where`: ``model``, its name, ``blurpool``, and possible class names.
+
+    The class names are by key.
+    """
     *outer, inner = _mappings_to(content, where)
     metadata = getattr(inner, "_metadata", None)
     if isinstance(metadata, Mapping) and (about := _json(metadata.get(KEY))):
@@ -234,8 +245,8 @@ def _description(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
     if where != ("model",) or "format" not in around:
         return {"model": around.get("arch"), **names}
     config = around.get("config")
-    model = config.get("model") if isinstance(config, Mapping) else None
-    return {"model": model.get("name") if isinstance(model, Mapping) else None, **names}
+    model = _mapping_at(config, ["model"])
+    return {"model": model.get("name"), "blurpool": bool(model.get("blurpool")), **names}
 
 
 def _class_entries(place: Mapping[Any, Any]) -> dict[str, Any]:

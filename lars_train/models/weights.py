@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lars_train.errors import ConfigError
 from lars_train.messages import counted
+from lars_train.models.blurpool import has_blurpool
 from lars_train.models.factory import build_model, model_names
 from lars_train.models.weight_files import HEAD, Weights, few, read_weights
 
@@ -50,10 +51,12 @@ def load_weights(
         new_head: keep the last layer of `model`, and ignore that of the file.
 
     Raises:
-        ConfigError: the file is missing, holds no network, does not fit the model, or has non-finite values.
+        ConfigError: the file is missing, holds no network, does not fit the model, or has non-finite values; or only
+            one of file and model has blurpool.
     """
     weights = read_weights(path, model.state_dict())
     check_name(weights, name)
+    check_blurpool(weights, model)
     check_finite(weights)
     notes = list(weights.notes)
     if new_head:
@@ -80,6 +83,17 @@ def check_name(weights: Weights, name: str | None) -> None:
     if name is not None and weights.model in model_names() and weights.model != name:
         raise ConfigError(
             f"{weights.origin}: the weights are for model {weights.model}, not {name}; choose model={weights.model}."
+        )
+
+
+def check_blurpool(weights: Weights, model: nn.Module) -> None:
+    """Raise `ConfigError` if the file states that its network has blurpool and `model` has not, or the reverse."""
+    # The names and shapes of the tensors are the same.
+    if weights.blurpool not in (None, has_blurpool(model)):
+        value = str(weights.blurpool).lower()
+        raise ConfigError(
+            f"{weights.origin}: the weights are for a network with model.blurpool={value}, and would give other "
+            f"results without it; set model.blurpool={value}."
         )
 
 

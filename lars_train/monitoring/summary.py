@@ -91,6 +91,8 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
     for line in inventory.lines():
         yield f"{'':<15}{line}"
     yield f"model          {config.model.name}, {config.data.image_size} pixels"
+    if config.model.blurpool:
+        yield "               strided convolutions blur their input (model.blurpool=true)"
     yield f"recipe         {config.recipe.name}"
     if missing := lacks(config):
         yield f"               not implemented: {'; '.join(missing)}"

@@ -43,7 +43,7 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
     Sizes are in bytes, times in seconds unless a key says hours. Raises `ConfigError` for a device without a cited
     figure in this precision.
     """
-    network = _network(config.model.name, len(classes), plan.ghost_batch)
+    network = _network(config.model.name, len(classes), plan.ghost_batch, bool(config.model.blurpool))
     width = {"fp64": 8}.get(planned_precision(config), 4)
     weights = width * sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
@@ -202,11 +202,11 @@ def _on_a_cpu(config: Config) -> bool:
 
 
 @functools.cache
-def _network(name: str, classes: int, ghost_batch: int) -> nn.Module:
+def _network(name: str, classes: int, ghost_batch: int, blurpool: bool) -> nn.Module:
     if is_torchvision_model(name):
         import torchvision  # noqa: F401 - before a device is chosen, see device_to_count_on
     with torch.device(device_to_count_on()):
-        return build_model(name, num_classes=classes, ghost_batch=ghost_batch, zero_gamma=False)
+        return build_model(name, num_classes=classes, ghost_batch=ghost_batch, zero_gamma=False, blurpool=blurpool)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.factory import build_model
 from lars_train.models.losses import TrainingLoss
 from lars_train.models.weight_files import Weights, few, read_weights
-from lars_train.models.weights import check_finite, check_name, keep_outputs, load_state, load_weights
+from lars_train.models.weights import check_blurpool, check_finite, check_name, keep_outputs, load_state, load_weights
 from lars_train.optim.eager import avoid_dynamo_import
 from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups
@@ -82,11 +82,16 @@ def network_to_evaluate(
         assert content is not None
         name = checkpoint.value(content, "config", "model", "name")
         weights = Weights(
-            f"checkpoint.path={config.checkpoint.path}", content["model"], tuple(content["classes"]), name
+            f"checkpoint.path={config.checkpoint.path}",
+            content["model"],
+            tuple(content["classes"]),
+            name,
+            blurpool=bool(content["config"]["model"].get("blurpool")),
         )
     check_name(weights, config.model.name)
     trained = weights.outputs
     network = _network(config, trained or len(classes))
+    check_blurpool(weights, network)
     load_state(network, weights.state, weights.origin)
     names, rows, notes = match_classes(weights, classes, numbers)
     if config.evaluate.outputs == ALL:
@@ -204,6 +209,7 @@ def _network(config: Config, outputs: int) -> nn.Module:
         num_classes=outputs,
         ghost_batch=filled(config.model.ghost_batch),
         zero_gamma=filled(config.model.zero_gamma),
+        blurpool=bool(config.model.blurpool),
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lars_train.models.blurpool import BlurPoolConv2d
 from lars_train.monitoring.layers import LayerValues
 from lars_train.optim.lars import LARS
 from lars_train.optim.rescale import clones
@@ -211,6 +212,8 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
         sides = [(n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for n, pad, dilation, kernel, stride in each]
         taps = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
         forward += 2 * layer.out_channels * math.prod(sides) * taps
+        if isinstance(layer, BlurPoolConv2d):
+            forward += 2 * layer.in_channels * math.prod(images.shape[2:]) * layer.blur_taps
         return images.new_zeros(1, layer.out_channels, *sides)
 
     def multiply(layer: nn.Linear, features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.config import AUTO, Config
+from lars_train.config.schema import ModelConfig
 from lars_train.data.dataset import Dataset
 from lars_train.data.open import open_dataset
 from lars_train.data.order import SHARDS
@@ -60,7 +61,7 @@ def prepare(config: Config) -> Prepared:
     start_from = None
     if config.checkpoint.path is not None:
         _, start_from = checkpoint.find(config.checkpoint.path)
-        check_compatible(start_from, config.model.name, dataset)
+        check_compatible(start_from, config.model, dataset)
         check_same_images(start_from, dataset)
         _check_same_order(start_from, config, dataset)
         _check_position(start_from, config, plan)
@@ -80,7 +81,7 @@ def continuation(
     """
 
     def check(content: dict[str, Any]) -> None:
-        check_compatible(content, prepared.config.model.name, prepared.dataset)
+        check_compatible(content, prepared.config.model, prepared.dataset)
         check_same_images(content, prepared.dataset)
         if checkpoint.value(content, "layout") != prepared.dataset.layout:
             raise ConfigError(
@@ -111,11 +112,16 @@ def load_continuation(prepared: Prepared, group: Group, last: int | None = None)
     return found[1] if found is not None else checkpoint.load(path)
 
 
-def check_compatible(content: dict[str, Any], model: str, dataset: Dataset) -> None:
+def check_compatible(content: dict[str, Any], model: ModelConfig, dataset: Dataset) -> None:
     """Raise `ConfigError` if the model or the classes of a checkpoint are not those of this run."""
     theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
-    if theirs != model:
-        raise ConfigError(f"the checkpoint holds model {theirs}, not {model}; choose model={theirs}.")
+    if theirs != model.name:
+        raise ConfigError(f"the checkpoint holds model {theirs}, not {model.name}; choose model={theirs}.")
+    blurpool = bool(content["config"]["model"].get("blurpool"))
+    if blurpool != bool(model.blurpool):
+        raise ConfigError(
+            f"the checkpoint holds a network with model.blurpool={str(blurpool).lower()}; choose the same value."
+        )
     if classes != dataset.classes:
         raise ConfigError(
             f"the checkpoint was trained on another data set: it has {len(classes)} classes "

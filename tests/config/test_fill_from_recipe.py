@@ -56,6 +56,8 @@ OVERRIDES = {
     "schedule.form": "restart",
     "model.ghost_batch": 64,
     "model.zero_gamma": True,
+    "model.blurpool": True,
+    "evaluate.flip": True,
     "epochs": 3,
     "label_smoothing": 0.1,
 }
@@ -148,6 +150,7 @@ def test_published_results_are_only_in_configs_for_imagenet() -> None:
 def test_every_field_of_a_row_reaches_the_config() -> None:
     expected = OVERRIDES | {"schedule.warmup_epochs": 2.5}
     row = {key.rpartition(".")[2]: value for key, value in expected.items()} | {"published_top1": 1.5}
+    row["flip_evaluation"] = row.pop("flip")
     config = resolved("data=imagenet", **{f"recipe.rows.32k.{key}": value for key, value in row.items()})
     leaves = flatten(config)
     assert {key: leaves[key] for key in expected} == expected
