@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
+from lars_train.config.augment import check_augment
 from lars_train.config.keys import is_text, suggestion
 from lars_train.config.lars_options import CHOICES, FLOAT32_MAX, FLOAT32_MIN, check_lars_options
 from lars_train.config.schema import AUTO, MODES, Config, choices_of
@@ -68,6 +69,8 @@ _NOT_NEGATIVE = (
     "plan.update_ms",
     "guard.max_rollbacks",
     "label_smoothing",
+    "augment.mixup",
+    "augment.cutmix",
 )
 
 
@@ -121,6 +124,7 @@ def check_values(config: Config) -> None:
     _check_ranges(leaves)
     _check_text(leaves)
     _check_loss(config)
+    check_augment(config.augment, min(filled(config.model.ghost_batch), config.batch.size or config.batch.nominal))
     _check_plan(config)
     _check_data(config)
     if config.verbosity not in (0, 1, 2):

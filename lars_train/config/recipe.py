@@ -45,6 +45,7 @@ def fill_from_recipe(config: Config) -> None:
         (opt, ("lr", "weight_decay", "decay_norm_bias")),
         (config.model, ("ghost_batch", "zero_gamma", "blurpool")),
         (config, ("epochs", "label_smoothing", "loss")),
+        (config.augment, ("mixup", "cutmix")),
     ):
         for key in keys:
             if getattr(node, key) is None:

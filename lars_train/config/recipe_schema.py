@@ -48,6 +48,8 @@ class RowConfig:
     label_smoothing: float = 0.0
     loss: str = "cross_entropy"
     bce_threshold: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     zero_gamma: bool = False
     min_crop: float = 0.08
     ghost_batch: int = 32

@@ -14,6 +14,7 @@ from typing import Any, Optional, Union
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from lars_train.config.augment import AugmentConfig
 from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, ExportConfig, PlanConfig
 from lars_train.config.recipe_schema import RecipeConfig
 
@@ -301,6 +302,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -60,6 +60,8 @@ EXECUTION_KEYS = (
 LATER_KEYS: dict[str, Any] = {
     "loss": "cross_entropy",
     "bce_threshold": None,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
     "evaluate.flip": False,
     "model.blurpool": False,
 }

@@ -4,21 +4,21 @@ Pure functions of (seed, epoch, update, sample id), in numpy alone. The results 
 nor on whether a run was resumed. The world size only decides which part of a batch a rank takes.
 
 All random bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain). So two samples never share
-a block, and neither do two of the three domains below. All functions use the raw bits, because numpy guarantees them
-across versions, unlike the results of `Generator.permutation`
+the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), or (block, ghost batch, update,
+domain) for what mixes samples. So two samples never share a block, and neither do two of the four domains below. All
+functions use the raw bits, because numpy guarantees them across versions, unlike the results of `Generator.permutation`
 (https://numpy.org/doc/stable/reference/random/compatibility.html).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-_ORDER, _AUGMENTATION, _SHARD_ORDER = 0, 1, 2  # domains: the last counter word
+_ORDER, _AUGMENTATION, _SHARD_ORDER, _MIXING = 0, 1, 2, 3  # domains: the last counter word
 _UNIT = 2.0**-53  # the spacing of uniform numbers with 53 random bits
 
 SHARDS = "shards"
@@ -85,6 +85,20 @@ def batch_uniforms(seed: int, epoch: int, samples: Sequence[int], count: int) ->
 def sample_uniforms(seed: int, epoch: int, sample: int, count: int) -> npt.NDArray[np.float64]:
     """Draw `count` numbers in [0, 1) for one sample id: float64 (count,), a row of `batch_uniforms`."""
     return batch_uniforms(seed, epoch, [sample], count).reshape(count)
+
+
+def mixing_uniforms(seed: int, epoch: int, update: int, ghost: int) -> Iterator[float]:
+    """Yield numbers in [0, 1) without end, to mix the samples of one ghost batch.
+
+    They depend only on the arguments. `update`: the number of the global batch in the run; `ghost`: the number of the
+    ghost batch in the global batch. The numbers are made as in `batch_uniforms`.
+    """
+    bits = _philox(seed, epoch, _MIXING)
+    start = bits.state
+    start["state"]["counter"][1:3] = ghost, update
+    bits.state = start
+    while True:
+        yield from ((bits.random_raw(8) >> np.uint64(11)) * _UNIT).tolist()
 
 
 def _share(count: int, rank: int, world: int) -> tuple[int, int]:

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 CROSS_ENTROPY, BCE = "cross_entropy", "bce"
+
+
+class MixedLabels(NamedTuple):
+    """The labels of images that are mixtures of two: the image's own part and its partner's. Each tensor is (n,)."""
+
+    labels: Tensor
+    """int64: the labels of the images themselves."""
+    partners: Tensor
+    """int64: the labels of the partners."""
+    shares: Tensor
+    """float64, in [0, 1]: the shares of `labels`; `partners` have the rest."""
+
+    def targets(self, logits: Tensor) -> Tensor:
+        """Return the share of each class, with the shape and dtype of `logits`."""
+        share = self.shares.to(logits.dtype)[:, None]
+        return share * one_hot(self.labels, logits) + (1 - share) * one_hot(self.partners, logits)
+
+    def main(self) -> Tensor:
+        """Return the labels with the larger shares."""
+        return torch.where(self.shares < 0.5, self.partners, self.labels)
 
 
 @dataclass(frozen=True)
@@ -30,12 +51,14 @@ class TrainingLoss:
     name: str = CROSS_ENTROPY
     threshold: float = 0.0
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum over the samples, a scalar. `logits`: (n, C); `labels`: int64 (n,)."""
+    def __call__(self, logits: Tensor, labels: Tensor | MixedLabels) -> Tensor:
+        """Return the sum over the samples, a scalar. `logits`: (n, C); `labels`: int64 (n,), or mixed."""
         if self.name == CROSS_ENTROPY:
-            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+            given = labels.targets(logits) if isinstance(labels, MixedLabels) else labels
+            return F.cross_entropy(logits, given, reduction="sum", label_smoothing=self.label_smoothing)
         classes = logits.shape[1]
-        targets = one_hot(labels, logits) * (1 - self.label_smoothing) + self.label_smoothing / classes
+        given = labels.targets(logits) if isinstance(labels, MixedLabels) else one_hot(labels, logits)
+        targets = given * (1 - self.label_smoothing) + self.label_smoothing / classes
         if self.threshold:
             targets = (targets > self.threshold).to(targets.dtype)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / classes

@@ -9,7 +9,11 @@ FIELDS: dict[str, tuple[str, str]] = {
     "epoch": ("epochs", "update / updates per epoch"),
     "run/seconds": ("s", "wall time of training up to this line, over all starts, excluding work lost to a kill"),
     "train/loss": ("nats", "mean of `loss` over the samples since the last line, label smoothing included"),
-    "train/top1": ("percent", "top-1 accuracy on the same (augmented) samples"),
+    "train/top1": (
+        "percent",
+        "top-1 accuracy on the same (augmented) samples; with mixup or cutmix, the label of the larger part of a mixed "
+        "image counts",
+    ),
     "train/lr": ("1", "learning rate of the last update"),
     "train/images_per_s": ("images/s", "samples of all ranks over wall time since the last line"),
     "train/mfu": (

@@ -113,6 +113,10 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
     if config.loss == BCE:
         above = f", targets above {config.bce_threshold:g} become 1" if config.bce_threshold else ""
         yield f"loss           binary cross entropy, mean over the classes{above}"
+    methods = [f"{key} (alpha {alpha:g})" for key in ("mixup", "cutmix") if (alpha := getattr(config.augment, key))]
+    if methods:
+        yield f"augment        {' or '.join(methods)} within each ghost batch"
+        yield "               training top-1 is that of the mixed images' larger part"
     warmup = "no warm-up, "
     if plan.warmup_updates:
         length = format_number(filled(schedule.warmup_epochs))

@@ -23,6 +23,7 @@ from torch import Tensor
 from lars_train.config import AUTO, Config, run_hash
 from lars_train.data.decode import native
 from lars_train.data.loading.loader import Batch
+from lars_train.data.mixing import GhostMix, Mixing
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.plan import Plan
@@ -141,10 +142,12 @@ def measure_step(
     network = context.place(make_network(config, classes)).train()
     sizes = _update_sizes(plan.ghost_batch, resolved.micro_batch) if device.type == "cpu" else [resolved.micro_batch]
     trainer = build_trainer(config, plan, network, lambda update: _LR, context)
+    mixing = Mixing.from_config(config)
     samples, rate = 0, math.inf
     while sizes:
         samples = sizes[0] if samples == 0 else sizes[-1]
-        batches = _random_batches(samples, config.data.image_size, classes, device)
+        mixes = () if mixing is None else mixing.draw(0, 0, (0, samples), plan.ghost_batch)
+        batches = _random_batches(samples, config.data.image_size, classes, device, mixes)
         trainer.plan = dataclasses.replace(plan, global_batch=samples)
         warm_up = samples > sizes[0] or len(sizes) == 1
         rate = _images_per_s(trainer, batches, samples, seconds, end, warm_up=warm_up)
@@ -164,10 +167,12 @@ def _update_sizes(ghost_batch: int, micro_batch: int) -> list[int]:
     return sorted({*parts, ghost_batch, micro_batch})
 
 
-def _random_batches(samples: int, size: int, classes: int, device: torch.device) -> Iterator[Batch]:
+def _random_batches(
+    samples: int, size: int, classes: int, device: torch.device, mixes: tuple[GhostMix, ...]
+) -> Iterator[Batch]:
     images = torch.randint(256, (samples, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     labels = torch.randint(classes, (samples,))
-    return itertools.repeat(Batch(images.to(device), labels.to(device), ()))
+    return itertools.repeat(Batch(images.to(device), labels.to(device), (), mixes=mixes))
 
 
 def _images_per_s(

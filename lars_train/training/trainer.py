@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lars_train.data.loading.loader import BadSample, Batch
+from lars_train.data.mixing import mix_in_place
 from lars_train.models.batchnorm import RunningStatistics
 from lars_train.models.losses import TrainingLoss
 from lars_train.plan import Plan
@@ -173,14 +174,15 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         images, labels = self.normalize(batch.images), batch.labels.to(self.device, non_blocking=True)
+        mixed = mix_in_place(images, labels, batch.mixes) if batch.mixes else None
         with self.precision.autocast(self.device):
             logits = self.forward(images)
         logits = logits.to(self.precision.weights)
-        loss = self.hyper.loss(logits, labels)
+        loss = self.hyper.loss(logits, mixed or labels)
         # DDP averages over ranks. The factor turns this average into the sum over the global batch divided by its size.
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))
-        self.meter.add(loss, logits, labels, len(batch.bad))
+        self.meter.add(loss, logits, mixed.main() if mixed else labels, len(batch.bad))
         return loss.detach()
 
     def _synchronize_gradients_if(self, is_last: bool) -> AbstractContextManager[None]:

@@ -60,6 +60,8 @@ OVERRIDES = {
     "evaluate.flip": True,
     "epochs": 3,
     "label_smoothing": 0.1,
+    "augment.mixup": 0.2,
+    "augment.cutmix": 1.0,
 }
 
 

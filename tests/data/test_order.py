@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +16,7 @@ from lars_train.data.order import (
     ghost_range,
     micro_batches,
     micro_bounds,
+    mixing_uniforms,
     sample_uniforms,
     shard_order,
     shard_windows,
@@ -54,6 +57,13 @@ def test_uniforms_are_the_upper_bits_of_philox_words(seed: int, epoch: int, samp
     drawn = sample_uniforms(seed, epoch, sample, count)
     assert drawn.tolist() == [(word >> 11) / 2**53 for word in words]
     assert drawn.dtype == np.float64
+
+
+@given(SEEDS, EPOCHS, st.integers(0, 2**40), st.integers(0, 2**20))
+def test_ghost_batches_have_their_own_philox_words(seed: int, epoch: int, update: int, ghost: int) -> None:
+    words = philox_words((seed, epoch), [0, ghost, update, 3], 20)
+    drawn = list(itertools.islice(mixing_uniforms(seed, epoch, update, ghost), 20))
+    assert drawn == [(word >> 11) / 2**53 for word in words]
 
 
 def test_the_values_of_orders_and_uniforms_never_change() -> None:

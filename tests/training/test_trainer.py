@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lars_train.config import Config, OptimizerConfig, ScheduleConfig
 from lars_train.data.loading.loader import BadSample, Batch
+from lars_train.data.mixing import GhostMix
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.factory import build_model
@@ -409,9 +411,12 @@ def test_an_update_reads_no_tensor_values(name: str) -> None:
     t = trainer(network(2).to(meta), which, name=name)
     t.device, t.meter, t.normalize = meta, Meter(meta), normalizer(MEAN, STD, meta, FP64)
     t.precision = NoAutocast("fp64", torch.float64, torch.float64)
+    mixes = GhostMix(0, 2, 0.3), GhostMix(2, 4, 0.6, (0.5, 0.5))
     with Copies() as copies:
         for update in range(2):
-            t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
+            # In the second update the images are mixed.
+            batches = (replace(b, mixes=mixes[: 2 * update]) for b in micro_batches(*global_batch(8, update), 4))
+            t.run_update(batches, 2, measure=False)
     # Of images and labels, in two micro-batches each.
     assert copies.wait == [False] * 8
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -515,6 +520,46 @@ def gradients_of_samples(model: nn.Module, images: Tensor, labels: Tensor) -> Te
 
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, normalized(images), labels)
     return torch.cat([g.flatten(1) for g in found.values()], dim=1)
+
+
+@pytest.mark.parametrize("loss", [TrainingLoss(SMOOTHING), TrainingLoss(SMOOTHING, BCE)], ids=["softmax", "bce"])
+@pytest.mark.parametrize("micro", [4, 8])
+def test_mixed_ghost_batches_have_the_gradient_of_mixed_targets(loss: TrainingLoss, micro: int) -> None:
+    model, which = network(4), plan(8, 4)
+    images, labels = global_batch(8, 0)
+    mixes = [GhostMix(0, 4, 0.7), GhostMix(4, 8, 0.25, (0.5, 0.4))]
+    plain = CifarResNet(1, num_classes=CLASSES, norm_layer=nn.BatchNorm2d).double()
+    plain.load_state_dict(model.state_dict())
+    total, hits = torch.zeros(()).double(), 0
+    for x, y, mix in zip(normalized(images).split(4), labels.split(4), mixes, strict=True):
+        share, x = mix.share, x.clone()
+        if mix.center is None:
+            x = share * x + (1 - share) * x.flip(0)
+        else:
+            # Sides of int(16 * sqrt(0.75)) = 13, so 6 pixels around (8, 6).
+            x[:, :, 0:12, 2:14] = x.flip(0)[:, :, 0:12, 2:14]
+            share = 1 - 12 * 12 / 16**2
+        logits = plain(x)
+        both = [F.one_hot(y, CLASSES).double(), F.one_hot(y.flip(0), CLASSES).double()]
+        targets = (share * both[0] + (1 - share) * both[1]) * (1 - SMOOTHING) + SMOOTHING / CLASSES
+        if loss.name == BCE:
+            total = total + F.binary_cross_entropy_with_logits(logits, targets) * 4
+        else:
+            total = total - (targets * logits.log_softmax(1)).sum()
+        hits += int((logits.argmax(1) == (y if share >= 0.5 else y.flip(0))).sum())
+    torch.autograd.backward(total / 8)
+    expected = math.sqrt(sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None))
+    t = trainer(model, which, loss=loss)
+    if micro == 8:
+        batches = iter([Batch(images, labels, (), mixes=tuple(mixes))])
+    else:
+        own = ((mixes[0],), (mixes[1]._replace(start=0, stop=4),))
+        parts = micro_batches(images, labels, 4)
+        batches = iter([replace(part, mixes=mix) for part, mix in zip(parts, own, strict=True)])
+    info = t.run_update(batches, 8 // micro, measure=True)
+    assert info.measures is not None
+    assert float(info.measures.grad_norm) == pytest.approx(expected, rel=1e-12)
+    assert t.meter.sums.tolist()[:2] == pytest.approx([float(total.detach()), hits], rel=1e-12)
 
 
 def test_the_gradient_of_bce_is_that_of_torchs_mean() -> None:

@@ -20,6 +20,7 @@ from lars_train.data.loading.reader import BadSample, EvalReader, TrainReader
 from lars_train.data.loading.shard_prefetch import ShardPrefetcher
 from lars_train.data.loading.shard_windows import Span, by_shard, evaluation_windows, training_windows
 from lars_train.data.loading.stream import Batch, BatchRequest, LoaderStatistics, Stream, worker_kind
+from lars_train.data.mixing import Mixing
 from lars_train.data.order import SHARDS, checksum, epoch_order, eval_range, micro_batches, micro_bounds, shard_order
 from lars_train.data.sources.remote import RemoteSource
 from lars_train.data.transforms import View
@@ -83,6 +84,8 @@ class LoaderSpec:
     With a window, the next sample of the same shard replaces a bad image. The shards of a remote source are fetched
     into the cache and held there while they are needed.
     """
+    mixing: Mixing | None = None
+    """Draws `Batch.mixes`; None for no mixes."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("skip", "fail"):
@@ -121,6 +124,7 @@ class LoaderSpec:
             on_error=config.data.on_error,
             decoder=decoder,
             window=config.data.window_shards if config.data.order == SHARDS else None,
+            mixing=Mixing.from_config(config),
         )
 
     @property
@@ -195,8 +199,9 @@ def _requests(spec: LoaderSpec, updates: range) -> Iterator[BatchRequest]:
             rank=spec.rank,
             world=spec.world,
         )
-        for samples, span in zip(micros, spec.spans(update), strict=True):
-            yield BatchRequest(epoch, samples, span)
+        for samples, span, bounds in zip(micros, spec.spans(update), spec.bounds(), strict=True):
+            mixes = spec.mixing.draw(epoch, update, bounds, spec.ghost_batch) if spec.mixing is not None else ()
+            yield BatchRequest(epoch, samples, span, mixes=mixes)
 
 
 def _check_order(source: Source, by_shards: bool) -> None:

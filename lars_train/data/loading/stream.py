@@ -24,6 +24,7 @@ from lars_train.data.loading.reader import BadSample, Outcome, Reader
 from lars_train.data.loading.shard_prefetch import ShardPrefetcher
 from lars_train.data.loading.shard_windows import Span
 from lars_train.data.loading.workers import Done, NoWorkers, Piece, Processes, Threads, Workers
+from lars_train.data.mixing import GhostMix
 from lars_train.errors import DataError
 
 PIECE = 32
@@ -53,6 +54,8 @@ class Batch:
     """The bad images encountered, in order."""
     checksum: int = 0
     """In evaluation, `order.checksum` of the samples."""
+    mixes: tuple[GhostMix, ...] = ()
+    """The mix of each ghost batch, which is not applied to `images` yet; empty without mixup and cutmix."""
 
 
 class LoaderStatistics(NamedTuple):
@@ -186,7 +189,7 @@ class Stream(Iterator[Batch]):
         images, labels = self._pool.lend(pending.slot, len(pending.request.samples))
         if lent >= LENT:
             images, labels = images.clone(), labels.clone()
-        return Batch(images, labels, bad, pending.request.checksum)
+        return Batch(images, labels, bad, pending.request.checksum, pending.request.mixes)
 
     def _count(self, pending: _Pending, outcomes: list[Outcome]) -> None:
         images, seconds, fast = self._statistics
@@ -235,6 +238,7 @@ class BatchRequest(NamedTuple):
     samples: npt.NDArray[np.int64]
     span: Span
     checksum: int = 0
+    mixes: tuple[GhostMix, ...] = ()
 
 
 @dataclass

@@ -39,6 +39,7 @@ from lars_train.data.loading.loader import (
     eval_loader,
     train_loader,
 )
+from lars_train.data.mixing import Mixing
 from lars_train.data.order import epoch_order, sample_uniforms
 from lars_train.data.transforms import UNIFORMS
 from lars_train.errors import DataError
@@ -247,6 +248,19 @@ def test_all_ranks_together_get_the_batches_of_a_single_rank(world: int, ghosts_
     ]
     for one, other in zip(joined(whole), joined(parts), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_mixes_belong_to_ghost_batches_of_the_numbered_batch(world: int) -> None:
+    mixing = Mixing(0.2, 1.0, 7)
+    start = 3  # in the second epoch, as after a resume or a rollback
+    batches = [
+        batch
+        for rank in range(world)
+        for batch in train(SyntheticImages(23), start, start + 1, world=world, rank=rank, mixing=mixing)
+    ]
+    assert [mix.stop - mix.start for batch in batches for mix in batch.mixes] == [4, 4, 2]
+    assert [mix[2:] for batch in batches for mix in batch.mixes] == [mix[2:] for mix in mixing.draw(1, 3, (0, 10), 4)]
 
 
 def test_the_next_good_sample_replaces_a_bad_image() -> None:
