@@ -20,6 +20,7 @@ from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import user_path, write_atomic
 from lars_train.messages import first_line, utf8
+from lars_train.models.ema import choose_weights
 from lars_train.models.factory import build_model, is_torchvision_model
 from lars_train.models.weight_files import KEY
 from lars_train.models.weights import load_state
@@ -60,7 +61,8 @@ def export(config: Config) -> tuple[Path, str]:
     """Write the checkpoint's weights in float32, and ``MODEL.md`` beside them. Return the file and a line for the user.
 
     ``export.path`` is a ``.pth``, ``.pt``, ``.safetensors`` or ``.onnx`` file; by default a ``.pth`` beside the
-    checkpoint. Raises `ConfigError`, and `DataError` for a graph whose results differ from the network's.
+    checkpoint. ``export.ema``: see `choose_weights`. Raises `ConfigError`, and `DataError` for a graph whose results
+    differ from the network's.
     """
     assert config.checkpoint.path is not None
     source, content = checkpoint.find(config.checkpoint.path)
@@ -68,7 +70,8 @@ def export(config: Config) -> tuple[Path, str]:
     # Build the network first, because this checks the model's name, which becomes part of the file's name.
     blurpool = bool(content["config"]["model"].get("blurpool"))
     network = build_model(name, num_classes=len(content["classes"]), ghost_batch=1, zero_gamma=False, blurpool=blurpool)
-    load_state(network, content["model"], f"checkpoint.path={config.checkpoint.path}")
+    state, average = choose_weights(content, config.export.ema, "export.ema")
+    load_state(network, state, f"checkpoint.path={config.checkpoint.path}")
     if source.name.startswith(checkpoint.SET_ASIDE):
         raise ConfigError(
             f"checkpoint.path={config.checkpoint.path}: the run diverged with these weights, and set them aside. "
@@ -85,7 +88,7 @@ def export(config: Config) -> tuple[Path, str]:
         user_path(config.export.path) if config.export.path else source.with_name(f"{name}-{source.stem}-weights.pth")
     )
     _check_target(target, source, config)
-    about = origin(source, content)
+    about = origin(source, content, average=average)
     if target.suffix == ".onnx" and not isinstance(about["image_size"], int):
         raise ConfigError(f"checkpoint.path={config.checkpoint.path}: the checkpoint has no image size.")
     # Keep the suffix, by which some writers choose the format.
@@ -104,7 +107,7 @@ def export(config: Config) -> tuple[Path, str]:
         raise ConfigError(f"export.path={target}: cannot be written ({first_line(error)}).") from None
     finally:
         partial.unlink(missing_ok=True)
-    return target, check
+    return target, "; ".join(filter(None, ("the average of the weights (model.ema)" if average else "", check)))
 
 
 def _describe(target: Path, about: dict[str, Any]) -> None:
@@ -241,6 +244,7 @@ def card(file: str, about: dict[str, Any], *, torchvision: bool) -> str:
     epochs = f"{about['epochs']} epoch{'' if about['epochs'] == 1 else 's'}"
     rows = [
         ("network", f"{about['model']}{' with blurpool: strided convolutions blur their input' if blurpool else ''}"),
+        *([("weights", f"exponential moving average, decay {about['ema']}")] if about.get("ema") else []),
         ("classes", f"{len(about['classes']):,}"),
         ("top-1", _percent(about, "top1")),
         ("top-5", _percent(about, "top5")),
@@ -319,12 +323,13 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
+def origin(source: Path, content: dict[str, Any], *, average: bool = False) -> dict[str, Any]:
     """Return the origin of the checkpoint `content`, read from the file `source`, as JSON values by name.
 
     Unknown values are None. ``top1``, ``top5`` (percent) and ``evaluated`` (images) come from the run's metrics.jsonl,
     from the line of the checkpoint's update. They are None if that update was not evaluated or `source` is not in a run
-    directory. ``flip``: they were measured with ``evaluate.flip=true``. Names of machines and folders are left out.
+    directory. ``flip``: they were measured with ``evaluate.flip=true``. `average`: the values are for the average of
+    the weights, whose decay is ``ema``. Names of machines and folders are left out.
     """
     run = source.resolve().parent.parent
     evaluated = _evaluation(run / "metrics.jsonl", content["update"])
@@ -336,8 +341,9 @@ def origin(source: Path, content: dict[str, Any]) -> dict[str, Any]:
         "blurpool": bool(_part(content, "config", "model").get("blurpool")),
         "classes": list(content["classes"]),
         **{key: data.get(key) for key in ("image_size", "eval_crop", "mean", "std")},
-        "top1": evaluated.get("val/top1"),
-        "top5": evaluated.get("val/top5"),
+        "ema": _part(content, "config", "model").get("ema") if average else None,
+        "top1": evaluated.get("val/ema_top1" if average else "val/top1"),
+        "top5": evaluated.get("val/ema_top5" if average else "val/top5"),
         "evaluated": evaluated.get("val/count"),
         "flip": bool(_part(content, "config", "evaluate").get("flip")),
         "data": data.get("name"),

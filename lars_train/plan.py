@@ -106,6 +106,10 @@ def make_plan(config: Config, samples: int) -> Plan:
             f"schedule.warmup_epochs={warmup_epochs}: the warm-up ({counted(warmup, 'update')}) is not "
             f"shorter than the run ({counted(updates, 'update')}). Lower it, or raise epochs."
         )
+    if config.model.ema_start >= updates:
+        raise ConfigError(
+            f"model.ema_start={config.model.ema_start}: the run has only {counted(updates, 'update')}; lower it."
+        )
     return Plan(
         samples=samples,
         nominal_batch=nominal,

@@ -68,6 +68,7 @@ _NOT_NEGATIVE = (
     "plan.latency_us",
     "plan.update_ms",
     "guard.max_rollbacks",
+    "model.ema_start",
     "label_smoothing",
     "augment.mixup",
     "augment.cutmix",
@@ -125,6 +126,10 @@ def check_values(config: Config) -> None:
     _check_text(leaves)
     _check_loss(config)
     check_augment(config.augment, min(filled(config.model.ghost_batch), config.batch.size or config.batch.nominal))
+    if config.model.ema is not None and not 0 < config.model.ema < 1:
+        raise ConfigError(f"model.ema={config.model.ema}: the decay must be above 0 and below 1, such as 0.9999.")
+    if config.model.ema is None and config.model.ema_start:
+        raise ConfigError(f"model.ema_start={config.model.ema_start} has no effect without model.ema; omit it.")
     _check_plan(config)
     _check_data(config)
     if config.verbosity not in (0, 1, 2):
@@ -297,6 +302,8 @@ def _check_mode(config: Config) -> None:
             f"mode=evaluate: checkpoint.path={config.checkpoint.path} and model.weights={config.model.weights} are "
             "both set; set only the one to evaluate."
         )
+    if config.evaluate.ema and config.mode == "evaluate" and not config.checkpoint.path:
+        raise ConfigError("evaluate.ema=true needs checkpoint.path=PATH, a checkpoint of a run with model.ema.")
     if config.model.new_head and config.mode in ("evaluate", "export"):
         raise ConfigError(f"model.new_head=true: mode={config.mode} does not train a new last layer; omit it.")
     if config.model.new_head and config.model.weights is None:

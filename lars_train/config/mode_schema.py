@@ -16,6 +16,10 @@ class EvaluateConfig:
     """Predict from the mean of the logits of each image and its mirror image. With ``mode=evaluate``, null means the
     setting of the run that wrote the checkpoint.
     """
+    ema: Optional[bool] = None
+    """For ``mode=evaluate``: evaluate the checkpoint's average of the weights (``model.ema``) instead of the weights.
+    null: if the checkpoint has an average.
+    """
     report: Optional[str] = None
     """For ``mode=evaluate``: the folder to write the accuracy per class and the confusion matrix to."""
     outputs: str = "subset"
@@ -30,6 +34,10 @@ class ExportConfig:
 
     path: Optional[str] = None
     """The file to write: ``.pth``, ``.safetensors`` or ``.onnx`` (null: a ``.pth`` beside the checkpoint)."""
+    ema: Optional[bool] = None
+    """Write the checkpoint's average of the weights (``model.ema``) instead of the weights. null: if the checkpoint has
+    an average.
+    """
 
 
 @dataclass

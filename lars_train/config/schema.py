@@ -126,6 +126,12 @@ class ModelConfig:
     """Start the last gamma of every residual block at 0."""
     blurpool: Optional[bool] = None
     """Blur the input of strided convolutions (antialiased downsampling, docs/methods.md)."""
+    ema: Optional[float] = None
+    """Average the weights over the updates with this decay per update, such as 0.9999; evaluate the average, too. null:
+    no average.
+    """
+    ema_start: int = 0
+    """The update (from 0) with whose weights the average starts."""
 
 
 @dataclass

@@ -37,6 +37,7 @@ EXECUTION_KEYS = (
     "guard",
     "evaluate.report",
     "evaluate.outputs",
+    "evaluate.ema",
     "export",
     "plan",
     "check",
@@ -64,6 +65,8 @@ LATER_KEYS: dict[str, Any] = {
     "augment.cutmix": 0.0,
     "evaluate.flip": False,
     "model.blurpool": False,
+    "model.ema": None,
+    "model.ema_start": 0,
 }
 
 

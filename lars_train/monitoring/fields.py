@@ -66,10 +66,13 @@ FIELDS: dict[str, tuple[str, str]] = {
         "nats",
         "mean cross entropy of the decoded validation samples, without label smoothing, also with loss=bce",
     ),
+    "val/ema_top1": ("percent", "with model.ema only: top-1 accuracy of the average of the weights"),
+    "val/ema_top5": ("percent", "with model.ema only: top-5 accuracy of the average of the weights"),
+    "val/ema_loss": ("nats", "with model.ema only: val/loss of the average of the weights"),
     "val/count": ("images", "validation samples evaluated, each exactly once"),
     "val/checksum": ("1", "checksum of the ids of the evaluated samples: equal if the same samples were evaluated"),
     "val/bad_images": ("images", "validation images that cannot be decoded; they count as wrong"),
-    "val/best_top1": ("percent", "best val/top1 so far"),
+    "val/best_top1": ("percent", "best val/top1 so far; with model.ema, best val/ema_top1"),
     "val/seconds": ("s", "wall time of the evaluation"),
 }
 

@@ -42,7 +42,7 @@ class MachineSettings(Protocol):
 
 
 class EvaluationResult(Protocol):
-    """Results of an evaluation: top-1 and top-5 in percent, and the number of samples."""
+    """Results of an evaluation: top-1 and top-5 in percent, the number of samples, and the result of the average."""
 
     @property
     def top1(self) -> float: ...
@@ -50,6 +50,8 @@ class EvaluationResult(Protocol):
     def top5(self) -> float: ...
     @property
     def count(self) -> int: ...
+    @property
+    def average(self) -> EvaluationResult | None: ...
 
 
 def startup_lines(
@@ -93,6 +95,11 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
     yield f"model          {config.model.name}, {config.data.image_size} pixels"
     if config.model.blurpool:
         yield "               strided convolutions blur their input (model.blurpool=true)"
+    if config.model.ema is not None:
+        span = 1 / (1 - config.model.ema)
+        more = ", more than the run has" if span > plan.updates else ""
+        yield f"average        of the weights over about {span:,.0f} updates{more} (model.ema={config.model.ema:g})"
+        yield f"               from update {config.model.ema_start:,}; its accuracy counts as the run's"
     yield f"recipe         {config.recipe.name}"
     if missing := lacks(config):
         yield f"               not implemented: {'; '.join(missing)}"
@@ -143,6 +150,8 @@ def epoch_fields(
     yield f"update {update:,}"
     if result is not None:
         yield f"top-1 {result.top1:.2f} % of {result.count:,}"
+        if result.average is not None:
+            yield f"EMA {result.average.top1:.2f} %"
         yield f"best {best_top1:.2f} %"
     yield from format_fields(logged, "train/loss")
     if seconds_left is not None and update < plan.stop:
@@ -176,17 +185,22 @@ def final_record(
     rollbacks: list[dict[str, int]],
     weights_sha256: str,
     weights_sha256_float32: str,
+    ema_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
 
     `published_top1`: the value of the recipe's row if the run is ResNet-50 on all of ImageNet, else None.
+    With ``model.ema``, the results are those of the average of the weights, and `result` has both.
     `passed_over`: global batches without an update, skipped by rollbacks or by float16's loss scaling.
     """
+    reported = result.average or result
+    of_weights = {"weights_top1": result.top1, "weights_top5": result.top5, "ema_sha256": ema_sha256}
     full = plan.samples == IMAGENET_TRAIN_IMAGES and not plan.scaled and config.model.name == "resnet50"
     return {
         "best_top1": best_top1,
-        "final_top1": result.top1,
-        "final_top5": result.top5,
+        "final_top1": reported.top1,
+        "final_top5": reported.top5,
+        **({} if result.average is None else of_weights),
         "val_count": result.count,
         "published_top1": published_top1(config) if full else None,
         "updates": update,

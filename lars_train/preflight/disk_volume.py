@@ -74,15 +74,18 @@ def _checkpoint(config: Config, network: nn.Module, classes: tuple[str, ...], sl
     width = 8 if config.precision.name == "fp64" else 4
     model = list(network.state_dict().values())
     parameters = [p.numel() for p in network.parameters()]
-    values = sum(int(t.numel()) * (width if t.is_floating_point() else t.element_size()) for t in model)
-    values += slots * width * sum(parameters)
+    weights = sum(int(t.numel()) * (width if t.is_floating_point() else t.element_size()) for t in model)
+    values = weights + slots * width * sum(parameters)
     tensors = len(model) + slots * len(parameters)
+    if config.model.ema is not None:
+        values, tensors = values + weights, tensors + len(model)
     return values + _TENSOR_BYTES * tensors + _SETTINGS_BYTES + sum(_CLASS_BYTES + len(name) for name in classes)
 
 
 def _fields(config: Config, several: bool, *, val: bool) -> list[str]:
     absent = {"noise": not several, "train/loss_scale": config.precision.name != "fp16"}
     absent["memory/device"] = config.device == "cpu"
+    absent |= dict.fromkeys(("val/ema_top1", "val/ema_top5", "val/ema_loss"), config.model.ema is None)
     found = [name for name in FIELDS if "/" in name and name.startswith("val/") == val]
     return [name for name in found if not absent.get(name) and not absent.get(name.partition("/")[0])]
 

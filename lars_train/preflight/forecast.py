@@ -48,7 +48,7 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
     weights = width * sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
     slots, copies = _optimizer_memory(config)
-    held = 2 * weights + buffers + slots * weights
+    held = 2 * weights + buffers + slots * weights + (0 if config.model.ema is None else weights + buffers)
     several = world > 1 or accumulation(plan, world, planned_micro_batch(config, plan) // plan.ghost_batch) > 1
     disk = functools.partial(volume, network=network, classes=classes, slots=slots, several=several)
     found: dict[str, Any] = {

@@ -44,7 +44,7 @@ class Hours:
         update = self._update(devices)
         start, stop = eval_range(self.val_count, 0, devices)
         machine = self.machine
-        passes = 2 if self.config.evaluate.flip else 1
+        passes = (2 if self.config.evaluate.flip else 1) * (1 if self.config.model.ema is None else 2)
         forward = passes * (stop - start) / (_FORWARDS_PER_STEP * machine.speed.rate)
         decoding = (stop - start) / machine.input_rate if machine.input_rate else 0.0
         evaluation = forward + decoding if machine.reads else max(forward, decoding)

@@ -16,6 +16,7 @@ from lars_train.config import EXECUTION_KEYS
 from lars_train.config.lars_options import options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import row_name
+from lars_train.config.values import LATER_KEYS
 from lars_train.errors import ConfigError
 from lars_train.plan import IMAGENET_TRAIN_IMAGES
 from lars_train.report.files import as_line, as_number
@@ -246,8 +247,12 @@ def _add_resolved(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> No
 
 
 def _deviations(run: RunRecord) -> list[str]:
-    """Return the settings that differ from the run's row of its recipe. Null settings are unused, and ignored."""
-    return [key for key, value in _row_settings(run).items() if run.settings.get(key) not in (None, value)]
+    """Return the settings that differ from the run's row of its recipe, or that the row does not have.
+
+    Null settings are unused, and ignored.
+    """
+    row = {**LATER_KEYS, **_row_settings(run)}
+    return [key for key, value in row.items() if run.settings.get(key) not in (None, value)]
 
 
 def _row_settings(run: RunRecord) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class Point:
 class RunRecord:
     """The contents of a run directory. None where a value is missing or unusable.
 
-    `best_top1` and `final_top1`: in percent; for a run that has not ended, `best_top1` is the best so far.
+    `best_top1`, `final_top1` and `top1`: in percent, of the average of the weights if the run has ``model.ema``. For a
+    run that has not ended, `best_top1` is the best so far.
     `diverged`: the loss diverged. `updates` then counts up to the divergence, not to the log line that detected it.
     `seconds`: wall time of training over all starts. `resumes`: starts that resumed from a checkpoint.
     `problems`: messages about missing or unreadable files. `recorded`: False if run.json has no settings; `settings`
@@ -286,7 +287,8 @@ def _curves(directory: Path, problems: list[str]) -> tuple[tuple[Point, ...], tu
             continue
         last = max(last, update)
         passed = seconds if seconds is not None and seconds >= (passed or 0) else passed
-        accuracy, nats = number(line, "val/top1"), number(line, "train/loss")
+        accuracy, nats = number(line, "val/ema_top1"), number(line, "train/loss")
+        accuracy = number(line, "val/top1") if accuracy is None else accuracy
         if accuracy is not None:
             top1[update] = Point(update, epoch, passed, accuracy)
         if nats is not None:

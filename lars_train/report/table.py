@@ -173,6 +173,8 @@ def notes(rows: Sequence[Row], *, brief: bool = False) -> list[str]:
         f"raised: scaled to the data set, the batch would be below {size}, the minimum for batch norm."
         for size in sorted({run.global_batch for run in runs if run.raised and run.global_batch is not None})
     ]
+    if any(run.settings.get("model.ema") is not None for run in runs):
+        texts.append("Runs with model.ema: top-1 is that of the average of the weights.")
     if any(len(row.runs) > 1 for row in rows):
         texts.append("±: mean and sample standard deviation over the seeds.")
     for row in rows:

@@ -15,6 +15,7 @@ from lars_train.config import Config, OptimizerConfig, filled
 from lars_train.config.lars_options import FLOAT32_MAX, lars_keywords
 from lars_train.data.sources.imagenet import wnids
 from lars_train.errors import ConfigError, did_you_mean
+from lars_train.models.ema import ExponentialMovingAverage, choose_weights
 from lars_train.models.factory import build_model
 from lars_train.models.losses import TrainingLoss
 from lars_train.models.weight_files import Weights, few, read_weights
@@ -81,11 +82,14 @@ def network_to_evaluate(
     else:
         assert content is not None
         name = checkpoint.value(content, "config", "model", "name")
+        state, average = choose_weights(content, config.evaluate.ema, "evaluate.ema")
+        note = "NOTE: this evaluates the average of the weights (model.ema); evaluate.ema=false evaluates the weights."
         weights = Weights(
             f"checkpoint.path={config.checkpoint.path}",
-            content["model"],
+            state,
             tuple(content["classes"]),
             name,
+            notes=(note,) if average else (),
             blurpool=bool(content["config"]["model"].get("blurpool")),
         )
     check_name(weights, config.model.name)
@@ -266,6 +270,9 @@ def build_trainer(
         plan,
         Hyper(schedule, _training_loss(config), config.guard.max_loss),
         context,
+        ema=None
+        if config.model.ema is None
+        else ExponentialMovingAverage(network, config.model.ema, config.model.ema_start),
         compiled=config.compile,
         bucket_mb=config.distributed.bucket_mb,
         compression=config.gradient_compression,

@@ -4,7 +4,8 @@ A file is a ``torch.save`` archive of plain values and tensors, so that it loads
 contains the SHA-256 of all bytes before it, because the archive's own checksums cover its records but not the headers
 that locate them. Readers of archives ignore that line. `Run._save` stores:
 
-- `Trainer.state`: ``update``, ``skipped``, ``model`` (with batch norm's buffers), ``optimizer``, ``scaler``, ``meter``
+- `Trainer.state`: ``update``, ``skipped``, ``model`` (with batch norm's buffers), ``optimizer``, ``scaler``, ``meter``,
+  and ``ema``, the averaged network, if the run has ``model.ema``
 - `RunState`: ``best_top1``, ``best_update``, ``seconds``, ``bad``, ``rollbacks``, ``noise``
 - the run: ``config``, ``plan``, ``resolved`` (settings chosen for the machine), ``classes``, ``fingerprint`` and
   ``layout`` of the data

@@ -231,14 +231,16 @@ def try_micro_batch(
     precision: Precision,
     device: torch.device,
     layout: torch.memory_format = torch.channels_last,
+    copies: int = 2,
 ) -> None:
     """Run a forward and backward pass of `samples` images, with as much device memory in use as during training.
 
-    The model stays unchanged. Raises `torch.OutOfMemoryError`.
+    `copies`: besides weights and gradients, training has as much memory in use as this many copies of the weights: for
+    momentum, DDP's buckets, an average. The model stays unchanged. Raises `torch.OutOfMemoryError`.
     """
     try:
         shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=layout)
-        kept = [torch.empty_like(p) for p in shadow.parameters() for _ in range(2)]  # momentum, DDP's buckets
+        kept = [torch.empty_like(p) for p in shadow.parameters() for _ in range(copies)]
         if device.type == "cuda":
             spare = int(SHARE_LEFT_FREE * torch.cuda.get_device_properties(device).total_memory)
             kept.append(torch.empty(spare, dtype=torch.uint8, device=device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,13 +44,23 @@ class Result:
     """`order.checksum` of the counted samples."""
     confusion: Tensor | None = None
     """int64 (C, C): the number of decoded samples of class i that were classified as j; None if not requested."""
+    average: Result | None = None
+    """The result of the average of the weights on the same samples; None without ``model.ema``."""
+
+    @property
+    def reported(self) -> Result:
+        """The result that counts as the run's: of the average of the weights, if there is one."""
+        return self.average or self
 
     def values(self) -> dict[str, float]:
         """Return the values by their names in the log."""
+        other = self.average
+        averages = {} if other is None else {"top1": other.top1, "top5": other.top5, "loss": other.loss}
         return {
             "val/top1": self.top1,
             "val/top5": self.top5,
             "val/loss": self.loss,
+            **{f"val/ema_{name}": value for name, value in averages.items()},
             "val/count": self.count,
             "val/checksum": self.checksum,
             "val/bad_images": self.count - self.decoded,
@@ -66,11 +76,12 @@ def evaluate_split(
     ended: Callable[[], bool] = lambda: False,
     classes: int | None = None,
     flip: bool = False,
+    average: nn.Module | None = None,
 ) -> Result | None:
     """Evaluate `model` on the split `spec.source`, of which each rank evaluates a part. Collective.
 
-    `ended` is called before each batch; the result is None if it returned True on any rank. `classes`, `flip`: see
-    `evaluate`.
+    `ended` is called before each batch; the result is None if it returned True on any rank. `classes`, `flip`,
+    `average`: see `evaluate`.
 
     Raises `DataError` if no sample can be decoded, and `RuntimeError` unless every sample of the split was counted
     exactly once.
@@ -78,7 +89,9 @@ def evaluate_split(
     split, (start, stop) = spec.source, spec.bounds()
     batches = DevicePrefetcher(eval_loader(spec), context.device)
     with progress.counting("evaluation", stop - start) as on_batch, closing(batches):
-        result = evaluate(model, batches, context, on_batch=on_batch, ended=ended, classes=classes, flip=flip)
+        result = evaluate(
+            model, batches, context, on_batch=on_batch, ended=ended, classes=classes, flip=flip, average=average
+        )
     if result is None:
         return None
     if not result.decoded:
@@ -102,19 +115,22 @@ def evaluate(
     ended: Callable[[], bool] = lambda: False,
     classes: int | None = None,
     flip: bool = False,
+    average: nn.Module | None = None,
 ) -> Result | None:
     """Evaluate `model` on this rank's `batches` and sum the results over the ranks. Collective.
 
     `on_batch` is called with the size of each batch. `ended`: see `evaluate_split`. `classes`: the number of classes
     for a confusion matrix; None for no matrix. With fewer than 5 classes, top-5 counts all of them. `flip`: the logits
     are the mean of the logits of an image and its mirror image, as with lr_tta in FFCV's `val_loop`
-    (https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py), which adds the logits.
+    (https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py), which adds the logits. `average`: the
+    network of the averaged weights, to evaluate on the same batches.
     """
     device, group = context.device, context.group
     was_training = model.training
     model.eval()
+    networks = [model] if average is None else [model, average.eval()]
     # In float64, counts are exact up to 2^53, and sums of losses differ only by rounding between world sizes.
-    totals = torch.zeros(5, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(networks), 5, dtype=torch.float64, device=device)
     # The last row counts the samples that cannot be decoded, which have the label -1.
     confusion = None if classes is None else torch.zeros((classes + 1) * classes, dtype=torch.int64, device=device)
     samples = 0
@@ -126,8 +142,9 @@ def evaluate(
             break
         labels = batch.labels.to(device, non_blocking=True)
         with context.precision.autocast(device):
-            logits = _logits(model, context.normalize(batch.images), flip)
-        totals += _count(logits, labels)
+            images = context.normalize(batch.images)
+            logits, *others = [_logits(network, images, flip) for network in networks]
+        totals += torch.stack([_count(each, labels) for each in (logits, *others)])
         if confusion is not None and classes is not None:
             pairs = labels % (classes + 1) * classes + logits.argmax(dim=1)
             confusion.index_add_(0, pairs, torch.ones_like(pairs))
@@ -142,17 +159,13 @@ def evaluate(
     if any(part for _, _, part in found):
         return None
     everyone = [sample for part, _, _ in found for sample in part]
-    top1, top5, loss, count, decoded = totals.tolist()
-    return Result(
-        100 * top1 / count,
-        100 * top5 / count,
-        loss / max(decoded, 1),
-        int(count),
-        int(decoded),
-        tuple(everyone),
-        sum(part for _, part, _ in found) % 2**32,
-        None if confusion is None or classes is None else confusion.view(-1, classes)[:classes].cpu(),
-    )
+    counted = sum(part for _, part, _ in found) % 2**32
+    first, *rest = [
+        Result(100 * top1 / n, 100 * top5 / n, loss / max(decoded, 1), int(n), int(decoded), tuple(everyone), counted)
+        for top1, top5, loss, n, decoded in totals.tolist()
+    ]
+    matrix = None if confusion is None or classes is None else confusion.view(-1, classes)[:classes].cpu()
+    return replace(first, confusion=matrix, average=rest[0] if rest else None)
 
 
 def _logits(model: nn.Module, images: Tensor, flip: bool) -> Tensor:

@@ -12,6 +12,7 @@ from lars_train.data.dataset import Dataset
 from lars_train.data.open import open_dataset
 from lars_train.data.order import SHARDS
 from lars_train.errors import ConfigError
+from lars_train.models.ema import check_average
 from lars_train.models.factory import model_names
 from lars_train.plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
@@ -113,7 +114,10 @@ def load_continuation(prepared: Prepared, group: Group, last: int | None = None)
 
 
 def check_compatible(content: dict[str, Any], model: ModelConfig, dataset: Dataset) -> None:
-    """Raise `ConfigError` if the model or the classes of a checkpoint are not those of this run."""
+    """Raise `ConfigError` if the model or the classes of a checkpoint are not those of this run.
+
+    Also raises if this run averages its weights, and the checkpoint lacks the average.
+    """
     theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
     if theirs != model.name:
         raise ConfigError(f"the checkpoint holds model {theirs}, not {model.name}; choose model={theirs}.")
@@ -122,6 +126,7 @@ def check_compatible(content: dict[str, Any], model: ModelConfig, dataset: Datas
         raise ConfigError(
             f"the checkpoint holds a network with model.blurpool={str(blurpool).lower()}; choose the same value."
         )
+    check_average(content, model.ema, model.ema_start)
     if classes != dataset.classes:
         raise ConfigError(
             f"the checkpoint was trained on another data set: it has {len(classes)} classes "

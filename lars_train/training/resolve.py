@@ -72,13 +72,14 @@ def resolve_execution(
     precision = choose_precision(kept.precision if kept is not None and name == AUTO else name, device)
     size = config.data.image_size
     known = kept.micro_batch // plan.ghost_batch if kept and kept.micro_batch % plan.ghost_batch == 0 else None
+    copies = 2 if config.model.ema is None else 3
     if config.micro_batch != AUTO:
         ghosts = check_micro_batch(plan, int(config.micro_batch))
     elif device.type == "cuda":
         # Try a stored micro-batch again, because this device may have less memory than the device of the earlier start.
         ghosts = find_largest_ghosts(
             lambda count: try_micro_batch(
-                network, count * plan.ghost_batch, size, precision, device, choose_layout(config)
+                network, count * plan.ghost_batch, size, precision, device, choose_layout(config), copies
             ),
             ghost_batch=plan.ghost_batch,
             ghosts=min(known or most, most),

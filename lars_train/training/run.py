@@ -122,6 +122,9 @@ class Run:
                 "resume=never."
             ) from error
         self.state.restore(start)
+        if (self.trainer.ema is None) == ("ema" in start):
+            # The best of the run that wrote the checkpoint is a result of other weights.
+            self.state.best_top1, self.state.best_update = -math.inf, None
         root = checkpoint.value(start, "config", "data", "root")
         self.state.bad = with_current_paths(self.state.bad, root, self.config.data.root)
 
@@ -245,6 +248,7 @@ class Run:
             self.progress,
             ended=lambda: bool(self.signals.received),
             flip=bool(self.config.evaluate.flip),
+            average=None if self.trainer.ema is None else self.trainer.ema.network,
         )
         if result is None:
             self._stop(self.group.all_reduce_max([self.signals.received])[0])
@@ -254,11 +258,13 @@ class Run:
                 raise DataError(f"{first.where} cannot be decoded: {first.reason} (data.on_error=fail).")
             self.logger.bad.note(result.bad)
             self.logger.report_bad()
-        if not math.isfinite(result.loss):
-            update = self.trainer.update
-            return Divergence(update, result.loss, self.trainer.hyper.schedule(update - 1), (), update, "val/loss")
-        new_best = result.top1 > self.state.best_top1
-        self.result, self.state.best_top1 = result, max(self.state.best_top1, result.top1)
+        for what, loss in (("val/loss", result.loss), ("val/ema_loss", result.reported.loss)):
+            if not math.isfinite(loss):
+                update = self.trainer.update
+                return Divergence(update, loss, self.trainer.hyper.schedule(update - 1), (), update, what)
+        top1 = result.reported.top1
+        new_best = top1 > self.state.best_top1
+        self.result, self.state.best_top1 = result, max(self.state.best_top1, top1)
         self.logger.log_evaluation(result, time.perf_counter() - started)
         if new_best:
             self.state.best_update = self.trainer.update
@@ -367,4 +373,5 @@ class Run:
             rollbacks=self.state.rollbacks,
             weights_sha256=weights_sha256(self.trainer.network),
             weights_sha256_float32=weights_sha256(self.trainer.network, torch.float32),
+            ema_sha256=None if self.trainer.ema is None else weights_sha256(self.trainer.ema.network),
         )

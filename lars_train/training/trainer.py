@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.data.mixing import mix_in_place
 from lars_train.models.batchnorm import RunningStatistics
+from lars_train.models.ema import ExponentialMovingAverage
 from lars_train.models.losses import TrainingLoss
 from lars_train.plan import Plan
 from lars_train.training.device_prefetch import RankContext
@@ -85,7 +86,8 @@ class Trainer:
     """The model, the optimizer and the position of a run, which `run_update` advances by one update.
 
     Checkpoints and evaluations use `network`. `forward` is the same network, compiled if `compiled`, and inside DDP if
-    there are several ranks. `bucket_mb`, `compression`: see `wrap_in_ddp`.
+    there are several ranks. `ema`: the average of the network's weights, if any. `bucket_mb`, `compression`: see
+    `wrap_in_ddp`.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Trainer:
         hyper: Hyper,
         context: RankContext,
         *,
+        ema: ExponentialMovingAverage | None = None,
         compiled: bool = False,
         bucket_mb: float = 25.0,
         compression: str = NONE,
@@ -105,6 +108,7 @@ class Trainer:
         self.precision, self.normalize = context.precision, context.normalize
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scales_loss)
         self.running_statistics = RunningStatistics(network)
+        self.ema = ema
         self.meter = Meter(self.device)
         self.first_gradient = FirstGradient(network)
         self.guard = Guard(hyper.max_loss)
@@ -152,6 +156,8 @@ class Trainer:
             info.measures.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         if info.made:
+            if self.ema is not None:
+                self.ema.update(self.update)
             self.update += 1
             assert total is not None
             self.guard.watch(self.update, total / self.plan.global_batch, self.optimizer)
@@ -207,6 +213,7 @@ class Trainer:
             "update": self.update,
             "skipped": self.skipped,
             "model": self.network.state_dict(),
+            **({} if self.ema is None else {"ema": self.ema.network.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.sums.clone(),
@@ -215,6 +222,8 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from the return value of `state`."""
         self.network.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.restore(state)
         # Load the optimizer's state but keep this run's settings. Settings that are tensors must stay the same objects.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({k: v for k, v in state["optimizer"].items() if k != "lars"})

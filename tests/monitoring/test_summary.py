@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from lars_train.config import BatchConfig, Config, ModelConfig, OptimizerConfig, RecipeConfig, ScheduleConfig
+from lars_train.config import (
+    BatchConfig,
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    ScheduleConfig,
+)
 from lars_train.data.inventory import Inventory
 from lars_train.monitoring.summary import epoch_fields, final_record, startup_lines, validation_gap_note
 from lars_train.plan import Plan
@@ -50,6 +58,7 @@ class Result:
     top1: float = 61.234
     top5: float = 95.5
     count: int = 10_000
+    average: Result | None = None
 
 
 def startup(plan: Plan = PLAN, config: Config = CONFIG, settings: Any = None, resumed_at: int = 0) -> str:
@@ -111,6 +120,21 @@ def test_startup_lines_report_gradient_compression() -> None:
     )
 
 
+def test_startup_lines_name_the_methods_of_the_run() -> None:
+    model = replace(CONFIG.model, blurpool=True, ema=0.99, ema_start=78)
+    text = startup(config=replace(CONFIG, model=model, evaluate=EvaluateConfig(flip=True)))
+    for part in (
+        "strided convolutions blur their input (model.blurpool=true)",
+        "average        of the weights over about 100 updates (model.ema=0.99)",
+        "from update 78; its accuracy counts as the run's",
+        "evaluation     with the mean of the logits of each image and its mirror image (evaluate.flip=true)",
+    ):
+        assert f"{part}\n" in text
+    long = startup(config=replace(CONFIG, model=replace(model, ema=0.9999)))
+    assert "about 10,000 updates, more than the run has (model.ema=0.9999)" in long
+    assert not any(word in startup() for word in ("average", "evaluation", "blur"))
+
+
 def test_an_epoch_line_has_the_values_that_exist() -> None:
     logged = {
         "train/loss": 1.23456,
@@ -130,6 +154,8 @@ def test_an_epoch_line_has_the_values_that_exist() -> None:
     assert line(79, on_a_cpu) == f"epoch 3/20  update 79  {training.replace('  MFU 42 %', '')}"
     assert line(79, {}, seconds_left=7500.0) == "epoch 3/20  update 79  2 h 05 min left"
     assert line(780, {}, seconds_left=3.0) == "epoch 20/20  update 780"  # the run is over
+    both = line(78, {}, Result(average=Result(63.0)), 63.0)
+    assert both == "epoch 2/20  update 78  top-1 61.23 % of 10,000  EMA 63.00 %  best 63.00 %"
     whole = line(78, logged, Result(), 62.5, 42.0)
     # Most important first, for narrow terminals.
     assert whole == (

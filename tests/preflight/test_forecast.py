@@ -217,6 +217,19 @@ def test_each_row_has_the_hours_computed_by_hand() -> None:
         assert part in words
 
 
+def test_an_average_and_flips_are_in_the_plan() -> None:
+    settings = f"{SMALL} micro_batch=16 plan.world=1 plan.images_per_second=1000"
+    plain, more = (planned(f"{settings} {own}")["forecast"] for own in ("", "model.ema=0.9 evaluate.flip=true"))
+    network = build_model("small", num_classes=10, ghost_batch=16, zero_gamma=False)
+    size = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    assert more["memory_per_device"][0]["bytes"] - plain["memory_per_device"][0]["bytes"] == size
+    saved = sum(t.nbytes + 300 for t in network.state_dict().values())
+    assert more["disk"]["checkpoint_bytes"] - plain["disk"]["checkpoint_bytes"] == saved
+    # Two evaluations of 64 images, with four forward passes instead of one.
+    seconds = 3600 * (more["expected"]["hours"] - plain["expected"]["hours"])
+    assert seconds == pytest.approx(2 * 3 * 64 / 3000)
+
+
 def test_without_a_rate_every_cited_device_has_hours() -> None:
     found = planned("data=imagenet plan.world=8")["forecast"]
     assert [entry["device"] for entry in found["by_device"]] == list(DEVICES)

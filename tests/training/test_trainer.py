@@ -23,6 +23,7 @@ from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.data.mixing import GhostMix
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.ema import ExponentialMovingAverage
 from lars_train.models.factory import build_model
 from lars_train.models.losses import BCE, TrainingLoss
 from lars_train.models.resnet_cifar import CifarResNet
@@ -286,22 +287,24 @@ def test_restore_keeps_the_tensor_of_the_learning_rate(stored: Any) -> None:
 
 
 def test_restored_training_is_bit_identical() -> None:
-    unbroken, first = (trainer(network(2), plan(8, 2)) for _ in range(2))
+    def averaged(model: nn.Module) -> Trainer:
+        return trainer(model, plan(8, 2), ema=ExponentialMovingAverage(model, 0.9, 1))
+
+    unbroken, first = averaged(network(2)), averaged(network(2))
     for update in range(3):
         for t in (unbroken, first):
             t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
     torch.manual_seed(99)
-    second = trainer(build_model("small", num_classes=CLASSES, ghost_batch=2, zero_gamma=True).double(), plan(8, 2))
+    second = averaged(build_model("small", num_classes=CLASSES, ghost_batch=2, zero_gamma=True).double())
     second.restore(first.state())
     for update in range(3, 6):
         for t in (unbroken, second):
             t.run_update(micro_batches(*global_batch(8, update), 4), 2, measure=False)
     assert second.update == 6
     assert torch.equal(unbroken.meter.sums, second.meter.sums)
-    for (key, got), expected in zip(
-        second.network.state_dict().items(), unbroken.network.state_dict().values(), strict=True
-    ):
-        assert torch.equal(got, expected), key
+    for part in ("model", "ema"):
+        for (key, got), expected in zip(second.state()[part].items(), unbroken.state()[part].values(), strict=True):
+            assert torch.equal(got, expected), (part, key)
 
 
 def test_an_update_sums_waiting_and_bad_images() -> None:
@@ -355,7 +358,8 @@ def test_an_update_between_log_lines_copies_nothing_to_the_host(monkeypatch: pyt
     monkeypatch.setattr(rescale, "is_host_tensor", lambda tensor: False)
     for waits in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
         monkeypatch.setattr(waits, "synchronize", lambda *_: pytest.fail("the host waits for the device"))
-    t = trainer(network(2), plan(8, 2))
+    model = network(2)
+    t = trainer(model, plan(8, 2), ema=ExponentialMovingAverage(model, 0.9, 0))
     for update, measure in enumerate((False, True)):
         batches = micro_batches(*global_batch(8, update), 4)
         with Reads() as reads:
@@ -408,7 +412,8 @@ def test_an_update_reads_no_tensor_values(name: str) -> None:
     # On the meta device tensors have no values, so any branch on one would raise.
     meta = torch.device("meta")
     which = plan(8, 2)
-    t = trainer(network(2).to(meta), which, name=name)
+    model = network(2).to(meta)
+    t = trainer(model, which, name=name, ema=ExponentialMovingAverage(model, 0.9, 0))
     t.device, t.meter, t.normalize = meta, Meter(meta), normalizer(MEAN, STD, meta, FP64)
     t.precision = NoAutocast("fp64", torch.float64, torch.float64)
     mixes = GhostMix(0, 2, 0.3), GhostMix(2, 4, 0.6, (0.5, 0.5))
@@ -444,14 +449,20 @@ def test_float16_follows_float32_and_scales_the_loss() -> None:
 
 
 def test_float16_overflow_skips_the_step_and_halves_the_scale() -> None:
-    t = trainer(tiny_network(4), plan(8, 4), FP16)
+    model = tiny_network(4)
+    t = trainer(model, plan(8, 4), FP16, ema=ExponentialMovingAverage(model, 0.5, 0))
     t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    initial = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():  # so that an average with these weights would differ
+        p.data.add_(1.0)
     before = {k: p.detach().clone() for k, p in t.network.named_parameters()}
     t.run_update(micro_batches(*global_batch(8, 0), 8), 1, measure=False)
     assert t.scaler.get_scale() == 2.0**59
     # No update was made, and the batch is skipped.
     assert (t.update, t.skipped) == (0, 1)
     assert all(torch.equal(before[k], p.detach()) for k, p in t.network.named_parameters())
+    assert t.ema is not None
+    assert all(map(torch.equal, initial, t.ema.network.parameters()))
     state = t.state()
     other = trainer(tiny_network(4), plan(8, 4), FP16)
     other.restore(state)
