@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lars_train.config.checks import check_choices, check_known_keys, check_values
 from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, PlanConfig
-from lars_train.config.recipe import fill_from_recipe, lacks, published_top1, with_row
+from lars_train.config.recipe import fill_from_recipe, lacks, published_top1, row_sizes_left_out, with_row
 from lars_train.config.recipe_schema import RecipeConfig
 from lars_train.config.schema import (
     AUTO,
@@ -64,6 +64,7 @@ __all__ = [
     "register",
     "resolve",
     "restore",
+    "row_sizes_left_out",
     "run_hash",
     "with_row",
 ]
@@ -102,6 +103,8 @@ def restore(values: Any) -> Config:
         assert isinstance(config, Config)
         check_choices(config)
         check_values(config)
+        filled(config.data.image_size)
+        filled(config.data.eval_crop)
     except (ConfigError, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from None
     except (AssertionError, AttributeError, TypeError, ValueError, RecursionError) as error:

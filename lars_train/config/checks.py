@@ -15,6 +15,7 @@ from lars_train.config.augment import check_augment
 from lars_train.config.keys import is_text, suggestion
 from lars_train.config.lars_options import CHOICES, FLOAT32_MAX, FLOAT32_MIN, check_lars_options
 from lars_train.config.schema import AUTO, MODES, Config, choices_of
+from lars_train.config.sizes import check_schedule
 from lars_train.config.values import filled, flatten
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.fsutil import user_path
@@ -43,6 +44,7 @@ _POSITIVE = (
     "plan.decode_rate",
     "plan.bandwidth_gb",
     "data.image_size",
+    "data.train_size",
     "data.window_shards",
     "data.cache_gb",
     "data.train_count",
@@ -227,8 +229,9 @@ def _check_plan(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    if not 0 < config.data.eval_crop <= 1:
+    if config.data.eval_crop is not None and not 0 < config.data.eval_crop <= 1:
         raise ConfigError(f"data.eval_crop={config.data.eval_crop}: it must be above 0 and at most 1.")
+    check_schedule(config.data, filled(config.epochs))
     if config.data.min_crop is not None and not 0 < config.data.min_crop <= 1:
         raise ConfigError(f"data.min_crop={config.data.min_crop}: it must be above 0 and at most 1.")
     if config.data.holdout is not None and not 0 < config.data.holdout < 1:

@@ -53,7 +53,9 @@ class PlanConfig:
     device: Optional[str] = None
     """Device with a published speed: a100, h100, h200, v100, or cpu, which is one core (docs/plan.md)."""
     images_per_second: Optional[float] = None
-    """Training speed of one device in images/s at your micro-batch, instead of a published speed."""
+    """Training speed of one device in images/s at your micro-batch, instead of a published speed; with
+    ``data.size_schedule``, at the size of the first epoch.
+    """
     cores: int = 8
     """CPU cores per device that decode images."""
     decode_rate: Optional[float] = None

@@ -11,6 +11,7 @@ from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.schema import Config, nominal_batch
+from lars_train.config.sizes import TRAINING_SIZES, fill_sizes, row_sizes, unused_sizes
 from lars_train.errors import ConfigError, did_you_mean
 
 # Settings that only some forms of the schedule use. Forms that are not in _USED decay by a polynomial.
@@ -56,6 +57,9 @@ def fill_from_recipe(config: Config) -> None:
         config.data.min_crop = row.min_crop
     if config.bce_threshold is None and config.loss == "bce":
         config.bce_threshold = row.bce_threshold
+    if config.mode != "evaluate" or config.checkpoint.path is None:
+        # An evaluation of a checkpoint takes its sizes from the checkpoint.
+        fill_sizes(config.data, row, _shrink(config, row))
     # The row's momentum is meant for SGD. Another base gets momentum only from the command line.
     if opt.base == "SGD":
         opt.momentum = row.momentum if opt.momentum is None else opt.momentum
@@ -145,9 +149,7 @@ def _fill_lars(config: Config, row: RowConfig) -> None:
 
 def _fill_schedule(config: Config, row: RowConfig) -> None:
     schedule = config.schedule
-    shrink = 1.0
-    if schedule.scale_warmup and config.epochs is not None:
-        shrink = config.epochs / row.epochs
+    shrink = _shrink(config, row)
     if schedule.form is None:
         schedule.form = row.form
     used = _USED.get(schedule.form, _POLYNOMIAL)
@@ -216,12 +218,24 @@ def with_row(config: Config, name: str) -> Config:
     if (moved.optimizer.name, moved.optimizer.base) == (own.optimizer, own.base):
         moved.optimizer.name, moved.optimizer.base = row.optimizer, row.base
 
-    def shrink(of: RowConfig, epochs: int | None) -> float:
-        return (epochs or of.epochs) / of.epochs if config.schedule.scale_warmup else 1.0
-
-    if moved.schedule.warmup_epochs == own.warmup_epochs * shrink(own, config.epochs):
-        moved.schedule.warmup_epochs = row.warmup_epochs * shrink(row, moved.epochs)
+    shrink, own_shrink = _shrink(moved, row), _shrink(config, own)
+    if moved.schedule.warmup_epochs == own.warmup_epochs * own_shrink:
+        moved.schedule.warmup_epochs = row.warmup_epochs * shrink
+    sizes, own_sizes = row_sizes(row, shrink), row_sizes(own, own_shrink)
+    if all(getattr(config.data, key) == own_sizes[key] for key in TRAINING_SIZES):
+        moved.data = dataclasses.replace(config.data, **{key: sizes[key] for key in TRAINING_SIZES})
     return moved
+
+
+def _shrink(config: Config, row: RowConfig) -> float:
+    """Return the factor by which `schedule.scale_warmup` multiplies the epochs of the row's schedules."""
+    return (config.epochs or row.epochs) / row.epochs if config.schedule.scale_warmup else 1.0
+
+
+def row_sizes_left_out(config: Config) -> dict[str, Any]:
+    """Return the sizes of the recipe's row, by field, that do not apply to a resolved config."""
+    row = _recipe_row(config)
+    return unused_sizes(config.data, row, _shrink(config, row))
 
 
 def published_top1(config: Config) -> float | None:

@@ -52,6 +52,10 @@ class RowConfig:
     cutmix: float = 0.0
     zero_gamma: bool = False
     min_crop: float = 0.08
+    train_size: Optional[int] = None
+    eval_size: Optional[int] = None
+    size_schedule: Optional[list[int]] = None
+    eval_resize: Optional[int] = None
     ghost_batch: int = 32
     blurpool: bool = False
     flip_evaluation: bool = False

@@ -66,10 +66,22 @@ class DataConfig:
     """For tar shards with several images in a sample: the extension of the image to read (jpg), or several extensions
     to try in order (jpg:png).
     """
-    image_size: int = 224
-    """Side of the network's input, in pixels."""
+    image_size: Optional[int] = None
+    """Side of the network's input, in pixels, in training and evaluation. null: the sizes of the recipe's row, or 224;
+    a row's sizes apply only then.
+    """
+    train_size: Optional[int] = None
+    """Size in training, if it is not image_size."""
+    eval_size: Optional[int] = None
+    """Size in evaluation, if it is not image_size."""
+    size_schedule: Optional[list[int]] = None
+    """Progressive resizing: [from, to, first, last]. Training has the size `from` up to epoch `first`, `to` from epoch
+    `last` on, and in between a multiple of 32 on the line. Epochs count from 0 (FFCV).
+    """
+    eval_resize: Optional[int] = None
+    """Evaluation resizes the shorter side to this many pixels, instead of the evaluation's size / eval_crop."""
     augment: str = "inception"
-    """inception (random resized crop), scale_crop (resize the shorter side to image_size / eval_crop, then crop at
+    """inception (random resized crop), scale_crop (resize the shorter side to the size / eval_crop, then crop at
     random), pad_crop or none.
     """
     min_crop: Optional[float] = None
@@ -78,8 +90,8 @@ class DataConfig:
     """Mirror half of the training images."""
     pad: int = 4
     """Pixels of padding around the image for ``augment=pad_crop``."""
-    eval_crop: float = 0.875
-    """Evaluation resizes the shorter side to image_size / eval_crop and crops the center."""
+    eval_crop: Optional[float] = None
+    """Evaluation resizes the shorter side to its size / eval_crop and crops the center (null: 0.875)."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Mean per channel, on the scale 0 to 1, to subtract."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
@@ -203,7 +215,7 @@ class ScheduleConfig:
     step_factor: Optional[float] = None
     """For ``form=steps``: the factor by which each step multiplies the lr."""
     scale_warmup: bool = False
-    """Scale the warm-up and the steps of the recipe's row to the run's epochs."""
+    """Scale the warm-up, the steps and the size_schedule of the recipe's row to the run's epochs."""
 
 
 @dataclass

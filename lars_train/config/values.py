@@ -67,6 +67,10 @@ LATER_KEYS: dict[str, Any] = {
     "model.blurpool": False,
     "model.ema": None,
     "model.ema_start": 0,
+    "data.train_size": None,
+    "data.eval_size": None,
+    "data.size_schedule": None,
+    "data.eval_resize": None,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ UNIFORMS = 2 * _TRIES + 3
 
 MIN_CROP = 0.08  # of the image's area
 _RATIO = (3 / 4, 4 / 3)  # width / height
+_MULTIPLE = 32  # of the sizes between the two ends of `TrainingSizes`
 
 
 class Geometry(NamedTuple):
@@ -42,22 +43,80 @@ class Geometry(NamedTuple):
     """True if the window is flipped left to right."""
 
 
+class TrainingSizes(NamedTuple):
+    """The side of the training views, in pixels, as a function of the epoch, which counts from 0."""
+
+    start: int
+    end: int
+    first: int = 0
+    """The last epoch with the size `start`."""
+    last: int = 0
+    """The first epoch with the size `end`."""
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> TrainingSizes:
+        """Return the sizes that the resolved config group `data` describes."""
+        if data.size_schedule is not None:
+            return cls(*data.size_schedule)
+        assert data.image_size is not None
+        size = data.image_size if data.train_size is None else data.train_size
+        return cls(size, size)
+
+    @property
+    def smallest(self) -> int:
+        """The smallest size."""
+        return min(self.start, self.end)
+
+    @property
+    def largest(self) -> int:
+        """The largest size."""
+        return max(self.start, self.end)
+
+    def at(self, epoch: int) -> int:
+        """Return the size in an epoch.
+
+        Between the epochs `first` and `last` it is linear, rounded to a multiple of 32, and half to even, as in FFCV's
+        `get_resolution`, https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py
+        """
+        if epoch <= self.first:
+            return self.start
+        if epoch >= self.last:
+            return self.end
+        slope = (self.end - self.start) / (self.last - self.first)
+        return round((slope * (epoch - self.first) + self.start) / _MULTIPLE) * _MULTIPLE
+
+
 @dataclass(frozen=True)
 class View:
     """The settings that decide which part of an image a model sees; `train` and `evaluate` compute the geometry."""
 
     augment: str
     size: int
+    """The side of the view, in pixels."""
     flip: bool
     pad: int
     eval_crop: float
     min_crop: float = MIN_CROP
+    sizes: TrainingSizes | None = None
+    """The size in each epoch of training; None: `size` in all."""
 
     @classmethod
     def from_config(cls, data: DataConfig) -> View:
-        """Return the view that the config group `data` describes."""
+        """Return the view for evaluation that the resolved config group `data` describes."""
+        assert data.image_size is not None
+        assert data.eval_crop is not None
         min_crop = MIN_CROP if data.min_crop is None else data.min_crop
         return cls(data.augment, data.image_size, data.flip, data.pad, data.eval_crop, min_crop)
+
+    @classmethod
+    def for_training(cls, data: DataConfig) -> View:
+        """Return the view for training that the resolved config group `data` describes, of the largest size."""
+        sizes = TrainingSizes.from_config(data)
+        return replace(cls.from_config(data), size=sizes.largest, sizes=sizes)
+
+    def in_epoch(self, epoch: int) -> View:
+        """Return the view of the size in an epoch of training."""
+        return self if self.sizes is None else replace(self, size=self.sizes.at(epoch))
 
     def train(self, width: int, height: int, uniforms: Sequence[float]) -> Geometry:
         """Return the view of a width x height image for training, drawn with `UNIFORMS` uniform numbers.

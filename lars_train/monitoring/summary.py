@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lars_train.config import Config, filled, lacks, published_top1
+from lars_train.config import Config, DataConfig, filled, lacks, published_top1, row_sizes_left_out
 from lars_train.config.lars_options import changed_options
 from lars_train.data.inventory import Inventory
+from lars_train.data.transforms import TrainingSizes
 from lars_train.messages import counted, format_duration, format_number, operations
 from lars_train.models.losses import BCE
 from lars_train.monitoring.fields import format_fields
@@ -73,14 +74,18 @@ def startup_lines(
         yield f"resumed        at update {resumed_at:,} (resume=never starts over)"
 
 
-def flops_line(flops_per_image: float, peak_flops: float | None) -> str:
-    """Describe the operations to train on an image and, for ``train/mfu``, the measured operations/s of a rank."""
+def flops_line(flops_per_image: Collection[float], peak_flops: float | None) -> str:
+    """Describe the operations to train on an image and, for ``train/mfu``, the measured operations/s of a rank.
+
+    `flops_per_image`: a value for each size of the images.
+    """
     relative = (
         ""
         if peak_flops is None
         else f"; train/mfu is relative to {operations(peak_flops)}/s per rank, measured here with matrix products"
     )
-    return f"arithmetic     {operations(flops_per_image)} per image{relative}"
+    counts = " to ".join(map(operations, sorted({min(flops_per_image), max(flops_per_image)})))
+    return f"arithmetic     {counts} per image{relative}"
 
 
 def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterator[str]:
@@ -92,9 +97,12 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         yield f"               validation: held out of the training images (data.holdout={config.data.holdout:g})"
     for line in inventory.lines():
         yield f"{'':<15}{line}"
-    yield f"model          {config.model.name}, {config.data.image_size} pixels"
+    yield f"model          {config.model.name}, {_describe_sizes(config.data)}"
     if config.model.blurpool:
         yield "               strided convolutions blur their input (model.blurpool=true)"
+    left_out = ", ".join(f"{key}={value}" for key, value in row_sizes_left_out(config).items())
+    if left_out:
+        yield f"{'':<15}NOTE: the sizes of data={config.data.name} or of the command line replace the row's {left_out}"
     if config.model.ema is not None:
         span = 1 / (1 - config.model.ema)
         more = ", more than the run has" if span > plan.updates else ""
@@ -131,6 +139,14 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         warmup = f"warm-up {counted(plan.warmup_updates, 'update')} ({epochs}), then "
     decay = describe_decay(config)
     yield f"schedule       {warmup}{decay}" + (f", {schedule.form} form" if decay != schedule.form else "")
+
+
+def _describe_sizes(data: DataConfig) -> str:
+    sizes = TrainingSizes.from_config(data)
+    if sizes.start == sizes.end == data.image_size:
+        return f"{data.image_size} pixels"
+    training = " to ".join(map(str, dict.fromkeys((sizes.start, sizes.end))))
+    return f"{training} pixels in training, {data.image_size} in evaluation"
 
 
 def epoch_fields(

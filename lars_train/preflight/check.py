@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from lars_train.config import Config
+from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import wait_for
 from lars_train.launch import Ranks
@@ -186,6 +187,12 @@ class _Check:
         workers = choose_workers(config, self.device, ranks)
         micro_batch = resolved.micro_batch
         self._try(lambda: check_cache(config, dataset, plan, micro_batch=micro_batch, ranks=ranks))
+        sizes = TrainingSizes.from_config(config.data)
+        if sizes.start != sizes.end:
+            self.notes.append(
+                f"{'sizes':<15}the micro-batch fits images of {sizes.largest} pixels; all speeds are for the first "
+                f"epoch's {sizes.at(0)}"
+            )
         self.notes += decoder_lines(config.data.decoder, resolved.decoder, None, dataset.train)
         seconds = config.check.seconds
         self.group.all_reduce_max([0])

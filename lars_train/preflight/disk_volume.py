@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lars_train.config import Config
+from lars_train.data.transforms import TrainingSizes
 from lars_train.monitoring.fields import FIELDS
 from lars_train.monitoring.layers import stage_of
 from lars_train.monitoring.log import RATIOS_FILE
@@ -59,7 +60,7 @@ def volume(
     log = {name: log_lines(config, plan) * size for name, size in line.items()}
     log[METRICS] += evaluations(config, plan) * _json_line(validation)
     log[TENSORBOARD] += evaluations(config, plan) * _scalars(validation)
-    log[TENSORBOARD] += _PAGE_BYTES + round(_SAMPLE_IMAGES * config.data.image_size**2)
+    log[TENSORBOARD] += _PAGE_BYTES + round(_SAMPLE_IMAGES * TrainingSizes.from_config(config.data).at(0) ** 2)
     return {
         "checkpoint_bytes": checkpoint,
         "checkpoints_written_bytes": saved * checkpoint,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lars_train.config import AUTO, Config, with_row
+from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, format_duration, size
 from lars_train.models.factory import build_model, is_torchvision_model
@@ -60,14 +61,15 @@ def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int
         "memory_per_device": list(_memory(config, plan, network, world, fixed=held, step=copies * weights)),
         "disk": disk(config, plan),
     }
-    machine = make_machine(config, network)
+    machine = make_machine(config, plan, network)
     hours = functools.partial(
         Hours,
+        network=network,
         gradient_bytes=weights // 2 if config.gradient_compression == "bf16" else weights,
         buckets=math.ceil(weights / (config.distributed.bucket_mb * (1 << 20))),
         val_count=val_count,
     )
-    found["rows"] = list(_rows(config, plan, disk, hours=hours, machine=machine, world=world))
+    found["rows"] = list(_rows(config, plan, disk, hours=hours, network=network, world=world))
     if machine is None:
         found["by_device"] = list(_cited_devices(config, plan, network, hours=hours, world=world))
         return found
@@ -107,7 +109,7 @@ def _cited_devices(
     for name, device in DEVICES.items():
         planned = dataclasses.replace(config, plan=dataclasses.replace(config.plan, device=name))
         if planned_precision(planned) in device.figures:
-            yield {"device": name, **hours(planned, plan, make_machine(planned, network)).at(world)}
+            yield {"device": name, **hours(planned, plan, make_machine(planned, plan, network)).at(world)}
 
 
 def _rows(
@@ -116,7 +118,7 @@ def _rows(
     disk: Callable[[Config, Plan], dict[str, Any]],
     *,
     hours: Callable[..., Hours],
-    machine: Machine | None,
+    network: nn.Module,
     world: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield the forecast of each row of the recipe on `world` devices, or on one per ghost batch if that is fewer."""
@@ -135,6 +137,7 @@ def _rows(
             "most_devices": row.ghosts,
             "disk_bytes": disk(row_config, row)["bytes"],
         }
+        machine = make_machine(row_config, row, network)
         if machine is not None:
             run = hours(row_config, row, machine)
             entry |= {"expected": run.at(devices), "scaling": list(run.scaling(devices))}
@@ -169,7 +172,7 @@ def _memory(
     """
     # Activations take about half under autocast (training/device.py), and twice as much in float64.
     share = {"fp64": 2.0, "bf16": 0.5, "fp16": 0.5}.get(planned_precision(config), 1.0)
-    kept = _kept_tensors(network, plan.ghost_batch, config.data.image_size)
+    kept = _kept_tensors(network, plan.ghost_batch, TrainingSizes.from_config(config.data).largest)
     per_ghost, largest = share * sum(kept), share * max(kept)
     most = max(1, min(MOST_SAMPLES // plan.ghost_batch, plan.ghosts))
     sizes = {2**k for k in range(most.bit_length())}

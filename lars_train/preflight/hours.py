@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from lars_train.config import AUTO, Config
+from lars_train.config import AUTO, Config, filled
 from lars_train.data.order import eval_range
+from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.plan import Plan
 from lars_train.preflight.devices import CPU, DEVICES, FLOPS_PER_IMAGE, TENSORS, speed
@@ -35,6 +36,7 @@ class Hours:
     config: Config
     plan: Plan
     machine: Machine
+    network: nn.Module
     gradient_bytes: int
     buckets: int
     val_count: int
@@ -45,7 +47,9 @@ class Hours:
         start, stop = eval_range(self.val_count, 0, devices)
         machine = self.machine
         passes = (2 if self.config.evaluate.flip else 1) * (1 if self.config.model.ema is None else 2)
-        forward = passes * (stop - start) / (_FORWARDS_PER_STEP * machine.speed.rate)
+        of_evaluation = _flops_per_image(self.network, filled(self.config.data.image_size))
+        cost = passes * of_evaluation / mean_flops(self.config, self.plan, self.network)
+        forward = cost * (stop - start) / (_FORWARDS_PER_STEP * machine.speed.rate)
         decoding = (stop - start) / machine.input_rate if machine.input_rate else 0.0
         evaluation = forward + decoding if machine.reads else max(forward, decoding)
         seconds = self.plan.stop * update.seconds + evaluations(self.config, self.plan) * evaluation
@@ -85,16 +89,18 @@ def planned_precision(config: Config) -> str:
     return next(name for name in ("bf16", "fp16", "fp32") if name in known)
 
 
-def make_machine(config: Config, network: nn.Module) -> Machine | None:
+def make_machine(config: Config, plan: Plan, network: nn.Module) -> Machine | None:
     """Return the machine of ``plan.*`` for training `network`; None without a rate.
 
+    Its rate is for images of the mean cost of the run's images.
     Raises `ConfigError` for a device without a cited figure in this precision.
     """
     settings = config.plan
     if settings.images_per_second is not None:
-        found = Speed(settings.images_per_second)
+        first = _flops_per_image(network, TrainingSizes.from_config(config.data).at(0))
+        found = Speed(settings.images_per_second * (first / mean_flops(config, plan, network)))
     elif settings.device is not None:
-        found = _scaled_speed(config, network)
+        found = _scaled_speed(config, plan, network)
     else:
         return None
     # As in training: a CPU's cores are busy computing, so the training process reads the images.
@@ -116,7 +122,7 @@ def make_machine(config: Config, network: nn.Module) -> Machine | None:
     return dataclasses.replace(machine, node=node, link=link)
 
 
-def _scaled_speed(config: Config, network: nn.Module) -> Speed:
+def _scaled_speed(config: Config, plan: Plan, network: nn.Module) -> Speed:
     """Return the speed of ``plan.device``, scaled from ResNet-50 at 224 pixels to `network`."""
     name, precision = str(config.plan.device), planned_precision(config)
     if precision not in DEVICES[name].figures:
@@ -126,11 +132,21 @@ def _scaled_speed(config: Config, network: nn.Module) -> Speed:
     cited = speed(DEVICES[name], precision)
     tensors = sum(1 for _ in network.parameters()) / TENSORS
     return Speed(
-        cited.rate * FLOPS_PER_IMAGE / _flops_per_image(network, config.data.image_size),
+        cited.rate * FLOPS_PER_IMAGE / mean_flops(config, plan, network),
         tensors * cited.floor,
         (tensors * cited.launch[0], tensors * cited.launch[1]),
         tensors * cited.launch_update,
     )
+
+
+def mean_flops(config: Config, plan: Plan, network: nn.Module) -> float:
+    """Return the operations to train on an image, as the mean over the run's updates."""
+    sizes, each = TrainingSizes.from_config(config.data), plan.updates_per_epoch
+    total = sum(
+        min(each, plan.stop - epoch * each) * _flops_per_image(network, sizes.at(epoch))
+        for epoch in range(math.ceil(plan.stop / each))
+    )
+    return total / plan.stop
 
 
 @functools.cache

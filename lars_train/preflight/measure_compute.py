@@ -24,6 +24,7 @@ from lars_train.config import AUTO, Config, run_hash
 from lars_train.data.decode import native
 from lars_train.data.loading.loader import Batch
 from lars_train.data.mixing import GhostMix, Mixing
+from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.plan import Plan
@@ -129,6 +130,7 @@ def measure_step(
 ) -> Step:
     """Measure training on this rank alone for about `seconds`: forward, backward, optimizer.
 
+    The images have the size of the first epoch.
     On a GPU, an update has one micro-batch. On a CPU, the first update has two images. Larger updates follow, up to a
     micro-batch, while the total time stays within `limit` seconds. On a CPU that is too slow for larger ones, the first
     update is the measurement.
@@ -147,7 +149,7 @@ def measure_step(
     while sizes:
         samples = sizes[0] if samples == 0 else sizes[-1]
         mixes = () if mixing is None else mixing.draw(0, 0, (0, samples), plan.ghost_batch)
-        batches = _random_batches(samples, config.data.image_size, classes, device, mixes)
+        batches = _random_batches(samples, TrainingSizes.from_config(config.data).at(0), classes, device, mixes)
         trainer.plan = dataclasses.replace(plan, global_batch=samples)
         warm_up = samples > sizes[0] or len(sizes) == 1
         rate = _images_per_s(trainer, batches, samples, seconds, end, warm_up=warm_up)

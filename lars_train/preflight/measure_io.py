@@ -64,7 +64,7 @@ def measure_loader(
     Before that, the workers have at most `seconds` to fill their buffers. From a store at a URL only one shard is
     fetched; the speed is that of one core decoding the shard, times the workers.
     """
-    view = View.from_config(config.data)
+    view = View.for_training(config.data)
     slots = pool_slots(resolved.micro_batch, workers)
     buffers = slots * resolved.micro_batch * (3 * view.size**2 + 16)
     if isinstance(source, RemoteSource):

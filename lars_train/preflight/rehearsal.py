@@ -12,6 +12,7 @@ from typing import Any
 
 from lars_train.config import AUTO, Config
 from lars_train.data.order import eval_range, ghost_range
+from lars_train.data.transforms import TrainingSizes
 from lars_train.messages import counted
 from lars_train.plan import (
     Plan,
@@ -81,7 +82,7 @@ def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[
 
 
 def _epochs(config: Config, plan: Plan) -> Iterator[dict[str, float]]:
-    rate = make_schedule(plan, config)
+    rate, sizes = make_schedule(plan, config), TrainingSizes.from_config(config.data)
     for epoch in range(math.ceil(plan.stop / plan.updates_per_epoch)):
         first = epoch * plan.updates_per_epoch
         last = min(first + plan.updates_per_epoch, plan.stop) - 1
@@ -91,6 +92,7 @@ def _epochs(config: Config, plan: Plan) -> Iterator[dict[str, float]]:
             "last_update": last + 1,
             "lr_first": rate(first),
             "lr_last": rate(last),
+            "train_size": sizes.at(epoch),
         }
 
 
@@ -118,10 +120,12 @@ def describe_rehearsal(rehearsed: dict[str, Any]) -> Iterator[str]:
     if rehearsed["accumulation"] is not None:
         yield f"accumulation   {rehearsed['accumulation']}"
     epochs = rehearsed["lr_per_epoch"]
+    resizes = len({entry["train_size"] for entry in epochs}) > 1
     step = math.ceil(len(epochs) / _LR_LINES)
     for entry in epochs:
         if (entry["epoch"] - 1) % step == 0 or entry is epochs[-1]:
-            yield f"lr             epoch {entry['epoch']:>3}: {entry['lr_first']:.3g} to {entry['lr_last']:.3g}"
+            pixels = f", {entry['train_size']} pixels" if resizes else ""
+            yield f"lr             epoch {entry['epoch']:>3}: {entry['lr_first']:.3g} to {entry['lr_last']:.3g}{pixels}"
     for line in text_plot([(x, y) for x, y in rehearsed["lr_curve"]], ("update 1", f"update {rehearsed['stop']:,}")):
         yield f"     {line}"
     yield f"images         {rehearsed['samples_per_epoch']:,} per epoch, {rehearsed['samples_in_all']:,} in total"

@@ -16,6 +16,7 @@ from lars_train.config import EXECUTION_KEYS
 from lars_train.config.lars_options import options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import row_name
+from lars_train.config.sizes import row_sizes
 from lars_train.config.values import LATER_KEYS
 from lars_train.errors import ConfigError
 from lars_train.plan import IMAGENET_TRAIN_IMAGES
@@ -249,10 +250,10 @@ def _add_resolved(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> No
 def _deviations(run: RunRecord) -> list[str]:
     """Return the settings that differ from the run's row of its recipe, or that the row does not have.
 
-    Null settings are unused, and ignored.
+    Null settings are unused, and ignored; but a null size means that training has the size of the evaluation.
     """
-    row = {**LATER_KEYS, **_row_settings(run)}
-    return [key for key, value in row.items() if run.settings.get(key) not in (None, value)]
+    own, row = run.settings, {**LATER_KEYS, **_row_settings(run)}
+    return [key for key in row if own.get(key) != row[key] and (own.get(key) is not None or key in _SIZES)]
 
 
 def _row_settings(run: RunRecord) -> dict[str, Any]:
@@ -267,16 +268,21 @@ def _row_settings(run: RunRecord) -> dict[str, Any]:
         key = next((place for place in places if place in run.settings), None)
         if key is not None:
             found[key] = value
+    factor = 1.0
     if run.settings.get("schedule.scale_warmup") and row.get("epochs"):
         factor = run.settings["epochs"] / row["epochs"]
         for key in found.keys() & {"schedule.warmup_epochs", "schedule.steps"}:
             found[key] = _times(found[key], factor)
+    sizes = {key: row[key] for key in ("train_size", "eval_size", "size_schedule", "eval_resize") if key in row}
+    with contextlib.suppress(ConfigError, TypeError):  # a recipe may hold any value
+        found |= {f"data.{key}": value for key, value in row_sizes(RowConfig(**sizes), factor).items()}
     return found
 
 
 _GROUPS = ("optimizer", "schedule", "model", "data")
 # Fields of a row whose settings have other names.
 _PLACES: dict[str, tuple[str, ...]] = {"optimizer": ("optimizer.name",), "flip_evaluation": ("evaluate.flip",)}
+_SIZES = ("data.train_size", "data.size_schedule")
 
 
 def _times(value: Any, factor: float) -> Any:

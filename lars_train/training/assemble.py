@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lars_train.config import Config, OptimizerConfig, filled
 from lars_train.config.lars_options import FLOAT32_MAX, lars_keywords
 from lars_train.data.sources.imagenet import wnids
+from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.models.ema import ExponentialMovingAverage, choose_weights
 from lars_train.models.factory import build_model
@@ -191,19 +192,14 @@ def check_single_samples(config: Config, classes: int) -> None:
 
     Call this for (ghost) batches of one image: the layer would then have one value per channel, which has no variance.
     """
-    network = _network(config, classes).to("meta").train()
+    network, size = _network(config, classes).to("meta").train(), TrainingSizes.from_config(config.data).smallest
     try:
-        network(torch.empty(1, 3, config.data.image_size, config.data.image_size, device="meta"))
+        network(torch.empty(1, 3, size, size, device="meta"))
     except ValueError:
-        size = config.data.image_size
-        if config.batch.size == 1:
-            raise ConfigError(
-                f"batch.size=1: {config.model.name} reduces an image to one pixel (data.image_size={size}), where "
-                "batch norm needs more than one image; use at least 2."
-            ) from None
+        key = "batch.size=1" if config.batch.size == 1 else f"model.ghost_batch={config.model.ghost_batch}"
         raise ConfigError(
-            f"model.ghost_batch={config.model.ghost_batch}: {config.model.name} reduces an image to one pixel "
-            f"(data.image_size={size}), where batch norm needs more than one image; use at least 2."
+            f"{key}: {config.model.name} reduces images of {size} pixels to one pixel each, where batch norm needs "
+            "more than one image; use at least 2."
         ) from None
 
 

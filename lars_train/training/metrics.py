@@ -8,17 +8,20 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lars_train.config import Config
+from lars_train.data.transforms import TrainingSizes
 from lars_train.models.blurpool import BlurPoolConv2d
 from lars_train.monitoring.layers import LayerValues
 from lars_train.optim.lars import LARS
 from lars_train.optim.rescale import clones
+from lars_train.plan import Plan
 from lars_train.training.device import Precision, device_to_count_on
 
 
@@ -136,9 +139,15 @@ class Flops:
     """The floating-point operations of training, and the peak rate of the hardware."""
 
     per_image: float
-    """Operations per image, forward and backward."""
+    """Operations per image, forward and backward, in the first epoch."""
     peak: float | None
     """Operations per second; None if unknown, which leaves ``train/mfu`` out of the log."""
+    by_size: dict[int, float] = field(default_factory=dict)
+    """Operations per image, by the size of the image."""
+
+    def of_size(self, size: int) -> Flops:
+        """Return the operations of training on images of `size`."""
+        return replace(self, per_image=self.by_size.get(size, self.per_image))
 
 
 @dataclass
@@ -190,6 +199,13 @@ _FORWARD_EQUIVALENTS = 3
 # Rows and columns of the matrices: enough to approach a GPU's peak, and few enough to be quick on a CPU.
 _MATRIX_SIZE = {"cpu": 512, "cuda": 4096}
 _SECONDS, _LEAST = 0.03, 3
+
+
+def count_flops(network: nn.Module, config: Config, plan: Plan, peak: float | None) -> Flops:
+    """Count the operations per image of a run's training, for each size of its images."""
+    sizes = TrainingSizes.from_config(config.data)
+    counts = {size: flops_per_image(network, size) for size in {sizes.at(epoch) for epoch in range(plan.epochs)}}
+    return Flops(counts[sizes.at(0)], peak, dict(counts))
 
 
 def flops_per_image(network: nn.Module, image_size: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lars_train.config import Config, experiment_settings
 from lars_train.data.loading.loader import Batch, LoaderStatistics
+from lars_train.data.transforms import TrainingSizes
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.memory import memory
 from lars_train.monitoring.progress import Progress
@@ -57,6 +58,7 @@ class MetricsLogger:
         self.bad = bad
         self._parameter_names = {id(p): name for name, p in trainer.network.named_parameters()}
         self._bad_path = directory / "bad_images.jsonl"
+        self._sizes = TrainingSizes.from_config(config.data)
         self._evaluation_seconds = 0.0
         self._reported_reason, self._reported_failures = "", 0
         self._images: Tensor | None = None
@@ -97,7 +99,9 @@ class MetricsLogger:
             "train/loss": loss / max(count, 1),
             "train/top1": 100 * hits / max(count, 1),
             "train/lr": info.lr,
-            **self.interval.values(trainer.update, now, global_batch=trainer.plan.global_batch, flops=self._flops),
+            **self.interval.values(
+                trainer.update, now, global_batch=trainer.plan.global_batch, flops=self._flops_of(self._last_batch)
+            ),
             "train/bad_images": len(self._state.bad),
             "train/checkpoint_failures": self._reported_failures,
             **memory(trainer.device),
@@ -169,6 +173,26 @@ class MetricsLogger:
         rate = loaded.images / loaded.seconds * max(1, self._workers) * self._trainer.group.ranks.world
         return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 
+    @property
+    def _last_batch(self) -> int:
+        """The number of the last global batch, counted from 0."""
+        return self._trainer.update + self._trainer.skipped - 1
+
+    def _flops_of(self, batch: int) -> Flops:
+        """Return the operations of a global batch."""
+        return self._flops.of_size(self._sizes.at(batch // self._trainer.plan.updates_per_epoch))
+
+    def _updates_left(self) -> float:
+        """Return the number of updates to the end of the run, weighted by their operations relative to the last one."""
+        left, last, per_epoch = 0.0, self._flops_of(self._last_batch), self._trainer.plan.updates_per_epoch
+        batch, stop = self._last_batch + 1, self._trainer.plan.stop + self._trainer.skipped
+        while batch < stop:
+            count = min(stop, (batch // per_epoch + 1) * per_epoch) - batch
+            each = self._flops_of(batch)
+            left += count if each == last else count * each.per_image / last.per_image
+            batch += count
+        return left
+
     def _time_left(self, images_per_s: float) -> float:
         """Estimate the seconds to the end of the run from this rate and the duration of the last evaluation."""
         plan, update = self._trainer.plan, self._trainer.update
@@ -177,7 +201,7 @@ class MetricsLogger:
             for end in {plan.stop, *range(plan.updates_per_epoch, plan.stop + 1, plan.updates_per_epoch)}
             if end >= update
         )
-        return (plan.stop - update) * plan.global_batch / images_per_s + evaluations * self._evaluation_seconds
+        return self._updates_left() * plan.global_batch / images_per_s + evaluations * self._evaluation_seconds
 
     def _write(self, values: dict[str, float]) -> None:
         if self.log is not None:

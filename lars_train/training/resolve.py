@@ -23,6 +23,7 @@ from lars_train.data.loading.shard_windows import evaluation_room, training_room
 from lars_train.data.sources.index_files import cache_directory
 from lars_train.data.sources.remote import RemoteSource
 from lars_train.data.sources.shard_cache import MARK_BYTES
+from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.messages import first_line
@@ -70,7 +71,7 @@ def resolve_execution(
     most = accumulation(plan, ranks.world, 1)
     name = config.precision.name
     precision = choose_precision(kept.precision if kept is not None and name == AUTO else name, device)
-    size = config.data.image_size
+    size = TrainingSizes.from_config(config.data).largest
     known = kept.micro_batch // plan.ghost_batch if kept and kept.micro_batch % plan.ghost_batch == 0 else None
     copies = 2 if config.model.ema is None else 3
     if config.micro_batch != AUTO:
@@ -245,12 +246,20 @@ def missing_tool(device: torch.device) -> str | None:
     return None if any(map(shutil.which, compilers)) else "a C++ compiler"
 
 
+# Sizes for which a network is compiled. Beyond its own limit of 8, torch would run the network uncompiled.
+_MOST_COMPILED = 64
+
+
 def compile_network(network: nn.Module) -> Any:
     """Return `network` compiled by torch.compile, with the same parameters.
 
-    Each micro-batch size is compiled separately, because a run has few sizes, and code for dynamic sizes is slower.
+    Each size of micro-batches and of images is compiled separately, because a run has few sizes, and code for dynamic
+    sizes is slower.
     """
     _keep_compiled()
+    import torch._dynamo.config as compiler
+
+    compiler.cache_size_limit = max(compiler.cache_size_limit, _MOST_COMPILED)
     return torch.compile(network, dynamic=False)
 
 

@@ -30,7 +30,7 @@ from lars_train.training.device_prefetch import DevicePrefetcher, RankContext
 from lars_train.training.distributed import Group
 from lars_train.training.evaluation import Result, evaluate_split, evaluation_batch
 from lars_train.training.guard import BadImages, Divergence, RollbackPolicy, roll_back_divergences, with_current_paths
-from lars_train.training.metrics import Flops, flops_per_image, peak_flops
+from lars_train.training.metrics import count_flops, peak_flops
 from lars_train.training.metrics_logger import MetricsLogger
 from lars_train.training.prepare import Prepared, load_continuation
 from lars_train.training.resolve import check_cache, check_compiler, decoder_lines, resolve_execution
@@ -64,9 +64,10 @@ class Run:
         self.progress = Progress(shown=group.first, epochs=plan.epochs, verbosity=config.verbosity)
         # No peak for a CPU, because other processes share it and the measurement depends on them.
         peak = None if device.type == "cpu" else peak_flops(precision, device, self.resolved.threads)
-        self.flops = Flops(flops_per_image(network, config.data.image_size), peak)
+        self.flops = count_flops(network, config, plan, peak)
         if config.compile:
-            self.progress.say("compile        on: a minute or two for each micro-batch size, less if cached")
+            each = "micro-batch size" if len(self.flops.by_size) == 1 else "size of micro-batch and images"
+            self.progress.say(f"compile        on: a minute or two for each {each}, less if cached")
             group.on_rank0(lambda: check_compiler(device))
         self.trainer = build_trainer(config, plan, network, make_schedule(plan, config), self.context)
         self.state = RunState()
@@ -149,7 +150,7 @@ class Run:
         config, resolved, dataset = self.config, self.resolved, self.prepared.dataset
         lines = [
             *startup_lines(config, self.plan, resolved, self.prepared.directory, self.resumed_at, dataset.inventory),
-            flops_line(self.flops.per_image, self.flops.peak),
+            flops_line(self.flops.by_size.values(), self.flops.peak),
             *decoder_lines(config.data.decoder, resolved.decoder, self.previous_decoder, dataset.train),
         ]
         for line in lines:

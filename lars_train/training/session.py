@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lars_train.config import AUTO, Config, restore
+from lars_train.config import AUTO, Config, filled, restore
+from lars_train.config.recipe_schema import RowConfig
+from lars_train.config.sizes import fill_sizes
 from lars_train.data.dataset import Dataset
 from lars_train.data.loading.loader import EvalSpec
 from lars_train.data.open import open_validation
@@ -104,7 +106,9 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
         collect_garbage_as_usual()
         if group.first:
             resolved = dataclasses.asdict(run.resolved)
-            flops = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
+            flops: dict[str, Any] = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
+            if len(run.flops.by_size) > 1:
+                flops["flops_by_size"] = run.flops.by_size
             began = {"resumed_at": run.resumed_at, "resolved": resolved, **flops}
             # The file may exist from an earlier start that ended at a lower max_updates.
             (directory / "final.json").unlink(missing_ok=True)
@@ -139,7 +143,8 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
     """Return the config for an evaluation, and the checkpoint's content if the config names a checkpoint.
 
     Model, data, precision, `channels_last`, `deterministic` and `evaluate.flip` come from the checkpoint, except for
-    keys on the command line (`overrides`). Raises `ConfigError`.
+    keys on the command line (`overrides`). With another data set, the sizes are those of the checkpoint unless they are
+    set. Raises `ConfigError`.
     """
     if config.checkpoint.path is None:
         return config, None
@@ -150,6 +155,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
         raise ConfigError(f"checkpoint.path={config.checkpoint.path}: its config does not fit: {error}") from None
     # Ignore the weights from which the run started, because the checkpoint has its own.
     stored.model.weights = None
+    size, crop = filled(stored.data.image_size), filled(stored.data.eval_crop)
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for name in ("model", "data", "precision", "channels_last", "deterministic"):
         if name in keys:
@@ -161,6 +167,13 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
                 setattr(getattr(stored, name), leaf, getattr(getattr(config, name), leaf))
     if "evaluate.flip" not in keys:
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, flip=stored.evaluate.flip))
+    if "data.eval_resize" in keys and "data.eval_crop" not in keys:
+        stored.data.eval_crop = None
+    data = stored.data
+    if data.image_size is None and data.eval_size is None:
+        data.image_size = size
+        data.eval_crop = crop if data.eval_crop is None and data.eval_resize is None else data.eval_crop
+    fill_sizes(data, RowConfig())
     execution = ("mode", "device", "launch", "distributed", "checkpoint", "evaluate", "export", "micro_batch")
     merged = dataclasses.replace(stored, **{key: getattr(config, key) for key in (*execution, "verbosity")})
     return merged, content

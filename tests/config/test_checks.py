@@ -21,6 +21,8 @@ POSITIVE = (
     "optimizer.trust_coef",
     "schedule.power",
     "data.image_size",
+    "data.train_size",
+    "data.eval_size",
     "data.train_count",
     "data.val_count",
     "data.num_classes",

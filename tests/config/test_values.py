@@ -163,6 +163,20 @@ def test_the_hash_does_not_depend_on_the_origin_of_values() -> None:
     assert run_hash(resolved("data=imagenet", **{"recipe.rows.8k.lr": 1.0})) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("data=imagenet", "9b11aab4"),
+        ("data=cifar10", "2e5e2d55"),
+        ("data=synthetic", "0da34088"),
+        ("data=folder data.root=x batch=8k", "7a110beb"),
+    ],
+)
+def test_hashes_are_those_of_the_first_version(arguments: str, expected: str) -> None:
+    # As in commit 27db652. A changed hash would give a run of that version another directory.
+    assert run_hash(resolved(*arguments.split())) == expected
+
+
 @given(first=st.integers(0, 2**63 - 1), second=st.integers(0, 2**63 - 1))
 @settings(deadline=None)
 def test_seeds_have_different_hashes(first: int, second: int) -> None:

@@ -46,7 +46,7 @@ def test_a_single_class_is_an_error(tmp_path: Path) -> None:
     for data in (
         DataConfig(name="folder", root=str(tmp_path), holdout=0.5),
         DataConfig(name="imagenet", root=str(tmp_path), holdout=0.5),
-        DataConfig(name="synthetic", train_count=30, val_count=20, num_classes=1),
+        DataConfig(name="synthetic", train_count=30, val_count=20, num_classes=1, image_size=8),
     ):
         with pytest.raises(ConfigError, match=r"found one class \((cat|class-0)\)"):
             open_dataset(data)

@@ -16,7 +16,9 @@ from scipy import stats
 from torchvision import transforms
 
 from lars_train.config import DataConfig
-from lars_train.data.transforms import UNIFORMS, Geometry, View
+from lars_train.config.recipe_schema import RowConfig
+from lars_train.config.sizes import fill_sizes
+from lars_train.data.transforms import UNIFORMS, Geometry, TrainingSizes, View
 
 AUGMENTS = ["inception", "scale_crop", "pad_crop", "none"]
 LARGEST = 1 - 2**-53
@@ -53,6 +55,17 @@ def test_evaluation_is_torchvisions_resize_and_center_crop(
     pipeline = transforms.Compose([transforms.Resize(round(size / eval_crop)), transforms.CenterCrop(size)])
     view = evaluated(width, height, size=size, eval_crop=eval_crop)
     np.testing.assert_array_equal(apply_view(image, view, size), pipeline(image))
+
+
+@pytest.mark.parametrize(("size", "resize"), [(224, 232), (160, 161), (29, 31), (7, 7), (224, 999)])
+def test_eval_resize_is_the_size_of_torchvisions_resize(size: int, resize: int) -> None:
+    data = DataConfig(image_size=size, eval_resize=resize)
+    fill_sizes(data, RowConfig())
+    pipeline = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size)])
+    for width, height in ((300, 200), (97, 131)):
+        image = noise(width, height)
+        view = View.from_config(data).evaluate(width, height)
+        np.testing.assert_array_equal(apply_view(image, view, size), pipeline(image))
 
 
 def test_imagenet_evaluation_resizes_to_256_and_crops_224() -> None:
@@ -153,6 +166,29 @@ def test_the_flip_has_its_own_uniform_and_changes_nothing_else(
     assert mirrored == Geometry(plain.box, plain.size, plain.pad, plain.crop, True)
 
 
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 90), st.integers(0, 30), st.integers(0, 130))
+def test_progressive_resizing_is_that_of_ffcv(start: int, end: int, first: int, length: int, epoch: int) -> None:
+    sizes = TrainingSizes(32 * start, 32 * end, first, first + length)
+    # get_resolution in https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py, for epochs from 0.
+    if epoch <= first:
+        expected = 32 * start
+    elif epoch >= first + length:
+        expected = 32 * end
+    else:
+        on_the_line = np.interp([epoch], [first, first + length], [32 * start, 32 * end])[0]
+        expected = 32 * int(np.round(on_the_line / 32))
+    assert sizes.at(epoch) == expected
+    assert sizes.smallest <= sizes.at(epoch) <= sizes.largest
+
+
+def test_a_schedule_in_the_config_sets_the_size_of_each_epoch() -> None:
+    data = DataConfig(image_size=256, size_schedule=[160, 256, 1, 5], eval_crop=0.875)
+    view = View.for_training(data)
+    # 184, 208 and 232 lie between: 5.75, 6.5 and 7.25 times 32.
+    assert [view.in_epoch(epoch).size for epoch in range(7)] == [160, 160, 192, 192, 224, 256, 256]
+    assert (view.size, View.from_config(data).size) == (256, 256)
+
+
 def test_an_unknown_augmentation_is_refused() -> None:
     with pytest.raises(ValueError, match="'incption'"):
         draw("incption", 10, 10, [0.5] * UNIFORMS)
@@ -167,10 +203,10 @@ def test_a_view_takes_its_settings_from_the_data_config() -> None:
 
 
 def test_min_crop_is_the_least_share_of_the_area() -> None:
-    view = View.from_config(DataConfig(augment="inception", image_size=28, flip=False, min_crop=0.36))
+    view = View.from_config(DataConfig(augment="inception", image_size=28, flip=False, eval_crop=1.0, min_crop=0.36))
     # First try, with the smallest area and the ratio 1: 0.36 of 100 x 100 is 60 x 60.
     uniforms = [0.0, 0.5, *[0.5] * (UNIFORMS - 2)]
     assert view.train(100, 100, uniforms).box == (20, 20, 80, 80)
-    default = View.from_config(DataConfig(augment="inception", image_size=28, flip=False))
+    default = View.from_config(DataConfig(augment="inception", image_size=28, flip=False, eval_crop=1.0))
     left, top, right, bottom = default.train(100, 100, uniforms).box
     assert (right - left, bottom - top) == (round(math.sqrt(800)), round(math.sqrt(800)))

@@ -10,6 +10,7 @@ import pytest
 from lars_train.config import (
     BatchConfig,
     Config,
+    DataConfig,
     EvaluateConfig,
     ModelConfig,
     OptimizerConfig,
@@ -37,6 +38,7 @@ CONFIG = Config(
     seed=3,
     batch=BatchConfig(name="32k", nominal=32768),
     recipe=RecipeConfig(rows={"32k": {"published_top1": 72.26}}),
+    data=DataConfig(image_size=224, eval_crop=0.875),
     model=ModelConfig(name="resnet20"),
     optimizer=OptimizerConfig(name="lars", base="SGD", lr=29.0, weight_decay=5e-4),
     schedule=ScheduleConfig(warmup_epochs=2.0, power=2.0, form="whole"),

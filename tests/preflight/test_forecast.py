@@ -34,6 +34,7 @@ from lars_train.preflight.rehearsal import text_plot
 from lars_train.training import session
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import activation_bytes
+from lars_train.training.metrics import flops_per_image
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
 
@@ -262,6 +263,31 @@ def test_another_row_keeps_the_users_settings() -> None:
     moved = with_row(composed("batch=32k data=imagenet epochs=10 schedule.scale_warmup=true"), "256")
     assert (moved.epochs, moved.optimizer.name, moved.schedule.warmup_epochs) == (10, "sgd", 0)
     assert (moved.batch.nominal, moved.model.ghost_batch) == (256, 32)
+
+
+RESIZING = f"{SMALL} data.image_size=96 data.size_schedule=[32,64,0,2] epochs=3 plan.world=1 micro_batch=16"
+
+
+def test_hours_follow_all_sizes_and_memory_the_largest() -> None:
+    network = build_model("small", num_classes=10, ghost_batch=16, zero_gamma=False)
+    cost = {size: flops_per_image(network, size) for size in (32, 64, 96)}
+    # Epoch 1 is at 48 pixels, which is rounded to 64.
+    sizes = [32, 64, 64]
+    found = planned(f"{RESIZING} plan.images_per_second=100")
+    assert [epoch["train_size"] for epoch in found["lr_per_epoch"]] == sizes
+    # 1,024 images an epoch, at 100 images/s in the first; an evaluation takes a third of a training step.
+    training = sum(1024 / 100 * cost[size] / cost[32] for size in sizes)
+    evaluation = 3 * 64 / 100 * cost[96] / cost[32] / 3
+    assert 3600 * found["forecast"]["expected"]["hours"] == pytest.approx(training + evaluation)
+    mean = sum(cost[size] for size in sizes) / 3
+    on_h100 = planned(f"{RESIZING} plan.device=h100 precision=fp16")["forecast"]["rate"]["images_per_second"]
+    at_64 = planned(f"{SMALL} data.image_size=64 plan.world=1 plan.device=h100 precision=fp16")
+    assert on_h100 == pytest.approx(at_64["forecast"]["rate"]["images_per_second"] * cost[64] / mean)
+    memory, most = (
+        planned(f"{settings} plan.images_per_second=1")["forecast"]["memory_per_device"]
+        for settings in (RESIZING, f"{SMALL} data.image_size=64 epochs=3 plan.world=1 micro_batch=16")
+    )
+    assert memory == most
 
 
 def test_a_wrong_number_of_nodes_is_refused() -> None:

@@ -21,19 +21,20 @@ from torch import Tensor
 
 
 class BufferPool:
-    """`slots` buffers, each for a batch of at most `batch` views of `size` x `size` pixels.
+    """`slots` buffers, each for a batch of at most `batch` views of at most `size` x `size` pixels.
 
-    The pool takes slots * batch * (3 * size**2 + 16) bytes of memory when all are in use. `shared`: share the memory
-    with processes that are forked later.
+    Smaller views use the start of a buffer. The pool takes slots * batch * (3 * size**2 + 16) bytes of memory when all
+    are in use. `shared`: share the memory with processes that are forked later.
     """
 
     def __init__(self, slots: int, batch: int, size: int, *, shared: bool) -> None:
         self.slots, self._batch = slots, batch
-        self._pages = _pages(max(1, slots * batch * (3 * size * size + 16) + 8 * slots), shared)
-        numbers, views = slots * (2 * batch + 1), slots * batch * 3 * size * size
-        heads = np.frombuffer(self._pages, np.int64, numbers).reshape(slots, 2 * batch + 1)
-        self._epochs, self._samples, self._labels = heads[:, 0], heads[:, 1 : batch + 1], heads[:, batch + 1 :]
-        self._images = np.frombuffer(self._pages, np.uint8, views, 8 * numbers).reshape(slots, batch, size, size, 3)
+        numbers, pixels = slots * (2 * batch + 2), slots * batch * 3 * size * size
+        self._pages = _pages(max(1, pixels + 8 * numbers), shared)
+        heads = np.frombuffer(self._pages, np.int64, numbers).reshape(slots, 2 * batch + 2)
+        self._epochs, self._sizes = heads[:, 0], heads[:, 1]
+        self._samples, self._labels = heads[:, 2 : batch + 2], heads[:, batch + 2 :]
+        self._images = np.frombuffer(self._pages, np.uint8, pixels, 8 * numbers).reshape(slots, -1)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(slots):
             self._free.put(slot)
@@ -53,9 +54,9 @@ class BufferPool:
         """Return the number of free slots."""
         return self._free.qsize()
 
-    def assign(self, slot: int, epoch: int, samples: npt.NDArray[np.int64]) -> None:
-        """Store the epoch and the sample ids of the batch that a slot will hold."""
-        self._epochs[slot], self._samples[slot, : len(samples)] = epoch, samples
+    def assign(self, slot: int, epoch: int, size: int, samples: npt.NDArray[np.int64]) -> None:
+        """Store the epoch, the size S of the views and the sample ids of the batch that a slot will hold."""
+        self._epochs[slot], self._sizes[slot], self._samples[slot, : len(samples)] = epoch, size, samples
 
     def assigned(self, slot: int, start: int, stop: int) -> tuple[int, list[int]]:
         """Return the epoch and the sample ids from `start` to `stop` that `assign` stored."""
@@ -64,7 +65,10 @@ class BufferPool:
 
     def part(self, slot: int, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Return the buffers of a part of a batch: images, uint8 (n, S, S, 3), and labels, int64 (n,)."""
-        return self._images[slot, start:stop], self._labels[slot, start:stop]
+        size = int(self._sizes[slot])
+        pixels = 3 * size * size
+        images = self._images[slot, start * pixels : stop * pixels].reshape(stop - start, size, size, 3)
+        return images, self._labels[slot, start:stop]
 
     def lend(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
         """Return the first `count` images and labels of a slot, which becomes free when nothing refers to them."""

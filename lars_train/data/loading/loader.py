@@ -111,7 +111,7 @@ class LoaderSpec:
         """Return the spec of the run that `config` and `plan` describe, for rank `ranks.rank`."""
         return cls(
             source=source,
-            view=View.from_config(config.data),
+            view=View.for_training(config.data),
             seed=config.seed,
             batch=plan.global_batch,
             ghost_batch=plan.ghost_batch,
@@ -184,11 +184,11 @@ def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Strea
 
 
 def _requests(spec: LoaderSpec, updates: range) -> Iterator[BatchRequest]:
-    epoch, order = -1, np.empty(0, dtype=np.int64)
+    epoch, order, view = -1, np.empty(0, dtype=np.int64), spec.view
     for update in updates:
         if update // spec.updates_per_epoch != epoch:
             epoch = update // spec.updates_per_epoch
-            order = spec.order(epoch)
+            order, view = spec.order(epoch), spec.view.in_epoch(epoch)
         micros = micro_batches(
             order,
             update,
@@ -201,7 +201,7 @@ def _requests(spec: LoaderSpec, updates: range) -> Iterator[BatchRequest]:
         )
         for samples, span, bounds in zip(micros, spec.spans(update), spec.bounds(), strict=True):
             mixes = spec.mixing.draw(epoch, update, bounds, spec.ghost_batch) if spec.mixing is not None else ()
-            yield BatchRequest(epoch, samples, span, mixes=mixes)
+            yield BatchRequest(epoch, view.size, samples, span, mixes=mixes)
 
 
 def _check_order(source: Source, by_shards: bool) -> None:
@@ -286,7 +286,10 @@ def eval_loader(spec: EvalSpec) -> Stream:
         return ShardPrefetcher(source.split.hold, evaluation_windows(shard), spans, spec.rank, source.split.objects.url)
 
     return Stream(
-        (BatchRequest(0, part := order[span.start : span.stop], span, checksum(part)) for span in spans),
+        (
+            BatchRequest(0, spec.view.size, part := order[span.start : span.stop], span, checksum(part))
+            for span in spans
+        ),
         EvalReader(_for_workers(source), spec.view, spec.decoder),
         max(1, min(micro_batch, stop - start)),
         spec.workers,

@@ -44,7 +44,7 @@ class Reader(Protocol):
     """Fills a part of a batch."""
 
     size: int
-    """The side of a view in pixels."""
+    """The largest side of a view in pixels."""
 
     def fill(
         self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
@@ -89,7 +89,8 @@ class TrainReader(_Reader):
     ) -> Outcome:
         """Write augmented views to `images`; see `Reader.fill`."""
         uniforms = batch_uniforms(self._seed, epoch, samples, UNIFORMS).tolist()
-        geometries = [partial(self._view.train, uniforms=one) for one in uniforms]
+        view = self._view.in_epoch(epoch)
+        geometries = [partial(view.train, uniforms=one) for one in uniforms]
         bad: list[BadSample] = []
         fast = 0
         for slot, requested in enumerate(samples):

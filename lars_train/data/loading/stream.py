@@ -47,7 +47,7 @@ class Batch:
     """One micro-batch. Its memory is reused once no tensor refers to it."""
 
     images: Tensor
-    """uint8 (n, 3, S, S), RGB, in channels-last memory."""
+    """uint8 (n, 3, S, S), RGB, in channels-last memory. S may differ between epochs."""
     labels: Tensor
     """int64 (n,). In evaluation, -1 marks an image that cannot be decoded; its pixels are zeros."""
     bad: tuple[BadSample, ...]
@@ -147,7 +147,7 @@ class Stream(Iterator[Batch]):
                 return
             self._next_request = None
             count = len(request.samples)
-            self._pool.assign(slot, request.epoch, request.samples)
+            self._pool.assign(slot, request.epoch, request.size, request.samples)
             piece = piece_size(self._batch)
             pending = _Pending(slot, request, -(-count // piece))
             self._pending.append(pending)
@@ -232,9 +232,10 @@ def _start_workers(kind: str, reader: Reader, pool: BufferPool, workers: int) ->
 
 
 class BatchRequest(NamedTuple):
-    """The samples of one batch, and their span in the order of the run."""
+    """The samples of one batch, the size of their views, and their span in the order of the run."""
 
     epoch: int
+    size: int
     samples: npt.NDArray[np.int64]
     span: Span
     checksum: int = 0

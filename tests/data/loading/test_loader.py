@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from lars_train.data.loading.loader import (
 )
 from lars_train.data.mixing import Mixing
 from lars_train.data.order import epoch_order, sample_uniforms
-from lars_train.data.transforms import UNIFORMS
+from lars_train.data.transforms import UNIFORMS, TrainingSizes
 from lars_train.errors import DataError
 from lars_train.signals import TERMINATION_SIGNALS
 
@@ -49,6 +49,9 @@ SIZE = 12
 KINDS = ["processes", "threads"] if sys.platform == "linux" else ["threads"]
 forked = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked only on Linux")
 VIEW = View("pad_crop", SIZE, True, 2, 1.0)
+# Another size from epoch 1 on.
+GROWING = replace(VIEW, size=20, sizes=TrainingSizes(SIZE, 20))
+SHRINKING = replace(VIEW, sizes=TrainingSizes(SIZE, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -109,9 +112,10 @@ def train(source: SyntheticImages, start_update: int = 0, stop_update: int = 5, 
         "workers": 0,
         "pin_memory": False,
         "on_error": "skip",
+        "view": VIEW,
         **changes,
     }
-    return train_loader(LoaderSpec(source=source, view=VIEW, **options), start_update, stop_update)
+    return train_loader(LoaderSpec(source=source, **options), start_update, stop_update)
 
 
 def evaluate(source: SyntheticImages, **changes: Any) -> Stream:
@@ -178,6 +182,29 @@ def test_batches_do_not_depend_on_the_workers(encoded: bool, kind: str, monkeypa
     assert same(list(evaluate(source)), list(evaluate(source, workers=3, kind=kind)))
     monkeypatch.setattr(stream_module, "PIECE", 100)
     assert same(alone, list(train(source)))
+
+
+@pytest.mark.parametrize("view", [GROWING, SHRINKING], ids=["growing", "shrinking"])
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_the_size_changes_where_an_epoch_begins(kind: str, view: View) -> None:
+    source = SyntheticImages(23)
+    options: dict[str, Any] = {"workers": 0} if kind == "none" else {"workers": 2, "kind": kind}
+    assert view.sizes is not None
+    first, second = (list(train(source, view=replace(VIEW, size=size))) for size in (view.sizes.start, view.sizes.end))
+    # Two updates in an epoch, two micro-batches in an update.
+    expected = first[:4] + second[4:]
+    batches = list(train(source, view=view, **options))
+    assert [b.images.shape[-1] for b in batches] == [view.sizes.start] * 4 + [view.sizes.end] * 6
+    assert same(batches, expected)
+    for start in (1, 2, 3):
+        assert same(list(train(source, start, view=view, **options)), expected[2 * start :])
+    stream, buffers = train(source, 0, 40, view=view, **options), set()
+    for batch in stream:
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        buffers.add(batch.images.data_ptr())
+        del batch
+    # No batch was a copy.
+    assert len(buffers) <= stream_module.pool_slots(8, int(options["workers"]))
 
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])

@@ -1,0 +1,102 @@
+"""Resolve the sizes of images: those that the data's config or the user sets, else those of the recipe's row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lars_train.config.recipe_schema import RowConfig
+from lars_train.config.schema import DataConfig
+from lars_train.errors import ConfigError
+
+SIZE, EVAL_CROP = 224, 0.875
+"""The values of `image_size` and `eval_crop` if neither a config nor the row sets them."""
+
+MULTIPLE = 32
+"""The sizes of a `size_schedule` are multiples of this number of pixels."""
+
+TRAINING_SIZES = ("image_size", "train_size", "size_schedule")
+"""The keys of a resolved config on which the time of training and evaluation depends."""
+
+_NUMBERS = 4  # in a `size_schedule`
+
+
+def fill_sizes(data: DataConfig, row: RowConfig, shrink: float = 1.0) -> None:
+    """Reduce the sizes in `data` to `image_size`, `train_size` and `eval_crop`, with those of `row` where they apply.
+
+    The sizes of the row apply if `image_size` is not set. Afterwards, `image_size` is the size in evaluation, and
+    `train_size` is null if training has the same or `size_schedule`; `eval_size` and `eval_resize` are null. `shrink`:
+    the run's epochs relative to the row's, for its `size_schedule`. Raises `ConfigError` for `eval_crop` and
+    `eval_resize` at once, and for an `eval_resize` below the size in evaluation.
+    """
+    if data.image_size is None:
+        if data.train_size is None and data.size_schedule is None:
+            data.train_size, data.size_schedule = row.train_size, scaled_schedule(row.size_schedule, shrink)
+        if data.eval_size is None:
+            data.eval_size = row.eval_size
+            if data.eval_crop is None and data.eval_resize is None:
+                data.eval_resize = row.eval_resize
+    if data.eval_size is not None and data.eval_size < 1:
+        raise ConfigError(f"data.eval_size={data.eval_size}: it must be above 0.")
+    size = SIZE if data.image_size is None else data.image_size
+    evaluation = size if data.eval_size is None else data.eval_size
+    training = size if data.train_size is None else data.train_size
+    data.image_size, data.eval_size = evaluation, None
+    if data.size_schedule is None:
+        data.train_size = None if training == evaluation else training
+    resize = data.eval_resize
+    if resize is None:
+        data.eval_crop = EVAL_CROP if data.eval_crop is None else data.eval_crop
+        return
+    if data.eval_crop is not None:
+        raise ConfigError(
+            f"data.eval_resize={resize}: data.eval_crop={data.eval_crop:g} is set too, on the command line or in the "
+            f"config of data={data.name}; omit one of them, or set data.eval_crop=null."
+        )
+    if resize < max(evaluation, 1):
+        raise ConfigError(f"data.eval_resize={resize}: it must be at least the size in evaluation, {evaluation}.")
+    data.eval_crop, data.eval_resize = evaluation / resize, None
+
+
+def row_sizes(row: RowConfig, shrink: float) -> dict[str, Any]:
+    """Return the sizes of a resolved config, by key, if only the row sets them. `shrink`: see `fill_sizes`."""
+    data = DataConfig()
+    fill_sizes(data, row, shrink)
+    return {key: getattr(data, key) for key in (*TRAINING_SIZES, "eval_crop")}
+
+
+def scaled_schedule(schedule: list[int] | None, factor: float) -> list[int] | None:
+    """Return a `size_schedule` with its epochs multiplied by `factor` and rounded down."""
+    return schedule and [*schedule[:2], *(int(epoch * factor) for epoch in schedule[2:])]
+
+
+def check_schedule(data: DataConfig, epochs: int) -> None:
+    """Raise `ConfigError` for an invalid `size_schedule` of a run of `epochs`."""
+    schedule = data.size_schedule
+    if schedule is None:
+        return
+    key = f"data.size_schedule={schedule}"
+    if data.train_size is not None:
+        raise ConfigError(f"{key}: data.train_size={data.train_size} is set too; omit one of them.")
+    if len(schedule) != _NUMBERS:
+        raise ConfigError(f"{key}: give four numbers: [from, to, first epoch, last epoch].")
+    start, end, first, last = schedule
+    if start == end or min(start, end) < 1 or start % MULTIPLE or end % MULTIPLE:
+        raise ConfigError(f"{key}: the sizes must be two different multiples of {MULTIPLE}.")
+    if not 0 <= first <= last < epochs:
+        raise ConfigError(
+            f"{key}: the epochs {first} and {last} must be in order and below epochs={epochs}. Set other epochs, or "
+            "schedule.scale_warmup=true, which scales those of a recipe's row to the length of the run."
+        )
+
+
+def unused_sizes(data: DataConfig, row: RowConfig, shrink: float) -> dict[str, Any]:
+    """Return the sizes of `row`, by field, that do not apply to the resolved `data`. `shrink`: see `fill_sizes`."""
+    size, crop = data.image_size, data.eval_crop
+    used = {
+        "train_size": None if data.size_schedule else data.train_size or size,
+        "eval_size": size,
+        "size_schedule": data.size_schedule,
+        "eval_resize": size and crop and round(size / crop),
+    }
+    own = {key: getattr(row, key) for key in used} | {"size_schedule": scaled_schedule(row.size_schedule, shrink)}
+    return {key: value for key, value in own.items() if value not in (None, used[key])}
