@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
+from lars_train.config.recipe_schema import RowConfig
 from lars_train.errors import ConfigError
+
+MAX_MAGNITUDE = 30
+_RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
 
 
 @dataclass
@@ -18,6 +22,12 @@ class AugmentConfig:
     """Paste a box from one image of a pair into the other, with the share of the area drawn from Beta(cutmix, cutmix).
     0: off. If `mixup` is on too, half of the ghost batches get each.
     """
+    auto: Optional[str] = None
+    """none, trivial (TrivialAugment) or randaugment: random operations on each image after crop and flip."""
+    randaugment_ops: Optional[int] = None
+    """For ``auto=randaugment``: operations per image."""
+    randaugment_magnitude: Optional[int] = None
+    """For ``auto=randaugment``: strength of the operations, from 0 to 30."""
 
 
 def check_augment(augment: AugmentConfig, ghost_batch: int) -> None:
@@ -28,3 +38,19 @@ def check_augment(augment: AugmentConfig, ghost_batch: int) -> None:
             raise ConfigError(
                 f"augment.{key}={value:g}: a ghost batch of one image has no pairs; raise model.ghost_batch."
             )
+    for key in _RANDAUGMENT:
+        value = getattr(augment, key)
+        if value is not None and augment.auto != "randaugment":
+            raise ConfigError(f"augment.{key}={value} has no effect with augment.auto={augment.auto}; omit it.")
+    if (augment.randaugment_magnitude or 0) > MAX_MAGNITUDE:
+        raise ConfigError(
+            f"augment.randaugment_magnitude={augment.randaugment_magnitude}: it must be at most {MAX_MAGNITUDE}."
+        )
+
+
+def fill_augment(augment: AugmentConfig, row: RowConfig) -> None:
+    """Replace each `None` by the value of the recipe's row, if the setting has an effect."""
+    given = ("mixup", "cutmix", "auto")
+    for key in (*given, *(_RANDAUGMENT if (augment.auto or row.auto) == "randaugment" else ())):
+        if getattr(augment, key) is None:
+            setattr(augment, key, getattr(row, key))

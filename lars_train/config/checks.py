@@ -57,6 +57,7 @@ _POSITIVE = (
     "checkpoint.every_minutes",
     "checkpoint.keep",
     "guard.max_loss",
+    "augment.randaugment_ops",
 )
 # Keys whose value must be 0 or more.
 _NOT_NEGATIVE = (
@@ -74,6 +75,7 @@ _NOT_NEGATIVE = (
     "label_smoothing",
     "augment.mixup",
     "augment.cutmix",
+    "augment.randaugment_magnitude",
 )
 
 
@@ -100,6 +102,7 @@ def check_choices(config: Config) -> None:
         "optimizer.name": ("recipe", "lars", "sgd", "torch"),
         "data.name": tuple(choices_of("data")),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
+        "augment.auto": ("none", "trivial", "randaugment"),
         "data.decoder": (AUTO, "native", "pillow"),
         "data.order": ("global", "shards"),
         "data.on_error": ("skip", "fail"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lars_train.config.augment import fill_augment
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import explain_missing_row, row_name
@@ -46,7 +47,6 @@ def fill_from_recipe(config: Config) -> None:
         (opt, ("lr", "weight_decay", "decay_norm_bias")),
         (config.model, ("ghost_batch", "zero_gamma", "blurpool")),
         (config, ("epochs", "label_smoothing", "loss")),
-        (config.augment, ("mixup", "cutmix")),
     ):
         for key in keys:
             if getattr(node, key) is None:
@@ -55,6 +55,7 @@ def fill_from_recipe(config: Config) -> None:
         config.evaluate.flip = row.flip_evaluation
     if config.data.min_crop is None and config.data.augment == "inception":
         config.data.min_crop = row.min_crop
+    fill_augment(config.augment, row)
     if config.bce_threshold is None and config.loss == "bce":
         config.bce_threshold = row.bce_threshold
     if config.mode != "evaluate" or config.checkpoint.path is None:

@@ -50,6 +50,9 @@ class RowConfig:
     bce_threshold: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    auto: str = "none"
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 9
     zero_gamma: bool = False
     min_crop: float = 0.08
     train_size: Optional[int] = None

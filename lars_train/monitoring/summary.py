@@ -132,6 +132,10 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
     if methods:
         yield f"augment        {' or '.join(methods)} within each ghost batch"
         yield "               training top-1 is that of the mixed images' larger part"
+    if config.augment.auto not in (None, "none"):
+        strength = f", {config.augment.randaugment_ops} operations of magnitude {config.augment.randaugment_magnitude}"
+        name = "TrivialAugment" if config.augment.auto == "trivial" else f"RandAugment{strength}"
+        yield f"augment        {name}, as in torchvision"
     warmup = "no warm-up, "
     if plan.warmup_updates:
         length = format_number(filled(schedule.warmup_epochs))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lars_train.config import Config
+from lars_train.data.auto_augment import AutoAugment
 from lars_train.data.dataset import Dataset, Sharded, Source
 from lars_train.data.decode.pillow import PILLOW
 from lars_train.data.loading.loader import LoaderSpec, train_loader
@@ -102,7 +103,8 @@ def _per_core(statistics: LoaderStatistics) -> float:
 
 def _decode_one_shard(config: Config, view: View, source: RemoteSource, decoder: str, seconds: float) -> float:
     """Return the images per second of one core."""
-    reader = TrainReader(source.held, view, decoder, config.seed, "skip", source.shard)
+    auto = AutoAugment.from_config(config.augment)
+    reader = TrainReader(source.held, view, decoder, config.seed, "skip", source.shard, auto)
     shard = source.split.hold(0)
     try:
         members = np.flatnonzero(source.shard == 0)

@@ -62,6 +62,7 @@ OVERRIDES = {
     "label_smoothing": 0.1,
     "augment.mixup": 0.2,
     "augment.cutmix": 1.0,
+    "augment.auto": "trivial",
 }
 
 
@@ -82,6 +83,18 @@ def test_a_row_sets_the_loss_and_a_threshold_only_for_bce() -> None:
     assert [(c.loss, c.bce_threshold) for c in found] == [("bce", 0.2), ("bce", 0), ("cross_entropy", None)]
     default = resolved("data=imagenet")
     assert (default.loss, default.bce_threshold) == ("cross_entropy", None)
+
+
+def test_a_row_sets_randaugments_strength_only_for_randaugment() -> None:
+    row = {"recipe.rows.32k.auto": "randaugment", "recipe.rows.32k.randaugment_magnitude": 6}
+    found = [resolved("data=imagenet", **row, **own).augment for own in ({}, {"augment.auto": "trivial"})]
+    found.append(resolved("data=imagenet", augment__auto="randaugment").augment)
+    names = ("auto", "randaugment_ops", "randaugment_magnitude")
+    assert [tuple(getattr(one, name) for name in names) for one in found] == [
+        ("randaugment", 2, 6),
+        ("trivial", None, None),
+        ("randaugment", 2, 9),
+    ]
 
 
 # Options that conflict with others.

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from omegaconf import OmegaConf
 from tiny import environment
 from torch import Tensor
 
@@ -44,6 +45,12 @@ OTHERS = [(1, 8, 2), (2, 4, 2), (2, 8, 0), (3, 4, 0), (3, 8, 2), (4, 4, 2), (4, 
 # Pairs that differ only in the workers.
 WORKERS_ALONE = [((1, 4, 2), REFERENCE), ((3, 8, 2), (3, 8, 0))]
 FLOAT32 = [*OTHERS, (1, 4, 2), (3, 8, 0)]
+# Settings of further runs in float64, of which each world size has one.
+METHODS = {
+    "loss": "bce",
+    "augment": {"mixup": 0.2, "cutmix": 1.0, "auto": "randaugment", "randaugment_ops": 1, "randaugment_magnitude": 9},
+}
+WITH_METHODS = [(2, 4, 2), (3, 8, 0)]
 # Bounds of the relative differences after 20 updates in float32; docs/benchmarks.md has the measured values.
 BOUNDS = {"losses": 5e-2, "weights": 5e-2, "statistics": 2e-1}
 # The bound for the losses of the first five updates, before small differences grow.
@@ -89,6 +96,7 @@ def make(folder: Path) -> None:
     """Train all runs in four forks of this process, one for each rank, and print the script's report."""
     # Import once, before the forks. Otherwise `process_group` imports it in every rank.
     importlib.import_module("torch._dynamo")
+    importlib.import_module("torchvision.transforms.v2")
     chosen = [
         *(("fp64", where) for where in (REFERENCE, *OTHERS)),
         *(("fp32", where) for where in (REFERENCE, *FLOAT32)),
@@ -107,6 +115,8 @@ def train(rank: int, folder: Path, cases: list[Any], port: int) -> None:
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({key: str(value) for key, value in {**own, **meeting}.items()})
     script.train_all(str(folder), cases)
+    script.SETTINGS = OmegaConf.merge(script.SETTINGS, METHODS)
+    script.train_all(f"{folder}/methods", [script.Case("fp64", 0, *where) for where in (REFERENCE, *WITH_METHODS)])
 
 
 if __name__ == "__main__":
@@ -127,6 +137,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return Runs(folder, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def runs_with_methods(runs: Runs) -> Runs:
+    return Runs(runs.folder / "methods", runs.output)
 
 
 def largest_difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -165,7 +180,21 @@ def test_the_compared_runs_augment_warm_up_and_learn(runs: Runs) -> None:
 def test_in_float64_the_curve_equals_that_of_one_process(
     world: int, micro_batch: int, workers: int, runs: Runs
 ) -> None:
-    got, expected = runs.of("fp64", world, micro_batch, workers), runs.of("fp64", 1, 4, 0)
+    assert_same_curve(runs.of("fp64", world, micro_batch, workers), runs.of("fp64", *REFERENCE))
+
+
+@pytest.mark.parametrize(("world", "micro_batch", "workers"), WITH_METHODS)
+def test_with_methods_the_curve_equals_that_of_one_process(
+    world: int, micro_batch: int, workers: int, runs: Runs, runs_with_methods: Runs
+) -> None:
+    expected = runs_with_methods.of("fp64", *REFERENCE)
+    assert_same_curve(runs_with_methods.of("fp64", world, micro_batch, workers), expected)
+    plain = runs.of("fp64", *REFERENCE)
+    assert expected.losses[-1] < 0.97 * expected.losses[0]
+    assert expected.losses[0] != pytest.approx(plain.losses[0], rel=0.01)
+
+
+def assert_same_curve(got: Outcome, expected: Outcome) -> None:
     for ours, theirs in zip(got.metrics, expected.metrics, strict=True):
         assert ours.keys() - LAYOUT_DEPENDENT_FIELDS == theirs.keys() - LAYOUT_DEPENDENT_FIELDS
         for key in ours.keys() - LAYOUT_DEPENDENT_FIELDS:

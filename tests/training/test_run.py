@@ -275,6 +275,28 @@ def test_a_killed_run_ends_with_the_same_weights(
     assert_same_outcome(tmp_path / "run", unbroken)
 
 
+METHODS: dict[str, Any] = {
+    "loss": "bce",
+    "augment__mixup": 0.2,
+    "augment__cutmix": 1.0,
+    "augment__auto": "trivial",
+}
+
+
+def test_a_killed_run_with_methods_ends_with_the_same_weights(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "unbroken", **METHODS)
+    assert lines(tmp_path / "unbroken")[0]["train/loss"] != lines(unbroken)[0]["train/loss"]
+    for call in (6, 5):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "run_update", at_call(call, Trainer.run_update))
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "run", **METHODS)
+    train(tmp_path / "run", **METHODS)
+    assert_same_outcome(tmp_path / "run", tmp_path / "unbroken")
+
+
 def test_a_run_that_stopped_early_resumes_to_the_same_weights(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

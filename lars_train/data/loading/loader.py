@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lars_train.data.auto_augment import AutoAugment
 from lars_train.data.dataset import Labels, Source, sample_shards
 from lars_train.data.decode.pillow import PILLOW
 from lars_train.data.loading.reader import BadSample, EvalReader, TrainReader
@@ -86,6 +87,8 @@ class LoaderSpec:
     """
     mixing: Mixing | None = None
     """Draws `Batch.mixes`; None for no mixes."""
+    auto: AutoAugment | None = None
+    """Augments each view with Pillow, which holds the GIL; None to leave the view unchanged."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("skip", "fail"):
@@ -125,6 +128,7 @@ class LoaderSpec:
             decoder=decoder,
             window=config.data.window_shards if config.data.order == SHARDS else None,
             mixing=Mixing.from_config(config),
+            auto=AutoAugment.from_config(config.augment),
         )
 
     @property
@@ -174,11 +178,11 @@ def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Strea
 
     return Stream(
         _requests(spec, updates),
-        TrainReader(_for_workers(source), spec.view, spec.decoder, spec.seed, spec.on_error, spec.shard),
+        TrainReader(_for_workers(source), spec.view, spec.decoder, spec.seed, spec.on_error, spec.shard, spec.auto),
         max((j - i for i, j in spec.bounds()), default=1),
         spec.workers,
         spec.pin_memory,
-        spec.kind or worker_kind(source, spec.decoder),
+        spec.kind or worker_kind(source, spec.decoder if spec.auto is None else PILLOW),
         partial(prefetcher, source) if isinstance(source, RemoteSource) else None,
     )
 

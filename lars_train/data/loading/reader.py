@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lars_train.data.auto_augment import AutoAugment
 from lars_train.data.dataset import Labels, Source
 from lars_train.data.decode.pillow import BadImage, decode_into
 from lars_train.data.order import batch_uniforms
@@ -79,16 +80,24 @@ class TrainReader(_Reader):
     """Fill batches with augmented views. `loader.LoaderSpec` describes `on_error` and the replacement of bad images."""
 
     def __init__(
-        self, source: Source, view: View, decoder: str, seed: int, on_error: str, shard: Labels | None = None
+        self,
+        source: Source,
+        view: View,
+        decoder: str,
+        seed: int,
+        on_error: str,
+        shard: Labels | None = None,
+        auto: AutoAugment | None = None,
     ) -> None:
         super().__init__(source, view, decoder)
-        self._seed, self._on_error, self._shard = seed, on_error, shard
+        self._seed, self._on_error, self._shard, self._auto = seed, on_error, shard, auto
 
     def fill(
         self, epoch: int, samples: Sequence[int], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
     ) -> Outcome:
         """Write augmented views to `images`; see `Reader.fill`."""
-        uniforms = batch_uniforms(self._seed, epoch, samples, UNIFORMS).tolist()
+        count = UNIFORMS + (0 if self._auto is None else self._auto.uniforms)
+        uniforms = batch_uniforms(self._seed, epoch, samples, count).tolist()
         view = self._view.in_epoch(epoch)
         geometries = [partial(view.train, uniforms=one) for one in uniforms]
         bad: list[BadSample] = []
@@ -100,6 +109,8 @@ class TrainReader(_Reader):
                 if not isinstance(found, BadSample):
                     fast += found
                     labels[slot] = self._source.labels[sample]
+                    if self._auto is not None:
+                        self._auto(images[slot], uniforms[slot][UNIFORMS:])
                     break
                 bad.append(found)
                 if self._on_error == "fail":

@@ -24,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lars_train.data.auto_augment import TRIVIAL, AutoAugment
 from lars_train.data.decode import native
 from lars_train.data.decode import pillow as decode_module
 from lars_train.data.decode.pillow import NATIVE, PILLOW, decode
@@ -176,12 +177,14 @@ def test_batches_are_uint8_channels_last_and_int64() -> None:
 def test_batches_do_not_depend_on_the_workers(encoded: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "PIECE", 3)  # several workers in a micro-batch of 8
     source = SyntheticImages(23, encoded, empty={3, 4}, missing={11})
-    alone = list(train(source))
+    own = {"auto": AutoAugment(TRIVIAL)} if encoded else {}
+    alone = list(train(source, **own))
     assert any(b.bad for b in alone)
-    assert same(alone, list(train(source, workers=2, kind=kind)))
+    assert same(alone, list(train(source))) != encoded
+    assert same(alone, list(train(source, workers=2, kind=kind, **own)))
     assert same(list(evaluate(source)), list(evaluate(source, workers=3, kind=kind)))
     monkeypatch.setattr(stream_module, "PIECE", 100)
-    assert same(alone, list(train(source)))
+    assert same(alone, list(train(source, **own)))
 
 
 @pytest.mark.parametrize("view", [GROWING, SHRINKING], ids=["growing", "shrinking"])
