@@ -46,7 +46,7 @@ _SIGNED = tuple(_OPERATIONS)[1:10]  # ShearX to Sharpness
 
 
 class AutoAugment:
-    """TrivialAugment, or RandAugment with `ops` operations at `magnitude`, an index from 0 to 30.
+    """TrivialAugment, or RandAugment with `ops` operations of `magnitude`, an index from 0 to 30.
 
     Gives the results of torchvision's `TrivialAugmentWide` (Müller, Hutter 2021, arXiv:2103.10158) and `RandAugment`
     (Cubuk et al. 2020, arXiv:1909.13719) for the same draws,
@@ -56,20 +56,18 @@ class AutoAugment:
         uniforms: the uniform random numbers that an image takes.
     """
 
-    def __init__(self, name: str, ops: int = 2, magnitude: int = 9) -> None:
-        self._name, self._ops, self._magnitude = name, 1 if name == TRIVIAL else ops, magnitude
-        self.uniforms = _DRAWS * self._ops
+    def __init__(self, name: str, ops: int = 1, magnitude: int = 0) -> None:
+        self._name, self._magnitude = name, magnitude
+        self.uniforms = _DRAWS * ops
         # The import takes a second.
         self._functional = importlib.import_module("torchvision.transforms.v2.functional")
 
     @classmethod
     def from_config(cls, augment: AugmentConfig) -> AutoAugment | None:
         """Return the augmentation that the config group ``augment`` describes; None if it is off."""
-        if augment.auto == RANDAUGMENT:
-            assert augment.randaugment_ops is not None
-            assert augment.randaugment_magnitude is not None
-            return cls(RANDAUGMENT, augment.randaugment_ops, augment.randaugment_magnitude)
-        return cls(TRIVIAL) if augment.auto == TRIVIAL else None
+        if augment.auto in (None, "none"):
+            return None
+        return cls(augment.auto, augment.randaugment_ops or 1, augment.randaugment_magnitude or 0)
 
     def __call__(self, pixels: npt.NDArray[np.uint8], uniforms: Sequence[float]) -> None:
         """Augment `pixels`, uint8 (S, S, 3), in place, with `self.uniforms` numbers in [0, 1)."""

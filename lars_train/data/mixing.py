@@ -71,20 +71,15 @@ class Mixing:
         global batch.
         """
         first, last = bounds
-        return tuple(
-            self._draw_one(
-                mixing_uniforms(self.seed, epoch, update, start // ghost_batch),
-                start - first,
-                min(start + ghost_batch, last) - first,
-            )
-            for start in range(first, last, ghost_batch)
-        )
-
-    def _draw_one(self, uniforms: Iterator[float], start: int, stop: int) -> GhostMix:
-        which, x, y = next(uniforms), next(uniforms), next(uniforms)
-        cuts = which < _CUTMIX_SHARE if self.mixup and self.cutmix else bool(self.cutmix)
-        share = symmetric_beta(self.cutmix if cuts else self.mixup, uniforms)
-        return GhostMix(start, stop, share, (x, y) if cuts else None)
+        mixes = []
+        for start in range(first, last, ghost_batch):
+            uniforms = mixing_uniforms(self.seed, epoch, update, start // ghost_batch)
+            which, x, y = next(uniforms), next(uniforms), next(uniforms)
+            cuts = which < _CUTMIX_SHARE if self.mixup and self.cutmix else bool(self.cutmix)
+            share = symmetric_beta(self.cutmix if cuts else self.mixup, uniforms)
+            stop = min(start + ghost_batch, last)
+            mixes.append(GhostMix(start - first, stop - first, share, (x, y) if cuts else None))
+        return tuple(mixes)
 
 
 def symmetric_beta(alpha: float, uniforms: Iterator[float]) -> float:

@@ -23,7 +23,6 @@ from torch import Tensor
 from lars_train.config import AUTO, Config, run_hash
 from lars_train.data.decode import native
 from lars_train.data.loading.loader import Batch
-from lars_train.data.mixing import GhostMix, Mixing
 from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
@@ -144,12 +143,10 @@ def measure_step(
     network = context.place(make_network(config, classes)).train()
     sizes = _update_sizes(plan.ghost_batch, resolved.micro_batch) if device.type == "cpu" else [resolved.micro_batch]
     trainer = build_trainer(config, plan, network, lambda update: _LR, context)
-    mixing = Mixing.from_config(config)
     samples, rate = 0, math.inf
     while sizes:
         samples = sizes[0] if samples == 0 else sizes[-1]
-        mixes = () if mixing is None else mixing.draw(0, 0, (0, samples), plan.ghost_batch)
-        batches = _random_batches(samples, TrainingSizes.from_config(config.data).at(0), classes, device, mixes)
+        batches = _random_batches(samples, TrainingSizes.from_config(config.data).at(0), classes, device)
         trainer.plan = dataclasses.replace(plan, global_batch=samples)
         warm_up = samples > sizes[0] or len(sizes) == 1
         rate = _images_per_s(trainer, batches, samples, seconds, end, warm_up=warm_up)
@@ -169,12 +166,10 @@ def _update_sizes(ghost_batch: int, micro_batch: int) -> list[int]:
     return sorted({*parts, ghost_batch, micro_batch})
 
 
-def _random_batches(
-    samples: int, size: int, classes: int, device: torch.device, mixes: tuple[GhostMix, ...]
-) -> Iterator[Batch]:
+def _random_batches(samples: int, size: int, classes: int, device: torch.device) -> Iterator[Batch]:
     images = torch.randint(256, (samples, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     labels = torch.randint(classes, (samples,))
-    return itertools.repeat(Batch(images.to(device), labels.to(device), (), mixes=mixes))
+    return itertools.repeat(Batch(images.to(device), labels.to(device), ()))
 
 
 def _images_per_s(

@@ -93,7 +93,7 @@ def test_a_sample_takes_further_uniforms_of_its_own() -> None:
     """The view does not depend on the augmentation, whose numbers follow those of the view."""
     source = open_synthetic(8, 4, 4, SIZE).train
     view = View("pad_crop", SIZE, flip=True, pad=2, eval_crop=1.0)
-    auto = AutoAugment(RANDAUGMENT)
+    auto = AutoAugment(RANDAUGMENT, 2, 9)
     found = {}
     for kind in (None, auto):
         images, labels = np.empty((8, SIZE, SIZE, 3), np.uint8), np.empty(8, np.int64)
