@@ -279,7 +279,7 @@ def _row_settings(run: RunRecord) -> dict[str, Any]:
     return found
 
 
-_GROUPS = ("optimizer", "schedule", "model", "data")
+_GROUPS = ("optimizer", "schedule", "model", "data", "augment")
 # Fields of a row whose settings have other names.
 _PLACES: dict[str, tuple[str, ...]] = {"optimizer": ("optimizer.name",), "flip_evaluation": ("evaluate.flip",)}
 _SIZES = ("data.train_size", "data.size_schedule")

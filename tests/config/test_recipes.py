@@ -7,6 +7,8 @@ Sources and formulas: configs/recipe/*.yaml. W and I are a row's updates in the 
 - mlperf, rows of NVIDIA's program: b (u + 1)/W, then (b - e)(1 - (u - W)/(I - W))^2 + e
 - nus: b u/W, then b (1 - (u - W)/(I - W))^2
 - lamb: b u/W, then b (1 - (u - W)/(I - W))
+- ffcv: c + (b - c) u/W, c = b/10^4, then b (1 - (u - W)/(I - W))
+- rsb: c + (b - c) u/W, c = 0.0001, then e + (b - e)(1 + cos(pi (u - W)/(I - W)))/2, e = 10^-6
 - goyal: 0.1 + (b - 0.1) u/W, then b/10^n, where n of the epochs 30, 60 and 80 have passed
 """
 
@@ -29,6 +31,7 @@ from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.schema import OptimizerConfig
 from lars_train.data.inventory import Inventory
+from lars_train.errors import ConfigError
 from lars_train.models.factory import build_model
 from lars_train.monitoring.summary import experiment_lines
 from lars_train.optim.lars import LARS
@@ -151,6 +154,12 @@ RATES: dict[tuple[str, str], tuple[int, int, dict[int, float]]] = {
         {0: 0.0, 390: 0.0141421356237, 780: 0.0282842712475, 3900: 0.0141421356237, 7019: 4.53273577684e-06},
     ),
     ("lamb", "32k"): (3510, 780, {0: 0.0, 390: 0.02, 780: 0.04, 2145: 0.02, 3509: 1.4652014652e-05}),
+    ("ffcv", "4k"): (27456, 624, {0: 1.7e-4, 312: 0.850085, 624: 1.7, 14040: 0.85, 27455: 6.335718545025e-05}),
+    ("rsb", "2k"): (
+        62500,
+        3125,
+        {0: 1e-4, 1562: 0.004048736, 3125: 0.008, 32812: 0.004000605808841, 62499: 1.000005598455e-06},
+    ),
     ("goyal", "8k"): (14040, 780, {0: 0.1, 390: 1.65, 4679: 3.2, 4680: 0.32, 12480: 0.0032}),
 }
 
@@ -188,6 +197,8 @@ VALUES: dict[tuple[str, str], tuple[float | None, float, float | None, int, int,
     ("lamb", "8k"): (None, 1.5, 0.0, 90, 64, 77.31),
     ("lamb", "16k"): (None, 1.5, 0.0, 90, 64, 76.91),
     ("lamb", "32k"): (None, 1.5, 0.0, 90, 128, 76.34),
+    ("ffcv", "4k"): (0.9, 1e-4, None, 88, 512, 78.4),
+    ("rsb", "2k"): (None, 0.02, 0.0, 100, 512, 78.1),
     ("goyal", "8k"): (0.9, 1e-4, None, 90, 32, 76.26),
 }
 
@@ -197,6 +208,8 @@ SHARED: dict[str, tuple[float, bool, float, bool, bool, bool, str]] = {
     "mlperf": (0.1, False, 0.05, False, False, False, "poly(2)"),
     "nus": (0.1, False, 0.08, False, False, False, "poly(2)"),
     "lamb": (0.1, False, 0.08, False, False, False, "poly(1)"),
+    "ffcv": (0.1, False, 0.08, False, False, True, "poly(1)"),
+    "rsb": (0.0, True, 0.08, False, False, False, "cosine"),
     "goyal": (0.0, True, 0.08, True, False, True, "x0.1 at epochs 30, 60, 80"),
 }
 
@@ -303,6 +316,48 @@ def test_goyal_is_nesterov_sgd_without_decay_of_batch_norm() -> None:
     assert type(optimizer) is torch.optim.SGD
     groups = [(len(g["params"]), g["weight_decay"], g["momentum"], g["nesterov"]) for g in optimizer.param_groups]
     assert groups == [(54, 1e-4, 0.9, True), (107, 0.0, 0.9, True)]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ramp", "top1"),
+    [
+        (16, [11, 13], 73.8),
+        (24, [17, 20], 75.6),
+        (32, [23, 27], 76.6),
+        (40, [29, 34], 77.2),
+        (56, [41, 48], 78.0),
+        (88, [65, 76], 78.4),
+    ],
+)
+def test_each_length_of_ffcv_has_its_sizes_and_its_top1(epochs: int, ramp: list[int], top1: float) -> None:
+    config = imagenet("ffcv", "4k", f"epochs={epochs}")
+    plan = make_plan(config, IMAGES)
+    # The two epochs of warm-up do not shrink.
+    assert (plan.updates, plan.warmup_updates) == (312 * epochs, 624)
+    assert config.data.size_schedule == [160, 192, *ramp]
+    assert (config.data.image_size, config.data.eval_crop) == (256, 0.875)
+    assert (config.model.blurpool, config.evaluate.flip, published_top1(config)) == (True, True, top1)
+    assert resolve(OmegaConf.structured(config)) == config
+
+
+def test_a_length_that_ffcv_does_not_give_has_no_published_top1() -> None:
+    with pytest.raises(ConfigError, match="size_schedule"):
+        imagenet("ffcv", "4k", "epochs=30")
+    config = imagenet("ffcv", "4k", "epochs=44", "schedule.scale_warmup=true")
+    assert (config.data.size_schedule, config.schedule.warmup_epochs) == ([160, 192, 32, 38], 1.0)
+    assert published_top1(config) is None
+
+
+def test_rsb_mixes_images_of_160_pixels_under_the_bce_loss() -> None:
+    config = imagenet("rsb", "2k")
+    assert (config.loss, config.bce_threshold) == ("bce", 0.2)
+    assert (config.augment.mixup, config.augment.cutmix) == (0.1, 1.0)
+    assert (config.augment.auto, config.augment.randaugment_ops, config.augment.randaugment_magnitude) == (
+        "randaugment",
+        1,
+        18,
+    )
+    assert (config.data.train_size, config.data.image_size, config.data.eval_crop) == (160, 224, 224 / 235)
 
 
 def test_lamb_is_adam_with_the_constants_of_its_source() -> None:

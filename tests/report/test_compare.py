@@ -241,6 +241,12 @@ def test_rows_of_shipped_recipes_differ_in_batch_only(recipe: str) -> None:
     for data, found in configs.items():
         made_of = [RunRecord(Path(), "finished", settings=flatten(config), batch=config.batch.name) for config in found]
         assert [row.differs for row in make_rows(made_of)] == [{} for _ in names], data
-    for config in configs["imagenet"]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        lengths = [
+            resolve(compose("config", [f"recipe={recipe}", f"batch='{name}'", "data=imagenet", f"epochs={epochs}"]))
+            for name in names
+            for epochs in rows_of_it[name].get("by_epochs", {})
+        ]
+    for config in [*configs["imagenet"], *lengths]:
         (row,) = make_rows([RunRecord(Path(), "finished", settings=flatten(config))])
         assert row.published == published_top1(config)
