@@ -251,4 +251,4 @@ def published_top1(config: Config) -> float | None:
 def lacks(config: Config) -> list[str]:
     """Return what the source of the config's row has and lars-train has not."""
     name = row_name(config.recipe.rows, config.batch.name)
-    return [] if name is None else list(config.recipe.row(name, config.epochs).get("lacks", []))
+    return [] if name is None else [str(item) for item in config.recipe.row(name, config.epochs).get("lacks", [])]

@@ -133,7 +133,8 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         yield f"augment        {' or '.join(methods)} within each ghost batch"
         yield "               training top-1 is that of the mixed images' larger part"
     if config.augment.auto not in (None, "none"):
-        strength = f", {config.augment.randaugment_ops} operations of magnitude {config.augment.randaugment_magnitude}"
+        ops = counted(config.augment.randaugment_ops or 0, "operation")
+        strength = f", {ops} of magnitude {config.augment.randaugment_magnitude}"
         name = "TrivialAugment" if config.augment.auto == "trivial" else f"RandAugment{strength}"
         yield f"augment        {name}, as in torchvision"
     warmup = "no warm-up, "

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from resolving import composed, resolved
 from torch import Tensor, nn
 
-from lars_train.config import Config, config_dir, nominal_batch, published_top1, resolve
+from lars_train.config import Config, config_dir, lacks, nominal_batch, published_top1, resolve
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.schema import OptimizerConfig
@@ -259,6 +259,7 @@ def test_a_row_has_the_values_of_its_source(recipe: str, batch: str) -> None:
     flags = (bool(opt.nesterov), opt.decay_norm_bias, opt.adapt_norm_bias if opt.name == "lars" else True)
     shared = (config.label_smoothing, config.model.zero_gamma, config.data.min_crop, *flags, describe_decay(config))
     assert shared == SHARED[recipe]
+    assert "{" not in str(lacks(config)), "an item of lacks is text; YAML reads a colon and a space as a mapping"
 
 
 @pytest.mark.parametrize(("recipe", "batch"), RATES)
