@@ -210,7 +210,7 @@ def test_help_on_a_group_lists_its_keys_with_defaults(capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     for field in dataclasses.fields(OptimizerConfig):
         assert f"\noptimizer.{field.name}=" in text
-    for line in ("optimizer.base=SGD   (text)", "log_every=10   (whole number)", "compile=false   (true or false)"):
+    for line in ("optimizer.name=recipe   (text)", "log_every=10   (whole number)", "compile=false   (true or false)"):
         assert f"\n{line}\n" in text
     assert "\n    The trust coefficient.\n" in text
     assert "\ndata.root" not in text
