@@ -48,6 +48,8 @@ FLOAT32 = [*OTHERS, (1, 4, 2), (3, 8, 0)]
 # Settings of further runs in float64, of which each world size has one.
 METHODS = {
     "loss": "bce",
+    # 32 pixels, and 64 in the last epoch.
+    "data": {"size_schedule": [32, 64, 2, 3]},
     "augment": {"mixup": 0.2, "cutmix": 1.0, "auto": "randaugment", "randaugment_ops": 1, "randaugment_magnitude": 9},
 }
 WITH_METHODS = [(2, 4, 2), (3, 8, 0)]
