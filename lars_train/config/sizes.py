@@ -11,13 +11,10 @@ from lars_train.errors import ConfigError
 SIZE, EVAL_CROP = 224, 0.875
 """The values of `image_size` and `eval_crop` if neither a config nor the row sets them."""
 
-MULTIPLE = 32
-"""The sizes of a `size_schedule` are multiples of this number of pixels."""
-
 TRAINING_SIZES = ("image_size", "train_size", "size_schedule")
 """The keys of a resolved config on which the time of training and evaluation depends."""
 
-_NUMBERS = 4  # in a `size_schedule`
+_MULTIPLE = 32  # of the sizes in a `size_schedule`
 
 
 def fill_sizes(data: DataConfig, row: RowConfig, shrink: float = 1.0) -> None:
@@ -77,11 +74,11 @@ def check_schedule(data: DataConfig, epochs: int) -> None:
     key = f"data.size_schedule={schedule}"
     if data.train_size is not None:
         raise ConfigError(f"{key}: data.train_size={data.train_size} is set too; omit one of them.")
-    if len(schedule) != _NUMBERS:
+    if len(schedule) != 4:
         raise ConfigError(f"{key}: give four numbers: [from, to, first epoch, last epoch].")
     start, end, first, last = schedule
-    if start == end or min(start, end) < 1 or start % MULTIPLE or end % MULTIPLE:
-        raise ConfigError(f"{key}: the sizes must be two different multiples of {MULTIPLE}.")
+    if start == end or min(start, end) < 1 or start % _MULTIPLE or end % _MULTIPLE:
+        raise ConfigError(f"{key}: the sizes must be two different multiples of {_MULTIPLE}.")
     if not 0 <= first <= last < epochs:
         raise ConfigError(
             f"{key}: the epochs {first} and {last} must be in order and below epochs={epochs}. Set other epochs, or "

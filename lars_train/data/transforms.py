@@ -63,11 +63,6 @@ class TrainingSizes(NamedTuple):
         return cls(size, size)
 
     @property
-    def smallest(self) -> int:
-        """The smallest size."""
-        return min(self.start, self.end)
-
-    @property
     def largest(self) -> int:
         """The largest size."""
         return max(self.start, self.end)
@@ -75,8 +70,8 @@ class TrainingSizes(NamedTuple):
     def at(self, epoch: int) -> int:
         """Return the size in an epoch.
 
-        Between the epochs `first` and `last` it is linear, rounded to a multiple of 32, and half to even, as in FFCV's
-        `get_resolution`, https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py
+        Between the epochs `first` and `last`, it is on the line, rounded half to even to a multiple of 32. FFCV's
+        `get_resolution` does the same: https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py
         """
         if epoch <= self.first:
             return self.start

@@ -192,7 +192,8 @@ def check_single_samples(config: Config, classes: int) -> None:
 
     Call this for (ghost) batches of one image: the layer would then have one value per channel, which has no variance.
     """
-    network, size = _network(config, classes).to("meta").train(), TrainingSizes.from_config(config.data).smallest
+    sizes = TrainingSizes.from_config(config.data)
+    network, size = _network(config, classes).to("meta").train(), min(sizes.start, sizes.end)
     try:
         network(torch.empty(1, 3, size, size, device="meta"))
     except ValueError:

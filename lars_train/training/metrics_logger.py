@@ -100,7 +100,7 @@ class MetricsLogger:
             "train/top1": 100 * hits / max(count, 1),
             "train/lr": info.lr,
             **self.interval.values(
-                trainer.update, now, global_batch=trainer.plan.global_batch, flops=self._flops_of(self._last_batch)
+                trainer.update, now, global_batch=trainer.plan.global_batch, flops=self._flops_of(self._batches - 1)
             ),
             "train/bad_images": len(self._state.bad),
             "train/checkpoint_failures": self._reported_failures,
@@ -174,22 +174,21 @@ class MetricsLogger:
         return {"loader/images_per_s": rate, "loader/fast_share": loaded.fast / loaded.images}
 
     @property
-    def _last_batch(self) -> int:
-        """The number of the last global batch, counted from 0."""
-        return self._trainer.update + self._trainer.skipped - 1
+    def _batches(self) -> int:
+        """The number of global batches so far."""
+        return self._trainer.update + self._trainer.skipped
 
     def _flops_of(self, batch: int) -> Flops:
-        """Return the operations of a global batch."""
+        """Return the operations of a global batch, which counts from 0."""
         return self._flops.of_size(self._sizes.at(batch // self._trainer.plan.updates_per_epoch))
 
     def _updates_left(self) -> float:
         """Return the number of updates to the end of the run, weighted by their operations relative to the last one."""
-        left, last, per_epoch = 0.0, self._flops_of(self._last_batch), self._trainer.plan.updates_per_epoch
-        batch, stop = self._last_batch + 1, self._trainer.plan.stop + self._trainer.skipped
+        plan, batch, left = self._trainer.plan, self._batches, 0.0
+        last, stop = self._flops_of(batch - 1).per_image, plan.stop + self._trainer.skipped
         while batch < stop:
-            count = min(stop, (batch // per_epoch + 1) * per_epoch) - batch
-            each = self._flops_of(batch)
-            left += count if each == last else count * each.per_image / last.per_image
+            count = min(stop - batch, plan.updates_per_epoch - batch % plan.updates_per_epoch)
+            left += count * (self._flops_of(batch).per_image / last)
             batch += count
         return left
 

@@ -94,7 +94,9 @@ def test_a_folder_that_is_not_imagenet_is_not_ready_as_imagenet(folder: Path) ->
     root = tree(folder / "data")
     (problem,) = checked("data=imagenet", f"data.root={root}", *SMALL)["problems"]
     assert "is not ImageNet: it has 2 classes and 24 training images" in problem
-    assert checked("data=folder", f"data.root={root}", *SMALL)["problems"] == []
+    found = checked("data=folder", f"data.root={root}", *SMALL, "data.size_schedule=[32,64,0,8]")
+    assert found["problems"] == []
+    assert any("fits images of 64 pixels; all speeds are for the first epoch's 32" in line for line in found["lines"])
 
 
 def test_broken_images_are_found_with_their_files(folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lars_train.config import Config
+from lars_train.export import export
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
 from lars_train.training import checkpoint, metrics_logger, session
@@ -69,6 +70,10 @@ def test_training_and_evaluation_have_their_own_sizes(tmp_path: Path, seen: list
     record = json.loads((tmp_path / "run" / "run.json").read_text())["started"][-1]
     network = build_model("resnet20", num_classes=4, ghost_batch=4, zero_gamma=False)
     assert record["flops_per_image"] == flops_per_image(network, 12)
+    export(config(tmp_path, mode="export", checkpoint__path=str(tmp_path / "run")))
+    card = (tmp_path / "run" / "checkpoints" / "MODEL.md").read_text()
+    assert "resized so that the shorter side is 18" in card
+    assert "center-cropped to 16 x 16" in card
     # The size in evaluation is that of the checkpoint, unless it is set.
     base: dict[str, Any] = {"mode": "evaluate", "checkpoint__path": str(tmp_path / "run")}
 
@@ -143,7 +148,7 @@ def test_the_log_counts_the_operations_of_the_epochs_size(tmp_path: Path, monkey
     time_left = metrics_logger.MetricsLogger._time_left
 
     def watched(logger: metrics_logger.MetricsLogger, rate: float) -> float:
-        found.append((logger._flops_of(logger._last_batch).per_image, logger._updates_left()))
+        found.append((logger._flops_of(logger._batches - 1).per_image, logger._updates_left()))
         return time_left(logger, rate)
 
     monkeypatch.setattr(metrics_logger.MetricsLogger, "_time_left", watched)
