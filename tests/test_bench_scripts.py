@@ -115,3 +115,11 @@ def test_bench_input_measures_every_contender_on_every_store(tmp_path: Path) -> 
         assert any(row[0] == peer for row in rows) != (f"- skipped: {peer}: " in page)
     for kind in ("reference", *(f"{name}, {kind}" for name in ours for kind in ("threads", "processes"))):
         assert [row[1] for row in rows if row[0] == kind and len(row) == 6] == ["1", "2"]
+
+
+def test_bench_methods_has_a_row_for_each_method(tmp_path: Path) -> None:
+    methods = ["model.ema=0.9", "model.blurpool=true loss=bce"]
+    options = [*"--rounds 2 --updates 1 --settings".split(), "model=tiny data.image_size=16"]
+    _, *rows = measure(tmp_path, "bench/bench_methods.py", *options, *methods)
+    assert [row[0] for row in rows] == [f"`{method}`" for method in methods]
+    assert all(number(row[1]) > 0 for row in rows)

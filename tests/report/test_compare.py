@@ -210,6 +210,8 @@ def test_a_full_scale_recipe_row_has_a_published_value(make_run: MakeRun) -> Non
         {"optimizer__lr": 20.0},
         {"epochs": 3},
         {"model__ghost_batch": 64},
+        {"model__ema": 0.999},
+        {"evaluate__flip": True},
         {"data__name": "folder"},
         {"data__image_size": 192},
         {"data__train_size": 160},
