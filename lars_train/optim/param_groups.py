@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
+
+from .schedule import check_not_negative
 
 _NORM_LAYERS = (
     nn.BatchNorm1d,
@@ -25,8 +26,14 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """Return the weights of `model`, and separately its biases and the parameters of torch's normalization layers.
 
     Both lists are in the order of ``model.named_parameters()``; every parameter is in exactly one of them. Many recipes
-    neither decay nor adapt the second list (see `parameter_groups`).
+    neither decay nor adapt the second list. `parameter_groups` makes parameter groups of both lists, the second with
+    its own learning rate (`norm_bias_lr_factor`), which schedulers keep.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"pass the model, a torch.nn.Module, not {type(model).__name__}")
     exempt = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _is_bias_name(name)}
     for module in model.modules():
         if isinstance(module, _NORM_LAYERS):
@@ -68,10 +75,11 @@ def parameter_groups(
             torch's schedulers keep the factor, because they multiply each group's initial rate.
 
     Raises:
-        ValueError: `norm_bias_lr_factor` is negative or not finite, or differs from 1 without `lr`.
+        TypeError: `model` is not a module.
+        ValueError: `weight_decay` or `norm_bias_lr_factor` is negative or not finite, or the factor differs from 1
+            without `lr`.
     """
-    if not (math.isfinite(norm_bias_lr_factor) and norm_bias_lr_factor >= 0):
-        raise ValueError(f"norm_bias_lr_factor={norm_bias_lr_factor}: it must be finite and at least 0")
+    check_not_negative(weight_decay=weight_decay, norm_bias_lr_factor=norm_bias_lr_factor)
     if lr is None and norm_bias_lr_factor != 1:
         raise ValueError(f"norm_bias_lr_factor={norm_bias_lr_factor} is a multiple of lr: pass lr, too")
     alike = decay_norm_bias and adapt_norm_bias and norm_bias_lr_factor == 1

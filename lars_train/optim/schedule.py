@@ -8,8 +8,9 @@ arguments of `learning_rate`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 Form: TypeAlias = Literal["whole", "restart", "mlperf", "cosine", "steps"]
 
@@ -82,18 +83,18 @@ def learning_rate(
         factor: for `STEPS`, the factor of each step.
 
     Raises:
-        ValueError: `update` is not in [0, total), `warmup` not in [0, total), `base`, `power`, `end`, `start` or
-            `factor` is negative or not finite, or `form` is unknown.
+        ValueError: `update` is not in [0, total), `warmup` not in [0, total), one of these or of `steps` not a whole
+            number, `base`, `power`, `end`, `start` or `factor` negative or not finite, or `form` unknown.
     """
     if form not in get_args(Form):
         raise ValueError(f"form={form!r}: choose one of {', '.join(map(repr, get_args(Form)))}")
+    check_counts(update=update, warmup=warmup, total=total)
+    check_counts(**{f"steps[{i}]": step for i, step in enumerate(steps)})
     if not 0 <= warmup < total:
         raise ValueError(f"warmup={warmup}: it must be at least 0 and less than the run's {total} updates")
     if not 0 <= update < total:
         raise ValueError(f"update={update}: it must be at least 0 and less than the run's {total} updates")
-    for name, value in (("base", base), ("power", power), ("end", end), ("start", start or 0.0), ("factor", factor)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value}: it must be finite and at least 0")
+    check_not_negative(base=base, power=power, end=end, start=start or 0.0, factor=factor)
     if update < warmup:
         if start is None:
             return base * (update + 1) / warmup
@@ -109,6 +110,22 @@ def learning_rate(
     return float(end + (base - end) * decay)
 
 
+def check_counts(**counts: Any) -> None:
+    """Raise `ValueError` for a value that is not a whole number."""
+    for name, value in counts.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name}={value!r}: give a whole number of updates, e.g. round(0.1 * total)") from None
+
+
+def check_not_negative(**values: Any) -> None:
+    """Raise `ValueError` for a value that is not a finite number of at least 0."""
+    for name, value in values.items():
+        if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}: it must be finite and at least 0")
+
+
 def scaled_lr(base: float, batch: int, rule: Literal["linear", "sqrt"] = "linear", base_batch: int = 256) -> float:
     """Return the learning rate for a batch of `batch` samples, where `base` is the rate for `base_batch` samples.
 
@@ -119,7 +136,8 @@ def scaled_lr(base: float, batch: int, rule: Literal["linear", "sqrt"] = "linear
     """
     if rule not in ("linear", "sqrt"):
         raise ValueError(f"rule={rule!r}: choose 'linear' or 'sqrt'")
-    for name, value in (("base", base), ("batch", batch), ("base_batch", base_batch)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value}: it must be finite and above 0")
+    values: dict[str, Any] = {"base": base, "batch": batch, "base_batch": base_batch}
+    for name, value in values.items():
+        if isinstance(value, str) or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: it must be a finite number above 0")
     return base * batch / base_batch if rule == "linear" else base * math.sqrt(batch / base_batch)

@@ -6,7 +6,7 @@ They set the rates that `learning_rate` computes. With `LARS`, pass LARS or its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .schedule import COSINE, STEPS, learning_rate
+from .schedule import COSINE, STEPS, check_counts, check_not_negative, learning_rate
 
 
 class _WarmupScheduler(LRScheduler):
@@ -34,10 +34,18 @@ class _WarmupScheduler(LRScheduler):
         last_epoch: int,
         **settings: Any,
     ) -> None:
+        check_counts(warmup=warmup, **({} if total is None else {"total": total}))
+        check_not_negative(end_factor=end_factor, start_factor=start_factor or 0.0)
         self.warmup, self.total, self.end_factor, self.start_factor = warmup, total, end_factor, start_factor
         self.settings = settings
         self._rate(0, 1.0)  # raises for bad settings
         super().__init__(optimizer, last_epoch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of a scheduler of the same class, arguments included. Raises `ValueError` for another's."""
+        if state_dict.get("settings", {}).keys() != self.settings.keys():
+            raise ValueError(f"the state dict is not of {type(self).__name__}: load it into the class that saved it")
+        super().load_state_dict(state_dict)
 
     def get_lr(self) -> list[Any]:
         """Return the lr of each group for the coming update, ``last_epoch``, counted from 0."""
@@ -72,13 +80,13 @@ class WarmupCosine(_WarmupScheduler):
         optimizer: any torch optimizer; LARS or its base.
         warmup: updates of the warm-up, W; 0 for no warm-up.
         total: updates of the run, warm-up included; more than `warmup`.
-        end_factor: the lr at the end, as a fraction of the peak.
+        end_factor: the lr after `total` updates, as a fraction of the peak. The last update has a slightly higher lr.
         start_factor: the lr of update 0, as a fraction of the peak, which the lr reaches at update W. None: update u
             has (u + 1) / W of the peak, so the lr of update 0 is above 0.
         last_epoch: torch's name for the number of the last update made, from 0; -1 for a new schedule.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a number of updates is not whole.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class WarmupPoly(_WarmupScheduler):
             `total` is larger by 1).
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a number of updates is not whole.
     """
 
     def __init__(
@@ -136,7 +144,7 @@ class WarmupSteps(_WarmupScheduler):
         factor: the factor of each step.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a number of updates is not whole.
     """
 
     def __init__(
@@ -149,6 +157,9 @@ class WarmupSteps(_WarmupScheduler):
         start_factor: float | None = None,
         last_epoch: int = -1,
     ) -> None:
+        if not isinstance(steps, Iterable):
+            raise ValueError(f"steps={steps!r}: give a list of updates, e.g. [{steps!r}]")
+        check_counts(warmup=warmup, **{f"steps[{i}]": step for i, step in enumerate(steps)})
         if not all(before < after for before, after in pairwise([warmup - 1, *steps, math.inf])):
             raise ValueError(f"steps={list(steps)}: give updates in increasing order, none before warmup={warmup}")
         settings = {"form": STEPS, "steps": list(steps), "factor": factor}

@@ -113,6 +113,14 @@ def test_an_lr_factor_needs_an_lr_and_separates_the_groups() -> None:
         parameter_groups(Net(), 0.1, lr=1.0, norm_bias_lr_factor=-1)
 
 
+def test_a_negative_decay_and_a_list_for_the_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight_decay=-0.1: it must be finite and at least 0"):
+        parameter_groups(Net(), -0.1)
+    parameters: Any = list(Net().parameters())
+    with pytest.raises(TypeError, match=r"pass the model, a torch.nn.Module, not list"):
+        split_parameters(parameters)
+
+
 @pytest.mark.parametrize("decay_norm_bias", [True, False])
 def test_every_parameter_is_in_exactly_one_group(decay_norm_bias: bool) -> None:
     model = Net()

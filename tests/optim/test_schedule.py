@@ -101,6 +101,9 @@ def test_without_warm_up_whole_and_restart_are_equal() -> None:
         ({"power": -2.0}, "power=-2.0"),
         ({"power": float("inf")}, "power=inf"),
         ({"form": "cos"}, "form='cos'"),
+        ({"warmup": 0.1}, "warmup=0.1: give a whole number of updates"),
+        ({"update": "3"}, "update='3': give a whole number of updates"),
+        ({"base": "1"}, "base='1': it must be finite"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
@@ -150,6 +153,7 @@ def test_scaled_lr_gives_the_published_rates(
         ({"batch": 0}, "batch=0"),
         ({"base_batch": -1}, "base_batch=-1"),
         ({"base": float("nan")}, "base=nan"),
+        ({"base": "0.3"}, "base='0.3': it must be a finite number above 0"),
     ],
 )
 def test_scaled_lr_refuses_a_bad_argument_by_name(arguments: dict[str, Any], message: str) -> None:

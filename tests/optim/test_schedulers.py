@@ -220,8 +220,8 @@ def test_they_schedule_any_optimizer_of_torch() -> None:
         (lambda o: WarmupCosine(o, 5, 5), "warmup=5"),
         (lambda o: WarmupCosine(o, -1, 5), "warmup=-1"),
         (lambda o: WarmupCosine(o, 0, 0), "0 updates"),
-        (lambda o: WarmupCosine(o, 1, 5, end_factor=-0.1), "end=-0.1"),
-        (lambda o: WarmupCosine(o, 1, 5, start_factor=float("nan")), "start=nan"),
+        (lambda o: WarmupCosine(o, 1, 5, end_factor=-0.1), "end_factor=-0.1"),
+        (lambda o: WarmupCosine(o, 1, 5, start_factor=float("nan")), "start_factor=nan"),
         (lambda o: WarmupPoly(o, 1, 5, -2.0, "whole"), "power=-2.0"),
         (lambda o: WarmupPoly(o, 1, 5, 2.0, "cosine"), "form='cosine': choose 'whole' or 'restart'"),
         (lambda o: WarmupSteps(o, 5, [4, 9]), r"steps=\[4, 9\]: .* none before warmup=5"),
@@ -235,3 +235,34 @@ def test_bad_settings_are_refused_and_change_nothing(make: Callable[[Optimizer],
         make(optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.7
     assert "initial_lr" not in optimizer.param_groups[0]
+
+
+@every_scheduler
+def test_the_state_of_another_scheduler_is_refused(make: Callable[[Optimizer], Any]) -> None:
+    scheduler = make(lars(0.7))
+    before = scheduler.state_dict()
+    others = [other(lars(0.7)) for other in SCHEDULERS.values()]
+    for other in [*others, lr_scheduler.ExponentialLR(lars(0.7), 0.9)]:
+        if type(other) is not type(scheduler):
+            with pytest.raises(ValueError, match=f"the state dict is not of {type(scheduler).__name__}"):
+                scheduler.load_state_dict(other.state_dict())
+    assert scheduler.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (WarmupCosine, (2.5, 15), r"warmup=2.5: give a whole number of updates, e.g. round\(0.1 \* total\)"),
+        (WarmupCosine, (0.1, 15), "warmup=0.1: give a whole number"),
+        (WarmupPoly, (3, 15.5, 2.0, "whole"), "total=15.5: give a whole number"),
+        (WarmupPoly, (3, "15", 2.0, "whole"), "total='15': give a whole number"),
+        (WarmupSteps, (0.5, [4]), "warmup=0.5: give a whole number"),
+        (WarmupSteps, (0, [4, 5.5]), r"steps\[1\]=5.5: give a whole number"),
+        (WarmupSteps, (0, 8), r"steps=8: give a list of updates, e.g. \[8\]"),
+    ],
+)
+def test_updates_that_are_not_whole_are_refused(kind: Any, arguments: tuple[Any, ...], message: str) -> None:
+    optimizer = lars(0.7)
+    with pytest.raises(ValueError, match=message):
+        kind(optimizer, *arguments)
+    assert optimizer.param_groups[0]["lr"] == 0.7
