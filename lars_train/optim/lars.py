@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import fused_sgd
-from .base import calls_closure, check_base, check_groups, check_rule, check_state, failed_for_closure, is_plain
+from .base import calls_closure, check_base, check_groups, check_rule, failed_for_closure, is_plain
+from .foreign_state import check_state
 from .options import DEFAULTS, PRESETS
 from .rescale import Layers, Record, check_gradients, group_parameters, is_compiling, rescale
 from .rescale_step import apply_outside, copy_weights, hide_settings, restore_settings, scale_step
@@ -45,9 +46,9 @@ class LARS(Optimizer):
 
     `param_groups`, `state` and `defaults` are the base's objects, so a learning-rate scheduler for either optimizer
     acts on both. Each optimizer has its own step hooks; the base's hooks run within LARS's step. After a step, `grad`
-    holds the rescaled gradient, or the original one if the update did not rescale it. Between steps, LARS holds no
-    other tensors as large as the gradients. Parameters that share memory are rescaled one after another, in an
-    unspecified order.
+    holds the rescaled gradient or the original one, depending on base, device and version of torch: log gradient norms
+    before the step, or take them from `layers`. Between steps, LARS holds no other tensors as large as the gradients.
+    Parameters that share memory are rescaled one after another, in an unspecified order.
 
     Norms and ratios are computed in float32, or in float64 for float64 gradients. The formula also applies to a
     non-finite gradient, which affects no other tensor. The host never waits for an accelerator. For a DTensor, the
@@ -77,7 +78,8 @@ class LARS(Optimizer):
             multiplies the resulting change of w by the ratio (NUS-HPC). The dtype of w must be able to represent the
             change before that multiplication.
         lr_placement: ``"outside"`` the momentum, as in torch's SGD. ``"inside"``: g is also multiplied by the lr, and
-            the base steps with an lr of 1 (MLPerf, optax). The two differ when the lr changes.
+            the base steps with an lr of 1 (MLPerf, optax). The two differ when the lr changes. The base's step must be
+            proportional to the gradient: SGD, not Adam.
         clamp: limit on the absolute value of each element of g + wd * w, or None (NUS-HPC has 10).
         record: keep norms and ratios for `layers`. Costs nothing if False.
 
@@ -123,6 +125,8 @@ class LARS(Optimizer):
         rule = Rule(**options)
         check_rule(base, rule)
         check_groups(base.param_groups, rule)
+        if not isinstance(record, bool):
+            raise ValueError(f"record={record!r}: give True or False")
         # Optimizer.__init__ would create new parameter groups; this sets up only the rest (hooks, profiling).
         self.__setstate__({"base_optimizer": base, "rule": rule, "record": record})
 
@@ -130,11 +134,16 @@ class LARS(Optimizer):
     def preset(cls, name: str, base_optimizer: Optimizer | None = None, **options: Any) -> LARS:
         """Return a LARS that computes like the implementation `name`; keyword `options` override the preset's.
 
-        ``lars_train.optim.options.PRESETS`` lists the names, their options and sources. Raises `ValueError` for an
-        unknown name.
+        The module ``options`` lists the names, their options and sources (`PRESETS`). The rules are those over torch's
+        SGD, that of ``lamb`` over AdamW. Raises `ValueError` for an unknown name, and as `LARS` does.
         """
+        if not isinstance(name, str):
+            raise TypeError("LARS.preset takes the name first: write LARS.preset('bolts', base)")
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        base = options.get("optimizer", options.get("params")) if base_optimizer is None else base_optimizer
+        unknown = {key: value for key, value in options.items() if key not in (*DEFAULTS, "optimizer", "record")}
+        check_base(base, LARS, {key: options[key] for key in options if key in DEFAULTS}, (), unknown, name)
         return cls(base_optimizer, **(PRESETS[name] | options))
 
     @property
@@ -203,7 +212,9 @@ class LARS(Optimizer):
         return f"LARS({self.base_optimizer!r}, {', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base optimizer. Raises `ValueError` if it is ``differentiable``."""
+        """Add a parameter group to the base optimizer. Raises `ValueError` if LARS cannot be applied to it."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"pass a parameter group, {{'params': [...]}}, not {type(param_group).__name__}")
         check_groups([{**self.defaults, **param_group}], self.rule)
         self.base_optimizer.add_param_group(param_group)
 
@@ -238,14 +249,14 @@ class LARS(Optimizer):
 
         Raises:
             ValueError: the ``"lars"`` entry is not in the format of `state_dict`, the base rejects the rest, or the
-                state dict is of timm's or lightning-bolts' LARS with another rule; the message shows the one to choose.
+                updates would not continue exactly: the state dict is of another kind of base, or of another
+                implementation with another rule or state. The message shows what to load, and nothing has changed.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        if "lars" not in state_dict:
-            check_state(state_dict["param_groups"], self.base_optimizer, asdict(self.rule))
+        check_state(state_dict, self.base_optimizer, asdict(self.rule))
         stored = state_dict.pop("lars", {})
         if not isinstance(stored, dict):
             raise ValueError(f"the state dict's 'lars' entry is {stored!r}; it must be a dict of options by name")

@@ -63,6 +63,11 @@ class Base:
     def calls_closure(self) -> bool:
         return self.kind is optim.LBFGS
 
+    @property
+    def follows_the_gradient(self) -> bool:
+        """True if the step is proportional to the gradient, as ``lr_placement="inside"`` requires."""
+        return self.kind in (optim.SGD, optim.ASGD)
+
     def build(self, params: Any, **changes: Any) -> Optimizer:
         built: Optimizer = self.kind(params, **(self.keywords | changes))
         return built

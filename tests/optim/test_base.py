@@ -45,31 +45,69 @@ def test_a_preset_takes_both_names_of_the_base() -> None:
     assert repr(LARS.preset("timm", optimizer=base)) == repr(LARS.preset("timm", base))
 
 
-@pytest.mark.parametrize(
-    ("form", "line"),
-    [
-        (
-            {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "trust_coefficient": 0.02, "eps": 1e-6},
-            "LARS(torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-06), eps=1e-06, trust_coef=0.02)",
-        ),
-        ({"lr": 0.3, "momentum": 0.9, "trust_coeff": 0.2}, "SGD(params, lr=0.3, momentum=0.9), trust_coef=0.2)"),
-        ({"lr": 0.3, "eta": 0.2, "clip_lr": True}, "LARS(torch.optim.SGD(params, lr=0.3), trust_coef=0.2, clip='lr')"),
-        ({"lr": torch.tensor(0.25), "always_adapt": False}, "SGD(params, lr=0.25), zero_decay='skip')"),
-        ((3.2, 0.9), "LARS(torch.optim.SGD(params, lr=3.2, momentum=0.9))"),
-        ((3.2, 0.9, 0.0, 1e-4, True), "SGD(params, lr=3.2, momentum=0.9, dampening=0.0, weight_decay=0.0001, nesterov"),
-        ((), "LARS(torch.optim.SGD(params, lr=0.1))"),
-    ],
-    ids=["lightning-bolts", "timm", "solo-learn", "a tensor", "two by position", "all by position", "alone"],
-)
-def test_parameters_instead_of_a_base_get_the_call_to_write(form: dict[str, Any] | tuple[Any, ...], line: str) -> None:
-    params = [parameter()]
+SGD_LINE = "torch.optim.SGD(params, lr=0.3)"
+# Calls in the form of other implementations, and the call with the same rule.
+FORMS: dict[str, tuple[Any, str]] = {
+    "lightning-bolts": (
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "trust_coefficient": 0.02, "eps": 1e-6},
+        "LARS.preset('bolts', torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-06), eps=1e-06, "
+        "trust_coef=0.02)",
+    ),
+    "timm": ({"lr": 0.3, "trust_coeff": 0.2}, f"LARS.preset('timm', {SGD_LINE}, trust_coef=0.2)"),
+    "timm, adapting": (
+        {"lr": 0.3, "always_adapt": True, "trust_clip": True},
+        f"LARS.preset('timm', {SGD_LINE}, zero_decay='adapt', clip='lr')",
+    ),
+    "a tensor": (
+        {"lr": torch.tensor(0.25), "always_adapt": False},
+        "LARS.preset('timm', torch.optim.SGD(params, lr=0.25))",
+    ),
+    "solo-learn": (
+        {"lr": 0.3, "eta": 0.2, "clip_lr": True},
+        f"LARS.preset('solo-learn', {SGD_LINE}, trust_coef=0.2, clip='lr')",
+    ),
+    "solo-learn, excluding": (
+        {"lr": 0.3, "eta": 0.001, "exclude_bias_n_norm": True},
+        f"LARS.preset('solo-learn', {SGD_LINE})",
+    ),
+    "Barlow Twins": (
+        {"lr": 0.3, "eta": 0.001, "weight_decay_filter": True, "lars_adaptation_filter": True},
+        f"LARS.preset('moco-v3', {SGD_LINE})",
+    ),
+    "mmpretrain": (
+        {"lr": 0.3, "eta": 0.01, "lars_exclude": True},
+        f"LARS.preset('mmpretrain', {SGD_LINE}, trust_coef=0.01)",
+    ),
+    "SimCLR": ({"lr": 0.3, "eeta": 0.01}, f"LARS.preset('optax', {SGD_LINE}, trust_coef=0.01)"),
+    "two by position": ((3.2, 0.9), "LARS(torch.optim.SGD(params, lr=3.2, momentum=0.9))"),
+    "all by position": (
+        (3.2, 0.9, 0.0, 1e-4, True),
+        "LARS(torch.optim.SGD(params, lr=3.2, momentum=0.9, dampening=0.0, weight_decay=0.0001, nesterov=True))",
+    ),
+    "alone": ((), "LARS(torch.optim.SGD(params, lr=0.1))"),
+}
+EXCLUDING = {"exclude_bias_n_norm", "weight_decay_filter", "lars_exclude"}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_parameters_instead_of_a_base_get_the_call_to_write(name: str) -> None:
+    params, (form, line) = [parameter()], FORMS[name]
     call: Callable[..., LARS] = LARS
     positional, named = ((), form) if isinstance(form, dict) else (form, {})
-    with pytest.raises(TypeError, match=f"not generator. Write .*{re.escape(line)}") as refused:
+    with pytest.raises(TypeError, match=f"not generator. Write {re.escape(line)}\\.") as refused:
         call((p for p in params), *positional, **named)
+    assert ("Put vectors into a parameter group" in str(refused.value)) == bool({*named} & EXCLUDING)
+    assert ("For the rule of another library, write LARS.preset with" in str(refused.value)) == (not named)
     # The line in the message runs.
-    shown = str(refused.value).partition("Write ")[2].rstrip(".")
-    assert isinstance(eval(shown, {"LARS": LARS, "torch": torch, "params": params}), LARS)
+    assert isinstance(eval(line, {"LARS": LARS, "torch": torch, "params": params}), LARS)
+
+
+def test_a_preset_over_parameters_keeps_its_name_in_the_line() -> None:
+    call: Callable[..., LARS] = LARS.preset
+    for keywords, rest in (({"trust_coefficient": 0.01}, ", trust_coef=0.01"), ({"eps": 0.5}, ", eps=0.5"), ({}, "")):
+        line = f"Write LARS.preset('moco-v3', {SGD_LINE}{rest})."
+        with pytest.raises(TypeError, match=re.escape(line)):
+            call("moco-v3", [parameter()], lr=0.3, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +115,19 @@ def test_parameters_instead_of_a_base_get_the_call_to_write(form: dict[str, Any]
     [
         ({"lr": 0.1}, "lr is an option of the base: add lr=0.1 to Adam(…)."),
         ({"weight_decay": 1e-4}, "weight_decay is an option of the base: add weight_decay=0.0001 to Adam(…)."),
-        ({"trust_coeff": 0.1}, "Instead of trust_coeff=0.1 write trust_coef=0.1."),
-        ({"trust_clip": True}, "Instead of trust_clip=True write clip='lr'."),
-        ({"clip": True}, "Instead of clip=True write clip='lr'."),
-        ({"always_adapt": True}, "Instead of always_adapt=True write nothing (it is the default)."),
+        ({"trust_coeff": 0.1}, "Instead of trust_coeff=0.1 write LARS.preset('timm', Adam(…), trust_coef=0.1)."),
+        ({"trust_clip": True}, "Instead of trust_clip=True write LARS.preset('timm', Adam(…), clip='lr')."),
+        ({"clip": True}, "Instead of clip=True write LARS.preset('larc', Adam(…))."),
+        (
+            {"trust_coefficient": 0.001, "clip": False},
+            "Instead of clip=False, trust_coefficient=0.001 write LARS.preset('larc', Adam(…), clip=None, "
+            "trust_coef=0.001).",
+        ),
+        (
+            {"eta": 0.02, "clip": True, "exclude_bias_n_norm": True},
+            "Instead of eta=0.02, exclude_bias_n_norm=True, clip=True write LARS.preset('solo-learn', Adam(…), "
+            "trust_coef=0.02, clip='lr'). Put vectors",
+        ),
         ({"exclude_bias": True}, "LARS has no option 'exclude_bias'."),
         ({"optimizer": Adam([parameter()])}, "LARS: base_optimizer and optimizer are two names for one argument"),
     ],
@@ -91,10 +138,33 @@ def test_a_keyword_in_the_wrong_place_is_named(keywords: dict[str, Any], message
         call(Adam([parameter()]), **keywords)
 
 
-@pytest.mark.parametrize("base", [None, SGD, LARS(SGD([parameter()])), nn.Linear(2, 2)])
+@pytest.mark.parametrize("base", [None, SGD, nn.Linear(2, 2)])
 def test_an_invalid_base_is_refused(base: Any) -> None:
-    with pytest.raises(TypeError, match=r"wraps an instance of a torch optimizer, not (nothing|the class|LARS|Lin)"):
+    with pytest.raises(TypeError, match=r"wraps an instance of a torch optimizer, not (nothing|the class|Lin)"):
         LARS(base)
+
+
+def test_lars_over_lars_and_flags_that_are_no_flags_are_refused() -> None:
+    with pytest.raises(TypeError, match="LARS cannot wrap another LARS: pass the optimizer that it wraps"):
+        LARS(LARS(SGD([parameter()])))
+    record: Any = "yes"
+    with pytest.raises(ValueError, match="record='yes': give True or False"):
+        LARS(SGD([parameter()]), record=record)
+    lars = LARS(SGD([parameter()]))
+    groups: list[tuple[Any, str]] = [
+        ({"excluded": True}, "the key 'excluded'; LARS's is 'exclude'"),
+        ({"lars_exclude": True}, "the key 'lars_exclude'; LARS's is 'exclude'"),
+        ({"exclude": "yes"}, "exclude='yes': give True or False"),
+    ]
+    for group, message in groups:
+        with pytest.raises(ValueError, match=message):
+            LARS(SGD([{"params": [parameter()], **group}]))
+        with pytest.raises(ValueError, match=message):
+            lars.add_param_group({"params": [parameter()], **group})
+    parameters: Any = [parameter()]
+    with pytest.raises(TypeError, match="pass a parameter group"):
+        lars.add_param_group(parameters)
+    assert len(lars.param_groups) == 1
 
 
 @pytest.mark.parametrize("gives_closure", [True, False])

@@ -324,9 +324,28 @@ def test_torchlars_is_the_default() -> None:
     assert LARS.preset("torchlars", base).rule == LARS(base, eps=1e-8, trust_coef=0.001).rule
 
 
+def test_libraries_with_the_same_rule_have_its_preset() -> None:
+    same = {"lightly": "bolts", "barlowtwins": "moco-v3", "vissl": "swav", "solo-learn": "swav"}
+    assert {name: PRESETS[name] for name in same} == {name: PRESETS[other] for name, other in same.items()}
+
+
+IN_THE_GRADIENT = ("mmpretrain", "mlperf", "optax", "open-lars")
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.LBFGS], ids=lambda b: b.__name__)
+def test_the_lr_in_the_gradient_needs_a_step_that_follows_it(base: Any) -> None:
+    assert set(IN_THE_GRADIENT) == {name for name in PRESETS if PRESETS[name].get("lr_placement") == "inside"}
+    for name in IN_THE_GRADIENT:
+        with pytest.raises(ValueError, match=f"the step of {base.__name__} is not, so that it would ignore the lr"):
+            LARS.preset(name, base(parameters(tensors(False)[0]), lr=1e-4))
+
+
 def test_a_preset_takes_overrides_and_an_unknown_one_is_refused() -> None:
     base = torch.optim.SGD(parameters(tensors(False)[0]), lr=0.1)
     assert LARS.preset("larc", base, trust_coef=0.5).rule.trust_coef == 0.5
     assert LARS.preset("larc", base, trust_coef=0.5).rule.clip == "lr"
     with pytest.raises(ValueError, match="choose one of torchlars, mlperf, timm, larc, optax, nus-hpc"):
         LARS.preset("lion", base)
+    swapped: Any = base
+    with pytest.raises(TypeError, match=r"takes the name first: write LARS.preset\('bolts', base\)"):
+        LARS.preset(swapped, "bolts")

@@ -267,6 +267,140 @@ def test_a_state_dict_of_timm_loads_with_our_rule_on_request() -> None:
     assert torch.equal(lars.state[weight]["momentum_buffer"], timm.state[weight]["momentum_buffer"])
 
 
+class MoCo(Optimizer):
+    """The arithmetic of MoCo v3's loop, and of Barlow Twins' with its keys.
+
+    Sources: moco/optimizer.py in https://github.com/facebookresearch/moco-v3, and main.py in
+    https://github.com/facebookresearch/barlowtwins.
+    """
+
+    def __init__(self, params: Any, trust: str, **options: Any) -> None:
+        super().__init__(params, {"lr": 0.5, "weight_decay": DECAY, "momentum": 0.9, trust: 0.02, **options})
+        self.trust = trust
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for w in group["params"]:
+                d = w.grad if w.ndim == 1 else w.grad + group["weight_decay"] * w
+                d = d if w.ndim == 1 else d * (group[self.trust] * w.norm() / d.norm())
+                mu = self.state[w].setdefault("mu", torch.zeros_like(w))
+                mu.mul_(group["momentum"]).add_(d)
+                w.sub_(group["lr"] * mu)
+
+
+def pytorch_optimizers(params: Any) -> Optimizer:
+    kind = pytest.importorskip("pytorch_optimizer").LARS
+    optimizer: Optimizer = kind(params, lr=0.5, weight_decay=DECAY, momentum=0.9, trust_coefficient=0.02)
+    return optimizer
+
+
+def timms_lamb(params: Any) -> Optimizer:
+    kind = pytest.importorskip("timm.optim.lamb").Lamb
+    optimizer: Optimizer = kind(params, lr=0.5, weight_decay=DECAY, max_grad_norm=None, always_adapt=True)
+    return optimizer
+
+
+# Implementations whose state dicts LARS cannot take whole: the optimizer, the preset with its rule, and LARS's base.
+Make = Callable[[Any], Optimizer]
+OTHERS: dict[str, tuple[Make, str, Make]] = {
+    "moco-v3": (
+        lambda p: MoCo(p, "trust_coefficient", nesterov=False),
+        "moco-v3",
+        lambda p: optim.SGD(p, momentum=0.9),
+    ),
+    "barlow-twins": (
+        lambda p: MoCo(p, "eta", weight_decay_filter=True, lars_adaptation_filter=True),
+        "moco-v3",
+        lambda p: optim.SGD(p, momentum=0.9),
+    ),
+    "pytorch-optimizer": (pytorch_optimizers, "pytorch-optimizer", lambda p: optim.SGD(p, momentum=0.9)),
+    "timm's Lamb": (timms_lamb, "lamb", lambda p: optim.AdamW(p, eps=1e-6)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_state_dict_is_refused_with_the_way_to_continue(name: str) -> None:
+    def train(optimizer: Optimizer, weights: list[Parameter], updates: range) -> None:
+        for update in updates:
+            for weight in weights:
+                weight.grad = 0.3 * weight.detach() + 0.1 * (update + 1)
+            optimizer.step()
+
+    def weights() -> list[Parameter]:
+        return [Parameter(torch.linspace(-1, 2, n, dtype=torch.float64).reshape(shape)) for n, shape in SHAPES]
+
+    build, preset, base = OTHERS[name]
+    theirs, ours = weights(), weights()
+    other = build(theirs[::-1])
+    train(other, theirs, range(3))
+    for p, q in zip(ours, theirs, strict=True):
+        p.data.copy_(q)
+    state_dict = copy.deepcopy(other.state_dict())
+    vectors = {} if preset == "lamb" else {"exclude": True, "weight_decay": 0.0}
+    groups = [
+        {"params": ours[:1], "lr": 0.5, "weight_decay": DECAY},
+        {"params": ours[1:], "lr": 0.5, "weight_decay": DECAY, **vectors},
+    ]
+    lars = LARS.preset(preset, base(groups), **({} if preset == "lamb" else {"trust_coef": 0.02}))
+    before = copy.deepcopy(lars.state_dict())
+    for loads in (lars, LARS.preset("bolts", optim.SGD(ours), trust_coef=0.02)):
+        with pytest.raises(ValueError, match="the state dict is of another implementation") as refused:
+            loads.load_state_dict(state_dict)
+    assert lars.state_dict() == before
+    way = str(refused.value).partition("and run: ")[2]
+    exec(way, {"lars": lars, "state_dict": state_dict, "params": ours[::-1], "torch": torch})
+    train(other, theirs, range(3, 6))
+    train(lars, ours, range(3, 6))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+SHAPES = [(12, (4, 3)), (5, (5,))]
+
+
+def test_groups_with_different_rules_need_one_lars_each() -> None:
+    params = [Parameter(torch.ones(2)) for _ in range(2)]
+    state_dict = optim.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9).state_dict()
+    for group, trust in zip(state_dict["param_groups"], (0.01, 0.001), strict=True):
+        group |= {"trust_coefficient": trust, "eps": 1e-8}
+    for trust in (0.01, 0.001):
+        lars = LARS.preset("bolts", optim.SGD([{"params": [p]} for p in params], lr=0.1), trust_coef=trust)
+        with pytest.raises(ValueError, match=r"trust_coefficient=0.01, 0.001: create one LARS for each"):
+            lars.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize(
+    ("saved", "base", "message"),
+    [
+        (optim.AdamW, optim.SGD, "is not of SGD: it lacks dampening, momentum"),
+        (optim.SGD, optim.AdamW, "is not of AdamW: it lacks betas, eps"),
+        (optim.Adamax, optim.AdamW, "is not of AdamW: it lacks exp_avg_sq"),
+        (optim.Adam, optim.NAdam, "is not of NAdam: it lacks momentum_decay, mu_product"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("of_lars", [True, False])
+def test_the_state_dict_of_another_base_is_refused(saved: Any, base: Any, message: str, of_lars: bool) -> None:
+    weight = Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    source = LARS(saved([weight], lr=0.1)) if of_lars else saved([weight], lr=0.1)
+    source.step()
+    lars = LARS(base([weight], lr=0.2))
+    before = copy.deepcopy(lars.state_dict())
+    with pytest.raises(ValueError, match=message):
+        lars.load_state_dict(source.state_dict())
+    assert lars.state_dict() == before
+
+
+def test_a_whole_checkpoint_is_no_state_dict() -> None:
+    lars = LARS(optim.SGD([Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(ValueError, match=r"its keys are \['epoch', 'optimizer'\]. Of a checkpoint"):
+        lars.load_state_dict({"optimizer": lars.state_dict(), "epoch": 3})
+    with pytest.raises(ValueError, match="not an optimizer's state dict"):
+        lars.load_state_dict({})
+
+
 def test_distributed_checkpoint_refuses_lbfgs_as_without_lars() -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
