@@ -60,6 +60,7 @@ def fill_from_recipe(config: Config) -> None:
         config.bce_threshold = row.bce_threshold
     if config.mode != "evaluate" or config.checkpoint.path is None:
         # An evaluation of a checkpoint takes its sizes from the checkpoint.
+        _check_length(config)
         fill_sizes(config.data, row, _shrink(config, row))
     # The row's momentum is meant for SGD. Another base gets momentum only from the command line.
     if opt.base == "SGD":
@@ -129,6 +130,19 @@ def _check_rate(config: Config, row: RowConfig) -> None:
         raise ConfigError(
             f"optimizer.lr is not set, and that of row {batch.name} of recipe {config.recipe.name} is for "
             f"{row.optimizer} over {row.base}, not for {what}; set optimizer.lr."
+        )
+
+
+def _check_length(config: Config) -> None:
+    """Raise `ConfigError` if the row's sizes depend on the run's length, and the row has none for this length."""
+    data, name = config.data, row_name(config.recipe.rows, config.batch.name)
+    assert name is not None
+    lengths = config.recipe.rows[name].get("by_epochs", {})
+    own_sizes = (data.image_size, data.train_size, data.size_schedule) != (None, None, None)
+    if lengths and str(config.epochs) not in lengths and not config.schedule.scale_warmup and not own_sizes:
+        raise ConfigError(
+            f"epochs={config.epochs}: recipe {config.recipe.name} has the lengths {', '.join(lengths)}; choose one of "
+            "them. For another length, set schedule.scale_warmup=true, which scales the longest, or data.size_schedule."
         )
 
 

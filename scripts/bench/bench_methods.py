@@ -46,6 +46,7 @@ METHODS = (
     "augment.cutmix=1",
     "augment.auto=trivial",
     "augment.auto=randaugment",
+    "data.train_size=48",
 )
 
 
