@@ -42,7 +42,8 @@ _OPERATIONS: dict[str, Callable[[Any, Any, float], Any]] = {
     "AutoContrast": lambda f, image, m: f.autocontrast(image),
     "Equalize": lambda f, image, m: f.equalize(image),
 }
-_SIGNED = tuple(_OPERATIONS)[1:10]  # ShearX to Sharpness
+_NAMES = tuple(_OPERATIONS)
+_SIGNED = _NAMES[1:10]  # ShearX to Sharpness
 
 
 class AutoAugment:
@@ -75,7 +76,7 @@ class AutoAugment:
         image = Image.fromarray(pixels)
         for first in range(0, self.uniforms, _DRAWS):
             which, size, sign = uniforms[first : first + _DRAWS]
-            name = tuple(_OPERATIONS)[int(which * len(_OPERATIONS))]
+            name = _NAMES[int(which * len(_NAMES))]
             number = int(size * _BINS) if self._name == TRIVIAL else self._magnitude
             magnitude = magnitudes[name][number] if name in magnitudes else 0.0
             signed = name in _SIGNED and sign <= 0.5

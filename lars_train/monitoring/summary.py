@@ -19,7 +19,7 @@ from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_
 ALREADY_FINISHED = "This run has finished. resume=never moves it aside and starts a new one."
 
 FLIPPED = "with the mean of the logits of each image and its mirror image"
-"""How ``evaluate.flip=true`` evaluates, in messages."""
+"""The description of ``evaluate.flip=true`` in messages."""
 
 # Thresholds of `validation_gap_note`: points of top-1, and train/update_ratio.
 _LARGE_GAP, _FAST_WEIGHTS = 10.0, 0.01
