@@ -18,6 +18,7 @@ from lars_train.data.order import SHARDS
 from lars_train.errors import ConfigError, NotReady
 from lars_train.export import CARD, export
 from lars_train.fsutil import user_path
+from lars_train.given import NOTHING, Given
 from lars_train.launch import (
     Ranks,
     adopt,
@@ -31,11 +32,11 @@ from lars_train.launch import (
 from lars_train.messages import complain, counted, is_rank0, printable, say
 from lars_train.monitoring.summary import ALREADY_FINISHED, FLIPPED, experiment_lines
 from lars_train.monitoring.tensorboard import CUSTOM_SCALARS_TAB
-from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
 from lars_train.preflight.check import check
 from lars_train.preflight.rehearsal import describe_rehearsal, rehearse
 from lars_train.report.lars_report import read_rows
 from lars_train.report.table import elapsed_time, terminal
+from lars_train.run_plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
 from lars_train.signals import handle_termination
 from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
@@ -45,15 +46,15 @@ from lars_train.training.run_directory import Invocation
 from lars_train.training.session import evaluate_only, evaluation_config, find_finished, train
 
 
-def run(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Run the config's ``mode`` and return its results by name.
+def run(config: Config, invocation: Invocation, given: Given = NOTHING) -> dict[str, Any]:
+    """Run the config's ``mode`` and return its results by name. `given`: objects that the config does not name.
 
     Raises `ConfigError`, `DataError`, `NotReady`, `WorkerError`.
     """
     begin_job()
     start_resource_tracker()
     commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan, "check": _check}
-    return commands[config.mode](config, invocation)
+    return commands[config.mode](config, invocation, given)
 
 
 def _print_notes(notes: Iterable[str]) -> None:
@@ -71,11 +72,11 @@ def _launcher_ranks(config: Config) -> Ranks | None:
     return ranks
 
 
-def _train(config: Config, invocation: Invocation) -> dict[str, Any]:
+def _train(config: Config, invocation: Invocation, given: Given) -> dict[str, Any]:
     if restarts():
         # `resume=never` applies to the first start only: a restart must keep the directory it created.
         config = dataclasses.replace(config, resume=AUTO)
-    prepared = prepare(config)
+    prepared = prepare(config, given)
     ranks = _launcher_ranks(config)
     count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
     check_world(prepared.plan, ranks.world if ranks else count)
@@ -112,7 +113,7 @@ def _describe_results(final: dict[str, Any], directory: Path) -> str:
     return "\n".join([terminal(read_rows([directory])), *map(printable, lines)])
 
 
-def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
+def _evaluate(config: Config, invocation: Invocation, given: Given) -> dict[str, Any]:
     config, content = evaluation_config(config, invocation.overrides)
     ranks = adopt()
     count = 1 if ranks else processes(config, cuda_devices(config), ghosts=cuda_devices(config))
@@ -120,7 +121,7 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
     if count > 1:
         result = start_processes(_evaluate_worker, (config,), count)
     else:
-        result = evaluate_only(config, content, ranks or Ranks())
+        result = evaluate_only(config, content, ranks or Ranks(), given)
     _print_notes(result["notes"])
     say(
         f"{result['model']} on {result['data']}: top-1 {result['val/top1']:.2f} %, top-5 {result['val/top5']:.2f} %, "
@@ -141,7 +142,7 @@ def _evaluate(config: Config, invocation: Invocation) -> dict[str, Any]:
     return result
 
 
-def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
+def _export(config: Config, invocation: Invocation, given: Given) -> dict[str, Any]:
     if not is_rank0():
         return {}
     path, detail = export(config)
@@ -150,12 +151,12 @@ def _export(config: Config, invocation: Invocation) -> dict[str, Any]:
     return {"path": str(path)}
 
 
-def _plan(config: Config, invocation: Invocation) -> dict[str, Any]:
+def _plan(config: Config, invocation: Invocation, given: Given) -> dict[str, Any]:
     """Print the plan of a run. Trains nothing, and writes only ``plan.path`` and ``plan.picture``."""
     if not is_rank0():
         return {}
     try:
-        prepared = prepare(_without_files(config))
+        prepared = prepare(_without_files(config), given)
     except ConfigError as error:
         if config.data.name != "imagenet" or config.data.root is None:
             raise
@@ -230,7 +231,7 @@ def _without_files(config: Config) -> Config:
     return dataclasses.replace(config, data=made_up, model=model)
 
 
-def _check(config: Config, invocation: Invocation) -> dict[str, Any]:
+def _check(config: Config, invocation: Invocation, given: Given) -> dict[str, Any]:
     """Measure on every rank and print the findings. Rank 0 raises `NotReady` for all."""
     ranks = _launcher_ranks(config)
     # Only an invalid launch.nproc raises here. `check` reports all other errors of the config among its findings.

@@ -24,7 +24,7 @@ from tiny import environment, shell, start
 from lars_train.config import config_dir, register, resolve
 from lars_train.config.arguments import prepare_arguments, take_config_file
 from lars_train.pack.lars_data import _parser
-from lars_train.plan import IMAGENET_TRAIN_IMAGES, make_plan
+from lars_train.run_plan import IMAGENET_TRAIN_IMAGES, make_plan
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FENCED = [command for block in BLOCKS for command in block.commands]

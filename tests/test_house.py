@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lars_train"
 FLOORS = (
     {"errors", "extensions", "fsutil", "messages", "optim", "signals"},
     {"config", "models"},
-    {"data", "launch", "plan", "rendezvous"},
+    {"data", "given", "launch", "rendezvous", "run_plan"},
     {"monitoring", "pack", "report"},
     {"training"},
     {"export", "preflight"},

@@ -39,7 +39,7 @@ def open_dataset(data: DataConfig) -> Dataset:
     check_classes(_place(data), dataset.classes)
     if data.name == "imagenet" and len(dataset.classes) != IMAGENET_CLASSES:
         # Imported here because it imports the config package, which lars-data does without.
-        from lars_train.plan import IMAGENET_TRAIN_IMAGES
+        from lars_train.run_plan import IMAGENET_TRAIN_IMAGES
 
         raise ConfigError(
             f"data=imagenet: {data.root} is not ImageNet: it has {len(dataset.classes):,} classes and "

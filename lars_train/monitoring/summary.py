@@ -14,7 +14,7 @@ from lars_train.data.transforms import TrainingSizes
 from lars_train.messages import counted, format_duration, format_number, operations
 from lars_train.models.losses import BCE
 from lars_train.monitoring.fields import format_fields
-from lars_train.plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
+from lars_train.run_plan import IMAGENET_TRAIN_IMAGES, Plan, accumulation, describe_decay
 
 ALREADY_FINISHED = "This run has finished. resume=never moves it aside and starts a new one."
 

@@ -16,7 +16,7 @@ from lars_train.data.transforms import TrainingSizes
 from lars_train.monitoring.fields import FIELDS
 from lars_train.monitoring.layers import stage_of
 from lars_train.monitoring.log import RATIOS_FILE
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 # torch.save: bytes per tensor (header, padding, directory entry, pickle); of config and plan; per class name.

@@ -22,11 +22,11 @@ from lars_train.messages import counted, format_duration, size
 from lars_train.models.factory import build_model, is_torchvision_model
 from lars_train.optim import fused_sgd
 from lars_train.optim.lars import LARS
-from lars_train.plan import Plan, accumulation, check_micro_batch, make_plan
 from lars_train.preflight.devices import CPU, DEVICES
 from lars_train.preflight.disk_volume import volume
 from lars_train.preflight.hours import Hours, make_machine, planned_micro_batch, planned_precision
 from lars_train.preflight.time_model import Machine
+from lars_train.run_plan import Plan, accumulation, check_micro_batch, make_plan
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import MOST_SAMPLES, cuda_devices, device_to_count_on, kept_tensors
 

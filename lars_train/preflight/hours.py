@@ -15,10 +15,10 @@ from lars_train.config import AUTO, Config, filled
 from lars_train.data.order import eval_range
 from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
-from lars_train.plan import Plan
 from lars_train.preflight.devices import CPU, DEVICES, FLOPS_PER_IMAGE, TENSORS, speed
 from lars_train.preflight.disk_volume import evaluations
 from lars_train.preflight.time_model import Machine, Speed, Update, Work, update_seconds
+from lars_train.run_plan import Plan
 from lars_train.training.device import MOST_SAMPLES
 from lars_train.training.metrics import flops_per_image
 

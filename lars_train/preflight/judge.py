@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from lars_train.messages import printable, size
-from lars_train.plan import IMAGENET_TRAIN_IMAGES
 from lars_train.preflight.findings import Findings, list_hosts
+from lars_train.run_plan import IMAGENET_TRAIN_IMAGES
 
 IMAGENET = (IMAGENET_TRAIN_IMAGES, 50_000, 1_000)
 """Training and validation images, and classes (ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/)."""

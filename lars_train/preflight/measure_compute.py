@@ -26,8 +26,8 @@ from lars_train.data.loading.loader import Batch
 from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
-from lars_train.plan import Plan
 from lars_train.preflight.findings import Clock, Device, Exchange, Host, Step
+from lars_train.run_plan import Plan
 from lars_train.training.assemble import build_trainer, make_network
 from lars_train.training.device import PRECISIONS, available_cores, choose_precision, free_memory
 from lars_train.training.device_prefetch import RankContext

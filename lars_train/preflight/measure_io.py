@@ -30,8 +30,8 @@ from lars_train.data.loading.stream import LENT, LoaderStatistics, pool_slots
 from lars_train.data.sources.remote import RemoteSource
 from lars_train.data.transforms import View
 from lars_train.launch import Ranks
-from lars_train.plan import Plan, check_micro_batch
 from lars_train.preflight.findings import Counts, Input, OutputFolder, TrialRead
+from lars_train.run_plan import Plan, check_micro_batch
 from lars_train.training.resolve import Resolved
 
 MAX_WRITTEN = 10**9

@@ -1,6 +1,6 @@
 """Compute the updates, learning rates, checkpoints and evaluations of a whole run for ``mode=plan``, without training.
 
-Calls the same functions as a run (plan.py, optim/schedule.py, data/order.py). Builds no network, reads
+Calls the same functions as a run (run_plan.py, optim/schedule.py, data/order.py). Builds no network, reads
 no image, writes no run directory.
 """
 
@@ -14,7 +14,8 @@ from lars_train.config import AUTO, Config
 from lars_train.data.order import eval_range, ghost_range
 from lars_train.data.transforms import TrainingSizes
 from lars_train.messages import counted
-from lars_train.plan import (
+from lars_train.preflight.disk_volume import log_lines
+from lars_train.run_plan import (
     Plan,
     accumulation,
     check_micro_batch,
@@ -24,7 +25,6 @@ from lars_train.plan import (
     evaluation_is_due,
     make_schedule,
 )
-from lars_train.preflight.disk_volume import log_lines
 
 FORMAT = 1
 _LR_LINES = 10

@@ -19,9 +19,9 @@ from lars_train.config.rows import row_name
 from lars_train.config.sizes import row_sizes
 from lars_train.config.values import LATER_KEYS
 from lars_train.errors import ConfigError
-from lars_train.plan import IMAGENET_TRAIN_IMAGES
 from lars_train.report.files import as_line, as_number
 from lars_train.report.read import FINISHED, RunRecord
+from lars_train.run_plan import IMAGENET_TRAIN_IMAGES
 
 _AS_RECIPE = "as in the recipe's row"
 RUN = "run"

@@ -16,6 +16,7 @@ from lars_train.config.lars_options import FLOAT32_MAX, lars_keywords
 from lars_train.data.sources.imagenet import wnids
 from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError, did_you_mean
+from lars_train.given import NOTHING, Given
 from lars_train.models.ema import ExponentialMovingAverage, choose_weights
 from lars_train.models.factory import build_model
 from lars_train.models.losses import TrainingLoss
@@ -24,7 +25,7 @@ from lars_train.models.weights import check_blurpool, check_finite, check_name, 
 from lars_train.optim.eager import avoid_dynamo_import
 from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 from lars_train.training import checkpoint
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.trainer import Hyper, Trainer
@@ -33,18 +34,20 @@ ALL, SUBSET = "all", "subset"
 """Values of `evaluate.outputs`: the outputs among which evaluation predicts."""
 
 
-def make_network(config: Config, classes: Sequence[str] | int) -> nn.Module:
+def make_network(config: Config, classes: Sequence[str] | int, given: Given = NOTHING) -> nn.Module:
     """Return the config's model for `classes`, on the CPU, with the weights of ``model.weights`` or new ones.
 
     `classes`: the class names, which are compared with those of the weights file, or the number of classes.
     """
-    return start_network(config, classes)[0]
+    return start_network(config, classes, given)[0]
 
 
-def start_network(config: Config, classes: Sequence[str] | int) -> tuple[nn.Module, tuple[str, ...]]:
+def start_network(
+    config: Config, classes: Sequence[str] | int, given: Given = NOTHING
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the network of `make_network`, and messages to the user about the weights file."""
     names = None if isinstance(classes, int) else classes
-    network = _network(config, classes if isinstance(classes, int) else len(classes))
+    network = _network(config, classes if isinstance(classes, int) else len(classes), given)
     if config.model.weights is None:
         return network, ()
     model = config.model
@@ -67,7 +70,11 @@ class EvaluatedNetwork:
 
 
 def network_to_evaluate(
-    config: Config, content: dict[str, Any] | None, classes: Sequence[str], numbers: Sequence[int] = ()
+    config: Config,
+    content: dict[str, Any] | None,
+    classes: Sequence[str],
+    numbers: Sequence[int] = (),
+    given: Given = NOTHING,
 ) -> EvaluatedNetwork:
     """Return the network of the checkpoint `content`, or of ``model.weights``, for a data set with these `classes`.
 
@@ -77,7 +84,7 @@ def network_to_evaluate(
     """
     if config.model.weights is not None:
         with torch.device("meta"):
-            expected = _network(config, 1).state_dict()
+            expected = _network(config, 1, given).state_dict()
         weights = read_weights(config.model.weights, expected)
         check_finite(weights)
     else:
@@ -95,7 +102,7 @@ def network_to_evaluate(
         )
     check_name(weights, config.model.name)
     trained = weights.outputs
-    network = _network(config, trained or len(classes))
+    network = _network(config, trained or len(classes), given)
     check_blurpool(weights, network)
     load_state(network, weights.state, weights.origin)
     names, rows, notes = match_classes(weights, classes, numbers)
@@ -187,13 +194,13 @@ def _unpadded(label: str) -> str:
     return label.lstrip("0") or "0"
 
 
-def check_single_samples(config: Config, classes: int) -> None:
+def check_single_samples(config: Config, classes: int, given: Given = NOTHING) -> None:
     """Raise `ConfigError` if the network reduces an image to one pixel before a batch-norm layer.
 
     Call this for (ghost) batches of one image: the layer would then have one value per channel, which has no variance.
     """
     sizes = TrainingSizes.from_config(config.data)
-    network, size = _network(config, classes).to("meta").train(), min(sizes.start, sizes.end)
+    network, size = _network(config, classes, given).to("meta").train(), min(sizes.start, sizes.end)
     try:
         network(torch.empty(1, 3, size, size, device="meta"))
     except ValueError:
@@ -204,7 +211,9 @@ def check_single_samples(config: Config, classes: int) -> None:
         ) from None
 
 
-def _network(config: Config, outputs: int) -> nn.Module:
+def _network(config: Config, outputs: int, given: Given) -> nn.Module:
+    if given.network is not None:
+        return given.network(outputs)
     return build_model(
         config.model.name,
         num_classes=outputs,

@@ -21,7 +21,7 @@ from lars_train.models.blurpool import BlurPoolConv2d
 from lars_train.monitoring.layers import LayerValues
 from lars_train.optim.lars import LARS
 from lars_train.optim.rescale import clones
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 from lars_train.training.device import Precision, device_to_count_on
 
 

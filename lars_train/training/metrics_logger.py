@@ -16,7 +16,7 @@ from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.memory import memory
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import epoch_fields, validation_gap_note
-from lars_train.plan import evaluation_is_due
+from lars_train.run_plan import evaluation_is_due
 from lars_train.training.checkpoint import RunState
 from lars_train.training.checkpoint_writer import CheckpointWriter
 from lars_train.training.evaluation import Result

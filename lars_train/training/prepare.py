@@ -12,9 +12,10 @@ from lars_train.data.dataset import Dataset
 from lars_train.data.open import open_dataset
 from lars_train.data.order import SHARDS
 from lars_train.errors import ConfigError
+from lars_train.given import NOTHING, Given
 from lars_train.models.ema import check_average
 from lars_train.models.factory import model_names
-from lars_train.plan import Plan, check_micro_batch, make_plan
+from lars_train.run_plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
 from lars_train.training.assemble import check_optimizer, check_single_samples, start_network, text_order
 from lars_train.training.distributed import Group
@@ -36,13 +37,14 @@ class Prepared:
     start_from: dict[str, Any] | None
     notes: tuple[str, ...] = ()
     """Messages to the user about the classes, the weights and other runs."""
+    given: Given = NOTHING
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, given: Given = NOTHING) -> Prepared:
     """Check that config, data and checkpoint fit together, without writing anything. Raises `ConfigError`."""
     check_optimizer(config.optimizer)
     check_decoder(config)
-    dataset = open_dataset(config.data)
+    dataset = given.dataset or open_dataset(config.data)
     plan = make_plan(config, len(dataset.train))
     check_cache(config, dataset, plan)
     directory = run_directory(config)
@@ -56,9 +58,9 @@ def prepare(config: Config) -> Prepared:
             for other in runs_of_moved_images(directory, config, dataset.fingerprint)
         )
     if config.model.weights is not None or config.model.name not in model_names():
-        notes += start_network(config, dataset.classes)[1]
+        notes += start_network(config, dataset.classes, given)[1]
     if plan.ghost_batch == 1:
-        check_single_samples(config, len(dataset.classes))
+        check_single_samples(config, len(dataset.classes), given)
     start_from = None
     if config.checkpoint.path is not None:
         _, start_from = checkpoint.find(config.checkpoint.path)
@@ -67,7 +69,7 @@ def prepare(config: Config) -> Prepared:
         _check_same_order(start_from, config, dataset)
         _check_position(start_from, config, plan)
         _check_optimizer_state(start_from, config)
-    return Prepared(config, dataset, plan, directory, start_from, notes)
+    return Prepared(config, dataset, plan, directory, start_from, notes, given)
 
 
 def continuation(

@@ -27,7 +27,7 @@ from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.messages import first_line
-from lars_train.plan import Plan, accumulation, check_micro_batch
+from lars_train.run_plan import Plan, accumulation, check_micro_batch
 from lars_train.training.device import (
     choose_layout,
     choose_precision,

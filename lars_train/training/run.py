@@ -19,7 +19,7 @@ from lars_train.messages import first_line
 from lars_train.models.weights import weights_sha256
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import final_record, flops_line, startup_lines
-from lars_train.plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
+from lars_train.run_plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.signals import SignalHandler
 from lars_train.training import checkpoint
 from lars_train.training.assemble import build_trainer, make_network
@@ -50,7 +50,7 @@ class Run:
         self.prepared, self.config, self.plan, self.group = prepared, config, plan, group
         start = load_continuation(prepared, group) or prepared.start_from
         torch.manual_seed(config.seed)
-        network = make_network(config, dataset.classes)
+        network = make_network(config, dataset.classes, prepared.given)
         stored = checkpoint.value(start, "resolved") if start is not None else None
         self.resolved = resolve_execution(config, plan, network, device, group, stored)
         self.previous_decoder = None if stored is None else stored["decoder"]

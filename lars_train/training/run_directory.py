@@ -31,7 +31,7 @@ from lars_train.data.dataset import Dataset
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import discard, name_in_errors, stage, sync_folder, user_path, wait_for, write_atomic
 from lars_train.messages import say, utf8
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 from lars_train.training.distributed import Group
 
 # Files that a start may leave behind if it is killed before its record is complete.

@@ -19,12 +19,13 @@ from lars_train.data.loading.loader import EvalSpec
 from lars_train.data.open import open_validation
 from lars_train.errors import ConfigError, Diverged, Stopped
 from lars_train.fsutil import user_path
+from lars_train.given import NOTHING, Given
 from lars_train.launch import Ranks, collect_garbage_as_usual
 from lars_train.messages import complain, first_line, say
 from lars_train.monitoring.confusion import write_confusion
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import ALREADY_FINISHED
-from lars_train.plan import check_world
+from lars_train.run_plan import check_world
 from lars_train.training import checkpoint
 from lars_train.training.assemble import network_to_evaluate
 from lars_train.training.device import choose_device, choose_precision, choose_threads, choose_workers, set_up
@@ -179,14 +180,16 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
     return merged, content
 
 
-def evaluate_only(config: Config, content: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
+def evaluate_only(
+    config: Config, content: dict[str, Any] | None, ranks: Ranks, given: Given = NOTHING
+) -> dict[str, Any]:
     """Evaluate a checkpoint or ``model.weights`` on the validation set. Return the values by name. Collective."""
-    dataset = open_validation(config.data)
+    dataset = given.dataset or open_validation(config.data)
     for line in dataset.inventory.lines():
         say(f"{'data':<15}{line}")
     batch = evaluation_batch(1 if config.micro_batch == AUTO else int(config.micro_batch))
     check_cache(config, dataset, None, micro_batch=batch, ranks=ranks)
-    evaluated = network_to_evaluate(config, content, dataset.classes, dataset.numbers)
+    evaluated = network_to_evaluate(config, content, dataset.classes, dataset.numbers, given)
     device = choose_device(config, ranks)
     precision = choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:

@@ -17,7 +17,7 @@ from lars_train.data.mixing import mix_in_place
 from lars_train.models.batchnorm import RunningStatistics
 from lars_train.models.ema import ExponentialMovingAverage
 from lars_train.models.losses import TrainingLoss
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import NONE, Group, wrap_in_ddp
 from lars_train.training.guard import Divergence, Guard

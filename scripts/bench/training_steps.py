@@ -15,7 +15,7 @@ from lars_train.data.loading.loader import Batch, Stream
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
 from lars_train.models.losses import TrainingLoss
-from lars_train.plan import Plan, make_schedule
+from lars_train.run_plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext, normalizer

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from lars_train.config.recipe_schema import RecipeConfig, RowConfig
 from lars_train.config.schema import choices_of, config_dir, nominal_batch
-from lars_train.plan import IMAGENET_TRAIN_IMAGES
+from lars_train.run_plan import IMAGENET_TRAIN_IMAGES
 
 PAGE = shared.ROOT / "docs" / "recipes.md"
 MARKER = "rows"

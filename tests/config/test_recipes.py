@@ -37,7 +37,7 @@ from lars_train.monitoring.summary import experiment_lines
 from lars_train.optim.lars import LARS
 from lars_train.optim.options import DEFAULTS, PRESETS, Options
 from lars_train.optim.rule import Rule
-from lars_train.plan import describe_decay, make_plan, make_schedule
+from lars_train.run_plan import describe_decay, make_plan, make_schedule
 from lars_train.training.assemble import build_optimizer
 
 IMAGES = 1_281_167

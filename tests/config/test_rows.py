@@ -15,7 +15,7 @@ from lars_train.cli import explain
 from lars_train.config import nominal_batch, published_top1, resolve
 from lars_train.config.arguments import prepare_arguments
 from lars_train.errors import ConfigError
-from lars_train.plan import make_plan
+from lars_train.run_plan import make_plan
 
 IMAGES = 1_281_167
 

@@ -19,7 +19,7 @@ from lars_train.config import (
 )
 from lars_train.data.inventory import Inventory
 from lars_train.monitoring.summary import epoch_fields, final_record, startup_lines, validation_gap_note
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 
 PLAN = Plan(
     samples=50_000,

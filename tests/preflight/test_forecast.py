@@ -25,12 +25,12 @@ from lars_train.config.arguments import prepare_arguments
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks, check_nodes
 from lars_train.models.factory import build_model
-from lars_train.plan import Plan, checkpoint_is_due, evaluation_is_due, log_is_due
 from lars_train.preflight import disk_volume
 from lars_train.preflight.devices import DEVICES
 from lars_train.preflight.forecast import describe_forecast
 from lars_train.preflight.plan_figure import draw
 from lars_train.preflight.rehearsal import text_plot
+from lars_train.run_plan import Plan, checkpoint_is_due, evaluation_is_due, log_is_due
 from lars_train.training import session
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import activation_bytes

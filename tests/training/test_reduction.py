@@ -33,7 +33,7 @@ from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.losses import TrainingLoss
 from lars_train.optim.lars import LARS
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import BF16, NONE, process_group, wrap_in_ddp

@@ -14,7 +14,7 @@ from lars_train.data.decode import native
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
-from lars_train.plan import Plan
+from lars_train.run_plan import Plan
 from lars_train.training import device as device_module
 from lars_train.training import resolve as module
 from lars_train.training.distributed import Group

@@ -30,7 +30,7 @@ from lars_train.config import (
 )
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
-from lars_train.plan import make_plan
+from lars_train.run_plan import make_plan
 from lars_train.training import run_directory as module
 from lars_train.training.distributed import Group
 from lars_train.training.run_directory import (

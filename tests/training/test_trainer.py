@@ -30,7 +30,7 @@ from lars_train.models.resnet_cifar import CifarResNet
 from lars_train.monitoring.noise import estimates
 from lars_train.optim import fused_sgd, rescale
 from lars_train.optim.lars import LARS
-from lars_train.plan import Plan, make_schedule
+from lars_train.run_plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.device_prefetch import RankContext, normalizer

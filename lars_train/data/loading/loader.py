@@ -29,7 +29,7 @@ from lars_train.data.transforms import View
 if TYPE_CHECKING:
     from lars_train.config import Config
     from lars_train.launch import Ranks
-    from lars_train.plan import Plan
+    from lars_train.run_plan import Plan
 
 __all__ = [
     "BadSample",

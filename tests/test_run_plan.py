@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lars_train.config import Config
 from lars_train.data.order import micro_bounds
 from lars_train.errors import ConfigError
-from lars_train.plan import Plan, accumulation, check_micro_batch, check_world, make_plan, scaled_batch
+from lars_train.run_plan import Plan, accumulation, check_micro_batch, check_world, make_plan, scaled_batch
 
 IMAGENET, CIFAR, MINI = 1_281_167, 50_000, 10_000
 NOMINAL = {"256": 256, "8k": 8192, "16k": 16384, "32k": 32768}
