@@ -1,0 +1,75 @@
+"""Import a function that the user names as ``package.module:function``.
+
+A file of a stranger must run no code, so a name from a checkpoint, a run's record or a saved config is imported only if
+the command line gives the same name (`check_named`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lars_train.errors import ConfigError, did_you_mean
+from lars_train.messages import first_line
+
+
+def load_target(target: str, key: str) -> Callable[..., Any]:
+    """Return the function or class at `target`, from the current folder or the installed packages.
+
+    The current folder stays on ``sys.path``, where ``python -m`` also puts it. `key`: the config key, for messages.
+
+    Raises `ConfigError` if `target` is not ``package.module:function``, if the module is missing or raises an error, or
+    if its attribute is missing or cannot be called.
+    """
+    where = f"{key}={target}"
+    module_name, _, name = target.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise ConfigError(f"{where}: give package.module:function, such as my_code:make.")
+    here = str(Path.cwd())
+    if not {"", here}.intersection(sys.path):
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{where}: there is no module {missing} in the current folder ({here}) or among the installed "
+                "packages; start in the folder that contains it, or install its package."
+            ) from None
+        raise ConfigError(
+            f"{where}: the import of {module_name} fails{_place(error)}: {type(error).__name__}: "
+            f"{first_line(str(error))}"
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{where}: the module {module_name} has no {name}.{did_you_mean(name, vars(module))}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"{where}: it is a {type(found).__name__}; give a function or a class.")
+    return found  # type: ignore[no-any-return]
+
+
+def check_named(key: str, target: str | None, overrides: Iterable[str]) -> None:
+    """Raise `ConfigError` if `target`, the value of `key`, comes from a file and not from the command line.
+
+    `overrides`: the settings of the command line.
+    """
+    if target is not None and key not in {override.lstrip("+").partition("=")[0] for override in overrides}:
+        raise ConfigError(
+            f"{key}={target} comes from a file, whose code runs only if you name it, too: add {key}={target}"
+        )
+
+
+def _place(error: BaseException) -> str:
+    """Return the file and the line at which the import of a user's module failed, for a message."""
+    if isinstance(error, SyntaxError):
+        return f" in {error.filename}, line {error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    # The first frames are of this module and of importlib.
+    own = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
+    return f" in {own[0].filename}, line {own[0].lineno}" if own else ""
