@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from lars_train.config import Config, config_dir, register, resolve
 from lars_train.config.arguments import prepare_arguments
+from lars_train.config.keys import GROUPS
+from lars_train.config.schema import schema_node
 
 SETTINGS: dict[str, Any] = {
     "epochs": 2,
@@ -64,7 +70,7 @@ TIMEOUT = 240
 
 def tiny(*changes: dict[str, Any], **values: Any) -> Config:
     """Return the resolved `SETTINGS` with `changes` merged and then `values` set; ``__`` in a keyword means a dot."""
-    raw = OmegaConf.merge(OmegaConf.structured(Config), SETTINGS, *changes)
+    raw = OmegaConf.merge(schema_node(Config), SETTINGS, *changes)
     for key, value in values.items():
         OmegaConf.update(raw, key.replace("__", "."), value)
     assert isinstance(raw, DictConfig)
@@ -79,8 +85,27 @@ def prepared(*arguments: str) -> list[str]:
 def composed(*arguments: str, hydra: bool = False) -> DictConfig:
     """Return the unresolved config of a command line; with `hydra`, including Hydra's own config."""
     register()
+    overrides = prepared(*arguments)
+    if hydra or not all(map(re.compile(r"[\w.]+=").match, overrides)):
+        return _compose(overrides, hydra)
+    # Hydra first composes the choices of the groups, then applies the values of the keys. The first part is slow.
+    choices = [override for override in overrides if override.partition("=")[0] in GROUPS]
+    values = OverridesParser.create().parse_overrides([override for override in overrides if override not in choices])
+    if any(value.is_sweep_override() for value in values):
+        return _compose(overrides)
+    config = copy.deepcopy(_composed_choices(tuple(choices)))
+    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    return config
+
+
+@cache
+def _composed_choices(choices: tuple[str, ...]) -> DictConfig:
+    return _compose(choices)
+
+
+def _compose(overrides: Sequence[str], hydra: bool = False) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("config", overrides=prepared(*arguments), return_hydra_config=hydra)
+        return compose("config", overrides=list(overrides), return_hydra_config=hydra)
 
 
 def environment(**extra: str) -> dict[str, str]:

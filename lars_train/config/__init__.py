@@ -30,6 +30,7 @@ from lars_train.config.schema import (
     config_dir,
     nominal_batch,
     register,
+    schema_node,
 )
 from lars_train.config.values import EXECUTION_KEYS, absolute_paths, experiment_settings, filled, flatten, run_hash
 from lars_train.errors import ConfigError
@@ -75,7 +76,7 @@ def resolve(raw: DictConfig) -> Config:
 
     Raises `ConfigError` for an invalid value, as far as this can be checked without the data and a device.
     """
-    check_known_keys(raw, OmegaConf.structured(Config))
+    check_known_keys(raw, schema_node(Config))
     try:
         config = OmegaConf.to_object(raw)
     except OmegaConfBaseException as error:
@@ -99,7 +100,7 @@ def restore(values: Any) -> Config:
     if _has_interpolation(values):
         raise ConfigError("it holds an interpolation (${...}) or a missing value (???), which no run stores.")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        config = OmegaConf.to_object(OmegaConf.merge(schema_node(Config), values))
         assert isinstance(config, Config)
         check_choices(config)
         check_values(config)

@@ -11,7 +11,7 @@ from lars_train.config.augment import fill_augment
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import explain_missing_row, row_name
-from lars_train.config.schema import Config, nominal_batch
+from lars_train.config.schema import Config, nominal_batch, schema_node
 from lars_train.config.sizes import TRAINING_SIZES, fill_sizes, row_sizes, unused_sizes
 from lars_train.errors import ConfigError, did_you_mean
 
@@ -203,7 +203,7 @@ def _recipe_row(config: Config) -> RowConfig:
             raise ConfigError(
                 f"recipe {recipe.name}, row {name}: {key!r} is not a valid field.{did_you_mean(key, known)}"
             )
-    row = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RowConfig), values))
+    row = OmegaConf.to_object(OmegaConf.merge(schema_node(RowConfig), values))
     assert isinstance(row, RowConfig)
     return row
 

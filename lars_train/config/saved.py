@@ -15,6 +15,7 @@ from yaml import YAMLError
 from lars_train.config import AUTO, Config, RunConfig, config_dir, resolve, run_hash
 from lars_train.config.checks import check_known_keys
 from lars_train.config.keys import GROUPS, leaf_keys, section_keys
+from lars_train.config.schema import schema_node
 from lars_train.config.values import LATER_KEYS
 from lars_train.errors import ConfigError
 from lars_train.messages import first_line
@@ -72,7 +73,7 @@ def register_saved(file: Path, settings: Sequence[str]) -> SavedConfig:
     # The file may contain resume=never, which was meant for the start of that run only.
     content["resume"] = AUTO
     try:
-        whole = OmegaConf.merge(OmegaConf.structured(Config), content)
+        whole = OmegaConf.merge(schema_node(Config), content)
         assert isinstance(whole, DictConfig)
         own = run_hash(resolve(whole))
     except ConfigError:
@@ -102,7 +103,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
         if section_keys(str(key)) and not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} must be a mapping of keys to values.")
     try:
-        check_known_keys(OmegaConf.create(plain), OmegaConf.structured(Config))
+        check_known_keys(OmegaConf.create(plain), schema_node(Config))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return {str(key): value for key, value in plain.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lars_train.config.augment import AugmentConfig
 from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, ExportConfig, PlanConfig
@@ -344,6 +344,13 @@ def register() -> None:
         for name in names:
             nominal = {"nominal": nominal_batch(name)} if group == "batch" else {}
             store.store(group=group, name=name, node={"name": name, **nominal})
+
+
+@functools.cache
+def schema_node(schema: type) -> DictConfig:
+    """Return OmegaConf's node of a dataclass. Callers share it and must not change it, because it is slow to create."""
+    node: DictConfig = OmegaConf.structured(schema)
+    return node
 
 
 def choices_of(group: str) -> list[str]:

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from resolving import composed, refusal, resolved
+from resolving import refusal, resolved
+from tiny import composed
 
 from lars_train.config import flatten, resolve
 from lars_train.errors import ConfigError

@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 import torchvision
 from omegaconf import OmegaConf
-from resolving import composed, resolved
+from resolving import resolved
+from tiny import composed
 
 from lars_train.config import choices_of, config_dir
 from lars_train.errors import ConfigError

@@ -15,7 +15,6 @@ Sources and formulas: configs/recipe/*.yaml. W and I are a row's updates in the 
 from __future__ import annotations
 
 import inspect
-from copy import deepcopy
 from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any, get_type_hints
@@ -23,7 +22,8 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from omegaconf import OmegaConf
-from resolving import composed, resolved
+from resolving import resolved
+from tiny import composed
 from torch import Tensor, nn
 
 from lars_train.config import Config, config_dir, lacks, nominal_batch, published_top1, resolve
@@ -225,7 +225,7 @@ RULES: dict[str, dict[str, Any]] = {
 @lru_cache
 def imagenet(recipe: str, batch: str, *more: str, data: str = "imagenet") -> Config:
     # Not through the choices of `batch`, which other tests check: composing takes a quarter of a second.
-    raw = deepcopy(composed(f"recipe={recipe}", f"data={data}", *more))
+    raw = composed(f"recipe={recipe}", f"data={data}", *more)
     raw.batch.name, raw.batch.nominal = batch, nominal_batch(batch)
     return resolve(raw)
 
@@ -487,7 +487,7 @@ def test_every_option_is_a_keyword_of_lars_and_a_config_key() -> None:
 def test_presets_in_the_config_equal_those_of_lars() -> None:
     for name in PRESETS:
         network = Net()
-        raw = deepcopy(composed("recipe=torchlars", "data=imagenet"))
+        raw = composed("recipe=torchlars", "data=imagenet")
         raw.optimizer.preset = name
         opt = resolve(raw).optimizer
         built = build_optimizer(opt, network)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from copy import deepcopy
 from typing import Any
 
 import pytest
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from resolving import composed, resolved
+from resolving import resolved
+from tiny import composed
 
 from lars_train.cli import explain
 from lars_train.config import nominal_batch, published_top1, resolve
@@ -37,7 +37,7 @@ def test_a_batch_may_be_named_4096_or_4k(recipe: str, names: dict[str, str]) -> 
 
 
 def test_a_recipe_may_name_its_rows_4096_or_4k() -> None:
-    raw = deepcopy(composed("data=imagenet", "batch=4k"))
+    raw = composed("data=imagenet", "batch=4k")
     OmegaConf.update(raw, "recipe.rows.'4096'", {"lr": 3.5, "published_top1": 1.0}, force_add=True)
     rows = OmegaConf.to_container(raw.recipe.rows)
     assert isinstance(rows, dict)
