@@ -1,4 +1,4 @@
-"""Define the schemas of the modes: evaluate, export, plan and check."""
+"""Define the schemas of the modes (evaluate, export, plan and check) and of the log."""
 
 from __future__ import annotations
 
@@ -82,3 +82,13 @@ class CheckConfig:
     """Seconds for each speed measurement; the whole check takes at most 18 times as long."""
     samples: int = 256
     """Images that each machine decodes."""
+
+
+@dataclass
+class LogConfig:
+    """Tools that get a copy of the run's log (docs/tools.md)."""
+
+    wandb: Optional[str] = None
+    """The project of Weights & Biases, or ENTITY/PROJECT."""
+    mlflow: Optional[str] = None
+    """The tracking URI of MLflow, such as ``sqlite:///mlflow.db`` or a server's address."""

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from lars_train.config.augment import AugmentConfig
-from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, ExportConfig, PlanConfig
+from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, ExportConfig, LogConfig, PlanConfig
 from lars_train.config.recipe_schema import RecipeConfig
 
 AUTO = "auto"
@@ -330,6 +330,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     check: CheckConfig = field(default_factory=CheckConfig)

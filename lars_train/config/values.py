@@ -38,6 +38,7 @@ EXECUTION_KEYS = (
     "evaluate.report",
     "evaluate.outputs",
     "evaluate.ema",
+    "log",
     "export",
     "plan",
     "check",

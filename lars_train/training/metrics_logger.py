@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.memory import memory
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import epoch_fields, validation_gap_note
+from lars_train.monitoring.trackers import FOLDER, finish_trackers, start_trackers
 from lars_train.run_plan import evaluation_is_due
 from lars_train.training.checkpoint import RunState
 from lars_train.training.checkpoint_writer import CheckpointWriter
@@ -63,6 +65,8 @@ class MetricsLogger:
         self._reported_reason, self._reported_failures = "", 0
         self._images: Tensor | None = None
         self.log = RunLog(directory, trainer.update) if trainer.group.first else None
+        self._trackers = start_trackers(config.log, directory) if trainer.group.first else []
+        self._reported_trackers: list[str] = []
         self.values: dict[str, float] = {}
         self.run_left: float | None = None
         self.begin()
@@ -138,14 +142,18 @@ class MetricsLogger:
         if first and result is not None and (note := validation_gap_note(self.values, result)):
             self._progress.say(note)
 
-    def finish(self) -> str:
-        """Write the run's settings and results to TensorBoard. Return the reason for missing events, if any, or ""."""
+    def finish(self, final: dict[str, Any]) -> list[str]:
+        """Write settings and results to TensorBoard, and `final`, the content of ``final.json``, to the trackers.
+
+        Returns a line for each reason why one of them is incomplete.
+        """
         if self.log is None:
-            return ""
+            return []
         settings = experiment_settings(self._config, self._trainer.plan.global_batch)
         self.log.finish(settings, ["val/best_top1", "val/top1"])
         self.log.board.flush()
-        return self.log.board.reason
+        board = [self.log.board.reason] if self.log.board.reason else []
+        return [*board, *finish_trackers(self._trackers, final)]
 
     def sync(self) -> None:
         """Sync the log and the list of bad images to disk. Raises `OSError`."""
@@ -154,9 +162,11 @@ class MetricsLogger:
             self.bad.write(self._bad_path)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, and let the trackers end."""
         if self.log is not None:
             self.log.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _update_values(self, info: UpdateInfo, measures: Measures) -> dict[str, float]:
         values, noise, group = measures.values(), self._state.noise, self._trainer.group
@@ -226,6 +236,13 @@ class MetricsLogger:
             self._reported_reason = self.log.reason
             if self._reported_reason:
                 self._progress.say(f"WARNING: the log cannot be written: {self._reported_reason}. Training continues.")
+        for tracker in self._trackers:
+            if tracker.reason and tracker.name not in self._reported_trackers:
+                self._reported_trackers.append(tracker.name)
+                self._progress.say(
+                    f"WARNING: the log no longer goes to {tracker.reason.rstrip('.')}. Training continues; "
+                    f"{FOLDER}/{tracker.name}.log in the run directory has the details."
+                )
         failures = self._writer.failures
         if failures > self._reported_failures:
             self._reported_failures = failures

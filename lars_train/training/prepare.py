@@ -15,6 +15,7 @@ from lars_train.errors import ConfigError
 from lars_train.given import NOTHING, Given
 from lars_train.models.ema import check_average
 from lars_train.models.factory import model_names
+from lars_train.monitoring.trackers import check_trackers
 from lars_train.run_plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
 from lars_train.training.assemble import check_optimizer, check_single_samples, start_network, text_order
@@ -44,6 +45,7 @@ def prepare(config: Config, given: Given = NOTHING) -> Prepared:
     """Check that config, data and checkpoint fit together, without writing anything. Raises `ConfigError`."""
     check_optimizer(config.optimizer)
     check_decoder(config)
+    check_trackers(config.log)
     dataset = given.dataset or open_dataset(config.data)
     plan = make_plan(config, len(dataset.train))
     check_cache(config, dataset, plan)

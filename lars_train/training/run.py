@@ -341,7 +341,6 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """Return the content of ``final.json``. Raises `DataError` if the last checkpoint or the log is not on disk."""
-        assert self.result is not None
         self.writer.wait()
         reason, error = self.writer.reason, None
         try:
@@ -353,14 +352,18 @@ class Run:
                 f"{reason}. Free some space, or make the directory writable, and run the same command again."
             )
         self.group.raise_on_all_ranks(error)
-        if reason := self.logger.finish():
-            self.incomplete.append(reason)
+        final = self._final_record()
+        self.incomplete += self.logger.finish(final)
         if self.writer.best_lost is not None:
             self.incomplete.append(
                 f"best.pt is not the best checkpoint, which was that of update {self.writer.best_lost:,}"
             )
         for line in self.incomplete:
             self.progress.say(f"WARNING: the run has finished, but is incomplete: {line}.")
+        return final
+
+    def _final_record(self) -> dict[str, Any]:
+        assert self.result is not None
         return final_record(
             self.config,
             self.plan,
