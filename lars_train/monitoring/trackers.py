@@ -33,7 +33,7 @@ from lars_train.messages import first_line
 FOLDER = "trackers"
 # Seconds between two looks at the metrics; the longest wait at the end of a run; and the longest life after that.
 _POLL_S, _END_S, _LIFE_S = 2.0, 120.0, 300
-# Updates that are sent at a time. MLflow accepts 1,000 values.
+# Updates that go to MLflow in one transaction, which may have 1,000 values.
 _ROWS = 10
 _CHECKPOINT = re.compile(r"update-(\d{9})\.pt")
 _START = (
@@ -182,7 +182,7 @@ class Sink(Protocol):
     id: str
     """The tool's id of the run, for later starts."""
     update: int
-    """The last update whose values the tool has; 0 if unknown."""
+    """The last update whose values were sent; 0 if unknown."""
 
     def send(self, rows: list[tuple[int, Row]]) -> None:
         """Store the values of some updates."""
@@ -214,8 +214,8 @@ class WandbSink:
 
     def send(self, rows: list[tuple[int, Row]]) -> None:
         """Log each row with its update as the step."""
-        for update, row in rows:
-            self._run.log(row, step=update, commit=True)
+        for self.update, row in rows:
+            self._run.log(row, step=self.update, commit=True)
 
     def end(self, final: dict[str, Any] | None) -> None:
         """Put ``final.json`` into the summary, and end the run: as failed if it has not finished."""
@@ -253,8 +253,11 @@ class MlflowSink:
         return str(found.experiment_id)
 
     def send(self, rows: list[tuple[int, Row]]) -> None:
-        """Log the rows in one transaction, with each update as the step."""
-        self._log({(name, update): value for update, row in rows for name, value in row.items()})
+        """Log each row with its update as the step, several in one transaction."""
+        for start in range(0, len(rows), _ROWS):
+            some = rows[start : start + _ROWS]
+            self._log({(name, update): value for update, row in some for name, value in row.items()})
+            self.update = some[-1][0]
 
     def end(self, final: dict[str, Any] | None) -> None:
         """Log the numbers of ``final.json`` as metrics and the rest as tags; end the run, if it has not finished, as
@@ -307,30 +310,27 @@ def track(name: str, target: str, place: str) -> None:
             state = {"target": target, "id": "", "update": 0}
         settings = json.loads((directory / "run.json").read_text())["settings"]
         sink: Sink = SINKS[name](target, state["id"], directory, settings)
-        rows = CoveredRows(directory, max(state["update"], sink.update))
-
-        def save(update: int) -> None:
-            write_atomic(path, [json.dumps({**state, "id": sink.id, "update": update}).encode()])
-
-        def send(taken: list[tuple[int, Row]]) -> None:
-            for start in range(0, len(taken), _ROWS):
-                sink.send(taken[start : start + _ROWS])
-                save(taken[start : start + _ROWS][-1][0])
-
-        save(rows.update)
-        final = None
+        sink.update = max(state["update"], sink.update)
+        rows = CoveredRows(directory, sink.update)
+        saved, final = -1, None
         for line in _lines_of_standard_input():
+            if sink.update != saved:
+                # A poll after the values were sent: wandb writes them in the background, and a kill could lose them.
+                saved = sink.update
+                write_atomic(path, [json.dumps({**state, "id": sink.id, "update": saved}).encode()])
             if line:
                 final = json.loads(line)
-            send(rows.take())
+            sink.send(rows.take())
         signal.alarm(_LIFE_S)
-        send(rows.take(ended=final is not None))
+        sink.send(rows.take(ended=final is not None))
         sink.end(final)
+        write_atomic(path, [json.dumps({**state, "id": sink.id, "update": sink.update}).encode()])
 
 
 def _lines_of_standard_input() -> Iterator[bytes]:
-    """Yield each line, and an empty one every `_POLL_S`, until the input ends."""
+    """Yield each line, and an empty one at the start and every `_POLL_S`, until the input ends."""
     read = b""
+    yield b""
     while True:
         if not select.select([0], [], [], _POLL_S)[0]:
             yield b""
