@@ -74,7 +74,7 @@ def fill_from_recipe(config: Config) -> None:
 
 def scales_by_default(config: Config) -> bool:
     """Return True if a null `batch.scaled` means true: no `batch.size`, and neither ImageNet nor a folder."""
-    return config.batch.size is None and config.data.name not in ("imagenet", "folder")
+    return config.batch.size is None and config.data.name not in ("imagenet", "folder", "huggingface")
 
 
 def _drop_published_results(config: Config) -> None:

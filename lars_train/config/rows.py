@@ -68,7 +68,7 @@ def _scaled_setting(config: Config) -> list[str]:
     scaled = config.batch.scaled
     if scaled is not None:
         return [f"batch.scaled={str(scaled).lower()}"]
-    return [] if config.data.name in ("imagenet", "folder") else ["batch.scaled=true"]
+    return [] if config.data.name in ("imagenet", "folder", "huggingface") else ["batch.scaled=true"]
 
 
 def _interpolated(config: Config, below: str, above: str) -> tuple[str, str]:

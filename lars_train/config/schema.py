@@ -53,7 +53,7 @@ class DataConfig:
     """The data set, its order, augmentation and decoding."""
 
     name: str = "mini"
-    """imagenet, folder, mini (embedded), cifar10, fashion_mnist or synthetic."""
+    """imagenet, folder, huggingface, mini (embedded), cifar10, fashion_mnist or synthetic."""
     root: Optional[str] = None
     """The images: a folder, ``.zip``, tar shards, packed store or a store's URL; for cifar10 and fashion_mnist, the
     download folder.

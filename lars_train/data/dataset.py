@@ -122,6 +122,11 @@ class NamedSource:
         self.labels = labels
         self._names = names
 
+    @property
+    def names(self) -> Names:
+        """The paths of all samples."""
+        return self._names
+
     def __len__(self) -> int:
         return len(self._names)
 

@@ -22,7 +22,7 @@ UNSAFE = "entries with unsafe names"
 # The most reasons in a line, the most reasons kept, and the longest suffix shown.
 _SHOWN, _KEPT, _SUFFIX = 5, 30, 12
 _OTHERS = "others"
-_PLURALS = re.compile(r"\b(file|image|folder|link|shard|column|group|entrie)s\b")
+_PLURALS = re.compile(r"\b(file|image|folder|link|shard|column|group|row|entrie)s\b")
 
 
 @dataclass(frozen=True)

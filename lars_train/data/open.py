@@ -19,11 +19,15 @@ IMAGENET_CLASSES = 1_000
 """Classes of ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/."""
 
 _TREES = ("folder", "imagenet")
+_ROOTED = (*_TREES, "huggingface")
 _COUNTS = ("train_count", "val_count", "num_classes")
 # For each setting: the data sets that support it, and the remedy for other data sets.
 _SUPPORTED_BY = {
-    "root": ((*_TREES, "cifar10", "fashion_mnist"), "to read your own images, set data=folder"),
-    "holdout": ((*_TREES, "mini", "cifar10", "fashion_mnist"), "choose data.train_count and data.val_count instead"),
+    "root": ((*_ROOTED, "cifar10", "fashion_mnist"), "to read your own images, set data=folder"),
+    "holdout": (
+        (*_TREES, "huggingface", "mini", "cifar10", "fashion_mnist"),
+        "choose data.train_count and data.val_count instead",
+    ),
     "image_key": (_TREES, "only tars may have several images in a sample"),
     "val_labels": (("imagenet",), "only data=imagenet has validation images without class folders"),
     **dict.fromkeys(_COUNTS, (("synthetic",), "only data=synthetic has adjustable counts")),
@@ -128,6 +132,10 @@ def _open(data: DataConfig) -> Dataset:
         from lars_train.data.sources.imagenet import open_imagenet
 
         return open_imagenet(data.root, data.holdout, data.val_labels, cache_settings(data), data.image_key)
+    if data.name == "huggingface":
+        from lars_train.data.sources.huggingface import open_huggingface
+
+        return open_huggingface(data.root, data.holdout)
     if data.name == "synthetic":
         from lars_train.data.sources.builtin import open_synthetic
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lars_train.data.arrow_columns import NoLabels, only_paths, pyarrow
 from lars_train.data.dataset import Labels, Names, NamesBuilder, Source
 from lars_train.data.inventory import Inventory, merge_counts
 from lars_train.data.sources.split_files import PARQUET_OUTSIDE, ParquetFolder
@@ -25,7 +26,7 @@ from lars_train.data.sources.webdataset import classes_by_folder
 from lars_train.data.splits import TEST, TRAIN, VAL, choose_splits, find_non_classes
 from lars_train.errors import ConfigError
 from lars_train.messages import counted, is_rank0, printable
-from lars_train.pack.parquet_files import NoLabels, RowGroups, Rows, image_batches, only_paths, pyarrow, read_rows
+from lars_train.pack.parquet_files import RowGroups, Rows, image_batches, read_rows
 
 # A WordNet id at the end of a name, as in the Hub's ImageNet (n01440764_10026_n01440764.JPEG), or at its beginning, as
 # in ImageNet's own names.

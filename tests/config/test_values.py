@@ -46,6 +46,8 @@ EXECUTION = {
     "device",
     "resume",
     "log_every",
+    "log.wandb",
+    "log.mlflow",
     "verbosity",
     "run.dir",
     "run.name",
