@@ -32,7 +32,7 @@ from lars_train.messages import first_line
 
 FOLDER = "trackers"
 # Seconds between two looks at the metrics; the longest wait at the end of a run; and the longest life after that.
-_POLL_S, _END_S, _LIFE_S = 2.0, 120.0, 300
+_POLL_S, _END_S, _LIFE_S = 2.0, 60.0, 300
 # Updates that go to MLflow in one transaction, which may have 1,000 values.
 _ROWS = 10
 _CHECKPOINT = re.compile(r"update-(\d{9})\.pt")
@@ -97,7 +97,7 @@ class Tracker:
             assert self._process.stdout is not None
             with self._process.stdout as output:
                 # Not to the end: a process that the tool has left behind may hold the pipe open.
-                text = os.read(output.fileno(), 4096).decode(errors="replace").strip()
+                text = os.read(output.fileno(), 4096).decode(errors="replace").strip().rstrip(".")
             self._reason = f"{self.name}: {text or f'ended with exit code {self._process.returncode}'}"
         return self._reason
 

@@ -240,7 +240,7 @@ class MetricsLogger:
             if tracker.reason and tracker.name not in self._reported_trackers:
                 self._reported_trackers.append(tracker.name)
                 self._progress.say(
-                    f"WARNING: the log no longer goes to {tracker.reason.rstrip('.')}. Training continues; "
+                    f"WARNING: the log no longer goes to {tracker.reason}. Training continues; "
                     f"{FOLDER}/{tracker.name}.log in the run directory has the details."
                 )
         failures = self._writer.failures

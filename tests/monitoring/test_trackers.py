@@ -186,6 +186,16 @@ def test_a_later_start_continues_the_same_run(tmp_path: Path, install: Install) 
     assert len({began["id"] for began in sent(file, "init")}) == 2
 
 
+def test_each_run_of_a_sweep_is_a_run_of_the_tool(tmp_path: Path, install: Install) -> None:
+    file = install("pass")
+    for name in ("a", "b"):
+        log(tmp_path / name, 0, 1)
+    both = [Tracker("wandb", "project", tmp_path / name) for name in ("a", "b")]
+    assert trackers.finish_trackers(both, {"updates": 1}) == []
+    assert {began["name"] for began in sent(file, "init")} == {"a", "b"}
+    assert len({began["id"] for began in sent(file, "init")}) == 2
+
+
 def test_a_hanging_tool_does_not_hold_the_run(
     tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,14 +215,14 @@ def test_a_hanging_tool_does_not_hold_the_run(
 def test_a_failing_tool_is_reported_and_the_run_ends(
     tmp_path: Path, install: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install("raise RuntimeError('no\\nserver')")
+    install("raise RuntimeError('no server.\\nTry later.')")
     prepared = prepare(tiny(run__dir=str(tmp_path / "run"), log__wandb="project"))
     final = session.train(prepared, Ranks(), Invocation())
     assert final["updates"] == 6
     ended = json.loads((tmp_path / "run" / "run.json").read_text())["started"][-1]["ended"]
-    assert (ended["how"], ended["incomplete"]) == ("finished", ["wandb: no"])
-    assert "WARNING: the run has finished, but is incomplete: wandb: no." in capsys.readouterr().out
-    assert "RuntimeError: no\nserver" in (tmp_path / "run" / "trackers" / "wandb.log").read_text()
+    assert (ended["how"], ended["incomplete"]) == ("finished", ["wandb: no server"])
+    assert "WARNING: the run has finished, but is incomplete: wandb: no server." in capsys.readouterr().out
+    assert "RuntimeError: no server.\nTry later." in (tmp_path / "run" / "trackers" / "wandb.log").read_text()
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
