@@ -33,6 +33,8 @@ from lars_train.messages import first_line
 FOLDER = "trackers"
 # Seconds between two looks at the metrics; the longest wait at the end of a run; and the longest life after that.
 _POLL_S, _END_S, _LIFE_S = 2.0, 60.0, 300
+# W&B's process writes its file every 15 s and loses the rest if it is killed. After this time, values count as stored.
+_WANDB_S = 60.0
 # Updates that go to MLflow in one transaction, which may have 1,000 values.
 _ROWS = 10
 _CHECKPOINT = re.compile(r"update-(\d{9})\.pt")
@@ -182,7 +184,7 @@ class Sink(Protocol):
     id: str
     """The tool's id of the run, for later starts."""
     update: int
-    """The last update whose values were sent; 0 if unknown."""
+    """The last update whose values the tool has stored; 0 if unknown."""
 
     def send(self, rows: list[tuple[int, Row]]) -> None:
         """Store the values of some updates."""
@@ -199,7 +201,7 @@ class WandbSink:
     def __init__(self, project: str, id: str, directory: Path, settings: dict[str, Any]) -> None:
         import wandb
 
-        self.id, self.update = id or uuid.uuid4().hex[:8], 0
+        self.id, self.update, self._sent = id or uuid.uuid4().hex[:8], 0, list[tuple[float, int]]()
         entity, _, name = project.rpartition("/")
         self._run = wandb.init(
             project=name,
@@ -214,13 +216,20 @@ class WandbSink:
 
     def send(self, rows: list[tuple[int, Row]]) -> None:
         """Log each row with its update as the step."""
-        for self.update, row in rows:
-            self._run.log(row, step=self.update, commit=True)
+        for update, row in rows:
+            self._run.log(row, step=update, commit=True)
+            self._sent.append((time.monotonic(), update))
+        self._note_stored(time.monotonic() - _WANDB_S)
 
     def end(self, final: dict[str, Any] | None) -> None:
         """Put ``final.json`` into the summary, and end the run: as failed if it has not finished."""
         self._run.summary.update({f"final/{name}": value for name, value in (final or {}).items()})
         self._run.finish(exit_code=0 if final is not None else 1)
+        self._note_stored(time.monotonic())
+
+    def _note_stored(self, until: float) -> None:
+        while self._sent and self._sent[0][0] <= until:
+            _, self.update = self._sent.pop(0)
 
 
 class MlflowSink:
@@ -314,13 +323,12 @@ def track(name: str, target: str, place: str) -> None:
         rows = CoveredRows(directory, sink.update)
         saved, final = -1, None
         for line in _lines_of_standard_input():
-            if sink.update != saved:
-                # A poll after the values were sent: wandb writes them in the background, and a kill could lose them.
-                saved = sink.update
-                write_atomic(path, [json.dumps({**state, "id": sink.id, "update": saved}).encode()])
             if line:
                 final = json.loads(line)
             sink.send(rows.take())
+            if sink.update != saved:
+                saved = sink.update
+                write_atomic(path, [json.dumps({**state, "id": sink.id, "update": saved}).encode()])
         signal.alarm(_LIFE_S)
         sink.send(rows.take(ended=final is not None))
         sink.end(final)

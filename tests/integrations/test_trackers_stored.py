@@ -47,7 +47,7 @@ def killed_and_resumed(folder: Path, tool: str, tracker_too: bool) -> None:
     pytest.importorskip(tool)
     words = [*ALONE, *RUN, *LOGS[tool]]
     program = begin(words, folder, log=folder / "log", **ENVIRONMENT)
-    state, lines = folder / "run" / "trackers" / f"{tool}.json", folder / "run" / "metrics.jsonl"
+    lines = folder / "run" / "metrics.jsonl"
     end = time.monotonic() + 200
     # Pause the run, so that its tracker has time to send something before the kill.
     while not (lines.exists() and lines.read_text().count("\n") >= 9):
@@ -55,11 +55,10 @@ def killed_and_resumed(folder: Path, tool: str, tracker_too: bool) -> None:
         assert time.monotonic() < end
         time.sleep(0.005)
     os.kill(program.pid, signal.SIGSTOP)
-    while not (state.exists() and json.loads(state.read_text())["update"] >= 3):
+    while not sent(folder / "run" / "trackers"):
         assert time.monotonic() < end
         time.sleep(0.05)
     if tracker_too:
-        time.sleep(3 * _POLL_S)  # W&B gets values again that it got within one poll before the kill
         for process in trackers_of(folder):
             os.kill(process, signal.SIGKILL)
     os.kill(program.pid, signal.SIGKILL)
@@ -67,6 +66,15 @@ def killed_and_resumed(folder: Path, tool: str, tracker_too: bool) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "incomplete" not in done.stdout, done.stdout
     assert "resum" in done.stdout
+
+
+def sent(folder: Path) -> bool:
+    """Return True if the tool has values: MLflow those of an update, W&B what it has not yet written to its file."""
+    if any(folder.glob("wandb/offline-run-*")):
+        time.sleep(2 * _POLL_S)
+        return True
+    state = folder / "mlflow.json"
+    return state.exists() and json.loads(state.read_text())["update"] >= 3
 
 
 def trackers_of(folder: Path) -> list[int]:
@@ -119,7 +127,9 @@ def test_wandb_stores_a_killed_run_once(tmp_path: Path, tracker_too: bool) -> No
             values = by_key(record.history.item)
             step = values.pop("_step")
             own = {(step, name): value for name, value in values.items() if not name.startswith("_")}
-            assert own.keys().isdisjoint(stored)
+            # If its own process is killed, too, W&B may get the same values again.
+            repeated = own.keys() & stored.keys()
+            assert not repeated or (tracker_too and all(stored[key] == own[key] for key in repeated))
             stored |= own
     assert_equal(stored, expected(tmp_path))
     config, summary, codes = {}, {}, []
