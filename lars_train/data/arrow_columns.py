@@ -7,13 +7,15 @@ gives these types and the class names in JSON; without metadata, the column name
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lars_train.errors import ConfigError
+from lars_train.messages import first_line, printable
 
 # Column names that are recognized without metadata, in order of preference.
 _IMAGES = ("image", "img")
@@ -58,7 +60,41 @@ def only_paths(path: Path, column: str) -> ConfigError:
     )
 
 
-def as_binary(text: Any) -> Any:
+@contextlib.contextmanager
+def damage_as_config_error(path: Path, remedy: str) -> Iterator[None]:
+    """Raise `ConfigError` with the `remedy` if the block fails because the file `path` is damaged."""
+    arrow = pyarrow()
+    try:
+        yield
+    except (ConfigError, MemoryError):
+        raise
+    except (arrow.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read ({one_line(error)}); {remedy}.") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type."""
+    return printable(first_line(str(error).strip() or type(error).__name__))
+
+
+def labels_and_paths(batch: Any, columns: Columns) -> tuple[list[int | bytes | None], list[bytes | None]]:
+    """Return the labels of a record batch, and the last component of each image's path; None without a path."""
+    found = batch.column(columns.label)
+    labels = (found if pyarrow().types.is_integer(found.type) else _as_binary(found)).to_pylist()
+    paths: list[bytes | None] = [None] * len(batch)
+    if columns.path is not None:
+        column, name = columns.path
+        found = _as_binary(field_of(batch.column(column), name)).to_pylist()
+        paths = [None if path is None else path.replace(b"\\", b"/").rpartition(b"/")[2] for path in found]
+    return labels, paths
+
+
+def field_of(column: Any, name: str) -> Any:
+    """Return a field of a struct array, null where the struct is null."""
+    return column.flatten()[column.type.get_field_index(name)]
+
+
+def _as_binary(text: Any) -> Any:
     """Return an array of strings as binary, because they may be invalid UTF-8."""
     arrow = pyarrow()
     if arrow.types.is_dictionary(text.type):

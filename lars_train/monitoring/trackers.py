@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lars_train.config.mode_schema import LogConfig
 from lars_train.errors import ConfigError
@@ -178,25 +178,13 @@ class CoveredRows:
                 self._waiting.setdefault(update, {}).update(values)
 
 
-class Sink(Protocol):
-    """A tool that stores metrics. Methods raise whatever the tool raises."""
-
-    id: str
-    """The tool's id of the run, for later starts."""
-    update: int
-    """The last update whose values the tool has stored; 0 if unknown."""
-
-    def send(self, rows: list[tuple[int, Row]]) -> None:
-        """Store the values of some updates."""
-        ...
-
-    def end(self, final: dict[str, Any] | None) -> None:
-        """Store the content of ``final.json``, and end the run; None if the run has not finished."""
-        ...
-
-
 class WandbSink:
-    """A run of Weights & Biases in `project`, which may be ENTITY/PROJECT. `id`: that of an earlier start, or empty."""
+    """A run of Weights & Biases in `project`, which may be ENTITY/PROJECT. Methods raise whatever wandb raises.
+
+    Attributes:
+        id: W&B's id of the run; as an argument, that of an earlier start, or empty.
+        update: the last update whose values are stored; 0 if unknown.
+    """
 
     def __init__(self, project: str, id: str, directory: Path, settings: dict[str, Any]) -> None:
         import wandb
@@ -233,7 +221,7 @@ class WandbSink:
 
 
 class MlflowSink:
-    """A run of MLflow at `uri`, in the experiment MLFLOW_EXPERIMENT_NAME or ``lars-train``. `id`: see `WandbSink`."""
+    """A run of MLflow at `uri`, in the experiment MLFLOW_EXPERIMENT_NAME or ``lars-train``. Used like `WandbSink`."""
 
     def __init__(self, uri: str, id: str, directory: Path, settings: dict[str, Any]) -> None:
         import mlflow
@@ -318,7 +306,7 @@ def track(name: str, target: str, place: str) -> None:
         if state.get("target") != target:
             state = {"target": target, "id": "", "update": 0}
         settings = json.loads((directory / "run.json").read_text())["settings"]
-        sink: Sink = SINKS[name](target, state["id"], directory, settings)
+        sink = SINKS[name](target, state["id"], directory, settings)
         sink.update = max(state["update"], sink.update)
         rows = CoveredRows(directory, sink.update)
         saved, final = -1, None

@@ -15,10 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.arrow_columns import Columns, as_binary, columns_of, pyarrow
+from lars_train.data.arrow_columns import (
+    Columns,
+    columns_of,
+    damage_as_config_error,
+    labels_and_paths,
+    one_line,
+    pyarrow,
+)
 from lars_train.data.sources.tar_samples import Label
 from lars_train.errors import ConfigError
-from lars_train.messages import first_line, printable
 
 # Bytes per read; rows per batch of images, and per batch of labels and paths.
 _BUFFER = 1 << 20
@@ -82,7 +88,7 @@ def read_rows(files: Sequence[Path], file_done: Callable[[], object]) -> Rows | 
     paths: list[bytes | None] = []
     groups: list[tuple[int, int, int]] = []
     for number, path in enumerate(files):
-        with _damage_as_config_error(path):
+        with damage_as_config_error(path, "download it again"):
             opened = _open(path)
             own = columns_of(path, opened.schema_arrow)
             columns = columns or own
@@ -117,7 +123,7 @@ def image_batches(path: Path, group: int, column: str) -> Iterator[Any]:
     except MemoryError:
         raise
     except (arrow.ArrowException, OSError, ValueError, IndexError, KeyError) as error:
-        raise OSError(f"cannot be read: {_one_line(error)}") from error
+        raise OSError(f"cannot be read: {one_line(error)}") from error
 
 
 def _open(path: Path) -> Any:
@@ -130,30 +136,8 @@ def _open(path: Path) -> Any:
     return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
 
 
-@contextlib.contextmanager
-def _damage_as_config_error(path: Path) -> Iterator[None]:
-    arrow = pyarrow()
-    try:
-        yield
-    except (ConfigError, MemoryError):
-        raise
-    except (arrow.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({_one_line(error)}); download it again.") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return printable(first_line(str(error).strip() or type(error).__name__))
-
-
 def _read(opened: Any, columns: Columns) -> Iterator[tuple[list[Label], list[bytes | None]]]:
     """Yield the labels and paths of a file, 65,536 rows at a time."""
-    arrow = pyarrow()
     leaves = [columns.label, *([".".join(columns.path)] if columns.path else [])]
     for batch in opened.iter_batches(_LABEL_ROWS, columns=leaves, use_threads=False):
-        found = batch.column(columns.label)
-        labels = (found if arrow.types.is_integer(found.type) else as_binary(found)).to_pylist()
-        paths: list[bytes | None] = [None] * len(batch)
-        if columns.path is not None:
-            found = as_binary(batch.column(columns.path[0]).flatten()[0]).to_pylist()
-            paths = [None if path is None else path.replace(b"\\", b"/").rpartition(b"/")[2] for path in found]
-        yield labels, paths
+        yield labels_and_paths(batch, columns)

@@ -35,7 +35,7 @@ PATH="$scratch/tools/bin:$PATH" auditwheel repair -w "$scratch/repaired" "$scrat
 echo "== torch-lars, and the metadata and contents of all"
 "$scratch/tools/bin/python" -m build --outdir "$scratch/torch-lars" packaging/torch-lars
 "$scratch/tools/bin/twine" check --strict "$scratch"/built/*.tar.gz "$scratch"/repaired/*.whl "$scratch"/torch-lars/*
-"$scratch/tools/bin/check-wheel-contents" "$scratch"/repaired/*.whl "$scratch"/torch-lars/*.whl
+"$scratch/tools/bin/check-wheel-contents" "$scratch"/built/*.whl "$scratch"/torch-lars/*.whl
 
 echo "== check"
 python -m venv "$scratch/check"

@@ -6,9 +6,7 @@ reads each image, as from tar shards: safe for threads and after a fork, and wit
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lars_train.data.arrow_columns import Columns, NoLabels, as_binary, columns_of, only_paths, pyarrow
+from lars_train.data.arrow_columns import (
+    Columns,
+    NoLabels,
+    columns_of,
+    damage_as_config_error,
+    field_of,
+    labels_and_paths,
+    only_paths,
+    pyarrow,
+)
 from lars_train.data.dataset import Dataset, Labels, Names, NamesBuilder, fingerprint
 from lars_train.data.inventory import Inventory
 from lars_train.data.sources.shards import Places, Shard, ShardSource
@@ -26,7 +33,7 @@ from lars_train.data.sources.tree import split_holdout
 from lars_train.data.splits import TEST, TRAIN, choose_splits
 from lars_train.errors import ConfigError
 from lars_train.fsutil import user_path
-from lars_train.messages import counted, first_line, printable
+from lars_train.messages import counted, printable
 
 _STATE = "state.json"
 _UNLABELED = "rows without a label"
@@ -152,11 +159,11 @@ def _read(folder: Path) -> _Rows:
     columns: Columns | None = None
     files, labels, names, row = list[Shard](), list[Label](), NamesBuilder(), 0
     places = [(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))]
-    with _damage_as_config_error(folder, arrow):
+    with damage_as_config_error(folder / _STATE, "save it again"):
         listed = [str(entry["filename"]) for entry in json.loads((folder / _STATE).read_text())["_data_files"]]
     for number, name in enumerate(listed):
         path = folder / name
-        with _damage_as_config_error(path, arrow):
+        with damage_as_config_error(path, "save it again"):
             if path.parent != folder:
                 raise ValueError("it is outside the folder")
             with arrow.memory_map(str(path)) as file:
@@ -166,11 +173,11 @@ def _read(folder: Path) -> _Rows:
                     if (columns := columns or own) != own:
                         raise ConfigError(f"{path} and {listed[0]} differ in columns or classes; save them again.")
                     for batch in batches:
-                        found, paths = _labels_and_paths(batch, columns)
+                        found, paths = labels_and_paths(batch, columns)
                         offset, size = _positions(batch, columns.image, whole)
                         chosen = [i for i, label in enumerate(found) if label not in (None, -1)]
                         labels += [found[i] for i in chosen]
-                        names.extend(b"%08d%s" % (row + i, paths[i]) for i in chosen)
+                        names.extend(_name(row + i, paths[i]) for i in chosen)
                         places.append((np.full(len(chosen), number, np.int32), offset[chosen], size[chosen]))
                         row += len(found)
                 files.append(Shard(path, len(whole)))
@@ -182,26 +189,15 @@ def _read(folder: Path) -> _Rows:
     return _Rows(tuple(files), columns, labels, names.build(), images, row - len(labels))
 
 
-def _labels_and_paths(batch: Any, columns: Columns) -> tuple[list[Label], list[bytes]]:
-    """Return the labels of a batch, and the last component of each image's path after a dash; empty without a path."""
-    labels = batch.column(columns.label)
-    labels = labels if pyarrow().types.is_integer(labels.type) else as_binary(labels)
-    paths: list[bytes] = [b""] * len(batch)
-    if columns.path is not None:
-        name, field = columns.path
-        found = as_binary(_field(batch.column(name), field)).to_pylist()
-        paths = [b"-" + p.replace(b"\\", b"/").rpartition(b"/")[2].replace(b"\0", b"") if p else b"" for p in found]
-    return labels.to_pylist(), paths
-
-
-def _field(column: Any, name: str) -> Any:
-    return column.flatten()[column.type.get_field_index(name)]
+def _name(row: int, path: bytes | None) -> bytes:
+    """Return the name of a row: its number, so that the order of names is that of rows, and the image's file name."""
+    return b"%08d-%s" % (row, path.replace(b"\0", b"")) if path else b"%08d" % row
 
 
 def _positions(batch: Any, leaf: str, whole: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the first byte in the file and the size of each image of a batch, int64 (n,); null has the size 0."""
     plain = leaf in batch.schema.names
-    images = batch.column(leaf) if plain else _field(batch.column(leaf.removesuffix(".bytes")), "bytes")
+    images = batch.column(leaf) if plain else field_of(batch.column(leaf.removesuffix(".bytes")), "bytes")
     _, ends, data = images.buffers()
     if data is None or not len(images):
         return np.zeros(len(images), np.int64), np.zeros(len(images), np.int64)
@@ -213,14 +209,3 @@ def _positions(batch: Any, leaf: str, whole: Any) -> tuple[npt.NDArray[np.int64]
     if np.any(size < 0) or np.any(first < 0) or np.any(first + size > len(whole)):
         raise ValueError("the images are compressed, or lie outside the file")
     return first, size
-
-
-@contextlib.contextmanager
-def _damage_as_config_error(path: Path, arrow: Any) -> Iterator[None]:
-    try:
-        yield
-    except (ConfigError, MemoryError):
-        raise
-    except (arrow.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = printable(first_line(str(error).strip() or type(error).__name__))
-        raise ConfigError(f"{path} cannot be read ({reason}); save it again.") from None
