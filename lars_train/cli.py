@@ -10,7 +10,6 @@ ended the run at once; 130 for Ctrl-C before or after training.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import gc
 import json
 import os
@@ -27,29 +26,24 @@ from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from lars_train import __version__
-from lars_train.config import Config, choices_of, config_dir, nominal_batch, register, resolve
+from lars_train.config import config_dir, register, resolve
 from lars_train.config.arguments import HELP, SWEEP, prepare_arguments, quoted, take_config_file
+from lars_train.config.compose import explain
 from lars_train.config.help import overview, page
-from lars_train.config.keys import GROUPS, suggestion
-from lars_train.config.rows import explain_missing_row, row_name
 from lars_train.config.saved import NAME, SavedConfig, register_saved
-from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped, did_you_mean
-from lars_train.launch import collect_garbage_rarely, share_cores
+from lars_train.errors import ConfigError, DataError, Diverged, NotReady, Stopped
+from lars_train.launch import WorkerError, collect_garbage_rarely, share_cores
 from lars_train.messages import (
     complain,
-    first_line,
     ignore_closed_output,
     is_rank0,
     open_standard_streams,
     printable_lines,
     say,
 )
+from lars_train.optim import __version__
 from lars_train.signals import handle_termination
 
 BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130
@@ -188,78 +182,6 @@ def show_help(names: Sequence[str]) -> None:
     say("\n\n".join(map(page, names)) if names else overview())
 
 
-def explain(error: Exception, arguments: Sequence[str]) -> str:
-    """Return a one-line message for an error of Hydra or OmegaConf about `arguments`, with the closest valid name."""
-    text = str(error).strip()
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override}: Hydra cannot parse this. A setting is key=value; a value with an equals sign, a comma "
-            """or brackets needs two pairs of quotes, the shell's and Hydra's: 'data.root="/a=b"'."""
-        )
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:not in|is not in)", text)
-    if unknown:
-        key = unknown.group(1).split("@")[0]
-        meant = suggestion(key.lstrip("+~"))
-        return f"there is no key or group {key!r}.{meant} lars-train --help lists the groups, --help GROUP its keys."
-    choice = re.search(rf"Could not find '({'|'.join(GROUPS)})/([^']*)'", text)
-    if choice:
-        group, name = choice.groups()
-        choices = choices_of(group)
-        if group == "batch" and (config := _with_batch(name, arguments)) is not None:
-            if nominal_batch(name):
-                return explain_missing_row(config)
-            choices = list(config.recipe.rows)
-        return f"{group}={name}: no such choice. Choose from {', '.join(choices)}.{did_you_mean(name, choices)}"
-    several = re.match(r"Ambiguous value for argument '(\w+)=(.*)'$", first_line(text))
-    if several and several[1] in GROUPS:
-        # Without the quotes that `prepare_arguments` put around the values.
-        setting = f"{several[1]}={several[2].replace(chr(39), '')}"
-        return f"{setting}: several values are a sweep. To run each of them: -m {setting}"
-    if "Ambiguous value for argument" in text:
-        return (
-            f"{first_line(text)}: several values are a sweep: add -m. A value with a comma needs two pairs of quotes, "
-            """the shell's and Hydra's: 'data.root="/a,b"'."""
-        )
-    if error.__cause__ is not None:
-        text += f"\n{error.__cause__}"
-    lines = [
-        line.strip() for line in text.splitlines() if not re.search("(full_key|reference_type|object_type)[:=]", line)
-    ]
-    merged = re.fullmatch(r"Error merging override (.+)", lines[0]) if lines else None
-    if merged:
-        lines[0] = f"{merged.group(1)}: this value does not fit the key."
-        if "is not a valid bool" in text:
-            return f"{merged.group(1)}: choose true or false."
-        if isinstance(error.__cause__, GrammarParseError):
-            return f"{lines[0]} ${{ begins an interpolation, such as ${{seed}} or ${{oc.env:HOME}}."
-    return " ".join(line for line in lines if line)
-
-
-def _with_batch(name: str, arguments: Sequence[str]) -> Config | None:
-    """Return the config of the prepared `arguments` with batch `name`, before `resolve`.
-
-    In a sweep, return the config of the first job. Call this only if `name` is not one of Hydra's choices. Return None
-    if the other arguments cannot be composed, or if their recipe has a row of that name.
-    """
-    try:
-        settings = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
-        overrides = [
-            # Of a sweep, take the first job, whose error Hydra reports.
-            f"{str(override.input_line).partition('=')[0]}={next(override.sweep_string_iterator())}"
-            if override.is_sweep_override()
-            else str(override.input_line)
-            for override in OverridesParser.create().parse_overrides(settings)
-            if override.key_or_group != "batch"
-        ]
-        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = OmegaConf.to_object(hydra.compose("config", overrides))
-    except (HydraException, OmegaConfBaseException):
-        return None
-    assert isinstance(config, Config)
-    config.batch.name, config.batch.nominal = name, nominal_batch(name)
-    return None if row_name(config.recipe.rows, name) else config
-
-
 def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: bool, saved: SavedConfig | None) -> None:
     # A job that a scheduler started has not run `main`.
     open_standard_streams()
@@ -277,10 +199,9 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
             config = saved.place(config)
         # These import torch.
         from lars_train import commands
-        from lars_train.launch import WorkerError
         from lars_train.training.run_directory import Invocation, holds_run_of, run_directory
 
-        config = _with_stored_scaling(config) if raw.batch.scaled is None else config
+        config = commands.with_stored_scaling(config, raw)
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
         return
@@ -291,10 +212,8 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         jobs.done += 1
     except ConfigError as error:
         jobs.fail(label, BAD_INPUT, str(error))
-    except (DataError, Diverged, NotReady) as error:
+    except (DataError, Diverged, NotReady, WorkerError) as error:
         jobs.fail(label, FAILED, str(error))
-    except WorkerError as error:
-        jobs.fail(label, BAD_INPUT if error.kind == "ConfigError" else FAILED, str(error))
     except Stopped as stopped:
         # Exit with SystemExit: after an Exception, Hydra would start the next job of a sweep.
         complain(str(stopped))
@@ -319,19 +238,6 @@ def _run_job(raw: DictConfig, command: tuple[str, ...], jobs: _Jobs, sweeping: b
         refused = (label, BAD_INPUT) in [failure[:2] for failure in jobs.failures]
         if sweeping and not refused and config.mode == "train" and holds_run_of(run_directory(config), config):
             jobs.directories[run_directory(config)] = label
-
-
-def _with_stored_scaling(config: Config) -> Config:
-    """Return `config` with ``batch.scaled=true`` if the stored run of the same settings has it, else unchanged.
-
-    With data=folder, earlier versions scaled the batch by default. A run that they started keeps its scaled batch.
-    """
-    from lars_train.training.run_directory import holds_run_of, run_directory
-
-    if config.data.name != "folder" or config.batch.size is not None:
-        return config
-    scaled = dataclasses.replace(config, batch=dataclasses.replace(config.batch, scaled=True))
-    return scaled if holds_run_of(run_directory(scaled), scaled) else config
 
 
 def _report_sweep(jobs: _Jobs) -> None:

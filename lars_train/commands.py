@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from lars_train.config import AUTO, Config
 from lars_train.data.order import SHARDS
@@ -42,8 +43,8 @@ from lars_train.training import checkpoint
 from lars_train.training.device import choose_precision, cuda_devices
 from lars_train.training.distributed import begin_job, current_ranks
 from lars_train.training.prepare import prepare
-from lars_train.training.run_directory import Invocation
-from lars_train.training.session import evaluate_only, evaluation_config, find_finished, train
+from lars_train.training.run_directory import Invocation, holds_run_of, run_directory
+from lars_train.training.session import check_targets, evaluate_only, evaluation_config, find_finished, train
 
 
 def run(config: Config, invocation: Invocation, given: Given = NOTHING) -> dict[str, Any]:
@@ -51,10 +52,23 @@ def run(config: Config, invocation: Invocation, given: Given = NOTHING) -> dict[
 
     Raises `ConfigError`, `DataError`, `NotReady`, `WorkerError`.
     """
+    check_targets(config, invocation.overrides)
     begin_job()
     start_resource_tracker()
     commands = {"train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan, "check": _check}
     return commands[config.mode](config, invocation, given)
+
+
+def with_stored_scaling(config: Config, raw: DictConfig) -> Config:
+    """Return `config` with ``batch.scaled=true`` if the stored run of the same settings has it, else unchanged.
+
+    With data=folder, earlier versions scaled the batch by default. A run that they started keeps its scaled batch.
+    `raw`: the config before `resolve`.
+    """
+    if raw.batch.scaled is not None or config.data.name != "folder" or config.batch.size is not None:
+        return config
+    scaled = dataclasses.replace(config, batch=dataclasses.replace(config.batch, scaled=True))
+    return scaled if holds_run_of(run_directory(scaled), scaled) else config
 
 
 def _print_notes(notes: Iterable[str]) -> None:

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.errors import ConfigError, Stopped
+from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.messages import counted, open_standard_streams
 from lars_train.signals import blocked, handle_termination, termination_handler
 
@@ -216,21 +216,17 @@ def _from_slurm(environment: Mapping[str, str]) -> Ranks:
 
 
 _QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
-# Exceptions with a message for the user, printed without a traceback.
-_FOR_USERS = ("ConfigError", "DataError", "Diverged", "Stopped")
+# Exceptions with a message for the user, which are raised again in the launching process.
+_FOR_USERS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, DataError, Diverged, Stopped)}
 # When a rank is killed, the ranks that fail because of it end within about this time.
 _SETTLE_S = 0.2
 
 
 class WorkerError(RuntimeError):
-    """A process of `start_processes` failed. `kind` is the name of its exception.
-
-    The text is the exception's message if that is for the user, else the whole traceback.
-    """
+    """A process of `start_processes` failed in an unexpected way. The message has its traceback."""
 
     def __init__(self, rank: int, message: str, traceback: str = "") -> None:
-        self.kind, _, text = message.partition(": ")
-        super().__init__(text if self.kind in _FOR_USERS else f"rank {rank}: {message}\n{traceback}".rstrip())
+        super().__init__(f"rank {rank}: {message}\n{traceback}".rstrip())
 
 
 def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count: int) -> Any:
@@ -240,8 +236,9 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
     SIGKILL. Termination signals are forwarded to the processes, except those that this process ignores.
 
     Raises:
-        WorkerError: a process failed: the one that was killed, else the first that reported an error.
-        Stopped: a forwarded signal ended the processes, or a rank raised `Stopped`.
+        ConfigError, DataError, Diverged, Stopped: a rank raised it.
+        WorkerError: a process failed in another way: the one that was killed, else the first that reported an error.
+        Stopped: a forwarded signal ended the processes.
     """
     # Not torch.distributed.elastic: its launcher hangs if a process is killed after its work, but before its exit. In
     # between, a process waits for an Event of the launcher, and `Event.set` blocks until each waiting process wakes up.
@@ -259,7 +256,7 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with _forward_signals() as (ranks, forwarded):
         # SIGINT stays blocked until a rank can handle it: during imports it would print a traceback.
-        with blocked(signal.SIGINT):
+        with blocked(signal.SIGINT), _without_main_module():
             context = torch_processes.start_processes(
                 _rank,
                 (work, arguments, count, store.port, os.getpid()),
@@ -334,6 +331,17 @@ def _rank(
 
 
 @contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide the program's main module, which spawned processes would run again: a script of a user may call `train`."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
 def _forward_signals() -> Iterator[tuple[list[BaseProcess], list[int]]]:
     """Forward termination signals within the context. Yields the list of processes, and the list of forwarded signals.
 
@@ -373,10 +381,10 @@ def _failure(
 
     `error`: torch's exception about one process. `killed`: index and signal of each rank that a signal ended.
     """
-    for rank, message, _ in reported:
+    for _, message, _ in reported:
         kind, _, text = message.partition(": ")
         if kind in _FOR_USERS:
-            return Stopped(text) if kind == "Stopped" else WorkerError(rank, message)
+            return _FOR_USERS[kind](text)
     second = [rank.exitcode - 128 for rank in ranks if rank.exitcode is not None and rank.exitcode > 128]
     if forwarded and second:
         return Stopped(f"{signal.Signals(second[0]).name} was the second signal: ended at once.", 128 + second[0])

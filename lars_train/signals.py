@@ -25,17 +25,25 @@ Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 def handle_termination(
     handler: Handler, numbers: Iterable[signal.Signals] = TERMINATION_SIGNALS
 ) -> dict[signal.Signals, Any]:
-    """Install `handler` for each of these signals that is not ignored. Return the handlers that it replaces."""
+    """Install `handler` for each of these signals that is not ignored. Return the handlers that it replaces.
+
+    Outside the main thread, where Python handles no signals, install nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in handled}
 
 
 @contextmanager
-def termination_handler(handler: Handler) -> Iterator[None]:
-    """Handle termination signals with `handler` within the context, then restore the previous handlers."""
+def termination_handler(handler: Handler) -> Iterator[dict[signal.Signals, Any]]:
+    """Handle termination signals with `handler` within the context, then restore the previous handlers.
+
+    Yield the previous handlers.
+    """
     previous = handle_termination(handler)
     try:
-        yield
+        yield previous
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
@@ -54,8 +62,9 @@ def blocked(*numbers: signal.Signals) -> Iterator[None]:
 class SignalHandler:
     """Record the first termination signal within the context in `received` (its number, or 0).
 
-    The run then ends after its current update, with a checkpoint. A second signal ends the process at once. Outside
-    the main thread, where Python handles no signals, nothing is recorded.
+    The run then ends after its current update, with a checkpoint. A second signal ends the process at once. If
+    both are Ctrl-C and the handler before was Python's own, the second raises KeyboardInterrupt instead. Outside the
+    main thread, where Python handles no signals, nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -64,8 +73,7 @@ class SignalHandler:
         self._stack = ExitStack()
 
     def __enter__(self) -> SignalHandler:
-        if threading.current_thread() is threading.main_thread():
-            self._stack.enter_context(termination_handler(self._record))
+        self._previous = self._stack.enter_context(termination_handler(self._record))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,4 +84,6 @@ class SignalHandler:
         if not self.received:
             self.received, self._received_at = number, now
         elif now - self._received_at > _SAME_SIGNAL_S:
+            if self.received == number and self._previous[signal.Signals(number)] is signal.default_int_handler:
+                signal.default_int_handler(number, frame)
             os._exit(128 + number)

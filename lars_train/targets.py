@@ -16,6 +16,9 @@ from typing import Any
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.messages import first_line
 
+OBJECT = "object:"
+"""The start of a name for an object that exists only in a Python program. A hash of the object follows."""
+
 
 def load_target(target: str, key: str) -> Callable[..., Any]:
     """Return the function or class at `target`, from the current folder or the installed packages.
@@ -26,6 +29,11 @@ def load_target(target: str, key: str) -> Callable[..., Any]:
     if its attribute is missing or cannot be called.
     """
     where = f"{key}={target}"
+    if target.startswith(OBJECT):
+        raise ConfigError(
+            f"{where}: this names an object of a Python program. Call lars_train.train, evaluate or plan there, "
+            f"with the argument {key.partition('.')[0]}."
+        )
     module_name, _, name = target.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise ConfigError(f"{where}: give package.module:function, such as my_code:make.")
@@ -57,9 +65,12 @@ def load_target(target: str, key: str) -> Callable[..., Any]:
 def check_named(key: str, target: str | None, overrides: Iterable[str]) -> None:
     """Raise `ConfigError` if `target`, the value of `key`, comes from a file and not from the command line.
 
+    The name of an object is no code, so it passes.
     `overrides`: the settings of the command line.
     """
-    if target is not None and key not in {override.lstrip("+").partition("=")[0] for override in overrides}:
+    if target is None or target.startswith(OBJECT):
+        return
+    if key not in {override.lstrip("+").partition("=")[0] for override in overrides}:
         raise ConfigError(
             f"{key}={target} comes from a file, whose code runs only if you name it, too: add {key}={target}"
         )

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from lars_train.errors import DataError, Stopped
+from lars_train import errors
 
 
 def rank_variables() -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def sighup_disposition(folder: str) -> str:
 
 
 def raise_error(error: str) -> None:
-    raise {"DataError": DataError, "Stopped": Stopped, "KeyError": KeyError}[error]("the word")
+    raise {**vars(errors), "KeyError": KeyError}[error]("the word")
 
 
 def stop_at_sigusr1(folder: str) -> None:
@@ -49,4 +49,4 @@ def stop_at_sigusr1(folder: str) -> None:
     open(os.path.join(folder, os.environ["RANK"]), "w").close()  # noqa: PTH118, PTH123
     while not given:
         time.sleep(0.01)
-    raise Stopped("stopped after update 7")
+    raise errors.Stopped("stopped after update 7")

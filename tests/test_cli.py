@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tiny import TINY, composed, environment, prepared
 
 from lars_train import cli, commands
-from lars_train.cli import explain, main
+from lars_train.cli import main
 from lars_train.config import OptimizerConfig
+from lars_train.config.compose import explain
 from lars_train.errors import ConfigError, DataError, Stopped
 from lars_train.training import run_directory
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import at_work
 import pytest
 
-from lars_train.errors import Stopped
+from lars_train.errors import ConfigError, DataError, Diverged, Stopped
 from lars_train.launch import WorkerError, start_processes
 
 pytestmark = pytest.mark.slow
@@ -45,10 +45,9 @@ def test_a_rank_killed_after_its_work_does_not_hang_the_launcher() -> None:
 
 
 def test_our_errors_keep_their_message_and_bugs_a_traceback() -> None:
-    with pytest.raises(WorkerError, match=r"^the word$"):
-        start_processes(at_work.raise_error, ("DataError",), 1)
-    with pytest.raises(Stopped, match=r"^the word$"):
-        start_processes(at_work.raise_error, ("Stopped",), 1)
+    for kind in (ConfigError, DataError, Diverged, Stopped):
+        with pytest.raises(kind, match=r"^the word$"):
+            start_processes(at_work.raise_error, (kind.__name__,), 1)
     with pytest.raises(WorkerError, match=r"(?s)^rank 0: KeyError: 'the word'\nTraceback .* in raise_error"):
         start_processes(at_work.raise_error, ("KeyError",), 1)
 

@@ -48,7 +48,7 @@ def prepare_arguments(arguments: list[str], imagenet_dir: str | None) -> list[st
     """Return the command line in a form that Hydra reads correctly.
 
     Quote text values that Hydra would read as a number, a truth value, null (for a group) or a missing value. Allow any
-    key in optimizer.kwargs. If IMAGENET_DIR is set, make ImageNet the default data set.
+    key in the kwargs of optimizer, model and data. If IMAGENET_DIR is set, make ImageNet the default data set.
 
     Raises `ConfigError` for a word that is neither a setting nor a flag, and for a misused group.
     """
@@ -209,7 +209,7 @@ def _prepare(setting: str, hydra_types: dict[str, typing.Any]) -> str:
     if in_texts or hydra_types.get(name) in TEXT:
         # Hydra does not sweep over its own keys, so a comma is part of the text.
         return f"{key}={_quote_text(value, null=True, in_function=False)}"
-    if key == "optimizer.kwargs" or key.startswith("optimizer.kwargs."):
+    if ".".join(key.split(".")[:2]) in ("optimizer.kwargs", "model.kwargs", "data.kwargs"):
         return f"++{setting}"
     if value.startswith("~"):
         # Shells do not expand a tilde after "=", and Hydra cannot read it.

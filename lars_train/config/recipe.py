@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from lars_train.config.augment import fill_augment
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
 from lars_train.config.recipe_schema import RowConfig
-from lars_train.config.rows import explain_missing_row, row_name
+from lars_train.config.rows import UNSCALED, explain_missing_row, row_name
 from lars_train.config.schema import Config, nominal_batch, schema_node
 from lars_train.config.sizes import TRAINING_SIZES, fill_sizes, row_sizes, unused_sizes
 from lars_train.errors import ConfigError, did_you_mean
@@ -73,8 +73,8 @@ def fill_from_recipe(config: Config) -> None:
 
 
 def scales_by_default(config: Config) -> bool:
-    """Return True if a null `batch.scaled` means true: no `batch.size`, and neither ImageNet nor a folder."""
-    return config.batch.size is None and config.data.name not in ("imagenet", "folder", "huggingface")
+    """Return True if a null `batch.scaled` means true: no `batch.size`, and none of the user's own data."""
+    return config.batch.size is None and config.data.name not in UNSCALED
 
 
 def _drop_published_results(config: Config) -> None:

@@ -12,6 +12,9 @@ from omegaconf import OmegaConf
 from lars_train.config.recipe_schema import RecipeConfig, RowConfig
 from lars_train.config.schema import Config, choices_of, config_dir, nominal_batch
 
+UNSCALED = ("imagenet", "folder", "huggingface", "custom")
+"""The data sets to which a null ``batch.scaled`` does not scale the batch: ImageNet, and the user's own data."""
+
 
 def row_name(rows: Iterable[str], batch: str) -> str | None:
     """Return the name of the row for `batch`, or None. ``4k`` and ``4096`` name the same row."""
@@ -68,7 +71,7 @@ def _scaled_setting(config: Config) -> list[str]:
     scaled = config.batch.scaled
     if scaled is not None:
         return [f"batch.scaled={str(scaled).lower()}"]
-    return [] if config.data.name in ("imagenet", "folder", "huggingface") else ["batch.scaled=true"]
+    return [] if config.data.name in UNSCALED else ["batch.scaled=true"]
 
 
 def _interpolated(config: Config, below: str, above: str) -> tuple[str, str]:

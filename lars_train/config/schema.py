@@ -53,7 +53,7 @@ class DataConfig:
     """The data set, its order, augmentation and decoding."""
 
     name: str = "mini"
-    """imagenet, folder, huggingface, mini (embedded), cifar10, fashion_mnist or synthetic."""
+    """imagenet, folder, huggingface, mini (embedded), cifar10, fashion_mnist, synthetic or custom."""
     root: Optional[str] = None
     """The images: a folder, ``.zip``, tar shards, packed store or a store's URL; for cifar10 and fashion_mnist, the
     download folder.
@@ -120,6 +120,10 @@ class DataConfig:
     """Validation images, for ``data=synthetic`` only."""
     num_classes: Optional[int] = None
     """Classes, for ``data=synthetic`` only."""
+    target: Optional[str] = None
+    """For ``data=custom``: ``package.module:function``, which returns the training and the validation set."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `target`."""
 
 
 @dataclass

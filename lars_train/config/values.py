@@ -75,6 +75,8 @@ LATER_KEYS: dict[str, Any] = {
     "data.eval_size": None,
     "data.size_schedule": None,
     "data.eval_resize": None,
+    "data.target": None,
+    "data.kwargs": {},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lars_train.data.dataset import Dataset, Sharded, check_classes, sample_shards
 from lars_train.data.order import SHARDS
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 IMAGENET_CLASSES = 1_000
 """Classes of ILSVRC 2012, https://image-net.org/challenges/LSVRC/2012/."""
-
 _TREES = ("folder", "imagenet")
 _ROOTED = (*_TREES, "huggingface")
 _COUNTS = ("train_count", "val_count", "num_classes")
@@ -30,16 +29,18 @@ _SUPPORTED_BY = {
     ),
     "image_key": (_TREES, "only tars may have several images in a sample"),
     "val_labels": (("imagenet",), "only data=imagenet has validation images without class folders"),
+    "target": (("custom",), "set data=custom"),
+    "kwargs": (("custom",), "set data=custom"),
     **dict.fromkeys(_COUNTS, (("synthetic",), "only data=synthetic has adjustable counts")),
 }
 
 
-def open_dataset(data: DataConfig) -> Dataset:
-    """Open the data set `data.name`.
+def open_dataset(data: DataConfig, given: Dataset | None = None) -> Dataset:
+    """Open the data set `data.name`, or use the data set `given` with the settings in `data`.
 
     Raises `ConfigError` if it is missing or malformed, or does not support a setting in `data`.
     """
-    dataset = _open(data)
+    dataset = _open(data, given)
     check_classes(_place(data), dataset.classes)
     if data.name == "imagenet" and len(dataset.classes) != IMAGENET_CLASSES:
         # Imported here because it imports the config package, which lars-data does without.
@@ -57,14 +58,14 @@ def open_dataset(data: DataConfig) -> Dataset:
     return dataclasses.replace(dataset, layout=layout)
 
 
-def open_validation(data: DataConfig) -> Dataset:
+def open_validation(data: DataConfig, given: Dataset | None = None) -> Dataset:
     """Open the data set for evaluation only. If the training split is empty, the validation split defines the classes.
 
     With `data.holdout`, the validation images are held out of the training set. Raises `ConfigError` for the same
     reasons as `open_dataset`.
     """
-    if data.name not in _TREES:
-        return open_dataset(data)
+    if given is not None or data.name not in _TREES:
+        return open_dataset(data, given)
     if data.holdout is not None:
         try:
             return open_dataset(data)
@@ -112,14 +113,16 @@ def _place(data: DataConfig) -> str:
 def _check_settings(data: DataConfig) -> None:
     for key, (names, remedy) in _SUPPORTED_BY.items():
         value = getattr(data, key)
-        if value is not None and data.name not in names:
+        if value not in (None, {}) and data.name not in names:
             raise ConfigError(f"data.{key}={value} has no effect with data={data.name}; {remedy}.")
     if data.cache_dir is not None and not is_url(data.root):
         raise ConfigError(f"data.cache_dir={data.cache_dir} has no meaning unless data.root is a URL; omit it.")
 
 
-def _open(data: DataConfig) -> Dataset:
+def _open(data: DataConfig, given: Dataset | None) -> Dataset:
     _check_settings(data)
+    if given is not None:
+        return given
     if data.name == "mini":
         from lars_train.data.sources.builtin import open_mini
 
@@ -147,7 +150,23 @@ def _open(data: DataConfig) -> Dataset:
         from lars_train.data.sources.builtin import open_arrays
 
         return open_arrays(data.name, data.root, data.holdout)
+    if data.name == "custom":
+        return _open_target(data)
     raise ConfigError(f"data.name={data.name} does not exist; see the files in configs/data.")
+
+
+def _open_target(data: DataConfig) -> Dataset:
+    """Open the data sets that the function ``data.target`` returns."""
+    from lars_train.data.sources.items import open_items
+    from lars_train.targets import load_target
+
+    if data.target is None:
+        raise ConfigError("data=custom needs data.target=package.module:function.")
+    where = f"data.target={data.target}"
+    made: Any = load_target(data.target, "data.target")(**data.kwargs)
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise ConfigError(f"{where}: it returned a {type(made).__name__}, not a training and a validation set.")
+    return open_items(made[0], made[1], place=where)
 
 
 def cache_settings(data: DataConfig) -> CacheSettings:

@@ -46,7 +46,7 @@ def prepare(config: Config, given: Given = NOTHING) -> Prepared:
     check_optimizer(config.optimizer)
     check_decoder(config)
     check_trackers(config.log)
-    dataset = given.dataset or open_dataset(config.data)
+    dataset = open_dataset(config.data, given.dataset)
     plan = make_plan(config, len(dataset.train))
     check_cache(config, dataset, plan)
     directory = run_directory(config)

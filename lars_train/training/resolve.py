@@ -20,9 +20,9 @@ from lars_train.data.dataset import Dataset, Source
 from lars_train.data.decode import native
 from lars_train.data.decode.pillow import NATIVE, PILLOW
 from lars_train.data.loading.shard_windows import evaluation_room, training_room, training_windows
+from lars_train.data.shard_cache import MARK_BYTES
 from lars_train.data.sources.index_files import cache_directory
 from lars_train.data.sources.remote import RemoteSource
-from lars_train.data.sources.shard_cache import MARK_BYTES
 from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks

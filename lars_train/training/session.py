@@ -26,6 +26,7 @@ from lars_train.monitoring.confusion import write_confusion
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import ALREADY_FINISHED
 from lars_train.run_plan import check_world
+from lars_train.targets import check_named
 from lars_train.training import checkpoint
 from lars_train.training.assemble import network_to_evaluate
 from lars_train.training.device import choose_device, choose_precision, choose_threads, choose_workers, set_up
@@ -86,6 +87,12 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
     device = choose_device(config, ranks)
     choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
+        shared = group.broadcast_from_rank0(prepared.dataset.fingerprint)
+        group.raise_on_all_ranks(
+            None
+            if prepared.dataset.fingerprint == shared
+            else ConfigError(f"rank {ranks.rank} has another data set than rank 0; start all ranks with the same data.")
+        )
         # Only rank 0 checks, so that all ranks agree even if a shared file system shows a file late on some nodes.
         final: dict[str, Any] | None = group.broadcast_from_rank0(find_finished(prepared) if group.first else None)
         if final is not None:
@@ -177,14 +184,20 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
     fill_sizes(data, RowConfig())
     execution = ("mode", "device", "launch", "distributed", "checkpoint", "evaluate", "export", "micro_batch")
     merged = dataclasses.replace(stored, **{key: getattr(config, key) for key in (*execution, "verbosity")})
+    check_targets(merged, overrides)
     return merged, content
+
+
+def check_targets(config: Config, overrides: tuple[str, ...]) -> None:
+    """Raise `ConfigError` if a file names a function to import that the command line (`overrides`) does not name."""
+    check_named("data.target", config.data.target, overrides)
 
 
 def evaluate_only(
     config: Config, content: dict[str, Any] | None, ranks: Ranks, given: Given = NOTHING
 ) -> dict[str, Any]:
     """Evaluate a checkpoint or ``model.weights`` on the validation set. Return the values by name. Collective."""
-    dataset = given.dataset or open_validation(config.data)
+    dataset = open_validation(config.data, given.dataset)
     for line in dataset.inventory.lines():
         say(f"{'data':<15}{line}")
     batch = evaluation_batch(1 if config.micro_batch == AUTO else int(config.micro_batch))

@@ -26,7 +26,7 @@ ROWS = {
     "nus": ("512", "1k", "4k", "8k", "16k", "32k"),
     "goyal": ("8k",),
 }
-DATA = ("cifar10", "fashion_mnist", "folder", "huggingface", "imagenet", "mini", "synthetic")
+DATA = ("cifar10", "custom", "fashion_mnist", "folder", "huggingface", "imagenet", "mini", "synthetic")
 CHOICES = [(group, name) for group in GROUPS for name in choices_of(group)]
 # A learning rate, because the row has one only for its own optimizer.
 LITERAL = ("batch.size=64", "optimizer.lr=0.1")
@@ -70,7 +70,7 @@ def test_every_shipped_choice_composes_and_resolves(group: str, name: str) -> No
 def test_every_data_set_resolves_with_every_row(data: str, row: str) -> None:
     config = resolved(f"data={data}", f"batch='{row}'")
     assert (config.data.name, config.batch.name) == (data, row)
-    assert config.batch.scaled is (data not in ("imagenet", "folder", "huggingface"))
+    assert config.batch.scaled is (data not in ("imagenet", "folder", "huggingface", "custom"))
     assert config.optimizer.name == ("sgd" if row == "256" else "lars")
     assert config.epochs == (10 if data == "mini" else 90)
 
@@ -89,6 +89,7 @@ def test_a_data_set_chooses_a_network_that_can_be_overridden() -> None:
         "imagenet": "resnet50",
         "folder": "resnet50",
         "huggingface": "resnet50",
+        "custom": "resnet50",
         "synthetic": "resnet50",
     }
     assert {data: composed(f"data={data}").model.name for data in DATA} == networks

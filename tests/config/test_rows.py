@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from resolving import resolved
 from tiny import composed
 
-from lars_train.cli import explain
 from lars_train.config import nominal_batch, published_top1, resolve
 from lars_train.config.arguments import prepare_arguments
+from lars_train.config.compose import explain
 from lars_train.errors import ConfigError
 from lars_train.run_plan import make_plan
 

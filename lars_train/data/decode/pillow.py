@@ -155,15 +155,10 @@ def _open_image(data: bytes, *, keep_gray: bool = False) -> Image.Image:
     _ignore_warnings()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
+        _check_count(image)
         if data.startswith(b"\xff\xd8"):
             _check_scans(data, *image.size)
-        _check_pixel_type(image)
-        if keep_gray and image.mode == "L":
-            image.load()
-            return image
-        return _to_rgb(image)
+        return _load(image, keep_gray=keep_gray)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -174,6 +169,28 @@ def _open_image(data: bytes, *, keep_gray: bool = False) -> Image.Image:
     except Exception as error:  # plugins raise OSError, SyntaxError, struct.error, KeyError and more
         text = " ".join(str(error).split())
         raise BadImage(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
+
+
+def pixels_of(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an image of any mode: uint8 (H, W) for 8-bit gray (L), else (H, W, 3), RGB.
+
+    Raises BadImage for pixels without a defined black and white, and other errors of Pillow if it cannot read them.
+    """
+    _check_count(image)
+    return np.asarray(_load(image, keep_gray=True))
+
+
+def _check_count(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
+
+
+def _load(image: Image.Image, *, keep_gray: bool) -> Image.Image:
+    _check_pixel_type(image)
+    if keep_gray and image.mode == "L":
+        image.load()
+        return image
+    return _to_rgb(image)
 
 
 def _check_scans(data: bytes, width: int, height: int) -> None:

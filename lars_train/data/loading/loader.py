@@ -20,7 +20,7 @@ from lars_train.data.decode.pillow import PILLOW
 from lars_train.data.loading.reader import BadSample, EvalReader, TrainReader
 from lars_train.data.loading.shard_prefetch import ShardPrefetcher
 from lars_train.data.loading.shard_windows import Span, by_shard, evaluation_windows, training_windows
-from lars_train.data.loading.stream import Batch, BatchRequest, LoaderStatistics, Stream, worker_kind
+from lars_train.data.loading.stream import Batch, BatchRequest, LoaderStatistics, Stream, usable_workers, worker_kind
 from lars_train.data.mixing import Mixing
 from lars_train.data.order import SHARDS, checksum, epoch_order, eval_range, micro_batches, micro_bounds, shard_order
 from lars_train.data.sources.remote import RemoteSource
@@ -180,7 +180,7 @@ def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Strea
         _requests(spec, updates),
         TrainReader(_for_workers(source), spec.view, spec.decoder, spec.seed, spec.on_error, spec.shard, spec.auto),
         max((j - i for i, j in spec.bounds()), default=1),
-        spec.workers,
+        usable_workers(source, spec.workers),
         spec.pin_memory,
         spec.kind or worker_kind(source, spec.decoder if spec.auto is None else PILLOW),
         partial(prefetcher, source) if isinstance(source, RemoteSource) else None,
@@ -296,7 +296,7 @@ def eval_loader(spec: EvalSpec) -> Stream:
         ),
         EvalReader(_for_workers(source), spec.view, spec.decoder),
         max(1, min(micro_batch, stop - start)),
-        spec.workers,
+        usable_workers(source, spec.workers),
         spec.pin_memory,
         spec.kind or worker_kind(source, spec.decoder),
         partial(prefetcher, source) if isinstance(source, RemoteSource) else None,

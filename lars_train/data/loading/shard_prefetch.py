@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lars_train.data.loading.shard_windows import Span, Windows, last_to_hold, window_numbers
-from lars_train.data.sources.shard_cache import Held, Wait
+from lars_train.data.shard_cache import Held, Wait
 from lars_train.errors import DataError
 from lars_train.messages import complain, counted
 

@@ -25,6 +25,7 @@ from lars_train.data.loading.shard_prefetch import ShardPrefetcher
 from lars_train.data.loading.shard_windows import Span
 from lars_train.data.loading.workers import Done, NoWorkers, Piece, Processes, Threads, Workers
 from lars_train.data.mixing import GhostMix
+from lars_train.data.sources.items import ItemSource
 from lars_train.errors import DataError
 
 PIECE = 32
@@ -218,11 +219,19 @@ def worker_kind(source: Source, decoder: str) -> str:
     """Return `THREADS` for the C decoder, which releases the GIL, if the source has JPEGs; else `PROCESSES`.
 
     Threads need less memory than processes. Processes need a fork, which may hang while NCCL or gloo run threads.
-    Outside Linux, fork is unsafe or missing, so this function always returns `THREADS` there.
+    Outside Linux, fork is unsafe or missing, so this function returns `THREADS` there. Threads never read dataset
+    objects, which need not be thread-safe; `usable_workers` returns 0 workers there.
     """
+    if isinstance(source, ItemSource):
+        return PROCESSES
     if sys.platform != "linux":
         return THREADS
     return THREADS if decoder != PILLOW and has_jpegs(source) else PROCESSES
+
+
+def usable_workers(source: Source, workers: int) -> int:
+    """Return `workers`, or 0 for a dataset object outside Linux."""
+    return 0 if isinstance(source, ItemSource) and sys.platform != "linux" else workers
 
 
 def _start_workers(kind: str, reader: Reader, pool: BufferPool, workers: int) -> Workers:

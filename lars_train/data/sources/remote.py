@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from lars_train.data.dataset import Labels, Names, Source
 from lars_train.data.inventory import Inventory, parse_inventory
+from lars_train.data.shard_cache import CacheEntry, Held, ShardCache, Wait
 from lars_train.data.sources.index_files import MALFORMED, Damaged, describe_damage, read_mapped
-from lars_train.data.sources.shard_cache import CacheEntry, Held, ShardCache, Wait
 from lars_train.data.sources.shards import (
     INDEX,
     Packed,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from lars_train.data.sources import shard_cache
-from lars_train.data.sources.shard_cache import MARK_BYTES, CacheEntry, Held, ShardCache
+from lars_train.data import shard_cache
+from lars_train.data.shard_cache import MARK_BYTES, CacheEntry, Held, ShardCache
 from lars_train.errors import DataError
 
 SIZE = 10_000
