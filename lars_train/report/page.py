@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from lars_train import __version__
 from lars_train.messages import counted, printable
+from lars_train.optim import __version__
 from lars_train.report import curves
 from lars_train.report.compare import Row
 from lars_train.report.files import as_line, relative_path
