@@ -32,7 +32,7 @@ from lars_train.messages import first_line
 
 FOLDER = "trackers"
 # Seconds between two looks at the metrics; the longest wait at the end of a run; and the longest life after that.
-_POLL_S, _END_S, _LIFE_S = 2.0, 60.0, 300
+_POLL_S, _END_S, _LIFE_S = 2.0, 120.0, 300
 # W&B's process writes its file every 15 s and loses the rest if it is killed. After this time, values count as stored.
 _WANDB_S = 60.0
 # Updates that go to MLflow in one transaction, which may have 1,000 values.
@@ -182,14 +182,14 @@ class WandbSink:
     """A run of Weights & Biases in `project`, which may be ENTITY/PROJECT. Methods raise whatever wandb raises.
 
     Attributes:
-        id: W&B's id of the run; as an argument, that of an earlier start, or empty.
+        id: W&B's id of the run, new or that of an earlier start.
         update: the last update whose values are stored; 0 if unknown.
     """
 
     def __init__(self, project: str, id: str, directory: Path, settings: dict[str, Any]) -> None:
         import wandb
 
-        self.id, self.update, self._sent = id or uuid.uuid4().hex[:8], 0, list[tuple[float, int]]()
+        self.id, self.update, self._sent = id, 0, list[tuple[float, int]]()
         entity, _, name = project.rpartition("/")
         self._run = wandb.init(
             project=name,
@@ -221,7 +221,10 @@ class WandbSink:
 
 
 class MlflowSink:
-    """A run of MLflow at `uri`, in the experiment MLFLOW_EXPERIMENT_NAME or ``lars-train``. Used like `WandbSink`."""
+    """A run of MLflow at `uri`, in the experiment MLFLOW_EXPERIMENT_NAME or ``lars-train``. Used like `WandbSink`.
+
+    A new run has the argument `id` "".
+    """
 
     def __init__(self, uri: str, id: str, directory: Path, settings: dict[str, Any]) -> None:
         import mlflow
@@ -303,24 +306,29 @@ def track(name: str, target: str, place: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = folder / f"{name}.json"
         state = json.loads(path.read_text()) if path.exists() else {}
+
+        def save(**values: Any) -> None:
+            state.update(values)
+            write_atomic(path, [json.dumps(state).encode()])
+
         if state.get("target") != target:
-            state = {"target": target, "id": "", "update": 0}
+            # MLflow chooses the id, W&B gets it: save it first, so that a kill during W&B's start makes no second run.
+            save(target=target, id=uuid.uuid4().hex[:8] if name == "wandb" else "", update=0)
         settings = json.loads((directory / "run.json").read_text())["settings"]
         sink = SINKS[name](target, state["id"], directory, settings)
         sink.update = max(state["update"], sink.update)
-        rows = CoveredRows(directory, sink.update)
-        saved, final = -1, None
+        save(id=sink.id)
+        rows, final = CoveredRows(directory, sink.update), None
         for line in _lines_of_standard_input():
             if line:
                 final = json.loads(line)
             sink.send(rows.take())
-            if sink.update != saved:
-                saved = sink.update
-                write_atomic(path, [json.dumps({**state, "id": sink.id, "update": saved}).encode()])
+            if sink.update != state["update"]:
+                save(update=sink.update)
         signal.alarm(_LIFE_S)
         sink.send(rows.take(ended=final is not None))
         sink.end(final)
-        write_atomic(path, [json.dumps({**state, "id": sink.id, "update": sink.update}).encode()])
+        save(update=sink.update)
 
 
 def _lines_of_standard_input() -> Iterator[bytes]:
