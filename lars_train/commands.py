@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from lars_train.config import AUTO, Config
 from lars_train.data.order import SHARDS
 from lars_train.errors import ConfigError, NotReady
-from lars_train.export import CARD, export
+from lars_train.export import export
 from lars_train.fsutil import user_path
 from lars_train.given import NOTHING, Given
 from lars_train.launch import (
@@ -31,6 +31,7 @@ from lars_train.launch import (
     start_resource_tracker,
 )
 from lars_train.messages import complain, counted, is_rank0, printable, say
+from lars_train.model_card import CARD
 from lars_train.monitoring.summary import ALREADY_FINISHED, FLIPPED, experiment_lines
 from lars_train.monitoring.tensorboard import CUSTOM_SCALARS_TAB
 from lars_train.preflight.check import check
@@ -191,7 +192,9 @@ def _plan(config: Config, invocation: Invocation, given: Given) -> dict[str, Any
     # Imported here because no other mode needs it.
     from lars_train.preflight.forecast import describe_forecast, forecast
 
-    rehearsed["forecast"] = forecast(config, plan, classes=dataset.classes, world=world, val_count=len(dataset.val))
+    rehearsed["forecast"] = forecast(
+        config, plan, classes=dataset.classes, world=world, val_count=len(dataset.val), given=given
+    )
     if prepared.config is not config:
         say("data.root is not set: this plan uses the published numbers of ImageNet.")
     for line in (

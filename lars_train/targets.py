@@ -7,6 +7,7 @@ the command line gives the same name (`check_named`).
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -18,6 +19,10 @@ from lars_train.messages import first_line
 
 OBJECT = "object:"
 """The start of a name for an object that exists only in a Python program. A hash of the object follows."""
+
+# Files whose frames call the user's code: of the import system, of this package, and of torch's modules.
+_FOLDERS = "|".join(re.escape(f"{Path(file).parent}/") for file in (importlib.__file__, __file__))
+_CALLERS = re.compile(rf"<frozen |{_FOLDERS}|.*torch/nn/modules/module\.py")
 
 
 def load_target(target: str, key: str) -> Callable[..., Any]:
@@ -50,10 +55,7 @@ def load_target(target: str, key: str) -> Callable[..., Any]:
                 f"{where}: there is no module {missing} in the current folder ({here}) or among the installed "
                 "packages; start in the folder that contains it, or install its package."
             ) from None
-        raise ConfigError(
-            f"{where}: the import of {module_name} fails{_place(error)}: {type(error).__name__}: "
-            f"{first_line(str(error))}"
-        ) from error
+        raise ConfigError(f"{where}: the import of {module_name} fails{describe_failure(error)}") from error
     if not hasattr(module, name):
         raise ConfigError(f"{where}: the module {module_name} has no {name}.{did_you_mean(name, vars(module))}")
     found = getattr(module, name)
@@ -76,11 +78,14 @@ def check_named(key: str, target: str | None, overrides: Iterable[str]) -> None:
         )
 
 
-def _place(error: BaseException) -> str:
-    """Return the file and the line at which the import of a user's module failed, for a message."""
+def describe_failure(error: BaseException) -> str:
+    """Return `` in FILE, line N: KIND: TEXT`` for an exception that the user's code raised."""
+    file, line = None, None
     if isinstance(error, SyntaxError):
-        return f" in {error.filename}, line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    # The first frames are of this module and of importlib.
-    own = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
-    return f" in {own[0].filename}, line {own[0].lineno}" if own else ""
+        file, line = error.filename, error.lineno
+    for frame in traceback.extract_tb(error.__traceback__):
+        # The first file that is not one of the callers, and its innermost line.
+        if file in (None, frame.filename) and not _CALLERS.match(frame.filename):
+            file, line = frame.filename, frame.lineno
+    place = "" if file is None else f" in {file}, line {line}"
+    return f"{place}: {type(error).__name__}: {first_line(str(error))}"

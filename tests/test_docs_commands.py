@@ -167,9 +167,8 @@ HERE = [c for c in FENCED if not c.needs and not is_run_by_ci(c) and not is_in_a
 def small(words: list[str], folder: Path, store: int) -> list[str]:
     """Return the command with its placeholders replaced (STORE by the folder ``store{store}``) and small settings."""
     placeholders = {"SOURCE": folder / "images", "IMAGES": folder / "images", "STORE": folder / f"store{store}"}
-    words = [
-        str(placeholders.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in (w.strip("[]") for w in words)
-    ]
+    words = [word if "=[" in word else word.strip("[]") for word in words]
+    words = [str(placeholders.get(word, word)).replace("runs/RUN", f"runs/{RUN}") for word in words]
     given = {word.partition("=")[0] for word in words}
     if words[0] == "lars-train" and given.isdisjoint(("--help", "checkpoint.path", "--config-file")):
         added = {"model": "tiny"} if "mode=plan" in words else SMALL

@@ -21,10 +21,10 @@ PACKAGE = ROOT / "lars_train"
 FLOORS = (
     {"errors", "extensions", "fsutil", "messages", "optim", "signals", "targets"},
     {"config", "models"},
-    {"data", "given", "launch", "rendezvous", "run_plan"},
+    {"data", "given", "launch", "networks", "rendezvous", "run_plan"},
     {"monitoring", "pack", "report"},
     {"training"},
-    {"export", "preflight"},
+    {"export", "model_card", "preflight"},
     {"commands"},
     {"__main__", "api", "cli"},
 )

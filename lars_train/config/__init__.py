@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lars_train.config.checks import check_choices, check_known_keys, check_values
 from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, PlanConfig
+from lars_train.config.network import ModelConfig
 from lars_train.config.recipe import fill_from_recipe, lacks, published_top1, row_sizes_left_out, with_row
 from lars_train.config.recipe_schema import RecipeConfig
 from lars_train.config.schema import (
@@ -21,7 +22,6 @@ from lars_train.config.schema import (
     Config,
     DataConfig,
     LaunchConfig,
-    ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
     RunConfig,

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lars_train.config.augment import check_augment
 from lars_train.config.keys import is_text, suggestion
 from lars_train.config.lars_options import CHOICES, FLOAT32_MAX, FLOAT32_MIN, check_lars_options
+from lars_train.config.network import BUILTIN, CUSTOM, TIMM, check_network
 from lars_train.config.schema import AUTO, MODES, Config, choices_of
 from lars_train.config.sizes import check_schedule
 from lars_train.config.values import filled, flatten
@@ -32,7 +33,9 @@ _POSITIVE = (
     "batch.size",
     "batch.nominal",
     "model.ghost_batch",
+    "model.head_lr",
     "optimizer.lr",
+    "optimizer.clip_grad_norm",
     "schedule.power",
     "schedule.step_factor",
     "launch.nodes",
@@ -101,6 +104,7 @@ def check_choices(config: Config) -> None:
         "precision.name": tuple(choices_of("precision")),
         "optimizer.name": ("recipe", "lars", "sgd", "torch"),
         "data.name": tuple(choices_of("data")),
+        "model.source": (BUILTIN, TIMM, CUSTOM),
         "data.augment": ("inception", "scale_crop", "pad_crop", "none"),
         "augment.auto": ("none", "trivial", "randaugment"),
         "data.decoder": (AUTO, "native", "pillow"),
@@ -131,10 +135,8 @@ def check_values(config: Config) -> None:
     _check_text(leaves)
     _check_loss(config)
     check_augment(config.augment, min(filled(config.model.ghost_batch), config.batch.size or config.batch.nominal))
-    if config.model.ema is not None and not 0 < config.model.ema < 1:
-        raise ConfigError(f"model.ema={config.model.ema}: the decay must be above 0 and below 1, such as 0.9999.")
-    if config.model.ema is None and config.model.ema_start:
-        raise ConfigError(f"model.ema_start={config.model.ema_start} has no effect without model.ema; omit it.")
+    from_checkpoint = config.mode in ("evaluate", "export") and config.checkpoint.path is not None
+    check_network(config.model, stored=from_checkpoint)
     _check_plan(config)
     _check_data(config)
     if config.verbosity not in (0, 1, 2):

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from lars_train.config.augment import fill_augment
 from lars_train.config.lars_options import LARS_OPTIONS, options_of
+from lars_train.config.network import BUILTIN
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.rows import UNSCALED, explain_missing_row, row_name
 from lars_train.config.schema import Config, nominal_batch, schema_node
@@ -45,7 +46,8 @@ def fill_from_recipe(config: Config) -> None:
     _fill_schedule(config, row)
     for node, keys in (
         (opt, ("lr", "weight_decay", "decay_norm_bias")),
-        (config.model, ("ghost_batch", "zero_gamma", "blurpool")),
+        # timm's and the user's networks start as they are.
+        (config.model, ("ghost_batch", "blurpool", *(("zero_gamma",) if config.model.source == BUILTIN else ()))),
         (config, ("epochs", "label_smoothing", "loss")),
     ):
         for key in keys:

@@ -1,7 +1,7 @@
 """Define the config's schema, one dataclass per section, and register it with Hydra.
 
 In a field that recipes set, `None` means that `recipe.fill_from_recipe` takes the value from the recipe's row. Recipes
-have their schema in `recipe_schema`, the modes other than training in `mode_schema`.
+have their schema in `recipe_schema`, the modes other than training in `mode_schema`, the network in `network`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lars_train.config.augment import AugmentConfig
 from lars_train.config.mode_schema import CheckConfig, EvaluateConfig, ExportConfig, LogConfig, PlanConfig
+from lars_train.config.network import ModelConfig
 from lars_train.config.recipe_schema import RecipeConfig
 
 AUTO = "auto"
@@ -127,30 +128,6 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The network."""
-
-    name: str = "resnet50"
-    """A model of ``configs/choices.yaml``."""
-    weights: Optional[str] = None
-    """Weights to start from or to evaluate: a state_dict, a checkpoint that contains one, or ``.safetensors``."""
-    new_head: bool = False
-    """Load all layers except the last from `weights`, for data with other classes."""
-    ghost_batch: Optional[int] = None
-    """Samples over which batch norm computes each mean and variance in training."""
-    zero_gamma: Optional[bool] = None
-    """Start the last gamma of every residual block at 0."""
-    blurpool: Optional[bool] = None
-    """Blur the input of strided convolutions (antialiased downsampling, docs/methods.md)."""
-    ema: Optional[float] = None
-    """Average the weights over the updates with this decay per update, such as 0.9999; evaluate the average, too. null:
-    no average.
-    """
-    ema_start: int = 0
-    """The update (from 0) with whose weights the average starts."""
-
-
-@dataclass
 class OptimizerConfig:
     """The optimizer: a class of torch.optim, with or without LARS. Most values come from the recipe's row."""
 
@@ -198,6 +175,8 @@ class OptimizerConfig:
     """Limit on the absolute value of each element of g + wd * w: none, or a number."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional keyword arguments of the base class."""
+    clip_grad_norm: Optional[float] = None
+    """Scale the gradient of an update down to this norm if it is larger, before LARS (null: no limit)."""
 
 
 @dataclass

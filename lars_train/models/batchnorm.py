@@ -40,6 +40,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     """(2, C): sums of the ghost batches' means and unbiased variances since the last update, weighted by samples."""
     ghost_samples: Tensor
     """(1,): the number of samples in `ghost_sums`."""
+    is_frozen = False
+    """True keeps the layer in evaluation mode during training."""
 
     def __init__(
         self,
@@ -55,10 +57,18 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if ghost_batch < 1:
             raise ValueError(f"ghost_batch={ghost_batch}: it must be at least 1")
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype)
+        self.add_sums(ghost_batch)
+
+    def add_sums(self, ghost_batch: int) -> None:
+        """Set the size of the ghost batches, and register the empty sums."""
         self.ghost_batch = ghost_batch
-        sums = torch.zeros(2, num_features, device=device, dtype=dtype)
+        sums = _running(self)[0].new_zeros(2, self.num_features)
         self.register_buffer("ghost_sums", sums, persistent=False)
         self.register_buffer("ghost_samples", sums.new_zeros(1), persistent=False)
+
+    def train(self, mode: bool = True) -> GhostBatchNorm2d:
+        """Set training mode, unless the layer is frozen."""
+        return super().train(mode and not self.is_frozen)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` (n, C, H, W); the output has the same shape, dtype and memory format."""
@@ -110,13 +120,14 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 class RunningStatistics:
     """Updates a model's running statistics, once per update, from the accumulated statistics of its ghost batches.
 
-    For each `GhostBatchNorm2d`, ``running = (1 - momentum) * running + momentum * mean``. For `running_mean`, `mean` is
-    the average of the ghost batches' means; for `running_var`, of their unbiased variances. The averages are over all
-    samples since the last update, on all ranks.
+    For each `GhostBatchNorm2d` that is not frozen, ``running = (1 - momentum) * running + momentum * mean``. For
+    `running_mean`, `mean` is the average of the ghost batches' means; for `running_var`, of their unbiased variances.
+    The averages are over all samples since the last update, on all ranks.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [layer for layer in model.modules() if isinstance(layer, GhostBatchNorm2d)]
+        layers = (layer for layer in model.modules() if isinstance(layer, GhostBatchNorm2d))
+        self._layers = [layer for layer in layers if not layer.is_frozen]
         self._cache_tensors()
 
     def _cache_tensors(self) -> None:

@@ -48,6 +48,11 @@ def is_torchvision_model(name: str) -> bool:
     return name in _TORCHVISION
 
 
+def is_builtin(network: nn.Module) -> bool:
+    """Return True if `network` is of a class that `build_model` returns."""
+    return type(network).__module__ in (CifarResNet.__module__, "torchvision.models.resnet")
+
+
 def build_model(
     name: str, *, num_classes: int, ghost_batch: int, zero_gamma: bool, blurpool: bool = False
 ) -> nn.Module:

@@ -29,7 +29,7 @@ KEY = "lars_train"
 """The metadata entry that `export` writes: JSON with the model's name, its classes, and whether it has blurpool."""
 
 HEAD = "fc."
-"""The prefix of the last layer's parameter names, in every model of the factory."""
+"""The prefix of the last layer's parameter names in every model of the factory, the default of other functions."""
 
 _COMPILED = "_orig_mod."
 # Keys of class names in files of other programs, in upper or lower case. The first is from torchvision's data sets, and
@@ -60,16 +60,21 @@ class Weights:
     """True if the model has ``model.blurpool``; None if the file does not say so."""
     notes: tuple[str, ...] = ()
     """Messages for the user about how the file was read."""
+    head: str = HEAD
+    """The prefix of the last layer's parameter names."""
 
     @property
     def outputs(self) -> int:
-        """The number of outputs of the last layer; 0 without a last layer."""
-        head = self.state.get(f"{HEAD}weight")
-        return len(head) if isinstance(head, Tensor) and head.ndim else 0
+        """The number of outputs: of the last layer, or else the number of classes; 0 if neither is known."""
+        head = self.state.get(f"{self.head}weight")
+        return len(head) if isinstance(head, Tensor) and head.ndim else len(self.classes or ())
 
 
-def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weights:
-    """Return the network in the file `path` that has the most tensors with these `names`. Raises `ConfigError`."""
+def read_weights(path: str | os.PathLike[str], names: Collection[str], head: str = HEAD) -> Weights:
+    """Return the network in the file `path` that has the most tensors with these `names`. Raises `ConfigError`.
+
+    `head`: the prefix of the last layer's names.
+    """
     origin = f"model.weights={path}"
     content, about = _read(path, origin)
     # For each mapping with tensors and each prefix of their names: the number of `names` that match.
@@ -112,6 +117,7 @@ def read_weights(path: str | os.PathLike[str], names: Collection[str]) -> Weight
         state,
         model=model if isinstance(model, str) else None,
         blurpool=blurpool if isinstance(blurpool, bool) else None,
+        head=head,
     )
     classes, unused = _classes(_class_entries(about), weights.outputs)
     notes += [f"{origin}: the entry {key} is not used: {why}." for key, why in unused]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lars_train.errors import ConfigError
 from lars_train.messages import counted
 from lars_train.models.blurpool import has_blurpool
+from lars_train.models.convert import find_head, head_layer
 from lars_train.models.factory import build_model, model_names
 from lars_train.models.weight_files import HEAD, Weights, few, read_weights
 
@@ -54,14 +55,15 @@ def load_weights(
         ConfigError: the file is missing, holds no network, does not fit the model, or has non-finite values; or only
             one of file and model has blurpool.
     """
-    weights = read_weights(path, model.state_dict())
+    head = head_prefix(model)
+    weights = read_weights(path, model.state_dict(), head)
     check_name(weights, name)
     check_blurpool(weights, model)
     check_finite(weights)
     notes = list(weights.notes)
     if new_head:
-        own = {key: value for key, value in model.state_dict().items() if key.startswith(HEAD)}
-        kept = {key: value for key, value in weights.state.items() if not key.startswith(HEAD)}
+        own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+        kept = {key: value for key, value in weights.state.items() if not key.startswith(head)}
         load_state(model, {**kept, **own}, weights.origin)
         return (
             *notes,
@@ -72,7 +74,7 @@ def load_weights(
         _check_same_classes(weights.origin, known, classes)
     load_state(model, weights.state, weights.origin)
     if known and classes and known != classes:
-        keep_outputs(model, [known.index(label) for label in classes])
+        keep_outputs(model, [known.index(label) for label in classes], len(classes))
         notes.append(f"{weights.origin}: the outputs are reordered to match the data set's classes by name.")
     return tuple(notes)
 
@@ -109,14 +111,23 @@ def _check_same_classes(origin: str, known: Sequence[str], classes: Sequence[str
         )
 
 
-def keep_outputs(model: nn.Module, rows: Sequence[int]) -> None:
-    """Keep only the outputs `rows` of the last layer of `model`, in this order."""
-    head = model.get_submodule(HEAD.rstrip("."))
-    assert isinstance(head, nn.Linear)
+def head_prefix(model: nn.Module) -> str:
+    """Return the prefix of the last layer's parameter names, such as ``fc.``; ``-.``, of no name, if there is none."""
+    return f"{find_head(model) or '-'}."
+
+
+def keep_outputs(model: nn.Module, rows: Sequence[int], outputs: int) -> None:
+    """Keep only the outputs `rows` of the last layer of `model`, in this order. `outputs`: the number that it has.
+
+    Raises `ConfigError` if the last layer is not known.
+    """
+    if list(rows) == list(range(outputs)):
+        return
+    head = head_layer(model, outputs, "a choice or another order of the outputs")
     index = torch.tensor(list(rows))
     for name, value in list(head.named_parameters()):
         setattr(head, name, nn.Parameter(value.detach()[index]))
-    head.out_features = len(index)
+    setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(index))
 
 
 def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None:
@@ -124,7 +135,7 @@ def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None
 
     Raises `ConfigError` if it does not fit; the message names its `origin`.
     """
-    expected = model.state_dict()
+    expected, head = model.state_dict(), head_prefix(model)
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
         raise ConfigError(
             f"{origin}: it is not a plain state dict (a mapping of names to tensors); save one with "
@@ -146,8 +157,8 @@ def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None
         ],
     }
     found = [f"{len(names)} {fault}: {few(names)}" for fault, names in faults.items() if names]
-    if found and all(name.startswith(HEAD) for names in faults.values() for name in names):
-        theirs, mine = loaded.get(f"{HEAD}weight"), len(expected[f"{HEAD}weight"])
+    if found and all(name.startswith(head) for names in faults.values() for name in names):
+        theirs, mine = loaded.get(f"{head}weight"), len(expected[f"{head}weight"])
         outputs = "no last layer" if theirs is None else f"a last layer of {len(theirs):,} outputs"
         raise ConfigError(
             f"{origin}: the network has {outputs}, but the data set has {mine:,} classes ({'; '.join(found)}). Set "

@@ -23,7 +23,10 @@ FIELDS: dict[str, tuple[str, str]] = {
         "epoch; flops_by_size has the others), and peak_flops, the rate of matrix products measured at the start",
     ),
     "train/wait_share": ("1", "share of wall time since the last line during which rank 0 waited for input"),
-    "train/grad_norm": ("1", "norm of the full gradient in the last update, before LARS"),
+    "train/grad_norm": (
+        "1",
+        "norm of the full gradient in the last update, before optimizer.clip_grad_norm and LARS",
+    ),
     "train/weight_norm": ("1", "norm of all weights before the last update"),
     "train/update_ratio": ("1", "norm of the change that the last update made to the weights, over train/weight_norm"),
     "train/bad_images": ("images", "training images so far that cannot be decoded"),

@@ -18,7 +18,8 @@ _STEM = ("conv1", "bn1")
 class LayerValues:
     """Values of one update. Element i of each list belongs to the parameter `names[i]`.
 
-    `ratios`: LARS's trust ratio by parameter name, for the parameters that have one. `lr`: the learning rate.
+    `ratios`: LARS's trust ratio by parameter name, for the parameters that have one. `lr`: the learning rate, of which
+    the parameters in `lr_factors` have a multiple.
     """
 
     names: list[str]
@@ -30,6 +31,7 @@ class LayerValues:
     """|w_after - w_before|."""
     lr: float
     ratios: dict[str, float] = field(default_factory=dict)
+    lr_factors: dict[str, float] = field(default_factory=dict)
 
     def by_layer(self) -> dict[str, list[float]]:
         """Return the values of each histogram; ``trust_ratio`` and ``layer_lr`` only if LARS adapts any layer."""
@@ -40,7 +42,7 @@ class LayerValues:
         }
         if self.ratios:
             values["trust_ratio"] = list(self.ratios.values())
-            values["layer_lr"] = [self.lr * ratio for ratio in self.ratios.values()]
+            values["layer_lr"] = list(self._rates().values())
         return values
 
     def by_stage(self) -> Iterator[tuple[str, str, float]]:
@@ -50,10 +52,14 @@ class LayerValues:
             yield "weight_norm", stage, weight
             yield "grad_norm", stage, grad
             yield "update_ratio", stage, _ratio(update, weight)
-            ratios = [self.ratios[self.names[i]] for i in places if self.names[i] in self.ratios]
-            if ratios:
-                yield "trust_ratio", stage, statistics.median(ratios)
-                yield "layer_lr", stage, self.lr * statistics.median(ratios)
+            adapted = [self.names[i] for i in places if self.names[i] in self.ratios]
+            if adapted:
+                yield "trust_ratio", stage, statistics.median(self.ratios[name] for name in adapted)
+                yield "layer_lr", stage, statistics.median(self._rates()[name] for name in adapted)
+
+    def _rates(self) -> dict[str, float]:
+        """Return the learning rate times the trust ratio of each adapted parameter."""
+        return {name: self.lr * self.lr_factors.get(name, 1.0) * ratio for name, ratio in self.ratios.items()}
 
     def _norms(self) -> tuple[list[float], list[float], list[float]]:
         return self.weights, self.gradients, self.updates

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from lars_train.config import Config, DataConfig, filled, lacks, published_top1, row_sizes_left_out
 from lars_train.config.lars_options import changed_options
+from lars_train.config.network import describe_network
 from lars_train.data.inventory import Inventory
 from lars_train.data.transforms import TrainingSizes
 from lars_train.messages import counted, format_duration, format_number, operations
@@ -97,7 +98,7 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         yield f"               validation: held out of the training images (data.holdout={config.data.holdout:g})"
     for line in inventory.lines():
         yield f"{'':<15}{line}"
-    yield f"model          {config.model.name}, {_describe_sizes(config.data)}"
+    yield f"model          {describe_network(config.model)}, {_describe_sizes(config.data)}"
     if config.model.blurpool:
         yield "               strided convolutions blur their input (model.blurpool=true)"
     left_out = ", ".join(f"{key}={value}" for key, value in row_sizes_left_out(config).items())
@@ -216,7 +217,7 @@ def final_record(
     """
     reported = result.average or result
     of_weights = {"weights_top1": result.top1, "weights_top5": result.top5, "ema_sha256": ema_sha256}
-    full = plan.samples == IMAGENET_TRAIN_IMAGES and not plan.scaled and config.model.name == "resnet50"
+    full = plan.samples == IMAGENET_TRAIN_IMAGES and not plan.scaled and describe_network(config.model) == "resnet50"
     return {
         "best_top1": best_top1,
         "final_top1": reported.top1,
@@ -238,7 +239,7 @@ def final_record(
         "raised": plan.raised,
         "recipe": config.recipe.name,
         "data": config.data.name,
-        "model": config.model.name,
+        "model": describe_network(config.model),
         "optimizer": config.optimizer.name,
         "base": config.optimizer.base,
         "lr": config.optimizer.lr,

@@ -21,6 +21,7 @@ from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import wait_for
 from lars_train.launch import Ranks
 from lars_train.messages import counted, first_line, printable, say, size
+from lars_train.networks import make_network
 from lars_train.preflight.findings import Demands, Findings, OutputFolder, Rank, describe_findings
 from lars_train.preflight.judge import format_verdict, judge
 from lars_train.preflight.measure_compute import (
@@ -42,7 +43,6 @@ from lars_train.preflight.measure_io import (
     read_sample,
 )
 from lars_train.run_plan import Plan, check_world
-from lars_train.training.assemble import make_network
 from lars_train.training.device import choose_device, choose_precision, choose_threads, choose_workers, set_up
 from lars_train.training.distributed import Group, process_group
 from lars_train.training.prepare import Prepared, prepare

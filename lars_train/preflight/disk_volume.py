@@ -50,7 +50,7 @@ def volume(
     saved = checkpoints(config, plan)
     kept = min(saved, config.checkpoint.keep)
     checkpoint = _checkpoint(config, network, classes, slots)
-    names = [name for name, _ in network.named_parameters()]
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     training, validation = (_fields(config, several, val=val) for val in (False, True))
     line = {
         METRICS: _json_line(training),

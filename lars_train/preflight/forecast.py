@@ -16,10 +16,13 @@ import torch
 from torch import nn
 
 from lars_train.config import AUTO, Config, with_row
+from lars_train.config.network import BUILTIN
 from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
+from lars_train.given import NOTHING, Given
 from lars_train.messages import counted, format_duration, size
 from lars_train.models.factory import build_model, is_torchvision_model
+from lars_train.networks import make_network
 from lars_train.optim import fused_sgd
 from lars_train.optim.lars import LARS
 from lars_train.preflight.devices import CPU, DEVICES
@@ -38,35 +41,38 @@ _PROCESS_BYTES = 640 << 20
 _WEIGHTS_FACTOR, _ACTIVATIONS_FACTOR, _LARGEST_FACTOR = 2.0, 1.7, 4.5
 
 
-def forecast(config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int) -> dict[str, Any]:
+def forecast(
+    config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int, given: Given = NOTHING
+) -> dict[str, Any]:
     """Return memory, disk and hours as plain values; hours by cited device if the config gives no rate (``plan.*``).
 
     Sizes are in bytes, times in seconds unless a key says hours. Raises `ConfigError` for a device without a cited
     figure in this precision.
     """
-    network = _network(config.model.name, len(classes), plan.ghost_batch, bool(config.model.blurpool))
+    network = _network(config, len(classes), plan.ghost_batch, given)
     width = {"fp64": 8}.get(planned_precision(config), 4)
     weights = width * sum(p.numel() for p in network.parameters())
+    trained = width * sum(p.numel() for p in network.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in network.buffers())
     slots, copies = _optimizer_memory(config)
-    held = 2 * weights + buffers + slots * weights + (0 if config.model.ema is None else weights + buffers)
+    held = weights + trained + buffers + slots * trained + (0 if config.model.ema is None else weights + buffers)
     several = world > 1 or accumulation(plan, world, planned_micro_batch(config, plan) // plan.ghost_batch) > 1
     disk = functools.partial(volume, network=network, classes=classes, slots=slots, several=several)
     found: dict[str, Any] = {
         "precision": planned_precision(config),
         "weight_bytes": weights,
-        "gradient_bytes": weights,
-        "optimizer_bytes": slots * weights,
-        "step_bytes": copies * weights,
-        "memory_per_device": list(_memory(config, plan, network, world, fixed=held, step=copies * weights)),
+        "gradient_bytes": trained,
+        "optimizer_bytes": slots * trained,
+        "step_bytes": copies * trained,
+        "memory_per_device": list(_memory(config, plan, network, world, fixed=held, step=copies * trained)),
         "disk": disk(config, plan),
     }
     machine = make_machine(config, plan, network)
     hours = functools.partial(
         Hours,
         network=network,
-        gradient_bytes=weights // 2 if config.gradient_compression == "bf16" else weights,
-        buckets=math.ceil(weights / (config.distributed.bucket_mb * (1 << 20))),
+        gradient_bytes=trained // 2 if config.gradient_compression == "bf16" else trained,
+        buckets=math.ceil(trained / (config.distributed.bucket_mb * (1 << 20))),
         val_count=val_count,
     )
     found["rows"] = list(_rows(config, plan, disk, hours=hours, network=network, world=world))
@@ -204,8 +210,17 @@ def _on_a_cpu(config: Config) -> bool:
     return config.device == CPU or (config.device == AUTO and cuda_devices(config) == 0)
 
 
+def _network(config: Config, classes: int, ghost_batch: int, given: Given) -> nn.Module:
+    model = config.model
+    if model.source == BUILTIN and given.network is None and not model.freeze:
+        return _builtin_network(model.name, classes, ghost_batch, bool(model.blurpool))
+    # The plan may have other ghost batches than the config, and needs no weights.
+    model = dataclasses.replace(model, ghost_batch=ghost_batch, weights=None)
+    return make_network(dataclasses.replace(config, model=model), classes, given)
+
+
 @functools.cache
-def _network(name: str, classes: int, ghost_batch: int, blurpool: bool) -> nn.Module:
+def _builtin_network(name: str, classes: int, ghost_batch: int, blurpool: bool) -> nn.Module:
     if is_torchvision_model(name):
         import torchvision  # noqa: F401 - before a device is chosen, see device_to_count_on
     with torch.device(device_to_count_on()):

@@ -26,9 +26,10 @@ from lars_train.data.loading.loader import Batch
 from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
+from lars_train.networks import make_network
 from lars_train.preflight.findings import Clock, Device, Exchange, Host, Step
 from lars_train.run_plan import Plan
-from lars_train.training.assemble import build_trainer, make_network
+from lars_train.training.assemble import build_trainer
 from lars_train.training.device import PRECISIONS, available_cores, choose_precision, free_memory
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import Group
@@ -155,7 +156,7 @@ def measure_step(
         sizes = [size for size in sizes if samples < size <= max_samples]
     loss = float(trainer.meter.sums[0])
     width = 2 if config.gradient_compression == "bf16" else precision.weights.itemsize
-    gradients = sum(p.numel() for p in network.parameters()) * width
+    gradients = sum(p.numel() for p in network.parameters() if p.requires_grad) * width
     checkpoint = sum(tensor.nbytes for tensor in _tensors(trainer.state()))
     return Step(samples, rate, precision.name, math.isfinite(loss), checkpoint, gradients)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lars_train.config import AUTO, Config
+from lars_train.config.network import describe_network
 from lars_train.data.order import eval_range, ghost_range
 from lars_train.data.transforms import TrainingSizes
 from lars_train.messages import counted
@@ -51,7 +52,7 @@ def rehearse(config: Config, plan: Plan, *, val_count: int, world: int) -> dict[
         "recipe": config.recipe.name,
         "batch": config.batch.name if config.batch.size is None else str(config.batch.size),
         "data": config.data.name,
-        "model": config.model.name,
+        "model": describe_network(config.model),
         "samples": plan.samples,
         "global_batch": plan.global_batch,
         "ghost_batch": plan.ghost_batch,

@@ -1,4 +1,4 @@
-"""Build the network, the optimizer and the trainer from a config."""
+"""Build the network to evaluate, the optimizer and the trainer from a config."""
 
 from __future__ import annotations
 
@@ -13,46 +13,27 @@ from torch.optim import Optimizer
 
 from lars_train.config import Config, OptimizerConfig, filled
 from lars_train.config.lars_options import FLOAT32_MAX, lars_keywords
+from lars_train.config.network import BUILTIN
 from lars_train.data.sources.imagenet import wnids
-from lars_train.data.transforms import TrainingSizes
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.given import NOTHING, Given
+from lars_train.models.convert import find_head
 from lars_train.models.ema import ExponentialMovingAverage, choose_weights
-from lars_train.models.factory import build_model
 from lars_train.models.losses import TrainingLoss
-from lars_train.models.weight_files import Weights, few, read_weights
-from lars_train.models.weights import check_blurpool, check_finite, check_name, keep_outputs, load_state, load_weights
+from lars_train.models.weight_files import HEAD, Weights, few, read_weights
+from lars_train.models.weights import check_blurpool, check_finite, check_name, head_prefix, keep_outputs, load_state
+from lars_train.networks import build_network, check_logits
 from lars_train.optim.eager import avoid_dynamo_import
 from lars_train.optim.lars import LARS
 from lars_train.optim.param_groups import parameter_groups
 from lars_train.run_plan import Plan
 from lars_train.training import checkpoint
 from lars_train.training.device_prefetch import RankContext
+from lars_train.training.metrics import LR_FACTOR
 from lars_train.training.trainer import Hyper, Trainer
 
 ALL, SUBSET = "all", "subset"
 """Values of `evaluate.outputs`: the outputs among which evaluation predicts."""
-
-
-def make_network(config: Config, classes: Sequence[str] | int, given: Given = NOTHING) -> nn.Module:
-    """Return the config's model for `classes`, on the CPU, with the weights of ``model.weights`` or new ones.
-
-    `classes`: the class names, which are compared with those of the weights file, or the number of classes.
-    """
-    return start_network(config, classes, given)[0]
-
-
-def start_network(
-    config: Config, classes: Sequence[str] | int, given: Given = NOTHING
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the network of `make_network`, and messages to the user about the weights file."""
-    names = None if isinstance(classes, int) else classes
-    network = _network(config, classes if isinstance(classes, int) else len(classes), given)
-    if config.model.weights is None:
-        return network, ()
-    model = config.model
-    notes = load_weights(network, config.model.weights, name=model.name, classes=names, new_head=model.new_head)
-    return network, notes
 
 
 @dataclass(frozen=True)
@@ -82,10 +63,14 @@ def network_to_evaluate(
     returned network has only the outputs of `classes`; with ``all`` the other outputs follow. `numbers`: see
     `match_classes`. Raises `ConfigError` for a class that the network does not have.
     """
+    builtin = config.model.source == BUILTIN and given.network is None
+    # The code of other networks may compute with real values.
+    with torch.device("meta" if builtin else "cpu"):
+        expected = None if builtin and config.model.weights is None else build_network(config, 1, given)
+    head = HEAD if expected is None else head_prefix(expected)
     if config.model.weights is not None:
-        with torch.device("meta"):
-            expected = _network(config, 1, given).state_dict()
-        weights = read_weights(config.model.weights, expected)
+        assert expected is not None
+        weights = read_weights(config.model.weights, expected.state_dict(), head)
         check_finite(weights)
     else:
         assert content is not None
@@ -99,17 +84,20 @@ def network_to_evaluate(
             name,
             notes=(note,) if average else (),
             blurpool=bool(content["config"]["model"].get("blurpool")),
+            head=head,
         )
-    check_name(weights, config.model.name)
+    check_name(weights, config.model.name if builtin else None)
     trained = weights.outputs
-    network = _network(config, trained or len(classes), given)
+    network = build_network(config, trained or len(classes), given)
     check_blurpool(weights, network)
     load_state(network, weights.state, weights.origin)
     names, rows, notes = match_classes(weights, classes, numbers)
     if config.evaluate.outputs == ALL:
         chosen = set(rows)
         rows = [*rows, *(row for row in range(trained) if row not in chosen)]
-    keep_outputs(network, rows)
+    keep_outputs(network, rows, trained)
+    if not builtin:
+        check_logits(network, config, len(rows))
     return EvaluatedNetwork(
         network, (*classes, *(names[row] for row in rows[len(classes) :])), trained, weights.notes + notes
     )
@@ -194,35 +182,6 @@ def _unpadded(label: str) -> str:
     return label.lstrip("0") or "0"
 
 
-def check_single_samples(config: Config, classes: int, given: Given = NOTHING) -> None:
-    """Raise `ConfigError` if the network reduces an image to one pixel before a batch-norm layer.
-
-    Call this for (ghost) batches of one image: the layer would then have one value per channel, which has no variance.
-    """
-    sizes = TrainingSizes.from_config(config.data)
-    network, size = _network(config, classes, given).to("meta").train(), min(sizes.start, sizes.end)
-    try:
-        network(torch.empty(1, 3, size, size, device="meta"))
-    except ValueError:
-        key = "batch.size=1" if config.batch.size == 1 else f"model.ghost_batch={config.model.ghost_batch}"
-        raise ConfigError(
-            f"{key}: {config.model.name} reduces images of {size} pixels to one pixel each, where batch norm needs "
-            "more than one image; use at least 2."
-        ) from None
-
-
-def _network(config: Config, outputs: int, given: Given) -> nn.Module:
-    if given.network is not None:
-        return given.network(outputs)
-    return build_model(
-        config.model.name,
-        num_classes=outputs,
-        ghost_batch=filled(config.model.ghost_batch),
-        zero_gamma=filled(config.model.zero_gamma),
-        blurpool=bool(config.model.blurpool),
-    )
-
-
 # Classes of torch.optim that cannot train these networks, with or without LARS.
 _UNSUPPORTED = {
     "LBFGS": "it evaluates the loss repeatedly within a step, but lars-train makes one pass per update",
@@ -233,23 +192,25 @@ _UNSUPPORTED = {
 _OWN_KEYS = ("params", "lr", "momentum", "nesterov", "weight_decay")
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """Return the optimizer of `model`'s parameters, with the config's peak lr.
+def build_optimizer(config: OptimizerConfig, model: nn.Module, head_lr: float | None = None) -> Optimizer:
+    """Return the optimizer of `model`'s parameters that are not frozen, with the config's peak lr.
 
-    Raises `ConfigError` for a class that is not in torch.optim, and for keywords that the class, or the parameters'
-    device, does not support.
+    With `head_lr`, the groups of the last layer have it as ``lr_factor``. Raises `ConfigError` for a class that is not
+    in torch.optim, and for keywords that the class, or the parameters' device, does not support.
     """
     if config.kwargs.get("capturable") and any(parameter.device.type == "cpu" for parameter in model.parameters()):
         raise ConfigError("optimizer.kwargs.capturable=true: it needs CUDA, but this run is on the CPU; omit it.")
-    return _optimizer(config, model)
+    return _optimizer(config, model, head_lr)
 
 
-def _optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+def _optimizer(config: OptimizerConfig, model: nn.Module, head_lr: float | None = None) -> Optimizer:
     avoid_dynamo_import()
     base_class = optimizer_class(filled(config.base))
     keywords = _keywords(config, base_class)
     adapt = config.name != "lars" or config.adapt_norm_bias is not False
-    groups = parameter_groups(model, filled(config.weight_decay), filled(config.decay_norm_bias), adapt)
+    groups = _trained(
+        parameter_groups(model, filled(config.weight_decay), filled(config.decay_norm_bias), adapt), model, head_lr
+    )
     try:
         base: Optimizer = base_class(groups, lr=filled(config.lr), **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -262,19 +223,43 @@ def _optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
         raise ConfigError(f"optimizer.base={config.base}: {error}") from None
 
 
+def _trained(groups: list[dict[str, Any]], model: nn.Module, head_lr: float | None) -> list[dict[str, Any]]:
+    """Return `groups` without frozen parameters, and the last layer's parameters in groups with ``lr_factor``."""
+    head = set() if head_lr is None else {*map(id, model.get_submodule(find_head(model) or "").parameters())}
+    found = []
+    for group in groups:
+        body, last = (
+            [p for p in group["params"] if p.requires_grad and (id(p) in head) is in_head] for in_head in (False, True)
+        )
+        found.append({**group, "params": body})
+        found.append({**group, "params": last, "name": f"{group['name']}_head", LR_FACTOR: head_lr})
+    return [group for group in found if group["params"]]
+
+
 def build_trainer(
     config: Config,
     plan: Plan,
     network: nn.Module,
     schedule: Callable[[int], float],
     context: RankContext,
+    *,
+    draws: bool = False,
 ) -> Trainer:
-    """Return a trainer for `network`, which must be on the context's device. Collective."""
+    """Return a trainer for `network`, which must be on the context's device. Collective.
+
+    `draws`: the network draws random numbers in training.
+    """
     return Trainer(
         network,
-        build_optimizer(config.optimizer, network),
+        build_optimizer(config.optimizer, network, config.model.head_lr),
         plan,
-        Hyper(schedule, _training_loss(config), config.guard.max_loss),
+        Hyper(
+            schedule,
+            _training_loss(config),
+            config.guard.max_loss,
+            config.optimizer.clip_grad_norm,
+            config.seed if draws else None,
+        ),
         context,
         ema=None
         if config.model.ema is None

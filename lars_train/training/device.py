@@ -280,12 +280,15 @@ def activation_bytes(model: nn.Module, samples: int, image_size: int) -> int:
 
 def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
     """Return the bytes of each tensor that `activation_bytes` sums."""
-    device, tried = device_to_count_on(), min(samples, 2)
-    memo: dict[int, object] = {}
-    if device == "meta":
-        memo |= {id(p): nn.Parameter(torch.empty_like(p, device=device)) for p in model.parameters()}
-        memo |= {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
-    shadow = copy.deepcopy(model, memo).to(device).float().train()
+    try:
+        return _kept_tensors(model, samples, image_size, device_to_count_on())
+    except Exception:  # the user's network may compute with real values
+        return _kept_tensors(model, samples, image_size, "cpu")
+
+
+def _kept_tensors(model: nn.Module, samples: int, image_size: int, device: str) -> list[int]:
+    tried = min(samples, 2)
+    shadow = copy_to(model, device).float().train()
     # The last layer saves its weight as another, transposed tensor with the same storage.
     parameters = {p.untyped_storage() for p in shadow.parameters()}
     seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
@@ -302,6 +305,15 @@ def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
         output = shadow(torch.zeros(tried, 3, image_size, image_size, device=device))
     del output
     return [size * samples // tried for size in sizes]
+
+
+def copy_to(model: nn.Module, device: str) -> nn.Module:
+    """Return a copy of `model` on `device`; on ``meta`` without copying values, and with the same frozen parameters."""
+    memo: dict[int, object] = {}
+    if device == "meta":
+        memo |= {id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()}
+        memo |= {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
+    return copy.deepcopy(model, memo).to(device)
 
 
 def device_to_count_on() -> str:

@@ -18,11 +18,15 @@ from torch.optim import Optimizer
 from lars_train.config import Config
 from lars_train.data.transforms import TrainingSizes
 from lars_train.models.blurpool import BlurPoolConv2d
+from lars_train.models.factory import is_builtin
 from lars_train.monitoring.layers import LayerValues
 from lars_train.optim.lars import LARS
 from lars_train.optim.rescale import clones
 from lars_train.run_plan import Plan
-from lars_train.training.device import Precision, device_to_count_on
+from lars_train.training.device import Precision, copy_to, device_to_count_on
+
+LR_FACTOR = "lr_factor"
+"""The entry of a parameter group whose learning rate is this multiple of the schedule's."""
 
 
 @dataclass
@@ -87,7 +91,9 @@ class Measures:
             of_each = adapted.values[2].tolist()
             ratios = {names[id(p)]: ratio for p, ratio in zip(adapted.parameters, of_each, strict=True)}
         weights, gradients, updates = torch.stack((self.weights, self.gradients, self.updates)).tolist()
-        return LayerValues([names[id(p)] for p in self.parameters], weights, gradients, updates, lr, ratios)
+        factored = (group for group in optimizer.param_groups if LR_FACTOR in group)
+        factors = {names[id(p)]: group[LR_FACTOR] for group in factored for p in group["params"]}
+        return LayerValues([names[id(p)] for p in self.parameters], weights, gradients, updates, lr, ratios, factors)
 
 
 class FirstGradient:
@@ -213,6 +219,11 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
 
     Count the multiplications and additions of convolutions and matrix products. The network stays unchanged.
     """
+    if not is_builtin(network):
+        try:
+            return _FORWARD_EQUIVALENTS * _counted(network, image_size, "meta")
+        except Exception:  # the user's network may compute with real values
+            return _FORWARD_EQUIVALENTS * _counted(network, image_size, "cpu")
     # Only the layers' shapes matter, so run a copy without weights, which takes 0.02 s for ResNet-50 on one core.
     # Torch's FlopCounterMode gives the same count in 0.15 s if torchvision is loaded. Without torchvision, which the
     # networks of this package do not need, it imports torch._dynamo and takes 1.1 s.
@@ -247,6 +258,17 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
     with torch.no_grad():
         shadow(torch.zeros(1, 3, image_size, image_size, device=device_to_count_on()))
     return _FORWARD_EQUIVALENTS * forward
+
+
+def _counted(network: nn.Module, image_size: int, device: str) -> int:
+    """Return the operations of a forward pass of one image, from the operators that it calls."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shadow = copy_to(network, device).float().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow(torch.zeros(1, 3, image_size, image_size, device=device))
+    total: int = counter.get_total_flops()
+    return total
 
 
 @functools.cache

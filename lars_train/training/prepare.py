@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.config.schema import ModelConfig
+from lars_train.config.network import BUILTIN, ModelConfig
 from lars_train.data.dataset import Dataset
 from lars_train.data.open import open_dataset
 from lars_train.data.order import SHARDS
@@ -16,9 +16,10 @@ from lars_train.given import NOTHING, Given
 from lars_train.models.ema import check_average
 from lars_train.models.factory import model_names
 from lars_train.monitoring.trackers import check_trackers
+from lars_train.networks import check_fit, check_single_samples, start_network
 from lars_train.run_plan import Plan, check_micro_batch, make_plan
 from lars_train.training import checkpoint
-from lars_train.training.assemble import check_optimizer, check_single_samples, start_network, text_order
+from lars_train.training.assemble import check_optimizer, text_order
 from lars_train.training.distributed import Group
 from lars_train.training.resolve import check_cache, check_decoder
 from lars_train.training.run_directory import run_directory, runs_of_moved_images
@@ -39,6 +40,14 @@ class Prepared:
     notes: tuple[str, ...] = ()
     """Messages to the user about the classes, the weights and other runs."""
     given: Given = NOTHING
+    draws: bool = False
+    """True if the network draws random numbers in training."""
+
+
+_DRAWS = (
+    "NOTE: the network draws random numbers in training (dropout, stochastic depth), by seed, update and rank. With "
+    "another number of ranks, or another micro-batch, it draws others, and the curve differs (docs/models.md)."
+)
 
 
 def prepare(config: Config, given: Given = NOTHING) -> Prepared:
@@ -59,10 +68,13 @@ def prepare(config: Config, given: Given = NOTHING) -> Prepared:
             f"NOTE: {other} has the same run with its images in another place; to resume that run: run.dir={other}"
             for other in runs_of_moved_images(directory, config, dataset.fingerprint)
         )
-    if config.model.weights is not None or config.model.name not in model_names():
-        notes += start_network(config, dataset.classes, given)[1]
-    if plan.ghost_batch == 1:
-        check_single_samples(config, len(dataset.classes), given)
+    builtin, draws = config.model.source == BUILTIN and given.network is None, False
+    if config.model.weights is not None or config.model.freeze or not builtin or config.model.name not in model_names():
+        network, found = start_network(config, dataset.classes, given)
+        draws = not builtin and check_fit(network, config, len(dataset.classes))
+        notes += (*found, *((_DRAWS,) if draws else ()))
+    if plan.ghost_batch == 1 and builtin:
+        check_single_samples(config, len(dataset.classes))
     start_from = None
     if config.checkpoint.path is not None:
         _, start_from = checkpoint.find(config.checkpoint.path)
@@ -71,7 +83,7 @@ def prepare(config: Config, given: Given = NOTHING) -> Prepared:
         _check_same_order(start_from, config, dataset)
         _check_position(start_from, config, plan)
         _check_optimizer_state(start_from, config)
-    return Prepared(config, dataset, plan, directory, start_from, notes, given)
+    return Prepared(config, dataset, plan, directory, start_from, notes, given, draws)
 
 
 def continuation(
@@ -123,8 +135,10 @@ def check_compatible(content: dict[str, Any], model: ModelConfig, dataset: Datas
     Also raises if this run averages its weights, and the checkpoint lacks the average.
     """
     theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
-    if theirs != model.name:
-        raise ConfigError(f"the checkpoint holds model {theirs}, not {model.name}; choose model={theirs}.")
+    source = content["config"]["model"].get("source", BUILTIN)
+    if (source, theirs) != (model.source, model.name):
+        choice = theirs if source == BUILTIN else f"{source} model.name={theirs}"
+        raise ConfigError(f"the checkpoint holds model {theirs}, not {model.name}; choose model={choice}.")
     blurpool = bool(content["config"]["model"].get("blurpool"))
     if blurpool != bool(model.blurpool):
         raise ConfigError(
@@ -181,6 +195,14 @@ def _check_optimizer_state(content: dict[str, Any], config: Config) -> None:
     if config.optimizer.name == "lars":
         # With the lr inside the momentum, the momentum buffers hold steps rather than gradients.
         keys = (*keys, "adapt_norm_bias", "lr_placement")
+    stored = checkpoint.value(content, "config", "model")
+    for key, off in (("freeze", []), ("head_lr", None)):
+        if stored.get(key, off) != getattr(config.model, key):
+            raise ConfigError(
+                f"checkpoint.path={config.checkpoint.path}: its optimizer state comes from a run with "
+                f"model.{key}={stored.get(key, off)}; use the same value, or start from the weights alone "
+                "(mode=export, then model.weights=FILE)."
+            )
     for key in keys:
         mine, theirs = getattr(config.optimizer, key), checkpoint.value(content, "config", "optimizer", key)
         if theirs != mine:

@@ -19,10 +19,11 @@ from lars_train.messages import first_line
 from lars_train.models.weights import weights_sha256
 from lars_train.monitoring.progress import Progress
 from lars_train.monitoring.summary import final_record, flops_line, startup_lines
+from lars_train.networks import make_network
 from lars_train.run_plan import check_micro_batch, checkpoint_is_due, evaluation_is_due, log_is_due, make_schedule
 from lars_train.signals import SignalHandler
 from lars_train.training import checkpoint
-from lars_train.training.assemble import build_trainer, make_network
+from lars_train.training.assemble import build_trainer
 from lars_train.training.checkpoint import RunState
 from lars_train.training.checkpoint_writer import CheckpointWriter
 from lars_train.training.device import choose_precision, choose_workers, set_up
@@ -69,7 +70,9 @@ class Run:
             each = "micro-batch size" if len(self.flops.by_size) == 1 else "size of micro-batch and images"
             self.progress.say(f"compile        on: a minute or two for each {each}, less if cached")
             group.on_rank0(lambda: check_compiler(device))
-        self.trainer = build_trainer(config, plan, network, make_schedule(plan, config), self.context)
+        self.trainer = build_trainer(
+            config, plan, network, make_schedule(plan, config), self.context, draws=prepared.draws
+        )
         self.state = RunState()
         if start is not None:
             self._restore(start)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lars_train.config import AUTO, Config, filled, restore
+from lars_train.config.network import BUILTIN, describe_network
 from lars_train.config.recipe_schema import RowConfig
 from lars_train.config.sizes import fill_sizes
 from lars_train.data.dataset import Dataset
@@ -166,13 +167,16 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
     size, crop = filled(stored.data.image_size), filled(stored.data.eval_crop)
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for name in ("model", "data", "precision", "channels_last", "deterministic"):
-        if name in keys:
-            setattr(stored, name, getattr(config, name))
+        own = getattr(config, name)
+        # model=timm and model=custom do not name one network, so the stored settings of the same source apply.
+        if name in keys and not (name == "model" and own.source == stored.model.source != BUILTIN):
+            setattr(stored, name, own)
             continue
         for key in keys:
             if key.startswith(f"{name}."):
                 leaf = key.split(".")[1]
-                setattr(getattr(stored, name), leaf, getattr(getattr(config, name), leaf))
+                value, before = getattr(own, leaf), getattr(getattr(stored, name), leaf)
+                setattr(getattr(stored, name), leaf, {**before, **value} if isinstance(value, dict) else value)
     if "evaluate.flip" not in keys:
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, flip=stored.evaluate.flip))
     if "data.eval_resize" in keys and "data.eval_crop" not in keys:
@@ -190,6 +194,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
 
 def check_targets(config: Config, overrides: tuple[str, ...]) -> None:
     """Raise `ConfigError` if a file names a function to import that the command line (`overrides`) does not name."""
+    check_named("model.target", config.model.target, overrides)
     check_named("data.target", config.data.target, overrides)
 
 
@@ -239,7 +244,7 @@ def evaluate_only(
     return {
         **result.values(),
         "data": config.data.name,
-        "model": config.model.name,
+        "model": describe_network(config.model),
         "classes": len(dataset.classes),
         "outputs": len(evaluated.classes),
         "trained_outputs": evaluated.trained,

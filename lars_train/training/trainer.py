@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from lars_train.run_plan import Plan
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import NONE, Group, wrap_in_ddp
 from lars_train.training.guard import Divergence, Guard
-from lars_train.training.metrics import FirstGradient, Measures, noise_terms
+from lars_train.training.metrics import LR_FACTOR, FirstGradient, Measures, noise_terms
 from lars_train.training.resolve import compile_network
 
 
@@ -34,6 +35,10 @@ class Hyper:
     loss: TrainingLoss
     max_loss: float | None = None
     """See `Guard`."""
+    clip_grad_norm: float | None = None
+    """The largest norm of an update's gradient, before LARS; None for no limit."""
+    seed: int | None = None
+    """The seed of the random numbers that the network draws in training; None if it draws none."""
 
 
 class Meter:
@@ -131,6 +136,8 @@ class Trainer:
         info = UpdateInfo(self.hyper.schedule(self.update))
         loss: Tensor | None = None
         _set_lr(self.optimizer, info.lr)
+        if self.hyper.seed is not None:
+            _seed_draws(self.hyper.seed, self.update + self.skipped, self.group.ranks.rank)
         for k in range(micro_batches):
             started = time.perf_counter()
             batch = next(batches)
@@ -151,6 +158,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         if measure:
             info.measures = Measures.before_step(self.network)
+        if self.hyper.clip_grad_norm is not None:
+            # The host does not wait: the factor stays on the device. In float16, a non-finite norm skips the step.
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.hyper.clip_grad_norm)
         info.made = self._step()
         if info.measures is not None:
             info.measures.after_step()
@@ -239,11 +249,17 @@ class Trainer:
 
 def _set_lr(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
+        own = lr * group.get(LR_FACTOR, 1.0)
         if isinstance(group["lr"], Tensor):
             # Fill in place, because a CUDA graph reads this tensor at each replay. The host does not wait.
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own
+
+
+def _seed_draws(seed: int, batch: int, rank: int) -> None:
+    """Seed torch's generators on all devices for one global batch, so that a resumed run repeats its random numbers."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, batch, rank)).generate_state(1, np.uint64)[0]))
 
 
 @dataclass

@@ -30,6 +30,8 @@ DATA = ("cifar10", "custom", "fashion_mnist", "folder", "huggingface", "imagenet
 CHOICES = [(group, name) for group in GROUPS for name in choices_of(group)]
 # A learning rate, because the row has one only for its own optimizer.
 LITERAL = ("batch.size=64", "optimizer.lr=0.1")
+# What a choice needs that names no network.
+NETWORKS = {"timm": "model.name=resnet50d", "custom": "model.target=own:make"}
 
 
 def test_groups_and_choices_are_as_documented() -> None:
@@ -47,8 +49,11 @@ def test_every_shipped_choice_composes_and_resolves(group: str, name: str) -> No
             resolved(chosen)
         return
     row = (f"batch='{ROWS[name][0]}'",) if group == "recipe" else ()
-    config = resolved(chosen, *row, *(LITERAL if group == "optimizer" else ()))
-    if group in ("batch", "data", "model", "precision", "recipe"):
+    needed = (NETWORKS[name],) if group == "model" and name in NETWORKS else ()
+    config = resolved(chosen, *row, *(LITERAL if group == "optimizer" else ()), *needed)
+    if needed:
+        assert config.model.source == name
+    elif group in ("batch", "data", "model", "precision", "recipe"):
         assert getattr(config, group).name == name
     if group == "optimizer" and name != "recipe":
         expected = {"adamw": ("torch", "AdamW")}.get(name, (name, "SGD"))
@@ -58,7 +63,7 @@ def test_every_shipped_choice_composes_and_resolves(group: str, name: str) -> No
         config.label_smoothing,
         config.batch.scaled,
         config.model.ghost_batch,
-        config.model.zero_gamma,
+        config.model.zero_gamma or needed,
         config.optimizer.lr,
         config.optimizer.weight_decay,
         config.schedule.form,
@@ -131,7 +136,7 @@ def test_every_resnet_of_torchvision_and_cifar_has_a_config() -> None:
     theirs = {name for name in module.__all__ if name.islower()}
     assert len(theirs) >= 10
     cifar = {"tiny", "small", "resnet20", "resnet32", "resnet44", "resnet56"}
-    assert set(choices_of("model")) == theirs | cifar
+    assert set(choices_of("model")) == theirs | cifar | set(NETWORKS)
 
 
 def test_every_recipe_row_states_optimizer_lr_decay_and_warm_up() -> None:

@@ -17,10 +17,10 @@ from lars_train.config import Config, config_dir, register, resolve
 from lars_train.config.arguments import prepare_arguments
 from lars_train.config.mode_schema import CheckConfig
 from lars_train.launch import Ranks
+from lars_train.networks import make_network
 from lars_train.preflight import check, measure_compute, measure_io
 from lars_train.preflight.check import MIN_PART, PARTS, TOTAL, Budget
 from lars_train.run_plan import Plan
-from lars_train.training.assemble import make_network
 from lars_train.training.distributed import Group
 from lars_train.training.prepare import prepare
 from lars_train.training.resolve import Resolved, resolve_execution

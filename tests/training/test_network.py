@@ -26,8 +26,9 @@ from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.models.factory import build_model
 from lars_train.models.weight_files import Weights
+from lars_train.networks import make_network
 from lars_train.training import session
-from lars_train.training.assemble import make_network, match_classes, text_order
+from lars_train.training.assemble import match_classes, text_order
 from lars_train.training.prepare import prepare
 
 SIZE = 8
