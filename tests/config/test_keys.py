@@ -53,6 +53,7 @@ def test_closest_finds_misspellings_but_not_other_choices(word: str, choices: li
         ("epoch", "'epochs'"),
         ("optimizer.weight_decy", "'optimizer.weight_decay'"),
         ("optimizer.betas", "optimizer.kwargs.betas"),
+        ("model.drop_path_rate", "model.kwargs.drop_path_rate"),
     ],
 )
 def test_the_error_for_an_unknown_key_suggests_the_probable(key: str, words: str) -> None:
