@@ -74,7 +74,7 @@ def check_named(key: str, target: str | None, overrides: Iterable[str]) -> None:
         return
     if key not in {override.lstrip("+").partition("=")[0] for override in overrides}:
         raise ConfigError(
-            f"{key}={target} comes from a file, whose code runs only if you name it, too: add {key}={target}"
+            f"{key}={target} comes from a file. Its code runs only if the command line names it: add {key}={target}"
         )
 
 

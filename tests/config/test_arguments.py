@@ -139,8 +139,12 @@ def test_text_of_hydras_own_keys_is_unchanged() -> None:
 
 def test_no_list_or_mapping_key_holds_typed_text() -> None:
     # If there were such a key, arguments.py would have to quote text within its values.
-    holders = {key_types()[key] for key in leaf_keys() if "str" in repr(key_types()[key]) and not is_text(key)}
-    assert holders == {int | str, bool | str, dict[str, typing.Any]}
+    holders = {key: key_types()[key] for key in leaf_keys() if "str" in repr(key_types()[key]) and not is_text(key)}
+    # Patterns of parameter names need no quotes.
+    assert holders.pop("model.freeze") == list[str]
+    patterns = ["0.weight", "layer?.0.*", "*.bias", "1", "12.norm_1.*", "head"]
+    assert list(composed(f"model.freeze=[{','.join(patterns)}]").model.freeze) == patterns
+    assert set(holders.values()) == {int | str, bool | str, dict[str, typing.Any]}
 
 
 @pytest.mark.parametrize(
