@@ -165,11 +165,10 @@ def test_a_target_in_a_strangers_file_runs_no_code(tmp_path: Path, monkeypatch: 
     ):
         with pytest.raises(ConfigError, match=r"names it: add model\.target=evil_networks:make|choose model=custom"):
             run(*command)
-    for file in ("run", "run/config.yaml"):
-        for mode in ("train", "plan", "check", "export", "evaluate"):
-            done = start([*ALONE, "--config-file", file, f"mode={mode}", path], tmp_path)
-            assert done.returncode == 2, done.stdout
-            assert "names it: add model.target=evil_networks:make" in done.stderr
+    for file, mode in (("run", "train"), ("run", "plan"), ("run/config.yaml", "evaluate"), ("run", "export")):
+        done = start([*ALONE, "--config-file", file, f"mode={mode}", path], tmp_path)
+        assert done.returncode == 2, done.stdout
+        assert "names it: add model.target=evil_networks:make" in done.stderr
     assert not (tmp_path / "ran").exists()
     # Named, the file is imported: it is not harmless.
     run("mode=evaluate", path, "model.target=evil_networks:make", "device=cpu")
