@@ -101,7 +101,7 @@ def _with_network_of(config: Config, content: dict[str, Any]) -> Config:
     network = ModelConfig(
         str(checkpoint.value(content, "config", "model", "name")),
         source=source,
-        target=config.model.target,
+        target=config.model.target or str(stored.get("target")),
         kwargs=kwargs,
         ghost_batch=1,
         zero_gamma=False,

@@ -128,16 +128,15 @@ def start_network(
     return network, notes
 
 
-def check_single_samples(config: Config, classes: int, given: Given = NOTHING) -> None:
-    """Raise `ConfigError` if the network reduces an image to one pixel before a batch-norm layer.
+def check_single_samples(config: Config, classes: int) -> None:
+    """Raise `ConfigError` if a network of this package reduces an image to one pixel before a batch-norm layer.
 
     Call this for (ghost) batches of one image: the layer would then have one value per channel, which has no variance.
     """
     sizes = TrainingSizes.from_config(config.data)
-    device = "meta" if config.model.source == BUILTIN and given.network is None else "cpu"
-    network, size = build_network(config, classes, given).to(device).train(), min(sizes.start, sizes.end)
+    network, size = build_network(config, classes).to("meta").train(), min(sizes.start, sizes.end)
     try:
-        network(torch.zeros(1, 3, size, size, device=device))
+        network(torch.empty(1, 3, size, size, device="meta"))
     except ValueError:
         key = "batch.size=1" if config.batch.size == 1 else f"model.ghost_batch={config.model.ghost_batch}"
         raise ConfigError(

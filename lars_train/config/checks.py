@@ -22,6 +22,7 @@ from lars_train.errors import ConfigError, did_you_mean
 from lars_train.fsutil import user_path
 from lars_train.messages import is_url
 from lars_train.optim.schedule import Form
+from lars_train.targets import OBJECT
 
 # Linux's limits in bytes, for a file name (NAME_MAX) and for a path (PATH_MAX, less the terminating zero).
 _NAME_MAX, _PATH_MAX = 255, 4095
@@ -301,7 +302,8 @@ def _check_run(config: Config) -> None:
 
 
 def _check_mode(config: Config) -> None:
-    if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights):
+    of_object = (config.model.target or "").startswith(OBJECT)
+    if config.mode == "evaluate" and not (config.checkpoint.path or config.model.weights or of_object):
         raise ConfigError(
             "mode=evaluate needs checkpoint.path=PATH (a checkpoint, or a run directory) or model.weights=FILE."
         )

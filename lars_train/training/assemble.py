@@ -72,8 +72,10 @@ def network_to_evaluate(
         assert expected is not None
         weights = read_weights(config.model.weights, expected.state_dict(), head)
         check_finite(weights)
+    elif content is None:
+        # An object has its own weights, for the data set's classes.
+        weights = Weights("model", build_network(config, len(classes), given).state_dict(), tuple(classes), head=head)
     else:
-        assert content is not None
         name = checkpoint.value(content, "config", "model", "name")
         state, average = choose_weights(content, config.evaluate.ema, "evaluate.ema")
         note = "NOTE: this evaluates the average of the weights (model.ema); evaluate.ema=false evaluates the weights."

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import ALONE, begin, composed, final, losses, metrics, ran, start, start_ranks
 
+import lars_train
 from lars_train import commands
 from lars_train.config import resolve
 from lars_train.errors import ConfigError
@@ -173,6 +174,25 @@ def test_a_target_in_a_strangers_file_runs_no_code(tmp_path: Path, monkeypatch: 
     # Named, the file is imported: it is not harmless.
     run("mode=evaluate", path, "model.target=evil_networks:make", "device=cpu")
     assert (tmp_path / "ran").exists()
+
+
+def test_a_module_trains_and_evaluates_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(CUSTOM, scope)
+    network, settings = scope["make"](num_classes=4), [*SYNTHETIC, *SHORT, "batch.size=16"]
+    result = lars_train.train(*settings, "run.dir=run", model=network)
+    assert not any("Ghost" in type(layer).__name__ for layer in network.modules())
+    found = lars_train.evaluate(*SYNTHETIC, "precision=fp32", "device=cpu", "launch.threads=1", model=network)
+    assert found["val/top1"] == result["final_top1"]
+    stored = lars_train.evaluate("checkpoint.path=run", "device=cpu", "launch.threads=1", model=network)
+    assert stored["val/loss"] == found["val/loss"]
+
+
+def test_the_example_of_fine_tuning_runs(tmp_path: Path) -> None:
+    source = (Path(__file__).parents[2] / "examples" / "finetune.py").read_text()
+    output = ran([sys.executable, "-c", source], tmp_path)
+    assert re.search(r"10 classes: top-1 \d+ %\n(.*\n)* 4 classes: top-1 \d+ %\n", output), output
 
 
 def test_fine_tuning_trains_the_rest_of_the_network(trained: Path, tmp_path: Path) -> None:
