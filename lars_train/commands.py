@@ -31,12 +31,12 @@ from lars_train.launch import (
     start_resource_tracker,
 )
 from lars_train.messages import complain, counted, is_rank0, printable, say
-from lars_train.model_card import CARD
 from lars_train.monitoring.summary import ALREADY_FINISHED, FLIPPED, experiment_lines
 from lars_train.monitoring.tensorboard import CUSTOM_SCALARS_TAB
 from lars_train.preflight.check import check
 from lars_train.preflight.rehearsal import describe_rehearsal, rehearse
 from lars_train.report.lars_report import read_rows
+from lars_train.report.model_card import CARD
 from lars_train.report.table import elapsed_time, terminal
 from lars_train.run_plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
 from lars_train.signals import handle_termination

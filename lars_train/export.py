@@ -20,12 +20,12 @@ from lars_train.config.network import BUILTIN, CUSTOM, TIMM, ModelConfig
 from lars_train.errors import ConfigError, DataError
 from lars_train.fsutil import user_path, write_atomic
 from lars_train.messages import first_line, utf8
-from lars_train.model_card import CARD, MARK, card, merge_cards, origin
 from lars_train.models.ema import choose_weights
 from lars_train.models.factory import is_torchvision_model
 from lars_train.models.weight_files import KEY
 from lars_train.models.weights import load_state
 from lars_train.networks import build_network
+from lars_train.report.model_card import CARD, MARK, card, merge_cards, origin
 from lars_train.targets import check_named
 from lars_train.training import checkpoint
 

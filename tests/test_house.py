@@ -24,7 +24,7 @@ FLOORS = (
     {"data", "given", "launch", "networks", "rendezvous", "run_plan"},
     {"monitoring", "pack", "report"},
     {"training"},
-    {"export", "model_card", "preflight"},
+    {"export", "preflight"},
     {"commands"},
     {"__main__", "api", "cli"},
 )
