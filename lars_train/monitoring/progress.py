@@ -1,7 +1,8 @@
-"""Show the progress of a run: bars on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: bars on a terminal and in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -101,15 +102,29 @@ def fitting_fields(fields: Iterable[str], room: int) -> str:
     return text
 
 
+def _notebook_bar() -> Any:
+    """Return tqdm's class of bars for notebooks; None outside a notebook, or without the package ipywidgets."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is None or "IPKernelApp" not in shell.config:
+        return None
+    if importlib.import_module("tqdm.notebook").IProgress is None:
+        return None
+    return importlib.import_module("tqdm.auto").tqdm
+
+
 class Progress:
     """The progress display of a run. `shown`: False on ranks other than 0, which print nothing.
 
-    `verbosity`: a level, see `QUIET`. Bars require at least `NORMAL`, and a terminal that can move the cursor back.
+    `verbosity`: a level, see `QUIET`. Bars require at least `NORMAL`, and a notebook, or a terminal that can move the
+    cursor back.
     """
 
     def __init__(self, *, shown: bool, epochs: int, verbosity: int = NORMAL) -> None:
         self._shown, self._verbosity = shown, verbosity
-        self._bars = shown and verbosity >= NORMAL and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar_class: Any = None
+        if shown and verbosity >= NORMAL:
+            on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+            self._bar_class = _notebook_bar() or (_Bar if on_terminal else None)
         self._epochs = epochs
         self._bar: Any = None
         self._last_printed = time.monotonic()
@@ -128,8 +143,9 @@ class Progress:
 
     def start_epoch(self, epoch: int, updates: int, done: int) -> None:
         """Show a bar for epoch `epoch` (from 0) with `updates` updates, of which `done` are done."""
-        if self._bars:
-            self._bar = _Bar(total=updates, initial=done, desc=f"epoch {epoch + 1}/{self._epochs}", leave=False)
+        if self._bar_class is not None:
+            title = f"epoch {epoch + 1}/{self._epochs}"
+            self._bar = self._bar_class(total=updates, initial=done, desc=title, leave=False)
 
     def advance(self, logged: dict[str, float], run_left: float | None = None) -> None:
         """Advance the bar by one update, and show the last logged values after it.
@@ -139,8 +155,11 @@ class Progress:
         if self._bar is None:
             return
         if logged:
-            self._bar.run_left = run_left
-            self._bar.fields = tuple(format_fields(logged, *_BAR_FIELDS))
+            fields = tuple(format_fields(logged, *_BAR_FIELDS))
+            if isinstance(self._bar, _Bar):
+                self._bar.run_left, self._bar.fields = run_left, fields
+            else:
+                self._bar.set_postfix_str(", ".join(fields), refresh=False)
         self._bar.update()
 
     def log_line(self, *fields: str) -> None:
@@ -166,10 +185,10 @@ class Progress:
     def counting(self, what: str, total: int) -> Iterator[Any]:
         """Replace the epoch's bar by a bar over `total` images. Yields a function to call with each batch's size."""
         self.close()
-        if not self._bars:
+        if self._bar_class is None:
             yield lambda count: None
             return
-        with _Bar(total=total, desc=what, leave=False) as bar:
+        with self._bar_class(total=total, desc=what, leave=False) as bar:
             yield bar.update
 
     def close(self) -> None:

@@ -5,10 +5,12 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from screen import Screen, terminal
+from tqdm import tqdm
 
 from lars_train.messages import complain
 from lars_train.monitoring.progress import EVERY_LINE, NORMAL, QUIET, Progress, bar_line
@@ -285,3 +287,28 @@ def test_notebooks_show_lines_without_traces_of_bars(tmp_path: Path) -> None:
     screen.feed(re.sub(r"\x1b\[[0-9]*[^0-9m]", "", "".join(command_output.values())))
     assert "epoch 1/2 |" in command_output["stdout"]
     assert screen.lines == ["a line", "epoch 1 is over", "lars-train: a fault"]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_notebook_has_tqdms_own_bars(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Recorded(tqdm):  # type: ignore[type-arg]
+        def __init__(self, **keywords: Any) -> None:
+            made.append(self)
+            super().__init__(**keywords, file=io.StringIO())
+
+    shell = SimpleNamespace(config={"IPKernelApp": {}} if kernel else {})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr("tqdm.auto.tqdm", Recorded)
+    monkeypatch.setattr("tqdm.notebook.IProgress", object)
+    progress = Progress(shown=True, epochs=3)
+    progress.start_epoch(1, 10, 4)
+    progress.advance({"train/loss": 1.25, "train/lr": 0.5})
+    if kernel:
+        assert (made[0].desc, made[0].n, made[0].total) == ("epoch 2/3", 5, 10)
+        assert made[0].postfix == "loss 1.250, lr 0.5"
+    with progress.counting("evaluation", 30) as count:
+        count(12)
+    assert [(bar.desc, bar.n) for bar in made[1:]] == ([("evaluation", 12)] if kernel else [])
+    assert len(made) == (2 if kernel else 0)
