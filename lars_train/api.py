@@ -31,7 +31,7 @@ from lars_train.data.sources.items import open_items
 from lars_train.errors import ConfigError
 from lars_train.given import Given
 from lars_train.launch import adopt
-from lars_train.messages import say
+from lars_train.messages import first_line, say
 from lars_train.targets import OBJECT
 from lars_train.training import checkpoint
 from lars_train.training.device import cuda_devices
@@ -158,11 +158,19 @@ def _given_model(
     if isinstance(model, str):
         return None, dataset, model
     if isinstance(model, nn.Module):
-        return lambda classes: copy.deepcopy(model), dataset, _identity(model)
+        try:
+            return lambda classes: copy.deepcopy(model).cpu(), dataset, _identity(copy.deepcopy(model))
+        except Exception as error:  # the module may have any content
+            raise ConfigError(
+                f"model: this module cannot be copied ({type(error).__name__}: {first_line(error)}). Pass a function "
+                "that makes it."
+            ) from error
     if not callable(model):
         raise ConfigError(
             f"model: pass a module, a callable that returns one, or a name, not a {type(model).__name__}."
         )
+    if mode == "evaluate" and not any(word.startswith(("checkpoint.path=", "model.weights=")) for word in words):
+        raise ConfigError("model: this makes a network with random weights; pass a module, or set checkpoint.path.")
     if mode != "train":
         return lambda classes: _call(model, classes), dataset, f"{OBJECT}{type(model).__name__}"
     dataset = dataset or open_dataset(compose_settings(words).config.data)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
-from objects import OWN, VAL, Images, sets
+from objects import CLASSES, OWN, VAL, Images, flat, sets
 from tiny import ALONE, TINY, environment, final, ran, shell, start
+from torch import nn
 
 from lars_train import ConfigError, Stopped, evaluate, plan, train
+from lars_train.models.weights import weights_sha256
 from lars_train.signals import TERMINATION_SIGNALS
 from lars_train.training import checkpoint
 
@@ -32,6 +35,11 @@ SMALL = [*OWN, "model=small"]
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
+
+
+def seeded(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return flat()
 
 
 def weights(directory: str | Path) -> dict[str, torch.Tensor]:
@@ -59,6 +67,37 @@ def test_python_and_the_command_line_make_the_same_run(tmp_path: Path) -> None:
     assert plan(*settings)["updates"] == result["updates"]
 
 
+def test_a_module_holds_the_last_weights_also_of_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
+    network, data = seeded(), sets()
+    result = train(*OWN, model=network, data=data)
+    assert weights_sha256(network) == result["weights_sha256_float32"] != weights_sha256(seeded())
+    assert [type(layer) for layer in network][:2] == [nn.Conv2d, nn.BatchNorm2d]
+    assert (result["updates"], result["val_count"]) == (9, VAL)
+    other = seeded(1)
+    assert train(*OWN, model=other, data=data) == result
+    assert "This run has finished" in capsys.readouterr().out
+    assert weights_sha256(other) == weights_sha256(network)
+    found = evaluate("data.image_size=8", "data.eval_crop=1", "precision=fp64", "device=cpu", model=network, data=data)
+    assert found["val/top1"] == result["final_top1"]
+    by_path = evaluate(f"checkpoint.path={result['directory']}", "device=cpu", model=flat, data=data)
+    # The module has the weights in float32.
+    assert found["val/loss"] == pytest.approx(by_path["val/loss"], rel=1e-5)
+    assert by_path["val/top1"] == result["final_top1"]
+    # Another network and other data are other runs.
+    wider = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, CLASSES))
+    assert train(*OWN, model=wider, data=data)["directory"] != result["directory"]
+    assert plan(*OWN, model=network, data=data)["updates"] == 9
+
+
+@pytest.mark.parametrize("make", [flat, lambda n: flat(n), lambda: flat(CLASSES), nn.Module])
+def test_a_callable_gets_the_number_of_classes_if_it_takes_one(make: Callable[..., nn.Module]) -> None:
+    if make is nn.Module:
+        with pytest.raises(ConfigError):
+            train(*OWN, model=make, data=sets())
+        return
+    assert train(*OWN, "max_updates=1", model=make, data=sets())["updates"] == 1
+
+
 SCRIPT = """
 import os, signal, sys
 import torch
@@ -67,8 +106,9 @@ from objects import OWN, Images, VAL, flat, sets
 torch.manual_seed(int(os.environ.get("RANK", "0")))
 kill = {int(word): signal.SIGKILL for word in sys.argv[1:2]}
 data = (Images(signals=kill), Images(VAL, 1))
-result = train(*OWN, *sys.argv[2:], "model=small", data=data)
-print(result["weights_sha256"])
+model = flat()
+result = train(*OWN, *sys.argv[2:], model=model, data=data)
+print(result["weights_sha256"], model[5].bias.tolist())
 """
 
 
@@ -138,10 +178,13 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_call_resumes(monkeypatch: pytest
         ([["epochs=1"]], {}, "['epochs=1']: a setting is text"),
         (["mode=plan"], {}, "mode=plan: this is lars_train.train"),
         (["data=mini"], {"data": sets()}, "data=mini: the argument data is set, too"),
+        (["model=small"], {"model": flat}, "model=small: the argument model is set, too"),
         (["launch.nproc=2"], {"data": sets()}, "launch.nproc=2: the objects model and data exist in this process only"),
         ([], {"data": Images()}, "data: pass a pair, data=(train_set, val_set), not a Images"),
         ([], {"data": (Images(), [])}, "data: val (list) is empty"),
         ([], {"model": 3}, "model: pass a module"),
+        ([], {"model": lambda: 3}, "the callable returned a int"),
+        ([], {"model": nn.Sequential(nn.LazyLinear(4))}, "model: this module cannot be copied"),
         ([], {"data": "no_such:sets"}, "data.target=no_such:sets: there is no module no_such"),
         (["data.holdout=0.1"], {"data": sets()}, "data.holdout=0.1 has no effect with data=custom"),
     ],
@@ -216,6 +259,16 @@ def test_another_thread_can_train_but_not_two_at_once() -> None:
     thread.start()
     thread.join()
     assert results[1]["updates"] == 1
+
+
+def test_objects_use_one_of_several_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lars_train.api.cuda_devices", lambda config: 3)
+    train(*SMALL, "max_updates=1", data=sets())
+    assert (
+        "NOTE: this run uses one of 3 CUDA devices, because the objects model and data exist" in capsys.readouterr().out
+    )
 
 
 MODULE = """

@@ -88,11 +88,10 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
     device = choose_device(config, ranks)
     choose_precision(config.precision.name, device)
     with process_group(ranks, device, config.distributed.timeout) as group:
-        shared = group.broadcast_from_rank0(prepared.dataset.fingerprint)
+        own = {"data set": prepared.dataset.fingerprint, "network": config.model.target}
+        shared = group.broadcast_from_rank0(own)
         group.raise_on_all_ranks(
-            None
-            if prepared.dataset.fingerprint == shared
-            else ConfigError(f"rank {ranks.rank} has another data set than rank 0; start all ranks with the same data.")
+            next((_differs(ranks, what) for what, value in own.items() if value != shared[what]), None)
         )
         # Only rank 0 checks, so that all ranks agree even if a shared file system shows a file late on some nodes.
         final: dict[str, Any] | None = group.broadcast_from_rank0(find_finished(prepared) if group.first else None)
@@ -105,6 +104,10 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
         finally:
             if lock is not None:
                 lock.close()
+
+
+def _differs(ranks: Ranks, what: str) -> ConfigError:
+    return ConfigError(f"rank {ranks.rank} has another {what} than rank 0; start all ranks with the same objects.")
 
 
 def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[str, Any]:

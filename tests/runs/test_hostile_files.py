@@ -203,6 +203,18 @@ def test_names_in_a_stored_config_must_be_known_choices(name: str, tmp_path: Pat
         optimizer_class(name)
 
 
+@pytest.mark.usefixtures("hostile_module")
+def test_a_function_of_data_in_a_checkpoint_is_not_imported(tmp_path: Path) -> None:
+    stored = changed("data.name", "custom")
+    stored["data"] |= {"target": "hostile_module:boom", "kwargs": {"count": 1}}
+    path = checkpoint.save(tmp_path, 1, content(stored), keep=3)
+    asked = config(tmp_path / "new", mode="evaluate", checkpoint__path=str(path))
+    for named in ((), ("data.kwargs.count=1",), ("data.name=custom", "model=small")):
+        with pytest.raises(ConfigError, match="hostile_module:boom comes from a file"):
+            session.evaluation_config(asked, named)
+    # The fixture fails if the module is imported.
+
+
 @pytest.mark.parametrize("name", ["Optimizer", "lr_scheduler", "swa_utils", "__builtins__", "_functional"])
 def test_other_names_in_torch_optim_are_not_optimizers(name: str) -> None:
     with pytest.raises(ConfigError, match=r"torch\.optim has no such class"):
