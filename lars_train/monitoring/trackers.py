@@ -1,8 +1,8 @@
 """Send a run's metrics to Weights & Biases or MLflow, each from a separate process.
 
 That process reads ``metrics.jsonl``, so a slow or failing tool neither ends nor delays training. It sends the values of
-an update once a checkpoint covers them: no start and no rollback to the newest checkpoint logs them again. Its state
-and its output are in the run's folder ``trackers/``.
+an update once the log has a later one, and sends no update twice: a restart repeats the values of a killed start to the
+bit, except times. Its state and its output are in the run's folder ``trackers/``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import select
 import signal
 import subprocess
@@ -37,7 +36,6 @@ _POLL_S, _END_S, _LIFE_S = 2.0, 120.0, 300
 _WANDB_S = 60.0
 # Updates that go to MLflow in one transaction, which may have 1,000 values.
 _ROWS = 10
-_CHECKPOINT = re.compile(r"update-(\d{9})\.pt")
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
     "from lars_train.monitoring.trackers import main; main()"
@@ -122,7 +120,7 @@ class Tracker:
         return self.reason
 
     def close(self) -> None:
-        """Let the process send what a checkpoint covers, and end. Does not wait."""
+        """Let the process send what is complete, and end. Does not wait."""
         if self._process is not None and self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
@@ -136,25 +134,23 @@ def finish_trackers(trackers: list[Tracker], final: dict[str, Any]) -> list[str]
     return [reason for tracker in trackers if (reason := tracker.wait(until))]
 
 
-class CoveredRows:
+class CompleteRows:
     """The rows of a growing ``metrics.jsonl`` after `update`: one per update, in order, each once.
 
-    The lines of an update, which an evaluation adds to, are one row. Of two values of a name, the later counts.
+    The lines of an update, which an evaluation adds to, are one row, which a line of a later update completes. Of two
+    values of a name, the later counts.
     """
 
     def __init__(self, directory: Path, update: int) -> None:
-        self.update, self._path, self._checkpoints = update, directory / "metrics.jsonl", directory / "checkpoints"
+        self.update, self._path = update, directory / "metrics.jsonl"
         self._offset, self._file = 0, -1
         self._waiting: dict[int, Row] = {}
 
     def take(self, *, ended: bool = False) -> list[tuple[int, Row]]:
-        """Return the new rows that no later start logs again, with their updates. `ended`: all rows, to the end."""
-        # List the checkpoints first: a row that is complete and covered then has all its lines in the file.
-        names = [path.name for path in self._checkpoints.glob("*.pt")] if not ended else []
-        covered = max((int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))), default=0)
+        """Return the new complete rows, with their updates. `ended`: the last row is complete, too."""
         self._read()
         newest = max(self._waiting, default=0)
-        ready = [update for update in sorted(self._waiting) if ended or (update <= covered and update < newest)]
+        ready = [update for update in sorted(self._waiting) if ended or update < newest]
         self.update = max(ready, default=self.update)
         return [(update, self._waiting.pop(update)) for update in ready]
 
@@ -318,7 +314,7 @@ def track(name: str, target: str, place: str) -> None:
         sink = SINKS[name](target, state["id"], directory, settings)
         sink.update = max(state["update"], sink.update)
         save(id=sink.id)
-        rows, final = CoveredRows(directory, sink.update), None
+        rows, final = CompleteRows(directory, sink.update), None
         for line in _lines_of_standard_input():
             if line:
                 final = json.loads(line)

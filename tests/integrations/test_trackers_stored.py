@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from tiny import ALONE, TINY, begin, final, metrics, start
 
+from lars_train.monitoring.fields import TIMING_FIELDS
 from lars_train.monitoring.trackers import _POLL_S
 
 # Forty updates. A checkpoint comes after each third, a log line after each second, an evaluation after each tenth.
@@ -37,13 +38,15 @@ def expected(folder: Path) -> Values:
 
 
 def assert_equal(stored: Values, logged: Values) -> None:
-    assert stored.keys() == logged.keys()
+    """Compare all but the times of the updates up to the kill, which may be those of the first start."""
     assert len({update for update, _ in logged}) == 20
-    assert all(stored[key] == value or (value != value and stored[key] != stored[key]) for key, value in logged.items())
+    pairs = {key: (stored.get(key), logged.get(key)) for key in stored | logged}
+    different = [key for key, (one, other) in pairs.items() if one != other and (one == one or other == other)]
+    assert all(name in TIMING_FIELDS and update < 30 for update, name in different), different
 
 
 def killed_and_resumed(folder: Path, tool: str, tracker_too: bool) -> None:
-    """Run with a kill after some updates that a checkpoint covers and others that none does."""
+    """Run with a kill after some updates, the last of which no checkpoint has."""
     pytest.importorskip(tool)
     words = [*ALONE, *RUN, *LOGS[tool]]
     program = begin(words, folder, log=folder / "log", **ENVIRONMENT)
@@ -129,7 +132,8 @@ def test_wandb_stores_a_killed_run_once(tmp_path: Path, tracker_too: bool) -> No
             own = {(step, name): value for name, value in values.items() if not name.startswith("_")}
             # If its own process is killed, too, W&B may get the same values again.
             repeated = own.keys() & stored.keys()
-            assert not repeated or (tracker_too and all(stored[key] == own[key] for key in repeated))
+            same = all(stored[key] == own[key] for key in repeated if key[1] not in TIMING_FIELDS)
+            assert not repeated or (tracker_too and same)
             stored |= own
     assert_equal(stored, expected(tmp_path))
     config, summary, codes = {}, {}, []

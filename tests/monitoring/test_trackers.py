@@ -1,4 +1,4 @@
-"""A tracker sends each value of metrics.jsonl once, after a checkpoint covers it, and its failure ends no run.
+"""A tracker sends each update of metrics.jsonl once, when the log has a later one, and its failure ends no run.
 
 A small module takes the place of wandb. tests/integrations/test_trackers_stored.py reads what the real tools stored.
 """
@@ -24,7 +24,7 @@ from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.monitoring import trackers
 from lars_train.monitoring.log import RunLog
-from lars_train.monitoring.trackers import CoveredRows, Tracker
+from lars_train.monitoring.trackers import CompleteRows, Tracker
 from lars_train.training import session
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation
@@ -73,11 +73,6 @@ def sent(file: Path, key: str) -> list[Any]:
     return [line[key] for line in map(json.loads, file.read_text().splitlines()) if key in line]
 
 
-def checkpoint(directory: Path, update: int) -> None:
-    (directory / "checkpoints").mkdir(exist_ok=True)
-    (directory / "checkpoints" / f"update-{update:09d}.pt").touch()
-
-
 def log(directory: Path, start: int, *updates: int) -> None:
     """Log as a start from update `start` does: a line per update, and one more for an evaluation at even updates."""
     directory.mkdir(exist_ok=True)
@@ -90,12 +85,10 @@ def log(directory: Path, start: int, *updates: int) -> None:
     lines.close()
 
 
-def test_rows_wait_until_a_checkpoint_covers_them(tmp_path: Path) -> None:
-    rows = CoveredRows(tmp_path, 0)
+def test_rows_are_sent_as_soon_as_the_log_goes_on(tmp_path: Path) -> None:
+    rows = CompleteRows(tmp_path, 0)
     assert rows.take() == []
     log(tmp_path, 0, 1, 2, 3)
-    assert rows.take() == []
-    checkpoint(tmp_path, 2)
     first = {"update": 1, "epoch": 0.1, "train/loss": 1.0, "run/seconds": 1.0}
     # An evaluation's values are part of its update's row.
     second = {"update": 2, "epoch": 0.2, "train/loss": 2.0, "val/top1": 52.0, "run/seconds": 2.0}
@@ -105,9 +98,8 @@ def test_rows_wait_until_a_checkpoint_covers_them(tmp_path: Path) -> None:
 
 
 def test_a_row_waits_for_its_evaluation(tmp_path: Path) -> None:
-    rows = CoveredRows(tmp_path, 0)
+    rows = CompleteRows(tmp_path, 0)
     log(tmp_path, 0, 1)
-    checkpoint(tmp_path, 1)
     assert rows.take() == []
     log(tmp_path, 1, 2)
     assert [update for update, _ in rows.take()] == [1]
@@ -115,7 +107,7 @@ def test_a_row_waits_for_its_evaluation(tmp_path: Path) -> None:
 
 def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"update": 1, "epoch": 0.1}\n{"update": 2, "ep')
-    rows = CoveredRows(tmp_path, 0)
+    rows = CompleteRows(tmp_path, 0)
     assert rows.take() == []
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('och": 0.2, "train/loss": null}\n')
@@ -124,22 +116,20 @@ def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
     assert math.isnan(second["train/loss"])
 
 
-def test_lines_that_a_restart_drops_were_not_sent(tmp_path: Path) -> None:
-    rows, taken = CoveredRows(tmp_path, 0), []
+def test_a_restart_sends_no_update_twice(tmp_path: Path) -> None:
+    rows, taken = CompleteRows(tmp_path, 0), []
     log(tmp_path, 0, 1, 2, 3, 4, 5)
-    checkpoint(tmp_path, 3)
     taken += rows.take()
     log(tmp_path, 3, 4, 5, 6)
     taken += rows.take(ended=True)
     assert [update for update, _ in taken] == [1, 2, 3, 4, 5, 6]
     # The loss shows which start logged a value.
-    assert [row["train/loss"] for _, row in taken] == [1.0, 2.0, 3.0, 4.03, 5.03, 6.03]
+    assert [row["train/loss"] for _, row in taken] == [1.0, 2.0, 3.0, 4.0, 5.03, 6.03]
 
 
 def test_a_rollback_behind_sent_rows_repeats_no_update(tmp_path: Path) -> None:
-    rows = CoveredRows(tmp_path, 0)
+    rows = CompleteRows(tmp_path, 0)
     log(tmp_path, 0, 1, 2, 3, 4)
-    checkpoint(tmp_path, 3)
     assert [update for update, _ in rows.take()] == [1, 2, 3]
     log(tmp_path, 1, 2, 3, 4, 5)
     assert [update for update, _ in rows.take(ended=True)] == [4, 5]
@@ -170,7 +160,6 @@ def test_a_later_start_continues_the_same_run(tmp_path: Path, install: Install) 
     file = install("pass")
     run = tmp_path / "run"
     log(run, 0, 1, 2, 3)
-    checkpoint(run, 2)
     # The end of the input is all that a tracker sees of a killed run.
     stopped = Tracker("wandb", "project", run)
     stopped.close()
