@@ -23,6 +23,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple, Protocol
 
+import torch
+
 from lars_train.data.loading.buffers import BufferPool
 from lars_train.data.loading.reader import Outcome, Reader
 from lars_train.errors import DataError
@@ -270,6 +272,8 @@ def _run_process(work: Callable[[Piece], Done], pieces: int, answer: Connection[
     # Ctrl-C signals the whole process group, and Slurm all processes of a step. Only the parent handles the signal: it
     # ends the workers. Workers also end when the parent is gone.
     handle_termination(signal.SIG_IGN)
+    # The code of a dataset object may use torch, whose threads do not exist after a fork: it would wait for them.
+    torch.set_num_threads(1)
     # Do not run finalizers here for objects of the parent.
     gc.freeze()
     answer.send(None)

@@ -352,7 +352,7 @@ def _answer(work: Callable[[ItemSource], Any], source: ItemSource, write: int) -
     """Send the result or the error of `work`, and end this process."""
     try:
         handle_termination(signal.SIG_IGN)
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # torch's threads do not exist after a fork
         try:
             found = work(source)
         except ConfigError as error:

@@ -115,6 +115,27 @@ def test_the_loader_reads_objects_like_arrays_with_any_workers() -> None:
             assert all(map(torch.equal, one, other))
 
 
+def test_a_dataset_may_compute_with_torch_in_a_worker() -> None:
+    class Computing(Pairs):
+        def __getitem__(self, index: int) -> tuple[Any, Any]:
+            ones = torch.ones(1 << 21)
+            assert (ones * ones).sum() == 1 << 21
+            return super().__getitem__(index)
+
+    # Start torch's threads in this process. A fork does not have them, and would wait for them.
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    (torch.ones(1 << 22) * 2).sum()
+    try:
+        spec = EvalSpec(
+            source=opened(Computing(list(PIXELS))).val, view=VIEW, micro_batch=12, rank=0, world=1, workers=1,
+            pin_memory=False,
+        )  # fmt: skip
+        assert [batch.labels.tolist() for batch in eval_loader(spec)] == [LABELS]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bad_items_are_named_and_the_others_are_read() -> None:
     images: list[Any] = list(PIXELS)
     images[3], images[4] = OSError("the disk is gone"), torch.zeros(3, 7, 9)

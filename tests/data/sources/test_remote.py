@@ -23,13 +23,14 @@ import pytest
 from PIL import Image
 
 from lars_train.config import DataConfig
+from lars_train.data import shard_cache
 from lars_train.data.dataset import Dataset, sample_shards
 from lars_train.data.loading import shard_prefetch
 from lars_train.data.loading.loader import EvalSpec, LoaderSpec, Stream, View, eval_loader, train_loader
 from lars_train.data.loading.shard_windows import training_room, training_windows
 from lars_train.data.open import open_validation
 from lars_train.data.order import shard_order
-from lars_train.data.sources import remote, shard_cache
+from lars_train.data.sources import remote
 from lars_train.data.sources.folder import open_folder
 from lars_train.data.sources.imagenet import open_imagenet
 from lars_train.data.sources.index_files import read_mapped, write_mapped
