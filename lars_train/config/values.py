@@ -83,23 +83,22 @@ LATER_KEYS: dict[str, Any] = {
     "data.eval_resize": None,
     "data.target": None,
     "data.kwargs": {},
+    "log.wandb": None,
+    "log.mlflow": None,
 }
 
 
 def run_hash(config: Config) -> str:
     """Return the first eight hex digits of the SHA-256 of the settings that determine the run's result."""
     plain = dataclasses.asdict(config)
-    for key in EXECUTION_KEYS:
-        *path, leaf = key.split(".")
-        node = plain
-        for part in path:
-            node = node[part]
-        node.pop(leaf)
     for key, off in LATER_KEYS.items():
         *path, leaf = key.split(".")
         node = functools.reduce(operator.getitem, path, plain)
         if node[leaf] == off:
             node.pop(leaf)
+    for key in EXECUTION_KEYS:
+        *path, leaf = key.split(".")
+        functools.reduce(operator.getitem, path, plain).pop(leaf)
     if config.data.order == "global":
         # The global order does not use windows of shards.
         plain["data"].pop("window_shards")

@@ -280,8 +280,12 @@ def _row_settings(run: RunRecord) -> dict[str, Any]:
 
 
 _GROUPS = ("optimizer", "schedule", "model", "data", "augment")
-# Fields of a row whose settings have other names.
-_PLACES: dict[str, tuple[str, ...]] = {"optimizer": ("optimizer.name",), "flip_evaluation": ("evaluate.flip",)}
+# Fields of a row whose settings have other names. The row's source is text, and not the key model.source.
+_PLACES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("optimizer.name",),
+    "flip_evaluation": ("evaluate.flip",),
+    "source": (),
+}
 _SIZES = ("data.train_size", "data.size_schedule")
 
 

@@ -134,3 +134,14 @@ def test_errors_in_a_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing keys: seed"):
         from_file(tmp_path)
     assert from_file(tmp_path, "seed=4")[0].seed == 4
+
+
+def test_a_file_from_before_the_key_was_added_is_complete(tmp_path: Path) -> None:
+    config = composed("config", "batch=256")
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    del plain["log"], plain["model"]["freeze"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(plain))
+    again, saved = from_file(tmp_path / "config.yaml")
+    assert again == config
+    assert saved.hash == run_hash(config)

@@ -34,7 +34,7 @@ def test_a_report_needs_no_torch_or_training_code(make_run: MakeRun, tmp_path: P
     loaded = done.stdout.splitlines()[-1].split()
     assert loaded[0] == "LOADED"
     rooms = {".".join(name.split(".")[:2]) for name in loaded[1:]}
-    own = "config errors fsutil messages optim plan report"
+    own = "config errors fsutil messages optim report run_plan targets"
     assert rooms == {"lars_train", *(f"lars_train.{name}" for name in own.split())}
     assert "| 8k " in done.stdout
     assert "written to out/" in done.stdout
