@@ -17,6 +17,8 @@ def rank_variables() -> tuple[str, ...]:
 def kill_rank_1_and_fail_the_other() -> None:
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    # A lost connection is noticed after the peer's death.
+    time.sleep(1)
     raise RuntimeError("connection closed by peer")
 
 

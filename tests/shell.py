@@ -7,8 +7,9 @@ A request is a line of JSON, and so is its answer:
     {"begin": {"words": [...], "folder": ..., "environment": {...}, "timeout": seconds, "log": file or null}}: its id
     {"end": [process id, seconds]}: [exit code, standard output, standard error], or null if it is still running then
 
-The first word is lars-train, lars-report, lars-data, torchrun, or python, which takes -c and code. torchrun's workers
-and the ranks that lars-train starts are forks, too. `log`: a file for both outputs.
+The first word is lars-train, lars-report, lars-data, torchrun, or python, which takes a file, or -c and code. Forks,
+too, are torchrun's workers, the ranks that lars-train starts, and the processes of lars-train that a file starts.
+`log`: a file for both outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing.context
 import os
+import runpy
 import signal
 import stat
 import subprocess
@@ -112,10 +115,37 @@ def end(child: int, seconds: float) -> tuple[int, str, str] | None:
 
 
 def python() -> None:
-    """Do what ``python -c CODE ARGUMENT ...`` does."""
-    _, _, code, *arguments = sys.argv
-    sys.argv = ["-c", *arguments]
-    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    """Do what ``python -c CODE ARGUMENT ...`` and ``python FILE ARGUMENT ...`` do."""
+    if sys.argv[1] == "-c":
+        _, _, code, *arguments = sys.argv
+        sys.argv = ["-c", *arguments]
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        return
+    del sys.argv[0]
+    sys.path[:0] = [os.path.dirname(sys.argv[0]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]  # noqa: PTH120
+    contexts = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
+    contexts["spawn"] = contexts["fork"]
+    new_process = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+
+    def fork(self: Any, words: Any, *rest: Any) -> None:
+        """Start ``python -m lars_train`` in a fork, and other programs as usual."""
+        if list(words[:3]) != [sys.executable, "-m", "lars_train"]:
+            new_process(self, words, *rest)
+            return
+        folder, environment, pipes = rest[4], rest[5], rest[9:15]
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            for number, file in enumerate((pipes[0], pipes[3], pipes[5])):
+                if file != -1:
+                    os.dup2(file, number)
+            os.chdir(folder or ".")
+            become(["lars-train", *words[3:]], dict(os.environ if environment is None else environment))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+    subprocess.Popen._execute_child = fork  # type: ignore[attr-defined]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Worker(subprocess.Popen[bytes]):
@@ -156,18 +186,22 @@ def rank(number: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> 
         atexit._run_exitfuncs()
 
 
+def with_forks(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `torch.multiprocessing.start_processes` with forks instead of new processes."""
+
+    def fork(work: Callable[..., None], arguments: tuple[Any, ...], **options: Any) -> Any:
+        return start(rank, (work, arguments), **options | {"start_method": "fork"})
+
+    return fork
+
+
 def lars_train() -> None:
     """Do what ``python -m lars_train`` does, with forks as its ranks."""
     import torch.multiprocessing as processes
 
     from lars_train import cli
 
-    start = processes.start_processes
-
-    def fork(work: Callable[..., None], arguments: tuple[Any, ...], **options: Any) -> Any:
-        return start(rank, (work, arguments), **options | {"start_method": "fork"})
-
-    processes.start_processes = fork
+    processes.start_processes = with_forks(processes.start_processes)
     cli.main()
 
 
@@ -183,6 +217,7 @@ def main() -> None:
         "lars_train.commands",
     ):
         importlib.import_module(name)
+    from hydra._internal.hydra import Hydra
     from tiny import TINY, composed
 
     from lars_train.pack import lars_data
@@ -190,6 +225,8 @@ def main() -> None:
 
     # Warm the caches of Hydra's parsers.
     composed(*TINY)
+    # Hydra composes a command's config first to find hydra.mode, which no test sets, and then again to run it.
+    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     gc.freeze()
     PROGRAMS.update({"lars-train": lars_train, "lars-data": lars_data.main, "lars-report": lars_report.main})
     answer: object

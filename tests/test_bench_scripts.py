@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import environment
+from tiny import start
 
 from lars_train.data.decode import native
 
@@ -21,9 +20,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def run(script: str, *arguments: str) -> str:
-    """Run a script and return its output. The timeout allows for a busy machine."""
-    command = [sys.executable, str(SCRIPTS / script), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200, check=False)
+    """Run a script and return its output."""
+    done = start([sys.executable, str(SCRIPTS / script), *arguments], Path.cwd())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import environment, start
+from tiny import start
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "results" / "reproduce_scaled_table.py"
 RUNS = {"table-256-sgd-recipe-seed0", *(f"table-{row}-lars-recipe-seed0" for row in ("8k", "16k", "32k"))}
@@ -73,11 +73,8 @@ def test_a_second_start_trains_nothing(tmp_path: Path) -> None:
     write_images(tmp_path / "set.zip", 64, 22)
 
     def study(epochs: str) -> subprocess.CompletedProcess[str]:
-        # Five training runs take long on a busy machine.
         command = [sys.executable, str(SCRIPT), *"--data set.zip --quick --write page --epochs".split(), epochs]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1200, check=False
-        )
+        return start(command, tmp_path)
 
     first = study("1")
     assert first.returncode == 0, first.stdout + first.stderr

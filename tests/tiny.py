@@ -64,7 +64,7 @@ COMPILED = {
 
 The cache folder is kept between test runs, and is used only for code without vector instructions.
 """
-TIMEOUT = 240
+TIMEOUT = 600
 """The seconds after which a program started by a test is killed."""
 
 
@@ -198,6 +198,8 @@ def _program(command: Sequence[str]) -> list[str] | None:
     """Return the words of `command` for a `Shell`, or None if a `Shell` does not have the program."""
     programs = {tuple(ALONE): ["lars-train"], tuple(TORCHRUN[:3]): ["torchrun"]}
     programs[sys.executable, "-c"] = ["python", "-c"]
+    if command[0] == sys.executable and command[1].endswith(".py"):
+        return ["python", *command[1:]]
     for beginning, own in programs.items():
         if tuple(command[: len(beginning)]) == beginning:
             return [*own, *command[len(beginning) :]]
@@ -207,9 +209,9 @@ def _program(command: Sequence[str]) -> list[str] | None:
 def start(command: Sequence[str], folder: Path, fresh: bool = False, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run `command` with `extra` in its environment.
 
-    ``python -m lars_train``, ``python -m torch.distributed.run`` and ``python -c`` run in a fork of a process that has
-    imported torch, which saves the seconds of the import. With `fresh` they run in a new process, for variables that
-    torch or Python reads at startup.
+    ``python -m lars_train``, ``python -m torch.distributed.run``, ``python -c`` and ``python FILE.py`` run in a fork of
+    a process that has imported torch, which saves the seconds of the import. With `fresh` they run in a new process,
+    for variables that torch or Python reads at startup.
     """
     if not fresh and (own := _program(command)):
         return shell().run(own, folder, environment(**extra))
