@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ SIZE = 8
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a run of two epochs, started from the command line."""
     folder = tmp_path_factory.mktemp("run")
-    ran([*ALONE, *DATA, "model=resnet18", "batch.size=64", "optimizer.lr=2", "epochs=2", "run.name=r"], folder)
+    settings = "model=resnet18 data.train_count=128 batch.size=64 optimizer.lr=2 epochs=2 run.name=r".split()
+    ran([*ALONE, *DATA, *settings], folder)
     return folder / "runs" / "r"
 
 
@@ -57,7 +59,7 @@ def check_origin(about: dict[str, Any], run: Path) -> None:
     last = [line for line in metrics(run) if "val/top1" in line][-1]
     assert (about["top1"], about["top5"]) == (last["val/top1"], last["val/top5"])
     assert about["evaluated"] == 101
-    assert (about["update"], about["updates"], about["global_batch"]) == (20, 20, 64)
+    assert (about["update"], about["updates"], about["global_batch"]) == (4, 4, 64)
     assert (about["model"], about["recipe"], about["classes"]) == (
         "resnet18",
         "torchlars",
@@ -113,9 +115,26 @@ def test_an_export_loads_bit_for_bit_in_any_class_order(name: str, run: Path, tm
         torch.testing.assert_close(found, expected(run)[:, columns], rtol=0, atol=0)
 
 
+@pytest.fixture(scope="module")
+def trace() -> Callable[..., Any]:
+    """Return `torch.onnx.export`, which traces the run's network once for all tests."""
+    graphs: list[Any] = []
+    export = torch.onnx.export
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        if not graphs:
+            graphs.append(export(*arguments, **options))
+        return graphs[0]
+
+    return once
+
+
 @pytest.mark.slow
-def test_onnx_graph_gives_the_networks_logits(run: Path, tmp_path: Path) -> None:
+def test_onnx_graph_gives_the_networks_logits(
+    run: Path, tmp_path: Path, trace: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    monkeypatch.setattr(torch.onnx, "export", trace)
     path, output = exported(run, tmp_path / "net.onnx")
     assert "onnxruntime's logits match the network's" in output
     session = runtime.InferenceSession(str(path))
@@ -128,9 +147,10 @@ def test_onnx_graph_gives_the_networks_logits(run: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_an_onnx_graph_with_other_logits_is_not_kept(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, trace: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(torch.onnx, "export", trace)
     monkeypatch.setattr(module, "TOLERANCE", -1.0)
     with pytest.raises(DataError, match=r"logits differ from the network's by"):
         exported(run, tmp_path / "net.onnx")
