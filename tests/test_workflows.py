@@ -48,7 +48,7 @@ def test_ci_covers_the_lowest_and_newest_versions() -> None:
     newest = max(re.findall(r"cp3(\d+)-manylinux", PROJECT), key=int)
     assert {job["python"] for job in matrix} == {*lowest_python, f"3.{newest}"}
     commands = [job["command"] for job in matrix]
-    assert f"scripts/dev/test_torch.sh {lowest_torch[0]}" in commands
+    assert f"scripts/dev/test_with.sh torch-{lowest_torch[0]}" in commands
     assert commands.count(".ci/run") == 2
     for command in commands:
         assert (ROOT / command.removeprefix("CI_CONSTRAINTS=/dev/null ").split()[0]).stat().st_mode & 0o100

@@ -1,6 +1,6 @@
 """Folders that Hugging Face's datasets saves are trained on, also after a kill, and evaluated; nothing needs datasets.
 
-Skips without the package: scripts/dev/test_integrations.sh installs it.
+Skips without the package: scripts/dev/test_with.sh integrations installs it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Frameworks drive LARS and its schedulers as a plain loop does, also from a checkpoint. The examples run.
 
-Each test skips without its framework: scripts/dev/test_integrations.sh installs all of them.
+Each test skips without its framework: scripts/dev/test_with.sh integrations installs all of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weights & Biases and MLflow store every value of metrics.jsonl once, also of a run that was killed and resumed.
 
-Each test skips without its package: scripts/dev/test_integrations.sh installs them. Both work without the network.
+Each test skips without its package: scripts/dev/test_with.sh integrations installs them. Both work without the network.
 """
 
 from __future__ import annotations
