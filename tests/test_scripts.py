@@ -15,7 +15,7 @@ from lars_train.config.arguments import prepare_arguments
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHELL = SCRIPTS / "results" / "reproduce_imagenet_table.sh"
-SLURM = SCRIPTS / "cluster" / "slurm_imagenet_table.sbatch"
+SLURM = SCRIPTS / "cluster" / "slurm_run.sbatch"
 # Logs its name and arguments, separated by tabs, and exits with $CODE at the batch $STOPS_AT.
 STUB = """#!/bin/sh
 { printf '%s' "${0##*/}"; printf '\\t%s' "$@"; echo; } >> "$LOG"
@@ -27,7 +27,7 @@ def started(
     script: Path, folder: Path, *arguments: str, code: int = 0, stops_at: str = "none", **environment: str
 ) -> tuple[int, list[list[str]]]:
     """Return the exit code of `script`, and the commands that it started."""
-    for name in ("lars-train", "torchrun", "srun", "scontrol"):
+    for name in ("lars-train", "torchrun", "srun", "sbatch", "scontrol"):
         stub = folder / name
         stub.write_text(STUB)
         stub.chmod(0o755)
@@ -113,32 +113,22 @@ def test_a_failed_row_ends_the_script_with_its_code(tmp_path: Path) -> None:
     common = {"NODES": "2", "NODE": "0", "HEAD": "gpu01", "GPUS": "8"}
     code, commands = started(SHELL, tmp_path, "/data", code=3, stops_at="16k", **common)
     assert (code, [command[0] for command in commands]) == (3, ["lars-train"] * 2 + ["torchrun"] * 2)
-    code, commands = started(SLURM, tmp_path, code=3, stops_at="16k", IMAGENET_DIR="/data", SLURM_JOB_ID="7")
-    assert (code, [command[0] for command in commands]) == (3, ["srun", "srun"])
+    code, commands = started(SHELL, tmp_path, "/data", code=3, stops_at="16k", SBATCH="--nodes=4")
+    assert (code, [command[0] for command in commands]) == (3, ["lars-train"] * 2 + ["sbatch"] * 2)
 
 
-def test_under_slurm_each_row_is_a_step(tmp_path: Path) -> None:
-    code, commands = started(
-        SLURM, tmp_path, "seed=2", IMAGENET_DIR="/data", SLURM_JOB_ID="7", SLURM_NTASKS_PER_NODE="4"
-    )
+def test_under_slurm_each_row_is_a_job(tmp_path: Path) -> None:
+    code, commands = started(SHELL, tmp_path, "/data/image net", "seed=2", SBATCH="--nodes=4 --time=1:00:00")
     assert code == 0
-    configs = [composed(settings_of(command)) for command in commands]
-    assert [config.batch.name for config in configs] == ["32k", "16k", "8k", "256"]
-    assert {(config.data.name, config.data.root, config.seed) for config in configs} == {("imagenet", "/data", 2)}
-    assert [command[1] for command in commands[:3]] == ["lars-train"] * 3
-    assert commands[3][1:4] == ["--nodes=1", "--ntasks=4", "lars-train"]
-
-
-def test_a_preempted_job_is_requeued(tmp_path: Path) -> None:
-    code, commands = started(SLURM, tmp_path, code=75, stops_at="16k", IMAGENET_DIR="/data", SLURM_JOB_ID="4711")
-    assert code == 75
-    assert [command[0] for command in commands] == ["srun", "srun", "scontrol"]
-    assert commands[-1] == ["scontrol", "requeue", "4711"]
-    directives = re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?$", SLURM.read_text(), re.MULTILINE)
-    # Without "B:", so that the signal goes to the steps. SIGUSR1 ends a run with a checkpoint.
-    assert dict(directives).items() >= {"--signal": "USR1@180", "--requeue": "", "--open-mode": "append"}.items()
-    text = SLURM.read_text()
-    assert text.index("#SBATCH --signal") < text.index("set -uo pipefail")
+    del commands[:2]
+    assert [command[:3] for command in commands] == [["sbatch", "--nodes=4", "--time=1:00:00"]] * 4
+    jobs = [next(i for i, word in enumerate(command) if word.endswith(".sbatch")) for command in commands]
+    assert {Path(command[job]).resolve() for command, job in zip(commands, jobs, strict=True)} == {SLURM}
+    found = [command[job + 1 :] for command, job in zip(commands, jobs, strict=True)]
+    assert [settings[0] for settings in found] == [f"batch={row}" for row in ("32k", "16k", "8k", "256")]
+    assert {tuple(settings[1:]) for settings in found} == {("data=imagenet", "data.root=/data/image net", "seed=2")}
+    # Of an option given twice sbatch uses the last.
+    assert ["--nodes=1" in command for command in commands] == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize("nodes", [{}, {"NODES": "4", "NODE": "1", "HEAD": "gpu01", "GPUS": "8"}])
@@ -152,17 +142,17 @@ def test_a_users_own_sweep_starts_without_a_plan(tmp_path: Path) -> None:
     assert (code, [command[1] for command in commands]) == (0, ["-m"])
 
 
-def run_refused(script: Path, folder: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """Return exit code, output and errors of `script` in a shell with only PATH and `environment`.
+def run_refused(folder: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Return exit code, output and errors of the script in a shell with only PATH and `environment`.
 
     Assert that the script starts no program.
     """
     log = folder / "log"
-    for name in ("lars-train", "torchrun", "srun", "scontrol"):
+    for name in ("lars-train", "torchrun", "sbatch"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", str(script), *arguments],
+        ["bash", str(SHELL), *arguments],
         env={"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(log), "STOPS_AT": "none", **environment},
         capture_output=True,
         text=True,
@@ -194,37 +184,15 @@ def run_refused(script: Path, folder: Path, *arguments: str, **environment: str)
 def test_bad_input_is_reported(
     arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    code, out, err = run_refused(SHELL, tmp_path, *arguments, **environment)
+    code, out, err = run_refused(tmp_path, *arguments, **environment)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[0]
     assert err.splitlines()[1].startswith("usage: ")
     assert "line " not in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [
-        ((), {}, "IMAGENET_DIR is missing"),
-        ((), {"IMAGENET_DIR": "mode=plan"}, "IMAGENET_DIR=mode=plan:"),
-        ((), {"IMAGENET_DIR": "--help"}, "IMAGENET_DIR=--help:"),
-        (("/data/imagenet",), {"IMAGENET_DIR": "/data"}, "/data/imagenet: a setting is key=value"),
-        (("--nodes=2",), {"IMAGENET_DIR": "/data"}, "--nodes=2: a setting is key=value"),
-    ],
-)
-def test_under_slurm_bad_input_is_reported(
-    arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
-) -> None:
-    code, out, err = run_refused(SLURM, tmp_path, *arguments, **environment)
-    assert (code, out) == (2, "")
-    assert message in err.splitlines()[0]
-    assert err.splitlines()[1].startswith("usage: ")
-
-
 @pytest.mark.parametrize("root", ["/data/a=b", "./a=b", "s3://bucket/key=1", "imagenet"])
 def test_a_folder_or_a_url_may_have_any_name(root: str, tmp_path: Path) -> None:
     code, commands = started(SHELL, tmp_path, root)
-    assert code == 0
-    assert {f"data.root={root}" in command for command in commands} == {True}
-    code, commands = started(SLURM, tmp_path, IMAGENET_DIR=root, SLURM_JOB_ID="7")
     assert code == 0
     assert {f"data.root={root}" in command for command in commands} == {True}

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The published table (batch 256, 8K, 16K, 32K) on ImageNet, on one machine or on several.
+# The published table (batch 256, 8K, 16K, 32K) on ImageNet: on one machine, on several, or as jobs of Slurm.
 #
-#   scripts/results/reproduce_imagenet_table.sh /data/imagenet [SETTING...]                              one machine
-#   NODES=4 NODE=0 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet          first of four
-#   NODES=4 NODE=1 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet          second, and so on
+#   scripts/results/reproduce_imagenet_table.sh /data/imagenet [SETTING...]                          one machine
+#   NODES=4 NODE=0 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet      first of four
+#   NODES=4 NODE=1 HEAD=gpu01 GPUS=8 scripts/results/reproduce_imagenet_table.sh /data/imagenet      second, and so on
+#   SBATCH="--nodes=4" scripts/results/reproduce_imagenet_table.sh /data/imagenet                    Slurm: a job for each row
 #
 # /data/imagenet is the folder or URL with ImageNet's train/ and val/; a SETTING is key=value, such as seed=1. Several
 # machines must share the file system of the current folder; the runs are in ./runs. The same command resumes, and finished
 # rows only print their results. mode=plan at the end prints the plan for one machine, without training. Bad input ends
-# the script with exit code 2 before anything starts.
+# the script with exit code 2 before anything starts. SBATCH has options of sbatch for scripts/cluster/slurm_run.sbatch,
+# which checks the machines and requeues the job. The number of machines does not change the curves.
 #
 # Takes hours to days: docs/results.md has hours, disk and memory. Figures: docs/results.md.
 set -euo pipefail
@@ -20,7 +22,7 @@ esac
 
 refuse() {
     echo "$0: $1" >&2
-    echo "usage: [NODES=N NODE=0..N-1 HEAD=NAME GPUS=PER_MACHINE] $0 DATA_ROOT [SETTING...]" >&2
+    echo "usage: [NODES=N NODE=0..N-1 HEAD=NAME GPUS=PER_MACHINE | SBATCH=OPTIONS] $0 DATA_ROOT [SETTING...]" >&2
     exit 2
 }
 
@@ -71,6 +73,16 @@ case "$*" in
         ;;
 esac
 
+# Eight ghost batches of 32 images feed at most eight GPUs: row 256 uses one machine, and comes last, so that none waits.
+if [ -n "${SBATCH:-}" ]; then
+    read -ra options <<<"$SBATCH"
+    job=$(dirname "$0")/../cluster/slurm_run.sbatch
+    for row in 32k 16k 8k; do
+        sbatch "${options[@]}" --job-name="table-$row" "$job" batch="$row" data=imagenet data.root="$data" "$@"
+    done
+    sbatch "${options[@]}" --nodes=1 --job-name=table-256 "$job" batch=256 data=imagenet data.root="$data" "$@"
+    exit
+fi
 if [ "$nodes" -eq 1 ]; then
     exec lars-train -m batch=256,8k,16k,32k data=imagenet data.root="$data" "$@"
 fi
@@ -78,7 +90,6 @@ for row in 32k 16k 8k; do
     torchrun --nnodes "$nodes" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id "table-$row" \
         --rdzv-endpoint "$head:29400" -m lars_train batch="$row" data=imagenet data.root="$data" "$@"
 done
-# Eight ghost batches of 32 images feed at most eight GPUs: this row uses one machine, and comes last, so that none waits.
 if [ "$node" -eq 0 ]; then
     lars-train batch=256 data=imagenet data.root="$data" "$@"
 fi
