@@ -188,9 +188,8 @@ for stage in "${stages[@]}"; do
     echo "=== $stage: $total s at most"
     [ "$total" -le "$most" ] || failed+=("$stage, $total s instead of $most")
 done
-join() { local IFS=';' && echo "$*"; }
-wrong=$(join "${failed[@]}")
-if [ -n "$wrong" ]; then
+if [ "${#failed[@]}" -gt 0 ]; then
+    wrong=$(IFS=';' && echo "${failed[*]}")
     echo "=== failed: $wrong"
     exit 1
 fi

@@ -13,8 +13,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
+    from lars_train.config import Config
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+LARS_TRAIN = [sys.executable, "-m", "lars_train"]
 GRACE_S = 10.0
 """Seconds from SIGTERM to SIGKILL. On SIGTERM a run of lars-train finishes its update and writes a checkpoint."""
 
@@ -82,6 +85,18 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+def compose(settings: Sequence[str]) -> Config:
+    """Return the config of a run with these settings, as on the command line. Raises `ConfigError`."""
+    from hydra import compose, initialize_config_dir
+
+    from lars_train.config import config_dir, register, resolve
+    from lars_train.config.arguments import prepare_arguments
+
+    register()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return resolve(compose("config", prepare_arguments(list(settings), None)))
+
+
 # Pages
 
 
@@ -95,14 +110,21 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def device_name(device: str) -> str:
+    """Return the name of the GPU if `device` is cuda, else of the processor."""
+    if device != "cuda":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def software(*packages: str) -> str:
     """Return the versions of Python, torch, and the installed ones among `packages`."""
     found = [f"Python {platform.python_version()}"]
     for name in ("torch", *packages):
-        try:
+        with suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
     return ", ".join(found)
 
 
@@ -120,6 +142,20 @@ def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
         elif not word.startswith("--write="):
             words.append(word)
     return f"python {shlex.join(words)}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Return a Markdown table; the first column is aligned to the left, the others to the right."""
+    head, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows))
+    return [head, f"|---|{'---:|' * (len(heads) - 1)}", *lines]
+
+
+def spread(values: Sequence[float] | NDArray[Any], form: str, low: float = 10, high: float = 90) -> str:
+    """Return the median of `values`, with their percentiles `low` and `high`: ``2.0 (1.5 to 3.1)`` for `form` .1f."""
+    import numpy as np
+
+    least, middle, most = np.percentile(values, [low, 50, high])
+    return f"{middle:{form}} ({least:{form}} to {most:{form}})"
 
 
 def between_markers(text: str, name: str, lines: list[str]) -> str:

@@ -81,12 +81,9 @@ def table(found: Rates) -> list[str]:
         share = "" if busy == 0 else f" = {statistics.mean(own) / quiet:.2f}"
         return f"{statistics.mean(own):,.3g} ({min(own):,.3g} to {max(own):,.3g}){share}"
 
-    head = " | ".join(f"`{name}`" if name else "default" for name in names)
-    lines = ["", f"| | {head} |", f"|---|{'---:|' * len(names)}"]
-    for busy in BUSY:
-        cells = " | ".join(cell(name, busy) for name in names)
-        lines.append(f"| {f'beside {busy} busy' if busy else 'alone'} | {cells} |")
-    return lines
+    heads = ["", *(f"`{name}`" if name else "default" for name in names)]
+    rows = ([f"beside {busy} busy" if busy else "alone", *(cell(name, busy) for name in names)] for busy in BUSY)
+    return ["", *shared.table(heads, rows)]
 
 
 class PausedRun:
@@ -100,13 +97,13 @@ class PausedRun:
         folder.mkdir()
         own = ["epochs=100000", "schedule.scale_warmup=false", "log_every=1", f"run.dir={folder}/run", "verbosity=0"]
         self._log = folder / "run/metrics.jsonl"
-        command = [sys.executable, "-m", "lars_train", *own]
+        command = [*shared.LARS_TRAIN, *own]
         self._process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
         runs.callback(self._process.wait)
         runs.callback(self._process.kill)  # no result is lost: the log is read between turns
         while self._updates() < WARM_UP:
             if self._process.poll() is not None:
-                raise subprocess.CalledProcessError(self._process.returncode, "lars-train")
+                sys.exit(f"{command}: ended with code {self._process.returncode}")
             time.sleep(0.1)
         self._process.send_signal(signal.SIGSTOP)
         self._images = json.loads((folder / "run/run.json").read_text())["plan"]["global_batch"]

@@ -306,17 +306,18 @@ def measure(contenders: dict[str, Contender], rounds: int, device: torch.device)
 
 def table(times: dict[str, Times], calls: dict[str, tuple[int, int]]) -> list[str]:
     """Return a Markdown table of the times by mode, their ratios, and a step's operations and host syncs."""
-    head = [f"{mode}, ms (10th to 90th percentile) | ÷ SGD fused | ÷ LARS" for mode in times]
-    head += ["operations on a GPU | host syncs"] if calls else []
-    lines = [f"| one step of | {' | '.join(head)} |", f"|---|{'---:|' * (3 * len(times) + 2 * bool(calls))}"]
+    heads = ["one step of"]
+    for mode in times:
+        heads += [f"{mode}, ms (10th to 90th percentile)", "÷ SGD fused", "÷ LARS"]
+    heads += ["operations on a GPU", "host syncs"] if calls else []
+    rows = []
     for name in next(iter(times.values())):
-        cells = [name]
-        for mode in times.values():
-            low, middle, high = np.percentile(mode[name], [10, 50, 90])
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-            cells += [f"{np.median(mode[name] / mode[to]):.2f}" for to in ("SGD, fused", OURS)]
-        lines.append(f"| {' | '.join([*cells, *map(str, calls.get(name, ()))])} |")
-    return lines
+        cells: list[object] = [name]
+        for own in times.values():
+            cells.append(shared.spread(own[name], ".2f"))
+            cells += [f"{np.median(own[name] / own[to]):.2f}" for to in ("SGD, fused", OURS)]
+        rows.append([*cells, *calls.get(name, ())])
+    return shared.table(heads, rows)
 
 
 def run(given: Problem, threads: Sequence[int], rounds: int) -> list[str]:
@@ -339,10 +340,10 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
     """Measure, print, write."""
     shared.require_cuda(parser, args.device)
     device = torch.device(args.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else shared.cpu_name()
     lines = [
-        f"`python scripts/bench/bench_lars.py --device {args.device}` on {where}; {shared.software(*PACKAGES)}. "
-        f"float32, momentum {MOMENTUM}, weight decay {DECAY:g}; {args.rounds} rounds after {WARM_UP} that do not count."
+        f"`python scripts/bench/bench_lars.py --device {args.device}` on {shared.device_name(args.device)}; "
+        f"{shared.software(*PACKAGES)}. float32, momentum {MOMENTUM}, weight decay {DECAY:g}; "
+        f"{args.rounds} rounds after {WARM_UP} that do not count."
     ]
     print(lines[0], flush=True)
     short = lines.copy()

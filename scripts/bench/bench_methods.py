@@ -32,11 +32,9 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
     PARSER.add_argument("methods", nargs="*", help="settings of a method, in quotes (all of METHODS)")
     ARGS = PARSER.parse_args()
 
-import bench_monitoring
-import torch
+from bench_monitoring import clock, describe, make_run
 
 from lars_train.errors import ConfigError
-from lars_train.training.run import Run
 
 METHODS = (
     "model.blurpool=true",
@@ -48,51 +46,39 @@ METHODS = (
     "augment.auto=randaugment",
     "data.train_size=48",
 )
+NO_LINE = 10**6
+"""A value of `log_every` without a log line during the measurement."""
 
 
 def main(parser: ArgumentParser, args: Namespace) -> None:
     """Measure, print, write."""
-    try:
-        lines = measure(args.methods or METHODS, args.settings, args.rounds, args.updates)
-    except ConfigError as error:
-        parser.error(str(error))
-    shared.publish(lines, args.write, "bench_methods")
-
-
-def measure(methods: Sequence[str], settings: Sequence[str], rounds: int, updates: int) -> list[str]:
-    """Return the figures as Markdown."""
     rows = []
-    for method in methods:
-        rates, seconds = compare(method.split(), settings, rounds, updates)
-        low, middle, high = statistics.quantiles(rates, n=4)
-        rows.append(
-            f"| `{method}` | {middle:.3f} ({low:.3f} to {high:.3f}) | {1e3 * statistics.median(seconds):+.1f} |"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder) / "run", settings, 1)
-        run.close()
-    on_cuda = run.context.device.type == "cuda"
-    where = torch.cuda.get_device_name() if on_cuda else f"{shared.cpu_name()}, {run.resolved.threads} thread(s)"
-    return [
-        f"{run.config.model.name} at {run.config.data.image_size} pixels, {run.plan.global_batch} images an update in "
-        f"micro-batches of {run.resolved.micro_batch}, {run.resolved.precision}; {where}, {shared.software()}; median "
-        f"(and quartiles) of {rounds} turns of {updates} updates "
-        f"(`{shared.command_line(__file__).removeprefix('python ')}`):",
+    for method in args.methods or METHODS:
+        try:
+            what, rates, seconds = compare(method.split(), args.settings, args.rounds, args.updates)
+        except ConfigError as error:
+            parser.error(str(error))
+        rows.append((f"`{method}`", shared.spread(rates, ".3f", 25, 75), f"{1e3 * statistics.median(seconds):+.1f}"))
+    lines = [
+        f"{what}; median (and quartiles) of {args.rounds} turns of {args.updates} updates "
+        f"(`{shared.command_line(__file__)}`):",
         "",
-        "| method | images/s, relative to none | ms more per update |",
-        "|---|---|---|",
-        *rows,
+        *shared.table(["method", "images/s, relative to none", "ms more per update"], rows),
     ]
+    shared.publish(lines, args.write, "bench_methods")
 
 
 def compare(
     method: Sequence[str], settings: Sequence[str], rounds: int, updates: int
-) -> tuple[list[float], list[float]]:
-    """Return, for each turn, the method's images/s relative to none, and the seconds that it adds to an update."""
+) -> tuple[str, list[float], list[float]]:
+    """Return a description of the run without the method, and two figures of each turn with it.
+
+    The figures are images/s relative to the run without it, and the seconds that it adds to an update.
+    """
     rates, seconds = [], []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         runs = [
-            make_run(Path(folder) / name, [*settings, *own], updates * (rounds + 1))
+            make_run(Path(folder) / name, NO_LINE, updates * (rounds + 1), [*settings, *own])
             for name, own in (("without", []), ("with", method))
         ]
         streams = [stack.enter_context(closing(run._batches())) for run in runs]
@@ -101,20 +87,15 @@ def compare(
         for _ in range(rounds + 1):
             took = []
             for run, batches in zip(runs, streams, strict=True):
-                started = bench_monitoring.clock(run.context.device)
+                started = clock(run.context.device)
                 for _ in range(updates):
                     run._one_update(batches)
-                took.append(bench_monitoring.clock(run.context.device) - started)
+                took.append(clock(run.context.device) - started)
             rates.append(took[0] / took[1])
             seconds.append((took[1] - took[0]) / updates)
         for run in runs:
             run.close()
-    return rates[1:], seconds[1:]
-
-
-def make_run(directory: Path, settings: Sequence[str], updates: int) -> Run:
-    """Return a run without a log line in its first `updates`. Raises `ConfigError`."""
-    return bench_monitoring.make_run(directory, 10**6, updates, settings)
+    return describe(runs[0]), rates[1:], seconds[1:]
 
 
 if __name__ == "__main__":

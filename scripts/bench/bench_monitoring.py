@@ -34,10 +34,7 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
     ARGS = PARSER.parse_args()
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from lars_train.config import config_dir, register, resolve
-from lars_train.config.arguments import prepare_arguments
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks
 from lars_train.training.device import choose_device
@@ -97,18 +94,23 @@ def measure(every: int, lines: int, settings: Sequence[str]) -> list[str]:
         run.close()
     # The first line starts TensorBoard's thread and writes example images.
     del shares[0], milliseconds[0]
-    config = run.config
-    cpu = f"{shared.cpu_name()}, {run.resolved.threads} thread(s)"
     return [
-        f"{config.model.name} at {config.data.image_size} pixels, {run.plan.global_batch} images an update in "
-        f"micro-batches of {run.resolved.micro_batch}, {run.resolved.precision}, a log line every {every} update(s); "
-        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}, {shared.software()}; median of "
-        f"{lines} lines (`{shared.command_line(__file__).removeprefix('python ')}`):",
+        f"{describe(run)}; median of {lines} log lines, one every {every} update(s) "
+        f"(`{shared.command_line(__file__)}`):",
         "",
         f"- measuring for a line and writing it: {statistics.median(milliseconds):.1f} ms, "
         f"{100 * statistics.median(shares):.2f} % of the updates' time (least to most: {100 * min(shares):.2f} to "
         f"{100 * max(shares):.2f}).",
     ]
+
+
+def describe(run: Run) -> str:
+    """Return the network and images of a run, and the machine and software."""
+    return (
+        f"{run.config.model.name} at {run.config.data.image_size} pixels, {run.plan.global_batch} images an update in "
+        f"micro-batches of {run.resolved.micro_batch}, {run.resolved.precision}; "
+        f"{shared.device_name(run.context.device.type)}, {run.resolved.threads} thread(s), {shared.software()}"
+    )
 
 
 def make_run(directory: Path, log_every: int, updates: int, settings: Sequence[str]) -> Run:
@@ -118,9 +120,7 @@ def make_run(directory: Path, log_every: int, updates: int, settings: Sequence[s
         ConfigError: lars-train rejects a setting.
     """
     keys = [*SETTINGS, *settings, f"log_every={log_every}", f"run.dir={directory}", "verbosity=0"]
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = resolve(compose("config", prepare_arguments(keys, None)))
+    config = shared.compose(keys)
     config.data.train_count = (config.batch.size or config.batch.nominal) * (updates + 1)
     directory.mkdir()
     return Run(prepare(config), Group(Ranks()), choose_device(config, Ranks()))

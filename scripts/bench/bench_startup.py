@@ -12,7 +12,6 @@ Takes about four minutes. Figures: docs/benchmarks.md.
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,16 +26,12 @@ SETTINGS = (
     "data.image_size=64 batch.size=32 optimizer.lr=0.1 schedule.warmup_epochs=0 epochs=1 max_updates=1 log_every=1 "
     "launch.nproc=1"
 ).split()
-HELP, FIRST, TORCH, DIRECTORY, SET_UP, END, NEXT = (
-    "`lars-train --help`",
-    "a run of one update, to its first update",
-    "Python and `import torch` alone",
-    "the run, to its run directory: imports, settings, checks",
+DIRECTORY, SET_UP, FIRST, END = (
+    "a run of one update, to its run directory: imports, settings, checks",
     "the run, until data, network and logs are set up",
+    "the run, to its first update",
     "the run, to its end, with evaluation and checkpoint",
-    "in a sweep, from the end of one run to the first update of the next",
 )
-PROGRAM = [sys.executable, "-m", "lars_train"]
 
 
 def main() -> None:
@@ -46,27 +41,21 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="(resnet50)")
     args = parser.parse_args()
     settings = [*SETTINGS, f"model={args.model}"]
-    found: dict[str, list[float]] = {name: [] for name in (HELP, TORCH, DIRECTORY, SET_UP, FIRST, END, NEXT)}
-    for number in range(args.rounds + 1):
-        times = {
-            HELP: time_process([*PROGRAM, "--help"]),
-            TORCH: time_process([sys.executable, "-c", "import torch"]),
+    _, *rounds = [
+        {
+            "`lars-train --help`": time_process([*shared.LARS_TRAIN, "--help"]),
+            "Python and `import torch` alone": time_process([sys.executable, "-c", "import torch"]),
             **time_run(settings),
-            NEXT: time_between_runs(settings),
+            "in a sweep, from the end of one run to the first update of the next": time_between_runs(settings),
         }
-        if number:
-            for name, value in times.items():
-                found[name].append(value)
+        for _ in range(args.rounds + 1)
+    ]
+    rows = ((name, shared.spread([times[name] for times in rounds], ".2f", 0, 100)) for name in rounds[0])
     lines = [
         f"`{shared.command_line(__file__)}` on {shared.cpu_name()}; {shared.software()}. {args.rounds} rounds; "
         f"`lars-train {' '.join(settings)}`.",
         "",
-        "| | seconds, median (least to most) |",
-        "|---|---:|",
-        *(
-            f"| {name} | {statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f}) |"
-            for name, own in found.items()
-        ),
+        *shared.table(["", "seconds, median (least to most)"], rows),
     ]
     shared.publish(lines, args.write, "bench_startup")
 
@@ -89,7 +78,8 @@ def time_run(settings: list[str]) -> dict[str, float]:
             SET_UP: (directory / "tensorboard").exists,
             FIRST: lambda: has_update(directory / "metrics.jsonl"),
         }
-        with shared.running([*PROGRAM, *settings, f"run.dir={directory}"], stdout=subprocess.DEVNULL) as process:
+        command = [*shared.LARS_TRAIN, *settings, f"run.dir={directory}"]
+        with shared.running(command, stdout=subprocess.DEVNULL) as process:
             found = {name: wait_until(process, reached) - began for name, reached in stages.items()}
             wait(process)
             return {**found, END: time.perf_counter() - began}
@@ -99,7 +89,7 @@ def time_between_runs(settings: list[str]) -> float:
     """Return the seconds from the end of a sweep's first run to the second run's first update."""
     with tempfile.TemporaryDirectory() as folder:
         sweep = ["-m", *settings, "seed=0,1", f"run.dir={folder}/run${{seed}}", f"hydra.sweep.dir={folder}/sweep"]
-        with shared.running([*PROGRAM, *sweep], stdout=subprocess.DEVNULL) as process:
+        with shared.running([*shared.LARS_TRAIN, *sweep], stdout=subprocess.DEVNULL) as process:
             ended = wait_until(process, (Path(folder) / "run0/final.json").exists)
             began = wait_until(process, lambda: has_update(Path(folder) / "run1/metrics.jsonl"))
             wait(process)
@@ -107,22 +97,18 @@ def time_between_runs(settings: list[str]) -> float:
 
 
 def wait_until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> float:
-    """Poll every 10 ms until a stage is reached; return the time.
-
-    Raises:
-        CalledProcessError: the process ended before that.
-    """
+    """Poll every 10 ms until a stage is reached; return the time. Exit if the process ends before that."""
     while not reached():
         if process.poll() is not None and not reached():
-            raise subprocess.CalledProcessError(process.returncode, process.args)
+            sys.exit(f"{process.args!r}: ended with code {process.returncode}")
         time.sleep(0.01)
     return time.perf_counter()
 
 
 def wait(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process; raise CalledProcessError if it fails."""
+    """Wait for a process; exit if it fails."""
     if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, process.args)
+        sys.exit(f"{process.args!r}: ended with code {process.returncode}")
 
 
 def has_update(path: Path) -> bool:
@@ -132,7 +118,4 @@ def has_update(path: Path) -> bool:
 
 if __name__ == "__main__":
     shared.exit_on_signals()
-    try:
-        main()
-    except subprocess.CalledProcessError as error:  # the run has printed its own error
-        sys.exit(str(error))
+    main()

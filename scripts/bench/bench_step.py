@@ -57,10 +57,10 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
 
 import numpy as np
 import torch
-from training_steps import BARE, BEST, BEST_EAGER, CASES, OURS, STEPS, TIMM, TUNED, WITHOUT, Case, Step, precision
+from training_steps import BARE, BEST, BEST_EAGER, CASES, OURS, STEPS, TIMM, TUNED, WITHOUT, Case, Step
 
 from lars_train.config import Config
-from lars_train.training.device import available_cores, set_up
+from lars_train.training.device import available_cores, choose_precision, set_up
 
 SYNC_EVERY = 10
 """Updates after which the host waits for a GPU, as at log lines."""
@@ -154,26 +154,21 @@ def table(case: Case, times: Times, memory: dict[str, float]) -> list[str]:
     on_gpu = case.device.type == "cuda"
     heads = ["images/s, median (10th to 90th percentile)", "÷ (a)", "÷ (b)", "÷ (c) compiled", "÷ (c) eager"]
     heads += ["memory, MB"] * on_gpu
-    lines = [
-        f"{case.name}, {case.images} images of {case.size} x {case.size} in ghost batches of {case.ghost}, "
-        f"{precision(case.device).name}:",
-        "",
-        f"| | {' | '.join(heads)} |",
-        f"|---|{'---:|' * len(heads)}",
-    ]
+    rows = []
     for name, own in times.items():
-        low, middle, high = np.percentile(case.images / np.array(own), [10, 50, 90])
-        cells = [f"{middle:,.1f} ({low:,.1f} to {high:,.1f})"]
+        cells = [name, shared.spread(case.images / np.array(own), ",.1f")]
         cells += [ratio(name, to) for to in (BARE, TIMM, BEST, BEST_EAGER)]
-        cells += [f"{memory[name]:,.0f}"] * on_gpu
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        rows.append(cells + [f"{memory[name]:,.0f}"] * on_gpu)
+    images = f"{case.images} images of {case.size} x {case.size} in ghost batches of {case.ghost}"
+    precision = choose_precision("auto", case.device).name
+    return [f"{case.name}, {images}, {precision}:", "", *shared.table(["", *heads], rows), ""]
 
 
 def sweep(case: Case, args: Namespace) -> None:
     """Print a table of `case` with the micro-batches of `args.sweep`, row by row."""
     set_up(Config(), case.device, available_cores())
-    print(f"{case.name}, images of {case.size} x {case.size}, {precision(case.device).name}:\n")
+    precision = choose_precision("auto", case.device).name
+    print(f"{case.name}, images of {case.size} x {case.size}, {precision}:\n")
     print("| | micro-batch | ghost batch | ms an update, median (10th to 90th percentile) | images/s | memory, MB |")
     print("|---|---:|---:|---:|---:|---:|", flush=True)
     names: list[str] = args.only or [OURS, BEST_EAGER, TUNED, BEST]
@@ -203,9 +198,8 @@ def sweep_cells(name: str, case: Case, args: Namespace) -> tuple[str, str, str]:
         times = 1000 * np.array([turn(step, case.device, args.seconds) for _ in range(args.rounds)])
     except Exception as error:  # out of memory, or anything that a compiler or a peer raises
         return shared.first_line(error).replace("|", "\\|"), "-", "-"
-    low, middle, high = np.percentile(times, [10, 50, 90])
-    speed = f"{1000 * case.images / middle:,.1f}"
-    return f"{middle:,.1f} ({low:,.1f} to {high:,.1f})", speed, f"{memory:,.0f}" if memory else "-"
+    speed = f"{1000 * case.images / np.median(times):,.1f}"
+    return shared.spread(times, ",.1f"), speed, f"{memory:,.0f}" if memory else "-"
 
 
 def select_cases(parser: ArgumentParser, args: Namespace) -> list[Case]:
@@ -229,10 +223,9 @@ def select_cases(parser: ArgumentParser, args: Namespace) -> list[Case]:
 def main(parser: ArgumentParser, args: Namespace) -> None:
     """Measure, print, write."""
     cases = select_cases(parser, args)
-    device = f"{shared.cpu_name()}, {available_cores()} threads"
-    if args.device == "cuda":
-        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    what = f"`{shared.command_line(__file__)}` on {device}; {shared.software('torchvision', 'timm')}."
+    cores = f"CUDA {torch.version.cuda}" if args.device == "cuda" else f"{available_cores()} threads"
+    where = f"{shared.device_name(args.device)}, {cores}"
+    what = f"`{shared.command_line(__file__)}` on {where}; {shared.software('torchvision', 'timm')}."
     if args.sweep:
         print(f"{what} {args.rounds} turns of {args.seconds:g} s.\n", flush=True)
         for case in cases:

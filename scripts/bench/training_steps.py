@@ -6,21 +6,19 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import shared
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lars_train.config import Config, OptimizerConfig, ScheduleConfig
+from lars_train.config import Config
 from lars_train.data.loading.loader import Batch, Stream
 from lars_train.launch import Ranks
-from lars_train.models.factory import build_model
-from lars_train.models.losses import TrainingLoss
-from lars_train.run_plan import Plan, make_schedule
-from lars_train.training.assemble import build_optimizer
+from lars_train.run_plan import make_plan, make_schedule
+from lars_train.training.assemble import build_optimizer, build_trainer, make_network
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext, normalizer
 from lars_train.training.distributed import Group
-from lars_train.training.trainer import Hyper, Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -47,11 +45,6 @@ CASES = {
     # The largest micro-batch that lars-train chooses.
     "cuda": (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA)),
 }
-
-
-def precision(device: torch.device) -> Precision:
-    """Return the precision that ``precision=auto`` selects on a device."""
-    return choose_precision("auto", device)
 
 
 def pixels(case: Case) -> tuple[Tensor, Tensor]:
@@ -115,7 +108,7 @@ def of_timm(case: Case) -> Step:
     model = model.to(case.device, memory_format=torch.channels_last)
     optimizer = optimizers.create_optimizer_v2(model, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=1e-4)
     loss_of, meter = losses.LabelSmoothingCrossEntropy(0.1), utilities.AverageMeter()
-    kind = precision(case.device)
+    kind = choose_precision("auto", case.device)
     images, labels = normalized(case, choose_precision("fp32", case.device))
 
     def step() -> None:
@@ -134,7 +127,7 @@ def best(case: Case, compiled: bool) -> Step:
     model = plain_network(case).to(memory_format=torch.channels_last)
     forward = torch.compile(model) if compiled else model
     optimizer = plain_sgd(model, fused=True)
-    kind = precision(case.device)
+    kind = choose_precision("auto", case.device)
     images, labels = normalized(case, kind)
 
     def step() -> None:
@@ -147,26 +140,18 @@ def best(case: Case, compiled: bool) -> Step:
     return step
 
 
-def ghost_network(case: Case) -> nn.Module:
+def config_of(case: Case, compiled: bool = False) -> Config:
+    """Return the config of a run with LARS, of a million updates."""
+    data = f"data=synthetic data.num_classes={case.classes} data.image_size={case.size} data.train_count={case.images}"
+    model = f"model={case.name} model.ghost_batch={case.ghost} batch.size={case.images} compile={compiled}"
+    return shared.compose(f"{data} {model} epochs=1000000 optimizer.lr=1".split())
+
+
+def network_of(case: Case, config: Config) -> nn.Module:
     """Return lars-train's network, with ghost batch norm."""
     torch.manual_seed(0)
-    model = build_model(case.name, num_classes=case.classes, ghost_batch=case.ghost, zero_gamma=False)
-    return model.to(case.device).to(memory_format=torch.channels_last).train()
-
-
-def lars_options() -> OptimizerConfig:
-    """Return LARS with the values of the recipe's 32K row."""
-    return OptimizerConfig(
-        name="lars",
-        base="SGD",
-        lr=1.0,
-        momentum=0.9,
-        weight_decay=5e-4,
-        decay_norm_bias=True,
-        adapt_norm_bias=True,
-        eps=1e-8,
-        trust_coef=0.001,
-    )
+    network = make_network(config, case.classes)
+    return network.to(case.device).to(memory_format=torch.channels_last).train()
 
 
 class SameBatch(Stream):
@@ -184,30 +169,10 @@ class SameBatch(Stream):
 
 def ours(case: Case, compiled: bool = False) -> Step:
     """Return contender (d): the update of a run's trainer."""
-    many, kind = 10**6, precision(case.device)
-    plan = Plan(
-        samples=many * case.images,
-        nominal_batch=case.images,
-        global_batch=case.images,
-        ghost_batch=case.ghost,
-        scaled=False,
-        raised=False,
-        epochs=1,
-        updates_per_epoch=many,
-        updates=many,
-        stop=many,
-        warmup_updates=many // 10,
-    )
-    model, settings = ghost_network(case), lars_options()
-    schedule = make_schedule(plan, Config(optimizer=settings, schedule=ScheduleConfig(power=2.0, form="whole")))
-    trainer = Trainer(
-        model,
-        build_optimizer(settings, model),
-        plan,
-        Hyper(schedule, TrainingLoss()),
-        RankContext(case.device, Group(Ranks()), kind, normalizer(MEAN, STD, case.device, kind)),
-        compiled=compiled,
-    )
+    config = config_of(case, compiled)
+    plan = make_plan(config, case.images)
+    context = RankContext.from_config(config, case.device, Group(Ranks()), choose_precision("auto", case.device))
+    trainer = build_trainer(config, plan, network_of(case, config), make_schedule(plan, config), context)
     images, labels = pixels(case)
     if case.device.type == "cuda":
         images, labels = images.pin_memory(), labels.pin_memory()
@@ -221,9 +186,9 @@ def ours(case: Case, compiled: bool = False) -> Step:
 
 def without_trainer(case: Case) -> Step:
     """Return (d) without the trainer: no schedule, guard, meters, running statistics or counters."""
-    kind = precision(case.device)
-    model = ghost_network(case)
-    optimizer = build_optimizer(lars_options(), model)
+    config, kind = config_of(case), choose_precision("auto", case.device)
+    model = network_of(case, config)
+    optimizer = build_optimizer(config.optimizer, model)
     normalize = normalizer(MEAN, STD, case.device, kind)
     images, labels = (tensor.to(case.device) for tensor in pixels(case))
 

@@ -13,7 +13,6 @@ Takes half a minute. Figures: none; docs/releasing.md says where it runs.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import io
 import itertools
@@ -28,6 +27,9 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
 
 BUILT = {
     r"lars_train/optim/kernels\.abi3\.so": "LARS's C kernels. The build found no C compiler: see its log",
@@ -159,9 +161,7 @@ def check_installed() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "wheel", nargs="?", type=Path, metavar="WHEEL", help="a built wheel (default: the installed one)"
-    )
+    parser = shared.make_parser(__doc__)
+    parser.add_argument("wheel", nargs="?", type=Path, metavar="WHEEL", help="a built wheel (the installed one)")
     given = parser.parse_args().wheel
     check_installed() if given is None else check_built(given)

@@ -65,12 +65,6 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def encoder() -> str:
-    """Return the versions that determine the PNG bytes, for the comment of the zip."""
-    zlib = f"zlib-ng {ng}" if (ng := features.version("zlib_ng")) else f"zlib {features.version('zlib')}"
-    return f"Pillow {features.version('pil')}, {zlib}"
-
-
 def build(source: Path) -> bytes:
     """Return the bytes of the zip."""
     entries: dict[str, bytes] = {}
@@ -80,8 +74,10 @@ def build(source: Path) -> bytes:
         for index in choose(labels, per_class, key):
             entries[f"{split}/{CLASSES[labels[index]]}/{index:05d}.png"] = encode_png(images[index])
     out = io.BytesIO()
+    # The versions that determine the bytes of the PNGs.
+    zlib = f"zlib-ng {ng}" if (ng := features.version("zlib_ng")) else f"zlib {features.version('zlib')}"
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        archive.comment = encoder().encode()
+        archive.comment = f"Pillow {features.version('pil')}, {zlib}".encode()
         for name in sorted(entries):
             info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             info.create_system = 3
@@ -94,12 +90,8 @@ def main() -> None:
     """Write the file."""
     parser = shared.make_parser(__doc__)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--target", type=Path, default=TARGET)
-    args = parser.parse_args()
-    built = build(args.source)
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    args.target.write_bytes(built)
-    print(f"{args.target}: {len(built):,} bytes")
+    TARGET.write_bytes(build(parser.parse_args().source))
+    print(f"{TARGET}: {TARGET.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

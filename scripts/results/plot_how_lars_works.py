@@ -29,7 +29,6 @@ if __name__ == "__main__":  # parsed before matplotlib is imported, so that --he
     ARGS = PARSER.parse_args()
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lars_train.report.curves import COLORS, LINES, MARKERS
@@ -63,7 +62,7 @@ STYLE: Any = {
 def train(directory: Path, epochs: int, settings: Sequence[str]) -> RunRecord:
     """Train the run in `directory` unless it has finished; return its record. A run that diverges ends early."""
     own = (f"run.dir={directory}", f"epochs={epochs}", *settings)
-    with shared.running([sys.executable, "-m", "lars_train", *SETTINGS, *own]) as process:
+    with shared.running([*shared.LARS_TRAIN, *SETTINGS, *own]) as process:
         code = process.wait()
     if code and not (directory / "divergence.jsonl").exists():
         sys.exit(code)
@@ -103,17 +102,14 @@ def draw_curves(runs: dict[str, RunRecord]) -> Figure:
         for number, (label, run) in enumerate(runs.items()):
             look: Any = {"color": COLORS[number], "linestyle": LINES[number], "linewidth": 1.4}
             shown = label if run.state == FINISHED else f"{label}: {run.state}"
-            _line(loss, [(p.epoch, p.value) for p in run.loss], **look, label=shown)
-            _line(top1, [(p.epoch, p.value) for p in run.top1], **look, marker=MARKERS[number], markersize=4)
+            loss.plot([p.epoch for p in run.loss], [p.value for p in run.loss], **look, label=shown)
+            look |= {"marker": MARKERS[number], "markersize": 4}
+            top1.plot([p.epoch for p in run.top1], [p.value for p in run.top1], **look)
         loss.set_yscale("log")
         loss.set(title="training loss (nats)", xlabel="epoch")
         top1.set(title="top-1 of the 2,000 validation images (%)", xlabel="epoch", ylim=(0, 100))
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def _line(axes: Axes, points: Sequence[tuple[float, float]], **look: Any) -> None:
-    axes.plot([x for x, _ in points], [y for _, y in points], **look)
 
 
 def series(ratios: Ratios, layer: str, per_epoch: float) -> tuple[list[float], list[float]]:
@@ -136,22 +132,22 @@ def vectors(ratios: Ratios) -> list[str]:
 def page_lines(runs: dict[str, RunRecord], ratios: Ratios, epochs: int) -> list[str]:
     """Return the lines for the page: command and versions, the end of each run, and the spread of the ratios."""
     command = f"python scripts/results/plot_how_lars_works.py --epochs {epochs} --write docs/benchmarks.md"
-    lines = [
-        f"`{command}` on {shared.cpu_name()}, one thread; {shared.software()}.",
-        "",
-        "| optimizer | updates | last training loss | top-1 %, last epoch | how it ended |",
-        "|---|---:|---:|---:|---|",
-    ]
+    ends, spans = [], []
     for label, run in runs.items():
         loss = f"{run.loss[-1].value:.3g}" if run.loss else "-"
         top1 = f"{run.top1[-1].value:.2f}" if run.top1 else "-"
-        lines.append(f"| {label} | {run.updates:,} | {loss} | {top1} | {run.state} |")
-    lines += ["", "| median trust ratio over the run | smallest layer | largest layer |", "|---|---:|---:|"]
+        ends.append((label, f"{run.updates:,}", loss, top1, run.state))
     for name, layers in (("weights", matrices(ratios)), ("batch norm and bias", vectors(ratios))):
         middle = {layer: median(v for v in series(ratios, layer, 1.0)[1] if not math.isnan(v)) for layer in layers}
         low, high = min(middle, key=middle.__getitem__), max(middle, key=middle.__getitem__)
-        lines.append(f"| {name} | {middle[low]:.2g} (`{low}`) | {middle[high]:.2g} (`{high}`) |")
-    return lines
+        spans.append((name, f"{middle[low]:.2g} (`{low}`)", f"{middle[high]:.2g} (`{high}`)"))
+    return [
+        f"`{command}` on {shared.cpu_name()}, one thread; {shared.software()}.",
+        "",
+        *shared.table(["optimizer", "updates", "last training loss", "top-1 %, last epoch", "how it ended"], ends),
+        "",
+        *shared.table(["median trust ratio over the run", "smallest layer", "largest layer"], spans),
+    ]
 
 
 def main() -> None:

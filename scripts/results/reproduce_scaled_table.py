@@ -153,7 +153,7 @@ class Study:
         with log.open("ab") as output:
             # lars-train ends at once if the run has finished, and rejects a run of other settings.
             process = subprocess.Popen(
-                [*(sys.executable, "-m", "lars_train"), *self.data, *COMMON, *holdout, *run.cell.settings, *own, place],
+                [*shared.LARS_TRAIN, *self.data, *COMMON, *holdout, *run.cell.settings, *own, place],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -200,19 +200,8 @@ def as_in_recipe(cell: Cell) -> Cell:
 
 def result(study: Study, cell: Cell, seeds: int, baseline: Cell) -> Result:
     """Return the results of a cell of the table."""
-    found = [study.outcome(Run(cell, seed, choice=False)) for seed in range(seeds)]
-    finals = [final for final in found if final]
-    return Result(
-        row=cell.row,
-        batch=finals[0]["global_batch"] if finals else 0,
-        optimizer=cell.optimizer,
-        lr=finals[0]["lr"] if finals else cell.lr or math.nan,
-        recipe=cell.lr is None,
-        baseline=cell == baseline,
-        final=tuple(final["final_top1"] for final in finals),
-        best=tuple(final["best_top1"] for final in finals),
-        diverged=seeds - len(finals),
-    )
+    finals = [final for seed in range(seeds) if (final := study.outcome(Run(cell, seed, choice=False)))]
+    return Result(cell.row, cell.optimizer, cell.lr, cell == baseline, finals, diverged=seeds - len(finals))
 
 
 def write(args: Namespace, study: Study, sweeps: dict[str, list[Point]], cells: list[Cell], lines: list[str]) -> None:

@@ -44,28 +44,25 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """A cell of the table. `final`, `best`: percent of top-1 on the test images, one number per seed."""
+    """A cell of the table. `lr`: None for the recipe's. `finals`: ``final.json`` of each run that did not diverge."""
 
     row: str
-    batch: int
     optimizer: str
-    lr: float
-    recipe: bool
+    lr: float | None
     baseline: bool
-    final: tuple[float, ...]
-    best: tuple[float, ...]
+    finals: Sequence[dict[str, Any]]
     diverged: int
+
+    def top1(self, kind: str) -> list[float]:
+        """Return the top-1 on the test images in percent for each seed; `kind` is final or best."""
+        return [final[f"{kind}_top1"] for final in self.finals]
 
 
 def sweep_table(name: str, points: Sequence[Point]) -> list[str]:
     """Return a table of held-out top-1 by learning rate, and the range of rates near the best."""
     rates = [f"{point.lr:g}{' (recipe)' if point.recipe else ''}" for point in points]
     found = ["diverged" if point.top1 is None else f"{point.top1:.2f}" for point in points]
-    lines = [
-        f"| {name}: lr | {' | '.join(rates)} |",
-        "|---" * (len(points) + 1) + "|",
-        f"| top-1 %, held out | {' | '.join(found)} |",
-    ]
+    lines = shared.table([f"{name}: lr", *rates], [["top-1 %, held out", *found]])
     low, high = plateau(points)
     if low is not None and high is not None:
         lines += ["", f"Within {NEAR:g} points of its best: lr {low:.3g} to {high:.3g}, a factor of {high / low:.1f}."]
@@ -97,23 +94,23 @@ def plateau(points: Sequence[Point]) -> tuple[float | None, float | None]:
 
 def result_table(results: Sequence[Result]) -> list[str]:
     """Return the table, with the difference of each cell from the baseline."""
-    lines = [
-        "| row | batch | optimizer | lr | top-1 %, last epoch | top-1 %, best epoch | to the 256 row | published |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    baseline = next((fmean(result.final) for result in results if result.baseline and result.final), None)
+    heads = ["row", "batch", "optimizer", "lr", "top-1 %, last epoch", "top-1 %, best epoch"]
+    heads += ["to the 256 row", "published"]
+    rows = []
+    baseline = next((fmean(one.top1("final")) for one in results if one.baseline and one.finals), None)
     for result in results:
-        of_lars = result.optimizer == "lars"
-        published = PUBLISHED.get(result.row) if of_lars and result.recipe else None
-        cells = [
-            *(result.row.upper(), str(result.batch), "LARS" if of_lars else "SGD"),
-            f"{result.lr:g}{' (recipe)' if result.recipe else ''}",
-            *(spread(values, result.diverged) for values in (result.final, result.best)),
-            "" if baseline is None or not result.final else f"{fmean(result.final) - baseline:+.2f}",
-            "" if published is None else f"{-published:+.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        of_lars, first = result.optimizer == "lars", next(iter(result.finals), {})
+        published = PUBLISHED.get(result.row) if of_lars and result.lr is None else None
+        rows.append(
+            [
+                *(result.row.upper(), str(first.get("global_batch", 0)), "LARS" if of_lars else "SGD"),
+                f"{first.get('lr', result.lr or math.nan):g}{' (recipe)' if result.lr is None else ''}",
+                *(spread(result.top1(kind), result.diverged) for kind in ("final", "best")),
+                "" if baseline is None or not result.finals else f"{fmean(result.top1('final')) - baseline:+.2f}",
+                "" if published is None else f"{-published:+.2f}",
+            ]
+        )
+    return shared.table(heads, rows)
 
 
 def spread(values: Sequence[float], diverged: int) -> str:

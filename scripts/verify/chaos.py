@@ -34,9 +34,8 @@ import shared
 
 SETTINGS = (
     "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=16 "
-    "data.augment=pad_crop "
-    "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 batch.size=64 optimizer.lr=2 epochs=20 "
-    "log_every=3 checkpoint.every_updates=7 launch.nproc=2 launch.threads=1 data.workers=1"
+    "data.augment=pad_crop data.workers=1 model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 "
+    "batch.size=64 optimizer.lr=2 epochs=20 log_every=3 checkpoint.every_updates=7 launch.nproc=2 launch.threads=1"
 ).split()
 KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
 # Latest instant of a kill, in seconds: after the entry in the run's record in four of five cases, else after the start.
@@ -78,7 +77,7 @@ def main() -> None:
 @contextmanager
 def start(folder: str, seed: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a run in its own process group, within the context."""
-    command = [sys.executable, "-m", "lars_train", *SETTINGS, seed, f"run.name={name}"]
+    command = [*shared.LARS_TRAIN, *SETTINGS, seed, f"run.name={name}"]
     with (
         (Path(folder) / f"{name}.log").open("ab") as log,
         shared.running(command, cwd=folder, stdout=log, stderr=log, start_new_session=True) as process,

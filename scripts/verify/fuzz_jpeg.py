@@ -66,16 +66,10 @@ def encode(image: Image.Image, **options: object) -> bytes:
 
 
 def build(folder: Path, flags: tuple[str, ...]) -> Path:
-    """Compile the fuzzer into `folder`.
-
-    Raises:
-        CalledProcessError: the compiler failed.
-        FileNotFoundError: there is no compiler.
-    """
-    program = folder / "fuzz_jpeg"
-    compiler = os.environ.get("CC", "cc")
-    source = Path(__file__).with_suffix(".c")
-    subprocess.run([compiler, "-O1", "-g", *flags, str(source), "-ljpeg", "-o", str(program)], check=True)
+    """Compile the fuzzer into `folder`, and return its path."""
+    program, source = folder / "fuzz_jpeg", Path(__file__).with_suffix(".c")
+    command = [os.environ.get("CC", "cc"), "-O1", "-g", *flags, str(source), "-ljpeg", "-o", str(program)]
+    subprocess.run(command, check=True)
     return program
 
 
@@ -96,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
                 file.write(struct.pack("<I", len(seed)) + seed)
         finding = folder / "finding.jpg"
         numbers = map(str, (args.count, args.seconds, args.start))
-        code = subprocess.run([str(program), str(folder / "seeds"), *numbers, str(finding)]).returncode
+        code = subprocess.run([program, folder / "seeds", *numbers, finding]).returncode
         if code:
             if finding.exists():
                 shutil.copy(finding, args.keep)

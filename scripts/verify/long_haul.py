@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -67,12 +66,8 @@ def main() -> int:
 
 
 def watch(settings: list[str], updates: int, folder: Path) -> list[Moment]:
-    """Run, and sample the state of the process about 400 times.
-
-    Raises:
-        CalledProcessError: the run failed.
-    """
-    command = [sys.executable, "-m", "lars_train", *settings, f"run.dir={folder / 'run'}"]
+    """Run, and sample the state of the process about 400 times. Exit if the run fails."""
+    command = [*shared.LARS_TRAIN, *settings, f"run.dir={folder / 'run'}"]
     moments: list[Moment] = []
     with (folder / "output").open("wb") as log, shared.running(command, stdout=log, stderr=log) as process:
         while process.poll() is None:
@@ -81,8 +76,7 @@ def watch(settings: list[str], updates: int, folder: Path) -> list[Moment]:
                 moments.append(moment)
             time.sleep(0.02)
     if process.returncode:
-        print((folder / "output").read_text(), file=sys.stderr)
-        raise subprocess.CalledProcessError(process.returncode, command)
+        sys.exit(f"{(folder / 'output').read_text()}\n{command}: ended with code {process.returncode}")
     return moments
 
 
@@ -138,7 +132,4 @@ def report(moments: list[Moment], settings: list[str]) -> tuple[list[str], list[
 
 if __name__ == "__main__":
     shared.exit_on_signals()
-    try:
-        sys.exit(main())
-    except subprocess.CalledProcessError as error:
-        sys.exit(str(error))
+    sys.exit(main())

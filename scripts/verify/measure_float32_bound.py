@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
@@ -50,31 +49,17 @@ from lars_train.training.run_directory import Invocation
 
 GHOST_BATCH, GHOSTS, UPDATES_PER_EPOCH = 4, 7, 5
 GLOBAL_BATCH, MICRO_BATCHES, EPOCHS = GHOST_BATCH * GHOSTS, (4, 8, 28), 4
-SETTINGS: dict[str, Any] = {
-    "epochs": EPOCHS,
-    "log_every": 1,
-    "device": "cpu",
-    "label_smoothing": 0.1,
-    "batch": {"size": GLOBAL_BATCH},
-    "recipe": {"rows": {"32k": {}}},
-    "data": {
-        "name": "synthetic",
-        "image_size": 12,
-        "augment": "inception",
-        "eval_crop": 1.0,
-        # A few more images than the updates of an epoch use.
-        "train_count": UPDATES_PER_EPOCH * GLOBAL_BATCH + 3,
-        "val_count": 5,
-        "num_classes": 4,
-    },
-    "model": {"name": "small", "ghost_batch": GHOST_BATCH},
-    "optimizer": {"name": "lars", "lr": 1.0, "momentum": 0.9, "trust_coef": 0.01, "weight_decay": 0.001},
-    "schedule": {"warmup_epochs": 1.0},
-    "launch": {"threads": 1},
-    # One evaluation and one checkpoint, at the end.
-    "evaluate": {"every_epochs": 1_000_000},
-    "checkpoint": {"every_updates": 1_000_000, "every_minutes": None},
-}
+# An epoch uses all training images but three. One evaluation and one checkpoint, at the end.
+SETTINGS = OmegaConf.from_dotlist(
+    (
+        f"data.name=synthetic data.train_count={UPDATES_PER_EPOCH * GLOBAL_BATCH + 3} data.val_count=5 "
+        "data.image_size=12 data.num_classes=4 data.augment=inception data.eval_crop=1.0 label_smoothing=0.1 "
+        f"model.name=small model.ghost_batch={GHOST_BATCH} batch.size={GLOBAL_BATCH} epochs={EPOCHS} "
+        "recipe.rows.32k={} optimizer.name=lars optimizer.lr=1.0 optimizer.momentum=0.9 optimizer.trust_coef=0.01 "
+        "optimizer.weight_decay=0.001 schedule.warmup_epochs=1.0 launch.threads=1 device=cpu log_every=1 "
+        "evaluate.every_epochs=1000000 checkpoint.every_updates=1000000 checkpoint.every_minutes=null"
+    ).split()
+)
 
 
 @dataclass(frozen=True)
@@ -124,14 +109,9 @@ def train_all(folder: str, cases: list[Case]) -> None:
 
 def train(directory: Path, case: Case, ranks: Ranks) -> None:
     """Train one rank of a run."""
-    own = {
-        "seed": case.seed,
-        "micro_batch": case.micro_batch,
-        "precision": {"name": case.precision},
-        "data": {"workers": case.workers},
-        "run": {"dir": str(directory)},
-    }
-    raw = OmegaConf.merge(OmegaConf.structured(Config), SETTINGS, own)
+    own = f"seed={case.seed} micro_batch={case.micro_batch} precision.name={case.precision} data.workers={case.workers}"
+    settings = OmegaConf.from_dotlist([*own.split(), f"run.dir={directory}"])
+    raw = OmegaConf.merge(OmegaConf.structured(Config), SETTINGS, settings)
     assert isinstance(raw, DictConfig)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         session.train(prepare(resolve(raw)), ranks, Invocation())
@@ -190,8 +170,8 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
     """Measure, print, write."""
     if max(args.world) > GHOSTS:
         parser.error(f"--world: {GHOSTS} ghost batches serve at most {GHOSTS} ranks")
-    values = itertools.product(args.precision, range(args.seeds), args.world, MICRO_BATCHES, [0])
-    cases = [Case(*one) for one in values]
+    chosen = itertools.product(args.precision, range(args.seeds), args.world, MICRO_BATCHES, [0])
+    cases = list(itertools.starmap(Case, chosen))
     cases = sorted({*cases, *(case.reference for case in cases)}, key=lambda case: (-case.world, case.name))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -127,9 +127,8 @@ def lend_extensions(one: Path, other: Path) -> bool:
         return True
     if [path.read_bytes() for path in sources[0]] != [path.read_bytes() for path in sources[1]]:
         return False
-    lender, files = (other, built[1]) if built[1] else (one, built[0])
-    borrower = one if lender is other else other
-    for path in files:
+    borrower = one if built[1] else other
+    for path in built[0] or built[1]:
         # Next to the source file, which may have moved.
         (source,) = borrower.glob(f"lars_train/**/{path.name.split('.')[0].lstrip('_')}.c")
         shutil.copy(path, source.parent / path.name)
@@ -159,12 +158,8 @@ def outcome(checkout: Path, commands: Sequence[str]) -> dict[str, str]:
     """Run the commands; return their output and files by name."""
     work = checkout.parent / "work" / "case"
     work.mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(checkout),
-        "OMP_NUM_THREADS": "1",
-        "XDG_CACHE_HOME": str(work / "cache"),
-    }
+    own = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(work / "cache")}
+    environment = {**os.environ, **own}
     found: dict[str, str] = {}
     for number, line in enumerate(commands):
         program, *arguments = line.format(folder=work).split()

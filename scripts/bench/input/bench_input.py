@@ -155,23 +155,20 @@ def tables(
     stores: dict[str, Source], names: list[str], rates: dict[Key, npt.NDArray[np.float64]], apart: dict[Key, str]
 ) -> Iterator[str]:
     """Yield a table for each store."""
-    columns = "".join(
-        f" {task}, images/s | ÷ reference, {ORIGINAL} (10th to 90th percentile) | pixels apart: mean, most |"
-        for task in TASKS
-    )
+    heads = ["contender"]
+    for task in TASKS:
+        heads += [f"{task}, images/s", f"÷ reference, {ORIGINAL} (10th to 90th percentile)", "pixels apart: mean, most"]
     for store, images in stores.items():
         size = np.mean([len(read(images, sample)) for sample in range(len(images))])
-        yield from (f"Images, {store}, mean {size / 1e3:.0f} kB:", "", f"| contender |{columns}")
-        yield "|---|" + "---:|" * 3 * len(TASKS)
+        rows = []
         for name in names:
             cells = [name]
             for task in TASKS:
                 own = rates[name, task, store]
-                low, middle, high = np.percentile(own / rates[REFERENCE, task, ORIGINAL], (10, 50, 90))
-                cells += [f"{np.median(own):,.0f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+                cells += [f"{np.median(own):,.0f}", shared.spread(own / rates[REFERENCE, task, ORIGINAL], ".2f")]
                 cells.append(apart.get((name, task, store), "-"))
-            yield f"| {' | '.join(cells)} |"
-        yield ""
+            rows.append(cells)
+        yield from (f"Images, {store}, mean {size / 1e3:.0f} kB:", "", *shared.table(heads, rows), "")
 
 
 def main(parser: ArgumentParser, args: Namespace) -> None:

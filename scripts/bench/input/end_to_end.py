@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import shared
 import torch
 from contenders import BATCH, NORMALIZE, REFERENCE, TRAIN, VIEW, read, reference_transform
 from PIL import Image
@@ -116,11 +117,11 @@ def measure(images: Source, rounds: int, device: torch.device) -> list[str]:
         f"End to end into a batch on {device.type}, {PASSES} passes over the original images, training; CPU time of "
         "all processes, with their start.",
         "",
-        "| contender | workers | images per CPU-second | ÷ reference | images per wall second | ÷ reference |",
-        "|---|---:|---:|---:|---:|---:|",
     ]
+    rows = []
     for (workers, name), both in found.items():
         own, to = np.array(both), np.array(found[workers, REFERENCE])
         (cpu, wall), (cpu_ratio, wall_ratio) = np.median(own, axis=0), np.median(own / to, axis=0)
-        lines.append(f"| {name} | {workers} | {cpu:,.0f} | {cpu_ratio:.2f} | {wall:,.0f} | {wall_ratio:.2f} |")
-    return lines
+        rows.append((name, workers, f"{cpu:,.0f}", f"{cpu_ratio:.2f}", f"{wall:,.0f}", f"{wall_ratio:.2f}"))
+    heads = ["contender", "workers", "images per CPU-second", "÷ reference", "images per wall second", "÷ reference"]
+    return [*lines, *shared.table(heads, rows)]
