@@ -18,7 +18,7 @@ class EvaluateConfig:
     """
     ema: Optional[bool] = None
     """For ``mode=evaluate``: evaluate the checkpoint's average of the weights (``model.ema``) instead of the weights.
-    null: if the checkpoint has an average.
+    null: true if the checkpoint has an average.
     """
     report: Optional[str] = None
     """For ``mode=evaluate``: the folder to write the accuracy per class and the confusion matrix to."""
@@ -35,8 +35,8 @@ class ExportConfig:
     path: Optional[str] = None
     """The file to write: ``.pth``, ``.safetensors`` or ``.onnx`` (null: a ``.pth`` beside the checkpoint)."""
     ema: Optional[bool] = None
-    """Write the checkpoint's average of the weights (``model.ema``) instead of the weights. null: if the checkpoint has
-    an average.
+    """Write the checkpoint's average of the weights (``model.ema``) instead of the weights. null: true if the
+    checkpoint has an average.
     """
 
 

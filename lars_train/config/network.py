@@ -46,7 +46,7 @@ class ModelConfig:
     no average.
     """
     ema_start: int = 0
-    """The update (from 0) with whose weights the average starts."""
+    """The average starts with the weights after this update, counted from 0."""
 
 
 def check_network(model: ModelConfig, *, stored: bool) -> None:

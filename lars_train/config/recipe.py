@@ -1,4 +1,4 @@
-"""Fill in, from the row of the config's recipe, the values that the command line does not set."""
+"""Fill in values that the command line does not set, from the row of the config's recipe."""
 
 from __future__ import annotations
 
@@ -117,15 +117,15 @@ def _check_ignored_settings(config: Config) -> None:
 
 
 def _check_rate(config: Config, row: RowConfig) -> None:
-    """Raise `ConfigError` if no learning rate is set and that of the row does not apply to this run."""
+    """Raise `ConfigError` if no learning rate is set, and the row's learning rate does not apply to this run."""
     opt, batch = config.optimizer, config.batch
     if opt.lr is not None:
         return
     if batch.size is not None:
         raise ConfigError(
-            f"batch.size={batch.size}: no row of a recipe gives a learning rate for this batch; set optimizer.lr, "
-            f"for a small batch with optimizer=sgd (row {batch.name} of recipe {config.recipe.name}: "
-            f"{row.optimizer}, {row.lr})."
+            f"batch.size={batch.size}: recipes give learning rates only for their own batches; set optimizer.lr, and "
+            f"for a small batch also optimizer=sgd (row {batch.name} of recipe {config.recipe.name}: {row.optimizer}, "
+            f"{row.lr})."
         )
     if (opt.name, opt.base) != (row.optimizer, row.base):
         what = f"{opt.name} over {opt.base}" if opt.name == "lars" else f"plain {opt.base}"
@@ -144,7 +144,7 @@ def _check_length(config: Config) -> None:
     if lengths and str(config.epochs) not in lengths and not config.schedule.scale_warmup and not own_sizes:
         raise ConfigError(
             f"epochs={config.epochs}: recipe {config.recipe.name} has the lengths {', '.join(lengths)}; choose one of "
-            "them. For another length, set schedule.scale_warmup=true, which scales the longest, or data.size_schedule."
+            "them. For another length, set data.size_schedule, or schedule.scale_warmup=true, which scales the longest."
         )
 
 
@@ -213,8 +213,8 @@ def _recipe_row(config: Config) -> RowConfig:
 def with_row(config: Config, name: str) -> Config:
     """Return a copy of a resolved config with the settings of row `name` that determine a run's length and memory.
 
-    These are batch, epochs, warm-up, ghost batch and optimizer. A setting that the user has changed from the current
-    row stays, as do the learning rate and all others. Raises `ConfigError`.
+    These are batch, epochs, warm-up, ghost batch, optimizer and image sizes. A setting that the user has changed from
+    the current row stays. So do the learning rate and all other settings. Raises `ConfigError`.
     """
     own, batch = (
         _recipe_row(config),
@@ -265,6 +265,6 @@ def published_top1(config: Config) -> float | None:
 
 
 def lacks(config: Config) -> list[str]:
-    """Return what the source of the config's row has and lars-train has not."""
+    """Return what the source of the config's row has, but lars-train lacks."""
     name = row_name(config.recipe.rows, config.batch.name)
     return [] if name is None else [str(item) for item in config.recipe.row(name, config.epochs).get("lacks", [])]

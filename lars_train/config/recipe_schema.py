@@ -11,9 +11,9 @@ class RowConfig:
     """One row of a recipe. Each field sets the key of the same name in its group; `flip_evaluation` sets
     ``evaluate.flip``.
 
-    `None` for an option of LARS: use the preset's value. `by_epochs`: by number of epochs, the values for a run of that
-    length. `source`: the publication, if it is not the recipe's. `lacks`: what the source has and lars-train has not; a
-    run prints it at its start.
+    `None` for an option of LARS: use the preset's value. `by_epochs`: other values for runs of certain lengths, by the
+    number of epochs. `source`: the publication, if it is not the recipe's. `lacks`: what the source has, but lars-train
+    lacks; a run prints it at its start.
     """
 
     optimizer: str = "lars"

@@ -68,16 +68,16 @@ class DataConfig:
     to try in order (jpg:png).
     """
     image_size: Optional[int] = None
-    """Side of the network's input, in pixels, in training and evaluation. null: the sizes of the recipe's row, or 224;
-    a row's sizes apply only then.
+    """Side of the network's input, in pixels, in training and evaluation. null: the sizes of the recipe's row, else
+    224. The row's sizes apply only if this key is null.
     """
     train_size: Optional[int] = None
-    """Size in training, if it is not image_size."""
+    """Size in training, if it differs from image_size."""
     eval_size: Optional[int] = None
-    """Size in evaluation, if it is not image_size."""
+    """Size in evaluation, if it differs from image_size."""
     size_schedule: Optional[list[int]] = None
-    """Progressive resizing: [from, to, first, last]. Training has the size `from` up to epoch `first`, `to` from epoch
-    `last` on, and in between a multiple of 32 on the line. Epochs count from 0 (FFCV).
+    """Progressive resizing: [from, to, first, last]. The training size is `from` up to epoch `first`, and `to` from
+    epoch `last` on. In between it changes linearly, rounded to a multiple of 32. Epochs count from 0 (FFCV).
     """
     eval_resize: Optional[int] = None
     """Evaluation resizes the shorter side to this many pixels, instead of the evaluation's size / eval_crop."""

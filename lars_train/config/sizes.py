@@ -1,4 +1,4 @@
-"""Resolve the sizes of images: those that the data's config or the user sets, else those of the recipe's row."""
+"""Resolve the image sizes, from the data config and the command line, or else from the recipe's row."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ SIZE, EVAL_CROP = 224, 0.875
 """The values of `image_size` and `eval_crop` if neither a config nor the row sets them."""
 
 TRAINING_SIZES = ("image_size", "train_size", "size_schedule")
-"""The keys of a resolved config on which the time of training and evaluation depends."""
+"""The size keys of a resolved config that change the time of training and evaluation."""
 
-_MULTIPLE = 32  # of the sizes in a `size_schedule`
+_MULTIPLE = 32  # pixels; the sizes of a `size_schedule` are multiples of it
 
 
 def fill_sizes(data: DataConfig, row: RowConfig, shrink: float = 1.0) -> None:
-    """Reduce the sizes in `data` to `image_size`, `train_size` and `eval_crop`, with those of `row` where they apply.
+    """Fill in missing sizes in `data` from `row`, then reduce them to fewer keys, in place.
 
-    The sizes of the row apply if `image_size` is not set. Afterwards, `image_size` is the size in evaluation, and
-    `train_size` is null if training has the same or `size_schedule`; `eval_size` and `eval_resize` are null. `shrink`:
-    the run's epochs relative to the row's, for its `size_schedule`. Raises `ConfigError` for `eval_crop` and
-    `eval_resize` at once, and for an `eval_resize` below the size in evaluation.
+    The sizes of the row apply only if `image_size` is not set. Afterwards, `image_size` is the evaluation size.
+    `train_size` is null if training has the same size or a `size_schedule`. `eval_size` and `eval_resize` are null, and
+    `eval_crop` is set. `shrink`: the run's epochs relative to the row's, by which the row's `size_schedule` is scaled.
+
+    Raises `ConfigError` if `eval_crop` and `eval_resize` are both set, or if `eval_resize` is below the evaluation
+    size.
     """
     if data.image_size is None:
         if data.train_size is None and data.size_schedule is None:
@@ -50,12 +52,12 @@ def fill_sizes(data: DataConfig, row: RowConfig, shrink: float = 1.0) -> None:
             f"config of data={data.name}; omit one of them, or set data.eval_crop=null."
         )
     if resize < max(evaluation, 1):
-        raise ConfigError(f"data.eval_resize={resize}: it must be at least the size in evaluation, {evaluation}.")
+        raise ConfigError(f"data.eval_resize={resize}: it must be at least the evaluation size, {evaluation}.")
     data.eval_crop, data.eval_resize = evaluation / resize, None
 
 
 def row_sizes(row: RowConfig, shrink: float) -> dict[str, Any]:
-    """Return the sizes of a resolved config, by key, if only the row sets them. `shrink`: see `fill_sizes`."""
+    """Return the sizes, by key, of a resolved config in which only `row` sets them. `shrink`: see `fill_sizes`."""
     data = DataConfig()
     fill_sizes(data, row, shrink)
     return {key: getattr(data, key) for key in (*TRAINING_SIZES, "eval_crop")}
@@ -82,7 +84,7 @@ def check_schedule(data: DataConfig, epochs: int) -> None:
     if not 0 <= first <= last < epochs:
         raise ConfigError(
             f"{key}: the epochs {first} and {last} must be in order and below epochs={epochs}. Set other epochs, or "
-            "schedule.scale_warmup=true, which scales those of a recipe's row to the length of the run."
+            "schedule.scale_warmup=true, which scales the epochs of a recipe's row to the length of the run."
         )
 
 

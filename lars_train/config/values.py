@@ -57,8 +57,8 @@ EXECUTION_KEYS = (
     "recipe.source",
 )
 
-# Keys that the first version did not have, with the value that leaves a run as that version made it. With this value,
-# the hash leaves the key out, so that the same command finds the run of an older version.
+# Keys that the first version did not have, each with the value that keeps the behavior of that version. The hash omits
+# a key with this value, so the same command finds a run of an older version.
 LATER_KEYS: dict[str, Any] = {
     "loss": "cross_entropy",
     "bce_threshold": None,
@@ -108,7 +108,7 @@ def run_hash(config: Config) -> str:
 
 
 def filled(value: Optional[_T]) -> _T:
-    """Return `value`, which `resolve` has filled in, with a type without None. Raises `AssertionError` for None."""
+    """Return `value`, typed as not None, because `resolve` has filled it in. Raises `AssertionError` for None."""
     assert value is not None, "the config was not resolved"
     return value
 

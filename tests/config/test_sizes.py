@@ -75,7 +75,7 @@ def again(config: Config) -> DataConfig:
 
 def test_conflicting_sizes_are_refused() -> None:
     for values, message in (
-        ({"data__eval_resize": 223}, "data.eval_resize=223: .* at least the size in evaluation, 224"),
+        ({"data__eval_resize": 223}, "data.eval_resize=223: .* at least the evaluation size, 224"),
         ({"data__eval_resize": 0, "data__eval_size": 1}, "data.eval_resize=0: "),
         ({"data__eval_resize": 256, "data__eval_crop": 0.9}, "data.eval_crop=0.9 is set too"),
     ):
