@@ -35,7 +35,7 @@ _EQUIVALENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 # Names of bases, in torch and other packages, whose step is not proportional to the lr.
 _NONLINEAR = frozenset({"Adafactor", "ASGD", "Rprop"})
-# Those whose step does not grow with the gradient, beside all with betas (Adam and others).
+# Names of bases whose step does not grow with the gradient. Bases with betas (Adam and others) belong to them, too.
 _SCALE_FREE = frozenset({"Adadelta", "Adafactor", "Adagrad", "LBFGS", "Muon", "RMSprop", "Rprop"})
 
 
@@ -49,8 +49,8 @@ def check_base(
 ) -> None:
     """Raise `TypeError` unless `base` is an optimizer that LARS can wrap, and `extra` and `unknown` are empty.
 
-    For a call in the form of another implementation, such as ``LARS(parameters, lr=…)``, the message shows the call
-    with the same rule and the caller's values.
+    For a call in the form of another implementation, such as ``LARS(parameters, lr=…)``, the message shows the
+    equivalent call, with the caller's values.
 
     Args:
         base: the object that the caller passed as the base optimizer.
@@ -83,7 +83,9 @@ def check_base(
         if preset is None:
             complaints.append(f"For the rule of another library, write LARS.preset with one of {', '.join(PRESETS)}.")
         elif foreign[:1] == ["trust_coefficient"] and preset == "bolts":
-            complaints.append("For MoCo v3's LARS the name is 'moco-v3', for pytorch_optimizer's 'pytorch-optimizer'.")
+            complaints.append(
+                "For MoCo v3's LARS, the preset is 'moco-v3', for pytorch_optimizer's 'pytorch-optimizer'."
+            )
     else:
         for option, value in sgd_options.items():
             complaints.append(f"{option} is an option of the base: add {_keyword(option, value)} to {kind}(…).")
@@ -99,7 +101,10 @@ def check_base(
 def _by_optimizer(
     options: Mapping[str, Any], extra: Sequence[Any], unknown: Mapping[str, Any], may_be_sgd: bool
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the options of LARS and those of SGD, both by name, and `unknown` with the foreign use of ``clip``."""
+    """Return the options of LARS, those of SGD, and `unknown`, each by name.
+
+    A boolean ``clip``, a keyword of another implementation, moves to `unknown`.
+    """
     lars_options, sgd_options = dict(options), {}
     if may_be_sgd and "lr" not in unknown and (lars_options.keys() & {"eps", "trust_coef"} or extra):
         # The caller passed SGD's arguments: LARS(parameters, lr, momentum, ...).
@@ -134,7 +139,7 @@ def check_rule(base: Optimizer, rule: Rule) -> None:
     if rule.lr_placement == "inside" and ("betas" in base.defaults or not _SCALE_FREE.isdisjoint(names)):
         raise ValueError(
             "lr_placement='inside' puts the lr into the gradient and needs a base whose step is proportional to the "
-            f"gradient, such as SGD; the step of {kind} is not, so that it would ignore the lr. Leave it 'outside'"
+            f"gradient, such as SGD; the step of {kind} is not, so it would ignore the lr. Use lr_placement='outside'"
         )
     if not rule.changes_step:
         return

@@ -1,4 +1,4 @@
-"""Refuse a state dict that LARS over its base cannot continue exactly, before loading changes anything."""
+"""Reject a state dict from which LARS and its base cannot continue exactly, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from .options import DEFAULTS, PRESETS
 
-# Keys that show whose parameter groups a state dict has, and the preset of that implementation. Both also have eps and
-# dampening, which MoCo v3's and pytorch_optimizer's groups lack.
+# Keys that identify the implementation that wrote a state dict, and its preset. Groups of both also have eps and
+# dampening, which those of MoCo v3 and pytorch_optimizer lack.
 _LOADABLE = {"trust_coeff": "timm", "trust_coefficient": "bolts"}
 # Keys in the parameter groups of other implementations: MoCo v3, Barlow Twins, solo-learn, mmpretrain, timm's Lamb.
 _FOREIGN_KEYS = frozenset(
     ("trust_coeff", "trust_coefficient", "eta", "eeta", "weight_decay_filter", "lars_exclude", "max_grad_norm")
 )
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
-# What a base requires in the state of a parameter that has one.
+# Keys that a base requires in the state of each parameter with a state.
 _STATE_KEYS = {Adam: _ADAM, AdamW: _ADAM, RAdam: _ADAM, NAdam: _ADAM | {"mu_product"}}
 
 

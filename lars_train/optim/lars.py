@@ -134,8 +134,8 @@ class LARS(Optimizer):
     def preset(cls, name: str, base_optimizer: Optimizer | None = None, **options: Any) -> LARS:
         """Return a LARS that computes like the implementation `name`; keyword `options` override the preset's.
 
-        The module ``options`` lists the names, their options and sources (`PRESETS`). The rules are those over torch's
-        SGD, that of ``lamb`` over AdamW. Raises `ValueError` for an unknown name, and as `LARS` does.
+        The module ``options`` lists the names, their options and sources (`PRESETS`). The presets assume torch's SGD as
+        the base; ``lamb`` assumes AdamW. Raises `ValueError` for an unknown name, and the errors of `LARS`.
         """
         if not isinstance(name, str):
             raise TypeError("LARS.preset takes the name first: write LARS.preset('bolts', base)")
@@ -287,7 +287,7 @@ class LARS(Optimizer):
         """Rescale the gradients and make one update. Return the closure's loss, or None without a closure.
 
         LARS calls `closure` once, before the update and with gradients enabled. A base that calls the closure itself
-        (LBFGS) makes these calls instead, any number of them.
+        (LBFGS) may call it any number of times.
 
         Raises:
             RuntimeError: a gradient is sparse. No gradient or parameter has been changed.

@@ -29,14 +29,14 @@ from .rule import Rule
 
 _NO_DECAY = 0.0
 Hidden = list[tuple[dict[str, Any], str, Any, Any]]
-"""Settings that are hidden from the base; for each its group, its key, the old value and the temporary value."""
+"""Settings that are hidden from the base: the group, the key, the old value and the temporary value of each."""
 
 
 def hide_settings(groups: Sequence[dict[str, Any]], rule: Rule) -> Hidden:
     """Replace the settings that LARS applies itself by neutral values: weight decay by 0, lr by 1.
 
-    Return the old values for `restore_settings`. Not a context manager, because torch.compile cannot break a graph
-    within one.
+    Return the old values for `restore_settings`. This is not a context manager, because torch.compile cannot break a
+    graph within one.
     """
     hidden: Hidden = []
     for group in groups:

@@ -71,13 +71,13 @@ def learning_rate(
     warm-up the rate follows `form`.
 
     Args:
-        update: the update's number, from 0, u.
-        total: updates of the run, I.
-        warmup: updates of the warm-up, W; 0 for no warm-up.
-        base: the learning rate at the end of the warm-up, b.
-        power: the exponent of the decay, p; `COSINE` and `STEPS` do not use it.
+        update: the update's number u, counted from 0.
+        total: the updates I of the run.
+        warmup: the updates W of the warm-up; 0 for no warm-up.
+        base: the learning rate b at the end of the warm-up.
+        power: the exponent p of the decay; `COSINE` and `STEPS` do not use it.
         form: ``"whole"``, ``"restart"``, ``"mlperf"``, ``"cosine"`` or ``"steps"``.
-        end: the learning rate that a polynomial or cosine decay approaches, e.
+        end: the learning rate e that a polynomial or cosine decay approaches.
         start: the learning rate of update 0, if there is a warm-up.
         steps: for `STEPS`, the updates, from 0, at which the rate is multiplied by `factor`.
         factor: for `STEPS`, the factor of each step.

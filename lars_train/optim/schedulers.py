@@ -42,7 +42,7 @@ class _WarmupScheduler(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of a scheduler of the same class, arguments included. Raises `ValueError` for another's."""
+        """Load the state of a scheduler, arguments included. Raises `ValueError` for that of another class."""
         if state_dict.get("settings", {}).keys() != self.settings.keys():
             raise ValueError(f"the state dict is not of {type(self).__name__}: load it into the class that saved it")
         super().load_state_dict(state_dict)

@@ -336,7 +336,7 @@ IN_THE_GRADIENT = ("mmpretrain", "mlperf", "optax", "open-lars")
 def test_the_lr_in_the_gradient_needs_a_step_that_follows_it(base: Any) -> None:
     assert set(IN_THE_GRADIENT) == {name for name in PRESETS if PRESETS[name].get("lr_placement") == "inside"}
     for name in IN_THE_GRADIENT:
-        with pytest.raises(ValueError, match=f"the step of {base.__name__} is not, so that it would ignore the lr"):
+        with pytest.raises(ValueError, match=f"the step of {base.__name__} is not, so it would ignore the lr"):
             LARS.preset(name, base(parameters(tensors(False)[0]), lr=1e-4))
 
 
