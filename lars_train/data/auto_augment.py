@@ -1,7 +1,7 @@
-"""Augment the decoded view of a sample by TrivialAugment or RandAugment, as torchvision does to a Pillow image.
+"""Augment the decoded view of a sample by TrivialAugment or RandAugment, as torchvision augments a Pillow image.
 
-The operations are those of torchvision.transforms.v2.functional, without interpolation (nearest pixel) and with black
-outside the image, which are torchvision's defaults. On Pillow's images they use one thread, also in forked processes.
+The operations are those of torchvision.transforms.v2.functional with torchvision's defaults: nearest pixel instead of
+interpolation, and black outside the image. On Pillow images they use one thread, also in forked processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRIVIAL, RANDAUGMENT = "trivial", "randaugment"
 _BINS = 31  # torchvision's num_magnitude_bins
 _DRAWS = 3  # per operation: the operation, its magnitude, its sign
 
-# Functions of torchvision's `functional`, an image and a magnitude.
+# Each takes torchvision's module `functional`, an image and a magnitude.
 _OPERATIONS: dict[str, Callable[[Any, Any, float], Any]] = {
     "Identity": lambda f, image, m: image,
     "ShearX": lambda f, image, m: f.affine(image, 0.0, [0, 0], 1.0, [_degrees(m), 0.0], center=[0, 0]),
@@ -49,12 +49,12 @@ _SIGNED = _NAMES[1:10]  # ShearX to Sharpness
 class AutoAugment:
     """TrivialAugment, or RandAugment with `ops` operations of `magnitude`, an index from 0 to 30.
 
-    Gives the results of torchvision's `TrivialAugmentWide` (Müller, Hutter 2021, arXiv:2103.10158) and `RandAugment`
-    (Cubuk et al. 2020, arXiv:1909.13719) for the same draws,
+    For the same draws, the results are those of torchvision's `TrivialAugmentWide` (Müller, Hutter 2021,
+    arXiv:2103.10158) and `RandAugment` (Cubuk et al. 2020, arXiv:1909.13719),
     https://github.com/pytorch/vision/blob/main/torchvision/transforms/v2/_auto_augment.py
 
     Attributes:
-        uniforms: the uniform random numbers that an image takes.
+        uniforms: the number of uniform random numbers per image.
     """
 
     def __init__(self, name: str, ops: int = 1, magnitude: int = 0) -> None:

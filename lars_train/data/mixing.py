@@ -1,8 +1,8 @@
 """Mix the images of each ghost batch in pairs, by mixup or cutmix, on the device.
 
-A ghost batch is mixed with itself in reverse order, as a batch is in timm,
-https://github.com/huggingface/pytorch-image-models/blob/main/timm/data/mixup.py. All images of a ghost batch share the
-draws, which the host knows before the images arrive on the device. So the host never waits for the device.
+Each ghost batch is mixed with its own reverse, as timm mixes a batch
+(https://github.com/huggingface/pytorch-image-models/blob/main/timm/data/mixup.py). All images of a ghost batch share
+the random numbers. The host draws them before the images are on the device, so it never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lars_train.models.losses import MixedLabels
 if TYPE_CHECKING:
     from lars_train.config import Config
 
-_CUTMIX_SHARE = 0.5  # of the ghost batches, if both are on: timm's switch_prob
+_CUTMIX_SHARE = 0.5  # the share of ghost batches that get cutmix if both are on (timm's switch_prob)
 
 
 class GhostMix(NamedTuple):
@@ -30,7 +30,7 @@ class GhostMix(NamedTuple):
     start: int
     stop: int
     share: float
-    """The share that an image keeps; its partner has the rest. For cutmix, before the box is rounded to pixels."""
+    """The share of itself that an image keeps. For cutmix, before the box is rounded to pixels."""
     center: tuple[float, float] | None = None
     """The center of the box for cutmix, as shares of width and height; None for mixup."""
 
@@ -49,9 +49,9 @@ class GhostMix(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixing:
-    """The parameters of the Beta distributions of the shares, both equal; 0 means off.
+    """The settings of mixup and cutmix. The share is drawn from Beta(`mixup`, `mixup`) or Beta(`cutmix`, `cutmix`).
 
-    If both are on, half of the ghost batches get cutmix, and the others mixup.
+    0 means off. If both are on, half of the ghost batches get cutmix, and the others mixup.
     """
 
     mixup: float
@@ -83,11 +83,12 @@ class Mixing:
 
 
 def symmetric_beta(alpha: float, uniforms: Iterator[float]) -> float:
-    """Draw a number from the distribution Beta(alpha, alpha), with an even number of uniform numbers in [0, 1).
+    """Draw a number from the distribution Beta(alpha, alpha). Take pairs of numbers from `uniforms`, each in [0, 1).
 
-    For alpha up to 1: Johnk's method (Devroye 1986, "Non-Uniform Random Variate Generation", section IX.3.5), which
-    accepts at least half of the pairs. Above: Ulrich's method for symmetric distributions (the same, section IX.4.2).
-    Both are exact, and need only the uniform numbers, so all versions of numpy draw the same.
+    For alpha up to 1, this is Johnk's method (Devroye 1986, "Non-Uniform Random Variate Generation", section IX.3.5),
+    which accepts at least half of the pairs. For larger alpha, it is Ulrich's method for symmetric distributions
+    (section IX.4.2 of the same book). Both are exact. They need only uniform numbers, so the result does not depend on
+    the version of numpy.
     """
     while True:
         u, v = 1 - next(uniforms), next(uniforms)  # u > 0
@@ -100,7 +101,7 @@ def symmetric_beta(alpha: float, uniforms: Iterator[float]) -> float:
 
 
 def mix_in_place(images: Tensor, labels: Tensor, mixes: Sequence[GhostMix]) -> MixedLabels:
-    """Mix `images`, floating-point (n, 3, H, W), and return the mixed labels of `labels`, int64 (n,).
+    """Mix `images`, floating-point (n, 3, H, W), in place. Return the mixed form of their `labels`, int64 (n,).
 
     `mixes` has one entry per ghost batch, in order.
     """

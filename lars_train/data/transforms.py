@@ -22,7 +22,7 @@ UNIFORMS = 2 * _TRIES + 3
 
 MIN_CROP = 0.08  # of the image's area
 _RATIO = (3 / 4, 4 / 3)  # width / height
-_MULTIPLE = 32  # of the sizes between the two ends of `TrainingSizes`
+_MULTIPLE = 32  # pixels; sizes between the two ends of `TrainingSizes` are multiples of it
 
 
 class Geometry(NamedTuple):
@@ -70,8 +70,8 @@ class TrainingSizes(NamedTuple):
     def at(self, epoch: int) -> int:
         """Return the size in an epoch.
 
-        Between the epochs `first` and `last`, it is on the line, rounded half to even to a multiple of 32. FFCV's
-        `get_resolution` does the same: https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py
+        Between the epochs `first` and `last`, it changes linearly, rounded half to even to a multiple of 32, as in
+        FFCV's `get_resolution`: https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py
         """
         if epoch <= self.first:
             return self.start
@@ -105,12 +105,12 @@ class View:
 
     @classmethod
     def for_training(cls, data: DataConfig) -> View:
-        """Return the view for training that the resolved config group `data` describes, of the largest size."""
+        """Return the view for training that the resolved config group `data` describes, with the largest size."""
         sizes = TrainingSizes.from_config(data)
         return replace(cls.from_config(data), size=sizes.largest, sizes=sizes)
 
     def in_epoch(self, epoch: int) -> View:
-        """Return the view of the size in an epoch of training."""
+        """Return the view with the size of a training epoch."""
         return self if self.sizes is None else replace(self, size=self.sizes.at(epoch))
 
     def train(self, width: int, height: int, uniforms: Sequence[float]) -> Geometry:

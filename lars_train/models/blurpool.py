@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# FFCV's condition. It leaves out the first convolution, whose input is the image.
+# FFCV's condition, which excludes the first convolution, because its input is the image.
 _LEAST_CHANNELS = 16
 
 

@@ -14,9 +14,9 @@ from lars_train.errors import ConfigError
 
 
 class ExponentialMovingAverage:
-    """The average of a network's weights over the updates, in the attribute `network`, a copy of the network.
+    """The average of a network's weights over the updates. The attribute `network`, a copy of the network, holds it.
 
-    After update u (counted from 0), the average is the weights if u <= `start`, and
+    After update u (counted from 0), the average equals the weights if u <= `start`, and
     ``decay * average + (1 - decay) * weights`` if u > `start`. Batch norm's running statistics are averaged like the
     weights, as in timm's ModelEmaV3
     (https://github.com/huggingface/pytorch-image-models/blob/main/timm/utils/model_ema.py) and Composer's EMA; integers
@@ -46,12 +46,12 @@ class ExponentialMovingAverage:
             torch._foreach_copy_(counts, current)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Read the average from a checkpoint's `content`. A checkpoint without one has the weights as the average."""
+        """Read the average from a checkpoint's `content`. Without one, the average starts with the stored weights."""
         self.network.load_state_dict(content["ema"] if "ema" in content else content["model"])
 
 
 def check_average(content: dict[str, Any], decay: float | None, start: int) -> None:
-    """Raise `ConfigError` if a run with this average (`decay` None: no average) cannot continue from a checkpoint."""
+    """Raise `ConfigError` if a run with this average (none if `decay` is None) cannot continue from a checkpoint."""
     update = content["update"]
     if decay is not None and "ema" not in content and update > start + 1:
         raise ConfigError(
@@ -61,10 +61,10 @@ def check_average(content: dict[str, Any], decay: float | None, start: int) -> N
 
 
 def choose_weights(content: dict[str, Any], average: bool | None, key: str) -> tuple[dict[str, Any], bool]:
-    """Return the average in a checkpoint's `content`, or its weights, and True for the average.
+    """Return the average or the weights from a checkpoint's `content`, and True if it is the average.
 
-    `average`: False for the weights; None for the average if the checkpoint has one; True requires one. `key`: the
-    name of this setting. Raises `ConfigError` if the checkpoint has no average.
+    `average`: True for the average, False for the weights, None for the average if the checkpoint has one. `key`: the
+    name of this setting. Raises `ConfigError` if `average` is True and the checkpoint has none.
     """
     found = content.get("ema")
     if average and not isinstance(found, dict):

@@ -13,14 +13,14 @@ CROSS_ENTROPY, BCE = "cross_entropy", "bce"
 
 
 class MixedLabels(NamedTuple):
-    """The labels of images that are mixtures of two: the image's own part and its partner's. Each tensor is (n,)."""
+    """The labels of mixed images. Each image has its own label and that of its partner. Each tensor is (n,)."""
 
     labels: Tensor
-    """int64: the labels of the images themselves."""
+    """int64: the images' own labels."""
     partners: Tensor
     """int64: the labels of the partners."""
     shares: Tensor
-    """float64, in [0, 1]: the shares of `labels`; `partners` have the rest."""
+    """float64, in [0, 1]: the shares of `labels` in the targets. The rest is the share of `partners`."""
 
     def targets(self, logits: Tensor) -> Tensor:
         """Return the share of each class, with the shape and dtype of `logits`."""
