@@ -21,13 +21,13 @@ FLOPS_PER_IMAGE = 24_535_105_536
 TENSORS = 161
 """Parameter tensors of ResNet-50. The number of a network's kernels is assumed to be proportional to this number."""
 SEPARATE_BYTES = 240e6
-"""Bytes per image that separate kernels read and write beyond what fused kernels do, in 16 bits: 473 MB less 233 MB.
+"""Bytes per image that separate kernels read and write beyond what fused kernels do, in 16 bits: 473 MB - 233 MB.
 Passes over the output of a layer, 2 bytes each: 8 instead of 3 for batch norm, 5 instead of none for ReLU, 6 instead of
 3 for the sum with the shortcut."""
 
 # Seconds that a micro-batch takes regardless of its images: each of its hundreds of kernels has a minimum time.
 # From the H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is
-# 3.8 ms, less the network's share.
+# 3.8 ms, from which the network's share is subtracted.
 _FLOOR = 3.5e-3
 # Seconds that a host needs to launch an operation. An update of 559 operations took 22.2 ms on a host with slow cores,
 # for which the H100 waited (docs/gpu_notes.md).
@@ -65,7 +65,7 @@ _NVIDIA = (
 )
 _MLPERF = "https://github.com/mlcommons/training_results_v4.0/tree/main/NVIDIA/results"
 
-# The links are half of what the data sheets give for both directions together.
+# Data sheets give a link's bandwidth for both directions together; `link` is half of it.
 DEVICES = {
     # 16,621 and 7,248 images/s on eight devices. fp32 is TF32.
     "a100": CitedDevice(

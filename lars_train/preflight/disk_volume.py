@@ -120,13 +120,13 @@ def evaluations(config: Config, plan: Plan) -> int:
 
 
 def checkpoints(config: Config, plan: Plan) -> int:
-    """Return the number of checkpoints of the whole run, without those by a timer (`plan.checkpoint_is_due`)."""
+    """Return the number of checkpoints of the whole run (`plan.checkpoint_is_due`), without those by a timer."""
     every = config.checkpoint.every_updates or plan.updates_per_epoch
     return _due(plan, every, plan.updates_per_epoch * config.evaluate.every_epochs)
 
 
 def _due(plan: Plan, one: int, other: int) -> int:
-    """Count the updates that are the last, or a multiple of `one` or `other`. Closed form: a run may have millions."""
+    """Return the number of updates that are a multiple of `one` or `other`, or the last. No loop: a run may be long."""
     last = plan.stop
     multiples = last // one + last // other - last // math.lcm(one, other)
     return multiples + (last % one != 0 and last % other != 0)

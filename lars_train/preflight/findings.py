@@ -1,4 +1,4 @@
-"""The findings of the ranks before a run, as plain picklable values, and the lines that report them.
+"""Hold the ranks' findings before a run, as plain picklable values, and format them as the lines of a report.
 
 The modules measure_*.py make the findings; judge.py judges them.
 """
@@ -204,7 +204,7 @@ class Findings:
 
     @property
     def device_images_per_s(self) -> float | None:
-        """Images per second that all devices together train on, if they wait only for each other."""
+        """Images per second of all devices together, if they wait only for each other, not for images."""
         steps = [rank.step for rank in self.ranks]
         known = [step.images_per_s for step in steps if step is not None]
         # All ranks wait for the slowest in each update.
@@ -212,7 +212,7 @@ class Findings:
 
     @property
     def exchange_share(self) -> float | None:
-        """Seconds of all-reduce per second of computation in an update; None if either is unknown."""
+        """Seconds of all-reduce per second of computation in an update; None if one of them is unknown."""
         device = self.device_images_per_s
         if self.exchange is None or self.demands is None or not device:
             return None

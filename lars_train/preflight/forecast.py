@@ -44,7 +44,7 @@ _WEIGHTS_FACTOR, _ACTIVATIONS_FACTOR, _LARGEST_FACTOR = 2.0, 1.7, 4.5
 def forecast(
     config: Config, plan: Plan, *, classes: tuple[str, ...], world: int, val_count: int, given: Given = NOTHING
 ) -> dict[str, Any]:
-    """Return memory, disk and hours as plain values; hours by cited device if the config gives no rate (``plan.*``).
+    """Return memory, disk and hours as plain values. Without a rate (``plan.*``), give hours for each cited device.
 
     Sizes are in bytes, times in seconds unless a key says hours. Raises `ConfigError` for a device without a cited
     figure in this precision.

@@ -90,10 +90,10 @@ def planned_precision(config: Config) -> str:
 
 
 def make_machine(config: Config, plan: Plan, network: nn.Module) -> Machine | None:
-    """Return the machine of ``plan.*`` for training `network`; None without a rate.
+    """Return the machine that ``plan.*`` describes for training `network`; None without a rate.
 
-    Its rate is for images of the mean cost of the run's images.
-    Raises `ConfigError` for a device without a cited figure in this precision.
+    Its rate is the mean over the run's image sizes. Raises `ConfigError` for a device without a cited figure in this
+    precision.
     """
     settings = config.plan
     if settings.images_per_second is not None:
@@ -140,7 +140,7 @@ def _scaled_speed(config: Config, plan: Plan, network: nn.Module) -> Speed:
 
 
 def mean_flops(config: Config, plan: Plan, network: nn.Module) -> float:
-    """Return the operations to train on an image, as the mean over the run's updates."""
+    """Return the operations per training image, averaged over the run's updates."""
     sizes, each = TrainingSizes.from_config(config.data), plan.updates_per_epoch
     total = sum(
         min(each, plan.stop - epoch * each) * _flops_per_image(network, sizes.at(epoch))

@@ -130,10 +130,9 @@ def measure_step(
 ) -> Step:
     """Measure training on this rank alone for about `seconds`: forward, backward, optimizer.
 
-    The images have the size of the first epoch.
-    On a GPU, an update has one micro-batch. On a CPU, the first update has two images. Larger updates follow, up to a
-    micro-batch, while the total time stays within `limit` seconds. On a CPU that is too slow for larger ones, the first
-    update is the measurement.
+    The images have the size of the first epoch. On a GPU, an update has one micro-batch. On a CPU, the first update has
+    two images. Larger updates follow, up to a micro-batch, while the total time stays within `limit` seconds. If the
+    CPU is too slow for larger updates, the first update is the measurement.
     """
     end = time.perf_counter() + limit
     torch.manual_seed(config.seed)

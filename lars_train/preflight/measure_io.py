@@ -63,7 +63,7 @@ def measure_loader(
     """Take batches from this rank's loader as fast as possible for about `seconds`.
 
     Before that, the workers have at most `seconds` to fill their buffers. From a store at a URL only one shard is
-    fetched; the speed is that of one core decoding the shard, times the workers.
+    fetched; the result is the speed at which one core decodes the shard, times the number of workers.
     """
     view = View.for_training(config.data)
     slots = pool_slots(resolved.micro_batch, workers)

@@ -45,11 +45,11 @@ class Result:
     confusion: Tensor | None = None
     """int64 (C, C): the number of decoded samples of class i that were classified as j; None if not requested."""
     average: Result | None = None
-    """The result of the average of the weights on the same samples; None without ``model.ema``."""
+    """The result of the averaged weights on the same samples; None without ``model.ema``."""
 
     @property
     def reported(self) -> Result:
-        """The result that counts as the run's: of the average of the weights, if there is one."""
+        """The result to report for the run: that of the averaged weights if they exist, else of the weights."""
         return self.average or self
 
     def values(self) -> dict[str, float]:
@@ -120,10 +120,10 @@ def evaluate(
     """Evaluate `model` on this rank's `batches` and sum the results over the ranks. Collective.
 
     `on_batch` is called with the size of each batch. `ended`: see `evaluate_split`. `classes`: the number of classes
-    for a confusion matrix; None for no matrix. With fewer than 5 classes, top-5 counts all of them. `flip`: the logits
-    are the mean of the logits of an image and its mirror image, as with lr_tta in FFCV's `val_loop`
-    (https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py), which adds the logits. `average`: the
-    network of the averaged weights, to evaluate on the same batches.
+    for a confusion matrix; None for no matrix. With fewer than 5 classes, top-5 counts all of them. `flip`: use the
+    mean of the logits of an image and its mirror image. FFCV's lr_tta adds them, with the same top-1 (`val_loop` in
+    https://github.com/libffcv/ffcv-imagenet/blob/main/train_imagenet.py). `average`: the network of the averaged
+    weights, to evaluate on the same batches.
     """
     device, group = context.device, context.group
     was_training = model.training

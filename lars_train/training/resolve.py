@@ -246,7 +246,7 @@ def missing_tool(device: torch.device) -> str | None:
     return None if any(map(shutil.which, compilers)) else "a C++ compiler"
 
 
-# Sizes for which a network is compiled. Beyond its own limit of 8, torch would run the network uncompiled.
+# The number of sizes for which a network may be compiled. Beyond torch's own limit of 8, it would run uncompiled.
 _MOST_COMPILED = 64
 
 
