@@ -76,7 +76,7 @@ class Inventory:
 
 
 def find_lookalikes(classes: Sequence[str]) -> tuple[str, ...]:
-    """Return up to five classes whose names differ from another's only in case, surrounding spaces or Unicode form."""
+    """Return up to five classes whose names differ from others only in case, surrounding spaces or Unicode form."""
     keys = [unicodedata.normalize("NFC", name).casefold().strip() for name in classes]
     count = Counter(keys)
     return tuple(name for name, key in zip(classes, keys, strict=True) if count[key] > 1)[:_SHOWN]

@@ -5,7 +5,7 @@ nor on whether a run was resumed. The world size only decides which part of a ba
 
 All random bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
 the key (seed, epoch). The four words of its counter are (block, 0, sample id, domain), or (block, ghost batch, update,
-domain) for what mixes samples. So two samples never share a block, and neither do two of the four domains below. All
+domain) to mix samples. So two samples never share a block, and neither do two of the four domains below. All
 functions use the raw bits, because numpy guarantees them across versions, unlike the results of `Generator.permutation`
 (https://numpy.org/doc/stable/reference/random/compatibility.html).
 """

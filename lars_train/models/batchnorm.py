@@ -83,8 +83,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             )
         ghosts = samples // ghost
         # On an accelerator a loop would launch kernels for each ghost batch. On the CPU torch's batch-norm kernel in a
-        # loop is faster than a sequence of operations on all ghost batches. The meta device
-        # takes the CPU's path, because its passes measure the memory that the CPU needs.
+        # loop is faster than a sequence of operations on all ghost batches. The meta device takes the CPU's path,
+        # because its passes measure the memory that the CPU needs.
         at_once = input.device.type not in ("cpu", "meta") and (ghosts > 1 or is_faster_for_single_ghost(input))
         output, sums = self._at_once(input, ghosts) if at_once else self._one_by_one(input, ghost)
         self.ghost_sums.add_(sums, alpha=ghost)

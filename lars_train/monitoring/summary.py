@@ -132,7 +132,7 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
     methods = [f"{key} (alpha {alpha:g})" for key in ("mixup", "cutmix") if (alpha := getattr(config.augment, key))]
     if methods:
         yield f"augment        {' or '.join(methods)} within each ghost batch"
-        yield "               training top-1 is that of the mixed images' larger part"
+        yield "               training top-1 counts the label of a mixed image's larger part"
     if config.augment.auto not in (None, "none"):
         ops = counted(config.augment.randaugment_ops or 0, "operation")
         strength = f", {ops} of magnitude {config.augment.randaugment_magnitude}"

@@ -111,9 +111,8 @@ class NewerCheckpoint(DamagedCheckpoint):
 
 
 def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: int | None = None) -> Path:
-    """Write the checkpoint of `update` and return its path. Remove older ones, except the last `keep`.
+    """Write the checkpoint of `update` and return its path. Remove older ones, except the last `keep` and `spare`'s.
 
-    `spare`: an update whose checkpoint also stays.
     The file is renamed to its final name only when it is complete on disk and its checksum matches.
     """
     folder.mkdir(exist_ok=True)

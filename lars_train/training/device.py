@@ -235,8 +235,8 @@ def try_micro_batch(
 ) -> None:
     """Run a forward and backward pass of `samples` images, with as much device memory in use as during training.
 
-    `copies`: besides weights and gradients, training has as much memory in use as this many copies of the weights: for
-    momentum, DDP's buckets, an average. The model stays unchanged. Raises `torch.OutOfMemoryError`.
+    `copies`: the memory that training needs besides weights and gradients (for momentum, DDP's buckets, an average), in
+    copies of the weights. The model stays unchanged. Raises `torch.OutOfMemoryError`.
     """
     try:
         shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=layout)

@@ -371,8 +371,8 @@ def _start_entry(invocation: Invocation) -> dict[str, Any]:
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Return the ``commit`` of the checkout that contains the code, and ``dirty``: True if files have changed since.
 
-    Return None if the commit is unknown.
-    For an installed package, the commit is known if pip installed it from ``git+URL``, but not after ``pip install .``.
+    Return None if the commit is unknown. For an installed package, it is known if pip installed the package from
+    ``git+URL``, but not after ``pip install .``.
     """
 
     def git(*arguments: str) -> str:
