@@ -129,11 +129,7 @@ def software(*packages: str) -> str:
 
 
 def command_line(script: str, arguments: Sequence[str] | None = None) -> str:
-    """Return the command that repeats a measurement: a script's ``__file__`` and its arguments, without ``--write``.
-
-    Args:
-        arguments: those of this process by default.
-    """
+    """Return the command that repeats a measurement: a script's ``__file__`` and its arguments, without ``--write``."""
     words = [f"scripts/{Path(script).resolve().relative_to(SCRIPTS)}"]
     rest = iter(sys.argv[1:] if arguments is None else arguments)
     for word in rest:
@@ -241,11 +237,7 @@ def exit_on_signals() -> None:
 
 @contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command within the context. Wait for it at the end; stop it on an exception, including SystemExit.
-
-    Args:
-        options: of subprocess.Popen.
-    """
+    """Run a command in the context, with Popen's `options`. Wait for its end; stop it on an exception or SystemExit."""
     process: subprocess.Popen[bytes] = subprocess.Popen(command, **options)
     try:
         yield process
