@@ -14,8 +14,9 @@ from torch.nn import functional
 from lars_train.config import Config
 from lars_train.data.loading.loader import Batch, Stream
 from lars_train.launch import Ranks
+from lars_train.networks import make_network
 from lars_train.run_plan import make_plan, make_schedule
-from lars_train.training.assemble import build_optimizer, build_trainer, make_network
+from lars_train.training.assemble import build_optimizer, build_trainer
 from lars_train.training.device import Precision, choose_precision
 from lars_train.training.device_prefetch import DevicePrefetcher, RankContext, normalizer
 from lars_train.training.distributed import Group
