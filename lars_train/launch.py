@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import connection, resource_tracker
@@ -256,7 +256,7 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with _forward_signals() as (ranks, forwarded):
         # SIGINT stays blocked until a rank can handle it: during imports it would print a traceback.
-        with blocked(signal.SIGINT), _without_main_module():
+        with blocked(signal.SIGINT), nullcontext() if work.__module__ == "__main__" else _without_main_module():
             context = torch_processes.start_processes(
                 _rank,
                 (work, arguments, count, store.port, os.getpid()),
