@@ -32,7 +32,7 @@ from lars_train.errors import ConfigError
 from lars_train.given import Given
 from lars_train.launch import adopt
 from lars_train.messages import first_line, say
-from lars_train.targets import OBJECT
+from lars_train.targets import OBJECT, describe_failure
 from lars_train.training import checkpoint
 from lars_train.training.device import cuda_devices
 from lars_train.training.run_directory import Invocation, run_directory
@@ -158,6 +158,8 @@ def _given_model(
     if isinstance(model, str):
         return None, dataset, model
     if isinstance(model, nn.Module):
+        if any(value.is_meta for value in model.state_dict().values()):
+            raise ConfigError("model: the module is on the meta device, so it has no weights; pass a callable instead.")
         try:
             return lambda classes: copy.deepcopy(model).cpu(), dataset, _identity(copy.deepcopy(model))
         except Exception as error:  # the module may have any content
@@ -172,9 +174,13 @@ def _given_model(
     if mode == "evaluate" and not any(word.startswith(("checkpoint.path=", "model.weights=")) for word in words):
         raise ConfigError("model: this makes a network with random weights; pass a module, or set checkpoint.path.")
     if mode != "train":
-        return lambda classes: _call(model, classes), dataset, f"{OBJECT}{type(model).__name__}"
+        return lambda classes: _call(model, classes), dataset, f"{OBJECT}{_name(model)}"
     dataset = dataset or open_dataset(compose_settings(words).config.data)
     return lambda classes: _call(model, classes), dataset, _identity(_call(model, len(dataset.classes)))
+
+
+def _name(model: Callable[..., nn.Module]) -> str:
+    return str(getattr(model, "__name__", type(model).__name__))
 
 
 def _call(model: Callable[..., nn.Module], classes: int) -> nn.Module:
@@ -184,7 +190,10 @@ def _call(model: Callable[..., nn.Module], classes: int) -> nn.Module:
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     named = any(p.name == "num_classes" for p in parameters)
-    network = model(classes) if required else model(num_classes=classes) if named else model()
+    try:
+        network = model(classes) if required else model(num_classes=classes) if named else model()
+    except (Exception, SystemExit) as error:  # the caller's code may raise anything
+        raise ConfigError(f"model: the call of {_name(model)} fails{describe_failure(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"model: the callable returned a {type(network).__name__}, not a torch.nn.Module.")
     return network
@@ -230,11 +239,19 @@ def _unchanged_process() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     variables = {name: os.environ.get(name) for name in _VARIABLES}
+    hook = threading.excepthook
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
+        # The caller may have disabled gradients.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices),
+            warnings.catch_warnings(),
+        ):
             yield
     finally:
+        threading.excepthook = hook
         torch.set_num_threads(threads)
         if deterministic[0] != torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])

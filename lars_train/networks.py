@@ -88,7 +88,7 @@ def _custom_network(model: ModelConfig, outputs: int) -> nn.Module:
     make = load_target(str(model.target), "model.target")
     try:
         network = make(num_classes=outputs, **copy.deepcopy(model.kwargs))
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(
             f"model.target={model.target}: the call with {_call(model, outputs)} fails{describe_failure(error)}"
         ) from error
@@ -155,6 +155,9 @@ def check_fit(network: nn.Module, config: Config, classes: int) -> bool:
     where, sizes = f"model {describe_network(config.model)}", TrainingSizes.from_config(config.data)
     network = copy.deepcopy(network).float()
     before = {name: value.clone() for name, value in network.state_dict().items()}
+    faulty = [name for name, value in before.items() if not value.isfinite().all()]
+    if faulty:
+        raise ConfigError(f"{where}: {counted(len(faulty), 'tensor')} with non-finite values: {few(faulty)}.")
     for name, layer in network.named_modules():
         if isinstance(layer, GhostBatchNorm2d):
             layer.register_forward_pre_hook(functools.partial(_check_samples, f"{where}: its layer {name}"))
@@ -194,7 +197,7 @@ def _checked_pass(network: nn.Module, size: int, outputs: int, where: str) -> Te
         logits = network(torch.zeros(_CHECKED, 3, size, size))
     except ConfigError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(
             f"{where}: a pass of {_CHECKED} images of {size} x {size} pixels fails{describe_failure(error)}"
         ) from error

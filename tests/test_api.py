@@ -42,6 +42,13 @@ def seeded(seed: int = 0) -> nn.Module:
     return flat()
 
 
+def broken() -> nn.Module:
+    network = flat()
+    with torch.no_grad():
+        next(network.parameters()).fill_(torch.nan)
+    return network
+
+
 def weights(directory: str | Path) -> dict[str, torch.Tensor]:
     found = checkpoint.latest(Path(directory) / "checkpoints")
     assert found is not None
@@ -185,6 +192,14 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_call_resumes(monkeypatch: pytest
         ([], {"model": 3}, "model: pass a module"),
         ([], {"model": lambda: 3}, "the callable returned a int"),
         ([], {"model": nn.Sequential(nn.LazyLinear(4))}, "model: this module cannot be copied"),
+        ([], {"model": nn.Linear(4, 4, device="meta")}, "model: the module is on the meta device"),
+        ([], {"model": lambda: 1 / 0}, "model: the call of <lambda> fails in "),
+        ([], {"model": broken(), "data": sets()}, "1 tensor with non-finite values: "),
+        (
+            [],
+            {"data": ([(Images().images[0].transpose(1, 2, 0), 10**12)] * 8, Images(VAL))},
+            "data: train[0] of list: the label is 1000000000000",
+        ),
         ([], {"data": "no_such:sets"}, "data.target=no_such:sets: there is no module no_such"),
         (["data.holdout=0.1"], {"data": sets()}, "data.holdout=0.1 has no effect with data=custom"),
     ],
@@ -231,12 +246,16 @@ def test_a_run_leaves_the_process_as_it_was() -> None:
             list(sys.argv),
             Path.cwd(),
             threading.active_count(),
+            threading.excepthook,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
         ]
 
     try:
-        before = state()
-        train(*SMALL, "max_updates=1", "launch.threads=2", data=sets())
-        assert state() == before
+        with torch.inference_mode():
+            before = state()
+            train(*SMALL, "max_updates=1", "launch.threads=2", data=sets())
+            assert state() == before
     finally:
         torch.use_deterministic_algorithms(False)
         gc.set_threshold(100_000)
@@ -292,6 +311,9 @@ def test_each_rank_imports_the_named_functions(tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
         assert ("imported" in done.stdout) == (code == 0)
     assert "data.target=my_code:sets comes from a file" in start([*ALONE, "--config-file", "runs/one"], tmp_path).stderr
+    done = start([*ALONE, *SMALL, *named[:2], "data.kwargs.depth=1"], tmp_path)
+    assert done.returncode == 2
+    assert "data.target=my_code:sets: the call with (depth=1) fails: TypeError: " in done.stderr
 
 
 def test_the_command_line_refuses_the_name_of_an_object(tmp_path: Path) -> None:

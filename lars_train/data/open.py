@@ -158,12 +158,17 @@ def _open(data: DataConfig, given: Dataset | None) -> Dataset:
 def _open_target(data: DataConfig) -> Dataset:
     """Open the data sets that the function ``data.target`` returns."""
     from lars_train.data.sources.items import open_items
-    from lars_train.targets import load_target
+    from lars_train.targets import describe_failure, load_target
 
     if data.target is None:
         raise ConfigError("data=custom needs data.target=package.module:function.")
     where = f"data.target={data.target}"
-    made: Any = load_target(data.target, "data.target")(**data.kwargs)
+    make = load_target(data.target, "data.target")
+    try:
+        made: Any = make(**data.kwargs)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        given = ", ".join(f"{key}={value!r}" for key, value in data.kwargs.items())
+        raise ConfigError(f"{where}: the call with ({given}) fails{describe_failure(error)}") from error
     if not isinstance(made, tuple | list) or len(made) != 2:
         raise ConfigError(f"{where}: it returned a {type(made).__name__}, not a training and a validation set.")
     return open_items(made[0], made[1], place=where)

@@ -91,10 +91,10 @@ class ItemSource:
             label = operator.index(value)
         except TypeError:
             label = -1
-        if label < 0:
+        if not 0 <= label < 2**31:
             raise ConfigError(
                 f"{self.location(sample)}: the label is {first_line(repr(value))}. A label is the index of a class: a "
-                "whole number from 0."
+                "whole number from 0, and below 2**31."
             )
         return label
 
