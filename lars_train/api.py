@@ -57,8 +57,8 @@ def train(*settings: str, model: Model | None = None, data: Data | None = None) 
 
     Args:
         settings: words of the command line, such as ``"batch.size=256"`` (docs/configuration.md).
-        model: the network, from uint8 images normalized to float (n, 3, S, S) to logits (n, classes): a module, which
-            holds the last weights afterwards; a callable that returns one, called with the number of classes if it
+        model: the network, from normalized images, float (n, 3, S, S), to logits (n, classes): a module, which holds
+            the last weights afterwards; a callable that returns one, called with the number of classes if it
             takes an argument; or the name of such a callable, ``"package.module:function"``. By default, the network of
             the settings.
         data: training and validation set: a pair of datasets with a length, whose items are pairs of an image (uint8
@@ -255,7 +255,9 @@ def _unchanged_process() -> Iterator[None]:
         torch.set_num_threads(threads)
         if deterministic[0] != torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-        torch.backends.cudnn.benchmark = benchmark
+        # torch refuses to set the flag after torch.backends.disable_global_flags.
+        if benchmark != torch.backends.cudnn.benchmark:
+            torch.backends.cudnn.benchmark = benchmark
         gc.set_threshold(*thresholds)
         for name, value in variables.items():
             if value is None:

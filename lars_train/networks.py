@@ -121,7 +121,7 @@ def start_network(
     if model.new_head:
         head_layer(network, classes if isinstance(classes, int) else len(classes), "model.new_head=true")
     if model.weights is not None:
-        # Only this package's networks have names of which two fit the same tensors.
+        # Compare names for this package's networks only: of those, tiny and small have tensors of the same shapes.
         name = model.name if model.source == BUILTIN and given.network is None else None
         notes = load_weights(network, model.weights, name=name, classes=names, new_head=model.new_head)
     freeze(network, model.freeze)
@@ -146,7 +146,7 @@ def check_single_samples(config: Config, classes: int) -> None:
 
 
 def check_fit(network: nn.Module, config: Config, classes: int) -> bool:
-    """Return True if `network` draws random numbers in training. Check with passes of two images that it fits the run.
+    """Check with passes of two images that `network` fits the run. Return True if training draws random numbers.
 
     The network stays unchanged, as do torch's random generators. Raises `ConfigError` unless the network maps images of
     the run's sizes to (n, `classes`) logits, with a gradient for each trainable parameter, and changes only the

@@ -84,7 +84,7 @@ def describe_failure(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         file, line = error.filename, error.lineno
     for frame in traceback.extract_tb(error.__traceback__):
-        # The first file that is not one of the callers, and its innermost line.
+        # Take the outermost file that is not one of the callers, and the innermost line in it.
         if file in (None, frame.filename) and not _CALLERS.match(frame.filename):
             file, line = frame.filename, frame.lineno
     place = "" if file is None else f" in {file}, line {line}"

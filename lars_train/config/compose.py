@@ -72,7 +72,7 @@ def _own_hydra() -> Iterator[None]:
     instances: dict[Any, Any] = Singleton._instances
     resolvers = dict(BaseContainer._resolvers)
     theirs = {kind: instances.pop(kind) for kind in kinds if kind in instances}
-    # Hydra's own configs, to which a plugin that is imported now adds its own.
+    # Start with Hydra's own configs only. A plugin that is imported within the context adds its configs to them.
     ConfigStore.instance().repo = {k: v for k, v in theirs[ConfigStore].repo.items() if k.startswith(("hydra", "_"))}
     try:
         register.__wrapped__()

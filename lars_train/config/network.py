@@ -50,7 +50,7 @@ class ModelConfig:
 
 
 def check_network(model: ModelConfig, *, stored: bool) -> None:
-    """Raise `ConfigError` for settings of `model` that conflict. `stored`: the mode reads the network's checkpoint."""
+    """Raise `ConfigError` for settings of `model` that conflict. `stored`: the network comes from a checkpoint."""
     if model.ema is not None and not 0 < model.ema < 1:
         raise ConfigError(f"model.ema={model.ema}: the decay must be above 0 and below 1, such as 0.9999.")
     if model.ema is None and model.ema_start:
@@ -75,7 +75,7 @@ def check_network(model: ModelConfig, *, stored: bool) -> None:
     if model.blurpool:
         raise ConfigError(
             f"model.blurpool=true: it is not implemented for model={model.source}; set model.blurpool=false, which "
-            "leaves it out if the recipe has it."
+            "also overrides the recipe."
         )
     if model.zero_gamma is not None:
         own = "model.kwargs.zero_init_last, if the network has it" if model.source == TIMM else "your function"

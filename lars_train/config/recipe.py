@@ -46,7 +46,7 @@ def fill_from_recipe(config: Config) -> None:
     _fill_schedule(config, row)
     for node, keys in (
         (opt, ("lr", "weight_decay", "decay_norm_bias")),
-        # timm's and the user's networks start as they are.
+        # zero_gamma is for built-in networks only: timm's and the user's keep their own initial weights.
         (config.model, ("ghost_batch", "blurpool", *(("zero_gamma",) if config.model.source == BUILTIN else ()))),
         (config, ("epochs", "label_smoothing", "loss")),
     ):
@@ -75,7 +75,7 @@ def fill_from_recipe(config: Config) -> None:
 
 
 def scales_by_default(config: Config) -> bool:
-    """Return True if a null `batch.scaled` means true: no `batch.size`, and none of the user's own data."""
+    """Return True if a null `batch.scaled` means true: `batch.size` is not set, and the data are not in `UNSCALED`."""
     return config.batch.size is None and config.data.name not in UNSCALED
 
 
@@ -144,7 +144,8 @@ def _check_length(config: Config) -> None:
     if lengths and str(config.epochs) not in lengths and not config.schedule.scale_warmup and not own_sizes:
         raise ConfigError(
             f"epochs={config.epochs}: recipe {config.recipe.name} has the lengths {', '.join(lengths)}; choose one of "
-            "them. For another length, set data.size_schedule, or schedule.scale_warmup=true, which scales the longest."
+            "them. For another length, set data.size_schedule, or set schedule.scale_warmup=true, which scales the "
+            "schedules of the longest."
         )
 
 

@@ -13,7 +13,7 @@ from lars_train.config.recipe_schema import RecipeConfig, RowConfig
 from lars_train.config.schema import Config, choices_of, config_dir, nominal_batch
 
 UNSCALED = ("imagenet", "folder", "huggingface", "custom")
-"""The data sets to which a null ``batch.scaled`` does not scale the batch: ImageNet, and the user's own data."""
+"""Data sets for which a null ``batch.scaled`` means false: ImageNet, and the user's own data."""
 
 
 def row_name(rows: Iterable[str], batch: str) -> str | None:

@@ -76,7 +76,7 @@ class DataConfig:
     eval_size: Optional[int] = None
     """Size in evaluation, if it differs from image_size."""
     size_schedule: Optional[list[int]] = None
-    """Progressive resizing: [from, to, first, last]. The training size is `from` up to epoch `first`, and `to` from
+    """Progressive resizing: [start, end, first, last]. The training size is `start` up to epoch `first`, and `end` from
     epoch `last` on. In between it changes linearly, rounded to a multiple of 32. Epochs count from 0 (FFCV).
     """
     eval_resize: Optional[int] = None
@@ -142,7 +142,7 @@ class OptimizerConfig:
     nesterov: Optional[bool] = None
     """Nesterov momentum of the base class, if it has the option."""
     weight_decay: Optional[float] = None
-    """Weight decay of all parameters, or of the weights only if `decay_norm_bias` is false."""
+    """Weight decay of all parameters; if `decay_norm_bias` is false, of the weights only."""
     decay_norm_bias: Optional[bool] = None
     """Apply weight decay to batch norm's parameters and biases."""
     adapt_norm_bias: Optional[bool] = None
@@ -214,8 +214,8 @@ class LaunchConfig:
     """Machines, and processes per machine."""
 
     nodes: Optional[int] = None
-    """Number of machines (null: one, or the launcher's number). ``mode=plan`` plans for this number. Under torchrun or
-    Slurm, a run on any other number of machines is an error.
+    """Number of machines (null: one, or the launcher's number). ``mode=plan`` plans for this number. A run on
+    any other number of machines is an error.
     """
     nproc: Union[int, str] = AUTO
     """Processes on this machine, if neither torchrun nor Slurm starts them; auto: one per GPU."""
@@ -266,7 +266,7 @@ class Config:
     mode: str = "train"
     """train, evaluate, export, plan or check."""
     seed: int = 0
-    """Seed of the initial weights, the order of samples and the augmentation."""
+    """Seed of initial weights, order of samples and augmentation."""
     epochs: Optional[int] = None
     """Length of the schedule, in epochs."""
     max_updates: Optional[int] = None
@@ -280,7 +280,7 @@ class Config:
     loss: Optional[str] = None
     """The training loss: cross_entropy, or bce (the binary cross entropy of every class, mean over the classes)."""
     bce_threshold: Optional[float] = None
-    """For ``loss=bce``: targets above this value become 1, all others 0. 0: keep the targets of mixed images."""
+    """For ``loss=bce``: set targets above this value to 1 and all others to 0. The value 0 leaves targets unchanged."""
     device: str = AUTO
     """auto, cpu or cuda."""
     deterministic: bool = False

@@ -77,7 +77,7 @@ def check_schedule(data: DataConfig, epochs: int) -> None:
     if data.train_size is not None:
         raise ConfigError(f"{key}: data.train_size={data.train_size} is set too; omit one of them.")
     if len(schedule) != 4:
-        raise ConfigError(f"{key}: give four numbers: [from, to, first epoch, last epoch].")
+        raise ConfigError(f"{key}: give four numbers: [start, end, first epoch, last epoch].")
     start, end, first, last = schedule
     if start == end or min(start, end) < 1 or start % _MULTIPLE or end % _MULTIPLE:
         raise ConfigError(f"{key}: the sizes must be two different multiples of {_MULTIPLE}.")

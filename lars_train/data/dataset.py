@@ -175,7 +175,7 @@ def numbered_name(prefix: str, sample: int) -> str:
 
 
 def numbered_name_chunks(prefix: str, count: int) -> Iterator[bytes]:
-    """Yield the names of samples 0 to `count - 1`, as `numbered_name` has them, in the format of `Names.chunks`."""
+    """Yield ``numbered_name(prefix, i)`` for i from 0 to `count` - 1, in the format of `Names.chunks`."""
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         # One format for all names of a chunk takes a third of the time of one call per name.

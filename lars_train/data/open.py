@@ -143,7 +143,9 @@ def _open(data: DataConfig, given: Dataset | None) -> Dataset:
         from lars_train.data.sources.builtin import open_synthetic
 
         if data.train_count is None or data.val_count is None or data.num_classes is None:
-            raise ConfigError(f"data.name=synthetic needs data.{', data.'.join(_COUNTS)}; data=synthetic sets them.")
+            raise ConfigError(
+                f"data.name=synthetic needs data.{', data.'.join(_COUNTS)}; use data=synthetic, which sets them."
+            )
         assert data.image_size is not None
         return open_synthetic(data.train_count, data.val_count, data.num_classes, data.image_size)
     if data.name in ("cifar10", "fashion_mnist"):

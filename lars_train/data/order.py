@@ -159,7 +159,7 @@ def micro_batches(
 
 
 def checksum(samples: npt.NDArray[np.int64]) -> int:
-    """Return a checksum in [0, 2**32) of a set of sample ids in any order: the sum of their hashes modulo 2**32.
+    """Return an order-independent checksum of sample ids, in [0, 2**32): the sum of their hashes modulo 2**32.
 
     The hash is the upper half of the finalizer of SplitMix64 (Steele, Lea, Flood 2014,
     https://doi.org/10.1145/2660193.2660195). The checksums of parts add up, modulo 2**32, to the checksum of the

@@ -69,9 +69,10 @@ def looks_like_validation(name: str) -> bool:
 def find_nested_splits(folders: Mapping[str, Set[str]], count: int) -> str:
     """Return the first supposed class folder that is in fact a data set, with splits in it; empty if there is none.
 
-    `folders`: for each supposed class with subfolders, their names. `count`: the number of all supposed classes. A
-    class with a training set and a validation set is a data set. If no class has both, the first class with a training
-    set is returned, provided that another has a validation set, and that more than half of the classes have either.
+    `folders`: the names of the subfolders of each supposed class that has any. `count`: the number of all supposed
+    classes. A class with a training set and a validation set is a data set. If no class has both, the first class with
+    a training set is returned, provided that some class has a validation set and that more than half of all classes
+    have one of the two.
     """
     training = [name for name, inside in folders.items() if any(map(looks_like_training, inside))]
     validation = [name for name, inside in folders.items() if any(map(looks_like_validation, inside))]
@@ -82,7 +83,7 @@ def find_nested_splits(folders: Mapping[str, Set[str]], count: int) -> str:
 
 
 def reject_case_duplicates(where: str, choice: Choice) -> None:
-    """Raise `ConfigError` if another folder has the name of a chosen split, except for case."""
+    """Raise `ConfigError` if the name of an unread folder differs from that of a chosen split only in case."""
     for name in (choice.train, choice.val):
         for other in choice.unused:
             if name is not None and name.lower() == other.lower():

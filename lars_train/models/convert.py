@@ -103,7 +103,7 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def find_head(network: nn.Module) -> str | None:
-    """Return the name of the last layer, or None: what timm's ``get_classifier`` returns, else the last `nn.Linear`."""
+    """Return the last layer's name: of timm's ``get_classifier`` if defined, else of the last `nn.Linear`; or None."""
     named = list(network.named_modules())
     get_classifier: Callable[[], object] | None = getattr(network, "get_classifier", None)
     if get_classifier is not None:

@@ -95,7 +95,7 @@ def check_blurpool(weights: Weights, model: nn.Module) -> None:
         value = str(weights.blurpool).lower()
         raise ConfigError(
             f"{weights.origin}: the weights are for a network with model.blurpool={value}, and would give other "
-            f"results without it; set model.blurpool={value}."
+            f"results otherwise; set model.blurpool={value}."
         )
 
 
@@ -112,7 +112,7 @@ def _check_same_classes(origin: str, known: Sequence[str], classes: Sequence[str
 
 
 def head_prefix(model: nn.Module) -> str:
-    """Return the prefix of the last layer's parameter names, such as ``fc.``; ``-.``, of no name, if there is none."""
+    """Return the prefix of the last layer's parameter names, such as ``fc.``; an unused one without a last layer."""
     return f"{find_head(model) or '-'}."
 
 
@@ -123,7 +123,7 @@ def keep_outputs(model: nn.Module, rows: Sequence[int], outputs: int) -> None:
     """
     if list(rows) == list(range(outputs)):
         return
-    head = head_layer(model, outputs, "a choice or another order of the outputs")
+    head = head_layer(model, outputs, "selecting or reordering outputs")
     index = torch.tensor(list(rows))
     for name, value in list(head.named_parameters()):
         setattr(head, name, nn.Parameter(value.detach()[index]))

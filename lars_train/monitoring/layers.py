@@ -18,8 +18,8 @@ _STEM = ("conv1", "bn1")
 class LayerValues:
     """Values of one update. Element i of each list belongs to the parameter `names[i]`.
 
-    `ratios`: LARS's trust ratio by parameter name, for the parameters that have one. `lr`: the learning rate, of which
-    the parameters in `lr_factors` have a multiple.
+    `ratios`: LARS's trust ratio by parameter name, for the parameters that have one. `lr`: the learning rate.
+    `lr_factors`: its factor by parameter name, where it is not 1.
     """
 
     names: list[str]

@@ -30,7 +30,7 @@ from lars_train.fsutil import write_atomic
 from lars_train.messages import first_line
 
 FOLDER = "trackers"
-# Seconds between two looks at the metrics; the longest wait at the end of a run; and the longest life after that.
+# Seconds between two reads of the metrics; to wait at the end of a run, at most; to live after that, at most.
 _POLL_S, _END_S, _LIFE_S = 2.0, 120.0, 300
 # W&B's process writes its file every 15 s and loses the rest if it is killed. After this time, values count as stored.
 _WANDB_S = 60.0
@@ -49,7 +49,7 @@ def check_trackers(log: LogConfig) -> None:
     """Raise `ConfigError` if the package of a tracker in the config is not installed."""
     for name, target in _chosen(log):
         found = importlib.util.find_spec(name)
-        # A folder of that name, which wandb writes to the working directory, is found as a package without a file.
+        # wandb creates a folder "wandb" in the working directory. `find_spec` finds it as a package without an origin.
         if found is None or found.origin is None:
             raise ConfigError(f"log.{name}={target}: {name} is not installed: pip install {name}.")
 
@@ -137,8 +137,8 @@ def finish_trackers(trackers: list[Tracker], final: dict[str, Any]) -> list[str]
 class CompleteRows:
     """The rows of a growing ``metrics.jsonl`` after `update`: one per update, in order, each once.
 
-    The lines of an update, which an evaluation adds to, are one row, which a line of a later update completes. Of two
-    values of a name, the later counts.
+    All lines of an update form one row, to which an evaluation adds a line. A row is complete once the file has a line
+    of a later update. If two lines have a value of the same name, the later value counts.
     """
 
     def __init__(self, directory: Path, update: int) -> None:
@@ -277,7 +277,7 @@ SINKS: dict[str, type[WandbSink] | type[MlflowSink]] = {"wandb": WandbSink, "mlf
 
 
 def main() -> None:
-    """Run a tracker's process: send rows until standard input ends, which may first give ``final.json``'s content.
+    """Run a tracker's process: send rows until standard input ends. Its only line, if any, is ``final.json``'s content.
 
     An error ends it with exit code 1 and one line on standard output. What the tool prints goes to standard error.
     """
@@ -308,7 +308,7 @@ def track(name: str, target: str, place: str) -> None:
             write_atomic(path, [json.dumps(state).encode()])
 
         if state.get("target") != target:
-            # MLflow chooses the id, W&B gets it: save it first, so that a kill during W&B's start makes no second run.
+            # MLflow chooses its own id. Save W&B's id before W&B starts, so that a killed start leaves no second run.
             save(target=target, id=uuid.uuid4().hex[:8] if name == "wandb" else "", update=0)
         settings = json.loads((directory / "run.json").read_text())["settings"]
         sink = SINKS[name](target, state["id"], directory, settings)

@@ -9,8 +9,8 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from .options import DEFAULTS, PRESETS
 
-# Keys that identify the implementation that wrote a state dict, and its preset. Groups of both also have eps and
-# dampening, which those of MoCo v3 and pytorch_optimizer lack.
+# Keys that identify the state dicts of timm's and lightning-bolts' LARS, with the preset. The groups of these two also
+# have eps and dampening, which those of MoCo v3 and pytorch_optimizer lack.
 _LOADABLE = {"trust_coeff": "timm", "trust_coefficient": "bolts"}
 # Keys in the parameter groups of other implementations: MoCo v3, Barlow Twins, solo-learn, mmpretrain, timm's Lamb.
 _FOREIGN_KEYS = frozenset(

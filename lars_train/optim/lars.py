@@ -227,7 +227,7 @@ class LARS(Optimizer):
         return self._last_step.layers() if self._last_step.enabled else None
 
     def recorded(self) -> Callable[[], Layers] | None:
-        """Return a function that computes `layers` of this step even after later steps, or None without a record."""
+        """Return a function that returns `layers` of this step, even after later steps; None without a record."""
         return self._last_step.copy().layers if self._last_step.enabled else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class LARS(Optimizer):
             self._state_is_new = False
             if not remaining and "step" not in vars(base):
                 return loss
-        # The base steps even if no gradients remain, because a scheduler may count its steps.
+        # A scheduler may have wrapped the base's step to count it, so call it even if no gradients remain.
         grads = [parameter.grad for parameter in done]
         try:
             for parameter in done:

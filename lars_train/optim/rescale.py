@@ -86,7 +86,7 @@ class Part:
 
 
 def group_parameters(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]:
-    """Group the parameters that have gradients to rescale by decay, lr, device, dtype and sharding."""
+    """Group, by decay, lr, device, dtype and sharding, the parameters whose gradients are to be rescaled."""
     parts: dict[Any, Part] = {}
     for group in groups:
         decay = float(group.get("weight_decay", 0.0)) if rule.adds_decay else 0.0

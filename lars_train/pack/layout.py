@@ -141,8 +141,8 @@ def key_of(member: bytes) -> tuple[bytes, bytes]:
 def member_names(names: Iterable[bytes]) -> list[bytes]:
     """Return the names of the tar members for images at these paths. No path may be hidden.
 
-    Each name has a distinct key. It is the path, with percent signs and dots before the suffix replaced by ``%25`` and
-    ``%2E``. Of paths that differ only in the suffix, the second moves into a folder ``%2E/``, the third into
+    The name is the path, with percent signs and dots before the suffix replaced by ``%25`` and ``%2E``. Its key is
+    distinct: of paths that differ only in the suffix, the second moves into a folder ``%2E/``, the third into
     ``%2E/%2E/``, and so on.
     """
     taken: set[bytes] = set()

@@ -191,7 +191,7 @@ class _Check:
         if sizes.start != sizes.end:
             self.notes.append(
                 f"{'sizes':<15}the micro-batch fits images of {sizes.largest} pixels; all speeds are for the first "
-                f"epoch's {sizes.at(0)}"
+                f"epoch's {sizes.at(0)} pixels"
             )
         self.notes += decoder_lines(config.data.decoder, resolved.decoder, None, dataset.train)
         seconds = config.check.seconds

@@ -22,8 +22,8 @@ TENSORS = 161
 """Parameter tensors of ResNet-50. The number of a network's kernels is assumed to be proportional to this number."""
 SEPARATE_BYTES = 240e6
 """Bytes per image that separate kernels read and write beyond what fused kernels do, in 16 bits: 473 MB - 233 MB.
-Passes over the output of a layer, 2 bytes each: 8 instead of 3 for batch norm, 5 instead of none for ReLU, 6 instead of
-3 for the sum with the shortcut."""
+Passes over the output of a layer, at 2 bytes per element: 8 instead of 3 for batch norm, 5 instead of 0 for ReLU, 6
+instead of 3 for the sum with the shortcut."""
 
 # Seconds that a micro-batch takes regardless of its images: each of its hundreds of kernels has a minimum time.
 # From the H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is

@@ -187,7 +187,7 @@ def _devices(findings: Findings) -> Iterator[Problem]:
             yield Problem(
                 f"{size(rank.device.memory_taken)} of {size(rank.device.memory)} device memory are already in use",
                 rank.label,
-                "end the other program (nvidia-smi lists them)",
+                "end the other programs (nvidia-smi lists them)",
             )
         if rank.step is not None and not rank.step.finite:
             yield Problem(
@@ -201,7 +201,7 @@ def _devices(findings: Findings) -> Iterator[Problem]:
     for rank, speed in speeds:
         if speed < SLOW_DEVICE * middle:
             yield Problem(
-                f"this device trains on {speed:,.0f} images/s, the median of all is {middle:,.0f}, and all wait for "
+                f"this device trains at {speed:,.0f} images/s, the median of all is {middle:,.0f}, and all wait for "
                 "the slowest",
                 rank.label,
                 "check its temperature, clocks and PCIe lanes (nvidia-smi -q), or leave this machine out",
@@ -291,7 +291,7 @@ def _loader_speed(findings: Findings) -> Iterator[Problem]:
             remedy = f"raise data.workers to {-(-needed // len(known))} per rank (this machine has {cores} cores)"
         else:
             remedy = (
-                f"{needed} cores would keep up and this machine has {cores}: pack the images smaller (lars-data pack), "
+                f"{needed} cores would keep up and this machine has {cores}: pack smaller images (lars-data pack), "
                 "use a faster decoder (data.decoder=native) or a faster disk, or use more cores"
             )
         yield Problem(

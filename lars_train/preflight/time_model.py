@@ -87,8 +87,9 @@ class Update:
 def all_reduce_seconds(machine: Machine, world: int, size: float) -> float:
     """Return the seconds to sum `size` bytes over `world` devices.
 
-    First, a ring within each node leaves each device with the node's sum of one share of the bytes. Then the devices
-    that hold the same share sum it over the n nodes. Last, the rings pass the shares to all devices of a node.
+    First, a reduce-scatter within each node gives each device the node's sum of one share of the bytes. Then the
+    devices that hold the same share all-reduce it over the n nodes. Last, an all-gather within each node passes the
+    shares on.
 
     A ring over p devices takes 2 (p - 1) consecutive messages of size / p bytes (Patarasuk and Yuan 2009,
     https://doi.org/10.1016/j.jpdc.2008.09.002). Between nodes, a tree may replace the ring: the bytes go up and down

@@ -26,8 +26,8 @@ from lars_train.run_plan import IMAGENET_TRAIN_IMAGES
 _AS_RECIPE = "as in the recipe's row"
 RUN = "run"
 """Key of the run's name in `Row.differs`."""
-# Settings that are not compared: execution and seed set no rows apart, `_sort_key` groups rows by batch, and `_setup`
-# compares each setting with its value in the recipe's row.
+# Settings that are not compared. Execution settings and the seed do not separate rows, `_sort_key` separates batches,
+# and `_setup` compares each setting with its value in the recipe's row.
 _NOT_COMPARED = (*EXECUTION_KEYS, "seed", "batch.name", "batch.nominal", "batch.size", "recipe")
 
 # Minimum number of significant digits of a float in the column "differs in".
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def departures(self) -> tuple[str, ...]:
-        """The settings that differ from the recipe's row, so that its published value is not comparable."""
+        """The settings that differ from the recipe's row. If there are any, its published value is not comparable."""
         return () if self._published_row is None else tuple(_deviations(self.first))
 
     @property
@@ -248,7 +248,7 @@ def _add_resolved(runs: Sequence[RunRecord], setups: list[dict[str, str]]) -> No
 
 
 def _deviations(run: RunRecord) -> list[str]:
-    """Return the settings that differ from the run's row of its recipe, or that the row does not have.
+    """Return the settings that differ from the recipe's row or, where the row has no value, from `LATER_KEYS`.
 
     Null settings are unused, and ignored; but a null size means that training has the size of the evaluation.
     """

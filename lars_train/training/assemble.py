@@ -64,7 +64,7 @@ def network_to_evaluate(
     `match_classes`. Raises `ConfigError` for a class that the network does not have.
     """
     builtin = config.model.source == BUILTIN and given.network is None
-    # The code of other networks may compute with real values.
+    # The code of other networks may depend on the values of tensors, which the meta device does not have.
     with torch.device("meta" if builtin else "cpu"):
         expected = None if builtin and config.model.weights is None else build_network(config, 1, given)
     head = HEAD if expected is None else head_prefix(expected)
@@ -112,9 +112,9 @@ def match_classes(
 
     1. By name. 1,000 outputs without names get ImageNet's names if ImageNet has all of `classes`.
     2. By number, ignoring leading zeros, if all names on both sides are numbers.
-    3. By index: the labels of `classes` in the data set's files (`numbers`), or else the names themselves, are indices
-       of outputs. The indices must be different whole numbers below the number of outputs. This rule does not apply if
-       the network has one of the names in `classes`, or if all names on both sides are numbers.
+    3. By index: each class is the index of an output. The indices are `numbers`, the labels in the data set's files,
+       or without them the names in `classes`. They must be different whole numbers below the number of outputs. This
+       rule does not apply if the network has one of the names in `classes`, or if all names on both sides are numbers.
     4. In order, if the outputs have no names and there are as many as `classes`.
 
     Return a name for each output, the output of each of `classes`, and messages to the user about the match. Raises

@@ -111,7 +111,7 @@ class NewerCheckpoint(DamagedCheckpoint):
 
 
 def save(folder: Path, update: int, content: dict[str, Any], keep: int, spare: int | None = None) -> Path:
-    """Write the checkpoint of `update` and return its path. Remove older ones, except the last `keep` and `spare`'s.
+    """Write the checkpoint of `update` and return its path. Remove all but the last `keep` and that of update `spare`.
 
     The file is renamed to its final name only when it is complete on disk and its checksum matches.
     """

@@ -282,7 +282,7 @@ def kept_tensors(model: nn.Module, samples: int, image_size: int) -> list[int]:
     """Return the bytes of each tensor that `activation_bytes` sums."""
     try:
         return _kept_tensors(model, samples, image_size, device_to_count_on())
-    except Exception:  # the user's network may compute with real values
+    except Exception:  # the user's network may depend on values
         return _kept_tensors(model, samples, image_size, "cpu")
 
 

@@ -32,7 +32,7 @@ from lars_train.training.distributed import Group
 DIVERGENCES = "divergence.jsonl"
 """The file that lists a run's divergences and the response to each. Only rank 0 writes it."""
 _SHOWN = 5
-# More than the usual number of updates between two checks. A check comes with each log line and checkpoint.
+# Updates to record between two checks. Rarely reached, because each log line and each checkpoint makes a check.
 _MAX_LOSSES = _MAX_LAYERS = 1024
 # Batches in a row without an update. Each halves float16's loss scale, which starts at 2**16, so after this many the
 # scale is not the cause.

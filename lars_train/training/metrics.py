@@ -26,7 +26,7 @@ from lars_train.run_plan import Plan
 from lars_train.training.device import Precision, copy_to, device_to_count_on
 
 LR_FACTOR = "lr_factor"
-"""The entry of a parameter group whose learning rate is this multiple of the schedule's."""
+"""The key in a parameter group for the factor between its learning rate and the schedule's."""
 
 
 @dataclass
@@ -222,7 +222,7 @@ def flops_per_image(network: nn.Module, image_size: int) -> int:
     if not is_builtin(network):
         try:
             return _FORWARD_EQUIVALENTS * _counted(network, image_size, "meta")
-        except Exception:  # the user's network may compute with real values
+        except Exception:  # the user's network may depend on values
             return _FORWARD_EQUIVALENTS * _counted(network, image_size, "cpu")
     # Only the layers' shapes matter, so run a copy without weights, which takes 0.02 s for ResNet-50 on one core.
     # Torch's FlopCounterMode gives the same count in 0.15 s if torchvision is loaded. Without torchvision, which the
@@ -276,8 +276,8 @@ def peak_flops(precision: Precision, device: torch.device, threads: int) -> floa
     """Measure the floating-point operations per second of square matrix products in `precision.compute`.
 
     The result is the best of a few measurements. The host waits for the device. `threads` is part of the cache key: the
-    caller has set this number of CPU threads. float32 products use TF32 if convolutions do, which is torch's default:
-    convolutions with TF32 would exceed a peak that was measured without TF32.
+    caller has set this number of CPU threads. float32 products use TF32 if convolutions do (torch's default),
+    because convolutions with TF32 would exceed a peak that was measured without TF32.
     """
     side = _MATRIX_SIZE.get(device.type, _MATRIX_SIZE["cuda"])
     # A separate generator, so that a run draws the same random numbers with or without this measurement.

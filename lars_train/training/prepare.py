@@ -65,7 +65,7 @@ def prepare(config: Config, given: Given = NOTHING) -> Prepared:
     notes: tuple[str, ...] = () if warning is None else (warning,)
     if config.run.dir is None and config.run.name is None and not directory.exists():
         notes += tuple(
-            f"NOTE: {other} has the same run with its images in another place; to resume that run: run.dir={other}"
+            f"NOTE: {other} holds this run, with its images at another path; to resume it, set run.dir={other}"
             for other in runs_of_moved_images(directory, config, dataset.fingerprint)
         )
     builtin, draws = config.model.source == BUILTIN and given.network is None, False

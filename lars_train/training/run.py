@@ -127,7 +127,7 @@ class Run:
             ) from error
         self.state.restore(start)
         if (self.trainer.ema is None) == ("ema" in start):
-            # The best of the run that wrote the checkpoint is a result of other weights.
+            # Only one of the two runs averages its weights, so their best top-1 values are not comparable.
             self.state.best_top1, self.state.best_update = -math.inf, None
         root = checkpoint.value(start, "config", "data", "root")
         self.state.bad = with_current_paths(self.state.bad, root, self.config.data.root)
@@ -173,7 +173,7 @@ class Run:
         self.logger.close()
 
     def _train_until_divergence(self) -> Divergence | None:
-        """Make updates until the run ends or diverges, or until no batches are left because some made no update."""
+        """Make updates until the run ends or diverges, or until skipped batches have left too few for the rest."""
         last = self.plan.stop + self.trainer.skipped
         with closing(self._batches()) as batches:
             while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:

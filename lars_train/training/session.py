@@ -171,7 +171,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for name in ("model", "data", "precision", "channels_last", "deterministic"):
         own = getattr(config, name)
-        # model=timm and model=custom do not name one network, so the stored settings of the same source apply.
+        # model=timm and model=custom name a source, not a network: with the same source, keep the stored settings.
         if name in keys and not (name == "model" and own.source == stored.model.source != BUILTIN):
             setattr(stored, name, own)
             continue

@@ -362,7 +362,7 @@ AVX2 static void resize_down_avx2(const uint8_t *const *rows, const int32_t *wei
 }
 #endif
 
-/* Return 1 for kinds of JPEG for which tests compare a partial decode with a full one; Pillow decodes all others. */
+/* Return 1 for the kinds of JPEG whose partial decodes the tests compare with full ones. Pillow decodes the others. */
 static int is_supported(const struct jpeg_decompress_struct *jpeg) {
     if (jpeg->data_precision != 8 || jpeg->arith_code) return 0;
     const jpeg_component_info *c = jpeg->comp_info;

@@ -83,8 +83,8 @@ def lend(arrays: Iterable[npt.NDArray[Any]], give_back: Callable[[], None]) -> t
     """
     lease = _Lease()
     weakref.finalize(lease, give_back).atexit = False
-    # A tensor and all views of it keep a `_LeasedArray` and its lease alive. A numpy view would not work, because views
-    # of it refer to the base array.
+    # A tensor and all its views keep a `_LeasedArray`, and so the lease, alive. A numpy view could not hold the lease:
+    # views of that view would refer to the base array instead.
     return tuple(torch.from_numpy(np.asarray(_LeasedArray(array, lease))) for array in arrays)
 
 

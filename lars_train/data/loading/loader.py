@@ -157,8 +157,8 @@ def train_loader(spec: LoaderSpec, start_update: int, stop_update: int) -> Strea
     """Return the stream of one rank's micro-batches for the updates [start_update, stop_update), across epochs.
 
     `order.micro_bounds` gives the micro-batches of an update: the same number each time, and none for a rank without
-    ghost batches. A stream that starts at update k yields the same batches as one that started at 0 yields from update
-    k on.
+    ghost batches. From update k on, a stream that starts at update k yields the same batches as one that starts
+    at 0.
     """
     source, updates = spec.source, range(start_update, stop_update)
 

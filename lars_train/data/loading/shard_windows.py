@@ -99,7 +99,7 @@ def window_numbers(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
 
 
 def last_to_hold(windows: Windows, span: Span) -> int:
-    """Return the last window that a stream at `span` may hold: the next, or that of `span.soon` if it is later."""
+    """Return the last window to hold at `span`: the window of `span.soon`, but at least the one after `span.start`."""
     return max(windows.at(span.soon), windows.at(span.start) + 1)
 
 

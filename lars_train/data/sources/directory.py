@@ -39,7 +39,7 @@ from lars_train.errors import ConfigError
 from lars_train.messages import is_rank0, printable
 
 MIN_INDEXED = 10_000
-"""The fewest images, by an estimate, for which an index is saved. Fewer are listed as fast without one."""
+"""The estimated number of images from which an index is saved. With fewer images, an index saves no time."""
 
 # Changes that made older indexes invalid:
 # 2: skipped files are counted, and more suffixes denote images.
@@ -219,7 +219,7 @@ def count_beside_splits(root: Path, suffix: str, reason: str) -> Counter[str]:
 class FolderState(NamedTuple):
     """The mtime and size of a folder when it was read.
 
-    `path` is relative to the class folder in a `FolderContent`, and to the split in an index.
+    In a `FolderContent`, `path` is relative to the class folder; in an index, it is relative to the split.
     """
 
     path: bytes

@@ -58,7 +58,7 @@ class _Rows:
 
 
 def open_huggingface(root: str | None, holdout: float | None = None) -> Dataset:
-    """Open the ``DatasetDict``, or with `holdout` also the single ``Dataset``, in the folder `root`.
+    """Open the ``DatasetDict`` in the folder `root`; with `holdout`, the folder may hold a single ``Dataset`` instead.
 
     With `holdout`, that share of each training class becomes the validation set, even if there is another. Rows without
     a label are skipped and counted. Raises `ConfigError` for any other folder, and if pyarrow is not installed.
@@ -204,7 +204,7 @@ def _positions(batch: Any, leaf: str, whole: Any) -> tuple[npt.NDArray[np.int64]
     width = np.int64 if pyarrow().types.is_large_binary(images.type) else np.int32
     bounds = np.frombuffer(ends, width)[images.offset : images.offset + len(images) + 1].astype(np.int64)
     size = np.where(np.asarray(images.is_valid()), np.diff(bounds), 0)
-    # Without any image, the data may lie anywhere.
+    # Images of size 0 get position 0: if all are null, the data may lie outside the file.
     first = np.where(size > 0, bounds[:-1] + (data.address - whole.address), 0)
     if np.any(size < 0) or np.any(first < 0) or np.any(first + size > len(whole)):
         raise ValueError("the images are compressed, or lie outside the file")

@@ -68,7 +68,7 @@ class ItemSource:
         except ConfigError as error:
             raise BadImage(str(error)) from None
         if label != self.labels[sample]:
-            raise BadImage(f"its label is {label}, not {self.labels[sample]} as before or as the dataset lists it")
+            raise BadImage(f"its label is {label}; the dataset's list or an earlier read has {self.labels[sample]}")
         return image
 
     def item(self, sample: int) -> tuple[bytes | npt.NDArray[np.uint8], int]:
@@ -215,8 +215,8 @@ def _check_samples(source: ItemSource) -> _Checked:
     for sample, one, other in zip(samples, first, second, strict=True):
         if one != other and None not in (one[1], other[1]):
             raise ConfigError(
-                f"{source.location(sample)}: two reads of this sample differ{_transform(source._items)}. Random "
-                f"transforms are a part of the run, which repeats them after a restart. {_UNTRANSFORMED}."
+                f"{source.location(sample)}: two reads of this sample differ{_transform(source._items)}. Leave "
+                f"random transforms to lars-train, which can repeat them after a restart. {_UNTRANSFORMED}."
             )
     agree = all(label in (None, source.labels[sample]) for sample, (_, label) in zip(samples, first, strict=True))
     return _Checked("".join(text if label is not None else "bad" for text, label in first).encode(), agree)

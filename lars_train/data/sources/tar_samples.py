@@ -23,7 +23,7 @@ from lars_train.messages import listed, printable
 LABEL_KEYS = ("label", "cls", "class")
 """The keys of a label in JSON."""
 
-# The most bytes of a member with a class number or name, of one that may hold only a number, and of one with JSON.
+# Size limits in bytes: of a member with a class number or name, of one that must be a number, and of one with JSON.
 _MAX_CLS, _MAX_NUMBER, _MAX_JSON = 1024, 16, 1 << 20
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _BOM = b"\xef\xbb\xbf"
@@ -115,8 +115,8 @@ def read_samples(
         if short_key in by_key and short_key not in readings and unlabeled:
             readings[short_key] = _read_label(handle, by_key[short_key], candidates)
         shared = readings.get(short_key, _LabelReading())
-        # A label member belongs to no image if its group holds only label members, or if its name is longer than that
-        # of the group's image. In a group without an image, a file of another kind is assumed to own the label.
+        # In a group of only label members, all are orphans. In a group with an image, those are orphans whose names are
+        # longer than the image's. In a group of other files, assume that the label belongs to one of them.
         may_be_orphans = any(images.values()) or {_suffix(part) for part in parts} <= _LIKE_LABELS
         may_be_orphans = may_be_orphans and all(reading.label is None for reading in readings.values())
         for key, own in by_key.items():
@@ -134,7 +134,7 @@ def read_samples(
                     if may_be_orphans and _suffix(part) == b"cls":
                         orphans[next(iter(orphans), part.name)] += 1
                     elif may_be_orphans and _suffix(part) in _LIKE_LABELS:
-                        # Add the place for the note on labels, but no count: `skipped` has counted the member.
+                        # Count 0 only records the place, for the note on labels: `skipped` has counted the member.
                         candidates[LabelPlace(_suffix(part).decode())] += 0
             image = images[key]
             if image is not None:
@@ -145,10 +145,10 @@ def read_samples(
 
 
 def label_place(samples: Iterable[TarSample]) -> LabelPlace | None:
-    """Return the place to read the labels of `samples` from, none of which has a label; None if that is uncertain.
+    """Return the place from which to read the labels of the unlabeled `samples`; None if that is uncertain.
 
-    Every sample must have a hint at that place. Several such places must define the same classes. The first place with
-    numbers is then chosen, because numbers define the order of the classes.
+    Every sample must have a hint at the place. If several places qualify, they must define the same classes. The first
+    one with numbers is then chosen, because numbers define the order of the classes.
     """
     tables = [dict(hints) for hints in {sample.hints for sample in samples}]
     shared = sorted(set(tables[0]).intersection(*tables)) if tables else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import importlib.util
 import io
 import pickle
@@ -44,8 +45,15 @@ def test_the_archive_is_balanced_sorted_stored_and_small() -> None:
     }
 
 
-def test_the_license_of_the_images_is_beside_the_archive() -> None:
-    text = (ARCHIVE.parent / "LICENSE").read_text()
+def test_the_license_of_the_images_is_in_the_distribution() -> None:
+    path = ARCHIVE.parent / "LICENSE"
+    if not path.exists():  # a wheel has it among its licenses
+        (path,) = (
+            Path(str(file.locate()))
+            for file in importlib.metadata.files("lars-train") or ()
+            if str(file).endswith("licenses/lars_train/data/embedded/LICENSE")
+        )
+    text = path.read_text()
     assert "MIT License" in text
     assert "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in text
 
