@@ -46,13 +46,14 @@ def test_the_archive_is_balanced_sorted_stored_and_small() -> None:
 
 
 def test_the_license_of_the_images_is_in_the_distribution() -> None:
-    path = ARCHIVE.parent / "LICENSE"
-    if not path.exists():  # a wheel has it among its licenses
-        (path,) = (
-            Path(str(file.locate()))
-            for file in importlib.metadata.files("lars-train") or ()
-            if str(file).endswith("licenses/lars_train/data/embedded/LICENSE")
-        )
+    # A wheel has it among its licenses.
+    found = [
+        Path(str(file.locate()))
+        for distribution in importlib.metadata.distributions(name="lars-train")
+        for file in distribution.files or ()
+        if str(file).endswith("licenses/lars_train/data/embedded/LICENSE")
+    ]
+    path = next(path for path in [ARCHIVE.parent / "LICENSE", *found] if path.exists())
     text = path.read_text()
     assert "MIT License" in text
     assert "Copyright (c) 2017 Zalando SE, https://tech.zalando.com" in text
