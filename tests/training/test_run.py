@@ -519,7 +519,7 @@ def test_a_run_resumes_after_its_images_moved(
     session.train(prepare(by_default), Ranks(), Invocation())
     (directory,) = (tmp_path / "runs").iterdir()
     (note,) = prepare(config(tmp_path, run__dir=None, **there)).notes
-    assert f"to resume that run: run.dir={directory.relative_to(tmp_path)}" in note
+    assert f"to resume it, set run.dir={directory.relative_to(tmp_path)}" in note
     assert not prepare(config(tmp_path, run__dir=None, **others)).notes
     with pytest.raises(ConfigError, match=r"another config \(data\.root: .*here' there, .*others' now\)"):
         train(directory, **others)
