@@ -31,8 +31,10 @@ if __name__ == "__main__":
     settings = "run.name=stripes model=tiny data.image_size=16 data.augment=pad_crop data.eval_crop=1 data.flip=false "
     settings += "batch.size=64 model.ghost_batch=32 optimizer=sgd optimizer.lr=0.1 schedule.warmup_epochs=1 epochs=4"
     data = Stripes(512, seed=0), Stripes(128, seed=1)
-    # resume=never moves the run of an earlier start of this script aside.
+    # With `resume=never`, an earlier run of this script is moved aside.
     train(*settings.split(), "max_updates=20", "resume=never", data=data)
     result = train(*settings.split(), data=data)
     values = evaluate("checkpoint.path=runs/stripes", data=data)
-    print(f"{result['updates']} updates, top-1 {result['final_top1']:.1f} %, again {values['val/top1']:.1f} %")
+    print(
+        f"{result['updates']} updates, top-1 {result['final_top1']:.1f} %, evaluated again: {values['val/top1']:.1f} %"
+    )

@@ -25,9 +25,10 @@ class Net(nn.Module):
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     network = Net(num_classes=10)
     settings = "run.name=own_model data=synthetic data.train_count=1024 data.val_count=200 data.num_classes=10 "
-    settings += "data.image_size=16 batch.size=128 model.ghost_batch=32 optimizer=lars optimizer.lr=4 epochs=4"
+    settings += "data.image_size=16 batch.size=128 model.ghost_batch=32 optimizer=lars optimizer.lr=2 epochs=8"
     result = train(*settings.split(), "schedule.warmup_epochs=1", model=network)
     network.eval()
     logits = network(torch.zeros(1, 3, 16, 16))

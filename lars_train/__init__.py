@@ -1,9 +1,9 @@
 """lars-train: large-batch training of ResNets on ImageNet with LARS, at batches of 256 to 64K.
 
-The public API: `train`, `evaluate` and `plan` do what the command line does. `lars_train.optim` has, for use alone, the
-optimizer `LARS`, `parameter_groups` and `split_parameters` for its parameters, the `learning_rate` schedule with the
-schedulers `WarmupCosine`, `WarmupPoly` and `WarmupSteps`, and `scaled_lr`. All are imported on first use, so that the
-command line prints ``--help`` without torch.
+The public API: `train`, `evaluate` and `plan` do what the command line does. `lars_train.optim` can be used alone. It
+has the optimizer `LARS`; `parameter_groups` and `split_parameters` for its parameters; the `learning_rate` schedule
+with the schedulers `WarmupCosine`, `WarmupPoly` and `WarmupSteps`; and `scaled_lr`. All are imported on first use, so
+that the command line prints ``--help`` without torch.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ def train(*settings: str, model: Model | None = None, data: Data | None = None) 
     the same call resumes it; if it has finished, the call returns its results. The program's random generators, signal
     handlers and settings of torch are unchanged afterwards.
 
-    Objects exist in this process only, so a run of objects uses one device. For more, start the script under torchrun,
-    where each rank calls this function with its own objects; or pass the names of functions, which each rank imports.
+    Objects exist in this process only, so a run that is given objects uses one device. For more, start the script under
+    torchrun, where each rank calls this function with its own objects; or pass the names of functions, which each rank
+    imports.
 
     Args:
         settings: words of the command line, such as ``"batch.size=256"`` (docs/configuration.md).
@@ -133,7 +134,7 @@ def _run_composed(
         config = _on_one_device(config)
     if dist.is_available() and dist.is_initialized():
         raise ConfigError("torch.distributed has a process group, but a run opens its own; destroy it before the call.")
-    # An evaluation takes the settings that are not among these from the checkpoint.
+    # In an evaluation, every setting that is not among the overrides comes from the checkpoint.
     overrides = tuple({"data=custom": "data.name=custom"}.get(word, word) for word in composed.overrides)
     invocation = Invocation(
         (f"lars_train.{mode}", *settings), overrides, OmegaConf.to_yaml(composed.raw), composed.hydra_yaml
@@ -154,7 +155,7 @@ def _given_data(data: Data) -> tuple[Dataset | None, str]:
 def _given_model(
     model: Model, words: list[str], dataset: Dataset | None, mode: str
 ) -> tuple[Callable[[int], nn.Module] | None, Dataset | None, str]:
-    """Return what makes the network, the data set if it is open, and the value of ``model.target``."""
+    """Return a function that makes the network, the data set (None if it is not open), and ``model.target``."""
     if isinstance(model, str):
         return None, dataset, model
     if isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""Make a run's network from its config: of this package, of timm, or of the user; and check that it fits the run.
+"""Make a run's network (built-in, timm's or the user's own) from its config, and check that it fits the run.
 
 All checks run on the CPU, before a run touches its device.
 """
@@ -29,7 +29,7 @@ from lars_train.targets import describe_failure, load_target
 
 # Keywords of timm's create_model that this program sets, or that read files.
 _OWN_KEYWORDS = {
-    "num_classes": "the data set has the number of classes",
+    "num_classes": "the data set determines the number of classes",
     **dict.fromkeys(
         ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
         "download the weights, and set model.weights=FILE",
@@ -146,7 +146,7 @@ def check_single_samples(config: Config, classes: int) -> None:
 
 
 def check_fit(network: nn.Module, config: Config, classes: int) -> bool:
-    """Check with passes of two images that `network` fits the run. Return True if training draws random numbers.
+    """Check with two images that `network` fits the run. Return True if training draws random numbers.
 
     The network stays unchanged, as do torch's random generators. Raises `ConfigError` unless the network maps images of
     the run's sizes to (n, `classes`) logits, with a gradient for each trainable parameter, and changes only the

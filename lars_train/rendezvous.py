@@ -100,7 +100,7 @@ def _greet(listener: socket.socket, greeting: bytes) -> None:
 
 
 def _find_store_port(address: str, port: int, job: str, limit: timedelta) -> int:
-    """Return the port of rank 0's store. Rank 0 may start later, or another job may still use the port."""
+    """Return the port of rank 0's store. Retry: rank 0 may start later, or another job may still use `port`."""
     end = time.monotonic() + limit.total_seconds()
     wrong_since: float | None = None
     while True:

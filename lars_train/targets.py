@@ -1,7 +1,7 @@
 """Import a function that the user names as ``package.module:function``.
 
-A file of a stranger must run no code, so a name from a checkpoint, a run's record or a saved config is imported only if
-the command line gives the same name (`check_named`).
+A file from a stranger must not run code, so a name from a checkpoint, a run's record or a saved config is imported only
+if the command line gives the same name (`check_named`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def load_target(target: str, key: str) -> Callable[..., Any]:
 def check_named(key: str, target: str | None, overrides: Iterable[str]) -> None:
     """Raise `ConfigError` if `target`, the value of `key`, comes from a file and not from the command line.
 
-    The name of an object is no code, so it passes.
+    The name of an object refers to no code, so it is accepted.
     `overrides`: the settings of the command line.
     """
     if target is None or target.startswith(OBJECT):

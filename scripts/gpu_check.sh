@@ -4,7 +4,7 @@
 # Test, measure and train on a GPU, in stages of at most four minutes; without STAGE all of them in this order:
 #
 #   tests      the tests marked cuda
-#   step       an update of ResNet-50 by micro-batch and ghost batch, and a bare loop; first eager, then compiled
+#   step       ResNet-50 updates for several micro-batches and ghost batches, and a bare loop; eager, then compiled
 #   lars       the step of LARS, other optimizers and other implementations
 #   training   compares a run with the same run stopped by SIGTERM and resumed; then a run at full speed
 #   more       the other contenders of bench_step.py

@@ -169,7 +169,7 @@ def between_markers(text: str, name: str, lines: list[str]) -> str:
 
 
 def check_page(path: Path, *markers: str) -> Path:
-    """Return `path` if it is writable and has all `markers`. Call it before a measurement of hours, not after.
+    """Return `path` if it is writable and has all `markers`. Call it before a measurement that takes hours.
 
     Raises:
         ValueError: the page is missing or not writable, or lacks a marker. The message is one line.

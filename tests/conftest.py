@@ -28,7 +28,7 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker more than cores, because the tests wait for a third of their time (Slurm, lost hosts)."""
+    """Return one worker more than cores: tests spend a third of their time waiting (Slurm, lost hosts)."""
     return (os.cpu_count() or 1) + 1
 
 

@@ -60,7 +60,7 @@ class Host:
         return [*self._inside("--user", "--net", "--pid", "--mount", "--uts", f"--wd={folder}"), *words]
 
     def ip(self, words: str) -> None:
-        """Run `ip` in the host's network, but outside its pid namespace: `words` may hold this process's ids.
+        """Run `ip` in the host's network, but outside its pid namespace: `words` may hold process ids as seen here.
 
         Raises `Unavailable`.
         """

@@ -23,7 +23,7 @@ KINDS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "gray", "rgb")
 def synthetic_jpeg(kind: str, width: int, height: int, progressive: bool = False, quality: int = 80) -> bytes:
     """Return a JPEG of coarse colored noise, so that swapped rows or columns are visible."""
     if kind == "4:4:0":
-        # Pillow cannot write it: a 4:2:2 with its sides and the first component's sampling factors exchanged.
+        # Pillow cannot write 4:4:0. Exchange the sides and the first component's sampling factors of a 4:2:2.
         data = synthetic_jpeg("4:2:2", height, width, progressive, quality)
         at = next(i for i in range(len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
         sides = data[at + 7 : at + 9] + data[at + 5 : at + 7]
@@ -106,7 +106,8 @@ def many_scans(width: int, height: int, count: int) -> bytes:
         return header + int(data + "1" * (-len(data) % 8), 2).to_bytes((len(data) + 7) // 8, "big")
 
     blocks = -(-width // 8) * -(-height // 8)
-    # "0" is no difference in a scan of the first coefficient; in others, the end of 16,384 blocks, and 14 bits follow.
+    # In a scan of the first coefficient, the code "0" is a difference of 0. In other scans it ends a run of at least
+    # 16,384 blocks, and 14 bits with the rest of the run's length follow.
     tables = segment(0xC4, b"\x00\x01" + bytes(15) + b"\x00") + segment(0xC4, b"\x10\x01\x01" + bytes(14) + b"\xe0\x00")
     frame = segment(0xC2, b"\x08" + height.to_bytes(2, "big") + width.to_bytes(2, "big") + b"\x01\x01\x11\x00")
     ends = ("0" + format(0, "014b")) * (blocks // 16384) + "10" * (blocks % 16384)

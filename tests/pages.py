@@ -48,7 +48,7 @@ class Block:
 
 
 def blocks(page: Path, text: str | None = None) -> Iterator[Block]:
-    """Yield the code blocks of `page` that are shell commands: of no or a shell's language, and not only formulas."""
+    """Yield the blocks of shell commands in `page`: marked as a shell's or unmarked, and not only formulas."""
     lines = (page.read_text() if text is None else text).splitlines()
     number = 0
     while number < len(lines):

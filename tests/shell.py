@@ -7,8 +7,8 @@ A request is a line of JSON, and so is its answer:
     {"begin": {"words": [...], "folder": ..., "environment": {...}, "timeout": seconds, "log": file or null}}: its id
     {"end": [process id, seconds]}: [exit code, standard output, standard error], or null if it is still running then
 
-The first word is lars-train, lars-report, lars-data, torchrun, or python, which takes a file, or -c and code. Forks,
-too, are torchrun's workers, the ranks that lars-train starts, and the processes of lars-train that a file starts.
+The first word is lars-train, lars-report, lars-data, torchrun, or python, which takes a file, or -c and code. The
+workers of torchrun, the ranks of lars-train, and each lars-train that a file starts are forks, too.
 `log`: a file for both outputs.
 """
 

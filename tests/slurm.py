@@ -103,7 +103,7 @@ class Slurm:
     def start(self) -> None:
         """Start the daemons. Fail the test if they do not become ready."""
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed"}
-        # --force: munged objects to a folder that other users cannot reach.
+        # Without --force, the daemon rejects a folder that other users cannot reach.
         munged = ["munged", "--foreground", "--force", *(f"--{k}={self.folder}/munge.{v}" for k, v in files.items())]
         self._daemon(munged)
         until((self.folder / "munge.socket").exists, "munged's socket")

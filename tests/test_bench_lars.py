@@ -103,7 +103,7 @@ def test_one_file_of_a_package_is_loaded_alone(
     assert "pl_bolts.utils.stability" not in sys.modules
 
 
-def test_all_tables_are_written_and_the_short_ones(
+def test_the_full_page_and_the_short_page_are_written(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["SGD, fused", bench.OURS, "MoCo v3's loop", "missing"]

@@ -39,7 +39,7 @@ def test_a_wheel_with_all_parts_passes(script: ModuleType) -> None:
     ("missing", "named"),
     [("jpeg.abi3.so", "no libjpeg-turbo 2.1"), ("kernels.abi3.so", "no C compiler"), ("turbo.txt", "license-files")],
 )
-def test_a_wheel_without_a_part_is_rejected_by_its_name(
+def test_a_wheel_without_a_part_is_rejected_and_the_part_named(
     missing: str, named: str, script: ModuleType, tmp_path: Path
 ) -> None:
     path = tmp_path / "lars_train-0.1.0-cp310-abi3-linux_x86_64.whl"

@@ -240,7 +240,7 @@ def test_the_killed_run_on_the_page_ends_with_the_same_weights(tmp_path: Path) -
     assert [block.page.name for block in sessions] == ["same_curve.md"]
     program = tmp_path / "bin" / "lars-train"
     program.parent.mkdir()
-    # With forks as ranks, whose imports would take most of the time.
+    # The ranks are forks, because the imports of new processes would take most of the time.
     code = "import shell, sys; sys.argv[0] = 'lars-train'; shell.lars_train()"
     program.write_text(
         f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@" model=small launch.threads=1 data.holdout=0.01\n'

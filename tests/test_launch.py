@@ -185,7 +185,7 @@ def test_a_slurm_steps_port_depends_on_job_and_step_alone() -> None:
 def test_slurm_steps_of_one_host_rarely_share_a_port() -> None:
     ports = [port_of(job, step) for job in range(100_000, 100_050) for step in range(2)]
     assert all(20_000 <= port < 32_768 for port in ports)
-    # 100 random ports have 0.4 equal pairs on average; the sum of job and step gave 49.
+    # 100 random ports have 0.4 equal pairs on average. Ports from the sum of job and step would have 49.
     assert len(set(ports)) >= 97
 
 

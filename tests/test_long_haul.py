@@ -22,12 +22,12 @@ def long_haul(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.slow
 def test_memory_and_open_files_do_not_grow_in_500_updates(long_haul: ModuleType, tmp_path: Path) -> None:
-    # The script ignores the first tenth of 600 updates and 24 evaluations.
+    # The run has 600 updates and 24 evaluations. The script ignores its first tenth.
     settings = [*long_haul.SETTINGS, f"data.train_count={25 * long_haul.BATCH}", "epochs=24"]
     moments = long_haul.watch(settings, 24 * 25, tmp_path)
     assert moments[-1].update >= 575
     text = "\n".join(long_haul.report(moments, settings)[0])
-    # MiB over about 500 updates, where 0.3 is usual. The script allows 8 over two hundred times as many.
+    # The limit is in MiB over about 500 updates; 0.3 is usual. The script allows 8 over 200 times as many updates.
     memory = re.search(r"\| memory, MiB \| ([\d.]+) \| ([\d.]+) \|", text)
     files = re.search(r"\| open files \| (\d+) \| (\d+) \|", text)
     assert memory is not None

@@ -71,7 +71,7 @@ def test_a_timm_network_gets_its_keywords_and_ghost_batches() -> None:
         ("hf_hub:timm/resnet18", {}, "has no such network"),
         ("test_resnet", {"pretrained": True}, r"model\.kwargs\.pretrained: omit it; download the weights, and set"),
         ("test_resnet", {"checkpoint_path": "x"}, r"model\.kwargs\.checkpoint_path: omit it"),
-        ("test_resnet", {"num_classes": 3}, r"omit it; the data set has the number of classes"),
+        ("test_resnet", {"num_classes": 3}, r"omit it; the data set determines the number of classes"),
         (
             "test_resnet",
             {"no_such": 3},
@@ -122,7 +122,7 @@ def test_settings_that_conflict_are_refused(values: dict[str, Any], message: str
         tiny(**{"model__source": "timm", "model__name": "test_resnet", **values})
 
 
-def test_the_recipe_sets_zero_gamma_only_of_own_networks() -> None:
+def test_the_recipe_sets_zero_gamma_only_of_builtin_networks() -> None:
     assert config().model.zero_gamma is None
     assert tiny().model.zero_gamma is not None
 
@@ -234,7 +234,7 @@ def test_operations_of_a_network_are_counted_by_operator(monkeypatch: pytest.Mon
     assert flops_per_image(values, 16) == 3 * 2 * (14 * 14 * 4 * 27 + 16)
 
 
-def test_own_networks_do_not_need_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builtin_and_custom_networks_do_not_need_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     build_network(tiny(), 4)
     build_network(custom(), 4)

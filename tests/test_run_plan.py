@@ -189,7 +189,7 @@ def test_more_ranks_than_ghost_batches_names_the_remedy(ghosts: int, ghost: int,
 
 
 def test_the_remedy_for_too_small_a_batch_is_in_ghost_batches() -> None:
-    # A batch of 16 would be one ghost batch of 16, too few for two ranks, as 8 is.
+    # A batch of 16 is one ghost batch, like a batch of 8: too few for two ranks.
     with pytest.raises(ConfigError, match=r"2 times model\.ghost_batch"):
         check_world(plan_of(8, 32), 2)
     check_world(plan_of(2 * 32, 32), 2)

@@ -31,7 +31,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (["--world", "3", "--warmup=2"], " --world 3 --warmup=2"),
     ],
 )
-def test_a_page_repeats_the_command_without_its_own_name(shared: ModuleType, given: list[str], expected: str) -> None:
+def test_the_command_on_a_page_omits_the_write_option(shared: ModuleType, given: list[str], expected: str) -> None:
     assert shared.command_line(f"{SCRIPTS}/verify/chaos.py", given) == f"python scripts/verify/chaos.py{expected}"
 
 

@@ -127,7 +127,7 @@ def test_under_slurm_each_row_is_a_job(tmp_path: Path) -> None:
     found = [command[job + 1 :] for command, job in zip(commands, jobs, strict=True)]
     assert [settings[0] for settings in found] == [f"batch={row}" for row in ("32k", "16k", "8k", "256")]
     assert {tuple(settings[1:]) for settings in found} == {("data=imagenet", "data.root=/data/image net", "seed=2")}
-    # Of an option given twice sbatch uses the last.
+    # If an option is given twice, sbatch uses the last value.
     assert ["--nodes=1" in command for command in commands] == [False] * 3 + [True]
 
 
@@ -166,8 +166,8 @@ def run_refused(folder: Path, *arguments: str, **environment: str) -> tuple[int,
     ("arguments", "environment", "message"),
     [
         ((), {}, "DATA_ROOT, the first argument, is missing"),
-        (("mode=plan",), {}, "mode=plan: DATA_ROOT"),
-        (("data.root=/data/imagenet",), {}, "data.root=/data/imagenet: DATA_ROOT"),
+        (("mode=plan",), {}, "mode=plan: pass DATA_ROOT"),
+        (("data.root=/data/imagenet",), {}, "data.root=/data/imagenet: pass DATA_ROOT"),
         (("-m", "/data"), {}, "-m: DATA_ROOT"),
         (("/data",), {"NODES": "abc"}, "NODES=abc:"),
         (("/data",), {"NODES": "0"}, "NODES=0:"),

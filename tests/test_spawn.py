@@ -55,7 +55,7 @@ def test_a_rank_killed_after_its_work_does_not_hang_the_launcher() -> None:
 
 
 @pytest.mark.usefixtures("_forks")
-def test_our_errors_keep_their_message_and_bugs_a_traceback() -> None:
+def test_our_errors_keep_a_message_and_bugs_keep_a_traceback() -> None:
     for kind in (ConfigError, DataError, Diverged, Stopped):
         with pytest.raises(kind, match=r"^the word$"):
             start_processes(at_work.raise_error, (kind.__name__,), 1)

@@ -120,7 +120,7 @@ def default_choices() -> dict[str, str]:
 
 
 def models_of_data() -> dict[str, str]:
-    """Return, by data set, the default model of each data set that has its own."""
+    """Return, by data set, the default model of each data set that overrides the general default."""
     found = {}
     for name in choices_of("data"):
         file = OmegaConf.to_container(OmegaConf.load(config_dir() / "data" / f"{name}.yaml"))
@@ -171,7 +171,7 @@ def page(name: str) -> str:
             lines.append(f"{dotted(section, field.name)}={default_text(field)}   ({type_name(hints[field.name])})")
             lines.append(_row("", texts.get(field.name, ""), 2))
     if not leaf:
-        lines += ["", "null: from the recipe's row or the chosen group file, or not set."]
+        lines += ["", "null: the recipe's row or the chosen group file has the value, or it stays unset."]
     return "\n".join(lines)
 
 

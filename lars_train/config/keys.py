@@ -104,7 +104,7 @@ def suggestion(key: str) -> str:
     if not found and key.startswith("optimizer."):
         return f" To pass it to the base class: optimizer.kwargs.{key.removeprefix('optimizer.')}."
     if not found and key.startswith("model."):
-        return f" To pass it to a network of timm, or yours: model.kwargs.{key.removeprefix('model.')}."
+        return f" To pass it to a timm network or your own: model.kwargs.{key.removeprefix('model.')}."
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 

@@ -124,13 +124,13 @@ def _check_rate(config: Config, row: RowConfig) -> None:
     if batch.size is not None:
         raise ConfigError(
             f"batch.size={batch.size}: recipes give learning rates only for their own batches; set optimizer.lr, and "
-            f"for a small batch also optimizer=sgd (row {batch.name} of recipe {config.recipe.name}: {row.optimizer}, "
-            f"{row.lr})."
+            f"for a small batch also optimizer=sgd (row {batch.name} of recipe {config.recipe.name} has "
+            f"{row.optimizer} with lr {row.lr})."
         )
     if (opt.name, opt.base) != (row.optimizer, row.base):
         what = f"{opt.name} over {opt.base}" if opt.name == "lars" else f"plain {opt.base}"
         raise ConfigError(
-            f"optimizer.lr is not set, and that of row {batch.name} of recipe {config.recipe.name} is for "
+            f"optimizer.lr is not set, and the lr of row {batch.name} of recipe {config.recipe.name} is for "
             f"{row.optimizer} over {row.base}, not for {what}; set optimizer.lr."
         )
 
@@ -145,7 +145,7 @@ def _check_length(config: Config) -> None:
         raise ConfigError(
             f"epochs={config.epochs}: recipe {config.recipe.name} has the lengths {', '.join(lengths)}; choose one of "
             "them. For another length, set data.size_schedule, or set schedule.scale_warmup=true, which scales the "
-            "schedules of the longest."
+            "schedules of the longest length to this one."
         )
 
 

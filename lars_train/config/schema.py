@@ -80,10 +80,12 @@ class DataConfig:
     epoch `last` on. In between it changes linearly, rounded to a multiple of 32. Epochs count from 0 (FFCV).
     """
     eval_resize: Optional[int] = None
-    """Evaluation resizes the shorter side to this many pixels, instead of the evaluation's size / eval_crop."""
+    """Evaluation resizes the shorter side to this many pixels, instead of the evaluation size divided by
+    eval_crop.
+    """
     augment: str = "inception"
-    """inception (random resized crop), scale_crop (resize the shorter side to the size / eval_crop, then crop at
-    random), pad_crop or none.
+    """inception (random resized crop), scale_crop (resize the shorter side to the training size divided by eval_crop,
+    then crop at random), pad_crop or none.
     """
     min_crop: Optional[float] = None
     """Smallest crop of ``augment=inception``, as a share of the image's area."""
@@ -92,7 +94,9 @@ class DataConfig:
     pad: int = 4
     """Pixels of padding around the image for ``augment=pad_crop``."""
     eval_crop: Optional[float] = None
-    """Evaluation resizes the shorter side to its size / eval_crop and crops the center (null: 0.875)."""
+    """Evaluation resizes the shorter side to the evaluation size divided by eval_crop, then crops the center (null:
+    0.875).
+    """
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Mean per channel, on the scale 0 to 1, to subtract."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
@@ -288,7 +292,7 @@ class Config:
     compile: bool = False
     """Compile the network with ``torch.compile`` for training."""
     channels_last: Union[bool, str] = AUTO
-    """Use the channels_last memory format for weights and images: true, false, or auto (on every device)."""
+    """Use the channels_last memory format for weights and images: true, false, or auto (true on every device)."""
     gradient_compression: str = "none"
     """none, or bf16: round the gradients that the ranks exchange to bfloat16. This is part of the experiment, because
     the results then depend on the world size.
@@ -332,7 +336,7 @@ def register() -> None:
 
 @functools.cache
 def schema_node(schema: type) -> DictConfig:
-    """Return OmegaConf's node of a dataclass. Callers share it and must not change it, because it is slow to create."""
+    """Return OmegaConf's node of a dataclass. It is slow to create, so callers share it and must not change it."""
     node: DictConfig = OmegaConf.structured(schema)
     return node
 

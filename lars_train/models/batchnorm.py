@@ -141,7 +141,7 @@ class RunningStatistics:
         self._updates = [t for layer in layers if (t := layer.num_batches_tracked) is not None]
 
     def update(self, all_reduce: Callable[[Tensor], None] | None = None, also: Tensor | None = None) -> Tensor | None:
-        """Update the running statistics and clear the sums. Return `also` summed over the ranks.
+        """Update the running statistics and clear the sums. Return the tensor `also`, summed over the ranks.
 
         A layer that had no samples on any rank keeps its running statistics.
 

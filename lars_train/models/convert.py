@@ -63,7 +63,7 @@ def use_ghost_batch_norm(network: nn.Module, ghost_batch: int) -> None:
             ghost = GhostBatchNormAct2d if own in _TIMM and hasattr(layer, "act") else _GHOSTS.get(kind)
             if ghost is None:
                 raise ConfigError(
-                    f"{where}: this kind of batch norm has no form over ghost batches here; use nn.BatchNorm2d, "
+                    f"{where}: this kind of batch norm has no ghost-batch version; use nn.BatchNorm2d, "
                     "nn.BatchNorm1d, or a normalization that does not depend on the batch."
                 )
             if layer.running_mean is None or not layer.track_running_stats or layer.momentum is None:
@@ -78,7 +78,8 @@ def use_ghost_batch_norm(network: nn.Module, ghost_batch: int) -> None:
 def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze the parameters of `network` whose names match one of `patterns` (those of `fnmatch`).
 
-    Batch norm whose parameters are all frozen, by this or by the caller, uses its running statistics and keeps them.
+    Batch norm whose parameters are all frozen, by this function or by the caller, uses its running statistics and keeps
+    them.
 
     Raises `ConfigError` for a pattern that matches nothing, and if all parameters are frozen.
     """
@@ -103,7 +104,7 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def find_head(network: nn.Module) -> str | None:
-    """Return the last layer's name: of timm's ``get_classifier`` if defined, else of the last `nn.Linear`; or None."""
+    """Return the name of the last layer: timm's ``get_classifier`` if defined, else the last `nn.Linear`, or None."""
     named = list(network.named_modules())
     get_classifier: Callable[[], object] | None = getattr(network, "get_classifier", None)
     if get_classifier is not None:
@@ -113,7 +114,10 @@ def find_head(network: nn.Module) -> str | None:
 
 
 def head_layer(network: nn.Module, outputs: int, key: str) -> nn.Linear | nn.Conv2d:
-    """Return the last layer. Raises `ConfigError`, which names `key`, unless it is found and has `outputs` outputs."""
+    """Return the last layer.
+
+    Raises `ConfigError`, which names `key`, unless the layer is found and has `outputs` outputs.
+    """
     name = find_head(network)
     layer = None if name is None else network.get_submodule(name)
     if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == outputs:

@@ -8,8 +8,8 @@ number of passes here:
 - 8 if compiled: `torch.compile` fuses all operations between the reductions.
 - 13 with torch's operations in float32, if each of them reads from memory and writes to it. Forward: 3. Backward: 1 for
   the sum of the gradients, 4 for the sum of the products (torch cannot sum products of channels_last tensors without
-  writing them), and 5 for the gradient, in two steps. In bfloat16 14, because mean and variance take two reads; in
-  float16 16, because the products are float32.
+  writing them), and 5 for the gradient, in two steps. The number is 14 in bfloat16, because mean and variance take two
+  reads, and 16 in float16, because the products are float32.
 
 If triton is not installed, or its kernels fail, this module uses torch's operations and prints a line to stderr.
 """

@@ -29,7 +29,7 @@ KEY = "lars_train"
 """The metadata entry that `export` writes: JSON with the model's name, its classes, and whether it has blurpool."""
 
 HEAD = "fc."
-"""The prefix of the last layer's parameter names in every model of the factory, the default of other functions."""
+"""The prefix of the last layer's parameter names in every model of the factory; the default of parameters `head`."""
 
 _COMPILED = "_orig_mod."
 # Keys of class names in files of other programs, in upper or lower case. The first is from torchvision's data sets, and
@@ -57,7 +57,7 @@ class Weights:
     model: str | None = None
     """The name of the model, if the file has it."""
     blurpool: bool | None = None
-    """True if the model has ``model.blurpool``; None if the file does not say so."""
+    """The value of ``model.blurpool`` for the model; None if the file does not state it."""
     notes: tuple[str, ...] = ()
     """Messages for the user about how the file was read."""
     head: str = HEAD
@@ -235,9 +235,9 @@ def _json(text: object) -> dict[str, Any]:
 
 
 def _description(content: Any, where: tuple[str, ...]) -> dict[str, Any]:
-    """Return entries that describe the network at `where`: ``model``, its name, ``blurpool``, and possible class names.
+    """Return entries that describe the network at `where`: ``model`` (its name), ``blurpool``, possible class names.
 
-    The class names are by key.
+    Class names keep their key in the file.
     """
     *outer, inner = _mappings_to(content, where)
     metadata = getattr(inner, "_metadata", None)

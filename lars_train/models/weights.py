@@ -94,8 +94,8 @@ def check_blurpool(weights: Weights, model: nn.Module) -> None:
     if weights.blurpool not in (None, has_blurpool(model)):
         value = str(weights.blurpool).lower()
         raise ConfigError(
-            f"{weights.origin}: the weights are for a network with model.blurpool={value}, and would give other "
-            f"results otherwise; set model.blurpool={value}."
+            f"{weights.origin}: the weights are for a network with model.blurpool={value}; any other value gives "
+            f"wrong results. Set model.blurpool={value}."
         )
 
 
@@ -112,12 +112,12 @@ def _check_same_classes(origin: str, known: Sequence[str], classes: Sequence[str
 
 
 def head_prefix(model: nn.Module) -> str:
-    """Return the prefix of the last layer's parameter names, such as ``fc.``; an unused one without a last layer."""
+    """Return the prefix of the last layer's parameter names, such as ``fc.``. Without one, no name has it."""
     return f"{find_head(model) or '-'}."
 
 
 def keep_outputs(model: nn.Module, rows: Sequence[int], outputs: int) -> None:
-    """Keep only the outputs `rows` of the last layer of `model`, in this order. `outputs`: the number that it has.
+    """Keep only the outputs `rows` of the last layer of `model`, in this order. `outputs`: its current number.
 
     Raises `ConfigError` if the last layer is not known.
     """

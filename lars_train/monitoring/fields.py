@@ -19,8 +19,9 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/mfu": (
         "1",
         "GPUs only: model FLOP utilization, train/images_per_s * flops_per_image / (ranks * peak_flops). run.json has "
-        "flops_per_image, the floating-point operations to train on one image (with data.size_schedule in the first "
-        "epoch; flops_by_size has the others), and peak_flops, the rate of matrix products measured at the start",
+        "flops_per_image, the floating-point operations to train on one image (with data.size_schedule, one of the "
+        "first epoch; flops_by_size has the other sizes), and peak_flops, the rate of matrix products measured at the "
+        "start",
     ),
     "train/wait_share": ("1", "share of wall time since the last line during which rank 0 waited for input"),
     "train/grad_norm": (

@@ -80,13 +80,13 @@ class RunLog:
 
     def __init__(self, directory: Path, update: int) -> None:
         self._directory, self._start = directory, update
+        write_atomic(directory / "metrics.fields.json", [json.dumps(_described(FIELDS), indent=1).encode() + b"\n"])
         self._metrics = JsonLinesFile(directory / "metrics.jsonl", update)
         self._ratios: JsonLinesFile | None = None
         if (directory / RATIOS_FILE).exists():
             self._ratios = JsonLinesFile(directory / RATIOS_FILE, update)
         self._described_layers: list[str] | None = None
         self._ratios_reason, self._pending_ratios = "", list[tuple[int, list[str], list[float]]]()
-        write_atomic(directory / "metrics.fields.json", [json.dumps(_described(FIELDS), indent=1).encode() + b"\n"])
         self.board = TensorBoardWriter(directory / "tensorboard", update)
 
     @property

@@ -130,7 +130,7 @@ class TensorBoardWriter:
 
         threading.excepthook = _ignore_writer_errors
         self._writer = SummaryWriter(self._folder, purge_step=purge_step)
-        # The timestamp in the file's name, in seconds; one more if the clock has advanced since.
+        # The timestamp in the file's name, in seconds. It is 1 too high if the clock advanced meanwhile.
         self._second, self._size = int(time.time()), 0
 
     def _add(self, writer: Any, summary: Any, update: int) -> None:

@@ -1,8 +1,8 @@
 """Send a run's metrics to Weights & Biases or MLflow, each from a separate process.
 
 That process reads ``metrics.jsonl``, so a slow or failing tool neither ends nor delays training. It sends the values of
-an update once the log has a later one, and sends no update twice: a restart repeats the values of a killed start to the
-bit, except times. Its state and its output are in the run's folder ``trackers/``.
+an update once the log has a later one, and sends no update twice: a restart repeats the values of a killed start bit
+for bit, except times. Its state and its output are in the run's folder ``trackers/``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from lars_train.fsutil import write_atomic
 from lars_train.messages import first_line
 
 FOLDER = "trackers"
-# Seconds between two reads of the metrics; to wait at the end of a run, at most; to live after that, at most.
+# In seconds: the time between two reads of the metrics, the longest wait at the end of a run, and the longest life of
+# the process after that.
 _POLL_S, _END_S, _LIFE_S = 2.0, 120.0, 300
 # W&B's process writes its file every 15 s and loses the rest if it is killed. After this time, values count as stored.
 _WANDB_S = 60.0
@@ -96,7 +97,7 @@ class Tracker:
         if not self._reason and self._process is not None and self._process.poll():
             assert self._process.stdout is not None
             with self._process.stdout as output:
-                # Not to the end: a process that the tool has left behind may hold the pipe open.
+                # Do not read to the end: a process that the tool has left behind may hold the pipe open.
                 text = os.read(output.fileno(), 4096).decode(errors="replace").strip().rstrip(".")
             self._reason = f"{self.name}: {text or f'ended with exit code {self._process.returncode}'}"
         return self._reason
@@ -219,7 +220,7 @@ class WandbSink:
 class MlflowSink:
     """A run of MLflow at `uri`, in the experiment MLFLOW_EXPERIMENT_NAME or ``lars-train``. Used like `WandbSink`.
 
-    A new run has the argument `id` "".
+    For a new run, `id` is an empty string.
     """
 
     def __init__(self, uri: str, id: str, directory: Path, settings: dict[str, Any]) -> None:
@@ -256,8 +257,9 @@ class MlflowSink:
             self.update = some[-1][0]
 
     def end(self, final: dict[str, Any] | None) -> None:
-        """Log the numbers of ``final.json`` as metrics and the rest as tags; end the run, if it has not finished, as
-        killed.
+        """Log the numbers of ``final.json`` as metrics and the rest as tags, and end the run.
+
+        Without a ``final.json``, the run ends as killed.
         """
         final = {f"final/{name}": value for name, value in (final or {}).items() if value is not None}
         numbers = {name: value for name, value in final.items() if type(value) in (int, float)}

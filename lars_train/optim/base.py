@@ -15,7 +15,7 @@ from .options import DEFAULTS, PRESETS
 from .rule import Rule
 
 _SGD_OPTIONS = [name for name in inspect.signature(SGD).parameters if name != "params"]
-# Keywords of other implementations, each with the preset that has its rule: the most specific keyword first.
+# Keywords of other implementations, most specific first, each with the preset for its implementation.
 _PRESET_OF = {
     **dict.fromkeys(("weight_decay_filter", "lars_adaptation_filter", "exclude_bias_and_norm"), "moco-v3"),
     "lars_exclude": "mmpretrain",
@@ -84,7 +84,7 @@ def check_base(
             complaints.append(f"For the rule of another library, write LARS.preset with one of {', '.join(PRESETS)}.")
         elif foreign[:1] == ["trust_coefficient"] and preset == "bolts":
             complaints.append(
-                "For MoCo v3's LARS, the preset is 'moco-v3', for pytorch_optimizer's 'pytorch-optimizer'."
+                "Use the preset 'moco-v3' for MoCo v3's LARS, and 'pytorch-optimizer' for pytorch_optimizer's."
             )
     else:
         for option, value in sgd_options.items():

@@ -26,7 +26,7 @@ def check_state(state_dict: Mapping[str, Any], base: Optimizer, rule: Mapping[st
     if not {"state", "param_groups"} <= state_dict.keys():
         keys = sorted(map(str, state_dict))
         raise ValueError(
-            f"not an optimizer's state dict: its keys are {keys}. Of a checkpoint, load the optimizer's entry"
+            f"not an optimizer's state dict: its keys are {keys}. If it is a checkpoint, load its optimizer entry"
         )
     groups, states = state_dict["param_groups"], state_dict["state"].values()
     names = {name for group in groups for name in group}
@@ -49,8 +49,9 @@ def _check_foreign(state_dict: Mapping[str, Any], found: list[str], base: Optimi
     if len(found) > 1 or key not in _LOADABLE or not complete:
         raise ValueError(
             f"the state dict is of another implementation: its parameter groups have {', '.join(found)}. To continue "
-            "from its state, create LARS with its rule over torch's optimizer, list the parameters in the order of its "
-            "groups as params, and run: for i, entry in state_dict['state'].items(): lars.state[params[i]] = "
+            "from its state, create LARS with the rule of that implementation over torch's optimizer. Set params to "
+            "the list of parameters in the order of its groups, and run: for i, entry in state_dict['state'].items(): "
+            "lars.state[params[i]] = "
             f"{_entry(groups, state_dict['state'].values())}"
         )
     preset = _LOADABLE[key]

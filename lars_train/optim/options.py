@@ -150,8 +150,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # has zero_decay="skip" unless always_adapt=True; its trust_clip=True is clip=(0, 1).
     "lamb": {"eps": 0.0, "trust_coef": 1.0, "ratio_of": "step"},
 }
-# Other libraries with the same rules. VISSL (https://github.com/facebookresearch/vissl) has SwAV's with use_larc; its
-# class LARS is that of Barlow Twins.
+# Other libraries with the same rules. VISSL (https://github.com/facebookresearch/vissl) has SwAV's rule with
+# use_larc; its class LARS has the rule of Barlow Twins.
 PRESETS["lightly"] = PRESETS["bolts"]
 PRESETS["barlowtwins"] = PRESETS["moco-v3"]
 PRESETS["vissl"] = PRESETS["solo-learn"] = PRESETS["swav"]

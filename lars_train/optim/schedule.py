@@ -17,7 +17,7 @@ Form: TypeAlias = Literal["whole", "restart", "mlperf", "cosine", "steps"]
 WHOLE: Final = "whole"
 """Decay measured over the whole run, warm-up included: e + (b - e)(1 - u/I)^p.
 
-Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power, whose first updates Intel-Caffe replaces by a warm-up.
+Caffe's ``poly`` policy, base_lr (1 - iter/max_iter)^power. Intel-Caffe replaces its first updates by a warm-up.
 The LARS paper uses it with power 2 (You, Gitman, Ginsburg 2017, https://arxiv.org/abs/1708.03888, sections 5 and 6).
 The rate drops at the end of the warm-up.
 """

@@ -161,7 +161,7 @@ class _Check:
         return Findings(gathered, clocks, exchange, group.broadcast_from_rank0(demands)), self.notes
 
     def _try(self, measure: Callable[[], _T]) -> _T | None:
-        """Return the measurement. If it fails, record the error, which would end a run, and return None."""
+        """Return the measurement. If it fails, record the error (a run would end with it) and return None."""
         try:
             return measure()
         except (ConfigError, DataError) as error:

@@ -27,13 +27,13 @@ instead of 3 for the sum with the shortcut."""
 
 # Seconds that a micro-batch takes regardless of its images: each of its hundreds of kernels has a minimum time.
 # From the H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is
-# 3.8 ms, from which the network's share is subtracted.
+# 3.8 ms, from which the share of the all-reduce is subtracted.
 _FLOOR = 3.5e-3
 # Seconds that a host needs to launch an operation. An update of 559 operations took 22.2 ms on a host with slow cores,
 # for which the H100 waited (docs/gpu_notes.md).
 _LAUNCH = 22.2e-3 / 559
-# Operations that compute, counted with torch 2.14: forward and backward of a micro-batch of one ghost batch, and of
-# several; and the rest of an update.
+# Numbers of operations that compute, counted with torch 2.14: for the forward and backward pass of a micro-batch with
+# one ghost batch, for the same with several ghost batches, and for the rest of an update.
 _OPERATIONS_OF_ONE, _OPERATIONS_OF_SEVERAL, _OPERATIONS_OF_UPDATE = 516, 781, 43
 
 

@@ -1,4 +1,4 @@
-"""Hold the ranks' findings before a run, as plain picklable values, and format them as the lines of a report.
+"""Classes for the ranks' findings before a run, as plain picklable values, and the lines of the report on them.
 
 The modules measure_*.py make the findings; judge.py judges them.
 """

@@ -254,7 +254,7 @@ def describe_forecast(found: dict[str, Any]) -> Iterator[str]:
         yield f"rate           {rate['images_per_second']:,.4g} images/s per device (from {rate['source']})"
         if rate["floor"]:
             few, many, floor = (f"{1e3 * seconds:.3g}" for seconds in (*rate["launch"][:2], rate["floor"]))
-            yield f"               and {floor} ms per micro-batch, which the host launches in {few} to {many} ms"
+            yield f"               plus {floor} ms per micro-batch; the host takes {few} to {many} ms to launch one"
         yield (
             f"update         {expected['seconds']:.3g} s: compute {expected['compute']:.3g}, "
             f"input {expected['input']:.3g}, "

@@ -50,7 +50,7 @@ _CLOCK_READINGS = 9
 _LATENCY_ROUNDS = 20
 # Bytes of the first all-reduce: enough to measure the bandwidth, and quick on any network.
 _PROBE_BYTES = 1 << 20
-# All-reduces of the measured size: two to warm up, one to choose the number of the rest, and at least two timed.
+# The fewest all-reduces of the measured size: two to warm up, one that sets how many are timed, and two timed ones.
 _MIN_ROUNDS = 5
 
 

@@ -69,7 +69,7 @@ class Work:
     ghost_batch: int
     gradient_bytes: int
     buckets: int = 1
-    """The number of gradient buckets, summed one after the other; the last one after the backward pass has ended."""
+    """The number of gradient buckets. They are summed one after the other, the last after the backward pass."""
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ def _row_settings(run: RunRecord) -> dict[str, Any]:
 
 
 _GROUPS = ("optimizer", "schedule", "model", "data", "augment")
-# Fields of a row whose settings have other names. The row's source is text, and not the key model.source.
+# Fields of a recipe's row that are settings under another name. `source` cites the row's origin: no setting.
 _PLACES: dict[str, tuple[str, ...]] = {
     "optimizer": ("optimizer.name",),
     "flip_evaluation": ("evaluate.flip",),

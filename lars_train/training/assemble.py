@@ -73,7 +73,7 @@ def network_to_evaluate(
         weights = read_weights(config.model.weights, expected.state_dict(), head)
         check_finite(weights)
     elif content is None:
-        # An object has its own weights, for the data set's classes.
+        # A network that a Python program passes has its own weights, for the data set's classes.
         weights = Weights("model", build_network(config, len(classes), given).state_dict(), tuple(classes), head=head)
     else:
         name = checkpoint.value(content, "config", "model", "name")

@@ -295,7 +295,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise DamagedCheckpoint(f"torch cannot read it ({first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise DamagedCheckpoint("it is not a checkpoint of lars-train; pass a file with weights only as model.weights")
+        raise DamagedCheckpoint("it is not a checkpoint of lars-train; for a file of weights, set model.weights")
     if content["format"] > FORMAT:
         raise NewerCheckpoint(f"a newer lars-train wrote it (format {content['format']}; this version reads {FORMAT})")
     missing = _ENTRIES.keys() - content.keys()

@@ -189,7 +189,7 @@ class MetricsLogger:
         return self._trainer.update + self._trainer.skipped
 
     def _flops_of(self, batch: int) -> Flops:
-        """Return the operations of a global batch, which counts from 0."""
+        """Return the operations of the global batch number `batch`, counted from 0."""
         return self._flops.of_size(self._sizes.at(batch // self._trainer.plan.updates_per_epoch))
 
     def _updates_left(self) -> float:

@@ -45,8 +45,8 @@ class Prepared:
 
 
 _DRAWS = (
-    "NOTE: the network draws random numbers in training (dropout, stochastic depth), by seed, update and rank. With "
-    "another number of ranks, or another micro-batch, it draws others, and the curve differs (docs/models.md)."
+    "NOTE: the network draws random numbers in training (dropout, stochastic depth), by seed, update and rank. Another "
+    "number of ranks or another micro-batch gives other random numbers, and another curve (docs/models.md)."
 )
 
 

@@ -1,4 +1,4 @@
-"""Time a bare `lars-train` while other processes use the same CPU, for several settings of how its threads wait.
+"""Time a bare `lars-train` while other processes use the same CPU, for several ways in which its threads wait.
 
     python scripts/bench/bench_busy.py [--write docs/benchmarks.md]
     python scripts/bench/bench_busy.py --environments '' GOMP_SPINCOUNT=300000  # other environment variables
@@ -49,8 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     lines = [
         f"`{shared.command_line(__file__)}` on {shared.cpu_name()}, {len(os.sched_getaffinity(0))} cores; "
-        f"{shared.software()}. Images/s in {args.rounds} turns of {args.seconds:g} s, mean (least to most of a turn), "
-        "and its share of the same run's mean alone."
+        f"{shared.software()}. Images/s in {args.rounds} turns of {args.seconds:g} s: mean (slowest to fastest turn), "
+        "and its ratio to the mean of the same run without other processes."
     ]
     shared.publish([*lines, *table(measure(args))], args.write, "bench_busy")
 

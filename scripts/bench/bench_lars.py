@@ -8,9 +8,9 @@ round times every contender once; the next round starts one contender later, in 
 all gradients are reset, outside the timed region, because some contenders rescale them in place. A step therefore finds
 its tensors in memory rather than in the cache. Ratios are medians over the rounds, each taken within a round.
 
-For the networks of self-supervised learning, fake CUDA tensors count what a step does on a GPU. Operations: those on
-GPU tensors, without views and allocations; one on a list of tensors starts a few kernels, any other starts one. Host
-syncs: the host waits for a value from the GPU. `--short` writes these networks' tables alone.
+For the networks of self-supervised learning, fake CUDA tensors count what a step does on a GPU. An operation is a call
+on GPU tensors that is neither a view nor an allocation; a call on a list of tensors starts a few kernels, any other
+call one. In a host sync, the host waits for a value from the GPU. `--short` writes these networks' tables alone.
 
 Packages that are not installed are listed as skipped. To install them: ``pip install timm pytorch_optimizer
 torch_optimizer open-lars`` and ``pip install --no-deps lightly lightning-bolts solo-learn``. Of the last three, which
@@ -41,7 +41,9 @@ import shared
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "bench_lars cpu", "bench_lars cuda")
     PARSER.add_argument("--short", type=shared.page_with("bench_lars short"), nargs="+", default=[], metavar="PAGE")
-    PARSER.add_argument("--rounds", type=shared.positive_int, default=30, help="counted rounds, after 5 others (30)")
+    PARSER.add_argument(
+        "--rounds", type=shared.positive_int, default=30, help="timed rounds, after 5 warm-up rounds (30)"
+    )
     PARSER.add_argument("--threads", type=shared.positive_int, nargs="+", default=[1, 2], help="of the CPU (1 and 2)")
     PARSER.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     ARGS = PARSER.parse_args()
@@ -234,7 +236,7 @@ def contenders_for(given: Problem, skipped: list[str]) -> dict[str, Contender]:
 
 
 class DeviceCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count operations on fake CUDA tensors, and host syncs. A value that the host reads is 1."""
+    """Count operations on fake CUDA tensors, and host syncs. Each value that the host reads is replaced by 1."""
 
     operations = syncs = 0
 
@@ -254,7 +256,7 @@ class DeviceCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def count_calls(build: Build, shapes: Iterable[Sequence[int]]) -> tuple[int, int]:
     """Return the operations and host syncs of a step on a GPU, after a first step that allocates the state."""
-    # torch's optimizers choose their steps on lists for these types alone.
+    # torch's optimizers use their foreach implementation only for these types of tensors.
     with patch.object(torch_optimizer, "_foreach_supported_types", [FakeTensor]), FakeTensorMode():
         parameters = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
         optimizer = build(parameters)

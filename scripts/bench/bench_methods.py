@@ -4,7 +4,7 @@
     python scripts/bench/bench_methods.py "augment.mixup=0.2 augment.cutmix=1" --settings "model=resnet50"
 
 Each method is a run in this process. Its updates, including the reading of images, take turns with those of a run
-without the method, so that the changing speed of a machine does not count: CPU time on the CPU, wall time on CUDA.
+without the method, so that changes of the machine's speed cancel out. Times are CPU time on the CPU, wall time on CUDA.
 
 Takes about ten minutes. Figures: docs/benchmarks.md.
 """
@@ -63,7 +63,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
         f"{what}; median (and quartiles) of {args.rounds} turns of {args.updates} updates "
         f"(`{shared.command_line(__file__)}`):",
         "",
-        *shared.table(["method", "images/s, relative to none", "ms more per update"], rows),
+        *shared.table(["method", "images/s, relative to the run without", "ms more per update"], rows),
     ]
     shared.publish(lines, args.write, "bench_methods")
 

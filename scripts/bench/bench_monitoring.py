@@ -4,8 +4,8 @@
     python scripts/bench/bench_monitoring.py --every 1 model=resnet50         # a line per update; any settings
 
 A log line has norms of layers and the noise scale, and goes to metrics.jsonl and TensorBoard. Its share is measured
-within one run, so that the changing speed of a machine does not count: CPU time of the process on the CPU, wall time on
-CUDA.
+within one run, so that changes of the machine's speed cancel out. Times are CPU time of the process on the CPU, and
+wall time on CUDA.
 
 Takes about two minutes. Figures: docs/benchmarks.md.
 """

@@ -13,8 +13,8 @@ its speed by several percent for its whole life, so the process is restarted a f
 - (b) timm's step: its network, optimizer and loss, channels_last, autocast if the processor has bf16
 - (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD; and the same without compile
 - (d) lars-train's default update: LARS, ghost batch norm, schedule, guard, meters; with compile=true; and "without the
-  trainer": the same network, optimizer and loss in a loop. It takes images from host memory; the others have theirs
-  normalized on the device.
+  trainer": the same network, optimizer and loss in a loop. lars-train reads images from host memory; those of the
+  others are on the device.
 
 Memory, on a GPU, is the growth of the device's peak during two updates.
 

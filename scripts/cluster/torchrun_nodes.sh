@@ -9,7 +9,7 @@
 # that all machines share; the run is in ./runs/JOB, and the same command resumes it.
 # Check the machines first: the same command with mode=check at the end.
 #
-# Takes as long as the run. Figures: none; docs/clusters.md.
+# Takes as long as the run. Figures: none. See docs/clusters.md.
 set -euo pipefail
 case "${1:-}" in -h | --help)
     sed -n '2,/^\(#[^ ]\|[^#]\)/{s/^# //p;s/^#$//p}' "$0"

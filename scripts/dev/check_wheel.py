@@ -70,7 +70,7 @@ def check_built(path: Path) -> None:
         names = wheel.namelist()
         metadata = next(wheel.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
     if wrong := problems(names, metadata, repaired=False):
-        sys.exit(f"{path} is no wheel for a release:\n- " + "\n- ".join(wrong))
+        sys.exit(f"{path} is not fit for a release:\n- " + "\n- ".join(wrong))
 
 
 def loaded_libjpegs() -> list[str]:
@@ -149,7 +149,7 @@ def check_installed() -> None:
         sys.exit(f"lars-train is not installed for {sys.executable}. Install the wheel first.")
     place = Path(str(installed.locate_file("")))
     if wrong := problems(map(str, installed.files or ()), installed.read_text("WHEEL") or "", repaired=True):
-        sys.exit(f"lars-train {installed.version} in {place} is no wheel for a release:\n- " + "\n- ".join(wrong))
+        sys.exit(f"lars-train {installed.version} in {place} is not fit for a release:\n- " + "\n- ".join(wrong))
     libraries = loaded_libjpegs()
     if [Path(library).parent for library in libraries] != [place / "lars_train.libs"]:
         sys.exit(f"the native decoder loads {', '.join(libraries)}, not libjpeg-turbo from {place / 'lars_train.libs'}")

@@ -38,7 +38,7 @@ esac
 # Only a setting has a "=" before any "/".
 before=${1%%/*}
 if [ "$before" != "${before%%=*}" ]; then
-    refuse "$1: DATA_ROOT, a folder or a URL, must come first, settings after it (a folder of that name: ./$1)"
+    refuse "$1: pass DATA_ROOT, a folder or a URL, before the settings; for a folder of this name, pass ./$1"
 fi
 data=$1
 shift
@@ -73,7 +73,7 @@ case "$*" in
         ;;
 esac
 
-# Eight ghost batches of 32 images feed at most eight GPUs: row 256 uses one machine, and comes last, so that none waits.
+# Row 256 has eight ghost batches, for at most eight GPUs. It uses one machine, and runs last, so that no other waits.
 if [ -n "${SBATCH:-}" ]; then
     read -ra options <<<"$SBATCH"
     job=$(dirname "$0")/../cluster/slurm_run.sbatch

@@ -95,7 +95,7 @@ def plateau(points: Sequence[Point]) -> tuple[float | None, float | None]:
 def result_table(results: Sequence[Result]) -> list[str]:
     """Return the table, with the difference of each cell from the baseline."""
     heads = ["row", "batch", "optimizer", "lr", "top-1 %, last epoch", "top-1 %, best epoch"]
-    heads += ["to the 256 row", "published"]
+    heads += ["difference from the 256 row", "published"]
     rows = []
     baseline = next((fmean(one.top1("final")) for one in results if one.baseline and one.finals), None)
     for result in results:

@@ -3,12 +3,12 @@
     python scripts/verify/chaos.py [--write docs/benchmarks.md]     # 50 kills
     python scripts/verify/chaos.py --kills 5                   # two minutes
 
-A run has two processes on the CPU, synthetic images, random augmentation, and frequent checkpoints. Each kill is drawn
-at random: SIGKILL of one rank, of all ranks, of the launcher or of everything at once, or SIGTERM; so is its instant,
-from the start of the process on, so that starts, checkpoints, evaluations and ends of epochs are all hit. The weights
-(SHA-256) of a finished run and every line of its metrics.jsonl, except times and rates, must equal those of the
-undisturbed run. Runs with new seeds follow until the number of kills is reached. The exit code is the number of runs
-that differ, at most 100.
+A run has two processes on the CPU, synthetic images, random augmentation, and frequent checkpoints. The kind of each
+kill is random: SIGKILL of one rank, of all ranks, of the launcher or of everything at once, or SIGTERM. Its time is
+random too, so that kills also hit starts, checkpoints, evaluations and ends of epochs. The weights (SHA-256) of a
+finished run and every line of its metrics.jsonl, except times and rates, must equal those of the undisturbed run. Runs
+with new seeds follow until the number of kills is reached. The exit code is the number of runs that differ, at most
+100.
 
 Takes about ten minutes on two cores. Figures: docs/benchmarks.md.
 """
@@ -38,7 +38,7 @@ SETTINGS = (
     "batch.size=64 optimizer.lr=2 epochs=20 log_every=3 checkpoint.every_updates=7 launch.nproc=2 launch.threads=1"
 ).split()
 KINDS = ("one rank", "all ranks", "launcher", "everything", "SIGTERM")
-# Latest instant of a kill, in seconds: after the entry in the run's record in four of five cases, else after the start.
+# The longest delay of a kill in seconds. It counts from the entry in run.json (four of five kills) or from the start.
 LATEST_KILL_S = 8.0
 
 

@@ -1,7 +1,7 @@
 /* Feeds mutated JPEGs and random views to lars_train/data/decode/jpeg.c; scripts/verify/fuzz_jpeg.py builds it with sanitizers.
 
    fuzz_jpeg SEEDS COUNT SECONDS START OUT: SEEDS holds each seed with its length (4 bytes, little-endian) before it.
-   The same START gives the same inputs. At a finding the input is written to OUT. */
+   The same START gives the same inputs. After a finding, OUT has the input. */
 
 #include <time.h>
 #include <unistd.h>

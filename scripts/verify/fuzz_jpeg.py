@@ -3,7 +3,7 @@
     python scripts/verify/fuzz_jpeg.py --count 1000000
 
 The fuzzer (fuzz_jpeg.c) damages small JPEGs of all kinds at random and decodes random views. It stops at the first
-finding of a sanitizer, crash, leak, or input that takes a minute, and saves the input.
+report of a sanitizer, crash, leak, or input that takes a minute, and saves that input.
 
 Takes about ten minutes for a million inputs. Figures: docs/input.md.
 """

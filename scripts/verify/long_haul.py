@@ -2,7 +2,7 @@
 
     python scripts/verify/long_haul.py [--write docs/benchmarks.md]      # 100,000 updates, 100 evaluations
 
-A tiny network trains on synthetic images, with everything around the step in a long run: log lines, TensorBoard,
+A tiny network trains on synthetic images, with everything else that a long run does: log lines, TensorBoard,
 per-layer values, checkpoints and evaluations. The script reads the system's figures about the process, and compares
 the second tenth of the run with the last: medians of memory and open files, and the CPU time of an update, which
 includes the tenth's log lines, checkpoints and evaluations. The exit code is 1 if a figure grew.

@@ -97,7 +97,7 @@ class Distance:
 
 
 def train_all(folder: str, cases: list[Case]) -> None:
-    """Run this process's ranks of all runs. Runs that need fewer processes overlap."""
+    """Train every run in which this process has a rank. Runs that need fewer processes overlap."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for number, case in enumerate(cases):
         begin_job()

@@ -9,7 +9,7 @@ memory, and the output of evaluations, exports and packing. A checkout without C
 if their sources are equal; if neither has any, both use the installed package's. The exit code is 1 if a result
 differs, and 2 if a command fails.
 
-Takes about four minutes on two cores. Figures: none; docs/index.md lists the pages.
+Takes about four minutes on two cores. Figures: none. docs/index.md lists the pages.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ def test_a_dataset_of_hugging_face_is_read_as_it_is(capsys: pytest.CaptureFixtur
 def test_several_label_columns_are_refused_by_name() -> None:
     datasets = pytest.importorskip("datasets")
     two = {name: (datasets.ClassLabel(names=["a", "b"]), LABELS) for name in ("fine", "coarse")}
-    with pytest.raises(ConfigError, match=r"hold 1 image and 2 labels \(picked, fine, coarse\); keep one of each"):
+    with pytest.raises(
+        ConfigError, match=r"1 hold images and 2 hold labels \(picked, fine, coarse\); keep one of each"
+    ):
         open_items(saved(two), saved(two), "data")
 
 

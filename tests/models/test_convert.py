@@ -132,6 +132,7 @@ def test_other_batch_norm_is_refused_with_its_place(layer: nn.Module, message: s
         use_ghost_batch_norm(network, 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_torchscript_is_refused() -> None:
     with pytest.raises(ConfigError, match="TorchScript module hides its batch norm"):
         use_ghost_batch_norm(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), 2)

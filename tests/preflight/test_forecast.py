@@ -148,14 +148,14 @@ def test_a_copy_of_the_weights_in_the_step_is_planned(rule: str, copies: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 224, 16)])
+@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 224, 8)])
 def test_a_cpu_process_takes_at_most_the_planned_memory(
     model: str, size: int, micro_batch: int, tmp_path: Path
 ) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc/self/status for the peak memory of a process")
     settings = (
-        f"data=synthetic model={model} data.image_size={size} data.num_classes=1000 model.ghost_batch=16 "
+        f"data=synthetic model={model} data.image_size={size} data.num_classes=1000 model.ghost_batch=8 "
         f"data.train_count={4 * micro_batch} data.val_count={micro_batch} micro_batch={micro_batch} "
         f"batch.size={2 * micro_batch} batch.scaled=false optimizer.lr=1 precision=fp32 device=cpu launch.threads=1 "
         "epochs=1 schedule.warmup_epochs=0 max_updates=2 log_every=1 verbosity=0"

@@ -1,4 +1,4 @@
-"""A run with an average of its weights, blurpool and flips: formula, resume, any world size, evaluation and export."""
+"""A run with blurpool, flips and averaged weights: formula, resume, any world size, evaluation and export."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_average_follows_the_formula_in_a_run(whole: tuple[Path, list[dict[s
         torch.testing.assert_close(found[key], expected[key], rtol=1e-12, atol=1e-14, msg=key)
 
 
-def test_both_networks_are_evaluated_the_average_counts(
+def test_both_networks_are_evaluated_and_the_average_counts(
     whole: tuple[Path, list[dict[str, Tensor]]], tmp_path: Path
 ) -> None:
     directory, _ = whole

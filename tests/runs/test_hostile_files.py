@@ -490,7 +490,7 @@ def test_a_zip_bomb_takes_no_more_memory_than_it_declares(bomb: bytes, tmp_path:
 
 def test_a_zip_bomb_as_the_table_of_labels_is_refused_unread(bomb: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
-    # The same bomb renamed, with a name of the same length. It would label the images of the flat val/.
+    # A new zip, whose table of labels is a bomb. The table would label the images of the flat val/.
     flat = {"train/a/1.png": png(), "val/1.png": png()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, data in flat.items():

@@ -289,7 +289,7 @@ def test_a_row_is_scaled_to_a_folder_only_on_request(tmp_path: Path) -> None:
     assert "batch=8k: a global batch of 8,192 is larger than the training set (24 images)" in refused.stderr
     assert "batch.scaled=true, which shrinks the batch in proportion to the data set (here to 8)" in refused.stderr
     ran([*row, "batch.scaled=true", "max_updates=1"], tmp_path)
-    # A run that began scaled, as all did at first, resumes so.
+    # A run that began with a scaled batch resumes with it, also without batch.scaled=true.
     ran([*row, "max_updates=2"], tmp_path)
     assert final(tmp_path / "runs" / "r")["updates"] == 2
 

@@ -171,7 +171,7 @@ def test_a_target_in_a_strangers_file_runs_no_code(tmp_path: Path, monkeypatch: 
         assert done.returncode == 2, done.stdout
         assert "names it: add model.target=evil_networks:make" in done.stderr
     assert not (tmp_path / "ran").exists()
-    # Named, the file is imported: it is not harmless.
+    # If the command line names the target, the file runs: so it would have done harm.
     run("mode=evaluate", path, "model.target=evil_networks:make", "device=cpu")
     assert (tmp_path / "ran").exists()
 

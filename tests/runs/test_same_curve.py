@@ -40,8 +40,8 @@ UPDATES = 20
 WORLDS = (1, 2, 3, 4)
 # World size, micro-batch, loader workers.
 REFERENCE = (1, 4, 0)
-# Every world size with both micro-batches; some of each with workers, some without.
-OTHERS = [(1, 8, 2), (2, 4, 2), (2, 8, 0), (3, 4, 0), (3, 8, 2), (4, 4, 2), (4, 8, 0)]
+# Every world size, with one micro-batch or the other, with and without workers.
+OTHERS = [(1, 8, 2), (2, 4, 2), (3, 8, 2), (4, 8, 0)]
 # Pairs that differ only in the workers.
 WORKERS_ALONE = [((1, 4, 2), REFERENCE), ((3, 8, 2), (3, 8, 0))]
 FLOAT32 = [*OTHERS, (1, 4, 2), (3, 8, 0)]

@@ -1,4 +1,4 @@
-"""A run on two hosts with separate names, addresses and networks, one of which is lost."""
+"""A run on two hosts, each with its own name, address and network, survives the loss of one host."""
 
 from __future__ import annotations
 

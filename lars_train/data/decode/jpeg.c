@@ -430,7 +430,7 @@ static int crop_columns(struct jpeg_decompress_struct *jpeg, int begin, int end)
     return (int)first;
 }
 
-/* Write output rows from row `at` on, as far as the input rows before `have` allow, and return the next output row.
+/* Write output rows from row `at` on, until one needs input row `have` or a later one. Return the next output row.
    `kept` is a ring buffer of `slots` input rows, already resized across. */
 static int write_rows(Job *job, const uint8_t *kept, size_t stride, int slots, int have, int at, const uint8_t **rows) {
     const Axis *down = &job->down, *across = &job->across;

@@ -99,7 +99,7 @@ def window_numbers(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
 
 
 def last_to_hold(windows: Windows, span: Span) -> int:
-    """Return the last window to hold at `span`: the window of `span.soon`, but at least the one after `span.start`."""
+    """Return the last window to hold at `span`: that of `span.soon`, or the one after that of `span.start` if later."""
     return max(windows.at(span.soon), windows.at(span.start) + 1)
 
 

@@ -39,15 +39,15 @@ from lars_train.errors import ConfigError
 from lars_train.messages import is_rank0, printable
 
 MIN_INDEXED = 10_000
-"""The estimated number of images from which an index is saved. With fewer images, an index saves no time."""
+"""The smallest estimated number of images for which an index is saved. With fewer, an index saves no time."""
 
 # Changes that made older indexes invalid:
 # 2: skipped files are counted, and more suffixes denote images.
 # 3: more folders of operating systems are hidden.
 _VERSION = 3
 
-# A folder that changed less than this before it was read may change again without a new mtime. The clocks of mtimes
-# are coarse: they tick in milliseconds in the kernel, and in seconds on some network file systems.
+# A folder that was read within this time after a change may change again without a new mtime. The clocks of mtimes are
+# coarse: they tick in milliseconds in the kernel, and in seconds on some network file systems.
 _SETTLED_NS = 2_000_000_000
 _THREADS = 8  # more than cores, because they wait for the file system
 

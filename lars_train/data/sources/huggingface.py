@@ -190,7 +190,7 @@ def _read(folder: Path) -> _Rows:
 
 
 def _name(row: int, path: bytes | None) -> bytes:
-    """Return the name of a row: its number, so that the order of names is that of rows, and the image's file name."""
+    """Return a row's number and image file name as its name. The number comes first, so names sort in row order."""
     return b"%08d-%s" % (row, path.replace(b"\0", b"")) if path else b"%08d" % row
 
 

@@ -61,18 +61,20 @@ class ItemSource:
     def read(self, sample: int) -> bytes | npt.NDArray[np.uint8]:
         """Return the encoded image, or its pixels: uint8 (H, W) or (H, W, 3).
 
-        Raises BadImage if the item raises, is no image, or has another label than `labels`.
+        Raises BadImage if reading the item fails, if it is not an image, or if its label differs from `labels`.
         """
         try:
             image, label = self.item(sample)
         except ConfigError as error:
             raise BadImage(str(error)) from None
         if label != self.labels[sample]:
-            raise BadImage(f"its label is {label}; the dataset's list or an earlier read has {self.labels[sample]}")
+            raise BadImage(
+                f"its label is {label}, but the list of labels or an earlier read gives {self.labels[sample]}"
+            )
         return image
 
     def item(self, sample: int) -> tuple[bytes | npt.NDArray[np.uint8], int]:
-        """Return image and label of a sample. Raises BadImage, and `ConfigError` for a label that is no class."""
+        """Return image and label of a sample. Raises BadImage, and `ConfigError` for an invalid label."""
         try:
             item = self._items[sample]
         except MemoryError:
@@ -141,7 +143,7 @@ def open_items(train: Any, val: Any, place: str) -> Dataset:
     The labels come from the attribute ``targets`` or ``labels`` or a column of Hugging Face if the items agree with it,
     otherwise from reading all items. The class names are those of ``classes`` or of the column, otherwise numbers.
 
-    Raises `ConfigError` for objects that are no datasets of images with labels, and if two reads of a sample differ.
+    Raises `ConfigError` for objects that are not datasets of images with labels, and if two reads of a sample differ.
     """
     try:
         splits = [_open_split(items, split) for items, split in zip((train, val), SPLITS, strict=True)]
@@ -292,9 +294,8 @@ def _columns(items: Any) -> tuple[str, str] | None:
     labels = labels or [name for name in ("label", "labels") if "int" in getattr(features.get(name), "dtype", "")]
     if len(images) != 1 or len(labels) != 1:
         raise ConfigError(
-            f"the columns {', '.join(features)} hold {counted(len(images), 'image')} and "
-            f"{counted(len(labels), 'label')} ({', '.join(images + labels) or 'none'}); keep one of each "
-            "(remove_columns)."
+            f"of the columns {', '.join(features)}, {len(images)} hold images and {len(labels)} hold labels "
+            f"({', '.join(images + labels) or 'none'}); keep one of each (remove_columns)."
         )
     return images[0], labels[0]
 

@@ -115,7 +115,7 @@ def advise_decompressing(names: Iterable[str]) -> str:
 def advise_unpacking(root: Path, tars: Sequence[str]) -> str:
     """Return the remedy for unlabeled `tars` in `root` that look like one tar per class; empty if they do not.
 
-    The command keeps the tars, which are not read once they lie beside folders.
+    The command keeps the tars. Later starts ignore them, because they then lie beside folders.
     """
     names = [Path(tar).name for tar in tars]
     wnids = all(map(_WNID.fullmatch, names))

@@ -115,8 +115,8 @@ def read_samples(
         if short_key in by_key and short_key not in readings and unlabeled:
             readings[short_key] = _read_label(handle, by_key[short_key], candidates)
         shared = readings.get(short_key, _LabelReading())
-        # In a group of only label members, all are orphans. In a group with an image, those are orphans whose names are
-        # longer than the image's. In a group of other files, assume that the label belongs to one of them.
+        # In a group of only label members, all are orphans. In a group with an image, a label is an orphan if its name
+        # is longer than the image's. In a group of other files, assume that the label belongs to one of them.
         may_be_orphans = any(images.values()) or {_suffix(part) for part in parts} <= _LIKE_LABELS
         may_be_orphans = may_be_orphans and all(reading.label is None for reading in readings.values())
         for key, own in by_key.items():
@@ -134,7 +134,7 @@ def read_samples(
                     if may_be_orphans and _suffix(part) == b"cls":
                         orphans[next(iter(orphans), part.name)] += 1
                     elif may_be_orphans and _suffix(part) in _LIKE_LABELS:
-                        # Count 0 only records the place, for the note on labels: `skipped` has counted the member.
+                        # Adding 0 only records the place, for the note on labels: `skipped` already counts the member.
                         candidates[LabelPlace(_suffix(part).decode())] += 0
             image = images[key]
             if image is not None:

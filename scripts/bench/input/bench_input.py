@@ -37,7 +37,9 @@ import shared
 if __name__ == "__main__":  # parsed before torch is imported, so that --help answers at once
     PARSER = shared.make_parser(__doc__, "bench_input")
     PARSER.add_argument("images", type=Path, metavar="IMAGES", help="a folder with JPEGs")
-    PARSER.add_argument("--rounds", type=shared.positive_int, default=9, help="counted rounds, after one other (9)")
+    PARSER.add_argument(
+        "--rounds", type=shared.positive_int, default=9, help="timed rounds, after one warm-up round (9)"
+    )
     PARSER.add_argument("--files", type=shared.positive_int, default=200, help="images at most, evenly spread (200)")
     ARGS = PARSER.parse_args()
 
@@ -97,7 +99,7 @@ def make_stores(files: list[Path], folder: Path) -> dict[str, Source]:
 
 
 def compare(contenders: dict[str, Contender], stores: dict[str, Source]) -> dict[Key, str]:
-    """Return the mean and the largest difference of views from torchvision's, in levels of 255."""
+    """Return the mean and the largest difference of views from torchvision's, in pixel levels (0 to 255)."""
     found = {}
     for store, images in stores.items():
         for task in TASKS:
@@ -191,8 +193,8 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
             f"`python scripts/bench/input/bench_input.py IMAGES` on {shared.cpu_name()}, one core; "
             f"{shared.software(*PACKAGES)}, Pillow's libjpeg-turbo {features.version('libjpeg_turbo')}. {len(files)} "
             f"images, {args.rounds} rounds after one that does not count; images per second of CPU time. Ratios are "
-            "medians over the rounds. Pixels are compared with Pillow's full decode by torchvision's v1 transforms, "
-            "in levels of 255. In evaluation, decoders of regions (DALI, TurboJPEG) are up to half a pixel off.",
+            "medians over the rounds. Pixels, from 0 to 255, are compared with Pillow's full decode by torchvision's "
+            "v1 transforms. In evaluation, decoders of regions (DALI, TurboJPEG) are off by up to half a pixel.",
             "",
             *tables(stores, list(contenders), rates, apart),
         ]

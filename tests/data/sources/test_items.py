@@ -168,7 +168,7 @@ def test_labels_are_listed_or_read(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_item_whose_label_changes_is_bad() -> None:
     source = ItemSource(Pairs(list(PIXELS)), "train", np.array([0, 2, *LABELS[2:]], np.int32))
     source.read(0)
-    with pytest.raises(BadImage, match="its label is 1; the dataset's list or an earlier read has 2"):
+    with pytest.raises(BadImage, match="its label is 1, but the list of labels or an earlier read gives 2"):
         source.read(1)
 
 
