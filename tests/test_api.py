@@ -180,6 +180,8 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_call_resumes(monkeypatch: pytest
         (["optimizer.lrr=1"], {}, "Did you mean 'optimizer.lr'?"),
         (["epochs=0"], {}, "epochs=0"),
         (["batch=33k"], {}, "its rows are 256, 8k"),
+        (["batch=8k,16k"], {}, "batch=8k,16k: several values are a sweep. Call once for each of them."),
+        (["epochs=1,2"], {}, "several values are a sweep: call once for each."),
         (["epochs"], {}, "epochs: a setting is key=value"),
         (["-m"], {}, "-m: this flag belongs to the command line"),
         ([["epochs=1"]], {}, "['epochs=1']: a setting is text"),

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from pages import PAGES, ROOT, Command, blocks, inline, parts
 from PIL import Image
-from tiny import environment, shell, start
+from resolving import resolved
+from tiny import composed, environment, shell, start
 
-from lars_train.config import config_dir, register, resolve
-from lars_train.config.arguments import prepare_arguments, take_config_file
+from lars_train.config.arguments import take_config_file
 from lars_train.pack.lars_data import _parser
 from lars_train.run_plan import IMAGENET_TRAIN_IMAGES, make_plan
 
@@ -59,12 +58,10 @@ def assert_composes(settings: list[str]) -> None:
 @cache
 def assert_one_composes(settings: tuple[str, ...]) -> None:
     """Raise if no run can start with these settings, which are not a sweep."""
-    register()
     own = [setting for setting in settings if not setting.startswith("hydra")]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        if len(own) < len(settings):
-            compose("config", prepare_arguments(list(settings), None), return_hydra_config=True)
-        config = resolve(compose("config", prepare_arguments(own, None)))
+    if len(own) < len(settings):
+        composed(*settings, hydra=True)
+    config = resolved(*own)
     if config.data.name == "imagenet" and config.mode in ("train", "plan", "check"):
         make_plan(config, IMAGENET_TRAIN_IMAGES)
 
@@ -243,7 +240,7 @@ def test_the_killed_run_on_the_page_ends_with_the_same_weights(tmp_path: Path) -
     # The ranks are forks, because the imports of new processes would take most of the time.
     code = "import shell, sys; sys.argv[0] = 'lars-train'; shell.lars_train()"
     program.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@" model=small launch.threads=1 data.holdout=0.01\n'
+        f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@" model=tiny launch.threads=1 data.holdout=0.01\n'
     )
     program.chmod(0o755)
     # As in a terminal, each job is its own process group.

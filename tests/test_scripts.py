@@ -8,10 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-
-from lars_train.config import Config, config_dir, register, resolve
-from lars_train.config.arguments import prepare_arguments
+from resolving import resolved
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHELL = SCRIPTS / "results" / "reproduce_imagenet_table.sh"
@@ -54,15 +51,9 @@ def settings_of(command: list[str]) -> list[str]:
     return command[position + 1 :]
 
 
-def composed(settings: list[str]) -> Config:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return resolve(compose("config", prepare_arguments(settings, None)))
-
-
 def kinds_of(commands: list[list[str]]) -> list[tuple[str, str, int]]:
     """Return batch, mode and seed of commands that start lars-train."""
-    configs = [composed([setting.replace(" ", "_") for setting in settings_of(command)]) for command in commands]
+    configs = [resolved(*[setting.replace(" ", "_") for setting in settings_of(command)]) for command in commands]
     return [(config.batch.name, config.mode, config.seed) for config in configs]
 
 
@@ -89,7 +80,7 @@ def test_on_one_machine_the_whole_table_is_one_command(tmp_path: Path) -> None:
     assert (flag, batches) == ("-m", "batch=256,8k,16k,32k")
     assert rest[1] == "data.root=/data/image net"
     for batch in batches.removeprefix("batch=").split(","):
-        config = composed([f"batch={batch}", rest[0], "data.root='/data/image net'", *rest[2:]])
+        config = resolved(f"batch={batch}", rest[0], "data.root='/data/image net'", *rest[2:])
         assert (config.data.name, config.data.root, config.seed) == ("imagenet", "/data/image net", 1)
         assert (config.batch.scaled, config.epochs, config.recipe.name) == (False, 90, "torchlars")
 
@@ -102,7 +93,7 @@ def test_on_several_machines_only_the_first_runs_the_small_row(tmp_path: Path) -
     assert second == first[:5]
     assert kinds_of(first[:2]) == [("256", "plan", 0), ("32k", "plan", 0)]
     del first[:2]
-    assert [composed(settings_of(command)).batch.name for command in first] == ["32k", "16k", "8k", "256"]
+    assert [resolved(*settings_of(command)).batch.name for command in first] == ["32k", "16k", "8k", "256"]
     assert [command[0] for command in first] == ["torchrun"] * 3 + ["lars-train"]
     line = " ".join(first[0])
     assert "--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d" in line

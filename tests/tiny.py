@@ -22,7 +22,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from lars_train.config import Config, config_dir, register, resolve
+from lars_train.config import Config, choices_of, config_dir, nominal_batch, register, resolve
 from lars_train.config.arguments import prepare_arguments
 from lars_train.config.keys import GROUPS
 from lars_train.config.schema import schema_node
@@ -88,9 +88,16 @@ def composed(*arguments: str, hydra: bool = False) -> DictConfig:
     overrides = prepared(*arguments)
     if hydra or not all(map(re.compile(r"[\w.]+=").match, overrides)):
         return _compose(overrides, hydra)
-    # Hydra first composes the choices of the groups, then applies the values of the keys. The first part is slow.
-    choices = [override for override in overrides if override.partition("=")[0] in GROUPS]
-    values = OverridesParser.create().parse_overrides([override for override in overrides if override not in choices])
+    # Hydra first composes the choices of the groups, then applies the values of the keys. The first part is slow. A
+    # batch has no file: its choice sets two keys.
+    choices, texts = list[str](), list[str]()
+    for override in overrides:
+        group, _, name = override.partition("=")
+        if group == "batch" and name.strip("'") in choices_of("batch"):
+            texts[:0] = [f"batch.name={name}", f"batch.nominal={nominal_batch(name.strip(chr(39)))}"]
+        else:
+            (choices if group in GROUPS else texts).append(override)
+    values = OverridesParser.create().parse_overrides(texts)
     if any(value.is_sweep_override() for value in values):
         return _compose(overrides)
     config = copy.deepcopy(_composed_choices(tuple(choices)))

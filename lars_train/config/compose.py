@@ -57,7 +57,7 @@ def compose_settings(settings: Sequence[str]) -> Composed:
             with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
                 raw = hydra.compose("config", overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error, overrides)) from None
+            raise ConfigError(explain(error, overrides, in_python=True)) from None
         HydraConfig.instance().set_config(raw)
         text = OmegaConf.to_yaml(OmegaConf.create({"hydra": raw.hydra}))
         with open_dict(raw):
@@ -85,8 +85,11 @@ def _own_hydra() -> Iterator[None]:
         BaseContainer._resolvers.update(resolvers)
 
 
-def explain(error: Exception, arguments: Sequence[str]) -> str:
-    """Return a one-line message for an error of Hydra or OmegaConf about `arguments`, with the closest valid name."""
+def explain(error: Exception, arguments: Sequence[str], in_python: bool = False) -> str:
+    """Return a one-line message for an error of Hydra or OmegaConf about `arguments`, with the closest valid name.
+
+    `in_python`: the arguments are those of a call, which makes one run.
+    """
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
         return (
@@ -111,7 +114,13 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
     if several and several[1] in GROUPS:
         # Without the quotes that `prepare_arguments` put around the values.
         setting = f"{several[1]}={several[2].replace(chr(39), '')}"
-        return f"{setting}: several values are a sweep. To run each of them: -m {setting}"
+        remedy = "Call once for each of them." if in_python else f"To run each of them: -m {setting}"
+        return f"{setting}: several values are a sweep. {remedy}"
+    if in_python and "Ambiguous value for argument" in text:
+        return (
+            f"{first_line(text)}: several values are a sweep: call once for each. A value with a comma needs quotes: "
+            """'data.root="/a,b"'."""
+        )
     if "Ambiguous value for argument" in text:
         return (
             f"{first_line(text)}: several values are a sweep: add -m. A value with a comma needs two pairs of quotes, "

@@ -127,7 +127,7 @@ def test_batch_names_give_the_nominal_size() -> None:
         "67840": 67840,
     }
     for name, size in nominal.items():
-        assert composed(f"batch='{name}'").batch.nominal == size
+        assert composed(f"batch='{name}'", hydra=True).batch == {**composed().batch, "name": name, "nominal": size}
     assert set(choices_of("batch")) == set(nominal)
 
 

@@ -395,7 +395,7 @@ def test_the_state_dict_of_another_base_is_refused(saved: Any, base: Any, messag
 
 def test_a_whole_checkpoint_is_no_state_dict() -> None:
     lars = LARS(optim.SGD([Parameter(torch.ones(2))], lr=0.1))
-    with pytest.raises(ValueError, match=r"its keys are \['epoch', 'optimizer'\]. Of a checkpoint"):
+    with pytest.raises(ValueError, match=r"its keys are \['epoch', 'optimizer'\]. If it is a checkpoint"):
         lars.load_state_dict({"optimizer": lars.state_dict(), "epoch": 3})
     with pytest.raises(ValueError, match="not an optimizer's state dict"):
         lars.load_state_dict({})

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from resolving import resolved
 
-from lars_train.config import Config, config_dir, register, resolve
-from lars_train.config.arguments import prepare_arguments
+from lars_train.config import Config
 from lars_train.config.mode_schema import CheckConfig
 from lars_train.launch import Ranks
 from lars_train.networks import make_network
@@ -36,9 +35,7 @@ CPU = torch.device("cpu")
 
 
 def config() -> Config:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return resolve(compose("config", prepare_arguments(SETTINGS, None)))
+    return resolved(*SETTINGS)
 
 
 @pytest.fixture(autouse=True)

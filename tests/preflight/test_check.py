@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
+from resolving import resolved
 from tiny import start_ranks
 
 from lars_train import commands
-from lars_train.config import Config, config_dir, register, resolve
-from lars_train.config.arguments import prepare_arguments
+from lars_train.config import Config
 from lars_train.errors import NotReady
 from lars_train.launch import Ranks
 from lars_train.preflight import check, measure_io
@@ -30,9 +29,7 @@ QUICK = ["mode=check", "check.seconds=0.05", "check.samples=40", "precision=fp32
 
 
 def config(*settings: str) -> Config:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return resolve(compose("config", prepare_arguments([*QUICK, *settings], None)))
+    return resolved(*QUICK, *settings)
 
 
 def checked(*settings: str) -> dict[str, Any]:

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
+from resolving import resolved
 from tiny import environment
 from torch.profiler import ProfilerActivity, profile
 
 from lars_train import commands
-from lars_train.config import Config, config_dir, register, resolve, with_row
-from lars_train.config.arguments import prepare_arguments
+from lars_train.config import Config, with_row
 from lars_train.errors import ConfigError
 from lars_train.launch import Ranks, check_nodes
 from lars_train.models.factory import build_model
@@ -46,14 +45,8 @@ SMALL = (
 )
 
 
-def composed(settings: str) -> Config:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return resolve(compose("config", prepare_arguments(settings.split(), None)))
-
-
 def planned(settings: str) -> dict[str, Any]:
-    return commands.run(composed(f"mode=plan {settings}"), Invocation())
+    return commands.run(resolved("mode=plan", *settings.split()), Invocation())
 
 
 @pytest.mark.parametrize("samples", [16, 64])
@@ -74,7 +67,7 @@ def test_activations_match_the_allocator_after_a_forward_pass(samples: int) -> N
 def disk_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """Return a plan's disk usage, and the directory of the same run."""
     directory = tmp_path_factory.mktemp("planned") / "run"
-    config = composed(f"{SMALL} micro_batch=16 checkpoint.every_updates=20 run.dir={directory}")
+    config = resolved(*f"{SMALL} micro_batch=16 checkpoint.every_updates=20 run.dir={directory}".split())
     threads = torch.get_num_threads()
     session.train(prepare(config), Ranks(), Invocation())
     torch.set_num_threads(threads)
@@ -102,7 +95,7 @@ def test_checkpoints_have_the_planned_size(disk_and_run: tuple[dict[str, Any], P
 
 
 def test_memory_at_a_micro_batch_matches_the_allocator() -> None:
-    config = composed(f"{SMALL} micro_batch=32")
+    config = resolved(*f"{SMALL} micro_batch=32".split())
     (memory,) = (
         m for m in planned(f"{SMALL} micro_batch=32")["forecast"]["memory_per_device"] if m["micro_batch"] == 32
     )
@@ -129,7 +122,7 @@ def test_a_copy_of_the_weights_in_the_step_is_planned(rule: str, copies: int) ->
     settings += " optimizer.weight_decay=0"
     found = planned(settings)["forecast"]
     network = build_model("small", num_classes=10, ghost_batch=4, zero_gamma=False)
-    optimizer = build_optimizer(composed(settings).optimizer, network)
+    optimizer = build_optimizer(resolved(*settings.split()).optimizer, network)
     for update in range(2):
         for parameter in network.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -260,7 +253,7 @@ def test_many_devices_are_less_efficient_than_one() -> None:
 
 
 def test_another_row_keeps_the_users_settings() -> None:
-    moved = with_row(composed("batch=32k data=imagenet epochs=10 schedule.scale_warmup=true"), "256")
+    moved = with_row(resolved(*"batch=32k data=imagenet epochs=10 schedule.scale_warmup=true".split()), "256")
     assert (moved.epochs, moved.optimizer.name, moved.schedule.warmup_epochs) == (10, "sgd", 0)
     assert (moved.batch.nominal, moved.model.ghost_batch) == (256, 32)
 
@@ -291,9 +284,9 @@ def test_hours_follow_all_sizes_and_memory_the_largest() -> None:
 
 
 def test_a_wrong_number_of_nodes_is_refused() -> None:
-    config = composed(f"{SMALL} launch.nodes=2")
+    config = resolved(*f"{SMALL} launch.nodes=2".split())
     check_nodes(config, Ranks(3, 8, 3, 4))
-    check_nodes(composed(SMALL), Ranks(0, 12, 0, 4))
+    check_nodes(resolved(*SMALL.split()), Ranks(0, 12, 0, 4))
     for ranks in (None, Ranks(0, 12, 0, 4)):
         with pytest.raises(ConfigError, match=r"launch\.nodes=2"):
             check_nodes(config, ranks)

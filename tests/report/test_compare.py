@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from tiny import composed
 
-from lars_train.config import choices_of, config_dir, flatten, published_top1, register, resolve
+from lars_train.config import choices_of, flatten, published_top1, resolve
 from lars_train.config.rows import row_name
 from lars_train.report.compare import Row, make_rows
 from lars_train.report.read import RunRecord, read_run
@@ -232,23 +232,20 @@ def test_other_runs_have_no_published_value(changes: dict[str, Any], make_run: M
 
 @pytest.mark.parametrize("recipe", choices_of("recipe"))
 def test_rows_of_shipped_recipes_differ_in_batch_only(recipe: str) -> None:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        rows_of_it = compose("config", [f"recipe={recipe}"]).recipe.rows
-        names = [name for name in choices_of("batch") if row_name(rows_of_it, name) is not None]
-        configs = {
-            data: [resolve(compose("config", [f"recipe={recipe}", f"batch='{name}'", *settings])) for name in names]
-            for data, settings in {"imagenet": ["data=imagenet", "data.root=/d"], "mini": ["data=mini"]}.items()
-        }
+    rows_of_it = composed(f"recipe={recipe}").recipe.rows
+    names = [name for name in choices_of("batch") if row_name(rows_of_it, name) is not None]
+    configs = {
+        data: [resolve(composed(f"recipe={recipe}", f"batch='{name}'", *settings)) for name in names]
+        for data, settings in {"imagenet": ["data=imagenet", "data.root=/d"], "mini": ["data=mini"]}.items()
+    }
     for data, found in configs.items():
         made_of = [RunRecord(Path(), "finished", settings=flatten(config), batch=config.batch.name) for config in found]
         assert [row.differs for row in make_rows(made_of)] == [{} for _ in names], data
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        lengths = [
-            resolve(compose("config", [f"recipe={recipe}", f"batch='{name}'", "data=imagenet", f"epochs={epochs}"]))
-            for name in names
-            for epochs in rows_of_it[name].get("by_epochs", {})
-        ]
+    lengths = [
+        resolve(composed(f"recipe={recipe}", f"batch='{name}'", "data=imagenet", f"epochs={epochs}"))
+        for name in names
+        for epochs in rows_of_it[name].get("by_epochs", {})
+    ]
     for config in [*configs["imagenet"], *lengths]:
         (row,) = make_rows([RunRecord(Path(), "finished", settings=flatten(config))])
         assert row.published == published_top1(config)
