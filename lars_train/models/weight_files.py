@@ -29,7 +29,7 @@ KEY = "lars_train"
 """The metadata entry that `export` writes: JSON with the model's name, its classes, and whether it has blurpool."""
 
 HEAD = "fc."
-"""The prefix of the last layer's parameter names in every model of the factory; the default of parameters `head`."""
+"""The prefix of the last layer's parameter names in every model of the factory: the default of `head` below."""
 
 _COMPILED = "_orig_mod."
 # Keys of class names in files of other programs, in upper or lower case. The first is from torchvision's data sets, and

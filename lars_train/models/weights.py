@@ -112,7 +112,10 @@ def _check_same_classes(origin: str, known: Sequence[str], classes: Sequence[str
 
 
 def head_prefix(model: nn.Module) -> str:
-    """Return the prefix of the last layer's parameter names, such as ``fc.``. Without one, no name has it."""
+    """Return the prefix of the last layer's parameter names, such as ``fc.``.
+
+    If the model has no last layer, return ``-.``, with which no name begins.
+    """
     return f"{find_head(model) or '-'}."
 
 

@@ -44,7 +44,7 @@ class MachineSettings(Protocol):
 
 
 class EvaluationResult(Protocol):
-    """Results of an evaluation: top-1 and top-5 in percent, the number of samples, and of the averaged weights."""
+    """Results of an evaluation; top-1 and top-5 in percent. `average`: the results of the averaged weights, if any."""
 
     @property
     def top1(self) -> float: ...

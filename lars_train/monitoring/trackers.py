@@ -138,8 +138,8 @@ def finish_trackers(trackers: list[Tracker], final: dict[str, Any]) -> list[str]
 class CompleteRows:
     """The rows of a growing ``metrics.jsonl`` after `update`: one per update, in order, each once.
 
-    All lines of an update form one row, to which an evaluation adds a line. A row is complete once the file has a line
-    of a later update. If two lines have a value of the same name, the later value counts.
+    All lines of an update, such as that of a log point and that of an evaluation, form one row. A row is complete once
+    the file has a line of a later update. If two lines have a value of the same name, the later value counts.
     """
 
     def __init__(self, directory: Path, update: int) -> None:

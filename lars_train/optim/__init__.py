@@ -1,8 +1,8 @@
 """LARS around any torch optimizer, with learning-rate schedules and parameter groups.
 
 The distribution ``torch-lars`` contains this folder alone, under the import name ``torch_lars``. The folder therefore
-imports only one module from outside, `extensions`, which loads the C kernels, and works without it. The public names
-are imported on first use, so that `schedule` can be used without torch.
+imports only one module from outside: `extensions`, which loads the C kernels. Without `extensions`, LARS uses torch's
+kernels. The public names are imported on first use, so that `schedule` can be used without torch.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """Return the weights of `model`, and separately its biases and the parameters of torch's normalization layers.
 
     Both lists are in the order of ``model.named_parameters()``; every parameter is in exactly one of them. Many recipes
-    neither decay nor adapt the second list. `parameter_groups` makes parameter groups of both lists, the second with
-    its own learning rate (`norm_bias_lr_factor`), which schedulers keep.
+    neither decay nor adapt the second list. `parameter_groups` makes parameter groups of both lists. Its
+    `norm_bias_lr_factor` sets the second list's learning rate as a multiple of the first's. Most schedulers keep this
+    factor.
 
     Raises:
         TypeError: `model` is not a module.

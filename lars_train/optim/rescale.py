@@ -100,7 +100,7 @@ def group_parameters(groups: Iterable[dict[str, Any]], rule: Rule) -> list[Part]
             if grad is None:
                 continue
             if _is_dtensor(grad) and grad.placements != parameter.placements:
-                # The gradient may still be a partial sum. The base's step would also redistribute it.
+                # The gradient may still be a partial sum. Without this line, the base's step would redistribute it.
                 parameter.grad = grad = grad.redistribute(parameter.device_mesh, parameter.placements)
             key = (decay, id(lr) if isinstance(lr, Tensor) else lr, adapted, grad.device, grad.dtype, shards_of(grad))
             parts.setdefault(key, Part(decay, lr, adapted)).parameters.append(parameter)

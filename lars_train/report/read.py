@@ -239,7 +239,7 @@ def _state(final: dict[str, Any], starts: list[dict[str, Any]], last: int) -> tu
     if done is not None and planned is not None and done >= last:
         if done >= planned:
             return FINISHED, "", done
-        # After max_updates ends a run, its final.json stays until the next start ends.
+        # If max_updates ended a run, its final.json stays until a later start resumes the run.
         if how == "finished" or "resumed_at" not in start:
             return CUT_SHORT, "by max_updates", done
     update = max(last, integer(ended, "update") or 0)

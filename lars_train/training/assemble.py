@@ -112,9 +112,10 @@ def match_classes(
 
     1. By name. 1,000 outputs without names get ImageNet's names if ImageNet has all of `classes`.
     2. By number, ignoring leading zeros, if all names on both sides are numbers.
-    3. By index: each class is the index of an output. The indices are `numbers`, the labels in the data set's files,
-       or without them the names in `classes`. They must be different whole numbers below the number of outputs. This
-       rule does not apply if the network has one of the names in `classes`, or if all names on both sides are numbers.
+    3. By index: each class is the index of an output. The indices are `numbers` (the labels in the data set's files)
+       or, if `numbers` is empty, the names in `classes`. They must be different whole numbers below the number of
+       outputs. This rule does not apply if the network has one of the names in `classes`, or if all names on both sides
+       are numbers.
     4. In order, if the outputs have no names and there are as many as `classes`.
 
     Return a name for each output, the output of each of `classes`, and messages to the user about the match. Raises

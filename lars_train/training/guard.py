@@ -368,7 +368,8 @@ class BadImages:
                         continue
                     say(f"WARNING: image {where} cannot be decoded: {reason}")
                     self._unwritten.append(json.dumps({"image": where, "reason": reason, "update": update}) + "\n")
-                with contextlib.suppress(OSError):  # `write` raises it before the next checkpoint
+                # The run calls `write` again before the next checkpoint, and that call then raises the error.
+                with contextlib.suppress(OSError):
                     self.write(path)
 
     def write(self, path: Path) -> None:

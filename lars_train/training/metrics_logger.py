@@ -145,7 +145,7 @@ class MetricsLogger:
     def finish(self, final: dict[str, Any]) -> list[str]:
         """Write settings and results to TensorBoard, and `final`, the content of ``final.json``, to the trackers.
 
-        Returns a line for each reason why one of them is incomplete.
+        Returns a line for each reason why TensorBoard or a tracker is incomplete.
         """
         if self.log is None:
             return []
@@ -193,7 +193,10 @@ class MetricsLogger:
         return self._flops.of_size(self._sizes.at(batch // self._trainer.plan.updates_per_epoch))
 
     def _updates_left(self) -> float:
-        """Return the number of updates to the end of the run, weighted by their operations relative to the last one."""
+        """Return the number of updates to the end of the run, in units of the update just made.
+
+        An update with twice as many floating-point operations counts as two.
+        """
         plan, batch, left = self._trainer.plan, self._batches, 0.0
         last, stop = self._flops_of(batch - 1).per_image, plan.stop + self._trainer.skipped
         while batch < stop:

@@ -196,7 +196,7 @@ def evaluation_config(config: Config, overrides: tuple[str, ...]) -> tuple[Confi
 
 
 def check_targets(config: Config, overrides: tuple[str, ...]) -> None:
-    """Raise `ConfigError` if a file names a function to import that the command line (`overrides`) does not name."""
+    """Raise `ConfigError` if a function to import is named by a file and not by the command line (`overrides`)."""
     check_named("model.target", config.model.target, overrides)
     check_named("data.target", config.data.target, overrides)
 

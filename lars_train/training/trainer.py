@@ -78,9 +78,9 @@ class Meter:
         return total
 
     def take_bad(self, group: Group) -> bool:
-        """Return True if any rank found bad images since the last count, and reset the count. Collective.
+        """Return True if the sums include newly found bad images, and set their number to 0. Collective.
 
-        Call `total` first.
+        Call `total` first, which adds the other ranks' sums to those of rank 0.
         """
         found: bool = group.broadcast_from_rank0(bool(self.sums[3]))
         self.sums[3] = 0
