@@ -65,13 +65,13 @@ def train(*settings: str, model: Model | None = None, data: Data | None = None) 
         data: training and validation set: a pair of datasets with a length, whose items are pairs of an image (uint8
             tensor (C, H, W), uint8 array (H, W) or (H, W, C), PIL image, or the bytes of an image file) and a label (a
             whole number from 0); or the name of a function that returns such a pair, ``"package.module:function"``.
-            Datasets of torchvision and of Hugging Face fit unchanged, without transforms. By default, the data set of
-            the settings.
+            Datasets of torchvision and of Hugging Face can be passed as they are if they have no transform. By default,
+            the data set of the settings.
 
     Raises:
         ConfigError: the settings or the objects do not fit.
         DataError: too many images are damaged, or a disk or a worker failed.
-        Diverged: the loss is not finite or above ``guard.max_loss``.
+        Diverged: the loss is not finite, or is above ``guard.max_loss``.
         Stopped: Ctrl-C or a termination signal ended the run after a checkpoint. A second Ctrl-C raises
             KeyboardInterrupt at once.
     """
@@ -115,7 +115,10 @@ def _run_composed(
     for word in settings:
         key = str(word).lstrip("+~").partition("=")[0]
         if key == "mode":
-            raise ConfigError(f"{word}: this is lars_train.{mode}; each mode has its own function, or a command.")
+            raise ConfigError(
+                f"{word}: lars_train.{mode} sets the mode itself. Call lars_train.train, evaluate or plan for their "
+                "modes, and use the command line for the others."
+            )
         for name, argument in (("model", model), ("data", data)):
             if argument is not None and key in (name, f"{name}.name", f"{name}.target"):
                 raise ConfigError(f"{word}: the argument {name} is set, too; omit one of them.")
@@ -155,7 +158,10 @@ def _given_data(data: Data) -> tuple[Dataset | None, str]:
 def _given_model(
     model: Model, words: list[str], dataset: Dataset | None, mode: str
 ) -> tuple[Callable[[int], nn.Module] | None, Dataset | None, str]:
-    """Return a function that makes the network, the data set (None if it is not open), and ``model.target``."""
+    """Return three values: a function that makes the network; the data set, if it is open; and ``model.target``.
+
+    The first is None if `model` is a name.
+    """
     if isinstance(model, str):
         return None, dataset, model
     if isinstance(model, nn.Module):

@@ -91,7 +91,10 @@ def export(config: Config) -> tuple[Path, str]:
 
 
 def _with_network_of(config: Config, content: dict[str, Any]) -> Config:
-    """Return `config` with the network of the checkpoint `content`; a custom one only if `config` names its code."""
+    """Return `config` with the network of the checkpoint `content`.
+
+    Raises `ConfigError` for a custom network if `config` does not name its code.
+    """
     stored = content["config"]["model"]
     source, kwargs = stored.get("source", BUILTIN), stored.get("kwargs", {})
     if source not in (BUILTIN, TIMM, CUSTOM) or not isinstance(kwargs, dict):

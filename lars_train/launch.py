@@ -237,7 +237,7 @@ def start_processes(work: Callable[..., Any], arguments: tuple[Any, ...], count:
 
     Raises:
         ConfigError, DataError, Diverged, Stopped: a rank raised it.
-        WorkerError: a process failed in another way: the one that was killed, else the first that reported an error.
+        WorkerError: a process failed in another way. It describes the process that was killed, or else the first error.
         Stopped: a forwarded signal ended the processes.
     """
     # Not torch.distributed.elastic: its launcher hangs if a process is killed after its work, but before its exit. In

@@ -195,7 +195,7 @@ def operations(count: float) -> str:
 
 
 def _in_largest_unit(count: float, units: dict[str, float]) -> str:
-    # Rounded to three digits, 0.9995 of a unit and more is at least 1 of that unit.
+    # At three digits, 0.9995 of a unit already rounds up to 1.
     unit = next((unit for unit, value in units.items() if count >= 0.9995 * value), [*units][-1])
     return f"{count / units[unit]:.3g} {unit}"
 

@@ -185,7 +185,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_call_resumes(monkeypatch: pytest
         (["epochs"], {}, "epochs: a setting is key=value"),
         (["-m"], {}, "-m: this flag belongs to the command line"),
         ([["epochs=1"]], {}, "['epochs=1']: a setting is text"),
-        (["mode=plan"], {}, "mode=plan: this is lars_train.train"),
+        (["mode=plan"], {}, "mode=plan: lars_train.train sets the mode itself"),
         (["data=mini"], {"data": sets()}, "data=mini: the argument data is set, too"),
         (["model=small"], {"model": flat}, "model=small: the argument model is set, too"),
         (["launch.nproc=2"], {"data": sets()}, "launch.nproc=2: the objects model and data exist in this process only"),

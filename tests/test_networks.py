@@ -108,7 +108,7 @@ def test_a_custom_network_is_called_with_classes_and_keywords() -> None:
     [
         ({"model__name": "timm"}, "model=timm: set model.name to the name of one of timm's networks"),
         ({"model__blurpool": True}, "model.blurpool=true: it is not implemented for model=timm"),
-        ({"model__zero_gamma": False}, "model.zero_gamma=false: .* use model.kwargs.zero_init_last"),
+        ({"model__zero_gamma": False}, "model.zero_gamma=false: .* set model.kwargs.zero_init_last"),
         ({"model__target": "a:b"}, "model.target=a:b has no effect with model=test_resnet"),
         ({"model__source": "custom", "model__target": "a:b"}, "model.name=test_resnet has no effect with model=custom"),
         ({"model__source": "custom", "model__name": "custom"}, "set model.target=package.module:function"),

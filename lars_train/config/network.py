@@ -38,7 +38,9 @@ class ModelConfig:
     ghost_batch: Optional[int] = None
     """Samples over which batch norm computes each mean and variance in training."""
     zero_gamma: Optional[bool] = None
-    """Start the last gamma of every residual block at 0. Not for timm and custom networks, which start as they are."""
+    """Start the last gamma of every residual block at 0. Not for timm and custom networks, which keep their own
+    initial weights.
+    """
     blurpool: Optional[bool] = None
     """Blur the input of strided convolutions (antialiased downsampling, docs/methods.md)."""
     ema: Optional[float] = None
@@ -78,10 +80,11 @@ def check_network(model: ModelConfig, *, stored: bool) -> None:
             "also overrides the recipe."
         )
     if model.zero_gamma is not None:
-        own = "model.kwargs.zero_init_last, if the network has it" if model.source == TIMM else "your function"
-        raise ConfigError(
-            f"model.zero_gamma={str(model.zero_gamma).lower()}: it is not for model={model.source}; use {own}."
-        )
+        key = f"model.zero_gamma={str(model.zero_gamma).lower()}"
+        remedy = "set model.kwargs.zero_init_last, if the network has it, instead"
+        if model.source == CUSTOM:
+            remedy = "omit it, and initialize the weights in your function"
+        raise ConfigError(f"{key}: it applies to built-in networks only, not to model={model.source}; {remedy}.")
 
 
 def describe_network(model: ModelConfig) -> str:

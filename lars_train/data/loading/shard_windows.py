@@ -99,7 +99,10 @@ def window_numbers(windows: Windows, spans: Iterable[Span]) -> Iterator[int]:
 
 
 def last_to_hold(windows: Windows, span: Span) -> int:
-    """Return the last window to hold at `span`: that of `span.soon`, or the one after that of `span.start` if later."""
+    """Return the last window to hold at `span`.
+
+    It is the window of `span.soon` or the window after that of `span.start`, whichever is later.
+    """
     return max(windows.at(span.soon), windows.at(span.start) + 1)
 
 
@@ -107,9 +110,10 @@ def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
     """Return the most bytes that the ranks of a machine hold at the same time in training: the cache's minimum size.
 
     The ranks synchronize at the end of each update. While a rank waits for the others there, it has taken at most one
-    micro-batch of the next update. So if the slowest rank takes its next micro-batch from update u, every other rank
-    takes its next one from update u + 2 or earlier. The windows that the ranks hold then lie between the start of
-    update u and `last_to_hold` of the last span of update u + 2.
+    micro-batch of the next update. So while the slowest rank is in update u, another rank may already have taken one
+    micro-batch of update u + 1. If that update has only one for it, its next micro-batch belongs to update u + 2. The
+    windows that the ranks hold then lie between the start of update u and `last_to_hold` of the last span of update
+    u + 2.
     """
     updates = np.arange(int(windows.ends[-1]) // batch if len(windows.ends) else 0)
     firsts = windows.numbers(updates * batch)

@@ -206,9 +206,9 @@ def piece_size(batch: int) -> int:
 def pool_slots(batch: int, workers: int) -> int:
     """Return the number of buffers of a stream of micro-batches of `batch` samples.
 
-    The consumer may hold `LENT`. The others are for prefetching: one more than it takes to give each worker two
-    pieces, but at least `AHEAD`. Without workers, the number is `LENT` + 1. A buffer takes about
-    batch * 3 * S**2 bytes: 8 buffers of 256 samples of 224 x 224 take 0.3 GB.
+    The consumer may hold `LENT`. The others are for prefetching: enough to give each worker two pieces, plus one, but
+    at least `AHEAD`. Without workers, the number is `LENT` + 1. A buffer takes about batch * 3 * S**2 bytes: 8 buffers
+    of 256 samples of 224 x 224 take 0.3 GB.
     """
     if workers == 0:
         return LENT + 1
@@ -219,8 +219,8 @@ def worker_kind(source: Source, decoder: str) -> str:
     """Return `THREADS` for the C decoder, which releases the GIL, if the source has JPEGs; else `PROCESSES`.
 
     Threads need less memory than processes. Processes need a fork, which may hang while NCCL or gloo run threads.
-    Outside Linux, fork is unsafe or missing, so this function returns `THREADS` there. Dataset objects need not be
-    thread-safe, so threads never read them: outside Linux, `usable_workers` returns 0 for them.
+    Outside Linux, fork is unsafe or missing, so all sources except dataset objects get `THREADS` there. Dataset objects
+    need not be thread-safe, so they always get `PROCESSES`; outside Linux, `usable_workers` returns 0 for them.
     """
     if isinstance(source, ItemSource):
         return PROCESSES

@@ -308,7 +308,7 @@ def _tars_beside(tree: Tree, folders: Sequence[bytes]) -> str:
     if not tars:
         return ""
     return (
-        f"tars are not read beside folders ({listed(tars)} beside {_listed(folders)}): to read them, move the "
+        f"tars that lie beside folders are not read ({listed(tars)} beside {_listed(folders)}): to read them, move the "
         "folders elsewhere."
     )
 

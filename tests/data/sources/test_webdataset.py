@@ -676,7 +676,8 @@ def test_tars_beside_other_folders_are_not_read(tmp_path: Path) -> None:
     (root / "meta").mkdir()
     (root / "meta" / "notes.txt").write_bytes(b"")
     expected = (
-        r"tars are not read beside folders \(train-0\.tar, val-0\.tar beside meta/\): to read them, move the folders"
+        r"tars that lie beside folders are not read \(train-0\.tar, val-0\.tar beside meta/\): "
+        "to read them, move the folders"
     )
     for holdout in (None, 0.5):
         for opened in (open_dataset, open_validation):
