@@ -17,7 +17,7 @@ case "${1:-}" in -h | --help)
 esac
 name=${1:-}
 if [ "$name" = integrations ]; then
-    packages=(-e '.[integrations]' -e ./packaging/torch-lars pytest pytest-xdist)
+    packages=(-e '.[integrations]' -e ./packaging/torch-lars pytest pytest-xdist hypothesis)
     tests=(-n 0 tests/integrations)
 elif grep -Eqx 'torch-[0-9]+\.[0-9]+(\.[0-9]+)?' <<<"$name"; then
     # pip chooses the matching torchvision.
