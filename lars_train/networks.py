@@ -23,6 +23,7 @@ from lars_train.messages import counted
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.convert import freeze, head_layer, use_ghost_batch_norm
 from lars_train.models.factory import build_model
+from lars_train.models.fused_blocks import fuse_blocks
 from lars_train.models.weight_files import few
 from lars_train.models.weights import load_weights
 from lars_train.targets import describe_failure, load_target
@@ -48,7 +49,7 @@ def build_network(config: Config, outputs: int, given: Given = NOTHING) -> nn.Mo
     if given.network is not None:
         network = given.network(outputs)
     elif model.source == BUILTIN:
-        return build_model(
+        network = build_model(
             model.name,
             num_classes=outputs,
             ghost_batch=filled(model.ghost_batch),
@@ -58,6 +59,7 @@ def build_network(config: Config, outputs: int, given: Given = NOTHING) -> nn.Mo
     else:
         network = _timm_network(model, outputs) if model.source == TIMM else _custom_network(model, outputs)
     use_ghost_batch_norm(network, filled(model.ghost_batch))
+    fuse_blocks(network)
     return network
 
 

@@ -75,26 +75,37 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
+        ghosts = self._count_ghosts(input)
+        if not self._is_looped(input, ghosts):
+            return self._at_once(input, ghosts)
+        output, sums = self._one_by_one(input, ghosts)
+        self.ghost_sums.add_(sums, alpha=len(input) // ghosts)
+        self.ghost_samples.add_(len(input))
+        return output
+
+    def forward_relu(self, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Return the ReLU of (`forward` plus `shortcut`), in training mode, if `ghost_norm.can_fuse`."""
+        return self._at_once(input, self._count_ghosts(input), shortcut, relu=True)
+
+    def _count_ghosts(self, input: Tensor) -> int:
         samples = len(input)
         ghost = min(self.ghost_batch, samples)
         if samples == 0 or samples % ghost:
             raise ValueError(
                 f"a micro-batch of {samples} samples is not a sequence of whole ghost batches of {self.ghost_batch}"
             )
-        ghosts = samples // ghost
+        return samples // ghost
+
+    def _is_looped(self, input: Tensor, ghosts: int) -> bool:
         # On an accelerator a loop would launch kernels for each ghost batch. On the CPU torch's batch-norm kernel in a
         # loop is faster than a sequence of operations on all ghost batches. The meta device takes the CPU's path,
         # because its passes measure the memory that the CPU needs.
-        at_once = input.device.type not in ("cpu", "meta") and (ghosts > 1 or is_faster_for_single_ghost(input))
-        output, sums = self._at_once(input, ghosts) if at_once else self._one_by_one(input, ghost)
-        self.ghost_sums.add_(sums, alpha=ghost)
-        self.ghost_samples.add_(samples)
-        return output
+        return input.device.type in ("cpu", "meta") or (ghosts == 1 and not is_faster_for_single_ghost(input))
 
-    def _one_by_one(self, input: Tensor, ghost: int) -> tuple[Tensor, Tensor]:
+    def _one_by_one(self, input: Tensor, ghosts: int) -> tuple[Tensor, Tensor]:
         """Return the output, and the (2, C) sums of the ghost batches' means and unbiased variances."""
         # The backward pass of `split` copies, even if there is only one part.
-        parts = (input,) if len(input) == ghost else torch.split(input, ghost)
+        parts = (input,) if ghosts == 1 else torch.split(input, len(input) // ghosts)
         # With momentum 1, batch_norm writes exactly the ghost batch's mean and unbiased variance into these buffers.
         rows = self.ghost_sums.new_zeros(len(parts), 2, self.num_features)
         outputs = [
@@ -107,10 +118,19 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return outputs[0], rows[0]
         return torch.cat(outputs), rows.sum(0)
 
-    def _at_once(self, input: Tensor, ghosts: int) -> tuple[Tensor, Tensor]:
-        """Compute the result of `_one_by_one` with a number of operations that does not depend on `ghosts`."""
-        output, statistics = ghost_norm(input, self.weight, self.bias, ghosts=ghosts, eps=self.eps)
-        return output, statistics.sum(1)
+    def _at_once(self, input: Tensor, ghosts: int, shortcut: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """Compute all ghost batches with a number of operations that does not depend on `ghosts`."""
+        totals = (self.ghost_sums, self.ghost_samples)
+        return ghost_norm(
+            input,
+            self.weight,
+            self.bias,
+            ghosts=ghosts,
+            eps=self.eps,
+            shortcut=shortcut,
+            relu=relu,
+            totals=totals,
+        )
 
     def extra_repr(self) -> str:
         """Return the settings, for the layer's repr."""

@@ -1,16 +1,20 @@
-"""Apply ghost batch norm to channels_last activations in Triton, with no more memory traffic than plain batch norm.
+"""Triton kernels of ghost batch norm, with the ReLU and the sum with a shortcut that follow it in residual networks.
 
 The activations are a matrix with a row per pixel (C adjacent values); a ghost batch is R rows. A program processes a
-block of channels in a chunk of one ghost batch's rows, tile by tile. The number of passes over the activations, each of
-which reads or writes every value once:
+block of channels in a chunk of one ghost batch's rows, tile by tile; `ghost_launch` chooses the sizes. The number of
+passes over the activations, each of which reads or writes every value once, of batch norm alone:
 
 - `_chunk_moments` reads x (1), `_normalize` reads x and writes the output (2);
 - `_chunk_sums` reads dy and x (2), `_input_gradient` reads dy and x and writes the gradient (3): 8 in all.
 
-Between the two kernels of a pair, a small kernel combines the chunks of each ghost batch and block of channels. There
-are at most `PROGRAMS` such chunks. So each direction takes three launches for any number of ghost batches. Between load
-and store, values are float32. No sum depends on timing (no atomics, no autotuning) or on the number of ghost batches:
-results for a ghost batch are bit-identical in any micro-batch of two or more ghost batches.
+A ReLU adds no pass: both backward kernels compute the sign of its input again. With a shortcut, `_normalize` reads it
+(1), and `_chunk_sums` reads the output for its sign (1) and writes the gradient before the ReLU (1), which is that of
+the shortcut: 11 in all. As separate operations ReLU takes 5 passes, and the sum 3.
+
+Between the two kernels of a pair, a small kernel combines the chunks of each ghost batch and block of channels. So each
+direction takes three launches for any number of ghost batches. Between load and store, values are float32. No sum
+depends on timing (no atomics, no autotuning) or on the number of ghost batches: results for a ghost batch are
+bit-identical in any micro-batch of two or more ghost batches.
 
 Importing this module imports triton, which comes with torch for CUDA on Linux; `ghost_norm` works without it.
 """
@@ -21,128 +25,10 @@ Importing this module imports triton, which comes with torch for CUDA on Linux; 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
-from torch import Tensor
-
-# The approximate number of programs per ghost batch, for layers with enough tiles. A GPU with 132 multiprocessors that
-# each run 4 programs or more runs at least 528 at once, so 8 ghost batches take at most 8 rounds.
-PROGRAMS = 512
-# Each of the 128 threads of a program makes four loads of 16 bytes, the widest load: 8 KiB in all. 64 channels in half
-# precision are a cache line of 128 bytes.
-TILE_BYTES = 8192
-TILE_CHANNELS = 64
-# The number of values that a program reads to combine chunks: chunks times channels.
-COMBINED = 4096
-WARPS = 4
-
-
-def normalize(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize each ghost batch by its own mean and biased variance.
-
-    Args:
-        input: (n, C, H, W) of float32, bfloat16 or float16, contiguous in channels_last, n a multiple of
-            `ghosts`, each ghost batch with more than one value per channel.
-        weight, bias: (C,) of any floating dtype, or both None.
-
-    Returns:
-        The output, like `input` and not a view. In float32: the means and unbiased variances, (2, ghosts, C), and
-        1 / sqrt(biased variance + eps), (ghosts, C).
-    """
-    tiling = _tiling(input, ghosts)
-    chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
-    statistics = input.new_empty((2, ghosts, tiling.channels), dtype=torch.float32)
-    inverse = torch.empty_like(statistics[0])
-    output = torch.empty_like(input)
-    _launch(_chunk_moments, tiling, input, chunks)
-    _launch(_combine_moments, tiling, chunks, statistics, inverse, eps)
-    _launch(_normalize, tiling, input, statistics, inverse, weight, bias, output)
-    return output, statistics, inverse
-
-
-def gradients(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute the backward pass of `normalize`.
-
-    Args:
-        grad: the gradient of the output, (n, C, H, W) of the input's dtype; copied if it is not channels_last.
-        input, weight: as passed to `normalize`.
-        mean, inverse: (ghosts, C), as returned by `normalize`.
-
-    Returns:
-        The input's gradient, like `input`, and two sums over each ghost batch, float32 (2, ghosts, C): of the output's
-        gradient, and of that gradient times the normalized input.
-    """
-    ghosts = len(mean)
-    tiling = _tiling(input, ghosts)
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
-    sums = input.new_empty((2, ghosts, tiling.channels), dtype=torch.float32)
-    grad_input = torch.empty_like(input)
-    _launch(_chunk_sums, tiling, grad, input, mean, chunks)
-    _launch(_combine_sums, tiling, chunks, inverse, sums)
-    _launch(_input_gradient, tiling, grad, input, mean, inverse, sums, weight, grad_input)
-    return grad_input, sums
-
-
-class Tiling(NamedTuple):
-    """The division of (ghosts * rows, channels) values into chunks and tiles.
-
-    The sizes of chunks and tiles do not depend on the number of ghost batches.
-    """
-
-    ghosts: int
-    rows: int
-    channels: int
-    chunk_rows: int
-    tile_rows: int
-    tile_channels: int
-
-    @property
-    def chunks(self) -> int:
-        """The number of chunks per ghost batch."""
-        return _ceil(self.rows, self.chunk_rows)
-
-
-def _tiling(input: Tensor, ghosts: int) -> Tiling:
-    channels = input.shape[1]
-    rows = input.numel() // (ghosts * channels)
-    tile_channels = min(TILE_CHANNELS, _power_of_2(channels))
-    tile_rows = TILE_BYTES // (tile_channels * input.element_size())
-    tiles = _ceil(rows * _ceil(channels, tile_channels), PROGRAMS * tile_rows)
-    return Tiling(ghosts, rows, channels, tiles * tile_rows, tile_rows, tile_channels)
-
-
-def _launch(kernel: Any, tiling: Tiling, first: Tensor, *others: Tensor | float | None) -> None:
-    """Run `kernel` on the current stream. Its arguments are `first` and `others`, then the sizes of `tiling`."""
-    # If the compiler knows that the channels are a multiple of 8, it uses loads of 16 bytes for each of the dtypes.
-    vector = 8 if tiling.channels % 8 == 0 else 1
-    if kernel in (_combine_moments, _combine_sums):
-        chunks = _power_of_2(tiling.chunks)
-        tile = (chunks, min(COMBINED // chunks, tiling.tile_channels))
-        programs = tiling.ghosts
-    else:
-        tile = (tiling.tile_rows, tiling.tile_channels)
-        programs = tiling.ghosts * tiling.chunks
-    programs *= _ceil(tiling.channels, tile[1])
-    sizes = (tiling.ghosts, tiling.rows, tiling.chunk_rows, tiling.channels // vector)
-    with torch.cuda.device_of(first):
-        kernel[(programs,)](first, *others, *sizes, vector, *tile, num_warps=WARPS, num_stages=1)
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
-
-
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
 
 # Otherwise Triton would specialize a kernel on its sizes, and compile it again for each layer.
 _jit: Any = triton.jit(do_not_specialize=["ghosts", "rows", "chunk_rows", "groups"])
@@ -211,9 +97,8 @@ def _locate_chunks(rows, chunk_rows, channels, CHUNKS: tl.constexpr, CHANNELS: t
 @_jit
 def _combine_moments(
     parts,
-    statistics,
-    out,
-    eps,
+    means,
+    variances,
     ghosts,
     rows,
     chunk_rows,
@@ -222,7 +107,7 @@ def _combine_moments(
     CHUNKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute each ghost batch's mean, unbiased variance and 1 / sqrt(biased variance + eps), by Chan's formula."""
+    """Compute each ghost batch's mean and biased variance, by Chan's formula."""
     channels = groups * VECTOR
     ghost, channel, mask, offsets = _locate_chunks(rows, chunk_rows, channels, CHUNKS, CHANNELS)
     stride, place = ghosts * channels, ghost * channels + channel
@@ -236,34 +121,43 @@ def _combine_moments(
     merged = tl.sum(mean * count, 0, keep_dims=True) / rows
     delta = mean - merged
     total = tl.sum(squares + count * delta * delta, 0, keep_dims=True)
-    tl.store(statistics + place, near + merged, mask=valid)
-    tl.store(statistics + stride + place, total / (rows - 1), mask=valid)
-    tl.store(out + place, tl.rsqrt(total / rows + eps), mask=valid)
+    tl.store(means + place, near + merged, mask=valid)
+    tl.store(variances + place, total / rows, mask=valid)
 
 
 @_jit
 def _normalize(
     x,
     means,
-    inverses,
+    variances,
     weight,
     bias,
+    shortcut,
     out,
+    sums,
+    counted,
+    eps,
+    samples,
     ghosts,
     rows,
     chunk_rows,
     groups,
+    RELU: tl.constexpr,
     VECTOR: tl.constexpr,
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute (x - mean) * inverse * weight + bias. Subtracting first loses no digits if the mean is large."""
+    """Compute (x - mean) / sqrt(variance + eps) * weight + bias, plus the shortcut, if any, and its ReLU, if RELU.
+
+    Subtracting first loses no digits if the mean is large. Also add to `sums` the means and unbiased variances of all
+    ghost batches, times `samples`, the samples of a ghost batch; and to `counted` the samples of all.
+    """
     channels = groups * VECTOR
-    _chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
+    chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     valid = channel < channels
     place = ghost * channels + channel
     mean = tl.load(means + place, mask=valid, other=0)
-    scale = tl.load(inverses + place, mask=valid, other=0)
+    scale = tl.rsqrt(tl.load(variances + place, mask=valid, other=1) + eps)
     shift = tl.zeros((1, CHANNELS), tl.float32)
     if weight is not None:
         scale *= tl.load(weight + channel, mask=valid, other=0).to(tl.float32)
@@ -272,8 +166,28 @@ def _normalize(
     for done in range(0, count, TILE):
         mask = (row < count - done) & valid
         value = tl.load(x + first + offsets, mask=mask, other=0).to(tl.float32)
-        tl.store(out + first + offsets, (value - mean) * scale + shift, mask=mask)
+        value = (value - mean) * scale + shift
+        if shortcut is not None:
+            value += tl.load(shortcut + first + offsets, mask=mask, other=0).to(tl.float32)
+        if RELU:
+            value = tl.where(value <= 0, 0.0, value)  # keeps NaN, unlike tl.maximum
+        tl.store(out + first + offsets, value, mask=mask)
         first += TILE * channels
+    if sums is not None:  # noqa: SIM102
+        # One program for each block of channels. Triton evaluates the two conditions at different times.
+        if chunk == 0:
+            mean_sum = tl.zeros((1, CHANNELS), tl.float32)
+            variance_sum = tl.zeros((1, CHANNELS), tl.float32)
+            for number in range(0, ghosts):
+                mean_sum += tl.load(means + number * channels + channel, mask=valid, other=0)
+                variance_sum += tl.load(variances + number * channels + channel, mask=valid, other=0)
+            variance_sum *= rows / (rows - 1)
+            mean_sum = tl.load(sums + channel, mask=valid, other=0) + mean_sum * samples
+            variance_sum = tl.load(sums + channels + channel, mask=valid, other=0) + variance_sum * samples
+            tl.store(sums + channel, mean_sum, mask=valid)
+            tl.store(sums + channels + channel, variance_sum, mask=valid)
+            if tl.program_id(0) == 0:
+                tl.store(counted, tl.load(counted) + samples * ghosts)
 
 
 @_jit
@@ -281,20 +195,38 @@ def _chunk_sums(
     dy,
     x,
     means,
+    variances,
+    weight,
+    bias,
+    output,
+    unmasked,
     out,
+    eps,
     ghosts,
     rows,
     chunk_rows,
     groups,
+    RELU: tl.constexpr,
     VECTOR: tl.constexpr,
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute each chunk's sums of dy and of dy * (x - mean)."""
+    """Compute each chunk's sums of dy and of dy * (x - mean).
+
+    With RELU, dy is the gradient of the ReLU's output, and 0 takes its place where the ReLU's input is not positive.
+    With an `output`, which has a shortcut in it, this kernel writes the result to `unmasked`.
+    """
     channels = groups * VECTOR
     chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     valid = channel < channels
-    mean = tl.load(means + ghost * channels + channel, mask=valid, other=0)
+    place = ghost * channels + channel
+    mean = tl.load(means + place, mask=valid, other=0)
+    scale = tl.rsqrt(tl.load(variances + place, mask=valid, other=1) + eps)
+    shift = tl.zeros((1, CHANNELS), tl.float32)
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=valid, other=0).to(tl.float32)
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=valid, other=0).to(tl.float32)
     row = tl.arange(0, TILE)[:, None]
     total = tl.zeros((TILE, CHANNELS), tl.float32)
     products = tl.zeros((TILE, CHANNELS), tl.float32)
@@ -302,6 +234,13 @@ def _chunk_sums(
         mask = (row < count - done) & valid
         slope = tl.load(dy + first + offsets, mask=mask, other=0).to(tl.float32)
         value = tl.load(x + first + offsets, mask=mask, other=0).to(tl.float32)
+        if RELU:
+            if output is not None:
+                sign = tl.load(output + first + offsets, mask=mask, other=0).to(tl.float32)
+                slope = tl.where(sign <= 0, 0.0, slope)
+                tl.store(unmasked + first + offsets, slope, mask=mask)
+            else:
+                slope = tl.where((value - mean) * scale + shift <= 0, 0.0, slope)
         total += slope
         products += slope * (value - mean)
         first += TILE * channels
@@ -314,8 +253,9 @@ def _chunk_sums(
 @_jit
 def _combine_sums(
     parts,
-    inverses,
+    variances,
     sums,
+    eps,
     ghosts,
     rows,
     chunk_rows,
@@ -324,14 +264,14 @@ def _combine_sums(
     CHUNKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute each ghost batch's sums of dy and of dy * (x - mean) * inverse."""
+    """Compute each ghost batch's sums of dy and of dy * (x - mean) / sqrt(variance + eps)."""
     channels = groups * VECTOR
     ghost, channel, mask, offsets = _locate_chunks(rows, chunk_rows, channels, CHUNKS, CHANNELS)
     stride, place = ghosts * channels, ghost * channels + channel
     valid = channel < channels
     total = tl.load(parts + offsets, mask=mask, other=0)
     products = tl.load(parts + stride * tl.cdiv(rows, chunk_rows) + offsets, mask=mask, other=0)
-    inverse = tl.load(inverses + place, mask=valid, other=0)
+    inverse = tl.rsqrt(tl.load(variances + place, mask=valid, other=1) + eps)
     tl.store(sums + place, tl.sum(total, 0, keep_dims=True), mask=valid)
     tl.store(sums + stride + place, tl.sum(products, 0, keep_dims=True) * inverse, mask=valid)
 
@@ -341,35 +281,46 @@ def _input_gradient(
     dy,
     x,
     means,
-    inverses,
+    variances,
     sums,
     weight,
+    bias,
     out,
+    eps,
     ghosts,
     rows,
     chunk_rows,
     groups,
+    RELU: tl.constexpr,
     VECTOR: tl.constexpr,
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), with means over a ghost batch."""
+    """Compute weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), with means over a ghost batch.
+
+    With RELU, dy is as in `_chunk_sums` without an output.
+    """
     channels = groups * VECTOR
     _chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
     stride = ghosts * channels
     valid = channel < channels
     place = ghost * channels + channel
     mean = tl.load(means + place, mask=valid, other=0)
-    inverse = tl.load(inverses + place, mask=valid, other=0)
-    shift = tl.load(sums + place, mask=valid, other=0) / rows
+    inverse = tl.rsqrt(tl.load(variances + place, mask=valid, other=1) + eps)
+    slope_mean = tl.load(sums + place, mask=valid, other=0) / rows
     factor = tl.load(sums + stride + place, mask=valid, other=0) * inverse / rows
     scale = inverse
+    shift = tl.zeros((1, CHANNELS), tl.float32)
     if weight is not None:
         scale *= tl.load(weight + channel, mask=valid, other=0).to(tl.float32)
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=valid, other=0).to(tl.float32)
     row = tl.arange(0, TILE)[:, None]
     for done in range(0, count, TILE):
         mask = (row < count - done) & valid
         slope = tl.load(dy + first + offsets, mask=mask, other=0).to(tl.float32)
         value = tl.load(x + first + offsets, mask=mask, other=0).to(tl.float32)
-        tl.store(out + first + offsets, scale * (slope - shift - (value - mean) * factor), mask=mask)
+        if RELU:
+            slope = tl.where((value - mean) * scale + shift <= 0, 0.0, slope)
+        tl.store(out + first + offsets, scale * (slope - slope_mean - (value - mean) * factor), mask=mask)
         first += TILE * channels

@@ -11,6 +11,9 @@ number of passes here:
   writing them), and 5 for the gradient, in two steps. The number is 14 in bfloat16, because mean and variance take two
   reads, and 16 in float16, because the products are float32.
 
+The kernels also do the ReLU and the sum with a shortcut that follow batch norm in residual networks, and add to the
+layer's statistics. `fused_blocks` decides where.
+
 If triton is not installed, or its kernels fail, this module uses torch's operations and prints a line to stderr.
 """
 
@@ -33,6 +36,12 @@ LARGE = 1 << 24
 Torch's batch norm is slower on the device but takes fewer launches. With fewer values than this, an H100 waits for the
 host to launch the kernels (docs/gpu_notes.md).
 """
+LARGE_FOR_MOMENTS = 1 << 25
+"""A single ghost batch of fewer values than this, before a ReLU, takes its mean and variance from a kernel of torch.
+
+The Triton kernels take two launches for them. Reading this many values of 16 bits takes an H100 20 us, and launching an
+operation took its host 40 us.
+"""
 
 # The reduced dimensions of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)
@@ -43,32 +52,56 @@ _disabled: list[str] = []
 
 
 def ghost_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, *, ghosts: int, eps: float
-) -> tuple[Tensor, Tensor]:
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    ghosts: int,
+    eps: float,
+    shortcut: Tensor | None = None,
+    relu: bool = False,
+    totals: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Normalize each ghost batch by its own statistics (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167,
     algorithm 1; Hoffer et al. 2017, https://arxiv.org/abs/1705.08741, section 4).
 
     Statistics and arithmetic are in float32 for half-precision input, otherwise in the input's dtype, even under
-    autocast. The input and two (ghosts, C) statistics are saved for the backward pass. Double backward is not
-    supported.
+    autocast. The input and two (ghosts, C) statistics are saved for the backward pass, with a shortcut also the output.
+    Double backward is not supported.
 
     Args:
         input: (n, C, H, W), any memory format; n is a multiple of `ghosts`.
         weight, bias: (C,), or both None.
         ghosts: number of consecutive ghost batches in `input`.
         eps: added to the variance.
+        shortcut: added to the result, before the ReLU; see `can_fuse`.
+        relu: apply ReLU to the result. Required with a shortcut.
+        totals: (2, C) and (1,), to which the sums of the samples' means and unbiased variances, and the number of
+            samples, are added.
 
     Returns:
-        The output, with the shape, dtype and memory format of `input`, and the means and unbiased variances,
-        (2, ghosts, C), which are not differentiable.
+        The output, with the shape, dtype and memory format of `input`.
 
     Raises:
         ValueError: a ghost batch has a single value per channel.
     """
     if input.numel() // max(ghosts * input.shape[1], 1) < 2:
         raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each needs more than 1 value per channel")
-    output: tuple[Tensor, Tensor] = _GhostNorm.apply(input, weight, bias, ghosts, eps)
+    # torch.compile knows no changes of buffers within the Function.
+    within = totals if _has_kernels(input) else None
+    output: Tensor
+    output, mean, variance = _GhostNorm.apply(input, weight, bias, shortcut, ghosts, eps, relu, within)
+    if totals is not None and within is None:
+        _add_to(totals, input, mean, variance)
     return output
+
+
+def can_fuse(input: Tensor, shortcut: Tensor | None) -> bool:
+    """Return True if the Triton kernels support `input` and `shortcut`, which must then have the same layout."""
+    return _has_kernels(input) and (
+        shortcut is None
+        or (_is_supported(shortcut) and shortcut.shape == input.shape and shortcut.dtype == input.dtype)
+    )
 
 
 def is_faster_for_single_ghost(input: Tensor) -> bool:
@@ -89,35 +122,55 @@ def without_kernels() -> Iterator[None]:
 class _GhostNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shortcut: Tensor | None,
+        ghosts: int,
+        eps: float,
+        relu: bool,
+        totals: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         arguments = (input, weight, bias, ghosts, eps)
-        output, statistics, inverse = _call_kernel("normalize", input, *arguments) or _normalize(*arguments)
-        ctx.save_for_backward(input, weight, statistics[0], inverse)
-        ctx.mark_non_differentiable(statistics)
+        moments = _single_moments(input, ghosts) if relu else None
+        options = {"shortcut": shortcut, "relu": relu, "moments": moments, "totals": totals}
+        result = _call_kernel("normalize", input, *arguments, **options)
+        output, mean, variance = result or _normalize(*arguments, shortcut=shortcut, relu=relu)
+        if result is None and totals is not None:
+            _add_to(totals, input, mean, variance)
+        # The sign of the ReLU's input is computed again, or, with a shortcut, that of the output.
+        kept = (bias if relu and shortcut is None else None, output if shortcut is not None else None)
+        ctx.save_for_backward(input, weight, mean, variance, *kept)
+        ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
-        return output, statistics
+        ctx.eps, ctx.relu = eps, relu
+        return output, mean, variance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
-        input, weight, mean, inverse = ctx.saved_tensors
-        arguments = (grad, input, weight, mean, inverse)
-        grad_input, sums = _call_kernel("gradients", input, *arguments) or _gradients(*arguments)
+            return (None,) * 8
+        input, weight, mean, variance, bias, output = ctx.saved_tensors
+        arguments = (grad, input, weight, bias, mean, variance, ctx.eps)
+        extra = {"output": output, "relu": ctx.relu}
+        result = _call_kernel("gradients", input, *arguments, **extra) or _gradients(*arguments, **extra)
+        grad_input, sums, grad_shortcut = result
         if weight is None:
-            return grad_input, None, None, None, None
-        grad_bias, grad_weight = sums.sum(1).to(weight.dtype).unbind()
-        return grad_input, grad_weight, grad_bias, None, None
+            return grad_input, None, None, grad_shortcut, None, None, None, None
+        # A single ghost batch needs no sum.
+        total = sums[:, 0] if len(mean) == 1 else sums.sum(1)
+        grad_bias, grad_weight = total.to(weight.dtype).unbind()
+        return grad_input, grad_weight, grad_bias, grad_shortcut, None, None, None, None
 
 
-def _call_kernel(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor, ...] | None:
-    """Call `function` of `ghost_kernels`. Return None if the kernels do not support `input` or fail."""
+def _call_kernel(function: str, input: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...] | None:
+    """Call `function` of `ghost_launch`. Return None if the kernels do not support `input` or fail."""
     if not _has_kernels(input):
         return None
     try:
-        result: tuple[Tensor, ...] = getattr(_kernels(), function)(*arguments)
+        result: tuple[Any, ...] = getattr(_kernels(), function)(*arguments, **options)
     except torch.OutOfMemoryError:
         raise
     # Triton is missing, or one of its compilers failed. If the device itself failed, the next operation raises again.
@@ -130,7 +183,8 @@ def _call_kernel(function: str, input: Tensor, *arguments: Any) -> tuple[Tensor,
 
 
 def _has_kernels(input: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not _disabled and _is_supported(input) and _is_plain(input)
+    # The order matters to torch.fx, whose proxies have no definite device.
+    return not torch.compiler.is_compiling() and _is_plain(input) and not _disabled and _is_supported(input)
 
 
 def _is_supported(input: Tensor) -> bool:
@@ -147,15 +201,39 @@ def _is_plain(input: Tensor) -> bool:
 
 
 def _kernels() -> ModuleType:
-    from lars_train.models import ghost_kernels
+    from lars_train.models import ghost_launch
 
-    return ghost_kernels
+    return ghost_launch
+
+
+def _single_moments(input: Tensor, ghosts: int) -> tuple[Tensor, Tensor] | None:
+    """Return mean and biased variance, float32 (1, C), of a single ghost batch below `LARGE_FOR_MOMENTS`, or None."""
+    if ghosts > 1 or input.numel() >= LARGE_FOR_MOMENTS or not _has_kernels(input):
+        return None
+    # On CUDA this computes in float32, also for half precision.
+    mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
+    return mean[None], variance[None]
+
+
+def _add_to(totals: tuple[Tensor, Tensor], input: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """Add the sums of the samples' means and unbiased variances, and the number of samples, to `totals`."""
+    values = input.numel() // mean.numel()
+    sums = torch.stack([mean.sum(0), variance.sum(0) * (values / (values - 1))])
+    totals[0].add_(sums, alpha=len(input) // len(mean))
+    totals[1].add_(len(input))
 
 
 def _normalize(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ghosts: int,
+    eps: float,
+    *,
+    shortcut: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `ghost_kernels.normalize` with torch's operations."""
+    """Compute `ghost_launch.normalize` with torch's operations."""
     with _no_autocast(input):
         x = _split(input, ghosts)
         mean, variance = _moments(x)
@@ -167,24 +245,44 @@ def _normalize(
         written = _multiply_add(shift, x, scale, _split(output, ghosts))
         if torch.compiler.is_compiling():
             output = written.flatten(0, 1).clone()
-        values = x.numel() // mean.numel()
-        statistics = torch.stack([mean, variance * (values / (values - 1))])
-    return output, statistics.reshape(2, ghosts, -1), inverse.reshape(ghosts, -1)
+        if shortcut is not None:
+            output += shortcut
+        if relu:
+            output.relu_()
+    return output, mean.reshape(ghosts, -1), variance.reshape(ghosts, -1)
 
 
 def _gradients(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute `ghost_kernels.gradients` with torch's operations."""
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    *,
+    output: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute `ghost_launch.gradients` with torch's operations."""
     with _no_autocast(input):
-        mean, inverse = (t[:, None, :, None, None] for t in (mean, inverse))
-        x, dy = _split(input, len(mean)), _split(grad, len(mean))
+        mean, variance = (t[:, None, :, None, None] for t in (mean, variance))
+        x, inverse = _split(input, len(mean)), torch.rsqrt(variance + eps)
+        if relu:
+            if output is None:
+                scale = inverse if weight is None else inverse * _per_channel(weight)
+                sign = ((x - mean) * scale + (0 if bias is None else _per_channel(bias))).flatten(0, 1)
+            else:
+                sign = output
+            grad = grad.masked_fill(sign <= 0, 0)
+        dy = _split(grad, len(mean))
         dy_sum = dy.sum(_REDUCED, keepdim=True, dtype=mean.dtype)
         # The sum of the gradients times the normalized input.
         normed_sum, scratch = _product_sum(dy, x, mean, dy_sum)
         normed_sum = normed_sum * inverse
         grad_input = _input_gradient(dy, x, mean, inverse, weight, dy_sum, normed_sum, scratch)
-        return grad_input.flatten(0, 1), torch.stack([dy_sum, normed_sum]).reshape(2, len(mean), -1)
+        sums = torch.stack([dy_sum, normed_sum]).reshape(2, len(mean), -1)
+        return grad_input.flatten(0, 1), sums, None if output is None else grad
 
 
 def _input_gradient(

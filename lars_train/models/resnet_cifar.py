@@ -12,6 +12,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lars_train.models.fused_blocks import norm_relu
+
 NormLayer = Callable[[int], nn.Module]
 """Creates a normalization layer for the given number of channels."""
 
@@ -37,13 +39,12 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, in_planes, H, W) activations to the input of the next block."""
-        out: Tensor = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.conv2(norm_relu(self.bn1, self.relu, self.conv1(x)))
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.new_planes:
             x = functional.pad(x, (0, 0, 0, 0, 0, self.new_planes))
-        return functional.relu(out + x, inplace=True)
+        return norm_relu(self.bn2, self.relu, out, x)
 
 
 class CifarResNet(nn.Module):
@@ -75,7 +76,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, 3, H, W) images to (n, num_classes) logits."""
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = norm_relu(self.bn1, self.relu, self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits

@@ -1,0 +1,141 @@
+"""The operations, the bytes and the saved activations of ResNet-50's training step on a GPU, counted without one.
+
+The kernels are recorded instead of run, so the values are arbitrary. 2 images of 32 pixels have 1/784 of the values of
+32 images of 224 pixels in every layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from ghost_cases import LAST, Launch, recorded
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lars_train.models import ghost_norm as dispatch
+from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.factory import build_model
+from lars_train.models.fused_blocks import fuse_blocks
+from lars_train.preflight.devices import _OPERATIONS_OF_UPDATE
+
+pytest.importorskip("triton")
+
+IMAGES, SIZE = 2, 32
+SCALE = (32 // IMAGES) * (224 // SIZE) ** 2
+# Reads and writes of every value: those of the operations are by definition, those of the kernels are compared with
+# their compiled loads and stores in test_fused_kernels.py.
+PASSES = {"aten::relu_": 2, "aten::threshold_backward": 3, "aten::add_.Tensor": 3}
+PASSES |= {"_chunk_moments": 1, "_normalize": 2, "_chunk_sums": 2, "_input_gradient": 3}
+
+
+class Step(TorchDispatchMode):
+    """The operations of a step that compute, and the values that batch norm, ReLU and sums with shortcuts move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.moved = 0
+        self.saved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        aliases = [argument.alias_info for argument in func._schema.arguments]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and not any(word in name for word in ("empty", "_unsafe_view", "detach")):
+            self.operations[name] += 1
+            if name in PASSES and args[0].ndim == 4:
+                self.moved += PASSES[name] * args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+    def add(self, launches: list[Launch]) -> None:
+        self.operations.update(launch.name for launch in launches)
+        for launch in launches:
+            arguments = dict(zip((p.name for p in launch.kernel.params), launch.arguments, strict=True))
+            # A shortcut is read; an output is read, and the gradient before its ReLU is written.
+            more = sum(arguments.get(name) is not None for name in ("shortcut", "output", "unmasked"))
+            passes = PASSES.get(launch.name, 0)
+            self.moved += (passes + more) * launch.arguments[0].numel() if passes else 0
+
+
+@functools.cache
+def step(ghosts: int, fused: bool = True) -> Step:
+    """Return the step with micro-batches of this many ghost batches. No test changes it."""
+    with torch.device("meta"):
+        network = build_model("resnet50", num_classes=10, ghost_batch=IMAGES, zero_gamma=True)
+    if fused:
+        fuse_blocks(network)
+    network = network.to_empty(device="cpu").to(memory_format=LAST)
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.zero_()
+    images = torch.zeros(ghosts * IMAGES, 3, SIZE, SIZE).contiguous(memory_format=LAST)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    saved: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def is_looped(_: object, input: Tensor, ghosts: int) -> bool:
+        return ghosts == 1 and not dispatch.is_faster_for_single_ghost(input)
+
+    with pytest.MonkeyPatch.context() as patch, recorded(patch) as launches, Step() as made:
+        patch.setattr(dispatch, "_is_supported", lambda input: input.is_contiguous(memory_format=LAST))
+        patch.setattr(dispatch, "_disabled", [])
+        for name in ("LARGE", "LARGE_FOR_MOMENTS"):
+            patch.setattr(dispatch, name, getattr(dispatch, name) // SCALE)
+        patch.setattr(GhostBatchNorm2d, "_is_looped", is_looped)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            loss = functional.cross_entropy(network(images), labels) * 0.5
+        torch.autograd.backward(loss)
+        assert dispatch._disabled == []
+    made.add(launches)
+    made.saved = sum(saved.values())
+    return made
+
+
+# Before fusing: 559 and 824. A bare loop has 416.
+@pytest.mark.parametrize(("ghosts", "most"), [(1, 450), (4, 560)])
+def test_resnet_50_takes_few_operations(ghosts: int, most: int) -> None:
+    operations = step(ghosts).operations
+    # The step is complete.
+    assert operations["aten::convolution_backward"] == operations["aten::convolution"] == 53
+    assert operations["_input_gradient"] >= 49
+    assert 400 < operations.total() + _OPERATIONS_OF_UPDATE <= most
+    assert not operations.keys() & {"aten::relu_", "aten::threshold_backward", "aten::clone"}
+
+
+def test_norms_relus_and_sums_move_at_most_seven_tenths() -> None:
+    apart, fused = step(4, fused=False), step(4)
+    assert apart.operations["aten::relu_"] == apart.operations["aten::threshold_backward"] == 49
+    assert 0.6 < fused.moved / apart.moved <= 0.70
+    # 13 passes become 8 without a shortcut, 16 become 11 with one.
+    values = Counter[str]()
+
+    def count(kind: str, module: nn.Module, inputs: object, output: Tensor) -> None:
+        values[kind] += 4 * IMAGES * output.numel()
+
+    with torch.device("meta"):
+        network = build_model("resnet50", num_classes=10, ghost_batch=IMAGES, zero_gamma=True).eval()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            kind = "sum" if name.endswith("bn3") else "none" if "downsample" in name else "relu"
+            module.register_forward_hook(functools.partial(count, kind))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, SIZE, SIZE, device="meta"))
+    assert apart.moved == 13 * values["relu"] + 16 * values["sum"] + 8 * values["none"]
+    assert fused.moved == 8 * values["relu"] + 11 * values["sum"] + 8 * values["none"]
+
+
+@pytest.mark.parametrize("ghosts", [1, 4])
+def test_fusing_saves_no_more_activations_for_the_backward_pass(ghosts: int) -> None:
+    apart, fused = step(ghosts, fused=False).saved, step(ghosts).saved
+    assert 0.9 * apart < fused <= apart
