@@ -164,14 +164,14 @@ def check(got: Made, given: list[Tensor | None], case: Case, dtype: torch.dtype,
     assert counted.tolist() == [COUNTED + case.samples * case.ghosts]
 
 
-Given = tuple[list[Tensor | None], Case, str]
-"""Operands, with their case and kind."""
+Given = tuple[list[Tensor | None], Case, str, int]
+"""Operands, with their case and kind, and the value of LARGE_FOR_MOMENTS."""
 
 
-def interpreted(folder: Path, given: list[Given], large: int = 0) -> list[Made]:
-    """Run the kernels in Triton's interpreter, in a process of its own."""
+def interpreted(folder: Path, given: list[Given]) -> list[Made]:
+    """Run the kernels in Triton's interpreter, in another process."""
     runs = []
-    for tensors, case, kind in given:
+    for tensors, case, kind, large in given:
         totals = (torch.full((2, case.channels), SUMS), torch.full((1,), COUNTED))
         runs.append((tensors, case.ghosts, EPS, case.programs, kind != PLAIN, totals, large))
     torch.save(runs, folder / "cases.pt")

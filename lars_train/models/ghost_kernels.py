@@ -125,6 +125,27 @@ def _combine_moments(
     tl.store(variances + place, total / rows, mask=valid)
 
 
+@triton.jit
+def _add_totals(
+    means, variances, sums, counted, chunk, channel, samples, ghosts, rows, channels, CHANNELS: tl.constexpr
+):
+    """Add the totals of `_normalize`, in one program for each block of channels."""
+    if chunk == 0:
+        valid = channel < channels
+        mean_sum = tl.zeros((1, CHANNELS), tl.float32)
+        variance_sum = tl.zeros((1, CHANNELS), tl.float32)
+        for number in range(0, ghosts):
+            mean_sum += tl.load(means + number * channels + channel, mask=valid, other=0)
+            variance_sum += tl.load(variances + number * channels + channel, mask=valid, other=0)
+        mean_sum *= samples
+        variance_sum *= samples * (rows / (rows - 1))
+        tl.store(sums + channel, tl.load(sums + channel, mask=valid, other=0) + mean_sum, mask=valid)
+        sums += channels
+        tl.store(sums + channel, tl.load(sums + channel, mask=valid, other=0) + variance_sum, mask=valid)
+        if tl.program_id(0) == 0:
+            tl.store(counted, tl.load(counted) + samples * ghosts)
+
+
 @_jit
 def _normalize(
     x,
@@ -173,21 +194,8 @@ def _normalize(
             value = tl.where(value <= 0, 0.0, value)  # keeps NaN, unlike tl.maximum
         tl.store(out + first + offsets, value, mask=mask)
         first += TILE * channels
-    if sums is not None:  # noqa: SIM102
-        # One program for each block of channels. Triton evaluates the two conditions at different times.
-        if chunk == 0:
-            mean_sum = tl.zeros((1, CHANNELS), tl.float32)
-            variance_sum = tl.zeros((1, CHANNELS), tl.float32)
-            for number in range(0, ghosts):
-                mean_sum += tl.load(means + number * channels + channel, mask=valid, other=0)
-                variance_sum += tl.load(variances + number * channels + channel, mask=valid, other=0)
-            variance_sum *= rows / (rows - 1)
-            mean_sum = tl.load(sums + channel, mask=valid, other=0) + mean_sum * samples
-            variance_sum = tl.load(sums + channels + channel, mask=valid, other=0) + variance_sum * samples
-            tl.store(sums + channel, mean_sum, mask=valid)
-            tl.store(sums + channels + channel, variance_sum, mask=valid)
-            if tl.program_id(0) == 0:
-                tl.store(counted, tl.load(counted) + samples * ghosts)
+    if sums is not None:
+        _add_totals(means, variances, sums, counted, chunk, channel, samples, ghosts, rows, channels, CHANNELS)
 
 
 @_jit

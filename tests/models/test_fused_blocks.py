@@ -196,7 +196,7 @@ def test_layers_with_hooks_are_called(fused: list[bool], register: Callable[...,
     assert len(fused) == left
 
 
-def test_evaluation_frozen_layers_and_other_formats_are_not_fused(fused: list[bool]) -> None:
+def test_evaluation_frozen_layers_and_other_formats_do_not_fuse(fused: list[bool]) -> None:
     block = make("torchvision, basic")
     fuse_blocks(block)
     frozen = copy.deepcopy(block)

@@ -47,12 +47,12 @@ from lars_train.models import ghost_launch as kernels
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Made]:
     """Return the results by case and dtype; "two": the first two ghost batches of the case of three, in float32."""
-    given: list[Given] = [(operands(case, dtype), case, PLAIN) for case, dtype in TYPED_CASES]
+    given: list[Given] = [(operands(case, dtype), case, PLAIN, 0) for case, dtype in TYPED_CASES]
     three, (x, weight, bias, grad, _) = CASES[3], operands(CASES[3], torch.float32)
     assert x is not None
     assert grad is not None
     two = [x[: 2 * three.samples].clone(memory_format=LAST), weight, bias, grad[: 2 * three.samples], None]
-    given.append((two, three._replace(ghosts=2), PLAIN))
+    given.append((two, three._replace(ghosts=2), PLAIN, 0))
     return dict(zip([*TYPED_CASES, "two"], interpreted(tmp_path_factory.mktemp("interpreted"), given), strict=True))
 
 
