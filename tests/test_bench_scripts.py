@@ -47,7 +47,7 @@ def number(cell: str) -> float:
 
 
 def test_bench_step_has_a_row_for_each_contender(tmp_path: Path) -> None:
-    names = ["(c) best bare, eager", "(d) lars-train"]
+    names = ["(c) best bare, eager", "(d) lars-train", "(d) lars-train, unfused"]
     options = "--case small --images 8 --size 16 --starts 2 --rounds 2 --seconds 0 --only".split()
     _, *rows = measure(tmp_path, "bench/bench_step.py", *options, *names)
     assert [row[0] for row in rows] == names

@@ -7,7 +7,8 @@ evaluation, under torch.compile, and with hooks or another activation, blocks ca
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from torch.nn.modules import module as torch_module
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.ghost_norm import can_fuse
 
+# An entry disables fusing.
+_disabled: list[None] = []
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def norm_relu(norm: nn.Module, relu: nn.Module, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """Return relu(norm(input)), or relu(norm(input) + shortcut), which may be modified in place later."""
-    if can_fuse(input, shortcut) and _are_plain(norm, relu):
+    if not _disabled and can_fuse(input, shortcut) and _are_plain(norm, relu):
         assert isinstance(norm, GhostBatchNorm2d)
         return norm.forward_relu(input, shortcut)
     output: Tensor = norm(input)
@@ -29,6 +32,16 @@ def norm_relu(norm: nn.Module, relu: nn.Module, input: Tensor, shortcut: Tensor 
         output += shortcut
     activated: Tensor = relu(output)
     return activated
+
+
+@contextmanager
+def without_fusing() -> Iterator[None]:
+    """Call the layers of all blocks one by one within the context, to compare them with fused blocks."""
+    _disabled.append(None)
+    try:
+        yield
+    finally:
+        _disabled.pop()
 
 
 def _are_plain(norm: nn.Module, relu: nn.Module) -> bool:

@@ -2,9 +2,10 @@
 
 All figures are of ResNet-50 at 224 pixels. A micro-batch takes a constant time, `_FLOOR`, plus a time per image, so
 small micro-batches are slower per image. Programs differ in the time per image. MLPerf's programs compute batch norm,
-ReLU and sums inside the convolution kernels, and launch kernels through CUDA graphs. This program has separate kernels.
-They move `SEPARATE_BYTES` more per image through the device's memory, and the host launches each of them. docs/plan.md
-compares the model with published results.
+ReLU and sums inside the convolution kernels, and launch kernels through CUDA graphs. For this program separate kernels
+are assumed. They move `SEPARATE_BYTES` more per image through the device's memory, and the host launches each of them.
+The kernels of `models.ghost_kernels`, which fuse some of them, have not been timed. docs/plan.md compares the model
+with published results.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _FLOOR = 3.5e-3
 # Seconds that a host needs to launch an operation. An update of 559 operations took 22.2 ms on a host with slow cores,
 # for which the H100 waited (docs/gpu_notes.md).
 _LAUNCH = 22.2e-3 / 559
-# Numbers of operations that compute, counted with torch 2.14: for the forward and backward pass of a micro-batch with
-# one ghost batch, for the same with several ghost batches, and for the rest of an update.
+# Numbers of operations that compute, with separate kernels, counted with torch 2.14: for the forward and backward pass
+# of a micro-batch with one ghost batch, for the same with several ghost batches, and for the rest of an update.
 _OPERATIONS_OF_ONE, _OPERATIONS_OF_SEVERAL, _OPERATIONS_OF_UPDATE = 516, 781, 43
 
 

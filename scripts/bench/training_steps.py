@@ -14,6 +14,7 @@ from torch.nn import functional
 from lars_train.config import Config
 from lars_train.data.loading.loader import Batch, Stream
 from lars_train.launch import Ranks
+from lars_train.models.fused_blocks import without_fusing
 from lars_train.networks import make_network
 from lars_train.run_plan import make_plan, make_schedule
 from lars_train.training.assemble import build_optimizer, build_trainer
@@ -25,6 +26,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
 OURS, TUNED, WITHOUT = "(d) lars-train", "(d) lars-train, compiled", "(d) without the trainer"
+UNFUSED = "(d) lars-train, unfused"
 Step = Callable[[], object]
 
 
@@ -185,6 +187,17 @@ def ours(case: Case, compiled: bool = False) -> Step:
     return step
 
 
+def unfused(case: Case) -> Step:
+    """Return contender (d) with batch norm, ReLU and the sum with the shortcut as separate operations."""
+    update = ours(case)
+
+    def step() -> None:
+        with without_fusing():
+            update()
+
+    return step
+
+
 def without_trainer(case: Case) -> Step:
     """Return (d) without the trainer: no schedule, guard, meters, running statistics or counters."""
     config, kind = config_of(case), choose_precision("auto", case.device)
@@ -209,6 +222,7 @@ STEPS: dict[str, Callable[[Case], Step]] = {
     BEST_EAGER: lambda case: best(case, compiled=False),
     BEST: lambda case: best(case, compiled=True),
     OURS: ours,
+    UNFUSED: unfused,
     TUNED: lambda case: ours(case, compiled=True),
     WITHOUT: without_trainer,
 }

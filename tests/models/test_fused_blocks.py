@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from lars_train.models import ghost_norm as dispatch
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.convert import freeze, use_ghost_batch_norm
-from lars_train.models.fused_blocks import fuse_blocks
+from lars_train.models.fused_blocks import fuse_blocks, without_fusing
 from lars_train.models.resnet_cifar import BasicBlock as CifarBlock
 from lars_train.models.resnet_cifar import CifarResNet
 
@@ -121,7 +121,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_fused_blocks_have_the_results_of_unfused_ones(fused: list[bool], name: str) -> None:
     block = make(name)
-    with dispatch.without_kernels():
+    with without_fusing():
         expected = results(copy.deepcopy(block))
     assert fused == []
     fuse_blocks(block)

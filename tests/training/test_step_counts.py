@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lars_train.models import ghost_norm as dispatch
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.factory import build_model
-from lars_train.models.fused_blocks import fuse_blocks
-from lars_train.preflight.devices import _OPERATIONS_OF_UPDATE
+from lars_train.models.fused_blocks import fuse_blocks, without_fusing
+from lars_train.preflight.devices import _OPERATIONS_OF_UPDATE, DEVICES
 
 pytest.importorskip("triton")
 
@@ -67,8 +69,7 @@ def step(ghosts: int, fused: bool = True) -> Step:
     """Return the step with micro-batches of this many ghost batches. No test changes it."""
     with torch.device("meta"):
         network = build_model("resnet50", num_classes=10, ghost_batch=IMAGES, zero_gamma=True)
-    if fused:
-        fuse_blocks(network)
+    fuse_blocks(network)
     network = network.to_empty(device="cpu").to(memory_format=LAST)
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
@@ -93,7 +94,10 @@ def step(ghosts: int, fused: bool = True) -> Step:
         for name in ("LARGE", "LARGE_FOR_MOMENTS"):
             patch.setattr(dispatch, name, getattr(dispatch, name) // SCALE)
         patch.setattr(GhostBatchNorm2d, "_is_looped", is_looped)
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        with (
+            nullcontext() if fused else without_fusing(),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        ):
             loss = functional.cross_entropy(network(images), labels) * 0.5
         torch.autograd.backward(loss)
         assert dispatch._disabled == []
@@ -118,10 +122,20 @@ def test_norms_relus_and_sums_move_at_most_seven_tenths() -> None:
     assert apart.operations["aten::relu_"] == apart.operations["aten::threshold_backward"] == 49
     assert 0.6 < fused.moved / apart.moved <= 0.70
     # 13 passes become 8 without a shortcut, 16 become 11 with one.
+    values = count_outputs(SIZE)
+    scale = 4 * IMAGES
+    assert apart.moved == scale * (13 * values["relu"] + 16 * values["sum"] + 8 * values["none"])
+    assert fused.moved == scale * (8 * values["relu"] + 11 * values["sum"] + 8 * values["none"])
+
+
+def count_outputs(size: int) -> Counter[str]:
+    """Count an image's outputs of batch norm before a ReLU, a sum, and none of them, and the inputs of convolutions."""
     values = Counter[str]()
 
-    def count(kind: str, module: nn.Module, inputs: object, output: Tensor) -> None:
-        values[kind] += 4 * IMAGES * output.numel()
+    def count(kind: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        values[kind] += output.numel()
+        if isinstance(module, nn.Conv2d):
+            values["inputs"] += inputs[0].numel()
 
     with torch.device("meta"):
         network = build_model("resnet50", num_classes=10, ghost_batch=IMAGES, zero_gamma=True).eval()
@@ -129,10 +143,30 @@ def test_norms_relus_and_sums_move_at_most_seven_tenths() -> None:
         if isinstance(module, nn.BatchNorm2d):
             kind = "sum" if name.endswith("bn3") else "none" if "downsample" in name else "relu"
             module.register_forward_hook(functools.partial(count, kind))
+        elif isinstance(module, nn.Conv2d):
+            module.register_forward_hook(functools.partial(count, "outputs"))
     with torch.no_grad():
-        network(torch.zeros(1, 3, SIZE, SIZE, device="meta"))
-    assert apart.moved == 13 * values["relu"] + 16 * values["sum"] + 8 * values["none"]
-    assert fused.moved == 8 * values["relu"] + 11 * values["sum"] + 8 * values["none"]
+        network(torch.zeros(1, 3, size, size, device="meta"))
+    return values
+
+
+def test_the_page_has_the_counted_operations_bytes_and_bounds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gpu_notes.md").read_text()
+    values = count_outputs(224)
+    others = 6 * (values["inputs"] + values["outputs"]) + 6 * values["sum"]
+    passes = ((13, 16), (8, 11))
+    moved = [2 * (one * values["relu"] + other * values["sum"] + 8 * values["none"]) for one, other in passes]
+    in_all = [amount + others for amount in moved]
+    memory = DEVICES["h100"].memory
+    counts = [step(ghosts).operations.total() + _OPERATIONS_OF_UPDATE for ghosts in (1, 4)]
+    for row in (
+        f"(a bare loop: 416) | 559 | {counts[0]} |",
+        f"four ghost batches per micro-batch | 824 | {counts[1]} |",
+        f"per image | {moved[0] / 1e6:.0f} MB | {moved[1] / 1e6:.0f} MB |",
+        f"per image | {in_all[0] / 1e6:.0f} MB | {in_all[1] / 1e6:.0f} MB |",
+        f"at {memory / 1e12:g} TB/s | {memory / in_all[0]:,.0f} | {memory / in_all[1]:,.0f} |",
+    ):
+        assert row in page
 
 
 @pytest.mark.parametrize("ghosts", [1, 4])
