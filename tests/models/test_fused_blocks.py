@@ -218,9 +218,10 @@ class Transposed(nn.Module):
         return x.transpose(2, 3)
 
 
-def test_a_shortcut_of_another_layout_is_not_fused(fused: list[bool]) -> None:
+@pytest.mark.parametrize("other", [Transposed(), nn.AdaptiveAvgPool2d(1)])
+def test_a_shortcut_of_another_layout_or_shape_is_not_fused(fused: list[bool], other: nn.Module) -> None:
     block = make("torchvision, basic")
-    block.downsample = Transposed()
+    block.downsample = other
     expected = results(copy.deepcopy(block))
     del fused[:]
     fuse_blocks(block)
