@@ -8,6 +8,11 @@ FIELDS: dict[str, tuple[str, str]] = {
     "update": ("updates", "optimizer steps done when the line was written"),
     "epoch": ("epochs", "update / updates per epoch"),
     "run/seconds": ("s", "wall time of training up to this line, over all starts, excluding work lost to a kill"),
+    "run/kwh": (
+        "kWh",
+        "GPUs with the extra gpu (nvidia-ml-py) only: energy of the GPUs of all ranks, without that of their hosts, "
+        "over the time of run/seconds",
+    ),
     "train/loss": ("nats", "mean of `loss` over the samples since the last line, label smoothing included"),
     "train/top1": (
         "percent",
@@ -83,6 +88,7 @@ FIELDS: dict[str, tuple[str, str]] = {
 TIMING_FIELDS = frozenset(
     (
         "run/seconds",
+        "run/kwh",
         "train/images_per_s",
         "train/mfu",
         "train/wait_share",

@@ -208,6 +208,7 @@ def final_record(
     weights_sha256: str,
     weights_sha256_float32: str,
     ema_sha256: str | None = None,
+    kwh: float | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``final.json``: top-1 and top-5 in percent, seconds of wall time over all starts.
 
@@ -228,6 +229,7 @@ def final_record(
         "updates": update,
         "planned_updates": plan.updates,
         "seconds": seconds,
+        **({} if kwh is None else {"kwh": kwh}),
         "weights_sha256": weights_sha256,
         "weights_sha256_float32": weights_sha256_float32,
         "bad_images": bad_images,

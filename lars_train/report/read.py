@@ -48,7 +48,8 @@ class RunRecord:
     `best_top1`, `final_top1` and `top1`: in percent, of the average of the weights if the run has ``model.ema``. For a
     run that has not ended, `best_top1` is the best so far.
     `diverged`: the loss diverged. `updates` then counts up to the divergence, not to the log line that detected it.
-    `seconds`: wall time of training over all starts. `resumes`: starts that resumed from a checkpoint.
+    `seconds`: wall time of training over all starts. `kwh`: energy of the GPUs over that time.
+    `resumes`: starts that resumed from a checkpoint.
     `problems`: messages about missing or unreadable files. `recorded`: False if run.json has no settings; `settings`
     then has the few in ``final.json``.
     """
@@ -66,6 +67,7 @@ class RunRecord:
     diverged: bool = False
     planned_updates: int | None = None
     seconds: float | None = None
+    kwh: float | None = None
     best_top1: float | None = None
     final_top1: float | None = None
     resumes: int = 0
@@ -179,6 +181,7 @@ def read_run(directory: Path) -> RunRecord:
         diverged=diverged is not None,
         planned_updates=integer(final, "planned_updates") or integer(plan, "updates"),
         seconds=seconds,
+        kwh=number(result, "kwh"),
         best_top1=number(result, "best_top1") if result else max((p.value for p in top1), default=None),
         final_top1=number(result, "final_top1"),
         resumes=sum(integer(start, "resumed_at") != 0 for start in starts[1:]),

@@ -281,6 +281,7 @@ def csv_text(rows: Sequence[Row], folder: Path) -> str:
     for row in rows:
         run, best, final = row.first, row.mean(lambda run: run.best_top1), row.mean(lambda run: run.final_top1)
         seconds, rate = row.mean(lambda run: run.seconds), row.mean(lambda run: run.images_per_s)
+        kwh = row.mean(lambda run: run.kwh)
         values: dict[str, str | float | None] = {
             "batch": _cell(run.batch),
             "nominal_batch": run.nominal_batch,
@@ -302,6 +303,7 @@ def csv_text(rows: Sequence[Row], folder: Path) -> str:
             "final_top1_percent": final.value if final else None,
             "final_top1_deviation": final.deviation if final else None,
             "seconds": seconds.value if seconds else None,
+            "kwh": kwh.value if kwh else None,
             "images_per_s": rate.value if rate else None,
             "published_top1_percent": row.published,
             "difference_points": row.difference,

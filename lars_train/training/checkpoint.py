@@ -74,6 +74,8 @@ class RunState:
     """The images that cannot be decoded: path or URL, and reason."""
     rollbacks: list[dict[str, int]] = field(default_factory=list, metadata=_SURVIVES)
     noise: NoiseScale = field(default_factory=NoiseScale)
+    kwh: float | None = field(default=0.0, metadata={**_SURVIVES, "may_be_missing": True})
+    """Energy of all ranks' devices, over the same time as `seconds` and this start; None if any cannot be measured."""
 
     def __post_init__(self) -> None:
         self.start_clock()
@@ -93,11 +95,13 @@ class RunState:
     def restore(self, content: dict[str, Any], *, rollback: bool = False) -> None:
         """Read the fields from the `content` of a checkpoint. Raises `ConfigError` if one is missing.
 
-        With `rollback`, keep the wall time, the bad images and the earlier rollbacks.
+        With `rollback`, keep the wall time, the energy, the bad images and the earlier rollbacks.
         """
         for each in fields(self):
             if not (rollback and each.metadata.get("survives_rollback")):
-                current, stored = getattr(self, each.name), value(content, each.name)
+                optional = each.metadata.get("may_be_missing")
+                current = getattr(self, each.name)
+                stored: Any = content.get(each.name) if optional else value(content, each.name)
                 # `asdict` has turned a field that is a dataclass into a dict.
                 setattr(self, each.name, replace(current, **stored) if is_dataclass(type(current)) else stored)
 

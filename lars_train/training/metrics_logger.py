@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lars_train.config import Config, experiment_settings
 from lars_train.data.loading.loader import Batch, LoaderStatistics
 from lars_train.data.transforms import TrainingSizes
+from lars_train.monitoring.energy import JOULES_PER_KWH, EnergyMeter
 from lars_train.monitoring.log import RunLog
 from lars_train.monitoring.memory import memory
 from lars_train.monitoring.progress import Progress
@@ -69,6 +71,7 @@ class MetricsLogger:
         self._reported_trackers: list[str] = []
         self.values: dict[str, float] = {}
         self.run_left: float | None = None
+        self._energy = EnergyMeter(trainer.device)
         self.begin()
 
     def begin(self) -> None:
@@ -98,6 +101,7 @@ class MetricsLogger:
         if bad:
             self.report_bad()
         now = time.perf_counter()
+        self.measure_energy()
         self._warn_of_failures()
         values = {
             "train/loss": loss / max(count, 1),
@@ -130,6 +134,17 @@ class MetricsLogger:
         self._evaluation_seconds = seconds
         self.interval.exclude(seconds)
         self._write({**result.values(), "val/best_top1": self._state.best_top1, "val/seconds": seconds})
+
+    def measure_energy(self) -> None:
+        """Add the energy of all ranks' devices since the last call to `RunState.kwh`. Collective."""
+        device, group, state = self._trainer.device, self._trainer.group, self._state
+        joules = self._energy.take()
+        if device.type == "cuda" and group.ranks.world > 1:
+            used = torch.tensor([joules or 0.0, joules is not None], dtype=torch.float64, device=device)
+            group.all_reduce_sum(used)
+            total, measured = used.tolist()
+            joules = total if measured == group.ranks.world else None
+        state.kwh = None if joules is None or state.kwh is None else state.kwh + joules / JOULES_PER_KWH
 
     def report_bad(self) -> None:
         """Print the bad images found since the last call, and add them to ``bad_images.jsonl``. Collective."""
@@ -219,6 +234,8 @@ class MetricsLogger:
         if self.log is not None:
             update = self._trainer.update
             timed = {**values, "run/seconds": round(self._state.total_seconds(), 3)}
+            if self._state.kwh is not None:
+                timed["run/kwh"] = round(self._state.kwh, 6)
             self.log.write(update, update / self._trainer.plan.updates_per_epoch, timed)
 
     def _write_layers(self, lr: float, measures: Measures) -> None:

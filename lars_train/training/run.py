@@ -281,6 +281,7 @@ class Run:
     def _save(self) -> None:
         """Save a checkpoint. First sync the log, which a resumed run continues. Collective."""
         started = time.perf_counter()
+        self.logger.measure_energy()
         self.writer.begin(self.trainer.update)
         state = self.trainer.state()
         if self.trainer.meter.take_bad(self.group):
@@ -345,6 +346,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         """Return the content of ``final.json``. Raises `DataError` if the last checkpoint or the log is not on disk."""
         self.writer.wait()
+        self.logger.measure_energy()
         reason, error = self.writer.reason, None
         try:
             self.logger.sync()
@@ -375,6 +377,7 @@ class Run:
             best_top1=self.state.best_top1,
             result=self.result,
             seconds=self.state.total_seconds(),
+            kwh=self.state.kwh,
             bad_images=len(self.state.bad),
             passed_over=self.trainer.skipped,
             rollbacks=self.state.rollbacks,

@@ -33,7 +33,7 @@ import shared
 
 _EXTENSIONS = ("lars_train/**/*.so", "lars_train/**/*.c")
 # Fields of metrics.jsonl that depend on the clock or the machine.
-_MACHINE_FIELDS = re.compile("seconds|images_per_s|mfu|wait_share|^memory/")
+_MACHINE_FIELDS = re.compile("seconds|kwh|images_per_s|mfu|wait_share|^memory/")
 _LIMIT_S = 300.0
 
 ALL = "log_every=1 launch.threads=1 device=cpu run.name=r"
