@@ -23,13 +23,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def norm_relu(norm: nn.Module, relu: nn.Module, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """Return relu(norm(input)), or relu(norm(input) + shortcut), which may be modified in place later."""
+    """Return relu(norm(input)), or relu(norm(input) + shortcut)."""
     if not _disabled and can_fuse(input, shortcut) and _are_plain(norm, relu):
         assert isinstance(norm, GhostBatchNorm2d)
         return norm.forward_relu(input, shortcut)
     output: Tensor = norm(input)
     if shortcut is not None:
-        output += shortcut
+        # With hooks of the backward pass the output is a view, which must not change in place.
+        is_view = norm._backward_hooks or norm._backward_pre_hooks
+        output = output + shortcut if is_view else output.add_(shortcut)
     activated: Tensor = relu(output)
     return activated
 

@@ -196,6 +196,19 @@ def test_layers_with_hooks_are_called(fused: list[bool], register: Callable[...,
     assert len(fused) == left
 
 
+@pytest.mark.parametrize("name", ["cifar", "torchvision, basic"])
+def test_a_hook_of_the_backward_pass_before_the_sum_is_called(fused: list[bool], name: str) -> None:
+    block = make(name)
+    fuse_blocks(block)
+    expected = results(copy.deepcopy(block))
+    seen: list[Tensor] = []
+    block.get_submodule("bn2").register_full_backward_hook(lambda layer, given, grads: seen.append(grads[0]))
+    got = results(block)
+    assert len(seen) == 1
+    assert fused == [False, True, False]
+    torch.testing.assert_close(got["input"], expected["input"], rtol=1e-4, atol=1e-4)
+
+
 def test_evaluation_frozen_layers_and_other_formats_do_not_fuse(fused: list[bool]) -> None:
     block = make("torchvision, basic")
     fuse_blocks(block)
