@@ -123,7 +123,8 @@ def start_network(
     if model.new_head:
         head_layer(network, classes if isinstance(classes, int) else len(classes), "model.new_head=true")
     if model.weights is not None:
-        # Compare names for this package's networks only. Two of them, tiny and small, have tensors of the same shapes.
+        # Compare the network's name with the file's for built-in networks only. Two of them, tiny and small, have
+        # tensors of the same shapes.
         name = model.name if model.source == BUILTIN and given.network is None else None
         notes = load_weights(network, model.weights, name=name, classes=names, new_head=model.new_head)
     freeze(network, model.freeze)

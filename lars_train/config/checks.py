@@ -263,7 +263,8 @@ def _check_schedule(config: Config) -> None:
             f"(epochs={config.epochs}); lower it, or train for longer."
         )
     schedule, lr, epochs = config.schedule, filled(config.optimizer.lr), filled(config.epochs)
-    start = "step" if schedule.warmup_start is None else schedule.warmup_start  # null if there is no warm-up
+    # Without a warm-up, warmup_start is null.
+    start = "step" if schedule.warmup_start is None else schedule.warmup_start
     if isinstance(start, bool) or not (start == "step" or (isinstance(start, int | float) and 0 <= start <= lr)):
         raise ConfigError(
             f"schedule.warmup_start={start}: give step, or a number from 0 to the peak, optimizer.lr={lr:g}."

@@ -83,7 +83,7 @@ class Names:
 
     @classmethod
     def from_arrays(cls, blob: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> Names:
-        """Build names from `arrays` that were read from an untrusted file. Raises ValueError if they are malformed."""
+        """Build names from the two `arrays` of an untrusted file. Raises ValueError if they are malformed."""
         if blob.dtype != np.uint8 or starts.dtype != np.int64:
             raise ValueError(f"the names are {blob.dtype} and {starts.dtype} instead of uint8 and int64")
         complete = len(starts) > 0 and starts[0] == 0 and starts[-1] == len(blob)

@@ -111,9 +111,9 @@ def training_room(windows: Windows, batch: int, sizes: Shards) -> int:
 
     The ranks synchronize at the end of each update. While a rank waits for the others there, it has taken at most one
     micro-batch of the next update. So while the slowest rank is in update u, another rank may already have taken one
-    micro-batch of update u + 1. If that update has only one for it, its next micro-batch belongs to update u + 2. The
-    windows that the ranks hold then lie between the start of update u and `last_to_hold` of the last span of update
-    u + 2.
+    micro-batch of update u + 1. If update u + 1 has no further micro-batch for that rank, the rank's next micro-batch
+    belongs to update u + 2, and the rank already holds its windows. All windows that the ranks hold then lie between
+    the start of update u and `last_to_hold` of the last span of update u + 2.
     """
     updates = np.arange(int(windows.ends[-1]) // batch if len(windows.ends) else 0)
     firsts = windows.numbers(updates * batch)

@@ -206,9 +206,9 @@ def piece_size(batch: int) -> int:
 def pool_slots(batch: int, workers: int) -> int:
     """Return the number of buffers of a stream of micro-batches of `batch` samples.
 
-    The consumer may hold `LENT`. The others are for prefetching: enough to give each worker two pieces, plus one, but
-    at least `AHEAD`. Without workers, the number is `LENT` + 1. A buffer takes about batch * 3 * S**2 bytes: 8 buffers
-    of 256 samples of 224 x 224 take 0.3 GB.
+    The consumer may hold `LENT`. The others are for prefetching: the buffers for two pieces per worker, plus one
+    buffer, but at least `AHEAD`. Without workers, the number is `LENT` + 1. A buffer takes about batch * 3 * S**2
+    bytes: 8 buffers of 256 samples of 224 x 224 take 0.3 GB.
     """
     if workers == 0:
         return LENT + 1

@@ -1,6 +1,6 @@
 """The workers of a stream: forked processes, threads, or none. They fill pieces of batches in a pool's buffers.
 
-Free workers take pieces in order, and each result names its piece. A request does not hold the sample ids, which are in
+Free workers take pieces in order, and each result names its piece. A piece does not hold its sample ids, which are in
 the pool. Workers share no lock, so the death of one does not block the others.
 """
 

@@ -115,8 +115,8 @@ def read_samples(
         if short_key in by_key and short_key not in readings and unlabeled:
             readings[short_key] = _read_label(handle, by_key[short_key], candidates)
         shared = readings.get(short_key, _LabelReading())
-        # In a group of only label members, all are orphans. In a group with an image, a label is an orphan if its name
-        # is longer than the image's. In a group of other files, assume that the label belongs to one of them.
+        # In a group of only label members, all are orphans. In a group with an image, a label that was not read is an
+        # orphan: x.1.cls beside x.jpg. In a group of other files, assume that the label belongs to one of them.
         may_be_orphans = any(images.values()) or {_suffix(part) for part in parts} <= _LIKE_LABELS
         may_be_orphans = may_be_orphans and all(reading.label is None for reading in readings.values())
         for key, own in by_key.items():
