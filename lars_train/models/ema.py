@@ -46,12 +46,15 @@ class ExponentialMovingAverage:
             torch._foreach_copy_(counts, current)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Read the average from a checkpoint's `content`. Without one, the average starts with the stored weights."""
+        """Load the average from a checkpoint's `content`, or the stored weights if the checkpoint has no average."""
         self.network.load_state_dict(content["ema"] if "ema" in content else content["model"])
 
 
 def check_average(content: dict[str, Any], decay: float | None, start: int) -> None:
-    """Raise `ConfigError` if a run with this average (none if `decay` is None) cannot continue from a checkpoint."""
+    """Raise `ConfigError` if a run cannot continue from a checkpoint because the checkpoint has no average.
+
+    `decay`, `start`: the run's ``model.ema`` and ``model.ema_start``.
+    """
     update = content["update"]
     if decay is not None and "ema" not in content and update > start + 1:
         raise ConfigError(

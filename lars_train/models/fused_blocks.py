@@ -59,8 +59,8 @@ def _are_plain(norm: nn.Module, relu: nn.Module) -> bool:
 def fuse_blocks(network: nn.Module) -> None:
     """Give the blocks of `network` of known classes a forward pass that fuses, in place.
 
-    The blocks become objects of a subclass with the same name. Their layers, state dicts and results stay the same, up
-    to rounding where `can_fuse`. Blocks with other parts between batch norm and ReLU (dropout, drop path, attention,
+    The blocks become objects of a subclass with the same name. Their layers and state dicts stay the same, and their
+    results differ by rounding only. Blocks with other parts between batch norm and ReLU (dropout, drop path, attention,
     another activation), and all other layers, stay unchanged.
     """
     for layer in network.modules():

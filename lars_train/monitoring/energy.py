@@ -13,8 +13,8 @@ JOULES_PER_KWH = 3.6e6
 class EnergyMeter:
     """The energy of a device since the last reading.
 
-    The counter is NVML's ``nvmlDeviceGetTotalEnergyConsumption``, which GPUs have since Volta. Other devices, and GPUs
-    without NVML or with MIG, have no energy.
+    The counter is NVML's ``nvmlDeviceGetTotalEnergyConsumption``, which GPUs have since Volta. On other devices, and on
+    GPUs without NVML or with MIG, the energy cannot be measured.
     """
 
     def __init__(self, device: torch.device) -> None:

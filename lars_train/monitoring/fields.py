@@ -10,8 +10,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "run/seconds": ("s", "wall time of training up to this line, over all starts, excluding work lost to a kill"),
     "run/kwh": (
         "kWh",
-        "GPUs with the extra gpu (nvidia-ml-py) only: energy of the GPUs of all ranks, without that of their hosts, "
-        "over the time of run/seconds",
+        "GPUs only, and only if the package nvidia-ml-py is installed: energy of the GPUs of all ranks, without that "
+        "of their hosts, over the time of run/seconds",
     ),
     "train/loss": ("nats", "mean of `loss` over the samples since the last line, label smoothing included"),
     "train/top1": (
@@ -24,9 +24,9 @@ FIELDS: dict[str, tuple[str, str]] = {
     "train/mfu": (
         "1",
         "GPUs only: model FLOP utilization, train/images_per_s * flops_per_image / (ranks * peak_flops). run.json has "
-        "flops_per_image, the floating-point operations to train on one image (with data.size_schedule, one of the "
-        "first epoch; flops_by_size has the other sizes), and peak_flops, the rate of matrix products measured at the "
-        "start",
+        "flops_per_image, the floating-point operations to train on one image (with data.size_schedule, at the image "
+        "size of the first epoch; flops_by_size has the other sizes), and peak_flops, the rate of matrix products "
+        "measured at the start",
     ),
     "train/wait_share": ("1", "share of wall time since the last line during which rank 0 waited for input"),
     "train/grad_norm": (
@@ -73,7 +73,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "val/top5": ("percent", "top-5 accuracy on the validation set"),
     "val/loss": (
         "nats",
-        "mean cross entropy of the decoded validation samples, without label smoothing, also with loss=bce",
+        "mean cross entropy (even with loss=bce) of the decoded validation samples, without label smoothing",
     ),
     "val/ema_top1": ("percent", "with model.ema only: top-1 accuracy of the average of the weights"),
     "val/ema_top5": ("percent", "with model.ema only: top-5 accuracy of the average of the weights"),

@@ -19,7 +19,7 @@ class LayerValues:
     """Values of one update. Element i of each list belongs to the parameter `names[i]`.
 
     `ratios`: LARS's trust ratio by parameter name, for the parameters that have one. `lr`: the learning rate.
-    `lr_factors`: its factor by parameter name, where it is not 1.
+    `lr_factors`: the factor by which a parameter's learning rate differs from `lr`, by parameter name; 1 if missing.
     """
 
     names: list[str]

@@ -103,7 +103,10 @@ def experiment_lines(config: Config, plan: Plan, inventory: Inventory) -> Iterat
         yield "               strided convolutions blur their input (model.blurpool=true)"
     left_out = ", ".join(f"{key}={value}" for key, value in row_sizes_left_out(config).items())
     if left_out:
-        yield f"{'':<15}NOTE: the sizes of data={config.data.name} or of the command line replace the row's {left_out}"
+        yield (
+            f"{'':<15}NOTE: the sizes of data={config.data.name} or of the command line replace those of the recipe's "
+            f"row: {left_out}"
+        )
     if config.model.ema is not None:
         span = 1 / (1 - config.model.ema)
         more = ", more than the run has" if span > plan.updates else ""

@@ -130,7 +130,7 @@ class TensorBoardWriter:
 
         threading.excepthook = _ignore_writer_errors
         self._writer = SummaryWriter(self._folder, purge_step=purge_step)
-        # The timestamp in the file's name, in seconds. It is 1 too high if the clock advanced meanwhile.
+        # The second in the file's name, or the next second if the clock has advanced since the file was named.
         self._second, self._size = int(time.time()), 0
 
     def _add(self, writer: Any, summary: Any, update: int) -> None:

@@ -1,8 +1,8 @@
 """Send a run's metrics to Weights & Biases or MLflow, each from a separate process.
 
 That process reads ``metrics.jsonl``, so a slow or failing tool neither ends nor delays training. It sends the values of
-an update once the log has a later one, and sends no update twice: a restart repeats the values of a killed start bit
-for bit, except times. Its state and its output are in the run's folder ``trackers/``.
+an update when the log has a line of a later update. No update is sent twice, even if a restart repeats it: the repeated
+values are bit-identical, except times. The process keeps its state and its output in the run's folder ``trackers/``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ FOLDER = "trackers"
 # In seconds: the time between two reads of the metrics, the longest wait at the end of a run, and the longest life of
 # the process after that.
 _POLL_S, _END_S, _LIFE_S = 2.0, 120.0, 300
-# W&B's process writes its file every 15 s and loses the rest if it is killed. After this time, values count as stored.
+# Seconds after which values sent to W&B count as stored. W&B's process writes its file every 15 s; if the process is
+# killed, it loses the values since the last write.
 _WANDB_S = 60.0
 # Updates that go to MLflow in one transaction, which may have 1,000 values.
 _ROWS = 10

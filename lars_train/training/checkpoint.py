@@ -75,7 +75,10 @@ class RunState:
     rollbacks: list[dict[str, int]] = field(default_factory=list, metadata=_SURVIVES)
     noise: NoiseScale = field(default_factory=NoiseScale)
     kwh: float | None = field(default=0.0, metadata={**_SURVIVES, "may_be_missing": True})
-    """Energy of all ranks' devices, over the same time as `seconds` and this start; None if any cannot be measured."""
+    """Energy of all ranks' devices: in the time that `seconds` counts, and in this start so far.
+
+    None if it cannot be measured on every rank.
+    """
 
     def __post_init__(self) -> None:
         self.start_clock()

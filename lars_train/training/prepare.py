@@ -45,8 +45,9 @@ class Prepared:
 
 
 _DRAWS = (
-    "NOTE: the network draws random numbers in training (dropout, stochastic depth), by seed, update and rank. Another "
-    "number of ranks or another micro-batch gives other random numbers, and another curve (docs/models.md)."
+    "NOTE: the network draws random numbers in training (dropout, stochastic depth). They depend on seed, update and "
+    "rank, so another number of ranks or another micro-batch gives other random numbers, and another curve "
+    "(docs/models.md)."
 )
 
 

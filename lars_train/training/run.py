@@ -173,7 +173,7 @@ class Run:
         self.logger.close()
 
     def _train_until_divergence(self) -> Divergence | None:
-        """Make updates until the run ends or diverges, or the loader is empty because some batches made no update."""
+        """Make updates until the run ends or diverges, or until all batches are used because some made no update."""
         last = self.plan.stop + self.trainer.skipped
         with closing(self._batches()) as batches:
             while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:
