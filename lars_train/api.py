@@ -137,7 +137,8 @@ def _run_composed(
         config = _on_one_device(config)
     if dist.is_available() and dist.is_initialized():
         raise ConfigError("torch.distributed has a process group, but a run opens its own; destroy it before the call.")
-    # In an evaluation, data=custom would replace the checkpoint's whole section data; data.name replaces only the name.
+    # In an evaluation, data=custom would replace the whole section `data` of the checkpoint's config; data.name
+    # replaces only the name.
     overrides = tuple({"data=custom": "data.name=custom"}.get(word, word) for word in composed.overrides)
     invocation = Invocation(
         (f"lars_train.{mode}", *settings), overrides, OmegaConf.to_yaml(composed.raw), composed.hydra_yaml

@@ -20,7 +20,7 @@ class AugmentConfig:
     """Blend the images of a ghost batch in pairs, with shares drawn from Beta(mixup, mixup). 0: off."""
     cutmix: Optional[float] = None
     """Paste a box from one image of a pair into the other, with the share of the area drawn from Beta(cutmix, cutmix).
-    0: off. If `mixup` is on too, half of the ghost batches get each.
+    0: off. If `mixup` is on too, half of the ghost batches get cutmix, and the others mixup.
     """
     auto: Optional[str] = None
     """none, trivial (TrivialAugment) or randaugment: random operations on each image after crop and flip."""

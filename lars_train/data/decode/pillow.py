@@ -46,7 +46,7 @@ _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 
 _CONVERT = "convert it to 8 or 16 unsigned bits"
 
-# An entry of warnings.filters. It may hide warnings about decompression bombs, because `_open_image` rejects them.
+# An entry of warnings.filters. `_open_image` rejects decompression bombs, so the warnings about them are not needed.
 _QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 

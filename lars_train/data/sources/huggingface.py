@@ -118,8 +118,8 @@ def _split_folders(root: str | None) -> dict[str, Path]:
     if not found:
         reject_parquet(path)
         raise ConfigError(
-            f"data.root={root}: neither the folder nor those in it have the file {_STATE} of datasets' save_to_disk; "
-            "write it with load_dataset(NAME).save_to_disk(FOLDER)."
+            f"data.root={root}: the file {_STATE}, which save_to_disk of Hugging Face's datasets writes, is missing in "
+            "this folder and in the folders in it; write the data set with load_dataset(NAME).save_to_disk(FOLDER)."
         )
     return found
 

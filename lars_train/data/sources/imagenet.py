@@ -238,7 +238,7 @@ def from_devkit(place: str, content: bytes, meta: bytes, images: list[bytes]) ->
     if len(lines) != len(images):
         raise ConfigError(
             f"data.val_labels: {place} has {counted(len(lines), 'line')}, and val/ {counted(len(images), 'image')}; "
-            "they are matched by position, so complete val/, or give a CSV of image and wnid."
+            "they are matched by position: add the missing images to val/, or give a CSV of image and wnid."
         )
     wnids = _wnids(place, meta)
     unknown = sorted({line for line in lines if line not in wnids})
