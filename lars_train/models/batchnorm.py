@@ -84,7 +84,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return output
 
     def forward_relu(self, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Return the ReLU of (`forward` plus `shortcut`), in training mode, if `ghost_norm.can_fuse`."""
+        """Return relu(forward(input) + shortcut). Call it in training mode, and if `ghost_norm.can_fuse` is True."""
         return self._at_once(input, self._count_ghosts(input), shortcut, relu=True)
 
     def _count_ghosts(self, input: Tensor) -> int:

@@ -57,7 +57,7 @@ def _are_plain(norm: nn.Module, relu: nn.Module) -> bool:
 
 
 def fuse_blocks(network: nn.Module) -> None:
-    """Give the blocks of `network` of known classes a forward pass that fuses, in place.
+    """Replace, in place, the forward pass of each block in `network` that is of a known class by a fused one.
 
     The blocks become objects of a subclass with the same name. Their layers and state dicts stay the same, and their
     results differ by rounding only. Blocks with other parts between batch norm and ReLU (dropout, drop path, attention,

@@ -1,15 +1,17 @@
 """Triton kernels of ghost batch norm, with the ReLU and the sum with a shortcut that follow it in residual networks.
 
 The activations are a matrix with a row per pixel (C adjacent values); a ghost batch is R rows. A program processes a
-block of channels in a chunk of one ghost batch's rows, tile by tile; `ghost_launch` chooses the sizes. The number of
-passes over the activations, each of which reads or writes every value once, of batch norm alone:
+block of channels in a chunk of one ghost batch's rows, tile by tile; `ghost_launch` chooses the sizes.
+
+The numbers below count passes over the activations. A pass reads or writes every value once. Batch norm alone takes:
 
 - `_chunk_moments` reads x (1), `_normalize` reads x and writes the output (2);
 - `_chunk_sums` reads dy and x (2), `_input_gradient` reads dy and x and writes the gradient (3): 8 in all.
 
-A ReLU adds no pass: both backward kernels compute the sign of its input again. With a shortcut, `_normalize` reads it
-(1), and `_chunk_sums` reads the output for its sign (1) and writes the gradient before the ReLU (1), which is that of
-the shortcut: 11 in all. As separate operations ReLU takes 5 passes, and the sum 3.
+A ReLU adds no pass: both backward kernels compute the sign of its input again. With a shortcut, `_normalize` also
+reads the shortcut (1). `_chunk_sums` also reads the output for its sign (1), and writes the gradient of the ReLU's
+input (1), which is the gradient of the shortcut, too: 11 in all. As separate operations ReLU takes 5 passes, and the
+sum 3.
 
 Between the two kernels of a pair, a small kernel combines the chunks of each ghost batch and block of channels. So each
 direction takes three launches for any number of ghost batches. Between load and store, values are float32. No sum
@@ -168,7 +170,7 @@ def _normalize(
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute (x - mean) / sqrt(variance + eps) * weight + bias, plus the shortcut, if any, and its ReLU, if RELU.
+    """Compute (x - mean) / sqrt(variance + eps) * weight + bias, plus the shortcut if any; with RELU, the sum's ReLU.
 
     Subtracting first loses no digits if the mean is large. Also add to `sums` the means and unbiased variances of all
     ghost batches, times `samples`, the samples of a ghost batch; and to `counted` the samples of all.
@@ -221,8 +223,9 @@ def _chunk_sums(
 ):
     """Compute each chunk's sums of dy and of dy * (x - mean).
 
-    With RELU, dy is the gradient of the ReLU's output, and 0 takes its place where the ReLU's input is not positive.
-    With an `output`, which has a shortcut in it, this kernel writes the result to `unmasked`.
+    With RELU, dy is the gradient of the ReLU's output. The sums then use the gradient of the ReLU's input: 0 where that
+    input is at most 0, and dy elsewhere. If the forward pass added a shortcut, pass its `output`: this kernel takes the
+    sign from `output`, and writes the gradient of the ReLU's input to `unmasked`.
     """
     channels = groups * VECTOR
     chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)

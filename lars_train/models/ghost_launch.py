@@ -42,7 +42,8 @@ def normalize(
         moments: the means and biased variances, float32 (ghosts, C), if they are known.
         shortcut: added to the output; like `input`.
         relu: apply ReLU to the output, after the shortcut.
-        totals: (2, C) and (1,), to which the samples' means and unbiased variances, and their number, are added.
+        totals: (2, C) and (1,). The ghost batches' means and unbiased variances, weighted by samples, are added to the
+            first tensor, and the number of samples to the second.
 
     Returns:
         The output, like `input` and not a view; in float32 the means and biased variances, (ghosts, C).

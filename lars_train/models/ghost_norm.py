@@ -76,8 +76,8 @@ def ghost_norm(
         eps: added to the variance.
         shortcut: added to the result, before the ReLU; see `can_fuse`.
         relu: apply ReLU to the result. Required with a shortcut.
-        totals: (2, C) and (1,), to which the sums of the samples' means and unbiased variances, and the number of
-            samples, are added.
+        totals: (2, C) and (1,). The ghost batches' means and unbiased variances, weighted by samples, are added to the
+            first tensor, and the number of samples to the second.
 
     Returns:
         The output, with the shape, dtype and memory format of `input`.
@@ -87,7 +87,7 @@ def ghost_norm(
     """
     if input.numel() // max(ghosts * input.shape[1], 1) < 2:
         raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each needs more than 1 value per channel")
-    # torch.compile knows no changes of buffers within the Function.
+    # torch.compile does not support changes of buffers within a Function, so `totals` change after it.
     within = totals if _has_kernels(input) else None
     output: Tensor
     output, mean, variance = _GhostNorm.apply(input, weight, bias, shortcut, ghosts, eps, relu, within)
@@ -139,7 +139,8 @@ class _GhostNorm(torch.autograd.Function):
         output, mean, variance = result or _normalize(*arguments, shortcut=shortcut, relu=relu)
         if result is None and totals is not None:
             _add_to(totals, input, mean, variance)
-        # The sign of the ReLU's input is computed again, or, with a shortcut, that of the output.
+        # The ReLU's backward pass needs the sign of the ReLU's input. With a shortcut, the output has that sign.
+        # Otherwise the backward pass computes the sign again, which needs the bias.
         kept = (bias if relu and shortcut is None else None, output if shortcut is not None else None)
         ctx.save_for_backward(input, weight, mean, variance, *kept)
         ctx.mark_non_differentiable(mean, variance)
@@ -216,7 +217,7 @@ def _single_moments(input: Tensor, ghosts: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _add_to(totals: tuple[Tensor, Tensor], input: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Add the sums of the samples' means and unbiased variances, and the number of samples, to `totals`."""
+    """Add to `totals` the ghost batches' means and unbiased variances, weighted by samples, and the sample count."""
     values = input.numel() // mean.numel()
     sums = torch.stack([mean.sum(0), variance.sum(0) * (values / (values - 1))])
     totals[0].add_(sums, alpha=len(input) // len(mean))

@@ -124,7 +124,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # weight_decay_mask.
     "optax": {"eps": 0.0, "denominator": "combined", "lr_placement": "inside"},
     # https://github.com/NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch, lars.py. Batch norm and biases: exclude=True,
-    # weight_decay=0. It also clamps the elements of their gradients to [-10, 10]; this preset does not.
+    # weight_decay=0. That implementation also clamps the gradients of batch norm and biases to [-10, 10]; this
+    # preset leaves those gradients unchanged.
     "nus-hpc": {"eps": 1e-5, "clip": (0.0, 50.0), "ratio_placement": "outside", "clamp": 10.0},
     # https://pypi.org/project/open-lars 0.1.1. Vectors: exclude=True.
     "open-lars": {"lr_placement": "inside"},

@@ -173,7 +173,11 @@ class Run:
         self.logger.close()
 
     def _train_until_divergence(self) -> Divergence | None:
-        """Make updates until the run ends or diverges, or until all batches are used because some made no update."""
+        """Make updates until the run ends or diverges, or until the loader has no more batches.
+
+        The loader has one global batch per update. If a batch makes no update, an update is missing at the end:
+        the caller then calls this method again.
+        """
         last = self.plan.stop + self.trainer.skipped
         with closing(self._batches()) as batches:
             while self.trainer.update < self.plan.stop and self.trainer.update + self.trainer.skipped < last:

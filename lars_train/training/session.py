@@ -107,7 +107,7 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
 
 
 def _differs(ranks: Ranks, what: str) -> ConfigError:
-    return ConfigError(f"rank {ranks.rank} has another {what} than rank 0; start all ranks with the same objects.")
+    return ConfigError(f"rank {ranks.rank} has another {what} than rank 0; start all ranks with the same {what}.")
 
 
 def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[str, Any]:
