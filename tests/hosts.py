@@ -1,8 +1,8 @@
 """Two simulated hosts, connected by a virtual cable, each with its own name, address, network and processes.
 
 A host is a set of Linux namespaces; creating them needs no root where the system allows user namespaces. The host
-ends with its initial process, which ends when the creator closes a pipe or dies. All other processes of the host and
-its end of the cable end with it. Nothing outside the two hosts changes.
+ends with its initial process, which ends when the creator closes a pipe or dies. The kernel then kills all other
+processes of the host, and removes the cable. Nothing outside the two hosts changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Skip tests that need a newer torch: older versions fail by themselves, or differ in what the test counts.
+"""Skip tests that need a newer torch: older versions have bugs, or differ in what the test counts.
 
 Found with torch 2.6.0 and 2.11.0 (scripts/dev/test_with.sh). Tests that fail on 2.11 were not tried on 2.12.
 """

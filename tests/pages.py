@@ -48,7 +48,7 @@ class Block:
 
 
 def blocks(page: Path, text: str | None = None) -> Iterator[Block]:
-    """Yield the blocks of shell commands in `page`: marked as a shell's or unmarked, and not only formulas."""
+    """Yield the blocks in `page` that are unmarked or marked as shell commands, except those with only formulas."""
     lines = (page.read_text() if text is None else text).splitlines()
     number = 0
     while number < len(lines):

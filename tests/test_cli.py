@@ -147,7 +147,7 @@ def test_a_sweep_with_a_batch_between_rows_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # With several recipes, the message names the first whose recipe has no row for the batch.
+    # With several recipes, the message names the first one that has no row for the batch.
     recipe = "nus" if "recipe=nus,mlperf" in flags else "torchlars"
     assert run_main(monkeypatch, f"recipe={recipe}", "batch=12k") == 2
     alone = capsys.readouterr().err

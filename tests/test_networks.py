@@ -41,7 +41,7 @@ def nothing(num_classes):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a folder with a module of networks the current folder."""
+    """Change to a folder with a module that defines networks."""
     (tmp_path / "custom_networks.py").write_text(CUSTOM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

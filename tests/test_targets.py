@@ -25,7 +25,7 @@ SOURCES = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Provide a current folder with modules, which ``sys.path`` lacks, as under the console script."""
+    """Change to a folder with modules that is not on ``sys.path``, as under the console script."""
     for name, text in SOURCES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -1,7 +1,7 @@
 """Run tasks in several processes, none of which outlives the command.
 
 `concurrent.futures.ProcessPoolExecutor` is not suitable: it reports a failed task only after the running tasks end. Its
-processes survive a killed command unless they are ended through private attributes of the executor.
+processes also outlive a command that is killed, and only private attributes of the executor give access to them.
 """
 
 from __future__ import annotations

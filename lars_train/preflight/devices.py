@@ -22,9 +22,9 @@ FLOPS_PER_IMAGE = 24_535_105_536
 TENSORS = 161
 """Parameter tensors of ResNet-50. The number of a network's kernels is assumed to be proportional to this number."""
 SEPARATE_BYTES = 240e6
-"""Bytes per image that separate kernels read and write beyond what fused kernels do, in 16 bits: 473 MB - 233 MB.
-Passes over the output of a layer, at 2 bytes per element: 8 instead of 3 for batch norm, 5 instead of 0 for ReLU, 6
-instead of 3 for the sum with the shortcut."""
+"""Bytes per image that separate kernels read and write beyond what fused kernels do: 473 MB - 233 MB, at 2 bytes
+per element. The passes over a layer's output are 8 instead of 3 for batch norm, 5 instead of 0 for ReLU, and 6 instead
+of 3 for the sum with the shortcut."""
 
 # Seconds that a micro-batch takes regardless of its images: each of its hundreds of kernels has a minimum time.
 # From the H100's figures with 400 and with 50 images in MLPerf 4.0 (docs/plan.md): (8 x 10.36 ms - 56.07 ms) / 7 is
@@ -33,8 +33,9 @@ _FLOOR = 3.5e-3
 # Seconds that a host needs to launch an operation. An update of 559 operations took 22.2 ms on a host with slow cores,
 # for which the H100 waited (docs/gpu_notes.md).
 _LAUNCH = 22.2e-3 / 559
-# Numbers of operations that compute, with separate kernels, counted with torch 2.14: for the forward and backward pass
-# of a micro-batch with one ghost batch, for the same with several ghost batches, and for the rest of an update.
+# Numbers of operations that launch kernels, none of them fused, counted with torch 2.14: for the forward and
+# backward pass of a micro-batch with one ghost batch, for the same with several ghost batches, and for the rest of an
+# update.
 _OPERATIONS_OF_ONE, _OPERATIONS_OF_SEVERAL, _OPERATIONS_OF_UPDATE = 516, 781, 43
 
 

@@ -121,7 +121,7 @@ class OutputFolder:
 
 @dataclass(frozen=True)
 class Exchange:
-    """All-reduces between the ranks: `seconds` for the gradients of `bytes`, `latency` seconds for one number."""
+    """All-reduces between the ranks: `seconds` for `bytes` of gradients, `latency` seconds for one number."""
 
     bytes: int
     seconds: float

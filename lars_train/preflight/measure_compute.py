@@ -238,7 +238,7 @@ def _time_all_reduces(group: Group, values: torch.Tensor, rounds: int) -> float:
 
 
 def measure_clocks(group: Group) -> tuple[Clock, ...]:
-    """Return the offset of each rank's clock from rank 0's: the median of readings that all take together. Collective.
+    """Return the offset of each rank's clock from rank 0's: the median of readings taken at the same time. Collective.
 
     The ranks synchronize before each reading. The time that this takes is an upper bound on the distance between the
     readings, and becomes the `error`.

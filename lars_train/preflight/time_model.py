@@ -47,7 +47,7 @@ class Machine:
     bandwidth: float
     """Bytes per second from a device to a neighbor in another node."""
     overlap: float = 1.0
-    """The share of the last micro-batch's backward pass that hides the network."""
+    """The share of the last micro-batch's backward pass that can overlap with the all-reduce."""
     algorithm: str = "auto"
     """The all-reduce between nodes: ``ring``, ``tree``, or ``auto`` (the faster of the two)."""
     overhead: float = 0.0

@@ -1,4 +1,4 @@
-"""Time a bare `lars-train` while other processes use the same CPU, for several ways in which its threads wait.
+"""Time a bare `lars-train` while other processes use the same CPU, for several wait policies of its OpenMP threads.
 
     python scripts/bench/bench_busy.py [--write docs/benchmarks.md]
     python scripts/bench/bench_busy.py --environments '' GOMP_SPINCOUNT=300000  # other environment variables

@@ -10,7 +10,7 @@ its tensors in memory rather than in the cache. Ratios are medians over the roun
 
 For the networks of self-supervised learning, fake CUDA tensors count what a step does on a GPU. An operation is a call
 on GPU tensors that is neither a view nor an allocation; a call on a list of tensors starts a few kernels, any other
-call one. In a host sync, the host waits for a value from the GPU. `--short` writes these networks' tables alone.
+call starts one. In a host sync, the host waits for a value from the GPU. `--short` writes these networks' tables alone.
 
 Packages that are not installed are listed as skipped. To install them: ``pip install timm pytorch_optimizer
 torch_optimizer open-lars`` and ``pip install --no-deps lightly lightning-bolts solo-learn``. Of the last three, which

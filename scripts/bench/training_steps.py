@@ -43,7 +43,7 @@ class Case:
 
 
 CASES = {
-    # At 224 pixels what fits into 24 GiB with all contenders; at 32 the smallest global batch of the recipes.
+    # 16 images are what fits into 24 GiB with all contenders; 256 are the smallest global batch of the recipes.
     "cpu": (Case("resnet50", 16, 224, 1000), Case("small", 256, 32, 10)),
     # The largest micro-batch that lars-train chooses.
     "cuda": (Case("resnet50", 256, 224, 1000, device=CUDA), Case("small", 256, 32, 10, device=CUDA)),

@@ -162,6 +162,6 @@ def check_installed() -> None:
 
 if __name__ == "__main__":
     parser = shared.make_parser(__doc__)
-    parser.add_argument("wheel", nargs="?", type=Path, metavar="WHEEL", help="a built wheel (the installed one)")
+    parser.add_argument("wheel", nargs="?", type=Path, metavar="WHEEL", help="built wheel (default: the installed one)")
     given = parser.parse_args().wheel
     check_installed() if given is None else check_built(given)

@@ -107,7 +107,7 @@ def metrics() -> str:
 
 
 def field_list(fields: dict[str, tuple[str, str]]) -> list[str]:
-    """Return `fields` as a list of names, units and meanings, which a phone shows whole."""
+    """Return `fields` as a list of names, units and meanings. Unlike a table, it fits a narrow screen."""
     return ["", *(f"- `{name}`{f' ({unit})' if unit else ''}: {meaning}" for name, (unit, meaning) in fields.items())]
 
 

@@ -5,7 +5,7 @@
     python scripts/results/reproduce_scaled_table.py --data cifar10_jpeg.zip --write docs/results/scaled
 
 `--data`: a folder or .zip of small images with train/ and test/ (or val/), or a set that torchvision downloads, cifar10
-or fashion_mnist. The same command resumes after an interruption; lars-train rejects runs of other settings or images.
+or fashion_mnist. The same command resumes after an interruption, unless settings or images have changed.
 
 1. Choices: three sweeps of the learning rate (SGD at the 256 row, SGD and LARS at the 32K row), with one run for each
    value. They are evaluated on a held-out tenth of the training images; the test images are not read.
@@ -151,7 +151,7 @@ class Study:
         place = f"run.dir={quoted(str(self.folder / run.name))}"
         log = self.folder / f"{run.name}.log"
         with log.open("ab") as output:
-            # lars-train ends at once if the run has finished, and rejects a run of other settings.
+            # lars-train ends at once if the run has finished, and refuses to resume one that has other settings.
             process = subprocess.Popen(
                 [*shared.LARS_TRAIN, *self.data, *COMMON, *holdout, *run.cell.settings, *own, place],
                 stdout=output,

@@ -230,7 +230,7 @@ def test_classes_with_the_words_of_splits_stay_classes(tmp_path: Path) -> None:
     for place in every_source(tmp_path / "root", below(["cat", "n01440764", "test tube"])):
         assert open_folder(place, 0.5).classes == ("cat", "n01440764", "test tube")
         assert len(open_folder_validation(place).val) == 6
-    # In a split, a class may be called like one.
+    # Inside a split, a class may have the name of a split.
     vehicles = ("bus", "car", "freight train", "train")
     inside = below([f"{split}/{name}" for split in ("train", "val") for name in vehicles])
     for place in every_source(tmp_path / "split", inside)[:2]:
@@ -274,7 +274,7 @@ def test_splits_within_classes_are_refused(tmp_path: Path, folders: tuple[str, .
     [("toys/train", "cat", "dog/test"), ("cat/train", "dog/train"), ("cat/test", "dog/val"), ("a/a/train", "b")],
 )
 def test_folders_in_classes_may_be_named_like_one_split(tmp_path: Path, folders: tuple[str, ...]) -> None:
-    # In at most half of the classes, or only training, or only validation images.
+    # At most half of the classes have such folders, or the folders name only training or only validation sets.
     folders = (*folders, "x", "y") if "cat" in folders else folders
     for place in every_source(tmp_path, below(folders))[:2]:
         assert open_folder(place, 0.5).classes == tuple(sorted({name.partition("/")[0] for name in folders}))

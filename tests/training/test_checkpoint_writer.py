@@ -129,7 +129,7 @@ def test_best_pt_is_retried_after_a_failed_write(tmp_path: Path, monkeypatch: py
     assert [load(path)["update"] for path in listing(tmp_path)] == [4]
 
 
-def test_a_rollback_drops_a_best_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollback_forgets_a_best_pt_that_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""The choice of a JPEG decoder when a run starts and resumes, and the lines that it prints about it."""
+"""The JPEG decoder that a run chooses when it starts and resumes, and the lines that it prints about the decoder."""
 
 from __future__ import annotations
 

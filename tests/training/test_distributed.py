@@ -270,7 +270,7 @@ def first_global_batch() -> tuple[Tensor, Tensor]:
 def test_the_noise_scale_uses_the_ranks_first_micro_batches(
     world: int, firsts: tuple[int, ...], together: Path
 ) -> None:
-    """`firsts`: each rank's first ghost batch of the five, of four samples. Some ranks have no second one."""
+    """`firsts`: the index of each rank's first ghost batch, of five with four samples. Some ranks have only one."""
     network, rows = plain_network().double(), []
     for images, labels in zip(*(part.split(4) for part in first_global_batch()), strict=True):
         loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)

@@ -44,7 +44,7 @@ class Disk:
         self.watch(None)
 
     def watch(self, folder: Path | None, fails_at: str = "", how: str = "full") -> None:
-        """Make the write `fails_at`, or its Nth occurrence with ``#N``, fail, and writes after it according to `how`.
+        """Let the write `fails_at` fail, or its Nth occurrence with ``#N``. `how` selects which later writes fail, too.
 
         ``full``: all until the run removes its reserve file; ``dying``: all; ``once``: none.
         """

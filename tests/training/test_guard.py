@@ -1,4 +1,4 @@
-"""A divergence is found at its update, reported with its cause, and rolled back without the samples before it."""
+"""A divergence is found at its update and reported with its cause. A rollback skips the samples that led to it."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_a_large_block_reuses_freed_memory() -> None:
     done = subprocess.run(command, env=without_settings(), capture_output=True, text=True, check=True)
     kept, fresh, reused = done.stdout.split()
     assert kept == "True"
-    # Out of 25,600. A kernel that uses huge pages by default counts 50 in any case.
+    # A fresh block has 25,600 pages, or 50 if the kernel uses huge pages by default.
     assert int(reused) < 20
     assert int(fresh) > int(reused)
 

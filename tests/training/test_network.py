@@ -241,7 +241,8 @@ def test_folders_named_by_numbers_are_those_outputs(
 def test_leading_zeros_of_class_numbers_are_ignored(
     width: int, trained: int, weights: Callable[[Sequence[str] | None], str], tmp_path: Path
 ) -> None:
-    # Without zeros the order is 0, 1, 10, 11, 2: by index folder 002 would be class 10. With 00, some names are equal.
+    # Without zeros the order is 0, 1, 10, 11, 2: by index, folder 002 would be class 10. With two digits, the names 10
+    # and 11 are equal.
     own = sorted(f"{number:0{trained}}" for number in range(12))
     held = {f"{int(name):0{width}}": label for label, name in enumerate(own)}
     root = folders(tmp_path / "data", held)

@@ -1,4 +1,4 @@
-"""Open settings are resolved for the machine, and a resumed run keeps them."""
+"""Settings that are ``auto`` are resolved for the machine, and a resumed run keeps the resolved values."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def decide(network: nn.Module, c: Config, stored: Resolved | None = None, **how:
     return resolve_execution(c, how.get("plan", plan()), network, CPU, FakeGroup(ranks, least), kept)
 
 
-def test_open_settings_are_resolved_for_this_machine(network: nn.Module) -> None:
+def test_auto_settings_are_resolved_for_this_machine(network: nn.Module) -> None:
     assert decide(network, config()) == of_pillow(40, "bf16", 8, 1, "cpu")
     two = Ranks(1, 2, 1, 2)
     assert decide(network, config(), ranks=two) == of_pillow(20, "bf16", 4, 2, "cpu")

@@ -346,7 +346,7 @@ def test_a_finished_run_is_reported_and_not_trained_again(
     assert (unbroken / "run.json").read_text() == before
 
 
-def test_resume_equals_never_starts_over(unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_starts_over_with_resume_never(unbroken: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     train(directory, max_updates=5)
     train(directory, max_updates=2, resume="never")
@@ -464,7 +464,7 @@ def test_exported_weights_load_into_torchvisions_own_model(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 48 training and 8 validation images of 4 classes. Two and one of them cannot be decoded."""
+    """Write 48 training and 8 validation images of 4 classes; 2 training images and 1 validation image are damaged."""
     root = tmp_path_factory.mktemp("photographs")
     for split, count in (("train", 12), ("val", 2)):
         for label in range(4):

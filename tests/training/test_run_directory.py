@@ -201,7 +201,7 @@ def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
         check_same_experiment(tmp_path, config())
 
 
-def test_resume_equals_never_moves_the_old_run_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_old_run_is_moved_aside_with_resume_never(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "run"
     for number in range(3):
         open_here(directory, config(resume="never")).close()

@@ -1,8 +1,8 @@
 """Contenders of bench_input.py: torchvision's transforms, lars-train's decoders, TurboJPEG and DALI.
 
-Each makes views of 224 x 224 pixels from the bytes of JPEGs, in one thread. All but the reference use lars-train's
-crops, drawn from the seed, the round and the number of the image, and so do the same work; the reference draws its own.
-They read the size of an image themselves. All but the reference return uint8, and leave normalization to the device.
+Each makes views of 224 x 224 pixels from the bytes of JPEGs, in one thread, and reads an image's size itself. The
+reference draws its own crops. All others use lars-train's crops, drawn from the seed, the round and the number of the
+image, so they do the same work. They return uint8, and leave normalization to the device.
 """
 
 from __future__ import annotations

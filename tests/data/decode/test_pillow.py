@@ -121,7 +121,7 @@ def test_transparent_palette_gives_the_palettes_colors() -> None:
 
 
 def tiff(values: npt.NDArray[Any], bits: int = 0, sample_format: int = 1, photometric: int = 1) -> bytes:
-    """Return a gray little-endian TIFF of `values`, (H, W). With `bits`, they are the bytes of rows of such pixels."""
+    """Return a gray little-endian TIFF of `values`, (H, W): the pixels, or packed bytes of pixels of `bits` each."""
     height, width = values.shape
     bits, width = (bits, width * 8 // bits) if bits else (8 * values.itemsize, width)
     entries = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 130, 277: 1, 278: height}

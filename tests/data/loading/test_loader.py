@@ -217,7 +217,7 @@ def test_a_buffer_is_reused_only_when_no_tensor_refers_to_it(kind: str) -> None:
     stream = train(SyntheticImages(23), **options)
     held = []
     for number, batch in enumerate(stream):
-        # More batches than the pool has buffers: a part of the images, or only the labels.
+        # Hold more batches than the pool has buffers, each by a part of its images or of its labels.
         held.append((number, batch.images[:, 1:], None) if number % 2 else (number, None, batch.labels[1:]))
         if number % 20 == 19:
             time.sleep(0.02)  # enough time to fill all free buffers
@@ -281,7 +281,7 @@ def test_all_ranks_together_get_the_batches_of_a_single_rank(world: int, ghosts_
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_mixes_belong_to_ghost_batches_of_the_numbered_batch(world: int) -> None:
+def test_mixes_depend_on_update_and_ghost_batch_not_on_ranks(world: int) -> None:
     mixing = Mixing(0.2, 1.0, 7)
     start = 3  # in the second epoch, as after a resume or a rollback
     batches = [

@@ -1,4 +1,4 @@
-"""CIFAR-10 and Fashion-MNIST are read with torchvision, and downloaded once without output or with a clear error."""
+"""CIFAR-10 and Fashion-MNIST are read with torchvision, and downloaded once and silently. A failure is explained."""
 
 from __future__ import annotations
 

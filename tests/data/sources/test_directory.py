@@ -39,7 +39,7 @@ def put(path: Path, content: bytes = b"") -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the cache folder, and index folders of any size."""
+    """Return the cache folder, and allow an index for folders of any size."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(directory, "MIN_INDEXED", 1)
     return tmp_path / "cache" / "lars_train" / "index"

@@ -1,4 +1,4 @@
-"""A folder in the format of ``save_to_disk`` is read as the rows say, without the package that writes it.
+"""Images and labels of a folder in the format of ``save_to_disk`` are read without the package that writes it.
 
 pyarrow writes the files here. tests/integrations/test_datasets_saved.py reads those of the package itself.
 """

@@ -105,7 +105,7 @@ def test_any_table_of_image_and_wnid_is_accepted(tmp_path: Path, make_tree: Make
 
 
 @pytest.mark.parametrize("kind", ["found", "devkit", "data", "text"])
-def test_the_devkit_labels_by_position(tmp_path: Path, make_tree: MakeTree, kind: str) -> None:
+def test_the_devkit_gives_labels_by_position(tmp_path: Path, make_tree: MakeTree, kind: str) -> None:
     devkit = {f"{DEVKIT}/{TEXT}": LINES, f"{DEVKIT}/meta.mat": meta_mat()}
     if kind == "found":
         check(make_tree({**FLAT, **devkit}))

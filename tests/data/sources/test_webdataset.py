@@ -355,7 +355,7 @@ def test_possible_labels_are_noted_if_folders_are_the_classes(
     assert notes(data) == note + [f"skipped: {count}" for count in counts]
 
 
-def test_folders_equal_to_the_classes_of_a_key_keep_their_names(tmp_path: Path) -> None:
+def test_folders_that_match_the_labels_of_a_key_name_the_classes(tmp_path: Path) -> None:
     labels = {"cat": 7, "dog": 3}
     files = {
         f"{c}/{i}.{kind}": json_of(category_id=n) for c, n in labels.items() for i in "12" for kind in ("jpg", "json")
