@@ -113,7 +113,8 @@ def open_standard_streams() -> None:
 _LISTED = 5
 _LABEL = 15
 """Width of the label in front of a line."""
-# A command is not wrapped before a setting or a flag, or between a short flag or --logdir and its value.
+# Spaces within a command where a line must not break: before a setting or a flag, and after a short flag or --logdir,
+# which a value follows.
 _WITHIN_COMMAND = re.compile(r"(?<![,;:.]) (?=--?\w|[\w.]+=)|(?<= -\w) |(?<=--logdir) ")
 
 

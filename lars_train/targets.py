@@ -20,7 +20,7 @@ from lars_train.messages import first_line
 OBJECT = "object:"
 """The start of a name for an object that exists only in a Python program. A hash of the object follows."""
 
-# Files whose frames call the user's code: of the import system, of this package, and of torch's modules.
+# Matches the files of the code that calls the user's code: the import system, this package, and torch's modules.
 _FOLDERS = "|".join(re.escape(f"{Path(file).parent}/") for file in (importlib.__file__, __file__))
 _CALLERS = re.compile(rf"<frozen |{_FOLDERS}|.*torch/nn/modules/module\.py")
 

@@ -44,8 +44,8 @@ class BatchConfig:
     size: Optional[int] = None
     """Samples of one update, instead of the batch of a recipe's row; requires ``optimizer.lr``."""
     scaled: Optional[bool] = None
-    """Shrink the nominal batch in proportion to the data set. null: false if `size` is set or the data is
-    ImageNet or a folder, else true.
+    """Shrink the nominal batch in proportion to the data set. null: false if `size` is set, or for ``data=imagenet``,
+    folder, huggingface or custom; else true.
     """
 
 

@@ -322,8 +322,8 @@ def _described(error: Exception) -> str:
 def _in_fork(work: Callable[[ItemSource], Any], source: ItemSource) -> Any:
     """Return ``work(source)``, called in a fork of this process (on Linux).
 
-    A file that the dataset opens on its first read then stays closed in this process. Otherwise the loader's workers,
-    which are forks too, would share its position.
+    The dataset may open a file on its first read. Because a fork reads, the file stays closed in this process.
+    Otherwise the loader's workers, which are forks too, would share its position.
     """
     if sys.platform != "linux":
         return work(source)

@@ -258,7 +258,7 @@ def _search_parquet(folder: Path, depth: int) -> list[ParquetFolder]:
         return [ParquetFolder(folder, by_split, _beside_parquet(folder))]
     splits = {name: _list_parquet(folder / name) for name in filter(is_split_name, folders)}
     by_folder = {name: tuple(inside) for name, (inside, below) in splits.items() if inside and not below}
-    # Without a training set here, another folder may hold it.
+    # If no split here is the training set, search the other folders for it. Without other folders, use these splits.
     if choose_splits(by_folder).train is not None or (by_folder and len(by_folder) == len(folders)):
         return [ParquetFolder(folder, by_folder, count_beside_splits(folder, _PARQUET, PARQUET_OUTSIDE))]
     if not depth or len(folders) > _MANY_FOLDERS:

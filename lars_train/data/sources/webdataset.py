@@ -189,8 +189,9 @@ def _read(root: Path, split: _Split, keys: tuple[str, ...], bar: Any) -> None:
 def _read_hints(splits: Sequence[_Split]) -> None:
     """Read missing labels from the place that `label_place` finds, and count the members that are not read.
 
-    Sets the note of each split on the source of its labels. If training samples lack a label, they decide the place for
-    both splits. If folders define the same classes as the labels at that place, the folders are used instead.
+    Sets the `note` of each split, which names the source of its labels. If training samples lack a label, they decide
+    the place for both splits. If folders define the same classes as the labels at that place, the folders are used
+    instead.
     """
     unlabeled = next((found for split in splits if (found := [s for s in split.samples if s.label is None])), [])
     place = label_place(unlabeled)
