@@ -133,20 +133,17 @@ class Run:
         self.state.bad = with_current_paths(self.state.bad, root, self.config.data.root)
 
     def train(self) -> dict[str, Any]:
-        """Train to the end. Return the content of ``final.json``."""
+        """Train to the end. Return the content of ``final.json``. Then call `close`, also after an error."""
         self._announce()
         self.begin()
-        try:
-            with self.signals:
-                if self.resumed_at and self._evaluation_is_due():  # the last start may have ended before it evaluated
-                    self._roll_back(self._evaluate())
-                if self.trainer.update == 0 and self.config.guard.on_divergence == "rollback":
-                    self._save()
-                while self.trainer.update < self.plan.stop:
-                    self._roll_back(self._train_until_divergence())
-                return self._finish()
-        finally:
-            self.close()
+        with self.signals:
+            if self.resumed_at and self._evaluation_is_due():  # the last start may have ended before it evaluated
+                self._roll_back(self._evaluate())
+            if self.trainer.update == 0 and self.config.guard.on_divergence == "rollback":
+                self._save()
+            while self.trainer.update < self.plan.stop:
+                self._roll_back(self._train_until_divergence())
+            return self._finish()
 
     def _announce(self) -> None:
         """Print the run's effective settings."""

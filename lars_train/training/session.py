@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,17 @@ def _train_in(prepared: Prepared, group: Group, device: torch.device) -> dict[st
     try:
         run = Run(prepared, group, device)
         collect_garbage_as_usual()
-        if group.first:
-            resolved = dataclasses.asdict(run.resolved)
-            flops: dict[str, Any] = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
-            if len(run.flops.by_size) > 1:
-                flops["flops_by_size"] = run.flops.by_size
-            began = {"resumed_at": run.resumed_at, "resolved": resolved, **flops}
-            # The file may exist from an earlier start that ended at a lower max_updates.
-            (directory / "final.json").unlink(missing_ok=True)
-            record_start(directory, plan=prepared.plan, data=data_record(prepared.dataset), **began)
-        final = run.train()
+        with closing(run):
+            if group.first:
+                resolved = dataclasses.asdict(run.resolved)
+                flops: dict[str, Any] = {"flops_per_image": run.flops.per_image, "peak_flops": run.flops.peak}
+                if len(run.flops.by_size) > 1:
+                    flops["flops_by_size"] = run.flops.by_size
+                began = {"resumed_at": run.resumed_at, "resolved": resolved, **flops}
+                # The file may exist from an earlier start that ended at a lower max_updates.
+                (directory / "final.json").unlink(missing_ok=True)
+                record_start(directory, plan=prepared.plan, data=data_record(prepared.dataset), **began)
+            final = run.train()
         failure = None
         if group.first:
             try:
