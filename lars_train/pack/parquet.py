@@ -120,8 +120,8 @@ def open_parquet(folder: ParquetFolder) -> tuple[dict[str, Source], tuple[str, .
     """Return the splits in `folder` by their names in a store, the class names, and the inventory.
 
     The validation set is the first split of `splits.VALIDATION` that has rows; a test set without labels is skipped.
-    Either split may be missing. Files outside any split are training files. Raises `ConfigError` for a data set that
-    cannot be used, and if pyarrow is not installed.
+    Either split may be missing. Without a training split, the files outside any split are the training set. Raises
+    `ConfigError` for a data set that cannot be used, and if pyarrow is not installed.
     """
     from tqdm import tqdm
 

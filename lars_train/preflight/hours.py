@@ -82,7 +82,7 @@ def planned_micro_batch(config: Config, plan: Plan) -> int:
 
 
 def planned_precision(config: Config) -> str:
-    """Return the precision of a run on ``plan.device``; ``auto`` without a device."""
+    """Return the configured precision, with ``auto`` resolved for ``plan.device`` if that is set."""
     if config.precision.name != AUTO or config.plan.device is None:
         return str(config.precision.name)
     known = DEVICES[config.plan.device].figures

@@ -5,7 +5,7 @@
 
 Each environment is a column: '' is the default of lars-train, the others are variables separated by spaces. The runs
 take turns of a few seconds, so a change in the machine's speed affects all of them. Images are counted by the updates
-in the log; evaluations take part of the time. The busy processes are Python loops.
+in the log; the time includes evaluations. The busy processes are Python loops.
 
 Takes about seven minutes. Figures: docs/benchmarks.md.
 """

@@ -5,9 +5,9 @@
     python scripts/bench/bench_step.py --device cuda --case resnet50 --ghost 32 --sweep 256 128 64 32  # by micro-batch
 
 All contenders take the same images from memory, one micro-batch per update, which is one ghost batch unless `--ghost`
-says otherwise. They share a process with lars-train's threads and settings of malloc, and take turns of at least one
-update; wall time counts. On a GPU a turn ends when the device has finished. The placement of a process's memory changes
-its speed by several percent for its whole life, so the process is restarted a few times.
+says otherwise. All run in one process, with as many threads and the same malloc settings as lars-train. They take turns
+of at least one update; wall time counts. On a GPU a turn ends when the device has finished. The placement of a
+process's memory changes its speed by several percent for its whole life, so the process is restarted a few times.
 
 - (a) a bare loop with the defaults of torchvision's references/classification: float32, NCHW, eager, SGD
 - (b) timm's step: its network, optimizer and loss, channels_last, autocast if the processor has bf16

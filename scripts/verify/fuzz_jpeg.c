@@ -182,7 +182,7 @@ int main(int argc, char **argv) {
         outcomes[1 + decode_once()]++;
     }
     for (int i = 0; i < seed_count; i++) free((void *)seeds[i]);
-    printf("%ld inputs: %ld decoded, %ld refused, %ld damaged, %ld cut short, %ld too much, %ld not tried\n", done,
+    printf("%ld inputs: %ld decoded, %ld refused, %ld damaged, %ld cut short, %ld over a limit, %ld not tried\n", done,
            outcomes[1], outcomes[2], outcomes[3], outcomes[4], outcomes[5], outcomes[0]);
     return 0;
 }

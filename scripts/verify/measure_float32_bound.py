@@ -97,7 +97,7 @@ class Distance:
 
 
 def train_all(folder: str, cases: list[Case]) -> None:
-    """Train every run in which this process has a rank. Runs that need fewer processes overlap."""
+    """Train every run in which this process has a rank. Successive runs overlap if they share no process."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for number, case in enumerate(cases):
         begin_job()

@@ -193,7 +193,7 @@ def main(parser: ArgumentParser, args: Namespace) -> None:
             f"`python scripts/bench/input/bench_input.py IMAGES` on {shared.cpu_name()}, one core; "
             f"{shared.software(*PACKAGES)}, Pillow's libjpeg-turbo {features.version('libjpeg_turbo')}. {len(files)} "
             f"images, {args.rounds} rounds after one that does not count; images per second of CPU time. Ratios are "
-            "medians over the rounds. Pixels, from 0 to 255, are compared with Pillow's full decode by torchvision's "
+            "medians over the rounds. Pixels, from 0 to 255, are compared with Pillow's full decode and torchvision's "
             "v1 transforms. In evaluation, decoders of regions (DALI, TurboJPEG) are off by up to half a pixel.",
             "",
             *tables(stores, list(contenders), rates, apart),
