@@ -288,7 +288,8 @@ def _quote_text(text: str, *, null: bool, in_function: bool) -> str:
     if not text or is_null or (_UNQUOTED_TEXT.fullmatch(text) and text.lower() not in _RESERVED_WORDS):
         return text
     result = text if _QUOTED.fullmatch(text) else quoted(text)
-    # A sweep function of Hydra removes one pair of quotes and escapes the characters below. Text with an escape stays
-    # text. Other text needs a second pair of quotes, because without quotes Hydra could read it as a number.
+    # A sweep function of Hydra removes one pair of quotes from a value, and puts a backslash before each of the
+    # characters in the pattern below. Hydra reads a value with a backslash as text. A value without one needs a second
+    # pair of quotes, because Hydra could read it as a number.
     twice = in_function and not re.search(r"[\\()\[\]{}:=, \t]", result)
     return str(QuotedString(result, Quote.double).with_quotes()) if twice else result

@@ -53,7 +53,7 @@ def explain_missing_row(config: Config) -> str:
         return f"{text}; interpolation is not possible, because one is for {first} and the other for {second}."
     settings, shrunk = _interpolated(config, below, above)
     given = any(value is not None for value in (config.optimizer.lr, config.schedule.warmup_epochs))
-    kept = ", except for the given values" if given else ""
+    kept = " (the values that you set stay)" if given else ""
     return (
         f"{text}; or interpolate by hand, linearly in the logarithms of batch and lr{kept}: {settings}, "
         f"which no source confirms (docs/recipes.md).{shrunk}"

@@ -204,7 +204,8 @@ def _positions(batch: Any, leaf: str, whole: Any) -> tuple[npt.NDArray[np.int64]
     width = np.int64 if pyarrow().types.is_large_binary(images.type) else np.int32
     bounds = np.frombuffer(ends, width)[images.offset : images.offset + len(images) + 1].astype(np.int64)
     size = np.where(np.asarray(images.is_valid()), np.diff(bounds), 0)
-    # Images of size 0 get position 0: if all are null, the data may lie outside the file.
+    # Images of size 0 get position 0. Without this, their positions could be invalid: if all images are null, Arrow's
+    # buffer `data` may lie outside the mapped file.
     first = np.where(size > 0, bounds[:-1] + (data.address - whole.address), 0)
     if np.any(size < 0) or np.any(first < 0) or np.any(first + size > len(whole)):
         raise ValueError("the images are compressed, or lie outside the file")

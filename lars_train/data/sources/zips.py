@@ -240,8 +240,9 @@ def _below(paths: list[bytes], prefix: bytes) -> list[bytes]:
 def _members(path: Path) -> tuple[list[tuple[bytes, zipfile.ZipInfo]], list[bytes], Counter[str]]:
     """Return the visible entries, the names of hidden entries and of links, and the count of unsafe entries.
 
-    Entries and names are in bytewise order. Folders end in ``/``. A link counts as an entry of its folder, so that the
-    folder exists. Unsafe entries, whose names lead out of the zip, are skipped.
+    Entries and names are in bytewise order. Folders end in ``/``. For a link, the visible entries have the folder that
+    contains it, so that a folder exists even if it holds only links. Unsafe entries, whose names lead out of the zip,
+    are skipped.
     """
     skipped: Counter[str] = Counter()
     shown, hidden = [], []
