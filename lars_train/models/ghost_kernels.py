@@ -173,7 +173,8 @@ def _normalize(
     """Compute (x - mean) / sqrt(variance + eps) * weight + bias, plus the shortcut if any; with RELU, the sum's ReLU.
 
     Subtracting first loses no digits if the mean is large. Also add to `sums` the means and unbiased variances of all
-    ghost batches, times `samples`, the samples of a ghost batch; and to `counted` the samples of all.
+    ghost batches, times `samples`, the number of samples in a ghost batch. Add the number of samples in all ghost
+    batches to `counted`.
     """
     channels = groups * VECTOR
     chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)
@@ -309,7 +310,8 @@ def _input_gradient(
 ):
     """Compute weight * inverse * (dy - mean(dy) - normed * mean(dy * normed)), with means over a ghost batch.
 
-    With RELU, dy is as in `_chunk_sums` without an output.
+    With RELU, dy is the gradient of the ReLU's output. The formula then uses the gradient of the ReLU's input: 0 where
+    that input is at most 0, and dy elsewhere. RELU is only for a forward pass without a shortcut.
     """
     channels = groups * VECTOR
     _chunk, ghost, channel, first, count, offsets = _locate_chunk(rows, chunk_rows, channels, TILE, CHANNELS)

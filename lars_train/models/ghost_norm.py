@@ -11,8 +11,8 @@ number of passes here:
   writing them), and 5 for the gradient, in two steps. The number is 14 in bfloat16, because mean and variance take two
   reads, and 16 in float16, because the products are float32.
 
-The kernels also do the ReLU and the sum with a shortcut that follow batch norm in residual networks, and add to the
-layer's statistics. `fused_blocks` decides where.
+The kernels also compute the ReLU and the sum with a shortcut that follow batch norm in residual networks;
+`fused_blocks` decides where. They also add the means and variances of the ghost batches to the layer's sums.
 
 If triton is not installed, or its kernels fail, this module uses torch's operations and prints a line to stderr.
 """

@@ -79,8 +79,8 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 def bar_line(title: str, done: int, total: int, fields: Iterable[str], width: int, cells: str = _BLOCKS) -> str:
     """Return a bar of at most `width` characters: title, cells, counts, and fields.
 
-    The fields are the first of `fields` that leave room for at least ten cells. Without room for a single cell, return
-    only title and counts.
+    The bar has as many of `fields`, in order, as leave room for at least ten cells. Without room for a single cell,
+    return only title and counts.
     `cells`: the characters from an empty to a full cell.
     """
     share, text = done / total if total else 1.0, f" {done:,}/{total:,}"

@@ -134,7 +134,7 @@ class TensorBoardWriter:
         self._second, self._size = int(time.time()), 0
 
     def _add(self, writer: Any, summary: Any, update: int) -> None:
-        # Two files started within one second have no order by name. In that case, a later event starts the next file.
+        # Do not start two files within one second: their names would have no order. A later event starts the next file.
         if self._size > _FILE_BYTES and int(time.time()) > self._second:
             # Close first: TensorBoard stops reading a file once a later one exists.
             writer.close()

@@ -245,7 +245,7 @@ class LARS(Optimizer):
 
         A state dict of the base alone, which is also torchlars's format, is accepted. Options that are missing from the
         state dict stay unchanged, and so does the ``exclude`` of a group whose entry has none. LARS over SGD also loads
-        a state dict of timm's or lightning-bolts' LARS, if both have the same rule.
+        a state dict of timm's or lightning-bolts' LARS, if the rule in it is the rule of this LARS.
 
         Raises:
             ValueError: the ``"lars"`` entry is not in the format of `state_dict`, the base rejects the rest, or the

@@ -273,7 +273,7 @@ def record_divergence(directory: Path, divergence: Divergence, action: dict[str,
 
 
 def roll_back_divergences(directory: Path, rollbacks: int) -> None:
-    """Remove the lines of all rollbacks after the first `rollbacks`, because a resumed run repeats them.
+    """Keep the lines of the first `rollbacks` rollbacks. Remove those of later ones, which a resumed run repeats.
 
     Also remove a line that is incomplete because the process was killed.
     """
