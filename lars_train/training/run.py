@@ -133,7 +133,7 @@ class Run:
         self.state.bad = with_current_paths(self.state.bad, root, self.config.data.root)
 
     def train(self) -> dict[str, Any]:
-        """Train to the end and return the content of ``final.json``. The caller must call `close`, also after an error."""
+        """Train, and return the content of ``final.json``. The caller must then call `close`, even after an error."""
         self._announce()
         self.begin()
         with self.signals:
