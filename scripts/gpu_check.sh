@@ -4,8 +4,8 @@
 # Test, measure and train on a GPU, in stages of at most four minutes; without STAGE all of them in this order:
 #
 #   tests      the tests marked cuda
-#   step       ResNet-50 updates for several micro-batches and ghost batches, fused and unfused, and a bare loop;
-#              eager, then compiled
+#   step       ResNet-50 updates for several micro-batches and ghost batches, fused, unfused and with CUDA
+#              graphs, and a bare loop; eager, then compiled
 #   lars       the step of LARS, other optimizers and other implementations
 #   training   compares a run with the same run stopped by SIGTERM and resumed; then a run at full speed
 #   more       the other contenders of bench_step.py
@@ -76,8 +76,9 @@ stage_tests() {
 
 stage_step() {
     local sweep=("$python" scripts/bench/bench_step.py --device cuda --case resnet50 --ghost 32 --sweep 256 128 64 32
-        --rounds 7 --seconds 0.3)
-    part "step, eager" 100 "${sweep[@]}" --only "(d) lars-train" "(d) lars-train, unfused" "(c) best bare, eager"
+        --rounds 5 --seconds 0.3)
+    part "step, eager" 100 "${sweep[@]}" --only "(d) lars-train" "(d) lars-train, unfused" "(d) lars-train, graphs" \
+        "(c) best bare, eager"
     # Compiling takes minutes.
     may_be_cut=yes part "step, compiled" 140 "${sweep[@]}" --only "(d) lars-train, compiled" "(c) best bare, compiled"
 }

@@ -152,6 +152,7 @@ def check_values(config: Config) -> None:
         value = leaves[key]
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ConfigError(f"{key}={value}: give {AUTO} or a whole number of at least {least}.")
+    _check_graphs(config)
     _check_run(config)
     _check_mode(config)
 
@@ -288,6 +289,17 @@ def _check_schedule(config: Config) -> None:
                 f"schedule.steps={steps}: the run has only {epochs} epochs. Set other steps, or "
                 "schedule.scale_warmup=true, which scales the steps of a recipe's row to the length of the run."
             )
+
+
+def _check_graphs(config: Config) -> None:
+    if not config.cuda_graphs:
+        return
+    if config.compile:
+        raise ConfigError("cuda_graphs=true and compile=true: set only one of them.")
+    if config.device == "cpu":
+        raise ConfigError("cuda_graphs=true: it needs a GPU, but device=cpu; omit it.")
+    if config.launch.nproc not in (AUTO, 1) or config.launch.nodes not in (None, 1):
+        raise ConfigError("cuda_graphs=true: it supports a single process; set launch.nproc=1, or omit it.")
 
 
 def _check_run(config: Config) -> None:

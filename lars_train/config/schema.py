@@ -291,6 +291,8 @@ class Config:
     """Use only deterministic kernels."""
     compile: bool = False
     """Compile the network with ``torch.compile`` for training."""
+    cuda_graphs: bool = False
+    """Replay the forward and backward pass of a micro-batch as a CUDA graph. For a single GPU."""
     channels_last: Union[bool, str] = AUTO
     """Use the channels_last memory format for weights and images: true, false, or auto (true on every device)."""
     gradient_compression: str = "none"

@@ -23,6 +23,7 @@ EXECUTION_KEYS = (
     "micro_batch",
     "channels_last",
     "compile",
+    "cuda_graphs",
     "device",
     "resume",
     "log_every",
@@ -62,6 +63,7 @@ EXECUTION_KEYS = (
 LATER_KEYS: dict[str, Any] = {
     "loss": "cross_entropy",
     "bce_threshold": None,
+    "cuda_graphs": False,
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
     "augment.auto": "none",

@@ -66,7 +66,8 @@ def startup_lines(
     yield f"world size     {settings.world} ({settings.device}, {counted(settings.threads, 'CPU thread')}{each})"
     yield f"micro-batch    {settings.micro_batch} images, accumulation {most}, ghost batch {plan.ghost_batch}"
     layout = "channels last" if settings.channels_last else "channels first"
-    yield f"precision      {settings.precision}, {layout}, {'compiled' if config.compile else 'not compiled'}"
+    how = "CUDA graphs" if config.cuda_graphs else "compiled" if config.compile else "not compiled"
+    yield f"precision      {settings.precision}, {layout}, {how}"
     if config.gradient_compression != "none":
         alone = "" if settings.world > 1 else ": no effect, since a single rank sends no gradients"
         yield f"compression    gradients are exchanged in {config.gradient_compression}{alone}"

@@ -18,6 +18,7 @@ from lars_train.data.sources.imagenet import wnids
 from lars_train.errors import ConfigError, did_you_mean
 from lars_train.given import NOTHING, Given
 from lars_train.models.convert import find_head
+from lars_train.models.cuda_graphs import CudaRecorder
 from lars_train.models.ema import ExponentialMovingAverage, choose_weights
 from lars_train.models.losses import TrainingLoss
 from lars_train.models.weight_files import HEAD, Weights, few, read_weights
@@ -268,6 +269,7 @@ def build_trainer(
         if config.model.ema is None
         else ExponentialMovingAverage(network, config.model.ema, config.model.ema_start),
         compiled=config.compile,
+        recorder=CudaRecorder(context.device) if config.cuda_graphs else None,
         bucket_mb=config.distributed.bucket_mb,
         compression=config.gradient_compression,
     )

@@ -103,7 +103,7 @@ class FirstGradient:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
 
     def take(self, parameter: Tensor, norms: list[Tensor]) -> None:
         """Append |g| of one parameter, once its gradient is complete."""
@@ -111,15 +111,13 @@ class FirstGradient:
             norms.append(torch.linalg.vector_norm(parameter.grad))
 
     @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
-        """Yield a list to which a backward pass in the context appends |g| of each parameter, as device scalars."""
-        norms: list[Tensor] = []
-
+    def recording(self, norms: list[Tensor]) -> Iterator[None]:
+        """Within the context, let the backward pass append |g| of each parameter to `norms`, as device scalars."""
         # Autograd calls these hooks when the gradient is complete, before DDP's hooks, which all-reduce the gradient.
-        hooks: list[Any] = [p.register_post_accumulate_grad_hook for p in self._parameters]
+        hooks: list[Any] = [p.register_post_accumulate_grad_hook for p in self.parameters]
         handles = [register(lambda parameter: self.take(parameter, norms)) for register in hooks]
         try:
-            yield norms
+            yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -73,6 +73,11 @@ def prepare(config: Config, given: Given = NOTHING) -> Prepared:
     if config.model.weights is not None or config.model.freeze or not builtin or config.model.name not in model_names():
         network, found = start_network(config, dataset.classes, given)
         draws = not builtin and check_fit(network, config, len(dataset.classes))
+        if draws and config.cuda_graphs:
+            raise ConfigError(
+                "cuda_graphs=true: the network draws random numbers in training (dropout, stochastic depth), which a "
+                "CUDA graph might repeat; omit it."
+            )
         notes += (*found, *((_DRAWS,) if draws else ()))
     if plan.ghost_batch == 1 and builtin:
         check_single_samples(config, len(dataset.classes))

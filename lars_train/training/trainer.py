@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from lars_train.data.loading.loader import BadSample, Batch
 from lars_train.data.mixing import mix_in_place
 from lars_train.models.batchnorm import RunningStatistics
+from lars_train.models.cuda_graphs import GraphedPass, Recorder
 from lars_train.models.ema import ExponentialMovingAverage
-from lars_train.models.losses import TrainingLoss
+from lars_train.models.losses import MixedLabels, TrainingLoss
 from lars_train.run_plan import Plan
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import NONE, Group, wrap_in_ddp
@@ -91,8 +92,8 @@ class Trainer:
     """The model, the optimizer and the position of a run, which `run_update` advances by one update.
 
     Checkpoints and evaluations use `network`. `forward` is the same network, compiled if `compiled`, and inside DDP if
-    there are several ranks. `ema`: the average of the network's weights, if any. `bucket_mb`, `compression`: see
-    `wrap_in_ddp`.
+    there are several ranks. `recorder`: records forward and backward passes, for a single rank; see `GraphedPass`.
+    `ema`: the average of the network's weights, if any. `bucket_mb`, `compression`: see `wrap_in_ddp`.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Trainer:
         *,
         ema: ExponentialMovingAverage | None = None,
         compiled: bool = False,
+        recorder: Recorder | None = None,
         bucket_mb: float = 25.0,
         compression: str = NONE,
     ) -> None:
@@ -123,6 +125,9 @@ class Trainer:
         self.forward: Any = compile_network(network) if compiled else network
         if self.group.ranks.world > 1:
             self.forward = wrap_in_ddp(self.forward, self.device, bucket_mb=bucket_mb, compression=compression)
+        self.graphed = None
+        if recorder is not None:
+            self.graphed = GraphedPass(self._pass, self.first_gradient.parameters, recorder)
 
     def run_update(self, batches: Iterator[Batch], micro_batches: int, *, measure: bool) -> UpdateInfo:
         """Make one update from this rank's next `micro_batches` of `batches`. Collective.
@@ -164,7 +169,7 @@ class Trainer:
         info.made = self._step()
         if info.measures is not None:
             info.measures.after_step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.graphed is None)
         if info.made:
             if self.ema is not None:
                 self.ema.update(self.update)
@@ -191,15 +196,20 @@ class Trainer:
     def _forward_backward(self, batch: Batch) -> Tensor:
         images, labels = self.normalize(batch.images), batch.labels.to(self.device, non_blocking=True)
         mixed = mix_in_place(images, labels, batch.mixes) if batch.mixes else None
+        loss, logits = (self.graphed or self._pass)(images, *(mixed or (labels,)))
+        self.meter.add(loss, logits, mixed.main() if mixed else labels, len(batch.bad))
+        return loss.detach()
+
+    def _pass(self, images: Tensor, labels: Tensor, *mix: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to the gradients, and return loss and logits. `labels`, `mix`: the fields of `MixedLabels`, or labels."""
         with self.precision.autocast(self.device):
             logits = self.forward(images)
         logits = logits.to(self.precision.weights)
-        loss = self.hyper.loss(logits, mixed or labels)
+        loss = self.hyper.loss(logits, MixedLabels(labels, *mix) if mix else labels)
         # DDP averages over ranks. The factor turns this average into the sum over the global batch divided by its size.
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))
-        self.meter.add(loss, logits, mixed.main() if mixed else labels, len(batch.bad))
-        return loss.detach()
+        return loss, logits
 
     def _synchronize_gradients_if(self, is_last: bool) -> AbstractContextManager[None]:
         if is_last or self.group.ranks.world == 1:
@@ -209,8 +219,13 @@ class Trainer:
 
     @contextmanager
     def _first_gradient(self, info: UpdateInfo, samples: int) -> Iterator[None]:
-        with self.first_gradient.recording() as norms:
+        norms: list[Tensor] = []
+        with self.first_gradient.recording(norms) if self.graphed is None else nullcontext():
             yield
+        if self.graphed is not None:
+            # A graph calls no hooks. With a single rank, the gradients are still those of this micro-batch alone.
+            for parameter in self.first_gradient.parameters:
+                self.first_gradient.take(parameter, norms)
         # Undo the factor of `_forward_backward`, to get the mean over these samples. float16's scale is on the device.
         scale = self.scaler.scale(torch.ones((), dtype=torch.float64, device=self.device))
         factor = self.plan.global_batch / (self.group.ranks.world * samples) / scale

@@ -14,7 +14,8 @@ process's memory changes its speed by several percent for its whole life, so the
 - (c) the best bare loop: the fastest precision, channels_last, torch.compile, fused SGD; and the same without compile
 - (d) lars-train's default update: LARS, ghost batch norm, schedule, guard, meters; with compile=true; and "without the
   trainer": the same network, optimizer and loss in a loop. lars-train reads images from host memory; those of the
-  others are on the device. "unfused", on a GPU: batch norm, ReLU and the sum with the shortcut are separate operations.
+  others are on the device. "unfused", on a GPU: batch norm, ReLU and the sum with the shortcut are separate operations;
+  "graphs": with cuda_graphs=true.
 
 Memory, on a GPU, is the growth of the device's peak during two updates.
 
@@ -57,14 +58,14 @@ if __name__ == "__main__":  # parsed before torch is imported, so that --help an
 
 import numpy as np
 import torch
-from training_steps import BARE, BEST, BEST_EAGER, CASES, OURS, STEPS, TIMM, TUNED, UNFUSED, WITHOUT, Case, Step
+from training_steps import BARE, BEST, BEST_EAGER, CASES, GRAPHS, OURS, STEPS, TIMM, TUNED, UNFUSED, WITHOUT, Case, Step
 
 from lars_train.config import Config
 from lars_train.training.device import available_cores, choose_precision, set_up
 
 SYNC_EVERY = 10
 """Updates after which the host waits for a GPU, as at log lines."""
-GHOSTED = (OURS, UNFUSED, TUNED, WITHOUT)
+GHOSTED = (OURS, UNFUSED, GRAPHS, TUNED, WITHOUT)
 """The contenders that have ghost batches."""
 Times = dict[str, list[float]]
 """Seconds of an update by contender, round by round."""
@@ -104,7 +105,7 @@ def serve(pipe: Connection, case: Case, args: Namespace, number: int) -> None:
     memory: dict[str, float] = {}
     reasons: dict[str, str] = {}
     on_gpu = case.device.type == "cuda"
-    for name in args.only or [name for name in STEPS if on_gpu or name != UNFUSED]:
+    for name in args.only or [name for name in STEPS if on_gpu or name not in (UNFUSED, GRAPHS)]:
         before = peak_memory(case.device, reset=True)
         try:
             step = STEPS[name](case)

@@ -26,7 +26,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BARE, TIMM, BEST, BEST_EAGER = "(a) bare, fp32 NCHW", "(b) timm", "(c) best bare, compiled", "(c) best bare, eager"
 OURS, TUNED, WITHOUT = "(d) lars-train", "(d) lars-train, compiled", "(d) without the trainer"
-UNFUSED = "(d) lars-train, unfused"
+UNFUSED, GRAPHS = "(d) lars-train, unfused", "(d) lars-train, graphs"
 Step = Callable[[], object]
 
 
@@ -143,11 +143,11 @@ def best(case: Case, compiled: bool) -> Step:
     return step
 
 
-def config_of(case: Case, compiled: bool = False) -> Config:
+def config_of(case: Case, compiled: bool = False, graphs: bool = False) -> Config:
     """Return the config of a run with LARS, of a million updates."""
     data = f"data=synthetic data.num_classes={case.classes} data.image_size={case.size} data.train_count={case.images}"
     model = f"model={case.name} model.ghost_batch={case.ghost} batch.size={case.images} compile={compiled}"
-    return shared.compose(f"{data} {model} epochs=1000000 optimizer.lr=1".split())
+    return shared.compose(f"{data} {model} cuda_graphs={graphs} epochs=1000000 optimizer.lr=1".split())
 
 
 def network_of(case: Case, config: Config) -> nn.Module:
@@ -170,9 +170,9 @@ class SameBatch(Stream):
         return True
 
 
-def ours(case: Case, compiled: bool = False) -> Step:
+def ours(case: Case, compiled: bool = False, graphs: bool = False) -> Step:
     """Return contender (d): the update of a run's trainer."""
-    config = config_of(case, compiled)
+    config = config_of(case, compiled, graphs)
     plan = make_plan(config, case.images)
     context = RankContext.from_config(config, case.device, Group(Ranks()), choose_precision("auto", case.device))
     trainer = build_trainer(config, plan, network_of(case, config), make_schedule(plan, config), context)
@@ -223,6 +223,7 @@ STEPS: dict[str, Callable[[Case], Step]] = {
     BEST: lambda case: best(case, compiled=True),
     OURS: ours,
     UNFUSED: unfused,
+    GRAPHS: lambda case: ours(case, graphs=True),
     TUNED: lambda case: ours(case, compiled=True),
     WITHOUT: without_trainer,
 }

@@ -39,6 +39,7 @@ def test_flatten_has_every_field_of_the_schema_once() -> None:
 # Keys that affect how a run is executed or what it reports, but not its result.
 EXECUTION = {
     "compile",
+    "cuda_graphs",
     "channels_last",
     "mode",
     "max_updates",
