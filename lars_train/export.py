@@ -157,7 +157,9 @@ def write_safetensors(path: Path, network: nn.Module, about: dict[str, Any]) -> 
     """Write the tensors of the state dict in float32. Return an empty string. Raises `ConfigError`."""
     _require("safetensors", ".safetensors")
     module = importlib.import_module("safetensors.torch")
-    module.save_file(dict(_state(network)), path, metadata={"format": "pt", KEY: json.dumps(about)})
+    # The format has no tensors that share memory, such as those of a layer that is used twice.
+    state = {name: tensor.clone() for name, tensor in _state(network).items()}
+    module.save_file(state, path, metadata={"format": "pt", KEY: json.dumps(about)})
     return ""
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import random
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lars_train.config import Config, filled
 from lars_train.config.network import BUILTIN, TIMM, ModelConfig, describe_network
@@ -58,6 +61,12 @@ def build_network(config: Config, outputs: int, given: Given = NOTHING) -> nn.Mo
         )
     else:
         network = _timm_network(model, outputs) if model.source == TIMM else _custom_network(model, outputs)
+    builtin = given.network is None and model.source == BUILTIN
+    if not builtin and any(is_lazy(value) or value.is_meta for value in (*network.parameters(), *network.buffers())):
+        raise ConfigError(
+            f"model {describe_network(model)}: it has parameters without values (a lazy module, or the meta device). "
+            "Create them with their sizes, or run a pass before the module is returned."
+        )
     use_ghost_batch_norm(network, filled(model.ghost_batch))
     fuse_blocks(network)
     return network
@@ -165,9 +174,17 @@ def check_fit(network: nn.Module, config: Config, classes: int) -> bool:
         if isinstance(layer, GhostBatchNorm2d):
             layer.register_forward_pre_hook(functools.partial(_check_samples, f"{where}: its layer {name}"))
     with torch.random.fork_rng(devices=[]):
-        state = torch.get_rng_state()
+        state, others = torch.get_rng_state(), _other_generators()
         for size in {sizes.start, sizes.end}:
-            torch.autograd.backward(_checked_pass(network.train(), size, classes, where).sum())
+            logits = _checked_pass(network.train(), size, classes, where)
+            if not logits.requires_grad:
+                raise ConfigError(f"{where}: its logits do not depend on a trainable parameter, so it cannot learn.")
+            torch.autograd.backward(logits.sum())
+        if _other_generators() != others:
+            raise ConfigError(
+                f"{where}: a training pass draws from Python's or NumPy's random generator, which a resumed run could "
+                "not repeat; draw from torch's generator (torch.rand)."
+            )
         draws = not torch.equal(state, torch.get_rng_state())
         with torch.no_grad():
             _checked_pass(network.eval(), filled(config.data.image_size), classes, where)
@@ -185,6 +202,12 @@ def check_fit(network: nn.Module, config: Config, classes: int) -> bool:
             "from the network, or freeze them with model.freeze."
         )
     return draws
+
+
+def _other_generators() -> tuple[object, ...]:
+    """Return the states of Python's and NumPy's global generators, which can be compared."""
+    _, key, *position = np.random.get_state(legacy=True)
+    return random.getstate(), np.asarray(key).tobytes(), position
 
 
 def check_logits(network: nn.Module, config: Config, outputs: int) -> None:

@@ -18,7 +18,7 @@ from torchvision.models import resnet18
 from lars_train import export as module
 from lars_train.config import Config
 from lars_train.errors import ConfigError, DataError
-from lars_train.export import CARD, MARK, card, export, origin
+from lars_train.export import CARD, MARK, card, export, origin, write_safetensors
 from lars_train.models.factory import build_model
 from lars_train.models.weights import load_weights
 from lars_train.training import checkpoint
@@ -97,6 +97,16 @@ def test_a_safetensors_file_holds_the_same_tensors(run: Path, tmp_path: Path) ->
         torch.testing.assert_close(model.eval()(images()), expected(run), rtol=0, atol=0)
     output = ran([*ALONE, *DATA, "mode=evaluate", "model=resnet18", f"model.weights={path}"], tmp_path)
     assert f"top-1 {final(run)['final_top1']:.2f} %" in output
+
+
+def test_a_safetensors_file_may_hold_a_layer_twice(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    layer = nn.Linear(3, 3)
+    network = nn.Sequential(layer, nn.ReLU(), layer)
+    write_safetensors(tmp_path / "net.safetensors", network, {})
+    loaded = safetensors.load_file(tmp_path / "net.safetensors")
+    assert loaded.keys() == network.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,9 @@ def test_random_numbers_in_training_are_found_and_undone() -> None:
         ),
         (counting, "a training pass changes seen, which would then differ between the ranks"),
         (folding, "its layer norm gets 4 rows for 2 images"),
+        (torch.no_grad()(plain), "its logits do not depend on a trainable parameter"),
+        (lambda net, images: plain(net, images) * random.random(), "draws from Python's or NumPy's random generator"),
+        (lambda net, images: plain(net, images) * np.random.rand(), "draws from Python's or NumPy's random generator"),
         (
             lambda net, images: net.features(images),
             r"do not depend on 2 parameters \(fc\.weight, fc\.bias\)",
@@ -213,6 +217,12 @@ def test_random_numbers_in_training_are_found_and_undone() -> None:
 def test_a_network_that_does_not_fit_is_refused(compute: Callable[[Any, Tensor], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fits(compute)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LazyLinear(4), lambda: nn.Linear(4, 4, device="meta")])
+def test_a_network_without_values_is_refused(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ConfigError, match="has parameters without values"):
+        build_network(tiny(), 4, Given(network=lambda classes: make()))
 
 
 @pytest.mark.parametrize("key", ["data__train_size", "data__eval_size"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from lars_train.errors import ConfigError
+from lars_train.targets import OBJECT
 
 BUILTIN, TIMM, CUSTOM = "builtin", "timm", "custom"
 """Values of ``model.source``."""
@@ -88,5 +89,10 @@ def check_network(model: ModelConfig, *, stored: bool) -> None:
 
 
 def describe_network(model: ModelConfig) -> str:
-    """Return the network's name for a message or a table: ``timm/resnet50d``, the target of a custom one."""
+    """Return the network's name for a message or a table: ``timm/resnet50d``, or the target of a custom one.
+
+    A network of a Python program has the name of its class.
+    """
+    if str(model.target).startswith(OBJECT):
+        return f"{str(model.target).split(':')[1]} (an object)"
     return {TIMM: f"timm/{model.name}", CUSTOM: str(model.target)}.get(model.source, model.name)

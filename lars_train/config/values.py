@@ -100,7 +100,8 @@ def run_hash(config: Config) -> str:
             node.pop(leaf)
     for key in EXECUTION_KEYS:
         *path, leaf = key.split(".")
-        functools.reduce(operator.getitem, path, plain).pop(leaf)
+        # A key that is also in LATER_KEYS may be gone.
+        functools.reduce(operator.getitem, path, plain).pop(leaf, None)
     if config.data.order == "global":
         # The global order does not use windows of shards.
         plain["data"].pop("window_shards")

@@ -169,7 +169,8 @@ def load_state(model: nn.Module, loaded: Mapping[str, Any], origin: str) -> None
         )
     if found:
         other = _model_of(loaded)
-        remedy = "Check model.name, and how the file was saved" if other is None else f"It fits model={other}"
+        unknown = "Check model.name or model.target, and how the file was saved"
+        remedy = unknown if other is None else f"It fits model={other}"
         raise ConfigError(f"{origin}: the weights do not fit the model: {'; '.join(found)}. {remedy}.")
     model.load_state_dict(loaded, strict=False)
 

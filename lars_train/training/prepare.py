@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lars_train.config import AUTO, Config
-from lars_train.config.network import BUILTIN, ModelConfig
+from lars_train.config.network import BUILTIN, CUSTOM, ModelConfig
 from lars_train.data.dataset import Dataset
 from lars_train.data.open import open_dataset
 from lars_train.data.order import SHARDS
@@ -143,7 +143,8 @@ def check_compatible(content: dict[str, Any], model: ModelConfig, dataset: Datas
     theirs, classes = checkpoint.value(content, "config", "model", "name"), tuple(content["classes"])
     source = content["config"]["model"].get("source", BUILTIN)
     if (source, theirs) != (model.source, model.name):
-        choice = theirs if source == BUILTIN else f"{source} model.name={theirs}"
+        own = content["config"]["model"].get("target")
+        choice = {BUILTIN: theirs, CUSTOM: f"custom model.target={own}"}.get(source, f"{source} model.name={theirs}")
         raise ConfigError(f"the checkpoint holds model {theirs}, not {model.name}; choose model={choice}.")
     blurpool = bool(content["config"]["model"].get("blurpool"))
     if blurpool != bool(model.blurpool):

@@ -34,6 +34,7 @@ from lars_train.signals import handle_termination
 
 CHECKED = 64
 """Samples of each split that are read twice before a run, and whose hashes are part of the data set's identity."""
+_MOST_CLASSES = 1_000_000
 _UNTRANSFORMED = (
     "Pass the dataset without a transform (transform=None): lars-train converts, augments and normalizes images itself "
     "(data.image_size, data.augment, data.flip, data.mean, data.std, augment.auto)"
@@ -155,8 +156,15 @@ def open_items(train: Any, val: Any, place: str) -> Dataset:
                 f"the classes of the training set ({few[0]}, ...) are not those of the validation set ({few[1]}, ...). "
                 "Give both the same classes in the same order."
             )
-        count = max(int(source.labels.max()) for source, _ in splits) + 1
+        source, sample = max(((s, int(s.labels.argmax())) for s, _ in splits), key=lambda at: at[0].labels[at[1]])
+        count = int(source.labels[sample]) + 1
+        if known is None and count > _MOST_CLASSES:
+            raise ConfigError(
+                f"{source.location(sample)}: the label is {count - 1}. A label is the index of a class. If it marks "
+                "samples without a class, leave them out."
+            )
         classes = known or tuple(map(str, range(count)))
+        notes = () if known else _missing_classes([source.labels for source, _ in splits], count)
         if count > len(classes):
             raise ConfigError(f"there is a label {count - 1}, but only {counted(len(classes), 'class', 'classes')}.")
         check_classes("the labels", classes)
@@ -168,8 +176,14 @@ def open_items(train: Any, val: Any, place: str) -> Dataset:
         validation,
         classes,
         fingerprint(classes, ([train_hashes], training.labels), ([val_hashes], validation.labels)),
-        inventory=Inventory(label_notes=() if sys.platform == "linux" else (_NO_WORKERS,)),
+        inventory=Inventory(label_notes=notes if sys.platform == "linux" else (*notes, _NO_WORKERS)),
     )
+
+
+def _missing_classes(labels: Sequence[Labels], count: int) -> tuple[str, ...]:
+    """Return a note if some of `count` classes have no samples."""
+    found = len(np.unique(np.concatenate(labels)))
+    return () if found == count else (f"the labels go up to {count - 1:,}, but only {found:,} of them have samples",)
 
 
 _NO_WORKERS = "dataset objects are read without workers (data.workers=0), because this system has no safe fork"

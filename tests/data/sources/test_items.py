@@ -172,9 +172,18 @@ def test_an_item_whose_label_changes_is_bad() -> None:
         source.read(1)
 
 
-@pytest.mark.parametrize("label", [-1, None, "cat", 1.0, [1]])
+@pytest.mark.parametrize("label", [-1, None, "cat", 1.0, [1], 10**9])
 def test_a_label_that_is_no_class_is_refused(label: Any) -> None:
     assert "train[4] of Pairs: the label is" in refusal(Pairs(list(PIXELS), [*LABELS[:4], label, *LABELS[5:]]))
+
+
+def test_classes_without_samples_are_noted() -> None:
+    sparse = opened(Pairs(list(PIXELS), [*LABELS[:4], 65535, *LABELS[5:]]))
+    assert len(sparse.classes) == 65536
+    assert list(sparse.inventory.lines())[:1] == [
+        "NOTE: the labels go up to 65,535, but only 4 of them have samples",
+    ]
+    assert not list(opened(Pairs(list(PIXELS))).inventory.lines())
 
 
 def test_classes_have_names_or_numbers() -> None:
