@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_scripts import SCRIPTS, composed, settings_of, started
+from resolving import resolved
+from test_scripts import SCRIPTS, settings_of, started
 
 TORCHRUN, SLURM, JOB = (
     SCRIPTS / "cluster" / n for n in ("torchrun_nodes.sh", "slurm_run.sbatch", "kubernetes_pytorchjob.yaml")
@@ -71,7 +72,7 @@ def test_under_slurm_the_machines_are_checked_before_the_run(tmp_path: Path) -> 
     assert commands == [["srun", "lars-train", *SETTINGS]]
     _, commands = started(SLURM, tmp_path, *SETTINGS, SLURM_JOB_ID="7", CHECK="no")
     assert commands == [["srun", "lars-train", *SETTINGS]]
-    config = composed([*SETTINGS[:2], "data.root='/data/image net'", SETTINGS[3], "mode=check"])
+    config = resolved(*SETTINGS[:2], "data.root='/data/image net'", SETTINGS[3], "mode=check")
     assert (config.mode, config.batch.nominal) == ("check", 32_768)
 
 
@@ -178,7 +179,7 @@ def test_the_pytorchjob_starts_torchrun_on_its_volumes(monkeypatch: pytest.Monke
     assert (read.nnodes, read.nproc_per_node, read.rdzv_backend, read.max_restarts) == ("1:4", "8", "c10d", 100)
     assert int(read.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert (read.module, read.training_script) == (True, "lars_train")
-    config = composed(read.training_script_args)
+    config = resolved(*read.training_script_args)
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert {volume["name"] for volume in pod["volumes"]} == set(mounts.values())
     assert config.data.root is not None

@@ -121,10 +121,15 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def _at_once(self, input: Tensor, ghosts: int, shortcut: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Compute all ghost batches with a number of operations that does not depend on `ghosts`."""
         totals = (self.ghost_sums, self.ghost_samples)
+        # The kernels need both parameters or none.
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if weight is not None and bias is None:
+            bias = torch.zeros_like(weight, requires_grad=False)
         return ghost_norm(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             ghosts=ghosts,
             eps=self.eps,
             shortcut=shortcut,

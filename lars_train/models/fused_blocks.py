@@ -53,6 +53,7 @@ def _are_plain(norm: nn.Module, relu: nn.Module) -> bool:
         and type(relu) is nn.ReLU
         and not torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
         and not any(getattr(layer, hooks) for layer in (norm, relu) for hooks in _HOOKS)
+        and not any("forward" in vars(layer) for layer in (norm, relu))
     )
 
 
@@ -66,11 +67,14 @@ def fuse_blocks(network: nn.Module) -> None:
     for layer in network.modules():
         kind: Any = type(layer)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if name in _FORWARDS and not hasattr(kind, "_unfused") and _is_known(layer):
+        if name in _FORWARDS and not hasattr(kind, "_unfused") and _is_known(layer, _FORWARDS[name][0]):
             layer.__class__ = _fused_class(kind)
 
 
-def _is_known(block: nn.Module) -> bool:
+def _is_known(block: nn.Module, method: str) -> bool:
+    own = getattr(block, method)
+    if method in vars(block) or own.__module__ != type(block).__module__:
+        return False  # a program has replaced the method
     nothing_between = all(getattr(block, name, None) is None for name in ("se", "drop_path"))
     activations = [getattr(block, name, None) for name in ("relu", "act1", "act2", "act3")]
     return (

@@ -24,7 +24,8 @@ class EnergyMeter:
     def take(self) -> float | None:
         """Return the joules since the last call, or since the meter was made; None if they cannot be measured."""
         before, self._last = self._last, self._read()
-        return None if before is None or self._last is None else self._last - before
+        # A driver that was loaded again counts from 0.
+        return None if before is None or self._last is None or self._last < before else self._last - before
 
     def _read(self) -> float | None:
         """Return the counter in joules. A counter that fails once is not read again."""

@@ -61,6 +61,7 @@ import torch
 from training_steps import BARE, BEST, BEST_EAGER, CASES, GRAPHS, OURS, STEPS, TIMM, TUNED, UNFUSED, WITHOUT, Case, Step
 
 from lars_train.config import Config
+from lars_train.models.cuda_graphs import WARM_UPS
 from lars_train.training.device import available_cores, choose_precision, set_up
 
 SYNC_EVERY = 10
@@ -109,8 +110,8 @@ def serve(pipe: Connection, case: Case, args: Namespace, number: int) -> None:
         before = peak_memory(case.device, reset=True)
         try:
             step = STEPS[name](case)
-            step()  # compiles
-            step()
+            for _ in range(WARM_UPS + 2 if name == GRAPHS else 2):  # compiles, or records after the first updates
+                step()
         except Exception as error:  # anything that a peer or a compiler raises
             reasons[name] = shared.first_line(error)
         else:

@@ -196,6 +196,20 @@ def test_layers_with_hooks_are_called(fused: list[bool], register: Callable[...,
     assert len(fused) == left
 
 
+def test_replaced_forward_methods_are_called(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make("torchvision, basic")
+    fuse_blocks(block)
+    relu = block.get_submodule("relu")
+    relu.forward = lambda x: x  # type: ignore[method-assign]
+    results(block)
+    assert fused == []
+    patched = make("torchvision, basic")
+    monkeypatch.setattr(type(patched), "forward", lambda self, x: self.bn1(self.conv1(x)))
+    kind = type(patched)
+    fuse_blocks(patched)
+    assert type(patched) is kind
+
+
 @pytest.mark.parametrize("name", ["cifar", "torchvision, basic"])
 def test_a_hook_of_the_backward_pass_before_the_sum_is_called(fused: list[bool], name: str) -> None:
     block = make(name)

@@ -174,11 +174,15 @@ class Calls(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_a_layer_without_the_loop_has_the_same_results(affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("affine", "biased"), [(True, True), (True, False), (False, False)])
+def test_a_layer_without_the_loop_has_the_same_results(
+    affine: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(GhostBatchNorm2d, "_is_looped", lambda *_: False)
     layer = GhostBatchNorm2d(CHANNELS, ghost_batch=3, affine=affine, dtype=torch.float64)
     plain = nn.BatchNorm2d(CHANNELS, affine=affine, dtype=torch.float64)
+    if not biased:
+        layer.bias = plain.bias = None  # type: ignore[assignment]
     x, *_, grad = operands(torch.float64, torch.channels_last)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     got, expected = layer(a), torch.cat([plain(p) for p in b.split(3)])

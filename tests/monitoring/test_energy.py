@@ -70,6 +70,10 @@ def test_the_meter_reads_the_counter_of_torchs_device(nvml: Nvml) -> None:
     assert meter.take() == 5.0
     nvml.counter += 7000
     assert meter.take() == 12.0
+    # The driver was loaded again.
+    nvml.counter = 0
+    assert meter.take() is None
+    assert meter.take() == 5.0
 
 
 def test_a_counter_that_fails_once_is_not_read_again(nvml: Nvml) -> None:
