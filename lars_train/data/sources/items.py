@@ -34,6 +34,7 @@ from lars_train.signals import handle_termination
 
 CHECKED = 64
 """Samples of each split that are read twice before a run, and whose hashes are part of the data set's identity."""
+# A larger label is a mistake, such as a mark for "no class". Each class takes memory for its name.
 _MOST_CLASSES = 1_000_000
 _UNTRANSFORMED = (
     "Pass the dataset without a transform (transform=None): lars-train converts, augments and normalizes images itself "
