@@ -298,8 +298,6 @@ def _check_graphs(config: Config) -> None:
         raise ConfigError("cuda_graphs=true and compile=true: set only one of them.")
     if config.device == "cpu":
         raise ConfigError("cuda_graphs=true: it needs a GPU, but device=cpu; omit it.")
-    if config.launch.nproc not in (AUTO, 1) or config.launch.nodes not in (None, 1):
-        raise ConfigError("cuda_graphs=true: it supports a single process; set launch.nproc=1, or omit it.")
 
 
 def _check_run(config: Config) -> None:

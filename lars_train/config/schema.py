@@ -292,7 +292,7 @@ class Config:
     compile: bool = False
     """Compile the network with ``torch.compile`` for training."""
     cuda_graphs: bool = False
-    """Replay the forward and backward pass of a micro-batch as a CUDA graph. For a single GPU."""
+    """Replay the forward and backward pass of a micro-batch as a CUDA graph."""
     channels_last: Union[bool, str] = AUTO
     """Use the channels_last memory format for weights and images: true, false, or auto (true on every device)."""
     gradient_compression: str = "none"

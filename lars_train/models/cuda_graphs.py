@@ -64,7 +64,7 @@ class CudaRecorder:
     def record(self, function: Pass, inputs: tuple[Tensor, ...]) -> Replay:
         """Record the pass. Raises `ConfigError` if CUDA cannot record it."""
         graph = torch.cuda.CUDAGraph()
-        # The loader's threads may call CUDA while this thread records.
+        # The loader's threads and NCCL's may call CUDA while this thread records.
         options: dict[str, Any] = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.graph(graph, **options):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import platform
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -284,3 +285,60 @@ def wrap_in_ddp(
     if compression == BF16:
         wrapped.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
     return wrapped
+
+
+class GradientBuckets:
+    """Averages gradients over the ranks, where DDP cannot: a replayed CUDA graph calls none of DDP's hooks.
+
+    Each gradient is a view of a bucket for good, so it must be set to zero in place. Arguments as for `wrap_in_ddp`.
+    Collective: the ranks start with the parameters and buffers of rank 0, as in DDP.
+    """
+
+    def __init__(self, network: nn.Module, *, bucket_mb: float = 25.0, compression: str = NONE) -> None:
+        with torch.no_grad():
+            for tensor in itertools.chain(network.parameters(), network.buffers()):
+                dist.broadcast(tensor, 0)
+        self._sent_as = torch.bfloat16 if compression == BF16 else None
+        self._buckets: list[Tensor] = []
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                kinds.setdefault(parameter.dtype, []).append(parameter)
+        for dtype, parameters in kinds.items():
+            for bucket in _in_buckets(parameters, int(bucket_mb * 2**20) // dtype.itemsize):
+                self._buckets.append(_attach(bucket))
+
+    def average(self) -> None:
+        """Replace each gradient by its mean over the ranks. The host does not wait for the device. Collective."""
+        world = dist.get_world_size()
+        sent = [bucket if self._sent_as is None else bucket.to(self._sent_as) for bucket in self._buckets]
+        for work in [dist.all_reduce(values.div_(world), async_op=True) for values in sent]:
+            work.wait()
+        for bucket, values in zip(self._buckets, sent, strict=True):
+            if values is not bucket:
+                bucket.copy_(values)
+
+
+def _in_buckets(parameters: Iterable[Tensor], limit: int) -> list[list[Tensor]]:
+    """Split `parameters` into lists of at most `limit` elements; a larger parameter is alone in its list."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for parameter in parameters:
+        if not buckets or parameter.numel() > room:
+            buckets.append([])
+            room = limit
+        buckets[-1].append(parameter)
+        room -= parameter.numel()
+    return buckets
+
+
+def _attach(parameters: list[Tensor]) -> Tensor:
+    """Return zeros of which the gradients of `parameters` become views, each with the strides of its parameter."""
+    first = parameters[0]
+    bucket = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+    start = 0
+    for parameter in parameters:
+        # `empty_like` has the strides of a parameter whose memory has no gaps, such as one in channels-last order.
+        parameter.grad = bucket.as_strided(parameter.shape, torch.empty_like(parameter).stride(), start)
+        start += parameter.numel()
+    return bucket

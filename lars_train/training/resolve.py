@@ -64,16 +64,11 @@ def resolve_execution(
     """Resolve the settings that the config leaves open. Keep those in `stored`, from a checkpoint. Collective.
 
     Raises `ConfigError` for a precision that the device does not support, for a decoder that is not available, for CUDA
-    graphs on a CPU or with several ranks, or if not even one ghost batch fits into the device's memory.
+    graphs on a CPU, or if not even one ghost batch fits into the device's memory.
     """
     ranks = group.ranks
     if config.cuda_graphs and device.type != "cuda":
         raise ConfigError("cuda_graphs=true: it needs a GPU, but torch finds none here; omit it.")
-    if config.cuda_graphs and ranks.world > 1:
-        raise ConfigError(
-            f"cuda_graphs=true: it supports a single process, but this run has {ranks.world}; set launch.nproc=1, or "
-            "omit it."
-        )
     kept = None if stored is None else Resolved(**stored)
     most = accumulation(plan, ranks.world, 1)
     name = config.precision.name

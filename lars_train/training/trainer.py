@@ -21,7 +21,7 @@ from lars_train.models.ema import ExponentialMovingAverage
 from lars_train.models.losses import MixedLabels, TrainingLoss
 from lars_train.run_plan import Plan
 from lars_train.training.device_prefetch import RankContext
-from lars_train.training.distributed import NONE, Group, wrap_in_ddp
+from lars_train.training.distributed import NONE, GradientBuckets, Group, wrap_in_ddp
 from lars_train.training.guard import Divergence, Guard
 from lars_train.training.metrics import LR_FACTOR, FirstGradient, Measures, noise_terms
 from lars_train.training.resolve import compile_network
@@ -92,7 +92,7 @@ class Trainer:
     """The model, the optimizer and the position of a run, which `run_update` advances by one update.
 
     Checkpoints and evaluations use `network`. `forward` is the same network, compiled if `compiled`, and inside DDP if
-    there are several ranks. `recorder`: records forward and backward passes, for a single rank; see `GraphedPass`.
+    there are several ranks and no `recorder`, which records forward and backward passes (`GraphedPass`).
     `ema`: the average of the network's weights, if any. `bucket_mb`, `compression`: see `wrap_in_ddp`.
     """
 
@@ -123,11 +123,13 @@ class Trainer:
         self.skipped = 0
         """The number of global batches that made no update. The next global batch has number `update` + `skipped`."""
         self.forward: Any = compile_network(network) if compiled else network
-        if self.group.ranks.world > 1:
-            self.forward = wrap_in_ddp(self.forward, self.device, bucket_mb=bucket_mb, compression=compression)
-        self.graphed = None
+        self.graphed = self.buckets = None
         if recorder is not None:
             self.graphed = GraphedPass(self._pass, self.first_gradient.parameters, recorder)
+            if self.group.ranks.world > 1:
+                self.buckets = GradientBuckets(network, bucket_mb=bucket_mb, compression=compression)
+        elif self.group.ranks.world > 1:
+            self.forward = wrap_in_ddp(self.forward, self.device, bucket_mb=bucket_mb, compression=compression)
 
     def run_update(self, batches: Iterator[Batch], micro_batches: int, *, measure: bool) -> UpdateInfo:
         """Make one update from this rank's next `micro_batches` of `batches`. Collective.
@@ -155,6 +157,8 @@ class Trainer:
             ):
                 part = self._forward_backward(batch)
             loss = part if loss is None else loss + part
+        if self.buckets is not None:
+            self.buckets.average()
         if loss is None:
             loss = torch.zeros((), dtype=self.precision.weights, device=self.device)
         total = self.running_statistics.update(
@@ -206,13 +210,13 @@ class Trainer:
             logits = self.forward(images)
         logits = logits.to(self.precision.weights)
         loss = self.hyper.loss(logits, MixedLabels(labels, *mix) if mix else labels)
-        # DDP averages over ranks. The factor turns this average into the sum over the global batch divided by its size.
+        # Gradients are averaged over ranks. The factor turns the average into the sum over ranks divided by the batch.
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))
         return loss, logits
 
     def _synchronize_gradients_if(self, is_last: bool) -> AbstractContextManager[None]:
-        if is_last or self.group.ranks.world == 1:
+        if is_last or self.group.ranks.world == 1 or self.buckets is not None:
             return nullcontext()
         no_sync: AbstractContextManager[None] = self.forward.no_sync()
         return no_sync
@@ -223,7 +227,7 @@ class Trainer:
         with self.first_gradient.recording(norms) if self.graphed is None else nullcontext():
             yield
         if self.graphed is not None:
-            # A graph calls no hooks. With a single rank, the gradients are still those of this micro-batch alone.
+            # A graph calls no hooks. The gradients are still those of this rank's micro-batch alone.
             for parameter in self.first_gradient.parameters:
                 self.first_gradient.take(parameter, norms)
         # Undo the factor of `_forward_backward`, to get the mean over these samples. float16's scale is on the device.

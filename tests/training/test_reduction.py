@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tape import Tape
 from tiny import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,12 +37,14 @@ from lars_train.optim.lars import LARS
 from lars_train.run_plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.device_prefetch import RankContext
-from lars_train.training.distributed import BF16, NONE, process_group, wrap_in_ddp
+from lars_train.training.distributed import BF16, NONE, GradientBuckets, process_group, wrap_in_ddp
 from lars_train.training.trainer import Hyper, Trainer
 
 WORLD, ACCUMULATION, UPDATES = 2, 3, 4
 CPU = torch.device("cpu")
 WIDTH = 1500
+KINDS = {"none": (NONE, False), "bf16": (BF16, False), "none, graphs": (NONE, True), "bf16, graphs": (BF16, True)}
+"""Compression, and if passes are recorded."""
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
 # From linux/sockios.h and linux/if.h.
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
@@ -66,17 +69,21 @@ def plan() -> Plan:
     return Plan(1000, batch, batch, 2, False, False, 1, UPDATES, UPDATES, UPDATES, 0)
 
 
-def trained(rank: int, compression: str, base: Any) -> tuple[Trainer, list[int]]:
+def trained(rank: int, compression: str, base: Any, *, taped: bool) -> tuple[Trainer, list[int]]:
     """Return a trainer after its updates, and the bytes on the wire after each update."""
     sent = []
     with process_group(Ranks(rank, WORLD, rank, WORLD), CPU, 60.0) as group:
         model = network()
+        if taped and rank:  # the ranks begin with rank 0's weights
+            nn.init.zeros_(model[2].weight)
         trainer = Trainer(
             model,
             base(model),
             plan(),
             Hyper(lambda update: 0.1, TrainingLoss()),
             RankContext(CPU, group, Precision("fp32", torch.float32, torch.float32), lambda x: x.float() / 255),
+            bucket_mb=4.0,
+            recorder=Tape(model) if taped else None,
             compression=compression,
         )
         for update in range(UPDATES):
@@ -101,10 +108,12 @@ def rank(number: int, folder: str, port: int) -> None:
     names = {"RANK": number, "WORLD_SIZE": WORLD, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
     results: dict[str, Any] = {}
-    for compression in (NONE, BF16):
-        _, results[compression] = trained(number, compression, lambda m: LARS(torch.optim.SGD(m.parameters(), lr=0.1)))
-        trainer, _ = trained(number, compression, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
-        torch.save(trainer.network.state_dict(), Path(folder) / f"{compression}-{number}.pt")
+    for kind, (compression, taped) in KINDS.items():
+        _, results[kind] = trained(
+            number, compression, lambda m: LARS(torch.optim.SGD(m.parameters(), lr=0.1)), taped=taped
+        )
+        trainer, _ = trained(number, compression, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), taped=taped)
+        torch.save(trainer.network.state_dict(), Path(folder) / f"{kind}-{number}.pt")
     (Path(folder) / f"results-{number}.json").write_text(json.dumps(results))
 
 
@@ -140,10 +149,10 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compression", "size"), [(NONE, 4), (BF16, 2)])
-def test_an_update_sends_no_more_than_one_ring_all_reduce(compression: str, size: int, together: Path) -> None:
-    sent = json.loads((together / "results-0.json").read_text())[compression]
-    gradients = size * sum(p.numel() for p in network().parameters())
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_sends_no_more_than_one_ring_all_reduce(kind: str, together: Path) -> None:
+    sent = json.loads((together / "results-0.json").read_text())[kind]
+    gradients = (2 if KINDS[kind][0] == BF16 else 4) * sum(p.numel() for p in network().parameters())
     # Each of W ranks sends 2 (W - 1) / W of the gradients (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002).
     ring = 2 * (WORLD - 1) * gradients
     # From the second update on, buckets have another order. On a busy machine, TCP resends some packets.
@@ -173,6 +182,21 @@ def test_gradients_are_views_of_their_buckets(alone: None) -> None:
         assert sum(blocks.values()) == sum(g.numel() * g.element_size() for g in grads)
 
 
+def test_gradients_of_graphs_have_the_strides_of_parameters(alone: None) -> None:
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    kernels = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    model = nn.Sequential(kernels, frozen, nn.Linear(300, 1000), nn.Linear(4, 4, dtype=torch.float64))
+    GradientBuckets(model, bucket_mb=1.0)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert [(g.shape, g.stride(), g.dtype) for g in grads] == [(p.shape, p.stride(), p.dtype) for p in trained]
+    # Neighbors share a bucket of at most 1 MiB and one dtype. The third one is larger.
+    blocks = [g.untyped_storage() for g in grads]
+    assert [block.data_ptr() == blocks[0].data_ptr() for block in blocks[:3]] == [True, True, False]
+    sizes = {block.data_ptr(): block.nbytes() for block in blocks}
+    assert sum(sizes.values()) == sum(g.numel() * g.element_size() for g in grads)
+
+
 def gradient(state: dict[str, Tensor], model: nn.Module, numbers: range, update: int) -> list[Tensor]:
     """Return the gradients, in float64, of these ranks' share of the mean loss over the global batch."""
     model.load_state_dict(state)
@@ -185,8 +209,9 @@ def gradient(state: dict[str, Tensor], model: nn.Module, numbers: range, update:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compression", [NONE, BF16])
-def test_compressed_gradients_are_sums_of_rounded_gradients(compression: str, together: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_gradients_are_sums_of_rounded_gradients(kind: str, together: Path) -> None:
+    compression = KINDS[kind][0]
     weights = [p.detach().double() for p in network().parameters()]
     reference = network()
     for update in range(UPDATES):
@@ -200,7 +225,7 @@ def test_compressed_gradients_are_sums_of_rounded_gradients(compression: str, to
         else:
             sums = [sum(gs) for gs in zip(*parts, strict=True)]  # type: ignore[misc]
         weights = [w - 0.1 * g for w, g in zip(weights, sums, strict=True)]
-    got = [torch.load(together / f"{compression}-{r}.pt") for r in range(WORLD)]
+    got = [torch.load(together / f"{kind}-{r}.pt") for r in range(WORLD)]
     for name, expected in zip([n for n, _ in reference.named_parameters()], weights, strict=True):
         assert torch.equal(got[0][name], got[1][name]), name
         start = dict(network().named_parameters())[name].detach()
