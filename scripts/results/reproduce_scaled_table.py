@@ -23,19 +23,12 @@ Takes a night on two cores, with --quick ten minutes. Figures: docs/results.md.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
@@ -48,8 +41,8 @@ from scaled_report import (
     open_page,
     result_table,
     sweep_table,
-    write_records,
 )
+from study_runs import SETS, Study, write_records
 
 ROWS = ("256", "8k", "16k", "32k")
 SGD_SWEEP_256 = (0.05, 0.1, 0.2)
@@ -60,20 +53,9 @@ LINEAR = {"8k": (3.2,), "16k": (6.4,), "32k": (12.8, 25.6)}
 RECIPE = {("256", "sgd"): 0.2, ("32k", "lars"): 29.0}
 # The recipe's 256 row, which has no LARS.
 SGD = ("optimizer=sgd", "optimizer.weight_decay=1e-4")
-# float32 on every processor, so that parts of a study can run on different machines.
-COMMON = (
-    "model=tiny precision=fp32 schedule.scale_warmup=true checkpoint.keep=1 launch.nproc=1 launch.threads=1 "
-    "data.workers=0"
-).split()
-FOLDER = (
-    "batch.scaled=true data=folder data.image_size=32 data.augment=pad_crop data.eval_crop=1.0 "
-    "data.mean=[0.4914,0.4822,0.4465] data.std=[0.2470,0.2435,0.2616]"
-).split()
-SETS = ("cifar10", "fashion_mnist")
 # Epochs and seeds of a full study and of a quick one. 15 epochs are too few updates for the 32K row of this network:
 # at lr 29 it reached 72.5 % on the held-out images, and 79.3 % after 30 epochs.
 EPOCHS, SEEDS = (30, 4), (3, 1)
-BAD_INPUT = 2
 LOG_EVERY = {"256": 2000, "8k": 100, "16k": 40, "32k": 20}
 
 
@@ -107,69 +89,11 @@ class Run:
         lr = "recipe" if self.cell.lr is None else f"{self.cell.lr:g}"
         return f"{'choice' if self.choice else 'table'}-{self.cell.row}-{self.cell.optimizer}-{lr}-seed{self.seed}"
 
-
-class Study:
-    """The runs of a study in a folder, one per core at a time."""
-
-    def __init__(self, data: Sequence[str], folder: Path, epochs: int) -> None:
-        self.data, self.folder, self.epochs = tuple(data), folder, epochs
-        self.processes: set[subprocess.Popen[bytes]] = set()
-        self.stopped = threading.Event()
-
-    def train(self, runs: Sequence[Run]) -> None:
-        """Train all unfinished runs. After a failure, finish the others and exit with its code; bad input ends all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            codes = [code for code in pool.map(self._train, runs) if code]
-        if codes:
-            sys.exit(codes[0])
-
-    def outcome(self, run: Run) -> dict[str, Any]:
-        """Return the run's ``final.json``, or an empty dict if it diverged or has not finished."""
-        path = self.folder / run.name / "final.json"
-        return json.loads(path.read_text()) if path.exists() and not self.diverged(run) else {}
-
-    def diverged(self, run: Run) -> bool:
-        """Return True if the run diverged."""
-        return (self.folder / run.name / "divergence.jsonl").exists()
-
-    def stop(self, number: int) -> None:
-        """Start no more runs; forward a signal to the running ones, which write a checkpoint."""
-        self.stopped.set()
-        for process in tuple(self.processes):
-            process.send_signal(number)
-
-    def _train(self, run: Run) -> int:
-        if self.stopped.is_set():
-            return 75
-        if self.diverged(run):
-            return 0
-        from lars_train.config.arguments import quoted
-
-        holdout = ("data.holdout=0.1",) if run.choice else ()
-        own = (f"epochs={self.epochs}", f"log_every={LOG_EVERY[run.cell.row]}", f"seed={run.seed}")
-        place = f"run.dir={quoted(str(self.folder / run.name))}"
-        log = self.folder / f"{run.name}.log"
-        with log.open("ab") as output:
-            # lars-train ends at once if the run has finished, and refuses to resume one that has other settings.
-            process = subprocess.Popen(
-                [*shared.LARS_TRAIN, *self.data, *COMMON, *holdout, *run.cell.settings, *own, place],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-        self.processes.add(process)
-        code = process.wait()
-        self.processes.discard(process)
-        if code and not self.diverged(run):
-            if code == BAD_INPUT:
-                # lars-train would reject the other runs for the same reason.
-                self.stopped.set()
-            print(f"{run.name}: exit code {code}; {log} ends:\n{log.read_text()[-1000:]}", file=sys.stderr, flush=True)
-            return code
-        print(f"{run.name}: {self.outcome(run).get('final_top1', 'diverged')}", flush=True)
-        return 0
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings of the run, besides those that all runs of the study share."""
+        holdout = ("data.holdout=0.1",) if self.choice else ()
+        return (*holdout, *self.cell.settings, f"log_every={LOG_EVERY[self.cell.row]}", f"seed={self.seed}")
 
 
 def sweep_cells(quick: bool) -> dict[str, list[Cell]]:
@@ -253,12 +177,7 @@ def parse_arguments(parser: ArgumentParser) -> Namespace:
 def main() -> None:
     """Make the choices, then the table; print both, and write them."""
     args = parse_arguments(shared.make_parser(__doc__))
-    from lars_train.config.arguments import quoted
-
-    data = (f"data={args.data}",) if args.data in SETS else (*FOLDER, f"data.root={quoted(args.data)}")
-    study = Study(data, args.runs, args.epochs)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: study.stop(number))
+    study = Study(args.data, args.runs, [f"epochs={args.epochs}"])
     sweeps = {name: [Run(cell, 0, choice=True) for cell in own] for name, own in sweep_cells(args.quick).items()}
     study.train([run for own in sweeps.values() for run in own])
     best = [max(own, key=lambda run: study.outcome(run).get("final_top1", -1.0)).cell for own in sweeps.values()]

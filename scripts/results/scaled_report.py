@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,6 @@ from typing import Any
 import shared
 
 MARKER = "scaled"
-RECORDS = (
-    *("run.json", "final.json", "divergence.jsonl", "config.yaml", "metrics.jsonl", "metrics.fields.json"),
-    *("trust_ratios.jsonl", "trust_ratios.fields.json"),
-)
 STYLE: Any = {"svg.hashsalt": "lars-train", "svg.fonttype": "none", "font.size": 10}
 # Okabe and Ito, https://jfly.uni-koeln.de/color/
 SWEEPS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."))
@@ -186,24 +181,3 @@ def open_page(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         page.write_text(f"# The table at reduced scale\n\n<!-- {MARKER}: begin -->\n<!-- {MARKER}: end -->\n")
     return shared.check_page(page, MARKER)
-
-
-def write_records(runs: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy the RECORDS of runs into `folder`, without host names and paths; return the copies."""
-    for run in runs:
-        (folder / run.name).mkdir(parents=True, exist_ok=True)
-        for name in RECORDS:
-            if not (run / name).exists():
-                (folder / run.name / name).unlink(missing_ok=True)
-                continue
-            text = (run / name).read_text()
-            if name == "run.json":
-                record = json.loads(text)
-                for start in record["started"]:
-                    for key in ("host", "directory", "executable"):
-                        start.pop(key, None)
-                text = json.dumps(record, indent=1) + "\n"
-            for place in (f"{run.resolve().parent}/", f"{run.parent}/"):
-                text = text.replace(place, "")
-            (folder / run.name / name).write_text(text)
-    return [folder / run.name for run in runs]
