@@ -38,11 +38,10 @@ from scaled_report import (
     Result,
     draw_curves,
     draw_sweeps,
-    open_page,
     result_table,
     sweep_table,
 )
-from study_runs import SETS, Study, write_records
+from study_runs import Study, add_data, add_write, write_records
 
 ROWS = ("256", "8k", "16k", "32k")
 SGD_SWEEP_256 = (0.05, 0.1, 0.2)
@@ -151,24 +150,16 @@ def write(args: Namespace, study: Study, sweeps: dict[str, list[Point]], cells: 
     }
     draw_curves({title: [records[cell] for cell in own] for title, own in panels.items()}, folder / "curves")
     what = [f"`{shared.command_line(__file__)} --write {folder}` on {shared.cpu_name()}, {shared.software()}.", ""]
-    page = open_page(folder)
-    page.write_text(shared.between_markers(page.read_text(), MARKER, [*what, *lines]))
+    shared.write_page([*what, *lines], folder / "README.md", MARKER)
 
 
 def parse_arguments(parser: ArgumentParser) -> Namespace:
     """Return the command line, checked and completed."""
-    parser.add_argument("--data", required=True, help="folder or .zip of images, or cifar10, fashion_mnist")
+    add_data(parser)
+    add_write(parser, "The table at reduced scale", MARKER, required=False)
     parser.add_argument("--quick", action="store_true", help="recipe rows and SGD at 32K, 4 epochs, one seed")
-    parser.add_argument("--write", type=Path, metavar="DIR", help="folder for page, plots, report and records")
     parser.add_argument("--epochs", type=shared.positive_int, help="per run (30; quick: 4)")
     args = parser.parse_args()
-    if args.data not in SETS and not Path(args.data).exists():
-        parser.error(f"--data {args.data}: no such file or folder, and none of {', '.join(SETS)}")
-    if args.write:
-        try:
-            open_page(args.write)
-        except (OSError, ValueError) as error:
-            parser.error(f"--write {args.write}: {error}; choose another folder")
     args.epochs, args.seeds = args.epochs or EPOCHS[args.quick], SEEDS[args.quick]
     args.runs = Path("runs") / f"scaled-{Path(args.data).stem}{'-quick' if args.quick else ''}"
     return args

@@ -168,16 +168,3 @@ def draw_curves(panels: Mapping[str, Sequence[Sequence[Path]]], path: Path) -> N
         row[0].set_ylabel("top-1 on test images (%)")
         row[0].set_ylim(bottom=0)
         shared.save_figure(figure, path)
-
-
-def open_page(folder: Path) -> Path:
-    """Return README.md in `folder`, created with the markers if it is missing.
-
-    Raises:
-        ValueError: a README.md without the markers exists.
-    """
-    page = folder / "README.md"
-    if not page.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        page.write_text(f"# The table at reduced scale\n\n<!-- {MARKER}: begin -->\n<!-- {MARKER}: end -->\n")
-    return shared.check_page(page, MARKER)

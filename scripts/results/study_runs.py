@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,35 @@ def data_settings(data: str) -> tuple[str, ...]:
     from lars_train.config.arguments import quoted
 
     return (f"data={data}",) if data in SETS else (*FOLDER, f"data.root={quoted(data)}")
+
+
+def add_data(parser: ArgumentParser) -> None:
+    """Add the option ``--data``; see `data_settings`."""
+
+    def data(text: str) -> str:
+        if text not in SETS and not Path(text).exists():
+            raise ArgumentTypeError(f"{text}: no such file or folder, and none of {', '.join(SETS)}")
+        return text
+
+    parser.add_argument("--data", type=data, required=True, help="folder or .zip of images, or cifar10, fashion_mnist")
+
+
+def add_write(parser: ArgumentParser, title: str, marker: str, *, required: bool) -> None:
+    """Add the option ``--write``: a folder whose README.md has the markers, or is created with `title` and markers."""
+
+    def folder(text: str) -> Path:
+        page = Path(text) / "README.md"
+        try:
+            if not page.exists():
+                page.parent.mkdir(parents=True, exist_ok=True)
+                page.write_text(f"# {title}\n\n<!-- {marker}: begin -->\n<!-- {marker}: end -->\n")
+            shared.check_page(page, marker)
+        except (OSError, ValueError) as error:
+            raise ArgumentTypeError(f"{error}; choose another folder") from None
+        return Path(text)
+
+    what = "folder for page, plots, report and records"
+    parser.add_argument("--write", type=folder, metavar="DIR", required=required, help=what)
 
 
 class Run(Protocol):
