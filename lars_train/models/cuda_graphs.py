@@ -62,18 +62,20 @@ class CudaRecorder:
         return outputs
 
     def record(self, function: Pass, inputs: tuple[Tensor, ...]) -> Replay:
-        """Record the pass. Raises `ConfigError` if CUDA cannot record it."""
+        """Record the pass. Raises `ConfigError` if CUDA cannot record it, and `torch.OutOfMemoryError`."""
         graph = torch.cuda.CUDAGraph()
         # The loader's threads and NCCL's may call CUDA while this thread records.
         options: dict[str, Any] = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.graph(graph, **options):
                 outputs = tuple(output.detach() for output in function(*inputs))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # If the pass fails, the end of the recording may fail, too, and hide the first error.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             raise ConfigError(
-                f"cuda_graphs=true: CUDA cannot record a pass of this network ({first_line(str(error))}); omit it."
+                f"cuda_graphs=true: CUDA cannot record a pass of this network ({first_line(str(cause))}); omit it."
             ) from error
 
         def replay() -> tuple[Tensor, ...]:

@@ -232,11 +232,13 @@ def try_micro_batch(
     device: torch.device,
     layout: torch.memory_format = torch.channels_last,
     copies: int = 2,
+    passes: int = 1,
 ) -> None:
     """Run a forward and backward pass of `samples` images, with as much device memory in use as during training.
 
     `copies`: the memory that training needs besides weights and gradients (for momentum, DDP's buckets, an average), in
-    copies of the weights. The model stays unchanged. Raises `torch.OutOfMemoryError`.
+    copies of the weights. `passes`: the forward passes whose activations are in memory at once. The model stays
+    unchanged. Raises `torch.OutOfMemoryError`.
     """
     try:
         shadow = copy.deepcopy(model).to(device=device, dtype=precision.weights).to(memory_format=layout)
@@ -246,8 +248,8 @@ def try_micro_batch(
             kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
         images = torch.zeros(samples, 3, image_size, image_size, dtype=precision.weights, device=device)
         with precision.autocast(device):
-            logits = shadow.train()(images.contiguous(memory_format=layout))
-        torch.autograd.backward(logits.to(precision.weights).sum())
+            logits = [shadow.train()(images.contiguous(memory_format=layout)) for _ in range(passes)]
+        torch.autograd.backward(logits[-1].to(precision.weights).sum())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     finally:

@@ -297,7 +297,10 @@ class GradientBuckets:
     def __init__(self, network: nn.Module, *, bucket_mb: float = 25.0, compression: str = NONE) -> None:
         with torch.no_grad():
             for tensor in itertools.chain(network.parameters(), network.buffers()):
-                dist.broadcast(tensor, 0)
+                # The backends send plain memory, which may have gaps.
+                sent = tensor.contiguous()
+                dist.broadcast(sent, 0)
+                tensor.copy_(sent)
         self._sent_as = torch.bfloat16 if compression == BF16 else None
         self._buckets: list[Tensor] = []
         kinds: dict[torch.dtype, list[Tensor]] = {}

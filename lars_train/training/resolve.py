@@ -76,13 +76,15 @@ def resolve_execution(
     size = TrainingSizes.from_config(config.data).largest
     known = kept.micro_batch // plan.ghost_batch if kept and kept.micro_batch % plan.ghost_batch == 0 else None
     copies = 2 if config.model.ema is None else 3
+    # The memory of a recorded pass stays reserved beside that of ordinary passes: the first ones of another shape.
+    passes = 2 if config.cuda_graphs else 1
     if config.micro_batch != AUTO:
         ghosts = check_micro_batch(plan, int(config.micro_batch))
     elif device.type == "cuda":
         # Try a stored micro-batch again, because this device may have less memory than the device of the earlier start.
         ghosts = find_largest_ghosts(
             lambda count: try_micro_batch(
-                network, count * plan.ghost_batch, size, precision, device, choose_layout(config), copies
+                network, count * plan.ghost_batch, size, precision, device, choose_layout(config), copies, passes
             ),
             ghost_batch=plan.ghost_batch,
             ghosts=min(known or most, most),

@@ -110,8 +110,7 @@ def serve(pipe: Connection, case: Case, args: Namespace, number: int) -> None:
         before = peak_memory(case.device, reset=True)
         try:
             step = STEPS[name](case)
-            for _ in range(WARM_UPS + 2 if name == GRAPHS else 2):  # compiles, or records after the first updates
-                step()
+            begin(step, name)
         except Exception as error:  # anything that a peer or a compiler raises
             reasons[name] = shared.first_line(error)
         else:
@@ -122,6 +121,12 @@ def serve(pipe: Connection, case: Case, args: Namespace, number: int) -> None:
     for turns in range(args.rounds):
         random.Random(args.rounds * number + turns).shuffle(order)
         pipe.send({name: turn(steps[name], case.device, args.seconds) for name in order})
+
+
+def begin(step: Step, name: str) -> None:
+    """Make the updates that compile, or after which passes are recorded."""
+    for _ in range(WARM_UPS + 2 if name == GRAPHS else 2):
+        step()
 
 
 def turn(step: Step, device: torch.device, seconds: float) -> float:
@@ -195,7 +200,7 @@ def sweep_cells(name: str, case: Case, args: Namespace) -> tuple[str, str, str]:
     before = peak_memory(case.device, reset=True)
     try:
         step = STEPS[name](case)
-        step()
+        begin(step, name)
         turn(step, case.device, 0.0)
         memory = peak_memory(case.device) - before
         times = 1000 * np.array([turn(step, case.device, args.seconds) for _ in range(args.rounds)])

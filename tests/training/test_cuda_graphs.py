@@ -21,7 +21,7 @@ from lars_train.errors import ConfigError
 from lars_train.given import Given
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
-from lars_train.models.cuda_graphs import WARM_UPS, CudaRecorder, GraphedPass
+from lars_train.models.cuda_graphs import WARM_UPS, CudaRecorder, GraphedPass, Pass
 from lars_train.models.factory import build_model
 from lars_train.models.losses import BCE, TrainingLoss
 from lars_train.run_plan import Plan
@@ -236,21 +236,32 @@ def test_cuda_graphs_train_like_ordinary_passes(name: str, monkeypatch: pytest.M
         torch.use_deterministic_algorithms(False)
 
 
-def test_an_operation_that_cuda_cannot_record_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refused:
-        """A recording that CUDA refuses."""
+@pytest.mark.parametrize("at_end", [False, True], ids=["the pass fails", "the end of the recording fails, too"])
+def test_an_operation_that_cuda_cannot_record_is_named(at_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recording:
+        """A recording that may fail at its end, as CUDA's does after an error."""
 
-        def __enter__(self) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        def __enter__(self) -> None: ...
 
-        def __exit__(self, *_: object) -> None: ...
+        def __exit__(self, *_: object) -> None:
+            if at_end:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def failing(error: RuntimeError) -> Pass:
+        def refused() -> tuple[Tensor, ...]:
+            raise error
+
+        return refused
 
     for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Refused())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Recording())
+    recorder = CudaRecorder(torch.device("cuda"))
     with pytest.raises(ConfigError) as caught:
-        CudaRecorder(torch.device("cuda")).record(lambda: (), ())
+        recorder.record(failing(RuntimeError("operation not permitted when stream is capturing\nmore")), ())
     assert str(caught.value) == (
         "cuda_graphs=true: CUDA cannot record a pass of this network (operation not permitted when stream is "
         "capturing); omit it."
     )
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        recorder.record(failing(torch.OutOfMemoryError("no room")), ())

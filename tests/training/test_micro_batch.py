@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -136,6 +137,25 @@ def test_a_trial_leaves_the_model_unchanged(name: str) -> None:
     try_micro_batch(model, 8, 16, choose_precision(name, torch.device("cpu")), torch.device("cpu"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_trial_keeps_the_activations_of_all_passes() -> None:
+    class Counting(nn.Linear):
+        """Counts the inputs that are alive during each pass."""
+
+        inputs: ClassVar[list[weakref.ref[Tensor]]] = []
+
+        def forward(self, input: Tensor) -> Tensor:
+            alive.append(sum(other() is not None for other in self.inputs) + 1)
+            own = input.flatten(1) * 2
+            self.inputs.append(weakref.ref(own))
+            return super().forward(own)
+
+    alive: list[int] = []
+    fp32 = choose_precision("fp32", torch.device("cpu"))
+    try_micro_batch(Counting(48, 2), 8, 4, fp32, torch.device("cpu"), passes=2)
+    assert alive == [1, 2]
+    assert [other() for other in Counting.inputs] == [None, None]
 
 
 @pytest.mark.cuda

@@ -6,6 +6,7 @@ other traffic.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import importlib
 import itertools
@@ -30,14 +31,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lars_train.data.loading.loader import Batch
+from lars_train.data.order import micro_bounds
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
+from lars_train.models.ema import ExponentialMovingAverage
 from lars_train.models.losses import TrainingLoss
 from lars_train.optim.lars import LARS
 from lars_train.run_plan import Plan
 from lars_train.training.device import Precision
 from lars_train.training.device_prefetch import RankContext
-from lars_train.training.distributed import BF16, NONE, GradientBuckets, process_group, wrap_in_ddp
+from lars_train.training.distributed import BF16, NONE, GradientBuckets, Group, process_group, wrap_in_ddp
 from lars_train.training.trainer import Hyper, Trainer
 
 WORLD, ACCUMULATION, UPDATES = 2, 3, 4
@@ -45,6 +48,8 @@ CPU = torch.device("cpu")
 WIDTH = 1500
 KINDS = {"none": (NONE, False), "bf16": (BF16, False), "none, graphs": (NONE, True), "bf16, graphs": (BF16, True)}
 """Compression, and if passes are recorded."""
+UNEVEN = (9, 5, 2)
+"""Global batches that are 5, 3 and 1 ghost batches; the last ones of the first two have a single image."""
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
 # From linux/sockios.h and linux/if.h.
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
@@ -94,6 +99,48 @@ def trained(rank: int, compression: str, base: Any, *, taped: bool) -> tuple[Tra
     return trainer, sent
 
 
+def uneven(group: Group, batch: int, *, start: int = 0) -> Trainer:
+    """Return a trainer of global batches whose ghost batches of 2 the ranks cannot share equally.
+
+    It records passes if there are several ranks. The network has a frozen layer, buffers and an average of the weights.
+    `start` changes all of its values.
+    """
+    torch.manual_seed(start)
+    frozen = nn.Conv2d(6, 6, 1).requires_grad_(False)
+    last = [nn.Conv2d(6, 4, 3, bias=False), nn.Flatten(), nn.Linear(16, 4)]
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), GhostBatchNorm2d(6, ghost_batch=2), nn.ReLU(), frozen, *last)
+    model = model.double().to(memory_format=torch.channels_last).train()
+    model[1].running_mean.fill_(start)
+    base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.01)
+    return Trainer(
+        model,
+        LARS(base, trust_coef=0.1),
+        Plan(1000, batch, batch, 2, False, False, 1, UPDATES, UPDATES, UPDATES, 0),
+        Hyper(lambda update: 1 / (1 + update), TrainingLoss(0.1), clip_grad_norm=0.05),
+        RankContext(CPU, group, Precision("fp64", torch.float64, torch.float64), channels_last),
+        ema=ExponentialMovingAverage(model, 0.9, 0),
+        recorder=Tape(model) if group.ranks.world > 1 else None,
+        bucket_mb=0.0005,
+    )
+
+
+def channels_last(images: Tensor) -> Tensor:
+    return (images.double() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def advance(trainer: Trainer, batch: int, updates: range) -> dict[str, Any]:
+    """Make the updates, and return the trainer's state."""
+    ranks = trainer.group.ranks
+    bounds = micro_bounds(batch, 2, 1, ranks.rank, ranks.world)
+    for update in updates:
+        draw = torch.Generator().manual_seed(update)
+        pixels = torch.randint(256, (batch, 3, 4, 4), dtype=torch.uint8, generator=draw)
+        labels = torch.randint(4, (batch,), generator=draw)
+        own = [Batch(pixels[a:b], labels[a:b], ()) for a, b in bounds]
+        trainer.run_update(iter(own), len(own), measure=update % 2 == 0)
+    return copy.deepcopy(trainer.state())
+
+
 def on_the_wire() -> int:
     """Return the bytes that the loopback interface has sent, with headers."""
     for line in Path("/proc/net/dev").read_text().splitlines():
@@ -115,6 +162,12 @@ def rank(number: int, folder: str, port: int) -> None:
         trainer, _ = trained(number, compression, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), taped=taped)
         torch.save(trainer.network.state_dict(), Path(folder) / f"{kind}-{number}.pt")
     (Path(folder) / f"results-{number}.json").write_text(json.dumps(results))
+    for batch in UNEVEN:
+        with process_group(Ranks(number, WORLD, number, WORLD), CPU, 60.0) as group:
+            half = advance(uneven(group, batch, start=number), batch, range(6))
+            resumed = uneven(group, batch, start=2 + number)
+            resumed.restore(half)
+            torch.save(advance(resumed, batch, range(6, 10)), Path(folder) / f"uneven-{batch}-{number}.pt")
 
 
 def loopback_up() -> None:
@@ -195,6 +248,17 @@ def test_gradients_of_graphs_have_the_strides_of_parameters(alone: None) -> None
     assert [block.data_ptr() == blocks[0].data_ptr() for block in blocks[:3]] == [True, True, False]
     sizes = {block.data_ptr(): block.nbytes() for block in blocks}
     assert sum(sizes.values()) == sum(g.numel() * g.element_size() for g in grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", UNEVEN)
+def test_uneven_ranks_with_graphs_train_like_one_rank(batch: int, together: Path) -> None:
+    expected = advance(uneven(Group(Ranks()), batch), batch, range(10))
+    for number in range(WORLD):
+        got = torch.load(together / f"uneven-{batch}-{number}.pt")
+        for name in ("model", "ema"):
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-12)
+        assert got["update"] == 10
 
 
 def gradient(state: dict[str, Tensor], model: nn.Module, numbers: range, update: int) -> list[Tensor]:

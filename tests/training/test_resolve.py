@@ -144,6 +144,7 @@ def test_on_a_gpu_the_micro_batch_is_the_largest_that_fits(
     tried: list[int] = []
 
     def attempt(model: nn.Module, samples: int, *others: Any) -> None:
+        assert others[-1] == 1
         tried.append(samples // GHOST)
         if samples > room * GHOST:
             raise torch.OutOfMemoryError("there is no more")
@@ -154,6 +155,14 @@ def test_on_a_gpu_the_micro_batch_is_the_largest_that_fits(
     found = resolve_execution(settings, plan(), network, torch.device("cuda"), Group(Ranks()), stored)
     assert found.micro_batch == expected * GHOST
     assert len(tried) == len(set(tried)) <= 5
+
+
+def test_with_graphs_a_trial_has_the_memory_of_two_passes(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    monkeypatch.setattr(module, "try_micro_batch", lambda *arguments: passes.append(arguments[-1]))
+    settings = config(precision=PrecisionConfig(name="fp32"), cuda_graphs=True)
+    resolve_execution(settings, plan(), network, torch.device("cuda"), Group(Ranks()), None)
+    assert passes == [2]
 
 
 def test_a_gpu_too_small_for_one_ghost_batch_is_an_error(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
