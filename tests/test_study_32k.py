@@ -74,7 +74,7 @@ def rows(folder: Path, title: str) -> dict[str, list[str]]:
 @pytest.mark.slow
 def test_the_best_change_of_each_kind_is_taken(folder: Path) -> None:
     page = (folder / "page/README.md").read_text()
-    assert "\nTaken: ema, cosine, decay-2e-4.\n" in page
+    assert "\nWith ema, cosine, decay-2e-4.\n" in page
     found = rows(folder, "What helps at 32K")
     # 72 + 30 / 5 - 2 points for the recipe. Smoothing gains less than the margin. With nus, 3 points, only the average
     # could be combined.

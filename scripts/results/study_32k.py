@@ -172,7 +172,9 @@ def together(study: Study, epochs: int, top1: Mapping[str, float]) -> list[Chang
     if len(combination) > 1:
         run = at_32k("together", combination, epochs, held_out=True)
         study.train([run])
-        if study.outcome(run).get("final_top1", -math.inf) >= top1[best.name]:
+        found = study.outcome(run).get("final_top1", -math.inf)
+        print(f"{', '.join(change.name for change in combination)}: {found:.2f}, {best.name}: {top1[best.name]:.2f}")
+        if found >= top1[best.name]:
             return combination
     return [] if best is RECIPE else [best]
 
@@ -313,7 +315,7 @@ def draw(study: Study, runs: Mapping[str, Sequence[Run]], path: Path) -> None:
 
 
 def main() -> None:
-    """Train the three parts; print the tables, and write them."""
+    """Train the three parts; write each table when its runs have finished."""
     parser = shared.make_parser(__doc__)
     add_data(parser)
     add_write(parser, "What closes the gap at 32K", MARKER, required=True)
@@ -331,19 +333,19 @@ def main() -> None:
     }
     if RECIPE.name not in top1:
         sys.exit("The recipe diverged: nothing to compare with.")
+    lines = [f"`{shared.command_line(__file__)} --write {args.write}` on {shared.cpu_name()}, {shared.software()}."]
+
+    def publish(title: str, *section: str) -> None:
+        lines.extend(("", f"## {title}", "", *section))
+        shared.write_page(lines, args.write / "README.md", MARKER)
+
+    publish("What helps at 32K", *choice_table(top1, epochs))
     changes = together(study, epochs, top1)
+    names = ", ".join(change.name for change in changes) or "nothing"
     table = rows_of_table(study, changes, epochs, quick=args.quick)
+    publish("Against batch 256", f"With {names}.", "", *result_table(study, table))
     short = sooner(study, changes, epochs, quick=args.quick)
-    lines = [
-        f"`{shared.command_line(__file__)} --write {args.write}` on {shared.cpu_name()}, {shared.software()}.",
-        *("", "## What helps at 32K", ""),
-        *choice_table(top1, epochs),
-        *("", f"Taken: {', '.join(change.name for change in changes) or 'nothing'}.", "", "## Against batch 256", ""),
-        *result_table(study, table),
-        *("", "## Sooner", ""),
-        *sooner_table(study, short),
-    ]
-    shared.write_page(lines, args.write / "README.md", MARKER)
+    publish("Sooner", *sooner_table(study, short))
     draw(study, short, args.write / "sooner")
     print("\n".join(lines))
 
