@@ -92,7 +92,11 @@ def check_script(words: list[str]) -> None:
     if path.suffix != ".py":
         assert_composes([word for word in words[1:] if "=" in word])
         return
-    trees = [ast.parse(file.read_text()) for file in (path, ROOT / "scripts" / "shared.py")]
+    # Modules that the script imports may add options.
+    text = path.read_text()
+    imported = [f"{name}.py" for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)]
+    files = [folder / name for folder in (path.parent, ROOT / "scripts") for name in imported]
+    trees = [ast.parse(source) for source in (text, *(file.read_text() for file in files if file.exists()))]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     adds = [c.args for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"]
     known = {name.value for args in adds for name in args if isinstance(name, ast.Constant)}

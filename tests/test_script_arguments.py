@@ -80,7 +80,7 @@ def test_a_count_is_a_whole_number_of_at_least_1(shared: ModuleType) -> None:
         ("bench/input/bench_input.py nowhere", "nowhere: has fewer than two JPEGs"),
         ("verify/chaos.py --write README.md", "argument --write: README.md: <!-- chaos: begin -->"),
         ("verify/measure_float32_bound.py --world 8", "--world: 7 ghost batches"),
-        ("results/reproduce_scaled_table.py --data nowhere.zip", "--data nowhere.zip: no such file or folder"),
+        ("results/reproduce_scaled_table.py --data nowhere.zip", "--data: nowhere.zip: no such file or folder"),
     ],
 )
 def test_bad_input_prints_one_line_and_exits_with_2(command: str, message: str) -> None:
