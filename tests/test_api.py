@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,22 @@ print(result["weights_sha256"], model[5].bias.tolist())
 
 
 @pytest.mark.slow
+def test_a_finished_run_without_its_last_checkpoint_is_refused() -> None:
+    directory = train(*OWN, model=seeded(), data=sets())["directory"]
+    shutil.rmtree(Path(directory) / "checkpoints")
+    with pytest.raises(ConfigError, match="its last checkpoint, with the weights for the module, is missing"):
+        train(*OWN, model=seeded(), data=sets())
+
+
+def test_a_call_within_a_process_group_is_refused() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ConfigError, match="a process group, but a run opens its own; destroy it before the call"):
+            plan(*SMALL, data=sets())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_killed_call_resumes_bit_for_bit(tmp_path: Path) -> None:
     # The reads that check the data happen in another process. The 120th sample is in the 8th update, in mid-epoch.
     killed = start([sys.executable, "-c", SCRIPT, "120"], tmp_path)
@@ -204,6 +221,12 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_call_resumes(monkeypatch: pytest
         ),
         ([], {"data": "no_such:sets"}, "data.target=no_such:sets: there is no module no_such"),
         (["data.holdout=0.1"], {"data": sets()}, "data.holdout=0.1 has no effect with data=custom"),
+        (["data=custom"], {}, "data=custom needs data.target=package.module:function"),
+        (
+            [],
+            {"data": "builtins:dict"},
+            "data.target=builtins:dict: it returned a dict, not a training and a valid",
+        ),
     ],
 )
 def test_bad_input_raises_one_clear_line(settings: Any, arguments: Any, words: str) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -238,6 +239,24 @@ def test_other_folders_are_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "train-00000-of-00001.parquet").touch()
     with pytest.raises(ConfigError, match="lars-data pack"):
         open_huggingface(str(tmp_path))
+
+
+def test_splits_that_cannot_be_trained_on_are_refused(root: Path) -> None:
+    save(root / "train", [(image, name, None) for image, name, _ in TRAIN])
+    with pytest.raises(ConfigError, match="train: no row has a label"):
+        open_huggingface(str(root))
+    save(root / "train", TRAIN)
+    (root / "train" / "data-00001-of-00002.arrow").unlink()
+    save(root / "other", TRAIN, label="kind")
+    shutil.copy(root / "other" / "data-00001-of-00002.arrow", root / "train")
+    with pytest.raises(ConfigError, match="differ in columns or classes; save them again"):
+        open_huggingface(str(root))
+    (root / "train" / "state.json").write_text('{"_data_files": []}')
+    with pytest.raises(ConfigError, match="train has no Arrow files"):
+        open_huggingface(str(root))
+    shutil.rmtree(root / "train")
+    with pytest.raises(ConfigError, match="has no split called train; it has other, validation"):
+        open_huggingface(str(root))
 
 
 def test_labels_outside_the_names_are_refused(root: Path) -> None:
