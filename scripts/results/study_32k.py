@@ -165,13 +165,16 @@ def combine(top1: Mapping[str, float]) -> list[Change]:
     return max(map(joined, bases), key=lambda changes: sum(gains[change] for change in changes))
 
 
-def together(study: Study, epochs: int, top1: Mapping[str, float]) -> list[Change]:
-    """Return the best combination by the held-out images: `combine`'s, or the best single change, or nothing."""
+def together(study: Study, epochs: int, top1: Mapping[str, float], beside: Sequence[Run]) -> list[Change]:
+    """Return the best combination by the held-out images: `combine`'s, or the best single change, or nothing.
+
+    `beside`: runs of the third part that need no choice, so that no core waits.
+    """
     combination = combine(top1)
     best = max(CHANGES, key=lambda change: top1.get(change.name, -math.inf))
     if len(combination) > 1:
         run = at_32k("together", combination, epochs, held_out=True)
-        study.train([run])
+        study.train([run, *beside])
         found = study.outcome(run).get("final_top1", -math.inf)
         print(f"{', '.join(change.name for change in combination)}: {found:.2f}, {best.name}: {top1[best.name]:.2f}")
         if found >= top1[best.name]:
@@ -184,7 +187,9 @@ def rows_of_table(study: Study, changes: Sequence[Change], epochs: int, *, quick
     seeds_32k, seeds_256, seeds_64k = (1, 1, 1) if quick else (SEEDS_32K, SEEDS_256, SEEDS_64K)
     small = ("batch=256", "optimizer.lr=0.1", *(setting for change in changes for setting in change.at_256))
     large = [at_32k("together", changes, epochs, seed) for seed in range(seeds_32k)]
-    study.train(large[:1])
+    reference = [Run("256-together", small, epochs, seed) for seed in range(seeds_256)]
+    # The longest runs first.
+    study.train([*reference, *large])
     lr_32k = study.outcome(large[0]).get("lr", math.nan)
     own = [s for change in changes for s in change.settings if not s.startswith("optimizer.lr=")]
 
@@ -196,31 +201,26 @@ def rows_of_table(study: Study, changes: Sequence[Change], epochs: int, *, quick
     study.train(tried)
     top1 = [study.outcome(run).get("final_top1", -math.inf) for run in tried]
     factor = LR_FACTORS_64K[top1.index(max(top1))]
-    table = {
-        "256": [Run("256-together", small, epochs, seed) for seed in range(seeds_256)],
-        "32K": large,
-        "64K": [at_64k(factor, seed) for seed in range(seeds_64k)],
-    }
-    study.train([run for runs in table.values() for run in runs])
-    return table
+    largest = [at_64k(factor, seed) for seed in range(seeds_64k)]
+    study.train(largest)
+    return {"256": reference, "32K": large, "64K": largest}
 
 
-def sooner(study: Study, changes: Sequence[Change], epochs: int, *, quick: bool) -> dict[str, list[Run]]:
-    """Train the third part and return its runs by method: with one seed, with more at the fewest epochs to `TARGET`."""
-    lengths = (1,) if quick else LENGTHS
-    methods = {"LARS, with what helps": ("together", changes), "LARS, the recipe": ("recipe", [RECIPE])}
-    methods["SGD, tuned"] = ("sgd", [SGD])
-    runs = {
-        name: [at_32k(title, own, length, 0) for length in (*lengths, epochs)] for name, (title, own) in methods.items()
-    }
-    study.train([run for own in runs.values() for run in own])
-    first = next(iter(runs.values()))
+def at_lengths(title: str, changes: Sequence[Change], epochs: int, *, quick: bool) -> list[Run]:
+    """Return runs of the 32K row with these changes, in fewer epochs and in all."""
+    return [at_32k(title, changes, length) for length in (*((1,) if quick else LENGTHS), epochs)]
+
+
+def sooner(study: Study, changes: Sequence[Change], epochs: int, *, quick: bool) -> list[Run]:
+    """Train the third part: with one seed, and with more in the fewest epochs to `TARGET`. Return its runs."""
+    first = at_lengths("together", changes, epochs, quick=quick)
+    study.train(first)
     answer = next((run for run in first if study.outcome(run).get("final_top1", 0.0) >= TARGET), None)
     if answer is not None and answer.epochs < epochs:
         more = [at_32k("together", changes, answer.epochs, seed) for seed in range(1, SEEDS_LENGTH)]
         study.train(more)
         first += more
-    return runs
+    return first
 
 
 # The page
@@ -340,11 +340,17 @@ def main() -> None:
         shared.write_page(lines, args.write / "README.md", MARKER)
 
     publish("What helps at 32K", *choice_table(top1, epochs))
-    changes = together(study, epochs, top1)
+    peers = {
+        "LARS, the recipe": at_lengths("recipe", [RECIPE], epochs, quick=args.quick),
+        "SGD, tuned": at_lengths("sgd", [SGD], epochs, quick=args.quick),
+    }
+    beside = [run for runs in peers.values() for run in runs]
+    changes = together(study, epochs, top1, beside)
     names = ", ".join(change.name for change in changes) or "nothing"
     table = rows_of_table(study, changes, epochs, quick=args.quick)
     publish("Against batch 256", f"With {names}.", "", *result_table(study, table))
-    short = sooner(study, changes, epochs, quick=args.quick)
+    study.train(beside)
+    short = {"LARS, with what helps": sooner(study, changes, epochs, quick=args.quick), **peers}
     publish("Sooner", *sooner_table(study, short))
     draw(study, short, args.write / "sooner")
     print("\n".join(lines))
