@@ -165,9 +165,11 @@ class Run:
 
     def close(self) -> None:
         """Wait for the last checkpoint; close the log and the progress bar."""
-        self.progress.close()
-        self.writer.close()
-        self.logger.close()
+        try:
+            self.progress.close()
+            self.writer.close()
+        finally:
+            self.logger.close()
 
     def _train_until_divergence(self) -> Divergence | None:
         """Make updates until the run ends or diverges, or until the loader has no more batches.
