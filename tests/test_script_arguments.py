@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tiny import environment
+from tiny import start
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -85,14 +84,7 @@ def test_a_count_is_a_whole_number_of_at_least_1(shared: ModuleType) -> None:
 )
 def test_bad_input_prints_one_line_and_exits_with_2(command: str, message: str) -> None:
     name, *rest = command.split()
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / name), *rest],
-        cwd=SCRIPTS.parent,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = start([sys.executable, str(SCRIPTS / name), *rest], SCRIPTS.parent)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
