@@ -32,7 +32,7 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
-from scaled_report import STYLE
+from scaled_report import STYLE, spread
 from study_runs import Study, add_data, add_write
 
 MARKER = "study"
@@ -226,12 +226,6 @@ def sooner(study: Study, changes: Sequence[Change], epochs: int, *, quick: bool)
 # The page
 
 
-def mean(values: Sequence[float]) -> str:
-    """Format the mean and standard deviation over the seeds."""
-    text = f"{fmean(values):.2f}" if values else "diverged"
-    return f"{text} ± {stdev(values):.2f}" if len(values) > 1 else text
-
-
 def difference(values: Sequence[float], baseline: Sequence[float]) -> str:
     """Format the difference of two means with its standard error, the root of the sum of variances over seeds."""
     if not values or not baseline:
@@ -263,7 +257,16 @@ def result_table(study: Study, table: Mapping[str, Sequence[Run]]) -> list[str]:
     for name, own in found.items():
         final = study.outcome(table[name][0])
         gap = "" if own is baseline else difference(own, baseline)
-        rows.append([name, final.get("global_batch", ""), f"{final.get('lr', math.nan):g}", len(own), mean(own), gap])
+        rows.append(
+            [
+                name,
+                final.get("global_batch", ""),
+                f"{final.get('lr', math.nan):g}",
+                len(own),
+                spread(own, len(table[name]) - len(own)),
+                gap,
+            ]
+        )
     heads = ["row", "images", "lr", "seeds", "top-1 %, test", "minus 256, with standard error"]
     return shared.table(heads, rows)
 
@@ -271,10 +274,11 @@ def result_table(study: Study, table: Mapping[str, Sequence[Run]]) -> list[str]:
 def sooner_table(study: Study, runs: Mapping[str, Sequence[Run]]) -> list[str]:
     """Return the table of the third part: top-1 by method and epochs."""
     lengths = sorted({run.epochs for own in runs.values() for run in own})
-    rows = [
-        [name, *(mean(_top1(study, [run for run in own if run.epochs == length])) for length in lengths)]
-        for name, own in runs.items()
-    ]
+    rows = []
+    for name, own in runs.items():
+        by_length = [[run for run in own if run.epochs == length] for length in lengths]
+        found = [_top1(study, some) for some in by_length]
+        rows.append([name, *(spread(top1, len(some) - len(top1)) for some, top1 in zip(by_length, found, strict=True))])
     return shared.table(["top-1 %, test", *(f"{length} epochs" for length in lengths)], rows)
 
 

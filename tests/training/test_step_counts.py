@@ -184,7 +184,9 @@ def test_the_page_has_the_counted_operations_bytes_and_bounds() -> None:
     in_all = [amount + others for amount in moved]
     memory = DEVICES["h100"].memory
     counts = [step(ghosts).operations.total() + _OPERATIONS_OF_UPDATE for ghosts in (1, 4)]
+    unfused = [step(ghosts, fused=False).operations.total() + _OPERATIONS_OF_UPDATE for ghosts in (1, 4)]
     for row in (
+        f"without fusing, this version has {unfused[0]} and {unfused[1]}.",
         f"(a bare loop with fused SGD: {bare_loop().operations.total()}) | 559 | {counts[0]} |",
         f"four ghost batches per micro-batch | 824 | {counts[1]} |",
         f"per image | {moved[0] / 1e6:.0f} MB | {moved[1] / 1e6:.0f} MB |",
