@@ -97,6 +97,8 @@ PASSES = {
     [
         (RELU, torch.float32, 90, 64),
         (RELU, torch.bfloat16, 80, 24),
+        (RELU, torch.float16, 90, 64),
+        (SHORTCUT, torch.float32, 80, 64),
         (SHORTCUT, torch.bfloat16, 90, 64),
         (SHORTCUT, torch.float16, 80, 2048),
     ],
