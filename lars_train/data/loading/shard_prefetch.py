@@ -150,7 +150,9 @@ def _fetch_shards(state: _State) -> None:
         except _Closed:
             return
         except OSError as error:
-            _fail(state, number, DataError(f"the shard cache cannot be written to ({error.strerror or error})."))
+            # The text of an OSError names the file.
+            wrong = f"the shard cache cannot be written to ({error}); is the disk full, or were files removed there?"
+            _fail(state, number, DataError(wrong))
         except BaseException as error:
             _fail(state, number, error)
         else:
