@@ -7,12 +7,16 @@ from pathlib import Path
 
 import old_torch
 import pytest
+import torch
 
 STARTUP = Path(__file__).with_name("startup")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STARTUP), os.environ.get("PYTHONPATH"))))
 # As STARTUP does in other processes.
 gc.set_threshold(100_000)
 atexit.register(gc.freeze)
+
+# Several test processes share the cores. A second thread mostly waits for its core, and spins.
+torch.set_num_threads(1)
 
 # The optimizer tests import asserts from this module.
 pytest.register_assert_rewrite("bases")

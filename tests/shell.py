@@ -220,11 +220,12 @@ def main() -> None:
     from hydra._internal.hydra import Hydra
     from tiny import TINY, composed
 
+    from lars_train.config import resolve
     from lars_train.pack import lars_data
     from lars_train.report import lars_report
 
-    # Warm the caches of Hydra's parsers.
-    composed(*TINY)
+    # Warm the caches of Hydra's parsers, and of the schema.
+    resolve(composed(*TINY))
     # Hydra composes a command's config first to find hydra.mode, which no test sets, and then again to run it.
     Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     gc.freeze()

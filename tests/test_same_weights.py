@@ -18,20 +18,20 @@ def test_a_checkout_with_other_results_is_reported(tmp_path: Path) -> None:
     for part in ("lars_train", "configs"):
         shutil.copytree(ROOT / part, tmp_path / part)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    mini = tmp_path / "configs/data/mini.yaml"
-    text = mini.read_text()
-    mini.write_text(text.replace("std: [0.3530", "std: [0.3531"))
-    assert mini.read_text() != text
+    device = tmp_path / "lars_train/training/device.py"
+    text = device.read_text()
+    device.write_text(text.replace('"bf16", torch.float32, torch.bfloat16', '"bf16", torch.float32, torch.float32'))
+    assert device.read_text() != text
     script = ROOT / "scripts/verify/same_weights.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "--only", "default", "fp64"],
+        [sys.executable, str(script), str(tmp_path), "--only", "bf16", "fp64"],
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.startswith("default: DIFFERS: "), done.stdout + done.stderr
+    assert done.stdout.startswith("bf16: DIFFERS: "), done.stdout + done.stderr
     differs, *details, equal = done.stdout.splitlines()
     assert "final.json" in differs
     assert details

@@ -49,10 +49,10 @@ SETTINGS: dict[str, Any] = {
 }
 """The config of a run of six updates, for tests that train in their own process."""
 DATA = (
-    "data=synthetic data.train_count=640 data.val_count=101 data.num_classes=4 data.image_size=8 "
+    "data=synthetic data.train_count=320 data.val_count=101 data.num_classes=4 data.image_size=8 "
     "model=small model.ghost_batch=8 precision=fp32 schedule.warmup_epochs=0.5 log_every=2 launch.threads=1"
 ).split()
-TINY = [*DATA, "batch.size=64", "optimizer.lr=2", "epochs=2"]
+TINY = [*DATA, "batch.size=32", "optimizer.lr=2", "epochs=2"]
 """The command line of a run of 20 updates on one or several ranks, each in its own process."""
 ALONE = [sys.executable, "-m", "lars_train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lars_train"]

@@ -339,7 +339,7 @@ def _write_settings(directory: Path, config: Config, invocation: Invocation) -> 
         hydra / "config.yaml": invocation.composed_yaml,
         hydra / "hydra.yaml": invocation.hydra_yaml,
         hydra / "overrides.yaml": OmegaConf.to_yaml(list(invocation.overrides)),
-        directory / "config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)),
+        directory / "config.yaml": OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))),
     }
     for path, text in texts.items():
         write_atomic(path, [utf8(text)])

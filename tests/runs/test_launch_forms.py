@@ -39,7 +39,7 @@ def test_the_same_command_finds_its_own_finished_run(tmp_path: Path) -> None:
     first = ran([*ALONE, *TINY], tmp_path, fresh=True)
     (folder,) = (tmp_path / "runs").iterdir()
     assert not set("=, ") & set(folder.name)
-    assert "| 64 " in first
+    assert "| 32 " in first
     assert f"tensorboard --logdir runs/{folder.name}" in first
     before = (folder / "final.json").read_bytes()
     again = ran([*ALONE, *TINY, "log_every=3"], tmp_path)

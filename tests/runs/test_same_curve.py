@@ -44,7 +44,7 @@ REFERENCE = (1, 4, 0)
 OTHERS = [(1, 8, 2), (2, 4, 2), (3, 8, 2), (4, 8, 0)]
 # A pair that differs only in the workers.
 WORKERS_ALONE = (3, 8, 2), (3, 8, 0)
-FLOAT32 = [*OTHERS, (3, 8, 0)]
+FLOAT32 = [(2, 4, 2), *WORKERS_ALONE]
 # Settings of further runs in float64.
 METHODS = {
     "loss": "bce",
