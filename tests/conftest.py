@@ -26,7 +26,8 @@ pytest.register_assert_rewrite("bases")
 LONGEST = (
     *("test_launch_forms", "test_slurm", "test_docs_commands", "test_scaled_table", "test_two_hosts", "test_spawn"),
     *("test_bench_scripts", "test_forecast", "test_killed_runs", "test_same_curve", "test_any_terminal", "test_export"),
-    *("test_full_disk", "test_same_weights", "test_cli", "test_run", "test_torch_lars", "test_hostile_files"),
+    *("test_api", "test_full_disk", "test_same_weights", "test_cli", "test_run", "test_torch_lars"),
+    *("test_own_networks", "test_averaged_runs", "test_hostile_files", "test_image_sizes"),
     *("test_ghost_kernels", "test_fused_kernels", "test_elastic", "test_distributed", "test_remote_runs"),
     "test_lars_sharded",
 )

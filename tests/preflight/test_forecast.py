@@ -130,7 +130,7 @@ def test_a_copy_of_the_weights_in_the_step_is_planned(rule: str, copies: int) ->
             optimizer.step()
     kineto: Any = recorded.profiler
     events = sorted(kineto.kineto_results.events(), key=lambda event: event.start_ns())
-    most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"), default=0)
     assert found["step_bytes"] == copies * found["weight_bytes"]
     assert found["step_bytes"] == pytest.approx(most, abs=0.02 * found["weight_bytes"])
     memory = found["memory_per_device"][0]
@@ -141,7 +141,7 @@ def test_a_copy_of_the_weights_in_the_step_is_planned(rule: str, copies: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 224, 8)])
+@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 160, 8)])
 def test_a_cpu_process_takes_at_most_the_planned_memory(
     model: str, size: int, micro_batch: int, tmp_path: Path
 ) -> None:

@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
-from tiny import environment
+from tiny import start
 from torch import Tensor
 
 from lars_train.monitoring.fields import LAYOUT_DEPENDENT_FIELDS
@@ -129,14 +128,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=environment(PYTHONPATH=os.pathsep.join(path for path in sys.path if path)),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = start([sys.executable, __file__, str(folder)], folder, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     return Runs(folder, done.stdout)
 

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
-from tiny import environment
+from tiny import start
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
@@ -206,14 +205,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), str(port)],
-        env=environment(PYTHONPATH=os.pathsep.join(path for path in sys.path if path)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = start([sys.executable, __file__, str(folder), str(port)], folder, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     return folder
 
