@@ -5,18 +5,13 @@ import gc
 import os
 from pathlib import Path
 
-import old_torch
 import pytest
-import torch
 
 STARTUP = Path(__file__).with_name("startup")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STARTUP), os.environ.get("PYTHONPATH"))))
 # As STARTUP does in other processes.
 gc.set_threshold(100_000)
 atexit.register(gc.freeze)
-
-# Several test processes share the cores. A second thread mostly waits for its core, and spins.
-torch.set_num_threads(1)
 
 # The optimizer tests import asserts from this module.
 pytest.register_assert_rewrite("bases")
@@ -39,6 +34,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Imported here, because the process that only starts the workers does not need torch.
+    import old_torch
+    import torch
+
+    # The workers share the cores. A second thread mostly waits for its core, and spins.
+    torch.set_num_threads(1)
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
     old_torch.skip(items)
