@@ -141,7 +141,7 @@ def test_a_copy_of_the_weights_in_the_step_is_planned(rule: str, copies: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 256), ("resnet18", 160, 8)])
+@pytest.mark.parametrize(("model", "size", "micro_batch"), [("small", 32, 128), ("resnet18", 128, 8)])
 def test_a_cpu_process_takes_at_most_the_planned_memory(
     model: str, size: int, micro_batch: int, tmp_path: Path
 ) -> None:
