@@ -60,7 +60,7 @@ import sys, torch
 from lars_train.models import ghost_launch, ghost_norm
 ghost_norm._is_supported = lambda input: True
 results = []
-for given, ghosts, eps, ghost_launch.PROGRAMS, relu, totals, ghost_norm.LARGE_FOR_MOMENTS in torch.load(sys.argv[1]):
+for given, ghosts, eps, ghost_launch.PROGRAMS, relu, totals in torch.load(sys.argv[1]):
     x, weight, bias, grad, shortcut = given
     leaves = [t.requires_grad_() for t in (x, weight, bias, shortcut) if t is not None]
     output, *moments = ghost_norm._GhostNorm.apply(x, weight, bias, shortcut, ghosts, eps, relu, totals)
@@ -164,16 +164,16 @@ def check(got: Made, given: list[Tensor | None], case: Case, dtype: torch.dtype,
     assert counted.tolist() == [COUNTED + case.samples * case.ghosts]
 
 
-Given = tuple[list[Tensor | None], Case, str, int]
-"""Operands, with their case and kind, and the value of LARGE_FOR_MOMENTS."""
+Given = tuple[list[Tensor | None], Case, str]
+"""Operands, with their case and kind."""
 
 
 def interpreted(folder: Path, given: list[Given]) -> list[Made]:
     """Run the kernels in Triton's interpreter, in another process."""
     runs = []
-    for tensors, case, kind, large in given:
+    for tensors, case, kind in given:
         totals = (torch.full((2, case.channels), SUMS), torch.full((1,), COUNTED))
-        runs.append((tensors, case.ghosts, EPS, case.programs, kind != PLAIN, totals, large))
+        runs.append((tensors, case.ghosts, EPS, case.programs, kind != PLAIN, totals))
     torch.save(runs, folder / "cases.pt")
     # Triton reads TRITON_INTERPRET when the kernels are defined.
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

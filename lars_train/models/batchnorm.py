@@ -24,7 +24,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     `running_mean` and `running_var` stay unchanged until `RunningStatistics.update`.
 
     The layer accumulates every forward pass in training mode, so a recomputed pass (activation checkpointing) would
-    count twice.
+    count twice. The statistics of a single ghost batch wait in `ghost_moments`, so that `RunningStatistics` adds those
+    of all layers at once.
 
     Args:
         num_features: channels C.
@@ -40,6 +41,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     """(2, C): sums of the ghost batches' means and unbiased variances since the last update, weighted by samples."""
     ghost_samples: Tensor
     """(1,): the number of samples in `ghost_sums`."""
+    ghost_moments: Tensor
+    """(2, C): mean and unbiased variance of the ghost batch of `waiting` samples; zeros if nothing waits."""
+    waiting = 0
     is_frozen = False
     """True keeps the layer in evaluation mode during training."""
 
@@ -65,6 +69,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         sums = _running(self)[0].new_zeros(2, self.num_features)
         self.register_buffer("ghost_sums", sums, persistent=False)
         self.register_buffer("ghost_samples", sums.new_zeros(1), persistent=False)
+        self.register_buffer("ghost_moments", torch.zeros_like(sums), persistent=False)
 
     def train(self, mode: bool = True) -> GhostBatchNorm2d:
         """Set training mode, unless the layer is frozen."""
@@ -78,10 +83,18 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         ghosts = self._count_ghosts(input)
         if not self._is_looped(input, ghosts):
             return self._at_once(input, ghosts)
+        if ghosts == 1 and not self.waiting:
+            output = self._single(input, *self.ghost_moments.unbind())
+            self.waiting = len(input)
+            return output
         output, sums = self._one_by_one(input, ghosts)
         self.ghost_sums.add_(sums, alpha=len(input) // ghosts)
         self.ghost_samples.add_(len(input))
         return output
+
+    def uses_kernels(self, input: Tensor) -> bool:
+        """Return False if torch's batch norm takes the host less time than the kernels of `ghost_norm`."""
+        return self._count_ghosts(input) > 1 or is_faster_for_single_ghost(input)
 
     def forward_relu(self, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return relu(forward(input) + shortcut). Call it in training mode, and if `ghost_norm.can_fuse` is True."""
@@ -106,17 +119,17 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         """Return the output, and the (2, C) sums of the ghost batches' means and unbiased variances."""
         # The backward pass of `split` copies, even if there is only one part.
         parts = (input,) if ghosts == 1 else torch.split(input, len(input) // ghosts)
-        # With momentum 1, batch_norm writes exactly the ghost batch's mean and unbiased variance into these buffers.
         rows = self.ghost_sums.new_zeros(len(parts), 2, self.num_features)
-        outputs = [
-            functional.batch_norm(
-                part, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
-            )
-            for part, (mean, variance) in zip(parts, rows.unbind(), strict=True)
-        ]
+        outputs = [self._single(part, *row) for part, row in zip(parts, rows.unbind(), strict=True)]
         if len(parts) == 1:
             return outputs[0], rows[0]
         return torch.cat(outputs), rows.sum(0)
+
+    def _single(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Return the output of one ghost batch, and write its statistics into `mean` and `variance`, which are 0."""
+        return functional.batch_norm(
+            input, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
+        )
 
     def _at_once(self, input: Tensor, ghosts: int, shortcut: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Compute all ghost batches with a number of operations that does not depend on `ghosts`."""
@@ -159,11 +172,39 @@ class RunningStatistics:
         # Attribute lookup on modules is slow compared with an update of a small network, which takes a few ms.
         layers = self._layers
         self._sums = [layer.ghost_sums for layer in layers]
+        # `data` has its own version counter. Otherwise a change before the backward pass would be an error, because
+        # autograd saves the running statistics of batch norm, which that pass does not read in training mode.
+        self._moments = [layer.ghost_moments.data for layer in layers]
         self._samples = [layer.ghost_samples for layer in layers]
         self._running = [t for layer in layers for t in _running(layer)]
         self._sizes = [t.numel() for t in self._running]
         self._momenta = [m for layer in layers for m in [layer.momentum or 0.0] * 2]
         self._updates = [t for layer in layers if (t := layer.num_batches_tracked) is not None]
+
+    def collect(self) -> None:
+        """Add the statistics that wait in the layers to their sums.
+
+        `update` does so, too. But a call after each micro-batch is faster, because a layer in which statistics wait
+        must add the next ones on its own.
+        """
+        waiting = [layer.waiting for layer in self._layers]
+        if not any(waiting):
+            return
+        self._refresh()
+        for samples in set(waiting) - {0}:
+            found = [number for number, count in enumerate(waiting) if count == samples]
+            sums, counts, moments = (
+                [tensors[n] for n in found] for tensors in (self._sums, self._samples, self._moments)
+            )
+            torch._foreach_add_(sums, moments, alpha=samples)
+            torch._foreach_add_(counts, samples)
+            torch._foreach_zero_(moments)
+        for layer in self._layers:
+            layer.waiting = 0
+
+    def _refresh(self) -> None:
+        if self._layers[0].running_mean is not self._running[0]:  # the model was moved, or its tensors were replaced
+            self._cache_tensors()
 
     def update(self, all_reduce: Callable[[Tensor], None] | None = None, also: Tensor | None = None) -> Tensor | None:
         """Update the running statistics and clear the sums. Return the tensor `also`, summed over the ranks.
@@ -175,14 +216,14 @@ class RunningStatistics:
                 also on a rank without samples. None for a single rank.
             also: a 1-D tensor to sum in the same collective.
         """
-        layers, sums, samples = self._layers, self._sums, self._samples
+        layers = self._layers
         if not layers:
             if all_reduce is not None and also is not None:
                 all_reduce(also)
             return also
-        if layers[0].running_mean is not self._running[0]:  # the model was moved, or its tensors were replaced
-            self._cache_tensors()
-            sums, samples = self._sums, self._samples
+        self._refresh()
+        self.collect()
+        sums, samples = self._sums, self._samples
         others = [] if also is None else [also.to(sums[0].dtype)]
         flat = torch.cat([*others, *(t.flatten() for t in (*sums, *samples))])
         if all_reduce is not None:

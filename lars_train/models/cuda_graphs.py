@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lars_train.errors import ConfigError
 from lars_train.messages import first_line
+from lars_train.models.ghost_norm import launches_are_free
 
 Pass = Callable[..., tuple[Tensor, ...]]
 """A forward and backward pass that adds to the parameters' gradients. Maps tensors to tensors."""
@@ -55,7 +56,7 @@ class CudaRecorder:
         """Run the pass on the stream of the recordings."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with launches_are_free(), torch.cuda.stream(self._stream):
             outputs = function(*inputs)
         # The two waits also keep either stream from reusing freed memory that the other stream still reads.
         current.wait_stream(self._stream)
@@ -67,7 +68,7 @@ class CudaRecorder:
         # The loader's threads and NCCL's may call CUDA while this thread records.
         options: dict[str, Any] = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, **options):
+            with launches_are_free(), torch.cuda.graph(graph, **options):
                 outputs = tuple(output.detach() for output in function(*inputs))
         except RuntimeError as error:
             # If the pass fails, the end of the recording may fail, too, and hide the first error.

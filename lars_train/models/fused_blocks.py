@@ -1,7 +1,8 @@
 """Fuse batch norm with the ReLU after it, and with the sum with the shortcut, in residual blocks of known classes.
 
 On CUDA one autograd function then computes what torch computes by two or three: see `ghost_kernels`. Elsewhere, in
-evaluation, under torch.compile, and with hooks or another activation, blocks call the same layers as before.
+evaluation, under torch.compile, for a single small ghost batch, and with hooks or another activation, blocks call the
+same layers as before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def norm_relu(norm: nn.Module, relu: nn.Module, input: Tensor, shortcut: Tensor 
     """Return relu(norm(input)), or relu(norm(input) + shortcut)."""
     if not _disabled and can_fuse(input, shortcut) and _are_plain(norm, relu):
         assert isinstance(norm, GhostBatchNorm2d)
-        return norm.forward_relu(input, shortcut)
+        if norm.uses_kernels(input):
+            return norm.forward_relu(input, shortcut)
     output: Tensor = norm(input)
     if shortcut is not None:
         # With hooks of the backward pass the output is a view, which must not change in place.

@@ -28,7 +28,6 @@ def normalize(
     ghosts: int,
     eps: float,
     *,
-    moments: tuple[Tensor, Tensor] | None = None,
     shortcut: Tensor | None = None,
     relu: bool = False,
     totals: tuple[Tensor, Tensor] | None = None,
@@ -39,7 +38,6 @@ def normalize(
         input: (n, C, H, W) of float32, bfloat16 or float16, contiguous in channels_last, n a multiple of
             `ghosts`, each ghost batch with more than one value per channel.
         weight, bias: (C,) of any floating dtype, or both None.
-        moments: the means and biased variances, float32 (ghosts, C), if they are known.
         shortcut: added to the output; like `input`.
         relu: apply ReLU to the output, after the shortcut.
         totals: (2, C) and (1,). The ghost batches' means and unbiased variances, weighted by samples, are added to the
@@ -49,13 +47,10 @@ def normalize(
         The output, like `input` and not a view; in float32 the means and biased variances, (ghosts, C).
     """
     tiling = _tiling(input, ghosts)
-    if moments is None:
-        chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
-        mean, variance = input.new_empty((2, ghosts, tiling.channels), dtype=torch.float32).unbind()
-        _launch(ghost_kernels._chunk_moments, tiling, input, chunks)
-        _launch(ghost_kernels._combine_moments, tiling, chunks, mean, variance)
-    else:
-        mean, variance = moments
+    chunks = input.new_empty((2, ghosts, tiling.chunks, tiling.channels), dtype=torch.float32)
+    mean, variance = input.new_empty((2, ghosts, tiling.channels), dtype=torch.float32).unbind()
+    _launch(ghost_kernels._chunk_moments, tiling, input, chunks)
+    _launch(ghost_kernels._combine_moments, tiling, chunks, mean, variance)
     output = torch.empty_like(input)
     sums, counted = totals or (None, None)
     samples = float(len(input) // ghosts)

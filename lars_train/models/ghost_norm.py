@@ -33,22 +33,17 @@ from lars_train.messages import complain
 LARGE = 1 << 24
 """A single ghost batch of at least this many values uses the Triton kernels instead of torch's batch norm.
 
-Torch's batch norm is slower on the device but takes fewer launches. With fewer values than this, an H100 waits for the
-host to launch the kernels (docs/gpu_notes.md).
+Torch's batch norm and ReLU are slower on the device but take the host less time: 4 launches from C++, not 6 from
+Python. With fewer values than this, an H100 waits for the host (docs/gpu_notes.md).
 """
-LARGE_FOR_MOMENTS = 1 << 25
-"""A single ghost batch of fewer values than this, before a ReLU, takes its mean and variance from a kernel of torch.
-
-The Triton kernels take two launches for them. Reading this many values of 16 bits takes an H100 20 us, and launching an
-operation took its host 40 us.
-"""
-
 # The reduced dimensions of a (ghost batches, samples, C, H, W) view.
 _REDUCED = (1, 3, 4)
 _HALF = (torch.bfloat16, torch.float16)
 _KERNEL_DTYPES = (torch.float32, *_HALF)
 # Reasons not to use the Triton kernels.
 _disabled: list[str] = []
+# An entry means that launches take the host no time.
+_launches_are_free: list[None] = []
 
 
 def ghost_norm(
@@ -106,7 +101,7 @@ def can_fuse(input: Tensor, shortcut: Tensor | None) -> bool:
 
 def is_faster_for_single_ghost(input: Tensor) -> bool:
     """Return True if `ghost_norm` is faster than torch's batch norm for `input` (n, C, H, W), a single ghost batch."""
-    return input.numel() >= LARGE and _has_kernels(input)
+    return (bool(_launches_are_free) or input.numel() >= LARGE) and _has_kernels(input)
 
 
 @contextmanager
@@ -117,6 +112,16 @@ def without_kernels() -> Iterator[None]:
         yield
     finally:
         _disabled.remove("requested")
+
+
+@contextmanager
+def launches_are_free() -> Iterator[None]:
+    """Within the context, use the Triton kernels for single ghost batches of any size: a CUDA graph launches them."""
+    _launches_are_free.append(None)
+    try:
+        yield
+    finally:
+        _launches_are_free.pop()
 
 
 class _GhostNorm(torch.autograd.Function):
@@ -133,8 +138,7 @@ class _GhostNorm(torch.autograd.Function):
         totals: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         arguments = (input, weight, bias, ghosts, eps)
-        moments = _single_moments(input, ghosts) if relu else None
-        options = {"shortcut": shortcut, "relu": relu, "moments": moments, "totals": totals}
+        options = {"shortcut": shortcut, "relu": relu, "totals": totals}
         result = _call_kernel("normalize", input, *arguments, **options)
         output, mean, variance = result or _normalize(*arguments, shortcut=shortcut, relu=relu)
         if result is None and totals is not None:
@@ -205,15 +209,6 @@ def _kernels() -> ModuleType:
     from lars_train.models import ghost_launch
 
     return ghost_launch
-
-
-def _single_moments(input: Tensor, ghosts: int) -> tuple[Tensor, Tensor] | None:
-    """Return mean and biased variance, float32 (1, C), of a single ghost batch below `LARGE_FOR_MOMENTS`, or None."""
-    if ghosts > 1 or input.numel() >= LARGE_FOR_MOMENTS or not _has_kernels(input):
-        return None
-    # On CUDA this computes in float32, also for half precision.
-    mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
-    return mean[None], variance[None]
 
 
 def _add_to(totals: tuple[Tensor, Tensor], input: Tensor, mean: Tensor, variance: Tensor) -> None:

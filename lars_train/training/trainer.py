@@ -213,6 +213,7 @@ class Trainer:
         # Gradients are averaged over ranks. The factor turns the average into the sum over ranks divided by the batch.
         mean = loss * (self.group.ranks.world / self.plan.global_batch)
         torch.autograd.backward(self.scaler.scale(mean))
+        self.running_statistics.collect()
         return loss, logits
 
     def _synchronize_gradients_if(self, is_last: bool) -> AbstractContextManager[None]:

@@ -47,12 +47,12 @@ from lars_train.models import ghost_launch as kernels
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Made]:
     """Return the results by case and dtype; "two": the first two ghost batches of the case of three, in float32."""
-    given: list[Given] = [(operands(case, dtype), case, PLAIN, 0) for case, dtype in TYPED_CASES]
+    given: list[Given] = [(operands(case, dtype), case, PLAIN) for case, dtype in TYPED_CASES]
     three, (x, weight, bias, grad, _) = CASES[3], operands(CASES[3], torch.float32)
     assert x is not None
     assert grad is not None
     two = [x[: 2 * three.samples].clone(memory_format=LAST), weight, bias, grad[: 2 * three.samples], None]
-    given.append((two, three._replace(ghosts=2), PLAIN, 0))
+    given.append((two, three._replace(ghosts=2), PLAIN))
     return dict(zip([*TYPED_CASES, "two"], interpreted(tmp_path_factory.mktemp("interpreted"), given), strict=True))
 
 
@@ -175,6 +175,9 @@ def test_one_ghost_batch_uses_the_kernels_only_if_large(
     monkeypatch.setattr(dispatch, "LARGE", 8 * 64 * 8 * 8 + more)
     on_fake_cuda(torch.bfloat16, LAST, ghost_batch=8)
     assert len(launched) == launches
+    with dispatch.launches_are_free():
+        on_fake_cuda(torch.bfloat16, LAST, ghost_batch=8)
+    assert len(launched) == launches + 6
 
 
 def test_fake_tensors_and_compiled_models_avoid_the_kernels(
@@ -194,7 +197,7 @@ def test_fake_tensors_and_compiled_models_avoid_the_kernels(
 def test_without_triton_torch_takes_over_with_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str, kind: str
 ) -> None:
-    def working(*arguments: Any, totals: Any, moments: None, **options: Any) -> tuple[Tensor, ...]:
+    def working(*arguments: Any, totals: Any, **options: Any) -> tuple[Tensor, ...]:
         made = dispatch._normalize(*arguments, **options)
         dispatch._add_to(totals, arguments[0], *made[1:])
         return made
