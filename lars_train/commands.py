@@ -96,6 +96,8 @@ def _train(config: Config, invocation: Invocation, given: Given) -> dict[str, An
     count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
     check_world(prepared.plan, ranks.world if ranks else count)
     if cuda_devices(config) == 0:
+        if config.cuda_graphs:
+            raise ConfigError("cuda_graphs=true: it needs a GPU, but torch finds none here; omit it.")
         choose_precision(config.precision.name, torch.device("cpu"))
     if config.data.name == "mini" and config.verbosity:
         say(
@@ -119,8 +121,9 @@ def _train(config: Config, invocation: Invocation, given: Given) -> dict[str, An
 
 
 def _describe_results(final: dict[str, Any], directory: Path) -> str:
+    energy = f", {final['kwh']:.3g} kWh on the GPUs" if "kwh" in final else ""
     lines = [
-        f"{counted(final['updates'], 'update')} in {elapsed_time(final['seconds'])}",
+        f"{counted(final['updates'], 'update')} in {elapsed_time(final['seconds'])}{energy}",
         f"run directory  {directory}",
         f"TensorBoard    tensorboard --logdir {shlex.quote(str(directory))}",
         f"               http://localhost:6006/#{CUSTOM_SCALARS_TAB}",

@@ -198,8 +198,8 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    """Record launches instead of making them."""
+def recorded(monkeypatch: pytest.MonkeyPatch, keep: bool = True) -> Iterator[list[Launch]]:
+    """Record launches instead of making them. `keep=False` drops them, and with them their tensors."""
     from lars_train.models import ghost_kernels
 
     made: list[Launch] = []
@@ -209,7 +209,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            return lambda *arguments, **options: made.append(Launch(self.kernel, grid[0], arguments, options))
+            def launch(*arguments: Any, **options: Any) -> None:
+                if keep:
+                    made.append(Launch(self.kernel, grid[0], arguments, options))
+
+            return launch
 
     with monkeypatch.context() as patch:
         for name in (*STREAMS, *COMBINING):

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import start
 
 from lars_train.data.decode import native
+from lars_train.models import fused_blocks
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -52,6 +53,16 @@ def test_bench_step_has_a_row_for_each_contender(tmp_path: Path) -> None:
     _, *rows = measure(tmp_path, "bench/bench_step.py", *options, *names)
     assert [row[0] for row in rows] == names
     assert all(number(cell) > 0 for row in rows for cell in (row[1], row[5]))
+
+
+def test_the_unfused_contender_runs_without_fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (SCRIPTS, SCRIPTS / "bench"):
+        monkeypatch.syspath_prepend(folder)
+    steps, seen = importlib.import_module("training_steps"), []
+    monkeypatch.setattr(steps, "ours", lambda case: lambda: seen.append(len(fused_blocks._disabled)))
+    steps.unfused(steps.CASES["cpu"][1])()
+    assert seen == [1]
+    assert fused_blocks._disabled == []
 
 
 def test_a_sweep_has_a_row_for_each_configuration_failed_or_not() -> None:

@@ -34,7 +34,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     Raises:
         ValueError: `ghost_batch` is below 1; in `forward`, n is 0, or n is larger than `ghost_batch` but not a multiple
-            of it, or a ghost batch has a single value per channel.
+            of it, or a ghost batch has a single value per channel, or C differs (`RuntimeError` without the kernels).
     """
 
     ghost_sums: Tensor
@@ -133,6 +133,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def _at_once(self, input: Tensor, ghosts: int, shortcut: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """Compute all ghost batches with a number of operations that does not depend on `ghosts`."""
+        if input.shape[1] != self.num_features:  # the kernels do not check the sizes of memory
+            raise ValueError(f"an input of {input.shape[1]} channels; this layer has {self.num_features}")
         totals = (self.ghost_sums, self.ghost_samples)
         # The kernels need both parameters or none.
         weight: Tensor | None = self.weight

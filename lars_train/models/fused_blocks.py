@@ -63,8 +63,8 @@ def fuse_blocks(network: nn.Module) -> None:
     """Replace, in place, the forward pass of each block in `network` that is of a known class by a fused one.
 
     The blocks become objects of a subclass with the same name. Their layers and state dicts stay the same, and their
-    results differ by rounding only. Blocks with other parts between batch norm and ReLU (dropout, drop path, attention,
-    another activation), and all other layers, stay unchanged.
+    results differ by rounding only. Blocks without ghost batch norm, blocks with other parts between batch norm and
+    ReLU (dropout, drop path, attention, another activation), and all other layers, stay unchanged.
     """
     for layer in network.modules():
         kind: Any = type(layer)
@@ -75,8 +75,10 @@ def fuse_blocks(network: nn.Module) -> None:
 
 def _is_known(block: nn.Module, method: str) -> bool:
     own = getattr(block, method)
-    if method in vars(block) or own.__module__ != type(block).__module__:
+    if method in vars(block) or own.__module__ != type(block).__module__ or hasattr(own, "__wrapped__"):
         return False  # a program has replaced the method
+    if not any(isinstance(layer, GhostBatchNorm2d) for layer in block.children()):
+        return False
     nothing_between = all(getattr(block, name, None) is None for name in ("se", "drop_path"))
     activations = [getattr(block, name, None) for name in ("relu", "act1", "act2", "act3")]
     return (

@@ -78,8 +78,10 @@ def ghost_norm(
         The output, with the shape, dtype and memory format of `input`.
 
     Raises:
-        ValueError: a ghost batch has a single value per channel.
+        ValueError: a ghost batch has a single value per channel, or there is a shortcut without ReLU.
     """
+    if shortcut is not None and not relu:
+        raise ValueError("a shortcut without relu=True: the backward pass needs the sign of the output")
     if input.numel() // max(ghosts * input.shape[1], 1) < 2:
         raise ValueError(f"{ghosts} ghost batches in {tuple(input.shape)}: each needs more than 1 value per channel")
     # torch.compile does not support changes of buffers within a Function, so `totals` change after it.

@@ -63,12 +63,10 @@ def resolve_execution(
 ) -> Resolved:
     """Resolve the settings that the config leaves open. Keep those in `stored`, from a checkpoint. Collective.
 
-    Raises `ConfigError` for a precision that the device does not support, for a decoder that is not available, for CUDA
-    graphs on a CPU, or if not even one ghost batch fits into the device's memory.
+    Raises `ConfigError` for a precision that the device does not support, for a decoder that is not available, or if
+    not even one ghost batch fits into the device's memory.
     """
     ranks = group.ranks
-    if config.cuda_graphs and device.type != "cuda":
-        raise ConfigError("cuda_graphs=true: it needs a GPU, but torch finds none here; omit it.")
     kept = None if stored is None else Resolved(**stored)
     most = accumulation(plan, ranks.world, 1)
     name = config.precision.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -204,10 +205,18 @@ def test_replaced_forward_methods_are_called(fused: list[bool], monkeypatch: pyt
     results(block)
     assert fused == []
     patched = make("torchvision, basic")
-    monkeypatch.setattr(type(patched), "forward", lambda self, x: self.bn1(self.conv1(x)))
-    kind = type(patched)
-    fuse_blocks(patched)
-    assert type(patched) is kind
+    kind: Any = type(patched)
+    for replaced in (lambda self, x: self.bn1(self.conv1(x)), functools.wraps(kind.forward)(lambda self, x: x)):
+        monkeypatch.setattr(kind, "forward", replaced)
+        fuse_blocks(patched)
+        assert type(patched) is kind
+
+
+def test_blocks_without_ghost_batch_norm_stay_unchanged() -> None:
+    network = ResNet(Bottleneck, [1, 1, 1, 1], norm_layer=lambda channels: nn.GroupNorm(1, channels))
+    kinds = [type(layer) for layer in network.modules()]
+    fuse_blocks(network)
+    assert [type(layer) for layer in network.modules()] == kinds
 
 
 @pytest.mark.parametrize("name", ["cifar", "torchvision, basic"])

@@ -273,6 +273,15 @@ def test_torch_compile_makes_one_graph_with_the_same_results() -> None:
         assert largest_error(got, exact) < bound
 
 
+def test_what_kernels_do_not_check_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(4, 3, 2, 2)
+    with pytest.raises(ValueError, match="a shortcut without relu=True"):
+        ghost_norm(x, None, None, ghosts=2, eps=1e-5, shortcut=x)
+    monkeypatch.setattr(GhostBatchNorm2d, "_is_looped", lambda *_: False)
+    with pytest.raises(ValueError, match="an input of 3 channels; this layer has 8"):
+        GhostBatchNorm2d(8, ghost_batch=2)(x)
+
+
 def test_a_single_value_per_channel_is_refused() -> None:
     with pytest.raises(ValueError, match=r"4 ghost batches .* more than 1 value per channel"):
         ghost_norm(torch.zeros(4, 3, 1, 1), None, None, ghosts=4, eps=EPS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import tiny
 
+from lars_train.commands import _describe_results
 from lars_train.launch import Ranks
 from lars_train.monitoring.energy import EnergyMeter
 from lars_train.report import table
@@ -133,6 +134,7 @@ def test_the_energy_of_a_run_is_logged_resumed_and_reported(tmp_path: Path, monk
     assert energies == sorted(energies)
     assert final["kwh"] == pytest.approx(0.001 * (2 * updates + 1))
     assert json.loads((tmp_path / "run" / "final.json").read_text())["kwh"] == final["kwh"]
+    assert f", {final['kwh']:.3g} kWh on the GPUs\n" in _describe_results(final, tmp_path / "run")
     record = read_run(tmp_path / "run")
     assert record.kwh == final["kwh"]
     (row,) = csv.DictReader(io.StringIO(table.csv_text(make_rows([record]), tmp_path)))
@@ -143,6 +145,7 @@ def test_the_energy_of_a_run_is_logged_resumed_and_reported(tmp_path: Path, monk
 def test_a_run_without_meter_logs_no_energy(tmp_path: Path) -> None:
     final = train(tmp_path / "run")
     assert "kwh" not in final
+    assert "kWh" not in _describe_results(final, tmp_path / "run")
     assert "kwh" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert read_run(tmp_path / "run").kwh is None
 

@@ -13,12 +13,13 @@ from tape import Tape
 from tiny import tiny
 from torch import Tensor, nn
 
+from lars_train import commands
 from lars_train.config import OptimizerConfig
 from lars_train.config.values import filled
 from lars_train.data.loading.loader import Batch
 from lars_train.data.mixing import Mixing
 from lars_train.errors import ConfigError
-from lars_train.given import Given
+from lars_train.given import NOTHING, Given
 from lars_train.launch import Ranks
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.cuda_graphs import WARM_UPS, CudaRecorder, GraphedPass, Pass
@@ -31,7 +32,7 @@ from lars_train.training.device import Precision, choose_precision
 from lars_train.training.device_prefetch import RankContext, normalizer
 from lars_train.training.distributed import Group
 from lars_train.training.prepare import prepare
-from lars_train.training.resolve import resolve_execution
+from lars_train.training.run_directory import Invocation
 from lars_train.training.trainer import Hyper, Trainer
 
 CPU = torch.device("cpu")
@@ -202,10 +203,12 @@ def test_conflicting_settings_are_refused_before_the_start(arguments: str, reaso
     assert not resolved(*arguments.split()).cuda_graphs
 
 
-def test_a_machine_without_a_gpu_is_refused() -> None:
-    config, network = resolved("cuda_graphs=true", "micro_batch=256"), nn.Identity()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_machine_without_a_gpu_is_refused_before_the_start(tmp_path: Path) -> None:
+    config = tiny({"run": {"dir": str(tmp_path / "run")}, "cuda_graphs": True, "device": "auto"})
     with pytest.raises(ConfigError, match="needs a GPU, but torch finds none here"):
-        resolve_execution(config, PLAN, network, CPU, Group(Ranks()), None)
+        commands._train(config, Invocation(("lars-train",)), NOTHING)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_network_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:

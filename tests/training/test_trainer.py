@@ -30,6 +30,7 @@ from lars_train.models.resnet_cifar import CifarResNet
 from lars_train.monitoring.noise import estimates
 from lars_train.optim import fused_sgd, rescale
 from lars_train.optim.lars import LARS
+from lars_train.preflight.devices import _OPERATIONS_OF_UPDATE
 from lars_train.run_plan import Plan, make_schedule
 from lars_train.training.assemble import build_optimizer
 from lars_train.training.device import Precision, choose_precision
@@ -407,15 +408,55 @@ class NoAutocast(Precision):
         return nullcontext()
 
 
+def on_meta(kind: torch.dtype, name: str = "lars", average: bool = False) -> Trainer:
+    meta = torch.device("meta")
+    model = network(2).to(meta, kind)
+    t = trainer(model, plan(8, 2), name=name, ema=ExponentialMovingAverage(model, 0.9, 0) if average else None)
+    t.precision = NoAutocast("without autocast", kind, kind)
+    t.device, t.meter, t.normalize = meta, Meter(meta), normalizer(MEAN, STD, meta, t.precision)
+    return t
+
+
+class Computing(TorchDispatchMode):
+    """Lists the operators that compute or copy, while `passes` is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.passes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, aliases = func.name(), [argument.alias_info for argument in func._schema.arguments]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not self.passes and not is_view and not any(word in name for word in ("empty", "_unsafe_view", "profiler")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_makes_the_operations_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = on_meta(torch.float32)
+    computing, one_pass = Computing(), t._pass
+
+    def apart(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        computing.passes += 1
+        try:
+            return one_pass(*arguments)
+        finally:
+            computing.passes -= 1
+
+    monkeypatch.setattr(t, "_pass", apart)
+    # The meta device splits operations on lists. On CUDA the step has 22 (docs/gpu_notes.md).
+    monkeypatch.setattr(t.optimizer, "step", lambda: None)
+    given = list(micro_batches(*global_batch(8, 1), 8))
+    with computing:
+        t.run_update(iter(given), 1, measure=False)
+    assert len(computing.names) + 22 == _OPERATIONS_OF_UPDATE, computing.names
+
+
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 def test_an_update_reads_no_tensor_values(name: str) -> None:
     # On the meta device tensors have no values, so any branch on one would raise.
-    meta = torch.device("meta")
-    which = plan(8, 2)
-    model = network(2).to(meta)
-    t = trainer(model, which, name=name, ema=ExponentialMovingAverage(model, 0.9, 0))
-    t.device, t.meter, t.normalize = meta, Meter(meta), normalizer(MEAN, STD, meta, FP64)
-    t.precision = NoAutocast("fp64", torch.float64, torch.float64)
+    t = on_meta(torch.float64, name, average=True)
     mixes = GhostMix(0, 2, 0.3), GhostMix(2, 4, 0.6, (0.5, 0.5))
     with Copies() as copies:
         for update in range(2):
