@@ -21,6 +21,7 @@ from lars_train.models.ghost_norm import can_fuse
 # An entry disables fusing.
 _disabled: list[None] = []
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS]
 
 
 def norm_relu(norm: nn.Module, relu: nn.Module, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -53,7 +54,7 @@ def _are_plain(norm: nn.Module, relu: nn.Module) -> bool:
         type(norm) is GhostBatchNorm2d
         and norm.training
         and type(relu) is nn.ReLU
-        and not torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not any(_GLOBAL_HOOKS)
         and not any(getattr(layer, hooks) for layer in (norm, relu) for hooks in _HOOKS)
         and not any("forward" in vars(layer) for layer in (norm, relu))
     )
