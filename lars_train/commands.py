@@ -37,11 +37,11 @@ from lars_train.preflight.check import check
 from lars_train.preflight.rehearsal import describe_rehearsal, rehearse
 from lars_train.report.lars_report import read_rows
 from lars_train.report.model_card import CARD
-from lars_train.report.table import elapsed_time, terminal
+from lars_train.report.table import elapsed_time, format_energy, terminal
 from lars_train.run_plan import IMAGENET_TRAIN_IMAGES, Plan, check_world
 from lars_train.signals import handle_termination
 from lars_train.training import checkpoint
-from lars_train.training.device import choose_precision, cuda_devices
+from lars_train.training.device import check_graphs, choose_precision, cuda_devices
 from lars_train.training.distributed import begin_job, current_ranks
 from lars_train.training.prepare import prepare
 from lars_train.training.run_directory import Invocation, holds_run_of, run_directory
@@ -96,8 +96,6 @@ def _train(config: Config, invocation: Invocation, given: Given) -> dict[str, An
     count = 1 if ranks else processes(config, cuda_devices(config), prepared.plan.ghosts)
     check_world(prepared.plan, ranks.world if ranks else count)
     if cuda_devices(config) == 0:
-        if config.cuda_graphs:
-            raise ConfigError("cuda_graphs=true: it needs a GPU, but torch finds none here; omit it.")
         choose_precision(config.precision.name, torch.device("cpu"))
     if config.data.name == "mini" and config.verbosity:
         say(
@@ -112,6 +110,7 @@ def _train(config: Config, invocation: Invocation, given: Given) -> dict[str, An
         say(ALREADY_FINISHED)
         final = finished
     elif count > 1:
+        check_graphs(config)
         final = start_processes(_train_worker, (config, invocation), count)
     else:
         final = train(prepared, ranks or Ranks(), invocation)
@@ -121,7 +120,7 @@ def _train(config: Config, invocation: Invocation, given: Given) -> dict[str, An
 
 
 def _describe_results(final: dict[str, Any], directory: Path) -> str:
-    energy = f", {final['kwh']:.3g} kWh on the GPUs" if "kwh" in final else ""
+    energy = f", {format_energy(final['kwh'])} on the GPUs" if "kwh" in final else ""
     lines = [
         f"{counted(final['updates'], 'update')} in {elapsed_time(final['seconds'])}{energy}",
         f"run directory  {directory}",

@@ -24,8 +24,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     `running_mean` and `running_var` stay unchanged until `RunningStatistics.update`.
 
     The layer accumulates every forward pass in training mode, so a recomputed pass (activation checkpointing) would
-    count twice. The statistics of a single ghost batch wait in `ghost_moments`, so that `RunningStatistics` adds those
-    of all layers at once.
+    count twice.
 
     Args:
         num_features: channels C.
@@ -34,7 +33,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     Raises:
         ValueError: `ghost_batch` is below 1; in `forward`, n is 0, or n is larger than `ghost_batch` but not a multiple
-            of it, or a ghost batch has a single value per channel, or C differs (`RuntimeError` without the kernels).
+            of it, or a ghost batch has a single value per channel, or the input has another number of channels
+            (`RuntimeError` if torch's batch norm finds it).
     """
 
     ghost_sums: Tensor
@@ -42,8 +42,11 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     ghost_samples: Tensor
     """(1,): the number of samples in `ghost_sums`."""
     ghost_moments: Tensor
-    """(2, C): mean and unbiased variance of the ghost batch of `waiting` samples; zeros if nothing waits."""
+    """(2, C): mean and unbiased variance of a single ghost batch until `RunningStatistics.collect`, else zeros."""
+    collected = False
+    """True lets the statistics of single ghost batches wait in `ghost_moments`."""
     waiting = 0
+    """The number of samples in `ghost_moments`."""
     is_frozen = False
     """True keeps the layer in evaluation mode during training."""
 
@@ -83,7 +86,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         ghosts = self._count_ghosts(input)
         if not self._is_looped(input, ghosts):
             return self._at_once(input, ghosts)
-        if ghosts == 1 and not self.waiting:
+        if ghosts == 1 and self.collected and not self.waiting:
             output = self._single(input, *self.ghost_moments.unbind())
             self.waiting = len(input)
             return output
@@ -163,11 +166,18 @@ class RunningStatistics:
     For each `GhostBatchNorm2d` that is not frozen, ``running = (1 - momentum) * running + momentum * mean``. For
     `running_mean`, `mean` is the average of the ghost batches' means; for `running_var`, of their unbiased variances.
     The averages are over all samples since the last update, on all ranks.
+
+    Args:
+        model: its layers of ghost batch norm are found once.
+        collected: the caller calls `collect` after each micro-batch. That takes fewer operations, because it adds the
+            statistics of single ghost batches for all layers at once.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, collected: bool = False) -> None:
         layers = (layer for layer in model.modules() if isinstance(layer, GhostBatchNorm2d))
         self._layers = [layer for layer in layers if not layer.is_frozen]
+        for layer in self._layers:
+            layer.collected = collected
         self._cache_tensors()
 
     def _cache_tensors(self) -> None:
@@ -184,11 +194,7 @@ class RunningStatistics:
         self._updates = [t for layer in layers if (t := layer.num_batches_tracked) is not None]
 
     def collect(self) -> None:
-        """Add the statistics that wait in the layers to their sums.
-
-        `update` does so, too. But a call after each micro-batch is faster, because a layer in which statistics wait
-        must add the next ones on its own.
-        """
+        """Add the statistics that wait in the layers to their sums. `update` does so, too."""
         waiting = [layer.waiting for layer in self._layers]
         if not any(waiting):
             return

@@ -43,7 +43,14 @@ from lars_train.preflight.measure_io import (
     read_sample,
 )
 from lars_train.run_plan import Plan, check_world
-from lars_train.training.device import choose_device, choose_precision, choose_threads, choose_workers, set_up
+from lars_train.training.device import (
+    check_graphs,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    choose_workers,
+    set_up,
+)
 from lars_train.training.distributed import Group, process_group
 from lars_train.training.prepare import Prepared, prepare
 from lars_train.training.resolve import check_cache, decoder_lines, resolve_execution
@@ -173,6 +180,7 @@ class _Check:
     def _prepare(self) -> Prepared:
         config = self.config
         choose_precision(config.precision.name, self.device)
+        check_graphs(config)
         prepared = prepare(config)
         check_world(prepared.plan, self.group.ranks.world)
         self.notes += prepared.notes

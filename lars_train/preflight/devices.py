@@ -33,9 +33,9 @@ _FLOOR = 3.5e-3
 # Seconds that a host needs to launch an operation. An update of 559 operations took 22.2 ms on a host with slow cores,
 # for which the H100 waited (docs/gpu_notes.md).
 _LAUNCH = 22.2e-3 / 559
-# Numbers of operations that launch kernels, none of them fused, counted with torch 2.14: for the forward and
-# backward pass of a micro-batch with one ghost batch, for the same with several ghost batches, and for the rest of an
-# update.
+# Numbers of operations that launch kernels, counted with torch 2.14: for the forward and backward pass of a micro-batch
+# with one ghost batch, for the same with several ghost batches, and for the rest of an update. The first two are those
+# of the version that was timed; later versions make fewer (docs/gpu_notes.md), whose time is not known.
 _OPERATIONS_OF_ONE, _OPERATIONS_OF_SEVERAL, _OPERATIONS_OF_UPDATE = 516, 781, 43
 
 

@@ -15,7 +15,7 @@ from lars_train.report import curves
 from lars_train.report.compare import Row
 from lars_train.report.files import as_line, relative_path
 from lars_train.report.read import FINISHED, Ratios, RunRecord, read_ratios
-from lars_train.report.table import HEADER, NOTHING, batch_name, cells, elapsed_time, notes, state
+from lars_train.report.table import HEADER, NOTHING, batch_name, cells, elapsed_time, format_energy, notes, state
 
 _MAX_HEAT_MAPS = 16
 _FILES = (
@@ -204,7 +204,7 @@ def _runs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
             yield f"<h3>{escape(printable(run.directory.name))}</h3>"
             seed = f"seed {run.setting('seed')}, " if run.setting("seed") else ""
             time = "" if run.seconds is None else f", {elapsed_time(run.seconds)}"
-            time += "" if run.kwh is None else f", {run.kwh:.3g} kWh"
+            time += "" if run.kwh is None else f", {format_energy(run.kwh)}"
             summary = f"{batch_name(run)}, {seed}{state(Row((run,), {}))}{time}"
             best = "" if run.best_top1 is None else f", best top-1 {run.best_top1:.2f} %"
             yield f"<p>{escape(printable(summary + best))}<br>{_file_links(run, folder)}</p>"

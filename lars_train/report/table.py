@@ -134,6 +134,13 @@ def state(row: Row) -> str:
     return text
 
 
+def format_energy(kwh: float) -> str:
+    """Return an energy with three digits, or with all digits before the point."""
+    if kwh < 1:
+        return f"{1000 * kwh:.3g} Wh"
+    return f"{kwh:,.0f} kWh" if kwh >= 1000 else f"{kwh:.3g} kWh"
+
+
 def elapsed_time(seconds: float) -> str:
     """Return seconds as text that still shows small differences: ``1 h 23 min``, ``9 min 5 s``, ``0.4 s``."""
     if seconds < 60:

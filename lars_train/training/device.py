@@ -63,6 +63,12 @@ def cuda_devices(config: Config) -> int:
     return count
 
 
+def check_graphs(config: Config) -> None:
+    """Raise `ConfigError` for ``cuda_graphs=true`` on a machine without a CUDA device."""
+    if config.cuda_graphs and cuda_devices(config) == 0:
+        raise ConfigError("cuda_graphs=true: it needs a GPU, but torch finds none here; omit it.")
+
+
 def choose_device(config: Config, ranks: Ranks) -> torch.device:
     """Return the device of this rank. Raises `ConfigError` if the machine has fewer devices than ranks."""
     count = cuda_devices(config)

@@ -31,7 +31,14 @@ from lars_train.run_plan import check_world
 from lars_train.targets import check_named
 from lars_train.training import checkpoint
 from lars_train.training.assemble import network_to_evaluate
-from lars_train.training.device import choose_device, choose_precision, choose_threads, choose_workers, set_up
+from lars_train.training.device import (
+    check_graphs,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    choose_workers,
+    set_up,
+)
 from lars_train.training.device_prefetch import RankContext
 from lars_train.training.distributed import Group, process_group
 from lars_train.training.evaluation import Result, evaluate_split, evaluation_batch
@@ -99,6 +106,7 @@ def train(prepared: Prepared, ranks: Ranks, invocation: Invocation) -> dict[str,
         if final is not None:
             say(ALREADY_FINISHED)
             return final
+        check_graphs(config)
         lock = open_directory(directory, config, invocation, group)
         try:
             return _train_in(prepared, group, device)

@@ -114,7 +114,7 @@ class Trainer:
         self.device, self.group = context.device, context.group
         self.precision, self.normalize = context.precision, context.normalize
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scales_loss)
-        self.running_statistics = RunningStatistics(network)
+        self.running_statistics = RunningStatistics(network, collected=True)
         self.ema = ema
         self.meter = Meter(self.device)
         self.first_gradient = FirstGradient(network)

@@ -134,18 +134,25 @@ def test_the_energy_of_a_run_is_logged_resumed_and_reported(tmp_path: Path, monk
     assert energies == sorted(energies)
     assert final["kwh"] == pytest.approx(0.001 * (2 * updates + 1))
     assert json.loads((tmp_path / "run" / "final.json").read_text())["kwh"] == final["kwh"]
-    assert f", {final['kwh']:.3g} kWh on the GPUs\n" in _describe_results(final, tmp_path / "run")
+    assert f", {1000 * final['kwh']:.3g} Wh on the GPUs\n" in _describe_results(final, tmp_path / "run")
     record = read_run(tmp_path / "run")
     assert record.kwh == final["kwh"]
     (row,) = csv.DictReader(io.StringIO(table.csv_text(make_rows([record]), tmp_path)))
     assert float(row["kwh"]) == pytest.approx(final["kwh"])
-    assert f"{final['kwh']:.3g} kWh" in page(make_rows([record]), tmp_path)
+    assert f"{1000 * final['kwh']:.3g} Wh" in page(make_rows([record]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kwh", "text"), [(0.0000314, "0.0314 Wh"), (0.5, "500 Wh"), (1.537, "1.54 kWh"), (12345.6, "12,346 kWh")]
+)
+def test_energy_is_written_for_reading(kwh: float, text: str) -> None:
+    assert table.format_energy(kwh) == text
 
 
 def test_a_run_without_meter_logs_no_energy(tmp_path: Path) -> None:
     final = train(tmp_path / "run")
     assert "kwh" not in final
-    assert "kWh" not in _describe_results(final, tmp_path / "run")
+    assert "Wh" not in _describe_results(final, tmp_path / "run")
     assert "kwh" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert read_run(tmp_path / "run").kwh is None
 

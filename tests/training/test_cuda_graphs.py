@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,10 @@ from lars_train.config import OptimizerConfig
 from lars_train.config.values import filled
 from lars_train.data.loading.loader import Batch
 from lars_train.data.mixing import Mixing
-from lars_train.errors import ConfigError
-from lars_train.given import NOTHING, Given
+from lars_train.errors import ConfigError, NotReady
+from lars_train.given import Given
 from lars_train.launch import Ranks
+from lars_train.models import ghost_norm
 from lars_train.models.batchnorm import GhostBatchNorm2d
 from lars_train.models.cuda_graphs import WARM_UPS, CudaRecorder, GraphedPass, Pass
 from lars_train.models.factory import build_model
@@ -204,10 +207,15 @@ def test_conflicting_settings_are_refused_before_the_start(arguments: str, reaso
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_machine_without_a_gpu_is_refused_before_the_start(tmp_path: Path) -> None:
-    config = tiny({"run": {"dir": str(tmp_path / "run")}, "cuda_graphs": True, "device": "auto"})
-    with pytest.raises(ConfigError, match="needs a GPU, but torch finds none here"):
-        commands._train(config, Invocation(("lars-train",)), NOTHING)
+@pytest.mark.parametrize("changes", [{}, {"launch": {"nproc": 2}}, {"mode": "check"}], ids=str)
+def test_a_machine_without_a_gpu_is_refused_before_the_start(
+    tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny({"run": {"dir": str(tmp_path / "run")}, "cuda_graphs": True, "device": "auto", **changes})
+    with pytest.raises((ConfigError, NotReady)) as caught:
+        commands.run(config, Invocation(("lars-train",)))
+    # mode=check prints its findings.
+    assert "it needs a GPU, but torch finds none here; omit it." in f"{caught.value}{capsys.readouterr().out}"
     assert not (tmp_path / "run").exists()
 
 
@@ -260,9 +268,15 @@ def test_an_operation_that_cuda_cannot_record_is_named(at_end: bool, monkeypatch
         return refused
 
     for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(device=None, wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Recording())
     recorder = CudaRecorder(torch.device("cuda"))
+    seen: list[int] = []
+    for call in (recorder.run, *([] if at_end else [recorder.record])):
+        call(lambda: (torch.zeros(()), seen.append(len(ghost_norm._launches_are_free)))[:1], ())
+    assert set(seen) == {1}
     with pytest.raises(ConfigError) as caught:
         recorder.record(failing(RuntimeError("operation not permitted when stream is capturing\nmore")), ())
     assert str(caught.value) == (
