@@ -172,6 +172,9 @@ def process_group(ranks: Ranks, device: torch.device, timeout: float) -> Iterato
     except Exception as error:
         raise _first_failure(store, ranks, _name_hanging_ranks(store, ranks, error, timeout)) from error
     finally:
+        # Before torch 2.8 this call keeps the interpreter lock while it waits for gloo's threads, which may need the
+        # lock to free the tensors of the last collective (https://github.com/pytorch/pytorch/pull/154976).
+        time.sleep(0.01)
         dist.destroy_process_group()
 
 
