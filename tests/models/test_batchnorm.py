@@ -163,8 +163,6 @@ def test_waiting_statistics_are_collected_at_once() -> None:
 def test_statistics_that_are_not_finite_leave_with_their_update() -> None:
     ghost, plain = pair(4)
     statistics = RunningStatistics(ghost, collected=True)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        ghost(images(1)[:, :, :1, :1])  # leaves nothing
     ghost(torch.full_like(images(4), torch.nan))
     statistics.update()
     assert ghost.running_mean is not None
@@ -172,6 +170,8 @@ def test_statistics_that_are_not_finite_leave_with_their_update() -> None:
     ghost.load_state_dict(plain.state_dict())
     x = images(4)
     mean, variance = updated_statistics(plain, [x])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ghost(x[:1, :, :1, :1])  # leaves nothing, either
     ghost(x)
     statistics.update()
     close(ghost.running_mean, mean)
