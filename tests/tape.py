@@ -24,6 +24,13 @@ class Operations(TorchDispatchMode):
         return result
 
 
+def computes(operator: Any) -> bool:
+    """Return False for operators that only make views or allocate memory."""
+    aliases = [argument.alias_info for argument in operator._schema.arguments]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return not is_view and not any(word in operator.name() for word in ("empty", "_unsafe_view", "detach", "profiler"))
+
+
 class Tape:
     """Stands in for `CudaRecorder` on the CPU. A replay repeats the operators on the recorded memory, without Python.
 

@@ -135,10 +135,10 @@ def state(row: Row) -> str:
 
 
 def format_energy(kwh: float) -> str:
-    """Return an energy with three digits, or with all digits before the point."""
-    if kwh < 1:
+    """Return an energy as text, with three digits below 1,000 kWh: ``31.4 Wh``, ``1.54 kWh``, ``12,346 kWh``."""
+    if kwh < 0.9995:  # rounds to less than 1,000 Wh
         return f"{1000 * kwh:.3g} Wh"
-    return f"{kwh:,.0f} kWh" if kwh >= 1000 else f"{kwh:.3g} kWh"
+    return f"{kwh:,.0f} kWh" if kwh >= 999.5 else f"{kwh:.3g} kWh"
 
 
 def elapsed_time(seconds: float) -> str:

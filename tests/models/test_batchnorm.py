@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
+from tape import Operations
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lars_train.models.batchnorm import GhostBatchNorm2d, RunningStatistics
 
@@ -137,12 +136,12 @@ def test_waiting_statistics_are_collected_at_once() -> None:
         output.sum().backward()
         with Operations() as collecting:
             layers(part)
-            del collecting.names[:]
+            del collecting.calls[:]
             statistics.collect()
         # Without waiting statistics, a layer computes nothing but batch norm.
         views = {"aten::unbind.int", "aten::detach", "aten::empty.memory_format"}
-        assert {name for name in forward.names if "batch_norm" not in name} <= views
-        assert [name.split(".")[0] for name in collecting.names] == [
+        assert {name for name in names(forward) if "batch_norm" not in name} <= views
+        assert [name.split(".")[0] for name in names(collecting)] == [
             "aten::_foreach_add_",
             "aten::_foreach_add_",
             "aten::_foreach_zero_",
@@ -278,16 +277,8 @@ def test_half_precision_activations_have_float32_statistics(dtype: torch.dtype) 
     close(ghost.state_dict()["running_var"].double(), variance, 1e-5)
 
 
-class Operations(TorchDispatchMode):
-    """Lists the operations that are dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
+def names(operations: Operations) -> list[str]:
+    return [operator.name() for operator, *_ in operations.calls]
 
 
 def test_the_host_never_waits_for_a_value() -> None:
@@ -297,7 +288,7 @@ def test_the_host_never_waits_for_a_value() -> None:
         torch.ones(()).item()
         ghost(images(8))
         statistics.update()
-    assert made.names.count("aten::_local_scalar_dense") == 1
+    assert names(made).count("aten::_local_scalar_dense") == 1
 
 
 @pytest.mark.parametrize("samples", [0, 5, 7, 10])

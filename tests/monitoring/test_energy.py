@@ -143,7 +143,15 @@ def test_the_energy_of_a_run_is_logged_resumed_and_reported(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("kwh", "text"), [(0.0000314, "0.0314 Wh"), (0.5, "500 Wh"), (1.537, "1.54 kWh"), (12345.6, "12,346 kWh")]
+    ("kwh", "text"),
+    [
+        (0.0000314, "0.0314 Wh"),
+        (0.5, "500 Wh"),
+        (0.9997, "1 kWh"),
+        (1.537, "1.54 kWh"),
+        (999.7, "1,000 kWh"),
+        (12345.6, "12,346 kWh"),
+    ],
 )
 def test_energy_is_written_for_reading(kwh: float, text: str) -> None:
     assert table.format_energy(kwh) == text

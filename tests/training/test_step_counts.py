@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ghost_cases import LAST, Launch, recorded
+from tape import computes
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,9 +55,7 @@ class Step(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        aliases = [argument.alias_info for argument in func._schema.arguments]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)
-        if not is_view and not any(word in name for word in ("empty", "_unsafe_view", "detach", "profiler")):
+        if computes(func):
             self.operations[name] += 1
             if name in PASSES and args[0].ndim == 4:
                 self.moved += PASSES[name] * args[0].numel()

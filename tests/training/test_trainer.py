@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tape import Operations, computes
 from tiny import COMPILED
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -417,40 +418,24 @@ def on_meta(kind: torch.dtype, name: str = "lars", average: bool = False) -> Tra
     return t
 
 
-class Computing(TorchDispatchMode):
-    """Lists the operators that compute or copy, while `passes` is 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.passes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, aliases = func.name(), [argument.alias_info for argument in func._schema.arguments]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)
-        if not self.passes and not is_view and not any(word in name for word in ("empty", "_unsafe_view", "profiler")):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_an_update_makes_the_operations_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     t = on_meta(torch.float32)
-    computing, one_pass = Computing(), t._pass
+    operations, one_pass = Operations(), t._pass
 
     def apart(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        computing.passes += 1
-        try:
-            return one_pass(*arguments)
-        finally:
-            computing.passes -= 1
+        before = len(operations.calls)
+        made = one_pass(*arguments)
+        del operations.calls[before:]
+        return made
 
     monkeypatch.setattr(t, "_pass", apart)
     # The meta device splits operations on lists. On CUDA the step has 22 (docs/gpu_notes.md).
     monkeypatch.setattr(t.optimizer, "step", lambda: None)
     given = list(micro_batches(*global_batch(8, 1), 8))
-    with computing:
+    with operations:
         t.run_update(iter(given), 1, measure=False)
-    assert len(computing.names) + 22 == _OPERATIONS_OF_UPDATE, computing.names
+    names = [operator.name() for operator, *_ in operations.calls if computes(operator)]
+    assert len(names) + 22 == _OPERATIONS_OF_UPDATE, names
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd"])
